@@ -1,0 +1,89 @@
+"""Run your own PyTorch training loop on anything: functions over an explicit, immutable `DistContext`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from faccel import backends as backends
+    from faccel import errors as errors
+    from faccel import testing as testing
+    from faccel.comm import Verdict as Verdict
+    from faccel.comm import agree as agree
+    from faccel.comm import barrier as barrier
+    from faccel.comm import broadcast as broadcast
+    from faccel.comm import broadcast_objects as broadcast_objects
+    from faccel.comm import gather as gather
+    from faccel.comm import gather_objects as gather_objects
+    from faccel.comm import main_first as main_first
+    from faccel.comm import on_main as on_main
+    from faccel.comm import on_rank as on_rank
+    from faccel.comm import reduce as reduce
+    from faccel.config import Config as Config
+    from faccel.context import DistContext as DistContext
+    from faccel.context import Topology as Topology
+    from faccel.data.loader import Batch as Batch
+    from faccel.data.loader import ShardedLoader as ShardedLoader
+    from faccel.data.loader import batches as batches
+    from faccel.data.loader import shard as shard
+    from faccel.data.order import Cursor as Cursor
+    from faccel.log import print as print
+    from faccel.mesh import MeshSpec as MeshSpec
+    from faccel.model import WrappedModel as WrappedModel
+    from faccel.model import grad_sync as grad_sync
+    from faccel.model import unwrap as unwrap
+    from faccel.model import wrap as wrap
+    from faccel.model import wrap_optimizer as wrap_optimizer
+    from faccel.precision import ScalerState as ScalerState
+    from faccel.precision import autocast as autocast
+    from faccel.precision import init_scaler as init_scaler
+    from faccel.rng import fold_in as fold_in
+    from faccel.rng import seed_everything as seed_everything
+    from faccel.runtime import init as init
+    from faccel.runtime import shutdown as shutdown
+    from faccel.step import Micro as Micro
+    from faccel.step import StepInfo as StepInfo
+    from faccel.step import Window as Window
+    from faccel.step import optimizer_step as optimizer_step
+    from faccel.step import scaled_backward as scaled_backward
+    from faccel.step import windows as windows
+
+_HOMES = {
+    "faccel.comm": (
+        "Verdict", "agree", "barrier", "broadcast", "broadcast_objects", "gather", "gather_objects", "main_first",
+        "on_main", "on_rank", "reduce",
+    ),
+    "faccel.config": ("Config",),
+    "faccel.context": ("DistContext", "Topology"),
+    "faccel.data.loader": ("Batch", "ShardedLoader", "batches", "shard"),
+    "faccel.data.order": ("Cursor",),
+    "faccel.log": ("print",),
+    "faccel.mesh": ("MeshSpec",),
+    "faccel.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
+    "faccel.precision": ("ScalerState", "autocast", "init_scaler"),
+    "faccel.rng": ("fold_in", "seed_everything"),
+    "faccel.runtime": ("init", "shutdown"),
+    "faccel.step": ("Micro", "StepInfo", "Window", "optimizer_step", "scaled_backward", "windows"),
+}  # fmt: skip
+_MODULES = ("backends", "errors", "testing")
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `import faccel` itself imports nothing, not even torch."""
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"faccel.{name}")
+    else:
+        raise AttributeError(f"faccel has no attribute `{name}`")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOME, *_MODULES, "__version__"])

@@ -1,0 +1,115 @@
+"""`Collectives` for one process and for any c10d process group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from faccel.errors import ConfigError, nearest
+from faccel.protocols import DATA, WORLD
+
+_OPS = {
+    "sum": dist.ReduceOp.SUM,
+    "min": dist.ReduceOp.MIN,
+    "max": dist.ReduceOp.MAX,
+    "prod": dist.ReduceOp.PRODUCT,
+}
+# torch 2.13 renamed it and warns on the old name, which is the only one that 2.9 has
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@attrs.frozen
+class SingleCollectives:
+    """The communication of a world of one: copies."""
+
+    axes: tuple[str, ...] = (WORLD, DATA)
+
+    def _check(self, axis: str) -> None:
+        if axis not in self.axes:
+            raise ConfigError(f"`{axis}` is not an axis of this mesh", fix=nearest(axis, self.axes))
+
+    def size(self, axis: str) -> int:
+        """Return 1."""
+        self._check(axis)
+        return 1
+
+    def rank(self, axis: str) -> int:
+        """Return 0."""
+        self._check(axis)
+        return 0
+
+    def group(self, axis: str) -> None:
+        """Return None: there is nobody to talk to."""
+        self._check(axis)
+
+    def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
+        """Return a copy of `x`."""
+        self._check(axis)
+        return x.clone()
+
+    def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:
+        """Return a copy of `x` as the one row."""
+        self._check(axis)
+        return x.clone()[None]
+
+    def broadcast(self, x: torch.Tensor, src: int, axis: str) -> torch.Tensor:
+        """Return a copy of `x`."""
+        self._check(axis)
+        return x.clone()
+
+    def barrier(self, axis: str) -> None:
+        """Return at once."""
+        self._check(axis)
+
+
+@attrs.frozen(eq=False)
+class TorchCollectives:
+    """Communication over c10d process groups: gloo, nccl, the simulated world's, ...
+
+    Args:
+        groups: A process group for each axis.
+    """
+
+    groups: Mapping[str, dist.ProcessGroup]
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """Return the process group of the axis."""
+        try:
+            return self.groups[axis]
+        except KeyError:
+            raise ConfigError(f"`{axis}` is not an axis of this mesh", fix=nearest(axis, self.groups)) from None
+
+    def size(self, axis: str) -> int:
+        """Return how many ranks the axis has."""
+        return self.group(axis).size()
+
+    def rank(self, axis: str) -> int:
+        """Return where this rank stands on the axis."""
+        return self.group(axis).rank()
+
+    def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
+        """Return the `op` of every rank's `x`."""
+        out = x.clone()
+        dist.all_reduce(out, op=_OPS[op], group=self.group(axis))
+        return out
+
+    def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:
+        """Return every rank's `x` along a new first dimension."""
+        out = x.new_empty(self.size(axis), *x.shape)
+        if out.numel():
+            _all_gather_single(out.view(-1), x.reshape(-1), group=self.group(axis))
+        return out
+
+    def broadcast(self, x: torch.Tensor, src: int, axis: str) -> torch.Tensor:
+        """Return the `x` of rank `src` of the axis."""
+        out = x.clone()
+        if out.numel():
+            dist.broadcast(out, group_src=src, group=self.group(axis))
+        return out
+
+    def barrier(self, axis: str) -> None:
+        """Return when every rank of the axis has called it."""
+        dist.barrier(group=self.group(axis))

@@ -1,0 +1,28 @@
+"""One process: the model is its own engine."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import nn
+from torch.optim import Optimizer
+
+from faccel.backends.forward import call_method, with_precision
+from faccel.context import DistContext
+from faccel.protocols import Parallelism, Run
+
+
+def _wrap(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, Run]:
+    return module, with_precision(functools.partial(call_method, module), ctx)
+
+
+def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:
+    return opt
+
+
+def _sync(engine: nn.Module, on: bool) -> AbstractContextManager[None]:  # noqa: FBT001 (Parallelism.sync)
+    return nullcontext()
+
+
+SINGLE = Parallelism("single", _wrap, _wrap_optimizer, _sync)

@@ -1,0 +1,190 @@
+"""What the user asks for: one frozen record, resolved purely from its sources, that says where each value came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+
+from faccel.errors import ConfigError, nearest
+from faccel.mesh import MeshSpec
+
+PRECISIONS = ("no", "bf16", "fp16")
+PREFIX = "FACCEL_"
+
+_TRUE = ("1", "true", "yes", "on")
+_FALSE = ("0", "false", "no", "off")
+
+
+def _parse_bool(text: str) -> bool:
+    word = text.strip().lower()
+    if word not in _TRUE + _FALSE:
+        raise ValueError(f"not one of {', '.join(_TRUE + _FALSE)}")
+    return word in _TRUE
+
+
+def _bad(name: str, value: object, want: str, fix: str) -> ConfigError:
+    return ConfigError(f"`{name}` must be {want}", saw=repr(value), fix=fix)
+
+
+def _one_of(*allowed: str) -> Callable[[Any, Any, Any], None]:
+    def check(_: Any, attribute: Any, value: Any) -> None:
+        if value not in allowed:
+            listed = ", ".join(f"`{word}`" for word in allowed)
+            raise _bad(attribute.name, value, f"one of {listed}", nearest(str(value), allowed))
+
+    return check
+
+
+def _number(kind: type, *, at_least: float) -> Callable[[Any, Any, Any], None]:
+    def check(_: Any, attribute: Any, value: Any) -> None:
+        fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if not fits or value < at_least:
+            want = f"{'a number' if kind is float else 'an int'} of at least {at_least}"
+            raise _bad(attribute.name, value, want, f"write `{attribute.name}={at_least}` or more")
+
+    return check
+
+
+def _flag(_: Any, attribute: Any, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise _bad(attribute.name, value, "True or False", f"write `{attribute.name}=True`")
+
+
+def _text_or_none(_: Any, attribute: Any, value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        raise _bad(attribute.name, value, "text or None", f'write `{attribute.name}="..."`')
+
+
+def _mesh(value: Any) -> MeshSpec | None:
+    return None if value is None else MeshSpec.of(value)
+
+
+def _field(default: Any, parse: Callable[[str], Any], doc: str, **options: Any) -> Any:
+    return attrs.field(default=default, metadata={"parse": parse, "doc": doc}, **options)
+
+
+@attrs.frozen(kw_only=True)
+class Config:
+    """What a run asks for. Every field can come from `FACCEL_<NAME>` in the environment or an argument of `init`.
+
+    Args:
+        mixed_precision: `"no"`, `"bf16"` or `"fp16"`: the dtype of forward and backward; parameters stay fp32.
+        grad_accum: Micro-batches per update, the default `size` of `windows`.
+        seed: Seed of the data order and of `seed_everything`.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, ...; None takes the best there is.
+        mesh: A `MeshSpec`, a mapping of its fields or text like `"dp_replicate=4"`; None replicates over the world.
+        device_placement: Whether models and batches are moved to the device.
+        timeout_s: Seconds until a collective that somebody does not join fails.
+        sources: For each field, where its value came from (filled by `resolve`).
+    """
+
+    mixed_precision: str = _field("no", str, "dtype of forward and backward", validator=_one_of(*PRECISIONS))
+    grad_accum: int = _field(1, int, "micro-batches per update", validator=_number(int, at_least=1))
+    seed: int = _field(0, int, "seed of the data order", validator=_number(int, at_least=0))
+    device: str | None = _field(None, str, "device of this process", validator=_text_or_none)
+    mesh: MeshSpec | None = _field(None, str, "ranks per axis of parallelism", converter=_mesh)
+    device_placement: bool = _field(True, _parse_bool, "move models and batches", validator=_flag)
+    timeout_s: float = _field(600.0, float, "seconds until a collective fails", validator=_number(float, at_least=1))
+    sources: Mapping[str, str] = attrs.field(factory=dict, eq=False, repr=False)
+
+    def explain(self) -> str:
+        """Return one line per field: its value, and where it came from.
+
+        Examples:
+            >>> print(resolve(env={"FACCEL_SEED": "7"}).explain().splitlines()[2])
+            seed = 7  (environment FACCEL_SEED, over default 0)
+        """
+        return "\n".join(
+            f"{field.name} = {_show(getattr(self, field.name))}  ({self.sources.get(field.name, 'argument')})"
+            for field in config_fields()
+        )
+
+
+def _show(value: object) -> str:
+    if isinstance(value, MeshSpec):
+        return ",".join(f"{axis}={n}" for axis, n in attrs.asdict(value).items() if n != 1) or "1"
+    return str(value)
+
+
+def config_fields() -> tuple[attrs.Attribute[Any], ...]:
+    """Return the fields that a user can set, in order.
+
+    Effects: pure.
+    """
+    return tuple(field for field in attrs.fields(Config) if field.name != "sources")
+
+
+def _from_environment(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    fields = {PREFIX + field.name.upper(): field for field in config_fields()}
+    found: dict[str, tuple[Any, str]] = {}
+    for key in sorted(key for key in env if key.startswith(PREFIX)):
+        if key not in fields:
+            raise ConfigError(f"the environment variable `{key}` means nothing to faccel", fix=nearest(key, fields))
+        field = fields[key]
+        try:
+            value = field.metadata["parse"](env[key])
+        except ValueError as error:
+            raise ConfigError(f"the environment variable `{key}` cannot be read: {error}", saw=repr(env[key])) from None
+        found[field.name] = (value, f"environment {key}")
+    return found
+
+
+def _from_record(config: Config | Mapping[str, Any] | None) -> dict[str, tuple[Any, str]]:
+    if config is None:
+        return {}
+    if isinstance(config, Config):
+        defaults = Config()
+        given = {f.name: getattr(config, f.name) for f in config_fields()}
+        return {k: (v, "argument config") for k, v in given.items() if v != getattr(defaults, k)}
+    if not isinstance(config, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(
+            "a configuration is a `Config` or a mapping of its fields",
+            saw=repr(config),
+            fix="write `faccel.init(faccel.Config(seed=1))` or `faccel.init(seed=1)`",
+        )
+    return {key: (value, "argument config") for key, value in config.items()}
+
+
+def resolve(
+    config: Config | Mapping[str, Any] | None = None,
+    *,
+    env: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """Merge the sources, weakest to strongest: defaults, environment, `config`, `overrides`.
+
+    Effects: pure. Neither reads nor writes the process environment.
+
+    Args:
+        config: A record or mapping; of a record only the fields that differ from the defaults count.
+        env: The environment, of which names that start with `FACCEL_` are read.
+        overrides: Single fields.
+
+    Returns:
+        The record; its `sources` say for each field where it came from and what it overrode.
+
+    Raises:
+        ConfigError: An unknown name (with the nearest right one), a wrong type, an impossible value.
+
+    Examples:
+        >>> resolve({"grad_accum": 4}, env={"FACCEL_GRAD_ACCUM": "2"}).sources["grad_accum"]
+        'argument config, over environment FACCEL_GRAD_ACCUM 2'
+    """
+    names = {field.name: field.default for field in config_fields()}
+    values = dict(names)
+    sources = dict.fromkeys(names, "default")
+    layers = (
+        _from_environment(env or {}),
+        _from_record(config),
+        {key: (value, "argument") for key, value in (overrides or {}).items()},
+    )
+    for layer in layers:
+        for key, (value, source) in layer.items():
+            if key not in names:
+                raise ConfigError(f"`{key}` is not a field of the configuration", fix=nearest(key, names))
+            weaker = sources[key].partition(",")[0]
+            sources[key] = f"{source}, over {weaker} {_show(values[key])}"
+            values[key] = value
+    return Config(**values, sources=sources)

@@ -1,0 +1,41 @@
+"""Labels that say what a public function does besides returning a value.
+
+A label is a set of words: `collective` (every rank of the axis must call it), `ambient` (reads or writes process
+state), `updates x` (writes into the argument `x`, which stays yours), `consumes x` (`x` must not be used again). The
+empty set is `pure`. The docstring's `Effects:` line repeats the label, and a test holds both together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+F = TypeVar("F", bound=Callable[..., object])
+
+COLLECTIVE = "collective"
+AMBIENT = "ambient"
+
+
+def updates(argument: str) -> str:
+    """Return the label of a function that writes into `argument`."""
+    return f"updates {argument}"
+
+
+def consumes(argument: str) -> str:
+    """Return the label of a function after which `argument` must not be used again."""
+    return f"consumes {argument}"
+
+
+def effectful(*labels: str) -> Callable[[F], F]:
+    """Label a function with its effects; without labels it is pure."""
+
+    def mark(fn: F) -> F:
+        fn.__effects__ = frozenset(labels)  # type: ignore[attr-defined]
+        return fn
+
+    return mark
+
+
+def effects_of(fn: object) -> frozenset[str]:
+    """Return the labels of `fn`; the empty set (pure) where it has none."""
+    return getattr(fn, "__effects__", frozenset())

@@ -1,0 +1,91 @@
+"""Every exception of faccel: one class per cause, each with what happened, what was seen and the fix as data."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class FaccelError(Exception):
+    """The root of all errors that faccel raises on purpose.
+
+    Attributes:
+        what: What is wrong, one clause.
+        saw: What was found instead, possibly empty.
+        fix: What to do, starting with a verb, possibly empty.
+    """
+
+    def __init__(self, what: str, *, saw: str = "", fix: str = "") -> None:
+        self.what = what
+        self.saw = saw
+        self.fix = fix
+        got = f" Got {saw}." if saw else ""
+        todo = f"\nTo fix: {fix}." if fix else ""
+        super().__init__(f"{what}.{got}{todo}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.what, self.saw, self.fix)
+
+
+def _rebuild(cls: type[FaccelError], what: str, saw: str, fix: str) -> FaccelError:
+    return cls(what, saw=saw, fix=fix)
+
+
+class ConfigError(FaccelError, ValueError):
+    """A configuration value is unknown, of the wrong type or impossible."""
+
+
+class TopologyError(FaccelError, RuntimeError):
+    """The environment describes a world that cannot be."""
+
+
+class WorldError(FaccelError, RuntimeError):
+    """The processes could not be joined into the world that was asked for, or it is gone."""
+
+
+class DeviceError(FaccelError, RuntimeError):
+    """The device that was asked for is not there."""
+
+
+class BackendError(FaccelError, RuntimeError):
+    """No strategy can do what the mesh and the plan ask for."""
+
+
+class DesyncError(FaccelError, RuntimeError):
+    """Ranks disagree about the next collective; names what each rank was doing and where."""
+
+
+class RankFailedError(FaccelError, RuntimeError):
+    """Another rank raised while this one waited for it."""
+
+
+class TreeError(FaccelError, TypeError):
+    """A nested value has a leaf that the function cannot handle; names the leaf."""
+
+
+class DataError(FaccelError, ValueError):
+    """A loader, a cursor or a batch does not fit."""
+
+
+class ModelError(FaccelError, ValueError):
+    """A model does not fit."""
+
+
+class OptimizerError(FaccelError, ValueError):
+    """An optimizer does not fit the model, or a step has nothing to apply."""
+
+
+class ScalerError(FaccelError, RuntimeError):
+    """A `ScalerState` was not threaded through the loop."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """Return a hint that lists `allowed`, with the nearest to `word` first named.
+
+    Effects: pure.
+    """
+    names = sorted(allowed)
+    close = difflib.get_close_matches(word, names, n=1)
+    listed = ", ".join(f"`{name}`" for name in names)
+    return f"use `{close[0]}` (allowed: {listed})" if close else f"use one of {listed}"

@@ -1,0 +1,184 @@
+"""Models: from the user's module to one that runs on the ranks of a mesh, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from faccel.context import DistContext
+from faccel.effects import COLLECTIVE, effectful, updates
+from faccel.errors import BackendError, ModelError, OptimizerError
+from faccel.protocols import Parallelism, Run
+
+
+@attrs.frozen(eq=False)
+class WrappedModel:
+    """A model that runs on the ranks of a mesh; made by `wrap`.
+
+    Calling it runs the user's `forward` with the strategy's hooks and the configured precision; floating point outputs
+    come back as fp32. Any other attribute is the user's module's.
+
+    Args:
+        module: The user's module.
+        engine: What torch's engine made of it; the module itself on one process.
+        parallelism: How it runs.
+    """
+
+    module: nn.Module
+    engine: nn.Module = attrs.field(repr=False)
+    parallelism: Parallelism = attrs.field(repr=False)
+    _run: Run = attrs.field(repr=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run("forward", *args, **kwargs)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method other than `forward`, such as `"generate"`, with the same hooks and precision."""
+        if not callable(getattr(self.module, method, None)):
+            raise ModelError(
+                f"`{method}` is not a method of the model",
+                saw=f"a {type(self.module).__name__}",
+                fix="name one of its methods",
+            )
+        return self._run(method, *args, **kwargs)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters, for an optimizer."""
+        return self.module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters under the user's names."""
+        return self.module.named_parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return parameters and buffers under the user's names."""
+        return self.module.state_dict()
+
+    def train(self, mode: bool = True) -> WrappedModel:  # noqa: FBT001, FBT002 (torch's own signature)
+        """Set training mode. Updates the model and returns it, as torch does."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> WrappedModel:
+        """Set evaluation mode. Updates the model and returns it, as torch does."""
+        return self.train(False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "module":
+            raise AttributeError(name)
+        return getattr(self.module, name)
+
+
+@effectful(updates("model"), COLLECTIVE)
+def wrap(model: nn.Module, ctx: DistContext, *, plan: None = None) -> WrappedModel:
+    """Return `model` as it runs on the ranks of the mesh.
+
+    Effects: updates model, collective. Moves it to `ctx.device` (unless `device_placement` is off) and gives every
+    data rank rank 0's parameters and buffers. Gradients are averaged over the data ranks in backward.
+
+    Args:
+        model: The user's module; stays theirs, and is what `unwrap` returns.
+        ctx: The world.
+        plan: How the model is cut. No strategy of this version takes one.
+
+    Returns:
+        A callable record. Any number of models can be wrapped.
+
+    Raises:
+        ModelError: `model` is not a module, is wrapped already or has no parameters.
+        BackendError: A plan was given.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> net = wrap(torch.nn.Linear(2, 1), fake_context(0, 1))
+        >>> net(torch.zeros(3, 2)).shape, sorted(net.state_dict())
+        (torch.Size([3, 1]), ['bias', 'weight'])
+    """
+    if isinstance(model, WrappedModel):
+        raise ModelError("this model is wrapped already", fix="wrap it once, and use what `wrap` returned")
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ModelError("`wrap` takes a torch module", saw=f"a {type(model).__name__}", fix="pass an nn.Module")
+    if next(model.parameters(), None) is None:
+        raise ModelError(
+            "this model has no parameters", saw=type(model).__name__, fix="use it as it is: there is nothing to train"
+        )
+    if plan is not None:
+        raise BackendError(
+            f"the strategy `{ctx.parallelism.name}` takes no plan", saw=repr(plan), fix="leave `plan` out"
+        )
+    if ctx.config.device_placement:
+        model.to(ctx.device)
+    engine, run = ctx.parallelism.wrap(model, ctx)
+    return WrappedModel(model, engine, ctx.parallelism, run)
+
+
+def unwrap(model: WrappedModel) -> nn.Module:
+    """Return the user's own module, which shares its parameters with `model`.
+
+    Effects: pure.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> net = torch.nn.Linear(2, 1)
+        >>> unwrap(wrap(net, fake_context(0, 1))) is net
+        True
+    """
+    return model.module
+
+
+@effectful(updates("model"))
+def grad_sync(model: WrappedModel, *, on: bool) -> AbstractContextManager[None]:
+    """Make a context in which gradients are reduced over the data ranks in backward (`on`), or only accumulated.
+
+    Effects: updates model, until the context is left; then it is as before, in both directions.
+
+    Args:
+        model: From `wrap`. Forward and backward must both be inside.
+        on: `Micro.sync`: True for the last micro-batch of a window.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> model = wrap(torch.nn.Linear(2, 1), fake_context(0, 1))
+        >>> with grad_sync(model, on=False):
+        ...     model(torch.zeros(3, 2)).sum().backward()
+    """
+    return model.parallelism.sync(model.engine, on)
+
+
+@effectful(updates("opt"), COLLECTIVE)
+def wrap_optimizer(opt: torch.optim.Optimizer, model: WrappedModel, ctx: DistContext) -> torch.optim.Optimizer:
+    """Tie `opt` to the engine that runs `model`.
+
+    Effects: updates opt, collective. Where the strategy has nothing to tie (one process, DDP) `opt` itself comes back
+    as it was, so that one script moves to any strategy.
+
+    Args:
+        opt: Made from the parameters of `model`, after `wrap`.
+        model: From `wrap`.
+        ctx: The world.
+
+    Returns:
+        The optimizer to step with.
+
+    Raises:
+        OptimizerError: No parameter of `opt` belongs to `model`: it was made before `wrap`, or for another model.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> ctx = fake_context(0, 1)
+        >>> model = wrap(torch.nn.Linear(2, 1), ctx)
+        >>> opt = wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
+    """
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in opt.param_groups for p in group["params"]):
+        raise OptimizerError(
+            "no parameter of this optimizer belongs to the wrapped model",
+            saw=f"a {type(opt).__name__} made before `wrap`, or for another model",
+            fix="write `model = faccel.wrap(net, ctx)` first, then make the optimizer from `model.parameters()`",
+        )
+    return model.parallelism.wrap_optimizer(opt, model.engine, ctx)

@@ -1,0 +1,147 @@
+"""Mixed precision: autocast, and the fp16 loss scale as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import attrs
+import torch
+
+from faccel.context import DistContext
+from faccel.errors import ConfigError, ScalerError
+
+
+@attrs.frozen
+class ScalerState:
+    """The loss scale of fp16, threaded through the loop; the identity for other precisions.
+
+    Dynamic loss scaling after Micikevicius et al. 2018 (arXiv:1710.03740), with the constants of torch's GradScaler.
+
+    Args:
+        enabled: Whether losses are scaled at all.
+        scale: What the next `scaled_backward` multiplies by.
+        grad_scale: What the gradients that are there now were multiplied by; None before the first backward.
+        has_stepped: Whether an optimizer has stepped with them, so that several share one verdict.
+        num_good_steps: Finite updates since the scale last changed.
+        num_skipped: Updates skipped so far.
+        growth_factor: The scale is multiplied by it after `growth_interval` finite updates.
+        backoff_factor: The scale is multiplied by it after one that is not finite.
+        growth_interval: See `growth_factor`.
+    """
+
+    enabled: bool = False
+    scale: float = 1.0
+    grad_scale: float | None = None
+    has_stepped: bool = False
+    num_good_steps: int = 0
+    num_skipped: int = 0
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+
+    def __attrs_post_init__(self) -> None:
+        fits = self.scale > 0 and self.growth_factor >= 1 and 0 < self.backoff_factor <= 1 and self.growth_interval >= 1
+        if not fits:
+            raise ConfigError(
+                "a loss scale is positive, grows by a factor of at least 1 and backs off by one of at most 1",
+                saw=str(self),
+                fix="write `faccel.init_scaler(ctx, scale=65536.0, growth_factor=2.0, backoff_factor=0.5)`",
+            )
+
+    def after_backward(self) -> ScalerState:
+        """Return the state in which gradients of the current scale are there."""
+        if self.grad_scale == self.scale and not self.has_stepped:
+            return self
+        return attrs.evolve(self, grad_scale=self.scale, has_stepped=False)
+
+    def after_step(self, *, finite: bool) -> ScalerState:
+        """Return the state after one optimizer has stepped, or skipped, with the gradients that are there.
+
+        Several optimizers that step after one backward count as one update, and one overflow among them is enough.
+        """
+        if not self.enabled:
+            return self if finite else attrs.evolve(self, num_skipped=self.num_skipped + 1)
+        if not finite:
+            scale = self.scale_of_gradients() * self.backoff_factor
+            return attrs.evolve(
+                self, scale=scale, has_stepped=True, num_good_steps=0, num_skipped=self.num_skipped + 1
+            )
+        if self.has_stepped:
+            return self
+        if self.num_good_steps + 1 < self.growth_interval:
+            return attrs.evolve(self, has_stepped=True, num_good_steps=self.num_good_steps + 1)
+        return attrs.evolve(self, scale=self.scale * self.growth_factor, has_stepped=True, num_good_steps=0)
+
+    def scale_of_gradients(self) -> float:
+        """Return what the gradients that are there were multiplied by.
+
+        Raises:
+            ScalerError: This state has seen no backward.
+        """
+        if self.grad_scale is None:
+            raise ScalerError(
+                "this step has seen no `scaled_backward`",
+                saw="a scaler that was never given back by one",
+                fix="write `scaler = faccel.scaled_backward(loss, scaler, ctx)` instead of `loss.backward()`",
+            )
+        return self.grad_scale
+
+
+def init_scaler(ctx: DistContext, **options: float) -> ScalerState:
+    """Return the loss scale to start with: 65536 under fp16, the identity for other precisions.
+
+    Effects: pure.
+
+    Args:
+        ctx: Its configuration chooses the precision.
+        **options: `scale`, `growth_factor`, `backoff_factor`, `growth_interval`.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> init_scaler(fake_context(0, 1, config={"mixed_precision": "fp16"})).scale
+        65536.0
+        >>> init_scaler(fake_context(0, 1)).enabled
+        False
+    """
+    allowed = ("scale", "growth_factor", "backoff_factor", "growth_interval")
+    for name in options:
+        if name not in allowed:
+            raise ConfigError(f"`{name}` is not an option of the loss scale", fix=f"use one of {', '.join(allowed)}")
+    if ctx.config.mixed_precision != "fp16":
+        return ScalerState()
+    return ScalerState(enabled=True, **{"scale": 65536.0, **options})  # type: ignore[arg-type]
+
+
+def autocast(ctx: DistContext) -> AbstractContextManager[None]:
+    """Make a context that computes in the configured precision, for what is outside a wrapped model.
+
+    Effects: pure. Inside, torch's autocast of this thread is on.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> x = torch.ones(2, 2)
+        >>> with autocast(fake_context(0, 1, config={"mixed_precision": "bf16"})):
+        ...     (x @ x).dtype
+        torch.bfloat16
+    """
+    if ctx.compute_dtype is None:
+        return nullcontext()
+    return torch.autocast(ctx.device.type, dtype=ctx.compute_dtype)
+
+
+def unscale_(grads: Iterable[torch.Tensor], scale: float) -> bool:
+    """Divide gradients by `scale` in place and return whether all of them are finite.
+
+    Waits for the device once, as torch's GradScaler does, whose kernel this is.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for grad in grads:
+        groups.setdefault((grad.device, grad.dtype), []).append(grad)
+    overflows: list[torch.Tensor] = []
+    for (device, _), members in groups.items():
+        found = torch.zeros((), dtype=torch.float32, device=device)
+        inverse = torch.full((), 1.0 / scale, dtype=torch.float32, device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(members, found, inverse)  # pyright: ignore[reportPrivateUsage]
+        overflows.append(found)
+    return not any(found.item() for found in overflows)

@@ -1,0 +1,73 @@
+"""What the stages of a step know of the world: how to communicate, and how a model is run in parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import attrs
+import torch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # noqa: TID251 (a name for the type checker)
+
+DATA = "data"
+WORLD = "world"
+
+
+class Collectives(Protocol):
+    """Communication between the ranks of an axis (`"data"`, `"world"` or an axis of the mesh).
+
+    Tensors in are contiguous and on the device of the context; they are never written. Tensors out are fresh.
+    Every method but `size`, `rank` and `group` is collective over the axis.
+    """
+
+    def size(self, axis: str) -> int:
+        """Return how many ranks the axis has."""
+        ...
+
+    def rank(self, axis: str) -> int:
+        """Return where this rank stands on the axis."""
+        ...
+
+    def group(self, axis: str) -> ProcessGroup | None:
+        """Return torch's process group of the axis, for engines that ask for one; None where there is none."""
+        ...
+
+    def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
+        """Return `T[...]`: the `op` (`"sum"`, `"min"`, `"max"`, `"prod"`) of every rank's `x: T[...]`."""
+        ...
+
+    def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:
+        """Return `T[size, ...]` from every rank's `x: T[...]` of one shape and dtype."""
+        ...
+
+    def broadcast(self, x: torch.Tensor, src: int, axis: str) -> torch.Tensor:
+        """Return the `x: T[...]` of rank `src` of the axis; the others' `x` gives shape and dtype."""
+        ...
+
+    def barrier(self, axis: str) -> None:
+        """Return when every rank of the axis has called it."""
+        ...
+
+
+Run = Callable[..., Any]
+"""`run(method, *args, **kwargs)`: calls a method of the model with the strategy's hooks and precision."""
+
+
+@attrs.frozen(eq=False)
+class Parallelism:
+    """One way to run a model on the ranks of a mesh, as a value.
+
+    Args:
+        name: For people.
+        wrap: `wrap(module, ctx) -> (engine, run)`. Updates `module` (placement, rank 0's values); collective.
+        wrap_optimizer: `wrap_optimizer(opt, engine, ctx) -> Optimizer`. The same object where nothing is to be tied.
+        sync: `sync(engine, on)`: a context in which gradients are reduced in this backward (`on`), or not yet.
+    """
+
+    name: str
+    wrap: Callable[[torch.nn.Module, Any], tuple[torch.nn.Module, Run]]
+    wrap_optimizer: Callable[[torch.optim.Optimizer, torch.nn.Module, Any], torch.optim.Optimizer]
+    sync: Callable[[torch.nn.Module, bool], AbstractContextManager[None]]

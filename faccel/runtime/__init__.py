@@ -1,0 +1,201 @@
+"""`init` and `shutdown`: the environment is read here, once, and a context is made of it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from faccel.backends import choose
+from faccel.backends.collectives import SingleCollectives, TorchCollectives
+from faccel.config import Config, resolve
+from faccel.context import DistContext, Mesh, Topology
+from faccel.effects import AMBIENT, effectful
+from faccel.errors import DeviceError, WorldError
+from faccel.mesh import MeshSpec
+from faccel.protocols import DATA, WORLD, Collectives
+from faccel.runtime.detect import detect
+
+
+class _DefaultGroup:
+    """torch's default process group, the one thing of a process that contexts share.
+
+    Made or adopted by the first context of more than one process, ended with the last one if faccel made it.
+    """
+
+    def __init__(self) -> None:
+        self.users: set[int] = set()
+        self.is_ours = False
+        self.excepthook: Any = None
+
+    def join(self, topology: Topology, device: torch.device, timeout_s: float) -> dist.ProcessGroup:
+        """Return the group of all processes of `topology`."""
+        if dist.is_initialized():
+            self._check_same(topology)
+        else:
+            self._make(topology, device, timedelta(seconds=timeout_s))
+        group = dist.group.WORLD
+        assert group is not None
+        return group
+
+    def _check_same(self, topology: Topology) -> None:
+        have = (dist.get_rank(), dist.get_world_size())
+        if have != (topology.rank, topology.world_size):
+            raise WorldError(
+                "a process can be in one world of several processes at a time",
+                saw=f"rank {have[0]} of {have[1]} before, rank {topology.rank} of {topology.world_size} now",
+                fix="call `faccel.shutdown(ctx)` of the first world before `faccel.init()` of the second",
+            )
+
+    def _make(self, topology: Topology, device: torch.device, timeout: timedelta) -> None:
+        self.excepthook = sys.excepthook  # torch replaces it and does not put it back
+        try:
+            store = dist.TCPStore(
+                topology.main_address,
+                topology.main_port,
+                topology.world_size,
+                is_master=topology.rank == 0 and not topology.store_is_hosted,
+                timeout=timeout,
+                multi_tenant=True,
+            )
+            # A restarted worker must not meet the addresses of the attempt that died.
+            dist.init_process_group(
+                "cpu:gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_BACKENDS[device.type]}",
+                store=dist.PrefixStore(f"faccel/attempt_{topology.attempt}", store),
+                rank=topology.rank,
+                world_size=topology.world_size,
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
+            )
+        except (dist.DistError, RuntimeError) as error:
+            sys.excepthook = self.excepthook
+            raise WorldError(
+                f"rank {topology.rank} could not join the {topology.world_size} processes at "
+                f"{topology.main_address}:{topology.main_port}",
+                saw=str(error).strip().split("\n")[0],
+                fix="start all of them, with the same `MASTER_ADDR` and a free `MASTER_PORT`",
+            ) from error
+        self.is_ours = True
+
+    def leave(self, user: int) -> None:
+        """End the group when its last user leaves, if faccel made it."""
+        if user not in self.users:
+            return
+        self.users.discard(user)
+        if not self.users and self.is_ours:
+            self.is_ours = False
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            sys.excepthook = self.excepthook
+
+
+_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
+_default_group = _DefaultGroup()
+
+
+def _choose_device(config: Config, topology: Topology) -> torch.device:
+    if config.device is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        kind = "cpu" if found is None or (found.type not in _BACKENDS and topology.world_size > 1) else found.type
+        device = torch.device(kind)
+    else:
+        try:
+            device = torch.device(config.device)
+        except RuntimeError as error:
+            raise DeviceError("torch knows no such device", saw=repr(config.device), fix='use `"cpu"`') from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    index = topology.local_rank if device.index is None else device.index
+    if index >= count:
+        raise DeviceError(
+            f"process {topology.local_rank} of this machine has no `{device.type}` of its own",
+            saw=f"{count} devices for {topology.local_world_size} processes",
+            fix=f"start {max(count, 1)} processes on this machine, or `faccel.init(device='cpu')`",
+        )
+    return torch.device(device.type, index)
+
+
+@effectful(AMBIENT)
+def init(
+    config: Config | Mapping[str, Any] | None = None, /, *, env: Mapping[str, str] | None = None, **overrides: Any
+) -> DistContext:
+    """Return the context of this process: where it stands, what it computes on, how it talks.
+
+    Effects: ambient. Reads the environment, once. With more than one process it makes torch's default process group,
+    or adopts the one that is there; `shutdown`, which is registered to run at exit, ends what was made.
+
+    The world is the processes that were started, by torchrun for instance; without a launcher it is this one. A second
+    call in one process is legal.
+
+    Args:
+        config: A `Config` or a mapping of its fields.
+        env: The environment; None takes the process's own.
+        **overrides: Single fields of `Config`, which win over everything else.
+
+    Returns:
+        The context; as a context manager (`with faccel.init() as ctx:`) it shuts down at the end.
+
+    Raises:
+        ConfigError: An unknown or impossible value.
+        TopologyError: The environment is half set or contradicts itself.
+        DeviceError: The device is not there, or there are more processes than devices.
+        WorldError: The processes do not find each other, or this one is in another world already.
+
+    Examples:
+        >>> ctx = init({"mixed_precision": "bf16"}, env={}, seed=1)
+        >>> ctx.rank, ctx.world_size, ctx.config.seed
+        (0, 1, 1)
+    """
+    env = os.environ if env is None else env
+    resolved = resolve(config, env=env, overrides=overrides)
+    topology = detect(env)
+    spec = (resolved.mesh or MeshSpec(dp_replicate=-1)).fill(topology.world_size)
+    parallelism = choose(spec, env)
+    device = _choose_device(resolved, topology)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    comm: Collectives = SingleCollectives()
+    if topology.world_size > 1:
+        group = _default_group.join(topology, device, resolved.timeout_s)
+        comm = TorchCollectives({WORLD: group, DATA: group})
+    ctx = DistContext(
+        topology=topology,
+        config=resolved,
+        device=device,
+        mesh=Mesh(spec, lambda: device_mesh(spec, device.type)),
+        comm=comm,
+        parallelism=parallelism,
+        close=shutdown,
+    )
+    if topology.world_size > 1:
+        _default_group.users.add(id(ctx))
+        atexit.register(shutdown, ctx)
+    return ctx
+
+
+def device_mesh(spec: MeshSpec, device_type: str) -> dist.DeviceMesh:
+    """Make torch's mesh of the axes that have more than one rank. Collective."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    axes = {axis: n for axis, n in spec.extents.items() if n > 1} or {"dp_replicate": 1}
+    return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+
+@effectful(AMBIENT)
+def shutdown(ctx: DistContext) -> None:
+    """End what `init` began: the process group after its last context, and torch's `sys.excepthook`.
+
+    Effects: ambient. Waits for nobody; a second call does nothing.
+
+    Examples:
+        >>> ctx = init(env={})
+        >>> shutdown(ctx)
+    """
+    _default_group.leave(id(ctx))

@@ -1,0 +1,176 @@
+"""For tests of user code: a world of any size inside one process, and a context with no peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from faccel.backends import choose
+from faccel.backends.collectives import SingleCollectives, TorchCollectives
+from faccel.config import Config, resolve
+from faccel.context import DistContext, Mesh, Topology
+from faccel.errors import ConfigError, WorldError
+from faccel.mesh import MeshSpec
+from faccel.mix import mix
+from faccel.protocols import DATA, WORLD, Collectives
+from faccel.runtime import device_mesh
+from faccel.testing.baton import Baton
+from faccel.testing.group import BACKEND, Endpoint, SimulatedGroup, SimulatedStore, TraceEvent, World
+
+__all__ = ["Results", "TraceEvent", "fake_context", "simulate"]
+
+T = TypeVar("T")
+_ConfigLike = Config | Mapping[str, Any] | None
+_MeshLike = MeshSpec | Mapping[str, int] | str | None
+
+
+class Results(tuple[T, ...], Generic[T]):
+    """What each rank returned, in rank order.
+
+    Attributes:
+        trace: Every call of a collective, in the order in which they were made.
+    """
+
+    trace: tuple[TraceEvent, ...]
+
+
+def _context(
+    rank: int, world_size: int, config: _ConfigLike, mesh: _MeshLike, comm: Callable[[MeshSpec], Collectives]
+) -> DistContext:
+    resolved = resolve(config, overrides={"device": "cpu"} | ({} if mesh is None else {"mesh": mesh}))
+    spec = (resolved.mesh or MeshSpec(dp_replicate=-1)).fill(world_size)
+    return DistContext(
+        topology=Topology(
+            rank=rank,
+            world_size=world_size,
+            local_rank=rank,
+            local_world_size=world_size,
+            source="simulated",
+        ),
+        config=resolved,
+        device=torch.device("cpu"),
+        mesh=Mesh(spec, lambda: device_mesh(spec, "cpu")),
+        comm=comm(spec),
+        parallelism=choose(spec, {}),
+    )
+
+
+def simulate(
+    fn: Callable[..., T],
+    world_size: int,
+    *args: Any,
+    config: _ConfigLike = None,
+    mesh: _MeshLike = None,
+    seed: int = 0,
+    timeout_s: float = 30.0,
+) -> Results[T]:
+    """Run `fn(ctx, *args)` on every rank of a world inside this process.
+
+    Ranks are threads of which exactly one runs at a time, in a fixed order: runs are deterministic. Each has its own
+    process-wide generators of torch, numpy and python and its own table of process groups, so that `torch.manual_seed`,
+    dropout and `torch.distributed` do what they would in its own process. The communicator is a c10d process group
+    with collectives, send and receive, on which torch's own DDP runs.
+
+    Effects: pure, as far as `fn` is: the generators of this process are put back.
+
+    Args:
+        fn: What a rank does; it gets its context first.
+        world_size: How many ranks.
+        *args: Passed on; shared between the ranks.
+        config: As for `faccel.init`, without the environment.
+        mesh: As in `Config`.
+        seed: Ranks start with process-wide generators seeded from it, each with others.
+        timeout_s: Seconds of wall time until the simulation is given up.
+
+    Returns:
+        The results in rank order, a tuple that has `.trace`.
+
+    Raises:
+        DesyncError: Ranks disagree about the next collective, or one waits for ever; names what each was doing, and
+            at which line.
+        BaseException: What the first failing rank raised.
+
+    Examples:
+        >>> import faccel
+        >>> out = simulate(lambda ctx: faccel.reduce(torch.tensor(ctx.rank), ctx), 4)
+        >>> out[0], out.trace[0].op, out.trace[0].num_bytes
+        (tensor(6), 'all_reduce', 8)
+    """
+    if world_size < 1:
+        raise ConfigError("a world has at least one rank", saw=f"world_size={world_size}", fix="use 1 or more")
+    baton = Baton([mix(seed, rank) for rank in range(world_size)])
+    world = World(baton)
+    everyone = range(world_size)
+
+    def body(rank: int) -> T:
+        def group(spec: MeshSpec, axis: str) -> SimulatedGroup:
+            ranks = [r for r in everyone if axis == WORLD or _shares_data_axis(spec, r, rank)]
+            return SimulatedGroup(world, (axis, tuple(ranks)), ranks, ranks.index(rank), axis)
+
+        def comm(spec: MeshSpec) -> Collectives:
+            if world_size == 1:
+                return SingleCollectives()
+            dist.init_process_group(
+                BACKEND,
+                store=SimulatedStore(world, rank),
+                rank=rank,
+                world_size=world_size,
+                pg_options=Endpoint(world, rank),
+            )
+            return TorchCollectives({axis: group(spec, axis) for axis in (WORLD, DATA)})
+
+        return fn(_context(rank, world_size, config, mesh, comm), *args)
+
+    results = Results(baton.run(body, timeout_s))
+    results.trace = tuple(world.trace)
+    return results
+
+
+def _shares_data_axis(spec: MeshSpec, a: int, b: int) -> bool:
+    """Whether two ranks differ in their data coordinates at most."""
+    first, second = spec.coordinates(a), spec.coordinates(b)
+    return all(first[axis] == second[axis] for axis in ("pp", "cp", "tp"))
+
+
+class _NoPeers:
+    """The communication of a context that has none."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+
+    def size(self, axis: str) -> int:
+        return self._world_size
+
+    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
+        def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+            raise WorldError(
+                f"a fake context has no peers, so `{name}` cannot be done",
+                fix="write `faccel.testing.simulate(fn, world_size)` for functions that communicate",
+            )
+
+        return refuse
+
+
+def fake_context(rank: int, world_size: int, *, mesh: _MeshLike = None, config: _ConfigLike = None) -> DistContext:
+    """Return the context of one rank that has no peers, for functions that do not communicate.
+
+    Effects: pure.
+
+    Args:
+        rank: Which rank.
+        world_size: Of how many.
+        mesh: As in `Config`.
+        config: As for `faccel.init`, without the environment.
+
+    Raises:
+        WorldError: Later, when a function tries to communicate (a world of one can).
+
+    Examples:
+        >>> fake_context(3, 8, mesh="dp_replicate=8").data_rank
+        3
+    """
+    comm: Any = SingleCollectives() if world_size == 1 else _NoPeers(world_size)
+    return _context(rank, world_size, config, mesh, lambda spec: comm)

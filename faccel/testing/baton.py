@@ -1,0 +1,214 @@
+"""Ranks as threads of which exactly one runs: a rank that waits hands the baton on.
+
+At each hand-over the process-wide generators of torch, numpy and python and torch's table of process groups are
+swapped, so that each rank has its own, as a process would. "Somebody waits and nobody can run" is the whole detector
+of hangs.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.distributed_c10d as c10d
+
+from faccel.errors import DesyncError
+
+_INSIDE = tuple(
+    os.path.dirname(os.path.abspath(file)) + os.sep
+    for file in (torch.__file__, os.path.dirname(os.path.abspath(__file__)), threading.__file__)
+)
+
+
+class _GroupTable:
+    """The fields of c10d's process-wide table of groups, one table per rank."""
+
+    def __init__(self) -> None:
+        self.default_pg: Any = None
+        self.pg_map: dict[Any, Any] = {}
+        self.pg_names: dict[Any, Any] = {}
+        self.pg_group_ranks: dict[Any, Any] = {}
+        self.pg_backend_config: dict[Any, Any] = {}
+        self.group_count = 0
+        self.tags_to_pg: dict[str, list[Any]] = {}
+        self.pg_to_tag: dict[Any, str] = {}
+        self.pg_coalesce_state: dict[Any, list[Any]] = {}
+        self.comms: list[Any] = []
+
+
+class _Globals:
+    """What a process has one of."""
+
+    def __init__(self) -> None:
+        self.save()
+
+    def save(self) -> None:
+        self.torch = torch.default_generator.get_state()
+        self.numpy = np.random.get_state()
+        self.python = random.getstate()
+        self.groups: Any = c10d._world  # pyright: ignore[reportPrivateUsage]
+
+    def restore(self) -> None:
+        torch.default_generator.set_state(self.torch)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+        c10d._world = self.groups  # pyright: ignore[reportPrivateUsage]
+
+    @classmethod
+    def seeded(cls, seed: int) -> _Globals:
+        """Return those of a new process: generators with a seed, no process group."""
+        new = cls()
+        new.torch = torch.Generator().manual_seed(seed).get_state()
+        new.numpy = np.random.RandomState(seed % 2**32).get_state()
+        new.python = random.Random(seed).getstate()
+        new.groups = _GroupTable()
+        return new
+
+
+class _Rank:
+    def __init__(self, globals_: _Globals) -> None:
+        self.globals = globals_
+        self.turn = threading.Semaphore(0)
+        self.ready: Callable[[], bool] | None = None  # None: can run
+        self.doing = "starting"
+        self.is_done = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
+def call_site() -> str:
+    """Return `file:line` of the innermost frame that is the user's: neither torch's nor faccel's."""
+    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_INSIDE) and not name.startswith("<frozen"):
+            return f"{os.path.relpath(name) if os.path.isabs(name) else name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "unknown"
+
+
+class Baton:
+    """Runs one function per rank, one rank at a time, in a fixed order.
+
+    Args:
+        seeds: A seed for the process-wide generators of each rank.
+    """
+
+    def __init__(self, seeds: list[int]) -> None:
+        self.ranks = [_Rank(_Globals.seeded(seed)) for seed in seeds]
+        self.failure: DesyncError | None = None
+        self.first_error: BaseException | None = None
+        self.finished = threading.Event()
+
+    def run(self, fn: Callable[[int], Any], timeout_s: float) -> tuple[Any, ...]:
+        """Run `fn(rank)` for every rank and return the results in order; raise what the first failing rank raised."""
+        before, hook = _Globals(), sys.excepthook
+        c10d_binding: Any = torch._C._distributed_c10d  # pyright: ignore[reportPrivateUsage]
+        c10d_binding._set_thread_isolation_mode(True)  # names of groups are per rank
+        threads = [threading.Thread(target=self._body, args=(r, fn), daemon=True) for r in range(len(self.ranks))]
+        try:
+            for thread in threads:
+                thread.start()
+            self.ranks[0].turn.release()
+            if not self.finished.wait(timeout_s):
+                raise TimeoutError(f"the simulated world has not finished in {timeout_s} s:\n{self._where(threads)}")
+            for thread in threads:
+                thread.join()
+        finally:
+            c10d_binding._set_thread_isolation_mode(False)
+            before.restore()
+            sys.excepthook = hook
+        if self.first_error is not None:
+            raise self.first_error
+        return tuple(rank.result for rank in self.ranks)
+
+    def _where(self, threads: list[threading.Thread]) -> str:
+        import traceback
+
+        frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]
+        running = [r for r, rank in enumerate(self.ranks) if not rank.is_done and rank.ready is None]
+        stacks = [traceback.format_stack(frames[i])[-3:] for r in running if (i := threads[r].ident) in frames]
+        return "\n".join("".join(stack) for stack in stacks[:1]) or self.report()
+
+    def _body(self, number: int, fn: Callable[[int], Any]) -> None:
+        rank = self.ranks[number]
+        rank.turn.acquire()
+        rank.globals.restore()
+        try:
+            with torch.autograd.set_multithreading_enabled(False):
+                rank.doing = "running"
+                rank.result = fn(number)
+            rank.doing = "returned"
+        except BaseException as error:
+            rank.error = error
+            rank.doing = f"raised {type(error).__name__}"
+            if self.first_error is None:
+                self.first_error = self.failure or error
+        rank.is_done = True
+        self._pass_on(number)
+
+    def wait(self, number: int, ready: Callable[[], bool], doing: str) -> None:
+        """Hand the baton on until `ready()`.
+
+        Raises:
+            DesyncError: Nobody can run any more.
+        """
+        rank = self.ranks[number]
+        if self.failure is None and not ready():
+            rank.doing, rank.ready = doing, ready
+            rank.globals.save()
+            if self._pass_on(number) is not rank:
+                rank.turn.acquire()
+                rank.globals.restore()
+            rank.ready = None
+        if self.failure is not None:
+            raise self.failure
+        rank.doing = "running"
+
+    def fail(self, error: DesyncError) -> DesyncError:
+        """Make every rank fail with `error` at its next wait, and return it."""
+        self.failure = self.failure or error
+        return self.failure
+
+    def _pass_on(self, number: int) -> _Rank | None:
+        chosen = self._next(number)
+        if chosen is None and not all(rank.is_done for rank in self.ranks):
+            self.fail(DesyncError(
+                "ranks disagree about the next collective",
+                saw=self.report(),
+                fix="call it on every rank; look for an `if ctx.is_main`, an early return or a loop of another length",
+            ))  # fmt: skip
+            chosen = self._next(number)
+        if chosen is None:
+            self.finished.set()
+        elif chosen is not self.ranks[number]:
+            chosen.turn.release()
+        return chosen
+
+    def _next(self, number: int) -> _Rank | None:
+        count = len(self.ranks)
+        for i in range(1, count + 1):
+            rank = self.ranks[(number + i) % count]
+            if not rank.is_done and (self.failure is not None or rank.ready is None or rank.ready()):
+                return rank
+        return None
+
+    def report(self) -> str:
+        """Say what each rank is doing, ranks that do the same in one clause."""
+        groups: dict[str, list[int]] = {}
+        for number, rank in enumerate(self.ranks):
+            groups.setdefault(rank.doing, []).append(number)
+        return ", ".join(f"{_span(numbers)}: {doing}" for doing, numbers in groups.items())
+
+
+def _span(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    is_run = numbers[-1] - numbers[0] == len(numbers) - 1
+    return f"ranks {numbers[0]} to {numbers[-1]}" if is_run else f"ranks {', '.join(map(str, numbers))}"

@@ -1,0 +1,36 @@
+"""pytest plugin: `@pytest.mark.world_size(1, 2, 4)` runs a test on every rank of simulated worlds.
+
+The test takes `ctx`, and any fixtures, which the ranks share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker."""
+    config.addinivalue_line("markers", "world_size(*sizes): run the test on every rank of simulated worlds, as `ctx`")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make one test of each world size."""
+    marker = metafunc.definition.get_closest_marker("world_size")
+    if marker is not None and "ctx" in metafunc.fixturenames:
+        metafunc.parametrize("ctx", marker.args, ids=[f"world{n}" for n in marker.args])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a marked test in its simulated world."""
+    if pyfuncitem.get_closest_marker("world_size") is None or "ctx" not in pyfuncitem.funcargs:
+        return None
+    from faccel.testing import simulate
+
+    names = pyfuncitem._fixtureinfo.argnames  # pyright: ignore[reportPrivateUsage]
+    arguments: dict[str, Any] = {name: pyfuncitem.funcargs[name] for name in names}
+    world_size = arguments.pop("ctx")
+    simulate(lambda ctx: pyfuncitem.obj(ctx=ctx, **arguments), world_size)
+    return True
