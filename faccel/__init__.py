@@ -9,17 +9,17 @@ if TYPE_CHECKING:
     from faccel import backends as backends
     from faccel import errors as errors
     from faccel import testing as testing
-    from faccel.comm import Verdict as Verdict
-    from faccel.comm import agree as agree
-    from faccel.comm import barrier as barrier
-    from faccel.comm import broadcast as broadcast
-    from faccel.comm import broadcast_objects as broadcast_objects
-    from faccel.comm import gather as gather
-    from faccel.comm import gather_objects as gather_objects
-    from faccel.comm import main_first as main_first
-    from faccel.comm import on_main as on_main
-    from faccel.comm import on_rank as on_rank
-    from faccel.comm import reduce as reduce
+    from faccel.comm.control import Verdict as Verdict
+    from faccel.comm.control import agree as agree
+    from faccel.comm.control import barrier as barrier
+    from faccel.comm.control import main_first as main_first
+    from faccel.comm.control import on_main as on_main
+    from faccel.comm.control import on_rank as on_rank
+    from faccel.comm.objects import broadcast_objects as broadcast_objects
+    from faccel.comm.objects import gather_objects as gather_objects
+    from faccel.comm.tensors import broadcast as broadcast
+    from faccel.comm.tensors import gather as gather
+    from faccel.comm.tensors import reduce as reduce
     from faccel.config import Config as Config
     from faccel.context import DistContext as DistContext
     from faccel.context import Topology as Topology
@@ -50,10 +50,9 @@ if TYPE_CHECKING:
     from faccel.step import windows as windows
 
 _HOMES = {
-    "faccel.comm": (
-        "Verdict", "agree", "barrier", "broadcast", "broadcast_objects", "gather", "gather_objects", "main_first",
-        "on_main", "on_rank", "reduce",
-    ),
+    "faccel.comm.control": ("Verdict", "agree", "barrier", "main_first", "on_main", "on_rank"),
+    "faccel.comm.objects": ("broadcast_objects", "gather_objects"),
+    "faccel.comm.tensors": ("broadcast", "gather", "reduce"),
     "faccel.config": ("Config",),
     "faccel.context": ("DistContext", "Topology"),
     "faccel.data.loader": ("Batch", "ShardedLoader", "batches", "shard"),

@@ -173,7 +173,7 @@ def resolve(
         'argument config, over environment FACCEL_GRAD_ACCUM 2'
     """
     names = {field.name: field.default for field in config_fields()}
-    values = dict(names)
+    values: dict[str, Any] = dict(names)
     sources = dict.fromkeys(names, "default")
     layers = (
         _from_environment(env or {}),

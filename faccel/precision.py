@@ -64,9 +64,7 @@ class ScalerState:
             return self if finite else attrs.evolve(self, num_skipped=self.num_skipped + 1)
         if not finite:
             scale = self.scale_of_gradients() * self.backoff_factor
-            return attrs.evolve(
-                self, scale=scale, has_stepped=True, num_good_steps=0, num_skipped=self.num_skipped + 1
-            )
+            return attrs.evolve(self, scale=scale, has_stepped=True, num_good_steps=0, num_skipped=self.num_skipped + 1)
         if self.has_stepped:
             return self
         if self.num_good_steps + 1 < self.growth_interval:
@@ -113,7 +111,7 @@ def init_scaler(ctx: DistContext, **options: float) -> ScalerState:
     return ScalerState(enabled=True, **{"scale": 65536.0, **options})  # type: ignore[arg-type]
 
 
-def autocast(ctx: DistContext) -> AbstractContextManager[None]:
+def autocast(ctx: DistContext) -> AbstractContextManager[object]:
     """Make a context that computes in the configured precision, for what is outside a wrapped model.
 
     Effects: pure. Inside, torch's autocast of this thread is on.

@@ -11,6 +11,7 @@ from faccel.context import DistContext
 from faccel.effects import AMBIENT, effectful
 from faccel.mix import mix
 
+
 def fold_in(seed: int, *ints: int) -> torch.Generator:
     """Return a CPU generator whose stream depends on all the integers, and on nothing else.
 

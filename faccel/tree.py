@@ -30,9 +30,9 @@ def is_tensordict(value: object) -> bool:
 
 def _sorted_keys(mapping: Mapping[Any, Any]) -> list[Any]:
     try:
-        return sorted(mapping)
+        return sorted(mapping.keys())
     except TypeError:
-        return sorted(mapping, key=lambda key: (type(key).__name__, repr(key)))
+        return sorted(mapping.keys(), key=lambda key: (type(key).__name__, repr(key)))
 
 
 def _make_mapping(node: Mapping[Any, Any], keys: list[Any]) -> _Make:
@@ -132,9 +132,7 @@ def paths(tree: Tree, prefix: str = "") -> list[str]:
     if children is None:
         return [prefix or "the value itself"]
     return [
-        path
-        for key, child in zip(children[0], children[1], strict=True)
-        for path in paths(child, f"{prefix}[{key!r}]")
+        path for key, child in zip(children[0], children[1], strict=True) for path in paths(child, f"{prefix}[{key!r}]")
     ]
 
 

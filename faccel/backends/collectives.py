@@ -18,7 +18,7 @@ _OPS = {
     "prod": dist.ReduceOp.PRODUCT,
 }
 # torch 2.13 renamed it and warns on the old name, which is the only one that 2.9 has
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_gather_single = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
 
 
 @attrs.frozen

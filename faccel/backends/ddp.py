@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from faccel.backends.forward import Methods, call_method, with_precision
-from faccel.comm import broadcast
+from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
 from faccel.protocols import DATA, Parallelism, Run
 
@@ -20,9 +20,7 @@ from faccel.protocols import DATA, Parallelism, Run
 def _wrap(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, Run]:
     if not any(p.requires_grad for p in module.parameters()):
         return _wrap_frozen(module, ctx)
-    engine = DistributedDataParallel(
-        Methods(module), process_group=ctx.comm.group(DATA), gradient_as_bucket_view=True
-    )
+    engine = DistributedDataParallel(Methods(module), process_group=ctx.comm.group(DATA), gradient_as_bucket_view=True)
 
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
         # Without gradients nothing is to be reduced, and torch would still broadcast buffers: ranks may evaluate
@@ -52,7 +50,7 @@ def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Opti
 
 
 @contextmanager
-def _sync(engine: nn.Module, on: bool) -> Iterator[None]:  # noqa: FBT001 (Parallelism.sync)
+def _sync(engine: nn.Module, on: bool) -> Generator[None]:  # noqa: FBT001 (Parallelism.sync)
     before = getattr(engine, "require_backward_grad_sync", on)
     engine.require_backward_grad_sync = on  # type: ignore[assignment]
     try:

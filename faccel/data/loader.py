@@ -67,8 +67,8 @@ class ShardedLoader:
     shuffle: bool
     epoch: int | None
     start: int
-    _place: Callable[[Any], Any] | None = attrs.field(repr=False)
-    _reader: Reader = attrs.field(repr=False)
+    _place: Callable[[Any], Any] | None = attrs.field(repr=False, alias="place")
+    _reader: Reader = attrs.field(repr=False, alias="reader")
 
     @property
     def dataset(self) -> Any:

@@ -112,7 +112,7 @@ def _choose_device(config: Config, topology: Topology) -> torch.device:
     if device.type == "cpu":
         return torch.device("cpu")
     count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    index = topology.local_rank if device.index is None else device.index
+    index = topology.local_rank if device.index is None else device.index  # pyright: ignore[reportUnnecessaryComparison]
     if index >= count:
         raise DeviceError(
             f"process {topology.local_rank} of this machine has no `{device.type}` of its own",

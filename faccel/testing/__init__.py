@@ -18,7 +18,8 @@ from faccel.mix import mix
 from faccel.protocols import DATA, WORLD, Collectives
 from faccel.runtime import device_mesh
 from faccel.testing.baton import Baton
-from faccel.testing.group import BACKEND, Endpoint, SimulatedGroup, SimulatedStore, TraceEvent, World
+from faccel.testing.group import BACKEND, Endpoint, SimulatedGroup, TraceEvent, World
+from faccel.testing.store import SimulatedStore
 
 __all__ = ["Results", "TraceEvent", "fake_context", "simulate"]
 

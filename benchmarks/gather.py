@@ -1,0 +1,91 @@
+"""Time of gathering a dict of 20 small tensors from 2 gloo processes, in one launch.
+
+`faccel.gather` beside `accelerate.utils.gather`, `Fabric.all_gather` and torch's own collective once per tensor; all four
+on the same process group.
+
+torchrun --nproc-per-node 2 benchmarks/gather.py
+"""
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import gather as accelerate_gather
+from lightning_fabric import Fabric
+from measure import alternate, ratios, report, spread, table, target
+
+import faccel
+
+NUM_LEAVES = 20
+SHAPE = (32, 8)
+CALLS = 50  # per round and contender
+ROUNDS = 40
+
+# torch 2.13 renamed it and warns on the old name
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def torch_gather(tree):
+    gathered = {}
+    for name, leaf in tree.items():
+        gathered[name] = leaf.new_empty(dist.get_world_size() * leaf.shape[0], *leaf.shape[1:])
+        all_gather_single(gathered[name], leaf)
+    return gathered
+
+
+def repeat(gather, tree):
+    def run():
+        for _ in range(CALLS):
+            gather(tree)
+
+    return run
+
+
+def main(ctx):
+    Accelerator(cpu=True)  # adopts the process group that faccel.init made; so does Fabric
+    fabric = Fabric(accelerator="cpu", devices=ctx.world_size, strategy="ddp")
+    fabric.launch()
+    tree = {f"leaf_{i:02}": torch.full(SHAPE, 100.0 * i + ctx.rank) for i in range(NUM_LEAVES)}
+    gathers = {
+        "torch, once per tensor": torch_gather,
+        "faccel": lambda tree: faccel.gather(tree, ctx),
+        "accelerate": accelerate_gather,
+        "fabric": fabric.all_gather,
+    }
+    for name, gather in gathers.items():
+        for key, value in gather(tree).items():  # Fabric stacks the ranks in a new dimension
+            expected = torch.cat(
+                [torch.full(SHAPE, tree[key][0, 0].item() - ctx.rank + r) for r in range(ctx.world_size)]
+            )
+            assert torch.equal(value.reshape(expected.shape), expected), (name, key)
+
+    contenders = {name: repeat(gather, tree) for name, gather in gathers.items()}
+    seconds = alternate(contenders, ROUNDS, before=lambda: faccel.barrier(ctx))
+    if not ctx.is_main:
+        return
+    rows = table(
+        f"{NUM_LEAVES} leaves float32{list(SHAPE)}, {ctx.world_size} processes, time per call",
+        seconds,
+        "torch, once per tensor",
+        calls=CALLS,
+    )
+    speed_up = spread(ratios(seconds, "accelerate", "faccel"))
+    report(
+        "gather",
+        {
+            "leaves": NUM_LEAVES,
+            "shape": SHAPE,
+            "processes": ctx.world_size,
+            "calls_per_round": CALLS,
+            "rounds": ROUNDS,
+            "threads": 1,
+        },
+        {"time per call": rows, "accelerate / faccel": speed_up},
+        [target("gather of 20 leaves, accelerate / faccel", speed_up["median"], at_least=8)],
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with faccel.init(device="cpu") as ctx:
+        assert ctx.world_size > 1, "start it with torchrun --nproc-per-node 2"
+        main(ctx)

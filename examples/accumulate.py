@@ -1,0 +1,84 @@
+"""Accumulate gradients of a language model so that every token counts once, whatever the lengths of the lines.
+
+python examples/accumulate.py
+torchrun --nproc-per-node 2 examples/accumulate.py
+"""
+
+from pydoc_data.topics import topics  # real English in every Python
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+import faccel
+
+EPOCHS = 40
+GLOBAL_BATCH = 8  # lines per micro-batch over all processes
+ACCUMULATE = 2  # micro-batches per update
+LEARNING_RATE = 1e-2
+WIDTH = 48
+PAD = -100  # label of a position that is not a token
+
+
+def lines():
+    text = topics["assert"] + topics["del"] + topics["pass"]
+    return [line.strip() for line in text.splitlines() if len(line.strip()) > 1]
+
+
+def collate(batch):
+    """Characters in, next characters out; short lines are padded and do not count."""
+    codes = [torch.tensor(list(line.encode())) for line in batch]
+    x = nn.utils.rnn.pad_sequence([c[:-1] for c in codes], batch_first=True)
+    labels = nn.utils.rnn.pad_sequence([c[1:] for c in codes], batch_first=True, padding_value=PAD)
+    return {"x": x, "labels": labels}
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(256, WIDTH)
+        self.rnn = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.out = nn.Linear(WIDTH, 256)
+
+    def forward(self, x):
+        return self.out(self.rnn(self.embed(x))[0])
+
+
+def num_tokens(batch):
+    """What a micro-batch counts: its tokens, without the rows that only fill up the last step."""
+    return (batch.data["labels"][: batch.num_valid] != PAD).sum()
+
+
+def token_losses(model, data, num_valid):
+    logits, labels = model(data["x"])[:num_valid], data["labels"][:num_valid]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAD, reduction="sum")
+
+
+def main(ctx):
+    loader = DataLoader(lines(), GLOBAL_BATCH, shuffle=True, collate_fn=collate)
+    train = faccel.shard(loader, ctx, split_batches=True)
+    faccel.seed_everything(0, ctx)
+    model = faccel.wrap(Model(), ctx)
+    opt = faccel.wrap_optimizer(torch.optim.Adam(model.parameters(), lr=LEARNING_RATE), model, ctx)
+    scaler = faccel.init_scaler(ctx)
+
+    for epoch, part in train.epochs(EPOCHS):
+        seen = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
+        for window in faccel.windows(part, ctx, size=ACCUMULATE, weight=num_tokens):
+            for micro in window:
+                # Gradients are reduced once per update; `scale` makes their sum the mean over all tokens.
+                with faccel.grad_sync(model, on=micro.sync):
+                    loss = token_losses(model, micro.data, micro.num_valid)
+                    scaler = faccel.scaled_backward(loss, scaler, ctx, scale=micro.scale)
+                seen += torch.stack([loss.detach(), (micro.data["labels"][: micro.num_valid] != PAD).sum()])
+            _, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
+        total, tokens = faccel.reduce(seen, ctx).tolist()
+        if epoch % 10 == 9:
+            faccel.print(f"epoch {epoch:2d}  loss per token {total / tokens:.4f}", ctx=ctx)
+    faccel.print(f"loss {total / tokens:.4f}", ctx=ctx)
+
+
+if __name__ == "__main__":
+    with faccel.init() as ctx:
+        main(ctx)

@@ -1,0 +1,81 @@
+"""Train a small convolutional net on scikit-learn's handwritten digits: the same script on 1 process or 1,000.
+
+python examples/digits.py
+torchrun --nproc-per-node 2 examples/digits.py
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import faccel
+
+EPOCHS = 12
+GLOBAL_BATCH = 64  # samples per update over all processes, so that any number of them trains alike
+LEARNING_RATE = 3e-3
+CLIP_NORM = 1.0
+SEED = 0
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 32, 3, padding=1)
+        self.hidden = nn.Linear(32 * 4 * 4, 64)
+        self.out = nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv(x)), 2)
+        return self.out(F.relu(self.hidden(x.flatten(1))))
+
+
+def datasets():
+    # 1797 images of 8 x 8 pixels, values 0 to 16; every process makes the same split.
+    images, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(images).float().view(-1, 1, 8, 8) / 16
+    y = torch.from_numpy(labels)
+    order = torch.from_numpy(np.random.default_rng(SEED).permutation(len(y)))
+    train, test = order[:-360], order[-360:]
+    return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
+
+
+def main(ctx):
+    train_set, test_set = datasets()
+
+    # The batch size is the global one, and each process reads its part of every batch.
+    train = faccel.shard(DataLoader(train_set, GLOBAL_BATCH, shuffle=True), ctx, split_batches=True)
+    test = faccel.shard(DataLoader(test_set, 256), ctx)
+
+    # The same weights everywhere; averaged gradients; the optimizer is made from the wrapped model.
+    faccel.seed_everything(SEED, ctx)
+    model = faccel.wrap(Net(), ctx)
+    opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), model, ctx)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=EPOCHS * len(train))
+    scaler = faccel.init_scaler(ctx)
+
+    for epoch, loader in train.epochs(EPOCHS):
+        for x, y in loader:
+            loss = F.cross_entropy(model(x), y)
+            scaler = faccel.scaled_backward(loss, scaler, ctx)
+            info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=CLIP_NORM, scheduler=schedule)
+        mean = faccel.reduce(loss.detach(), ctx, op="mean")
+        faccel.print(f"epoch {epoch:2d}  loss {mean:.4f}  gradient norm {info.grad_norm:.3f}", ctx=ctx)
+
+    # Every process evaluates its part; the padding of the last batch is dropped, so each image counts once.
+    model.eval()
+    hits = []
+    with torch.no_grad():
+        for batch in faccel.batches(test):
+            x, y = batch.data
+            hits.append(faccel.gather(model(x).argmax(-1) == y, ctx, num_valid=batch.num_valid))
+    hits = torch.cat(hits)
+    assert len(hits) == len(test_set)
+    faccel.print(f"accuracy {hits.float().mean():.4f}", ctx=ctx)
+
+
+if __name__ == "__main__":
+    with faccel.init() as ctx:
+        main(ctx)

@@ -1,0 +1,178 @@
+"""Process control: who runs what, who waits for whom, and what all decide together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+import attrs
+import torch
+
+from faccel.comm.objects import gather_objects
+from faccel.comm.pack import check_rank
+from faccel.context import DistContext
+from faccel.effects import COLLECTIVE, effectful
+from faccel.errors import ConfigError, RankFailedError, nearest
+from faccel.protocols import WORLD
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@effectful(COLLECTIVE)
+def barrier(ctx: DistContext, *, axis: str = WORLD) -> None:
+    """Return when every rank of the axis has called it.
+
+    Effects: collective.
+
+    Examples:
+        >>> from faccel.testing import simulate
+        >>> simulate(lambda ctx: barrier(ctx), 2).trace[0].op
+        'barrier'
+    """
+    ctx.comm.barrier(axis)
+
+
+@attrs.frozen
+class Verdict:
+    """What the ranks decided together: the same on all of them. `verdict.nan` and `verdict["nan"]` are one thing.
+
+    Args:
+        raised_by: For each flag the lowest rank of the axis that raised it, None where nobody did.
+
+    Examples:
+        >>> verdict = Verdict({"nan": 2, "stop": None})
+        >>> verdict.nan, verdict["stop"], verdict.any
+        (True, False, True)
+    """
+
+    raised_by: dict[str, int | None]
+
+    def __getitem__(self, flag: str) -> bool:
+        if flag not in self.raised_by:
+            raise ConfigError(f"`{flag}` was not among the flags of this `agree`", fix=nearest(flag, self.raised_by))
+        return self.raised_by[flag] is not None
+
+    def __getattr__(self, flag: str) -> bool:
+        if flag == "raised_by" or flag not in self.raised_by:
+            raise AttributeError(flag)
+        return self[flag]
+
+    @property
+    def any(self) -> bool:
+        """Whether any rank raised any flag."""
+        return any(rank is not None for rank in self.raised_by.values())
+
+
+@effectful(COLLECTIVE)
+def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) -> Verdict:
+    """Decide together: a flag is raised on every rank as soon as one rank raises it.
+
+    Effects: collective. One all-reduce of an int64 per flag; the host waits for the result.
+
+    Args:
+        ctx: The world that decides.
+        axis: `"world"`, `"data"` or an axis of the mesh.
+        **flags: The same names on every rank; booleans or 0-d tensors.
+
+    Returns:
+        The verdict, which also says which rank raised a flag first.
+
+    Examples:
+        >>> from faccel.testing import simulate
+        >>> verdict = simulate(lambda ctx: agree(ctx, nan=ctx.rank > 1, stop=False), 4)[0]
+        >>> verdict.nan, verdict.raised_by
+        (True, {'nan': 2, 'stop': None})
+    """
+    names = sorted(flags)
+    if not names:
+        return Verdict({})
+    size = ctx.comm.size(axis)
+    mine = size - ctx.comm.rank(axis)  # the largest of these is the lowest rank's
+    raised = torch.stack([torch.as_tensor(flags[name], device=ctx.device).bool() for name in names])
+    lowest: list[int] = ctx.comm.all_reduce(raised.long() * mine, "max", axis).tolist()
+    return Verdict({name: size - n if n else None for name, n in zip(names, lowest, strict=True)})
+
+
+@effectful(COLLECTIVE)
+@contextmanager
+def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
+    """Run the body on rank 0 first, then on the others; for downloads and caches.
+
+    Effects: collective.
+
+    Args:
+        ctx: The world.
+        local: Whether the first process of every machine goes first, instead of rank 0 of the world.
+
+    Raises:
+        RankFailedError: On the waiting ranks, where the body raised on the rank that went first.
+
+    Examples:
+        >>> from faccel.testing import simulate
+        >>> order = []
+        >>> def fn(ctx):
+        ...     with main_first(ctx):
+        ...         order.append(ctx.rank)
+        >>> _ = simulate(fn, 3)
+        >>> order[0]
+        0
+    """
+    if ctx.is_local_main if local else ctx.is_main:
+        problem = "it left the body"  # by `return`, `break` or an exit that is not an Exception
+        try:
+            yield
+            problem = ""
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            gather_objects(problem, ctx, axis=WORLD)
+        return
+    problems = gather_objects("", ctx, axis=WORLD)
+    failed = [(rank, problem) for rank, problem in enumerate(problems) if problem]
+    if failed:
+        rank, problem = failed[0]
+        raise RankFailedError(f"rank {rank} failed in `main_first`", saw=problem, fix=f"mend the error of rank {rank}")
+    yield
+
+
+def on_rank(rank: int, ctx: DistContext) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
+    """Make a decorator: the function runs on one rank, on the others it returns None.
+
+    Effects: pure. The decorated function must not call a collective.
+
+    Args:
+        rank: The rank of the world that runs it.
+        ctx: The world.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> on_rank(1, fake_context(0, 2))(lambda: "ran")() is None
+        True
+    """
+    check_rank(rank, ctx, WORLD)
+
+    def decorate(fn: Callable[P, T]) -> Callable[P, T | None]:
+        @functools.wraps(fn)
+        def run(*args: P.args, **kwargs: P.kwargs) -> T | None:
+            return fn(*args, **kwargs) if ctx.rank == rank else None
+
+        return run
+
+    return decorate
+
+
+def on_main(ctx: DistContext) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
+    """Make a decorator: the function runs on rank 0, on the others it returns None.
+
+    Effects: pure. The decorated function must not call a collective.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> on_main(fake_context(0, 2))(lambda: "ran")()
+        'ran'
+    """
+    return on_rank(0, ctx)

@@ -1,0 +1,75 @@
+"""Collectives over anything that can be pickled."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any, TypeVar
+
+import torch
+
+from faccel.comm.pack import check_rank
+from faccel.context import DistContext
+from faccel.effects import COLLECTIVE, effectful
+from faccel.protocols import DATA, WORLD
+
+T = TypeVar("T")
+
+
+def _to_bytes(obj: object, ctx: DistContext) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8).to(ctx.device)
+
+
+def _from_bytes(row: torch.Tensor) -> Any:
+    return pickle.loads(row.cpu().numpy().tobytes())
+
+
+@effectful(COLLECTIVE)
+def gather_objects(obj: T, ctx: DistContext, *, axis: str = DATA) -> list[T]:
+    """Return every rank's object, in the order of the ranks of the axis.
+
+    Effects: collective. Two collectives, whatever the size of the objects.
+
+    Args:
+        obj: Anything that can be pickled. It is unpickled by the other ranks: they trust each other.
+        ctx: The world to gather over.
+        axis: `"data"`, `"world"` or an axis of the mesh.
+
+    Returns:
+        One object per rank, copies even at one rank.
+
+    Examples:
+        >>> from faccel.testing import simulate
+        >>> simulate(lambda ctx: gather_objects("r" * ctx.rank, ctx), 3)[2]
+        ['', 'r', 'rr']
+    """
+    row = _to_bytes(obj, ctx)
+    lengths: list[int] = ctx.comm.all_gather(torch.tensor(len(row), device=ctx.device), axis).tolist()
+    padded = row.new_zeros(max(lengths))
+    padded[: len(row)] = row
+    return [_from_bytes(r[:n]) for r, n in zip(ctx.comm.all_gather(padded, axis), lengths, strict=True)]
+
+
+@effectful(COLLECTIVE)
+def broadcast_objects(objs: list[T], ctx: DistContext, *, src: int = 0, axis: str = WORLD) -> list[T]:
+    """Return rank `src`'s list on every rank of the axis.
+
+    Effects: collective. Two collectives; the argument is not written.
+
+    Args:
+        objs: A list of anything that can be pickled; of the other ranks it is ignored.
+        ctx: The world to broadcast over.
+        src: The rank on the axis that gives the list.
+        axis: `"world"`, `"data"` or an axis of the mesh.
+
+    Returns:
+        A new list.
+
+    Examples:
+        >>> from faccel.testing import simulate
+        >>> simulate(lambda ctx: broadcast_objects([{"from": ctx.rank}], ctx, src=1), 2)[0]
+        [{'from': 1}]
+    """
+    check_rank(src, ctx, axis)
+    row = _to_bytes(objs, ctx) if ctx.comm.rank(axis) == src else torch.zeros(0, dtype=torch.uint8, device=ctx.device)
+    length = int(ctx.comm.broadcast(torch.tensor(len(row), device=ctx.device), src, axis))
+    return _from_bytes(ctx.comm.broadcast(row if len(row) else row.new_zeros(length), src, axis))

@@ -1,0 +1,49 @@
+"""Tensors of any shapes and dtypes as one row of bytes, so that one collective carries them all."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+
+from faccel.context import DistContext
+from faccel.errors import ConfigError
+
+_ALIGNMENT = 16  # bytes; the widest dtype is complex128
+
+
+@attrs.frozen(eq=False)
+class Packed:
+    """Leaves as one row of bytes, widest dtype first, so that every leaf is aligned."""
+
+    row: torch.Tensor  # uint8[num_bytes]
+    offsets: list[int]  # of each leaf, in the order of the leaves
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+
+    def read(self, rows: torch.Tensor, leaf: int) -> torch.Tensor:
+        """Return leaf number `leaf` of each of `rows: uint8[w, num_bytes]` as `T[w, ...]`, a view where possible."""
+        start = self.offsets[leaf]
+        dtype, shape = self.dtypes[leaf], self.shapes[leaf]
+        end = start + shape.numel() * dtype.itemsize
+        return rows[:, start:end].view(dtype).reshape(rows.shape[0], *shape)
+
+
+def pack(leaves: list[torch.Tensor]) -> Packed:
+    """Pack contiguous tensors of one device; copies them."""
+    order = sorted(range(len(leaves)), key=lambda i: -leaves[i].dtype.itemsize)
+    offsets, end, parts = [0] * len(leaves), 0, list[torch.Tensor]()
+    for i in order:
+        offsets[i] = end
+        end += leaves[i].nbytes
+        parts.append(leaves[i].reshape(-1).view(torch.uint8))
+    if end % _ALIGNMENT:
+        parts.append(parts[0].new_zeros(_ALIGNMENT - end % _ALIGNMENT))
+    row = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+    return Packed(row, offsets, [x.shape for x in leaves], [x.dtype for x in leaves])
+
+
+def check_rank(src: int, ctx: DistContext, axis: str) -> None:
+    """Refuse a `src` that is not a rank of the axis."""
+    size = ctx.comm.size(axis)
+    if not 0 <= src < size:
+        raise ConfigError(f"`src` must be a rank of the axis `{axis}`", saw=str(src), fix=f"use 0 to {size - 1}")

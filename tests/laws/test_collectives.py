@@ -1,0 +1,176 @@
+"""The laws of communication, run on every implementation that works here."""
+
+import pytest
+import torch
+
+import faccel
+from faccel.errors import ConfigError, DataError, TreeError
+from faccel.testing import simulate
+from tests.ranks import run_ranks
+
+WORLDS = {
+    "single": lambda law: simulate(law, 1),
+    "simulated-2": lambda law: simulate(law, 2),
+    "simulated-3": lambda law: simulate(law, 3),
+    "gloo-2": lambda law: run_ranks(law, 2),
+    "gloo-3": lambda law: run_ranks(law, 3),
+}
+LAWS = []
+
+
+def law(fn):
+    LAWS.append(fn)
+    return fn
+
+
+def tree(rank):
+    return {
+        "f64": torch.arange(4.0, dtype=torch.float64).view(2, 2) + rank,
+        "bf16": torch.full((2, 3), rank, dtype=torch.bfloat16),
+        "bool": torch.tensor([rank == 0, True]),
+        "nested": [torch.tensor([rank, 7], dtype=torch.int8), (torch.full((2, 0), 1.0), torch.ones(2, 1, 2) * rank)],
+        "complex": torch.tensor([1j * rank, 2.0]),
+    }
+
+
+def same(a, b):
+    leaves, others = faccel.tree.flatten(a)[0], faccel.tree.flatten(b)[0]
+    assert len(leaves) == len(others)
+    for x, y in zip(leaves, others, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y), (x, y)
+
+
+@law
+def gather_concatenates_in_rank_order(ctx):
+    out = faccel.gather(tree(ctx.rank), ctx)
+    parts = [faccel.tree.flatten(tree(r))[0] for r in range(ctx.world_size)]
+    same(faccel.tree.flatten(out)[0], [torch.cat(leaves) for leaves in zip(*parts, strict=True)])
+
+
+@law
+def gather_drops_padding_of_each_rank(ctx):
+    valid = ctx.rank % 3
+    out = faccel.gather({"x": torch.arange(2) + 10 * ctx.rank, "loss": torch.tensor(1.0)}, ctx, num_valid=valid)
+    assert out["x"].tolist() == [10 * r + i for r in range(ctx.world_size) for i in range(r % 3)]
+    assert out["loss"].shape == (ctx.world_size,)
+
+
+@law
+def gather_takes_ragged_parts(ctx):
+    out = faccel.gather([torch.full((ctx.rank, 2), ctx.rank)], ctx, ragged=True)
+    assert out[0].tolist() == [[r, r] for r in range(ctx.world_size) for _ in range(r)]
+
+
+@law
+def gather_refuses_a_count_out_of_range(ctx):
+    for bad in (-1, 3):
+        with pytest.raises(DataError):
+            faccel.gather(torch.zeros(2), ctx, num_valid=bad)
+    with pytest.raises(DataError, match="same 2 rows"):
+        faccel.gather([torch.zeros(2), torch.zeros(3, 3)], ctx, num_valid=1)
+
+
+@law
+def results_are_fresh_and_arguments_untouched(ctx):
+    x = {"a": torch.ones(3, requires_grad=True), "b": torch.ones(2, dtype=torch.int64)}
+    for fn in (faccel.gather, faccel.reduce, faccel.broadcast):
+        out = fn(x, ctx)
+        assert not out["a"].requires_grad
+        out["a"].add_(5)
+        out["b"].add_(5)
+        assert x["a"].tolist() == [1, 1, 1]
+        assert x["b"].tolist() == [1, 1]
+        assert out["a"].untyped_storage().data_ptr() != out["b"].untyped_storage().data_ptr()
+        assert out["a"].untyped_storage().nbytes() == out["a"].nbytes
+
+
+@law
+def reduce_does_each_operation(ctx):
+    n = ctx.world_size
+    x = {"f": torch.tensor([1.0, ctx.rank]), "i": torch.tensor(ctx.rank + 1), "b": torch.tensor(ctx.rank == 0)}
+    last, factorial = n - 1, [1, 1, 2, 6][n]
+    total = n * last / 2
+    expected = {
+        "sum": (torch.tensor([n, total]), torch.tensor(int(total) + n), torch.tensor(1)),
+        "mean": (torch.tensor([1.0, total / n]), torch.tensor(total / n + 1), torch.tensor(1 / n)),
+        "min": (torch.tensor([1.0, 0.0]), torch.tensor(1), torch.tensor(n == 1)),
+        "max": (torch.tensor([1.0, last]), torch.tensor(n), torch.tensor(True)),
+        "prod": (torch.tensor([1.0, 0.0]), torch.tensor(factorial), torch.tensor(n == 1)),
+    }
+    for op, (f, i, b) in expected.items():
+        same(faccel.reduce(x, ctx, op=op), {"f": f, "i": i, "b": b})
+
+
+@law
+def an_unknown_reduction_is_an_error(ctx):
+    with pytest.raises(ConfigError, match="`mean`"):
+        faccel.reduce(torch.ones(1), ctx, op="meen")
+
+
+@law
+def broadcast_gives_the_sources_values(ctx):
+    src = ctx.world_size - 1
+    same(faccel.broadcast(tree(ctx.rank), ctx, src=src), tree(src))
+    with pytest.raises(ConfigError):
+        faccel.broadcast(torch.ones(1), ctx, src=ctx.world_size)
+
+
+@law
+def objects_travel(ctx):
+    mine = {"rank": ctx.rank, "text": "é" * 1000 * ctx.rank}
+    assert [x["rank"] for x in faccel.gather_objects(mine, ctx)] == list(range(ctx.world_size))
+    objs = [ctx.rank, "x"]
+    out = faccel.broadcast_objects(objs, ctx, src=ctx.world_size - 1)
+    assert out == [ctx.world_size - 1, "x"]
+    assert objs == [ctx.rank, "x"]
+
+
+@law
+def agreement_is_the_same_everywhere(ctx):
+    last = ctx.world_size - 1
+    verdict = faccel.agree(ctx, stop=False, nan=torch.tensor(float("nan") if ctx.rank == last else 0.0).isnan())
+    assert verdict.nan
+    assert not verdict["stop"]
+    assert verdict.raised_by == {"nan": last, "stop": None}
+    assert verdict.any
+    assert not faccel.agree(ctx).any
+
+
+@law
+def a_leaf_that_cannot_travel_is_named(ctx):
+    with pytest.raises(TreeError, match=r"\['a'\]\[1\]"):
+        faccel.gather({"a": [torch.ones(1), "text"]}, ctx)
+    with pytest.raises(TreeError, match="sparse"):
+        faccel.reduce(torch.eye(2).to_sparse(), ctx)
+
+
+@law
+def an_unknown_axis_is_named(ctx):
+    for call in (faccel.gather, faccel.reduce):
+        with pytest.raises(ConfigError, match="`data`"):
+            call(torch.ones(1), ctx, axis="dat")
+    faccel.barrier(ctx, axis="data")
+
+
+@law
+def dicts_filled_in_another_order_agree(ctx):
+    keys = ["a", "b", "c"] if ctx.rank % 2 else ["c", "b", "a"]
+    out = faccel.gather({k: torch.tensor([ord(k)]) for k in keys}, ctx)
+    assert list(out) == keys
+    assert all(out[k].tolist() == [ord(k)] * ctx.world_size for k in keys)
+
+
+@law
+def tensordicts_travel(ctx):
+    from tensordict import TensorDict
+
+    out = faccel.gather(TensorDict({"x": torch.ones(2, 3) * ctx.rank, "y": {"z": torch.ones(2)}}, batch_size=[2]), ctx)
+    assert out.batch_size == (2 * ctx.world_size,)
+    assert out["y", "z"].shape == (2 * ctx.world_size,)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("check", LAWS, ids=lambda fn: fn.__name__)
+def test_law(world, check):
+    WORLDS[world](check)

@@ -1,0 +1,116 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from faccel.data.order import SMALL, Cursor, Order, ShardPlan, permute
+from faccel.errors import DataError
+
+TAILS = ("pad", "drop", "uneven")
+
+
+def z_score(statistic, freedom):
+    """How many standard deviations a chi-square statistic lies from its mean."""
+    return (statistic - freedom) / math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 100, 1000, SMALL - 1, SMALL, SMALL + 1, 100_003, 1_000_000])
+def test_an_order_is_a_permutation(n):
+    order = permute(np.arange(n), n, seed=3, epoch=1)
+    assert np.array_equal(np.sort(order), np.arange(n))
+
+
+@pytest.mark.parametrize("n", [5, 1000, SMALL + 7, 10**12])
+def test_a_position_does_not_depend_on_what_else_is_asked(n):
+    positions = np.array([0, 1, n // 2, n - 1])
+    together = permute(positions, n, 0, 0)
+    assert [int(permute(np.array([p]), n, 0, 0)[0]) for p in positions] == together.tolist()
+
+
+def test_orders_differ_between_seeds_and_epochs():
+    orders = [tuple(permute(np.arange(50), 50, s, e)) for s, e in itertools.product(range(20), range(20))]
+    assert len(set(orders)) == 400
+
+
+@pytest.mark.parametrize(("n", "epochs"), [(2, 4000), (5, 4000), (16, 4000), (100, 2000), (1000, 300), (10**5, 6)])
+def test_positions_are_uniform(n, epochs):
+    buckets = min(n, 50)  # which divides n
+    counts = np.zeros((buckets, buckets))
+    where = np.arange(n) * buckets // n
+    for epoch in range(epochs):
+        order = permute(np.arange(n), n, seed=11, epoch=epoch)
+        np.add.at(counts, (where, order * buckets // n), 1)
+    expected = epochs * n / buckets**2
+    # Rows and columns of a permutation matrix are fixed: (buckets - 1)^2 freedoms, and a variance n / (n - 1) larger.
+    statistic = (np.square(counts - expected) / expected).sum() * (n - 1) / n
+    assert abs(z_score(statistic, (buckets - 1) ** 2)) < 5
+
+
+@pytest.mark.parametrize(("n", "epochs"), [(5, 4000), (16, 4000), (100, 2000), (1000, 300), (10**5, 6)])
+def test_neighbouring_pairs_are_uniform(n, epochs):
+    buckets = min(n - 1, 100)
+    counts = np.zeros(buckets)
+    followers = 0
+    for epoch in range(epochs):
+        order = permute(np.arange(n), n, seed=5, epoch=epoch)
+        steps = np.diff(order) % n  # uniform on 1 ... n-1 for a random permutation
+        followers += int((steps == 1).sum())
+        counts += np.bincount((steps - 1) * buckets // (n - 1), minlength=buckets)
+    weights = np.bincount(np.arange(n - 1) * buckets // (n - 1), minlength=buckets) / (n - 1)
+    expected = weights * counts.sum()
+    assert abs(z_score((np.square(counts - expected) / expected).sum(), buckets - 1)) < 5
+    assert abs(followers - epochs) < 5 * math.sqrt(epochs)  # "the next sample follows": once per epoch on average
+
+
+def rows(plan, start=0):
+    order = Order(plan.num_samples, 0, 0, shuffle=False)
+    return [row.tolist() for row in plan.batches(order, start)]
+
+
+def steps_in_order(n, b, w, tail, start=0):
+    """The valid rows of each step, over the ranks in order; and each step's cursor."""
+    plans = [ShardPlan(n, b, r, w, tail) for r in range(w)]
+    read = [rows(plan, start) for plan in plans]
+    steps = []
+    for s in range(max((len(r) for r in read), default=0)):
+        valid = [x for p, r in zip(plans, read, strict=True) if s < len(r) for x in r[s][: p.num_valid(start, s)]]
+        steps.append((valid, plans[0].cursor(0, start, s)))
+    return read, steps
+
+
+def test_every_small_domain_is_read_exactly_once_and_resumed_on_any_world_size():
+    for n, b, w, tail in itertools.product(range(40), range(1, 6), range(1, 9), TAILS):
+        read, steps = steps_in_order(n, b, w, tail)
+        expected = list(range(n // (b * w) * b * w if tail == "drop" else n))
+        assert [x for valid, _ in steps for x in valid] == expected
+        lengths = {len(r) for r in read}
+        assert len(lengths) == 1 or tail == "uneven"
+        if tail != "uneven":
+            assert all(len(row) == b for r in read for row in r)
+        seen = []
+        for s, (valid, cursor) in enumerate(steps):
+            seen += valid
+            if s + 1 == len(steps):
+                assert cursor == Cursor(1, 0)
+                continue
+            assert cursor == Cursor(0, len(seen))
+            for other in (1, 2, 3, 5, 8) if (n + s) % 3 == 0 else (w % 8 + 1,):
+                rest = [x for v, _ in steps_in_order(n, b, other, tail, cursor.samples_consumed)[1] for x in v]
+                left = n - len(seen)
+                dropped = left % (b * other) if tail == "drop" else 0
+                assert seen + rest == list(range(n - dropped)), (n, b, w, tail, s, other)
+
+
+def test_padding_wraps_around_repeatedly():
+    assert [rows(ShardPlan(2, 3, r, 2, "pad")) for r in range(2)] == [[[0, 1, 0]], [[1, 0, 1]]]
+
+
+def test_an_empty_data_set_has_no_steps():
+    for tail in TAILS:
+        assert rows(ShardPlan(0, 4, 1, 2, tail)) == []
+
+
+def test_a_cursor_counts_from_zero():
+    with pytest.raises(DataError):
+        Cursor(0, -1)
