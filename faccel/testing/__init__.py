@@ -18,7 +18,7 @@ from faccel.mix import mix
 from faccel.protocols import DATA, WORLD, Collectives
 from faccel.runtime import device_mesh
 from faccel.testing.baton import Baton
-from faccel.testing.group import BACKEND, Endpoint, SimulatedGroup, TraceEvent, World
+from faccel.testing.group import BACKEND, Endpoint, TraceEvent, World
 from faccel.testing.store import SimulatedStore
 
 __all__ = ["Results", "TraceEvent", "fake_context", "simulate"]
@@ -104,24 +104,22 @@ def simulate(
         raise ConfigError("a world has at least one rank", saw=f"world_size={world_size}", fix="use 1 or more")
     baton = Baton([mix(seed, rank) for rank in range(world_size)])
     world = World(baton)
-    everyone = range(world_size)
 
     def body(rank: int) -> T:
-        def group(spec: MeshSpec, axis: str) -> SimulatedGroup:
-            ranks = [r for r in everyone if axis == WORLD or _shares_data_axis(spec, r, rank)]
-            return SimulatedGroup(world, (axis, tuple(ranks)), ranks, ranks.index(rank), axis)
-
         def comm(spec: MeshSpec) -> Collectives:
             if world_size == 1:
                 return SingleCollectives()
+            world.stores.append(SimulatedStore(world, rank))
             dist.init_process_group(
                 BACKEND,
-                store=SimulatedStore(world, rank),
+                store=world.stores[-1],
                 rank=rank,
                 world_size=world_size,
                 pg_options=Endpoint(world, rank),
             )
-            return TorchCollectives({axis: group(spec, axis) for axis in (WORLD, DATA)})
+            ranks = [r for r in range(world_size) if _shares_data_axis(spec, r, rank)]
+            data = dist.new_group(ranks, use_local_synchronization=True, group_desc=DATA)
+            return TorchCollectives({WORLD: dist.group.WORLD, DATA: data})
 
         return fn(_context(rank, world_size, config, mesh, comm), *args)
 

@@ -93,6 +93,20 @@ def call_site() -> str:
     return "unknown"
 
 
+class _Isolation:
+    """torch's registry of group names, one per thread while a simulation runs; simulations nest."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+    def enter(self, change: int) -> None:
+        self.depth += change
+        sys.modules["torch._C._distributed_c10d"]._set_thread_isolation_mode(self.depth > 0)
+
+
+_isolation = _Isolation()
+
+
 class Baton:
     """Runs one function per rank, one rank at a time, in a fixed order.
 
@@ -105,23 +119,24 @@ class Baton:
         self.failure: DesyncError | None = None
         self.first_error: BaseException | None = None
         self.finished = threading.Event()
+        self.is_given_up = False
 
     def run(self, fn: Callable[[int], Any], timeout_s: float) -> tuple[Any, ...]:
         """Run `fn(rank)` for every rank and return the results in order; raise what the first failing rank raised."""
         before, hook = _Globals(), sys.excepthook
-        c10d_binding: Any = sys.modules["torch._C._distributed_c10d"]
-        c10d_binding._set_thread_isolation_mode(True)  # names of groups are per rank
+        _isolation.enter(1)
         threads = [threading.Thread(target=self._body, args=(r, fn), daemon=True) for r in range(len(self.ranks))]
         try:
             for thread in threads:
                 thread.start()
             self.ranks[0].turn.release()
             if not self.finished.wait(timeout_s):
+                self.is_given_up = True  # whoever still runs hands the baton to nobody
                 raise TimeoutError(f"the simulated world has not finished in {timeout_s} s:\n{self._where(threads)}")
             for thread in threads:
                 thread.join()
         finally:
-            c10d_binding._set_thread_isolation_mode(False)
+            _isolation.enter(-1)
             before.restore()
             sys.excepthook = hook
         if self.first_error is not None:
@@ -149,7 +164,7 @@ class Baton:
             rank.error = error
             rank.doing = f"raised {type(error).__name__}"
             if self.first_error is None:
-                self.first_error = self.failure or error
+                self.first_error = error
         rank.is_done = True
         self._pass_on(number)
 
@@ -168,15 +183,17 @@ class Baton:
                 rank.globals.restore()
             rank.ready = None
         if self.failure is not None:
-            raise self.failure
+            raise self.fail(self.failure)
         rank.doing = "running"
 
     def fail(self, error: DesyncError) -> DesyncError:
-        """Make every rank fail with `error` at its next wait, and return it."""
+        """Make every rank fail with `error` at its next wait; return one of its own for the rank that asks."""
         self.failure = self.failure or error
-        return self.failure
+        return DesyncError(self.failure.what, saw=self.failure.saw, fix=self.failure.fix)
 
     def _pass_on(self, number: int) -> _Rank | None:
+        if self.is_given_up:
+            return None
         chosen = self._next(number)
         if chosen is None and not all(rank.is_done for rank in self.ranks):
             self.fail(DesyncError(

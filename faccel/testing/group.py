@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch._C._distributed_c10d import Work  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 from torch.futures import Future
 
@@ -53,6 +54,7 @@ class World:
         self.mail: dict[Any, list[torch.Tensor]] = {}
         self.keys: dict[str, bytes] = {}
         self.trace: list[TraceEvent] = []
+        self.stores: list[dist.Store] = []  # torch keeps only the C++ half of a store alive
 
 
 class _Slot:
@@ -118,12 +120,11 @@ class SimulatedGroup(dist.ProcessGroup):
         key: The same for all its ranks, another for any other group.
         ranks: Its members, as ranks of the world.
         rank: This rank's place among them.
-        axis: Its name in the trace.
     """
 
-    def __init__(self, world: World, key: Any, ranks: Sequence[int], rank: int, axis: str) -> None:
+    def __init__(self, world: World, key: Any, ranks: Sequence[int], rank: int) -> None:
         super().__init__(rank, len(ranks))
-        self._world, self._key, self._ranks, self._here, self._axis = world, key, tuple(ranks), rank, axis
+        self._world, self._key, self._ranks, self._here = world, key, tuple(ranks), rank
         self._num_calls = 0
 
     def size(self) -> int:
@@ -137,15 +138,18 @@ class SimulatedGroup(dist.ProcessGroup):
 
     @property
     def group_name(self) -> str:
-        """The name in torch's registry, which DTensor looks groups up by."""
-        import torch.distributed.distributed_c10d as c10d
-
+        """Its name in torch's registry; C++ gives it to groups with a C++ backend only."""
         return c10d._world.pg_names[self]  # pyright: ignore[reportPrivateUsage]
+
+    @property
+    def axis(self) -> str:
+        """Its name in the trace: that of the axis, or torch's description."""
+        return "world" if self.group_desc == "default_pg" else self.group_desc.removeprefix("mesh_")
 
     def _record(self, op: str, tensors: Sequence[torch.Tensor]) -> str:
         site = call_site()
         self._world.trace.append(
-            TraceEvent(self._ranks[self._here], op, self._axis, sum(t.nbytes for t in tensors), site)
+            TraceEvent(self._ranks[self._here], op, self.axis, sum(t.nbytes for t in tensors), site)
         )
         return site
 
@@ -177,7 +181,7 @@ class SimulatedGroup(dist.ProcessGroup):
             with torch.no_grad():
                 finish([slot.parts[r] for r in range(len(self._ranks))])
             slot.is_done = True
-        return _Work(lambda: world.baton.wait(me, lambda: slot.is_done, f"{op} at {site}"), outputs)
+        return _Work(lambda: world.baton.wait(me, lambda: slot.is_done, f"{what} at {site}"), outputs)
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> _Work:
         op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
@@ -344,9 +348,7 @@ def _create(options: Any, endpoint: Endpoint | None) -> SimulatedGroup:
         assert isinstance(default, SimulatedGroup)
         endpoint = Endpoint(default._world, default._ranks[default._here])  # pyright: ignore[reportPrivateUsage]
     ranks = tuple(options.global_ranks_in_group) or tuple(range(options.group_size))
-    key = ("torch", options.group_id, ranks)
-    axis = "world" if not options.global_ranks_in_group else str(options.group_id)
-    return SimulatedGroup(endpoint.world, key, ranks, options.group_rank, axis)
+    return SimulatedGroup(endpoint.world, (options.group_id, ranks), ranks, options.group_rank)
 
 
 if not hasattr(dist.Backend, BACKEND.upper()):

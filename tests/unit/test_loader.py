@@ -57,10 +57,10 @@ def test_a_shuffled_loader_must_be_placed_in_an_epoch():
 
 def test_epochs_have_their_own_order_and_each_sample_once():
     loader = faccel.shard(DataLoader(Squares(11), 2, shuffle=True), ONE, tail="uneven")
-    orders = [sum(ids(part), []) for _, part in loader.epochs(3)]
+    orders = [[i for row in ids(part) for i in row] for _, part in loader.epochs(3)]
     assert all(sorted(order) == list(range(11)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
-    assert [sum(ids(part), []) for _, part in loader.epochs(3)] == orders
+    assert [[i for row in ids(part) for i in row] for _, part in loader.epochs(3)] == orders
     assert loader.at(1).order.samples(np.arange(11)).tolist() == orders[1]
 
 

@@ -1,0 +1,293 @@
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import faccel
+from faccel.errors import ConfigError, DesyncError, FaccelError, WorldError
+from faccel.testing import fake_context, simulate
+
+
+def test_results_come_in_rank_order_and_the_trace_says_who_did_what():
+    out = simulate(lambda ctx: faccel.reduce(torch.tensor(float(ctx.rank)), ctx, op="mean"), 8)
+    assert [x.item() for x in out] == [3.5] * 8
+    assert [(e.rank, e.op, e.axis, e.num_bytes) for e in out.trace] == [(r, "all_reduce", "data", 4) for r in range(8)]
+    assert all("test_simulate.py" in e.site for e in out.trace)
+
+
+def test_sixty_four_ranks_are_cheap():
+    def fn(ctx):
+        for _ in range(10):
+            faccel.reduce(torch.ones(4), ctx)
+
+    simulate(fn, 2)
+    start = time.perf_counter()
+    simulate(fn, 64)
+    assert time.perf_counter() - start < 1
+
+
+def test_a_collective_on_the_main_rank_only_names_its_line():
+    def fn(ctx):
+        if ctx.is_main:
+            faccel.barrier(ctx)  # the line
+
+    start = time.perf_counter()
+    with pytest.raises(DesyncError) as error:
+        simulate(fn, 3)
+    assert time.perf_counter() - start < 1
+    line = fn.__code__.co_firstlineno + 2
+    assert f"rank 0: barrier at tests/world/test_simulate.py:{line}, ranks 1 to 2: returned" in error.value.saw
+
+
+def test_a_rank_that_returns_early_names_where_the_others_wait():
+    def fn(ctx):
+        for step in range(5):
+            if ctx.rank == 2 and step == 3:
+                return
+            faccel.gather(torch.ones(1), ctx)
+
+    start = time.perf_counter()
+    with pytest.raises(
+        DesyncError, match=r"ranks 0, 1, 3: all_gather\(.*\) at .*test_simulate.py:\d+, rank 2: returned"
+    ):
+        simulate(fn, 4)
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda ctx: faccel.broadcast(torch.ones(2), ctx),
+        lambda ctx: faccel.reduce(torch.ones(3), ctx),
+        lambda ctx: faccel.reduce(torch.ones(2, dtype=torch.float64), ctx),
+        lambda ctx: faccel.reduce(torch.ones(2), ctx, op="max"),
+    ],
+    ids=["operation", "shape", "dtype", "reduction"],
+)
+def test_ranks_that_disagree_fail_at_once_and_both_calls_are_named(other):
+    def fn(ctx):
+        return faccel.reduce(torch.ones(2), ctx) if ctx.rank == 0 else other(ctx)
+
+    with pytest.raises(DesyncError, match=r"rank 0: all_reduce\(sum, float32\[2\]\) at .*, rank 1: "):
+        simulate(fn, 2)
+
+
+def test_the_first_failing_ranks_own_error_is_raised():
+    def fn(ctx):
+        if ctx.rank == 1:
+            raise KeyError("mine")
+        faccel.barrier(ctx)
+
+    with pytest.raises(KeyError, match="mine"):
+        simulate(fn, 3)
+
+
+def test_every_rank_sees_the_desync():
+    seen = []
+
+    def fn(ctx):
+        try:
+            if ctx.rank:
+                faccel.barrier(ctx)
+        except DesyncError:
+            seen.append(ctx.rank)
+            raise
+
+    with pytest.raises(DesyncError):
+        simulate(fn, 4)
+    assert sorted(seen) == [1, 2, 3]
+
+
+def test_a_world_that_never_ends_is_given_up_and_the_line_shown():
+    stop = []
+
+    def fn(ctx):
+        while not stop:
+            time.sleep(0.01)
+
+    with pytest.raises(TimeoutError, match=r"time\.sleep"):
+        simulate(fn, 2, timeout_s=0.2)
+    stop.append(True)
+
+
+def weights():
+    torch.manual_seed(0)
+    return nn.Linear(5, 5).weight.detach()
+
+
+def test_each_rank_has_the_generators_of_its_own_process():
+    def fn(ctx):
+        drawn = []
+        torch.manual_seed(0)
+        random.seed(1)
+        np.random.seed(2)
+        faccel.barrier(ctx)
+        first = nn.Linear(5, 5)
+        faccel.barrier(ctx)
+        for _ in range(3):
+            drawn.append((torch.rand(()).item(), random.random(), np.random.rand()))
+            faccel.barrier(ctx)
+        return first.weight.detach(), drawn
+
+    out = simulate(fn, 4)
+    assert all(torch.equal(w, weights()) for w, _ in out)
+    assert all(drawn == out[0][1] for _, drawn in out)
+
+
+def test_ranks_that_seed_nothing_differ_as_processes_do_and_runs_repeat():
+    def fn(ctx):
+        return torch.rand(()).item(), random.random(), np.random.rand()
+
+    out = simulate(fn, 4)
+    assert len(set(out)) == 4
+    assert simulate(fn, 4) == out
+    assert simulate(fn, 4, seed=1) != out
+
+
+def test_the_process_around_it_is_left_as_it_was():
+    import sys
+
+    torch.manual_seed(3)
+    expected = (torch.rand(2).tolist(), torch.rand(2).tolist())
+    torch.manual_seed(3)
+    hook = sys.excepthook
+    first = torch.rand(2).tolist()
+    simulate(lambda ctx: torch.manual_seed(99), 3)
+    assert (first, torch.rand(2).tolist()) == expected
+    assert sys.excepthook is hook
+    assert not dist.is_initialized()
+
+
+def test_torch_distributed_itself_sees_the_rank():
+    def fn(ctx):
+        x = torch.tensor([ctx.rank])
+        dist.all_reduce(x)
+        out = [None] * ctx.world_size
+        dist.all_gather_object(out, {"r": ctx.rank})
+        return dist.get_rank(), dist.get_world_size(), x.item(), [o["r"] for o in out]
+
+    assert simulate(fn, 3) == tuple((r, 3, 3, [0, 1, 2]) for r in range(3))
+
+
+def test_every_operation_of_c10d_that_the_simulated_world_has():
+    def fn(ctx):
+        w, r = ctx.world_size, ctx.rank
+        mine = torch.arange(2.0) + 10 * r
+        reduced = mine.clone()
+        dist.reduce(reduced, dst=1)
+        gathered = [torch.zeros(2) for _ in range(w)]
+        dist.gather(mine, gathered if r == 0 else None, dst=0)
+        scattered = torch.zeros(2)
+        dist.scatter(scattered, [torch.full((2,), float(i)) for i in range(w)] if r == 2 else None, src=2)
+        part = torch.zeros(1)
+        dist.reduce_scatter(part, [torch.tensor([float(i + r)]) for i in range(w)])
+        swapped = torch.zeros(w)
+        dist.all_to_all_single(swapped, torch.arange(float(w)) + 10 * r)
+        return reduced.tolist(), [g.tolist() for g in gathered], scattered.tolist(), part.item(), swapped.tolist()
+
+    out = simulate(fn, 3)
+    assert out[1][0] == [30.0, 33.0]
+    assert out[0][1] == [[0.0, 1.0], [10.0, 11.0], [20.0, 21.0]]
+    assert [o[2] for o in out] == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
+    assert [o[3] for o in out] == [3.0, 6.0, 9.0]
+    assert [o[4] for o in out] == [[r, 10.0 + r, 20.0 + r] for r in range(3)]
+
+
+def test_messages_are_sent_without_waiting_and_received_when_they_come():
+    def fn(ctx):
+        right, left = (ctx.rank + 1) % 3, (ctx.rank - 1) % 3
+        got = torch.zeros(1)
+        receive = dist.irecv(got, left)
+        dist.send(torch.tensor([float(ctx.rank)]), right)
+        receive.wait()
+        return got.item()
+
+    assert simulate(fn, 3) == (2.0, 0.0, 1.0)
+
+
+def test_a_message_that_never_comes_is_a_desync():
+    def fn(ctx):
+        if ctx.rank == 0:
+            dist.recv(torch.zeros(1), 1)
+
+    with pytest.raises(DesyncError, match="recv from 1"):
+        simulate(fn, 2)
+
+
+def test_sub_groups_and_device_meshes_work():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    def fn(ctx):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+        x = torch.tensor([float(ctx.rank)])
+        dist.all_reduce(x, group=mesh.get_group("b"))
+        evens = dist.new_group([0, 2])
+        y = torch.tensor([float(ctx.rank)])
+        if ctx.rank % 2 == 0:
+            dist.all_reduce(y, group=evens)
+        return x.item(), y.item()
+
+    assert simulate(fn, 4) == ((1.0, 2.0), (1.0, 1.0), (5.0, 2.0), (5.0, 3.0))
+
+
+def test_the_mesh_of_a_context_is_torchs_own():
+    def fn(ctx):
+        mesh = ctx.mesh.device_mesh
+        assert ctx.mesh.device_mesh is mesh
+        return mesh.mesh_dim_names, mesh.get_local_rank("dp_replicate")
+
+    assert simulate(fn, 3) == tuple((("dp_replicate",), r) for r in range(3))
+
+
+def test_dtensors_work_on_it():
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def fn(ctx):
+        x = distribute_tensor(torch.arange(8.0), ctx.mesh.device_mesh, [Shard(0)])
+        return x.to_local().tolist(), (x * 2).sum().full_tensor().item()
+
+    assert simulate(fn, 4) == tuple(([2.0 * r, 2.0 * r + 1], 56.0) for r in range(4))
+
+
+def test_a_store_key_that_nobody_sets_is_a_desync_not_a_hang():
+    def fn(ctx):
+        if ctx.rank == 0:
+            dist.distributed_c10d._get_default_store().get("never")
+
+    with pytest.raises(DesyncError, match="waiting in the store"):
+        simulate(fn, 2)
+
+
+def test_two_worlds_of_different_sizes_live_one_after_the_other_and_nested():
+    def outer(ctx):
+        inner = simulate(lambda c: faccel.reduce(torch.tensor(1), c).item(), ctx.rank + 2)
+        return inner[0], faccel.reduce(torch.tensor(1), ctx).item()
+
+    assert simulate(outer, 3) == ((2, 3), (3, 3), (4, 3))
+
+
+def test_one_rank_is_a_world_too():
+    assert simulate(lambda ctx: (ctx.world_size, faccel.gather(torch.tensor([4]), ctx).item()), 1) == ((1, 4),)
+    with pytest.raises(ConfigError):
+        simulate(lambda ctx: None, 0)
+
+
+def test_a_fake_context_has_no_peers():
+    ctx = fake_context(3, 8)
+    assert (ctx.rank, ctx.data_rank, ctx.world_size, ctx.is_main, ctx.local_rank) == (3, 3, 8, False, 3)
+    with pytest.raises(WorldError, match="simulate"):
+        faccel.reduce(torch.ones(1), ctx)
+    assert faccel.reduce(torch.ones(1), fake_context(0, 1)).item() == 1
+    with pytest.raises(FaccelError):
+        fake_context(0, 4, mesh="dp_replicate=3")
+
+
+@pytest.mark.world_size(1, 2, 4)
+def test_the_plugin_runs_a_test_on_every_rank(ctx, tmp_path):
+    (tmp_path / str(ctx.rank)).touch()
+    faccel.barrier(ctx)
+    assert len(list(tmp_path.iterdir())) == ctx.world_size
