@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -118,8 +118,8 @@ def simulate(
                 pg_options=Endpoint(world, rank),
             )
             ranks = [r for r in range(world_size) if _shares_data_axis(spec, r, rank)]
-            data = dist.new_group(ranks, use_local_synchronization=True, group_desc=DATA)
-            return TorchCollectives({WORLD: dist.group.WORLD, DATA: data})
+            data: Any = dist.new_group(ranks, use_local_synchronization=True, group_desc=DATA)
+            return TorchCollectives({WORLD: cast(dist.ProcessGroup, dist.group.WORLD), DATA: data})
 
         return fn(_context(rank, world_size, config, mesh, comm), *args)
 
