@@ -1,0 +1,94 @@
+import itertools
+
+import pytest
+
+from faccel.config import Config, config_fields, resolve
+from faccel.errors import ConfigError
+from faccel.mesh import MeshSpec
+
+
+def test_everything_has_a_default_and_says_so():
+    config = resolve()
+    assert config == Config()
+    assert set(config.sources.values()) == {"default"}
+    assert len(config.explain().splitlines()) == len(config_fields())
+
+
+VALUES = {
+    "mixed_precision": ("bf16", "bf16"),
+    "grad_accum": ("4", 4),
+    "seed": ("9", 9),
+    "device": ("cpu", "cpu"),
+    "mesh": ("dp_replicate=2", MeshSpec(dp_replicate=2)),
+    "device_placement": ("no", False),
+    "timeout_s": ("30", 30.0),
+}
+
+
+def test_every_field_can_come_from_the_environment_and_from_an_argument():
+    assert set(VALUES) == {field.name for field in config_fields()}
+    for name, (text, value) in VALUES.items():
+        key = f"FACCEL_{name.upper()}"
+        from_env = resolve(env={key: text, "HOME": "/"})
+        assert getattr(from_env, name) == value
+        assert from_env.sources[name].startswith(f"environment {key}, over default")
+        from_argument = resolve(overrides={name: value})
+        assert getattr(from_argument, name) == value
+        assert from_argument.sources[name].startswith("argument, over default")
+
+
+@pytest.mark.parametrize("present", list(itertools.product([False, True], repeat=3)))
+def test_the_strongest_source_wins_and_names_the_one_it_overrode(present):
+    sources = [("environment FACCEL_SEED", 1), ("argument config", 2), ("argument", 3)]
+    config = resolve(
+        {"seed": 2} if present[1] else None,
+        env={"FACCEL_SEED": "1"} if present[0] else {},
+        overrides={"seed": 3} if present[2] else {},
+    )
+    chain = [("default", 0)] + [source for source, there in zip(sources, present, strict=True) if there]
+    assert config.seed == chain[-1][1]
+    expected = f"{chain[-1][0]}, over {chain[-2][0]} {chain[-2][1]}" if len(chain) > 1 else "default"
+    assert config.sources["seed"] == expected
+
+
+def test_a_record_gives_the_fields_that_differ_from_the_defaults():
+    config = resolve(Config(seed=5), env={"FACCEL_SEED": "1", "FACCEL_GRAD_ACCUM": "2"})
+    assert (config.seed, config.grad_accum) == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: resolve(overrides={"grad_acum": 4}), ["`grad_acum`", "use `grad_accum`"]),
+        (lambda: resolve({"mixed_precison": "bf16"}), ["use `mixed_precision`"]),
+        (lambda: resolve(env={"FACCEL_SEEDS": "1"}), ["FACCEL_SEEDS", "use `FACCEL_SEED`"]),
+        (lambda: resolve(env={"FACCEL_SEED": "one"}), ["FACCEL_SEED", "'one'"]),
+        (lambda: resolve(env={"FACCEL_DEVICE_PLACEMENT": "maybe"}), ["'maybe'"]),
+        (lambda: Config(mixed_precision="fp8"), ["`bf16`", "'fp8'"]),
+        (lambda: Config(grad_accum=0), ["at least 1", "0"]),
+        (lambda: Config(grad_accum=True), ["`grad_accum`", "True"]),
+        (lambda: Config(grad_accum="4"), ["`grad_accum`", "'4'"]),
+        (lambda: Config(timeout_s="soon"), ["`timeout_s`"]),
+        (lambda: Config(device_placement="yes"), ["True or False"]),
+        (lambda: Config(device=0), ["`device`"]),
+        (lambda: Config(mesh="dp=2"), ["`dp`", "dp_replicate"]),
+        (lambda: Config(mesh="dp_shard"), ["dp_shard=2,tp=2"]),
+        (lambda: resolve("training.yaml"), ["faccel.Config(seed=1)"]),
+    ],
+)
+def test_a_mistake_is_an_error_that_shows_the_right_way(call, words):
+    with pytest.raises(ConfigError) as error:
+        call()
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_resolving_neither_reads_nor_writes_the_process_environment():
+    import os
+
+    os.environ["FACCEL_SEED"] = "77"
+    try:
+        before = dict(os.environ)
+        assert resolve().seed == 0
+        assert dict(os.environ) == before
+    finally:
+        del os.environ["FACCEL_SEED"]

@@ -1,0 +1,41 @@
+import itertools
+
+import pytest
+
+from faccel.errors import ConfigError
+from faccel.mesh import AXES, MeshSpec
+
+
+def test_coordinates_number_every_rank_once_last_axis_fastest():
+    spec = MeshSpec(dp_replicate=2, dp_shard=3, tp=2, pp=2)
+    places = [tuple(spec.coordinates(r).get(axis) for axis in AXES) for r in range(spec.size)]
+    assert places == list(itertools.product(range(2), range(2), range(3), range(1), range(2)))
+    assert spec.data_world_size == 6
+    assert [spec.data_rank(r) for r in range(12)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert [spec.data_rank(r) for r in range(12, 24)] == [spec.data_rank(r) for r in range(12)]
+
+
+def test_minus_one_fills_the_world():
+    assert MeshSpec(dp_replicate=-1).fill(8).dp_replicate == 8
+    assert MeshSpec(dp_shard=-1, tp=4).fill(8) == MeshSpec(dp_shard=2, tp=4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "world_size", "words"),
+    [
+        (MeshSpec(dp_replicate=3), 4, "`dp_replicate=4`"),
+        (MeshSpec(tp=2), 8, "`dp_replicate=4`"),
+        (MeshSpec(dp_replicate=-1, tp=3), 8, "divides"),
+        (MeshSpec(dp_replicate=-1, dp_shard=-1), 8, "only one axis"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_an_error_that_names_one_that_would(spec, world_size, words):
+    with pytest.raises(ConfigError, match=words):
+        spec.fill(world_size)
+
+
+def test_it_is_read_from_text_and_mappings():
+    assert MeshSpec.of("dp_shard=2, tp=4") == MeshSpec.of({"dp_shard": 2, "tp": 4}) == MeshSpec(dp_shard=2, tp=4)
+    for bad in (0, -2, "2", True):
+        with pytest.raises(ConfigError):
+            MeshSpec(tp=bad)

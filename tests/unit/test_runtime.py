@@ -1,0 +1,120 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import faccel
+from faccel.errors import ConfigError, DeviceError, FaccelError, TopologyError, WorldError
+from faccel.runtime.detect import detect
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "host",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_torchrun_is_read():
+    topology = detect(TORCHRUN | {"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "2"})
+    assert (topology.rank, topology.world_size, topology.local_rank, topology.local_world_size) == (3, 4, 1, 2)
+    assert (topology.node_rank, topology.num_nodes, topology.source, topology.attempt) == (1, 2, "torchrun", 2)
+    assert (topology.main_address, topology.main_port, topology.store_is_hosted) == ("host", 29500, False)
+    assert detect(TORCHRUN) == detect(TORCHRUN | {"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"})
+
+
+def test_without_a_launcher_the_world_is_this_process():
+    assert (detect({"PATH": "/bin"}).world_size, detect({}).source) == (1, "single")
+
+
+@pytest.mark.parametrize("missing", list(TORCHRUN))
+def test_a_half_set_environment_is_an_error_that_names_what_is_missing(missing):
+    env = {k: v for k, v in TORCHRUN.items() if k != missing}
+    with pytest.raises(TopologyError, match=f"`{missing}`"):
+        detect(env)
+
+
+@pytest.mark.parametrize(("key", "value"), [("RANK", "4"), ("RANK", "-1"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "two")])
+def test_an_impossible_environment_is_an_error(key, value):
+    with pytest.raises(TopologyError) as error:
+        detect(TORCHRUN | {key: value})
+    assert value in error.value.saw
+
+
+def test_init_twice_and_shutdown_twice_are_legal():
+    with faccel.init(env={}) as first:
+        second = faccel.init({"seed": 3}, env={})
+        assert (first.world_size, second.world_size, second.config.seed) == (1, 1, 3)
+        assert second.device == torch.device(torch.accelerator.current_accelerator() or "cpu")
+    faccel.shutdown(first)
+    faccel.shutdown(second)
+
+
+def test_a_failed_init_leaves_nothing_behind():
+    with pytest.raises(ConfigError):
+        faccel.init(env={}, mesh="dp_replicate=2")
+    with pytest.raises(FaccelError, match="no strategy"):
+        faccel.init(env={"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, mesh="tp=2")  # fmt: skip
+    assert faccel.init(env={}).world_size == 1
+
+
+def test_a_device_that_is_not_there_is_an_error():
+    with pytest.raises(DeviceError, match="gpu0"):
+        faccel.init(env={}, device="gpu0")
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceError, match="no `cuda`"):
+            faccel.init(env={}, device="cuda")
+
+
+def test_the_environment_is_an_argument():
+    before = dict(os.environ)
+    assert faccel.init(env={"FACCEL_MIXED_PRECISION": "bf16"}).config.mixed_precision == "bf16"
+    assert dict(os.environ) == before
+
+
+def test_processes_that_do_not_find_each_other_are_an_error_within_the_timeout():
+    env = TORCHRUN | {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    with pytest.raises(WorldError, match=r"rank 1 could not join the 4 processes at 127\.0\.0\.1:1"):
+        faccel.init(env=env, timeout_s=1)
+    assert faccel.init(env={}).world_size == 1
+
+
+def run(*code):
+    return subprocess.run(
+        [sys.executable, *code], capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_importing_faccel_and_its_help_import_no_torch():
+    out = run("-c", "import faccel, sys; print([m for m in ('torch', 'attrs', 'click', 'yaml') if m in sys.modules])")
+    assert (out.stdout, out.stderr) == ("[]\n", "")
+    out = run("-X", "importtime", "-m", "faccel", "--help")
+    assert "Usage: faccel" in out.stdout
+    assert "torch" not in {line.rpartition("|")[2].strip() for line in out.stderr.splitlines()}
+
+
+def test_touching_every_public_name_imports_nothing_heavy():
+    code = (
+        "import sys, faccel; [getattr(faccel, n) for n in faccel.__all__];"
+        "print([m for m in ('tensordict', 'yaml', 'click', 'rich', 'cattrs', 'torch._dynamo') if m in sys.modules])"
+    )
+    out = run("-W", "error", "-c", code)
+    assert (out.stdout, out.stderr) == ("[]\n", "")
+
+
+def test_the_command_line_shows_where_each_value_comes_from():
+    from click.testing import CliRunner
+
+    from faccel.cli import main
+
+    result = CliRunner().invoke(main, ["env"], env={"FACCEL_GRAD_ACCUM": "8"})
+    assert "rank 0 of 1 (single) on cpu" in result.output
+    assert "grad_accum = 8  (environment FACCEL_GRAD_ACCUM, over default 1)" in result.output
+    result = CliRunner().invoke(main, ["env"], env={"FACCEL_GRAD_ACUM": "8"})
+    assert result.exit_code == 1
+    assert "use `FACCEL_GRAD_ACCUM`" in result.output

@@ -1,0 +1,200 @@
+import itertools
+
+import attrs
+import pytest
+import torch
+from torch import nn
+
+import faccel
+from faccel.errors import ConfigError, FaccelError, ModelError, OptimizerError, ScalerError
+from faccel.testing import fake_context
+
+ONE = fake_context(0, 1)
+HALF = fake_context(0, 1, config={"mixed_precision": "fp16"})
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Linear(3, 1)
+
+
+def step_once(ctx, scaler, model, opt, factor=1.0, **options):
+    scaler = faccel.scaled_backward(model(torch.ones(2, 3)).sum() * factor, scaler, ctx)
+    return faccel.optimizer_step(opt, scaler, ctx, **options)
+
+
+def test_clipping_by_norm_is_torchs_and_reports_the_norm_from_before():
+    mine, theirs = net(), net()
+    opts = [torch.optim.SGD(m.parameters(), lr=1.0) for m in (mine, theirs)]
+    info, _ = step_once(ONE, faccel.init_scaler(ONE), mine, opts[0], 50.0, clip_norm=0.5)
+    (theirs(torch.ones(2, 3)).sum() * 50.0).backward()
+    norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+    opts[1].step()
+    assert torch.equal(info.grad_norm, norm)
+    assert info.grad_norm.ndim == 0
+    assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
+
+
+def test_clipping_by_value_comes_after_unscaling():
+    model = net()
+    before = model.weight.detach().clone()
+    opt = torch.optim.SGD(model.parameters(), lr=1.0)
+    info, _ = step_once(HALF, faccel.init_scaler(HALF), model, opt, clip_value=0.25)
+    assert not info.skipped
+    assert torch.allclose(before - model.weight, torch.full((1, 3), 0.25))
+
+
+def test_gradients_are_none_after_a_step_and_only_this_optimizers():
+    a, b = net(), net()
+    opt = torch.optim.SGD(a.parameters(), lr=1.0)
+    scaler = faccel.scaled_backward((a(torch.ones(1, 3)) + b(torch.ones(1, 3))).sum(), faccel.init_scaler(ONE), ONE)
+    info, _ = faccel.optimizer_step(opt, scaler, ONE)
+    assert info.grad_norm is None
+    assert all(p.grad is None for p in a.parameters())
+    assert all(p.grad is not None for p in b.parameters())
+
+
+def test_schedulers_move_once_per_update_and_not_on_a_skipped_one():
+    model = net()
+    opt = torch.optim.SGD(model.parameters(), lr=1.0)
+    first = torch.optim.lr_scheduler.StepLR(opt, step_size=2)
+    second = torch.optim.lr_scheduler.LambdaLR(opt, lambda n: 1.0)
+    scaler = faccel.init_scaler(HALF)
+    for factor in (1.0, float("nan"), 1.0):
+        info, scaler = step_once(HALF, scaler, model, opt, factor, scheduler=[first, second])
+        assert info.skipped == (factor != 1.0)
+    assert (first.last_epoch, second.last_epoch) == (2, 2)
+    with pytest.raises(ConfigError, match="plateau"):
+        step_once(HALF, scaler, model, opt, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(opt))
+
+
+def test_a_update_that_is_not_finite_is_applied_unless_asked_otherwise():
+    for skip in (False, True):
+        model = net()
+        opt = torch.optim.SGD(model.parameters(), lr=1.0)
+        info, scaler = step_once(ONE, faccel.init_scaler(ONE), model, opt, float("nan"), skip_nonfinite=skip)
+        assert info.skipped == skip
+        assert model.weight.isfinite().all() == skip
+        assert scaler.num_skipped == int(skip)
+
+
+@pytest.mark.parametrize("pattern", list(itertools.product([True, False], repeat=5)))
+def test_the_loss_scale_moves_as_torchs_does(pattern):
+    options = {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2}
+    torchs = torch.amp.GradScaler("cpu", init_scale=64.0, **options)
+    scaler = faccel.init_scaler(HALF, scale=64.0, **options)
+    mine, theirs = net(), net()
+    opts = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (mine, theirs)]
+    for finite in pattern:
+        factor = 1.0 if finite else float("inf")
+        assert scaler.scale == torchs.get_scale()
+        info, scaler = step_once(HALF, scaler, mine, opts[0], factor)
+        torchs.scale(theirs(torch.ones(2, 3)).sum() * factor).backward()
+        torchs.step(opts[1])
+        torchs.update()
+        opts[1].zero_grad()
+        assert info.skipped != finite
+        assert torch.equal(mine.weight, theirs.weight)
+    assert scaler.scale == torchs.get_scale()
+    assert scaler.num_skipped == pattern.count(False)
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_two_optimizers_share_one_scaler(finite):
+    a, b = net(), net()
+    opts = [torch.optim.SGD(m.parameters(), lr=1.0) for m in (a, b)]
+    scaler = faccel.init_scaler(HALF, scale=4.0, growth_interval=1)
+    x = torch.ones(1, 3)
+    loss = a(x).sum() * (1.0 if finite else float("inf")) + b(x).sum()
+    scaler = faccel.scaled_backward(loss, scaler, HALF)
+    before = b.weight.detach().clone()
+    infos = []
+    for opt in opts:
+        info, scaler = faccel.optimizer_step(opt, scaler, HALF)
+        infos.append(info)
+    assert [i.scale for i in infos] == [4.0, 4.0]  # the second is unscaled by what its gradients were scaled by
+    assert torch.allclose(before - b.weight, torch.ones(1, 3))
+    assert scaler.scale == (8.0 if finite else 2.0)
+
+
+def test_the_scale_does_not_change_inside_a_window():
+    model = net()
+    opt = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = faccel.init_scaler(HALF, scale=8.0, growth_interval=1)
+    before = model.weight.detach().clone()
+    for _ in range(3):
+        scaler = faccel.scaled_backward(model(torch.ones(1, 3)).sum(), scaler, HALF, scale=torch.tensor(0.5))
+    info, scaler = faccel.optimizer_step(opt, scaler, HALF)
+    assert torch.allclose(before - model.weight, torch.full((1, 3), 1.5))
+    assert (info.scale, scaler.scale) == (8.0, 16.0)
+
+
+def test_a_scaler_is_a_value():
+    scaler = faccel.init_scaler(HALF)
+    assert scaler == faccel.init_scaler(HALF)
+    assert hash(scaler) == hash(faccel.init_scaler(HALF))
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        scaler.scale = 1.0
+
+
+@pytest.mark.parametrize("ctx", [ONE, HALF])
+def test_a_scaler_that_was_not_threaded_through_is_an_error(ctx):
+    model = net()
+    opt = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(ScalerError, match=r"scaler = faccel\.scaled_backward"):
+        faccel.optimizer_step(opt, faccel.init_scaler(ctx), ctx)
+
+
+def test_a_step_that_no_gradient_reached_is_an_error():
+    opt = torch.optim.SGD(net().parameters(), lr=1.0)
+    with pytest.raises(OptimizerError, match="2 parameters"):
+        faccel.optimizer_step(opt, faccel.init_scaler(ONE), ONE)
+
+
+def test_a_loss_that_cannot_be_differentiated_is_an_error():
+    w = torch.ones(2, requires_grad=True)
+    for loss in (w * 2, torch.ones(())):
+        with pytest.raises(ModelError, match="scalar"):
+            faccel.scaled_backward(loss, faccel.init_scaler(ONE), ONE)
+
+
+@pytest.mark.parametrize("options", [{"clip_norm": 0.0}, {"clip_value": -1.0}, {"clip_norm": float("nan")}])
+def test_a_limit_that_is_not_positive_is_an_error(options):
+    model = net()
+    with pytest.raises(ConfigError):
+        step_once(ONE, faccel.init_scaler(ONE), model, torch.optim.SGD(model.parameters(), lr=1.0), **options)
+
+
+def test_scaler_options_are_checked():
+    for options in ({"scael": 1.0}, {"scale": 0.0}, {"backoff_factor": 2.0}):
+        with pytest.raises(ConfigError):
+            faccel.init_scaler(HALF, **options)
+
+
+def test_wrapping_refuses_what_is_not_a_model():
+    for bad in (nn.ReLU(), 3, faccel.wrap(net(), ONE)):
+        with pytest.raises(ModelError):
+            faccel.wrap(bad, ONE)
+    with pytest.raises(FaccelError, match="plan"):
+        faccel.wrap(net(), ONE, plan={})
+    with pytest.raises(ModelError, match="generate"):
+        faccel.wrap(net(), ONE).call("generate")
+
+
+def test_a_wrapped_model_is_the_users_in_all_but_the_call():
+    module = net()
+    model = faccel.wrap(module, ONE)
+    assert faccel.unwrap(model) is module
+    assert list(model.state_dict()) == ["weight", "bias"]
+    assert [n for n, _ in model.named_parameters()] == ["weight", "bias"]
+    assert model.in_features == 3
+    assert model.eval() is model
+    assert not module.training
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = model.nothing
+
+
+def test_placement_can_be_left_to_the_user():
+    ctx = attrs.evolve(fake_context(0, 1, config={"device_placement": False}), device=torch.device("meta"))
+    assert faccel.wrap(net(), ctx).weight.device.type == "cpu"

@@ -1,0 +1,75 @@
+import collections
+import dataclasses
+
+import attrs
+import pytest
+import torch
+
+from faccel.errors import TreeError
+from faccel.tree import flatten, map_leaves, paths, reject
+
+Pair = collections.namedtuple("Pair", "a b")
+
+
+@attrs.frozen
+class Record:
+    _hidden: int
+    other: dict
+
+
+@dataclasses.dataclass
+class Data:
+    x: int
+    y: list
+
+
+TREES = [
+    3,
+    {"b": 1, "a": [2, (3, 4)]},
+    Pair(1, {"x": 2}),
+    Record(1, {"z": 2, "y": 3}),
+    Data(1, [2, 3]),
+    collections.OrderedDict(z=1, a=2),
+    collections.defaultdict(list, {"k": 1}),
+    {1: "a", "b": 2},
+    [],
+    {},
+    (),
+]
+
+
+@pytest.mark.parametrize("tree", TREES, ids=str)
+def test_flatten_and_rebuild_is_the_identity(tree):
+    leaves, rebuild = flatten(tree)
+    again = rebuild(leaves)
+    assert again == tree
+    assert type(again) is type(tree)
+    assert len(paths(tree)) == len(leaves)
+    assert flatten(map_leaves(lambda x: (x,), tree))[0] == leaves or leaves == flatten(tree)[0]
+
+
+def test_dicts_are_walked_in_sorted_order_and_rebuilt_in_their_own():
+    leaves, rebuild = flatten({"b": 1, "a": 2})
+    assert leaves == [2, 1]
+    assert list(rebuild([0, 0])) == ["b", "a"]
+
+
+def test_a_default_factory_is_kept():
+    _, rebuild = flatten(collections.defaultdict(list, {"k": 1}))
+    assert rebuild([2])["new"] == []
+
+
+def test_tensordicts_are_walked_and_take_the_new_batch_size():
+    from tensordict import TensorDict
+
+    td = TensorDict({"x": torch.zeros(2, 3), "n": {"y": torch.zeros(2)}}, batch_size=[2])
+    out = map_leaves(lambda t: torch.cat([t, t]), td)
+    assert out.batch_size == (4,)
+    assert out["n"].batch_size == (4,)
+
+
+def test_an_error_names_the_path_type_and_shape():
+    error = reject({"a": [1, torch.zeros(2, 3)]}, 1, "no", "do")
+    assert isinstance(error, TreeError)
+    assert "['a'][1]" in error.saw
+    assert "(2, 3)" in error.saw
