@@ -102,7 +102,7 @@ class DistContext:
     mesh: Mesh
     comm: Collectives = attrs.field(repr=False)
     parallelism: Parallelism = attrs.field(repr=False)
-    close: Callable[[DistContext], None] = attrs.field(default=lambda _: None, repr=False)
+    _close: Callable[[DistContext], None] = attrs.field(default=lambda _: None, repr=False, alias="close")
     uneven_iterations: list[object] = attrs.field(factory=list, init=False, repr=False)
     """A token for each `tail="uneven"` loader that is being iterated: training on one would hang, so
     `scaled_backward` refuses while there is any."""
@@ -161,7 +161,7 @@ class DistContext:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close(self)
+        self._close(self)
 
 
 _DTYPES: dict[str, Any] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -92,7 +92,7 @@ def simulate(
     Raises:
         DesyncError: Ranks disagree about the next collective, or one waits for ever; names what each was doing, and
             at which line.
-        BaseException: What the first failing rank raised.
+        BaseException: What the first failing rank raised, not what that made others raise.
 
     Examples:
         >>> import faccel

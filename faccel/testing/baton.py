@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed.distributed_c10d as c10d
 
-from faccel.errors import DesyncError
+from faccel.errors import DesyncError, RankFailedError
 
 _INSIDE = tuple(
     os.path.dirname(os.path.abspath(file)) + os.sep
@@ -117,7 +117,7 @@ class Baton:
     def __init__(self, seeds: list[int]) -> None:
         self.ranks = [_Rank(_Globals.seeded(seed)) for seed in seeds]
         self.failure: DesyncError | None = None
-        self.first_error: BaseException | None = None
+        self.errors: list[BaseException] = []  # in the order in which they were raised
         self.finished = threading.Event()
         self.is_given_up = False
 
@@ -139,8 +139,9 @@ class Baton:
             _isolation.enter(-1)
             before.restore()
             sys.excepthook = hook
-        if self.first_error is not None:
-            raise self.first_error
+        if self.errors:
+            causes = [error for error in self.errors if not isinstance(error, (DesyncError, RankFailedError))]
+            raise (causes or self.errors)[0]
         return tuple(rank.result for rank in self.ranks)
 
     def _where(self, threads: list[threading.Thread]) -> str:
@@ -163,8 +164,7 @@ class Baton:
         except BaseException as error:
             rank.error = error
             rank.doing = f"raised {type(error).__name__}"
-            if self.first_error is None:
-                self.first_error = error
+            self.errors.append(error)
         rank.is_done = True
         self._pass_on(number)
 

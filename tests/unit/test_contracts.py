@@ -1,0 +1,97 @@
+"""What every public name promises: a label that its docstring repeats, an example that runs, a place in one table."""
+
+import ast
+import inspect
+import pathlib
+import pickle
+import re
+
+import attrs
+import pytest
+
+import faccel
+from faccel import errors
+from faccel.effects import effects_of
+
+FUNCTIONS = [name for name in faccel.__all__ if inspect.isfunction(getattr(faccel, name))]
+RECORDS = [name for name in faccel.__all__ if attrs.has(getattr(faccel, name))]
+
+
+def test_all_is_sorted_and_every_name_is_a_function_or_a_record():
+    assert faccel.__all__ == sorted(faccel.__all__)
+    assert set(FUNCTIONS) | set(RECORDS) == set(faccel.__all__)
+    assert set(dir(faccel)) >= set(faccel.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = faccel.nothing
+
+
+def test_what_type_checkers_see_is_what_is_imported():
+    tree = ast.parse(pathlib.Path(faccel.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    modules = {name: "faccel" for name in ("backends", "errors", "testing")}
+    assert seen == {**faccel._HOME, **modules}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_docstring_repeats_the_label(name):
+    fn = getattr(faccel, name)
+    line = re.search(r"^\s*Effects: ([^.]*(?:\.grad)?[^.]*)\.", fn.__doc__, re.M)
+    assert line, "no `Effects:` line"
+    stated = set(re.sub(r", (?:until|as far).*", "", line[1]).split(", "))
+    assert stated == set(effects_of(fn) or {"pure"})
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_context_is_the_last_positional_argument(name):
+    parameters = list(inspect.signature(getattr(faccel, name)).parameters.values())
+    names = [p.name for p in parameters]
+    if "ctx" in names:
+        after = parameters[names.index("ctx") + 1 :]
+        assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in after)
+    assert not any(isinstance(p.default, bool) and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_has_an_example(name):
+    assert ">>>" in getattr(faccel, name).__doc__
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_record_is_frozen_and_documents_its_fields_and_methods(name):
+    record = getattr(faccel, name)
+    assert record.__setattr__ is not object.__setattr__
+    for field in attrs.fields(record):
+        if field.init and not field.name.startswith("_"):
+            assert re.search(rf"^\s+{field.name}: ", record.__doc__, re.M), field.name
+    for method, value in vars(record).items():
+        if not method.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+            assert inspect.getdoc(value), method
+
+
+ERRORS = [cls for cls in vars(errors).values() if inspect.isclass(cls) and issubclass(cls, errors.FaccelError)]
+
+
+@pytest.mark.parametrize("cls", ERRORS)
+def test_errors_carry_their_parts_and_can_be_pickled(cls):
+    error = pickle.loads(pickle.dumps(cls("what", saw="that", fix="do this")))
+    assert (type(error), error.what, error.saw, error.fix) == (cls, "what", "that", "do this")
+    assert str(error) == "what. Got that.\nTo fix: do this."
+    assert cls is errors.FaccelError or len(cls.__mro__) > len(errors.FaccelError.__mro__) + 1
+
+
+def test_the_nearest_name_is_suggested():
+    assert errors.nearest("grad_acum", ["seed", "grad_accum"]) == "use `grad_accum` (allowed: `grad_accum`, `seed`)"
+    assert errors.nearest("zzz", ["b", "a"]) == "use one of `a`, `b`"
+
+
+def test_no_module_is_longer_than_400_lines():
+    for path in pathlib.Path(faccel.__file__).parent.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_nothing_outside_backends_asks_which_backend_it_is():
+    root = pathlib.Path(faccel.__file__).parent
+    for path in root.rglob("*.py"):
+        if "backends" not in path.parts:
+            assert not re.search(r"if .*(backend|strategy|parallelism\.name) ==", path.read_text()), path

@@ -1,0 +1,70 @@
+import pytest
+
+import faccel
+from faccel.errors import ConfigError, RankFailedError
+from faccel.testing import fake_context, simulate
+
+
+def test_main_goes_first_and_the_others_see_what_it_made(tmp_path):
+    order = []
+
+    def fn(ctx, local):
+        with faccel.main_first(ctx, local=local):
+            order.append(ctx.rank)
+            if ctx.rank == 0:
+                (tmp_path / "cache").touch()
+            return (tmp_path / "cache").exists()
+
+    assert simulate(fn, 3, True) == (True, True, True)
+    order.clear()
+    assert simulate(lambda ctx: fn(ctx, False), 3) == (True, True, True)
+    assert order[0] == 0
+
+
+def test_an_exception_on_main_reaches_the_waiting_ranks():
+    seen = []
+
+    def fn(ctx):
+        try:
+            with faccel.main_first(ctx):
+                if ctx.is_main:
+                    raise OSError("disk full")
+                seen.append("body")
+        except RankFailedError as error:
+            seen.append((ctx.rank, error.saw))
+            raise
+
+    with pytest.raises(OSError, match="disk full"):
+        simulate(fn, 3)
+    assert seen == [(1, "OSError: disk full"), (2, "OSError: disk full")]
+
+
+def test_functions_run_on_one_rank_and_keep_their_names():
+    def fn(ctx):
+        @faccel.on_main(ctx)
+        def main_only(x):
+            """Say x."""
+            return x
+
+        assert (main_only.__name__, main_only.__doc__) == ("main_only", "Say x.")
+        return main_only(7), faccel.on_rank(2, ctx)(lambda: "two")()
+
+    assert simulate(fn, 3) == ((7, None), (None, None), (None, "two"))
+    with pytest.raises(ConfigError):
+        faccel.on_rank(3, fake_context(0, 3))
+
+
+def test_print_speaks_once_and_in_one_write():
+    class Out:
+        def __init__(self):
+            self.writes = []
+
+        def write(self, text):
+            self.writes.append(text)
+
+        def flush(self):
+            pass
+
+    out = Out()
+    simulate(lambda ctx: faccel.print("a", ctx.rank, sep="-", end="!\n", file=out, ctx=ctx), 3)
+    assert out.writes == ["a-0!\n"]

@@ -1,0 +1,147 @@
+"""Each function changes what its label says, and nothing else: by value, on a world of two."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import faccel
+from faccel.effects import effects_of
+from faccel.testing import simulate
+
+
+def ambient():
+    """Everything of the process that a function could change behind the user's back."""
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": str(np.random.get_state()),
+        "python": random.getstate(),
+        "environment": dict(os.environ),
+        "dtype": torch.get_default_dtype(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "gradients": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def values(objects):
+    """The contents of models, optimizers and tensors, copied."""
+    copies = {}
+    for name, thing in objects.items():
+        if isinstance(thing, torch.Tensor):
+            copies[name] = thing.detach().clone()
+        elif isinstance(thing, nn.Module):
+            copies[name] = {k: v.detach().clone() for k, v in thing.state_dict().items()}
+            copies[f"{name}.grad"] = [None if p.grad is None else p.grad.clone() for p in thing.parameters()]
+        elif isinstance(thing, torch.optim.Optimizer):
+            copies[name] = repr(thing.state_dict())
+    return copies
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def scene(ctx):
+    """One of everything that functions take."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5))
+    model = faccel.wrap(net, ctx)
+    opt = torch.optim.Adam(model.parameters(), lr=0.1)
+    x = torch.full((2, 2), ctx.rank + 1.0)
+    loader = faccel.shard(DataLoader(TensorDataset(torch.ones(6, 2)), 2, shuffle=True), ctx)
+    return {"net": net, "model": model, "opt": opt, "x": x, "loader": loader, "scaler": faccel.init_scaler(ctx)}
+
+
+def backward(s, ctx):
+    return faccel.scaled_backward(s["model"](s["x"]).sum(), s["scaler"], ctx)
+
+
+# name -> what to call, and which things of the scene it may change
+CALLS = {
+    "agree": (lambda s, ctx: faccel.agree(ctx, a=True), set()),
+    "autocast": (lambda s, ctx: faccel.autocast(ctx), set()),
+    "barrier": (lambda s, ctx: faccel.barrier(ctx), set()),
+    "broadcast": (lambda s, ctx: faccel.broadcast(s["x"], ctx), set()),
+    "broadcast_objects": (lambda s, ctx: faccel.broadcast_objects([s["x"]], ctx), set()),
+    "fold_in": (lambda s, ctx: torch.rand(2, generator=faccel.fold_in(0, 1)), set()),
+    "gather": (lambda s, ctx: faccel.gather(s["x"], ctx, num_valid=1), set()),
+    "gather_objects": (lambda s, ctx: faccel.gather_objects(s["x"], ctx), set()),
+    "init_scaler": (lambda s, ctx: faccel.init_scaler(ctx), set()),
+    "on_main": (lambda s, ctx: faccel.on_main(ctx)(lambda: 1)(), set()),
+    "on_rank": (lambda s, ctx: faccel.on_rank(1, ctx)(lambda: 1)(), set()),
+    "reduce": (lambda s, ctx: faccel.reduce(s["x"], ctx, op="mean"), set()),
+    "shard": (lambda s, ctx: faccel.shard(DataLoader(range(4), 2), ctx), set()),
+    "unwrap": (lambda s, ctx: faccel.unwrap(s["model"]), set()),
+    "wrap_optimizer": (lambda s, ctx: faccel.wrap_optimizer(s["opt"], s["model"], ctx), set()),
+    "batches": (lambda s, ctx: list(faccel.batches(s["loader"].at(0))), set()),
+    "windows": (lambda s, ctx: [list(w) for w in faccel.windows(s["loader"].at(0), ctx, weight=len_of)], set()),
+    "grad_sync": (lambda s, ctx: faccel.grad_sync(s["model"], on=False).__enter__(), set()),
+    "wrap": (lambda s, ctx: faccel.wrap(s["net"], ctx), set()),  # rank 0's values are there already
+    "print": (lambda s, ctx: faccel.print(end="", ctx=ctx), set()),
+}
+
+
+def len_of(batch):
+    return batch.num_valid
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_only_what_the_label_says_is_changed(name):
+    call, may_change = CALLS[name]
+
+    def fn(ctx):
+        s = scene(ctx)
+        before, around = values(s), ambient()
+        call(s, ctx)
+        after = values(s)
+        assert {k for k in before if not equal(before[k], after[k])} <= may_change
+        assert ambient() == around
+
+    simulate(fn, 2)
+
+
+def test_backward_changes_gradients_alone():
+    def fn(ctx):
+        s = scene(ctx)
+        s["model"].eval()  # batch norm's statistics and dropout are the model's own doing
+        before, around = values(s), ambient()
+        backward(s, ctx)
+        after = values(s)
+        assert {k for k in before if not equal(before[k], after[k])} == {"net.grad"}
+        assert ambient() == around
+
+    simulate(fn, 2)
+
+
+def test_a_step_changes_parameters_optimizer_and_gradients_alone():
+    def fn(ctx):
+        s = scene(ctx)
+        other = scene(ctx)
+        scaler = backward(s, ctx)
+        before, around = values({"x": s["x"], "other": other["net"], "others_opt": other["opt"]}), ambient()
+        weights = values(s)
+        faccel.optimizer_step(s["opt"], scaler, ctx, clip_norm=1.0)
+        assert equal(values({"x": s["x"], "other": other["net"], "others_opt": other["opt"]}), before)
+        changed = {k for k, v in values(s).items() if not equal(v, weights[k])}
+        assert changed == {"net", "net.grad", "opt"}
+        assert ambient() == around
+
+    simulate(fn, 2)
+
+
+def test_every_function_without_effects_on_its_arguments_is_covered():
+    covered = set(CALLS) | {"scaled_backward", "optimizer_step"}
+    elsewhere = {"init", "shutdown", "seed_everything", "main_first"}  # process state is what they are for
+    functions = {n for n in faccel.__all__ if effects_of(getattr(faccel, n)) or callable(getattr(faccel, n))}
+    records = {n for n in faccel.__all__ if isinstance(getattr(faccel, n), type)}
+    assert functions - records == covered | elsewhere
