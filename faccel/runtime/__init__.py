@@ -66,7 +66,7 @@ class _DefaultGroup:
             )
             # A restarted worker must not meet the addresses of the attempt that died.
             dist.init_process_group(
-                "cpu:gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_BACKENDS[device.type]}",
+                "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_BACKENDS[device.type]}",
                 store=dist.PrefixStore(f"faccel/attempt_{topology.attempt}", store),
                 rank=topology.rank,
                 world_size=topology.world_size,

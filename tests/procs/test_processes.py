@@ -1,0 +1,91 @@
+"""What only real processes show."""
+
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import faccel
+from faccel.errors import DeviceError, WorldError
+from tests.ranks import env_of, hosted_store, run_ranks
+
+
+def world(ctx):
+    return ctx.rank, ctx.world_size, ctx.local_rank, ctx.device.type, ctx.topology.source
+
+
+def test_without_gpus_the_world_is_the_processes_that_were_started():
+    assert run_ranks(world, 2) == [(0, 2, 0, "cpu", "torchrun"), (1, 2, 1, "cpu", "torchrun")]
+
+
+def several_contexts(ctx):
+    second = faccel.init(env=dict(os.environ) | env_of(ctx.rank, ctx.world_size, 1), seed=9)
+    single = faccel.init(env={})
+    out = (
+        second.comm.group("world") is ctx.comm.group("world"),
+        faccel.reduce(torch.tensor(1), second).item(),
+        faccel.reduce(torch.tensor(1), single).item(),
+        (ctx.config.seed, second.config.seed),
+    )
+    faccel.shutdown(second)
+    still = faccel.reduce(torch.tensor(1), ctx).item()
+    faccel.shutdown(single)
+    return (*out, still, dist.is_initialized())
+
+
+def test_contexts_share_the_group_until_the_last_one_is_shut_down():
+    assert run_ranks(several_contexts, 2) == [(True, 2, 1, (0, 9), 2, True)] * 2
+
+
+def another_world(ctx):
+    try:
+        faccel.init(env=env_of(0, 5, 1))
+    except WorldError as error:
+        return error.saw
+    return "no error"
+
+
+def test_a_second_real_world_is_an_error():
+    assert run_ranks(another_world, 2)[1] == "rank 1 of 2 before, rank 0 of 5 now"
+
+
+def hooks(ctx):
+    replaced = sys.excepthook is not sys.__excepthook__
+    faccel.shutdown(ctx)
+    return replaced, sys.excepthook is sys.__excepthook__, dist.is_initialized()
+
+
+def test_shutdown_ends_the_group_and_puts_the_excepthook_back():
+    assert run_ranks(hooks, 2) == [(True, True, False)] * 2
+
+
+def adopt(rank, port, pipe):
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    with faccel.init(env=env_of(rank, 2, port)) as ctx:
+        out = faccel.reduce(torch.tensor(rank + 1), ctx).item()
+    pipe.send((out, dist.is_initialized()))
+    dist.destroy_process_group()
+    os._exit(0)
+
+
+def test_the_users_own_process_group_is_adopted_and_left_alone():
+    import multiprocessing
+
+    fork, store = multiprocessing.get_context("fork"), hosted_store()
+    pipes = [fork.Pipe(duplex=False) for _ in range(2)]
+    processes = [fork.Process(target=adopt, args=(r, store.port, pipes[r][1])) for r in range(2)]
+    for process in processes:
+        process.start()
+    assert [receive.recv() for receive, _ in pipes] == [(3, True)] * 2
+    for process in processes:
+        process.join()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_more_processes_than_devices_is_an_error_that_says_what_would_fit():
+    with pytest.raises(DeviceError) as error:
+        faccel.init(env=env_of(1, 2, 1), device="cuda")
+    assert error.value.saw == "0 devices for 2 processes"

@@ -1,0 +1,82 @@
+"""Scripts as users start them: the examples and the README's loop, by python and by torchrun."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def start(script, num_processes, cwd=ROOT):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    out = subprocess.run(
+        [sys.executable, *(launcher if num_processes else []), str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert out.returncode == 0, out.stderr[-3000:]
+    return out.stdout.splitlines()
+
+
+def last_number(lines, word):
+    match = re.fullmatch(rf"{word} (\d\.\d{{4}})", lines[-1])
+    assert match, lines[-3:]
+    return float(match[1])
+
+
+@pytest.mark.parametrize("num_processes", [0, 1, 2, 4])
+def test_digits_learns_and_prints_once(num_processes):
+    lines = start("examples/digits.py", num_processes)
+    assert last_number(lines, "accuracy") >= 0.97
+    assert len(lines) == 13  # a line an epoch and the last one, whatever the number of processes
+
+
+def test_accumulation_learns_the_same_on_any_number_of_processes():
+    one, two = (start("examples/accumulate.py", n) for n in (0, 2))
+    assert last_number(one, "loss") < 2.0
+    assert abs(last_number(one, "loss") - last_number(two, "loss")) < 1e-3
+    assert len(one) == len(two) == 5
+
+
+def readme_blocks():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_the_first_block_of_the_readme_trains(tmp_path, num_processes):
+    script = tmp_path / "train.py"
+    script.write_text(readme_blocks()[0])
+    assert last_number(start(script, num_processes, tmp_path), "accuracy") > 0.9
+
+
+@pytest.mark.parametrize("number", range(1, len(readme_blocks())))
+def test_every_other_block_of_the_readme_runs(tmp_path, monkeypatch, number):
+    """In the scene that the first block has set: its names are there."""
+    monkeypatch.chdir(tmp_path)
+    scene = {"__name__": "readme"}
+    exec(readme_blocks()[0], scene)
+    exec(readme_blocks()[number], scene)
+    for name, value in list(scene.items()):
+        if name.startswith("test_"):
+            value()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_an_example_is_short(path):
+    assert len(path.read_text().splitlines()) <= 120
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    commands = re.findall(r"```bash\n(.*?)\n```", (ROOT / "README.md").read_text(), re.S)
+    assert commands[:2] == [
+        'pip install torch==2.13.0 -e ".[examples]" && torchrun --nproc-per-node 2 examples/digits.py',
+        'pip install torch==2.13.0 -e ".[test]" && pytest',
+    ]
