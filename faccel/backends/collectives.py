@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import attrs
@@ -19,6 +20,11 @@ _OPS = {
 }
 # torch 2.13 renamed it and warns on the old name, which is the only one that 2.9 has
 _all_gather_single = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
+
+
+def _is_held(alias: torch.Tensor) -> bool:
+    """Whether somebody but the interpreter has a reference to this very tensor, not only to its storage."""
+    return alias._use_count() > 1  # type: ignore[attr-defined]
 
 
 @attrs.frozen
@@ -74,6 +80,25 @@ class TorchCollectives:
     """
 
     groups: Mapping[str, dist.ProcessGroup]
+    in_flight: list[torch.Tensor] = attrs.field(factory=list, init=False, repr=False)
+    """Aliases of what was handed to c10d, until its threads have let go; see `drain`."""
+
+    def _hand_over(self, x: torch.Tensor) -> torch.Tensor:
+        self.in_flight[:] = [alias for alias in self.in_flight if _is_held(alias)]
+        self.in_flight.append(x.detach().view(-1))
+        return self.in_flight[-1]
+
+    def drain(self, timeout_s: float = 1.0) -> None:
+        """Wait until no thread of gloo holds a tensor that it was given.
+
+        gloo's threads let go of a tensor only after its result is there. The one that comes last needs the
+        interpreter, and at exit that may be gone: the process aborts (one of 120 here; pytorch/pytorch#179291). So each
+        tensor has an alias that outlives the thread's hold on it, and `shutdown` waits for the last ones. The threads
+        themselves cannot be joined: DDP's reducer keeps their group for ever.
+        """
+        deadline = time.monotonic() + timeout_s
+        while any(map(_is_held, self.in_flight)) and time.monotonic() < deadline:
+            time.sleep(0)  # lets other threads run
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """Return the process group of the axis."""
@@ -93,21 +118,21 @@ class TorchCollectives:
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
         """Return the `op` of every rank's `x`."""
         out = x.clone()
-        dist.all_reduce(out, op=_OPS[op], group=self.group(axis))
+        dist.all_reduce(self._hand_over(out), op=_OPS[op], group=self.group(axis))
         return out
 
     def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         """Return every rank's `x` along a new first dimension."""
         out = x.new_empty(self.size(axis), *x.shape)
         if out.numel():
-            _all_gather_single(out.view(-1), x.reshape(-1), group=self.group(axis))
+            _all_gather_single(self._hand_over(out), self._hand_over(x), group=self.group(axis))
         return out
 
     def broadcast(self, x: torch.Tensor, src: int, axis: str) -> torch.Tensor:
         """Return the `x` of rank `src` of the axis."""
         out = x.clone()
         if out.numel():
-            dist.broadcast(out, group_src=src, group=self.group(axis))
+            dist.broadcast(self._hand_over(out), group_src=src, group=self.group(axis))
         return out
 
     def barrier(self, axis: str) -> None:

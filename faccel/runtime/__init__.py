@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -30,7 +30,7 @@ class _DefaultGroup:
     """
 
     def __init__(self) -> None:
-        self.users: set[int] = set()
+        self.users: dict[int, Callable[[], None]] = {}  # by id of the context: waits for its last collective
         self.is_ours = False
         self.excepthook: Any = None
 
@@ -85,9 +85,10 @@ class _DefaultGroup:
 
     def leave(self, user: int) -> None:
         """End the group when its last user leaves, if faccel made it."""
-        if user not in self.users:
+        drain = self.users.pop(user, None)
+        if drain is None:
             return
-        self.users.discard(user)
+        drain()
         if not self.users and self.is_ours:
             self.is_ours = False
             if dist.is_initialized():
@@ -174,8 +175,8 @@ def init(
         parallelism=parallelism,
         close=shutdown,
     )
-    if topology.world_size > 1:
-        _default_group.users.add(id(ctx))
+    if isinstance(comm, TorchCollectives):
+        _default_group.users[id(ctx)] = comm.drain
         atexit.register(shutdown, ctx)
     return ctx
 

@@ -61,6 +61,33 @@ def test_shutdown_ends_the_group_and_puts_the_excepthook_back():
     assert run_ranks(hooks, 2) == [(True, True, False)] * 2
 
 
+def let_go(ctx):
+    for _ in range(50):
+        faccel.gather(torch.ones(3), ctx)
+        faccel.reduce(torch.ones(3), ctx)
+        faccel.broadcast(torch.ones(3), ctx)
+        assert len(ctx.comm.in_flight) < 10  # those that were let go are forgotten
+    ctx.comm.drain()
+    return [alias._use_count() for alias in ctx.comm.in_flight]
+
+
+def test_shutdown_waits_until_no_thread_of_gloo_holds_a_tensor():
+    for counts in run_ranks(let_go, 2):
+        assert counts
+        assert set(counts) == {1}
+
+
+def test_a_tensor_that_somebody_else_holds_is_seen():
+    from faccel.backends.collectives import _is_held
+
+    alias = torch.ones(3).detach()
+    assert not _is_held(alias)
+    product = torch.ones(3, requires_grad=True) * alias  # saved for backward, in C++
+    assert _is_held(alias)
+    del product
+    assert not _is_held(alias)
+
+
 def adopt(rank, port, pipe):
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
