@@ -1,4 +1,8 @@
-"""Real processes for tests: forked ranks that meet over gloo."""
+"""Real processes for tests: ranks that meet over gloo.
+
+They are forked from a server that has imported torch and computed nothing: a fork of the test process itself would
+inherit its OpenMP threads, and hang in its first parallel region.
+"""
 
 import multiprocessing
 import os
@@ -11,6 +15,9 @@ import torch
 import torch.distributed as dist
 
 import faccel
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "torch._dynamo", "sklearn.datasets", "faccel.runtime", "faccel.step"])
 
 
 def env_of(rank, world_size, port):
@@ -49,13 +56,12 @@ def _child(fn, rank, world_size, port, pipe, args, options):
 
 
 def run_ranks(fn, world_size, *args, **options):
-    """Run `fn(ctx, *args)` in forked processes; return the results by rank, raise the first rank's error."""
+    """Run `fn(ctx, *args)`, a function of a module, in processes; return the results by rank, raise the first rank's error."""
     store = hosted_store()
-    fork = multiprocessing.get_context("fork")
     children = []
     for rank in range(world_size):
-        receive, send = fork.Pipe(duplex=False)
-        process = fork.Process(target=_child, args=(fn, rank, world_size, store.port, send, args, options))
+        receive, send = SERVER.Pipe(duplex=False)
+        process = SERVER.Process(target=_child, args=(fn, rank, world_size, store.port, send, args, options))
         process.start()
         send.close()
         children.append((process, receive))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 import faccel
 from faccel.errors import DeviceError, WorldError
-from tests.ranks import env_of, hosted_store, run_ranks
+from tests.ranks import SERVER, env_of, hosted_store, run_ranks
 
 
 def world(ctx):
@@ -99,11 +99,9 @@ def adopt(rank, port, pipe):
 
 
 def test_the_users_own_process_group_is_adopted_and_left_alone():
-    import multiprocessing
-
-    fork, store = multiprocessing.get_context("fork"), hosted_store()
-    pipes = [fork.Pipe(duplex=False) for _ in range(2)]
-    processes = [fork.Process(target=adopt, args=(r, store.port, pipes[r][1])) for r in range(2)]
+    store = hosted_store()
+    pipes = [SERVER.Pipe(duplex=False) for _ in range(2)]
+    processes = [SERVER.Process(target=adopt, args=(r, store.port, pipes[r][1])) for r in range(2)]
     for process in processes:
         process.start()
     assert [receive.recv() for receive, _ in pipes] == [(3, True)] * 2
