@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders that take turns, ratios with their spread, a result file that names the machine.
+"""What the benchmarks share: turns, ratios with their spread, a result file that names the machine.
 
 Contenders run A, B, C, A, B, C, ...: what disturbs the machine disturbs all of them. A ratio is taken within one round
 and the median over the rounds is reported, with the quartiles as its spread.
@@ -24,6 +24,8 @@ def alternate(contenders, rounds, *, warmup=2, before=lambda: None):
     `before` runs ahead of each call and is not timed (a barrier, where there are several processes).
     """
     seconds = {name: [] for name in contenders}
+    gc.collect()
+    gc.freeze()  # so that the collections below do not walk all that was imported
     for number in range(-warmup, rounds):
         for name, run in contenders.items():
             gc.collect()  # nobody pays for what another one left behind
@@ -47,7 +49,7 @@ def ratios(seconds, contender, baseline):
 
 
 def table(title, seconds, baseline, *, calls=1, unit="us"):
-    """Print a row per contender: time of one of the `calls` of a round, ratio to the baseline; return it as a record."""
+    """Print a row per contender, time of one of the `calls` of a round and ratio to the baseline; return a record."""
     factor = {"us": 1e6, "ms": 1e3, "s": 1.0}[unit] / calls
     print(f"\n{title}")
     rows = {}

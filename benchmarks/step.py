@@ -21,7 +21,7 @@ import faccel
 NUM_FEATURES = 16
 BATCH_SIZE = 32
 NUM_STEPS = 250  # per round and contender: one epoch
-ROUNDS = 40
+ROUNDS = 30
 LEARNING_RATE = 1e-2
 SEED = 0
 

@@ -259,7 +259,8 @@ def optimizer_step(
         opt.step()
         for each in schedulers:
             each.step()
-    opt.zero_grad(set_to_none=True)
+    for p in params:  # what `zero_grad` does, without its profiler range: 9 us that a small step would notice
+        p.grad = None
     return StepInfo(norm, not finite, scale), scaler.after_step(finite=finite)
 
 

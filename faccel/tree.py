@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
+import torch
 
 from faccel.errors import TreeError
 
@@ -66,6 +67,8 @@ def _make_tensordict(node: Any, keys: list[Any]) -> _Make:
 
 def _children(node: Any) -> tuple[list[Any], list[Any], _Make] | None:
     """Return `(keys, children, make)` of a container, None for a leaf."""
+    if isinstance(node, torch.Tensor):
+        return None
     kind = type(node)
     if kind is list or kind is tuple:
         return list(range(len(node))), list(node), kind
