@@ -83,22 +83,25 @@ def _children(node: Any) -> tuple[list[Any], list[Any], _Make] | None:
         return list(names or range(len(node))), list(node), (lambda v: kind(*v)) if names else kind
     if isinstance(node, list):
         return list(range(len(node))), list(node), kind
+    return _record_children(node)
+
+
+def _record_children(node: Any) -> tuple[list[Any], list[Any], _Make] | None:
+    """Return those of an attrs record or a dataclass, None for anything else."""
+    kind: Any = type(node)
     if attrs.has(kind):
-        aliases = [(a.name, a.alias) for a in attrs.fields(kind) if a.init]
-        names = [name for name, _ in aliases]
-        return (
-            names,
-            [getattr(node, name) for name in names],
-            lambda v: attrs.evolve(node, **{alias: x for (_, alias), x in zip(aliases, v, strict=True)}),
-        )
-    if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        names = [f.name for f in dataclasses.fields(node) if f.init]
-        return (
-            names,
-            [getattr(node, name) for name in names],
-            lambda v: dataclasses.replace(node, **dict(zip(names, v, strict=True))),
-        )
-    return None
+        names = {a.name: a.alias for a in attrs.fields(kind) if a.init}  # as an attribute, as an argument
+        replace: Callable[..., Any] = attrs.evolve
+    elif dataclasses.is_dataclass(kind):
+        names = {f.name: f.name for f in dataclasses.fields(kind) if f.init}
+        replace = dataclasses.replace
+    else:
+        return None
+    return (
+        list(names),
+        [getattr(node, name) for name in names],
+        lambda values: replace(node, **dict(zip(names.values(), values, strict=True))),
+    )
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:

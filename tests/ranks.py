@@ -56,7 +56,7 @@ def _child(fn, rank, world_size, port, pipe, args, options):
 
 
 def run_ranks(fn, world_size, *args, **options):
-    """Run `fn(ctx, *args)`, a function of a module, in processes; return the results by rank, raise the first rank's error."""
+    """Run a module's `fn(ctx, *args)` in processes; return the results by rank, raise the first rank's error."""
     store = hosted_store()
     children = []
     for rank in range(world_size):
