@@ -8,17 +8,16 @@ of hangs.
 from __future__ import annotations
 
 import os
-import random
 import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed.distributed_c10d as c10d
 
 from faccel.errors import DesyncError, RankFailedError
+from faccel.generators import Generators
 
 _INSIDE = tuple(
     os.path.dirname(os.path.abspath(file)) + os.sep
@@ -45,30 +44,17 @@ class _GroupTable:
 class _Globals:
     """What a process has one of."""
 
-    def __init__(self) -> None:
-        self.save()
-
-    def save(self) -> None:
-        self.torch = torch.default_generator.get_state()
-        self.numpy = np.random.get_state()
-        self.python = random.getstate()
-        self.groups: Any = c10d._world  # pyright: ignore[reportPrivateUsage]
-
-    def restore(self) -> None:
-        torch.default_generator.set_state(self.torch)
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
-        c10d._world = self.groups  # pyright: ignore[reportPrivateUsage]
+    def __init__(self, generators: Generators, groups: Any) -> None:
+        self.generators = generators
+        self.groups = groups
 
     @classmethod
-    def seeded(cls, seed: int) -> _Globals:
-        """Return those of a new process: generators with a seed, no process group."""
-        new = cls()
-        new.torch = torch.Generator().manual_seed(seed).get_state()
-        new.numpy = np.random.RandomState(seed % 2**32).get_state()
-        new.python = random.Random(seed).getstate()
-        new.groups = _GroupTable()
-        return new
+    def current(cls) -> _Globals:
+        return cls(Generators.current(), c10d._world)  # pyright: ignore[reportPrivateUsage]
+
+    def restore(self) -> None:
+        self.generators.restore()
+        c10d._world = self.groups  # pyright: ignore[reportPrivateUsage]
 
 
 class _Rank:
@@ -115,7 +101,7 @@ class Baton:
     """
 
     def __init__(self, seeds: list[int]) -> None:
-        self.ranks = [_Rank(_Globals.seeded(seed)) for seed in seeds]
+        self.ranks = [_Rank(_Globals(Generators.seeded(seed), _GroupTable())) for seed in seeds]
         self.failure: DesyncError | None = None
         self.errors: list[BaseException] = []  # in the order in which they were raised
         self.finished = threading.Event()
@@ -123,7 +109,7 @@ class Baton:
 
     def run(self, fn: Callable[[int], Any], timeout_s: float) -> tuple[Any, ...]:
         """Run `fn(rank)` for every rank and return the results in order; raise what the first failing rank raised."""
-        before, hook = _Globals(), sys.excepthook
+        before, hook = _Globals.current(), sys.excepthook
         _isolation.enter(1)
         threads = [threading.Thread(target=self._body, args=(r, fn), daemon=True) for r in range(len(self.ranks))]
         try:
@@ -177,7 +163,7 @@ class Baton:
         rank = self.ranks[number]
         if self.failure is None and not ready():
             rank.doing, rank.ready = doing, ready
-            rank.globals.save()
+            rank.globals = _Globals.current()
             if self._pass_on(number) is not rank:
                 rank.turn.acquire()
                 rank.globals.restore()
