@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from faccel.comm.control import on_rank as on_rank
     from faccel.comm.objects import broadcast_objects as broadcast_objects
     from faccel.comm.objects import gather_objects as gather_objects
+    from faccel.comm.objects import scatter as scatter
     from faccel.comm.tensors import broadcast as broadcast
     from faccel.comm.tensors import gather as gather
     from faccel.comm.tensors import reduce as reduce
     from faccel.config import Config as Config
     from faccel.context import DistContext as DistContext
     from faccel.context import Topology as Topology
-    from faccel.data.loader import Batch as Batch
     from faccel.data.loader import ShardedLoader as ShardedLoader
     from faccel.data.loader import batches as batches
     from faccel.data.loader import shard as shard
     from faccel.data.order import Cursor as Cursor
+    from faccel.data.source import Batch as Batch
     from faccel.log import print as print
     from faccel.mesh import MeshSpec as MeshSpec
     from faccel.model import WrappedModel as WrappedModel
@@ -51,12 +52,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "faccel.comm.control": ("Verdict", "agree", "barrier", "main_first", "on_main", "on_rank"),
-    "faccel.comm.objects": ("broadcast_objects", "gather_objects"),
+    "faccel.comm.objects": ("broadcast_objects", "gather_objects", "scatter"),
     "faccel.comm.tensors": ("broadcast", "gather", "reduce"),
     "faccel.config": ("Config",),
     "faccel.context": ("DistContext", "Topology"),
-    "faccel.data.loader": ("Batch", "ShardedLoader", "batches", "shard"),
+    "faccel.data.loader": ("ShardedLoader", "batches", "shard"),
     "faccel.data.order": ("Cursor",),
+    "faccel.data.source": ("Batch",),
     "faccel.log": ("print",),
     "faccel.mesh": ("MeshSpec",),
     "faccel.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),

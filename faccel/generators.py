@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+A = TypeVar("A")
+R = TypeVar("R")
 
 
 class Generators:
@@ -57,3 +60,47 @@ def seed_all(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+class _PythonAside:
+    """python's generator, put aside without copying its 625 words (13 us) each time.
+
+    It is kept as a state and the number that this state draws next: as long as the generator draws that number, nobody
+    has used it since it was put back, and the state still holds.
+    """
+
+    def __init__(self) -> None:
+        self.state: Any = None
+        self.draws = -1
+
+    def take(self) -> Any:
+        """Return the state in which the generator stands, for `random.setstate`."""
+        if random.getrandbits(32) == self.draws:
+            return self.state
+        version, words, gauss = random.getstate()
+        self.state = (version, (*words[:-1], words[-1] - 1), gauss)  # one draw back: the last word counts them
+        random.setstate(self.state)
+        self.draws = random.getrandbits(32)
+        return self.state
+
+
+_python_aside = _PythonAside()
+_numpy_bits: Any = np.random.MT19937()  # swapped in: copying numpy's state takes 50 us
+
+
+def seeded(fn: Callable[[A], R], argument: A, seed: int) -> R:
+    """Call `fn(argument)` under seeded generators and put the process's own back, in a few microseconds.
+
+    numpy's drops the second half of a pair of normals that it may have kept.
+    """
+    torch_state = torch.default_generator.get_state()
+    numpy_bits = np.random.get_bit_generator()  # pyright: ignore[reportAttributeAccessIssue]
+    python_state = _python_aside.take()
+    np.random.set_bit_generator(_numpy_bits)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        seed_all(seed)
+        return fn(argument)
+    finally:
+        torch.default_generator.set_state(torch_state)
+        np.random.set_bit_generator(numpy_bits)  # pyright: ignore[reportAttributeAccessIssue]
+        random.setstate(python_state)

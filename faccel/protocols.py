@@ -47,6 +47,10 @@ class Collectives(Protocol):
         """Return the `x: T[...]` of rank `src` of the axis; the others' `x` gives shape and dtype."""
         ...
 
+    def scatter(self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str) -> torch.Tensor:
+        """Return this rank's row of rank `src`'s `rows: T[size, ...]` (None elsewhere), a tensor as `like: T[...]`."""
+        ...
+
     def barrier(self, axis: str) -> None:
         """Return when every rank of the axis has called it."""
         ...

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from faccel.context import DistContext
-from faccel.data.loader import Batch, ShardedLoader, batches
+from faccel.data.loader import ShardedLoader, batches
 from faccel.data.order import Cursor
+from faccel.data.source import Batch
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError, DataError, ModelError
 from faccel.optim import clip_, parameters_with_gradients
@@ -103,7 +104,7 @@ def windows(
     num_micro = ctx.config.grad_accum if size is None else size
     if num_micro < 1:
         raise ConfigError("a window has at least one micro-batch", saw=f"size={size}", fix="use `size=1` or more")
-    if loader.plan.tail == "uneven" and loader.plan.world_size > 1:
+    if loader.source.tail == "uneven" and ctx.data_world_size > 1:
         raise _uneven()
     return _windows(loader, ctx, num_micro, weight)
 

@@ -66,6 +66,12 @@ class SingleCollectives:
         self._check(axis)
         return x.clone()
 
+    def scatter(self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str) -> torch.Tensor:
+        """Return a copy of the one row."""
+        self._check(axis)
+        assert rows is not None
+        return rows[0].clone()
+
     def barrier(self, axis: str) -> None:
         """Return at once."""
         self._check(axis)
@@ -133,6 +139,14 @@ class TorchCollectives:
         out = x.clone()
         if out.numel():
             dist.broadcast(self._hand_over(out), group_src=src, group=self.group(axis))
+        return out
+
+    def scatter(self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str) -> torch.Tensor:
+        """Return this rank's row of rank `src`'s `rows`."""
+        out = torch.empty_like(like)
+        if out.numel():
+            parts = None if rows is None else [self._hand_over(row) for row in rows]
+            dist.scatter(self._hand_over(out), parts, group_src=src, group=self.group(axis))
         return out
 
     def barrier(self, axis: str) -> None:

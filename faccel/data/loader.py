@@ -1,51 +1,25 @@
-"""`shard`: this rank's share of a `DataLoader`, at any place of any epoch in constant time."""
+"""`shard`: this rank's share of a loader, at any place of any epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import attrs
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-)
-from torch.utils.data.distributed import DistributedSampler
 
 from faccel.context import DistContext
-from faccel.data.fetch import Reader
-from faccel.data.order import Cursor, Order, ShardPlan, check_tail
+from faccel.data.order import Cursor, Order, check_tail
+from faccel.data.pick import pick_source
+from faccel.data.source import Batch, OrderedSource, Source
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import DataError
 from faccel.tree import Tree, map_leaves
 
 
 @attrs.frozen(eq=False)
-class Batch:
-    """One rank's batch of one step.
-
-    Args:
-        data: What the loader's `collate_fn` made, on the device of the context.
-        num_valid: Rows that are not repeats, `0 <= num_valid <= rows`: the first ones.
-        step: Number of the batch in its epoch.
-        is_last: Whether it is this rank's last one of the epoch.
-        cursor: The place after it: what to save in order to go on behind it.
-    """
-
-    data: Tree
-    num_valid: int
-    step: int
-    is_last: bool
-    cursor: Cursor
-
-
-@attrs.frozen(eq=False)
 class ShardedLoader:
-    """This rank's share of a `DataLoader`; made by `shard`.
+    """This rank's share of a loader; made by `shard`.
 
     `.at`, `.resume` and `.epochs` give new records in constant time. A plain `for` yields the data of each batch,
     repeats included; `faccel.batches` yields `Batch` records that tell them apart.
@@ -53,37 +27,36 @@ class ShardedLoader:
     Args:
         loader: The user's.
         ctx: The world it is shared among.
-        plan: How this rank reads an epoch.
-        seed: Of the order.
-        shuffle: Whether the order is shuffled.
+        source: Where this rank's batches come from.
         epoch: The epoch this record stands in; None until it is placed.
-        start: Samples of the epoch's order that come before it.
+        start: Samples of the epoch that come before it (batches, where the loader yields whole ones).
+        state: The data set's own state at that place, where it has one.
     """
 
-    loader: DataLoader[Any] = attrs.field(repr=False)
+    loader: Iterable[Any] = attrs.field(repr=False)
     ctx: DistContext = attrs.field(repr=False)
-    plan: ShardPlan
-    seed: int
-    shuffle: bool
+    source: Source
     epoch: int | None
-    start: int
-    _place: Callable[[Any], Any] | None = attrs.field(repr=False, alias="place")
-    _reader: Reader = attrs.field(repr=False, alias="reader")
+    start: int = 0
+    state: Any = attrs.field(default=None, repr=False)
+    _place: Callable[[Any], Any] | None = attrs.field(default=None, repr=False, alias="place")
 
     @property
     def dataset(self) -> Any:
         """The user's data set, whole."""
-        return self.loader.dataset
+        return getattr(self.loader, "dataset", self.loader)
 
     @property
     def order(self) -> Order:
-        """The global order of this record's epoch."""
-        return Order(self.plan.num_samples, self.seed, self._epoch, self.shuffle)
+        """The global order of this record's epoch, where it is faccel's own."""
+        if not isinstance(self.source, OrderedSource):
+            raise DataError("this loader has an order of its own", saw=repr(self.source), fix="read it to see it")
+        return self.source.order(self._epoch)
 
     @property
     def cursor(self) -> Cursor:
         """Where this record starts."""
-        return Cursor(self._epoch, self.start)
+        return Cursor(self._epoch, self.start, self.state)
 
     @property
     def _epoch(self) -> int:
@@ -97,21 +70,11 @@ class ShardedLoader:
 
     def at(self, epoch: int, step: int = 0) -> ShardedLoader:
         """Return the same loader in `epoch`, behind its first `step` steps."""
-        return self.resume(Cursor(epoch, step * self.plan.global_batch_size))
+        return self.resume(Cursor(epoch, self.source.start_of(step)))
 
     def resume(self, cursor: Cursor) -> ShardedLoader:
-        """Return the same loader at `cursor`, which may come from another world size.
-
-        Raises:
-            DataError: The cursor lies behind the end of this data set.
-        """
-        if cursor.samples_consumed > max(self.plan.num_samples, 0):
-            raise DataError(
-                f"the cursor lies behind the end of a data set of {self.plan.num_samples} samples",
-                saw=str(cursor),
-                fix="resume with the data set that the cursor was taken from",
-            )
-        return attrs.evolve(self, epoch=cursor.epoch, start=cursor.samples_consumed)
+        """Return the same loader at `cursor`, which may come from another world size."""
+        return attrs.evolve(self, epoch=cursor.epoch, start=cursor.samples_consumed, state=cursor.state)
 
     def epochs(self, stop: int, *, start: Cursor | None = None) -> Iterator[tuple[int, ShardedLoader]]:
         """Yield `(epoch, loader)` up to epoch `stop`, the first one from `start` on."""
@@ -120,21 +83,27 @@ class ShardedLoader:
             yield epoch, self.resume(cursor if epoch == cursor.epoch else Cursor(epoch))
 
     def __len__(self) -> int:
-        """Return how many batches this rank reads from this record."""
-        return self.plan.num_steps(self.start)
+        """Return how many batches this rank reads from this record. Raises TypeError where nobody can know."""
+        return self.source.num_steps(self.start)
 
     def __iter__(self) -> Iterator[Tree]:
-        epoch = self._epoch
-        token = object()
-        if self.plan.tail == "uneven" and self.plan.world_size > 1:
-            self.ctx.uneven_iterations.append(token)
-        try:
-            rows = self.plan.batches(self.order, self.start)
-            data = self._reader.read(rows, epoch, self.start)
-            yield from data if self._place is None else map(self._place, data)
-        finally:
-            if token in self.ctx.uneven_iterations:
-                self.ctx.uneven_iterations.remove(token)
+        data = self.source.data(self.cursor)
+        return self._guarded(data if self._place is None else map(self._place, data))
+
+    def _guarded(self, items: Iterator[Any]) -> Iterator[Any]:
+        """Yield `items`; while they come from an uneven tail, the context knows."""
+        if self.source.tail != "uneven" or self.ctx.data_world_size == 1:
+            return items
+        return _while_uneven(items, self.ctx.uneven_iterations)
+
+
+def _while_uneven(items: Iterator[Any], open_iterations: list[object]) -> Iterator[Any]:
+    token = object()
+    open_iterations.append(token)
+    try:
+        yield from items
+    finally:
+        open_iterations.remove(token)
 
 
 @effectful(AMBIENT)
@@ -153,19 +122,18 @@ def batches(loader: ShardedLoader) -> Iterator[Batch]:
         >>> [(b.data.tolist(), b.num_valid) for b in batches(loader)]
         [([2, 3], 2), ([1, 2], 0)]
     """
-    plan, epoch, start = loader.plan, loader.cursor.epoch, loader.start
-    num_steps, first = len(loader), start // plan.global_batch_size
-    for step, data in enumerate(loader):
-        yield Batch(
-            data, plan.num_valid(start, step), first + step, step + 1 == num_steps, plan.cursor(epoch, start, step)
-        )
+    place = loader._place  # pyright: ignore[reportPrivateUsage]
+    read = loader.source.batches(loader.cursor)
+    placed = read if place is None else (attrs.evolve(b, data=place(b.data)) for b in read)
+    return loader._guarded(placed)  # pyright: ignore[reportPrivateUsage]
 
 
 def shard(
-    loader: DataLoader[Any],
+    loader: Iterable[Any],
     ctx: DistContext,
     *,
     tail: str = "pad",
+    mode: str = "auto",
     seed: int | None = None,
     split_batches: bool = False,
     device_placement: bool | None = None,
@@ -175,13 +143,21 @@ def shard(
 
     Effects: pure.
 
+    A `DataLoader` over a map-style data set is read in an order that is a function of `(seed, epoch)` alone, at any
+    place at once. One with its own `sampler` or `batch_sampler` is respected: step `s` of rank `r` is its batch
+    `s * W + r`, and so it is for an `IterableDataset` and for any iterable of batches. Those are walked from their
+    beginning when they are resumed, unless the data set has `state_dict` and `load_state_dict`.
+
     Args:
-        loader: A `DataLoader` over a map-style data set. Its workers, `collate_fn`, pinning and prefetching are kept;
-            `shuffle=True` becomes an order that is a function of `(seed, epoch)` alone.
+        loader: A `DataLoader`, whose workers, `collate_fn`, pinning and prefetching are kept, or any iterable of
+            batches.
         ctx: The world. Ranks that share data (tensor and pipeline parallel) read the same.
         tail: `"pad"`: the last step wraps around to the start of the order, so that every rank takes equally many full
             steps. `"drop"`: no partial step (as with the loader's own `drop_last=True`). `"uneven"`: no repeats;
             ranks may differ in the last step, so it is for evaluation.
+        mode: For streams. `"split"`: every rank walks the whole stream and keeps its part (it must be the same stream
+            on every rank). `"dispatch"`: rank 0 walks it and sends each rank its part, of any picklable samples; then
+            reading is collective. `"auto"` is `"split"`.
         seed: Of the order; None takes the configuration's.
         split_batches: Whether the loader's batch size is that of all ranks together.
         device_placement: Whether batches are moved to `ctx.device`; None takes the configuration's.
@@ -201,35 +177,16 @@ def shard(
         (3, [[0, 1], [4, 5], [8, 9]])
     """
     check_tail(tail)
-    _check_loader(loader)
-    batch_size: int = loader.batch_size or 1
-    if split_batches:
-        if batch_size % ctx.data_world_size:
-            raise DataError(
-                "`split_batches` divides the loader's batch size among the ranks",
-                saw=f"a batch size of {batch_size} for {ctx.data_world_size} ranks",
-                fix=f"use a batch size of {-(-batch_size // ctx.data_world_size) * ctx.data_world_size}",
-            )
-        batch_size //= ctx.data_world_size
-    shuffle = isinstance(loader.sampler, RandomSampler)
     place = ctx.config.device_placement if device_placement is None else device_placement
-    order_seed = ctx.config.seed if seed is None else seed
+    source, is_placed = pick_source(
+        loader, ctx, tail=tail, mode=mode, seed=ctx.config.seed if seed is None else seed, split_batches=split_batches
+    )
     return ShardedLoader(
         loader=loader,
         ctx=ctx,
-        plan=ShardPlan(
-            num_samples=len(loader.dataset),  # type: ignore[arg-type]
-            batch_size=batch_size,
-            rank=ctx.data_rank,
-            world_size=ctx.data_world_size,
-            tail="drop" if loader.drop_last else tail,
-        ),
-        seed=order_seed,
-        shuffle=shuffle,
-        epoch=None if shuffle else 0,
-        start=0,
+        source=source,
+        epoch=0 if is_placed else None,
         place=_placer(ctx.device, non_blocking) if place else None,
-        reader=Reader(loader, order_seed),
     )
 
 
@@ -241,35 +198,3 @@ def _placer(device: torch.device, non_blocking: bool) -> Callable[[Any], Any] | 
         return leaf.to(device, non_blocking=non_blocking) if hasattr(leaf, "to") else leaf
 
     return lambda data: move(data) if hasattr(data, "to") else map_leaves(move, data)
-
-
-def _check_loader(loader: Any) -> None:
-    if not isinstance(loader, DataLoader):
-        raise DataError(
-            "`shard` takes a torch `DataLoader`",
-            saw=f"a {type(loader).__name__}",
-            fix="write `faccel.shard(DataLoader(dataset, batch_size=32), ctx)`",
-        )
-    sampler: Any = loader.sampler
-    if isinstance(sampler, DistributedSampler):
-        raise DataError(
-            "`shard` splits the data itself",
-            saw="a loader with a DistributedSampler",
-            fix="leave the sampler out and write `shuffle=True` or `shuffle=False`",
-        )
-    if isinstance(loader.dataset, IterableDataset):
-        raise DataError(
-            "`shard` needs a data set with a length and an index for now",
-            saw=f"the IterableDataset {type(loader.dataset).__name__}",
-            fix="give it `__len__` and `__getitem__`",
-        )
-    is_plain = type(sampler) is SequentialSampler or (
-        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source)
-    )
-    if not is_plain or type(loader.batch_sampler) is not BatchSampler:
-        own = loader.batch_sampler if is_plain else sampler
-        raise DataError(
-            "`shard` makes the order itself for now",
-            saw=f"a loader with its own {type(own).__name__}, batch_size={loader.batch_size}",
-            fix="use `batch_size=` with `shuffle=True` or `shuffle=False`",
-        )

@@ -108,11 +108,14 @@ class Cursor:
 
     Args:
         epoch: The epoch.
-        samples_consumed: How many samples of its order have been read, by all ranks together.
+        samples_consumed: How many samples of its order have been read, by all ranks together (batches, of a loader
+            that yields whole ones).
+        state: What `state_dict` of an iterable data set gave there; None for any other.
     """
 
     epoch: int = 0
     samples_consumed: int = 0
+    state: Any = attrs.field(default=None, eq=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if self.epoch < 0 or self.samples_consumed < 0:

@@ -7,10 +7,8 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
-    RandomSampler,
     Subset,
     TensorDataset,
-    WeightedRandomSampler,
 )
 from torch.utils.data.distributed import DistributedSampler
 
@@ -97,7 +95,7 @@ def test_a_cursor_leads_on_from_any_batch_and_over_the_end_of_an_epoch():
 
 def test_a_cursor_of_a_longer_data_set_is_an_error():
     with pytest.raises(DataError, match="10 samples"):
-        faccel.shard(DataLoader(Squares(10), 3), ONE).resume(faccel.Cursor(0, 11))
+        next(iter(faccel.shard(DataLoader(Squares(10), 3), ONE).resume(faccel.Cursor(0, 11))))
 
 
 def test_batches_know_what_is_padding():
@@ -131,17 +129,7 @@ def test_ranks_that_share_data_read_the_same():
 
 
 @pytest.mark.parametrize(
-    "loader",
-    [
-        [1, 2, 3],
-        DataLoader(Stream(), 2),
-        DataLoader(Squares(4), 2, sampler=DistributedSampler(Squares(4), 2, 0)),
-        DataLoader(Squares(4), 2, sampler=WeightedRandomSampler([1.0] * 4, 4)),
-        DataLoader(Squares(4), 2, sampler=RandomSampler(Squares(4), replacement=True)),
-        DataLoader(Squares(4), batch_sampler=[[0, 1], [2, 3]]),
-        DataLoader(Squares(4), batch_size=None),
-    ],
-    ids=["list", "iterable", "distributed", "weighted", "replacement", "batch_sampler", "no_batch_size"],
+    "loader", [3, DataLoader(Squares(4), 2, sampler=DistributedSampler(Squares(4), 2, 0))], ids=["int", "distributed"]
 )
 def test_a_loader_that_cannot_be_shared_is_an_error_with_the_fix(loader):
     with pytest.raises(DataError) as error:

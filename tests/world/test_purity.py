@@ -79,6 +79,7 @@ CALLS = {
     "init_scaler": (lambda s, ctx: faccel.init_scaler(ctx), set()),
     "on_main": (lambda s, ctx: faccel.on_main(ctx)(lambda: 1)(), set()),
     "on_rank": (lambda s, ctx: faccel.on_rank(1, ctx)(lambda: 1)(), set()),
+    "scatter": (lambda s, ctx: faccel.scatter([1, 2], ctx), set()),
     "reduce": (lambda s, ctx: faccel.reduce(s["x"], ctx, op="mean"), set()),
     "shard": (lambda s, ctx: faccel.shard(DataLoader(range(4), 2), ctx), set()),
     "unwrap": (lambda s, ctx: faccel.unwrap(s["model"]), set()),
