@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from faccel.comm.objects import broadcast_objects as broadcast_objects
     from faccel.comm.objects import gather_objects as gather_objects
     from faccel.comm.objects import scatter as scatter
+    from faccel.comm.shapes import all_to_all as all_to_all
+    from faccel.comm.shapes import pad_across as pad_across
+    from faccel.comm.shapes import split as split
     from faccel.comm.tensors import broadcast as broadcast
     from faccel.comm.tensors import gather as gather
     from faccel.comm.tensors import reduce as reduce
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "faccel.comm.control": ("Verdict", "agree", "barrier", "main_first", "on_main", "on_rank"),
     "faccel.comm.objects": ("broadcast_objects", "gather_objects", "scatter"),
+    "faccel.comm.shapes": ("all_to_all", "pad_across", "split"),
     "faccel.comm.tensors": ("broadcast", "gather", "reduce"),
     "faccel.config": ("Config",),
     "faccel.context": ("DistContext", "Topology"),

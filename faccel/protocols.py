@@ -47,6 +47,10 @@ class Collectives(Protocol):
         """Return the `x: T[...]` of rank `src` of the axis; the others' `x` gives shape and dtype."""
         ...
 
+    def all_to_all(self, x: torch.Tensor, axis: str) -> torch.Tensor:
+        """Return `T[size, ...]`: row `r` is what rank `r` had in the row of this rank."""
+        ...
+
     def scatter(self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str) -> torch.Tensor:
         """Return this rank's row of rank `src`'s `rows: T[size, ...]` (None elsewhere), a tensor as `like: T[...]`."""
         ...

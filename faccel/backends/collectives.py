@@ -66,6 +66,11 @@ class SingleCollectives:
         self._check(axis)
         return x.clone()
 
+    def all_to_all(self, x: torch.Tensor, axis: str) -> torch.Tensor:
+        """Return a copy of `x`."""
+        self._check(axis)
+        return x.clone()
+
     def scatter(self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str) -> torch.Tensor:
         """Return a copy of the one row."""
         self._check(axis)
@@ -139,6 +144,13 @@ class TorchCollectives:
         out = x.clone()
         if out.numel():
             dist.broadcast(self._hand_over(out), group_src=src, group=self.group(axis))
+        return out
+
+    def all_to_all(self, x: torch.Tensor, axis: str) -> torch.Tensor:
+        """Return each rank's row for this rank."""
+        out = torch.empty_like(x)
+        if out.numel():
+            dist.all_to_all_single(self._hand_over(out), self._hand_over(x), group=self.group(axis))
         return out
 
     def scatter(self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str) -> torch.Tensor:

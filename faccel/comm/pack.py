@@ -15,7 +15,7 @@ _ALIGNMENT = 16  # bytes; the widest dtype is complex128
 class Packed:
     """Leaves as one row of bytes, widest dtype first, so that every leaf is aligned."""
 
-    row: torch.Tensor  # uint8[num_bytes]
+    row: torch.Tensor  # uint8[num_bytes], or one row per rank
     offsets: list[int]  # of each leaf, in the order of the leaves
     shapes: list[torch.Size]
     dtypes: list[torch.dtype]
@@ -28,18 +28,24 @@ class Packed:
         return rows[:, start:end].view(dtype).reshape(rows.shape[0], *shape)
 
 
-def pack(leaves: list[torch.Tensor]) -> Packed:
-    """Pack contiguous tensors of one device; copies them."""
+def pack(leaves: list[torch.Tensor], *, num_rows: int | None = None) -> Packed:
+    """Pack contiguous tensors of one device; copies them.
+
+    With `num_rows` each is `T[num_rows, ...]` and `row` is `uint8[num_rows, num_bytes]`; shapes are those of a row.
+    """
+    batch = () if num_rows is None else (num_rows,)
+    shapes = [x.shape[len(batch) :] for x in leaves]
     order = sorted(range(len(leaves)), key=lambda i: -leaves[i].dtype.itemsize)
     offsets, end, parts = [0] * len(leaves), 0, list[torch.Tensor]()
     for i in order:
         offsets[i] = end
-        end += leaves[i].nbytes
-        parts.append(leaves[i].reshape(-1).view(torch.uint8))
+        num_elements = shapes[i].numel()
+        end += num_elements * leaves[i].dtype.itemsize
+        parts.append(leaves[i].reshape(*batch, num_elements).view(torch.uint8))
     if end % _ALIGNMENT:
-        parts.append(parts[0].new_zeros(_ALIGNMENT - end % _ALIGNMENT))
-    row = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
-    return Packed(row, offsets, [x.shape for x in leaves], [x.dtype for x in leaves])
+        parts.append(parts[0].new_zeros(*batch, _ALIGNMENT - end % _ALIGNMENT))
+    row = torch.cat(parts, dim=-1) if parts else torch.empty(0, dtype=torch.uint8)
+    return Packed(row, offsets, shapes, [x.dtype for x in leaves])
 
 
 def check_rank(src: int, ctx: DistContext, axis: str) -> None:

@@ -17,7 +17,7 @@ from faccel.tree import Tree, flatten, reject
 REDUCE_OPS = ("sum", "mean", "min", "max", "prod")
 
 
-def _tensors(tree: Tree, ctx: DistContext) -> tuple[list[torch.Tensor], Callable[[Sequence[Any]], Tree]]:
+def tensor_leaves(tree: Tree, ctx: DistContext) -> tuple[list[torch.Tensor], Callable[[Sequence[Any]], Tree]]:
     """Return the leaves, detached, on the device of `ctx` and contiguous; refuse by name what is not a dense tensor."""
     leaves, rebuild = flatten(tree)
     for i, leaf in enumerate(leaves):
@@ -59,7 +59,7 @@ def gather(x: Tree, ctx: DistContext, *, num_valid: int | None = None, ragged: b
         >>> simulate(lambda ctx: gather(torch.tensor([ctx.rank, -1]), ctx, num_valid=1), 3)[0]
         tensor([0, 1, 2])
     """
-    leaves, rebuild = _tensors(x, ctx)
+    leaves, rebuild = tensor_leaves(x, ctx)
     is_row = [leaf.ndim == 0 for leaf in leaves]
     leaves = [leaf.reshape(1) if row else leaf for leaf, row in zip(leaves, is_row, strict=True)]
     if num_valid is not None or ragged:
@@ -148,7 +148,7 @@ def reduce(x: Tree, ctx: DistContext, *, op: str = "sum", axis: str = DATA) -> T
     """
     if op not in REDUCE_OPS:
         raise ConfigError("`op` is not a reduction", saw=repr(op), fix=nearest(str(op), REDUCE_OPS))
-    leaves, rebuild = _tensors(x, ctx)
+    leaves, rebuild = tensor_leaves(x, ctx)
     size = ctx.comm.size(axis)
     wire = [_to_wire(leaf, op) for leaf in leaves]
     results: list[torch.Tensor] = list(leaves)
@@ -200,7 +200,7 @@ def broadcast(x: Tree, ctx: DistContext, *, src: int = 0, axis: str = WORLD) -> 
         (tensor(2), tensor(2), tensor(2))
     """
     check_rank(src, ctx, axis)
-    leaves, rebuild = _tensors(x, ctx)
+    leaves, rebuild = tensor_leaves(x, ctx)
     packed = pack(leaves)
     rows = ctx.comm.broadcast(packed.row, src, axis)[None]
     return rebuild([packed.read(rows, i)[0].clone() for i in range(len(leaves))])
