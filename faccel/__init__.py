@@ -42,8 +42,11 @@ if TYPE_CHECKING:
     from faccel.precision import ScalerState as ScalerState
     from faccel.precision import autocast as autocast
     from faccel.precision import init_scaler as init_scaler
+    from faccel.rng import RngState as RngState
     from faccel.rng import fold_in as fold_in
+    from faccel.rng import rng_state as rng_state
     from faccel.rng import seed_everything as seed_everything
+    from faccel.rng import set_rng_state as set_rng_state
     from faccel.runtime import init as init
     from faccel.runtime import shutdown as shutdown
     from faccel.step import Micro as Micro
@@ -67,7 +70,7 @@ _HOMES = {
     "faccel.mesh": ("MeshSpec",),
     "faccel.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
     "faccel.precision": ("ScalerState", "autocast", "init_scaler"),
-    "faccel.rng": ("fold_in", "seed_everything"),
+    "faccel.rng": ("RngState", "fold_in", "rng_state", "seed_everything", "set_rng_state"),
     "faccel.runtime": ("init", "shutdown"),
     "faccel.step": ("Micro", "StepInfo", "Window", "optimizer_step", "scaled_backward", "windows"),
 }  # fmt: skip

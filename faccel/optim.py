@@ -28,6 +28,13 @@ def parameters_with_gradients(opt: Optimizer) -> list[torch.Tensor]:
     return found
 
 
+def check_limits(norm: float | None, value: float | None) -> None:
+    """Refuse a limit that is not positive."""
+    for name, limit in (("clip_norm", norm), ("clip_value", value)):
+        if limit is not None and not limit > 0:
+            raise ConfigError(f"`{name}` must be positive", saw=str(limit), fix="leave it out to clip nothing")
+
+
 def clip_(params: Sequence[torch.Tensor], norm: float | None, value: float | None) -> torch.Tensor | None:
     """Clip the gradients of `params` in place, by their total norm, then by value.
 
@@ -41,9 +48,6 @@ def clip_(params: Sequence[torch.Tensor], norm: float | None, value: float | Non
     Returns:
         The norm from before clipping, 0-d; None where `norm` is.
     """
-    for name, limit in (("clip_norm", norm), ("clip_value", value)):
-        if limit is not None and not limit > 0:
-            raise ConfigError(f"`{name}` must be positive", saw=str(limit), fix="leave it out to clip nothing")
     total = None
     if norm is not None:
         total = get_total_norm([p.grad for p in params if p.grad is not None])

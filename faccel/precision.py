@@ -135,6 +135,8 @@ def unscale_(grads: Iterable[torch.Tensor], scale: float) -> bool:
     """
     groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for grad in grads:
+        if grad.is_sparse:
+            grad = grad._values()  # type: ignore[attr-defined]  # its numbers; scaling them in place scales it
         groups.setdefault((grad.device, grad.dtype), []).append(grad)
     overflows: list[torch.Tensor] = []
     for (device, _), members in groups.items():
@@ -142,4 +144,4 @@ def unscale_(grads: Iterable[torch.Tensor], scale: float) -> bool:
         inverse = torch.full((), 1.0 / scale, dtype=torch.float32, device=device)
         torch._amp_foreach_non_finite_check_and_unscale_(members, found, inverse)  # pyright: ignore[reportPrivateUsage]
         overflows.append(found)
-    return not any(found.item() for found in overflows)
+    return not overflows or not torch.stack([found.to(overflows[0].device) for found in overflows]).any().item()

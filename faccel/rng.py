@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import random
+from typing import Any
 
-import numpy as np
+import attrs
 import torch
 
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, effectful
+from faccel.generators import Generators, seed_all
 from faccel.mix import mix
 
 
@@ -55,6 +56,59 @@ def seed_everything(seed: int, ctx: DistContext, *, per_data_rank: bool = False)
         (1, 3)
     """
     number = mix(seed, ctx.data_rank + 1) if per_data_rank else seed % 2**64
-    random.seed(number)
-    np.random.seed(number & 0xFFFFFFFF)
-    torch.manual_seed(number)
+    seed_all(number)
+    torch.manual_seed(number)  # the devices' too
+
+
+@attrs.frozen(eq=False)
+class RngState:
+    """The process-wide generators at one moment, to be saved and set again.
+
+    Args:
+        torch: State of torch's CPU generator, uint8.
+        numpy: State of numpy's.
+        python: State of python's.
+        device: State of the device's generator, uint8; None on a CPU.
+    """
+
+    torch: torch.Tensor = attrs.field(repr=False)
+    numpy: Any = attrs.field(repr=False)
+    python: Any = attrs.field(repr=False)
+    device: torch.Tensor | None = attrs.field(repr=False)
+
+
+@effectful(AMBIENT)
+def rng_state(ctx: DistContext) -> RngState:
+    """Return the state of this rank's process-wide generators.
+
+    Effects: ambient. Reads them.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> state = rng_state(fake_context(0, 1))
+        >>> first = torch.rand(())
+        >>> set_rng_state(state)
+        >>> bool(torch.rand(()) == first)
+        True
+    """
+    now = Generators.current()
+    kind = ctx.device.type
+    device = None if kind == "cpu" else getattr(torch, kind).get_rng_state(ctx.device)
+    return RngState(now.torch, now.numpy, now.python, device)
+
+
+@effectful(AMBIENT)
+def set_rng_state(state: RngState) -> None:
+    """Make the process-wide generators go on from `state`.
+
+    Effects: ambient. Writes them, and those of the current device where the state has them.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> set_rng_state(rng_state(fake_context(0, 1)))
+    """
+    Generators(state.torch, state.numpy, state.python).restore()
+    if state.device is not None:
+        accelerator = torch.accelerator.current_accelerator()
+        assert accelerator is not None
+        getattr(torch, accelerator.type).set_rng_state(state.device)

@@ -17,7 +17,7 @@ from faccel.data.order import Cursor
 from faccel.data.source import Batch
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError, DataError, ModelError
-from faccel.optim import clip_, parameters_with_gradients
+from faccel.optim import check_limits, clip_, parameters_with_gradients
 from faccel.precision import ScalerState, unscale_
 from faccel.protocols import DATA
 from faccel.tree import Tree
@@ -114,19 +114,26 @@ def _windows(loader: ShardedLoader, ctx: DistContext, size: int, weight: Weight 
     current = list(islice(source, size))
     while current:
         ahead: list[Batch] = []
+        room = [size]  # none, once the next window is there: whoever still walks this one reads nothing
 
-        def read_ahead(ahead: list[Batch] = ahead) -> None:
-            ahead.extend(islice(source, min(1, size - len(ahead))))
+        def read_ahead(ahead: list[Batch] = ahead, room: list[int] = room) -> None:
+            ahead.extend(islice(source, max(0, min(1, room[0] - len(ahead)))))
 
         scale = 1 / len(current) if weight is None else _scale(current, weight, ctx)
         yield Window(tuple(current), scale, current[-1].cursor, read_ahead)
+        room[0] = 0
         current = ahead + list(islice(source, size - len(ahead)))
 
 
 def _scale(window: list[Batch], weight: Weight, ctx: DistContext) -> torch.Tensor:
     dtype = torch.float32 if ctx.device.type == "mps" else torch.float64  # counts stay exact up to 2**53
-    counts = [torch.as_tensor(weight(batch), device=ctx.device).detach().to(dtype) for batch in window]
-    total = ctx.comm.all_reduce(torch.stack(counts).sum(), "sum", DATA)
+    counts = [weight(batch) for batch in window]
+    numbers = sum(n for n in counts if not isinstance(n, torch.Tensor))
+    mine = torch.full((), numbers, dtype=dtype, device=ctx.device)
+    for count in counts:
+        if isinstance(count, torch.Tensor):
+            mine = mine + count.detach().to(mine)
+    total = ctx.comm.all_reduce(mine, "sum", DATA)
     return torch.where(total > 0, ctx.data_world_size / total, 0.0)
 
 
@@ -251,11 +258,12 @@ def optimizer_step(
     """
     params = parameters_with_gradients(opt)
     scale = scaler.scale_of_gradients()
+    check_limits(clip_norm, clip_value)
+    schedulers = () if scheduler is None else _schedulers(scheduler)
     finite = True
     if scaler.enabled or skip_nonfinite:
         finite = unscale_([p.grad for p in params if p.grad is not None], scale)
     norm = None if clip_norm is None and clip_value is None else clip_(params, clip_norm, clip_value)
-    schedulers = () if scheduler is None else _schedulers(scheduler)
     if finite:
         opt.step()
         for each in schedulers:

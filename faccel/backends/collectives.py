@@ -95,9 +95,14 @@ class TorchCollectives:
     """Aliases of what was handed to c10d, until its threads have let go; see `drain`."""
 
     def _hand_over(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.detach().view(-1)
+        if flat.device.type == "cpu":
+            self._let_go()
+            self.in_flight.append(flat)
+        return flat
+
+    def _let_go(self) -> None:
         self.in_flight[:] = [alias for alias in self.in_flight if _is_held(alias)]
-        self.in_flight.append(x.detach().view(-1))
-        return self.in_flight[-1]
 
     def drain(self, timeout_s: float = 1.0) -> None:
         """Wait until no thread of gloo holds a tensor that it was given.
@@ -110,6 +115,7 @@ class TorchCollectives:
         deadline = time.monotonic() + timeout_s
         while any(map(_is_held, self.in_flight)) and time.monotonic() < deadline:
             time.sleep(0)  # lets other threads run
+        self.in_flight.clear()
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """Return the process group of the axis."""
@@ -130,6 +136,7 @@ class TorchCollectives:
         """Return the `op` of every rank's `x`."""
         out = x.clone()
         dist.all_reduce(self._hand_over(out), op=_OPS[op], group=self.group(axis))
+        self._let_go()
         return out
 
     def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:

@@ -11,6 +11,21 @@ from faccel.errors import ConfigError
 _ALIGNMENT = 16  # bytes; the widest dtype is complex128
 
 
+def describe(leaves: list[torch.Tensor]) -> str:
+    """Return shapes and dtypes, for people."""
+    return ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in leaves)
+
+
+_DTYPES = {
+    dtype: i for i, dtype in enumerate(sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str))
+}
+
+
+def digest(leaves: list[torch.Tensor]) -> int:
+    """Return a number that says what a row holds: ranks whose rows are as long may still disagree about it."""
+    return hash(tuple((_DTYPES[x.dtype], *x.shape) for x in leaves))  # of ints alone: the same in every process
+
+
 @attrs.frozen(eq=False)
 class Packed:
     """Leaves as one row of bytes, widest dtype first, so that every leaf is aligned."""
@@ -25,6 +40,8 @@ class Packed:
         start = self.offsets[leaf]
         dtype, shape = self.dtypes[leaf], self.shapes[leaf]
         end = start + shape.numel() * dtype.itemsize
+        if start == end:
+            return rows.new_empty((rows.shape[0], *shape), dtype=dtype)
         return rows[:, start:end].view(dtype).reshape(rows.shape[0], *shape)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from faccel.comm.pack import check_rank, pack
+from faccel.comm.pack import check_rank, describe, digest, pack
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
-from faccel.errors import ConfigError, DataError, nearest
+from faccel.errors import ConfigError, DataError, DesyncError, nearest
 from faccel.protocols import DATA, WORLD
 from faccel.tree import Tree, flatten, reject
 
@@ -25,7 +25,7 @@ def tensor_leaves(tree: Tree, ctx: DistContext) -> tuple[list[torch.Tensor], Cal
             raise reject(tree, i, "only tensors travel in this collective", "use `gather_objects` for anything else")
         if leaf.layout != torch.strided:
             raise reject(tree, i, f"a {leaf.layout} tensor cannot be packed", "call `.to_dense()` on it")
-        leaves[i] = leaf.detach().to(ctx.device).contiguous()
+        leaves[i] = leaf.detach().to(ctx.device).resolve_conj().resolve_neg().contiguous()
     return leaves, rebuild
 
 
@@ -62,6 +62,7 @@ def gather(x: Tree, ctx: DistContext, *, num_valid: int | None = None, ragged: b
     leaves, rebuild = tensor_leaves(x, ctx)
     is_row = [leaf.ndim == 0 for leaf in leaves]
     leaves = [leaf.reshape(1) if row else leaf for leaf, row in zip(leaves, is_row, strict=True)]
+    count = 0
     if num_valid is not None or ragged:
         num_rows = _num_rows(x, leaves, is_row)
         count = num_rows if num_valid is None else num_valid
@@ -73,19 +74,33 @@ def gather(x: Tree, ctx: DistContext, *, num_valid: int | None = None, ragged: b
             )
         if ragged:
             leaves = _pad_to_longest(leaves, is_row, count, ctx, axis)
-        leaves.append(torch.tensor([count], device=ctx.device))
-    packed = pack(leaves)
+    counts_rows = num_valid is not None or ragged
+    packed = pack([*leaves, torch.tensor([digest(leaves), count if counts_rows else 0], device=ctx.device)])
     rows = ctx.comm.all_gather(packed.row, axis)
-    parts = [packed.read(rows, i) for i in range(len(leaves))]
-    if num_valid is None and not ragged:
+    *parts, headers = [packed.read(rows, i) for i in range(len(leaves) + 1)]
+    if not counts_rows:
+        if ctx.device.type == "cpu":  # elsewhere reading it would make the host wait
+            _check_same([d for d, _ in headers.tolist()], leaves, ctx, axis)
         return rebuild([part.flatten(0, 1) for part in _fresh(parts, rows)])
-    counts: list[int] = parts.pop().flatten().tolist()
+    digests, counts = zip(*headers.tolist(), strict=True)
+    _check_same(digests, leaves, ctx, axis)
     return rebuild(
         [
             part.flatten().clone() if row else torch.cat([part[r, :n] for r, n in enumerate(counts)])
             for part, row in zip(parts, is_row, strict=True)
         ]
     )
+
+
+def _check_same(digests: Sequence[int], leaves: list[torch.Tensor], ctx: DistContext, axis: str) -> None:
+    """Raise on every rank where ranks have sent tensors of other shapes or dtypes."""
+    if len(set(digests)) > 1:
+        groups = [[r for r, d in enumerate(digests) if d == each] for each in dict.fromkeys(digests)]
+        raise DesyncError(
+            "ranks disagree about shapes or dtypes in one collective",
+            saw=f"ranks that agree with each other: {groups}; rank {ctx.comm.rank(axis)} sent {describe(leaves)}",
+            fix="send the same shapes and dtypes, pass `ragged=True`, or `num_valid=` with rows padded alike",
+        )
 
 
 def _fresh(parts: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
@@ -201,6 +216,9 @@ def broadcast(x: Tree, ctx: DistContext, *, src: int = 0, axis: str = WORLD) -> 
     """
     check_rank(src, ctx, axis)
     leaves, rebuild = tensor_leaves(x, ctx)
-    packed = pack(leaves)
+    mine = digest(leaves)
+    packed = pack([*leaves, torch.tensor([mine], device=ctx.device)])
     rows = ctx.comm.broadcast(packed.row, src, axis)[None]
+    if ctx.device.type == "cpu":
+        _check_same([mine, int(packed.read(rows, len(leaves)))], leaves, ctx, axis)
     return rebuild([packed.read(rows, i)[0].clone() for i in range(len(leaves))])

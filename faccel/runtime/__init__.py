@@ -32,7 +32,8 @@ class _DefaultGroup:
     def __init__(self) -> None:
         self.users: dict[int, Callable[[], None]] = {}  # by id of the context: waits for its last collective
         self.is_ours = False
-        self.excepthook: Any = None
+        self.num_made = 0
+        self.hooks: tuple[Any, Any] = (None, None)  # `sys.excepthook` from before torch's, and torch's
 
     def join(self, topology: Topology, device: torch.device, timeout_s: float) -> dist.ProcessGroup:
         """Return the group of all processes of `topology`."""
@@ -54,7 +55,8 @@ class _DefaultGroup:
             )
 
     def _make(self, topology: Topology, device: torch.device, timeout: timedelta) -> None:
-        self.excepthook = sys.excepthook  # torch replaces it and does not put it back
+        before = sys.excepthook  # torch replaces it and does not put it back
+        self.num_made += 1
         try:
             store = dist.TCPStore(
                 topology.main_address,
@@ -64,23 +66,24 @@ class _DefaultGroup:
                 timeout=timeout,
                 multi_tenant=True,
             )
-            # A restarted worker must not meet the addresses of the attempt that died.
+            # Neither a restarted worker nor a second world may meet the addresses of the one that ended.
             dist.init_process_group(
                 "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_BACKENDS[device.type]}",
-                store=dist.PrefixStore(f"faccel/attempt_{topology.attempt}", store),
+                store=dist.PrefixStore(f"faccel/attempt_{topology.attempt}/world_{self.num_made}", store),
                 rank=topology.rank,
                 world_size=topology.world_size,
                 timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
             )
         except (dist.DistError, RuntimeError) as error:
-            sys.excepthook = self.excepthook
+            sys.excepthook = before
             raise WorldError(
                 f"rank {topology.rank} could not join the {topology.world_size} processes at "
                 f"{topology.main_address}:{topology.main_port}",
                 saw=str(error).strip().split("\n")[0],
                 fix="start all of them, with the same `MASTER_ADDR` and a free `MASTER_PORT`",
             ) from error
+        self.hooks = (before, sys.excepthook)
         self.is_ours = True
 
     def leave(self, user: int) -> None:
@@ -93,7 +96,9 @@ class _DefaultGroup:
             self.is_ours = False
             if dist.is_initialized():
                 dist.destroy_process_group()
-            sys.excepthook = self.excepthook
+            before, torchs = self.hooks
+            if sys.excepthook is torchs:
+                sys.excepthook = before
 
 
 _BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
@@ -185,7 +190,9 @@ def device_mesh(spec: MeshSpec, device_type: str) -> dist.DeviceMesh:
     """Make torch's mesh of the axes that have more than one rank. Collective."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    axes = {axis: n for axis, n in spec.extents.items() if n > 1} or {"dp_replicate": 1}
+    axes = {axis: n for axis, n in spec.extents.items() if n > 1}
+    if not axes:
+        raise WorldError("a world of one process has no device mesh", fix="start several processes, or use `mesh.spec`")
     return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
 

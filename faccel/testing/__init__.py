@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import torch
@@ -18,10 +18,22 @@ from faccel.mix import mix
 from faccel.protocols import DATA, WORLD, Collectives
 from faccel.runtime import device_mesh
 from faccel.testing.baton import Baton
-from faccel.testing.group import BACKEND, Endpoint, TraceEvent, World
+from faccel.testing.checks import assert_all_finite, assert_pure, assert_replicated, equal_to_single_process
+from faccel.testing.group import BACKEND, Endpoint, Fault, InjectedError, TraceEvent, World
 from faccel.testing.store import SimulatedStore
 
-__all__ = ["Results", "TraceEvent", "fake_context", "simulate"]
+__all__ = [
+    "Fault",
+    "InjectedError",
+    "Results",
+    "TraceEvent",
+    "assert_all_finite",
+    "assert_pure",
+    "assert_replicated",
+    "equal_to_single_process",
+    "fake_context",
+    "simulate",
+]
 
 T = TypeVar("T")
 _ConfigLike = Config | Mapping[str, Any] | None
@@ -66,6 +78,7 @@ def simulate(
     config: _ConfigLike = None,
     mesh: _MeshLike = None,
     seed: int = 0,
+    faults: Sequence[Fault] | None = None,
     timeout_s: float = 30.0,
 ) -> Results[T]:
     """Run `fn(ctx, *args)` on every rank of a world inside this process.
@@ -84,6 +97,7 @@ def simulate(
         config: As for `faccel.init`, without the environment.
         mesh: As in `Config`.
         seed: Ranks start with process-wide generators seeded from it, each with others.
+        faults: What goes wrong at which call of a collective, for tests of what happens then.
         timeout_s: Seconds of wall time until the simulation is given up.
 
     Returns:
@@ -103,7 +117,7 @@ def simulate(
     if world_size < 1:
         raise ConfigError("a world has at least one rank", saw=f"world_size={world_size}", fix="use 1 or more")
     baton = Baton([mix(seed, rank) for rank in range(world_size)])
-    world = World(baton)
+    world = World(baton, faults or ())
 
     def body(rank: int) -> T:
         def comm(spec: MeshSpec) -> Collectives:

@@ -117,10 +117,12 @@ class Baton:
                 thread.start()
             self.ranks[0].turn.release()
             if not self.finished.wait(timeout_s):
-                self.is_given_up = True  # whoever still runs hands the baton to nobody
                 raise TimeoutError(f"the simulated world has not finished in {timeout_s} s:\n{self._where(threads)}")
             for thread in threads:
                 thread.join()
+        except BaseException:  # a timeout, Ctrl-C
+            self.is_given_up = True  # whoever still runs hands the baton to nobody
+            raise
         finally:
             _isolation.enter(-1)
             before.restore()

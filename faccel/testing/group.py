@@ -41,15 +41,38 @@ class TraceEvent:
     site: str
 
 
+@attrs.frozen
+class Fault:
+    """Something that goes wrong at one call of a collective.
+
+    Args:
+        rank: At which rank of the world.
+        collective: At which of its calls, counted from 0 over all groups.
+        kind: `"raise"`: the call raises `InjectedError`. `"stall"`: the rank never comes. `"corrupt"`: the first
+            element that it puts in becomes NaN (of integers, all bits flip).
+    """
+
+    rank: int
+    collective: int
+    kind: str = attrs.field(validator=attrs.validators.in_(("raise", "stall", "corrupt")))
+
+
+class InjectedError(RuntimeError):
+    """What a `Fault` of kind `"raise"` raises."""
+
+
 class World:
     """What the ranks of one simulation share.
 
     Args:
         baton: Who runs.
+        faults: What goes wrong.
     """
 
-    def __init__(self, baton: Baton) -> None:
+    def __init__(self, baton: Baton, faults: Sequence[Fault] = ()) -> None:
         self.baton = baton
+        self.faults = {(fault.rank, fault.collective): fault for fault in faults}
+        self.num_calls: dict[int, int] = {}
         self.slots: dict[Any, _Slot] = {}
         self.mail: dict[Any, list[torch.Tensor]] = {}
         self.keys: dict[str, bytes] = {}
@@ -151,7 +174,24 @@ class SimulatedGroup(dist.ProcessGroup):
         self._world.trace.append(
             TraceEvent(self._ranks[self._here], op, self.axis, sum(t.nbytes for t in tensors), site)
         )
+        self._go_wrong(op, tensors, site)
         return site
+
+    def _go_wrong(self, op: str, tensors: Sequence[torch.Tensor], site: str) -> None:
+        """Let the fault of this call happen, if there is one."""
+        me = self._ranks[self._here]
+        number = self._world.num_calls.get(me, 0)
+        self._world.num_calls[me] = number + 1
+        fault = self._world.faults.get((me, number))
+        if fault is None:
+            return
+        if fault.kind == "raise":
+            raise InjectedError(f"rank {me}, collective {number}: {op} at {site}")
+        if fault.kind == "stall":
+            self._world.baton.wait(me, lambda: False, f"stalled before {op} at {site}")
+        for tensor in tensors[:1]:
+            first = tensor.detach().reshape(-1)[:1]
+            first.copy_(torch.full_like(first, float("nan")) if first.is_floating_point() else ~first)
 
     def _meet(
         self,
