@@ -135,9 +135,8 @@ def _from_record(config: Config | Mapping[str, Any] | None) -> dict[str, tuple[A
     if config is None:
         return {}
     if isinstance(config, Config):
-        defaults = Config()
         given = {f.name: getattr(config, f.name) for f in config_fields()}
-        return {k: (v, "argument config") for k, v in given.items() if v != getattr(defaults, k)}
+        return {name: (value, "argument config") for name, value in given.items() if _is_given(config, name)}
     if not isinstance(config, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(
             "a configuration is a `Config` or a mapping of its fields",
@@ -145,6 +144,13 @@ def _from_record(config: Config | Mapping[str, Any] | None) -> dict[str, tuple[A
             fix="write `faccel.init(faccel.Config(seed=1))` or `faccel.init(seed=1)`",
         )
     return {key: (value, "argument config") for key, value in config.items()}
+
+
+def _is_given(config: Config, name: str) -> bool:
+    """Whether a record asks for a field: it was resolved from a source, or differs from the default."""
+    if config.sources:
+        return config.sources.get(name, "default") != "default"
+    return getattr(config, name) != getattr(Config(), name)
 
 
 def resolve(
@@ -158,7 +164,8 @@ def resolve(
     Effects: pure. Neither reads nor writes the process environment.
 
     Args:
-        config: A record or mapping; of a record only the fields that differ from the defaults count.
+        config: A record or mapping; of a record that was resolved only the fields that had a source count, of
+            any other those that differ from the defaults.
         env: The environment, of which names that start with `FACCEL_` are read.
         overrides: Single fields.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,18 +22,20 @@ from faccel.protocols import Parallelism, Run
 class WrappedModel:
     """A model that runs on the ranks of a mesh; made by `wrap`.
 
-    Calling it runs the user's `forward` with the strategy's hooks and the configured precision; floating point outputs
-    come back as fp32. Any other attribute is the user's module's.
+    Calling it, or a method of the user's class, runs with the strategy's hooks and the configured precision; floating
+    point outputs come back as fp32. Any other attribute is the user's module's.
 
     Args:
         module: The user's module.
         engine: What torch's engine made of it; the module itself on one process.
         parallelism: How it runs.
+        ctx: Where.
     """
 
     module: nn.Module
     engine: nn.Module = attrs.field(repr=False)
     parallelism: Parallelism = attrs.field(repr=False)
+    ctx: DistContext = attrs.field(repr=False)
     _run: Run = attrs.field(repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,18 +64,34 @@ class WrappedModel:
         return self.module.state_dict()
 
     def train(self, mode: bool = True) -> WrappedModel:  # noqa: FBT001, FBT002 (torch's own signature)
-        """Set training mode. Updates the model and returns it, as torch does."""
+        """Set training mode. Updates the model and returns it, as torch does.
+
+        Collective where training mode ends and there are buffers, such as the statistics of batch norm: every data
+        rank takes rank 0's, so that all of them evaluate one model.
+        """
+        if self.module.training and not mode:
+            self.parallelism.settle(self.engine, self.ctx)
         self.module.train(mode)
         return self
 
     def eval(self) -> WrappedModel:
-        """Set evaluation mode. Updates the model and returns it, as torch does."""
+        """Set evaluation mode: `train(False)`."""
         return self.train(False)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "module":
             raise AttributeError(name)
-        return getattr(self.module, name)
+        value = getattr(self.module, name)
+        if not inspect.ismethod(value):
+            return value
+        if not hasattr(nn.Module, name):
+            return functools.partial(self.call, name)
+
+        def torchs_own(*args: Any, **kwargs: Any) -> Any:
+            out = value(*args, **kwargs)  # `to`, `requires_grad_`, ...: those that return the module return this
+            return self if out is self.module else out
+
+        return torchs_own
 
 
 @effectful(updates("model"), COLLECTIVE)
@@ -114,7 +134,7 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: None = None) -> WrappedMod
     if ctx.config.device_placement:
         model.to(ctx.device)
     engine, run = ctx.parallelism.wrap(model, ctx)
-    return WrappedModel(model, engine, ctx.parallelism, run)
+    return WrappedModel(model, engine, ctx.parallelism, ctx, run)
 
 
 def unwrap(model: WrappedModel) -> nn.Module:

@@ -17,6 +17,8 @@ class ScalerState:
     """The loss scale of fp16, threaded through the loop; the identity for other precisions.
 
     Dynamic loss scaling after Micikevicius et al. 2018 (arXiv:1710.03740), with the constants of torch's GradScaler.
+    Optimizers that share one must step after the same backward: a scale that changes while another optimizer is still
+    accumulating would mix two scales in its gradients (give that one a scaler of its own).
 
     Args:
         enabled: Whether losses are scaled at all.

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from faccel.errors import ConfigError, nearest
+from faccel.mesh import AXES
 from faccel.protocols import DATA, WORLD
 
 _OPS = {
@@ -31,7 +32,7 @@ def _is_held(alias: torch.Tensor) -> bool:
 class SingleCollectives:
     """The communication of a world of one: copies."""
 
-    axes: tuple[str, ...] = (WORLD, DATA)
+    axes: tuple[str, ...] = (WORLD, DATA, *AXES)
 
     def _check(self, axis: str) -> None:
         if axis not in self.axes:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from faccel.backends.forward import Methods, call_method, with_precision
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
+from faccel.errors import ModelError
 from faccel.protocols import DATA, Parallelism, Run
 
 
@@ -34,12 +35,15 @@ def _wrap(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, Run]:
 
 def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, Run]:
     """Share rank 0's values of a model that DDP refuses because nothing in it is trained."""
-    mine = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    with torch.no_grad():
-        for name, value in broadcast(mine, ctx, axis=DATA).items():
-            mine[name].copy_(value)
+    _take_rank_0s({**dict(module.named_parameters()), **dict(module.named_buffers())}, ctx)
 
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+            raise ModelError(
+                "this model was frozen when it was wrapped, so its gradients would not be reduced",
+                saw="a parameter that requires gradients now",
+                fix="call `requires_grad_(True)` before `faccel.wrap`",
+            )
         return call_method(module, method, *args, **kwargs)
 
     return module, with_precision(run, ctx)
@@ -51,7 +55,10 @@ def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Opti
 
 @contextmanager
 def _sync(engine: nn.Module, on: bool) -> Generator[None]:  # noqa: FBT001 (Parallelism.sync)
-    before = getattr(engine, "require_backward_grad_sync", on)
+    if not isinstance(engine, DistributedDataParallel):  # frozen: there is nothing to reduce
+        yield
+        return
+    before = engine.require_backward_grad_sync
     engine.require_backward_grad_sync = on  # type: ignore[assignment]
     try:
         yield
@@ -59,4 +66,16 @@ def _sync(engine: nn.Module, on: bool) -> Generator[None]:  # noqa: FBT001 (Para
         engine.require_backward_grad_sync = before  # type: ignore[assignment]
 
 
-DDP = Parallelism("ddp", _wrap, _wrap_optimizer, _sync)
+def _take_rank_0s(values: dict[str, torch.Tensor], ctx: DistContext) -> None:
+    with torch.no_grad():
+        for name, value in broadcast(values, ctx, axis=DATA).items():
+            values[name].copy_(value)
+
+
+def _settle(engine: nn.Module, ctx: DistContext) -> None:
+    buffers = dict(engine.named_buffers())
+    if buffers and isinstance(engine, DistributedDataParallel):
+        _take_rank_0s(buffers, ctx)
+
+
+DDP = Parallelism("ddp", _wrap, _wrap_optimizer, _sync, _settle)

@@ -25,4 +25,8 @@ def _sync(engine: nn.Module, on: bool) -> AbstractContextManager[None]:  # noqa:
     return nullcontext()
 
 
-SINGLE = Parallelism("single", _wrap, _wrap_optimizer, _sync)
+def _settle(engine: nn.Module, ctx: DistContext) -> None:
+    pass  # one process agrees with itself
+
+
+SINGLE = Parallelism("single", _wrap, _wrap_optimizer, _sync, _settle)

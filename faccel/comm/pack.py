@@ -58,7 +58,10 @@ def pack(leaves: list[torch.Tensor], *, num_rows: int | None = None) -> Packed:
         offsets[i] = end
         num_elements = shapes[i].numel()
         end += num_elements * leaves[i].dtype.itemsize
-        parts.append(leaves[i].reshape(*batch, num_elements).view(torch.uint8))
+        flat = leaves[i].reshape(*batch, num_elements)
+        if flat.stride(-1) != 1:  # one element may have any stride, and `view` wants 1
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        parts.append(flat.view(torch.uint8))
     if end % _ALIGNMENT:
         parts.append(parts[0].new_zeros(*batch, _ALIGNMENT - end % _ALIGNMENT))
     row = torch.cat(parts, dim=-1) if parts else torch.empty(0, dtype=torch.uint8)

@@ -179,13 +179,15 @@ def reduce(x: Tree, ctx: DistContext, *, op: str = "sum", axis: str = DATA) -> T
 
 def _to_wire(leaf: torch.Tensor, op: str) -> torch.Tensor:
     whole = not (leaf.is_floating_point() or leaf.is_complex())
-    return leaf.to(torch.int64) if leaf.dtype == torch.bool or (whole and op == "mean") else leaf
+    if leaf.dtype == torch.bool or (whole and op == "mean"):
+        return leaf.to(torch.int64)
+    return leaf.to(torch.int32) if leaf.dtype == torch.int16 else leaf  # gloo has no int16
 
 
 def _from_wire(reduced: torch.Tensor, dtype: torch.dtype, op: str, size: int) -> torch.Tensor:
     if op == "mean":
         return reduced / size
-    return reduced.to(dtype) if dtype == torch.bool and op != "sum" else reduced
+    return reduced if dtype == torch.bool and op == "sum" else reduced.to(dtype)
 
 
 @effectful(COLLECTIVE)

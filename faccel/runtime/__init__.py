@@ -170,7 +170,7 @@ def init(
     comm: Collectives = SingleCollectives()
     if topology.world_size > 1:
         group = _default_group.join(topology, device, resolved.timeout_s)
-        comm = TorchCollectives({WORLD: group, DATA: group})
+        comm = TorchCollectives(axes_of(spec, group, group))
     ctx = DistContext(
         topology=topology,
         config=resolved,
@@ -184,6 +184,12 @@ def init(
         _default_group.users[id(ctx)] = comm.drain
         atexit.register(shutdown, ctx)
     return ctx
+
+
+def axes_of(spec: MeshSpec, world: dist.ProcessGroup, data: dist.ProcessGroup) -> dict[str, dist.ProcessGroup]:
+    """Return the group of each axis that a collective can name."""
+    own = {axis: world for axis, n in spec.extents.items() if n == spec.size}
+    return {**own, WORLD: world, DATA: data}
 
 
 def device_mesh(spec: MeshSpec, device_type: str) -> dist.DeviceMesh:

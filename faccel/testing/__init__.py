@@ -15,12 +15,13 @@ from faccel.context import DistContext, Mesh, Topology
 from faccel.errors import ConfigError, WorldError
 from faccel.mesh import MeshSpec
 from faccel.mix import mix
-from faccel.protocols import DATA, WORLD, Collectives
-from faccel.runtime import device_mesh
+from faccel.protocols import DATA, Collectives
+from faccel.runtime import axes_of, device_mesh
 from faccel.testing.baton import Baton
 from faccel.testing.checks import assert_all_finite, assert_pure, assert_replicated, equal_to_single_process
-from faccel.testing.group import BACKEND, Endpoint, Fault, InjectedError, TraceEvent, World
+from faccel.testing.group import BACKEND, Endpoint
 from faccel.testing.store import SimulatedStore
+from faccel.testing.world import Fault, InjectedError, TraceEvent, World
 
 __all__ = [
     "Fault",
@@ -133,11 +134,12 @@ def simulate(
             )
             ranks = [r for r in range(world_size) if _shares_data_axis(spec, r, rank)]
             data: Any = dist.new_group(ranks, use_local_synchronization=True, group_desc=DATA)
-            return TorchCollectives({WORLD: cast(dist.ProcessGroup, dist.group.WORLD), DATA: data})
+            return TorchCollectives(axes_of(spec, cast(dist.ProcessGroup, dist.group.WORLD), data))
 
         return fn(_context(rank, world_size, config, mesh, comm), *args)
 
     results = Results(baton.run(body, timeout_s))
+    world.check_done()
     results.trace = tuple(world.trace)
     return results
 

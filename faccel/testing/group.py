@@ -17,76 +17,10 @@ from torch._C._distributed_c10d import Work  # pyright: ignore[reportPrivateUsag
 from torch.futures import Future
 
 from faccel.errors import DesyncError
-from faccel.testing.baton import Baton, call_site
+from faccel.testing.baton import call_site
+from faccel.testing.world import InjectedError, Slot, TraceEvent, World
 
 BACKEND = "faccel_simulated"
-
-
-@attrs.frozen
-class TraceEvent:
-    """One call of a collective by one rank.
-
-    Args:
-        rank: Who, in the world.
-        op: What: `"all_reduce"`, `"all_gather"`, `"broadcast"`, `"send"`, ...
-        axis: Over which axis, or the description of the group.
-        num_bytes: How much this rank put in.
-        site: `file:line` of the user's code that led to it.
-    """
-
-    rank: int
-    op: str
-    axis: str
-    num_bytes: int
-    site: str
-
-
-@attrs.frozen
-class Fault:
-    """Something that goes wrong at one call of a collective.
-
-    Args:
-        rank: At which rank of the world.
-        collective: At which of its calls, counted from 0 over all groups.
-        kind: `"raise"`: the call raises `InjectedError`. `"stall"`: the rank never comes. `"corrupt"`: the first
-            element that it puts in becomes NaN (of integers, all bits flip).
-    """
-
-    rank: int
-    collective: int
-    kind: str = attrs.field(validator=attrs.validators.in_(("raise", "stall", "corrupt")))
-
-
-class InjectedError(RuntimeError):
-    """What a `Fault` of kind `"raise"` raises."""
-
-
-class World:
-    """What the ranks of one simulation share.
-
-    Args:
-        baton: Who runs.
-        faults: What goes wrong.
-    """
-
-    def __init__(self, baton: Baton, faults: Sequence[Fault] = ()) -> None:
-        self.baton = baton
-        self.faults = {(fault.rank, fault.collective): fault for fault in faults}
-        self.num_calls: dict[int, int] = {}
-        self.slots: dict[Any, _Slot] = {}
-        self.mail: dict[Any, list[torch.Tensor]] = {}
-        self.keys: dict[str, bytes] = {}
-        self.trace: list[TraceEvent] = []
-        self.stores: list[dist.Store] = []  # torch keeps only the C++ half of a store alive
-
-
-class _Slot:
-    """One collective of one group: where its ranks meet."""
-
-    def __init__(self, what: str, site: str, rank: int) -> None:
-        self.what, self.site, self.rank = what, site, rank
-        self.parts: dict[int, Any] = {}
-        self.is_done = False
 
 
 class _Work(Work):
@@ -108,6 +42,7 @@ class _Work(Work):
         return future
 
     def is_completed(self) -> bool:
+        self._wait()  # the others run until it is: nobody can poll here
         return True
 
 
@@ -208,7 +143,7 @@ class SimulatedGroup(dist.ProcessGroup):
         what = f"{op}({detail})" if detail else op
         call = (self._key, self._num_calls)
         self._num_calls += 1
-        slot = world.slots.setdefault(call, _Slot(what, site, me))
+        slot = world.slots.setdefault(call, Slot(what, site, me))
         if slot.what != what:
             raise world.baton.fail(DesyncError(
                 "ranks disagree about the next collective",
@@ -305,7 +240,7 @@ class SimulatedGroup(dist.ProcessGroup):
         return self._meet("reduce_scatter", detail, inputs[0], (outputs, inputs), finish, outputs)
 
     def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any) -> _Work:
-        return self.reduce_scatter([output], [list(input.chunk(self.size()))], opts)
+        return self.reduce_scatter([output], [list(input.reshape(self.size(), *output.shape))], opts)
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any
@@ -356,7 +291,16 @@ class SimulatedGroup(dist.ProcessGroup):
             if not done:
                 world.baton.wait(me, lambda: bool(mail), f"recv from {self._ranks[src]} at {site}")
                 done.append(True)
-                tensors[0].detach().copy_(mail.pop(0))
+                got = mail.pop(0)
+                if _describe([got]) != _describe(tensors):
+                    raise world.baton.fail(
+                        DesyncError(
+                            "a message does not fit the tensor that receives it",
+                            saw=f"{_describe([got])} from rank {self._ranks[src]}, {_describe(tensors)} at {site}",
+                            fix="send and receive the same shape and dtype",
+                        )
+                    )
+                tensors[0].detach().copy_(got)
 
         return _Work(wait, tensors)
 

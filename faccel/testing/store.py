@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from faccel.testing.baton import call_site
-from faccel.testing.group import World
+from faccel.testing.world import World
 
 
 class SimulatedStore(dist.Store):

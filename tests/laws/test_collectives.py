@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import faccel
-from faccel.errors import ConfigError, DataError, TreeError
+from faccel.errors import ConfigError, DataError, DesyncError, TreeError
 from faccel.testing import simulate
 from tests.ranks import run_ranks
 
@@ -182,6 +182,43 @@ def an_unknown_axis_is_named(ctx):
         with pytest.raises(ConfigError, match="`data`"):
             call(torch.ones(1), ctx, axis="dat")
     faccel.barrier(ctx, axis="data")
+
+
+@law
+def parts_that_do_not_fit_are_an_error_on_every_rank(ctx):
+    if ctx.world_size == 1:
+        return
+    first = ctx.rank == 0
+    with pytest.raises(DesyncError, match=r"float32\[3\]|float32\[4\]"):  # as many bytes, once they are padded
+        faccel.gather(torch.ones(3 if first else 4), ctx)
+    with pytest.raises(DesyncError, match=r"int32|float32"):
+        faccel.gather(torch.ones(4, dtype=torch.int32 if first else torch.float32), ctx)
+    with pytest.raises(DesyncError):
+        faccel.gather(torch.ones(3 if first else 4), ctx, num_valid=2)
+    if not first:
+        with pytest.raises(DesyncError):
+            faccel.broadcast(torch.ones(4, dtype=torch.int32), ctx)
+    else:
+        faccel.broadcast(torch.ones(4), ctx)
+
+
+@law
+def views_and_nothing_travel_too(ctx):
+    z = torch.tensor([1 + 2j])
+    out = faccel.gather(
+        {"conj": z.conj(), "neg": z.conj().imag, "none": torch.empty(0, 3), "t": torch.ones(2, 3).T}, ctx
+    )
+    assert out["conj"].tolist() == [1 - 2j] * ctx.world_size
+    assert out["neg"].tolist() == [-2.0] * ctx.world_size
+    assert out["none"].shape == (0, 3)
+    assert out["t"].shape == (3 * ctx.world_size, 2)
+    assert faccel.gather(torch.empty(0, 3), ctx).shape == (0, 3)
+    assert faccel.reduce(torch.tensor([2], dtype=torch.int16), ctx).tolist() == [2 * ctx.world_size]
+
+
+@law
+def an_axis_of_the_mesh_can_be_named(ctx):
+    assert faccel.reduce(torch.tensor(1), ctx, axis="dp_replicate").item() == ctx.world_size
 
 
 @law

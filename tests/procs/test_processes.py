@@ -2,6 +2,8 @@
 
 import os
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -67,14 +69,45 @@ def let_go(ctx):
         faccel.reduce(torch.ones(3), ctx)
         faccel.broadcast(torch.ones(3), ctx)
         assert len(ctx.comm.in_flight) < 10  # those that were let go are forgotten
+    held = torch.ones(3)
+    product = [torch.ones(3, requires_grad=True) * held]  # C++ holds it, as a thread of gloo does
+    ctx.comm.in_flight.append(held)
+    threading.Timer(0.2, product.clear).start()
+    start = time.perf_counter()
     ctx.comm.drain()
-    return [alias._use_count() for alias in ctx.comm.in_flight]
+    return time.perf_counter() - start, len(product), len(ctx.comm.in_flight)
 
 
 def test_shutdown_waits_until_no_thread_of_gloo_holds_a_tensor():
-    for counts in run_ranks(let_go, 2):
-        assert counts
-        assert set(counts) == {1}
+    for waited, num_held, num_kept in run_ranks(let_go, 2):
+        assert 0.1 < waited < 1
+        assert (num_held, num_kept) == (0, 0)
+
+
+def again_and_again(ctx, port):
+    faccel.shutdown(ctx)
+    for _ in range(10):
+        with faccel.init(env=env_of(ctx.rank, 2, port), timeout_s=20) as again:
+            assert faccel.reduce(torch.tensor(1), again).item() == 2
+    return True
+
+
+def test_a_world_can_be_ended_and_begun_again():
+    store = hosted_store()
+    assert run_ranks(again_and_again, 2, store.port) == [True, True]
+
+
+def own_hook(ctx):
+    def mine(*args):
+        pass
+
+    sys.excepthook = mine
+    faccel.shutdown(ctx)
+    return sys.excepthook is mine
+
+
+def test_an_excepthook_of_the_users_stays():
+    assert run_ranks(own_hook, 2) == [True, True]
 
 
 def test_a_tensor_that_somebody_else_holds_is_seen():

@@ -56,6 +56,13 @@ def test_a_record_gives_the_fields_that_differ_from_the_defaults():
     assert (config.seed, config.grad_accum) == (5, 2)
 
 
+def test_a_resolved_record_is_as_strong_as_what_it_came_from():
+    env = {"FACCEL_MIXED_PRECISION": "bf16", "FACCEL_SEED": "3"}
+    first = resolve(env=env, overrides={"mixed_precision": "no"})
+    again = resolve(first, env=env)
+    assert (again.mixed_precision, again.seed) == ("no", 3)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

@@ -36,6 +36,11 @@ def test_a_failed_init_leaves_nothing_behind():
     assert faccel.init(env={}).world_size == 1
 
 
+def test_a_world_of_one_has_no_device_mesh():
+    with pytest.raises(WorldError, match="no device mesh"):
+        _ = faccel.init(env={}).mesh.device_mesh
+
+
 def test_a_device_that_is_not_there_is_an_error():
     with pytest.raises(DeviceError, match="gpu0"):
         faccel.init(env={}, device="gpu0")

@@ -166,6 +166,30 @@ def test_a_limit_that_is_not_positive_is_an_error(options):
         step_once(ONE, faccel.init_scaler(ONE), model, torch.optim.SGD(model.parameters(), lr=1.0), **options)
 
 
+def test_an_error_leaves_the_gradients_as_they_were():
+    model = net()
+    opt = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = faccel.scaled_backward(model(torch.ones(2, 3)).sum(), faccel.init_scaler(HALF), HALF)
+    before = [p.grad.clone() for p in model.parameters()]
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(opt)
+    for options in ({"clip_norm": 0.0}, {"scheduler": plateau, "clip_norm": 0.1}):
+        with pytest.raises(ConfigError):
+            faccel.optimizer_step(opt, scaler, HALF, **options)
+        assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("ctx", [ONE, HALF])
+def test_sparse_and_mixed_gradients_are_inspected(ctx):
+    table, other = nn.Embedding(4, 2, sparse=True), nn.Linear(2, 1).double()
+    opt = torch.optim.SGD([*table.parameters(), *other.parameters()], lr=1.0)
+    for bad in (False, True):
+        loss = other(table(torch.tensor([1, 1])).double()).sum() * (float("inf") if bad else 1.0)
+        scaler = faccel.scaled_backward(loss, faccel.init_scaler(ctx), ctx)
+        info, _ = faccel.optimizer_step(opt, scaler, ctx, skip_nonfinite=True)
+        assert info.skipped == bad
+        assert table.weight.isfinite().all()
+
+
 def test_scaler_options_are_checked():
     for options in ({"scael": 1.0}, {"scale": 0.0}, {"backoff_factor": 2.0}):
         with pytest.raises(ConfigError):

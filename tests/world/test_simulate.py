@@ -251,6 +251,67 @@ def test_dtensors_work_on_it():
     assert simulate(fn, 4) == tuple(([2.0 * r, 2.0 * r + 1], 56.0) for r in range(4))
 
 
+def test_what_nobody_finishes_is_a_desync():
+    def unread(ctx):
+        if ctx.rank == 0:
+            dist.send(torch.ones(1), 1)
+
+    def unjoined(ctx):
+        if ctx.rank == 0:
+            dist.all_reduce(torch.ones(1), async_op=True)
+
+    with pytest.raises(DesyncError, match="rank 0 to rank 1"):
+        simulate(unread, 2)
+    with pytest.raises(DesyncError, match="rank 0: all_reduce"):
+        simulate(unjoined, 2)
+
+
+def test_a_message_that_does_not_fit_is_a_desync():
+    def fn(ctx):
+        if ctx.rank == 0:
+            dist.send(torch.ones(1, dtype=torch.int64), 1)
+        else:
+            dist.recv(torch.zeros(4), 0)
+
+    with pytest.raises(DesyncError, match=r"int64\[1\] from rank 0, float32\[4\]"):
+        simulate(fn, 2)
+
+
+def test_asking_whether_it_is_done_lets_the_others_run():
+    def fn(ctx):
+        x = torch.ones(1)
+        work = dist.all_reduce(x, async_op=True)
+        assert work.is_completed()
+        return x.item()
+
+    assert simulate(fn, 2) == (2.0, 2.0)
+
+
+def test_ctrl_c_gives_the_simulation_up_and_leaves_the_process_as_it_was():
+    import _thread
+
+    calls = []
+
+    def fn(ctx):
+        if ctx.rank == 0:
+            _thread.interrupt_main()
+        while len(calls) < 10**6:
+            calls.append(ctx.rank)
+            torch.manual_seed(1)
+            faccel.barrier(ctx)
+
+    table = dist.distributed_c10d._world
+    with pytest.raises(KeyboardInterrupt):
+        simulate(fn, 2)
+    assert dist.distributed_c10d._world is table
+    time.sleep(0.2)  # whoever still ran has stopped at its next collective
+    seen, state = len(calls), torch.get_rng_state()
+    time.sleep(0.1)
+    assert len(calls) == seen
+    assert torch.equal(torch.get_rng_state(), state)
+    assert dist.distributed_c10d._world is table
+
+
 def test_a_store_key_that_nobody_sets_is_a_desync_not_a_hang():
     def fn(ctx):
         if ctx.rank == 0:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import faccel
-from faccel.errors import DataError, OptimizerError
+from faccel.errors import DataError, ModelError, OptimizerError
 from faccel.testing import fake_context, simulate
 from tests.digits import EXAMPLE, LEARNING_RATE, train_epoch
 from tests.ranks import run_ranks
@@ -154,6 +154,49 @@ def test_evaluation_is_not_collective():
 
     trace = simulate(fn, 3).trace
     assert {e.op for e in trace} <= {"all_gather", "broadcast"}  # those of wrap
+
+
+def test_every_rank_evaluates_the_same_statistics():
+    def fn(ctx):
+        model = faccel.wrap(tiny(), ctx)
+        x = torch.randn(4, 2, generator=faccel.fold_in(ctx.rank))
+        faccel.scaled_backward(model(x).sum(), faccel.init_scaler(ctx), ctx)
+        assert model.eval() is model
+        with torch.no_grad():
+            return model(torch.ones(3, 2)), model.module[1].running_mean
+
+    a, b = simulate(fn, 2)
+    assert torch.equal(a[0], b[0])
+    assert torch.equal(a[1], b[1])
+
+
+def test_a_users_method_called_by_its_name_is_reduced_and_cast():
+    class Encoder(nn.Linear):
+        def encode(self, x):
+            return self(x)
+
+    def fn(ctx):
+        model = faccel.wrap(Encoder(1, 1, bias=False), ctx)
+        out = model.encode(torch.full((1, 1), float(ctx.rank)))
+        faccel.scaled_backward(out.sum(), faccel.init_scaler(ctx), ctx)
+        assert model.to("cpu") is model
+        assert model.requires_grad_(True) is model
+        return model.weight.grad.item(), out.dtype
+
+    assert simulate(fn, 2) == ((0.5, torch.float32),) * 2
+    assert simulate(fn, 2, config={"mixed_precision": "bf16"})[0][1] == torch.float32
+
+
+def test_unfreezing_after_wrap_is_an_error():
+    def fn(ctx):
+        model = faccel.wrap(nn.Linear(1, 1).requires_grad_(False), ctx)
+        model.requires_grad_(True)
+        with faccel.grad_sync(model, on=False):
+            assert "require_backward_grad_sync" not in vars(model.module)
+        model(torch.ones(1, 1))
+
+    with pytest.raises(ModelError, match="frozen when it was wrapped"):
+        simulate(fn, 2)
 
 
 def test_a_method_other_than_forward_is_reduced_too():

@@ -128,6 +128,24 @@ def test_a_window_that_is_left_early_does_not_shift_the_next():
     assert seen == [0, 3, 6]
 
 
+def test_a_window_that_is_walked_late_loses_nothing():
+    loader = faccel.shard(DataLoader(range(12), 1), fake_context(0, 1))
+    windows, seen = faccel.windows(loader, loader.ctx, size=2), []
+    late = next(windows)
+    for window in windows:
+        seen += [int(m.data) for m in late]
+        late = window
+    seen += [int(m.data) for m in late]
+    assert seen == list(range(12))
+
+
+def test_weights_may_be_numbers_and_tensors():
+    for one in (2, 2.0, torch.tensor(2)):
+        loader = faccel.shard(DataLoader(range(4), 2), fake_context(0, 1))
+        (window,) = faccel.windows(loader, loader.ctx, size=2, weight=lambda b, one=one: one)
+        assert window.scale.item() == 0.25
+
+
 def test_windows_refuse_what_cannot_work():
     ctx = fake_context(0, 2)
     with pytest.raises(DataError, match="uneven"):
