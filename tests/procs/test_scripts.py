@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def start(script, num_processes, cwd=ROOT):
+def start(script, num_processes, cwd=ROOT, **env):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     out = subprocess.run(
         [sys.executable, *(launcher if num_processes else []), str(script)],
@@ -19,7 +19,7 @@ def start(script, num_processes, cwd=ROOT):
         text=True,
         check=False,
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
         timeout=300,
     )
     assert out.returncode == 0, out.stderr[-3000:]
@@ -44,6 +44,27 @@ def test_accumulation_learns_the_same_on_any_number_of_processes():
     assert last_number(one, "loss") < 2.0
     assert abs(last_number(one, "loss") - last_number(two, "loss")) < 1e-3
     assert len(one) == len(two) == 5
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_two_models_share_one_loss_scale_in_fp16(num_processes):
+    lines = start("examples/two_models.py", num_processes, FACCEL_MIXED_PRECISION="fp16")
+    assert last_number(lines, "distance") < 0.1
+    assert lines[-2].startswith("steps 1216")
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_every_precision_learns_alike(num_processes):
+    lines = start("examples/mixed_precision.py", num_processes)
+    assert last_number(lines, "accuracy") > 0.94
+    assert [line.split()[0] for line in lines[:3]] == ["no", "bf16", "fp16"]
+
+
+@pytest.mark.parametrize("num_processes", [0, 2, 3])
+def test_answers_come_back_complete_and_in_order(num_processes):
+    lines = start("examples/inference.py", num_processes)
+    assert last_number(lines, "accuracy") == 1.0
+    assert len(lines) == max(1, num_processes) + 1
 
 
 def readme_blocks():
