@@ -15,8 +15,9 @@ def main() -> None:
 
 
 @main.command()
-def env() -> None:
-    """Show versions, the device, and for each field of the configuration its value and where it came from."""
+@click.option("--explain", is_flag=True, help="For each field of the configuration its value and where it came from.")
+def env(explain: bool) -> None:  # noqa: FBT001
+    """Show versions, the place in the world and the device."""
     import platform
 
     import torch
@@ -27,6 +28,7 @@ def env() -> None:
         with faccel.init() as ctx:
             print(f"faccel {faccel.__version__}, torch {torch.__version__}, python {platform.python_version()}")
             print(f"rank {ctx.rank} of {ctx.world_size} ({ctx.topology.source}) on {ctx.device}")
-            print(ctx.config.explain())
+            if explain:
+                print(ctx.config.explain())
     except faccel.errors.FaccelError as error:
         raise click.ClickException(str(error)) from None

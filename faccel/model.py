@@ -148,7 +148,15 @@ def unwrap(model: WrappedModel) -> nn.Module:
         >>> unwrap(wrap(net, fake_context(0, 1))) is net
         True
     """
-    return model.module
+    return _wrapped(model).module
+
+
+def _wrapped(model: Any) -> WrappedModel:
+    if not isinstance(model, WrappedModel):
+        raise ModelError(
+            "this takes what `faccel.wrap` returned", saw=f"a {type(model).__name__}", fix="wrap the model first"
+        )
+    return model
 
 
 @effectful(updates("model"))
@@ -167,7 +175,7 @@ def grad_sync(model: WrappedModel, *, on: bool) -> AbstractContextManager[None]:
         >>> with grad_sync(model, on=False):
         ...     model(torch.zeros(3, 2)).sum().backward()
     """
-    return model.parallelism.sync(model.engine, on)
+    return _wrapped(model).parallelism.sync(model.engine, on)
 
 
 @effectful(updates("opt"), COLLECTIVE)
@@ -194,7 +202,7 @@ def wrap_optimizer(opt: torch.optim.Optimizer, model: WrappedModel, ctx: DistCon
         >>> model = wrap(torch.nn.Linear(2, 1), ctx)
         >>> opt = wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
     """
-    own = {id(p) for p in model.parameters()}
+    own = {id(p) for p in _wrapped(model).parameters()}
     if not any(id(p) in own for group in opt.param_groups for p in group["params"]):
         raise OptimizerError(
             "no parameter of this optimizer belongs to the wrapped model",

@@ -101,6 +101,12 @@ def windows(
         >>> [(len(w), [m.sync for m in w], w.scale) for w in windows(loader, ctx, size=3)]
         [(3, [False, False, True], 0.3333333333333333), (2, [False, True], 0.5)]
     """
+    if not isinstance(loader, ShardedLoader):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise DataError(
+            "windows are made of a loader from `faccel.shard`",
+            saw=f"a {type(loader).__name__}",
+            fix="write `faccel.windows(faccel.shard(loader, ctx).at(epoch), ctx)`",
+        )
     num_micro = ctx.config.grad_accum if size is None else size
     if num_micro < 1:
         raise ConfigError("a window has at least one micro-batch", saw=f"size={size}", fix="use `size=1` or more")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import attrs
 import torch
 import torch.distributed as dist
 
-from faccel.errors import ConfigError, nearest
+from faccel.errors import ConfigError, FaccelError, RankFailedError, WorldError, nearest
 from faccel.mesh import AXES
 from faccel.protocols import DATA, WORLD
 
@@ -91,7 +92,7 @@ class TorchCollectives:
         groups: A process group for each axis.
     """
 
-    groups: Mapping[str, dist.ProcessGroup]
+    groups: dict[str, dist.ProcessGroup]
     in_flight: list[torch.Tensor] = attrs.field(factory=list, init=False, repr=False)
     """Aliases of what was handed to c10d, until its threads have let go; see `drain`."""
 
@@ -118,12 +119,31 @@ class TorchCollectives:
             time.sleep(0)  # lets other threads run
         self.in_flight.clear()
 
+    def close(self) -> None:
+        """Drain, and refuse to communicate from now on."""
+        self.drain()
+        self.groups.clear()
+
     def group(self, axis: str) -> dist.ProcessGroup:
         """Return the process group of the axis."""
+        if not self.groups:
+            raise WorldError("this context was shut down", fix="communicate before `faccel.shutdown(ctx)`")
+        if axis not in self.groups:
+            raise ConfigError(f"`{axis}` is not an axis of this mesh", fix=nearest(axis, self.groups))
+        return self.groups[axis]
+
+    @contextmanager
+    def _waiting_in(self, op: str, axis: str) -> Generator[None]:
         try:
-            return self.groups[axis]
-        except KeyError:
-            raise ConfigError(f"`{axis}` is not an axis of this mesh", fix=nearest(axis, self.groups)) from None
+            yield
+        except RuntimeError as error:
+            if isinstance(error, FaccelError) or type(error).__module__.startswith("faccel"):
+                raise
+            raise RankFailedError(
+                f"rank {self.rank(axis)} of `{axis}` could not finish {op}: another left, failed or never called it",
+                saw=str(error).strip().split("\n")[0],
+                fix="look at the first traceback of the other ranks",
+            ) from error
 
     def size(self, axis: str) -> int:
         """Return how many ranks the axis has."""
@@ -136,7 +156,8 @@ class TorchCollectives:
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
         """Return the `op` of every rank's `x`."""
         out = x.clone()
-        dist.all_reduce(self._hand_over(out), op=_OPS[op], group=self.group(axis))
+        with self._waiting_in("all_reduce", axis):
+            dist.all_reduce(self._hand_over(out), op=_OPS[op], group=self.group(axis))
         self._let_go()
         return out
 
@@ -144,21 +165,24 @@ class TorchCollectives:
         """Return every rank's `x` along a new first dimension."""
         out = x.new_empty(self.size(axis), *x.shape)
         if out.numel():
-            _all_gather_single(self._hand_over(out), self._hand_over(x), group=self.group(axis))
+            with self._waiting_in("all_gather", axis):
+                _all_gather_single(self._hand_over(out), self._hand_over(x), group=self.group(axis))
         return out
 
     def broadcast(self, x: torch.Tensor, src: int, axis: str) -> torch.Tensor:
         """Return the `x` of rank `src` of the axis."""
         out = x.clone()
         if out.numel():
-            dist.broadcast(self._hand_over(out), group_src=src, group=self.group(axis))
+            with self._waiting_in("broadcast", axis):
+                dist.broadcast(self._hand_over(out), group_src=src, group=self.group(axis))
         return out
 
     def all_to_all(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         """Return each rank's row for this rank."""
         out = torch.empty_like(x)
         if out.numel():
-            dist.all_to_all_single(self._hand_over(out), self._hand_over(x), group=self.group(axis))
+            with self._waiting_in("all_to_all", axis):
+                dist.all_to_all_single(self._hand_over(out), self._hand_over(x), group=self.group(axis))
         return out
 
     def scatter(self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str) -> torch.Tensor:
@@ -166,9 +190,11 @@ class TorchCollectives:
         out = torch.empty_like(like)
         if out.numel():
             parts = None if rows is None else [self._hand_over(row) for row in rows]
-            dist.scatter(self._hand_over(out), parts, group_src=src, group=self.group(axis))
+            with self._waiting_in("scatter", axis):
+                dist.scatter(self._hand_over(out), parts, group_src=src, group=self.group(axis))
         return out
 
     def barrier(self, axis: str) -> None:
         """Return when every rank of the axis has called it."""
-        dist.barrier(group=self.group(axis))
+        with self._waiting_in("barrier", axis):
+            dist.barrier(group=self.group(axis))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
@@ -14,7 +15,7 @@ from faccel.comm.objects import gather_objects
 from faccel.comm.pack import check_rank
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
-from faccel.errors import ConfigError, RankFailedError, nearest
+from faccel.errors import ConfigError, DesyncError, RankFailedError, nearest
 from faccel.protocols import WORLD
 
 P = ParamSpec("P")
@@ -70,12 +71,15 @@ class Verdict:
 def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) -> Verdict:
     """Decide together: a flag is raised on every rank as soon as one rank raises it.
 
-    Effects: collective. One all-reduce of an int64 per flag; the host waits for the result.
+    Effects: collective. One all-reduce of an int64 per flag and two more; the host waits for the result.
 
     Args:
         ctx: The world that decides.
         axis: `"world"`, `"data"` or an axis of the mesh.
         **flags: The same names on every rank; booleans or 0-d tensors.
+
+    Raises:
+        DesyncError: Ranks ask about different flags.
 
     Returns:
         The verdict, which also says which rank raised a flag first.
@@ -92,7 +96,15 @@ def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) 
     size = ctx.comm.size(axis)
     mine = size - ctx.comm.rank(axis)  # the largest of these is the lowest rank's
     raised = torch.stack([torch.as_tensor(flags[name], device=ctx.device).bool() for name in names])
-    lowest: list[int] = ctx.comm.all_reduce(raised.long() * mine, "max", axis).tolist()
+    named = zlib.crc32(",".join(names).encode())  # its largest is its smallest, if all ranks ask the same
+    row = torch.cat([raised.long() * mine, torch.tensor([named, -named], device=ctx.device)])
+    *lowest, largest, smallest = ctx.comm.all_reduce(row, "max", axis).tolist()
+    if largest != -smallest:
+        raise DesyncError(
+            "ranks ask each other about different flags",
+            saw=f"rank {ctx.comm.rank(axis)}: {', '.join(names)}",
+            fix="pass the same flags on every rank",
+        )
     return Verdict({name: size - n if n else None for name, n in zip(names, lowest, strict=True)})
 
 

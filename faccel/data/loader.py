@@ -122,6 +122,12 @@ def batches(loader: ShardedLoader) -> Iterator[Batch]:
         >>> [(b.data.tolist(), b.num_valid) for b in batches(loader)]
         [([2, 3], 2), ([1, 2], 0)]
     """
+    if not isinstance(loader, ShardedLoader):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise DataError(
+            "only a loader from `faccel.shard` knows what is padding",
+            saw=f"a {type(loader).__name__}",
+            fix="write `faccel.shard(loader, ctx)` first",
+        )
     place = loader._place  # pyright: ignore[reportPrivateUsage]
     read = loader.source.batches(loader.cursor)
     placed = read if place is None else (attrs.evolve(b, data=place(b.data)) for b in read)

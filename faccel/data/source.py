@@ -90,8 +90,15 @@ class OrderedSource:
         return self.plan.num_steps(start)
 
     def start_of(self, step: int) -> int:
-        """Return how many samples come before step `step`."""
-        return step * self.plan.global_batch_size
+        """Return how many samples come before step `step`; that behind the last is the end of the epoch."""
+        num_samples, size = self.plan.num_samples, self.plan.global_batch_size
+        if not 0 <= step <= -(-num_samples // size):
+            raise DataError(
+                f"an epoch of {num_samples} samples has {-(-num_samples // size)} steps of {size}",
+                saw=f"step={step}",
+                fix="give a step of this epoch, or write `loader.resume(batch.cursor)`",
+            )
+        return min(step * size, num_samples)
 
     def order(self, epoch: int) -> Order:
         """Return the global order of an epoch."""

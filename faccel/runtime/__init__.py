@@ -30,7 +30,7 @@ class _DefaultGroup:
     """
 
     def __init__(self) -> None:
-        self.users: dict[int, Callable[[], None]] = {}  # by id of the context: waits for its last collective
+        self.users: dict[int, Callable[[], None]] = {}  # by id of the context: ends its communication
         self.is_ours = False
         self.num_made = 0
         self.hooks: tuple[Any, Any] = (None, None)  # `sys.excepthook` from before torch's, and torch's
@@ -88,10 +88,10 @@ class _DefaultGroup:
 
     def leave(self, user: int) -> None:
         """End the group when its last user leaves, if faccel made it."""
-        drain = self.users.pop(user, None)
-        if drain is None:
+        close = self.users.pop(user, None)
+        if close is None:
             return
-        drain()
+        close()
         if not self.users and self.is_ours:
             self.is_ours = False
             if dist.is_initialized():
@@ -123,7 +123,8 @@ def _choose_device(config: Config, topology: Topology) -> torch.device:
         raise DeviceError(
             f"process {topology.local_rank} of this machine has no `{device.type}` of its own",
             saw=f"{count} devices for {topology.local_world_size} processes",
-            fix=f"start {max(count, 1)} processes on this machine, or `faccel.init(device='cpu')`",
+            fix=(f"start {count} processes on this machine, or " if count else "")
+            + "write `faccel.init(device='cpu')`",
         )
     return torch.device(device.type, index)
 
@@ -181,7 +182,7 @@ def init(
         close=shutdown,
     )
     if isinstance(comm, TorchCollectives):
-        _default_group.users[id(ctx)] = comm.drain
+        _default_group.users[id(ctx)] = comm.close
         atexit.register(shutdown, ctx)
     return ctx
 

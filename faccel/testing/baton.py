@@ -93,6 +93,10 @@ class _Isolation:
 _isolation = _Isolation()
 
 
+class _GivenUp(BaseException):
+    """Ends the thread of a rank whose simulation nobody waits for any more."""
+
+
 class Baton:
     """Runs one function per rank, one rank at a time, in a fixed order.
 
@@ -143,12 +147,16 @@ class Baton:
     def _body(self, number: int, fn: Callable[[int], Any]) -> None:
         rank = self.ranks[number]
         rank.turn.acquire()
+        if self.is_given_up:
+            return
         rank.globals.restore()
         try:
             with torch.autograd.set_multithreading_enabled(False):
                 rank.doing = "running"
                 rank.result = fn(number)
             rank.doing = "returned"
+        except _GivenUp:
+            return
         except BaseException as error:
             rank.error = error
             rank.doing = f"raised {type(error).__name__}"
@@ -168,6 +176,8 @@ class Baton:
             rank.globals = _Globals.current()
             if self._pass_on(number) is not rank:
                 rank.turn.acquire()
+                if self.is_given_up:
+                    raise _GivenUp
                 rank.globals.restore()
             rank.ready = None
         if self.failure is not None:

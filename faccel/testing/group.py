@@ -16,7 +16,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch._C._distributed_c10d import Work  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 from torch.futures import Future
 
-from faccel.errors import DesyncError
+from faccel.errors import DesyncError, WorldError
 from faccel.testing.baton import call_site
 from faccel.testing.world import InjectedError, Slot, TraceEvent, World
 
@@ -105,6 +105,12 @@ class SimulatedGroup(dist.ProcessGroup):
         return "world" if self.group_desc == "default_pg" else self.group_desc.removeprefix("mesh_")
 
     def _record(self, op: str, tensors: Sequence[torch.Tensor]) -> str:
+        if self._world.baton.finished.is_set():
+            raise WorldError(
+                "the simulated world of this context has ended",
+                saw=f"{op} after `simulate` returned",
+                fix="communicate inside of the function that `simulate` runs",
+            )
         site = call_site()
         self._world.trace.append(
             TraceEvent(self._ranks[self._here], op, self.axis, sum(t.nbytes for t in tensors), site)
@@ -145,11 +151,14 @@ class SimulatedGroup(dist.ProcessGroup):
         self._num_calls += 1
         slot = world.slots.setdefault(call, Slot(what, site, me))
         if slot.what != what:
-            raise world.baton.fail(DesyncError(
-                "ranks disagree about the next collective",
-                saw=f"rank {slot.rank}: {slot.what} at {slot.site}, rank {me}: {what} at {site}",
-                fix="call the same collective with the same shapes and dtypes on every rank",
-            ))  # fmt: skip
+            world.baton.ranks[me].doing = f"{what} at {site}"
+            raise world.baton.fail(
+                DesyncError(
+                    "ranks disagree about the next collective",
+                    saw=world.baton.report(),
+                    fix="call the same collective with the same shapes and dtypes on every rank",
+                )
+            )
         slot.parts[self._here] = part
         if len(slot.parts) == len(self._ranks):
             del world.slots[call]

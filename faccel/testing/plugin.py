@@ -18,14 +18,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make one test of each world size."""
     marker = metafunc.definition.get_closest_marker("world_size")
-    if marker is not None and "ctx" in metafunc.fixturenames:
+    if marker is None:
+        return
+    if "ctx" not in metafunc.fixturenames or not all(isinstance(n, int) for n in marker.args) or not marker.args:
+        pytest.fail(
+            f"{metafunc.definition.nodeid}: write `@pytest.mark.world_size(1, 2)` above a test that takes `ctx`",
+            pytrace=False,
+        )
+    else:
         metafunc.parametrize("ctx", marker.args, ids=[f"world{n}" for n in marker.args])
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a marked test in its simulated world."""
-    if pyfuncitem.get_closest_marker("world_size") is None or "ctx" not in pyfuncitem.funcargs:
+    if pyfuncitem.get_closest_marker("world_size") is None:
         return None
     from faccel.testing import simulate
 

@@ -169,6 +169,13 @@ def agreement_is_the_same_everywhere(ctx):
 
 
 @law
+def ranks_that_ask_about_different_flags_are_an_error(ctx):
+    if ctx.world_size > 1:
+        with pytest.raises(DesyncError, match="flags"):
+            faccel.agree(ctx, **({"nan": True} if ctx.rank else {"stop": True}))
+
+
+@law
 def a_leaf_that_cannot_travel_is_named(ctx):
     with pytest.raises(TreeError, match=r"\['a'\]\[1\]"):
         faccel.gather({"a": [torch.ones(1), "text"]}, ctx)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import faccel
-from faccel.errors import DeviceError, WorldError
+from faccel.errors import DeviceError, RankFailedError, WorldError
 from tests.ranks import SERVER, env_of, hosted_store, run_ranks
 
 
@@ -95,6 +95,32 @@ def again_and_again(ctx, port):
 def test_a_world_can_be_ended_and_begun_again():
     store = hosted_store()
     assert run_ranks(again_and_again, 2, store.port) == [True, True]
+
+
+def used_up(ctx):
+    faccel.shutdown(ctx)
+    try:
+        faccel.reduce(torch.ones(1), ctx)
+    except WorldError as error:
+        return error.what
+
+
+def test_a_context_that_was_shut_down_is_an_error():
+    assert run_ranks(used_up, 2) == ["this context was shut down"] * 2
+
+
+def left_alone(ctx):
+    if ctx.rank == 0:
+        return None
+    try:
+        faccel.reduce(torch.ones(1), ctx)
+    except RankFailedError as error:
+        return error.what
+
+
+def test_a_rank_that_waits_for_one_that_left_says_so():
+    told = run_ranks(left_alone, 2, timeout_s=20)[1]
+    assert told == "rank 1 of `data` could not finish all_reduce: another left, failed or never called it"
 
 
 def own_hook(ctx):

@@ -83,6 +83,23 @@ def test_at_skips_steps_without_reading_them():
     assert read == [14, 15, 18, 19]
 
 
+def test_a_step_counter_of_the_end_of_an_epoch_is_the_end():
+    for n, steps in ((12, 3), (10, 3)):
+        loader = faccel.shard(DataLoader(Squares(n), 4), ONE)
+        assert len(loader) == steps
+        assert list(loader.at(0, step=steps)) == []
+        for bad in (-1, steps + 1):
+            with pytest.raises(DataError, match="has 3 steps"):
+                loader.at(0, step=bad)
+
+
+def test_what_is_not_a_sharded_loader_is_an_error_with_the_fix():
+    plain = DataLoader(Squares(4), 2)
+    for call in (lambda: faccel.batches(plain), lambda: faccel.windows(plain, ONE)):
+        with pytest.raises(DataError, match="shard"):
+            call()
+
+
 def test_a_cursor_leads_on_from_any_batch_and_over_the_end_of_an_epoch():
     loader = faccel.shard(DataLoader(Squares(10), 3, shuffle=True), ONE)
     whole = [ids([b.data])[0] for _, part in loader.epochs(2) for b in faccel.batches(part)]

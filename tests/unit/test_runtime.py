@@ -7,6 +7,7 @@ import torch
 
 import faccel
 from faccel.errors import ConfigError, DeviceError, FaccelError, WorldError
+from faccel.testing import fake_context
 
 TORCHRUN = {
     "RANK": "1",
@@ -34,6 +35,12 @@ def test_a_failed_init_leaves_nothing_behind():
         faccel.init(env={"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
                          "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, mesh="tp=2")  # fmt: skip
     assert faccel.init(env={}).world_size == 1
+
+
+def test_a_traceback_says_on_which_rank_it_happened():
+    with pytest.raises(KeyError) as error, fake_context(1, 2):
+        raise KeyError("x")
+    assert error.value.__notes__ == ["on rank 1 of 2"]
 
 
 def test_a_world_of_one_has_no_device_mesh():
@@ -89,7 +96,7 @@ def test_the_command_line_shows_where_each_value_comes_from():
 
     from faccel.cli import main
 
-    result = CliRunner().invoke(main, ["env"], env={"FACCEL_GRAD_ACCUM": "8"})
+    result = CliRunner().invoke(main, ["env", "--explain"], env={"FACCEL_GRAD_ACCUM": "8"})
     assert "rank 0 of 1 (single) on cpu" in result.output
     assert "grad_accum = 8  (environment FACCEL_GRAD_ACCUM, over default 1)" in result.output
     result = CliRunner().invoke(main, ["env"], env={"FACCEL_GRAD_ACUM": "8"})

@@ -206,6 +206,18 @@ def test_wrapping_refuses_what_is_not_a_model():
         faccel.wrap(net(), ONE).call("generate")
 
 
+def test_a_module_that_is_not_wrapped_is_an_error():
+    module = net()
+    opt = torch.optim.SGD(module.parameters(), lr=1.0)
+    for call in (
+        lambda: faccel.unwrap(module),
+        lambda: faccel.grad_sync(module, on=True),
+        lambda: faccel.wrap_optimizer(opt, module, ONE),
+    ):
+        with pytest.raises(ModelError, match="wrap"):
+            call()
+
+
 def test_a_wrapped_model_is_the_users_in_all_but_the_call():
     module = net()
     model = faccel.wrap(module, ONE)

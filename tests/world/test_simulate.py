@@ -251,6 +251,26 @@ def test_dtensors_work_on_it():
     assert simulate(fn, 4) == tuple(([2.0 * r, 2.0 * r + 1], 56.0) for r in range(4))
 
 
+def test_a_context_is_of_no_use_outside_of_its_simulation():
+    ctx = simulate(lambda ctx: ctx, 2)[0]
+    with pytest.raises(WorldError, match="has ended"):
+        faccel.reduce(torch.ones(1), ctx)
+
+
+def test_every_rank_is_named_when_they_disagree():
+    def fn(ctx):
+        if ctx.rank == 2:
+            faccel.reduce(torch.ones(3), ctx)
+        elif ctx.rank < 3:
+            faccel.reduce(torch.ones(2), ctx)
+
+    with pytest.raises(DesyncError) as error:
+        simulate(fn, 4)
+    assert all(
+        word in error.value.saw for word in ("ranks 0 to 1: all_reduce(sum, float32[2])", "float32[3]", "rank 3")
+    )
+
+
 def test_what_nobody_finishes_is_a_desync():
     def unread(ctx):
         if ctx.rank == 0:
