@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from faccel.comm.tensors import gather as gather
     from faccel.comm.tensors import reduce as reduce
     from faccel.config import Config as Config
+    from faccel.console import get_logger as get_logger
+    from faccel.console import print as print
+    from faccel.console import progress as progress
     from faccel.context import DistContext as DistContext
     from faccel.context import Topology as Topology
     from faccel.data.loader import ShardedLoader as ShardedLoader
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
     from faccel.data.loader import shard as shard
     from faccel.data.order import Cursor as Cursor
     from faccel.data.source import Batch as Batch
-    from faccel.log import print as print
     from faccel.mesh import MeshSpec as MeshSpec
     from faccel.model import WrappedModel as WrappedModel
     from faccel.model import grad_sync as grad_sync
@@ -55,6 +57,11 @@ if TYPE_CHECKING:
     from faccel.step import optimizer_step as optimizer_step
     from faccel.step import scaled_backward as scaled_backward
     from faccel.step import windows as windows
+    from faccel.track import Tracker as Tracker
+    from faccel.track import Trackers as Trackers
+    from faccel.track import finish as finish
+    from faccel.track import init_trackers as init_trackers
+    from faccel.track import log as log
 
 _HOMES = {
     "faccel.comm.control": ("Verdict", "agree", "barrier", "main_first", "on_main", "on_rank"),
@@ -66,12 +73,13 @@ _HOMES = {
     "faccel.data.loader": ("ShardedLoader", "batches", "shard"),
     "faccel.data.order": ("Cursor",),
     "faccel.data.source": ("Batch",),
-    "faccel.log": ("print",),
+    "faccel.console": ("get_logger", "print", "progress"),
     "faccel.mesh": ("MeshSpec",),
     "faccel.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
     "faccel.precision": ("ScalerState", "autocast", "init_scaler"),
     "faccel.rng": ("RngState", "fold_in", "rng_state", "seed_everything", "set_rng_state"),
     "faccel.runtime": ("init", "shutdown"),
+    "faccel.track": ("Tracker", "Trackers", "finish", "init_trackers", "log"),
     "faccel.step": ("Micro", "StepInfo", "Window", "optimizer_step", "scaled_backward", "windows"),
 }  # fmt: skip
 _MODULES = ("backends", "errors", "testing")

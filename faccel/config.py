@@ -57,6 +57,11 @@ def _text_or_none(_: Any, attribute: Any, value: Any) -> None:
         raise _bad(attribute.name, value, "text or None", f'write `{attribute.name}="..."`')
 
 
+def _text(_: Any, attribute: Any, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise _bad(attribute.name, value, "text", f'write `{attribute.name}="runs"`')
+
+
 def _mesh(value: Any) -> MeshSpec | None:
     return None if value is None else MeshSpec.of(value)
 
@@ -76,6 +81,7 @@ class Config:
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, ...; None takes the best there is.
         mesh: A `MeshSpec`, a mapping of its fields or text like `"dp_replicate=4"`; None replicates over the world.
         device_placement: Whether models and batches are moved to the device.
+        run_dir: Where trackers put their folders.
         timeout_s: Seconds until a collective that somebody does not join fails.
         sources: For each field, where its value came from (filled by `resolve`).
     """
@@ -86,6 +92,7 @@ class Config:
     device: str | None = _field(None, str, "device of this process", validator=_text_or_none)
     mesh: MeshSpec | None = _field(None, str, "ranks per axis of parallelism", converter=_mesh)
     device_placement: bool = _field(True, _parse_bool, "move models and batches", validator=_flag)
+    run_dir: str = _field("runs", str, "folder of the trackers", validator=_text)
     timeout_s: float = _field(600.0, float, "seconds until a collective fails", validator=_number(float, at_least=1))
     sources: Mapping[str, str] = attrs.field(factory=dict, eq=False, repr=False)
 

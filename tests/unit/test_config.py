@@ -22,6 +22,7 @@ VALUES = {
     "mesh": ("dp_replicate=2", MeshSpec(dp_replicate=2)),
     "device_placement": ("no", False),
     "timeout_s": ("30", 30.0),
+    "run_dir": ("out/runs", "out/runs"),
 }
 
 
@@ -78,6 +79,7 @@ def test_a_resolved_record_is_as_strong_as_what_it_came_from():
         (lambda: Config(timeout_s="soon"), ["`timeout_s`"]),
         (lambda: Config(device_placement="yes"), ["True or False"]),
         (lambda: Config(device=0), ["`device`"]),
+        (lambda: Config(run_dir=""), ["`run_dir`"]),
         (lambda: Config(mesh="dp=2"), ["`dp`", "dp_replicate"]),
         (lambda: Config(mesh="dp_shard"), ["dp_shard=2,tp=2"]),
         (lambda: resolve("training.yaml"), ["faccel.Config(seed=1)"]),
