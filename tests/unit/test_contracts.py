@@ -95,3 +95,13 @@ def test_nothing_outside_backends_asks_which_backend_it_is():
     for path in root.rglob("*.py"):
         if "backends" not in path.parts:
             assert not re.search(r"if .*(backend|strategy|parallelism\.name) ==", path.read_text()), path
+
+
+def test_the_table_of_traps_names_tests_that_are_there():
+    tests = pathlib.Path(__file__).parents[1]
+    there = set(re.findall(r"^def (\w+)", "\n".join(p.read_text() for p in tests.rglob("*.py")), re.M))
+    table = [line for line in (tests / "README.md").read_text().splitlines() if line.startswith("| ")][2:]
+    for line in table:
+        named = re.findall(r"`(\w+)`", line.split("|")[2])
+        assert named, line
+        assert set(named) <= there, set(named) - there
