@@ -1,8 +1,7 @@
 """Reading batches, in the loader's workers or in this process: what is fetched does not depend on where.
 
 Random augmentation is reproducible: each batch is fetched under process-wide generators that follow from
-`(seed, epoch, place of the batch)`, and the process's own are put back. (numpy's drops the second half of a pair of
-normals that it may have kept.)
+`(seed, epoch, place of the batch)`, and the process's own are put back.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from torch.utils.data import (
 )
 
 from faccel.data.stream import Deal, Part, rounds
-from faccel.generators import Generators, seed_all, seeded, under
+from faccel.generators import Generators, seed_all, seeded, under, watched
 from faccel.mix import mix
 from faccel.tree import is_tensordict
 
-Row = tuple[int, Any]
-"""The seed of a batch and its samples: `int64[n]`, or a list of what the user's sampler gave."""
+Row = tuple[tuple[int, ...], Any]
+"""What a batch's seed is folded from, and its samples: `int64[n]`, or a list of what the user's sampler gave."""
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Fetch(Dataset[Any]):
     """A data set whose item is a whole batch.
 
@@ -40,14 +39,17 @@ class Fetch(Dataset[Any]):
         dataset: The user's.
         collate: The user's `collate_fn`.
         is_single: Whether one item of the data set is a batch already.
+        draws: Whether a batch has been seen that draws random numbers; only then are generators seeded for each, which
+            takes longer than watching that none is drawn. The first one that draws is read twice.
     """
 
     dataset: Any
     collate: Callable[[Any], Any]
     is_single: bool = False
+    draws: bool = attrs.field(default=False, init=False)
 
     def __getitem__(self, row: Row) -> Any:
-        seed, samples = row
+        key, samples = row
         if is_tensordict(self.dataset):
             batch = self.dataset[torch.as_tensor(samples)]
             return batch if self.collate is default_collate else self.collate(batch)
@@ -55,10 +57,14 @@ class Fetch(Dataset[Any]):
             index = torch.as_tensor(samples)
             return [tensor[index] for tensor in self.dataset.tensors]
         indices: list[Any] = samples.tolist() if isinstance(samples, np.ndarray) else samples
-        if get_worker_info() is None:
-            return seeded(self._collated, indices, seed)
-        seed_all(seed)
-        return self._collated(indices)
+        if get_worker_info() is not None:
+            seed_all(mix(*key))
+            return self._collated(indices)
+        if not self.draws:
+            batch, self.draws = watched(self._collated, indices)
+            if not self.draws:
+                return batch
+        return seeded(self._collated, indices, mix(*key))
 
     def _collated(self, indices: list[Any]) -> Any:
         if self.is_single:

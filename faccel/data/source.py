@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from faccel.comm.objects import scatter
 from faccel.context import DistContext
-from faccel.data.fetch import Reader, Walk, collated, inner_loader, walk
+from faccel.data.fetch import Reader, Row, Walk, collated, inner_loader, walk
 from faccel.data.order import Cursor, Order, ShardPlan
 from faccel.data.stream import Deal, Part, rounds
 from faccel.errors import DataError, FaccelError, RankFailedError
@@ -114,10 +114,10 @@ class OrderedSource:
             )
         return self.reader.read(self._rows(cursor), cursor.epoch, cursor.samples_consumed)
 
-    def _rows(self, cursor: Cursor) -> Iterator[tuple[int, Any]]:
+    def _rows(self, cursor: Cursor) -> Iterator[Row]:
         seed, epoch, start = self.seed, cursor.epoch, cursor.samples_consumed
         for step, samples in enumerate(self.plan.batches(self.order(epoch), start)):
-            yield mix(seed, epoch, self.plan.first_position(start, step)), samples
+            yield (seed, epoch, self.plan.first_position(start, step)), samples
 
     def batches(self, cursor: Cursor) -> Iterator[Batch]:
         """Yield each batch from `cursor` on."""
@@ -206,11 +206,11 @@ class SampledSource:
     def _read(self, cursor: Cursor) -> Iterator[tuple[Part, Tree]]:
         ahead: deque[Part] = deque()  # parts whose rows the reader has taken and not yet given back
 
-        def rows() -> Iterator[tuple[int, Any]]:
+        def rows() -> Iterator[Row]:
             for part in self._parts(cursor):
                 ahead.append(part)
                 samples = list(part.units[0]) if self.is_batches else part.units
-                yield mix(self.seed, cursor.epoch, part.consumed, self.rank), samples
+                yield (self.seed, cursor.epoch, part.consumed, self.rank), samples
 
         for data in self.reader.read(rows(), cursor.epoch, cursor.samples_consumed):
             yield ahead.popleft(), data

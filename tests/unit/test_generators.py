@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from faccel.generators import Generators, seed_all, seeded, under
+from faccel.generators import Generators, seed_all, seeded, under, watched
 
 
 def draws(_=None):
@@ -27,6 +27,34 @@ def test_the_processes_own_go_on_as_if_nothing_had_happened(between):
         seeded(draws, None, number)
         seeded(draws, None, number)
         got.append([random.getrandbits(32) for _ in range(between)] + [random.gauss(0, 1), draws()])
+    assert got == expected
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda _: torch.rand(1), lambda _: random.random(), lambda _: np.random.rand(), lambda _: np.random.seed(0)],
+)
+def test_watching_sees_whoever_draws_and_leaves_nothing_behind(draw):
+    seed_all(3)
+    expected = [draws() for _ in range(4)]
+    seed_all(3)
+    got = []
+    for number in range(4):
+        assert watched(lambda x: x + 1, number) == (number + 1, False)
+        assert watched(draw, None)[1]
+        assert watched(lambda x: x, number) == (number, False)
+        got.append(draws())
+    assert got == expected
+
+
+def test_the_second_of_a_pair_of_normals_comes_once():
+    seed_all(3)
+    expected = [random.gauss(0, 1) for _ in range(6)]
+    seed_all(3)
+    got = []
+    for number in range(6):
+        seeded(draws, None, number)
+        got.append(random.gauss(0, 1))
     assert got == expected
 
 
