@@ -62,7 +62,7 @@ _REDUCTIONS: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {
 def _reduce(tensors: Sequence[torch.Tensor], op: Any) -> torch.Tensor:
     reduction = _REDUCTIONS.get(getattr(op, "op", op))
     if reduction is None:
-        raise NotImplementedError(f"the simulated world has no reduction {op}")
+        raise ValueError(f"the simulated world cannot reduce with {op}")
     return reduction(torch.stack([t.detach() for t in tensors]))
 
 

@@ -1,5 +1,6 @@
 """Scripts as users start them: the examples and the README's loop, by python and by torchrun."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -79,15 +80,15 @@ def test_the_first_block_of_the_readme_trains(tmp_path, num_processes):
 
 
 @pytest.mark.parametrize("number", range(1, len(readme_blocks())))
-def test_every_other_block_of_the_readme_runs(tmp_path, monkeypatch, number):
+def test_every_other_block_of_the_readme_runs(tmp_path, number):
     """In the scene that the first block has set: its names are there."""
-    monkeypatch.chdir(tmp_path)
     scene = {"__name__": "readme"}
-    exec(readme_blocks()[0], scene)
-    exec(readme_blocks()[number], scene)
-    for name, value in list(scene.items()):
-        if name.startswith("test_"):
-            value()
+    with contextlib.chdir(tmp_path):
+        exec(readme_blocks()[0], scene)
+        exec(readme_blocks()[number], scene)
+        for name, value in list(scene.items()):
+            if name.startswith("test_"):
+                value()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
