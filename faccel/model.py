@@ -84,7 +84,7 @@ class WrappedModel:
         value = getattr(self.module, name)
         if not inspect.ismethod(value):
             return value
-        if not hasattr(nn.Module, name):
+        if name == "forward" or not hasattr(nn.Module, name):
             return functools.partial(self.call, name)
 
         def torchs_own(*args: Any, **kwargs: Any) -> Any:

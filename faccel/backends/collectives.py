@@ -99,7 +99,6 @@ class TorchCollectives:
     def _hand_over(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.detach().view(-1)
         if flat.device.type == "cpu":
-            self._let_go()
             self.in_flight.append(flat)
         return flat
 
@@ -144,6 +143,7 @@ class TorchCollectives:
                 saw=str(error).strip().split("\n")[0],
                 fix="look at the first traceback of the other ranks",
             ) from error
+        self._let_go()
 
     def size(self, axis: str) -> int:
         """Return how many ranks the axis has."""
@@ -158,7 +158,6 @@ class TorchCollectives:
         out = x.clone()
         with self._waiting_in("all_reduce", axis):
             dist.all_reduce(self._hand_over(out), op=_OPS[op], group=self.group(axis))
-        self._let_go()
         return out
 
     def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:

@@ -179,6 +179,8 @@ def test_a_users_method_called_by_its_name_is_reduced_and_cast():
         model = faccel.wrap(Encoder(1, 1, bias=False), ctx)
         out = model.encode(torch.full((1, 1), float(ctx.rank)))
         faccel.scaled_backward(out.sum(), faccel.init_scaler(ctx), ctx)
+        model.zero_grad()
+        faccel.scaled_backward(model.forward(torch.full((1, 1), float(ctx.rank))).sum(), faccel.init_scaler(ctx), ctx)
         assert model.to("cpu") is model
         assert model.requires_grad_(True) is model
         return model.weight.grad.item(), out.dtype
