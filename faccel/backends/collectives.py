@@ -162,11 +162,16 @@ class TorchCollectives:
 
     def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         """Return every rank's `x` along a new first dimension."""
-        out = x.new_empty(self.size(axis), *x.shape)
-        if out.numel():
+        size = self.size(axis)
+        flat = x.new_empty(size * x.numel())
+        if flat.numel():
+            # gloo's threads hold views of the output, which count as references to `flat` and to nothing else: so it is
+            # what has to be kept, and what the caller gets is a copy.
+            if flat.device.type == "cpu":
+                self.in_flight.append(flat)
             with self._waiting_in("all_gather", axis):
-                _all_gather_single(self._hand_over(out), self._hand_over(x), group=self.group(axis))
-        return out
+                _all_gather_single(flat, self._hand_over(x), group=self.group(axis))
+        return flat.clone().view(size, *x.shape)
 
     def broadcast(self, x: torch.Tensor, src: int, axis: str) -> torch.Tensor:
         """Return the `x` of rank `src` of the axis."""
