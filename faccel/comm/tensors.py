@@ -51,6 +51,7 @@ def gather(x: Tree, ctx: DistContext, *, num_valid: int | None = None, ragged: b
 
     Raises:
         DataError: `num_valid` is out of range, or a leaf has another number of rows than the others.
+        DesyncError: Ranks sent other shapes or dtypes (off the CPU only seen where rows are counted).
         TreeError: A leaf is not a dense tensor; names it.
 
     Examples:
@@ -62,8 +63,8 @@ def gather(x: Tree, ctx: DistContext, *, num_valid: int | None = None, ragged: b
     leaves, rebuild = tensor_leaves(x, ctx)
     is_row = [leaf.ndim == 0 for leaf in leaves]
     leaves = [leaf.reshape(1) if row else leaf for leaf, row in zip(leaves, is_row, strict=True)]
-    count = 0
-    if num_valid is not None or ragged:
+    counts_rows, count = num_valid is not None or ragged, 0
+    if counts_rows:
         num_rows = _num_rows(x, leaves, is_row)
         count = num_rows if num_valid is None else num_valid
         if not 0 <= count <= num_rows:
@@ -74,8 +75,7 @@ def gather(x: Tree, ctx: DistContext, *, num_valid: int | None = None, ragged: b
             )
         if ragged:
             leaves = _pad_to_longest(leaves, is_row, count, ctx, axis)
-    counts_rows = num_valid is not None or ragged
-    packed = pack([*leaves, torch.tensor([digest(leaves), count if counts_rows else 0], device=ctx.device)])
+    packed = pack([*leaves, torch.tensor([digest(leaves), count], device=ctx.device)])
     rows = ctx.comm.all_gather(packed.row, axis)
     *parts, headers = [packed.read(rows, i) for i in range(len(leaves) + 1)]
     if not counts_rows:

@@ -56,7 +56,6 @@ class _DefaultGroup:
 
     def _make(self, topology: Topology, device: torch.device, timeout: timedelta) -> None:
         before = sys.excepthook  # torch replaces it and does not put it back
-        self.num_made += 1
         try:
             store = dist.TCPStore(
                 topology.main_address,
@@ -84,6 +83,7 @@ class _DefaultGroup:
                 fix="start all of them, with the same `MASTER_ADDR` and a free `MASTER_PORT`",
             ) from error
         self.hooks = (before, sys.excepthook)
+        self.num_made += 1  # not by one that failed: the others may not have tried yet
         self.is_ours = True
 
     def leave(self, user: int) -> None:

@@ -35,6 +35,13 @@ def _complete(env: Env, launcher: str, keys: tuple[str, ...]) -> None:
         )
 
 
+def _place(env: Env, launcher: str, keys: tuple[str, ...]) -> tuple[int, int, int, int]:
+    """Return rank, world size, local rank and local world size, which a launcher says in these four variables."""
+    _complete(env, launcher, keys)
+    rank, world_size, local_rank, local_world_size = (_number(env, key) for key in keys)
+    return rank, world_size, local_rank, local_world_size
+
+
 def _main(env: Env, address: str, job: str) -> tuple[str, int]:
     """Return where the processes of a job meet: `MASTER_ADDR` and `MASTER_PORT`, or what follows from the job."""
     port = 20000 + zlib.crc32(job.encode()) % 20000  # the same on every rank, another one for another job
@@ -164,17 +171,15 @@ def detect_mpi(env: Env) -> Topology | None:
     """
     for source, keys in _MPI.items():
         if keys[0] in env or keys[1] in env:
-            _complete(env, source, keys)
-            rank, world_size, local_rank, local_world_size = (_number(env, key) for key in keys)
-            if world_size > local_world_size and "MASTER_ADDR" not in env:
+            place = _place(env, source, keys)
+            if place[1] > place[3] and "MASTER_ADDR" not in env:
                 raise TopologyError(
                     f"{source} on several machines does not say where they meet",
-                    saw=f"{world_size} processes, {local_world_size} of them on this machine",
+                    saw=f"{place[1]} processes, {place[3]} of them on this machine",
                     fix="pass the first host on, as in `mpirun -x MASTER_ADDR=host -x MASTER_PORT=29500 ...`",
                 )
-            job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_FD", "")
-            main = _main(env, "127.0.0.1", job)
-            return _ranked(env, source, (rank, world_size, local_rank, local_world_size), main)
+            job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid", "")
+            return _ranked(env, source, place, _main(env, "127.0.0.1", job))
     if "PMIX_RANK" in env and "SLURM_STEP_NUM_TASKS" not in env:
         raise TopologyError(
             "this PMIx launcher says the rank and not the world size",
@@ -195,11 +200,10 @@ def detect_lsf(env: Env) -> Topology | None:
     if "JSM_NAMESPACE_RANK" not in env or "LSB_JOBID" not in env:
         return None
     keys = tuple(f"JSM_NAMESPACE_{part}" for part in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
-    _complete(env, "jsrun", keys)
-    rank, world_size, local_rank, local_world_size = (_number(env, key) for key in keys)
+    place = _place(env, "jsrun", keys)
     hosts = env.get("LSB_MCPU_HOSTS", "").split()[::2]  # "launch 1 host1 42 host2 42": the first one only launches
     address = hosts[1] if len(hosts) > 1 else (hosts or ["127.0.0.1"])[0]
-    return _ranked(env, "LSF", (rank, world_size, local_rank, local_world_size), _main(env, address, env["LSB_JOBID"]))
+    return _ranked(env, "LSF", place, _main(env, address, env["LSB_JOBID"]))
 
 
 def detect_kubeflow(env: Env) -> Topology | None:

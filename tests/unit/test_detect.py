@@ -176,6 +176,13 @@ def test_ranks_of_one_job_meet_at_one_port_and_jobs_at_others():
     assert detect(SLURM).main_port == detect(SLURM | {"SLURM_PROCID": "6", "SLURM_LOCALID": "2"}).main_port
 
 
+def test_ranks_of_an_mpich_job_meet_although_each_has_a_descriptor_of_its_own():
+    first, second = (
+        detect(PMI | {"PMI_RANK": r, "MPI_LOCALRANKID": r, "PMI_FD": f}) for r, f in (("0", "7"), ("1", "9"))
+    )
+    assert first.main_port == second.main_port
+
+
 def test_an_elastic_restart_is_counted():
     t = detect(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"})
     assert (t.attempt, t.store_is_hosted) == (2, True)
