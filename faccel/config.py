@@ -81,6 +81,7 @@ class Config:
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, ...; None takes the best there is.
         mesh: A `MeshSpec`, a mapping of its fields or text like `"dp_replicate=4"`; None replicates over the world.
         device_placement: Whether models and batches are moved to the device.
+        debug: Whether ranks compare call, shapes, dtypes and line before each collective of faccel's; slow.
         run_dir: Where trackers put their folders.
         timeout_s: Seconds until a collective that somebody does not join fails.
         sources: For each field, where its value came from (filled by `resolve`).
@@ -92,6 +93,7 @@ class Config:
     device: str | None = _field(None, str, "device of this process", validator=_text_or_none)
     mesh: MeshSpec | None = _field(None, str, "ranks per axis of parallelism", converter=_mesh)
     device_placement: bool = _field(True, _parse_bool, "move models and batches", validator=_flag)
+    debug: bool = _field(False, _parse_bool, "compare ranks before each collective", validator=_flag)
     run_dir: str = _field("runs", str, "folder of the trackers", validator=_text)
     timeout_s: float = _field(600.0, float, "seconds until a collective fails", validator=_number(float, at_least=1))
     sources: Mapping[str, str] = attrs.field(factory=dict, eq=False, repr=False)

@@ -163,6 +163,7 @@ class DistContext:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None and self.world_size > 1:
             error.add_note(f"on rank {self.rank} of {self.world_size}")
+            self.comm.post(f"raised {type(error).__name__}: {error}")
         self._close(self)
 
 

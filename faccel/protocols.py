@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import attrs
 import torch
 
+from faccel.tree import Tree
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # noqa: TID251 (a name for the type checker)
 
@@ -20,7 +22,7 @@ class Collectives(Protocol):
     """Communication between the ranks of an axis (`"data"`, `"world"` or an axis of the mesh).
 
     Tensors in are contiguous and on the device of the context; they are never written. Tensors out are fresh.
-    Every method but `size`, `rank` and `group` is collective over the axis.
+    `all_reduce` to `barrier` are collective over the axis.
     """
 
     def size(self, axis: str) -> int:
@@ -33,6 +35,18 @@ class Collectives(Protocol):
 
     def group(self, axis: str) -> ProcessGroup | None:
         """Return torch's process group of the axis, for engines that ask for one; None where there is none."""
+        ...
+
+    def announce(self, call: str, x: Tree) -> None:
+        """Say for which call of the user's, on which value, the next collective is; debug mode compares it."""
+        ...
+
+    def post(self, doing: str) -> None:
+        """Tell the other ranks what became of this one, for their errors."""
+        ...
+
+    def failure(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
+        """Return the error to raise, which names ranks, for one that communication ended in; None for any other."""
         ...
 
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:

@@ -172,6 +172,7 @@ def scaled_backward(
     Raises:
         ModelError: The loss is not a scalar, or depends on no parameter.
         DataError: A loader with an uneven tail is being read: ranks with fewer batches would leave the others waiting.
+        RankFailedError: Another rank left, or failed before its backward; names it.
 
     Examples:
         >>> from faccel.precision import init_scaler
@@ -194,7 +195,13 @@ def scaled_backward(
         loss = loss * scale.to(loss.dtype)
     else:
         factor = factor * scale
-    torch.autograd.backward(loss if factor == 1.0 else loss * factor)
+    try:
+        torch.autograd.backward(loss if factor == 1.0 else loss * factor)
+    except RuntimeError as error:
+        failure = ctx.comm.failure(error, "backward", DATA)
+        if failure is None:
+            raise
+        raise failure from error
     return scaler.after_backward()
 
 

@@ -55,8 +55,8 @@ def _child(fn, rank, world_size, port, pipe, args, options):
     os._exit(0)
 
 
-def run_ranks(fn, world_size, *args, **options):
-    """Run a module's `fn(ctx, *args)` in processes; return the results by rank, raise the first rank's error."""
+def outcomes(fn, world_size, *args, **options):
+    """Run a module's `fn(ctx, *args)` in processes; return for each rank `(is_fine, result or error)`."""
     store = hosted_store()
     children = []
     for rank in range(world_size):
@@ -71,8 +71,17 @@ def run_ranks(fn, world_size, *args, **options):
             for other, _ in children:
                 other.kill()
             raise TimeoutError("a rank has not answered in 120 s")
-        results.append(pickle.loads(receive.recv_bytes()))
+        try:
+            results.append(pickle.loads(receive.recv_bytes()))
+        except EOFError as error:  # it was killed, or aborted
+            results.append((False, error))
         process.join()
+    return results
+
+
+def run_ranks(fn, world_size, *args, **options):
+    """Run a module's `fn(ctx, *args)` in processes; return the results by rank, raise the first rank's error."""
+    results = outcomes(fn, world_size, *args, **options)
     for fine, value in results:
         if not fine:
             raise value

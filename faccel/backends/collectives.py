@@ -10,9 +10,12 @@ import attrs
 import torch
 import torch.distributed as dist
 
-from faccel.errors import ConfigError, FaccelError, RankFailedError, WorldError, nearest
+from faccel.backends.roll_call import RollCall
+from faccel.errors import ConfigError, RankFailedError, WorldError, nearest
 from faccel.mesh import AXES
 from faccel.protocols import DATA, WORLD
+from faccel.tree import Tree
+from faccel.whereabouts import call_site
 
 _OPS = {
     "sum": dist.ReduceOp.SUM,
@@ -53,6 +56,15 @@ class SingleCollectives:
         """Return None: there is nobody to talk to."""
         self._check(axis)
 
+    def announce(self, call: str, x: Tree) -> None:
+        """Do nothing: there is nobody to disagree."""
+
+    def post(self, doing: str) -> None:
+        """Do nothing: there is nobody to tell."""
+
+    def failure(self, error: RuntimeError, doing: str, axis: str) -> None:
+        """Return None: nobody else can have failed."""
+
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
         """Return a copy of `x`."""
         self._check(axis)
@@ -90,9 +102,11 @@ class TorchCollectives:
 
     Args:
         groups: A process group for each axis.
+        roll_call: Where ranks tell what became of them; None where nobody has to be asked, as in a simulation.
     """
 
     groups: dict[str, dist.ProcessGroup]
+    roll_call: RollCall | None = None
     in_flight: list[torch.Tensor] = attrs.field(factory=list, init=False, repr=False)
     """Aliases of what was handed to c10d, until its threads have let go; see `drain`."""
 
@@ -131,18 +145,35 @@ class TorchCollectives:
             raise ConfigError(f"`{axis}` is not an axis of this mesh", fix=nearest(axis, self.groups))
         return self.groups[axis]
 
+    def announce(self, call: str, x: Tree) -> None:
+        """Do nothing: ranks are compared in debug mode only."""
+
+    def post(self, doing: str) -> None:
+        """Tell the others what became of this rank, for their errors."""
+        if self.roll_call is not None:
+            self.roll_call.post(doing)
+
+    def failure(self, error: RuntimeError, doing: str, axis: str) -> RankFailedError | None:
+        """Return the error to raise for one that communication ended in; None for any other error."""
+        if self.roll_call is None or not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
+            return None
+        ranks = dist.get_process_group_ranks(self.group(axis))
+        heard = self.roll_call.call(ranks, f"{doing} over `{axis}` at {call_site()}")
+        return RankFailedError(
+            f"rank {dist.get_rank()} could not finish {doing}: another rank left, failed or called something else",
+            saw=f"{heard}; {str(error).strip().partition(chr(10))[0]}",
+            fix="mend what the other ranks report; `FACCEL_DEBUG=1` compares calls, shapes and lines before they meet",
+        )
+
     @contextmanager
     def _waiting_in(self, op: str, axis: str) -> Generator[None]:
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, FaccelError) or type(error).__module__.startswith("faccel"):
+            failure = self.failure(error, op, axis)
+            if failure is None:
                 raise
-            raise RankFailedError(
-                f"rank {self.rank(axis)} of `{axis}` could not finish {op}: another left, failed or never called it",
-                saw=str(error).strip().split("\n")[0],
-                fix="look at the first traceback of the other ranks",
-            ) from error
+            raise failure from error
         self._let_go()
 
     def size(self, axis: str) -> int:

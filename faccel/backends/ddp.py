@@ -27,7 +27,13 @@ def _wrap(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, Run]:
         # Without gradients nothing is to be reduced, and torch would still broadcast buffers: ranks may evaluate
         # different numbers of batches.
         if torch.is_grad_enabled():
-            return engine(method, *args, **kwargs)
+            try:
+                return engine(method, *args, **kwargs)
+            except RuntimeError as error:  # buffers are broadcast here
+                failure = ctx.comm.failure(error, "forward", DATA)
+                if failure is None:
+                    raise
+                raise failure from error
         return call_method(module, method, *args, **kwargs)
 
     return engine, with_precision(run, ctx)

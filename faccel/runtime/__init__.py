@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 from faccel.backends import choose
+from faccel.backends.checked import CheckedCollectives
 from faccel.backends.collectives import SingleCollectives, TorchCollectives
+from faccel.backends.roll_call import RollCall
 from faccel.config import Config, resolve
 from faccel.context import DistContext, Mesh, Topology
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import DeviceError, WorldError
 from faccel.mesh import MeshSpec
-from faccel.protocols import DATA, WORLD, Collectives
+from faccel.protocols import DATA, WORLD
 from faccel.runtime.detect import detect
 
 
@@ -34,16 +37,21 @@ class _DefaultGroup:
         self.is_ours = False
         self.num_made = 0
         self.hooks: tuple[Any, Any] = (None, None)  # `sys.excepthook` from before torch's, and torch's
+        self.roll_call: RollCall | None = None
 
-    def join(self, topology: Topology, device: torch.device, timeout_s: float) -> dist.ProcessGroup:
-        """Return the group of all processes of `topology`."""
+    def join(
+        self, topology: Topology, device: torch.device, timeout_s: float
+    ) -> tuple[dist.ProcessGroup, dist.Store, RollCall]:
+        """Return the group of all processes of `topology`, its store, and where its ranks tell what became of them."""
         if dist.is_initialized():
             self._check_same(topology)
         else:
             self._make(topology, device, timedelta(seconds=timeout_s))
         group = dist.group.WORLD
         assert group is not None
-        return group
+        store = c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] (nobody else knows an adopted group's)
+        self.roll_call = self.roll_call or RollCall(store, topology.rank)
+        return group, store, self.roll_call
 
     def _check_same(self, topology: Topology) -> None:
         have = (dist.get_rank(), dist.get_world_size())
@@ -92,6 +100,9 @@ class _DefaultGroup:
         if close is None:
             return
         close()
+        if not self.users and self.roll_call is not None:
+            self.roll_call.leave()
+            self.roll_call = None
         if not self.users and self.is_ours:
             self.is_ours = False
             if dist.is_initialized():
@@ -168,10 +179,10 @@ def init(
     device = _choose_device(resolved, topology)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    comm: Collectives = SingleCollectives()
+    comm: TorchCollectives | CheckedCollectives | SingleCollectives = SingleCollectives()
     if topology.world_size > 1:
-        group = _default_group.join(topology, device, resolved.timeout_s)
-        comm = TorchCollectives(axes_of(spec, group, group))
+        group, store, roll_call = _default_group.join(topology, device, resolved.timeout_s)
+        comm = collectives(axes_of(spec, group, group), resolved, store, roll_call)
     ctx = DistContext(
         topology=topology,
         config=resolved,
@@ -181,9 +192,9 @@ def init(
         parallelism=parallelism,
         close=shutdown,
     )
-    if isinstance(comm, TorchCollectives):
+    if not isinstance(comm, SingleCollectives):
         _default_group.users[id(ctx)] = comm.close
-        atexit.register(shutdown, ctx)
+        atexit.register(_at_exit, ctx)
     return ctx
 
 
@@ -191,6 +202,14 @@ def axes_of(spec: MeshSpec, world: dist.ProcessGroup, data: dist.ProcessGroup) -
     """Return the group of each axis that a collective can name."""
     own = {axis: world for axis, n in spec.extents.items() if n == spec.size}
     return {**own, WORLD: world, DATA: data}
+
+
+def collectives(
+    groups: dict[str, dist.ProcessGroup], config: Config, store: dist.Store, roll_call: RollCall | None
+) -> TorchCollectives | CheckedCollectives:
+    """Return the communication over some groups of one world, checked in debug mode."""
+    comm = TorchCollectives(groups, roll_call)
+    return CheckedCollectives(comm, store, config.timeout_s) if config.debug else comm
 
 
 def device_mesh(spec: MeshSpec, device_type: str) -> dist.DeviceMesh:
@@ -201,6 +220,13 @@ def device_mesh(spec: MeshSpec, device_type: str) -> dist.DeviceMesh:
     if not axes:
         raise WorldError("a world of one process has no device mesh", fix="start several processes, or use `mesh.spec`")
     return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+
+def _at_exit(ctx: DistContext) -> None:
+    error = getattr(sys, "last_value", None)  # of a script that an exception ended
+    if error is not None:
+        ctx.comm.post(f"raised {type(error).__name__}: {error}")
+    shutdown(ctx)
 
 
 @effectful(AMBIENT)

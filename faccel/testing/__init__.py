@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 
 from faccel.backends import choose
-from faccel.backends.collectives import SingleCollectives, TorchCollectives
+from faccel.backends.collectives import SingleCollectives
 from faccel.config import Config, resolve
 from faccel.context import DistContext, Mesh, Topology
 from faccel.errors import ConfigError, WorldError
 from faccel.mesh import MeshSpec
 from faccel.mix import mix
 from faccel.protocols import DATA, Collectives
-from faccel.runtime import axes_of, device_mesh
+from faccel.runtime import axes_of, collectives, device_mesh
 from faccel.testing.baton import Baton
 from faccel.testing.checks import assert_all_finite, assert_pure, assert_replicated, equal_to_single_process
 from faccel.testing.group import BACKEND, Endpoint
@@ -134,7 +134,8 @@ def simulate(
             )
             ranks = [r for r in range(world_size) if _shares_data_axis(spec, r, rank)]
             data: Any = dist.new_group(ranks, use_local_synchronization=True, group_desc=DATA)
-            return TorchCollectives(axes_of(spec, cast(dist.ProcessGroup, dist.group.WORLD), data))
+            groups = axes_of(spec, cast(dist.ProcessGroup, dist.group.WORLD), data)
+            return collectives(groups, resolve(config), world.stores[-1], None)
 
         return fn(_context(rank, world_size, config, mesh, comm), *args)
 
@@ -158,6 +159,9 @@ class _NoPeers:
 
     def size(self, axis: str) -> int:
         return self._world_size
+
+    def post(self, doing: str) -> None:
+        pass  # nobody listens
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
         def refuse(*args: Any, **kwargs: Any) -> NoReturn:

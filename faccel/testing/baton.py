@@ -7,7 +7,6 @@ of hangs.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -18,11 +17,7 @@ import torch.distributed.distributed_c10d as c10d
 
 from faccel.errors import DesyncError, RankFailedError
 from faccel.generators import Generators
-
-_INSIDE = tuple(
-    os.path.dirname(os.path.abspath(file)) + os.sep
-    for file in (torch.__file__, os.path.dirname(os.path.abspath(__file__)), threading.__file__)
-)
+from faccel.whereabouts import roll
 
 
 class _GroupTable:
@@ -66,17 +61,6 @@ class _Rank:
         self.is_done = False
         self.result: Any = None
         self.error: BaseException | None = None
-
-
-def call_site() -> str:
-    """Return `file:line` of the innermost frame that is the user's: neither torch's nor faccel's."""
-    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(_INSIDE) and not name.startswith("<frozen"):
-            return f"{os.path.relpath(name) if os.path.isabs(name) else name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "unknown"
 
 
 class _Isolation:
@@ -216,14 +200,4 @@ class Baton:
 
     def report(self) -> str:
         """Say what each rank is doing, ranks that do the same in one clause."""
-        groups: dict[str, list[int]] = {}
-        for number, rank in enumerate(self.ranks):
-            groups.setdefault(rank.doing, []).append(number)
-        return ", ".join(f"{_span(numbers)}: {doing}" for doing, numbers in groups.items())
-
-
-def _span(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return f"rank {numbers[0]}"
-    is_run = numbers[-1] - numbers[0] == len(numbers) - 1
-    return f"ranks {numbers[0]} to {numbers[-1]}" if is_run else f"ranks {', '.join(map(str, numbers))}"
+        return roll({number: rank.doing for number, rank in enumerate(self.ranks)})

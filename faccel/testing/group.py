@@ -17,8 +17,8 @@ from torch._C._distributed_c10d import Work  # pyright: ignore[reportPrivateUsag
 from torch.futures import Future
 
 from faccel.errors import DesyncError, WorldError
-from faccel.testing.baton import call_site
 from faccel.testing.world import InjectedError, Slot, TraceEvent, World
+from faccel.whereabouts import call_site
 
 BACKEND = "faccel_simulated"
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 import faccel
-from faccel.errors import DeviceError, RankFailedError, WorldError
-from tests.ranks import SERVER, env_of, hosted_store, run_ranks
+from faccel.errors import DesyncError, DeviceError, RankFailedError, WorldError
+from tests.ranks import SERVER, env_of, hosted_store, outcomes, run_ranks
 
 
 def world(ctx):
@@ -112,15 +112,78 @@ def test_a_context_that_was_shut_down_is_an_error():
 def left_alone(ctx):
     if ctx.rank == 0:
         return None
-    try:
-        faccel.reduce(torch.ones(1), ctx)
-    except RankFailedError as error:
-        return error.what
+    faccel.reduce(torch.ones(1), ctx)
 
 
 def test_a_rank_that_waits_for_one_that_left_says_so():
-    told = run_ranks(left_alone, 2, timeout_s=20)[1]
-    assert told == "rank 1 of `data` could not finish all_reduce: another left, failed or never called it"
+    (fine, _), (_, error) = outcomes(left_alone, 2, timeout_s=20)
+    assert fine
+    assert isinstance(error, RankFailedError)
+    assert error.what.startswith("rank 1 could not finish all_reduce")
+    assert "rank 0: left, rank 1: all_reduce over `data` at" in error.saw
+
+
+def one_fails(ctx, where):
+    model = faccel.wrap(torch.nn.BatchNorm1d(2), ctx)
+    scaler = faccel.init_scaler(ctx)
+    if ctx.rank == 1:
+        raise ValueError("bad sample")
+    loss = model(torch.randn(4, 2)).sum()
+    if where == "backward":
+        faccel.scaled_backward(loss, scaler, ctx)
+
+
+def test_a_rank_whose_peer_failed_says_what_the_peer_raised():
+    (_, first), (_, second) = outcomes(one_fails, 2, "backward", timeout_s=20)
+    assert isinstance(second, ValueError)
+    assert isinstance(first, RankFailedError)
+    assert "rank 1: raised ValueError: bad sample" in first.saw
+    assert "test_processes.py" in first.saw
+
+
+def apart(ctx):
+    if ctx.rank == 0:
+        faccel.reduce(torch.ones(4), ctx)
+    else:
+        faccel.gather(torch.ones(4), ctx)
+
+
+def test_without_debug_mode_ranks_that_call_different_things_name_each_other_within_the_timeout():
+    errors = [error for _, error in outcomes(apart, 2, timeout_s=2)]
+    assert all(isinstance(error, RankFailedError) for error in errors), errors
+    for error in errors:
+        assert "rank 0: all_reduce over `data` at" in error.saw
+        assert "rank 1: all_gather over `data` at" in error.saw
+
+
+def sizes_apart(ctx):
+    faccel.reduce(torch.ones(400 if ctx.rank else 4), ctx)
+
+
+def test_without_debug_mode_a_rank_that_gloo_aborts_is_missed_by_the_others():
+    errors = [error for _, error in outcomes(sizes_apart, 3, timeout_s=5)]
+    named = [error for error in errors if isinstance(error, RankFailedError)]
+    aborted = [rank for rank, error in enumerate(errors) if isinstance(error, EOFError)]
+    assert aborted, errors
+    assert len(named) + len(aborted) == 3, errors
+    assert all(f"rank {rank}: not heard of" in e.saw or "not heard of" in e.saw for e in named for rank in aborted)
+
+
+def test_debug_mode_stops_both_before_anything_is_sent():
+    errors = [error for _, error in outcomes(sizes_apart, 2, debug=True)]
+    assert all(isinstance(error, DesyncError) for error in errors), errors
+    assert {error.saw for error in errors} == {errors[0].saw}
+    assert "rank 0: reduce(sum) of x: float32[4] over `data` at tests/procs/test_processes.py:" in errors[0].saw
+    assert "rank 1: reduce(sum) of x: float32[400]" in errors[0].saw
+
+
+def test_debug_mode_does_not_wait_for_a_rank_that_left():
+    began = time.monotonic()
+    (fine, _), (_, error) = outcomes(left_alone, 2, debug=True, timeout_s=60)
+    assert fine
+    assert isinstance(error, DesyncError)
+    assert "rank 0: left" in error.saw
+    assert time.monotonic() - began < 30
 
 
 def own_hook(ctx):

@@ -22,6 +22,7 @@ VALUES = {
     "mesh": ("dp_replicate=2", MeshSpec(dp_replicate=2)),
     "device_placement": ("no", False),
     "timeout_s": ("30", 30.0),
+    "debug": ("1", True),
     "run_dir": ("out/runs", "out/runs"),
 }
 

@@ -1,0 +1,101 @@
+"""Debug mode in the simulated world: what ranks are about to do is compared before they do it."""
+
+import pytest
+import torch
+
+import faccel
+from faccel.errors import DesyncError
+from faccel.testing import simulate
+
+CHECKED = {"debug": True}
+
+
+def sees(fn, world_size=2, **options):
+    """The error of each rank, after which they go on together."""
+
+    def body(ctx):
+        with pytest.raises(DesyncError) as caught:
+            fn(ctx)
+        assert faccel.reduce(torch.tensor(1), ctx).item() == world_size
+        return caught.value.saw
+
+    return simulate(body, world_size, config=CHECKED, **options)
+
+
+APART = {
+    "op": lambda ctx: faccel.reduce(torch.ones(2), ctx, op="max" if ctx.rank else "sum"),
+    "shape": lambda ctx: faccel.reduce(torch.ones(4) if ctx.rank else torch.ones(2, 2), ctx),
+    "dtype": lambda ctx: faccel.reduce(torch.ones(2, dtype=torch.int32 if ctx.rank else torch.float32), ctx),
+    "keys": lambda ctx: faccel.reduce({"ab"[ctx.rank]: torch.ones(2)}, ctx),
+    "axis": lambda ctx: faccel.reduce(torch.ones(2), ctx, axis="dp_replicate" if ctx.rank else "world"),
+    "src": lambda ctx: faccel.broadcast(torch.ones(2), ctx, src=ctx.rank),
+    "leaves": lambda ctx: faccel.gather([torch.ones(2)] * (1 + ctx.rank), ctx),
+    "call": lambda ctx: (faccel.gather if ctx.rank else faccel.broadcast)(torch.ones(2), ctx),
+    "rows": lambda ctx: faccel.all_to_all(torch.ones(2, 2 + ctx.rank), ctx),
+}
+
+
+@pytest.mark.parametrize("what", APART)
+def test_each_difference_is_seen_by_every_rank_and_both_sides_are_named(what):
+    first, second = sees(APART[what])
+    assert first == second
+    assert "rank 0: " in first
+    assert "rank 1: " in first
+    assert "test_debug.py:" in first
+
+
+def test_another_line_is_a_difference():
+    def body(ctx):
+        if ctx.rank:
+            faccel.barrier(ctx)
+        else:
+            faccel.barrier(ctx)
+
+    saw = sees(body)[0]
+    lines = {part.rpartition(":")[2] for part in saw.split(", ")}
+    assert len(lines) == 2
+
+
+def test_leaves_are_named():
+    saw = sees(lambda ctx: faccel.reduce({"a": [torch.ones(1)], "b" * (1 + ctx.rank): torch.ones(3)}, ctx))[0]
+    assert "x['a'][0]: float32[1], x['b']: float32[3]" in saw
+    assert "x['bb']: float32[3]" in saw
+
+
+def test_what_is_right_is_not_held_up():
+    def body(ctx):
+        with faccel.main_first(ctx):
+            pass
+        faccel.gather(torch.ones(ctx.rank + 1), ctx, ragged=True)
+        faccel.gather(torch.ones(3), ctx, num_valid=ctx.rank)
+        faccel.gather_objects("x" * ctx.rank, ctx)
+        faccel.pad_across(torch.ones(ctx.rank + 1), ctx)
+        faccel.broadcast_objects([1] * ctx.rank, ctx, src=1)
+        return faccel.agree(ctx, stop=ctx.rank == 1).raised_by
+
+    assert simulate(body, 3, config=CHECKED) == ({"stop": 1},) * 3
+
+
+def test_a_rank_that_never_comes_is_a_desync_too():
+    with pytest.raises(DesyncError, match="rank 1: returned"):
+        simulate(lambda ctx: ctx.is_main and faccel.barrier(ctx), 2, config=CHECKED)
+
+
+def test_one_process_has_nobody_to_compare_with():
+    assert simulate(lambda ctx: faccel.reduce(torch.tensor(2), ctx).item(), 1, config=CHECKED) == (2,)
+
+
+def test_nothing_is_left_in_the_store():
+    """The keys of a call are deleted by the next one."""
+
+    def body(ctx):
+        for _ in range(5):
+            faccel.barrier(ctx)
+        return ctx.comm.store.num_keys()
+
+    def more(ctx):
+        for _ in range(50):
+            faccel.barrier(ctx)
+        return ctx.comm.store.num_keys()
+
+    assert max(simulate(more, 2, config=CHECKED)) <= max(simulate(body, 2, config=CHECKED))
