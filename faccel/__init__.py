@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from faccel.model import unwrap as unwrap
     from faccel.model import wrap as wrap
     from faccel.model import wrap_optimizer as wrap_optimizer
+    from faccel.plan import DdpConfig as DdpConfig
+    from faccel.plan import Plan as Plan
+    from faccel.plan import PowerSgdConfig as PowerSgdConfig
     from faccel.precision import ScalerState as ScalerState
     from faccel.precision import autocast as autocast
     from faccel.precision import init_scaler as init_scaler
@@ -76,6 +79,7 @@ _HOMES = {
     "faccel.console": ("get_logger", "print", "progress"),
     "faccel.mesh": ("MeshSpec",),
     "faccel.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
+    "faccel.plan": ("DdpConfig", "Plan", "PowerSgdConfig"),
     "faccel.precision": ("ScalerState", "autocast", "init_scaler"),
     "faccel.rng": ("RngState", "fold_in", "rng_state", "seed_everything", "set_rng_state"),
     "faccel.runtime": ("init", "shutdown"),

@@ -14,7 +14,8 @@ from torch import nn
 
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
-from faccel.errors import BackendError, ModelError, OptimizerError
+from faccel.errors import ConfigError, ModelError, OptimizerError
+from faccel.plan import Plan
 from faccel.protocols import Parallelism, Run
 
 
@@ -95,7 +96,7 @@ class WrappedModel:
 
 
 @effectful(updates("model"), COLLECTIVE)
-def wrap(model: nn.Module, ctx: DistContext, *, plan: None = None) -> WrappedModel:
+def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> WrappedModel:
     """Return `model` as it runs on the ranks of the mesh.
 
     Effects: updates model, collective. Moves it to `ctx.device` (unless `device_placement` is off) and gives every
@@ -104,14 +105,14 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: None = None) -> WrappedMod
     Args:
         model: The user's module; stays theirs, and is what `unwrap` returns.
         ctx: The world.
-        plan: How the model is cut. No strategy of this version takes one.
+        plan: How the model is run; None is `Plan()`.
 
     Returns:
         A callable record. Any number of models can be wrapped.
 
     Raises:
         ModelError: `model` is not a module, is wrapped already or has no parameters.
-        BackendError: A plan was given.
+        ConfigError: `plan` is not a `Plan`.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -127,13 +128,12 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: None = None) -> WrappedMod
         raise ModelError(
             "this model has no parameters", saw=type(model).__name__, fix="use it as it is: there is nothing to train"
         )
-    if plan is not None:
-        raise BackendError(
-            f"the strategy `{ctx.parallelism.name}` takes no plan", saw=repr(plan), fix="leave `plan` out"
-        )
+    plan = Plan() if plan is None else plan
+    if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError("`plan` takes a `Plan`", saw=repr(plan), fix="write `plan=faccel.Plan(...)`")
     if ctx.config.device_placement:
         model.to(ctx.device)
-    engine, run = ctx.parallelism.wrap(model, ctx)
+    engine, run = ctx.parallelism.wrap(model, plan, ctx)
     return WrappedModel(model, engine, ctx.parallelism, ctx, run)
 
 

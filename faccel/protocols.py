@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import attrs
 import torch
 
+from faccel.plan import Plan
 from faccel.tree import Tree
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Parallelism:
 
     Args:
         name: For people.
-        wrap: `wrap(module, ctx) -> (engine, run)`. Updates `module` (placement, rank 0's values); collective.
+        wrap: `wrap(module, plan, ctx) -> (engine, run)`. Updates `module` (placement, rank 0's values); collective.
         wrap_optimizer: `wrap_optimizer(opt, engine, ctx) -> Optimizer`. The same object where nothing is to be tied.
         sync: `sync(engine, on)`: a context in which gradients are reduced in this backward (`on`), or not yet.
         settle: `settle(engine, ctx)`: training pauses; makes what may differ between data ranks the same. Updates
@@ -92,7 +93,7 @@ class Parallelism:
     """
 
     name: str
-    wrap: Callable[[torch.nn.Module, Any], tuple[torch.nn.Module, Run]]
+    wrap: Callable[[torch.nn.Module, Plan, Any], tuple[torch.nn.Module, Run]]
     wrap_optimizer: Callable[[torch.optim.Optimizer, torch.nn.Module, Any], torch.optim.Optimizer]
     sync: Callable[[torch.nn.Module, bool], AbstractContextManager[None]]
     settle: Callable[[torch.nn.Module, Any], None]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+import attrs
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -15,13 +17,14 @@ from faccel.backends.forward import Methods, call_method, with_precision
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
 from faccel.errors import ModelError
+from faccel.plan import DdpConfig, Plan
 from faccel.protocols import DATA, Parallelism, Run
 
 
-def _wrap(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, Run]:
+def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
     if not any(p.requires_grad for p in module.parameters()):
         return _wrap_frozen(module, ctx)
-    engine = DistributedDataParallel(Methods(module), process_group=ctx.comm.group(DATA), gradient_as_bucket_view=True)
+    engine = _engine(module, plan.ddp, ctx)
 
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
         # Without gradients nothing is to be reduced, and torch would still broadcast buffers: ranks may evaluate
@@ -29,14 +32,52 @@ def _wrap(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, Run]:
         if torch.is_grad_enabled():
             try:
                 return engine(method, *args, **kwargs)
-            except RuntimeError as error:  # buffers are broadcast here
-                failure = ctx.comm.failure(error, "forward", DATA)
+            except RuntimeError as error:  # buffers are broadcast here, and the last backward is looked at
+                failure = _unused(error) or ctx.comm.failure(error, "forward", DATA)
                 if failure is None:
                     raise
                 raise failure from error
         return call_method(module, method, *args, **kwargs)
 
     return engine, with_precision(run, ctx)
+
+
+def _unused(error: RuntimeError) -> ModelError | None:
+    if "Expected to have finished reduction" not in str(error):
+        return None
+    return ModelError(
+        "some parameters took no part in the last loss, so DDP waits for their gradients",
+        saw=str(error).rpartition("\n")[2],
+        fix="use their outputs in the loss, or write "
+        "`faccel.wrap(model, ctx, plan=faccel.Plan(ddp=faccel.DdpConfig(find_unused_parameters=True)))`",
+    )
+
+
+def _engine(module: nn.Module, options: DdpConfig, ctx: DistContext) -> DistributedDataParallel:
+    group = ctx.comm.group(DATA)
+    assert group is not None
+    given = {name: value for name, value in attrs.asdict(options, recurse=False).items() if name not in _OURS}
+    given = {name: value for name, value in given.items() if value != getattr(_DEFAULTS, name)}  # torch 2.9 lacks some
+    if not options.forward_sync_buffers:
+        given |= _without_buffers(module, ctx)
+    engine = DistributedDataParallel(Methods(module), process_group=group, **_NOT_TORCHS | given)
+    if options.comm_hook is not None:
+        from faccel.backends.hooks import register  # torch's hooks take long to import
+
+        register(engine, options, group)
+    return engine
+
+
+_OURS = ("comm_hook", "powersgd", "forward_sync_buffers")
+_DEFAULTS = DdpConfig()
+_NOT_TORCHS: dict[str, Any] = {"gradient_as_bucket_view": True}  # where our default is another than torch's
+
+
+def _without_buffers(module: nn.Module, ctx: DistContext) -> dict[str, Any]:
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
+        return {"forward_sync_buffers": False}
+    _take_rank_0s(dict(module.named_buffers()), ctx)  # torch before 2.13 leaves them out of its first broadcast, too
+    return {"broadcast_buffers": False}
 
 
 def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, Run]:

@@ -10,10 +10,11 @@ from torch.optim import Optimizer
 
 from faccel.backends.forward import call_method, with_precision
 from faccel.context import DistContext
+from faccel.plan import Plan
 from faccel.protocols import Parallelism, Run
 
 
-def _wrap(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, Run]:
+def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
     return module, with_precision(functools.partial(call_method, module), ctx)
 
 

@@ -1,0 +1,50 @@
+"""How DDP's gradients are compressed on their way: torch's own hooks, chosen by name."""
+
+# no `from __future__ import annotations`: DDP compares a hook's annotations with the classes themselves
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from faccel.plan import DdpConfig
+
+Hook = Callable[[Any, dist.GradBucket], torch.futures.Future[torch.Tensor]]
+
+
+def _renamed(hook: Hook) -> Hook:
+    """Return `hook` under another name: by its name DDP refuses bf16 without NCCL, also on gloo, where it works."""
+
+    def run(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        return hook(state, bucket)
+
+    return run
+
+
+_BY_NAME: dict[str, Hook] = {
+    "fp16": default_hooks.fp16_compress_hook,
+    "bf16": _renamed(default_hooks.bf16_compress_hook),
+    "powersgd": powerSGD_hook.powerSGD_hook,
+    "fp16_powersgd": default_hooks.fp16_compress_wrapper(powerSGD_hook.powerSGD_hook),
+    "bf16_powersgd": _renamed(default_hooks.bf16_compress_wrapper(powerSGD_hook.powerSGD_hook)),
+}
+
+
+def register(engine: DistributedDataParallel, options: DdpConfig, group: dist.ProcessGroup) -> None:
+    """Give `engine` the hook that `options` name."""
+    state: Any = group
+    if "powersgd" in str(options.comm_hook):
+        powersgd = options.powersgd
+        state = powerSGD_hook.PowerSGDState(
+            group,
+            matrix_approximation_rank=powersgd.rank,
+            start_powerSGD_iter=powersgd.start_step,
+            min_compression_rate=powersgd.min_compression_rate,  # pyright: ignore[reportArgumentType]
+            use_error_feedback=powersgd.use_error_feedback,
+            warm_start=powersgd.warm_start,
+            random_seed=powersgd.seed,
+        )
+    engine.register_comm_hook(state, _BY_NAME[str(options.comm_hook)])

@@ -1,0 +1,154 @@
+"""The options of DDP and the compression of its gradients: simulated, and over gloo."""
+
+import pytest
+import torch
+from torch import nn
+
+import faccel
+from faccel.errors import ConfigError, ModelError
+from faccel.testing import assert_replicated, fake_context, simulate
+from tests.ranks import run_ranks
+
+
+class Branches(nn.Module):
+    """A model of which one branch may be left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.second = nn.Linear(16, 16)
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, x, both):
+        return self.norm(self.first(x) + (self.second(x) if both else 0))
+
+
+def run(ctx, options, both=True):
+    ddp = faccel.DdpConfig(**options)
+    out = train(ctx, ddp, both)
+    assert_replicated(out, ctx)
+    return out
+
+
+def train(ctx, ddp, both=True, num_updates=3):
+    torch.manual_seed(0)
+    model = faccel.wrap(Branches().double(), ctx, plan=faccel.Plan(ddp=ddp))
+    model.norm.eval()  # its statistics are of this rank's rows alone
+    opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
+    scaler = faccel.init_scaler(ctx)
+    rows = torch.randn(num_updates, 8, 16, generator=faccel.fold_in(1), dtype=torch.float64)
+    for update in rows:
+        x = update.chunk(ctx.data_world_size)[ctx.data_rank]
+        scaler = faccel.scaled_backward(model(x, both).square().mean(), scaler, ctx)
+        _, scaler = faccel.optimizer_step(opt, scaler, ctx)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def distance(a, b):
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+EXACT = [
+    {"find_unused_parameters": True},
+    {"static_graph": True},
+    {"forward_sync_buffers": False},
+    {"bucket_cap_mb": 0.001},
+    {"gradient_as_bucket_view": False},
+]
+
+
+@pytest.mark.parametrize("options", EXACT, ids=lambda o: next(iter(o)))
+def test_every_option_trains_as_one_process_does(options):
+    expected = run(fake_context(0, 1), options)
+    for got in simulate(run, 2, options):
+        assert distance(got, expected) < 1e-14
+
+
+@pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+def test_unused_parameters_are_left_as_they_are(options):
+    expected = run(fake_context(0, 1), {}, both=False)
+    for got in simulate(run, 2, options, False):
+        assert distance(got, expected) < 1e-14
+
+
+def test_unused_parameters_without_the_option_are_an_error_that_shows_it():
+    with pytest.raises(ModelError, match="find_unused_parameters=True"):
+        simulate(run, 2, {}, False)
+
+
+def test_ranks_may_use_different_branches():
+    def fn(ctx):
+        model = faccel.wrap(Branches(), ctx, plan=faccel.Plan(ddp=faccel.DdpConfig(find_unused_parameters=True)))
+        model.norm.eval()
+        faccel.scaled_backward(model(torch.ones(2, 16), ctx.rank == 0).sum(), faccel.init_scaler(ctx), ctx)
+        return model.second.bias.grad.clone()
+
+    a, b = simulate(fn, 2)
+    assert torch.equal(a, b)
+    assert torch.allclose(a, torch.ones(16), rtol=1e-4)  # 2 rows, averaged over the ranks
+
+
+def test_buckets_are_as_small_as_asked_for():
+    def reductions(options):
+        trace = simulate(run, 2, options).trace
+        return sum(e.op == "all_reduce" and e.rank == 0 for e in trace)
+
+    assert reductions({"bucket_cap_mb": 0.001}) > reductions({})
+
+
+def statistics(ctx, sync):
+    model = faccel.wrap(nn.BatchNorm1d(1), ctx, plan=faccel.Plan(ddp=faccel.DdpConfig(forward_sync_buffers=sync)))
+    before = model.running_mean.clone()
+    for _ in range(2):
+        model(torch.full((4, 1), float(ctx.rank)) + torch.arange(4.0)[:, None])
+    own = model.running_mean.clone()
+    model.eval()
+    return before.item(), own.item(), model.running_mean.item()
+
+
+def test_buffers_stay_each_ranks_own_where_asked_until_evaluation():
+    a, b = simulate(statistics, 2, False)
+    assert a[0] == b[0]
+    assert a[1] != b[1]
+    assert a[2] == b[2] == a[1]
+
+
+def compressed(ctx, hook, num_updates=4):
+    powersgd = faccel.PowerSgdConfig(rank=2, start_step=2)
+    return train(ctx, faccel.DdpConfig(comm_hook=hook, powersgd=powersgd, bucket_cap_mb=1), num_updates=num_updates)
+
+
+@pytest.mark.parametrize(("hook", "atol"), [("fp16", 1e-4), ("bf16", 1e-3), ("powersgd", 0.1), ("fp16_powersgd", 0.1)])
+def test_compressed_gradients_are_close_and_the_same_on_every_rank(hook, atol):
+    exact = compressed(fake_context(0, 1), None)
+    first, second = simulate(compressed, 2, hook)
+    assert distance(first, second) == 0
+    assert 0 < distance(first, exact) < atol
+
+
+def test_compression_sends_fewer_bytes():
+    def sent(hook):
+        return sum(e.num_bytes for e in simulate(compressed, 2, hook, 8).trace if e.op == "all_reduce")
+
+    plain = sent(None)
+    assert sent("fp16") < 0.3 * plain  # a quarter: the model is in double precision
+    assert sent("bf16") < 0.3 * plain
+    assert sent("powersgd") < 0.7 * plain
+    assert sent("bf16_powersgd") < sent("powersgd")
+
+
+@pytest.mark.parametrize("hook", ["fp16", "bf16", "powersgd"])
+def test_hooks_do_over_gloo_what_they_do_in_a_simulation(hook):
+    real, simulated = run_ranks(compressed, 2, hook)[0], simulate(compressed, 2, hook)[0]
+    assert distance(real, simulated) < 1e-12
+
+
+def test_a_plan_is_checked():
+    for make in (
+        lambda: faccel.DdpConfig(comm_hook="fp8"),
+        lambda: faccel.DdpConfig(bucket_cap_mb=0),
+        lambda: faccel.PowerSgdConfig(rank=-1),
+        lambda: faccel.Plan(ddp={"static_graph": True}),
+    ):
+        with pytest.raises(ConfigError):
+            make()
