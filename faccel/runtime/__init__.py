@@ -24,6 +24,7 @@ from faccel.errors import DeviceError, WorldError
 from faccel.mesh import MeshSpec
 from faccel.protocols import DATA, WORLD
 from faccel.runtime.detect import detect
+from faccel.runtime.ending import ExceptHook
 
 
 class _DefaultGroup:
@@ -114,6 +115,7 @@ class _DefaultGroup:
 
 _BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
 _default_group = _DefaultGroup()
+_except_hook = ExceptHook()
 
 
 def _choose_device(config: Config, topology: Topology) -> torch.device:
@@ -147,7 +149,8 @@ def init(
     """Return the context of this process: where it stands, what it computes on, how it talks.
 
     Effects: ambient. Reads the environment, once. With more than one process it makes torch's default process group,
-    or adopts the one that is there; `shutdown`, which is registered to run at exit, ends what was made.
+    or adopts the one that is there; `shutdown`, which is registered to run at exit, ends what was made. Until then
+    Ctrl-C is one line on rank 0 instead of a traceback on every rank.
 
     The world is the processes that were started, by torchrun for instance; without a launcher it is this one. A second
     call in one process is legal.
@@ -192,6 +195,7 @@ def init(
         parallelism=parallelism,
         close=shutdown,
     )
+    _except_hook.enter(id(ctx), topology.rank, topology.world_size)
     if not isinstance(comm, SingleCollectives):
         _default_group.users[id(ctx)] = comm.close
         atexit.register(_at_exit, ctx)
@@ -231,7 +235,7 @@ def _at_exit(ctx: DistContext) -> None:
 
 @effectful(AMBIENT)
 def shutdown(ctx: DistContext) -> None:
-    """End what `init` began: the process group after its last context, and torch's `sys.excepthook`.
+    """End what `init` began: the process group after its last context, and the changes of `sys.excepthook`.
 
     Effects: ambient. Waits for nobody; a second call does nothing.
 
@@ -239,4 +243,5 @@ def shutdown(ctx: DistContext) -> None:
         >>> ctx = init(env={})
         >>> shutdown(ctx)
     """
+    _except_hook.leave(id(ctx))
     _default_group.leave(id(ctx))

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -12,10 +13,14 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def start(script, num_processes, cwd=ROOT, **env):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+def torchrun(num_processes):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+
+
+def start(script, num_processes, cwd=ROOT, launcher=None, **env):
+    launcher = launcher or (torchrun(num_processes) if num_processes else [sys.executable])
     out = subprocess.run(
-        [sys.executable, *(launcher if num_processes else []), str(script)],
+        [*launcher, str(script)],
         capture_output=True,
         text=True,
         check=False,
@@ -38,6 +43,14 @@ def test_digits_learns_and_prints_once(num_processes):
     lines = start("examples/digits.py", num_processes)
     assert last_number(lines, "accuracy") >= 0.97
     assert len(lines) == 13  # a line an epoch and the last one, whatever the number of processes
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here (Debian: apt-get install openmpi-bin)")
+def test_digits_runs_under_open_mpi():
+    launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable]
+    lines = start("examples/digits.py", 2, launcher=launcher)
+    assert last_number(lines, "accuracy") >= 0.97
+    assert len(lines) == 13
 
 
 def test_accumulation_learns_the_same_on_any_number_of_processes():
