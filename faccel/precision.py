@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import attrs
 import torch
@@ -24,7 +25,7 @@ class ScalerState:
         enabled: Whether losses are scaled at all.
         scale: What the next `scaled_backward` multiplies by.
         grad_scale: What the gradients that are there now were multiplied by; None before the first backward.
-        has_stepped: Whether an optimizer has stepped with them, so that several share one verdict.
+        stepped: Which optimizers have stepped with them, so that several share one verdict and none steps twice.
         num_good_steps: Finite updates since the scale last changed.
         num_skipped: Updates skipped so far.
         growth_factor: The scale is multiplied by it after `growth_interval` finite updates.
@@ -35,7 +36,7 @@ class ScalerState:
     enabled: bool = False
     scale: float = 1.0
     grad_scale: float | None = None
-    has_stepped: bool = False
+    stepped: tuple[int, ...] = attrs.field(default=(), eq=False, repr=False)
     num_good_steps: int = 0
     num_skipped: int = 0
     growth_factor: float = 2.0
@@ -53,39 +54,50 @@ class ScalerState:
 
     def after_backward(self) -> ScalerState:
         """Return the state in which gradients of the current scale are there."""
-        if self.grad_scale == self.scale and not self.has_stepped:
+        if self.grad_scale == self.scale and not self.stepped:
             return self
-        return attrs.evolve(self, grad_scale=self.scale, has_stepped=False)
+        return attrs.evolve(self, grad_scale=self.scale, stepped=())
 
-    def after_step(self, *, finite: bool) -> ScalerState:
+    def after_step(self, opt: object, *, finite: bool) -> ScalerState:
         """Return the state after one optimizer has stepped, or skipped, with the gradients that are there.
 
         Several optimizers that step after one backward count as one update, and one overflow among them is enough.
         """
         if not self.enabled:
             return self if finite else attrs.evolve(self, num_skipped=self.num_skipped + 1)
+        stepped = (*self.stepped, id(opt))
         if not finite:
-            scale = self.scale_of_gradients() * self.backoff_factor
-            return attrs.evolve(self, scale=scale, has_stepped=True, num_good_steps=0, num_skipped=self.num_skipped + 1)
-        if self.has_stepped:
-            return self
+            scale = self.scale_of_gradients(opt) * self.backoff_factor
+            return attrs.evolve(self, scale=scale, stepped=stepped, num_good_steps=0, num_skipped=self.num_skipped + 1)
+        if self.stepped:
+            return attrs.evolve(self, stepped=stepped)
         if self.num_good_steps + 1 < self.growth_interval:
-            return attrs.evolve(self, has_stepped=True, num_good_steps=self.num_good_steps + 1)
-        return attrs.evolve(self, scale=self.scale * self.growth_factor, has_stepped=True, num_good_steps=0)
+            return attrs.evolve(self, stepped=stepped, num_good_steps=self.num_good_steps + 1)
+        return attrs.evolve(self, scale=self.scale * self.growth_factor, stepped=stepped, num_good_steps=0)
 
-    def scale_of_gradients(self) -> float:
-        """Return what the gradients that are there were multiplied by.
+    def scale_of_gradients(self, opt: object) -> float:
+        """Return what the gradients of `opt` that are there were multiplied by.
 
         Raises:
-            ScalerError: This state has seen no backward.
+            ScalerError: This state has seen no backward, or none since `opt` stepped last.
         """
-        if self.grad_scale is None:
+        if self.grad_scale is None or id(opt) in self.stepped:
             raise ScalerError(
                 "this step has seen no `scaled_backward`",
-                saw="a scaler that was never given back by one",
+                saw="a scaler that no `scaled_backward` returned" + " since the last step" * bool(self.stepped),
                 fix="write `scaler = faccel.scaled_backward(loss, scaler, ctx)` instead of `loss.backward()`",
             )
         return self.grad_scale
+
+
+def check_scaler(scaler: Any) -> None:
+    """Refuse what is not a `ScalerState`."""
+    if not isinstance(scaler, ScalerState):
+        raise ScalerError(
+            "the loop threads a `ScalerState` through its steps",
+            saw=repr(scaler),
+            fix="start with `scaler = faccel.init_scaler(ctx)`, go on with `info, scaler = faccel.optimizer_step(...)`",
+        )
 
 
 def init_scaler(ctx: DistContext, **options: float) -> ScalerState:

@@ -18,7 +18,7 @@ from faccel.data.source import Batch
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError, DataError, ModelError
 from faccel.optim import check_limits, clip_, parameters_with_gradients
-from faccel.precision import ScalerState, unscale_
+from faccel.precision import ScalerState, check_scaler, unscale_
 from faccel.protocols import DATA
 from faccel.tree import Tree
 
@@ -151,6 +151,21 @@ def _uneven() -> DataError:
     )
 
 
+def _is_loss(loss: Any) -> bool:
+    return isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.requires_grad
+
+
+def _no_loss(loss: Any) -> ModelError:
+    saw = f"a {type(loss).__name__}"
+    if isinstance(loss, torch.Tensor):
+        saw = f"a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+    return ModelError(
+        "a loss is a scalar tensor that depends on parameters",
+        saw=saw,
+        fix="pass the tensor, not its `.item()`, reduce it, as in `loss.mean()`, and compute it with gradients on",
+    )
+
+
 @effectful(updates(".grad"), COLLECTIVE)
 def scaled_backward(
     loss: torch.Tensor, scaler: ScalerState, ctx: DistContext, *, scale: float | torch.Tensor = 1.0
@@ -171,6 +186,7 @@ def scaled_backward(
 
     Raises:
         ModelError: The loss is not a scalar, or depends on no parameter.
+        ScalerError: `scaler` is none.
         DataError: A loader with an uneven tail is being read: ranks with fewer batches would leave the others waiting.
         RankFailedError: Another rank left, or failed before its backward; names it.
 
@@ -184,12 +200,9 @@ def scaled_backward(
     """
     if ctx.uneven_iterations:
         raise _uneven()
-    if loss.numel() != 1 or not loss.requires_grad:
-        raise ModelError(
-            "a loss is a scalar that depends on parameters",
-            saw=f"a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}",
-            fix="reduce it, as in `loss.mean()`, and compute it with gradients on",
-        )
+    if not _is_loss(loss):
+        raise _no_loss(loss)
+    check_scaler(scaler)
     factor = scaler.scale
     if isinstance(scale, torch.Tensor):
         loss = loss * scale.to(loss.dtype)
@@ -256,7 +269,7 @@ def optimizer_step(
 
     Raises:
         OptimizerError: No gradient has reached a parameter of `opt`.
-        ScalerError: `scaler` has seen no `scaled_backward`.
+        ScalerError: `scaler` has seen no `scaled_backward` (under fp16: none since `opt` stepped last).
         ConfigError: A limit that is not positive, or a scheduler that needs a metric.
 
     Examples:
@@ -269,8 +282,9 @@ def optimizer_step(
         >>> info.grad_norm, info.skipped, w.grad
         (tensor(3.), False, None)
     """
+    check_scaler(scaler)
     params = parameters_with_gradients(opt)
-    scale = scaler.scale_of_gradients()
+    scale = scaler.scale_of_gradients(opt)
     check_limits(clip_norm, clip_value)
     schedulers = () if scheduler is None else _schedulers(scheduler)
     finite = True
@@ -283,7 +297,7 @@ def optimizer_step(
             each.step()
     for p in params:  # what `zero_grad` does, without its profiler range: 9 us that a small step would notice
         p.grad = None
-    return StepInfo(norm, not finite, scale), scaler.after_step(finite=finite)
+    return StepInfo(norm, not finite, scale), scaler.after_step(opt, finite=finite)
 
 
 def _schedulers(scheduler: Any) -> Sequence[LRScheduler]:

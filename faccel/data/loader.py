@@ -56,7 +56,7 @@ class ShardedLoader:
     @property
     def cursor(self) -> Cursor:
         """Where this record starts."""
-        return Cursor(self._epoch, self.start, self.state)
+        return Cursor(self._epoch, self.start, self.state, self.source.name)
 
     @property
     def _epoch(self) -> int:
@@ -73,12 +73,18 @@ class ShardedLoader:
         return self.resume(Cursor(epoch, self.source.start_of(step)))
 
     def resume(self, cursor: Cursor) -> ShardedLoader:
-        """Return the same loader at `cursor`, which may come from another world size."""
+        """Return the same loader at `cursor`, which may come from another world size.
+
+        Raises:
+            DataError: It is no cursor, or a place inside the epoch of another order.
+        """
+        _check_cursor(cursor, self.source.name)
         return attrs.evolve(self, epoch=cursor.epoch, start=cursor.samples_consumed, state=cursor.state)
 
     def epochs(self, stop: int, *, start: Cursor | None = None) -> Iterator[tuple[int, ShardedLoader]]:
         """Yield `(epoch, loader)` up to epoch `stop`, the first one from `start` on."""
         cursor = Cursor() if start is None else start
+        _check_cursor(cursor, self.source.name)
         for epoch in range(cursor.epoch, stop):
             yield epoch, self.resume(cursor if epoch == cursor.epoch else Cursor(epoch))
 
@@ -95,6 +101,22 @@ class ShardedLoader:
         if self.source.tail != "uneven" or self.ctx.data_world_size == 1:
             return items
         return _while_uneven(items, self.ctx.uneven_iterations)
+
+
+def _check_cursor(cursor: Any, name: str) -> None:
+    if not isinstance(cursor, Cursor):
+        raise DataError(
+            "a place in the data is a cursor",
+            saw=repr(cursor),
+            fix="pass `batch.cursor`, `window.cursor` or `faccel.Cursor(epoch)`, or write `loader.at(epoch, step)`",
+        )
+    if cursor.samples_consumed and cursor.of not in (None, name):
+        raise DataError(
+            "this cursor is a place inside the epoch of another order, so other samples would follow",
+            saw=f"a place in {cursor.of}, for {name}",
+            fix="resume with the data set, the seed and the shuffling that it was taken from, or start an epoch anew "
+            "with `loader.at(cursor.epoch)`",
+        )
 
 
 def _while_uneven(items: Iterator[Any], open_iterations: list[object]) -> Iterator[Any]:

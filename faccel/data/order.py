@@ -111,11 +111,13 @@ class Cursor:
         samples_consumed: How many samples of its order have been read, by all ranks together (batches, of a loader
             that yields whole ones).
         state: What `state_dict` of an iterable data set gave there; None for any other.
+        of: Which order it is a place of, in words that `resume` compares; None is a place of any.
     """
 
     epoch: int = 0
     samples_consumed: int = 0
     state: Any = attrs.field(default=None, eq=False, repr=False)
+    of: str | None = attrs.field(default=None, eq=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if self.epoch < 0 or self.samples_consumed < 0:
@@ -189,11 +191,11 @@ class ShardPlan:
         """Return how many rows of batch `step` are not repeats."""
         return min(max(0, self.num_samples - self.first_position(start, step)), self.batch_size)
 
-    def cursor(self, epoch: int, start: int, step: int) -> Cursor:
+    def cursor(self, epoch: int, start: int, step: int, of: str | None = None) -> Cursor:
         """Return the place after batch `step`; the start of the next epoch after the last one of any rank."""
         consumed = start + (step + 1) * self.global_batch_size
         ended = consumed + (self.global_batch_size if self.tail == "drop" else 1) > self.num_samples
-        return Cursor(epoch + 1, 0) if ended else Cursor(epoch, consumed)
+        return Cursor(epoch + 1, 0, None, of) if ended else Cursor(epoch, consumed, None, of)
 
     def batches(self, order: Order, start: int) -> Iterator[Ints]:
         """Yield the samples `int64[<= B]` of each batch; thousands are computed at a time."""

@@ -47,6 +47,11 @@ class Source(Protocol):
         """As in `shard`."""
         ...
 
+    @property
+    def name(self) -> str:
+        """What a cursor is a place of, in words."""
+        ...
+
     def num_steps(self, start: int) -> int:
         """Return how many batches there are from `start` on. Raises TypeError where nobody can know."""
         ...
@@ -85,6 +90,11 @@ class OrderedSource:
         """As in `shard`."""
         return self.plan.tail
 
+    @property
+    def name(self) -> str:
+        """What a cursor is a place of, in words."""
+        return f"{self.plan.num_samples} samples in {f'a shuffle of seed {self.seed}' if self.shuffle else 'order'}"
+
     def num_steps(self, start: int) -> int:
         """Return how many batches this rank reads from `start` on."""
         return self.plan.num_steps(start)
@@ -122,18 +132,17 @@ class OrderedSource:
     def batches(self, cursor: Cursor) -> Iterator[Batch]:
         """Yield each batch from `cursor` on."""
         plan, epoch, start = self.plan, cursor.epoch, cursor.samples_consumed
-        num_steps, first = plan.num_steps(start), start // plan.global_batch_size
+        num_steps, first, name = plan.num_steps(start), start // plan.global_batch_size, self.name
         for step, data in enumerate(self.data(cursor)):
-            yield Batch(
-                data, plan.num_valid(start, step), first + step, step + 1 == num_steps, plan.cursor(epoch, start, step)
-            )
+            cursor = plan.cursor(epoch, start, step, name)
+            yield Batch(data, plan.num_valid(start, step), first + step, step + 1 == num_steps, cursor)
 
 
 def _batches_of(
-    parts: Iterator[tuple[Part, Tree]], epoch: int, rows_of: Callable[[Part, Tree], int]
+    parts: Iterator[tuple[Part, Tree]], epoch: int, name: str, rows_of: Callable[[Part, Tree], int]
 ) -> Iterator[Batch]:
     for part, data in parts:
-        after = Cursor(epoch + 1) if part.is_end else Cursor(epoch, part.consumed, part.mark)
+        after = Cursor(epoch + 1, of=name) if part.is_end else Cursor(epoch, part.consumed, part.mark, name)
         yield Batch(data, rows_of(part, data), part.step, part.is_last, after)
 
 
@@ -181,6 +190,11 @@ class SampledSource:
         """As in `shard`."""
         return self.deal.tail
 
+    @property
+    def name(self) -> str:
+        """What a cursor is a place of, in words."""
+        return f"{'batches' if self.is_batches else 'samples'} of an own sampler under seed {self.seed}"
+
     def num_steps(self, start: int) -> int:
         """Return how many batches this rank reads; of a batch sampler only from its beginning."""
         if start and self.is_batches:
@@ -221,7 +235,7 @@ class SampledSource:
 
     def batches(self, cursor: Cursor) -> Iterator[Batch]:
         """Yield each batch from `cursor` on."""
-        return _batches_of(self._read(cursor), cursor.epoch, self._rows)
+        return _batches_of(self._read(cursor), cursor.epoch, self.name, self._rows)
 
     def _rows(self, part: Part, data: Tree) -> int:
         if self.reader.is_single:
@@ -251,6 +265,11 @@ class StreamSource:
     def tail(self) -> str:
         """As in `shard`."""
         return self.deal.tail
+
+    @property
+    def name(self) -> str:
+        """What a cursor is a place of, in words."""
+        return f"a stream under seed {self.seed}"
 
     def num_steps(self, start: int) -> int:
         """Return how many batches this rank reads, where the stream has a length."""
@@ -298,9 +317,8 @@ class StreamSource:
     def batches(self, cursor: Cursor) -> Iterator[Batch]:
         """Yield each batch from `cursor` on."""
         is_batch = getattr(self.loader, "batch_size", None) is None
-        return _batches_of(
-            self._read(cursor), cursor.epoch, _rows_of_data if is_batch else lambda part, data: part.num_valid
-        )
+        rows_of = _rows_of_data if is_batch else lambda part, data: part.num_valid
+        return _batches_of(self._read(cursor), cursor.epoch, self.name, rows_of)
 
 
 def _next_or_error(parts: Iterator[Any], world_size: int) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -66,14 +67,7 @@ class _DefaultGroup:
     def _make(self, topology: Topology, device: torch.device, timeout: timedelta) -> None:
         before = sys.excepthook  # torch replaces it and does not put it back
         try:
-            store = dist.TCPStore(
-                topology.main_address,
-                topology.main_port,
-                topology.world_size,
-                is_master=topology.rank == 0 and not topology.store_is_hosted,
-                timeout=timeout,
-                multi_tenant=True,
-            )
+            store = _store(topology, timeout)
             # Neither a restarted worker nor a second world may meet the addresses of the one that ended.
             dist.init_process_group(
                 "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_BACKENDS[device.type]}",
@@ -111,6 +105,33 @@ class _DefaultGroup:
             before, torchs = self.hooks
             if sys.excepthook is torchs:
                 sys.excepthook = before
+
+
+def _store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
+    """Serve the store, or connect to it.
+
+    torch's client waits for ever for the answer of something that listens there and is no store: so a thread does that.
+    """
+    is_master = topology.rank == 0 and not topology.store_is_hosted
+    made: list[dist.TCPStore | BaseException] = []
+
+    def make() -> None:
+        address, port, world_size = topology.main_address, topology.main_port, topology.world_size
+        try:
+            made.append(
+                dist.TCPStore(address, port, world_size, is_master=is_master, timeout=timeout, multi_tenant=True)
+            )
+        except (dist.DistError, RuntimeError) as error:
+            made.append(error)
+
+    thread = threading.Thread(target=make, name="faccel-store", daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds() + 5)
+    if not made:
+        raise dist.DistNetworkError("something listens there that does not answer as a store does")
+    if isinstance(made[0], BaseException):
+        raise made[0]
+    return made[0]
 
 
 _BACKENDS = {"cuda": "nccl", "xpu": "xccl"}

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -82,3 +83,27 @@ def test_an_exception_ends_every_rank_with_exit_code_1_and_says_where_it_came_fr
     assert "ValueError: bad sample" in errors[1]
     assert "rank 1: raised ValueError: bad sample" in errors[0]
     assert "terminate called" not in "".join(errors)
+
+
+def test_a_busy_port_is_an_error_on_every_rank(tmp_path):
+    """Whatever listens there, the rank that would serve the store says so, and the others do not wait for ever."""
+    script = tmp_path / "busy.py"
+    script.write_text("import faccel\nfaccel.init(timeout_s=2)\n")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen(8)
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1]), "WORLD_SIZE": "2"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(script)],
+                env=os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert all("WorldError: rank" in error and "free `MASTER_PORT`" in error for error in errors)
+    assert "address already in use" in errors[0]
+    assert "does not answer as a store does" in errors[1]

@@ -1,0 +1,126 @@
+"""The commonest mistakes: an error with the fix on every rank, at once, and nothing waits."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import faccel
+from faccel.errors import DataError, FaccelError, ModelError, OptimizerError, ScalerError
+from faccel.testing import simulate
+
+FP16 = {"mixed_precision": "fp16"}
+
+
+def net(ctx, **options):
+    model = faccel.wrap(nn.Linear(2, 1), ctx, **options)
+    return model, faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
+
+
+def loader(ctx, num_samples=20, **options):
+    data = TensorDataset(torch.arange(float(num_samples)))
+    return faccel.shard(DataLoader(data, 3, shuffle=True), ctx, **options)
+
+
+def place(ctx, **options):
+    return [batch.cursor for batch in faccel.batches(loader(ctx, **options).at(1))][1]
+
+
+def step_without_backward(ctx):
+    model, opt = net(ctx)
+    model(torch.ones(1, 2)).sum().backward()
+    faccel.optimizer_step(opt, faccel.init_scaler(ctx), ctx)
+
+
+def scaler_forgotten(ctx):
+    model, opt = net(ctx)
+    scaler = faccel.init_scaler(ctx)
+    faccel.scaled_backward(model(torch.ones(1, 2)).sum(), scaler, ctx)
+    faccel.optimizer_step(opt, scaler, ctx)
+
+
+def scaler_forgotten_later(ctx):
+    model, opt = net(ctx)
+    scaler = faccel.scaled_backward(model(torch.ones(1, 2)).sum(), faccel.init_scaler(ctx), ctx)
+    _, scaler = faccel.optimizer_step(opt, scaler, ctx)
+    model(torch.ones(1, 2)).sum().backward()  # gradients that were never scaled would be divided by 65536
+    faccel.optimizer_step(opt, scaler, ctx)
+
+
+def no_gradient(ctx):
+    model, _ = net(ctx)
+    other = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)
+    scaler = faccel.scaled_backward(model(torch.ones(1, 2)).sum(), faccel.init_scaler(ctx), ctx)
+    faccel.optimizer_step(other, scaler, ctx)
+
+
+MISTAKES = {
+    "a loader that cannot be iterated": (lambda ctx: faccel.shard(5, ctx), DataError, "DataLoader"),
+    "a batch size that split_batches cannot divide": (
+        lambda ctx: faccel.shard(DataLoader(range(9), 3), ctx, split_batches=True),
+        DataError,
+        "batch size of 4",
+    ),
+    "a cursor of a shorter data set": (
+        lambda ctx: loader(ctx, 30).resume(place(ctx)),
+        DataError,
+        r"at\(cursor.epoch\)",
+    ),
+    "a cursor of another seed": (lambda ctx: loader(ctx, seed=1).resume(place(ctx)), DataError, "seed"),
+    "a cursor behind the end": (lambda ctx: next(iter(loader(ctx).resume(faccel.Cursor(0, 99)))), DataError, "resume"),
+    "a number as a cursor": (lambda ctx: loader(ctx).resume(3), DataError, "loader.at"),
+    "a number as a start": (lambda ctx: next(loader(ctx).epochs(3, start=1)), DataError, "batch.cursor"),
+    "num_valid out of range": (lambda ctx: faccel.gather(torch.ones(2), ctx, num_valid=3), DataError, "num_valid"),
+    "a model without parameters": (lambda ctx: faccel.wrap(nn.ReLU(), ctx), ModelError, "use it as it is"),
+    "a step without scaled_backward": (step_without_backward, ScalerError, "scaler = faccel.scaled_backward"),
+    "a forgotten scaler": (scaler_forgotten, ScalerError, "scaler = faccel.scaled_backward"),
+    "no gradient": (no_gradient, OptimizerError, "scaled_backward"),
+    "a loss that is a number": (
+        lambda ctx: faccel.scaled_backward(0.5, faccel.init_scaler(ctx), ctx),
+        ModelError,
+        "tensor",
+    ),
+    "no scaler": (
+        lambda ctx: faccel.scaled_backward(torch.ones((), requires_grad=True), None, ctx),
+        ScalerError,
+        "init_scaler",
+    ),
+    "a step with no scaler": (lambda ctx: faccel.optimizer_step(net(ctx)[1], None, ctx), ScalerError, "init_scaler"),
+    "the two results of a step as a scaler": (
+        lambda ctx: faccel.scaled_backward(torch.ones((), requires_grad=True), (None, faccel.init_scaler(ctx)), ctx),
+        ScalerError,
+        "info, scaler",
+    ),
+}
+
+
+def error_of(ctx, fn, expected):
+    with pytest.raises(expected) as caught:
+        fn(ctx)
+    assert faccel.agree(ctx, seen=True).seen  # the ranks go on together
+    return caught.value
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_every_rank_sees_the_mistake_and_the_fix(what):
+    fn, expected, fix = MISTAKES[what]
+    for error in simulate(error_of, 2, fn, expected):
+        assert isinstance(error, FaccelError)
+        assert error.fix
+        assert re.search(fix, error.fix), error.fix
+
+
+def test_gradients_that_were_not_scaled_are_not_divided():
+    for error in simulate(error_of, 2, scaler_forgotten_later, ScalerError, config=FP16):
+        assert "since the last step" in error.saw
+
+
+def test_the_start_of_an_epoch_is_a_place_in_any_order():
+    def fn(ctx):
+        cursor = [batch.cursor for batch in faccel.batches(loader(ctx).at(1))][-1]
+        assert cursor == faccel.Cursor(2)
+        return len(loader(ctx, 30).resume(cursor))
+
+    assert simulate(fn, 2) == (5, 5)
