@@ -62,6 +62,10 @@ def _text(_: Any, attribute: Any, value: Any) -> None:
         raise _bad(attribute.name, value, "text", f'write `{attribute.name}="runs"`')
 
 
+def _device_name(value: Any) -> Any:
+    return str(value) if type(value).__name__ == "device" else value  # torch.device, without importing torch
+
+
 def _mesh(value: Any) -> MeshSpec | None:
     return None if value is None else MeshSpec.of(value)
 
@@ -90,7 +94,7 @@ class Config:
     mixed_precision: str = _field("no", str, "dtype of forward and backward", validator=_one_of(*PRECISIONS))
     grad_accum: int = _field(1, int, "micro-batches per update", validator=_number(int, at_least=1))
     seed: int = _field(0, int, "seed of the data order", validator=_number(int, at_least=0))
-    device: str | None = _field(None, str, "device of this process", validator=_text_or_none)
+    device: str | None = _field(None, str, "device of this process", validator=_text_or_none, converter=_device_name)
     mesh: MeshSpec | None = _field(None, str, "ranks per axis of parallelism", converter=_mesh)
     device_placement: bool = _field(True, _parse_bool, "move models and batches", validator=_flag)
     debug: bool = _field(False, _parse_bool, "compare ranks before each collective", validator=_flag)
@@ -128,7 +132,7 @@ def config_fields() -> tuple[attrs.Attribute[Any], ...]:
 def _from_environment(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
     fields = {PREFIX + field.name.upper(): field for field in config_fields()}
     found: dict[str, tuple[Any, str]] = {}
-    for key in sorted(key for key in env if key.startswith(PREFIX)):
+    for key in sorted(key for key in env if key.startswith(PREFIX) and env[key]):  # empty is unset, as in a shell
         if key not in fields:
             raise ConfigError(f"the environment variable `{key}` means nothing to faccel", fix=nearest(key, fields))
         field = fields[key]
@@ -175,7 +179,7 @@ def resolve(
     Args:
         config: A record or mapping; of a record that was resolved only the fields that had a source count, of
             any other those that differ from the defaults.
-        env: The environment, of which names that start with `FACCEL_` are read.
+        env: The environment, of which names that start with `FACCEL_` are read; an empty value is none.
         overrides: Single fields.
 
     Returns:

@@ -28,6 +28,24 @@ def parameters_with_gradients(opt: Optimizer) -> list[torch.Tensor]:
     return found
 
 
+def apply(opt: Optimizer) -> None:
+    """Step `opt`, without a closure.
+
+    Raises:
+        OptimizerError: It needs one.
+    """
+    try:
+        opt.step()
+    except TypeError as error:
+        if "closure" not in str(error):
+            raise
+        raise OptimizerError(
+            "this optimizer evaluates the loss itself, through a closure",
+            saw=f"a {type(opt).__name__}",
+            fix="call `opt.step(closure)` yourself, with `scaled_backward` in the closure",
+        ) from error
+
+
 def check_limits(norm: float | None, value: float | None) -> None:
     """Refuse a limit that is not positive."""
     for name, limit in (("clip_norm", norm), ("clip_value", value)):

@@ -17,7 +17,7 @@ from faccel.data.order import Cursor
 from faccel.data.source import Batch
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError, DataError, ModelError
-from faccel.optim import check_limits, clip_, parameters_with_gradients
+from faccel.optim import apply, check_limits, clip_, parameters_with_gradients
 from faccel.precision import ScalerState, check_scaler, unscale_
 from faccel.protocols import DATA
 from faccel.tree import Tree
@@ -268,7 +268,7 @@ def optimizer_step(
         What happened, and the scaler to go on with.
 
     Raises:
-        OptimizerError: No gradient has reached a parameter of `opt`.
+        OptimizerError: No gradient has reached a parameter of `opt`, or its step needs a closure.
         ScalerError: `scaler` has seen no `scaled_backward` (under fp16: none since `opt` stepped last).
         ConfigError: A limit that is not positive, or a scheduler that needs a metric.
 
@@ -292,7 +292,7 @@ def optimizer_step(
         finite = unscale_([p.grad for p in params if p.grad is not None], scale)
     norm = None if clip_norm is None and clip_value is None else clip_(params, clip_norm, clip_value)
     if finite:
-        opt.step()
+        apply(opt)
         for each in schedulers:
             each.step()
     for p in params:  # what `zero_grad` does, without its profiler range: 9 us that a small step would notice

@@ -21,7 +21,7 @@ from faccel.backends.roll_call import RollCall
 from faccel.config import Config, resolve
 from faccel.context import DistContext, Mesh, Topology
 from faccel.effects import AMBIENT, effectful
-from faccel.errors import DeviceError, WorldError
+from faccel.errors import ConfigError, DeviceError, WorldError
 from faccel.mesh import MeshSpec
 from faccel.protocols import DATA, WORLD
 from faccel.runtime.detect import detect
@@ -134,7 +134,9 @@ def _store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
     return made[0]
 
 
-_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
+_BACKENDS = {"cuda": "nccl", "xpu": "xccl", "npu": "hccl", "hpu": "hccl"}
+"""What communicates between devices of a kind; other kinds serve one process."""
+
 _default_group = _DefaultGroup()
 _except_hook = ExceptHook()
 
@@ -145,10 +147,7 @@ def _choose_device(config: Config, topology: Topology) -> torch.device:
         kind = "cpu" if found is None or (found.type not in _BACKENDS and topology.world_size > 1) else found.type
         device = torch.device(kind)
     else:
-        try:
-            device = torch.device(config.device)
-        except RuntimeError as error:
-            raise DeviceError("torch knows no such device", saw=repr(config.device), fix='use `"cpu"`') from error
+        device = _named_device(config.device, topology)
     if device.type == "cpu":
         return torch.device("cpu")
     count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
@@ -161,6 +160,20 @@ def _choose_device(config: Config, topology: Topology) -> torch.device:
             + "write `faccel.init(device='cpu')`",
         )
     return torch.device(device.type, index)
+
+
+def _named_device(name: str, topology: Topology) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError("torch knows no such device", saw=repr(name), fix='use `"cpu"`') from error
+    if topology.world_size > 1 and device.type not in ("cpu", *_BACKENDS):
+        raise DeviceError(
+            f"several processes cannot communicate between `{device.type}` devices",
+            saw=f"{topology.world_size} processes",
+            fix='start one process, or use `device="cpu"`',
+        )
+    return device
 
 
 @effectful(AMBIENT)
@@ -195,6 +208,8 @@ def init(
         >>> ctx.rank, ctx.world_size, ctx.config.seed
         (0, 1, 1)
     """
+    if "config" in overrides:
+        raise ConfigError("`config` is given by its place", saw="`init(config=...)`", fix="write `faccel.init(config)`")
     env = os.environ if env is None else env
     resolved = resolve(config, env=env, overrides=overrides)
     topology = detect(env)

@@ -102,3 +102,19 @@ def test_the_command_line_shows_where_each_value_comes_from():
     result = CliRunner().invoke(main, ["env"], env={"FACCEL_GRAD_ACUM": "8"})
     assert result.exit_code == 1
     assert "use `FACCEL_GRAD_ACCUM`" in result.output
+
+
+def test_a_device_can_be_torchs_own_and_an_empty_variable_is_none():
+    ctx = faccel.init(env={"FACCEL_SEED": "", "FACCEL_DEVICE": ""}, device=torch.device("cpu"))
+    assert (ctx.device.type, ctx.config.device, ctx.config.seed) == ("cpu", "cpu", 0)
+    assert ctx.config.sources["seed"] == "default"
+
+
+def test_a_configuration_by_keyword_is_told_its_place():
+    with pytest.raises(ConfigError, match=r"faccel.init\(config\)"):
+        faccel.init(env={}, config={"seed": 1})
+
+
+def test_a_device_that_cannot_communicate_serves_one_process_only():
+    with pytest.raises(DeviceError, match="mps"):
+        faccel.init(env=TORCHRUN, device="mps")

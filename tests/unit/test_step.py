@@ -234,3 +234,36 @@ def test_a_wrapped_model_is_the_users_in_all_but_the_call():
 def test_placement_can_be_left_to_the_user():
     ctx = attrs.evolve(fake_context(0, 1, config={"device_placement": False}), device=torch.device("meta"))
     assert faccel.wrap(net(), ctx).weight.device.type == "cpu"
+
+
+class SignDescent(torch.optim.Optimizer):
+    """An optimizer of the user's own, which knows nothing of faccel."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p -= group["lr"] * p.grad.sign()
+
+
+@pytest.mark.parametrize("ctx", [ONE, HALF], ids=["fp32", "fp16"])
+def test_optimizers_of_any_make_step(ctx):
+    for make in (
+        lambda params: SignDescent(params, lr=0.5),
+        lambda params: torch.optim.SGD(params, lr=0.5, foreach=False),
+        lambda params: torch.optim.LBFGS(params, lr=0.5),
+    ):
+        model = faccel.wrap(nn.Linear(2, 1, bias=False), ctx)
+        before = model.weight.detach().clone()
+        opt = faccel.wrap_optimizer(make(model.parameters()), model, ctx)
+        scaler = faccel.scaled_backward(model(torch.ones(1, 2)).sum(), faccel.init_scaler(ctx, scale=8.0), ctx)
+        if isinstance(opt, torch.optim.LBFGS):
+            with pytest.raises(OptimizerError, match="closure"):
+                faccel.optimizer_step(opt, scaler, ctx)
+        else:
+            faccel.optimizer_step(opt, scaler, ctx)
+            assert torch.allclose(model.weight, before - 0.5)
