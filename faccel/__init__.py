@@ -9,6 +9,21 @@ if TYPE_CHECKING:
     from faccel import backends as backends
     from faccel import errors as errors
     from faccel import testing as testing
+    from faccel.checkpoint.load import latest as latest
+    from faccel.checkpoint.load import load as load
+    from faccel.checkpoint.policy import KeepPolicy as KeepPolicy
+    from faccel.checkpoint.policy import Moment as Moment
+    from faccel.checkpoint.policy import SavePolicy as SavePolicy
+    from faccel.checkpoint.policy import at_best as at_best
+    from faccel.checkpoint.policy import every_seconds as every_seconds
+    from faccel.checkpoint.policy import every_steps as every_steps
+    from faccel.checkpoint.policy import keep_best as keep_best
+    from faccel.checkpoint.policy import keep_every as keep_every
+    from faccel.checkpoint.policy import keep_latest as keep_latest
+    from faccel.checkpoint.policy import on_preemption as on_preemption
+    from faccel.checkpoint.record import Checkpoint as Checkpoint
+    from faccel.checkpoint.record import checkpoints as checkpoints
+    from faccel.checkpoint.save import save as save
     from faccel.comm.control import Verdict as Verdict
     from faccel.comm.control import agree as agree
     from faccel.comm.control import barrier as barrier
@@ -67,6 +82,13 @@ if TYPE_CHECKING:
     from faccel.track import log as log
 
 _HOMES = {
+    "faccel.checkpoint.load": ("latest", "load"),
+    "faccel.checkpoint.policy": (
+        "KeepPolicy", "Moment", "SavePolicy", "at_best", "every_seconds", "every_steps", "keep_best", "keep_every",
+        "keep_latest", "on_preemption",
+    ),
+    "faccel.checkpoint.record": ("Checkpoint", "checkpoints"),
+    "faccel.checkpoint.save": ("save",),
     "faccel.comm.control": ("Verdict", "agree", "barrier", "main_first", "on_main", "on_rank"),
     "faccel.comm.objects": ("broadcast_objects", "gather_objects", "scatter"),
     "faccel.comm.shapes": ("all_to_all", "pad_across", "split"),

@@ -76,6 +76,10 @@ class OptimizerError(FaccelError, ValueError):
     """An optimizer does not fit the model, or a step has nothing to apply."""
 
 
+class CheckpointError(FaccelError, RuntimeError):
+    """A checkpoint cannot be written, is incomplete or corrupt, or does not fit the state that it is loaded into."""
+
+
 class ScalerError(FaccelError, RuntimeError):
     """A `ScalerState` was not threaded through the loop."""
 

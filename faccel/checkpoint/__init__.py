@@ -1,0 +1,1 @@
+"""What lasts: a state on the disk, whole or not at all, and back."""

@@ -1,0 +1,234 @@
+"""A state as plain JSON values and named tensors, and back: nothing in it is code, so that loading executes none."""
+
+from __future__ import annotations
+
+import base64
+import math
+import sys
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from urllib.parse import quote
+
+import attrs
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from faccel.context import DistContext
+from faccel.data.order import Cursor
+from faccel.errors import CheckpointError
+from faccel.generators import Generators
+from faccel.mix import mix
+from faccel.model import WrappedModel
+from faccel.precision import ScalerState
+from faccel.rng import RngState
+from faccel.tree import is_tensordict
+
+Node = Any
+"""What stands in the manifest: None, a bool, int, finite float, str, a list of nodes, a dict of them by text, or a dict
+whose key `"!"` names another kind."""
+
+OWN_RECORDS: dict[str, Any] = {"Cursor": Cursor, "ScalerState": ScalerState}
+_NOT_STORED = {"ScalerState": ("stepped",)}
+_PLAIN = (type(None), bool, int, str)
+MAPPINGS: dict[str, Callable[[dict[Any, Any]], Any]] = {"Counter": Counter, "OrderedDict": OrderedDict, "dict": dict}
+
+
+def join(path: str, key: object) -> str:
+    """Return the name of what lies under `key`; no two keys of one parent share it."""
+    text = quote(str(key), safe=" .:,;@+=()[]-_") or "%"
+    return f"{path}/{text}" if path else text
+
+
+def fields_of(record: Any) -> dict[str, Any] | None:
+    """Return the fields of an attrs record, dataclass or named tuple by name; None for anything else."""
+    kind: Any = type(record)
+    if attrs.has(kind):
+        return {a.name: getattr(record, a.name) for a in attrs.fields(kind) if a.init}
+    if hasattr(kind, "__dataclass_fields__"):
+        return {name: getattr(record, name) for name, field in kind.__dataclass_fields__.items() if field.init}
+    if isinstance(record, tuple) and hasattr(record, "_fields"):
+        return record._asdict()  # type: ignore[attr-defined]
+    return None
+
+
+def is_dtensor(value: torch.Tensor) -> bool:
+    """Whether a tensor is spread over ranks; never imports what can make one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def is_stateful(value: Any) -> bool:
+    """Whether `value` gives its state away and takes it back itself."""
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def parameter_names(state: Any, path: str = "") -> dict[int, str]:
+    """Return the name of each parameter of each model in `state`, by identity: an optimizer's state is kept by it."""
+    if isinstance(state, (WrappedModel, nn.Module)):
+        return {id(p): join(path, name) for name, p in state.named_parameters()}
+    if isinstance(state, Mapping):
+        children: Iterator[tuple[Any, Any]] = iter(state.items())
+    elif isinstance(state, (list, tuple)):
+        children = iter(enumerate(state))
+    else:
+        return {}
+    return {i: name for key, child in children for i, name in parameter_names(child, join(path, key)).items()}
+
+
+def optimizer_names(opt: Optimizer, names: Mapping[int, str]) -> list[str]:
+    """Return the name of each parameter in the order in which torch numbers them; the number where no model has it."""
+    params = list({id(p): p for group in opt.param_groups for p in group["params"]}.values())
+    return [names.get(id(p), str(i)) for i, p in enumerate(params)]
+
+
+class Encoder:
+    """Takes a state apart.
+
+    Args:
+        state: The whole state, for the names of parameters.
+        ctx: Which rank's generators they are.
+    """
+
+    def __init__(self, state: Any, ctx: DistContext) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._names = parameter_names(state)
+        self._ctx = ctx
+
+    def encode(self, value: Any, path: str = "") -> Node:
+        """Return the node of `value`; its tensors are in `tensors` afterwards, as they are, not copied."""
+        if isinstance(value, _PLAIN) and type(value) in _PLAIN:
+            return value
+        for fits, encode in _ENCODERS:
+            if fits(value):
+                return encode(self, value, path)
+        raise CheckpointError(
+            "this cannot be stored without code",
+            saw=f"`{path}`, a {type(value).__module__}.{type(value).__qualname__}",
+            fix="give it `state_dict` and `load_state_dict`, store its tensors and numbers, or leave it out",
+        )
+
+    def float(self, value: float, path: str) -> Node:
+        return value if math.isfinite(value) else {"!": "float", "v": str(value)}
+
+    def tensor(self, value: torch.Tensor, path: str) -> Node:
+        if value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError(
+                "only dense tensors can be stored", saw=f"`{path}`, {value.layout}", fix="call `.to_dense()` on it"
+            )
+        value = value.detach()
+        is_complex = value.dtype.is_complex
+        if self._ctx.data_rank == 0 or is_dtensor(value):  # of replicas the first one counts, be they equal or not
+            self.tensors[path] = torch.view_as_real(value.resolve_conj()) if is_complex else value
+        return {"!": "complex" if is_complex else "tensor"}
+
+    def module(self, value: Any, path: str) -> Node:
+        return {"!": "module", "v": self.encode(dict(value.state_dict()), path)}
+
+    def optimizer(self, value: Optimizer, path: str) -> Node:
+        names, packed = optimizer_names(value, self._names), value.state_dict()
+        state = {names[i]: each for i, each in packed["state"].items()}
+        groups = [group | {"params": [names[i] for i in group["params"]]} for group in packed["param_groups"]]
+        rest = {key: each for key, each in packed.items() if key not in ("state", "param_groups")}
+        v = {"state": state, "param_groups": groups, "rest": rest}
+        return {"!": "optimizer", "v": self.encode(v, path)}
+
+    def stateful(self, value: Any, path: str) -> Node:
+        return {"!": "stateful", "v": self.encode(value.state_dict(), path)}
+
+    def rng(self, value: RngState, path: str) -> Node:
+        here = join(path, f"rank-{self._ctx.rank:05d}")
+        for name, tensor in _tensors_of(value).items():
+            self.tensors[join(here, name)] = tensor
+        return {"!": "rng", "ranks": self._ctx.world_size, "device": value.device is not None}
+
+    def tensordict(self, value: Any, path: str) -> Node:
+        v = {key: self.encode(value.get(key), join(path, key)) for key in value.keys()}  # noqa: SIM118
+        return {"!": "tensordict", "batch_size": list(value.batch_size), "v": v}
+
+    def mapping(self, value: Mapping[Any, Any], path: str) -> Node:
+        kind = type(value).__name__ if type(value).__name__ in MAPPINGS else "dict"
+        nodes = [self.encode(each, join(path, key)) for key, each in value.items()]
+        if kind == "dict" and all(type(key) is str and not key.startswith("!") for key in value):
+            return dict(zip(value, nodes, strict=True))
+        return {"!": kind, "k": [self.encode(key, join(path, "key")) for key in value], "v": nodes}
+
+    def record(self, value: Any, path: str) -> Node:
+        name = type(value).__name__
+        fields = {k: v for k, v in (fields_of(value) or {}).items() if k not in _NOT_STORED.get(name, ())}
+        return {"!": "record", "class": name, "v": {k: self.encode(v, join(path, k)) for k, v in fields.items()}}
+
+    def sequence(self, value: Any, path: str) -> Node:
+        nodes = [self.encode(each, join(path, i)) for i, each in enumerate(value)]
+        kinds = {tuple: "tuple", set: "set", frozenset: "frozenset", torch.Size: "Size"}
+        return nodes if isinstance(value, list) else {"!": kinds[type(value)], "v": nodes}
+
+    def array(self, value: Any, path: str) -> Node:
+        if value.dtype.kind not in "biufc":
+            raise CheckpointError(
+                "only arrays of numbers can be stored", saw=f"`{path}`, {value.dtype}", fix="use a list"
+            )
+        node = self.tensor(torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape)), path)
+        return {"!": "array", "v": node, "dtype": value.dtype.str, "scalar": isinstance(value, np.generic)}
+
+    def text(self, value: Any, path: str) -> Node:
+        if isinstance(value, bytes):
+            return {"!": "bytes", "v": base64.b64encode(value).decode()}
+        if isinstance(value, complex):
+            return {"!": "complex number", "v": [value.real.hex(), value.imag.hex()]}
+        return {"!": "dtype" if isinstance(value, torch.dtype) else "device", "v": str(value).removeprefix("torch.")}
+
+
+_ENCODERS: tuple[tuple[Callable[[Any], bool], Callable[[Encoder, Any, str], Node]], ...] = (
+    (lambda v: type(v) is float, Encoder.float),
+    (lambda v: isinstance(v, torch.Tensor), Encoder.tensor),
+    (lambda v: isinstance(v, (WrappedModel, nn.Module)), Encoder.module),
+    (lambda v: isinstance(v, Optimizer), Encoder.optimizer),
+    (lambda v: isinstance(v, RngState), Encoder.rng),
+    (is_tensordict, Encoder.tensordict),
+    (is_stateful, Encoder.stateful),
+    (lambda v: fields_of(v) is not None, Encoder.record),
+    (lambda v: isinstance(v, Mapping), Encoder.mapping),
+    (lambda v: type(v) in (list, tuple, set, frozenset, torch.Size), Encoder.sequence),
+    (lambda v: isinstance(v, (np.ndarray, np.generic)), Encoder.array),
+    (lambda v: isinstance(v, (bytes, complex, torch.dtype, torch.device)), Encoder.text),
+)
+
+
+def _tensors_of(rng: RngState) -> dict[str, torch.Tensor]:
+    """Return the generators as numbers."""
+    version, words, pair = rng.python
+    kind, keys, place, has_pair, kept = rng.numpy
+    if kind != "MT19937":
+        raise CheckpointError("numpy's process-wide generator is not its own", saw=kind, fix="set it back to MT19937")
+    nan = float("nan")
+    tensors = {
+        "torch": rng.torch,
+        "python": torch.tensor([version, *words]),
+        "numpy": torch.tensor([*keys.tolist(), place, has_pair]),
+        "pairs": torch.tensor([nan if pair is None else pair, kept], dtype=torch.float64),
+    }
+    return tensors if rng.device is None else tensors | {"device": rng.device}
+
+
+def rng_of(tensors: Mapping[str, torch.Tensor]) -> RngState:
+    """Return the generators of numbers from `_tensors_of`."""
+    version, *words = tensors["python"].tolist()
+    *keys, place, has_pair = tensors["numpy"].tolist()
+    pair, kept = tensors["pairs"].tolist()
+    return RngState(
+        tensors["torch"],
+        ("MT19937", np.array(keys, dtype=np.uint32), place, has_pair, kept),
+        (version, tuple(words), None if math.isnan(pair) else pair),
+        tensors.get("device"),
+    )
+
+
+def rng_of_another(state: RngState, rank: int) -> RngState:
+    """Return generators for a rank that the saved world did not have: its own, and the same on every load."""
+    seed = mix(zlib.crc32(state.torch.numpy().tobytes()), rank)
+    generators = Generators.seeded(seed)
+    return RngState(generators.torch, generators.numpy, generators.python, None)

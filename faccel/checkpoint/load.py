@@ -1,0 +1,126 @@
+"""Loading: everything that will be read is verified on some rank before any rank writes anything."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from faccel.checkpoint.decode import Decoder
+from faccel.checkpoint.record import Checkpoint, Manifest, check_hash, checkpoints, read_manifest
+from faccel.checkpoint.storage import Reader
+from faccel.checkpoint.together import together
+from faccel.context import DistContext
+from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
+from faccel.errors import CheckpointError
+
+_logger = logging.getLogger(__name__)
+
+
+@effectful(AMBIENT, COLLECTIVE)
+def latest(path: str | os.PathLike[str], ctx: DistContext) -> Checkpoint | None:
+    """Return the newest committed checkpoint of a directory, the same on every rank; None where there is none.
+
+    Effects: ambient, collective. Rank 0 looks at manifests and sizes; `load` compares hashes too.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> latest("no/such/place", fake_context(0, 1)) is None
+        True
+    """
+    found = _found(path, ctx)
+    return next((each for each in found if each.problem is None), None)
+
+
+def _found(path: str | os.PathLike[str], ctx: DistContext) -> list[Checkpoint]:
+    looked = together(lambda: checkpoints(path) if ctx.is_main else None, ctx, f"look into `{os.fspath(path)}`")
+    return looked[0] or []
+
+
+@effectful(AMBIENT, COLLECTIVE, updates("state"))
+def load(path: str | os.PathLike[str], state: Any, ctx: DistContext, *, step: int | None = None) -> Any:
+    """Load the newest valid checkpoint of a directory into `state`.
+
+    Effects: updates state, ambient, collective. Reads files, and executes nothing that is in them. What has identity
+    (models, optimizers, schedulers, objects with `load_state_dict`) is written in place, after everything that is read
+    was verified on all ranks; every value (scaler, cursor, random states, numbers, tensors) is returned new.
+
+    Args:
+        path: A directory of checkpoints.
+        state: Of the structure that was saved, or a part of it: a dict may leave out keys.
+        ctx: The world. Its size and layout may differ from those that saved.
+        step: Which checkpoint; None takes the newest that is as it was written.
+
+    Returns:
+        The state, with the same objects and new values.
+
+    Raises:
+        CheckpointError: There is none, the one of `step` is not as it was written, none is, or it does not fit `state`;
+            on every rank, and nothing has been written.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from faccel.checkpoint.save import save
+        >>> from faccel.testing import fake_context
+        >>> ctx = fake_context(0, 1)
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     _ = save(path, {"step": 3, "x": torch.ones(2)}, ctx, step=3)
+        ...     load(path, {"step": 0, "x": None}, ctx)
+        {'step': 3, 'x': tensor([1., 1.])}
+    """
+    found = _found(path, ctx)
+    candidates = found if step is None else [each for each in found if each.step == step]
+    if not candidates:
+        there = ", ".join(str(each.step) for each in found) or "nothing"
+        raise CheckpointError(
+            f"there is no checkpoint{'' if step is None else f' of step {step}'} in `{os.fspath(path)}`",
+            saw=f"steps: {there}" if found else there,
+            fix="ask `faccel.latest(path, ctx)` first, which is None where there is none",
+        )
+    problems: list[str] = []
+    for each in candidates:
+        problem = each.problem or _verify(each, ctx)
+        if problem is None:
+            return _load(each, state, ctx)
+        problems.append(f"step {each.step}: {problem}")
+        if ctx.is_main:
+            _logger.warning(
+                "checkpoint `%s` is not as it was written, so an older one is tried: %s", each.path, problem
+            )
+    raise CheckpointError(
+        f"no checkpoint{'' if step is None else f' of step {step}'} in `{os.fspath(path)}` is as it was written",
+        saw="; ".join(problems),
+        fix="restore it from a copy" if step is None else "load another step, or none in particular",
+    )
+
+
+def _verify(checkpoint: Checkpoint, ctx: DistContext) -> str | None:
+    """Compare the hash of every file, each on one rank; return what is wrong."""
+
+    def mine() -> list[str]:
+        manifest = read_manifest(checkpoint.path)
+        files = manifest.files[ctx.rank :: ctx.world_size]
+        return [problem for entry in files if (problem := check_hash(checkpoint.path, entry))]
+
+    try:
+        return next((problem for part in together(mine, ctx, "verify") for problem in part), None)
+    except CheckpointError as error:
+        return error.saw
+
+
+def _load(checkpoint: Checkpoint, state: Any, ctx: DistContext) -> Any:
+    def plan() -> Any:
+        manifest: Manifest = read_manifest(checkpoint.path)
+        reader = Reader(checkpoint.path)
+        decoder = Decoder(state, reader.stored(), ctx)
+        finish = decoder.decode(manifest.state, state)
+        planned.append((reader, decoder, finish))
+
+    planned: list[Any] = []
+    together(plan, ctx, "find a place for everything in the checkpoint")
+    reader, decoder, finish = planned[0]
+    together(lambda: reader.read(decoder.destinations), ctx, "read the checkpoint")
+    loaded: list[Any] = []
+    together(lambda: loaded.append(finish()), ctx, "load the checkpoint")
+    return loaded[0]

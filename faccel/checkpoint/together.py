@@ -1,0 +1,46 @@
+"""Doing something on every rank of which all must know whether it went well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from faccel.comm.objects import gather_objects
+from faccel.context import DistContext
+from faccel.errors import CheckpointError, FaccelError
+from faccel.protocols import WORLD
+
+T = TypeVar("T")
+
+
+def together(fn: Callable[[], T], ctx: DistContext, what: str) -> list[T]:
+    """Run `fn` on every rank and return all results in order; where one fails, every rank raises.
+
+    Effects: collective.
+
+    Raises:
+        CheckpointError: Rank r could not do `what`; the rank itself has its own error as the cause.
+    """
+    own: Exception | None = None
+    result: T | None = None
+    try:
+        result = fn()
+    except (FaccelError, OSError, ValueError, RuntimeError) as error:
+        own = error
+    told = (own is None, result if own is None else _tell(own))
+    outcomes = gather_objects(told, ctx, axis=WORLD)
+    failed = [(rank, told) for rank, (fine, told) in enumerate(outcomes) if not fine]
+    if not failed:
+        return [result for _, result in outcomes]  # type: ignore[misc]
+    if isinstance(own, FaccelError):
+        raise own
+    rank, (saw, fix) = failed[0]  # type: ignore[misc]
+    whose = "this rank" if ctx.world_size == 1 else f"rank {rank}"
+    raise CheckpointError(f"{whose} could not {what}", saw=saw, fix=fix) from own
+
+
+def _tell(error: Exception) -> tuple[str, str]:
+    if isinstance(error, FaccelError):
+        return f"{error.what}. {error.saw}".strip(), error.fix
+    fix = "make room" if getattr(error, "errno", 0) in (28, 122) else ""
+    return f"{type(error).__name__}: {error}", fix
