@@ -107,6 +107,9 @@ class DistContext:
     """A token for each `tail="uneven"` loader that is being iterated: training on one would hang, so
     `scaled_backward` refuses while there is any."""
 
+    unfinished: list[Callable[[], None]] = attrs.field(factory=list, init=False, repr=False)
+    """What goes on in the background; each waits for its end, and raises its error."""
+
     rank: int = attrs.field(init=False)
     world_size: int = attrs.field(init=False)
     data_rank: int = attrs.field(init=False)
@@ -164,7 +167,24 @@ class DistContext:
         if error is not None and self.world_size > 1:
             error.add_note(f"on rank {self.rank} of {self.world_size}")
             self.comm.post(f"raised {type(error).__name__}: {error}")
-        self._close(self)
+        try:
+            self._close(self)
+        except Exception as late:
+            if error is None:
+                raise
+            error.add_note(f"and while the context was closed: {late}")
+
+    def finish(self) -> None:
+        """Wait for what goes on in the background, and raise the first error. Effects: ambient."""
+        waiting, self.unfinished[:] = list(self.unfinished), []
+        errors: list[Exception] = []
+        for each in waiting:
+            try:
+                each()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 _DTYPES: dict[str, Any] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}

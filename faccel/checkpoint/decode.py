@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import attrs
@@ -177,13 +177,13 @@ class Decoder:
     def optimizer(self, node: dict[str, Any], into: Any, path: str) -> Finish:
         if not isinstance(into, Optimizer):
             raise _misfit(path, f"an optimizer in the checkpoint, {type(into).__name__} in the state")
-        names = optimizer_names(into, self._names)
-        v = node["v"]
-        saved = [group["params"] for group in v["param_groups"]]
+        names, v = optimizer_names(into, self._names), node["v"]
         numbers = {name: i for i, name in enumerate(names)}
-        if {name for group in saved for name in group} != set(names) or len(saved) != len(into.param_groups):
-            flat = {name for group in saved for name in group}
-            raise _misfit(path, _difference(flat, set(names)), "make the optimizer from the model that is loaded too")
+        saved = [frozenset(group["params"]) for group in v["param_groups"]]
+        own = [[names[i] for i in group["params"]] for group in into.state_dict()["param_groups"]]
+        if sorted(map(sorted, saved)) != sorted(map(sorted, own)):
+            differ = _difference(frozenset[str]().union(*saved), frozenset(names))
+            raise _misfit(path, differ, "make the optimizer from the model that is loaded too, in the same groups")
         groups = self.decode(v["param_groups"], None, join(path, "param_groups"))
         rest = self.decode(v["rest"], None, join(path, "rest"))
         here = join(path, "state")
@@ -193,7 +193,8 @@ class Decoder:
         }
 
         def load() -> Any:
-            packed = [group | {"params": [numbers[name] for name in group["params"]]} for group in groups()]
+            options = groups()
+            packed = [options[saved.index(frozenset(g))] | {"params": [numbers[name] for name in g]} for g in own]
             into.load_state_dict(
                 {"state": {i: finish() for i, finish in state.items()}, "param_groups": packed} | rest()
             )
@@ -259,8 +260,8 @@ def _has_identity(value: Any) -> bool:
     return isinstance(value, (WrappedModel, nn.Module, Optimizer)) or is_stateful(value)
 
 
-def _difference(stored: set[str], own: set[str]) -> str:
-    def some(names: set[str]) -> str:
+def _difference(stored: Set[str], own: Set[str]) -> str:
+    def some(names: Set[str]) -> str:
         listed = sorted(names)
         return ", ".join(f"`{name}`" for name in listed[:3]) + (
             f" and {len(listed) - 3} more" if len(listed) > 3 else ""

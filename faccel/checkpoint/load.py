@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any
 
+from faccel.checkpoint.background import settle
 from faccel.checkpoint.decode import Decoder
 from faccel.checkpoint.record import Checkpoint, Manifest, check_hash, checkpoints, read_manifest
 from faccel.checkpoint.storage import Reader
@@ -28,6 +29,7 @@ def latest(path: str | os.PathLike[str], ctx: DistContext) -> Checkpoint | None:
         >>> latest("no/such/place", fake_context(0, 1)) is None
         True
     """
+    settle(ctx)
     found = _found(path, ctx)
     return next((each for each in found if each.problem is None), None)
 
@@ -69,6 +71,7 @@ def load(path: str | os.PathLike[str], state: Any, ctx: DistContext, *, step: in
         ...     load(path, {"step": 0, "x": None}, ctx)
         {'step': 3, 'x': tensor([1., 1.])}
     """
+    settle(ctx)
     found = _found(path, ctx)
     candidates = found if step is None else [each for each in found if each.step == step]
     if not candidates:

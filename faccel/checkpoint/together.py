@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
@@ -29,18 +30,31 @@ def together(fn: Callable[[], T], ctx: DistContext, what: str) -> list[T]:
         own = error
     told = (own is None, result if own is None else _tell(own))
     outcomes = gather_objects(told, ctx, axis=WORLD)
+    _raise_first(own, outcomes, ctx, what)
+    return [result for _, result in outcomes]  # type: ignore[misc]
+
+
+def failures(own: BaseException | None, ctx: DistContext, what: str) -> None:
+    """Raise on every rank where a rank has an error of its own.
+
+    Effects: collective.
+    """
+    _raise_first(own, gather_objects((own is None, None if own is None else _tell(own)), ctx, axis=WORLD), ctx, what)
+
+
+def _raise_first(own: BaseException | None, outcomes: list[tuple[bool, Any]], ctx: DistContext, what: str) -> None:
     failed = [(rank, told) for rank, (fine, told) in enumerate(outcomes) if not fine]
     if not failed:
-        return [result for _, result in outcomes]  # type: ignore[misc]
+        return
     if isinstance(own, FaccelError):
         raise own
-    rank, (saw, fix) = failed[0]  # type: ignore[misc]
+    rank, (saw, fix) = failed[0]
     whose = "this rank" if ctx.world_size == 1 else f"rank {rank}"
     raise CheckpointError(f"{whose} could not {what}", saw=saw, fix=fix) from own
 
 
-def _tell(error: Exception) -> tuple[str, str]:
+def _tell(error: BaseException) -> tuple[str, str]:
     if isinstance(error, FaccelError):
         return f"{error.what}. {error.saw}".strip(), error.fix
-    fix = "make room" if getattr(error, "errno", 0) in (28, 122) else ""
+    fix = "make room" if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) else ""
     return f"{type(error).__name__}: {error}", fix

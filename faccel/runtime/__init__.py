@@ -234,7 +234,7 @@ def init(
     _except_hook.enter(id(ctx), topology.rank, topology.world_size)
     if not isinstance(comm, SingleCollectives):
         _default_group.users[id(ctx)] = comm.close
-        atexit.register(_at_exit, ctx)
+    atexit.register(_at_exit, ctx)
     return ctx
 
 
@@ -273,11 +273,18 @@ def _at_exit(ctx: DistContext) -> None:
 def shutdown(ctx: DistContext) -> None:
     """End what `init` began: the process group after its last context, and the changes of `sys.excepthook`.
 
-    Effects: ambient. Waits for nobody; a second call does nothing.
+    Effects: ambient. Waits for the checkpoint that this process writes in the background, and otherwise for nobody; a
+    second call does nothing.
+
+    Raises:
+        CheckpointError: What was written in the background could not be.
 
     Examples:
         >>> ctx = init(env={})
         >>> shutdown(ctx)
     """
-    _except_hook.leave(id(ctx))
-    _default_group.leave(id(ctx))
+    try:
+        ctx.finish()
+    finally:
+        _except_hook.leave(id(ctx))
+        _default_group.leave(id(ctx))

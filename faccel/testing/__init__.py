@@ -137,9 +137,13 @@ def simulate(
             groups = axes_of(spec, cast(dist.ProcessGroup, dist.group.WORLD), data)
             return collectives(groups, resolve(config), world.stores[-1], None)
 
-        return fn(_context(rank, world_size, config, mesh, comm), *args)
+        contexts.append(_context(rank, world_size, config, mesh, comm))
+        return fn(contexts[-1], *args)
 
+    contexts: list[DistContext] = []
     results = Results(baton.run(body, timeout_s))
+    for ctx in contexts:
+        ctx.finish()
     world.check_done()
     results.trace = tuple(world.trace)
     return results

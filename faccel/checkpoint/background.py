@@ -1,0 +1,150 @@
+"""A checkpoint that is written while training goes on: copied at once, written by a thread, committed in two phases.
+
+The threads do not communicate: each rank leaves word of its part in the folder, and rank 0 commits when all have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+
+from faccel.checkpoint.files import FileEntry, Slice
+from faccel.checkpoint.policy import KeepPolicy
+from faccel.checkpoint.together import failures
+from faccel.checkpoint.writing import Begun
+from faccel.context import DistContext
+from faccel.errors import CheckpointError
+
+_POLL_S = 0.005
+_GRACE_S = 30.0
+
+
+class Pending:
+    """A checkpoint that a thread of this rank is writing.
+
+    Args:
+        work: What the thread does.
+    """
+
+    def __init__(self, work: Callable[[Pending], None]) -> None:
+        self._work = work
+        self._error: BaseException | None = None
+        self._give_up_at = float("inf")
+        self._thread = threading.Thread(target=self._run, name="faccel-save", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._work(self)
+        except BaseException as error:  # told to the next call
+            self._error = error
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether the ranks that have not left word by now are not waited for any more."""
+        return time.monotonic() > self._give_up_at
+
+    def outcome(self) -> BaseException | None:
+        """Wait for the thread; return its error."""
+        self._thread.join()
+        return self._error
+
+    def __call__(self) -> None:
+        """Wait for the thread, but no longer than a while for other ranks; raise its error. For `shutdown`."""
+        self._give_up_at = time.monotonic() + _GRACE_S
+        error = self.outcome()
+        if error is not None:
+            raise error
+
+
+def settle(ctx: DistContext) -> None:
+    """Wait for the checkpoint that is being written in the background; where a rank failed, every rank raises.
+
+    Effects: ambient, collective.
+    """
+    if not ctx.unfinished:
+        return
+    ctx.comm.barrier("world")  # every rank has started its thread: in a simulation nobody else would
+    pending = [each for each in ctx.unfinished if isinstance(each, Pending)]
+    errors = [error for each in pending if (error := each.outcome()) is not None]
+    for each in pending:
+        ctx.unfinished.remove(each)
+    failures(errors[0] if errors else None, ctx, "finish the checkpoint that was written in the background")
+
+
+def staged(slices: Sequence[Slice]) -> list[Slice]:
+    """Copy slices into the memory of the host, so that a later update does not reach them."""
+    copies: list[Slice] = []
+    for each in slices:
+        if each.tensor.device.type == "cpu":
+            copy = each.tensor.clone()
+        else:
+            copy = torch.empty(each.tensor.shape, dtype=each.tensor.dtype, pin_memory=True)
+            copy.copy_(each.tensor, non_blocking=True)
+        copies.append(attrs.evolve(each, tensor=copy))
+    if any(each.tensor.device.type != "cpu" for each in slices):
+        torch.accelerator.synchronize()
+    return copies
+
+
+def start(begun: Begun, ctx: DistContext, metadata: Mapping[str, Any] | None, policy: KeepPolicy | None) -> None:
+    """Copy this rank's part, and write it on a thread."""
+    begun = attrs.evolve(begun, slices=staged(begun.slices))
+    world_size, timeout_s = ctx.world_size, ctx.config.timeout_s
+
+    def work(pending: Pending) -> None:
+        try:
+            _leave_word(begun, _written(begun))
+            if begun.rank == 0:
+                files = _wait_for_words(begun.target.temporary, world_size, timeout_s, pending)
+                begun.commit(begun.manifest(files, metadata, ctx), policy)
+        finally:
+            begun.end()
+
+    ctx.unfinished.append(Pending(work))
+
+
+def _written(begun: Begun) -> dict[str, Any]:
+    try:
+        return {"files": [attrs.asdict(entry) for entry in begun.write()]}
+    except Exception as error:
+        _leave_word(begun, {"error": f"{type(error).__name__}: {error}"})
+        raise
+
+
+def _word(folder: str, rank: int) -> str:
+    return os.path.join(folder, f"rank-{rank:05d}.json")
+
+
+def _leave_word(begun: Begun, word: Mapping[str, Any]) -> None:
+    path = _word(begun.target.temporary, begun.rank)
+    with open(f"{path}.new", "w") as file:
+        json.dump(word, file)
+    os.rename(f"{path}.new", path)  # whole, or not there
+
+
+def _wait_for_words(folder: str, world_size: int, timeout_s: float, pending: Pending) -> list[FileEntry]:
+    files: list[FileEntry] = []
+    deadline = time.monotonic() + timeout_s
+    for rank in range(world_size):
+        path = _word(folder, rank)
+        while not os.path.exists(path):
+            if pending.is_given_up or time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"rank {rank} has not written its part", saw="no word of it", fix="look at its log"
+                )
+            time.sleep(_POLL_S)
+        with open(path) as file:
+            word = json.load(file)
+        if "error" in word:
+            raise CheckpointError(f"rank {rank} could not write its part", saw=word["error"], fix="mend that")
+        files += [FileEntry(**each) for each in word["files"]]
+        os.unlink(path)
+    return files

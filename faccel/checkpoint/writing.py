@@ -1,0 +1,157 @@
+"""Writing a checkpoint: everything is on the disk before the name that makes it one is, and only then older ones go."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from faccel.checkpoint.encode import Encoder
+from faccel.checkpoint.files import FileEntry, Slice, lock, sync_directory, write_file
+from faccel.checkpoint.policy import KeepPolicy
+from faccel.checkpoint.record import MANIFEST, TEMPORARY, Checkpoint, Manifest, checkpoint_of, checkpoints, folder_name
+from faccel.checkpoint.storage import StreamingWriter, global_save_plan, local_save_plan, slice_of
+from faccel.checkpoint.together import together
+from faccel.context import DistContext
+from faccel.errors import CheckpointError, ConfigError
+
+
+@attrs.frozen(eq=False)
+class Target:
+    """Where rank 0 writes one checkpoint to.
+
+    Args:
+        path: The directory of checkpoints.
+        temporary: The folder that is written.
+        final: The name that it gets.
+    """
+
+    path: str
+    temporary: str
+    final: str
+
+
+@attrs.frozen(eq=False)
+class Begun:
+    """One rank's part of a checkpoint that is being written.
+
+    Args:
+        target: Where rank 0 makes it.
+        node: Of the state.
+        slices: What this rank writes.
+        rank: This rank.
+        step: Of the checkpoint.
+        overwrite: As in `save`.
+        held: The lock, on rank 0.
+    """
+
+    target: Target
+    node: Any
+    slices: list[Slice]
+    rank: int
+    step: int
+    overwrite: bool
+    held: list[int]
+
+    def write(self) -> list[FileEntry]:
+        """Write this rank's part."""
+        writer = StreamingWriter(self.target.temporary, self.rank)
+        writer.write(self.slices)
+        return writer.entries
+
+    def manifest(self, files: Sequence[FileEntry], metadata: Mapping[str, Any] | None, ctx: DistContext) -> Manifest:
+        """Return what says that these files are the checkpoint."""
+        mesh = attrs.asdict(ctx.mesh.spec)
+        return Manifest(self.step, ctx.world_size, mesh, time.time(), dict(metadata or {}), tuple(files), self.node)
+
+    def commit(self, manifest: Manifest, policy: KeepPolicy | None) -> Checkpoint:
+        """Make the folder a checkpoint, then drop what `overwrite` and `policy` say. On rank 0."""
+        path, temporary, final = self.target.path, self.target.temporary, self.target.final
+        write_file(temporary, MANIFEST, [manifest.to_bytes()])
+        sync_directory(temporary)
+        os.rename(temporary, final)
+        sync_directory(path)
+        found = checkpoints(path)
+        for each in found:
+            if each.problem is not None and each.step == self.step:
+                os.rename(each.path, f"{each.path}.corrupt-{secrets.token_hex(4)}")
+        committed = [each for each in found if each.problem is None]
+        newer = [each for each in committed if each.step >= self.step and each.path != final]
+        stay = [each for each in committed if each not in newer]
+        kept = {each.step for each in stay} if policy is None else policy(stay)
+        for each in newer + [each for each in stay if each.step not in kept]:
+            _discard(each.path)
+        return checkpoint_of(final, manifest)
+
+    def end(self) -> None:
+        """Remove what was not committed, and let the next writer in. On rank 0."""
+        if self.held:
+            shutil.rmtree(self.target.temporary, ignore_errors=True)
+            os.close(self.held.pop())
+
+
+def begin(path: str, state: Any, ctx: DistContext, step: int, *, overwrite: bool) -> Begun:
+    """Make the folder on rank 0, and plan on every rank what it writes.
+
+    Effects: ambient, collective.
+    """
+    encoder, held, own = Encoder(state, ctx), list[int](), dict[str, Any]()
+
+    def offer() -> tuple[Target | None, Any]:
+        _check_step(step)
+        own["node"] = encoder.encode(state)
+        own["planner"], plan = local_save_plan(encoder.tensors, ctx.rank)
+        return (_open(path, step, held, overwrite=overwrite) if ctx.is_main else None), plan
+
+    try:
+        offers = together(offer, ctx, "begin a checkpoint")
+        target = offers[0][0]
+        assert target is not None
+        mine = global_save_plan([plan for _, plan in offers])[ctx.rank]
+        slices = [slice_of(item, own["planner"]) for item in mine.items]
+        return Begun(target, own["node"], slices, ctx.rank, step, overwrite, held)
+    except BaseException:
+        for fd in held:
+            os.close(fd)
+        raise
+
+
+def _open(path: str, step: int, held: list[int], *, overwrite: bool) -> Target:
+    """Take the directory, remove what dead writers left, and make a folder to write into. On rank 0."""
+    if not os.path.isdir(path):
+        os.makedirs(path, exist_ok=True)
+        sync_directory(os.path.dirname(path))
+    held.append(lock(path))
+    for each in os.scandir(path):
+        if each.name.startswith(TEMPORARY):
+            shutil.rmtree(each.path, ignore_errors=True)
+    found = checkpoints(path)
+    newest = next((each for each in found if each.problem is None), None)
+    if newest is not None and step <= newest.step and not overwrite:
+        raise CheckpointError(
+            f"step {step} is not above the newest checkpoint, which a later save would prune",
+            saw=f"step {newest.step} at `{newest.path}`",
+            fix=f"load it and go on from step {newest.step + 1}, save elsewhere, or pass `overwrite=True` to drop it",
+        )
+    taken = {os.path.basename(each.path) for each in found}
+    attempt = next(n for n in range(len(taken) + 1) if folder_name(step, n) not in taken)
+    temporary = os.path.join(path, f"{TEMPORARY}{folder_name(step)}-{secrets.token_hex(4)}")
+    os.mkdir(temporary)
+    return Target(path, temporary, os.path.join(path, folder_name(step, attempt)))
+
+
+def _discard(folder: str) -> None:
+    """Remove a checkpoint so that no part of it is ever taken for one."""
+    gone = os.path.join(os.path.dirname(folder), f"{TEMPORARY}{os.path.basename(folder)}-{secrets.token_hex(4)}")
+    os.rename(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _check_step(step: Any) -> None:
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ConfigError("`step` counts updates from 0", saw=repr(step), fix="pass an int, as in `step=step`")

@@ -1,0 +1,538 @@
+"""Checkpoints in simulated worlds: what is saved comes back, on any world size, and nothing is lost on the way."""
+
+import json
+import logging
+import os
+import pathlib
+import pickle
+import struct
+import zipfile
+from collections import Counter, OrderedDict
+from typing import NamedTuple
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import faccel
+from faccel.errors import CheckpointError, ConfigError
+from faccel.testing import fake_context, simulate
+
+ONE = fake_context(0, 1)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def make(ctx, seed=0, optimizer=torch.optim.AdamW):
+    torch.manual_seed(seed)
+    model = faccel.wrap(Net(), ctx)
+    opt = faccel.wrap_optimizer(optimizer(model.parameters(), lr=0.01), model, ctx)
+    faccel.seed_everything(seed, ctx, per_data_rank=True)
+    return {
+        "model": model,
+        "opt": opt,
+        "schedule": torch.optim.lr_scheduler.StepLR(opt, 2, gamma=0.5),
+        "scaler": faccel.init_scaler(ctx),
+        "rng": faccel.rng_state(ctx),
+        "cursor": faccel.Cursor(),
+        "step": 0,
+    }
+
+
+def loader(ctx):
+    data = TensorDataset(torch.randn(50, 4, generator=faccel.fold_in(0)))
+    return faccel.shard(DataLoader(data, 2, shuffle=True), ctx)
+
+
+def run(state, ctx, num_steps):
+    """Some steps from a state on; return the state that they lead to."""
+    faccel.set_rng_state(state["rng"])
+    scaler, step, opt = state["scaler"], state["step"], state["opt"]
+    for _, batches in loader(ctx).epochs(100, start=state["cursor"]):
+        for window in faccel.windows(batches, ctx, size=2):
+            for micro in window:
+                with faccel.grad_sync(state["model"], on=micro.sync):
+                    loss = state["model"](micro.data[0]).square().mean()
+                    scaler = faccel.scaled_backward(loss, scaler, ctx, scale=micro.scale)
+            _, scaler = faccel.optimizer_step(opt, scaler, ctx, scheduler=state["schedule"])
+            step += 1
+            if step == state["step"] + num_steps:
+                new = {"scaler": scaler, "cursor": window.cursor, "rng": faccel.rng_state(ctx), "step": step}
+                return state | new
+    return None
+
+
+def parameters(state):
+    return {name: x.detach().clone() for name, x in state["model"].state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def interrupted(ctx, path, at, background):
+    whole = run(make(ctx), ctx, 6)
+    first = run(make(ctx), ctx, at)
+    faccel.save(path, first, ctx, step=first["step"], background=background)
+    again = faccel.load(path, make(ctx, seed=7), ctx)
+    assert again["step"] == at
+    return equal(parameters(run(again, ctx, 6 - at)), parameters(whole))
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("config", [None, {"mixed_precision": "fp16"}], ids=["fp32", "fp16"])
+def test_a_resumed_run_is_the_same_run(tmp_path, world_size, background, config):
+    assert all(simulate(interrupted, world_size, str(tmp_path), 3, background, config=config))
+
+
+def saved(path, world_size=2, num_steps=2, **options):
+    def fn(ctx):
+        state = run(make(ctx), ctx, num_steps)
+        return faccel.save(path, state, ctx, step=state["step"], **options), parameters(state)
+
+    return simulate(fn, world_size)[0]
+
+
+def test_any_world_size_loads_what_another_saved(tmp_path):
+    _, expected = saved(tmp_path, 4)
+
+    def fn(ctx):
+        state = faccel.load(tmp_path, make(ctx, seed=3), ctx)
+        draws = torch.rand(1, generator=None)
+        faccel.set_rng_state(state["rng"])
+        return parameters(state), state["cursor"], torch.rand(3), draws
+
+    for world_size in (1, 2, 3, 6):
+        ranks = simulate(fn, world_size)
+        assert all(equal(rank[0], expected) for rank in ranks)
+        assert len({rank[1] for rank in ranks}) == 1
+        assert len({tuple(rank[2].tolist()) for rank in ranks}) == world_size  # generators of their own
+
+
+def test_generators_come_back_for_each_rank(tmp_path):
+    import random
+
+    def draw():
+        return torch.rand(2).tolist(), np.random.rand(2).tolist(), np.random.randn(1).tolist(), random.gauss(0, 1)
+
+    def fn(ctx):
+        draw()
+        faccel.save(tmp_path, {"rng": faccel.rng_state(ctx)}, ctx, step=0)
+        expected = draw()
+        faccel.set_rng_state(faccel.load(tmp_path, {"rng": None}, ctx)["rng"])
+        return draw() == expected
+
+    assert all(simulate(fn, 3))
+
+
+class Pair(NamedTuple):
+    a: int
+    b: torch.Tensor
+
+
+@attrs.frozen
+class Record:
+    name: str
+    _hidden: float
+
+
+class Counted:
+    def __init__(self):
+        self.count = 0
+
+    def state_dict(self):
+        return {"count": self.count, "x": torch.full((2,), float(self.count))}
+
+    def load_state_dict(self, state):
+        self.count = int(state["x"][0]) and state["count"]
+
+
+VALUES = {
+    "none": None,
+    "bool": True,
+    "int": 2**80,
+    "float": 0.1,
+    "infinite": -float("inf"),
+    "text": 'é "quoted" \n',
+    "bytes": b"\x00\xff",
+    "complex": 1.5 - 2j,
+    "tuple": (1, (2.5, "x"), []),
+    "set": {1, 2},
+    "frozenset": frozenset(["a"]),
+    "numbered": {1: "a", (2, 3): "b", None: 4},
+    "odd keys": {"a/b": 1, "a%2Fb": 2, "!": 3, "": 4},
+    "counter": Counter("aab"),
+    "ordered": OrderedDict(z=1, a=2),
+    "dtype": torch.bfloat16,
+    "device": torch.device("cpu"),
+    "size": torch.Size([2, 3]),
+    "scalar": np.float32(1.5),
+    "array": np.arange(6).reshape(2, 3),
+    "pair": Pair(1, torch.tensor(2.0)),
+    "record": Record("x", 2.0),
+    "cursor": faccel.Cursor(3, 96),
+    "nothing": torch.empty(0, 3),
+    "strided": torch.arange(6.0).view(2, 3).T,
+}
+DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64, torch.complex128,
+    torch.float8_e4m3fn, torch.float8_e5m2,
+]  # fmt: skip
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        return a.view(torch.uint8).equal(b.view(torch.uint8)) if a.dtype.itemsize == 1 else torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, tuple) and hasattr(a, "_fields"):
+        return all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_of_every_kind_come_back(tmp_path, name):
+    value = VALUES[name]
+    faccel.save(tmp_path, {name: value, "more": [value]}, ONE, step=1)
+    back = faccel.load(tmp_path, {name: value, "more": [value]}, ONE)
+    assert same(value, back[name]), back[name]
+    assert same(value, back["more"][0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_of_every_dtype_come_back(tmp_path, dtype):
+    x = torch.tensor([[0, 1], [2, 3]]).to(dtype)
+    faccel.save(tmp_path, [x, x[0, 1]], ONE, step=1)
+    a, b = faccel.load(tmp_path, [x, None], ONE)
+    assert same(x, a)
+    assert same(x[0, 1], b)
+    assert a.data_ptr() != x.data_ptr()
+
+
+def test_objects_that_know_their_state_keep_their_identity(tmp_path):
+    counted, module = Counted(), nn.Linear(2, 2)
+    counted.count = 5
+    state = {"c": counted, "m": module, "t": torch.ones(2)}
+    before = module.weight.detach().clone()
+    faccel.save(tmp_path, state, ONE, step=1)
+    counted.count = 0
+    module.weight.data.zero_()
+    back = faccel.load(tmp_path, state, ONE)
+    assert back["c"] is counted
+    assert back["m"] is module
+    assert back["t"] is not state["t"]
+    assert counted.count == 5
+    assert torch.equal(module.weight, before)
+
+
+def test_tensordicts_come_back(tmp_path):
+    from tensordict import TensorDict
+
+    x = TensorDict({"a": torch.ones(2, 3), "b": {"c": torch.zeros(2)}}, batch_size=[2])
+    faccel.save(tmp_path, {"x": x}, ONE, step=1)
+    back = faccel.load(tmp_path, {"x": None}, ONE)["x"]
+    assert (back == x).all()
+    assert back.batch_size == x.batch_size
+
+
+OPTIMIZERS = [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop,
+              torch.optim.Adadelta, torch.optim.NAdam, torch.optim.Adafactor]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.__name__)
+def test_optimizers_go_on_as_they_were(tmp_path, optimizer):
+    state = run(make(ONE, optimizer=optimizer), ONE, 3)
+    faccel.save(tmp_path, state, ONE, step=3)
+    expected = parameters(run(state, ONE, 2))
+    again = faccel.load(tmp_path, make(ONE, seed=5, optimizer=optimizer), ONE)
+    assert equal(parameters(run(again, ONE, 2)), expected)
+
+
+def test_an_optimizer_is_kept_by_the_names_of_its_parameters(tmp_path):
+    """The order of the groups, and of the parameters in them, may be another in the program that loads."""
+
+    def build(*, swapped):
+        torch.manual_seed(0)
+        model = faccel.wrap(nn.Linear(2, 1), ONE)
+        groups = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.2}]
+        opt = torch.optim.SGD(groups[::-1] if swapped else groups, momentum=0.9)
+        faccel.scaled_backward(model(torch.ones(1, 2)).sum() * (3 if swapped else 1), faccel.init_scaler(ONE), ONE)
+        opt.step()
+        return {"model": model, "opt": opt}
+
+    first = build(swapped=False)
+    at = faccel.save(tmp_path, first, ONE, step=1)
+    manifest = json.loads(pathlib.Path(at.path, "manifest.json").read_bytes().split(b"\n")[1])
+    assert set(manifest["state"]["opt"]["v"]["state"]) == {"model/weight", "model/bias"}
+    momentum = [first["opt"].state[p]["momentum_buffer"].clone() for p in first["model"].parameters()]
+    second = build(swapped=True)
+    faccel.load(tmp_path, second, ONE)
+    for expected, p in zip(momentum, second["model"].parameters(), strict=True):
+        assert torch.equal(second["opt"].state[p]["momentum_buffer"], expected)
+    assert [group["lr"] for group in second["opt"].param_groups] == [0.2, 0.1]
+
+
+def test_nothing_is_pickled(tmp_path):
+    at, _ = saved(tmp_path)
+    for file in pathlib.Path(at.path).iterdir():
+        data = file.read_bytes()
+        assert not zipfile.is_zipfile(file)
+        assert b"\x80\x02}" not in data[:100]
+        assert file.suffix in (".safetensors", ".json")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/faccel-was-executed",)
+
+
+def test_nothing_in_a_checkpoint_is_executed_or_escapes_it(tmp_path):
+    at, _ = saved(tmp_path / "runs")
+    folder = pathlib.Path(at.path)
+    for name in (".metadata", "model.bin", "rank-00000.json", "x.pkl"):  # unknown files are never opened
+        (folder / name).write_bytes(pickle.dumps(Malicious()))
+    assert faccel.load(tmp_path / "runs", make(ONE), ONE)["step"] == 2
+    assert not os.path.exists("/tmp/faccel-was-executed")
+    (folder / "shard-00009.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    with pytest.raises(CheckpointError, match="does not belong"):
+        faccel.load(tmp_path / "runs", make(ONE), ONE)
+
+
+def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path):
+    from faccel.checkpoint.record import Manifest, read_manifest
+
+    at, _ = saved(tmp_path)
+    manifest = read_manifest(at.path)
+    for name in ("../../etc/passwd", "/etc/passwd", "a/../b", ".."):
+        files = (attrs.evolve(manifest.files[0], name=name),)
+        pathlib.Path(at.path, "manifest.json").write_bytes(attrs.evolve(manifest, files=files).to_bytes())
+        assert "outside" in faccel.checkpoints(tmp_path)[0].problem
+    assert isinstance(manifest, Manifest)
+
+
+def test_what_cannot_be_stored_is_named(tmp_path):
+    for value in (lambda: 0, object(), torch.eye(2).to_sparse(), np.array(["a"]), {"f": print}):
+        with pytest.raises(CheckpointError, match="deep/bad"):
+            faccel.save(tmp_path, {"deep": {"bad": value}}, ONE, step=1)
+    assert faccel.checkpoints(tmp_path) == []
+    assert [p.name for p in tmp_path.iterdir()] in ([], [".lock"])
+
+
+MISFITS = {
+    "not in the checkpoint": lambda state: state | {"extra": 1},
+    "only in the checkpoint": lambda state: state | {"model": faccel.wrap(nn.Linear(4, 8), ONE)},
+    r"\[9, 4\] in the model": lambda state: state | {"model": faccel.wrap(Wider(), ONE)},
+    "float64": lambda state: state | {"model": faccel.wrap(Net().double(), ONE)},
+    "an optimizer in the checkpoint": lambda state: state | {"opt": None},
+    "a model in the checkpoint": lambda state: state | {"model": {}},
+    "an object with `state_dict`": lambda state: state | {"schedule": 1},
+}
+
+
+class Wider(Net):
+    def __init__(self):
+        super().__init__()
+        self.layers[0], self.layers[1], self.layers[3] = nn.Linear(4, 9), nn.BatchNorm1d(9), nn.Linear(9, 1)
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, what):
+    saved(tmp_path, 1)
+    state = MISFITS[what](make(ONE, seed=5))
+    before = {k: v.clone() for k, v in state["opt"].state_dict()["state"].items()} if state["opt"] else {}
+    weights = parameters(state) if hasattr(state["model"], "state_dict") else {}
+    with pytest.raises(CheckpointError, match=what):
+        faccel.load(tmp_path, state, ONE)
+    assert weights == {} or equal(parameters(state), weights)
+    assert before == {}
+
+
+def test_a_part_of_a_state_can_be_loaded(tmp_path):
+    _, expected = saved(tmp_path)
+    state = faccel.load(tmp_path, {"model": make(ONE, seed=9)["model"], "step": None}, ONE)
+    assert state["step"] == 2
+    assert equal(parameters(state), expected)
+
+
+def steps(path):
+    return [each.step for each in faccel.checkpoints(path) if each.problem is None]
+
+
+def test_a_step_must_be_above_the_newest(tmp_path):
+    faccel.save(tmp_path, {"x": 1}, ONE, step=5)
+    for step in (5, 3):
+        with pytest.raises(CheckpointError, match="step 5 at"):
+            faccel.save(tmp_path, {"x": 2}, ONE, step=step)
+    with pytest.raises(ConfigError):
+        faccel.save(tmp_path, {}, ONE, step=-1)
+    assert faccel.load(tmp_path, {"x": 0}, ONE) == {"x": 1}
+
+
+def test_overwriting_drops_the_newer_ones_after_the_new_one_is_there(tmp_path):
+    for step in (1, 2, 3, 4):
+        faccel.save(tmp_path, {"x": step}, ONE, step=step)
+    faccel.save(tmp_path, {"x": 20}, ONE, step=2, overwrite=True)
+    assert steps(tmp_path) == [2, 1]
+    assert faccel.load(tmp_path, {"x": 0}, ONE) == {"x": 20}
+    faccel.save(tmp_path, {"x": 30}, ONE, step=3)
+    assert steps(tmp_path) == [3, 2, 1]
+
+
+def test_policies_choose_what_stays(tmp_path):
+    keep = faccel.keep_latest(2) | faccel.keep_best(1, "accuracy") | faccel.keep_every(4)
+    for step, accuracy in enumerate([0.1, 0.9, 0.3, 0.5, 0.4, 0.2, 0.6], start=1):
+        faccel.save(tmp_path, {"x": step}, ONE, step=step, keep=keep, metadata={"accuracy": accuracy})
+    assert steps(tmp_path) == [7, 6, 4, 2]
+    faccel.save(tmp_path, {"x": 8}, ONE, step=8, keep=1)
+    assert steps(tmp_path) == [8]
+    with pytest.raises(ConfigError):
+        faccel.save(tmp_path, {"x": 8}, ONE, step=9, keep=0)
+
+
+def test_only_committed_checkpoints_count_when_older_ones_are_dropped(tmp_path):
+    for step in (1, 2, 3):
+        faccel.save(tmp_path, {"x": torch.ones(step)}, ONE, step=step)
+    for step in (2, 3):  # broken by a disk
+        os.truncate(next(pathlib.Path(tmp_path, f"step-{step:09d}").glob("*.safetensors")), 3)
+    faccel.save(tmp_path, {"x": torch.ones(4)}, ONE, step=4, keep=2)
+    assert steps(tmp_path) == [4, 1]
+
+
+def test_a_corrupt_checkpoint_is_moved_aside_when_its_step_is_saved_again(tmp_path):
+    faccel.save(tmp_path, {"x": torch.ones(1)}, ONE, step=1)
+    os.truncate(next(pathlib.Path(tmp_path, "step-000000001").glob("*.safetensors")), 3)
+    assert faccel.latest(tmp_path, ONE) is None
+    faccel.save(tmp_path, {"x": torch.ones(2)}, ONE, step=1)
+    assert steps(tmp_path) == [1]
+    assert len(list(tmp_path.glob("*corrupt*"))) == 1
+    assert faccel.load(tmp_path, {"x": None}, ONE)["x"].shape == (2,)
+
+
+def test_what_dead_writers_left_is_removed_by_the_next_save(tmp_path):
+    dead = tmp_path / ".tmp-step-000000009-abcd"
+    dead.mkdir()
+    (dead / "shard.safetensors").write_bytes(b"half")
+    faccel.save(tmp_path, {}, ONE, step=1)
+    assert not dead.exists()
+
+
+def test_two_writers_are_an_error(tmp_path):
+    from faccel.checkpoint.files import lock
+
+    faccel.save(tmp_path, {"x": 1}, ONE, step=1)
+    held = lock(tmp_path)
+    try:
+        with pytest.raises(CheckpointError, match="another writer"):
+            faccel.save(tmp_path, {"x": 2}, ONE, step=2)
+    finally:
+        os.close(held)
+    assert steps(tmp_path) == [1]
+    faccel.save(tmp_path, {"x": 2}, ONE, step=2)
+
+
+def test_an_error_on_one_rank_is_an_error_on_every_rank_and_the_older_one_stays(tmp_path):
+    def fn(ctx):
+        faccel.save(tmp_path, {"x": ctx.rank}, ctx, step=1)
+        with pytest.raises(CheckpointError) as caught:
+            faccel.save(tmp_path, {"x": print if ctx.rank == 1 else 0}, ctx, step=2)
+        assert faccel.load(tmp_path, {"x": None}, ctx) == {"x": 0}
+        return str(caught.value)
+
+    first, second = simulate(fn, 2)
+    assert "rank 1 could not begin" in first
+    assert "without code" in second
+    assert steps(tmp_path) == [1]
+
+
+def test_a_directory_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="could not begin"):
+        faccel.save(tmp_path / "file" / "runs", {}, ONE, step=1)
+    with pytest.raises(CheckpointError, match="could not begin"):
+        faccel.save("/proc/faccel", {}, ONE, step=1)
+    with pytest.raises(CheckpointError, match="a file"):
+        faccel.checkpoints(tmp_path / "file")
+
+
+def test_none_at_all_is_an_error_and_latest_is_none(tmp_path):
+    assert simulate(lambda ctx: faccel.latest(tmp_path, ctx), 2) == (None, None)
+    with pytest.raises(CheckpointError, match=r"faccel.latest"):
+        faccel.load(tmp_path, {}, ONE)
+    faccel.save(tmp_path, {}, ONE, step=1)
+    with pytest.raises(CheckpointError, match="steps: 1"):
+        faccel.load(tmp_path, {}, ONE, step=2)
+
+
+def test_a_later_update_does_not_reach_what_is_written_in_the_background(tmp_path):
+    def fn(ctx):
+        x = torch.zeros(2_000_000)
+        for step in (1, 2, 3):
+            x.fill_(step)
+            at = faccel.save(tmp_path, {"x": x}, ctx, step=step, background=True)
+            assert "still" in at.problem
+            x.fill_(-1)
+        assert faccel.latest(tmp_path, ctx).step == 3
+        return [faccel.load(tmp_path, {"x": None}, ctx, step=step)["x"].unique().tolist() for step in (1, 2, 3)]
+
+    assert simulate(fn, 2) == ([[1.0], [2.0], [3.0]],) * 2
+
+
+def test_an_error_in_the_background_surfaces_at_the_next_call_on_every_rank(tmp_path):
+    def fn(ctx):
+        faccel.save(tmp_path, {"x": 1}, ctx, step=1, background=True)
+        faccel.save(tmp_path, {"x": torch.ones(3)}, ctx, step=2)
+        faccel.save(tmp_path, {"x": torch.ones(3)}, ctx, step=3, background=True, metadata={"bad": object()})
+        with pytest.raises(CheckpointError, match="background"):
+            faccel.save(tmp_path, {"x": 4}, ctx, step=4)
+        faccel.save(tmp_path, {"x": 4}, ctx, step=4)
+
+    simulate(fn, 2)
+    assert steps(tmp_path) == [4, 2, 1]
+
+
+def test_an_error_in_the_background_surfaces_at_shutdown(tmp_path):
+    with pytest.raises(TypeError), faccel.init(env={}) as ctx:
+        faccel.save(tmp_path, {"x": 1}, ctx, step=1, background=True, metadata={"bad": object()})
+
+
+def test_the_report_of_what_was_wrong_with_the_others(tmp_path, caplog):
+    for step in (1, 2, 3):
+        faccel.save(tmp_path, {"x": torch.full((3,), step)}, ONE, step=step)
+    for step, flip in ((3, 1000), (2, None)):
+        file = next(pathlib.Path(tmp_path, f"step-{step:09d}").glob("*.safetensors"))
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data if flip else data[:-1])
+    with caplog.at_level(logging.WARNING):
+        assert faccel.load(tmp_path, {"x": None}, ONE)["x"].tolist() == [1, 1, 1]
+    assert "step-000000003" in caplog.text
+    assert "not as it was written" in caplog.text
+    assert "bytes instead of" in caplog.text
+    with pytest.raises(CheckpointError, match="step 3"):
+        faccel.load(tmp_path, {"x": None}, ONE, step=3)
+
+
+def test_torchs_own_reader_and_safetensors_read_the_files(tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from safetensors.torch import load_file
+
+    at, expected = saved(tmp_path, 1)
+    files = [load_file(file) for file in pathlib.Path(at.path).glob("*.safetensors")]
+    assert torch.equal(files[0]["model/layers.0.weight"], expected["layers.0.weight"])
+    into = {"model/layers.0.weight": torch.zeros(8, 4)}
+    with pytest.warns(UserWarning):
+        dcp.load(into, storage_reader=dcp.HuggingFaceStorageReader(at.path))
+    assert torch.equal(into["model/layers.0.weight"], expected["layers.0.weight"])
