@@ -1,0 +1,118 @@
+"""The writing process is killed at every write, fsync, rename, ... of a save: the old or the new state is there, whole.
+
+strace kills at the n-th call of a kind, those of native code included.
+"""
+
+import os
+import select
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+import faccel
+from faccel.testing import fake_context
+from tests.ranks import SERVER, env_of, hosted_store
+
+ONE = fake_context(0, 1)
+CALLS = ("write", "fsync", "rename", "mkdir", "unlink", "unlinkat", "rmdir")
+
+
+def state(value):
+    model = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(value)
+    return {"model": model, "x": torch.full((1000,), float(value)), "n": value, "rng": faccel.rng_state(ONE)}
+
+
+def check(path, allowed):
+    got = faccel.load(path, state(0), ONE)
+    assert got["n"] in allowed
+    assert got["x"].unique().tolist() == [float(got["n"])]
+    assert all((p == got["n"]).all() for p in got["model"].parameters())
+    return got["n"]
+
+
+def writer(rank, world_size, port, pipe, path, background):
+    torch.set_num_threads(1)
+    ctx = faccel.init(env=env_of(rank, world_size, port) if world_size > 1 else {})
+    faccel.save(path, state(1), ctx, step=1)
+    pipe.send("ready")
+    pipe.recv()
+    faccel.save(path, state(2), ctx, step=2, keep=1, background=background)
+    faccel.latest(path, ctx)
+    pipe.send("done")
+    os._exit(0)
+
+
+def attach(pid, call, number, log):
+    tracer = subprocess.Popen(
+        ["strace", "-f", "-p", str(pid), "-o", log, "-e", f"trace={call}", "-e",
+         f"inject={call}:signal=SIGKILL:when={number}"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    line = tracer.stderr.readline()
+    if "attached" not in line:
+        tracer.kill()
+        pytest.skip(f"strace cannot attach here: {line.strip()}")
+    return tracer
+
+
+def save_until(path, world_size, victim, background, call, number):
+    """Save once; return whether the victim was killed on the way."""
+    store = hosted_store()
+    ranks, tracer = [], None
+    try:
+        for rank in range(world_size):
+            ours, theirs = SERVER.Pipe()
+            process = SERVER.Process(target=writer, args=(rank, world_size, store.port, theirs, path, background))
+            process.start()
+            theirs.close()
+            ranks.append((process, ours))
+        for _, pipe in ranks:
+            assert pipe.recv() == "ready"
+        tracer = attach(ranks[victim][0].pid, call, number, f"{path}.strace")
+        for _, pipe in ranks:
+            pipe.send("go")
+        ready = select.select([ranks[victim][1]], [], [], 60)[0]
+        assert ready, f"neither killed nor done: {call} {number}"
+        try:
+            killed = ranks[victim][1].recv() != "done"
+        except EOFError:
+            killed = True
+    finally:
+        for process, _ in ranks:
+            process.kill()
+            process.join()
+        if tracer is not None:
+            tracer.communicate(timeout=30)
+    return killed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace here (Debian: apt-get install strace)")
+@pytest.mark.parametrize("background", [False, True], ids=["sync", "background"])
+@pytest.mark.parametrize(
+    ("world_size", "victim"), [(1, 0), (2, 0), (2, 1)], ids=["1 rank", "rank 0 of 2", "rank 1 of 2"]
+)
+def test_killed_at_every_call_of_a_save(tmp_path, world_size, victim, background):
+    kills, seen = 0, set()
+    for call in CALLS:
+        for number in range(1, 60):
+            path = str(tmp_path / f"{call}-{number}")
+            killed = save_until(path, world_size, victim, background, call, number)
+            kills += killed
+            seen.add(check(path, {1, 2} if killed else {2}))
+            faccel.save(path, state(3), ONE, step=3)  # the next writer is not in the way of the dead one
+            assert check(path, {3}) == 3
+            assert not [name for name in os.listdir(path) if name.startswith(".tmp-")]
+            shutil.rmtree(path)
+            if not killed:
+                break
+        else:
+            raise AssertionError(f"a save has more than 60 {call}s")
+    assert kills >= (12 if victim == 0 else 2)
+    assert seen == {1, 2}
