@@ -102,7 +102,9 @@ class DistContext:
     mesh: Mesh
     comm: Collectives = attrs.field(repr=False)
     parallelism: Parallelism = attrs.field(repr=False)
-    _close: Callable[[DistContext], None] = attrs.field(default=lambda _: None, repr=False, alias="close")
+    _close: Callable[[DistContext, BaseException | None], None] = attrs.field(
+        default=lambda ctx, error: ctx.finish(), repr=False, alias="close"
+    )
     uneven_iterations: list[object] = attrs.field(factory=list, init=False, repr=False)
     """A token for each `tail="uneven"` loader that is being iterated: training on one would hang, so
     `scaled_backward` refuses while there is any."""
@@ -166,9 +168,8 @@ class DistContext:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None and self.world_size > 1:
             error.add_note(f"on rank {self.rank} of {self.world_size}")
-            self.comm.post(f"raised {type(error).__name__}: {error}")
         try:
-            self._close(self)
+            self._close(self, error)
         except Exception as late:
             if error is None:
                 raise

@@ -23,6 +23,16 @@ def _positive(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         raise ConfigError(f"`{attribute.name}` must be positive", saw=repr(value), fix=f"write `{attribute.name}=1`")
 
 
+def _flag(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, bool):
+        fix = f"write `{attribute.name}=True`"
+        raise ConfigError(f"`{attribute.name}` must be True or False", saw=repr(value), fix=fix)
+
+
+def _option(default: bool) -> bool:  # noqa: FBT001
+    return attrs.field(default=default, validator=_flag)
+
+
 @attrs.frozen(kw_only=True)
 class PowerSgdConfig:
     """PowerSGD: gradients travel as two thin matrices (Vogels, Karimireddy and Jaggi, 2019).
@@ -40,9 +50,17 @@ class PowerSgdConfig:
     rank: int = attrs.field(default=1, validator=_positive)
     start_step: int = attrs.field(default=1000, validator=_positive)
     min_compression_rate: float = attrs.field(default=2, validator=_positive)
-    use_error_feedback: bool = True
-    warm_start: bool = True
+    use_error_feedback: bool = _option(True)
+    warm_start: bool = _option(True)
     seed: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        if self.start_step < 2 and (self.use_error_feedback or self.warm_start):
+            raise ConfigError(
+                "error feedback and a warm start need updates that are reduced exactly before them",
+                saw=f"start_step={self.start_step}",
+                fix="write `start_step=2` or more, or leave both out",
+            )
 
 
 @attrs.frozen(kw_only=True)
@@ -63,12 +81,12 @@ class DdpConfig:
         powersgd: How PowerSGD compresses.
     """
 
-    find_unused_parameters: bool = False
-    static_graph: bool = False
-    forward_sync_buffers: bool = True
+    find_unused_parameters: bool = _option(False)
+    static_graph: bool = _option(False)
+    forward_sync_buffers: bool = _option(True)
     bucket_cap_mb: float | None = attrs.field(default=None, validator=_positive)
-    gradient_as_bucket_view: bool = True
-    skip_all_reduce_unused_params: bool = False
+    gradient_as_bucket_view: bool = _option(True)
+    skip_all_reduce_unused_params: bool = _option(False)
     comm_hook: str | None = attrs.field(default=None, validator=_hook)
     powersgd: PowerSgdConfig = PowerSgdConfig()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,6 +12,24 @@ import torch
 
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ScalerError
+
+
+class Stepped:
+    """That an optimizer has stepped. It does not keep the optimizer alive, and forgets it when it is pickled.
+
+    Args:
+        opt: Which one; None is none that is known here.
+    """
+
+    def __init__(self, opt: object = None) -> None:
+        self._opt = (lambda: None) if opt is None else weakref.ref(opt)
+
+    def is_of(self, opt: object) -> bool:
+        """Whether it was `opt`."""
+        return self._opt() is opt
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stepped, ()
 
 
 @attrs.frozen
@@ -36,7 +55,7 @@ class ScalerState:
     enabled: bool = False
     scale: float = 1.0
     grad_scale: float | None = None
-    stepped: tuple[int, ...] = attrs.field(default=(), eq=False, repr=False)
+    stepped: tuple[Stepped, ...] = attrs.field(default=(), eq=False, repr=False)
     num_good_steps: int = 0
     num_skipped: int = 0
     growth_factor: float = 2.0
@@ -65,7 +84,7 @@ class ScalerState:
         """
         if not self.enabled:
             return self if finite else attrs.evolve(self, num_skipped=self.num_skipped + 1)
-        stepped = (*self.stepped, id(opt))
+        stepped = (*self.stepped, Stepped(opt))
         if not finite:
             scale = self.scale_of_gradients(opt) * self.backoff_factor
             return attrs.evolve(self, scale=scale, stepped=stepped, num_good_steps=0, num_skipped=self.num_skipped + 1)
@@ -81,7 +100,7 @@ class ScalerState:
         Raises:
             ScalerError: This state has seen no backward, or none since `opt` stepped last.
         """
-        if self.grad_scale is None or id(opt) in self.stepped:
+        if self.grad_scale is None or any(each.is_of(opt) for each in self.stepped):
             raise ScalerError(
                 "this step has seen no `scaled_backward`",
                 saw="a scaler that no `scaled_backward` returned" + " since the last step" * bool(self.stepped),

@@ -42,10 +42,6 @@ class Collectives(Protocol):
         """Say for which call of the user's, on which value, the next collective is; debug mode compares it."""
         ...
 
-    def post(self, doing: str) -> None:
-        """Tell the other ranks what became of this one, for their errors."""
-        ...
-
     def failure(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
         """Return the error to raise, which names ranks, for one that communication ended in; None for any other."""
         ...

@@ -16,7 +16,7 @@ import torch
 
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, effectful, updates
-from faccel.errors import ConfigError, nearest
+from faccel.errors import ConfigError, FaccelError, nearest
 
 
 @attrs.frozen(eq=False)
@@ -140,7 +140,15 @@ def init_trackers(
         return Trackers()
     folder = Path(ctx.config.run_dir) / run
     folder.mkdir(parents=True, exist_ok=True)
-    return Trackers([(name, tracker, tracker.open(folder, config or {})) for name, tracker in chosen])
+    opened: list[tuple[str, Tracker, Any]] = []
+    for name, tracker in chosen:
+        try:
+            opened.append((name, tracker, tracker.open(folder, config or {})))
+        except FaccelError:  # it was asked for by name and is not there
+            raise
+        except Exception as error:
+            _say_once(Trackers(), name, error)
+    return Trackers(opened)
 
 
 @effectful(AMBIENT, updates("trackers"))
@@ -159,7 +167,11 @@ def log(values: Mapping[str, float | torch.Tensor], trackers: Trackers, *, step:
     """
     if not trackers.opened:
         return
-    numbers = {name: float(value) for name, value in values.items()}
+    try:
+        numbers = {name: float(value) for name, value in values.items()}
+    except (TypeError, ValueError) as error:
+        _say_once(trackers, "of values that are no numbers", error)
+        return
     for name, tracker, state in trackers.opened:
         _guarded(trackers, name, tracker.log, state, numbers, step)
 
@@ -181,7 +193,11 @@ def _guarded(trackers: Trackers, name: str, call: Callable[..., None], *args: An
     try:
         call(*args)
     except Exception as error:
-        silent = trackers._silent  # pyright: ignore[reportPrivateUsage]
-        if name not in silent:
-            silent.add(name)
-            logging.getLogger("faccel").error("the tracker `%s` failed, and will not say so again: %r", name, error)
+        _say_once(trackers, name, error)
+
+
+def _say_once(trackers: Trackers, name: str, error: Exception) -> None:
+    silent = trackers._silent  # pyright: ignore[reportPrivateUsage]
+    if name not in silent:
+        silent.add(name)
+        logging.getLogger("faccel").error("the tracker `%s` failed, and will not say so again: %r", name, error)

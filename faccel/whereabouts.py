@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -14,16 +15,35 @@ _INSIDE = tuple(
 )
 
 
+_FOLDER = os.path.join(
+    os.path.abspath(os.curdir), ""
+)  # where the process began: names are short, and alike on all ranks
+_here = threading.local()
+
+
+@contextmanager
+def standing_at(site: str) -> Generator[None]:
+    """Let `call_site` of this thread be `site` in the body, for what happens at another line than it was asked at."""
+    before = getattr(_here, "site", None)
+    _here.site = site
+    try:
+        yield
+    finally:
+        _here.site = before
+
+
 def call_site() -> str:
     """Return `file:line` of the innermost frame that is the user's: neither torch's nor faccel's.
 
     Effects: pure.
     """
+    if getattr(_here, "site", None) is not None:
+        return _here.site
     frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith(_INSIDE) and not name.startswith("<frozen"):
-            return f"{os.path.relpath(name) if os.path.isabs(name) else name}:{frame.f_lineno}"
+            return f"{name.removeprefix(_FOLDER)}:{frame.f_lineno}"
         frame = frame.f_back
     return "unknown"
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Sequence
-from contextlib import suppress
-from datetime import timedelta
 from typing import Any
 
 import attrs
@@ -39,11 +37,13 @@ class CheckedCollectives:
         inner: What communicates.
         store: Of the world.
         timeout_s: Seconds for which the others are waited for.
+        number: Of the context among those of this world, the same on every rank.
     """
 
     inner: TorchCollectives
     store: dist.Store
     timeout_s: float
+    number: int = 0
     _announced: list[str] = attrs.field(factory=list, init=False)
     _num_calls: dict[str, int] = attrs.field(factory=dict, init=False)
 
@@ -63,10 +63,6 @@ class CheckedCollectives:
         """Remember for which call of the user's the next collective is."""
         named = zip(paths(x, "x"), flatten(x)[0], strict=True)
         self._announced[:] = [f"{call} of {', '.join(f'{name}: {_describe(leaf)}' for name, leaf in named)}"]
-
-    def post(self, doing: str) -> None:
-        """Tell the others what became of this rank, for their errors."""
-        self.inner.post(doing)
 
     def failure(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
         """Return the error to raise for one that communication ended in."""
@@ -107,8 +103,20 @@ class CheckedCollectives:
         self.inner.barrier(axis)
 
     def _compare(self, op: str, x: torch.Tensor | None, axis: str) -> None:
+        try:
+            saw = self._verdict(op, x, axis)
+        except dist.DistError as error:  # the store is gone, with the rank that served it
+            raise self.failure(error, op, axis) or error from error
+        if saw != _SAME:
+            raise DesyncError(
+                "ranks disagree about the next collective",
+                saw=saw,
+                fix="make the same call, with the same shapes and dtypes, from the same line on every rank",
+            )
+
+    def _verdict(self, op: str, x: torch.Tensor | None, axis: str) -> str:
         ranks, me = dist.get_process_group_ranks(self.group(axis)), dist.get_rank()
-        room = f"{ranks[0]}-{ranks[-1]}-{zlib.crc32(str(ranks).encode()):x}"  # the same on every axis of these
+        room = f"{self.number}-{zlib.crc32(str(ranks).encode()):x}"  # the same on every axis of these ranks
         number = self._num_calls[room] = self._num_calls.get(room, 0) + 1
         call = self._announced.pop() if self._announced else op if x is None else f"{op} of {_describe(x)}"
         keys = [f"debug/{room}/{number}/{rank}" for rank in ranks]
@@ -122,23 +130,19 @@ class CheckedCollectives:
                 self.store.delete_key(key.replace(f"/{number}/", f"/{number - 1}/"))
         else:
             self._wait([verdict], ranks[:1])
-        saw = self.store.get(verdict).decode() if self.store.check([verdict]) else roll(self._read(keys, ranks))
-        if saw != _SAME:
-            raise DesyncError(
-                "ranks disagree about the next collective",
-                saw=saw,
-                fix="make the same call, with the same shapes and dtypes, from the same line on every rank",
-            )
+        return self.store.get(verdict).decode() if self.store.check([verdict]) else roll(self._read(keys, ranks))
 
     def _wait(self, keys: Sequence[str], ranks: Sequence[int]) -> None:
         """Return when the keys of `ranks` are there, one of the ranks that lack them has left, or time is up."""
-        deadline = time.monotonic() + self.timeout_s
-        while (left := deadline - time.monotonic()) > 0:
-            with suppress(dist.DistError):
-                self.store.wait(list(keys), timedelta(seconds=min(left, 1.0)))
+        if self.inner.roll_call is None:  # in a simulation, whose store lets the others run
+            self.store.wait(list(keys))
+            return
+        deadline, pause = time.monotonic() + self.timeout_s, 1e-4
+        while not self.store.check(list(keys)) and time.monotonic() < deadline:
+            if any(self._has_left(r) and not self.store.check([k]) for k, r in zip(keys, ranks, strict=True)):
                 return
-            if any(not self.store.check([k]) and self._has_left(r) for k, r in zip(keys, ranks, strict=True)):
-                return
+            time.sleep(pause)  # not `wait`, which prints a line of C++ for each time that it ends in vain
+            pause = min(2 * pause, 0.05)
 
     def _has_left(self, rank: int) -> str | None:
         return self.inner.roll_call and self.inner.roll_call.heard(rank)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -11,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from faccel.backends.roll_call import RollCall
-from faccel.errors import ConfigError, RankFailedError, WorldError, nearest
+from faccel.errors import ConfigError, DesyncError, FaccelError, RankFailedError, WorldError, nearest
 from faccel.mesh import AXES
 from faccel.protocols import DATA, WORLD
-from faccel.tree import Tree
+from faccel.tree import Tree, flatten, paths
 from faccel.whereabouts import call_site
 
 _OPS = {
@@ -30,6 +32,16 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or getattr(dist, "
 def _is_held(alias: torch.Tensor) -> bool:
     """Whether somebody but the interpreter has a reference to this very tensor, not only to its storage."""
     return alias._use_count() > 1  # type: ignore[attr-defined]
+
+
+def _describe(tree: Tree) -> str:
+    return ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in flatten(tree)[0])
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    """Return what an error of c10d says, without the place in its source and its advice."""
+    line = str(error).strip().partition("\n")[0]
+    return re.sub(r"^\[[^\]]*\] ", "", line).partition(". This is typically")[0]
 
 
 @attrs.frozen
@@ -58,9 +70,6 @@ class SingleCollectives:
 
     def announce(self, call: str, x: Tree) -> None:
         """Do nothing: there is nobody to disagree."""
-
-    def post(self, doing: str) -> None:
-        """Do nothing: there is nobody to tell."""
 
     def failure(self, error: RuntimeError, doing: str, axis: str) -> None:
         """Return None: nobody else can have failed."""
@@ -107,6 +116,7 @@ class TorchCollectives:
 
     groups: dict[str, dist.ProcessGroup]
     roll_call: RollCall | None = None
+    _announced: list[tuple[str, Tree]] = attrs.field(factory=list, init=False, repr=False)
     in_flight: list[torch.Tensor] = attrs.field(factory=list, init=False, repr=False)
     """Aliases of what was handed to c10d, until its threads have let go; see `drain`."""
 
@@ -146,22 +156,35 @@ class TorchCollectives:
         return self.groups[axis]
 
     def announce(self, call: str, x: Tree) -> None:
-        """Do nothing: ranks are compared in debug mode only."""
-
-    def post(self, doing: str) -> None:
-        """Tell the others what became of this rank, for their errors."""
+        """Remember for which call the next reduction is."""
         if self.roll_call is not None:
-            self.roll_call.post(doing)
+            self._announced[:] = [(call, x)]
+
+    def _marks(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
+        """Return what travels behind `x` in a reduction: bits of a number that names the call, and their complements.
+
+        Where all ranks send the same bits, any reduction gives them back (a sum: times the number of ranks, exactly in
+        any dtype for so few). Where two differ, ranks see a bit that is not as they sent it. A simulation compares the
+        calls themselves, and off the CPU looking at the bits would make the host wait.
+        """
+        call = self._announced.pop() if self._announced else None
+        if self.roll_call is None or x.device.type != "cpu" or self.size(axis) > 256:
+            return x.new_empty(0)
+        named = f"{op}{x.dtype}{x.numel()}" if call is None else f"{call[0]}{paths(call[1])}{_describe(call[1])}"
+        number = zlib.crc32(named.encode())
+        bits = [number >> i & 1 for i in range(32)]
+        return torch.tensor(bits + [1 - bit for bit in bits], dtype=x.dtype)
 
     def failure(self, error: RuntimeError, doing: str, axis: str) -> RankFailedError | None:
         """Return the error to raise for one that communication ended in; None for any other error."""
-        if self.roll_call is None or not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
+        ended_in_it = isinstance(error, dist.DistError) or "gloo/" in str(error)
+        if self.roll_call is None or isinstance(error, FaccelError) or not ended_in_it:
             return None
         ranks = dist.get_process_group_ranks(self.group(axis))
         heard = self.roll_call.call(ranks, f"{doing} over `{axis}` at {call_site()}")
         return RankFailedError(
             f"rank {dist.get_rank()} could not finish {doing}: another rank left, failed or called something else",
-            saw=f"{heard}; {str(error).strip().partition(chr(10))[0]}",
+            saw=f"{heard}; {_first_sentence(error)}",
             fix="mend what the other ranks report; `FACCEL_DEBUG=1` compares calls, shapes and lines before they meet",
         )
 
@@ -186,10 +209,19 @@ class TorchCollectives:
 
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
         """Return the `op` of every rank's `x`."""
-        out = x.clone()
+        marks = self._marks(x, op, axis)
+        out = torch.cat([x.reshape(-1), marks]) if len(marks) else x.clone()
         with self._waiting_in("all_reduce", axis):
             dist.all_reduce(self._hand_over(out), op=_OPS[op], group=self.group(axis))
-        return out
+        if not len(marks):
+            return out
+        if not torch.equal(out[-len(marks) :], marks * self.size(axis) if op == "sum" else marks):
+            raise DesyncError(
+                "ranks disagree about operation, leaves, shapes or dtypes in one reduction",
+                saw=f"rank {dist.get_rank()}: {op} of {_describe(x)} over `{axis}` at {call_site()}",
+                fix="send the same on every rank; `FACCEL_DEBUG=1` shows what each of them sends",
+            )
+        return out[: -len(marks)].clone().view(x.shape)
 
     def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         """Return every rank's `x` along a new first dimension."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -14,14 +15,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from faccel.backends.forward import Methods, call_method, with_precision
+from faccel.comm.objects import gather_objects
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
 from faccel.errors import ModelError
 from faccel.plan import DdpConfig, Plan
 from faccel.protocols import DATA, Parallelism, Run
+from faccel.whereabouts import roll
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
+    _check_same(module, ctx)
     if not any(p.requires_grad for p in module.parameters()):
         return _wrap_frozen(module, ctx)
     engine = _engine(module, plan.ddp, ctx)
@@ -42,12 +46,25 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     return engine, with_precision(run, ctx)
 
 
+def _check_same(module: nn.Module, ctx: DistContext) -> None:
+    """Raise on every rank where ranks have built different models."""
+    own = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in module.named_parameters()]
+    digests = gather_objects(zlib.crc32(repr(own).encode()), ctx, axis=DATA)
+    if len(set(digests)) > 1:
+        numbers = {rank: f"model {sorted(set(digests)).index(digest)}" for rank, digest in enumerate(digests)}
+        raise ModelError(
+            "ranks have built different models",
+            saw=f"{roll(numbers)}; this rank's has {len(own)} parameters, the first `{own[0][0]}` {list(own[0][1])}",
+            fix="build the same model, with the same parameters frozen, on every rank",
+        )
+
+
 def _unused(error: RuntimeError) -> ModelError | None:
     if "Expected to have finished reduction" not in str(error):
         return None
     return ModelError(
         "some parameters took no part in the last loss, so DDP waits for their gradients",
-        saw=str(error).rpartition("\n")[2],
+        saw=next((line for line in str(error).split("\n") if "Parameter indices" in line), "torch names none").strip(),
         fix="use their outputs in the loss, or write "
         "`faccel.wrap(model, ctx, plan=faccel.Plan(ddp=faccel.DdpConfig(find_unused_parameters=True)))`",
     )
@@ -106,6 +123,8 @@ def _sync(engine: nn.Module, on: bool) -> Generator[None]:  # noqa: FBT001 (Para
         yield
         return
     before = engine.require_backward_grad_sync
+    # the first backward of a static graph records it, and torch asserts that it also reduces
+    on = on or (engine.static_graph and not engine._static_graph_delay_allreduce_enqueued)  # type: ignore[assignment]
     engine.require_backward_grad_sync = on  # type: ignore[assignment]
     try:
         yield

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import timedelta
 
 import torch.distributed as dist
 
+from faccel.errors import FaccelError
 from faccel.whereabouts import roll
+
+_POLL_S = 0.02
 
 
 class RollCall:
@@ -18,41 +20,43 @@ class RollCall:
     Args:
         store: Of the world. It may be gone together with the process that serves it: then nobody is heard of.
         rank: This rank of the world.
+        generation: How often contexts have begun in this world, after none was left.
         patience_s: Seconds for which the others are waited for.
     """
 
-    def __init__(self, store: dist.Store, rank: int, patience_s: float = 3.0) -> None:
-        self._store, self._rank, self._patience_s = store, rank, patience_s
+    def __init__(self, store: dist.Store, rank: int, generation: int, patience_s: float = 3.0) -> None:
+        self._store, self._rank, self._generation, self._patience_s = store, rank, generation, patience_s
         self._has_told = False
-        with suppress(dist.DistError):  # of a context that this one follows in the same world
-            store.delete_key(f"roll/{rank}")
 
-    def post(self, doing: str) -> None:
-        """Tell the others what became of this rank."""
+    def _key(self, rank: int) -> str:
+        return f"roll/{self._generation}/{rank}"
+
+    def _post(self, doing: str) -> None:
         self._has_told = True
         with suppress(dist.DistError):  # the store may be gone, and nobody left to tell
-            self._store.set(f"roll/{self._rank}", doing)
+            self._store.set(self._key(self._rank), doing)
 
-    def leave(self) -> None:
-        """Tell the others that this rank left, unless it has told something that explains why."""
+    def leave(self, error: BaseException | None) -> None:
+        """Tell the others that this rank leaves, and why, unless it has told already that it failed."""
         if not self._has_told:
-            self.post("left")
+            told = error.what if isinstance(error, FaccelError) else str(error).partition("\n")[0]
+            self._post("left" if error is None else f"raised {type(error).__name__}: {told}")
 
     def heard(self, rank: int) -> str | None:
         """Return what a rank has told of itself so far, None if nothing."""
-        key = f"roll/{rank}"
         try:
+            key = self._key(rank)
             return self._store.get(key).decode() if self._store.check([key]) else None
         except dist.DistError:
             return None
 
     def call(self, ranks: Sequence[int], doing: str) -> str:
         """Tell the others that this rank fails in `doing`; say what is known of each of `ranks`."""
-        self.post(doing)
+        self._post(doing)
         deadline = time.monotonic() + self._patience_s
         return roll({rank: doing if rank == self._rank else self._ask(rank, deadline) for rank in ranks})
 
     def _ask(self, rank: int, deadline: float) -> str:
-        with suppress(dist.DistError):
-            self._store.wait([f"roll/{rank}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
-        return self.heard(rank) or "not heard of"
+        while (told := self.heard(rank)) is None and time.monotonic() < deadline:
+            time.sleep(_POLL_S)  # not `wait`, which prints a line of C++ for each time that it ends in vain
+        return told or "not heard of"

@@ -34,6 +34,9 @@ class Moment:
 class SavePolicy:
     """Whether to save at a `Moment`. `|` and `&` combine policies.
 
+    Args:
+        is_due: The predicate.
+
     Examples:
         >>> due = every_steps(100) | on_preemption()
         >>> due(Moment(step=100)), due(Moment(step=7)), due(Moment(step=7, preempted=True))
@@ -113,6 +116,9 @@ def on_preemption() -> SavePolicy:
 @attrs.frozen
 class KeepPolicy:
     """Which of the committed checkpoints stay. `|` keeps what either keeps, `&` what both do; the newest always stays.
+
+    Args:
+        choose: Returns the steps that stay of checkpoints given newest first.
 
     Examples:
         >>> found = [Checkpoint("", step, metadata={"loss": step % 4}) for step in (7, 6, 5, 4, 3)]

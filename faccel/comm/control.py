@@ -17,6 +17,7 @@ from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, DesyncError, RankFailedError, nearest
 from faccel.protocols import WORLD
+from faccel.whereabouts import call_site, standing_at
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -132,6 +133,7 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
         >>> order[0]
         0
     """
+    site = call_site()
     if ctx.is_local_main if local else ctx.is_main:
         problem = "it left the body"  # by `return`, `break` or an exit that is not an Exception
         try:
@@ -141,9 +143,11 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
             problem = f"{type(error).__name__}: {error}"
             raise
         finally:
-            gather_objects(problem, ctx, axis=WORLD)
+            with standing_at(site):
+                gather_objects(problem, ctx, axis=WORLD)
         return
-    problems = gather_objects("", ctx, axis=WORLD)
+    with standing_at(site):
+        problems = gather_objects("", ctx, axis=WORLD)
     failed = [(rank, problem) for rank, problem in enumerate(problems) if problem]
     if failed:
         rank, problem = failed[0]

@@ -67,7 +67,7 @@ def gather(x: Tree, ctx: DistContext, *, num_valid: int | None = None, ragged: b
     if counts_rows:
         num_rows = _num_rows(x, leaves, is_row)
         count = num_rows if num_valid is None else num_valid
-        if not 0 <= count <= num_rows:
+        if not isinstance(count, int) or not 0 <= count <= num_rows:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise DataError(
                 "`num_valid` counts the rows of this rank's part that are not padding",
                 saw=f"num_valid={num_valid} of {num_rows} rows",
@@ -155,6 +155,8 @@ def reduce(x: Tree, ctx: DistContext, *, op: str = "sum", axis: str = DATA) -> T
 
     Raises:
         ConfigError: `op` is none of those.
+        DesyncError: Ranks asked for another operation, or sent other leaves, shapes or dtypes (seen on the CPU; a rank
+            that gloo itself aborts cannot say so, see debug mode).
         TreeError: A leaf is not a dense tensor; names it.
 
     Examples:
@@ -168,7 +170,8 @@ def reduce(x: Tree, ctx: DistContext, *, op: str = "sum", axis: str = DATA) -> T
     leaves, rebuild = tensor_leaves(x, ctx)
     size = ctx.comm.size(axis)
     wire = [_to_wire(leaf, op) for leaf in leaves]
-    ctx.comm.announce(f"reduce({op})", x)
+    if leaves:
+        ctx.comm.announce(f"reduce({op})", x)
     results: list[torch.Tensor] = list(leaves)
     for dtype in sorted({x.dtype for x in wire}, key=str):
         members = [i for i, x in enumerate(wire) if x.dtype == dtype]

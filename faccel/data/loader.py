@@ -205,6 +205,8 @@ def shard(
         (3, [[0, 1], [4, 5], [8, 9]])
     """
     check_tail(tail)
+    if isinstance(loader, ShardedLoader):
+        raise DataError("this loader is sharded already", saw="what `faccel.shard` returned", fix="shard it once")
     place = ctx.config.device_placement if device_placement is None else device_placement
     source, is_placed = pick_source(
         loader, ctx, tail=tail, mode=mode, seed=ctx.config.seed if seed is None else seed, split_batches=split_batches

@@ -29,6 +29,8 @@ def pick_source(
     _check(loader, mode)
     world_size = ctx.data_world_size
     if not isinstance(loader, DataLoader):
+        if split_batches:
+            _per_rank(None, world_size)
         return StreamSource(loader, ctx, Deal(1, world_size, tail), seed, mode == "dispatch"), True
     tail = "drop" if loader.drop_last else tail
     size = _per_rank(loader.batch_size, world_size) if split_batches else loader.batch_size

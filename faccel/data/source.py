@@ -193,7 +193,7 @@ class SampledSource:
     @property
     def name(self) -> str:
         """What a cursor is a place of, in words."""
-        return f"{'batches' if self.is_batches else 'samples'} of an own sampler under seed {self.seed}"
+        return f"{'batches' if self.is_batches else 'samples'} of an own sampler"
 
     def num_steps(self, start: int) -> int:
         """Return how many batches this rank reads; of a batch sampler only from its beginning."""
@@ -269,7 +269,7 @@ class StreamSource:
     @property
     def name(self) -> str:
         """What a cursor is a place of, in words."""
-        return f"a stream under seed {self.seed}"
+        return "a stream"
 
     def num_steps(self, start: int) -> int:
         """Return how many batches this rank reads, where the stream has a length."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -40,6 +42,7 @@ class _DefaultGroup:
         self.num_made = 0
         self.hooks: tuple[Any, Any] = (None, None)  # `sys.excepthook` from before torch's, and torch's
         self.roll_call: RollCall | None = None
+        self.num_contexts = self.num_generations = 0
 
     def join(
         self, topology: Topology, device: torch.device, timeout_s: float
@@ -52,7 +55,10 @@ class _DefaultGroup:
         group = dist.group.WORLD
         assert group is not None
         store = c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] (nobody else knows an adopted group's)
-        self.roll_call = self.roll_call or RollCall(store, topology.rank)
+        self.num_contexts += 1
+        if self.roll_call is None:
+            self.num_generations += 1
+            self.roll_call = RollCall(store, topology.rank, self.num_generations)
         return group, store, self.roll_call
 
     def _check_same(self, topology: Topology) -> None:
@@ -77,7 +83,7 @@ class _DefaultGroup:
                 timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
             )
-        except (dist.DistError, RuntimeError) as error:
+        except (dist.DistError, RuntimeError, TypeError) as error:
             sys.excepthook = before
             raise WorldError(
                 f"rank {topology.rank} could not join the {topology.world_size} processes at "
@@ -89,14 +95,14 @@ class _DefaultGroup:
         self.num_made += 1  # not by one that failed: the others may not have tried yet
         self.is_ours = True
 
-    def leave(self, user: int) -> None:
-        """End the group when its last user leaves, if faccel made it."""
+    def leave(self, user: int, error: BaseException | None) -> None:
+        """End the group when its last user leaves, if faccel made it; `error` is why."""
         close = self.users.pop(user, None)
         if close is None:
             return
         close()
         if not self.users and self.roll_call is not None:
-            self.roll_call.leave()
+            self.roll_call.leave(error)
             self.roll_call = None
         if not self.users and self.is_ours:
             self.is_ours = False
@@ -105,6 +111,17 @@ class _DefaultGroup:
             before, torchs = self.hooks
             if sys.excepthook is torchs:
                 sys.excepthook = before
+
+
+_ANSWER_S = 5.0
+
+
+def _listens(address: str, port: int) -> bool:
+    try:
+        with socket.create_connection((address, port), timeout=1):
+            return True
+    except OSError:
+        return False
 
 
 def _store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
@@ -119,16 +136,30 @@ def _store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
         address, port, world_size = topology.main_address, topology.main_port, topology.world_size
         try:
             made.append(
-                dist.TCPStore(address, port, world_size, is_master=is_master, timeout=timeout, multi_tenant=True)
+                dist.TCPStore(
+                    address,
+                    port,
+                    world_size,
+                    is_master=is_master,
+                    timeout=timeout,
+                    multi_tenant=True,
+                    wait_for_workers=False,
+                )
             )
-        except (dist.DistError, RuntimeError) as error:
+        except Exception as error:
             made.append(error)
 
     thread = threading.Thread(target=make, name="faccel-store", daemon=True)
     thread.start()
-    thread.join(timeout.total_seconds() + 5)
+    thread.join(min(_ANSWER_S, timeout.total_seconds()))
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not made and time.monotonic() < deadline:  # nobody may listen yet; who does, answers at once
+        listens = _listens(topology.main_address, topology.main_port)
+        thread.join(_ANSWER_S)
+        if listens and not made:
+            raise dist.DistNetworkError("something listens there that does not answer as a store does")
     if not made:
-        raise dist.DistNetworkError("something listens there that does not answer as a store does")
+        raise dist.DistNetworkError(f"nobody listens there after {timeout.total_seconds():g} s")
     if isinstance(made[0], BaseException):
         raise made[0]
     return made[0]
@@ -221,7 +252,7 @@ def init(
     comm: TorchCollectives | CheckedCollectives | SingleCollectives = SingleCollectives()
     if topology.world_size > 1:
         group, store, roll_call = _default_group.join(topology, device, resolved.timeout_s)
-        comm = collectives(axes_of(spec, group, group), resolved, store, roll_call)
+        comm = collectives(axes_of(spec, group, group), resolved, store, roll_call, _default_group.num_contexts)
     ctx = DistContext(
         topology=topology,
         config=resolved,
@@ -229,7 +260,7 @@ def init(
         mesh=Mesh(spec, lambda: device_mesh(spec, device.type)),
         comm=comm,
         parallelism=parallelism,
-        close=shutdown,
+        close=_leave,
     )
     _except_hook.enter(id(ctx), topology.rank, topology.world_size)
     if not isinstance(comm, SingleCollectives):
@@ -245,11 +276,15 @@ def axes_of(spec: MeshSpec, world: dist.ProcessGroup, data: dist.ProcessGroup) -
 
 
 def collectives(
-    groups: dict[str, dist.ProcessGroup], config: Config, store: dist.Store, roll_call: RollCall | None
+    groups: dict[str, dist.ProcessGroup],
+    config: Config,
+    store: dist.Store,
+    roll_call: RollCall | None = None,
+    number: int = 0,
 ) -> TorchCollectives | CheckedCollectives:
     """Return the communication over some groups of one world, checked in debug mode."""
     comm = TorchCollectives(groups, roll_call)
-    return CheckedCollectives(comm, store, config.timeout_s) if config.debug else comm
+    return CheckedCollectives(comm, store, config.timeout_s, number) if config.debug else comm
 
 
 def device_mesh(spec: MeshSpec, device_type: str) -> dist.DeviceMesh:
@@ -263,10 +298,15 @@ def device_mesh(spec: MeshSpec, device_type: str) -> dist.DeviceMesh:
 
 
 def _at_exit(ctx: DistContext) -> None:
-    error = getattr(sys, "last_value", None)  # of a script that an exception ended
-    if error is not None:
-        ctx.comm.post(f"raised {type(error).__name__}: {error}")
-    shutdown(ctx)
+    _leave(ctx, getattr(sys, "last_value", None))  # of a script that an exception ended
+
+
+def _leave(ctx: DistContext, error: BaseException | None) -> None:
+    try:
+        ctx.finish()
+    finally:
+        _except_hook.leave(id(ctx), error)
+        _default_group.leave(id(ctx), error)
 
 
 @effectful(AMBIENT)
@@ -283,8 +323,4 @@ def shutdown(ctx: DistContext) -> None:
         >>> ctx = init(env={})
         >>> shutdown(ctx)
     """
-    try:
-        ctx.finish()
-    finally:
-        _except_hook.leave(id(ctx))
-        _default_group.leave(id(ctx))
+    _leave(ctx, None)

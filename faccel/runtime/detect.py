@@ -259,6 +259,7 @@ def detect(env: Env) -> Topology:
         >>> detect({}).world_size
         1
     """
+    env = {key: value for key, value in env.items() if value}  # empty is unset, as in a shell
     found = [topology for each in DETECTORS if (topology := each(env)) is not None]
     if not found:
         return Topology()

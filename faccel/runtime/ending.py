@@ -7,44 +7,63 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn
 
 
-class ExceptHook:
-    """`sys.excepthook` for as long as there are contexts.
+class _Hook:
+    """One installation of `sys.excepthook`; passes everything on once it is retired.
 
     Ctrl-C is one line of rank 0 instead of a traceback of each; anything else goes on to the hook that was there.
     """
 
-    def __init__(self) -> None:
-        self.users: set[int] = set()
-        self.before: Any = None
-        self.rank, self.world_size = 0, 1
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.before: Any = sys.excepthook
+        self.rank, self.world_size = rank, world_size
+        self.is_retired = False
 
-    def enter(self, user: int, rank: int, world_size: int) -> None:
-        """Take the hook's place, for the first context."""
-        if sys.excepthook != self._report:
-            self.before = sys.excepthook
-            sys.excepthook = self._report
-        self.rank, self.world_size = rank, max(world_size, self.world_size)
-        self.users.add(user)
-
-    def leave(self, user: int) -> None:
-        """Give it back with the last context, but not while an exception is on its way up through a `with` block."""
-        self.users.discard(user)
-        if not self.users and sys.excepthook == self._report and sys.exc_info()[0] is None:
-            sys.excepthook = self.before
-            self.world_size = 1
-
-    def _report(self, kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    def __call__(self, kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+        if self.is_retired:
+            self.before(kind, error, at)
+            return
         interrupted = issubclass(kind, KeyboardInterrupt)
         if not interrupted:
             self.before(kind, error, at)
         elif self.rank == 0:
             sys.stderr.write("interrupted\n")
-        if self.world_size > 1 and not sys.flags.inspect:
+        is_prompt = sys.flags.inspect or hasattr(sys, "ps1")
+        if self.world_size > 1 and not is_prompt and threading.current_thread() is threading.main_thread():
             _end(signal.SIGINT if interrupted else None)
+
+
+class ExceptHook:
+    """Keeps a hook for as long as there are contexts."""
+
+    def __init__(self) -> None:
+        self.users: set[int] = set()
+        self.hook: _Hook | None = None
+
+    def enter(self, user: int, rank: int, world_size: int) -> None:
+        """Take the hook's place, for the first context and for one of a larger world."""
+        if self.hook is None or self.hook.world_size < world_size or sys.excepthook is not self.hook:
+            self._retire()
+            self.hook = sys.excepthook = _Hook(rank, world_size)
+        self.users.add(user)
+
+    def leave(self, user: int, error: BaseException | None) -> None:
+        """Give it back with the last context, but not while `error` is on its way up through a `with` block."""
+        self.users.discard(user)
+        if not self.users and error is None:
+            self._retire()
+
+    def _retire(self) -> None:
+        if self.hook is None:
+            return
+        self.hook.is_retired = True
+        if sys.excepthook is self.hook:
+            sys.excepthook = self.hook.before
+        self.hook = None
 
 
 def _end(by: signal.Signals | None) -> NoReturn:
@@ -57,8 +76,9 @@ def _end(by: signal.Signals | None) -> NoReturn:
         signal.signal(by, signal.SIG_DFL)  # another one does not wait for the rest
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are not daemons
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or a pipe that nobody reads
+            stream.flush()
     if by is not None:
         os.kill(os.getpid(), by)
     os._exit(1)

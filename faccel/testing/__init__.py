@@ -135,7 +135,7 @@ def simulate(
             ranks = [r for r in range(world_size) if _shares_data_axis(spec, r, rank)]
             data: Any = dist.new_group(ranks, use_local_synchronization=True, group_desc=DATA)
             groups = axes_of(spec, cast(dist.ProcessGroup, dist.group.WORLD), data)
-            return collectives(groups, resolve(config), world.stores[-1], None)
+            return collectives(groups, resolve(config), world.stores[-1])
 
         contexts.append(_context(rank, world_size, config, mesh, comm))
         return fn(contexts[-1], *args)
@@ -164,8 +164,11 @@ class _NoPeers:
     def size(self, axis: str) -> int:
         return self._world_size
 
-    def post(self, doing: str) -> None:
+    def announce(self, call: str, x: Any) -> None:
         pass  # nobody listens
+
+    def failure(self, error: RuntimeError, doing: str, axis: str) -> None:
+        pass  # nobody else can have failed
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
         def refuse(*args: Any, **kwargs: Any) -> NoReturn:

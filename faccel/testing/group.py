@@ -113,7 +113,7 @@ class SimulatedGroup(dist.ProcessGroup):
             )
         site = call_site()
         self._world.trace.append(
-            TraceEvent(self._ranks[self._here], op, self.axis, sum(t.nbytes for t in tensors), site)
+            TraceEvent(self._ranks[self._here], op, self.axis, sum(t.numel() * t.element_size() for t in tensors), site)
         )
         self._go_wrong(op, tensors, site)
         return site

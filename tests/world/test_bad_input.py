@@ -1,5 +1,6 @@
 """The commonest mistakes: an error with the fix on every rank, at once, and nothing waits."""
 
+import pickle
 import re
 
 import pytest
@@ -70,6 +71,17 @@ MISTAKES = {
     ),
     "a cursor of another seed": (lambda ctx: loader(ctx, seed=1).resume(place(ctx)), DataError, "seed"),
     "a cursor behind the end": (lambda ctx: next(iter(loader(ctx).resume(faccel.Cursor(0, 99)))), DataError, "resume"),
+    "a loader that is sharded already": (lambda ctx: faccel.shard(loader(ctx), ctx), DataError, "once"),
+    "split_batches of an iterable": (
+        lambda ctx: faccel.shard([torch.ones(4)], ctx, split_batches=True),
+        DataError,
+        "leave `split_batches` out",
+    ),
+    "num_valid that is no number of rows": (
+        lambda ctx: faccel.gather(torch.ones(3), ctx, num_valid=2.5),
+        DataError,
+        "Batch.num_valid",
+    ),
     "a number as a cursor": (lambda ctx: loader(ctx).resume(3), DataError, "loader.at"),
     "a number as a start": (lambda ctx: next(loader(ctx).epochs(3, start=1)), DataError, "batch.cursor"),
     "num_valid out of range": (lambda ctx: faccel.gather(torch.ones(2), ctx, num_valid=3), DataError, "num_valid"),
@@ -124,3 +136,24 @@ def test_the_start_of_an_epoch_is_a_place_in_any_order():
         return len(loader(ctx, 30).resume(cursor))
 
     assert simulate(fn, 2) == (5, 5)
+
+
+def test_a_cursor_of_a_stream_does_not_care_about_the_seed():
+    def fn(ctx):
+        part = faccel.shard([1, 2, 3, 4, 5, 6], ctx, seed=1)
+        cursor = next(faccel.batches(part)).cursor
+        return list(faccel.shard([1, 2, 3, 4, 5, 6], ctx, seed=2).resume(cursor))
+
+    assert simulate(fn, 2) == ([3, 5], [4, 6])
+
+
+def test_optimizers_that_come_and_go_are_told_apart():
+    def fn(ctx):
+        ws = [torch.nn.Parameter(torch.ones(1)) for _ in range(4)]
+        scaler = faccel.scaled_backward(sum(w.sum() for w in ws), faccel.init_scaler(ctx, scale=8.0), ctx)
+        for w in ws:
+            _, scaler = faccel.optimizer_step(torch.optim.SGD([w], lr=0.5), scaler, ctx)
+        pickled = pickle.loads(pickle.dumps(scaler))
+        return [w.item() for w in ws], pickled == scaler
+
+    assert simulate(fn, 1, config=FP16) == (([0.5] * 4, True),)

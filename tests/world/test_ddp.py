@@ -71,6 +71,33 @@ def test_unused_parameters_are_left_as_they_are(options):
         assert distance(got, expected) < 1e-14
 
 
+@pytest.mark.parametrize("options", [{"static_graph": True}, {"find_unused_parameters": True}], ids=str)
+def test_windows_accumulate_under_every_option(options):
+    def fn(ctx):
+        model = faccel.wrap(nn.Linear(2, 1, bias=False), ctx, plan=faccel.Plan(ddp=faccel.DdpConfig(**options)))
+        rows, grads = torch.arange(16.0).view(8, 2), []
+        for window in rows.view(2, 2, 2, 2)[:, :, :, :]:  # windows of two micro-batches of two rows
+            for i, micro in enumerate(window):
+                with faccel.grad_sync(model, on=i == 1):
+                    mine = micro.chunk(ctx.data_world_size)[ctx.data_rank]
+                    faccel.scaled_backward(model(mine).mean(), faccel.init_scaler(ctx), ctx, scale=0.5)
+            grads.append(model.weight.grad.clone())
+            model.zero_grad()
+        return grads
+
+    expected = fn(fake_context(0, 1))
+    for got in simulate(fn, 2):
+        assert all(torch.allclose(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_ranks_that_build_different_models_are_an_error_on_each():
+    def fn(ctx):
+        with pytest.raises(ModelError, match="rank 0: model"):
+            faccel.wrap(nn.Linear(2, 1 + ctx.rank), ctx)
+
+    simulate(fn, 2)
+
+
 def test_unused_parameters_without_the_option_are_an_error_that_shows_it():
     with pytest.raises(ModelError, match="find_unused_parameters=True"):
         simulate(run, 2, {}, False)
@@ -148,6 +175,8 @@ def test_a_plan_is_checked():
         lambda: faccel.DdpConfig(comm_hook="fp8"),
         lambda: faccel.DdpConfig(bucket_cap_mb=0),
         lambda: faccel.PowerSgdConfig(rank=-1),
+        lambda: faccel.PowerSgdConfig(start_step=1),
+        lambda: faccel.DdpConfig(static_graph="yes"),
         lambda: faccel.Plan(ddp={"static_graph": True}),
     ):
         with pytest.raises(ConfigError):

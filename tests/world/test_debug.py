@@ -1,5 +1,7 @@
 """Debug mode in the simulated world: what ranks are about to do is compared before they do it."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -74,6 +76,16 @@ def test_what_is_right_is_not_held_up():
         return faccel.agree(ctx, stop=ctx.rank == 1).raised_by
 
     assert simulate(body, 3, config=CHECKED) == ({"stop": 1},) * 3
+
+
+def test_one_call_that_ends_at_different_lines_is_one_call():
+    def body(ctx):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(faccel.main_first(ctx))
+        faccel.reduce({}, ctx)
+        return faccel.agree(ctx, a=True).a
+
+    assert simulate(body, 2, config=CHECKED) == (True, True)
 
 
 def test_a_rank_that_never_comes_is_a_desync_too():

@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 
 import numpy as np
 import pytest
@@ -91,8 +92,29 @@ CALLS = {
     "windows": (lambda s, ctx: [list(w) for w in faccel.windows(s["loader"].at(0), ctx, weight=len_of)], set()),
     "grad_sync": (lambda s, ctx: faccel.grad_sync(s["model"], on=False).__enter__(), set()),
     "wrap": (lambda s, ctx: faccel.wrap(s["net"], ctx), set()),  # rank 0's values are there already
+    "save": (lambda s, ctx: faccel.save(folder(ctx), dict(s, loader=0), ctx, step=1), set()),
+    "load": (lambda s, ctx: saved_and_loaded(s, ctx), set()),  # the same values
+    "latest": (lambda s, ctx: faccel.latest(folder(ctx), ctx), set()),
+    "checkpoints": (lambda s, ctx: faccel.checkpoints("."), set()),
+    "every_steps": (lambda s, ctx: faccel.every_steps(2)(faccel.Moment(1)), set()),
+    "every_seconds": (lambda s, ctx: faccel.every_seconds(2)(faccel.Moment(1)), set()),
+    "at_best": (lambda s, ctx: faccel.at_best()(faccel.Moment(1)), set()),
+    "on_preemption": (lambda s, ctx: faccel.on_preemption()(faccel.Moment(1)), set()),
+    "keep_latest": (lambda s, ctx: faccel.keep_latest(2)([]), set()),
+    "keep_best": (lambda s, ctx: faccel.keep_best(2, "loss")([]), set()),
+    "keep_every": (lambda s, ctx: faccel.keep_every(2)([]), set()),
     "print": (lambda s, ctx: faccel.print(end="", ctx=ctx), set()),
 }
+
+
+def folder(ctx):
+    return faccel.broadcast_objects([tempfile.mkdtemp()] if ctx.is_main else [], ctx)[0]
+
+
+def saved_and_loaded(s, ctx):
+    path, state = folder(ctx), {name: s[name] for name in ("net", "model", "opt", "x", "scaler")}
+    faccel.save(path, state, ctx, step=1)
+    faccel.load(path, state, ctx)
 
 
 def len_of(batch):
