@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from faccel.checkpoint.policy import keep_every as keep_every
     from faccel.checkpoint.policy import keep_latest as keep_latest
     from faccel.checkpoint.policy import on_preemption as on_preemption
+    from faccel.checkpoint.preemption import PREEMPTED as PREEMPTED
+    from faccel.checkpoint.preemption import Preemption as Preemption
+    from faccel.checkpoint.preemption import preemption as preemption
     from faccel.checkpoint.record import Checkpoint as Checkpoint
     from faccel.checkpoint.record import checkpoints as checkpoints
     from faccel.checkpoint.save import save as save
@@ -87,6 +90,7 @@ _HOMES = {
         "KeepPolicy", "Moment", "SavePolicy", "at_best", "every_seconds", "every_steps", "keep_best", "keep_every",
         "keep_latest", "on_preemption",
     ),
+    "faccel.checkpoint.preemption": ("PREEMPTED", "Preemption", "preemption"),
     "faccel.checkpoint.record": ("Checkpoint", "checkpoints"),
     "faccel.checkpoint.save": ("save",),
     "faccel.comm.control": ("Verdict", "agree", "barrier", "main_first", "on_main", "on_rank"),

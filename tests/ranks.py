@@ -42,6 +42,9 @@ def hosted_store():
 
 def _child(fn, rank, world_size, port, pipe, args, options):
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of a loader's workers: the system's default, not the server's
     try:
         with faccel.init(env=env_of(rank, world_size, port), **options) as ctx:
             out = (True, fn(ctx, *args))

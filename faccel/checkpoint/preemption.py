@@ -1,0 +1,72 @@
+"""Being told that the run is to end: a flag, which the ranks look at together when they are ready to save."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from faccel.context import DistContext
+from faccel.effects import AMBIENT, effectful
+
+PREEMPTED = 75
+"""The exit code of a script that saved because it was told to end: the same command goes on (EX_TEMPFAIL)."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What launchers and clusters send: SIGTERM; SIGUSR1 where SLURM is asked for it (`#SBATCH --signal=USR1@120`)."""
+
+
+class Preemption:
+    """Whether this process was told to end; made by `preemption`.
+
+    Attributes:
+        requested: Whether a signal has come. Ranks hear at different times: decide with
+            `faccel.agree(ctx, preempted=preemption.requested)`.
+        exit_code: What a script that has saved exits with, 75, as in `sys.exit(preemption.exit_code)`: the same command
+            goes on.
+    """
+
+    exit_code = PREEMPTED
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True  # and nothing else: whatever was going on goes on
+
+    def _listen(self) -> None:
+        self._before = {each: signal.signal(each, self._note) for each in SIGNALS}
+
+    def close(self) -> None:
+        """Put the handlers back that were there before."""
+        for each, before in self._before.items():
+            if signal.getsignal(each) == self._note:
+                signal.signal(each, signal.SIG_DFL if before is None else before)
+        self._before = {}
+
+
+@effectful(AMBIENT)
+def preemption(ctx: DistContext) -> Preemption:
+    """Listen for SIGTERM and SIGUSR1 from now on, until the context is shut down.
+
+    Effects: ambient. Sets the handlers of the two signals, which only note that one has come. Off the main thread, as
+    in a simulated world, there is nothing to set: `requested` is then the test's to write.
+
+    Args:
+        ctx: Whose end puts the handlers back.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> ctx = fake_context(0, 1)
+        >>> told = preemption(ctx)
+        >>> told.requested, told.exit_code
+        (False, 75)
+        >>> told.close()
+    """
+    told = Preemption()
+    if threading.current_thread() is threading.main_thread():
+        told._listen()  # pyright: ignore[reportPrivateUsage]
+        ctx.unfinished.append(told.close)
+    return told
