@@ -102,4 +102,4 @@ if __name__ == "__main__":
     with faccel.init() as ctx:
         result = main(ctx, args.folder, args.stop_after)
         faccel.print(f"digest {result}" if result else "stopped", ctx=ctx)
-    sys.exit(0 if result else faccel.PREEMPTED)  # 75: run the same command again
+    sys.exit(0 if result else faccel.Preemption.exit_code)  # 75: run the same command again

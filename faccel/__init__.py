@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from faccel import backends as backends
     from faccel import errors as errors
     from faccel import testing as testing
+    from faccel.checkpoint.export import export_model as export_model
+    from faccel.checkpoint.export import load_model as load_model
+    from faccel.checkpoint.export import save_object as save_object
     from faccel.checkpoint.load import latest as latest
     from faccel.checkpoint.load import load as load
     from faccel.checkpoint.policy import KeepPolicy as KeepPolicy
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from faccel.checkpoint.policy import keep_every as keep_every
     from faccel.checkpoint.policy import keep_latest as keep_latest
     from faccel.checkpoint.policy import on_preemption as on_preemption
-    from faccel.checkpoint.preemption import PREEMPTED as PREEMPTED
     from faccel.checkpoint.preemption import Preemption as Preemption
     from faccel.checkpoint.preemption import preemption as preemption
     from faccel.checkpoint.record import Checkpoint as Checkpoint
@@ -85,12 +87,13 @@ if TYPE_CHECKING:
     from faccel.track import log as log
 
 _HOMES = {
+    "faccel.checkpoint.export": ("export_model", "load_model", "save_object"),
     "faccel.checkpoint.load": ("latest", "load"),
     "faccel.checkpoint.policy": (
         "KeepPolicy", "Moment", "SavePolicy", "at_best", "every_seconds", "every_steps", "keep_best", "keep_every",
         "keep_latest", "on_preemption",
     ),
-    "faccel.checkpoint.preemption": ("PREEMPTED", "Preemption", "preemption"),
+    "faccel.checkpoint.preemption": ("Preemption", "preemption"),
     "faccel.checkpoint.record": ("Checkpoint", "checkpoints"),
     "faccel.checkpoint.save": ("save",),
     "faccel.comm.control": ("Verdict", "agree", "barrier", "main_first", "on_main", "on_rank"),

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -74,7 +74,7 @@ def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
             yield data[start : start + _CHUNK]
 
 
-def _header(slices: Sequence[Slice]) -> bytes:
+def _header(slices: Sequence[Slice], metadata: Mapping[str, str] | None) -> bytes:
     header: dict[str, Any] = {}
     end = 0
     for each in slices:
@@ -85,22 +85,32 @@ def _header(slices: Sequence[Slice]) -> bytes:
         begin, end = end, end + each.tensor.numel() * each.tensor.dtype.itemsize
         shape = list(each.tensor.shape)
         header[each.key] = {"dtype": _DTYPES[each.tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
-    sharding = json.dumps({each.key: {"saved_offsets": list(each.offsets)} for each in slices})
-    header["__metadata__"] = {"format": "pt", "DCP_SHARDING_INFO": sharding, "DCP_VERSION": "1.0"}
+    if metadata is None:
+        sharding = json.dumps({each.key: {"saved_offsets": list(each.offsets)} for each in slices})
+        metadata = {"format": "pt", "DCP_SHARDING_INFO": sharding, "DCP_VERSION": "1.0"}
+    header["__metadata__"] = dict(metadata)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def write_safetensors(directory: str, name: str, slices: Iterable[Slice]) -> FileEntry:
+def write_safetensors(
+    directory: str, name: str, slices: Iterable[Slice], metadata: Mapping[str, str] | None = None
+) -> FileEntry:
     """Write slices of tensors in the format of safetensors, as torch's `HuggingFaceStorageReader` reads them.
 
     Needs the memory of one slice where it has to be copied from a device, and none where it is on the CPU.
+
+    Args:
+        directory: Where to.
+        name: Of the file.
+        slices: What.
+        metadata: For the header; None says where each slice begins.
     """
     ordered = sorted(slices, key=lambda s: -s.tensor.dtype.itemsize)  # every one is aligned
 
     def chunks() -> Iterator[bytes | memoryview]:
-        yield _header(ordered)
+        yield _header(ordered, metadata)
         for each in ordered:
             yield from _bytes_of(each.tensor)
 

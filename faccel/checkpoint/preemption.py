@@ -5,33 +5,32 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
+
+import attrs
 
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, effectful
-
-PREEMPTED = 75
-"""The exit code of a script that saved because it was told to end: the same command goes on (EX_TEMPFAIL)."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What launchers and clusters send: SIGTERM; SIGUSR1 where SLURM is asked for it (`#SBATCH --signal=USR1@120`)."""
 
 
+@attrs.define(eq=False)
 class Preemption:
     """Whether this process was told to end; made by `preemption`.
 
-    Attributes:
+    A script that has saved exits with `Preemption.exit_code`, 75 (EX_TEMPFAIL): the same command goes on.
+
+    Args:
         requested: Whether a signal has come. Ranks hear at different times: decide with
-            `faccel.agree(ctx, preempted=preemption.requested)`.
-        exit_code: What a script that has saved exits with, 75, as in `sys.exit(preemption.exit_code)`: the same command
-            goes on.
+            `faccel.agree(ctx, preempted=told.requested)`.
     """
 
-    exit_code = PREEMPTED
+    exit_code: ClassVar[int] = 75
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[signal.Signals, Any] = {}
+    requested: bool = False
+    _before: dict[signal.Signals, Any] = attrs.field(factory=dict, init=False, repr=False)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True  # and nothing else: whatever was going on goes on

@@ -98,15 +98,32 @@ def global_save_plan(plans: list[SavePlan]) -> list[SavePlan]:
     return planner.create_global_plan(plans)[0]
 
 
+class _Listed:
+    """A file system in which a directory holds what it is said to hold."""
+
+    def __init__(self, fs: Any, paths: list[str]) -> None:
+        self._fs, self._paths = fs, paths
+
+    def ls(self, path: Any) -> list[str]:
+        return self._paths
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fs, name)
+
+
 class Reader:
     """Reads the tensors of a folder, whatever ranks and layout wrote them.
 
     Args:
         folder: Of a checkpoint.
+        files: Which of its files; None takes all safetensors.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, files: Sequence[str] | None = None) -> None:
         self._reader = HuggingFaceStorageReader(folder)
+        if files is not None:
+            paths = [os.path.join(folder, name) for name in files]
+            self._reader.fs = _Listed(self._reader.fs, paths)  # type: ignore[assignment]
         self._metadata = self._reader.read_metadata()
 
     def stored(self) -> dict[str, Stored]:

@@ -108,7 +108,7 @@ def test_the_script_exits_with_its_code_and_the_same_command_goes_on(tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     whole = subprocess.run([*command[:2], str(tmp_path / "whole")], env=env, capture_output=True, text=True, check=True)
     stopped = subprocess.run([*command, "--stop-after", "3"], env=env, capture_output=True, text=True, check=False)
-    assert (stopped.returncode, stopped.stdout) == (faccel.PREEMPTED, "stopped\n"), stopped.stderr
+    assert (stopped.returncode, stopped.stdout) == (faccel.Preemption.exit_code, "stopped\n"), stopped.stderr
     again = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert again.stdout.splitlines() == ["going on after step 3", whole.stdout.strip()]
 

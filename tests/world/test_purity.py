@@ -94,6 +94,9 @@ CALLS = {
     "wrap": (lambda s, ctx: faccel.wrap(s["net"], ctx), set()),  # rank 0's values are there already
     "save": (lambda s, ctx: faccel.save(folder(ctx), dict(s, loader=0), ctx, step=1), set()),
     "load": (lambda s, ctx: saved_and_loaded(s, ctx), set()),  # the same values
+    "export_model": (lambda s, ctx: faccel.export_model(s["model"], folder(ctx), ctx), set()),
+    "load_model": (lambda s, ctx: exported_and_loaded(s, ctx), set()),
+    "save_object": (lambda s, ctx: faccel.save_object(s["x"], f"{folder(ctx)}/x.pt", ctx), set()),
     "latest": (lambda s, ctx: faccel.latest(folder(ctx), ctx), set()),
     "checkpoints": (lambda s, ctx: faccel.checkpoints("."), set()),
     "every_steps": (lambda s, ctx: faccel.every_steps(2)(faccel.Moment(1)), set()),
@@ -115,6 +118,12 @@ def saved_and_loaded(s, ctx):
     path, state = folder(ctx), {name: s[name] for name in ("net", "model", "opt", "x", "scaler")}
     faccel.save(path, state, ctx, step=1)
     faccel.load(path, state, ctx)
+
+
+def exported_and_loaded(s, ctx):
+    path = folder(ctx)
+    faccel.export_model(s["model"], path, ctx)
+    faccel.load_model(s["model"], path, ctx)
 
 
 def len_of(batch):
@@ -168,7 +177,7 @@ def test_a_step_changes_parameters_optimizer_and_gradients_alone():
 def test_every_function_without_effects_on_its_arguments_is_covered():
     covered = set(CALLS) | {"scaled_backward", "optimizer_step"}
     elsewhere = {
-        *("init", "shutdown", "main_first"),  # process state is what they are for
+        *("init", "shutdown", "main_first", "preemption"),  # process state is what they are for
         *("seed_everything", "rng_state", "set_rng_state"),
         *("get_logger", "progress", "init_trackers", "log", "finish"),
     }

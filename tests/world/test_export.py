@@ -1,0 +1,185 @@
+"""Weights for others: what the ecosystem's loaders read, from any layout, without what an older export left."""
+
+import json
+import os
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import faccel
+from faccel.cli import main
+from faccel.errors import CheckpointError, ConfigError
+from faccel.testing import fake_context, simulate
+
+ONE = fake_context(0, 1)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.head = nn.Linear(4, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_a_small_model_is_one_file_that_safetensors_reads(tmp_path):
+    net = nn.Linear(3, 2)
+    assert (
+        simulate(lambda ctx: faccel.export_model(faccel.wrap(net, ctx), tmp_path, ctx), 2)
+        == (["model.safetensors"],) * 2
+    )
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+    weights = load_file(tmp_path / "model.safetensors")
+    assert weights.keys() == {"weight", "bias"}
+    assert torch.equal(weights["weight"], net.weight)
+
+
+@pytest.mark.parametrize(("size", "num_files"), [("1GB", 1), (200, 2), ("0.1KB", 3), (1, 6)])
+def test_shards_have_an_index_and_load_again(tmp_path, size, num_files):
+    torch.manual_seed(0)
+    net, other = Tied(), Tied()
+    files = faccel.export_model(net, tmp_path, ONE, max_shard_size=size)
+    assert len(files) == num_files or size == 1
+    if len(files) > 1:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"].values()) == set(files)
+        assert (
+            index["metadata"]["total_size"] == sum(x.nbytes for x in net.state_dict().values()) - net.head.weight.nbytes
+        )
+    faccel.load_model(other, tmp_path, ONE)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True))
+    assert other.head.weight is other.embed.weight
+
+
+def test_tied_weights_are_stored_once_and_named(tmp_path):
+    faccel.export_model(Tied(), tmp_path, ONE)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert "head.weight" not in file.keys()  # noqa: SIM118
+        assert file.metadata()["head.weight"] == "embed.weight"
+    from safetensors.torch import load_model
+
+    assert load_model(Tied(), tmp_path / "model.safetensors") == (set(), [])
+
+
+def test_what_an_older_export_left_is_gone_and_nothing_else(tmp_path):
+    for name in ("config.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "notes.safetensors"):
+        (tmp_path / name).write_text("{}")
+    faccel.export_model(Tied(), tmp_path, ONE, max_shard_size=200)
+    faccel.export_model(nn.Linear(2, 2), tmp_path, ONE)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "notes.safetensors"]
+    faccel.load_model(nn.Linear(2, 2), tmp_path, ONE)
+    faccel.export_model(Tied(), tmp_path, ONE, max_shard_size=200)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_weights_that_do_not_fit_are_named_before_anything_is_written(tmp_path):
+    faccel.export_model(nn.Linear(3, 2), tmp_path, ONE)
+    for model, what in (
+        (nn.Linear(3, 2, bias=False), "`bias`: not the model's"),
+        (nn.Bilinear(3, 3, 2), "`weight`: of another shape"),
+        (nn.Sequential(nn.Linear(3, 2)), "`0.bias`, `0.weight`: missing"),
+    ):
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(CheckpointError) as caught:
+            faccel.load_model(model, tmp_path, ONE)
+        assert what in caught.value.saw
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(CheckpointError, match="no weights"):
+        faccel.load_model(nn.Linear(1, 1), tmp_path / "nothing", ONE)
+    with pytest.raises(ConfigError):
+        faccel.export_model(nn.Linear(1, 1), tmp_path, ONE, max_shard_size="much")
+
+
+def test_weights_are_cast_to_the_models_dtype_and_one_file_can_be_named(tmp_path):
+    net = nn.Linear(3, 2)
+    faccel.export_model(net, tmp_path, ONE)
+    low = nn.Linear(3, 2).bfloat16()
+    faccel.load_model(low, tmp_path / "model.safetensors", ONE)
+    assert torch.equal(low.weight, net.weight.bfloat16())
+
+
+def sharded(ctx, seed):
+    """A model whose weight is spread over the ranks of the mesh."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(seed)
+    net = nn.Linear(3, 7)
+    if ctx.world_size > 1:
+        mesh = ctx.mesh.device_mesh
+        net.weight = nn.Parameter(distribute_tensor(net.weight.detach(), mesh, [Shard(0)]))
+        net.bias = nn.Parameter(distribute_tensor(net.bias.detach(), mesh, [Replicate()]))
+        assert isinstance(net.weight, DTensor)
+    return net
+
+
+def whole(net):
+    return [p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach().clone() for p in net.parameters()]
+
+
+def test_sharded_tensors_are_saved_by_their_ranks_and_read_in_any_layout(tmp_path):
+    expected = whole(sharded(ONE, 1))
+
+    def save(ctx):
+        net = sharded(ctx, 1)
+        at = faccel.save(tmp_path, {"net": net}, ctx, step=1)
+        faccel.export_model(net, tmp_path / "export", ctx)
+        return at
+
+    at = simulate(save, 4)[0]
+    stored = {rank: load_file(f"{at.path}/shard-{rank + 1:05d}-model-00001-of-00001.safetensors") for rank in range(4)}
+    assert [len(stored[rank]["net/weight"]) for rank in range(4)] == [2, 2, 2, 1]
+
+    def load(ctx, how):
+        net = sharded(ctx, 2)
+        if how == "load":
+            faccel.load(tmp_path, {"net": net}, ctx)
+        else:
+            faccel.load_model(net, tmp_path / "export", ctx)
+        return whole(net)
+
+    for world_size in (1, 2, 3, 4):
+        for how in ("load", "load_model"):
+            for got in simulate(load, world_size, how):
+                assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_the_command_line_merges_and_lists(tmp_path):
+    torch.manual_seed(0)
+    net = Tied()
+    simulate(lambda ctx: faccel.save(tmp_path / "runs", {"net": net, "n": 1}, ctx, step=4), 2)
+    out = CliRunner().invoke(main, ["merge", str(tmp_path / "runs"), str(tmp_path / "out")])
+    assert (out.exit_code, out.output) == (0, "model.safetensors\n")
+    other = Tied()
+    faccel.load_model(other, tmp_path / "out", ONE)
+    assert torch.equal(other.embed.weight, net.embed.weight)
+    faccel.save(tmp_path / "two", {"a": net, "b": nn.Linear(1, 1)}, ONE, step=1)
+    out = CliRunner().invoke(main, ["merge", str(tmp_path / "two"), str(tmp_path / "out")])
+    assert out.exit_code == 1
+    assert "`a`, `b`" in out.output
+    out = CliRunner().invoke(main, ["merge", str(tmp_path / "two"), str(tmp_path / "out"), "--model", "b"])
+    assert out.exit_code == 0
+
+    out = CliRunner().invoke(main, ["checkpoints", str(tmp_path / "runs")])
+    assert out.exit_code == 0
+    assert out.output.startswith("step 4  ")
+    file = next((tmp_path / "runs").glob("*/*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\7")
+    out = CliRunner().invoke(main, ["checkpoints", str(tmp_path / "runs")])
+    assert out.exit_code == 1
+    assert "CORRUPT" in out.output
+
+
+def test_an_object_is_written_whole_by_rank_0(tmp_path):
+    def fn(ctx):
+        faccel.save_object({"rank": ctx.rank, "x": torch.ones(2)}, tmp_path / "x.pt", ctx)
+        with pytest.raises(CheckpointError):
+            faccel.save_object(1, tmp_path / "no" / "x.pt", ctx)
+        return torch.load(tmp_path / "x.pt")["rank"]
+
+    assert simulate(fn, 2) == (0, 0)
+    assert os.listdir(tmp_path) == ["x.pt"]
