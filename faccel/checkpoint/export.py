@@ -218,18 +218,9 @@ def load_model(model: WrappedModel | nn.Module, path: str | os.PathLike[str], ct
             kept[name] = kept.pop(kept_name)
         missing, unknown = sorted(set(kept) - set(stored)), sorted(set(stored) - set(kept) - set(ties))
         wrong = [n for n, x in kept.items() if n in stored and stored[n].shape != x.shape]
-        for names, what in (
-            (missing, "missing in the files"),
-            (unknown, "not the model's"),
-            (wrong, "of another shape"),
-        ):
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise CheckpointError(
-                    "these weights do not fit the model",
-                    saw=f"{', '.join(f'`{n}`' for n in names[:3])}{more}: {what}",
-                    fix="build the model that was exported",
-                )
+        _refuse(missing, "missing in the files")
+        _refuse(unknown, "not the model's")
+        _refuse(wrong, "of another shape")
 
     together(plan, ctx, "find the weights of the model")
     together(lambda: readers[0].read(kept), ctx, "read the weights")

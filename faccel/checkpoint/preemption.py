@@ -16,34 +16,38 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What launchers and clusters send: SIGTERM; SIGUSR1 where SLURM is asked for it (`#SBATCH --signal=USR1@120`)."""
 
 
-@attrs.define(eq=False)
+@attrs.frozen(eq=False)
 class Preemption:
     """Whether this process was told to end; made by `preemption`.
 
     A script that has saved exits with `Preemption.exit_code`, 75 (EX_TEMPFAIL): the same command goes on.
 
     Args:
-        requested: Whether a signal has come. Ranks hear at different times: decide with
-            `faccel.agree(ctx, preempted=told.requested)`.
+        heard: The signals that have come so far.
     """
 
     exit_code: ClassVar[int] = 75
 
-    requested: bool = False
+    heard: list[int] = attrs.field(factory=list)
     _before: dict[signal.Signals, Any] = attrs.field(factory=dict, init=False, repr=False)
 
+    @property
+    def requested(self) -> bool:
+        """Whether one has. Ranks hear at different times: `faccel.agree(ctx, preempted=told.requested)`."""
+        return bool(self.heard)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True  # and nothing else: whatever was going on goes on
+        self.heard.append(number)  # and nothing else: whatever was going on goes on
 
     def _listen(self) -> None:
-        self._before = {each: signal.signal(each, self._note) for each in SIGNALS}
+        self._before.update({each: signal.signal(each, self._note) for each in SIGNALS})
 
     def close(self) -> None:
         """Put the handlers back that were there before."""
         for each, before in self._before.items():
             if signal.getsignal(each) == self._note:
                 signal.signal(each, signal.SIG_DFL if before is None else before)
-        self._before = {}
+        self._before.clear()
 
 
 @effectful(AMBIENT)
@@ -51,7 +55,7 @@ def preemption(ctx: DistContext) -> Preemption:
     """Listen for SIGTERM and SIGUSR1 from now on, until the context is shut down.
 
     Effects: ambient. Sets the handlers of the two signals, which only note that one has come. Off the main thread, as
-    in a simulated world, there is nothing to set: `requested` is then the test's to write.
+    in a simulated world, there is nothing to set: a test appends to `heard`.
 
     Args:
         ctx: Whose end puts the handlers back.
