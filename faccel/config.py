@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
 
+from faccel.config_file import VARIABLE, ConfigFile
 from faccel.errors import ConfigError, nearest
 from faccel.mesh import MeshSpec
 
 PRECISIONS = ("no", "bf16", "fp16")
 PREFIX = "FACCEL_"
+LAUNCH = "FACCEL_LAUNCH"
+"""Where `faccel launch` tells its ranks its flags, as JSON: stronger than the environment, which stays as it was."""
 
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
@@ -133,6 +137,8 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
     fields = {PREFIX + field.name.upper(): field for field in config_fields()}
     found: dict[str, tuple[Any, str]] = {}
     for key in sorted(key for key in env if key.startswith(PREFIX) and env[key]):  # empty is unset, as in a shell
+        if key in (LAUNCH, VARIABLE):
+            continue
         if key not in fields:
             raise ConfigError(f"the environment variable `{key}` means nothing to faccel", fix=nearest(key, fields))
         field = fields[key]
@@ -142,6 +148,20 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
             raise ConfigError(f"the environment variable `{key}` cannot be read: {error}", saw=repr(env[key])) from None
         found[field.name] = (value, f"environment {key}")
     return found
+
+
+def _from_file(file: ConfigFile | None) -> dict[str, tuple[Any, str]]:
+    return {} if file is None else {key: (value, f"file {file.name}") for key, value in file.values.items()}
+
+
+def _from_flags(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    flags: dict[str, Any] = json.loads(env.get(LAUNCH) or "{}")
+    return {name: (value, f"flag {flag_of(name)}") for name, value in flags.items()}
+
+
+def flag_of(name: str) -> str:
+    """Return the launcher's flag for a field."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _from_record(config: Config | Mapping[str, Any] | None) -> dict[str, tuple[Any, str]]:
@@ -171,22 +191,25 @@ def resolve(
     *,
     env: Mapping[str, str] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    file: ConfigFile | None = None,
 ) -> Config:
-    """Merge the sources, weakest to strongest: defaults, environment, `config`, `overrides`.
+    """Merge the sources, weakest first: defaults, `file`, environment, the launcher's flags, `config`, `overrides`.
 
-    Effects: pure. Neither reads nor writes the process environment.
+    Effects: pure. Neither reads nor writes the process environment, or a file.
 
     Args:
         config: A record or mapping; of a record that was resolved only the fields that had a source count, of
             any other those that differ from the defaults.
         env: The environment, of which names that start with `FACCEL_` are read; an empty value is none.
         overrides: Single fields.
+        file: What a configuration file says.
 
     Returns:
         The record; its `sources` say for each field where it came from and what it overrode.
 
     Raises:
-        ConfigError: An unknown name (with the nearest right one), a wrong type, an impossible value.
+        ConfigError: An unknown name (with the nearest right one), a wrong type, an impossible value, each with the
+            source that says so; or a flag of the launcher that an argument contradicts.
 
     Examples:
         >>> resolve({"grad_accum": 4}, env={"FACCEL_GRAD_ACCUM": "2"}).sources["grad_accum"]
@@ -195,16 +218,44 @@ def resolve(
     names = {field.name: field.default for field in config_fields()}
     values: dict[str, Any] = dict(names)
     sources = dict.fromkeys(names, "default")
+    flags = _from_flags(env or {})
     layers = (
+        _from_file(file),
         _from_environment(env or {}),
+        flags,
         _from_record(config),
         {key: (value, "argument") for key, value in (overrides or {}).items()},
     )
     for layer in layers:
         for key, (value, source) in layer.items():
             if key not in names:
-                raise ConfigError(f"`{key}` is not a field of the configuration", fix=nearest(key, names))
+                where = "" if source.startswith("argument") else f" ({source})"
+                raise ConfigError(f"`{key}` is not a field of the configuration{where}", fix=nearest(key, names))
             weaker = sources[key].partition(",")[0]
+            if key in flags and layer is not flags and sources[key].startswith("flag"):
+                _check_agrees(key, flags[key], (value, source))
             sources[key] = f"{source}, over {weaker} {_show(values[key])}"
             values[key] = value
-    return Config(**values, sources=sources)
+    try:
+        return Config(**values, sources=sources)
+    except ConfigError as error:
+        raise _with_source(error, sources) from None
+
+
+def _check_agrees(name: str, flag: tuple[Any, str], argument: tuple[Any, str]) -> None:
+    """Refuse an argument of the script that says something else than the launcher was told."""
+    first, second = (getattr(Config(**{name: value}), name) for value, _ in (flag, argument))
+    if first != second:
+        raise ConfigError(
+            f"the script and the launcher contradict each other about `{name}`",
+            saw=f"{flag[1]} {_show(first)}, {argument[1]} {_show(second)}",
+            fix=f"leave out `{flag_of(name)}`, or take `{name}` out of the call of `faccel.init`",
+        )
+
+
+def _with_source(error: ConfigError, sources: Mapping[str, str]) -> ConfigError:
+    """Return the error of a field with the source that its value came from."""
+    name = next((name for name in sources if error.what.startswith(f"`{name}` ")), "mesh")
+    source = sources[name].partition(",")[0]
+    saw = error.saw if source == "argument" else f"{error.saw or 'it'}, from the {source}"
+    return ConfigError(error.what, saw=saw, fix=error.fix)

@@ -40,6 +40,10 @@ class TopologyError(FaccelError, RuntimeError):
     """The environment describes a world that cannot be."""
 
 
+class LaunchError(FaccelError, ValueError):
+    """A launch cannot be, or what it should start is not there."""
+
+
 class WorldError(FaccelError, RuntimeError):
     """The processes could not be joined into the world that was asked for, or it is gone."""
 

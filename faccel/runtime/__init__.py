@@ -21,6 +21,7 @@ from faccel.backends.checked import CheckedCollectives
 from faccel.backends.collectives import SingleCollectives, TorchCollectives
 from faccel.backends.roll_call import RollCall
 from faccel.config import Config, resolve
+from faccel.config_file import find, read
 from faccel.context import DistContext, Mesh, Topology
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError, DeviceError, WorldError
@@ -209,7 +210,7 @@ def _named_device(name: str, topology: Topology) -> torch.device:
 
 @effectful(AMBIENT)
 def init(
-    config: Config | Mapping[str, Any] | None = None, /, *, env: Mapping[str, str] | None = None, **overrides: Any
+    config: Config | Mapping[str, Any] | str | None = None, /, *, env: Mapping[str, str] | None = None, **overrides: Any
 ) -> DistContext:
     """Return the context of this process: where it stands, what it computes on, how it talks.
 
@@ -221,7 +222,8 @@ def init(
     call in one process is legal.
 
     Args:
-        config: A `Config` or a mapping of its fields.
+        config: A `Config`, a mapping of its fields, or a file: `"training.yaml"`, `"training.yaml#faccel"`. Without a
+            file here, `$FACCEL_CONFIG` counts, else the user's own (`faccel config path`).
         env: The environment; None takes the process's own.
         **overrides: Single fields of `Config`, which win over everything else.
 
@@ -242,7 +244,9 @@ def init(
     if "config" in overrides:
         raise ConfigError("`config` is given by its place", saw="`init(config=...)`", fix="write `faccel.init(config)`")
     env = os.environ if env is None else env
-    resolved = resolve(config, env=env, overrides=overrides)
+    reference = config if isinstance(config, str) else find(env)
+    file = None if reference is None else read(reference)
+    resolved = resolve(None if isinstance(config, str) else config, env=env, overrides=overrides, file=file)
     topology = detect(env)
     spec = (resolved.mesh or MeshSpec(dp_replicate=-1)).fill(topology.world_size)
     parallelism = choose(spec, env)
@@ -262,7 +266,7 @@ def init(
         parallelism=parallelism,
         close=_leave,
     )
-    _except_hook.enter(id(ctx), topology.rank, topology.world_size)
+    _except_hook.enter(id(ctx), topology.rank, topology.world_size, env)
     if not isinstance(comm, SingleCollectives):
         _default_group.users[id(ctx)] = comm.close
     atexit.register(_at_exit, ctx)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import signal
 import sys
 import threading
+import time
+import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn
+
+from faccel.config import LAUNCH
 
 
 class _Hook:
@@ -18,8 +24,10 @@ class _Hook:
     Ctrl-C is one line of rank 0 instead of a traceback of each; anything else goes on to the hook that was there.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, env: Mapping[str, str]) -> None:
         self.before: Any = sys.excepthook
+        self.error_file = env.get("TORCHELASTIC_ERROR_FILE")  # where an agent of torch's reads what became of its ranks
+        self.is_launched = bool(self.error_file) and LAUNCH in env  # `faccel launch` shows the first failure of all
         self.rank, self.world_size = rank, world_size
         self.is_retired = False
 
@@ -29,7 +37,10 @@ class _Hook:
             return
         interrupted = issubclass(kind, KeyboardInterrupt)
         if not interrupted:
-            self.before(kind, error, at)
+            if self.error_file:
+                _record(error, self.error_file)
+            if not self.is_launched:
+                self.before(kind, error, at)
         elif self.rank == 0:
             sys.stderr.write("interrupted\n")
         is_prompt = sys.flags.inspect or hasattr(sys, "ps1")
@@ -44,11 +55,11 @@ class ExceptHook:
         self.users: set[int] = set()
         self.hook: _Hook | None = None
 
-    def enter(self, user: int, rank: int, world_size: int) -> None:
+    def enter(self, user: int, rank: int, world_size: int, env: Mapping[str, str]) -> None:
         """Take the hook's place, for the first context and for one of a larger world."""
         if self.hook is None or self.hook.world_size < world_size or sys.excepthook is not self.hook:
             self._retire()
-            self.hook = sys.excepthook = _Hook(rank, world_size)
+            self.hook = sys.excepthook = _Hook(rank, world_size, env)
         self.users.add(user)
 
     def leave(self, user: int, error: BaseException | None) -> None:
@@ -64,6 +75,15 @@ class ExceptHook:
         if sys.excepthook is self.hook:
             sys.excepthook = self.hook.before
         self.hook = None
+
+
+def _record(error: BaseException, path: str) -> None:
+    """Leave word of an error for the agent of torch that started this process, in the form that it reads."""
+    lines = "".join(traceback.format_exception(error))
+    details = {"py_callstack": lines, "timestamp": str(int(time.time()))}
+    message = {"message": f"{type(error).__name__}: {error}", "extraInfo": details}
+    with suppress(OSError), open(path, "w") as file:
+        json.dump({"message": message}, file)
 
 
 def _end(by: signal.Signals | None) -> NoReturn:

@@ -6,14 +6,16 @@ import sys
 
 import click
 
+from faccel.cli.launch import launch
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="faccel")
 def main() -> None:
-    """Run your own PyTorch training loop on anything.
+    """Run your own PyTorch training loop on anything."""
 
-    Start several processes with torchrun: `torchrun --nproc-per-node 2 script.py`.
-    """
+
+main.add_command(launch)
 
 
 @main.command()

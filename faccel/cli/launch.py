@@ -1,0 +1,103 @@
+"""`faccel launch`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from faccel.cli.flags import UsageError, config_flags, given_fields
+from faccel.errors import FaccelError, LaunchError
+
+_NPROC = ("auto", "cpu", "gpu")
+_NPROC_HELP = "Processes on this machine; auto is one per GPU, else one."
+
+
+@click.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
+@click.option("--nproc", default="auto", metavar="N|auto|cpu|gpu", show_default=True, help=_NPROC_HELP)
+@click.option("--cpu", is_flag=True, help="Compute on the CPU: `--device cpu`.")
+@click.option("--nnodes", default="1", show_default=True, metavar="N|MIN:MAX", help="Machines.")
+@click.option("--node-rank", type=int, help="Number of this machine, from 0.")
+@click.option("--main-address", metavar="HOST", help="The machine that the others meet at.")
+@click.option("--main-port", type=click.IntRange(1, 65535), help="Its port; a free one on a single machine.")
+@click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet that may come and go.")
+@click.option("--rdzv-id", default="faccel", show_default=True, help="Name of the run at that place.")
+@click.option("--max-restarts", type=click.IntRange(0), default=0, show_default=True, help="Starts after a failure.")
+@click.option("--log-dir", metavar="DIR", help="Keep what each process prints.")
+@click.option("--tee", is_flag=True, help="With --log-dir: print it too.")
+@click.option("--config", metavar="FILE[#SECTION]", help="Configuration file, or a section of yours.")
+@click.option("-m", "--module", is_flag=True, help="SCRIPT is a module.")
+@click.option("--no-python", is_flag=True, help="SCRIPT is a program.")
+@config_flags
+@click.argument("script")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def launch(script: str, args: tuple[str, ...], **options: Any) -> None:
+    """Run SCRIPT with its ARGS on every process that is asked for.
+
+    All options come before SCRIPT; what follows it is the script's own. Fields of the configuration given here are
+    stronger than the environment and a file, and must not contradict what the script gives to `faccel.init`.
+    """
+    from faccel.launch.run import run
+
+    try:
+        if options["config"]:
+            from faccel.config import resolve
+            from faccel.config_file import read
+
+            resolve(file=read(options["config"]))
+        spec = _spec((script, *args), options)
+    except FaccelError as error:
+        raise UsageError(error) from None
+    try:
+        code = run(spec, os.environ)
+    except LaunchError as error:
+        raise UsageError(error) from None
+    except FaccelError as error:
+        raise click.ClickException(str(error)) from None
+    sys.exit(code)
+
+
+def _spec(command: tuple[str, ...], options: dict[str, Any]) -> Any:
+    from faccel.launch.spec import LaunchSpec
+
+    flags = given_fields(options)
+    if options["cpu"]:
+        if flags.get("device", "cpu") != "cpu":
+            raise LaunchError("`--cpu` is `--device cpu`", saw=f"--device {flags['device']} too", fix="leave one out")
+        flags["device"] = "cpu"
+    if options["module"] and options["no_python"]:
+        raise LaunchError("SCRIPT is a module or a program", saw="`-m` and `--no-python`", fix="leave one out")
+    kind = "module" if options["module"] else "executable" if options["no_python"] else "script"
+    same = ("nnodes", "node_rank", "main_address", "main_port", "rdzv_endpoint", "rdzv_id", "max_restarts", "log_dir",
+            "tee", "config")  # fmt: skip
+    return LaunchSpec(
+        command=command,
+        kind=kind,
+        nproc=_processes(options["nproc"], str(flags.get("device") or "")),
+        flags=flags,
+        **{name: options[name] for name in same},
+    )
+
+
+def _processes(nproc: str, device: str) -> int:
+    if nproc not in _NPROC and not (nproc.isdecimal() and int(nproc) > 0):
+        raise LaunchError("`--nproc` is a number of processes", saw=nproc, fix=f"use 1, 2, ... or {', '.join(_NPROC)}")
+    if nproc == "cpu":
+        return os.cpu_count() or 1
+    if device.startswith("cpu") and nproc != "gpu":
+        return 1 if nproc == "auto" else int(nproc)
+    if nproc == "1":
+        return 1
+    import torch
+
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if nproc == "gpu" and not count:
+        raise LaunchError("there is no GPU for `--nproc gpu`", saw="no accelerator", fix="write `--cpu --nproc 2`")
+    if nproc in _NPROC:
+        return max(1, count)
+    if count and int(nproc) > count:
+        fix = f"use `--nproc {count}`, or `--cpu`"
+        raise LaunchError("each process needs a device of its own", saw=f"{nproc} processes, {count} devices", fix=fix)
+    return int(nproc)

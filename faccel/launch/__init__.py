@@ -1,0 +1,1 @@
+"""Starting processes: a launch as values, run by torch.distributed.run."""

@@ -1,0 +1,90 @@
+"""Running a launch: by torch.distributed.run, in this process; the first failure is shown once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from faccel.errors import LaunchError
+from faccel.launch.spec import LaunchSpec, additions, arguments
+
+
+def run(spec: LaunchSpec, env: Mapping[str, str]) -> int:
+    """Run the command of `spec` on every process that it asks for; return the exit code.
+
+    Effects: ambient. Starts processes. The code is that of the first process that failed, 128 and the signal where one
+    ended it. Where there is a single process, it takes the place of this one.
+
+    Raises:
+        LaunchError: The command is not there, or its port is taken.
+    """
+    _check(spec)
+    env = {**env, **additions(spec, env, os.cpu_count() or 1)}
+    if spec.is_single_process:
+        _become(spec, env)
+    os.environ.update(env)
+    return _supervise(spec)
+
+
+def _check(spec: LaunchSpec) -> None:
+    first = spec.command[0]
+    if spec.kind == "script" and not os.path.isfile(first):
+        fix = "name a script, `-m` and a module, or `--no-python` and a program"
+        raise LaunchError("the script is not there", saw=f"`{first}`", fix=fix)
+    if spec.kind == "executable" and shutil.which(first) is None:
+        raise LaunchError("the program is not there", saw=f"`{first}`", fix="name one that is on the PATH")
+    if spec.main_port is not None and not spec.node_rank:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", spec.main_port))
+            except OSError as error:
+                saw = f"--main-port {spec.main_port}: {error.strerror}"
+                raise LaunchError(
+                    "the port cannot be used", saw=saw, fix="name another, or none on one machine"
+                ) from None
+
+
+def _become(spec: LaunchSpec, env: Mapping[str, str]) -> NoReturn:
+    prefix = {"script": [sys.executable], "module": [sys.executable, "-m"], "executable": []}[spec.kind]
+    words = [*prefix, *spec.command]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(words[0], words, dict(env))
+
+
+def _supervise(spec: LaunchSpec) -> int:
+    import torch.distributed.run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said below
+    given = torchrun.parse_args(arguments(spec))
+    if given.standalone:
+        given.rdzv_backend, given.rdzv_endpoint, given.rdzv_id = "c10d", "localhost:0", f"faccel-{os.getpid()}"
+    config, command, rest = torchrun.config_from_args(given)
+    try:
+        elastic_launch(config=config, entrypoint=command)(*rest)
+    except ChildFailedError as error:
+        return _report(error)
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def _report(error: Any) -> int:
+    """Show the first failure above everything that follows from it; return its exit code."""
+    rank, failure = error.get_first_failure()
+    code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+    how = f"exit code {code}" if failure.exitcode >= 0 else f"signal {-failure.exitcode}"
+    told = failure.message
+    details = told.get("extraInfo", {}).get("py_callstack", "") if isinstance(told, dict) else ""
+    text = f"\nrank {rank} on {socket.gethostname()} failed first ({how})\n{details}"
+    sys.stderr.write(text.rstrip("\n") + "\n")
+    return code
