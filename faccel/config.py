@@ -232,7 +232,7 @@ def resolve(
                 where = "" if source.startswith("argument") else f" ({source})"
                 raise ConfigError(f"`{key}` is not a field of the configuration{where}", fix=nearest(key, names))
             weaker = sources[key].partition(",")[0]
-            if key in flags and layer is not flags and sources[key].startswith("flag"):
+            if key in flags and source.startswith("argument"):
                 _check_agrees(key, flags[key], (value, source))
             sources[key] = f"{source}, over {weaker} {_show(values[key])}"
             values[key] = value

@@ -78,9 +78,15 @@ def _supervise(spec: LaunchSpec) -> int:
     return 0
 
 
+def _follows(failure: Any) -> bool:
+    """Whether a process failed because another one had."""
+    told = failure.message
+    return isinstance(told, dict) and str(told.get("message", "")).startswith("RankFailedError")
+
+
 def _report(error: Any) -> int:
     """Show the first failure above everything that follows from it; return its exit code."""
-    rank, failure = error.get_first_failure()
+    rank, failure = min(error.failures.items(), key=lambda each: (_follows(each[1]), each[1].timestamp))
     code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
     how = f"exit code {code}" if failure.exitcode >= 0 else f"signal {-failure.exitcode}"
     told = failure.message

@@ -16,6 +16,9 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from faccel.config import LAUNCH
+from faccel.errors import RankFailedError
+
+_GRACE_S = 3.0
 
 
 class _Hook:
@@ -43,6 +46,8 @@ class _Hook:
                 self.before(kind, error, at)
         elif self.rank == 0:
             sys.stderr.write("interrupted\n")
+        if self.error_file and isinstance(error, RankFailedError):
+            time.sleep(_GRACE_S)  # whose failure it follows from ends first, and the agent ends this one
         is_prompt = sys.flags.inspect or hasattr(sys, "ps1")
         if self.world_size > 1 and not is_prompt and threading.current_thread() is threading.main_thread():
             _end(signal.SIGINT if interrupted else None)
