@@ -133,6 +133,19 @@ def config_fields() -> tuple[attrs.Attribute[Any], ...]:
     return tuple(field for field in attrs.fields(Config) if field.name != "sources")
 
 
+def field_table() -> str:
+    """Return the fields as a Markdown table: key of a file and argument of `init`, flag, variable, default, meaning.
+
+    Effects: pure.
+    """
+    rows = [
+        f"| `{f.name}` | `{flag_of(f.name)}` | `{PREFIX}{f.name.upper()}` | `{_show(f.default)}` "
+        f"| {f.metadata['doc']} |"
+        for f in config_fields()
+    ]
+    return "\n".join(["| key, argument | flag | variable | default | |", "| --- | --- | --- | --- | --- |", *rows])
+
+
 def _from_environment(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
     fields = {PREFIX + field.name.upper(): field for field in config_fields()}
     found: dict[str, tuple[Any, str]] = {}

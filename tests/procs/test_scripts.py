@@ -112,6 +112,6 @@ def test_an_example_is_short(path):
 def test_ci_runs_the_commands_of_the_readme():
     commands = re.findall(r"```bash\n(.*?)\n```", (ROOT / "README.md").read_text(), re.S)
     assert commands[:2] == [
-        'pip install torch==2.13.0 -e ".[examples]" && torchrun --nproc-per-node 2 examples/digits.py',
+        'pip install torch==2.13.0 -e ".[examples]" && faccel launch --cpu --nproc 2 examples/digits.py',
         'pip install torch==2.13.0 -e ".[test]" && pytest',
     ]
