@@ -177,7 +177,7 @@ class DistContext:
 
     def finish(self) -> None:
         """Wait for what goes on in the background, and raise the first error. Effects: ambient."""
-        waiting, self.unfinished[:] = list(self.unfinished), []
+        waiting, self.unfinished[:] = self.unfinished[::-1], []  # the last one first
         errors: list[Exception] = []
         for each in waiting:
             try:

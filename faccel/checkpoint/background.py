@@ -17,10 +17,11 @@ import torch
 
 from faccel.checkpoint.files import FileEntry, Slice
 from faccel.checkpoint.policy import KeepPolicy
-from faccel.checkpoint.together import failures
+from faccel.checkpoint.together import failures, together
 from faccel.checkpoint.writing import Begun
 from faccel.context import DistContext
-from faccel.errors import CheckpointError
+from faccel.errors import CheckpointError, FaccelError
+from faccel.protocols import WORLD
 
 _POLL_S = 0.005
 _GRACE_S = 30.0
@@ -36,7 +37,7 @@ class Pending:
     def __init__(self, work: Callable[[Pending], None]) -> None:
         self._work = work
         self._error: BaseException | None = None
-        self._give_up_at = float("inf")
+        self.patience_s: float | None = None  # None: as long as the configuration says
         self._thread = threading.Thread(target=self._run, name="faccel-save", daemon=True)
         self._thread.start()
 
@@ -46,19 +47,14 @@ class Pending:
         except BaseException as error:  # told to the next call
             self._error = error
 
-    @property
-    def is_given_up(self) -> bool:
-        """Whether the ranks that have not left word by now are not waited for any more."""
-        return time.monotonic() > self._give_up_at
-
     def outcome(self) -> BaseException | None:
         """Wait for the thread; return its error."""
         self._thread.join()
         return self._error
 
     def __call__(self) -> None:
-        """Wait for the thread, but no longer than a while for other ranks; raise its error. For `shutdown`."""
-        self._give_up_at = time.monotonic() + _GRACE_S
+        """Wait for the thread, but for ranks that make no progress only a while; raise its error. For `shutdown`."""
+        self.patience_s = _GRACE_S
         error = self.outcome()
         if error is not None:
             raise error
@@ -69,14 +65,22 @@ def settle(ctx: DistContext) -> None:
 
     Effects: ambient, collective.
     """
-    if not ctx.unfinished:
-        return
-    ctx.comm.barrier("world")  # every rank has started its thread: in a simulation nobody else would
     pending = [each for each in ctx.unfinished if isinstance(each, Pending)]
+    if not pending:
+        return
+    what = "finish the checkpoint that was written in the background"
+    ctx.comm.barrier(WORLD)  # every rank has started its thread: in a simulation nobody else would
+    ctx.unfinished[:] = [each for each in ctx.unfinished if each not in pending]
+    errors = [] if ctx.is_main else [error for each in pending if (error := each.outcome()) is not None]
+    try:
+        failures(errors[0] if errors else None, ctx, what)  # rank 0 waits for the others' parts: it hears of them first
+    except FaccelError:
+        for each in pending:
+            each.patience_s = 0.0
+            each.outcome()
+        raise
     errors = [error for each in pending if (error := each.outcome()) is not None]
-    for each in pending:
-        ctx.unfinished.remove(each)
-    failures(errors[0] if errors else None, ctx, "finish the checkpoint that was written in the background")
+    failures(errors[0] if errors else None, ctx, what)
 
 
 def staged(slices: Sequence[Slice]) -> list[Slice]:
@@ -95,8 +99,17 @@ def staged(slices: Sequence[Slice]) -> list[Slice]:
 
 
 def start(begun: Begun, ctx: DistContext, metadata: Mapping[str, Any] | None, policy: KeepPolicy | None) -> None:
-    """Copy this rank's part, and write it on a thread."""
-    begun = attrs.evolve(begun, slices=staged(begun.slices))
+    """Copy this rank's part, and write it on a thread.
+
+    Effects: ambient, collective.
+    """
+    copies: list[list[Slice]] = []
+    try:
+        together(lambda: copies.append(staged(begun.slices)), ctx, "copy its part")
+    except BaseException:
+        begun.end()
+        raise
+    begun = attrs.evolve(begun, slices=copies[0])
     world_size, timeout_s = ctx.world_size, ctx.config.timeout_s
 
     def work(pending: Pending) -> None:
@@ -132,14 +145,17 @@ def _leave_word(begun: Begun, word: Mapping[str, Any]) -> None:
 
 def _wait_for_words(folder: str, world_size: int, timeout_s: float, pending: Pending) -> list[FileEntry]:
     files: list[FileEntry] = []
-    deadline = time.monotonic() + timeout_s
+    moved_at, moved = time.monotonic(), -1
     for rank in range(world_size):
         path = _word(folder, rank)
         while not os.path.exists(path):
-            if pending.is_given_up or time.monotonic() > deadline:
-                raise CheckpointError(
-                    f"rank {rank} has not written its part", saw="no word of it", fix="look at its log"
-                )
+            size = sum(each.stat().st_size for each in os.scandir(folder))
+            if size != moved:  # somebody writes
+                moved_at, moved = time.monotonic(), size
+            patience_s = timeout_s if pending.patience_s is None else pending.patience_s
+            if time.monotonic() > moved_at + patience_s:
+                what = f"rank {rank} has not written its part"
+                raise CheckpointError(what, saw="no word of it", fix="look at its log")
             time.sleep(_POLL_S)
         with open(path) as file:
             word = json.load(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
@@ -18,6 +19,7 @@ from faccel.checkpoint.encode import (
     Node,
     fields_of,
     is_stateful,
+    item,
     join,
     optimizer_names,
     parameter_names,
@@ -63,8 +65,6 @@ class Decoder:
 
     def decode(self, node: Node, into: Any, path: str = "") -> Finish:
         """Return what gives the value of `node`, for the place that `into` has in the state."""
-        if isinstance(into, Mapping) and not is_stateful(into) and isinstance(node, dict) and "!" not in node:
-            return self._part(node, into, path)
         if not isinstance(node, (dict, list)):
             return lambda: node
         if isinstance(node, list):
@@ -73,27 +73,32 @@ class Decoder:
         decode = _DECODERS.get(kind, Decoder.plain) if kind else Decoder.free_dict
         return decode(self, node, into, path)
 
-    def _part(self, node: dict[str, Node], into: Mapping[Any, Any], path: str) -> Finish:
-        """A dict is loaded as far as the state names its keys."""
-        parts: dict[Any, Finish] = {}
-        for key, each in into.items():
-            if key not in node:
-                raise _misfit(join(path, key), "not in the checkpoint", f"leave it out, or {nearest(str(key), node)}")
-            parts[key] = self.decode(node[key], each, join(path, key))
-        return lambda: {key: finish() for key, finish in parts.items()}
-
     def free_dict(self, node: dict[str, Node], into: Any, path: str) -> Finish:
-        parts = {key: self.decode(each, None, join(path, key)) for key, each in node.items()}
-        return lambda: {key: finish() for key, finish in parts.items()}
+        return self._children(dict(node), into, path, dict)
+
+    def mapping(self, node: dict[str, Any], into: Any, path: str) -> Finish:
+        keys = [self.decode(key, None)() for key in node["k"]]
+        return self._children(dict(zip(keys, node["v"], strict=True)), into, path, MAPPINGS[node["!"]])
+
+    def _children(self, nodes: dict[Any, Node], into: Any, path: str, make: Callable[[dict[Any, Any]], Any]) -> Finish:
+        """A mapping is loaded as far as the state names its keys; one of values alone, below the top, whole."""
+        places: Mapping[Any, Any] = into if isinstance(into, Mapping) and not is_stateful(into) else {}
+        for key in places:
+            if key not in nodes:
+                fix = f"leave it out, or {nearest(str(key), map(str, nodes))}"
+                raise _misfit(join(path, key), "not in the checkpoint", fix)
+        chosen = places if places and (not path or _has_identity_inside(places)) else nodes
+        parts = {key: self.decode(nodes[key], places.get(key), join(path, key)) for key in chosen}
+        return lambda: make({key: finish() for key, finish in parts.items()})
 
     def _items(self, nodes: list[Node], into: Any, path: str, make: Callable[[list[Any]], Any]) -> Finish:
-        has_places = isinstance(into, (list, tuple)) and fields_of(into) is None
-        if has_places and len(into) != len(nodes) and any(map(_has_identity, into)):
-            raise _misfit(path, f"{len(nodes)} items in the checkpoint, {len(into)} in the state")
-        places: Sequence[Any] = into if has_places and len(into) == len(nodes) else [None] * len(nodes)
-        parts = [
-            self.decode(each, place, join(path, i)) for i, (each, place) in enumerate(zip(nodes, places, strict=True))
-        ]
+        places: Sequence[Any] = into if isinstance(into, (list, tuple)) and fields_of(into) is None else []
+        if len(places) != len(nodes):
+            if any(map(_has_identity_inside, places)):
+                raise _misfit(path, f"{len(nodes)} items in the checkpoint, {len(places)} in the state")
+            places = [places[0] if places else None] * len(nodes)  # values of one kind, however many there were
+        pairs = enumerate(zip(nodes, places, strict=True))
+        parts = [self.decode(each, place, item(path, i)) for i, (each, place) in pairs]
         return lambda: make([finish() for finish in parts])
 
     def plain(self, node: dict[str, Any], into: Any, path: str) -> Finish:
@@ -103,13 +108,6 @@ class Decoder:
         if kind not in _TEXTS:
             raise _misfit(path, f"a kind of value that this version does not know: {kind}", "update faccel")
         return lambda: _TEXTS[kind](v)
-
-    def mapping(self, node: dict[str, Any], into: Any, path: str) -> Finish:
-        keys = [self.decode(key, None)() for key in node["k"]]
-        places = into if isinstance(into, Mapping) else {}
-        parts = [self.decode(each, places.get(key), join(path, key)) for key, each in zip(keys, node["v"], strict=True)]
-        make = MAPPINGS[node["!"]]
-        return lambda: make({key: finish() for key, finish in zip(keys, parts, strict=True)})
 
     def _new_tensor(self, path: str, into: Any = None) -> torch.Tensor:
         stored = self._at(path)
@@ -151,10 +149,13 @@ class Decoder:
         own = dict(module.state_dict())
         if own.keys() != node["v"].keys():
             raise _misfit(path, _difference(set(node["v"]), set(own)), "build the model that was saved")
-        extra = {name: self._parameter(own, node["v"][name], name, join(path, name)) for name in own}
+        parts = {name: self._parameter(own, node["v"][name], name, join(path, name)) for name in own}
+        versions = OrderedDict((name, {"version": version}) for name, version in node.get("versions", {}).items())
 
         def load() -> Any:
-            module.load_state_dict({name: finish() for name, finish in extra.items()})
+            state: Any = OrderedDict((name, finish()) for name, finish in parts.items())
+            state._metadata = versions  # what modules look at that read what older ones wrote
+            module.load_state_dict(state)
             return into
 
         return load
@@ -162,15 +163,23 @@ class Decoder:
     def _parameter(self, own: dict[str, Any], node: Node, name: str, path: str) -> Finish:
         """Read a tensor of a model where it is."""
         mine = own[name]
-        if not isinstance(mine, torch.Tensor) or node != {"!": "tensor"}:
+        kinds = {"tensor": 0, "complex": 1}
+        if not isinstance(mine, torch.Tensor) or node.get("!") not in kinds:
             return self.decode(node, mine, path)
         stored = self._at(path)
-        if (mine.shape, mine.dtype) != (stored.shape, stored.dtype):
+        is_complex = mine.dtype.is_complex  # stored as pairs of real numbers
+        shape = stored.shape[:-1] if is_complex else stored.shape
+        dtype = mine.dtype.to_real() if is_complex else mine.dtype
+        if (mine.shape, dtype) != (shape, stored.dtype) or is_complex != bool(kinds[node["!"]]):
             raise _misfit(
                 path,
                 f"{stored.dtype} {list(stored.shape)} in the checkpoint, {mine.dtype} {list(mine.shape)} in the model",
                 "build the model that was saved, in its dtype",
             )
+        if any(n > 1 and not step for n, step in zip(mine.shape, mine.stride(), strict=True)):
+            raise _misfit(path, "an expanded tensor, whose elements share memory", "register a `.clone()` of it")
+        if is_complex:
+            return self.decode(node, mine, path)
         self.destinations[path] = mine
         return lambda: mine
 
@@ -178,29 +187,31 @@ class Decoder:
         if not isinstance(into, Optimizer):
             raise _misfit(path, f"an optimizer in the checkpoint, {type(into).__name__} in the state")
         names, v = optimizer_names(into, self._names), node["v"]
-        numbers = {name: i for i, name in enumerate(names)}
-        saved = [frozenset(group["params"]) for group in v["param_groups"]]
+        numbers = {name: i for i, name in names.items()}
+        saved = [group["params"] for group in v["param_groups"]]
         own = [[names[i] for i in group["params"]] for group in into.state_dict()["param_groups"]]
         if sorted(map(sorted, saved)) != sorted(map(sorted, own)):
-            differ = _difference(frozenset[str]().union(*saved), frozenset(names))
+            differ = _difference({name for group in saved for name in group}, set(numbers))
             raise _misfit(path, differ, "make the optimizer from the model that is loaded too, in the same groups")
         groups = self.decode(v["param_groups"], None, join(path, "param_groups"))
         rest = self.decode(v["rest"], None, join(path, "rest"))
-        here = join(path, "state")
-        state = {
-            numbers[name]: self.decode(each, _Like(self._parameters.get(name), each), join(here, name))
-            for name, each in v["state"].items()
-        }
+        state = self._optimizer_state(v["state"], numbers, join(path, "state"))
 
         def load() -> Any:
-            options = groups()
-            packed = [options[saved.index(frozenset(g))] | {"params": [numbers[name] for name in g]} for g in own]
-            into.load_state_dict(
-                {"state": {i: finish() for i, finish in state.items()}, "param_groups": packed} | rest()
-            )
+            packed = [_same_group(group, options, numbers) for group, options in _pairs(own, groups())]
+            into.load_state_dict({"state": state(), "param_groups": packed} | rest())
             return into
 
         return load
+
+    def _optimizer_state(self, node: dict[str, Any], numbers: Mapping[str, int], path: str) -> Finish:
+        keys: list[Any] = list(node) if "!" not in node else [self.decode(key, None)() for key in node["k"]]
+        nodes: list[Any] = list(node.values()) if "!" not in node else node["v"]
+        parts = {
+            numbers.get(key, key): self.decode(each, _like(self._parameters.get(key), each), join(path, key))
+            for key, each in zip(keys, nodes, strict=True)
+        }
+        return lambda: {key: finish() for key, finish in parts.items()}
 
     def stateful(self, node: dict[str, Any], into: Any, path: str) -> Finish:
         if not is_stateful(into):
@@ -233,20 +244,41 @@ class Decoder:
         return lambda: TensorDict({key: finish() for key, finish in parts.items()}, batch_size=node["batch_size"])
 
     def record(self, node: dict[str, Any], into: Any, path: str) -> Finish:
-        kind = OWN_RECORDS.get(node["class"], type(into))
+        kind = OWN_RECORDS[node["class"]] if node.get("own") else type(into)
         places = fields_of(into) or {}
-        if kind.__name__ != node["class"]:
-            raise _misfit(path, f"a {node['class']} in the checkpoint, a {kind.__name__} in the state")
         parts = {name: self.decode(each, places.get(name), join(path, name)) for name, each in node["v"].items()}
-        aliases = {a.name: a.alias for a in attrs.fields(kind)} if attrs.has(kind) else {}
-        return lambda: kind(**{aliases.get(name, name): finish() for name, finish in parts.items()})
+        if kind.__name__ == node["class"]:
+            aliases = {a.name: a.alias for a in attrs.fields(kind)} if attrs.has(kind) else {}
+            return lambda: kind(**{aliases.get(name, name): finish() for name, finish in parts.items()})
+        if not node.get("tuple"):
+            saw = f"a {node['class']} in the checkpoint, a {kind.__name__} in the state"
+            raise _misfit(path, saw, f"put a {node['class']} there, so that its class is known")
+        return lambda: tuple(finish() for finish in parts.values())  # a named tuple is equal to it
 
 
-class _Like(dict[str, Any]):
-    """For each tensor of one parameter's optimizer state the parameter: a tensor of its shape is laid out as it is."""
+def _like(parameter: torch.Tensor | None, node: Node) -> dict[str, Any] | None:
+    """For each tensor of one parameter's optimizer state the parameter: one of its shape is laid out as it is."""
+    return dict.fromkeys(node, parameter) if isinstance(node, dict) and "!" not in node else None
 
-    def __init__(self, parameter: torch.Tensor | None, node: Node) -> None:
-        super().__init__(dict.fromkeys(node, parameter))
+
+def _pairs(own: list[list[str]], groups: list[dict[str, Any]]) -> list[tuple[list[str], dict[str, Any]]]:
+    """Return each group of the state's with the options of the stored group that has the same parameters."""
+    left = list(groups)
+    pairs: list[tuple[list[str], dict[str, Any]]] = []
+    for names in own:
+        options = next(group for group in left if sorted(group["params"]) == sorted(names))
+        left.remove(options)
+        pairs.append((names, options))
+    return pairs
+
+
+def _same_group(names: list[str], options: dict[str, Any], numbers: Mapping[str, int]) -> dict[str, Any]:
+    """Return the options for the parameters in the order that this optimizer has them in."""
+    packed = options | {"params": [numbers[name] for name in names]}
+    if options.get("param_names"):
+        by_name = dict(zip(options["params"], options["param_names"], strict=True))
+        packed["param_names"] = [by_name[name] for name in names]
+    return packed
 
 
 def _parameters(state: Any) -> list[nn.Parameter]:
@@ -258,6 +290,14 @@ def _parameters(state: Any) -> list[nn.Parameter]:
 
 def _has_identity(value: Any) -> bool:
     return isinstance(value, (WrappedModel, nn.Module, Optimizer)) or is_stateful(value)
+
+
+def _has_identity_inside(value: Any) -> bool:
+    if isinstance(value, Mapping) and not is_stateful(value):
+        return any(map(_has_identity_inside, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_identity_inside, value))
+    return _has_identity(value)
 
 
 def _difference(stored: Set[str], own: Set[str]) -> str:

@@ -33,14 +33,22 @@ whose key `"!"` names another kind."""
 
 OWN_RECORDS: dict[str, Any] = {"Cursor": Cursor, "ScalerState": ScalerState}
 _NOT_STORED = {"ScalerState": ("stepped",)}
+_SAFE = " .:,;@+=()[]-_"
 _PLAIN = (type(None), bool, int, str)
 MAPPINGS: dict[str, Callable[[dict[Any, Any]], Any]] = {"Counter": Counter, "OrderedDict": OrderedDict, "dict": dict}
 
 
 def join(path: str, key: object) -> str:
     """Return the name of what lies under `key`; no two keys of one parent share it."""
-    text = quote(str(key), safe=" .:,;@+=()[]-_") or "%"
+    text = quote(key, safe=_SAFE) if isinstance(key, str) else f"#{quote(repr(key), safe=_SAFE)}"
+    if text in ("", "__metadata__"):  # the second one is what safetensors keeps its own under
+        text = f"%{text}"
     return f"{path}/{text}" if path else text
+
+
+def item(path: str, number: int) -> str:
+    """Return the name of an item of a sequence."""
+    return f"{path}/{number}" if path else str(number)
 
 
 def fields_of(record: Any) -> dict[str, Any] | None:
@@ -76,13 +84,22 @@ def parameter_names(state: Any, path: str = "") -> dict[int, str]:
         children = iter(enumerate(state))
     else:
         return {}
-    return {i: name for key, child in children for i, name in parameter_names(child, join(path, key)).items()}
+    named = item if isinstance(state, (list, tuple)) else join
+    return {i: name for key, child in children for i, name in parameter_names(child, named(path, key)).items()}
 
 
-def optimizer_names(opt: Optimizer, names: Mapping[int, str]) -> list[str]:
-    """Return the name of each parameter in the order in which torch numbers them; the number where no model has it."""
-    params = list({id(p): p for group in opt.param_groups for p in group["params"]}.values())
-    return [names.get(id(p), str(i)) for i, p in enumerate(params)]
+def optimizer_names(opt: Optimizer, names: Mapping[int, str]) -> dict[int, str]:
+    """Return the name of each parameter by torch's number of it; the number itself where no model has it."""
+    found: dict[int, str] = {}
+    seen: set[int] = set()
+    start = 0
+    for group in opt.param_groups:
+        for i, p in enumerate(group["params"], start):
+            if id(p) not in seen:
+                seen.add(id(p))
+                found[i] = names.get(id(p), str(i))
+        start += len(group["params"])
+    return found
 
 
 class Encoder:
@@ -95,6 +112,8 @@ class Encoder:
 
     def __init__(self, state: Any, ctx: DistContext) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self._taken: set[str] = set()
+        self._is_inside_object = False
         self._names = parameter_names(state)
         self._ctx = ctx
 
@@ -119,25 +138,34 @@ class Encoder:
             raise CheckpointError(
                 "only dense tensors can be stored", saw=f"`{path}`, {value.layout}", fix="call `.to_dense()` on it"
             )
-        value = value.detach()
+        if path in self._taken:
+            raise CheckpointError("two tensors would have one name", saw=f"`{path}`", fix="name one of them otherwise")
+        self._taken.add(path)
+        value = value.detach() if is_dtensor(value) else value.detach().resolve_neg()
         is_complex = value.dtype.is_complex
         if self._ctx.data_rank == 0 or is_dtensor(value):  # of replicas the first one counts, be they equal or not
             self.tensors[path] = torch.view_as_real(value.resolve_conj()) if is_complex else value
         return {"!": "complex" if is_complex else "tensor"}
 
     def module(self, value: Any, path: str) -> Node:
-        return {"!": "module", "v": self.encode(dict(value.state_dict()), path)}
+        state = value.state_dict()
+        versions = {k: v["version"] for k, v in getattr(state, "_metadata", {}).items() if "version" in v}
+        return {"!": "module", "v": self.encode(dict(state), path), "versions": versions}
 
     def optimizer(self, value: Optimizer, path: str) -> Node:
         names, packed = optimizer_names(value, self._names), value.state_dict()
-        state = {names[i]: each for i, each in packed["state"].items()}
+        state = {names.get(i, i): each for i, each in packed["state"].items()}
         groups = [group | {"params": [names[i] for i in group["params"]]} for group in packed["param_groups"]]
         rest = {key: each for key, each in packed.items() if key not in ("state", "param_groups")}
         v = {"state": state, "param_groups": groups, "rest": rest}
         return {"!": "optimizer", "v": self.encode(v, path)}
 
     def stateful(self, value: Any, path: str) -> Node:
-        return {"!": "stateful", "v": self.encode(value.state_dict(), path)}
+        before, self._is_inside_object = self._is_inside_object, True
+        try:
+            return {"!": "stateful", "v": self.encode(value.state_dict(), path)}
+        finally:
+            self._is_inside_object = before
 
     def rng(self, value: RngState, path: str) -> Node:
         here = join(path, f"rank-{self._ctx.rank:05d}")
@@ -154,15 +182,31 @@ class Encoder:
         nodes = [self.encode(each, join(path, key)) for key, each in value.items()]
         if kind == "dict" and all(type(key) is str and not key.startswith("!") for key in value):
             return dict(zip(value, nodes, strict=True))
-        return {"!": kind, "k": [self.encode(key, join(path, "key")) for key in value], "v": nodes}
+        return {"!": kind, "k": [self._key(key, path) for key in value], "v": nodes}
+
+    def _key(self, key: Any, path: str) -> Node:
+        key = key.item() if isinstance(key, np.generic) else key
+        parts: list[Any] = list(key) if type(key) is tuple else [key]
+        if not all(isinstance(each, (*_PLAIN, float, bytes, torch.dtype)) for each in parts):
+            saw = f"a {type(key).__name__} in `{path}`"
+            raise CheckpointError("this cannot be stored as a key", saw=saw, fix="use numbers, text or tuples of them")
+        return self.encode(key, path)
 
     def record(self, value: Any, path: str) -> Node:
         name = type(value).__name__
-        fields = {k: v for k, v in (fields_of(value) or {}).items() if k not in _NOT_STORED.get(name, ())}
-        return {"!": "record", "class": name, "v": {k: self.encode(v, join(path, k)) for k, v in fields.items()}}
+        is_own, is_tuple = OWN_RECORDS.get(name) is type(value), isinstance(value, tuple)
+        if self._is_inside_object and not is_own and not is_tuple:
+            raise CheckpointError(
+                "inside of a `state_dict` nothing tells the class of a record when it is loaded",
+                saw=f"`{path}`, a {name}",
+                fix="give its fields away as a dict, in that object's `state_dict`",
+            )
+        fields = {k: v for k, v in (fields_of(value) or {}).items() if not is_own or k not in _NOT_STORED.get(name, ())}
+        v = {k: self.encode(each, join(path, k)) for k, each in fields.items()}
+        return {"!": "record", "class": name, "own": is_own, "tuple": is_tuple, "v": v}
 
     def sequence(self, value: Any, path: str) -> Node:
-        nodes = [self.encode(each, join(path, i)) for i, each in enumerate(value)]
+        nodes = [self.encode(each, item(path, i)) for i, each in enumerate(value)]
         kinds = {tuple: "tuple", set: "set", frozenset: "frozenset", torch.Size: "Size"}
         return nodes if isinstance(value, list) else {"!": kinds[type(value)], "v": nodes}
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from faccel.checkpoint.encode import is_dtensor
+from faccel.checkpoint.encode import is_dtensor, join
 from faccel.checkpoint.files import Slice, sync_directory, write_file, write_safetensors
-from faccel.checkpoint.record import Checkpoint, checkpoints, read_manifest
+from faccel.checkpoint.record import MANIFEST, Checkpoint, check_hash, checkpoints, read_manifest
 from faccel.checkpoint.storage import Reader
 from faccel.checkpoint.together import together
 from faccel.context import DistContext
@@ -108,7 +108,9 @@ class _Writer:
         if len(self.shards) > 1:
             index = {"metadata": {"total_size": self.num_bytes}, "weight_map": self.weight_map}
             write_file(self.temporary, _INDEX, [json.dumps(index, indent=2, sort_keys=True).encode()])
-        new = sorted(os.listdir(self.temporary))
+        new = sorted(os.listdir(self.temporary), key=lambda name: (name == _INDEX, name))
+        if os.path.exists(os.path.join(self.path, _INDEX)):
+            os.unlink(os.path.join(self.path, _INDEX))  # until the new one is there, nothing loads a mixture
         for name in new:
             os.replace(os.path.join(self.temporary, name), os.path.join(self.path, name))
         for each in os.scandir(self.path):
@@ -206,7 +208,9 @@ def load_model(model: WrappedModel | nn.Module, path: str | os.PathLike[str], ct
         ...     _ = export_model(net, path, ctx)
         ...     load_model(net, path, ctx)
     """
-    kept, ties = _without_ties(_module(model).state_dict())
+    module = _module(model)
+    state = module.state_dict()
+    kept, ties = _without_ties(state)
     readers: list[Reader] = []
 
     def plan() -> None:
@@ -224,6 +228,7 @@ def load_model(model: WrappedModel | nn.Module, path: str | os.PathLike[str], ct
 
     together(plan, ctx, "find the weights of the model")
     together(lambda: readers[0].read(kept), ctx, "read the weights")
+    together(lambda: module.load_state_dict(state), ctx, "load the weights")  # for modules that give copies away
 
 
 def _refuse(names: Sequence[str], what: str) -> None:
@@ -242,7 +247,10 @@ def _files_of(path: str) -> tuple[str, list[str]]:
     index = os.path.join(path, _INDEX)
     if os.path.exists(index):
         with open(index) as file:
-            return path, sorted(set(json.load(file)["weight_map"].values()))
+            names = sorted(set(json.load(file).get("weight_map", {}).values()))
+        if not names or any(os.path.basename(name) != name for name in names):
+            raise CheckpointError("the index names no files of its directory", saw=f"`{index}`", fix="export it again")
+        return path, names
     if os.path.exists(os.path.join(path, "model.safetensors")):
         return path, ["model.safetensors"]
     raise CheckpointError(
@@ -273,25 +281,37 @@ def merge(
         CheckpointError: There is no such model.
     """
     folder = _newest(path).path
-    state = read_manifest(folder).state
-    models = {key for key, node in state.items() if isinstance(node, dict) and node.get("!") == "module"}
+    if os.path.exists(os.path.join(out, MANIFEST)):
+        raise CheckpointError("an export would spoil this checkpoint", saw=f"`{out}`", fix="name another directory")
+    manifest = read_manifest(folder)
+    problem = next((said for entry in manifest.files if (said := check_hash(folder, entry))), None)
+    if problem is not None:
+        raise CheckpointError("the checkpoint is not as it was written", saw=problem, fix="merge another one")
+    state = manifest.state if isinstance(manifest.state, dict) else {}
+    models = {key: node["v"] for key, node in state.items() if isinstance(node, dict) and node.get("!") == "module"}
     if name is None and len(models) == 1:
         name = min(models)
-    if name not in models:
+    if name is None or name not in models:
         listed = ", ".join(f"`{each}`" for each in sorted(models)) or "none"
-        raise CheckpointError(
-            "name a model of the checkpoint", saw=f"{name}; there are {listed}", fix="pass `--model NAME`"
-        )
-    reader = Reader(folder)
-    stored = {key.removeprefix(f"{name}/"): each for key, each in reader.stored().items() if key.startswith(f"{name}/")}
-    shards = _shards(
-        {k: each.shape.numel() * each.dtype.itemsize for k, each in stored.items()}, _num_bytes(max_shard_size)
-    )
+        saw = f"{name}; there are {listed}"
+        raise CheckpointError("name a model of the checkpoint", saw=saw, fix="pass `--model NAME`")
+    reader = Reader(folder, [each.name for each in manifest.files])
+    stored, weights = reader.stored(), dict[str, tuple[str, bool]]()
+    for key, node in models[name].items():
+        kind = node.get("!") if isinstance(node, dict) else None  # an extra state is no weight
+        if kind in ("tensor", "complex"):
+            weights[key] = join(join("", name), key), kind == "complex"
+    sizes = {key: stored[at].shape.numel() * stored[at].dtype.itemsize for key, (at, _) in weights.items()}
+    shards = _shards(sizes, _num_bytes(max_shard_size))
 
     def fetch(names: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        tensors = {key: torch.empty(stored[key].shape, dtype=stored[key].dtype) for key in names}
-        reader.read({f"{name}/{key}": x for key, x in tensors.items()})
-        return tensors
+        places = {key: weights[key] for key in names}
+        tensors = {at: torch.empty(stored[at].shape, dtype=stored[at].dtype) for at, _ in places.values()}
+        reader.read(tensors)
+        return {
+            key: torch.view_as_complex(tensors[at]) if is_complex else tensors[at]
+            for key, (at, is_complex) in places.items()
+        }
 
     return _export(os.path.abspath(out), shards, {}, fetch, ctx)
 

@@ -31,6 +31,7 @@ _DTYPES = {
     torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.complex64: "C64",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
@@ -171,3 +172,20 @@ def lock(directory: str) -> int:
             "another writer is saving into this directory", saw=directory, fix="give each run a directory of its own"
         ) from None
     return fd
+
+
+def unlock(fd: int) -> None:
+    """Give the right back, also where a process that was forked meanwhile holds a copy of the descriptor."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
+def make_directory(path: str) -> None:
+    """Make a directory and those above it; their names are on the disk when this returns."""
+    missing: list[str] = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for each in reversed(missing):
+        os.makedirs(each, exist_ok=True)
+        sync_directory(os.path.dirname(each))

@@ -115,7 +115,7 @@ def _verify(checkpoint: Checkpoint, ctx: DistContext) -> str | None:
 def _load(checkpoint: Checkpoint, state: Any, ctx: DistContext) -> Any:
     def plan() -> Any:
         manifest: Manifest = read_manifest(checkpoint.path)
-        reader = Reader(checkpoint.path)
+        reader = Reader(checkpoint.path, [each.name for each in manifest.files])
         decoder = Decoder(state, reader.stored(), ctx)
         finish = decoder.decode(manifest.state, state)
         planned.append((reader, decoder, finish))

@@ -64,7 +64,7 @@ def every_steps(n: int) -> SavePolicy:
         >>> [step for step in range(1, 8) if every_steps(3)(Moment(step))]
         [3, 6]
     """
-    _check_positive("every_steps", n)
+    _check_positive("every_steps", n, int)
     return SavePolicy(lambda moment: moment.step % n == 0)
 
 
@@ -148,7 +148,7 @@ def keep_latest(n: int) -> KeepPolicy:
         >>> sorted(keep_latest(2)([Checkpoint("", step) for step in (3, 2, 1)]))
         [2, 3]
     """
-    _check_positive("keep_latest", n)
+    _check_positive("keep_latest", n, int)
     return KeepPolicy(lambda found: frozenset(each.step for each in found[:n]))
 
 
@@ -167,11 +167,11 @@ def keep_best(n: int, metric: str, *, mode: str = "max") -> KeepPolicy:
         >>> sorted(keep_best(1, "accuracy")(found))
         [2, 3]
     """
-    _check_positive("keep_best", n)
+    _check_positive("keep_best", n, int)
     sign = _sign(mode)
 
     def choose(found: Sequence[Checkpoint]) -> frozenset[int]:
-        measured = [each for each in found if metric in each.metadata]
+        measured = [each for each in found if isinstance(each.metadata.get(metric), (int, float))]
         ranked = sorted(measured, key=lambda each: -sign * each.metadata[metric])
         return frozenset(each.step for each in ranked[:n])
 
@@ -187,7 +187,7 @@ def keep_every(n: int) -> KeepPolicy:
         >>> sorted(keep_every(10)([Checkpoint("", step) for step in (25, 20, 15, 10)]))
         [10, 20, 25]
     """
-    _check_positive("keep_every", n)
+    _check_positive("keep_every", n, int)
     return KeepPolicy(lambda found: frozenset(each.step for each in found if each.step % n == 0))
 
 
@@ -203,8 +203,8 @@ def keep_policy(keep: Any) -> KeepPolicy | None:
     raise ConfigError("`keep` is a number, a policy or None", saw=repr(keep), fix="write `keep=faccel.keep_latest(3)`")
 
 
-def _check_positive(name: str, n: Any) -> None:
-    if isinstance(n, bool) or not isinstance(n, (int, float)) or n <= 0:
+def _check_positive(name: str, n: Any, kind: type = float) -> None:
+    if isinstance(n, bool) or not isinstance(n, (int, kind)) or n <= 0:
         raise ConfigError(f"`{name}` takes a positive number", saw=repr(n), fix=f"write `faccel.{name}(1)`")
 
 

@@ -15,7 +15,7 @@ from faccel.checkpoint.files import FileEntry, hash_file
 from faccel.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-step-"
 _VERSION = 1
 _NAME = re.compile(r"step-(\d{9,})(?:-(\d+))?")
 _SAFE_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -109,9 +109,12 @@ def read_manifest(folder: str) -> Manifest:
             manifest = Manifest.from_bytes(file.read())
     except OSError as error:
         raise ValueError(f"no manifest ({error.strerror})") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"the manifest cannot be read: {error}") from error
-    sizes = {each.name: each.stat().st_size for each in os.scandir(folder) if each.is_file(follow_symlinks=False)}
+    try:
+        sizes = {each.name: each.stat().st_size for each in os.scandir(folder) if each.is_file(follow_symlinks=False)}
+    except OSError as error:  # another process removes it
+        raise ValueError(f"its files cannot be read ({error.strerror})") from error
     for each in manifest.files:
         if each.name not in sizes:
             raise ValueError(f"`{each.name}` is missing")
@@ -141,6 +144,7 @@ def checkpoints(path: str | os.PathLike[str]) -> list[Checkpoint]:
         >>> checkpoints("no/such/place")
         []
     """
+    path = os.path.abspath(path)
     try:
         names = [each.name for each in os.scandir(path) if each.is_dir(follow_symlinks=False)]
     except FileNotFoundError:

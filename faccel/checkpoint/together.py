@@ -26,7 +26,7 @@ def together(fn: Callable[[], T], ctx: DistContext, what: str) -> list[T]:
     result: T | None = None
     try:
         result = fn()
-    except (FaccelError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever it is, the others must hear of it
         own = error
     told = (own is None, result if own is None else _tell(own))
     outcomes = gather_objects(told, ctx, axis=WORLD)

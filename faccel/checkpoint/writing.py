@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -12,13 +13,15 @@ from typing import Any
 import attrs
 
 from faccel.checkpoint.encode import Encoder
-from faccel.checkpoint.files import FileEntry, Slice, lock, sync_directory, write_file
+from faccel.checkpoint.files import FileEntry, Slice, lock, make_directory, sync_directory, unlock, write_file
 from faccel.checkpoint.policy import KeepPolicy
 from faccel.checkpoint.record import MANIFEST, TEMPORARY, Checkpoint, Manifest, checkpoint_of, checkpoints, folder_name
 from faccel.checkpoint.storage import StreamingWriter, global_save_plan, local_save_plan, slice_of
 from faccel.checkpoint.together import together
 from faccel.context import DistContext
 from faccel.errors import CheckpointError, ConfigError
+
+_logger = logging.getLogger(__name__)
 
 
 @attrs.frozen(eq=False)
@@ -72,27 +75,35 @@ class Begun:
     def commit(self, manifest: Manifest, policy: KeepPolicy | None) -> Checkpoint:
         """Make the folder a checkpoint, then drop what `overwrite` and `policy` say. On rank 0."""
         path, temporary, final = self.target.path, self.target.temporary, self.target.final
+        done = checkpoint_of(final, manifest)
+        before = checkpoints(path)
+        gone = self._superseded(done, [each for each in before if each.problem is None], policy)
+        aside = [each for each in before if each.problem is not None and each.step == self.step]
         write_file(temporary, MANIFEST, [manifest.to_bytes()])
         sync_directory(temporary)
         os.rename(temporary, final)
         sync_directory(path)
-        found = checkpoints(path)
-        for each in found:
-            if each.problem is not None and each.step == self.step:
+        try:
+            for each in aside:
                 os.rename(each.path, f"{each.path}.corrupt-{secrets.token_hex(4)}")
-        committed = [each for each in found if each.problem is None]
-        newer = [each for each in committed if each.step >= self.step and each.path != final]
-        stay = [each for each in committed if each not in newer]
+            for each in gone:
+                _discard(each.path)
+        except OSError as error:  # the checkpoint is there: this is no reason to say that it is not
+            _logger.warning("checkpoints that are not to be kept could not be removed: %s", error)
+        return done
+
+    def _superseded(self, done: Checkpoint, committed: list[Checkpoint], policy: KeepPolicy | None) -> list[Checkpoint]:
+        """Return those that go once `done` is there, oldest first: until the last one has gone, it is the newest."""
+        stay = [done, *(each for each in committed if each.step < self.step)]
         kept = {each.step for each in stay} if policy is None else policy(stay)
-        for each in newer + [each for each in stay if each.step not in kept]:
-            _discard(each.path)
-        return checkpoint_of(final, manifest)
+        gone = [each for each in committed if each.step >= self.step or each.step not in kept]
+        return sorted(gone, key=lambda each: each.step)
 
     def end(self) -> None:
         """Remove what was not committed, and let the next writer in. On rank 0."""
         if self.held:
             shutil.rmtree(self.target.temporary, ignore_errors=True)
-            os.close(self.held.pop())
+            unlock(self.held.pop())
 
 
 def begin(path: str, state: Any, ctx: DistContext, step: int, *, overwrite: bool) -> Begun:
@@ -106,7 +117,8 @@ def begin(path: str, state: Any, ctx: DistContext, step: int, *, overwrite: bool
         _check_step(step)
         own["node"] = encoder.encode(state)
         own["planner"], plan = local_save_plan(encoder.tensors, ctx.rank)
-        return (_open(path, step, held, overwrite=overwrite) if ctx.is_main else None), plan
+        own["target"] = _open(path, step, held, overwrite=overwrite) if ctx.is_main else None
+        return own["target"], plan
 
     try:
         offers = together(offer, ctx, "begin a checkpoint")
@@ -116,16 +128,16 @@ def begin(path: str, state: Any, ctx: DistContext, step: int, *, overwrite: bool
         slices = [slice_of(item, own["planner"]) for item in mine.items]
         return Begun(target, own["node"], slices, ctx.rank, step, overwrite, held)
     except BaseException:
+        if own.get("target") is not None:
+            shutil.rmtree(own["target"].temporary, ignore_errors=True)
         for fd in held:
-            os.close(fd)
+            unlock(fd)
         raise
 
 
 def _open(path: str, step: int, held: list[int], *, overwrite: bool) -> Target:
     """Take the directory, remove what dead writers left, and make a folder to write into. On rank 0."""
-    if not os.path.isdir(path):
-        os.makedirs(path, exist_ok=True)
-        sync_directory(os.path.dirname(path))
+    make_directory(path)
     held.append(lock(path))
     for each in os.scandir(path):
         if each.name.startswith(TEMPORARY):
@@ -140,14 +152,14 @@ def _open(path: str, step: int, held: list[int], *, overwrite: bool) -> Target:
         )
     taken = {os.path.basename(each.path) for each in found}
     attempt = next(n for n in range(len(taken) + 1) if folder_name(step, n) not in taken)
-    temporary = os.path.join(path, f"{TEMPORARY}{folder_name(step)}-{secrets.token_hex(4)}")
+    temporary = os.path.join(path, f"{TEMPORARY}{step}-{secrets.token_hex(4)}")
     os.mkdir(temporary)
     return Target(path, temporary, os.path.join(path, folder_name(step, attempt)))
 
 
 def _discard(folder: str) -> None:
     """Remove a checkpoint so that no part of it is ever taken for one."""
-    gone = os.path.join(os.path.dirname(folder), f"{TEMPORARY}{os.path.basename(folder)}-{secrets.token_hex(4)}")
+    gone = os.path.join(os.path.dirname(folder), f"{TEMPORARY}old-{secrets.token_hex(4)}")
     os.rename(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
 

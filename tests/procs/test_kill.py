@@ -4,9 +4,11 @@ strace kills at the n-th call of a kind, those of native code included.
 """
 
 import os
+import re
 import select
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -116,3 +118,29 @@ def test_killed_at_every_call_of_a_save(tmp_path, world_size, victim, background
             raise AssertionError(f"a save has more than 60 {call}s")
     assert kills >= (12 if victim == 0 else 2)
     assert seen == {1, 2}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace here (Debian: apt-get install strace)")
+def test_every_file_and_its_name_are_on_the_disk_before_the_folder_gets_its_own(tmp_path):
+    """A killed process cannot show this, because the system goes on: the order of the calls can."""
+    log, path = str(tmp_path / "log"), str(tmp_path / "runs")
+    code = f"""
+import faccel, torch
+from faccel.testing import fake_context
+faccel.save({path!r}, {{"x": torch.ones(9)}}, fake_context(0, 1), step=1)
+"""
+    command = ["strace", "-f", "-y", "-o", log, "-e", "trace=write,fsync,rename", sys.executable, "-c", code]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    with open(log) as file:
+        lines = [line.split(" ", 1)[1].strip() for line in file if path in line]
+    calls = [re.sub(r"-[0-9a-f]{8}", "-X", line) for line in lines]
+    synced = [match[1] for line in calls if (match := re.match(r"fsync\(\d+<([^>]*)>", line))]
+    temporary = f"{path}/.tmp-step-1-X"
+    shard, manifest = f"{temporary}/shard-00001-model-00001-of-00001.safetensors", f"{temporary}/manifest.json"
+    assert synced[-4:] == [shard, manifest, temporary, path]
+    renamed = next(i for i, line in enumerate(calls) if line.startswith("rename("))
+    assert [line.startswith("fsync") for line in calls[renamed - 1 :]] == [True, False, True]
+    for name in (shard, manifest):
+        last_write = max(i for i, line in enumerate(calls) if line.startswith("write(") and f"<{name}>" in line)
+        assert last_write < next(i for i, line in enumerate(calls) if line.startswith("fsync(") and f"<{name}>" in line)

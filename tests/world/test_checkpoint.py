@@ -6,6 +6,7 @@ import os
 import pathlib
 import pickle
 import struct
+import threading
 import zipfile
 from collections import Counter, OrderedDict
 from typing import NamedTuple
@@ -352,12 +353,12 @@ class Wider(Net):
 def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, what):
     saved(tmp_path, 1)
     state = MISFITS[what](make(ONE, seed=5))
-    before = {k: v.clone() for k, v in state["opt"].state_dict()["state"].items()} if state["opt"] else {}
+    before = repr(state["opt"].state_dict()) if state["opt"] else ""
     weights = parameters(state) if hasattr(state["model"], "state_dict") else {}
     with pytest.raises(CheckpointError, match=what):
         faccel.load(tmp_path, state, ONE)
     assert weights == {} or equal(parameters(state), weights)
-    assert before == {}
+    assert before == (repr(state["opt"].state_dict()) if state["opt"] else "")
 
 
 def test_a_part_of_a_state_can_be_loaded(tmp_path):
@@ -536,3 +537,156 @@ def test_torchs_own_reader_and_safetensors_read_the_files(tmp_path):
     with pytest.warns(UserWarning):
         dcp.load(into, storage_reader=dcp.HuggingFaceStorageReader(at.path))
     assert torch.equal(into["model/layers.0.weight"], expected["layers.0.weight"])
+
+
+class Versioned(nn.Linear):
+    """A module that migrates what older versions wrote."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, local_metadata, *args):
+        if local_metadata.get("version", 1) < 2:
+            state[f"{prefix}weight"] = state[f"{prefix}weight"] * 10
+        super()._load_from_state_dict(state, prefix, local_metadata, *args)
+
+
+def test_a_module_hears_which_version_wrote_its_state(tmp_path):
+    net = Versioned(1, 1)
+    weight = net.weight.item()
+    faccel.save(tmp_path, {"net": net}, ONE, step=1)
+    faccel.load(tmp_path, {"net": net}, ONE)
+    assert net.weight.item() == weight
+
+
+def test_keys_of_any_kind_keep_their_tensors_apart(tmp_path):
+    tensors = {1: torch.tensor(10.0), "1": torch.tensor(20.0), "#1": torch.tensor(30.0), (1, "1"): torch.tensor(40.0)}
+    state = {"x": tensors, "__metadata__": torch.ones(1), "n": {np.int64(1): "a", np.int64(2): "b"}}
+    faccel.save(tmp_path, state, ONE, step=1)
+    back = faccel.load(tmp_path, {"x": None, "__metadata__": None, "n": {}}, ONE)
+    assert {key: x.item() for key, x in back["x"].items()} == {1: 10, "1": 20, "#1": 30, (1, "1"): 40}
+    assert back["n"] == {1: "a", 2: "b"}
+
+
+def test_values_grow_and_shrink_and_models_do_not(tmp_path):
+    net = nn.Linear(1, 1)
+    state = {
+        "history": [Pair(1, torch.ones(())), Pair(2, torch.ones(()))],
+        "metrics": {"loss": [1.0]},
+        "nets": {0: net},
+    }
+    faccel.save(tmp_path, state, ONE, step=1)
+    back = faccel.load(tmp_path, {"history": [], "metrics": {}, "nets": {0: net}}, ONE)
+    assert back["history"] == state["history"]
+    assert back["metrics"] == {"loss": [1.0]}
+    for wrong in ({"nets": {0: net, 1: nn.Linear(1, 1)}}, {"nets": [net, net]}, {"metrics": {"accuracy": 0}}):
+        with pytest.raises(CheckpointError, match="does not fit"):
+            faccel.load(tmp_path, wrong, ONE)
+
+
+def test_an_error_of_any_kind_on_one_rank_reaches_the_others(tmp_path):
+    class Broken(Counted):
+        def state_dict(self):
+            raise KeyError("mine")
+
+    def fn(ctx):
+        for bad in ({"metadata": {"a": object()}}, {}):
+            with pytest.raises(CheckpointError):
+                faccel.save(tmp_path, {"x": Broken() if not bad and ctx.rank else 0}, ctx, step=1, **bad)
+        left = [name for name in os.listdir(tmp_path) if name.startswith(".tmp-")] if ctx.is_main else []
+        assert left == []
+        faccel.save(tmp_path, {"x": 1}, ctx, step=1)
+        return faccel.load(tmp_path, {"x": 0}, ctx)["x"]
+
+    assert simulate(fn, 2) == (1, 1)
+
+
+def test_the_right_to_write_is_given_back_though_a_forked_worker_holds_a_copy(tmp_path):
+    faccel.save(tmp_path, {"x": torch.zeros(4_000_000)}, ONE, step=1, background=True)
+    loader = DataLoader(range(4), num_workers=1, persistent_workers=True)
+    iterator = iter(loader)  # forks while the lock is held
+    next(iterator)
+    faccel.save(tmp_path, {"x": 1}, ONE, step=2)
+    assert steps(tmp_path) == [2, 1]
+
+
+def test_preemption_on_one_rank_alone_is_no_collective(tmp_path):
+    def fn(ctx):
+        if ctx.is_main:
+            ctx.unfinished.append(lambda: None)  # as `preemption` does on a main thread
+        faccel.save(tmp_path, {"x": 1}, ctx, step=1)
+        return faccel.latest(tmp_path, ctx).step
+
+    assert simulate(fn, 2) == (1, 1)
+
+
+def test_shutdown_waits_for_a_rank_that_is_still_writing(tmp_path):
+    """The threads' patience is with those that make no progress, not with those that are slow."""
+    from faccel.checkpoint.background import Pending, _wait_for_words
+
+    (tmp_path / "shard").write_bytes(b"")
+
+    def slow(pending):
+        for _ in range(20):
+            with open(tmp_path / "shard", "ab") as file:
+                file.write(b"x")
+            threading.Event().wait(0.02)
+        (tmp_path / "rank-00000.json").write_text('{"files": []}')
+
+    def wait(pending):
+        pending.patience_s = 0.2
+        assert _wait_for_words(str(tmp_path), 1, 60, pending) == []
+
+    writer, reader = Pending(slow), Pending(wait)
+    assert writer.outcome() is None
+    assert reader.outcome() is None
+
+
+def test_a_policy_that_fails_leaves_everything_as_it_was(tmp_path):
+    faccel.save(tmp_path, {"x": 1}, ONE, step=1)
+    with pytest.raises(CheckpointError, match="ZeroDivisionError"):
+        faccel.save(tmp_path, {"x": 2}, ONE, step=2, keep=faccel.KeepPolicy(lambda found: 1 / 0))
+    assert steps(tmp_path) == [1]
+    with pytest.raises(ConfigError):
+        faccel.keep_latest(1.5)
+    faccel.save(tmp_path, {"x": 2}, ONE, step=2, keep=faccel.keep_best(1, "a"), metadata={"a": None})
+    assert steps(tmp_path) == [2]
+
+
+def test_a_file_that_is_a_link_to_somewhere_else_is_not_read(tmp_path):
+    faccel.save(tmp_path / "a", {"x": torch.zeros(3)}, ONE, step=1)
+    other = faccel.save(tmp_path / "b", {"x": torch.full((3,), 666.0)}, ONE, step=1)
+    at = faccel.checkpoints(tmp_path / "a")[0].path
+    shard = next(pathlib.Path(other.path).glob("*.safetensors"))
+    os.symlink(shard, pathlib.Path(at, "zz.safetensors"))
+    assert faccel.load(tmp_path / "a", {"x": None}, ONE)["x"].tolist() == [0, 0, 0]
+    own = next(pathlib.Path(at).glob("shard*"))
+    own.unlink()
+    os.symlink(shard, own)
+    with pytest.raises(CheckpointError, match="missing"):
+        faccel.load(tmp_path / "a", {"x": None}, ONE)
+
+
+def test_optimizers_with_strange_states_come_back(tmp_path):
+    net = nn.Linear(2, 1)
+    opt = torch.optim.SGD([{"params": []}, {"params": list(net.parameters())}, {"params": [], "lr": 7.0}], lr=0.1)
+    opt.state["count"] = {"n": 3}
+    opt.state[net.weight] = {"seen": 5, "x": torch.ones(1, 2)}
+    faccel.save(tmp_path, {"net": net, "opt": opt}, ONE, step=1)
+    again = torch.optim.SGD([{"params": []}, {"params": list(net.parameters())}, {"params": []}], lr=0.3)
+    faccel.load(tmp_path, {"net": net, "opt": again}, ONE)
+    assert [group["lr"] for group in again.param_groups] == [0.1, 0.1, 7.0]
+    assert again.state["count"] == {"n": 3}
+    assert again.state[net.weight]["seen"] == 5
+    assert again.state[net.weight]["x"].tolist() == [[1, 1]]
+
+
+def test_generators_of_a_rank_that_was_not_there_are_its_own_and_the_same_on_every_load(tmp_path):
+    saved(tmp_path, 2)
+
+    def fn(ctx):
+        faccel.set_rng_state(faccel.load(tmp_path, {"rng": None}, ctx)["rng"])
+        return torch.rand(3).tolist()
+
+    first, second = simulate(fn, 5), simulate(fn, 5, seed=9)
+    assert first == second
+    assert len({tuple(draw) for draw in first}) == 5

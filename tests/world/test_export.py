@@ -174,6 +174,59 @@ def test_the_command_line_merges_and_lists(tmp_path):
     assert "CORRUPT" in out.output
 
 
+class Copies(nn.Module):
+    """A module whose state is a copy, with something in it that is no weight."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.x = nn.Parameter(torch.full((3,), value))
+        self.register_buffer("z", torch.full((2,), value + 1j))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}x"] = self.x.detach().clone()
+        destination[f"{prefix}z"] = self.z.clone()
+
+    def get_extra_state(self):
+        return {"n": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_modules_that_give_copies_away_and_complex_numbers_are_merged_and_loaded(tmp_path):
+    faccel.save(tmp_path / "runs", {"a/b é": Copies(2.0)}, ONE, step=1)
+    out = CliRunner().invoke(main, ["merge", str(tmp_path / "runs"), str(tmp_path / "out")])
+    assert out.exit_code == 0, out.output
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights["x"].tolist() == [2, 2, 2]
+    assert weights["z"].tolist() == [2 + 1j] * 2
+    net = nn.Module()
+    net.x = nn.Parameter(torch.zeros(3))
+    net.register_buffer("z", torch.zeros(2, dtype=torch.complex64))
+    faccel.load_model(net, tmp_path / "out", ONE)
+    assert net.z.tolist() == [2 + 1j] * 2
+    copies = Copies(0.0)
+    faccel.export_model(nn.ParameterDict({"x": torch.full((3,), 5.0)}), tmp_path / "x", ONE)
+    with pytest.raises(CheckpointError, match="missing"):
+        faccel.load_model(copies, tmp_path / "x", ONE)
+
+
+def test_a_corrupt_checkpoint_is_not_merged_and_none_is_spoiled(tmp_path):
+    at = faccel.save(tmp_path, {"net": nn.Linear(2, 2)}, ONE, step=1)
+    out = CliRunner().invoke(main, ["merge", str(tmp_path), at.path])
+    assert (out.exit_code, "spoil" in out.output) == (1, True)
+    file = next(tmp_path.glob("*/*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\7")
+    out = CliRunner().invoke(main, ["merge", str(tmp_path), str(tmp_path / "out")])
+    assert (out.exit_code, "not as it was written" in out.output) == (1, True)
+
+
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"weight": "../secret.safetensors"}}')
+    with pytest.raises(CheckpointError, match="index"):
+        faccel.load_model(nn.Linear(1, 1), tmp_path, ONE)
+
+
 def test_an_object_is_written_whole_by_rank_0(tmp_path):
     def fn(ctx):
         faccel.save_object({"rank": ctx.rank, "x": torch.ones(2)}, tmp_path / "x.pt", ctx)
