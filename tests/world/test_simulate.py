@@ -1,4 +1,6 @@
 import random
+import signal
+import threading
 import time
 
 import numpy as np
@@ -308,13 +310,11 @@ def test_asking_whether_it_is_done_lets_the_others_run():
 
 
 def test_ctrl_c_gives_the_simulation_up_and_leaves_the_process_as_it_was():
-    import _thread
-
     calls = []
 
     def fn(ctx):
         if ctx.rank == 0:
-            _thread.interrupt_main()
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         while len(calls) < 10**6:
             calls.append(ctx.rank)
             torch.manual_seed(1)
