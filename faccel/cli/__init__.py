@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from faccel.cli.config import config
 from faccel.cli.launch import launch
 
 
@@ -15,6 +16,7 @@ def main() -> None:
     """Run your own PyTorch training loop on anything."""
 
 
+main.add_command(config)
 main.add_command(launch)
 
 

@@ -1,0 +1,141 @@
+"""`faccel config`: the user's own configuration file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from faccel.cli.flags import UsageError
+from faccel.errors import ConfigError, FaccelError, nearest
+
+
+@click.group()
+def config() -> None:
+    """Make, show, check and import configuration files."""
+
+
+def _own() -> str:
+    from faccel.config_file import VARIABLE, default_path
+
+    path = os.environ.get(VARIABLE) or default_path(os.environ)
+    if path is None:
+        raise click.ClickException("there is no home directory. To fix: set FACCEL_CONFIG to a file")
+    return path.partition("#")[0]
+
+
+def _write(path: str, values: dict[str, Any], comment: str = "") -> None:
+    import yaml
+
+    text = comment + (yaml.safe_dump(values, sort_keys=False) if values else "{}\n")
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(f"{path}.new", "w") as file:
+        file.write(text)
+    os.replace(f"{path}.new", path)
+
+
+@config.command()
+def path() -> None:
+    """Print which file counts where none is named."""
+    print(_own())
+
+
+@config.command()
+def show() -> None:
+    """Print each field, its value and where it came from."""
+    from faccel.config import resolve
+    from faccel.config_file import find, read
+
+    try:
+        reference = find(os.environ)
+        file = None if reference is None else read(reference)
+        print(f"file: {reference or 'none'}")
+        print(resolve(env=os.environ, file=file).explain())
+    except FaccelError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@config.command()
+@click.option("--force", is_flag=True, help="Replace the file that is there.")
+def default(force: bool) -> None:  # noqa: FBT001
+    """Write a file with what suits this machine."""
+    import torch
+
+    file = _own()
+    if os.path.exists(file) and not force:
+        raise click.ClickException(
+            f"`{file}` is there already. To fix: add `--force`, or change it with `faccel config set`"
+        )
+    values = {"mixed_precision": "bf16"} if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else {}
+    _write(file, values)
+    print(file)
+
+
+@config.command(name="set")
+@click.argument("pairs", nargs=-1, required=True, metavar="KEY=VALUE...")
+def set_(pairs: tuple[str, ...]) -> None:
+    """Change fields in the file."""
+    from faccel.config import config_fields, resolve
+    from faccel.config_file import ConfigFile, read
+
+    fields = {field.name: field for field in config_fields()}
+    file = _own()
+    try:
+        values = dict(read(file).values) if os.path.exists(file) else {}
+        for pair in pairs:
+            name, mark, text = pair.partition("=")
+            if not mark:
+                raise ConfigError("a field is changed as `key=value`", saw=f"`{pair}`", fix=f"write `{name}=...`")
+            if name not in fields:
+                raise ConfigError(f"`{name}` is not a field of the configuration", fix=nearest(name, fields))
+            try:
+                values[name] = fields[name].metadata["parse"](text)
+            except ValueError as error:
+                raise ConfigError(f"`{name}` cannot be read: {error}", saw=repr(text)) from None
+        resolve(file=ConfigFile(file, values))
+    except FaccelError as error:
+        raise UsageError(error) from None
+    _write(file, values)
+    print(file)
+
+
+@config.command()
+@click.argument("file")
+def check(file: str) -> None:
+    """Read FILE (or FILE#SECTION), and say what is wrong with it."""
+    from faccel.config import resolve
+    from faccel.config_file import read
+
+    try:
+        resolve(file=read(file))
+    except FaccelError as error:
+        raise click.ClickException(str(error)) from None
+    print(f"{file}: fine")
+
+
+@config.command(name="import")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.option("-o", "--out", help="Where to; the user's own file, if nothing is said.")
+@click.option("--force", is_flag=True, help="Replace the file that is there.")
+def import_(file: str, out: str | None, force: bool) -> None:  # noqa: FBT001
+    """Turn FILE, a configuration of Accelerate, into one of faccel, and list what has no equal."""
+    from faccel.config import resolve
+    from faccel.config_file import ConfigFile, read
+    from faccel.launch.accelerate import from_accelerate
+
+    target = out or _own()
+    if os.path.exists(target) and not force:
+        raise click.ClickException(f"`{target}` is there already. To fix: add `--force`, or name another with `-o`")
+    try:
+        imported = from_accelerate(read(file).values)
+        resolve(file=ConfigFile(target, imported.values))
+    except FaccelError as error:
+        raise click.ClickException(str(error)) from None
+    command = " ".join(["faccel", "launch", *imported.options, "script.py"])
+    _write(target, dict(imported.values), f"# from {os.path.basename(file)}; start with: {command}\n")
+    print(target)
+    print(f"start with: {command}")
+    for key, value in imported.without_equal.items():
+        sys.stderr.write(f"no equal in this version: {key}: {value}\n")

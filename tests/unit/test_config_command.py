@@ -1,0 +1,117 @@
+"""`faccel config`, and files of Accelerate of every age."""
+
+import os
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from faccel.cli import main
+from faccel.errors import ConfigError
+from faccel.launch.accelerate import from_accelerate
+
+
+@pytest.fixture
+def call(tmp_path):
+    env = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": "", "FACCEL_CONFIG": ""}
+    return lambda *words: CliRunner(env=env).invoke(main, ["config", *words])
+
+
+def test_the_file_is_made_changed_shown_and_checked(call, tmp_path):
+    file = tmp_path / ".config" / "faccel" / "config.yaml"
+    assert call("path").output == f"{file}\n"
+    assert call("show").output.startswith("file: none\nmixed_precision = no  (default)")
+    assert call("default").output == f"{file}\n"
+    out = call("default")
+    assert (out.exit_code, "--force" in out.output) == (1, True)
+    assert call("default", "--force").exit_code == 0
+    assert call("set", "seed=3", "debug=yes", "mesh=dp_replicate=2").exit_code == 0
+    assert yaml.safe_load(file.read_text()) == {"seed": 3, "debug": True, "mesh": "dp_replicate=2"}
+    assert f"seed = 3  (file {file}, over default 0)" in call("show").output
+    assert call("check", str(file)).output == f"{file}: fine\n"
+    file.write_text("sed: 3\n")
+    out = call("check", str(file))
+    assert (out.exit_code, "`seed`" in out.output) == (1, True)
+    out = call("show")
+    assert (out.exit_code, "Traceback" in out.output) == (1, False)
+
+
+@pytest.mark.parametrize("words", [["seed"], ["sed=1"], ["seed=x"], ["seed=-1"], ["mesh=dp=2"]], ids=str)
+def test_what_cannot_be_set_changes_nothing(call, tmp_path, words):
+    call("set", "seed=1")
+    file = tmp_path / ".config" / "faccel" / "config.yaml"
+    before = file.read_text()
+    out = call("set", "debug=yes", *words)
+    assert out.exit_code == 2
+    assert file.read_text() == before
+
+
+# The keys that each version writes; values are ours.
+FILES = {
+    "0.11": (
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nfp16: true\nmachine_rank: 0\n"
+        "main_process_ip: null\nmain_process_port: null\nmain_training_function: main\nnum_machines: 1\n"
+        "num_processes: 2\ndeepspeed_config: {}\nfsdp_config: {}\nuse_cpu: false\n",
+        {"mixed_precision": "fp16"},
+        "--nproc 2",
+        [],
+    ),
+    "0.12": (
+        "compute_environment: LOCAL_MACHINE\ndeepspeed_config: {}\ndistributed_type: 'NO'\ndowncast_bf16: 'no'\n"
+        "fsdp_config: {}\nmachine_rank: 0\nmain_process_ip: null\nmain_process_port: null\n"
+        "main_training_function: main\nmixed_precision: 'no'\nnum_machines: 1\nnum_processes: 1\nuse_cpu: true\n",
+        {"device": "cpu"},
+        "",
+        [],
+    ),
+    "0.28": (
+        "compute_environment: LOCAL_MACHINE\ndebug: true\ndistributed_type: MULTI_CPU\ndowncast_bf16: 'no'\n"
+        "ipex_config: {ipex: true}\nmachine_rank: 0\nmain_process_ip: 127.0.0.1\nmain_process_port: 29500\n"
+        "main_training_function: main\nmixed_precision: bf16\n"
+        "mpirun_config: {mpirun_ccl: '1', mpirun_hostfile: hosts}\n"
+        "num_machines: 4\nnum_processes: 16\nrdzv_backend: static\nsame_network: true\ntpu_env: []\n"
+        "tpu_use_cluster: false\ntpu_use_sudo: false\nuse_cpu: true\n",
+        {"mixed_precision": "bf16", "device": "cpu", "debug": True},
+        "--nproc 4 --nnodes 4 --node-rank 0 --main-address 127.0.0.1 --main-port 29500",
+        ["ipex_config", "mpirun_config.mpirun_ccl", "mpirun_config.mpirun_hostfile"],
+    ),
+    "0.34": (
+        "compute_environment: LOCAL_MACHINE\ndebug: false\ndistributed_type: DEEPSPEED\ndeepspeed_config:\n"
+        "  gradient_accumulation_steps: 4\n  zero_stage: 2\ndynamo_config: {dynamo_backend: INDUCTOR}\n"
+        "fp8_config: {backend: TE, fp8_format: E4M3}\nmixed_precision: fp8\nnum_machines: 2\nnum_processes: 16\n"
+        "machine_rank: 1\nmain_process_ip: head\nmain_process_port: 1234\nrdzv_backend: c10d\nuse_cpu: false\n",
+        {"grad_accum": 4},
+        "--nproc 8 --nnodes 2 --rdzv-endpoint head:1234",
+        ["deepspeed_config.zero_stage", "dynamo_config.dynamo_backend", "fp8_config.backend", "fp8_config.fp8_format",
+         "mixed_precision"],
+    ),
+    "latest": (
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nenable_cpu_affinity: false\nfsdp_config:\n"
+        "  fsdp_version: 2\n  fsdp_reshard_after_forward: true\nmixed_precision: bf16\nnum_machines: 1\n"
+        "num_processes: 8\nparallelism_config:\n  parallelism_config_dp_replicate_size: 2\n"
+        "  parallelism_config_dp_shard_size: 4\n  parallelism_config_tp_size: 1\nuse_cpu: false\n",
+        {"mixed_precision": "bf16", "mesh": {"dp_replicate": 2, "dp_shard": 4}},
+        "--nproc 8",
+        ["fsdp_config.fsdp_reshard_after_forward", "fsdp_config.fsdp_version"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("version", FILES)
+def test_files_of_accelerate_are_imported(call, tmp_path, version):
+    text, values, options, without_equal = FILES[version]
+    source = tmp_path / "accelerate.yaml"
+    source.write_text(text)
+    out = call("import", str(source), "-o", str(tmp_path / "out.yaml"))
+    assert out.exit_code == 0, out.output
+    assert (yaml.safe_load((tmp_path / "out.yaml").read_text()) or {}) == values
+    assert f"start with: faccel launch {options}".strip() in out.output.replace(" script.py", "")
+    listed = [line.split(": ")[1] for line in out.stderr.splitlines() if line.startswith("no equal")]
+    assert sorted(listed) == without_equal
+    assert call("import", str(source), "-o", str(tmp_path / "out.yaml")).exit_code == 1
+
+
+def test_what_is_no_file_of_accelerates_is_an_error():
+    with pytest.raises(ConfigError):
+        from_accelerate({"seed": 1})
+    assert "FACCEL_LAUNCH" not in os.environ
