@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from faccel.data.loader import shard as shard
     from faccel.data.order import Cursor as Cursor
     from faccel.data.source import Batch as Batch
+    from faccel.launching.call import launch as launch
+    from faccel.launching.call import notebook_launch as notebook_launch
     from faccel.mesh import MeshSpec as MeshSpec
     from faccel.model import WrappedModel as WrappedModel
     from faccel.model import grad_sync as grad_sync
@@ -106,6 +108,7 @@ _HOMES = {
     "faccel.data.order": ("Cursor",),
     "faccel.data.source": ("Batch",),
     "faccel.console": ("get_logger", "print", "progress"),
+    "faccel.launching.call": ("launch", "notebook_launch"),
     "faccel.mesh": ("MeshSpec",),
     "faccel.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
     "faccel.plan": ("DdpConfig", "Plan", "PowerSgdConfig"),

@@ -123,7 +123,7 @@ def import_(file: str, out: str | None, force: bool) -> None:  # noqa: FBT001
     """Turn FILE, a configuration of Accelerate, into one of faccel, and list what has no equal."""
     from faccel.config import resolve
     from faccel.config_file import ConfigFile, read
-    from faccel.launch.accelerate import from_accelerate
+    from faccel.launching.accelerate import from_accelerate
 
     target = out or _own()
     if os.path.exists(target) and not force:

@@ -39,7 +39,7 @@ def launch(script: str, args: tuple[str, ...], **options: Any) -> None:
     All options come before SCRIPT; what follows it is the script's own. Fields of the configuration given here are
     stronger than the environment and a file, and must not contradict what the script gives to `faccel.init`.
     """
-    from faccel.launch.run import run
+    from faccel.launching.run import run
 
     try:
         if options["config"]:
@@ -60,7 +60,7 @@ def launch(script: str, args: tuple[str, ...], **options: Any) -> None:
 
 
 def _spec(command: tuple[str, ...], options: dict[str, Any]) -> Any:
-    from faccel.launch.spec import LaunchSpec
+    from faccel.launching.spec import LaunchSpec
 
     flags = given_fields(options)
     if options["cpu"]:

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from faccel.cli import main
 from faccel.errors import ConfigError
-from faccel.launch.accelerate import from_accelerate
+from faccel.launching.accelerate import from_accelerate
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from click.testing import CliRunner
 
 from faccel.cli import main
 from faccel.errors import LaunchError
-from faccel.launch.spec import LaunchSpec, additions, arguments
+from faccel.launching.spec import LaunchSpec, additions, arguments
 
 ARGUMENTS = {
     "one machine": ({"nproc": 2}, "--nnodes 1 --nproc-per-node 2 --max-restarts 0 --standalone -- train.py --lr 1"),

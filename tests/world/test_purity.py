@@ -177,7 +177,14 @@ def test_a_step_changes_parameters_optimizer_and_gradients_alone():
 def test_every_function_without_effects_on_its_arguments_is_covered():
     covered = set(CALLS) | {"scaled_backward", "optimizer_step"}
     elsewhere = {
-        *("init", "shutdown", "main_first", "preemption"),  # process state is what they are for
+        *(
+            "init",
+            "shutdown",
+            "main_first",
+            "preemption",
+            "launch",
+            "notebook_launch",
+        ),  # process state is what they are for
         *("seed_everything", "rng_state", "set_rng_state"),
         *("get_logger", "progress", "init_trackers", "log", "finish"),
     }

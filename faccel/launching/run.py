@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from faccel.errors import LaunchError
-from faccel.launch.spec import LaunchSpec, additions, arguments
+from faccel.launching.spec import LaunchSpec, additions, arguments
 
 
 def run(spec: LaunchSpec, env: Mapping[str, str]) -> int:
