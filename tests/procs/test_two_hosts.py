@@ -1,0 +1,67 @@
+"""Two machines, as two network namespaces that a pair of virtual cards joins, with host names of their own."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+NAMES = "127.0.0.1 localhost\n10.77.0.1 faccel-a\n10.77.0.2 faccel-b\n"
+
+
+def shell(*commands):
+    for command in commands:
+        subprocess.run(command.split(), check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def hosts():
+    if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"):
+        pytest.skip("needs root, iproute2 and unshare to make two hosts")
+    tag = f"fc{os.getpid() % 10000}"
+    spaces, cards = [f"{tag}a", f"{tag}b"], [f"{tag}va", f"{tag}vb"]
+    try:
+        shell(f"ip netns add {spaces[0]}", f"ip netns add {spaces[1]}",
+              f"ip link add {cards[0]} type veth peer name {cards[1]}")  # fmt: skip
+        for number, (space, card) in enumerate(zip(spaces, cards, strict=True), start=1):
+            shell(f"ip link set {card} netns {space}", f"ip -n {space} addr add 10.77.0.{number}/24 dev {card}",
+                  f"ip -n {space} link set {card} up", f"ip -n {space} link set lo up")  # fmt: skip
+            folder = pathlib.Path("/etc/netns", space)
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text(NAMES)
+    except (subprocess.CalledProcessError, OSError) as error:
+        pytest.skip(f"namespaces cannot be made here: {getattr(error, 'stderr', error)}")
+    yield list(zip(spaces, cards, ("faccel-a", "faccel-b"), strict=True))
+    for space in spaces:
+        subprocess.run(["ip", "netns", "del", space], check=False, capture_output=True)
+        shutil.rmtree(pathlib.Path("/etc/netns", space), ignore_errors=True)
+
+
+def start(host, *words):
+    space, card, name = host
+    command = ["ip", "netns", "exec", space, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', name,
+               sys.executable, "-m", "faccel", "launch", "--cpu", "--nproc", "1", *words]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": card}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def run(hosts, words):
+    """Run on both hosts; `words(rank)` are the options of each. Return what they printed."""
+    processes = [start(host, *words(rank)) for rank, host in enumerate(hosts)]
+    out = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], [errors[-2000:] for _, errors in out]
+    return [text.splitlines() for text, _ in out]
+
+
+@pytest.mark.slow
+def test_one_training_run_on_two_hosts(hosts):
+    def words(rank):
+        where = ["--main-address", "faccel-a", "--main-port", "29511"]
+        return ["--nnodes", "2", "--node-rank", str(rank), *where, "examples/digits.py"]
+
+    first, second = run(hosts, words)
+    assert first[-1] == "accuracy 0.9778"
+    assert second == []
