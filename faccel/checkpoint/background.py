@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -17,13 +18,14 @@ import torch
 
 from faccel.checkpoint.files import FileEntry, Slice
 from faccel.checkpoint.policy import KeepPolicy
-from faccel.checkpoint.together import failures, together
+from faccel.checkpoint.together import as_checkpoint_error, failures, together
 from faccel.checkpoint.writing import Begun
 from faccel.context import DistContext
 from faccel.errors import CheckpointError, FaccelError
 from faccel.protocols import WORLD
 
 _POLL_S = 0.005
+_WHAT = "finish the checkpoint that was written in the background"
 _GRACE_S = 30.0
 
 
@@ -57,7 +59,7 @@ class Pending:
         self.patience_s = _GRACE_S
         error = self.outcome()
         if error is not None:
-            raise error
+            raise as_checkpoint_error(error, _WHAT)
 
 
 def settle(ctx: DistContext) -> None:
@@ -68,19 +70,20 @@ def settle(ctx: DistContext) -> None:
     pending = [each for each in ctx.unfinished if isinstance(each, Pending)]
     if not pending:
         return
-    what = "finish the checkpoint that was written in the background"
     ctx.comm.barrier(WORLD)  # every rank has started its thread: in a simulation nobody else would
     ctx.unfinished[:] = [each for each in ctx.unfinished if each not in pending]
     errors = [] if ctx.is_main else [error for each in pending if (error := each.outcome()) is not None]
     try:
-        failures(errors[0] if errors else None, ctx, what)  # rank 0 waits for the others' parts: it hears of them first
+        failures(
+            errors[0] if errors else None, ctx, _WHAT
+        )  # rank 0 waits for the others' parts: it hears of them first
     except FaccelError:
         for each in pending:
             each.patience_s = 0.0
             each.outcome()
         raise
     errors = [error for each in pending if (error := each.outcome()) is not None]
-    failures(errors[0] if errors else None, ctx, what)
+    failures(errors[0] if errors else None, ctx, _WHAT)
 
 
 def staged(slices: Sequence[Slice]) -> list[Slice]:
@@ -128,7 +131,8 @@ def _written(begun: Begun) -> dict[str, Any]:
     try:
         return {"files": [attrs.asdict(entry) for entry in begun.write()]}
     except Exception as error:
-        _leave_word(begun, {"error": f"{type(error).__name__}: {error}"})
+        with suppress(OSError):  # a disk that is full takes no word either; rank 0 hears of it from the next call
+            _leave_word(begun, {"error": f"{type(error).__name__}: {error}"})
         raise
 
 

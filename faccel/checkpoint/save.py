@@ -65,7 +65,7 @@ def save(
     """
     policy = keep_policy(keep)
     settle(ctx)
-    begun = begin(os.path.abspath(path), state, ctx, step, overwrite=overwrite)
+    begun = begin(os.path.abspath(path), state, ctx, step, overwrite=overwrite, background=background)
     if background:
         start(begun, ctx, metadata, policy)
         return Checkpoint(begun.target.final, step, ctx.world_size, problem="still being written")

@@ -48,9 +48,20 @@ def _raise_first(own: BaseException | None, outcomes: list[tuple[bool, Any]], ct
         return
     if isinstance(own, FaccelError):
         raise own
+    if own is not None and ctx.world_size == 1:
+        raise as_checkpoint_error(own, what)
     rank, (saw, fix) = failed[0]
-    whose = "this rank" if ctx.world_size == 1 else f"rank {rank}"
-    raise CheckpointError(f"{whose} could not {what}", saw=saw, fix=fix) from own
+    raise CheckpointError(f"rank {rank} could not {what}", saw=saw, fix=fix) from own
+
+
+def as_checkpoint_error(error: BaseException, what: str) -> FaccelError:
+    """Return an error of this rank as one of faccel, with the error itself as its cause."""
+    if isinstance(error, FaccelError):
+        return error
+    saw, fix = _tell(error)
+    wrapped = CheckpointError(f"this rank could not {what}", saw=saw, fix=fix)
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def _tell(error: BaseException) -> tuple[str, str]:

@@ -15,7 +15,17 @@ import attrs
 from faccel.checkpoint.encode import Encoder
 from faccel.checkpoint.files import FileEntry, Slice, lock, make_directory, sync_directory, unlock, write_file
 from faccel.checkpoint.policy import KeepPolicy
-from faccel.checkpoint.record import MANIFEST, TEMPORARY, Checkpoint, Manifest, checkpoint_of, checkpoints, folder_name
+from faccel.checkpoint.record import (
+    MANIFEST,
+    TEMPORARY,
+    Checkpoint,
+    Manifest,
+    check_hash,
+    checkpoint_of,
+    checkpoints,
+    folder_name,
+    read_manifest,
+)
 from faccel.checkpoint.storage import StreamingWriter, global_save_plan, local_save_plan, slice_of
 from faccel.checkpoint.together import together
 from faccel.context import DistContext
@@ -32,11 +42,13 @@ class Target:
         path: The directory of checkpoints.
         temporary: The folder that is written.
         final: The name that it gets.
+        corrupt: Those at or above its step that cannot be loaded; they are moved aside.
     """
 
     path: str
     temporary: str
     final: str
+    corrupt: tuple[str, ...] = ()
 
 
 @attrs.frozen(eq=False)
@@ -76,16 +88,15 @@ class Begun:
         """Make the folder a checkpoint, then drop what `overwrite` and `policy` say. On rank 0."""
         path, temporary, final = self.target.path, self.target.temporary, self.target.final
         done = checkpoint_of(final, manifest)
-        before = checkpoints(path)
+        before = [each for each in checkpoints(path) if each.path not in self.target.corrupt]
         gone = self._superseded(done, [each for each in before if each.problem is None], policy)
-        aside = [each for each in before if each.problem is not None and each.step == self.step]
         write_file(temporary, MANIFEST, [manifest.to_bytes()])
         sync_directory(temporary)
         os.rename(temporary, final)
         sync_directory(path)
         try:
-            for each in aside:
-                os.rename(each.path, f"{each.path}.corrupt-{secrets.token_hex(4)}")
+            for folder in self.target.corrupt:
+                os.rename(folder, f"{folder}.corrupt-{secrets.token_hex(4)}")
             for each in gone:
                 _discard(each.path)
         except OSError as error:  # the checkpoint is there: this is no reason to say that it is not
@@ -106,25 +117,28 @@ class Begun:
             unlock(self.held.pop())
 
 
-def begin(path: str, state: Any, ctx: DistContext, step: int, *, overwrite: bool) -> Begun:
+def begin(path: str, state: Any, ctx: DistContext, step: int, *, overwrite: bool, background: bool) -> Begun:
     """Make the folder on rank 0, and plan on every rank what it writes.
 
     Effects: ambient, collective.
     """
     encoder, held, own = Encoder(state, ctx), list[int](), dict[str, Any]()
 
-    def offer() -> tuple[Target | None, Any]:
+    asked = {"path": path, "step": step, "overwrite": overwrite, "background": background}
+
+    def offer() -> tuple[Target | None, Any, dict[str, Any]]:
         _check_step(step)
         own["node"] = encoder.encode(state)
         own["planner"], plan = local_save_plan(encoder.tensors, ctx.rank)
         own["target"] = _open(path, step, held, overwrite=overwrite) if ctx.is_main else None
-        return own["target"], plan
+        return own["target"], plan, asked
 
     try:
         offers = together(offer, ctx, "begin a checkpoint")
+        _check_same(offers)
         target = offers[0][0]
         assert target is not None
-        mine = global_save_plan([plan for _, plan in offers])[ctx.rank]
+        mine = global_save_plan([plan for _, plan, _ in offers])[ctx.rank]
         slices = [slice_of(item, own["planner"]) for item in mine.items]
         return Begun(target, own["node"], slices, ctx.rank, step, overwrite, held)
     except BaseException:
@@ -135,6 +149,19 @@ def begin(path: str, state: Any, ctx: DistContext, step: int, *, overwrite: bool
         raise
 
 
+def _check_same(offers: list[tuple[Target | None, Any, dict[str, Any]]]) -> None:
+    """Raise on every rank where they have not asked for the same."""
+    first = offers[0][2]
+    for rank, (_, _, asked) in enumerate(offers):
+        for name, value in asked.items():
+            if value != first[name]:
+                raise CheckpointError(
+                    f"ranks save with another `{name}`",
+                    saw=f"rank 0: {first[name]!r}, rank {rank}: {value!r}",
+                    fix="decide on one rank, and tell the others with `faccel.agree` or `faccel.broadcast_objects`",
+                )
+
+
 def _open(path: str, step: int, held: list[int], *, overwrite: bool) -> Target:
     """Take the directory, remove what dead writers left, and make a folder to write into. On rank 0."""
     make_directory(path)
@@ -143,7 +170,8 @@ def _open(path: str, step: int, held: list[int], *, overwrite: bool) -> Target:
         if each.name.startswith(TEMPORARY):
             shutil.rmtree(each.path, ignore_errors=True)
     found = checkpoints(path)
-    newest = next((each for each in found if each.problem is None), None)
+    corrupt = tuple(each.path for each in found if each.step >= step and _is_corrupt(each))
+    newest = next((each for each in found if each.problem is None and each.path not in corrupt), None)
     if newest is not None and step <= newest.step and not overwrite:
         raise CheckpointError(
             f"step {step} is not above the newest checkpoint, which a later save would prune",
@@ -154,7 +182,14 @@ def _open(path: str, step: int, held: list[int], *, overwrite: bool) -> Target:
     attempt = next(n for n in range(len(taken) + 1) if folder_name(step, n) not in taken)
     temporary = os.path.join(path, f"{TEMPORARY}{step}-{secrets.token_hex(4)}")
     os.mkdir(temporary)
-    return Target(path, temporary, os.path.join(path, folder_name(step, attempt)))
+    return Target(path, temporary, os.path.join(path, folder_name(step, attempt)), corrupt)
+
+
+def _is_corrupt(found: Checkpoint) -> bool:
+    """Whether a checkpoint cannot be loaded. It stands in the way of a run that has gone on from an older one."""
+    if found.problem is not None:
+        return True
+    return any(check_hash(found.path, entry) for entry in read_manifest(found.path).files)
 
 
 def _discard(folder: str) -> None:

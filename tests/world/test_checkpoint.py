@@ -5,7 +5,9 @@ import logging
 import os
 import pathlib
 import pickle
+import shutil
 import struct
+import subprocess
 import threading
 import zipfile
 from collections import Counter, OrderedDict
@@ -505,7 +507,7 @@ def test_an_error_in_the_background_surfaces_at_the_next_call_on_every_rank(tmp_
 
 
 def test_an_error_in_the_background_surfaces_at_shutdown(tmp_path):
-    with pytest.raises(TypeError), faccel.init(env={}) as ctx:
+    with pytest.raises(CheckpointError, match="TypeError"), faccel.init(env={}) as ctx:
         faccel.save(tmp_path, {"x": 1}, ctx, step=1, background=True, metadata={"bad": object()})
 
 
@@ -690,3 +692,53 @@ def test_generators_of_a_rank_that_was_not_there_are_its_own_and_the_same_on_eve
     first, second = simulate(fn, 5), simulate(fn, 5, seed=9)
     assert first == second
     assert len({tuple(draw) for draw in first}) == 5
+
+
+def test_a_run_goes_on_from_an_older_one_past_one_with_a_flipped_bit(tmp_path):
+    for step in (1, 2, 3):
+        faccel.save(tmp_path, {"x": torch.full((3,), float(step))}, ONE, step=step)
+    for step in (2, 3):
+        file = next(pathlib.Path(tmp_path, f"step-{step:09d}").glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-1] + b"\7")
+    assert faccel.load(tmp_path, {"x": None}, ONE)["x"].tolist() == [1, 1, 1]
+    faccel.save(tmp_path, {"x": torch.full((3,), 20.0)}, ONE, step=2)
+    assert steps(tmp_path) == [2, 1]
+    assert len(list(tmp_path.glob("*.corrupt-*"))) == 2
+    assert faccel.load(tmp_path, {"x": None}, ONE)["x"].tolist() == [20, 20, 20]
+
+
+@pytest.mark.parametrize("what", ["step", "path", "background", "overwrite"])
+def test_ranks_that_ask_for_something_else_are_an_error_on_each(tmp_path, what):
+    def fn(ctx):
+        asked = {"step": 1, "path": tmp_path, "background": False, "overwrite": False}
+        if ctx.rank:
+            asked[what] = {"step": 2, "path": tmp_path / "b", "background": True, "overwrite": True}[what]
+        with pytest.raises(CheckpointError, match=f"another `{what}`"):
+            faccel.save(asked.pop("path"), {"x": 1}, ctx, **asked)
+        return faccel.latest(tmp_path, ctx)
+
+    assert simulate(fn, 2) == (None, None)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root to mount a small disk")
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(tmp_path, background):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+
+        def fn(ctx):
+            faccel.save(disk / "runs", {"x": torch.ones(10)}, ctx, step=1)
+            with pytest.raises(CheckpointError, match="No space left") as caught:
+                faccel.save(disk / "runs", {"x": torch.ones(10**6)}, ctx, step=2, background=background)
+                faccel.latest(disk / "runs", ctx)
+            assert caught.value.fix == "make room"
+            return faccel.load(disk / "runs", {"x": None}, ctx)["x"].shape
+
+        assert simulate(fn, 2) == (torch.Size([10]),) * 2
+        assert steps(disk / "runs") == [1]
+        assert [name for name in os.listdir(disk / "runs") if name.startswith(".tmp")] == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
