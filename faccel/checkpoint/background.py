@@ -49,9 +49,9 @@ class Pending:
         except BaseException as error:  # told to the next call
             self._error = error
 
-    def outcome(self) -> BaseException | None:
-        """Wait for the thread; return its error."""
-        self._thread.join()
+    def outcome(self, timeout_s: float | None = None) -> BaseException | None:
+        """Wait for the thread, for so long at most; return its error."""
+        self._thread.join(timeout_s)
         return self._error
 
     def __call__(self) -> None:
@@ -72,11 +72,11 @@ def settle(ctx: DistContext) -> None:
         return
     ctx.comm.barrier(WORLD)  # every rank has started its thread: in a simulation nobody else would
     ctx.unfinished[:] = [each for each in ctx.unfinished if each not in pending]
-    errors = [] if ctx.is_main else [error for each in pending if (error := each.outcome()) is not None]
+    # Rank 0 waits for the others' parts, so it hears of them first; where it has failed itself, they failed after it.
+    first_s = 0.1 if ctx.is_main else None
+    errors = [error for each in pending if (error := each.outcome(first_s)) is not None]
     try:
-        failures(
-            errors[0] if errors else None, ctx, _WHAT
-        )  # rank 0 waits for the others' parts: it hears of them first
+        failures(errors[0] if errors else None, ctx, _WHAT)
     except FaccelError:
         for each in pending:
             each.patience_s = 0.0
