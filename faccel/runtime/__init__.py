@@ -29,6 +29,7 @@ from faccel.mesh import MeshSpec
 from faccel.protocols import DATA, WORLD
 from faccel.runtime.detect import detect
 from faccel.runtime.ending import ExceptHook
+from faccel.runtime.meeting import agreed_name
 
 
 class _DefaultGroup:
@@ -75,10 +76,14 @@ class _DefaultGroup:
         before = sys.excepthook  # torch replaces it and does not put it back
         try:
             store = _store(topology, timeout)
-            # Neither a restarted worker nor a second world may meet the addresses of the one that ended.
+            # Neither a restarted worker nor a second world may meet the addresses of the one that ended. The agents of
+            # several machines do not count restarts alike.
+            name = f"attempt_{topology.attempt}/world_{self.num_made}"
+            if topology.num_nodes > 1:
+                name = agreed_name(store, topology.rank, topology.world_size, timeout.total_seconds())
             dist.init_process_group(
                 "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_BACKENDS[device.type]}",
-                store=dist.PrefixStore(f"faccel/attempt_{topology.attempt}/world_{self.num_made}", store),
+                store=dist.PrefixStore(f"faccel/{name}", store),
                 rank=topology.rank,
                 world_size=topology.world_size,
                 timeout=timeout,

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.procs.test_elastic import SCRIPT, launch
+
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = "127.0.0.1 localhost\n10.77.0.1 faccel-a\n10.77.0.2 faccel-b\n"
 
@@ -51,7 +53,7 @@ def start(host, *words):
 def run(hosts, words):
     """Run on both hosts; `words(rank)` are the options of each. Return what they printed."""
     processes = [start(host, *words(rank)) for rank, host in enumerate(hosts)]
-    out = [process.communicate(timeout=200) for process in processes]
+    out = [process.communicate(timeout=100) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], [errors[-2000:] for _, errors in out]
     return [text.splitlines() for text, _ in out]
 
@@ -65,3 +67,18 @@ def test_one_training_run_on_two_hosts(hosts):
     first, second = run(hosts, words)
     assert first[-1] == "accuracy 0.9778"
     assert second == []
+
+
+@pytest.mark.slow
+def test_a_killed_worker_on_one_host_is_a_restart_on_both(hosts, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+
+    def words(rank):
+        meeting = ["--nnodes", "2", "--rdzv-endpoint", "faccel-a:29512", "--max-restarts", "1"]
+        return [*meeting, str(script), str(tmp_path / "runs"), "1"]
+
+    printed = sorted(line for lines in run(hosts, words) for line in lines)
+    whole = launch(script, tmp_path / "whole", -1)
+    assert [line.partition(" ")[2].partition(" ")[2] for line in printed[:1]] == ["goes on after step 7"]
+    assert printed[1:] == [whole.stdout.strip()]
