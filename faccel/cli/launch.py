@@ -30,6 +30,7 @@ _NPROC_HELP = "Processes on this machine; auto is one per GPU, else one."
 @click.option("--config", metavar="FILE[#SECTION]", help="Configuration file, or a section of yours.")
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module.")
 @click.option("--no-python", is_flag=True, help="SCRIPT is a program.")
+@click.option("--print", "rendering", type=click.Choice(("mpirun", "slurm", "torchrun")), help="Write it for that.")
 @config_flags
 @click.argument("script")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
@@ -48,6 +49,11 @@ def launch(script: str, args: tuple[str, ...], **options: Any) -> None:
 
             resolve(file=read(options["config"]))
         spec = _spec((script, *args), options)
+        if options["rendering"]:
+            from faccel.launching.render import RENDERINGS
+
+            print(RENDERINGS[options["rendering"]](spec), end="")
+            return
     except FaccelError as error:
         raise UsageError(error) from None
     try:

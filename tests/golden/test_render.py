@@ -1,0 +1,40 @@
+"""What `faccel launch --print` writes, word for word; `GOLDEN=write` writes the files anew."""
+
+import os
+import pathlib
+import subprocess
+
+import pytest
+from click.testing import CliRunner
+
+from faccel.cli import main
+
+HERE = pathlib.Path(__file__).parent
+LAUNCHES = {
+    "one-machine": ["--cpu", "--nproc", "2", "--seed", "3", "train.py", "--name", "a b"],
+    "two-machines": ["--cpu", "--nproc", "4", "--nnodes", "2", "--node-rank", "0", "--main-address", "head",
+                     "--mixed-precision", "bf16", "--config", "CONFIG", "-m", "package.train"],
+    "a-program": ["--nproc", "1", "--no-python", "./run.sh"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rendering", ["torchrun", "slurm", "mpirun"])
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_launch_is_written_for_another_launcher(tmp_path, name, rendering):
+    config = tmp_path / "training.yaml"
+    config.write_text("seed: 1\n")
+    words = [str(config) if word == "CONFIG" else word for word in LAUNCHES[name]]
+    out = CliRunner().invoke(main, ["launch", "--print", rendering, *words])
+    assert out.exit_code == 0, out.output
+    text = out.output.replace(str(config), "training.yaml")
+    golden = HERE / f"{name}.{rendering}.txt"
+    if os.environ.get("GOLDEN") == "write":
+        golden.write_text(text)
+    assert text == golden.read_text()
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_a_range_of_machines_is_no_batch_job():
+    words = ["--cpu", "--nnodes", "1:4", "--rdzv-endpoint", "head:1", "x.py"]
+    out = CliRunner().invoke(main, ["launch", "--print", "slurm", *words])
+    assert (out.exit_code, "a number of machines" in out.output) == (2, True)
