@@ -83,7 +83,8 @@ def slurm(tmp_path_factory):
         deadline = time.monotonic() + 60
         while not has_idle_node(env) and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert has_idle_node(env), (folder / "slurmctld.log").read_text()[-2000:]
+        if not has_idle_node(env):
+            pytest.skip(f"SLURM has no node here: {(folder / 'slurmctld.log').read_text()[-300:]}")
         yield env
     except subprocess.CalledProcessError as error:
         pytest.skip(f"SLURM's daemons do not start here: {error.stderr}")
