@@ -7,7 +7,7 @@ import sys
 import click
 
 from faccel.cli.config import config
-from faccel.cli.launch import launch
+from faccel.cli.launch import launch, test
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,6 +18,7 @@ def main() -> None:
 
 main.add_command(config)
 main.add_command(launch)
+main.add_command(test)
 
 
 @main.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -15,23 +16,37 @@ _NPROC = ("auto", "cpu", "gpu")
 _NPROC_HELP = "Processes on this machine; auto is one per GPU, else one."
 
 
+def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say what is started where, and a flag for each field of `Config`."""
+    command = config_flags(command)
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+_OPTIONS = (
+    click.option("--nproc", default="auto", metavar="N|auto|cpu|gpu", show_default=True, help=_NPROC_HELP),
+    click.option("--cpu", is_flag=True, help="Compute on the CPU: `--device cpu`."),
+    click.option("--nnodes", default="1", show_default=True, metavar="N|MIN:MAX", help="Machines."),
+    click.option("--node-rank", type=int, help="Number of this machine, from 0."),
+    click.option("--main-address", metavar="HOST", help="The machine that the others meet at."),
+    click.option("--main-port", type=click.IntRange(1, 65535), help="Its port; a free one on a single machine."),
+    click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet that may come and go."),
+    click.option("--rdzv-id", default="faccel", show_default=True, help="Name of the run at that place."),
+    click.option(
+        "--max-restarts", type=click.IntRange(0), default=0, show_default=True, help="Starts after a failure."
+    ),
+    click.option("--log-dir", metavar="DIR", help="Keep what each process prints."),
+    click.option("--tee", is_flag=True, help="With --log-dir: print it too."),
+    click.option("--config", metavar="FILE[#SECTION]", help="Configuration file, or a section of yours."),
+)
+
+
 @click.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
-@click.option("--nproc", default="auto", metavar="N|auto|cpu|gpu", show_default=True, help=_NPROC_HELP)
-@click.option("--cpu", is_flag=True, help="Compute on the CPU: `--device cpu`.")
-@click.option("--nnodes", default="1", show_default=True, metavar="N|MIN:MAX", help="Machines.")
-@click.option("--node-rank", type=int, help="Number of this machine, from 0.")
-@click.option("--main-address", metavar="HOST", help="The machine that the others meet at.")
-@click.option("--main-port", type=click.IntRange(1, 65535), help="Its port; a free one on a single machine.")
-@click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet that may come and go.")
-@click.option("--rdzv-id", default="faccel", show_default=True, help="Name of the run at that place.")
-@click.option("--max-restarts", type=click.IntRange(0), default=0, show_default=True, help="Starts after a failure.")
-@click.option("--log-dir", metavar="DIR", help="Keep what each process prints.")
-@click.option("--tee", is_flag=True, help="With --log-dir: print it too.")
-@click.option("--config", metavar="FILE[#SECTION]", help="Configuration file, or a section of yours.")
+@launch_options
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module.")
 @click.option("--no-python", is_flag=True, help="SCRIPT is a program.")
 @click.option("--print", "rendering", type=click.Choice(("mpirun", "slurm", "torchrun")), help="Write it for that.")
-@config_flags
 @click.argument("script")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 def launch(script: str, args: tuple[str, ...], **options: Any) -> None:
@@ -40,6 +55,19 @@ def launch(script: str, args: tuple[str, ...], **options: Any) -> None:
     All options come before SCRIPT; what follows it is the script's own. Fields of the configuration given here are
     stronger than the environment and a file, and must not contradict what the script gives to `faccel.init`.
     """
+    _launch((script, *args), options)
+
+
+@click.command()
+@launch_options
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
+def test(*, as_json: bool, **options: Any) -> None:
+    """Start the ranks and check what they compute: collectives, data order, training, a checkpoint, bandwidth."""
+    words = ("faccel.testing.selftest", *(["--json"] if as_json else []))
+    _launch(words, options | {"module": True, "no_python": False, "rendering": None})
+
+
+def _launch(command: tuple[str, ...], options: dict[str, Any]) -> None:
     from faccel.launching.run import run
 
     try:
@@ -48,7 +76,7 @@ def launch(script: str, args: tuple[str, ...], **options: Any) -> None:
             from faccel.config_file import read
 
             resolve(file=read(options["config"]))
-        spec = _spec((script, *args), options)
+        spec = _spec(command, options)
         if options["rendering"]:
             from faccel.launching.render import RENDERINGS
 

@@ -1,5 +1,6 @@
 """`faccel launch` as users call it."""
 
+import json
 import os
 import signal
 import socket
@@ -111,3 +112,20 @@ def test_logs_are_kept_and_printed_where_asked(script, tmp_path):
     assert out.stdout == ""
     kept = [path.read_text() for path in (tmp_path / "logs").rglob("stdout.log")]
     assert sorted(text.split(" of")[0] for text in kept) == ["rank 0", "rank 1"]
+
+
+def faccel_test(*args):
+    command = [sys.executable, "-m", "faccel", "test", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_the_machine_is_tested_with_a_line_for_each_check_and_a_verdict():
+    out = faccel_test("--cpu", "--nproc", "2")
+    assert out.returncode == 0, out.stderr
+    lines = out.stdout.splitlines()
+    names = ["collectives", "data order", "training", "checkpoint", "bandwidth"]
+    assert [line.split("  ")[0] for line in lines[:-1]] == names
+    assert lines[-1] == "all checks passed on 2 ranks on cpu"
+    told = json.loads(faccel_test("--cpu", "--json").stdout)
+    assert told["failed"] == 0
+    assert told["checks"]["checkpoint"]["passed"]
