@@ -147,13 +147,22 @@ def _leave_word(begun: Begun, word: Mapping[str, Any]) -> None:
     os.rename(f"{path}.new", path)  # whole, or not there
 
 
+def _bytes_in(folder: str) -> int:
+    size = 0
+    with os.scandir(folder) as entries:
+        for each in entries:
+            with suppress(FileNotFoundError):  # a word gets its name just now
+                size += each.stat().st_size
+    return size
+
+
 def _wait_for_words(folder: str, world_size: int, timeout_s: float, pending: Pending) -> list[FileEntry]:
     files: list[FileEntry] = []
     moved_at, moved = time.monotonic(), -1
     for rank in range(world_size):
         path = _word(folder, rank)
         while not os.path.exists(path):
-            size = sum(each.stat().st_size for each in os.scandir(folder))
+            size = _bytes_in(folder)
             if size != moved:  # somebody writes
                 moved_at, moved = time.monotonic(), size
             patience_s = timeout_s if pending.patience_s is None else pending.patience_s

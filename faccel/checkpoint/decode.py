@@ -29,6 +29,8 @@ from faccel.checkpoint.encode import (
 from faccel.context import DistContext
 from faccel.errors import CheckpointError, nearest
 from faccel.model import WrappedModel
+from faccel.rng import RngState
+from faccel.tree import is_tensordict
 
 Finish = Callable[[], Any]
 """Gives a value once all tensors have been read; writes what has identity."""
@@ -65,6 +67,10 @@ class Decoder:
 
     def decode(self, node: Node, into: Any, path: str = "") -> Finish:
         """Return what gives the value of `node`, for the place that `into` has in the state."""
+        wanted = _kind_for(into)
+        if wanted is not None and (not isinstance(node, dict) or node.get("!") != wanted):
+            saw = f"no {wanted} in the checkpoint, a {type(into).__name__} in the state"
+            raise _misfit(path, saw, "load what was saved there, or leave it out")
         if not isinstance(node, (dict, list)):
             return lambda: node
         if isinstance(node, list):
@@ -81,13 +87,13 @@ class Decoder:
         return self._children(dict(zip(keys, node["v"], strict=True)), into, path, MAPPINGS[node["!"]])
 
     def _children(self, nodes: dict[Any, Node], into: Any, path: str, make: Callable[[dict[Any, Any]], Any]) -> Finish:
-        """A mapping is loaded as far as the state names its keys; one of values alone, below the top, whole."""
+        """A mapping is loaded as far as the state names its keys; where it names none, below the top, whole."""
         places: Mapping[Any, Any] = into if isinstance(into, Mapping) and not is_stateful(into) else {}
         for key in places:
             if key not in nodes:
                 fix = f"leave it out, or {nearest(str(key), map(str, nodes))}"
                 raise _misfit(join(path, key), "not in the checkpoint", fix)
-        chosen = places if places and (not path or _has_identity_inside(places)) else nodes
+        chosen = places if places or not path else nodes
         parts = {key: self.decode(nodes[key], places.get(key), join(path, key)) for key in chosen}
         return lambda: make({key: finish() for key, finish in parts.items()})
 
@@ -286,6 +292,17 @@ def _parameters(state: Any) -> list[nn.Parameter]:
         return list(state.parameters())
     children = state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ()
     return [p for child in children for p in _parameters(child)]
+
+
+def _kind_for(into: Any) -> str | None:
+    """Return the only kind of node that a place can take; None for a value, which may have become any other."""
+    if isinstance(into, (WrappedModel, nn.Module)):
+        return "module"
+    if isinstance(into, Optimizer):
+        return "optimizer"
+    if isinstance(into, RngState):
+        return "rng"
+    return "stateful" if is_stateful(into) and not is_tensordict(into) else None
 
 
 def _has_identity(value: Any) -> bool:

@@ -112,7 +112,8 @@ def read_manifest(folder: str) -> Manifest:
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"the manifest cannot be read: {error}") from error
     try:
-        sizes = {each.name: each.stat().st_size for each in os.scandir(folder) if each.is_file(follow_symlinks=False)}
+        with os.scandir(folder) as entries:
+            sizes = {each.name: each.stat().st_size for each in entries if each.is_file(follow_symlinks=False)}
     except OSError as error:  # another process removes it
         raise ValueError(f"its files cannot be read ({error.strerror})") from error
     for each in manifest.files:

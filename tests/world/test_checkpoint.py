@@ -742,3 +742,38 @@ def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(tmp_path, backgr
         assert [name for name in os.listdir(disk / "runs") if name.startswith(".tmp")] == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("saved_value", [None, 1, "x", {"weight": torch.ones(1)}, [1], torch.ones(1)], ids=str)
+def test_a_value_where_an_object_is_to_be_loaded_is_refused(tmp_path, saved_value):
+    faccel.save(tmp_path, {"x": saved_value, "n": 1}, ONE, step=1)
+    net = nn.Linear(1, 1)
+    for into in (net, torch.optim.SGD(net.parameters(), lr=1.0), Counted(), faccel.rng_state(ONE)):
+        with pytest.raises(CheckpointError, match="does not fit"):
+            faccel.load(tmp_path, {"x": into}, ONE)
+
+
+def test_a_part_below_the_top_can_be_loaded_too(tmp_path):
+    net = nn.Linear(1, 1)
+    faccel.save(tmp_path, {"a": {"net": net, "n": 1}, "t": {"x": 1, "y": 2}}, ONE, step=1)
+    assert faccel.load(tmp_path, {"a": {"n": 0}, "t": {"x": 0}}, ONE) == {"a": {"n": 1}, "t": {"x": 1}}
+    assert faccel.load(tmp_path, {"t": {}}, ONE) == {"t": {"x": 1, "y": 2}}
+    assert faccel.load(tmp_path, {}, ONE) == {}
+
+
+def test_files_that_get_their_names_while_they_are_counted_do_no_harm(tmp_path):
+    from faccel.checkpoint.background import _bytes_in
+
+    stop = threading.Event()
+
+    def rename():
+        while not stop.is_set():
+            (tmp_path / "a").write_bytes(b"x")
+            os.rename(tmp_path / "a", tmp_path / "b")
+
+    thread = threading.Thread(target=rename)
+    thread.start()
+    sizes = {_bytes_in(str(tmp_path)) for _ in range(3000)}
+    stop.set()
+    thread.join()
+    assert sizes <= {0, 1, 2}
