@@ -5,24 +5,18 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import attrs
 import torch
 import torch.distributed as dist
 
 from faccel.backends.collectives import TorchCollectives
+from faccel.comm.pack import describe
 from faccel.errors import DesyncError
 from faccel.tree import Tree, flatten, paths
 from faccel.whereabouts import call_site, roll
 
 _SAME = "the same"
-
-
-def _describe(x: Any) -> str:
-    if not isinstance(x, torch.Tensor):
-        return type(x).__name__
-    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
 
 
 @attrs.frozen(eq=False)
@@ -62,7 +56,7 @@ class CheckedCollectives:
     def announce(self, call: str, x: Tree) -> None:
         """Remember for which call of the user's the next collective is."""
         named = zip(paths(x, "x"), flatten(x)[0], strict=True)
-        self._announced[:] = [f"{call} of {', '.join(f'{name}: {_describe(leaf)}' for name, leaf in named)}"]
+        self._announced[:] = [f"{call} of {', '.join(f'{name}: {describe([leaf])}' for name, leaf in named)}"]
 
     def failure(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
         """Return the error to raise for one that communication ended in."""
@@ -118,7 +112,7 @@ class CheckedCollectives:
         ranks, me = dist.get_process_group_ranks(self.group(axis)), dist.get_rank()
         room = f"{self.number}-{zlib.crc32(str(ranks).encode()):x}"  # the same on every axis of these ranks
         number = self._num_calls[room] = self._num_calls.get(room, 0) + 1
-        call = self._announced.pop() if self._announced else op if x is None else f"{op} of {_describe(x)}"
+        call = self._announced.pop() if self._announced else op if x is None else f"{op} of {describe([x])}"
         keys = [f"debug/{room}/{number}/{rank}" for rank in ranks]
         verdict = f"debug/{room}/{number}/verdict"
         self.store.set(keys[ranks.index(me)], f"{call} over `{axis}` at {call_site()}")

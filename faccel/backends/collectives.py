@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from faccel.backends.roll_call import RollCall
+from faccel.comm.pack import describe
 from faccel.errors import ConfigError, DesyncError, FaccelError, RankFailedError, WorldError, nearest
 from faccel.mesh import AXES
 from faccel.protocols import DATA, WORLD
@@ -32,10 +33,6 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or getattr(dist, "
 def _is_held(alias: torch.Tensor) -> bool:
     """Whether somebody but the interpreter has a reference to this very tensor, not only to its storage."""
     return alias._use_count() > 1  # type: ignore[attr-defined]
-
-
-def _describe(tree: Tree) -> str:
-    return ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in flatten(tree)[0])
 
 
 def _first_sentence(error: RuntimeError) -> str:
@@ -170,7 +167,9 @@ class TorchCollectives:
         call = self._announced.pop() if self._announced else None
         if self.roll_call is None or x.device.type != "cpu" or self.size(axis) > 256:
             return x.new_empty(0)
-        named = f"{op}{x.dtype}{x.numel()}" if call is None else f"{call[0]}{paths(call[1])}{_describe(call[1])}"
+        named = (
+            f"{op}{x.dtype}{x.numel()}" if call is None else f"{call[0]}{paths(call[1])}{describe(flatten(call[1])[0])}"
+        )
         number = zlib.crc32(named.encode())
         bits = [number >> i & 1 for i in range(32)]
         return torch.tensor(bits + [1 - bit for bit in bits], dtype=x.dtype)
@@ -218,7 +217,7 @@ class TorchCollectives:
         if not torch.equal(out[-len(marks) :], marks * self.size(axis) if op == "sum" else marks):
             raise DesyncError(
                 "ranks disagree about operation, leaves, shapes or dtypes in one reduction",
-                saw=f"rank {dist.get_rank()}: {op} of {_describe(x)} over `{axis}` at {call_site()}",
+                saw=f"rank {dist.get_rank()}: {op} of {describe([x])} over `{axis}` at {call_site()}",
                 fix="send the same on every rank; `FACCEL_DEBUG=1` shows what each of them sends",
             )
         return out[: -len(marks)].clone().view(x.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 import torch
 
@@ -11,7 +13,7 @@ from faccel.errors import ConfigError
 _ALIGNMENT = 16  # bytes; the widest dtype is complex128
 
 
-def describe(leaves: list[torch.Tensor]) -> str:
+def describe(leaves: Sequence[torch.Tensor]) -> str:
     """Return shapes and dtypes, for people."""
     return ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in leaves)
 

@@ -16,6 +16,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch._C._distributed_c10d import Work  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 from torch.futures import Future
 
+from faccel.comm.pack import describe
 from faccel.errors import DesyncError, WorldError
 from faccel.testing.world import InjectedError, Slot, TraceEvent, World
 from faccel.whereabouts import call_site
@@ -64,10 +65,6 @@ def _reduce(tensors: Sequence[torch.Tensor], op: Any) -> torch.Tensor:
     if reduction is None:
         raise ValueError(f"the simulated world cannot reduce with {op}")
     return reduction(torch.stack([t.detach() for t in tensors]))
-
-
-def _describe(tensors: Sequence[torch.Tensor]) -> str:
-    return ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors)
 
 
 class SimulatedGroup(dist.ProcessGroup):
@@ -176,7 +173,7 @@ class SimulatedGroup(dist.ProcessGroup):
                 for tensor in same:
                     tensor.detach().copy_(result)
 
-        return self._meet("all_reduce", f"{_name(op)}, {_describe(tensors)}", tensors, tensors, finish, tensors)
+        return self._meet("all_reduce", f"{_name(op)}, {describe(tensors)}", tensors, tensors, finish, tensors)
 
     def allreduce_coalesced(self, tensors: list[torch.Tensor], opts: Any = None) -> _Work:
         return self.allreduce(tensors, opts)
@@ -186,7 +183,7 @@ class SimulatedGroup(dist.ProcessGroup):
             result = _reduce([part[0] for part in parts], opts.reduceOp)
             parts[opts.rootRank][0].detach().copy_(result)
 
-        detail = f"{_name(opts.reduceOp)}, to {opts.rootRank}, {_describe(tensors)}"
+        detail = f"{_name(opts.reduceOp)}, to {opts.rootRank}, {describe(tensors)}"
         return self._meet("reduce", detail, tensors, tensors, finish, tensors)
 
     def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> _Work:
@@ -196,7 +193,7 @@ class SimulatedGroup(dist.ProcessGroup):
                     if tensor is not source:
                         tensor.detach().copy_(source.detach())
 
-        detail = f"from {opts.rootRank}, {_describe(tensors)}"
+        detail = f"from {opts.rootRank}, {describe(tensors)}"
         return self._meet("broadcast", detail, tensors, tensors, finish, tensors)
 
     def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None) -> _Work:
@@ -206,7 +203,7 @@ class SimulatedGroup(dist.ProcessGroup):
                     for target, (_, source) in zip(row, parts, strict=True):
                         target.detach().copy_(source[i].detach())
 
-        return self._meet("all_gather", _describe(inputs), inputs, (outputs, inputs), finish, outputs)
+        return self._meet("all_gather", describe(inputs), inputs, (outputs, inputs), finish, outputs)
 
     def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> _Work:
         def finish(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -214,7 +211,7 @@ class SimulatedGroup(dist.ProcessGroup):
             for out, _ in parts:
                 out.detach().copy_(joined.view(out.shape))
 
-        return self._meet("all_gather", _describe([input]), [input], (output, input), finish, output)
+        return self._meet("all_gather", describe([input]), [input], (output, input), finish, output)
 
     def all_gather_single_coalesced(
         self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
@@ -227,7 +224,7 @@ class SimulatedGroup(dist.ProcessGroup):
                 target.detach().copy_(source[0].detach())
 
         return self._meet(
-            "gather", f"to {opts.rootRank}, {_describe(inputs)}", inputs, (outputs, inputs), finish, outputs
+            "gather", f"to {opts.rootRank}, {describe(inputs)}", inputs, (outputs, inputs), finish, outputs
         )
 
     def scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any) -> _Work:
@@ -237,7 +234,7 @@ class SimulatedGroup(dist.ProcessGroup):
 
         sent = inputs[0] if inputs else []
         return self._meet(
-            "scatter", f"from {opts.rootRank}, {_describe(outputs)}", sent, (outputs, inputs), finish, outputs
+            "scatter", f"from {opts.rootRank}, {describe(outputs)}", sent, (outputs, inputs), finish, outputs
         )
 
     def reduce_scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any) -> _Work:
@@ -245,7 +242,7 @@ class SimulatedGroup(dist.ProcessGroup):
             for here, (out, _) in enumerate(parts):
                 out[0].detach().copy_(_reduce([source[0][here] for _, source in parts], opts.reduceOp))
 
-        detail = f"{_name(opts.reduceOp)}, {_describe(inputs[0])}"
+        detail = f"{_name(opts.reduceOp)}, {describe(inputs[0])}"
         return self._meet("reduce_scatter", detail, inputs[0], (outputs, inputs), finish, outputs)
 
     def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any) -> _Work:
@@ -301,11 +298,11 @@ class SimulatedGroup(dist.ProcessGroup):
                 world.baton.wait(me, lambda: bool(mail), f"recv from {self._ranks[src]} at {site}")
                 done.append(True)
                 got = mail.pop(0)
-                if _describe([got]) != _describe(tensors):
+                if describe([got]) != describe(tensors):
                     raise world.baton.fail(
                         DesyncError(
                             "a message does not fit the tensor that receives it",
-                            saw=f"{_describe([got])} from rank {self._ranks[src]}, {_describe(tensors)} at {site}",
+                            saw=f"{describe([got])} from rank {self._ranks[src]}, {describe(tensors)} at {site}",
                             fix="send and receive the same shape and dtype",
                         )
                     )
