@@ -44,6 +44,10 @@ class LaunchError(FaccelError, ValueError):
     """A launch cannot be, or what it should start is not there."""
 
 
+class JoinError(FaccelError, RuntimeError):
+    """Machines of a launch did not come together, or lost each other."""
+
+
 class WorldError(FaccelError, RuntimeError):
     """The processes could not be joined into the world that was asked for, or it is gone."""
 

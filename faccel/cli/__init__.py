@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
 from faccel.cli.config import config
 from faccel.cli.launch import launch, test
+from faccel.cli.output import explained, json_option, present
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,7 +25,8 @@ main.add_command(test)
 
 @main.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False))
-def checkpoints(directory: str) -> None:
+@json_option
+def checkpoints(directory: str, *, as_json: bool) -> None:
     """List the checkpoints of DIRECTORY, and compare every file with its hash.
 
     Exits with 1 where one of them is not as it was written.
@@ -31,19 +34,26 @@ def checkpoints(directory: str) -> None:
     from faccel.checkpoint.record import check_hash, read_manifest
     from faccel.checkpoint.record import checkpoints as look
 
-    is_fine = True
+    found: list[dict[str, Any]] = []
     for each in look(directory):
         problem = each.problem
         if problem is None:
             files = read_manifest(each.path).files
             problem = next((said for entry in files if (said := check_hash(each.path, entry))), None)
-        is_fine = is_fine and problem is None
-        what = (
-            f"{each.num_bytes / 1e6:.1f} MB from {each.world_size} ranks" if problem is None else f"CORRUPT: {problem}"
-        )
-        print(f"step {each.step}  {what}  {each.path}")
-    if not is_fine:
+        found.append(
+            {"step": each.step, "path": each.path, "problem": problem, "num_bytes": each.num_bytes,
+             "world_size": each.world_size, "created_s": each.created_s, "metadata": dict(each.metadata)}
+        )  # fmt: skip
+    rows = [(f"step {one['step']}", _state_of(one), one["path"]) for one in found]
+    present(found, rows, as_json=as_json)
+    if any(one["problem"] is not None for one in found):
         sys.exit(1)
+
+
+def _state_of(checkpoint: dict[str, Any]) -> str:
+    if checkpoint["problem"] is not None:
+        return f"CORRUPT: {checkpoint['problem']}"
+    return f"{checkpoint['num_bytes'] / 1e6:.1f} MB from {checkpoint['world_size']} ranks"
 
 
 @main.command()
@@ -51,34 +61,31 @@ def checkpoints(directory: str) -> None:
 @click.argument("out", type=click.Path(file_okay=False))
 @click.option("--model", "name", help="Which model, where the state holds several.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="The largest file.")
-def merge(checkpoint: str, out: str, name: str | None, max_shard_size: str) -> None:
+@json_option
+def merge(checkpoint: str, out: str, *, name: str | None, max_shard_size: str, as_json: bool) -> None:
     """Make one export of the model in CHECKPOINT, as `from_pretrained` loads it, in the directory OUT."""
     import faccel
     from faccel.checkpoint.export import merge as make
 
     try:
         with faccel.init(env={}) as ctx:
-            for file in make(checkpoint, out, ctx, name=name, max_shard_size=max_shard_size):
-                print(file)
+            files = make(checkpoint, out, ctx, name=name, max_shard_size=max_shard_size)
+            present(list(files), [(file,) for file in files], as_json=as_json)
     except faccel.errors.FaccelError as error:
         raise click.ClickException(str(error)) from None
 
 
 @main.command()
 @click.option("--explain", is_flag=True, help="For each field of the configuration its value and where it came from.")
-def env(explain: bool) -> None:  # noqa: FBT001
-    """Show versions, the place in the world and the device."""
-    import platform
-
-    import torch
-
+@json_option
+def env(*, explain: bool, as_json: bool) -> None:
+    """Show versions, devices, the place in the world and, with --explain, where each value came from."""
     import faccel
+    from faccel.cli.environment import as_rows, describe
 
     try:
         with faccel.init() as ctx:
-            print(f"faccel {faccel.__version__}, torch {torch.__version__}, python {platform.python_version()}")
-            print(f"rank {ctx.rank} of {ctx.world_size} ({ctx.topology.source}) on {ctx.device}")
-            if explain:
-                print(ctx.config.explain())
+            document = describe(ctx)
+            present(document, [*as_rows(document), *(explained(ctx.config) if explain else [])], as_json=as_json)
     except faccel.errors.FaccelError as error:
         raise click.ClickException(str(error)) from None

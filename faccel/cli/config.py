@@ -9,12 +9,47 @@ from typing import Any
 import click
 
 from faccel.cli.flags import UsageError
+from faccel.cli.output import explained, fields_document, json_option, present
 from faccel.errors import ConfigError, FaccelError, nearest
 
 
-@click.group()
-def config() -> None:
-    """Make, show, check and import configuration files."""
+@click.group(invoke_without_command=True)
+@click.pass_context
+def config(context: click.Context) -> None:
+    """Make, show, check and import configuration files; without a COMMAND, ask for each field in the terminal."""
+    if context.invoked_subcommand is None:
+        _questionnaire()
+
+
+def _suited() -> dict[str, Any]:
+    """Return what suits this machine: fields, and the number of processes."""
+    import torch
+
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    is_fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return {"nproc": max(1, count)} | ({"mixed_precision": "bf16"} if is_fast else {})
+
+
+def _questionnaire() -> None:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        fix = "use `faccel config default`, then `faccel config set key=value`"
+        raise UsageError(ConfigError("the questions need a terminal", saw="input or output that is none", fix=fix))
+    from faccel.cli.questions import ask
+    from faccel.config import resolve
+    from faccel.config_file import ConfigFile, read
+
+    file = _own()
+    try:
+        there = dict(read(file).values) if os.path.exists(file) else {}
+        resolve(file=ConfigFile(file, there))
+        values, nproc = ask(there, _suited())
+    except FaccelError as error:
+        raise click.ClickException(str(error)) from None
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; nothing was written") from None
+    _write(file, values)
+    words = ["faccel", "launch", *([] if nproc == 1 else ["--nproc", str(nproc)]), "script.py"]
+    print(f"{file}\nstart with: {' '.join(words)}")
 
 
 def _own() -> str:
@@ -43,7 +78,8 @@ def path() -> None:
 
 
 @config.command()
-def show() -> None:
+@json_option
+def show(*, as_json: bool) -> None:
     """Print each field, its value and where it came from."""
     from faccel.config import resolve
     from faccel.config_file import find, read
@@ -51,24 +87,24 @@ def show() -> None:
     try:
         reference = find(os.environ)
         file = None if reference is None else read(reference)
-        print(f"file: {reference or 'none'}")
-        print(resolve(env=os.environ, file=file).explain())
+        found = resolve(env=os.environ, file=file)
     except FaccelError as error:
         raise click.ClickException(str(error)) from None
+    rows = [(f"file: {reference or 'none'}", ""), *explained(found)]
+    present({"file": reference, "fields": fields_document(found)}, rows, as_json=as_json)
 
 
 @config.command()
 @click.option("--force", is_flag=True, help="Replace the file that is there.")
 def default(force: bool) -> None:  # noqa: FBT001
     """Write a file with what suits this machine."""
-    import torch
-
     file = _own()
     if os.path.exists(file) and not force:
         raise click.ClickException(
             f"`{file}` is there already. To fix: add `--force`, or change it with `faccel config set`"
         )
-    values = {"mixed_precision": "bf16"} if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else {}
+    values = _suited()
+    del values["nproc"]
     _write(file, values)
     print(file)
 
@@ -103,7 +139,8 @@ def set_(pairs: tuple[str, ...]) -> None:
 
 @config.command()
 @click.argument("file")
-def check(file: str) -> None:
+@json_option
+def check(file: str, *, as_json: bool) -> None:
     """Read FILE (or FILE#SECTION), and say what is wrong with it."""
     from faccel.config import resolve
     from faccel.config_file import read
@@ -111,15 +148,19 @@ def check(file: str) -> None:
     try:
         resolve(file=read(file))
     except FaccelError as error:
-        raise click.ClickException(str(error)) from None
-    print(f"{file}: fine")
+        if not as_json:
+            raise click.ClickException(str(error)) from None
+        present({"file": file, "problem": error.what, "saw": error.saw, "fix": error.fix}, [], as_json=True)
+        sys.exit(1)
+    present({"file": file, "problem": None}, [(f"{file}: fine",)], as_json=as_json)
 
 
 @config.command(name="import")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
 @click.option("-o", "--out", help="Where to; the user's own file, if nothing is said.")
 @click.option("--force", is_flag=True, help="Replace the file that is there.")
-def import_(file: str, out: str | None, force: bool) -> None:  # noqa: FBT001
+@json_option
+def import_(file: str, out: str | None, *, force: bool, as_json: bool) -> None:
     """Turn FILE, a configuration of Accelerate, into one of faccel, and list what has no equal."""
     from faccel.config import resolve
     from faccel.config_file import ConfigFile, read
@@ -135,7 +176,8 @@ def import_(file: str, out: str | None, force: bool) -> None:  # noqa: FBT001
         raise click.ClickException(str(error)) from None
     command = " ".join(["faccel", "launch", *imported.options, "script.py"])
     _write(target, dict(imported.values), f"# from {os.path.basename(file)}; start with: {command}\n")
-    print(target)
-    print(f"start with: {command}")
-    for key, value in imported.without_equal.items():
+    document = {"file": target, "command": command, "values": dict(imported.values)}
+    missing = dict(imported.without_equal)
+    present(document | {"without_equal": missing}, [(target,), (f"start with: {command}",)], as_json=as_json)
+    for key, value in missing.items() if not as_json else ():
         sys.stderr.write(f"no equal in this version: {key}: {value}\n")

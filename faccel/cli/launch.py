@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from faccel.cli.flags import UsageError, config_flags, given_fields
+from faccel.cli.output import json_option
 from faccel.errors import FaccelError, LaunchError
 
 _NPROC = ("auto", "cpu", "gpu")
@@ -33,6 +34,15 @@ _OPTIONS = (
     click.option("--main-port", type=click.IntRange(1, 65535), help="Its port; a free one on a single machine."),
     click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet that may come and go."),
     click.option("--rdzv-id", default="faccel", show_default=True, help="Name of the run at that place."),
+    click.option(
+        "--join-timeout",
+        "join_timeout_s",
+        type=click.FloatRange(1),
+        default=600,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long machines wait for each other.",
+    ),
     click.option(
         "--max-restarts", type=click.IntRange(0), default=0, show_default=True, help="Starts after a failure."
     ),
@@ -60,7 +70,7 @@ def launch(script: str, args: tuple[str, ...], **options: Any) -> None:
 
 @click.command()
 @launch_options
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
+@json_option
 def test(*, as_json: bool, **options: Any) -> None:
     """Start the ranks and check what they compute: collectives, data order, training, a checkpoint, bandwidth."""
     words = ("faccel.testing.selftest", *(["--json"] if as_json else []))
@@ -94,6 +104,7 @@ def _launch(command: tuple[str, ...], options: dict[str, Any]) -> None:
 
 
 def _spec(command: tuple[str, ...], options: dict[str, Any]) -> Any:
+    from faccel.launching.slurm import within_slurm
     from faccel.launching.spec import LaunchSpec
 
     flags = given_fields(options)
@@ -104,15 +115,16 @@ def _spec(command: tuple[str, ...], options: dict[str, Any]) -> Any:
     if options["module"] and options["no_python"]:
         raise LaunchError("SCRIPT is a module or a program", saw="`-m` and `--no-python`", fix="leave one out")
     kind = "module" if options["module"] else "executable" if options["no_python"] else "script"
-    same = ("nnodes", "node_rank", "main_address", "main_port", "rdzv_endpoint", "rdzv_id", "max_restarts", "log_dir",
-            "tee", "config")  # fmt: skip
-    return LaunchSpec(
+    same = ("nnodes", "node_rank", "main_address", "main_port", "rdzv_endpoint", "rdzv_id", "join_timeout_s",
+            "max_restarts", "log_dir", "tee", "config")  # fmt: skip
+    spec = LaunchSpec(
         command=command,
         kind=kind,
         nproc=_processes(options["nproc"], str(flags.get("device") or "")),
         flags=flags,
         **{name: options[name] for name in same},
     )
+    return spec if options["rendering"] else within_slurm(spec, os.environ, is_counted=options["nproc"] != "auto")
 
 
 def _processes(nproc: str, device: str) -> int:

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from faccel.errors import LaunchError
+from faccel.errors import JoinError, LaunchError
+from faccel.launching.joining import join
 from faccel.launching.spec import LaunchSpec, additions, arguments
 
 
@@ -22,6 +23,7 @@ def run(spec: LaunchSpec, env: Mapping[str, str]) -> int:
 
     Raises:
         LaunchError: The command is not there, or its port is taken.
+        JoinError: Several machines did not come together.
     """
     _check(spec)
     env = {**env, **additions(spec, env, os.cpu_count() or 1)}
@@ -62,6 +64,7 @@ def _supervise(spec: LaunchSpec) -> int:
     import torch.distributed.run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said below
@@ -69,12 +72,18 @@ def _supervise(spec: LaunchSpec) -> int:
     if given.standalone:
         given.rdzv_backend, given.rdzv_endpoint, given.rdzv_id = "c10d", "localhost:0", f"faccel-{os.getpid()}"
     config, command, rest = torchrun.config_from_args(given)
+    meeting = join(spec) if spec.nnodes != "1" else None  # kept: this may be the machine that all meet at
     try:
         elastic_launch(config=config, entrypoint=command)(*rest)
     except ChildFailedError as error:
         return _report(error)
     except SignalException as error:
         return 128 + int(error.sigval)
+    except RendezvousError as error:
+        saw, fix = f"{type(error).__name__}: {error}", "look at the other machines, and start again"
+        raise JoinError("the machines lost each other", saw=saw, fix=fix) from None
+    finally:
+        del meeting
     return 0
 
 
@@ -86,7 +95,12 @@ def _follows(failure: Any) -> bool:
 
 def _report(error: Any) -> int:
     """Show the first failure above everything that follows from it; return its exit code."""
+    from faccel.checkpoint.preemption import Preemption
+
     rank, failure = min(error.failures.items(), key=lambda each: (_follows(each[1]), each[1].timestamp))
+    if all(each.exitcode == Preemption.exit_code for each in error.failures.values()):
+        sys.stderr.write("preempted; what was saved is whole, and the same command goes on from there (exit code 75)\n")
+        return Preemption.exit_code
     code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
     how = f"exit code {code}" if failure.exitcode >= 0 else f"signal {-failure.exitcode}"
     told = failure.message

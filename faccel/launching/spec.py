@@ -28,6 +28,7 @@ class LaunchSpec:
         main_port: Its port; None takes a free one on a single machine.
         rdzv_endpoint: `host:port` of an elastic rendezvous, instead of `main_address`.
         rdzv_id: Name of the run, the same on all machines of a rendezvous.
+        join_timeout_s: Seconds until machines that do not come together are an error.
         max_restarts: How often all processes are started again after one has failed.
         log_dir: Where what each process prints is kept.
         tee: Whether it is printed too.
@@ -44,6 +45,7 @@ class LaunchSpec:
     main_port: int | None = None
     rdzv_endpoint: str | None = None
     rdzv_id: str = "faccel"
+    join_timeout_s: float = 600.0
     max_restarts: int = 0
     log_dir: str | None = None
     tee: bool = False
@@ -51,6 +53,14 @@ class LaunchSpec:
     config: str | None = None
 
     def __attrs_post_init__(self) -> None:
+        low, _, high = self.nnodes.partition(":")
+        if not all(n.isdecimal() and int(n) > 0 for n in (low, high or low)) or int(high or low) < int(low):
+            fix = "write `--nnodes 2`, or `--nnodes 1:4`"
+            raise LaunchError("`--nnodes` is a number of machines or a range", saw=f"--nnodes {self.nnodes}", fix=fix)
+        if ":" not in self.nnodes and self.node_rank is not None and not 0 <= self.node_rank < int(low):
+            saw = f"--node-rank {self.node_rank} of {low}"
+            raise LaunchError("machines are numbered from 0", saw=saw, fix=f"use 0 to {int(low) - 1}")
+        meeting_place(self)
         several = self.nnodes != "1"
         if several and self.rdzv_endpoint is None and (self.main_address is None or self.node_rank is None):
             raise LaunchError(
@@ -91,14 +101,31 @@ def arguments(spec: LaunchSpec) -> list[str]:
     return [*given, "--", *spec.command]
 
 
+def meeting_place(spec: LaunchSpec) -> tuple[str, int]:
+    """Return the host and port at which the machines of a launch meet.
+
+    Effects: pure.
+
+    Raises:
+        LaunchError: The port of the rendezvous is not a number.
+    """
+    if spec.rdzv_endpoint is None:
+        return spec.main_address or "127.0.0.1", 29500 if spec.main_port is None else spec.main_port
+    host, _, port = spec.rdzv_endpoint.rpartition(":") if ":" in spec.rdzv_endpoint else (spec.rdzv_endpoint, "", "")
+    if port and not port.isdecimal():
+        saw = f"--rdzv-endpoint {spec.rdzv_endpoint}"
+        raise LaunchError("a rendezvous is a host and a port", saw=saw, fix="write `--rdzv-endpoint host:29400`")
+    return host, int(port or 29400)
+
+
 def _meeting(spec: LaunchSpec) -> list[str]:
     if spec.rdzv_endpoint is not None:
         return ["--rdzv-backend", "c10d", "--rdzv-endpoint", spec.rdzv_endpoint, "--rdzv-id", spec.rdzv_id]
     if spec.nnodes == "1" and spec.main_port is None:
         return ["--standalone"]  # a port that is free
     node = [] if spec.node_rank is None else ["--node-rank", str(spec.node_rank)]
-    port = str(29500 if spec.main_port is None else spec.main_port)
-    return [*node, "--master-addr", spec.main_address or "127.0.0.1", "--master-port", port]
+    host, port = meeting_place(spec)
+    return [*node, "--master-addr", host, "--master-port", str(port)]
 
 
 def additions(spec: LaunchSpec, env: Mapping[str, str], num_cores: int) -> dict[str, str]:

@@ -97,7 +97,8 @@ def test_the_command_line_shows_where_each_value_comes_from():
     from faccel.cli import main
 
     result = CliRunner().invoke(main, ["env", "--explain"], env={"FACCEL_GRAD_ACCUM": "8"})
-    assert "rank 0 of 1 (single) on cpu" in result.output
+    assert "place  rank 0 of 1, local 0 of 1, machine 0 of 1\nsaid by  single\n" in result.output
+    assert f"torch {torch.__version__}" in result.output
     assert "grad_accum = 8  (environment FACCEL_GRAD_ACCUM, over default 1)" in result.output
     result = CliRunner().invoke(main, ["env"], env={"FACCEL_GRAD_ACUM": "8"})
     assert result.exit_code == 1
