@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ def _one_of(*allowed: str) -> Callable[[Any, Any, Any], None]:
 def _number(kind: type, *, at_least: float) -> Callable[[Any, Any, Any], None]:
     def check(_: Any, attribute: Any, value: Any) -> None:
         fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
-        if not fits or value < at_least:
+        if not fits or not at_least <= value < math.inf:
             want = f"{'a number' if kind is float else 'an int'} of at least {at_least}"
             raise _bad(attribute.name, value, want, f"write `{attribute.name}={at_least}` or more")
 
@@ -68,6 +69,10 @@ def _text(_: Any, attribute: Any, value: Any) -> None:
 
 def _device_name(value: Any) -> Any:
     return str(value) if type(value).__name__ == "device" else value  # torch.device, without importing torch
+
+
+def _word(value: Any) -> Any:
+    return "no" if value is False else value  # what YAML takes `no` for
 
 
 def _mesh(value: Any) -> MeshSpec | None:
@@ -95,7 +100,8 @@ class Config:
         sources: For each field, where its value came from (filled by `resolve`).
     """
 
-    mixed_precision: str = _field("no", str, "dtype of forward and backward", validator=_one_of(*PRECISIONS))
+    mixed_precision: str = _field("no", str, "dtype of forward and backward", validator=_one_of(*PRECISIONS),
+                                 converter=_word)  # fmt: skip
     grad_accum: int = _field(1, int, "micro-batches per update", validator=_number(int, at_least=1))
     seed: int = _field(0, int, "seed of the data order", validator=_number(int, at_least=0))
     device: str | None = _field(None, str, "device of this process", validator=_text_or_none, converter=_device_name)
@@ -146,6 +152,13 @@ def field_table() -> str:
     return "\n".join(["| key, argument | flag | variable | default | |", "| --- | --- | --- | --- | --- |", *rows])
 
 
+def unreadable(name: str, field: attrs.Attribute[Any], text: str, error: ValueError) -> ConfigError:
+    """Return the error of a text that is not what a field takes."""
+    kind = {int: "a whole number", float: "a number"}.get(field.metadata["parse"], str(error))
+    fix = f"write for example `{field.name}={_show(field.default)}`"
+    return ConfigError(f"{name} cannot be read as {kind}", saw=repr(text), fix=fix)
+
+
 def _from_environment(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
     fields = {PREFIX + field.name.upper(): field for field in config_fields()}
     found: dict[str, tuple[Any, str]] = {}
@@ -158,7 +171,7 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
         try:
             value = field.metadata["parse"](env[key])
         except ValueError as error:
-            raise ConfigError(f"the environment variable `{key}` cannot be read: {error}", saw=repr(env[key])) from None
+            raise unreadable(f"the environment variable `{key}`", field, env[key], error) from None
         found[field.name] = (value, f"environment {key}")
     return found
 
@@ -168,8 +181,24 @@ def _from_file(file: ConfigFile | None) -> dict[str, tuple[Any, str]]:
 
 
 def _from_flags(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
-    flags: dict[str, Any] = json.loads(env.get(LAUNCH) or "{}")
+    flags = launcher_flags(env)
+    flags.pop("config", None)
     return {name: (value, f"flag {flag_of(name)}") for name, value in flags.items()}
+
+
+def launcher_flags(env: Mapping[str, str]) -> dict[str, Any]:
+    """Return what `faccel launch` was given: fields, and `config`, the file that was named.
+
+    Effects: pure.
+
+    Raises:
+        ConfigError: Something else than the launcher has set the variable.
+    """
+    try:
+        return dict(json.loads(env.get(LAUNCH) or "{}"))
+    except (ValueError, TypeError):
+        fix = "unset it: `faccel launch` sets it for its ranks"
+        raise ConfigError(f"`{LAUNCH}` is not what the launcher writes", saw=repr(env[LAUNCH]), fix=fix) from None
 
 
 def flag_of(name: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +37,15 @@ def default_path(env: Mapping[str, str]) -> str | None:
     """
     base = env.get("XDG_CONFIG_HOME") or (os.path.join(env["HOME"], ".config") if env.get("HOME") else None)
     return base and os.path.join(base, "faccel", "config.yaml")
+
+
+def absolute(reference: str) -> str:
+    """Return `path#section` with the path from the root, so that it means the same in another folder.
+
+    Effects: ambient. Asks for the current folder.
+    """
+    path, mark, section = reference.partition("#")
+    return os.path.abspath(path) + mark + section
 
 
 def find(env: Mapping[str, str]) -> str | None:
@@ -74,12 +85,79 @@ def read(reference: str) -> ConfigFile:
     return ConfigFile(reference, {str(key): value for key, value in values.items()})
 
 
-def _parse(path: str) -> Any:
+def write(path: str, values: Mapping[str, Any], comment: str = "") -> None:
+    """Write `values` as the file's suffix says; of a file that is there, comments and order of the lines stay.
+
+    Effects: ambient. The file is whole at every moment: old or new.
+
+    Raises:
+        ConfigError: The suffix is unknown, the file cannot be written, or not be changed without losing its form.
+    """
+    target = os.path.realpath(path)  # a link stays a link
+    suffix = _suffix(path)
+    try:
+        before = _read_text(target)
+        note = comment if suffix != ".json" else ""  # which has no comments
+        text = note + _RENDERERS[suffix](values) if comment or before is None else _edited(before, suffix, values)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(target), prefix=".faccel-", delete=False) as file:
+            file.write(text)
+        os.chmod(file.name, 0o644 if before is None else os.stat(target).st_mode)
+        try:
+            os.replace(file.name, target)
+        except OSError:
+            os.unlink(file.name)
+            raise
+    except OSError as error:
+        saw = error.strerror or str(error)
+        raise ConfigError(f"the configuration `{path}` cannot be written", saw=saw, fix="name another") from None
+
+
+def _read_text(path: str) -> str | None:
+    try:
+        with open(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def _edited(text: str, suffix: str, values: Mapping[str, Any]) -> str:
+    """Return `text` with the lines of its keys changed, so that it says `values`, and nothing else in it."""
+    if suffix == ".json":
+        return _to_json(values)
+    before = _PARSERS[suffix](text) or {}
+    mark = "=" if suffix == ".toml" else ":"
+    lines = [] if text.strip() == "{}" else text.splitlines()
+    for key in {**before, **values}:
+        if key in before and before[key] == values.get(key, before):
+            continue
+        new = [f"{key}{' ' if mark == '=' else ''}{mark} {json.dumps(values[key])}"] if key in values else []
+        at = [i for i, line in enumerate(lines) if re.match(rf"[\"']?{re.escape(key)}[\"']?\s*{mark}", line)]
+        if at:
+            note = re.search(r"\s+#.*$", lines[at[0]]) if new else None
+            lines[at[0] : at[0] + 1] = [new[0] + (note[0] if note else "")] if new else []
+        else:
+            lines += new
+    result = "".join(f"{line}\n" for line in lines) if values else "{}\n" if mark == ":" else ""
+    try:
+        says = _PARSERS[suffix](result) or {}
+    except Exception:  # each parser has errors of its own
+        says = None
+    if says != dict(values):  # a value of several lines, for instance
+        raise ConfigError("the file cannot be changed line by line", saw=f"`{suffix}`", fix="change it by hand")
+    return result
+
+
+def _suffix(path: str) -> str:
     suffix = os.path.splitext(path)[1]
     if suffix not in _SUFFIXES:
-        raise ConfigError(
-            f"`{path}` is of no kind that can be read", saw=suffix or "no suffix", fix=nearest(suffix, _SUFFIXES)
-        )
+        saw = suffix or "no suffix"
+        raise ConfigError(f"`{path}` is of no kind that can be read", saw=saw, fix=nearest(suffix, _SUFFIXES))
+    return suffix
+
+
+def _parse(path: str) -> Any:
+    suffix = _suffix(path)
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -107,4 +185,24 @@ def _toml(text: str) -> Any:
     return tomllib.loads(text)
 
 
+def _to_yaml(values: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(values), sort_keys=False) if values else "{}\n"
+
+
+def _to_json(values: Mapping[str, Any]) -> str:
+    return json.dumps(dict(values), indent=2) + "\n"
+
+
+def _to_toml(values: Mapping[str, Any]) -> str:
+    flat = {f"{key}.{name}": one for key, each in values.items() for name, one in _pairs(each)}
+    return "".join(f"{key.removesuffix('.')} = {json.dumps(value)}\n" for key, value in flat.items())
+
+
+def _pairs(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, Mapping) else [("", value)]
+
+
+_RENDERERS: Mapping[str, Any] = {".json": _to_json, ".toml": _to_toml, ".yaml": _to_yaml, ".yml": _to_yaml}
 _PARSERS: Mapping[str, Any] = {".json": json.loads, ".toml": _toml, ".yaml": _yaml, ".yml": _yaml}

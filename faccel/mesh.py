@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -11,10 +12,20 @@ import attrs
 from faccel.errors import ConfigError, nearest
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-"""The axes of a mesh from the slowest to the fastest varying; `ep` is a view of `dp_shard`, `cp` and `tp`."""
+"""The axes of a mesh from the slowest to the fastest varying; `ep` is a view of `dp_shard` and `cp`."""
 
 DATA_AXES = ("dp_replicate", "dp_shard")
 """The axes whose ranks read different samples."""
+
+
+VIEWS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "data": DATA_AXES,
+        "loss": (*DATA_AXES, "cp"),
+        "storage": ("dp_shard", "cp"),
+    }
+)
+"""Several axes as one: who reads other samples, whose losses and gradients are averaged, who shares the parameters."""
 
 
 def _is_extent(_: Any, attribute: attrs.Attribute[int], value: Any) -> None:
@@ -36,7 +47,7 @@ class MeshSpec:
         cp: Context parallel: ranks that share one sequence.
         tp: Tensor parallel: ranks that share one matrix.
         pp: Pipeline parallel: ranks that share the depth.
-        ep: Expert parallel: a view of the ranks above, it does not count in the product.
+        ep: Expert parallel: a view of the ranks of `dp_shard` and `cp`, it does not count in the product.
 
     Examples:
         >>> MeshSpec(dp_replicate=-1, tp=2).fill(8)
@@ -70,6 +81,9 @@ class MeshSpec:
             return value
         if isinstance(value, str):
             return cls.parse(value)
+        if not isinstance(value, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            fix = 'write `mesh="dp_shard=2,tp=2"`'
+            raise ConfigError("a mesh is a `MeshSpec`, a mapping or text", saw=repr(value), fix=fix)
         for key in value:
             if key not in attrs.fields_dict(cls):
                 raise ConfigError(f"`{key}` is not an axis of a mesh", fix=nearest(key, attrs.fields_dict(cls)))
@@ -97,9 +111,9 @@ class MeshSpec:
         if len(free) > 1:
             raise ConfigError("only one axis of a mesh can be -1", saw=str(self), fix="name the others")
         if free and world_size % known == 0:
-            return attrs.evolve(self, **{free[0]: world_size // known})
+            return attrs.evolve(self, **{free[0]: world_size // known})._with_experts()
         if not free and known == world_size:
-            return self
+            return self._with_experts()
         axis = free[0] if free else "dp_replicate"
         rest = known if free else known // max(1, extents["dp_replicate"])
         would = f"`{axis}={world_size // rest}`" if world_size % rest == 0 else "axes whose product divides it"
@@ -109,12 +123,82 @@ class MeshSpec:
             fix=f"use {would}, or start {known} processes",
         )
 
+    def _with_experts(self) -> MeshSpec:
+        holders = self.dp_shard * self.cp
+        if self.ep == -1:
+            return attrs.evolve(self, ep=holders)
+        if holders % self.ep:
+            raise ConfigError(
+                "`ep` divides the ranks that share the parameters, `dp_shard * cp`",
+                saw=f"ep={self.ep} of {holders}",
+                fix=f"use `ep={math.gcd(holders, self.ep)}`, or `dp_shard={self.ep}`",
+            )
+        return self
+
     def coordinates(self, rank: int) -> dict[str, int]:
         """Return where `rank` stands on each axis; the last axis of `AXES` varies fastest."""
         place: dict[str, int] = {}
         for axis in reversed(AXES):
             rank, place[axis] = divmod(rank, getattr(self, axis))
         return place
+
+    def peers(self, rank: int, view: str) -> tuple[int, ...]:
+        """Return the ranks that an axis or a view of `VIEWS` spans from `rank` on, in order; `rank` is one of them.
+
+        `"ep"` are blocks of the ranks of the view `"storage"`, and `"ep_storage"` those that hold the same experts.
+
+        Examples:
+            >>> MeshSpec(dp_shard=2, tp=2).peers(1, "dp_shard"), MeshSpec(dp_shard=2, cp=2, ep=2).peers(1, "ep_storage")
+            ((1, 3), (1, 3))
+        """
+        if view in ("ep", "ep_storage"):
+            holders = self.peers(rank, "storage")
+            block, place = divmod(holders.index(rank), self.ep)
+            return holders[block * self.ep :][: self.ep] if view == "ep" else holders[place :: self.ep]
+        axes = VIEWS.get(view, (view,))
+        mine = {axis: at for axis, at in self.coordinates(rank).items() if axis not in axes}
+        return tuple(r for r in range(self.size) if mine.items() <= self.coordinates(r).items())
+
+    def table(self) -> str:
+        """Return each axis and view with its extent and the groups of ranks that it joins, a line each.
+
+        Examples:
+            >>> print(MeshSpec(dp_shard=2, tp=2).table())
+            dp_shard  2  (0 2) (1 3)
+            tp        2  (0 1) (2 3)
+            data      2  (0 2) (1 3)
+            loss      2  (0 2) (1 3)
+            storage   2  (0 2) (1 3)
+        """
+        names = [axis for axis in (*AXES, "ep") if getattr(self, axis) > 1]
+        rows: list[str] = []
+        for name in [*names, *VIEWS]:
+            groups = sorted({self.peers(rank, name) for rank in range(self.size)})
+            joined = " ".join(f"({' '.join(map(str, group))})" for group in groups)
+            rows.append(f"{name:<8}  {len(groups[0])}  {joined}")
+        return "\n".join(rows)
+
+    def picture(self) -> str:
+        """Return the ranks as a picture: a row for each data rank, a column for each other coordinate.
+
+        Examples:
+            >>> print(MeshSpec(dp_shard=2, tp=2).picture())
+                                   tp=0  tp=1
+            dp_shard=0                0     1
+            dp_shard=1                2     3
+        """
+        rows: dict[str, dict[str, int]] = {}
+        for rank in range(self.size):
+            place = {axis: at for axis, at in self.coordinates(rank).items() if getattr(self, axis) > 1}
+            row = " ".join(f"{axis}={at}" for axis, at in place.items() if axis in DATA_AXES) or "data=0"
+            column = " ".join(f"{axis}={at}" for axis, at in place.items() if axis not in DATA_AXES) or "rank"
+            rows.setdefault(row, {})[column] = rank
+        columns = list(next(iter(rows.values())))
+        lines = ["".join([f"{'':<21}", *(f"{column:>6}" if len(column) < 5 else f"  {column}" for column in columns)])]
+        for row, ranks in rows.items():
+            cells = [f"{ranks[column]:>{max(6, len(column) + 2)}}" for column in columns]
+            lines.append("".join([f"{row:<21}", *cells]))
+        return "\n".join(lines)
 
     @property
     def data_world_size(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 import click
@@ -82,10 +84,22 @@ def env(*, explain: bool, as_json: bool) -> None:
     """Show versions, devices, the place in the world and, with --explain, where each value came from."""
     import faccel
     from faccel.cli.environment import as_rows, describe
+    from faccel.config import resolve
+    from faccel.config_file import find, read
 
     try:
-        with faccel.init() as ctx:
-            document = describe(ctx)
-            present(document, [*as_rows(document), *(explained(ctx.config) if explain else [])], as_json=as_json)
+        reference = find(os.environ)
+        config = resolve(env=os.environ, file=None if reference is None else read(reference))
+        with ExitStack() as stack:
+            problem, ctx = None, None
+            try:
+                ctx = stack.enter_context(faccel.init())
+            except faccel.errors.FaccelError as error:
+                problem = str(error)
+            document = describe(config, ctx) | ({"problem": problem} if problem else {})
+            rows = [("file", reference or "none"), *as_rows(document), *(explained(config) if explain else [])]
+            present(document, rows, as_json=as_json)
     except faccel.errors.FaccelError as error:
         raise click.ClickException(str(error)) from None
+    if problem:
+        raise click.ClickException(problem)

@@ -52,29 +52,38 @@ def _questionnaire() -> None:
     print(f"{file}\nstart with: {' '.join(words)}")
 
 
-def _own() -> str:
+def _reference() -> str:
     from faccel.config_file import VARIABLE, default_path
 
-    path = os.environ.get(VARIABLE) or default_path(os.environ)
-    if path is None:
+    named = os.environ.get(VARIABLE) or default_path(os.environ)
+    if named is None:
         raise click.ClickException("there is no home directory. To fix: set FACCEL_CONFIG to a file")
-    return path.partition("#")[0]
+    return named
+
+
+def _own() -> str:
+    """Return the file that is written; a section of a file of the user's is not ours to write."""
+    file, mark, section = _reference().partition("#")
+    if mark:
+        saw = f"section `{section}` of `{file}`"
+        fix = f"edit `{file}` by hand, or set FACCEL_CONFIG to a file of its own"
+        raise UsageError(ConfigError("only a file that holds nothing else can be written", saw=saw, fix=fix))
+    return file
 
 
 def _write(path: str, values: dict[str, Any], comment: str = "") -> None:
-    import yaml
+    from faccel.config_file import write
 
-    text = comment + (yaml.safe_dump(values, sort_keys=False) if values else "{}\n")
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(f"{path}.new", "w") as file:
-        file.write(text)
-    os.replace(f"{path}.new", path)
+    try:
+        write(path, values, comment)
+    except FaccelError as error:
+        raise click.ClickException(str(error)) from None
 
 
 @config.command()
 def path() -> None:
     """Print which file counts where none is named."""
-    print(_own())
+    print(_reference())
 
 
 @config.command()
@@ -113,7 +122,7 @@ def default(force: bool) -> None:  # noqa: FBT001
 @click.argument("pairs", nargs=-1, required=True, metavar="KEY=VALUE...")
 def set_(pairs: tuple[str, ...]) -> None:
     """Change fields in the file."""
-    from faccel.config import config_fields, resolve
+    from faccel.config import config_fields, resolve, unreadable
     from faccel.config_file import ConfigFile, read
 
     fields = {field.name: field for field in config_fields()}
@@ -129,7 +138,7 @@ def set_(pairs: tuple[str, ...]) -> None:
             try:
                 values[name] = fields[name].metadata["parse"](text)
             except ValueError as error:
-                raise ConfigError(f"`{name}` cannot be read: {error}", saw=repr(text)) from None
+                raise unreadable(f"`{name}`", fields[name], text, error) from None
         resolve(file=ConfigFile(file, values))
     except FaccelError as error:
         raise UsageError(error) from None

@@ -10,27 +10,27 @@ from typing import Any
 import attrs
 
 from faccel.cli.output import fields_document
+from faccel.config import Config
 from faccel.context import DistContext
 
 _PACKAGES = ("faccel", "torch", "numpy", "safetensors", "tensordict", "transformers", "datasets", "deepspeed",
              "torchao", "torch-xla")  # fmt: skip
 
 
-def describe(ctx: DistContext) -> dict[str, Any]:
-    """Return it as a document that JSON can hold; packages and accelerators that are not there are left out."""
+def describe(config: Config, ctx: DistContext | None) -> dict[str, Any]:
+    """Return it as a document that JSON can hold; what is not there is left out."""
     return {
         "versions": {"python": platform.python_version(), **_versions()},
         "platform": platform.platform(),
         "devices": {"cpu_cores": os.cpu_count(), "memory_bytes": _memory(), **_accelerators()},
-        "device": str(ctx.device),
-        "topology": attrs.asdict(ctx.topology),
-        "config": fields_document(ctx.config),
+        **({} if ctx is None else {"device": str(ctx.device), "topology": attrs.asdict(ctx.topology)}),
+        "config": fields_document(config),
     }
 
 
 def as_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the document for people, without the configuration."""
-    devices, topology = document["devices"], document["topology"]
+    devices = document["devices"]
     cards = devices.get("accelerators", [])
     memory = devices["memory_bytes"]
     rows = [
@@ -39,14 +39,19 @@ def as_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("cpu", f"{devices['cpu_cores']} cores" + (f", {memory / 2**30:.1f} GiB" if memory else "")),
         *((f"{card['kind']}:{i}", f"{card['name']}, {card['memory_bytes'] / 2**30:.1f} GiB")
           for i, card in enumerate(cards)),
-        ("device", document["device"]),
-        ("place", f"rank {topology['rank']} of {topology['world_size']}, local {topology['local_rank']} of "
-                  f"{topology['local_world_size']}, machine {topology['node_rank']} of {topology['num_nodes']}"),
-        ("said by", topology["source"] + (f", meeting at {topology['main_address']}:{topology['main_port']}"
-                                          if topology["main_address"] else "")),
+        *(_place(document["device"], document["topology"]) if "topology" in document else ()),
     ]  # fmt: skip
     libraries = ", ".join(f"{name} {version}" for name, version in devices.get("libraries", {}).items())
     return [*rows, *([("libraries", libraries)] if libraries else [])]
+
+
+def _place(device: str, topology: dict[str, Any]) -> list[tuple[str, str]]:
+    pairs = (("rank", "rank", "world_size"), ("local", "local_rank", "local_world_size"),
+             ("machine", "node_rank", "num_nodes"))  # fmt: skip
+    place = ", ".join(f"{name} {topology[part]} of {topology[whole]}" for name, part, whole in pairs)
+    address = topology["main_address"]
+    meeting = f", meeting at {address}:{topology['main_port']}" if address else ""
+    return [("device", device), ("place", place), ("said by", topology["source"] + meeting)]
 
 
 def _versions() -> dict[str, str]:

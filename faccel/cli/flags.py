@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from faccel.config import Config, config_fields, flag_of
+from faccel.config import Config, config_fields, flag_of, unreadable
 from faccel.errors import ConfigError, FaccelError
 
 
@@ -49,6 +49,5 @@ def given_fields(options: dict[str, Any]) -> dict[str, Any]:
         except ConfigError as error:
             raise UsageError(error) from None
         except ValueError as error:
-            problem = ConfigError(f"`{flag_of(field.name)}` cannot be read: {error}", saw=repr(text))
-            raise UsageError(problem) from None
+            raise UsageError(unreadable(f"`{flag_of(field.name)}`", field, str(text), error)) from None
     return given

@@ -81,17 +81,13 @@ def _launch(command: tuple[str, ...], options: dict[str, Any]) -> None:
     from faccel.launching.run import run
 
     try:
-        if options["config"]:
-            from faccel.config import resolve
-            from faccel.config_file import read
-
-            resolve(file=read(options["config"]))
         spec = _spec(command, options)
         if options["rendering"]:
             from faccel.launching.render import RENDERINGS
 
             print(RENDERINGS[options["rendering"]](spec), end="")
             return
+        _check(spec)
     except FaccelError as error:
         raise UsageError(error) from None
     try:
@@ -101,6 +97,19 @@ def _launch(command: tuple[str, ...], options: dict[str, Any]) -> None:
     except FaccelError as error:
         raise click.ClickException(str(error)) from None
     sys.exit(code)
+
+
+def _check(spec: Any) -> None:
+    """Find here what each rank would find in the configuration."""
+    from faccel.config import resolve
+    from faccel.config_file import find, read
+    from faccel.launching.spec import additions
+
+    env = {**os.environ, **additions(spec, os.environ, 1)}
+    file = find(env)
+    config = resolve(env=env, file=None if file is None else read(file))
+    if config.mesh is not None and spec.nnodes.isdecimal() and (spec.nproc > 1 or spec.nnodes != "1"):
+        config.mesh.fill(spec.nproc * int(spec.nnodes))
 
 
 def _spec(command: tuple[str, ...], options: dict[str, Any]) -> Any:
@@ -136,11 +145,18 @@ def _processes(nproc: str, device: str) -> int:
         return 1 if nproc == "auto" else int(nproc)
     if nproc == "1":
         return 1
+    return _on_devices(nproc, device)
+
+
+def _on_devices(nproc: str, device: str) -> int:
     import torch
 
     count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    if nproc == "gpu" and not count:
-        raise LaunchError("there is no GPU for `--nproc gpu`", saw="no accelerator", fix="write `--cpu --nproc 2`")
+    if not count and (device or nproc == "gpu"):
+        asked = f"`--device {device}`" if device else "`--nproc gpu`"
+        raise LaunchError(
+            f"there is no GPU or other device for {asked}", saw="no accelerator", fix="write `--cpu --nproc 2`"
+        )
     if nproc in _NPROC:
         return max(1, count)
     if count and int(nproc) > count:

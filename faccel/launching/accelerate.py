@@ -10,7 +10,6 @@ import attrs
 from faccel.errors import ConfigError
 
 _NOT_NEEDED = (  # what faccel finds out itself, does always, or has no use for
-    "compute_environment",
     "same_network",
     "main_training_function",
     "use_cpu",
@@ -21,6 +20,7 @@ _NOT_NEEDED = (  # what faccel finds out itself, does always, or has no use for
 )
 _SECTIONS = ("deepspeed_config", "fsdp_config", "fp8_config", "megatron_lm_config", "parallelism_config",
              "mpirun_config", "dynamo_config")  # fmt: skip
+_ENGINES = {"DEEPSPEED": "deepspeed_config", "MEGATRON_LM": "megatron_lm_config", "TPU": "", "XLA": ""}
 _AXES = {
     "parallelism_config_dp_replicate_size": "dp_replicate",
     "parallelism_config_dp_shard_size": "dp_shard",
@@ -62,7 +62,8 @@ def from_accelerate(given: Mapping[str, Any]) -> Imported:
         raise ConfigError(
             "this is no configuration of Accelerate", saw=", ".join(map(str, given)) or "nothing", fix=fix
         )
-    left = {key: value for key, value in given.items() if value not in (None, {}, [], "")}
+    left = {key: dict(value) if isinstance(value, Mapping) else value
+            for key, value in given.items() if value not in (None, {}, [], "")}  # fmt: skip
     kind = str(left.pop("distributed_type", "NO"))
     values: dict[str, Any] = {}
     _precision(left, values)
@@ -70,24 +71,49 @@ def from_accelerate(given: Mapping[str, Any]) -> Imported:
         values["device"] = "cpu"
     if left.pop("debug", False):
         values["debug"] = True
-    accumulation = (left.get("deepspeed_config") or {}).pop("gradient_accumulation_steps", None)
-    if isinstance(accumulation, int) and accumulation > 1:
-        values["grad_accum"] = accumulation
+    _accumulation(_section(left, "deepspeed_config"), values)
     mesh = _mesh(left, kind)
     if mesh:
         values["mesh"] = mesh
     options = _options(left)
+    if left.get("compute_environment") == "LOCAL_MACHINE":
+        del left["compute_environment"]
     for key in _NOT_NEEDED:
         left.pop(key, None)
-    if kind == "DEEPSPEED" and "deepspeed_config" not in left:
-        left["deepspeed_config"] = {}
-    flat = {f"{key}.{name}": each for key in _SECTIONS for name, each in dict(left.pop(key, None) or {}).items()}
-    return Imported(values, options, {**left, **flat})
+    if kind in _ENGINES and not _section(left, _ENGINES[kind]):
+        left["distributed_type"] = kind  # its section would have said so
+    flat = {f"{key}.{name}": each for key in _SECTIONS for name, each in _section(left, key).items()}
+    kept = {key: value for key, value in left.items() if key not in _SECTIONS}
+    return Imported(values, options, {**kept, **flat})
+
+
+def _section(left: dict[str, Any], key: str) -> dict[str, Any]:
+    section = left.get(key) or {}
+    if not isinstance(section, dict):
+        fix = "write its keys below it"
+        raise ConfigError(f"section `{key}` of the file is not a mapping", saw=repr(section), fix=fix)
+    return section
+
+
+def _count(name: str, value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        fix = f"write `{name}: 1`"
+        raise ConfigError(f"`{name}` of the file must be a number", saw=repr(value), fix=fix) from None
+
+
+def _accumulation(section: dict[str, Any], values: dict[str, Any]) -> None:
+    steps = section.get("gradient_accumulation_steps")
+    if isinstance(steps, int) and steps > 0:  # not "auto"
+        del section["gradient_accumulation_steps"]
+        values |= {"grad_accum": steps} if steps > 1 else {}
 
 
 def _precision(left: dict[str, Any], values: dict[str, Any]) -> None:
     old = "fp16" if left.pop("fp16", False) else "no"  # versions before 0.12
-    precision = str(left.pop("mixed_precision", old)).lower()
+    precision = left.pop("mixed_precision", old)
+    precision = "no" if precision is False else str(precision).lower()  # what YAML takes `no` for
     if precision in ("fp16", "bf16"):
         values["mixed_precision"] = precision
     elif precision != "no":
@@ -95,23 +121,29 @@ def _precision(left: dict[str, Any], values: dict[str, Any]) -> None:
 
 
 def _mesh(left: dict[str, Any], kind: str) -> dict[str, int]:
-    parallel = dict(left.pop("parallelism_config", None) or {})
-    mesh = {axis: int(parallel.pop(key)) for key, axis in _AXES.items() if parallel.get(key) not in (None, 1)}
+    parallel = _section(left, "parallelism_config")
+    left.pop("parallelism_config", None)
+    mesh = {axis: _count(key, parallel.pop(key)) for key, axis in _AXES.items() if parallel.get(key) not in (None, 1)}
     for key in _AXES:
         parallel.pop(key, None)
     if parallel:
         left["parallelism_config"] = parallel
-    if kind == "FSDP" and "dp_shard" not in mesh:
+    strategy = str(_section(left, "fsdp_config").get("fsdp_sharding_strategy", "FULL_SHARD"))
+    if kind == "FSDP" and "dp_shard" not in mesh and strategy not in ("NO_SHARD", "3"):
         mesh["dp_shard"] = -1
     return mesh
 
 
 def _options(left: dict[str, Any]) -> tuple[str, ...]:
-    machines = int(left.pop("num_machines", 1) or 1)
-    processes = int(left.pop("num_processes", 1) or 1)
+    machines = max(1, _count("num_machines", left.pop("num_machines", 1) or 1))
+    processes = max(1, _count("num_processes", left.pop("num_processes", 1) or 1))
+    if processes % machines:
+        fix = f"write `num_processes: {-(-processes // machines) * machines}`"
+        saw = f"{processes} processes on {machines} machines"
+        raise ConfigError("each machine runs as many processes as the others", saw=saw, fix=fix)
     rank, host, port = (left.pop(key, None) for key in ("machine_rank", "main_process_ip", "main_process_port"))
     rendezvous = left.pop("rdzv_backend", "static")
-    options: list[str] = ["--nproc", str(max(1, processes // machines))] if processes != 1 else []
+    options: list[str] = ["--nproc", str(processes // machines)] if processes != 1 else []
     if machines > 1:
         options += ["--nnodes", str(machines)]
     if machines > 1 and rendezvous == "c10d":

@@ -29,6 +29,15 @@ def _machines(spec: LaunchSpec) -> int:
     return int(spec.nnodes)
 
 
+def _refuse(spec: LaunchSpec, launcher: str) -> None:
+    """Refuse what another launcher has nothing for, instead of leaving it out."""
+    given = {"--max-restarts": spec.max_restarts, "--log-dir": spec.log_dir, "--rdzv-endpoint": spec.rdzv_endpoint}
+    for option, value in given.items():
+        if value:
+            fix = "leave it out, or use `--print torchrun`"
+            raise LaunchError(f"`{option}` means nothing to {launcher}", saw=f"{option} {value}", fix=fix)
+
+
 def as_torchrun(spec: LaunchSpec) -> str:
     """Return the command line of torchrun."""
     given = [f"{key}={shlex.quote(value)}" for key, value in _environment(spec).items()]
@@ -38,21 +47,28 @@ def as_torchrun(spec: LaunchSpec) -> str:
 def as_mpirun(spec: LaunchSpec) -> str:
     """Return the command line of Open MPI's mpirun."""
     processes = spec.nproc * _machines(spec)
+    _refuse(spec, "mpirun")
     given = [word for key, value in _environment(spec).items() for word in ("-x", f"{key}={value}")]
     if _machines(spec) > 1:
         given += ["--map-by", f"ppr:{spec.nproc}:node", "-x", f"MASTER_ADDR={spec.main_address or 'HOST'}"]
+    if spec.main_port is not None:
+        given += ["-x", f"MASTER_PORT={spec.main_port}"]
     return f"{shlex.join(['mpirun', '-np', str(processes), *given])} {_command(spec)}\n"
 
 
 def as_slurm(spec: LaunchSpec) -> str:
     """Return a batch script for SLURM, which saves and goes on where the job is preempted."""
-    lines = ["#!/bin/bash", "#SBATCH --job-name=faccel", f"#SBATCH --nodes={_machines(spec)}",
+    machines = _machines(spec)
+    _refuse(spec, "srun")
+    lines = ["#!/bin/bash", "#SBATCH --job-name=faccel", f"#SBATCH --nodes={machines}",
              f"#SBATCH --ntasks-per-node={spec.nproc}"]  # fmt: skip
     if not str(spec.flags.get("device") or "").startswith("cpu"):
         lines.append(f"#SBATCH --gpus-per-node={spec.nproc}")
     lines += ["# two minutes before the end `faccel.preemption` hears of it", "#SBATCH --signal=USR1@120"]
     lines += ["#SBATCH --requeue", ""]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in _environment(spec).items()]
+    if spec.main_port is not None:
+        lines.append(f"export MASTER_PORT={spec.main_port}")
     lines += [f"srun {_command(spec)}", "code=$?", "# 75: it has saved, and the same command goes on",
               '[ $code -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"', "exit $code"]  # fmt: skip
     return "\n".join(lines) + "\n"

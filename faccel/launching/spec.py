@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import attrs
 
 from faccel.config import LAUNCH
-from faccel.config_file import VARIABLE
+from faccel.config_file import VARIABLE, absolute
 from faccel.errors import LaunchError
 
 
@@ -60,14 +59,10 @@ class LaunchSpec:
         if ":" not in self.nnodes and self.node_rank is not None and not 0 <= self.node_rank < int(low):
             saw = f"--node-rank {self.node_rank} of {low}"
             raise LaunchError("machines are numbered from 0", saw=saw, fix=f"use 0 to {int(low) - 1}")
+        if self.tee and self.log_dir is None:
+            fix = "add `--log-dir DIR`, or leave it out"
+            raise LaunchError("`--tee` prints what goes to a log", saw="no `--log-dir`", fix=fix)
         meeting_place(self)
-        several = self.nnodes != "1"
-        if several and self.rdzv_endpoint is None and (self.main_address is None or self.node_rank is None):
-            raise LaunchError(
-                "several machines have to know where they meet",
-                saw=f"--nnodes {self.nnodes}",
-                fix="give each `--node-rank R --main-address HOST --main-port P`, or all `--rdzv-endpoint HOST:PORT`",
-            )
         if ":" in self.nnodes and self.rdzv_endpoint is None:
             fix = "add `--rdzv-endpoint HOST:PORT`"
             raise LaunchError("a range of machines needs an elastic rendezvous", saw=f"--nnodes {self.nnodes}", fix=fix)
@@ -81,7 +76,24 @@ class LaunchSpec:
     @property
     def is_single_process(self) -> bool:
         """Whether nothing has to be supervised: the command is simply run."""
-        return self.nproc == 1 and self.nnodes == "1" and self.max_restarts == 0 and self.log_dir is None
+        is_alone = self.nproc == 1 and self.nnodes == "1" and self.rdzv_endpoint is None
+        return is_alone and self.max_restarts == 0 and self.log_dir is None
+
+
+def check_meeting(spec: LaunchSpec) -> None:
+    """Refuse several machines that do not know where they meet; SLURM and mpirun know it by themselves.
+
+    Effects: pure.
+
+    Raises:
+        LaunchError: Neither a main address nor a rendezvous was named.
+    """
+    if spec.nnodes != "1" and spec.rdzv_endpoint is None and (spec.main_address is None or spec.node_rank is None):
+        raise LaunchError(
+            "several machines have to know where they meet",
+            saw=f"--nnodes {spec.nnodes}",
+            fix="give each `--node-rank R --main-address HOST --main-port P`, or all `--rdzv-endpoint HOST:PORT`",
+        )
 
 
 def arguments(spec: LaunchSpec) -> list[str]:
@@ -93,6 +105,7 @@ def arguments(spec: LaunchSpec) -> list[str]:
         >>> arguments(LaunchSpec(command=("train.py", "--lr", "1"), nproc=2, main_port=29500))[:3]
         ['--nnodes', '1', '--nproc-per-node']
     """
+    check_meeting(spec)
     given = ["--nnodes", spec.nnodes, "--nproc-per-node", str(spec.nproc), "--max-restarts", str(spec.max_restarts)]
     given += _meeting(spec)
     if spec.log_dir is not None:
@@ -139,8 +152,8 @@ def additions(spec: LaunchSpec, env: Mapping[str, str], num_cores: int) -> dict[
     """
     more = {LAUNCH: json.dumps(dict(spec.flags))}
     if spec.config is not None:
-        path, mark, section = spec.config.partition("#")
-        more[VARIABLE] = os.path.abspath(path) + mark + section
+        more[VARIABLE] = absolute(spec.config)
+        more[LAUNCH] = json.dumps({**spec.flags, "config": more[VARIABLE]})
     if "OMP_NUM_THREADS" not in env and spec.nproc > 1:
         more["OMP_NUM_THREADS"] = str(max(1, num_cores // spec.nproc))
     return more

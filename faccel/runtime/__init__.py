@@ -20,13 +20,13 @@ from faccel.backends import choose
 from faccel.backends.checked import CheckedCollectives
 from faccel.backends.collectives import SingleCollectives, TorchCollectives
 from faccel.backends.roll_call import RollCall
-from faccel.config import Config, resolve
-from faccel.config_file import find, read
+from faccel.config import Config, launcher_flags, resolve
+from faccel.config_file import absolute, find, read
 from faccel.context import DistContext, Mesh, Topology
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError, DeviceError, WorldError
-from faccel.mesh import MeshSpec
-from faccel.protocols import DATA, WORLD
+from faccel.mesh import VIEWS, MeshSpec
+from faccel.protocols import WORLD
 from faccel.runtime.detect import detect
 from faccel.runtime.ending import ExceptHook
 from faccel.runtime.meeting import agreed_name
@@ -46,22 +46,18 @@ class _DefaultGroup:
         self.roll_call: RollCall | None = None
         self.num_contexts = self.num_generations = 0
 
-    def join(
-        self, topology: Topology, device: torch.device, timeout_s: float
-    ) -> tuple[dist.ProcessGroup, dist.Store, RollCall]:
-        """Return the group of all processes of `topology`, its store, and where its ranks tell what became of them."""
+    def join(self, topology: Topology, device: torch.device, timeout_s: float) -> tuple[dist.Store, RollCall]:
+        """Join the processes of `topology`; return their store, and where ranks tell what became of them."""
         if dist.is_initialized():
             self._check_same(topology)
         else:
             self._make(topology, device, timedelta(seconds=timeout_s))
-        group = dist.group.WORLD
-        assert group is not None
         store = c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] (nobody else knows an adopted group's)
         self.num_contexts += 1
         if self.roll_call is None:
             self.num_generations += 1
             self.roll_call = RollCall(store, topology.rank, self.num_generations)
-        return group, store, self.roll_call
+        return store, self.roll_call
 
     def _check_same(self, topology: Topology) -> None:
         have = (dist.get_rank(), dist.get_world_size())
@@ -249,7 +245,7 @@ def init(
     if "config" in overrides:
         raise ConfigError("`config` is given by its place", saw="`init(config=...)`", fix="write `faccel.init(config)`")
     env = os.environ if env is None else env
-    reference = config if isinstance(config, str) else find(env)
+    reference = _file_of(config, env)
     file = None if reference is None else read(reference)
     resolved = resolve(None if isinstance(config, str) else config, env=env, overrides=overrides, file=file)
     topology = detect(env)
@@ -260,8 +256,8 @@ def init(
         torch.cuda.set_device(device)
     comm: TorchCollectives | CheckedCollectives | SingleCollectives = SingleCollectives()
     if topology.world_size > 1:
-        group, store, roll_call = _default_group.join(topology, device, resolved.timeout_s)
-        comm = collectives(axes_of(spec, group, group), resolved, store, roll_call, _default_group.num_contexts)
+        store, roll_call = _default_group.join(topology, device, resolved.timeout_s)
+        comm = collectives(groups_of(spec, topology.rank), resolved, store, roll_call, _default_group.num_contexts)
     ctx = DistContext(
         topology=topology,
         config=resolved,
@@ -278,10 +274,35 @@ def init(
     return ctx
 
 
-def axes_of(spec: MeshSpec, world: dist.ProcessGroup, data: dist.ProcessGroup) -> dict[str, dist.ProcessGroup]:
-    """Return the group of each axis that a collective can name."""
-    own = {axis: world for axis, n in spec.extents.items() if n == spec.size}
-    return {**own, WORLD: world, DATA: data}
+def _file_of(config: object, env: Mapping[str, str]) -> str | None:
+    if not isinstance(config, str):
+        return find(env)
+    launchers = launcher_flags(env).get("config")
+    if launchers is not None and launchers != absolute(config):
+        raise ConfigError(
+            "the script and the launcher name two configurations",
+            saw=f"`faccel.init({config!r})`, and `faccel launch --config {launchers}`",
+            fix="leave one of them out",
+        )
+    return config
+
+
+def groups_of(spec: MeshSpec, rank: int, *, is_named: bool = False) -> dict[str, dist.ProcessGroup]:
+    """Make the group of each axis and view that a collective can name. Collective.
+
+    Those of the same ranks share one, unless each is to be known by its name, for a trace. Axes of one rank have none,
+    but the views have, so that one script gathers over the data ranks of any mesh.
+    """
+    world: Any = dist.group.WORLD
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {} if is_named else {tuple(range(spec.size)): world}
+    found: dict[str, dist.ProcessGroup] = {WORLD: world}
+    experts = ("ep", "ep_storage") if spec.ep > 1 else ()
+    for name in (*(axis for axis, n in spec.extents.items() if n > 1), *VIEWS, *experts):
+        ranks = spec.peers(rank, name)
+        if is_named or ranks not in made:
+            made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=name)  # type: ignore[assignment]
+        found[name] = made[ranks]
+    return found
 
 
 def collectives(

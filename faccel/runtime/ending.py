@@ -31,6 +31,8 @@ class _Hook:
         self.before: Any = sys.excepthook
         self.error_file = env.get("TORCHELASTIC_ERROR_FILE")  # where an agent of torch's reads what became of its ranks
         self.is_launched = bool(self.error_file) and LAUNCH in env  # `faccel launch` shows the first failure of all
+        folder = os.path.dirname(self.error_file or "")
+        self.is_logged = os.path.exists(os.path.join(folder, "stderr.log"))  # `--log-dir`: this rank has one of its own
         self.rank, self.world_size = rank, world_size
         self.is_retired = False
 
@@ -42,7 +44,7 @@ class _Hook:
         if not interrupted:
             if self.error_file:
                 _record(error, self.error_file)
-            if not self.is_launched:
+            if not self.is_launched or self.is_logged:
                 self.before(kind, error, at)
         elif self.rank == 0:
             sys.stderr.write("interrupted\n")

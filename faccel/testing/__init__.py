@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, NoReturn, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,8 @@ from faccel.context import DistContext, Mesh, Topology
 from faccel.errors import ConfigError, WorldError
 from faccel.mesh import MeshSpec
 from faccel.mix import mix
-from faccel.protocols import DATA, Collectives
-from faccel.runtime import axes_of, collectives, device_mesh
+from faccel.protocols import Collectives
+from faccel.runtime import collectives, device_mesh, groups_of
 from faccel.testing.baton import Baton
 from faccel.testing.checks import assert_all_finite, assert_pure, assert_replicated, equal_to_single_process
 from faccel.testing.group import BACKEND, Endpoint
@@ -132,10 +132,7 @@ def simulate(
                 world_size=world_size,
                 pg_options=Endpoint(world, rank),
             )
-            ranks = [r for r in range(world_size) if _shares_data_axis(spec, r, rank)]
-            data: Any = dist.new_group(ranks, use_local_synchronization=True, group_desc=DATA)
-            groups = axes_of(spec, cast(dist.ProcessGroup, dist.group.WORLD), data)
-            return collectives(groups, resolve(config), world.stores[-1])
+            return collectives(groups_of(spec, rank, is_named=True), resolve(config), world.stores[-1])
 
         contexts.append(_context(rank, world_size, config, mesh, comm))
         return fn(contexts[-1], *args)
@@ -147,12 +144,6 @@ def simulate(
     world.check_done()
     results.trace = tuple(world.trace)
     return results
-
-
-def _shares_data_axis(spec: MeshSpec, a: int, b: int) -> bool:
-    """Whether two ranks differ in their data coordinates at most."""
-    first, second = spec.coordinates(a), spec.coordinates(b)
-    return all(first[axis] == second[axis] for axis in ("pp", "cp", "tp"))
 
 
 class _NoPeers:

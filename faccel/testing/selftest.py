@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -42,11 +43,15 @@ def _expect(fine: bool, what: str) -> None:  # noqa: FBT001
 def _collectives(ctx: DistContext) -> str:
     n, r = ctx.world_size, ctx.rank
     x = {"a": torch.full((2,), float(r)), "b": torch.tensor([r])}
-    _expect(gather(x, ctx, axis="world")["b"].tolist() == list(range(n)), "gather")
-    _expect(reduce(x, ctx, axis="world")["a"].tolist() == [n * (n - 1) / 2] * 2, "reduce")
-    _expect(broadcast(x, ctx, src=n - 1)["b"].item() == n - 1, "broadcast")
-    _expect(all_to_all(10 * r + torch.arange(n), ctx).tolist() == [10 * i + r for i in range(n)], "all_to_all")
-    return "gather, reduce, broadcast, all_to_all"
+    found = {  # all of them first: a rank that stopped at the first wrong one would leave the others waiting
+        "gather": gather(x, ctx, axis="world")["b"].tolist() == list(range(n)),
+        "reduce": reduce(x, ctx, axis="world")["a"].tolist() == [n * (n - 1) / 2] * 2,
+        "broadcast": broadcast(x, ctx, src=n - 1)["b"].item() == n - 1,
+        "all_to_all": all_to_all(10 * r + torch.arange(n), ctx).tolist() == [10 * i + r for i in range(n)],
+    }
+    wrong = [name for name, fine in found.items() if not fine]
+    _expect(not wrong, f"{', '.join(wrong)} of rank {r}")
+    return ", ".join(found)
 
 
 def _data_order(ctx: DistContext) -> str:
@@ -78,7 +83,7 @@ def _train(ctx: DistContext) -> torch.Tensor:
 def _training(ctx: DistContext) -> str:
     if 48 % ctx.data_world_size:
         return f"not compared: 48 samples cannot be shared by {ctx.data_world_size} ranks"
-    config = {"mixed_precision": ctx.config.mixed_precision}
+    config = {name: getattr(ctx.config, name) for name in ("mixed_precision", "seed", "grad_accum")}
     difference = (_train(ctx) - _train(fake_context(0, 1, config=config))).abs().max().item()
     limit = 1e-4 if config["mixed_precision"] == "no" else 0.05
     _expect(difference < limit, f"differs from one process by {difference:.1e}")
@@ -87,13 +92,26 @@ def _training(ctx: DistContext) -> str:
 
 def _checkpoint(ctx: DistContext) -> str:
     folder = broadcast_objects([tempfile.mkdtemp(prefix="faccel-test-")] if ctx.is_main else [], ctx)[0]
+    try:
+        if agree(ctx, missing=not os.path.isdir(folder)).missing:
+            return f"not checked: the machines do not share {os.path.dirname(folder)}; set TMPDIR to a folder they do"
+        return _round_trip(folder, ctx)
+    finally:
+        if ctx.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _round_trip(folder: str, ctx: DistContext) -> str:
     x = torch.randn(1000, generator=fold_in(1))
     save(folder, {"x": x, "n": 3}, ctx, step=1)
-    back = load(folder, {"x": None, "n": None}, ctx)
-    barrier(ctx)
-    if ctx.is_main:
-        shutil.rmtree(folder)
-    _expect(torch.equal(back["x"], x) and back["n"] == 3, "not what was saved")
+    problem = ""
+    try:
+        back = load(folder, {"x": None, "n": None}, ctx)
+        problem = "" if torch.equal(back["x"], x) and back["n"] == 3 else "not what was saved"
+    except FaccelError as error:
+        problem = str(error)
+    told = agree(ctx, failed=bool(problem))  # nobody deletes it while another one reads
+    _expect(not told.failed, problem or f"rank {told.raised_by['failed']} could not load it")
     return "saved and loaded, every byte verified"
 
 

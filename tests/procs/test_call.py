@@ -28,17 +28,74 @@ if __name__ == "__main__":
 """
 
 
+def run(script, env):
+    command = [sys.executable, str(script)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=env)
+
+
 def test_a_function_runs_on_every_process_and_its_results_come_back_by_rank(tmp_path):
     config = tmp_path / "training.yaml"
     config.write_text("faccel: {seed: 5}\n")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("{config}", str(config)))
-    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=120)
+    out = run(script, os.environ)
     assert out.returncode == 0, out.stderr
     first, second = out.stdout.splitlines()
     assert first == "[(0, 6, 5), (1, 6, 5)]"
     assert second.startswith("rank 1 of 2 failed |")
     assert "ValueError: bad sample" in second
+
+
+BAD = """
+import sys, faccel
+
+def body(ctx, how):
+    if how == "exit":
+        sys.exit(3)
+    if how == "result":
+        return lambda: 1
+
+def tried(*args, **options):
+    try:
+        faccel.launch(*args, num_processes=2, **options)
+    except (faccel.errors.FaccelError) as error:
+        print(type(error).__name__, "|", error.what, "|", " ".join(error.saw.split())[-400:], "|", error.fix)
+
+if __name__ == "__main__":
+    tried(lambda ctx: 1)
+    tried(5)
+    tried(body, "", config="none.yaml")
+    tried(body, "", config={"sed": 1})
+    tried(body, "exit")
+    tried(body, "result")
+"""
+
+
+def test_what_cannot_be_launched_says_why_and_what_to_do(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(BAD)
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    out = run(script, env)
+    assert (out.returncode, out.stderr) == (0, "")
+    lines = out.stdout.splitlines()
+    expected = [
+        ("LaunchError", "at the top level of a module"),
+        ("LaunchError", "Got 5"),
+        ("ConfigError", "none.yaml"),
+        ("ConfigError", "use `seed`"),
+        ("RankFailedError", "sys.exit(3)"),
+        ("RankFailedError", "<lambda>"),
+    ]
+    assert len(lines) == len(expected)
+    for line, (kind, said) in zip(lines, expected, strict=True):
+        assert line.startswith(kind), lines
+        assert said.removeprefix("Got ") in line
+    left = [path.name for path in tmp_path.iterdir() if not path.name.startswith("pytorch-errorfile")]  # torch's own
+    assert left == ["script.py"]
+    script.write_text("import faccel\nprint(faccel.launch(len, num_processes=2))\n")
+    out = run(script, env)
+    assert out.returncode == 1
+    assert 'put the call below `if __name__ == "__main__":`' in out.stderr
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -46,6 +46,58 @@ def test_what_cannot_be_set_changes_nothing(call, tmp_path, words):
     assert file.read_text() == before
 
 
+BEFORE = {
+    "own.yaml": "# mine\nseed: 1  # the usual\n\nrun_dir: 'here'\n",
+    "own.toml": '# mine\nseed = 1  # the usual\n\nrun_dir = "here"\n',
+    "own.json": '{"seed": 1, "run_dir": "here"}',
+}
+AFTER = {
+    "own.yaml": "# mine\nseed: 2  # the usual\n\nrun_dir: 'here'\ndebug: true\n",
+    "own.toml": '# mine\nseed = 2  # the usual\n\nrun_dir = "here"\ndebug = true\n',
+    "own.json": '{\n  "seed": 2,\n  "run_dir": "here",\n  "debug": true\n}\n',
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_change_keeps_comments_form_links_and_mode(tmp_path, name):
+    target = tmp_path / f"kept-{name}"
+    target.write_text(BEFORE[name])
+    target.chmod(0o600)
+    (tmp_path / name).symlink_to(target)
+    env = {"FACCEL_CONFIG": str(tmp_path / name)}
+    out = CliRunner(env=env).invoke(main, ["config", "set", "seed=2", "debug=yes"])
+    assert out.exit_code == 0, out.output
+    assert target.read_text() == AFTER[name]
+    assert (tmp_path / name).is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert CliRunner().invoke(main, ["config", "check", str(tmp_path / name)]).exit_code == 0
+    made = tmp_path / f"new-{name}"
+    given = tmp_path / "a.yaml"
+    given.write_text("distributed_type: FSDP\nmixed_precision: bf16\nnum_processes: 2\n")
+    out = CliRunner().invoke(main, ["config", "import", str(given), "-o", str(made)])
+    assert out.exit_code == 0, out.output
+    assert CliRunner().invoke(main, ["config", "check", str(made)]).exit_code == 0
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_is_not_ours_is_not_written(tmp_path):
+    file = tmp_path / "training.yaml"
+    file.write_text("model: big\nfaccel:\n  seed: 1\n")
+    before = file.read_text()
+    runner = CliRunner(env={"FACCEL_CONFIG": f"{file}#faccel"})
+    for words in (["set", "seed=2"], ["default", "--force"]):
+        out = runner.invoke(main, ["config", *words])
+        assert (out.exit_code, "edit" in out.output) == (2, True)
+    assert file.read_text() == before
+    assert runner.invoke(main, ["config", "show"]).output.startswith(f"file: {file}#faccel")
+    file.write_text("mesh:\n  dp_shard: 2\n")
+    out = CliRunner(env={"FACCEL_CONFIG": str(file)}).invoke(main, ["config", "set", "mesh=dp_shard=4"])
+    assert (out.exit_code, "by hand" in out.output) == (1, True)
+    assert file.read_text() == "mesh:\n  dp_shard: 2\n"
+    out = CliRunner(env={"FACCEL_CONFIG": "/proc/none/x.yaml"}).invoke(main, ["config", "default"])
+    assert (out.exit_code, "cannot be written" in out.output) == (1, True)
+
+
 # The keys that each version writes; values are ours.
 FILES = {
     "0.11": (
@@ -115,3 +167,32 @@ def test_what_is_no_file_of_accelerates_is_an_error():
     with pytest.raises(ConfigError):
         from_accelerate({"seed": 1})
     assert "FACCEL_LAUNCH" not in os.environ
+
+
+@pytest.mark.parametrize(("given", "values", "options", "lost"), [
+    ({"distributed_type": "DEEPSPEED", "deepspeed_config": {}}, {}, "", {"distributed_type": "DEEPSPEED"}),
+    ({"distributed_type": "MEGATRON_LM"}, {}, "", {"distributed_type": "MEGATRON_LM"}),
+    ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_sharding_strategy": "NO_SHARD"}}, {}, "",
+     {"fsdp_config.fsdp_sharding_strategy": "NO_SHARD"}),
+    ({"distributed_type": "NO", "mixed_precision": False}, {}, "", {}),
+    ({"compute_environment": "AMAZON_SAGEMAKER"}, {}, "", {"compute_environment": "AMAZON_SAGEMAKER"}),
+    ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"gradient_accumulation_steps": "auto"}}, {}, "",
+     {"deepspeed_config.gradient_accumulation_steps": "auto"}),
+    ({"distributed_type": "MULTI_GPU", "num_processes": 8, "num_machines": 2, "main_process_ip": "h"}, {},
+     "--nproc 4 --nnodes 2 --node-rank 0 --main-address h", {}),
+])  # fmt: skip
+def test_nothing_of_a_file_is_lost_in_silence_nor_changed(given, values, options, lost):
+    before = str(given)
+    for _ in range(2):
+        found = from_accelerate(given)
+        assert (dict(found.values), " ".join(found.options), dict(found.without_equal)) == (values, options, lost)
+    assert str(given) == before
+
+
+@pytest.mark.parametrize("wrong", [{"num_processes": "many"}, {"num_processes": 5, "num_machines": 2},
+                                   {"fsdp_config": True}, {"deepspeed_config": "ds.json"},
+                                   {"parallelism_config": {"parallelism_config_tp_size": "two"}}], ids=str)  # fmt: skip
+def test_a_file_with_values_of_a_wrong_kind_is_refused(wrong):
+    with pytest.raises(ConfigError) as caught:
+        from_accelerate({"distributed_type": "MULTI_GPU", **wrong})
+    assert caught.value.fix

@@ -63,7 +63,7 @@ def test_what_cannot_be_is_said_with_the_fix():
         {"nnodes": "2", "rdzv_endpoint": "head:1", "node_rank": 0},
     ):
         with pytest.raises(LaunchError) as caught:
-            LaunchSpec(command=("x.py",), **fields)
+            arguments(LaunchSpec(command=("x.py",), **fields))
         assert caught.value.fix
 
 

@@ -151,3 +151,18 @@ def test_the_table_of_fields_in_the_readme_is_made_from_the_record():
     text = pathlib.Path("README.md").read_text()
     table = text.partition("<!-- fields -->\n\n")[2].partition("\n\n<!-- end of fields -->")[0]
     assert table == field_table()
+
+
+def test_what_no_field_can_be_is_refused(tmp_path):
+    for values in ({"timeout_s": float("nan")}, {"timeout_s": float("inf")}, {"mesh": [1, 2]}):
+        with pytest.raises(ConfigError):
+            resolve(values)
+    with pytest.raises(ConfigError, match="is not what the launcher writes"):
+        resolve(env={"FACCEL_LAUNCH": "x"})
+    (tmp_path / "a.yaml").write_text("mixed_precision: no\n")  # YAML 1.1 reads False
+    assert resolve(file=read(str(tmp_path / "a.yaml"))).mixed_precision == "no"
+    told = {"FACCEL_LAUNCH": '{"config": "/b.yaml"}'}
+    with pytest.raises(ConfigError, match="name two configurations"):
+        faccel.init(str(tmp_path / "a.yaml"), env=told)
+    told = {"FACCEL_LAUNCH": '{"config": "%s"}' % (tmp_path / "a.yaml")}
+    faccel.shutdown(faccel.init(str(tmp_path / "a.yaml"), env=told))
