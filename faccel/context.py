@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -65,19 +65,24 @@ class Mesh:
 
     Args:
         spec: Ranks per axis, filled: `spec.size == world_size`.
-        make_device_mesh: Makes torch's own mesh. Collective.
+        make_device_mesh: Makes torch's own mesh of named extents. Collective.
     """
 
     spec: MeshSpec
-    make_device_mesh: Callable[[], DeviceMesh] = attrs.field(repr=False)
-    _made: list[DeviceMesh] = attrs.field(factory=list, init=False, repr=False)
+    make_device_mesh: Callable[[Mapping[str, int]], DeviceMesh] = attrs.field(repr=False)
+    _made: dict[tuple[tuple[str, int], ...], DeviceMesh] = attrs.field(factory=dict, init=False, repr=False)
 
     @property
     def device_mesh(self) -> DeviceMesh:
-        """torch's `DeviceMesh` of the same axes, made at the first use, which is collective."""
-        if not self._made:
-            self._made.append(self.make_device_mesh())
-        return self._made[0]
+        """torch's `DeviceMesh` of the axes with more than one rank, made at the first use, which is collective."""
+        return self.device_mesh_of({axis: n for axis, n in self.spec.extents.items() if n > 1})
+
+    def device_mesh_of(self, extents: Mapping[str, int]) -> DeviceMesh:
+        """Return torch's mesh of these extents, whose product is the world, made at the first use. Collective."""
+        key = tuple(extents.items())
+        if key not in self._made:
+            self._made[key] = self.make_device_mesh(extents)
+        return self._made[key]
 
 
 @attrs.frozen(eq=False)

@@ -131,7 +131,7 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
     plan = Plan() if plan is None else plan
     if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError("`plan` takes a `Plan`", saw=repr(plan), fix="write `plan=faccel.Plan(...)`")
-    if ctx.config.device_placement:
+    if ctx.config.device_placement and not any(p.is_meta for p in model.parameters()):
         model.to(ctx.device)
     engine, run = ctx.parallelism.wrap(model, plan, ctx)
     return WrappedModel(model, engine, ctx.parallelism, ctx, run)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import attrs
 import torch
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from faccel.context import DistContext
 from faccel.errors import ConfigError, OptimizerError
+from faccel.tree import is_dtensor, local
 
 
 def parameters_with_gradients(opt: Optimizer) -> list[torch.Tensor]:
@@ -53,23 +57,62 @@ def check_limits(norm: float | None, value: float | None) -> None:
             raise ConfigError(f"`{name}` must be positive", saw=str(limit), fix="leave it out to clip nothing")
 
 
-def clip_(params: Sequence[torch.Tensor], norm: float | None, value: float | None) -> torch.Tensor | None:
+@attrs.frozen(eq=False)
+class _Part:
+    """What torch's clipping takes for a parameter: this rank's part of its gradient."""
+
+    grad: torch.Tensor
+
+
+def clip_(
+    params: Sequence[torch.Tensor], norm: float | None, value: float | None, ctx: DistContext
+) -> torch.Tensor | None:
     """Clip the gradients of `params` in place, by their total norm, then by value.
 
-    Neither waits for the device.
+    Neither waits for the device. Collective over the ranks that hold different parts of the gradients.
 
     Args:
         params: Parameters with gradients.
         norm: The largest 2-norm of all gradients together; `float("inf")` measures without clipping.
         value: The largest magnitude of an element.
+        ctx: The world.
 
     Returns:
         The norm from before clipping, 0-d; None where `norm` is.
     """
+    grads = [p.grad for p in params if p.grad is not None]
+    parts: Any = [_Part(local(grad)) for grad in grads]
     total = None
     if norm is not None:
-        total = get_total_norm([p.grad for p in params if p.grad is not None])
-        clip_grads_with_norm_(params, norm, total)
+        total = total_norm(grads, ctx)
+        clip_grads_with_norm_(parts, norm, total)
     if value is not None:
-        clip_grad_value_(params, value)
+        clip_grad_value_(parts, value)
     return total
+
+
+def total_norm(grads: Sequence[torch.Tensor], ctx: DistContext) -> torch.Tensor:
+    """Return the 2-norm of all gradients together, 0-d; of those that are spread over ranks all parts count, once.
+
+    torch's own is wrong or fails where gradients lie on several meshes. One all-reduce of a few numbers for each axis
+    over which some gradient is spread.
+    """
+    if not any(is_dtensor(grad) for grad in grads):
+        return get_total_norm(grads)
+    groups: dict[tuple[str, ...], list[torch.Tensor]] = {}
+    for grad in grads:
+        groups.setdefault(_spread_over(grad), []).append(local(grad))
+    squares = torch.stack([get_total_norm(parts).to(ctx.device).square() for parts in groups.values()])
+    for axis in sorted({axis for axes in groups for axis in axes}):
+        here = [i for i, axes in enumerate(groups) if axis in axes]
+        squares[here] = ctx.comm.all_reduce(squares[here], "sum", axis)
+    return squares.sum().sqrt()
+
+
+def _spread_over(grad: Any) -> tuple[str, ...]:
+    """Return the axes on which ranks hold different parts of a gradient."""
+    if not is_dtensor(grad):
+        return ()
+    # `is_shard` is False for the strided shards of FSDP over tensor parallel
+    names = grad.device_mesh.mesh_dim_names
+    return tuple(name for name, place in zip(names, grad.placements, strict=True) if not place.is_replicate())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -27,6 +29,10 @@ def _flag(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if not isinstance(value, bool):
         fix = f"write `{attribute.name}=True`"
         raise ConfigError(f"`{attribute.name}` must be True or False", saw=repr(value), fix=fix)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _option(default: bool) -> bool:  # noqa: FBT001
@@ -92,19 +98,124 @@ class DdpConfig:
 
 
 @attrs.frozen(kw_only=True)
+class FsdpConfig:
+    """The options of torch's FSDP2 (`fully_shard`), for a mesh with `dp_shard`, `cp` or `tp`.
+
+    Args:
+        reshard_after_forward: Whether a unit gives its gathered parameters up between forward and backward (ZeRO-3);
+            False keeps them (ZeRO-2); a number keeps them spread over that many ranks; None is True but for the root.
+        ignored: Patterns of the names of parameters that stay whole on every rank; their gradients are not reduced.
+        prefetch: How many units ahead are gathered, in forward and backward; None is torch's choice.
+        fp32_units: Patterns of the names of units that compute in fp32 whatever the configured precision.
+    """
+
+    reshard_after_forward: bool | int | None = None
+    ignored: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    prefetch: int | None = attrs.field(default=None, validator=_positive)
+    fp32_units: tuple[str, ...] = attrs.field(default=(), converter=_names)
+
+
+@attrs.frozen(kw_only=True)
+class Checkpointing:
+    """Activation checkpointing: what forward computed is computed again in backward instead of being kept.
+
+    Args:
+        every: Each `every`-th unit is checkpointed; 1 is all of them.
+        save_ops: Names of operators whose results are kept, as in `"aten.mm.default"` (selective checkpointing).
+        memory_budget: Between 0 (keep nothing) and 1 (keep all): the compiler chooses what is kept; needs `compile`.
+    """
+
+    every: int = attrs.field(default=1, validator=_positive)
+    save_ops: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    memory_budget: float | None = attrs.field(default=None, validator=_positive)
+
+
+def _checkpointing(value: Any) -> Any:
+    if value is None or isinstance(value, Checkpointing):
+        return value
+    if value == "full":
+        return Checkpointing()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Checkpointing(every=value)
+    fix = 'write `checkpoint="full"`, a number for each n-th unit, or a `faccel.Checkpointing(...)`'
+    raise ConfigError("`checkpoint` says which units are computed again in backward", saw=repr(value), fix=fix)
+
+
+STYLES = ("colwise", "colwise_gather", "colwise_loss", "replicate", "rowwise", "rowwise_embedding", "sequence",
+          "sequence_colwise", "sequence_colwise_gather", "sequence_colwise_loss", "sequence_embedding",
+          "sequence_rowwise")  # fmt: skip
+"""How a module may be cut by tensor parallelism; see `Plan.tensor`."""
+
+
+def _styles(value: Any) -> Mapping[str, str]:
+    if not isinstance(value, Mapping):
+        raise ConfigError("`tensor` is a mapping of name patterns to styles", saw=repr(value),
+                          fix='write `tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}`')  # fmt: skip
+    for pattern, style in value.items():
+        if style not in STYLES:
+            raise ConfigError(f"the style of `{pattern}` is none", saw=repr(style), fix=nearest(str(style), STYLES))
+    return MappingProxyType(dict(value))
+
+
+def _units(value: Any) -> Any:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    if isinstance(value, (str, tuple, list)) and all(isinstance(each, str) for each in value):
+        return _names(value)
+    fix = 'write `units="Block"`, `units=("blocks.*",)`, or a number of parameters'
+    raise ConfigError("`units` names classes or modules, or gives a size", saw=repr(value), fix=fix)
+
+
+_COMPILE = ("whole", "units")
+
+
+def _compile(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None and value not in _COMPILE:
+        fix = nearest(str(value), _COMPILE)
+        raise ConfigError("`compile` says what `torch.compile` gets", saw=repr(value), fix=fix)
+
+
+@attrs.frozen(kw_only=True)
 class Plan:
     """How `wrap` runs one model; what concerns another strategy than the mesh's is left alone.
 
     Args:
         ddp: Options of DDP.
+        fsdp: Options of FSDP2.
+        units: What is gathered, checkpointed and compiled as one: names of classes (`"Block"`) or patterns of module
+            names (`"blocks.*"`), or a number: modules with at least so many parameters. None takes the model's
+            `_no_split_modules`, else the members of its `ModuleList`s; what is left over belongs to the root.
+        tensor: For a mesh with `tp`: patterns of module names, and how each is cut. `"colwise"` and `"rowwise"` linear
+            layers (or embeddings) come in pairs; `"colwise_gather"` gives its whole output to every rank;
+            `"colwise_loss"` leaves the logits cut, for `faccel.loss_parallel`; `"rowwise_embedding"` cuts a vocabulary;
+            `"sequence"` is a norm on a part of the sequence, and `"sequence_colwise"`, `"sequence_rowwise"`,
+            `"sequence_embedding"` are those that lie between such parts. All other modules are the same on each rank.
+        checkpoint: `"full"`, a number for each n-th unit, or a `Checkpointing`.
+        compile: `"whole"` or `"units"`: what `torch.compile` gets; None compiles nothing.
+        offload: Whether sharded parameters, gradients and optimizer states live in the memory of the host.
 
     Examples:
         >>> Plan(ddp=DdpConfig(find_unused_parameters=True, comm_hook="fp16")).ddp.comm_hook
         'fp16'
+        >>> Plan(units="Block", tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}).units
+        ('Block',)
     """
 
     ddp: DdpConfig = DdpConfig()
+    fsdp: FsdpConfig = FsdpConfig()
+    units: tuple[str, ...] | int | None = attrs.field(default=None, converter=_units)
+    tensor: Mapping[str, str] = attrs.field(factory=dict, converter=_styles)
+    checkpoint: Checkpointing | None = attrs.field(default=None, converter=_checkpointing)
+    compile: str | None = attrs.field(default=None, validator=_compile)
+    offload: bool = _option(False)
 
     def __attrs_post_init__(self) -> None:
-        if not isinstance(self.ddp, DdpConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError("`ddp` takes a `DdpConfig`", saw=repr(self.ddp), fix="write `ddp=faccel.DdpConfig(...)`")
+        for name, kind in (("ddp", DdpConfig), ("fsdp", FsdpConfig)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                fix = f"write `{name}=faccel.{kind.__name__}(...)`"
+                raise ConfigError(f"`{name}` takes a `{kind.__name__}`", saw=repr(value), fix=fix)
+        budget = self.checkpoint.memory_budget if self.checkpoint else None
+        if budget is not None and (self.compile is None or budget > 1):
+            fix = 'write `compile="units"` too, and a budget of at most 1'
+            raise ConfigError("a memory budget is kept by the compiler", saw=f"memory_budget={budget}", fix=fix)

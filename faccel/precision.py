@@ -12,6 +12,8 @@ import torch
 
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ScalerError
+from faccel.protocols import WORLD
+from faccel.tree import local
 
 
 class Stepped:
@@ -161,13 +163,16 @@ def autocast(ctx: DistContext) -> AbstractContextManager[object]:
     return torch.autocast(ctx.device.type, dtype=ctx.compute_dtype)
 
 
-def unscale_(grads: Iterable[torch.Tensor], scale: float) -> bool:
-    """Divide gradients by `scale` in place and return whether all of them are finite.
+def unscale_(grads: Iterable[torch.Tensor], scale: float, ctx: DistContext) -> bool:
+    """Divide gradients by `scale` in place and return whether all of them are finite, on any rank.
+
+    Collective where ranks hold different gradients: under DDP all have the same.
 
     Waits for the device once, as torch's GradScaler does, whose kernel this is.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for grad in grads:
+    for each in grads:
+        grad = local(each)
         if grad.is_sparse:
             grad = grad._values()  # type: ignore[attr-defined]  # its numbers; scaling them in place scales it
         groups.setdefault((grad.device, grad.dtype), []).append(grad)
@@ -177,4 +182,7 @@ def unscale_(grads: Iterable[torch.Tensor], scale: float) -> bool:
         inverse = torch.full((), 1.0 / scale, dtype=torch.float32, device=device)
         torch._amp_foreach_non_finite_check_and_unscale_(members, found, inverse)  # pyright: ignore[reportPrivateUsage]
         overflows.append(found)
-    return not overflows or not torch.stack([found.to(overflows[0].device) for found in overflows]).any().item()
+    found = torch.stack([each.to(ctx.device) for each in overflows]).amax() if overflows else torch.zeros(())
+    if ctx.mesh.spec.size != ctx.mesh.spec.dp_replicate:
+        found = ctx.comm.all_reduce(found.to(ctx.device), "max", WORLD)
+    return not found.item()

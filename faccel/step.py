@@ -140,7 +140,8 @@ def _scale(window: list[Batch], weight: Weight, ctx: DistContext) -> torch.Tenso
         if isinstance(count, torch.Tensor):
             mine = mine + count.detach().to(mine)
     total = ctx.comm.all_reduce(mine, "sum", DATA)
-    return torch.where(total > 0, ctx.data_world_size / total, 0.0)
+    spec = ctx.mesh.spec  # losses, hence gradients, are averaged over the ranks of a sequence, too
+    return torch.where(total > 0, spec.data_world_size * spec.cp / total, 0.0)
 
 
 def _uneven() -> DataError:
@@ -289,8 +290,8 @@ def optimizer_step(
     schedulers = () if scheduler is None else _schedulers(scheduler)
     finite = True
     if scaler.enabled or skip_nonfinite:
-        finite = unscale_([p.grad for p in params if p.grad is not None], scale)
-    norm = None if clip_norm is None and clip_value is None else clip_(params, clip_norm, clip_value)
+        finite = unscale_([p.grad for p in params if p.grad is not None], scale, ctx)
+    norm = None if clip_norm is None and clip_value is None else clip_(params, clip_norm, clip_value, ctx)
     if finite:
         apply(opt)
         for each in schedulers:

@@ -159,3 +159,14 @@ def reject(tree: Tree, leaf_number: int, what: str, fix: str) -> TreeError:
     saw = f"`{paths(tree)[leaf_number]}`, a {type(leaf).__name__}"
     shape = getattr(leaf, "shape", None)
     return TreeError(what, saw=saw if shape is None else f"{saw} of shape {tuple(shape)}", fix=fix)
+
+
+def is_dtensor(value: torch.Tensor) -> bool:
+    """Whether a tensor is spread over ranks; never imports what can make one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def local(value: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor that is spread over ranks, sharing its memory; any other tensor itself."""
+    return value.to_local() if is_dtensor(value) else value  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ import attrs
 import torch.distributed as dist
 
 from faccel.backends.ddp import DDP
+from faccel.backends.sharded import SHARDED
 from faccel.backends.single import SINGLE
 from faccel.errors import BackendError
 from faccel.mesh import MeshSpec
@@ -32,14 +33,15 @@ class Backend:
     tested_on: str
 
 
-def _probe_ddp(env: Mapping[str, str]) -> str | None:
+def _probe(env: Mapping[str, str]) -> str | None:
     return None if dist.is_available() else "this torch was built without torch.distributed"
 
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         "single": Backend(SINGLE, lambda spec: spec.size == 1, lambda env: None, "CPU"),
-        "ddp": Backend(DDP, lambda spec: spec.size == spec.dp_replicate > 1, _probe_ddp, "CPU (gloo), simulated"),
+        "ddp": Backend(DDP, lambda spec: spec.size == spec.dp_replicate > 1, _probe, "CPU (gloo), simulated"),
+        "sharded": Backend(SHARDED, lambda spec: spec.pp == 1, _probe, "CPU (gloo), simulated"),
     }
 )
 """The first row that serves a mesh runs its models."""

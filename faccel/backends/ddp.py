@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -14,18 +13,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from faccel.backends.alike import check_same, take_rank_0s
 from faccel.backends.forward import Methods, call_method, with_precision
-from faccel.comm.objects import gather_objects
-from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
 from faccel.errors import ModelError
 from faccel.plan import DdpConfig, Plan
 from faccel.protocols import DATA, Parallelism, Run
-from faccel.whereabouts import roll
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
-    _check_same(module, ctx)
+    check_same(module, ctx, DATA)
     if not any(p.requires_grad for p in module.parameters()):
         return _wrap_frozen(module, ctx)
     engine = _engine(module, plan.ddp, ctx)
@@ -44,19 +41,6 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
         return call_method(module, method, *args, **kwargs)
 
     return engine, with_precision(run, ctx)
-
-
-def _check_same(module: nn.Module, ctx: DistContext) -> None:
-    """Raise on every rank where ranks have built different models."""
-    own = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in module.named_parameters()]
-    digests = gather_objects(zlib.crc32(repr(own).encode()), ctx, axis=DATA)
-    if len(set(digests)) > 1:
-        numbers = {rank: f"model {sorted(set(digests)).index(digest)}" for rank, digest in enumerate(digests)}
-        raise ModelError(
-            "ranks have built different models",
-            saw=f"{roll(numbers)}; this rank's has {len(own)} parameters, the first `{own[0][0]}` {list(own[0][1])}",
-            fix="build the same model, with the same parameters frozen, on every rank",
-        )
 
 
 def _unused(error: RuntimeError) -> ModelError | None:
@@ -93,13 +77,13 @@ _NOT_TORCHS: dict[str, Any] = {"gradient_as_bucket_view": True}  # where our def
 def _without_buffers(module: nn.Module, ctx: DistContext) -> dict[str, Any]:
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
         return {"forward_sync_buffers": False}
-    _take_rank_0s(dict(module.named_buffers()), ctx)  # torch before 2.13 leaves them out of its first broadcast, too
+    take_rank_0s(dict(module.named_buffers()), ctx, DATA)  # torch before 2.13 leaves them out of its first one, too
     return {"broadcast_buffers": False}
 
 
 def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, Run]:
     """Share rank 0's values of a model that DDP refuses because nothing in it is trained."""
-    _take_rank_0s({**dict(module.named_parameters()), **dict(module.named_buffers())}, ctx)
+    take_rank_0s({**dict(module.named_parameters()), **dict(module.named_buffers())}, ctx, DATA)
 
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
@@ -132,16 +116,10 @@ def _sync(engine: nn.Module, on: bool) -> Generator[None]:  # noqa: FBT001 (Para
         engine.require_backward_grad_sync = before  # type: ignore[assignment]
 
 
-def _take_rank_0s(values: dict[str, torch.Tensor], ctx: DistContext) -> None:
-    with torch.no_grad():
-        for name, value in broadcast(values, ctx, axis=DATA).items():
-            values[name].copy_(value)
-
-
 def _settle(engine: nn.Module, ctx: DistContext) -> None:
     buffers = dict(engine.named_buffers())
     if buffers and isinstance(engine, DistributedDataParallel):
-        _take_rank_0s(buffers, ctx)
+        take_rank_0s(buffers, ctx, DATA)
 
 
 DDP = Parallelism("ddp", _wrap, _wrap_optimizer, _sync, _settle)

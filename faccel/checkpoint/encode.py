@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import sys
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from faccel.mix import mix
 from faccel.model import WrappedModel
 from faccel.precision import ScalerState
 from faccel.rng import RngState
-from faccel.tree import is_tensordict
+from faccel.tree import is_dtensor, is_tensordict
 
 Node = Any
 """What stands in the manifest: None, a bool, int, finite float, str, a list of nodes, a dict of them by text, or a dict
@@ -61,12 +60,6 @@ def fields_of(record: Any) -> dict[str, Any] | None:
     if isinstance(record, tuple) and hasattr(record, "_fields"):
         return record._asdict()  # type: ignore[attr-defined]
     return None
-
-
-def is_dtensor(value: torch.Tensor) -> bool:
-    """Whether a tensor is spread over ranks; never imports what can make one."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
 
 
 def is_stateful(value: Any) -> bool:

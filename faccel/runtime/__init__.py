@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import socket
 import sys
@@ -262,7 +263,7 @@ def init(
         topology=topology,
         config=resolved,
         device=device,
-        mesh=Mesh(spec, lambda: device_mesh(spec, device.type)),
+        mesh=Mesh(spec, functools.partial(device_mesh, device.type)),
         comm=comm,
         parallelism=parallelism,
         close=_leave,
@@ -317,14 +318,13 @@ def collectives(
     return CheckedCollectives(comm, store, config.timeout_s, number) if config.debug else comm
 
 
-def device_mesh(spec: MeshSpec, device_type: str) -> dist.DeviceMesh:
-    """Make torch's mesh of the axes that have more than one rank. Collective."""
+def device_mesh(device_type: str, extents: Mapping[str, int]) -> dist.DeviceMesh:
+    """Make torch's mesh of named extents. Collective."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    axes = {axis: n for axis, n in spec.extents.items() if n > 1}
-    if not axes:
+    if not extents:
         raise WorldError("a world of one process has no device mesh", fix="start several processes, or use `mesh.spec`")
-    return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    return init_device_mesh(device_type, tuple(extents.values()), mesh_dim_names=tuple(extents))
 
 
 def _at_exit(ctx: DistContext) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -66,7 +67,7 @@ def _context(
         ),
         config=resolved,
         device=torch.device("cpu"),
-        mesh=Mesh(spec, lambda: device_mesh(spec, "cpu")),
+        mesh=Mesh(spec, functools.partial(device_mesh, "cpu")),
         comm=comm(spec),
         parallelism=choose(spec, {}),
     )

@@ -31,9 +31,9 @@ def test_init_twice_and_shutdown_twice_are_legal():
 def test_a_failed_init_leaves_nothing_behind():
     with pytest.raises(ConfigError):
         faccel.init(env={}, mesh="dp_replicate=2")
-    with pytest.raises(FaccelError, match="no strategy"):
+    with pytest.raises(FaccelError, match="`ep` divides"):
         faccel.init(env={"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
-                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, mesh="tp=2")  # fmt: skip
+                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, mesh="dp_replicate=2,ep=2")  # fmt: skip
     assert faccel.init(env={}).world_size == 1
 
 

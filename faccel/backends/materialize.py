@@ -1,0 +1,94 @@
+"""Giving the parts of a sharded model rank 0's values, also where other ranks have built it without any (on meta)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from faccel.backends.alike import take_rank_0s
+from faccel.comm.objects import gather_objects
+from faccel.context import DistContext
+from faccel.errors import ModelError
+
+
+@attrs.frozen
+class Values:
+    """What a model held before it was sharded.
+
+    Args:
+        is_meta: Whether some rank has no values: then rank 0's are sent after sharding, when each rank needs a part.
+        full: Rank 0's values by name, there and only then.
+        ties: Names of one parameter or buffer; taking memory for a model unties them.
+    """
+
+    is_meta: bool
+    full: dict[str, torch.Tensor] = attrs.field(repr=False)
+    ties: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, ctx: DistContext, holders: str) -> Values:
+        """Look at the values; without meta every rank has rank 0's afterwards. Updates `module`, collective."""
+        mine = any(t.is_meta for t in _tensors(module).values())
+        metas = gather_objects(mine, ctx, axis=holders)
+        if not any(metas):
+            take_rank_0s(_tensors(module), ctx, holders)
+            return cls(False, {}, ())
+        is_first = ctx.comm.rank(holders) == 0
+        if is_first and mine:
+            _initialise(module)
+        full = {name: t.detach() for name, t in module.state_dict().items()} if is_first else {}
+        names: dict[int, list[str]] = {}
+        for name, p in module.named_parameters(remove_duplicate=False):
+            names.setdefault(id(p), []).append(name)
+        return cls(True, full, tuple(tuple(each) for each in names.values() if len(each) > 1))
+
+    def fill(self, module: nn.Module, ctx: DistContext, holders: str) -> None:
+        """Give the sharded model its values. Updates `module`, collective."""
+        if not self.is_meta:
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        if any(t.is_meta for t in _tensors(module).values()):
+            module.to_empty(device=ctx.device)
+        else:
+            module.to(ctx.device)
+        for first, *others in self.ties:
+            for other in others:
+                _put(module, other, _get(module, first))
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(module, dict(self.full), options=options)
+        if any(True for _ in module.buffers()):
+            take_rank_0s(dict(module.named_buffers()), ctx, holders)
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _get(module: nn.Module, name: str) -> Any:
+    parent, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(parent), leaf)
+
+
+def _put(module: nn.Module, name: str, value: Any) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module.get_submodule(parent)._parameters[leaf] = value  # pyright: ignore[reportPrivateUsage]
+
+
+def _initialise(module: nn.Module) -> None:
+    """Give a model on meta memory and first values, through its modules' own `reset_parameters`."""
+    for name, each in module.named_modules():
+        own = [*each.parameters(recurse=False), *each.buffers(recurse=False)]
+        if own and not callable(getattr(each, "reset_parameters", None)):
+            raise ModelError(
+                "a model on meta has no values, and this part of it does not say how it begins",
+                saw=f"`{name or type(module).__name__}`, a {type(each).__name__} without `reset_parameters`",
+                fix="build the model with values on rank 0 (`if ctx.is_main`), and on meta on the others",
+            )
+    module.to_empty(device="cpu")
+    for each in module.modules():
+        if callable(reset := getattr(each, "reset_parameters", None)):
+            reset()

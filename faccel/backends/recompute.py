@@ -1,0 +1,61 @@
+"""Activation checkpointing and compilation of the units of a model, under their own names and in place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from faccel.errors import ConfigError
+from faccel.plan import Checkpointing, Plan
+
+
+def apply_checkpointing(units: Mapping[str, nn.Module], options: Checkpointing | None) -> None:
+    """Make the forward of each n-th unit run again in backward. Updates the units."""
+    if options is None or options.memory_budget is not None:
+        return
+    if not units:
+        fix = 'name them, as in `units="Block"`'
+        raise ConfigError("activation checkpointing needs units", saw="a model without any", fix=fix)
+    more = _selective(options.save_ops) if options.save_ops else {}
+    for number, unit in enumerate(units.values(), start=1):
+        if number % options.every == 0:
+            again = functools.partial(checkpoint, unit.forward, use_reentrant=False, **more)
+            unit.forward = again  # an attribute of the instance: neither names nor classes change
+
+
+def _selective(names: tuple[str, ...]) -> dict[str, Any]:
+    kept = {_operator(name) for name in names}
+
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}
+
+
+def _operator(name: str) -> Any:
+    found: Any = torch.ops
+    try:
+        for part in name.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        fix = 'write it like `"aten.mm.default"`'
+        raise ConfigError("`save_ops` names operators of torch", saw=repr(name), fix=fix) from None
+    return found
+
+
+def apply_compile(module: nn.Module, units: Mapping[str, nn.Module], plan: Plan) -> None:
+    """Compile the units, or the whole, in place. Updates the modules; compilation happens at the first call."""
+    if plan.compile is None:
+        return
+    options: dict[str, Any] = {}
+    if plan.checkpoint is not None and plan.checkpoint.memory_budget is not None:
+        import torch._functorch.config as functorch
+
+        functorch.activation_memory_budget = plan.checkpoint.memory_budget  # read when the graph is cut
+    for each in units.values() if plan.compile == "units" else (module,):
+        each.compile(**options)

@@ -1,0 +1,155 @@
+"""Parameters shared by the ranks, gathered unit by unit: torch's FSDP2, with replicas (HSDP) and tensor parallel.
+
+The order is that of torch's composition: tensor parallel, activation checkpointing, compilation, sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from faccel.backends.alike import check_same, take_rank_0s
+from faccel.backends.forward import call_method, to_fp32
+from faccel.backends.materialize import Values
+from faccel.backends.recompute import apply_checkpointing, apply_compile
+from faccel.backends.units import matching, units_of
+from faccel.context import DistContext
+from faccel.plan import Plan
+from faccel.protocols import WORLD, Parallelism, Run
+
+
+def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
+    check_same(module, ctx, WORLD)
+    return shard_module(module, plan, ctx, WORLD)
+
+
+def shard_module(module: nn.Module, plan: Plan, ctx: DistContext, holders: str) -> tuple[nn.Module, Run]:
+    """Shard `module`, which the ranks of the axis `holders` have alike, and return it with its `run`. Collective."""
+    units = units_of(module, plan)
+    cuts = _cuts(module, plan, ctx)
+    ignored = {name for pattern in plan.fsdp.ignored for name in matching(pattern, _names(module), "parameter")}
+    values = Values.of(module, ctx, holders)
+    if cuts:
+        from faccel.backends.tensor import cut
+
+        cut(module, cuts, mesh_of(ctx)["tp"])
+    apply_checkpointing(units, plan.checkpoint)
+    apply_compile(module, units, plan)
+    _fully_shard(module, units, ignored, plan, ctx)
+    values.fill(module, ctx, holders)
+    return module, _runner(module, ctx)
+
+
+def _names(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters()]
+
+
+def _cuts(module: nn.Module, plan: Plan, ctx: DistContext) -> Mapping[str, str]:
+    if ctx.mesh.spec.tp == 1:
+        return {}
+    from faccel.backends.tensor import cuts_of
+
+    return cuts_of(module, plan, ctx.mesh.spec.tp)
+
+
+def mesh_of(ctx: DistContext) -> DeviceMesh:
+    """Return torch's mesh that engines use: the ranks that share parameters are one axis, whatever else they share."""
+    spec = ctx.mesh.spec
+    storage = {"ep_storage": spec.dp_shard * spec.cp // spec.ep, "ep": spec.ep} if spec.ep > 1 else {
+        "storage": spec.dp_shard * spec.cp}  # fmt: skip
+    outer, inner = {"pp": spec.pp} if spec.pp > 1 else {}, {"tp": spec.tp} if spec.tp > 1 else {}
+    return ctx.mesh.device_mesh_of({**outer, "dp_replicate": spec.dp_replicate, **storage, **inner})
+
+
+def data_mesh(ctx: DistContext) -> DeviceMesh:
+    """Return the part of it over which parameters are sharded, and replicated where there are several replicas."""
+    mesh, spec = mesh_of(ctx), ctx.mesh.spec
+    if spec.ep > 1:
+        mesh["ep_storage", "ep"]._flatten("storage")  # pyright: ignore[reportPrivateUsage] (torch has no public one)
+    return mesh["dp_replicate", "storage"] if spec.dp_replicate > 1 else mesh["storage"]
+
+
+def _fully_shard(
+    module: nn.Module, units: Mapping[str, nn.Module], ignored: set[str], plan: Plan, ctx: DistContext
+) -> None:
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    low = ctx.compute_dtype
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=None if low is None else torch.float32)
+    exact = {name for pattern in plan.fsdp.fp32_units for name in matching(pattern, units, "unit")}
+    options: dict[str, Any] = {"mesh": data_mesh(ctx), "reshard_after_forward": plan.fsdp.reshard_after_forward}
+    if plan.offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=ctx.device.type == "cuda")
+    if ignored:
+        options["ignored_params"] = {p for name, p in module.named_parameters() if name in ignored}
+    for name, unit in units.items():
+        fully_shard(unit, mp_policy=MixedPrecisionPolicy() if name in exact else policy, **options)
+    fully_shard(module, mp_policy=policy, **options)
+    if plan.fsdp.prefetch is not None:
+        _prefetch(
+            [each for each in module.modules() if any(each is unit for unit in units.values())], plan.fsdp.prefetch
+        )
+
+
+def _prefetch(units: list[Any], count: int) -> None:
+    for i, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + count])
+        unit.set_modules_to_backward_prefetch(units[max(0, i - count) : i][::-1])
+
+
+def _runner(module: nn.Module, ctx: DistContext) -> Run:
+    registered: set[str] = set()
+
+    def run(method: str, *args: Any, **kwargs: Any) -> Any:
+        if method != "forward" and method not in registered:
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(module, method)
+            registered.add(method)
+        try:
+            out = call_method(module, method, *args, **kwargs)
+        except RuntimeError as error:  # parameters are gathered here
+            failure = ctx.comm.failure(error, "forward", WORLD)
+            if failure is None:
+                raise
+            raise failure from error
+        return out if ctx.compute_dtype is None else to_fp32(out)
+
+    return run
+
+
+def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:
+    return opt
+
+
+_SYNC = "_faccel_sync"
+
+
+@contextmanager
+def _sync(engine: Any, on: bool) -> Generator[None]:  # noqa: FBT001 (Parallelism.sync)
+    before = engine.__dict__.get(_SYNC, True)
+    _set_sync(engine, on=on)
+    try:
+        yield
+    finally:
+        _set_sync(engine, on=before)
+
+
+def _set_sync(engine: Any, *, on: bool) -> None:
+    engine.__dict__[_SYNC] = on  # torch does not tell
+    engine.set_requires_gradient_sync(on)
+
+
+def _settle(engine: nn.Module, ctx: DistContext) -> None:
+    buffers = dict(engine.named_buffers())
+    if buffers:
+        take_rank_0s(buffers, ctx, WORLD)
+
+
+SHARDED = Parallelism("sharded", _wrap, _wrap_optimizer, _sync, _settle)

@@ -1,0 +1,86 @@
+"""Tensor and sequence parallel: modules cut by name pattern, with torch's own styles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
+
+from faccel.backends.units import matching
+from faccel.errors import ConfigError, ModelError
+from faccel.plan import Plan
+
+_STYLES: Mapping[str, Callable[[], ParallelStyle | None]] = {
+    "colwise": ColwiseParallel,
+    "colwise_gather": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "colwise_loss": lambda: ColwiseParallel(use_local_output=False),
+    "replicate": lambda: None,
+    "rowwise": RowwiseParallel,
+    "rowwise_embedding": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "sequence": SequenceParallel,
+    "sequence_colwise": lambda: ColwiseParallel(input_layouts=Shard(1)),
+    "sequence_colwise_gather": lambda: ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    "sequence_colwise_loss": lambda: ColwiseParallel(input_layouts=Shard(1), use_local_output=False),
+    "sequence_embedding": lambda: RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+    "sequence_rowwise": lambda: RowwiseParallel(output_layouts=Shard(1)),
+}
+_CUT_OUTPUT = ("colwise", "colwise_gather", "colwise_loss")
+_HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "num_key_value_heads", "nhead")
+
+
+def cuts_of(module: nn.Module, plan: Plan, size: int) -> dict[str, str]:
+    """Return the style of each module that the plan cuts, by name.
+
+    Raises:
+        ConfigError: The plan cuts nothing, a pattern means nothing or two mean one module.
+        ModelError: A module cannot be cut into `size` parts, or not like this.
+    """
+    if not plan.tensor:
+        fix = 'write `plan=faccel.Plan(tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})`'
+        raise ConfigError("tensor parallelism needs a plan that says how modules are cut", saw=f"tp={size}", fix=fix)
+    named = {name: each for name, each in module.named_modules() if name}
+    found: dict[str, str] = {}
+    for pattern, style in plan.tensor.items():
+        for name in matching(pattern, named, "module"):
+            if name in found:
+                saw = f"`{pattern}`: {style}, and {found[name]} before"
+                raise ConfigError(f"two patterns of `tensor` mean the module `{name}`", saw=saw, fix="narrow one")
+            found[name] = style
+            _check(name, named, style, size)
+    return found
+
+
+def _check(name: str, named: Mapping[str, nn.Module], style: str, size: int) -> None:
+    module = named[name]
+    if style == "replicate" or style == "sequence":
+        return
+    if not isinstance(module, (nn.Linear, nn.Embedding)):
+        fix = "name the linear layers and embeddings inside of it"
+        raise ModelError(f"`{name}` cannot be cut as `{style}`", saw=f"a {type(module).__name__}", fix=fix)
+    rows = "colwise" in style
+    weight = module.weight  # of a linear layer [out, in], of an embedding [number, width]
+    cut = weight.shape[0 if rows == isinstance(module, nn.Linear) else 1]
+    if cut % size:
+        fix = f"use a `tp` that divides {cut}, or leave this module out"
+        raise ModelError(f"tp={size} does not divide `{name}`", saw=f"{cut} {'columns' if rows else 'rows'}", fix=fix)
+    parent = named.get(name.rpartition(".")[0])
+    for attribute in _HEADS if rows else ():
+        heads = getattr(parent, attribute, None)
+        if isinstance(heads, int) and heads % size:
+            fix = f"use a `tp` that divides {heads}"
+            saw = f"{attribute}={heads} of `{name.rpartition('.')[0]}`"
+            raise ModelError(f"tp={size} does not divide the heads of attention", saw=saw, fix=fix)
+
+
+def cut(module: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh) -> None:
+    """Cut the modules. Updates `module`; nothing is communicated, because ranks hold the same values."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    for name, style in styles.items():
+        made: Any = _STYLES[style]()
+        if made is not None:
+            parallelize_module(module.get_submodule(name), mesh, made, src_data_rank=None)
