@@ -63,7 +63,10 @@ if TYPE_CHECKING:
     from faccel.model import unwrap as unwrap
     from faccel.model import wrap as wrap
     from faccel.model import wrap_optimizer as wrap_optimizer
+    from faccel.plan import Checkpointing as Checkpointing
     from faccel.plan import DdpConfig as DdpConfig
+    from faccel.plan import FsdpConfig as FsdpConfig
+    from faccel.plan import Pipeline as Pipeline
     from faccel.plan import Plan as Plan
     from faccel.plan import PowerSgdConfig as PowerSgdConfig
     from faccel.precision import ScalerState as ScalerState
@@ -80,6 +83,7 @@ if TYPE_CHECKING:
     from faccel.step import StepInfo as StepInfo
     from faccel.step import Window as Window
     from faccel.step import optimizer_step as optimizer_step
+    from faccel.step import pipeline_step as pipeline_step
     from faccel.step import scaled_backward as scaled_backward
     from faccel.step import windows as windows
     from faccel.track import Tracker as Tracker
@@ -111,12 +115,12 @@ _HOMES = {
     "faccel.launching.call": ("launch", "notebook_launch"),
     "faccel.mesh": ("MeshSpec",),
     "faccel.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
-    "faccel.plan": ("DdpConfig", "Plan", "PowerSgdConfig"),
+    "faccel.plan": ("Checkpointing", "DdpConfig", "FsdpConfig", "Pipeline", "Plan", "PowerSgdConfig"),
     "faccel.precision": ("ScalerState", "autocast", "init_scaler"),
     "faccel.rng": ("RngState", "fold_in", "rng_state", "seed_everything", "set_rng_state"),
     "faccel.runtime": ("init", "shutdown"),
     "faccel.track": ("Tracker", "Trackers", "finish", "init_trackers", "log"),
-    "faccel.step": ("Micro", "StepInfo", "Window", "optimizer_step", "scaled_backward", "windows"),
+    "faccel.step": ("Micro", "StepInfo", "Window", "optimizer_step", "pipeline_step", "scaled_backward", "windows"),
 }  # fmt: skip
 _MODULES = ("backends", "errors", "testing")
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

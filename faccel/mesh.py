@@ -23,9 +23,11 @@ VIEWS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "data": DATA_AXES,
         "loss": (*DATA_AXES, "cp"),
         "storage": ("dp_shard", "cp"),
+        "stage": (*DATA_AXES, "cp", "tp"),
     }
 )
-"""Several axes as one: who reads other samples, whose losses and gradients are averaged, who shares the parameters."""
+"""Several axes as one: who reads other samples, whose losses and gradients are averaged, who shares the parameters, who
+has the same stage of a pipeline."""
 
 
 def _is_extent(_: Any, attribute: attrs.Attribute[int], value: Any) -> None:
@@ -114,9 +116,12 @@ class MeshSpec:
             return attrs.evolve(self, **{free[0]: world_size // known})._with_experts()
         if not free and known == world_size:
             return self._with_experts()
-        axis = free[0] if free else "dp_replicate"
-        rest = known if free else known // max(1, extents["dp_replicate"])
-        would = f"`{axis}={world_size // rest}`" if world_size % rest == 0 else "axes whose product divides it"
+        would = "axes whose product divides it"
+        for axis in free or sorted(extents, key=lambda axis: extents[axis] == 1 and axis != "dp_replicate"):
+            rest = known if free else known // extents[axis]
+            if world_size % rest == 0:
+                would = f"`{axis}={world_size // rest}`"
+                break
         raise ConfigError(
             f"the mesh does not fit {world_size} processes",
             saw=f"{self}, {known} ranks",
@@ -169,6 +174,7 @@ class MeshSpec:
             data      2  (0 2) (1 3)
             loss      2  (0 2) (1 3)
             storage   2  (0 2) (1 3)
+            stage     4  (0 1 2 3)
         """
         names = [axis for axis in (*AXES, "ep") if getattr(self, axis) > 1]
         rows: list[str] = []

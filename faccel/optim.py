@@ -81,10 +81,11 @@ def clip_(
         The norm from before clipping, 0-d; None where `norm` is.
     """
     grads = [p.grad for p in params if p.grad is not None]
+    counted = [p.grad for p in params if p.grad is not None and not hasattr(p, "_faccel_is_copy")]
     parts: Any = [_Part(local(grad)) for grad in grads]
     total = None
     if norm is not None:
-        total = total_norm(grads, ctx)
+        total = total_norm(counted, ctx)
         clip_grads_with_norm_(parts, norm, total)
     if value is not None:
         clip_grad_value_(parts, value)
@@ -106,7 +107,8 @@ def total_norm(grads: Sequence[torch.Tensor], ctx: DistContext) -> torch.Tensor:
     for axis in sorted({axis for axes in groups for axis in axes}):
         here = [i for i, axes in enumerate(groups) if axis in axes]
         squares[here] = ctx.comm.all_reduce(squares[here], "sum", axis)
-    return squares.sum().sqrt()
+    square = squares.sum()
+    return (square if ctx.mesh.spec.pp == 1 else ctx.comm.all_reduce(square, "sum", "pp")).sqrt()
 
 
 def _spread_over(grad: Any) -> tuple[str, ...]:

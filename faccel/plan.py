@@ -166,6 +166,38 @@ def _units(value: Any) -> Any:
     raise ConfigError("`units` names classes or modules, or gives a size", saw=repr(value), fix=fix)
 
 
+SCHEDULES = ("1f1b", "gpipe", "interleaved")
+
+
+def _schedule(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value not in SCHEDULES:
+        raise ConfigError("the schedule of a pipeline is unknown", saw=repr(value), fix=nearest(str(value), SCHEDULES))
+
+
+@attrs.frozen(kw_only=True)
+class Pipeline:
+    """How a model is cut into the stages of a pipeline, for a mesh with `pp`.
+
+    Args:
+        chain: Patterns of module names that the input passes one after the other, as in `("embed", "blocks.*", "norm",
+            "head")`: each takes what the one before returned. All parameters belong to them.
+        split: Names of the modules of the chain at which a new stage begins; None balances the parameters.
+        schedule: `"1f1b"`, `"gpipe"` or `"interleaved"`, torch's own.
+        stages_per_rank: Stages of each rank, more than one for `"interleaved"`.
+    """
+
+    chain: tuple[str, ...] = attrs.field(converter=_names)
+    split: tuple[str, ...] | None = attrs.field(default=None, converter=attrs.converters.optional(_names))
+    schedule: str = attrs.field(default="1f1b", validator=_schedule)
+    stages_per_rank: int = attrs.field(default=1, validator=_positive)
+
+    def __attrs_post_init__(self) -> None:
+        if self.stages_per_rank > 1 and self.schedule != "interleaved":
+            saw = f"stages_per_rank={self.stages_per_rank}, schedule={self.schedule!r}"
+            fix = 'write `schedule="interleaved"`'
+            raise ConfigError("this schedule runs one stage on each rank", saw=saw, fix=fix)
+
+
 _COMPILE = ("whole", "units")
 
 
@@ -190,6 +222,7 @@ class Plan:
             `"colwise_loss"` leaves the logits cut, for `faccel.loss_parallel`; `"rowwise_embedding"` cuts a vocabulary;
             `"sequence"` is a norm on a part of the sequence, and `"sequence_colwise"`, `"sequence_rowwise"`,
             `"sequence_embedding"` are those that lie between such parts. All other modules are the same on each rank.
+        pipeline: For a mesh with `pp`: how the model is cut into stages.
         checkpoint: `"full"`, a number for each n-th unit, or a `Checkpointing`.
         compile: `"whole"` or `"units"`: what `torch.compile` gets; None compiles nothing.
         offload: Whether sharded parameters, gradients and optimizer states live in the memory of the host.
@@ -205,14 +238,15 @@ class Plan:
     fsdp: FsdpConfig = FsdpConfig()
     units: tuple[str, ...] | int | None = attrs.field(default=None, converter=_units)
     tensor: Mapping[str, str] = attrs.field(factory=dict, converter=_styles)
+    pipeline: Pipeline | None = None
     checkpoint: Checkpointing | None = attrs.field(default=None, converter=_checkpointing)
     compile: str | None = attrs.field(default=None, validator=_compile)
     offload: bool = _option(False)
 
     def __attrs_post_init__(self) -> None:
-        for name, kind in (("ddp", DdpConfig), ("fsdp", FsdpConfig)):
+        for name, kind in (("ddp", DdpConfig), ("fsdp", FsdpConfig), ("pipeline", Pipeline)):
             value = getattr(self, name)
-            if not isinstance(value, kind):
+            if not isinstance(value, kind) and (name != "pipeline" or value is not None):
                 fix = f"write `{name}=faccel.{kind.__name__}(...)`"
                 raise ConfigError(f"`{name}` takes a `{kind.__name__}`", saw=repr(value), fix=fix)
         budget = self.checkpoint.memory_budget if self.checkpoint else None

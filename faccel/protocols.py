@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -86,6 +86,9 @@ class Parallelism:
         sync: `sync(engine, on)`: a context in which gradients are reduced in this backward (`on`), or not yet.
         settle: `settle(engine, ctx)`: training pauses; makes what may differ between data ranks the same. Updates
             `engine`; collective.
+        run_window: `run_window(engine, losses, ctx) -> T[n]`: forward and backward of all micro-batches of a window
+            together, where the strategy does not take them one by one; `losses` are functions from a callable model to
+            a scaled loss, one for each. Updates `.grad`; collective.
     """
 
     name: str
@@ -93,3 +96,4 @@ class Parallelism:
     wrap_optimizer: Callable[[torch.optim.Optimizer, torch.nn.Module, Any], torch.optim.Optimizer]
     sync: Callable[[torch.nn.Module, bool], AbstractContextManager[None]]
     settle: Callable[[torch.nn.Module, Any], None]
+    run_window: Callable[[Any, Sequence[Callable[[Callable[..., Any]], torch.Tensor]], Any], torch.Tensor] | None = None

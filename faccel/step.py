@@ -17,6 +17,7 @@ from faccel.data.order import Cursor
 from faccel.data.source import Batch
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError, DataError, ModelError
+from faccel.model import WrappedModel, grad_sync
 from faccel.optim import apply, check_limits, clip_, parameters_with_gradients
 from faccel.precision import ScalerState, check_scaler, unscale_
 from faccel.protocols import DATA
@@ -217,6 +218,76 @@ def scaled_backward(
             raise
         raise failure from error
     return scaler.after_backward()
+
+
+@effectful(updates(".grad"), COLLECTIVE)
+def pipeline_step(
+    loss_fn: Callable[[Callable[..., Any], Tree], torch.Tensor],
+    model: WrappedModel,
+    window: Window,
+    scaler: ScalerState,
+    ctx: DistContext,
+) -> tuple[torch.Tensor, ScalerState]:
+    """Run forward and backward of all micro-batches of a window, through a pipeline where the mesh has one.
+
+    Without one the micro-batches are taken one by one, so that one loop serves every mesh.
+
+    Effects: updates .grad, collective. As `scaled_backward` for each micro-batch, with gradients reduced once.
+
+    Args:
+        loss_fn: `loss_fn(model, data)` calls `model` once and returns a scalar; on a pipeline `model` gives the output
+            of the last stage there, and what it is called with is the input of the first stage.
+        model: From `wrap`.
+        window: From `windows`; a pipeline needs as many micro-batches as ranks, all of the same shapes.
+        scaler: From `init_scaler`, or the last function that returned it.
+        ctx: The world.
+
+    Returns:
+        The loss of each micro-batch as `T[len(window)]`, without its `scale`, the same on all ranks of a pipeline; and
+        the scaler to go on with.
+
+    Raises:
+        ModelError: A loss is not a scalar, or `loss_fn` does not call its model.
+        ConfigError: Too few micro-batches for the schedule.
+
+    Examples:
+        >>> from torch.utils.data import DataLoader
+        >>> from faccel.data.loader import shard
+        >>> from faccel.model import wrap
+        >>> from faccel.precision import init_scaler
+        >>> from faccel.testing import fake_context
+        >>> ctx = fake_context(0, 1)
+        >>> model = wrap(torch.nn.Linear(1, 1), ctx)
+        >>> loader = shard(DataLoader(torch.ones(4, 1), batch_size=1), ctx)
+        >>> window = next(windows(loader, ctx, size=4))
+        >>> losses, scaler = pipeline_step(lambda model, x: model(x).mean(), model, window, init_scaler(ctx), ctx)
+        >>> losses.shape
+        torch.Size([4])
+    """
+    run_window = model.parallelism.run_window
+    if run_window is None:
+        found: list[torch.Tensor] = []
+        for micro in window:
+            with grad_sync(model, on=micro.sync):
+                loss = loss_fn(model, micro.data)
+                scaler = scaled_backward(loss, scaler, ctx, scale=micro.scale)
+            found.append(loss.detach())
+        return torch.stack(found), scaler
+    check_scaler(scaler)
+    micros = list(window)
+    factors = [micro.scale * scaler.scale for micro in micros]
+
+    def scaled(number: int) -> Callable[[Callable[..., Any]], torch.Tensor]:
+        def run(call: Callable[..., Any]) -> torch.Tensor:
+            loss = loss_fn(call, micros[number].data)
+            if not _is_loss(loss):
+                raise _no_loss(loss)
+            return loss * factors[number]
+
+        return run
+
+    losses = run_window(model.engine, [scaled(number) for number in range(len(micros))], ctx)
+    return torch.stack([loss / factor for loss, factor in zip(losses, factors, strict=True)]), scaler.after_backward()
 
 
 @attrs.frozen(eq=False)

@@ -9,6 +9,7 @@ import attrs
 import torch.distributed as dist
 
 from faccel.backends.ddp import DDP
+from faccel.backends.pipeline import PIPELINE
 from faccel.backends.sharded import SHARDED
 from faccel.backends.single import SINGLE
 from faccel.errors import BackendError
@@ -41,7 +42,8 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         "single": Backend(SINGLE, lambda spec: spec.size == 1, lambda env: None, "CPU"),
         "ddp": Backend(DDP, lambda spec: spec.size == spec.dp_replicate > 1, _probe, "CPU (gloo), simulated"),
-        "sharded": Backend(SHARDED, lambda spec: spec.pp == 1, _probe, "CPU (gloo), simulated"),
+        "pipeline": Backend(PIPELINE, lambda spec: spec.pp > 1, _probe, "CPU (gloo), simulated"),
+        "sharded": Backend(SHARDED, lambda spec: True, _probe, "CPU (gloo), simulated"),
     }
 )
 """The first row that serves a mesh runs its models."""

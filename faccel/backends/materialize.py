@@ -12,6 +12,7 @@ from faccel.backends.alike import take_rank_0s
 from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
 from faccel.errors import ModelError
+from faccel.tree import is_dtensor, local
 
 
 @attrs.frozen
@@ -37,45 +38,52 @@ class Values:
             take_rank_0s(_tensors(module), ctx, holders)
             return cls(False, {}, ())
         is_first = ctx.comm.rank(holders) == 0
-        if is_first and mine:
-            _initialise(module)
-        full = {name: t.detach() for name, t in module.state_dict().items()} if is_first else {}
         names: dict[int, list[str]] = {}
         for name, p in module.named_parameters(remove_duplicate=False):
             names.setdefault(id(p), []).append(name)
-        return cls(True, full, tuple(tuple(each) for each in names.values() if len(each) > 1))
+        ties = tuple(tuple(each) for each in names.values() if len(each) > 1)
+        if is_first and mine:
+            _initialise(module)
+            _tie(module, ties)
+        full = {name: t.detach() for name, t in _tensors(module).items()} if is_first else {}
+        return cls(True, full, ties)
 
     def fill(self, module: nn.Module, ctx: DistContext, holders: str) -> None:
         """Give the sharded model its values. Updates `module`, collective."""
         if not self.is_meta:
             return
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
         if any(t.is_meta for t in _tensors(module).values()):
             module.to_empty(device=ctx.device)
         else:
             module.to(ctx.device)
-        for first, *others in self.ties:
-            for other in others:
-                _put(module, other, _get(module, first))
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(module, dict(self.full), options=options)
-        if any(True for _ in module.buffers()):
-            take_rank_0s(dict(module.named_buffers()), ctx, holders)
+        _tie(module, self.ties)
+        with torch.no_grad():
+            for name, part in _tensors(module).items():
+                mine = self.full.get(name)
+                whole = torch.empty(part.shape, dtype=part.dtype) if mine is None else mine
+                _take(part, ctx.comm.broadcast(whole.to(ctx.device), 0, holders))
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _get(module: nn.Module, name: str) -> Any:
-    parent, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(parent), leaf)
+def _take(part: Any, whole: torch.Tensor) -> None:
+    """Write this rank's part of `whole`."""
+    if not is_dtensor(part):
+        part.copy_(whole)
+        return
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, part.device_mesh, part.placements)
+    local(part).copy_(whole[tuple(slice(at, at + n) for at, n in zip(offset, shape, strict=True))])
 
 
-def _put(module: nn.Module, name: str, value: Any) -> None:
-    parent, _, leaf = name.rpartition(".")
-    module.get_submodule(parent)._parameters[leaf] = value  # pyright: ignore[reportPrivateUsage]
+def _tie(module: nn.Module, ties: tuple[tuple[str, ...], ...]) -> None:
+    for first, *others in ties:
+        for other in others:
+            parent, _, leaf = other.rpartition(".")
+            module.get_submodule(parent)._parameters[leaf] = module.get_parameter(first)  # pyright: ignore
 
 
 def _initialise(module: nn.Module) -> None:

@@ -5,10 +5,11 @@ The order is that of torch's composition: tensor parallel, activation checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import attrs
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,28 +27,56 @@ from faccel.protocols import WORLD, Parallelism, Run
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
     check_same(module, ctx, WORLD)
-    return shard_module(module, plan, ctx, WORLD)
-
-
-def shard_module(module: nn.Module, plan: Plan, ctx: DistContext, holders: str) -> tuple[nn.Module, Run]:
-    """Shard `module`, which the ranks of the axis `holders` have alike, and return it with its `run`. Collective."""
-    units = units_of(module, plan)
-    cuts = _cuts(module, plan, ctx)
-    ignored = {name for pattern in plan.fsdp.ignored for name in matching(pattern, _names(module), "parameter")}
-    values = Values.of(module, ctx, holders)
-    if cuts:
-        from faccel.backends.tensor import cut
-
-        cut(module, cuts, mesh_of(ctx)["tp"])
-    apply_checkpointing(units, plan.checkpoint)
-    apply_compile(module, units, plan)
-    _fully_shard(module, units, ignored, plan, ctx)
-    values.fill(module, ctx, holders)
+    shard_module(module, plan, Layout.of(module, plan, ctx), ctx)
     return module, _runner(module, ctx)
 
 
-def _names(module: nn.Module) -> list[str]:
-    return [name for name, _ in module.named_parameters()]
+@attrs.frozen(eq=False)
+class Layout:
+    """What a plan means for one model, found and checked before anything is moved.
+
+    Args:
+        units: Sharding units by name, inner ones first.
+        cuts: Style of tensor parallelism by module name.
+        ignored: Names of parameters that are left whole.
+        exact: Names of units that compute in fp32.
+    """
+
+    units: Mapping[str, nn.Module]
+    cuts: Mapping[str, str]
+    ignored: frozenset[str]
+    exact: frozenset[str]
+
+    @classmethod
+    def of(cls, module: nn.Module, plan: Plan, ctx: DistContext) -> Layout:
+        """Read `plan` for a whole model."""
+        units = units_of(module, plan)
+        names = [name for name, _ in module.named_parameters()]
+        ignored = (name for pattern in plan.fsdp.ignored for name in matching(pattern, names, "parameter"))
+        exact = (name for pattern in plan.fsdp.fp32_units for name in matching(pattern, units, "unit"))
+        return cls(units, _cuts(module, plan, ctx), frozenset(ignored), frozenset(exact))
+
+    def below(self, names: Sequence[str]) -> Layout:
+        """Return what concerns the modules of these names and those inside of them."""
+
+        def inside(name: str) -> bool:
+            return any(name == each or name.startswith(f"{each}.") for each in names)
+
+        units = {name: unit for name, unit in self.units.items() if inside(name)}
+        return attrs.evolve(self, units=units, cuts={n: style for n, style in self.cuts.items() if inside(n)})
+
+
+def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext) -> None:
+    """Shard `module`, which the ranks of a stage have alike. Updates `module`; collective over the stage."""
+    values = Values.of(module, ctx, "stage")
+    if layout.cuts:
+        from faccel.backends.tensor import cut
+
+        cut(module, layout.cuts, mesh_of(ctx)["tp"])
+    apply_checkpointing(layout.units, plan.checkpoint)
+    apply_compile(module, layout.units, plan)
+    _fully_shard(module, layout, plan, ctx)
+    values.fill(module, ctx, "stage")
 
 
 def _cuts(module: nn.Module, plan: Plan, ctx: DistContext) -> Mapping[str, str]:
@@ -75,21 +104,18 @@ def data_mesh(ctx: DistContext) -> DeviceMesh:
     return mesh["dp_replicate", "storage"] if spec.dp_replicate > 1 else mesh["storage"]
 
 
-def _fully_shard(
-    module: nn.Module, units: Mapping[str, nn.Module], ignored: set[str], plan: Plan, ctx: DistContext
-) -> None:
+def _fully_shard(module: nn.Module, layout: Layout, plan: Plan, ctx: DistContext) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    low = ctx.compute_dtype
+    low, units = ctx.compute_dtype, layout.units
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=None if low is None else torch.float32)
-    exact = {name for pattern in plan.fsdp.fp32_units for name in matching(pattern, units, "unit")}
     options: dict[str, Any] = {"mesh": data_mesh(ctx), "reshard_after_forward": plan.fsdp.reshard_after_forward}
     if plan.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=ctx.device.type == "cuda")
-    if ignored:
-        options["ignored_params"] = {p for name, p in module.named_parameters() if name in ignored}
+    if layout.ignored:
+        options["ignored_params"] = {p for name, p in module.named_parameters() if name in layout.ignored}
     for name, unit in units.items():
-        fully_shard(unit, mp_policy=MixedPrecisionPolicy() if name in exact else policy, **options)
+        fully_shard(unit, mp_policy=MixedPrecisionPolicy() if name in layout.exact else policy, **options)
     fully_shard(module, mp_policy=policy, **options)
     if plan.fsdp.prefetch is not None:
         _prefetch(
@@ -124,7 +150,8 @@ def _runner(module: nn.Module, ctx: DistContext) -> Run:
     return run
 
 
-def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:
+def same_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:
+    """Return `opt`: nothing has to be tied."""
     return opt
 
 
@@ -146,10 +173,11 @@ def _set_sync(engine: Any, *, on: bool) -> None:
     engine.set_requires_gradient_sync(on)
 
 
-def _settle(engine: nn.Module, ctx: DistContext) -> None:
+def settle(engine: nn.Module, ctx: DistContext) -> None:
+    """Give every rank of a stage the buffers of its first one."""
     buffers = dict(engine.named_buffers())
     if buffers:
-        take_rank_0s(buffers, ctx, WORLD)
+        take_rank_0s(buffers, ctx, "stage")
 
 
-SHARDED = Parallelism("sharded", _wrap, _wrap_optimizer, _sync, _settle)
+SHARDED = Parallelism("sharded", _wrap, same_optimizer, _sync, settle)

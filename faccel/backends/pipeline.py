@@ -1,0 +1,335 @@
+"""Depth over ranks: torch's pipeline schedules, over stages that are sharded and cut like any other model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from faccel.backends.alike import check_same
+from faccel.backends.forward import to_fp32
+from faccel.backends.sharded import Layout, same_optimizer, settle, shard_module
+from faccel.backends.stages import Part, remove_others, shared_between, stages_of
+from faccel.comm.objects import broadcast_objects
+from faccel.comm.tensors import broadcast
+from faccel.context import DistContext
+from faccel.errors import ConfigError, ModelError
+from faccel.plan import Pipeline, Plan
+from faccel.protocols import WORLD, Parallelism, Run
+from faccel.tree import Tree, local, map_leaves
+
+Loss = Callable[[Callable[..., Any]], torch.Tensor]
+
+
+@attrs.frozen(eq=False)
+class Shared:
+    """A parameter that several stages have: its gradients are added.
+
+    Args:
+        name: Its name on this rank.
+        group: The ranks that have it.
+    """
+
+    name: str
+    group: dist.ProcessGroup
+
+
+class Engine(nn.Module):
+    """The stages of this rank.
+
+    Args:
+        parts: They, in order, each sharded.
+        plan: How the pipeline runs.
+        shared: Parameters that other stages have, too.
+        ctx: The world.
+    """
+
+    def __init__(self, parts: Sequence[Part], plan: Pipeline, shared: Sequence[Shared], ctx: DistContext) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.plan, self.shared, self.ctx = plan, tuple(shared), ctx
+        self.place, self.size = ctx.comm.rank("pp"), ctx.comm.size("pp")
+        self._shapes: dict[str, list[list[Any]]] = {}
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank has the last stage."""
+        return self.place == self.size - 1
+
+    def stages(self, asked: tuple[tuple[Any, ...], dict[str, Any]], *, trains: bool) -> list[Any]:
+        """Make torch's stages for micro-batches like `asked`. Collective over the pipeline for new shapes.
+
+        The shapes between stages are found by a forward without gradients, once. torch would run a forward and a
+        backward each time, and clear the gradients that are there.
+        """
+        from torch.distributed.pipelining import PipelineStage
+
+        key = str(map_leaves(_shape_of, [list(asked[0]), asked[1]]))
+        if key not in self._shapes:
+            self._shapes[key] = self._find_shapes(asked)
+        shapes, count = self._shapes[key], self.size * len(self.parts)
+        group = self.ctx.comm.group("pp")
+        made: list[Any] = []
+        for i, part in enumerate(self.parts):
+            number = self.place + self.size * i
+            given, gives = (tuple(_like(each, trains=trains) for each in shapes[n]) for n in (number, number + 1))
+            stage = PipelineStage(part, number, count, self.ctx.device, given, gives, group=group)
+            stage.has_backward = trains
+            stage.clear_runtime_states()
+            made.append(stage)
+        return made
+
+    def _find_shapes(self, asked: tuple[tuple[Any, ...], dict[str, Any]]) -> list[list[Any]]:
+        """Return the shape and dtype of each tensor before the first stage, between stages, and after the last."""
+        current, kwargs = asked
+        found = [[_shape_of(x) for x in current]]
+        for number in range(self.size * len(self.parts)):
+            told: list[Any] = []
+            if number % self.size == self.place:
+                part: Any = self.parts[number // self.size]
+                modes = {each: each.training for each in part.modules()}
+                with torch.no_grad():
+                    out = part.eval()(*current, **kwargs)
+                for each, mode in modes.items():
+                    each.training = mode
+                part.reshard()
+                told = [_shape_of(x) for x in (out if isinstance(out, tuple) else (out,))]
+            told = broadcast_objects([told], self.ctx, src=number % self.size, axis="pp")[0]
+            found.append(told)
+            current = tuple(torch.zeros(shape, dtype=dtype, device=self.ctx.device) for shape, dtype in told)
+        return found
+
+
+def _shape_of(x: Any) -> Any:
+    return (tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x
+
+
+def _like(shape: Any, *, trains: bool) -> torch.Tensor:
+    size, dtype = shape
+    return torch.empty(size, dtype=dtype, device="meta", requires_grad=trains and dtype.is_floating_point)
+
+
+class _AskedError(Exception):
+    """What a loss function has called its model with: raised to come back from there."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.asked = args, kwargs
+
+
+def _inputs(loss: Loss) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a loss function gives to its model."""
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        raise _AskedError(args, kwargs)
+
+    try:
+        loss(ask)
+    except _AskedError as asked:
+        return asked.asked
+    raise ModelError("the loss function of a pipeline calls its model, once", fix="write `loss_fn(model, batch)`")
+
+
+def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
+    if plan.pipeline is None:
+        fix = 'write `plan=faccel.Plan(pipeline=faccel.Pipeline(chain=("embed", "blocks.*", "head")))`'
+        raise ConfigError("a pipeline needs a plan that says how the model is cut", saw=str(ctx.mesh.spec), fix=fix)
+    check_same(module, ctx, WORLD)
+    if any(p.is_meta for p in module.parameters()):
+        raise ModelError("a pipeline is cut from a model with values", saw="meta", fix="build it on the CPU")
+    place, size = ctx.comm.rank("pp"), ctx.comm.size("pp")
+    stages = stages_of(module, plan.pipeline, size * plan.pipeline.stages_per_rank)
+    layout = Layout.of(module, plan, ctx)
+    shared = shared_between(module, stages)
+    _check_alike(shared, layout)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.copy_(broadcast(tensor.detach(), ctx, axis=WORLD))
+    own = stages[place::size]
+    parts = [Part(module, names, is_first=names is stages[0]) for names in own]
+    remove_others(module, stages, [name for names in own for name in names])
+    for part, names in zip(parts, own, strict=True):
+        _untie(part, shared, place, size)
+        shard_module(part, plan, layout.below(names), ctx)
+    engine = Engine(parts, plan.pipeline, _groups(module, shared, ctx), ctx)
+    return engine, _runner(engine, ctx)
+
+
+def _check_alike(shared: Sequence[dict[int, str]], layout: Layout) -> None:
+    """Refuse a parameter that two stages would cut otherwise: its gradients could not be added."""
+    for names in shared:
+        styles = {layout.cuts.get(name.rpartition(".")[0]) for name in names.values()}
+        if len(styles) > 1:
+            saw = ", ".join(f"`{name}`" for name in names.values())
+            fix = "leave both out of `tensor`, or untie them"
+            raise ModelError("a parameter that two stages share is cut in one of them only", saw=saw, fix=fix)
+
+
+def _untie(part: Part, shared: Sequence[dict[int, str]], place: int, size: int) -> None:
+    """Nothing is to be done where a rank has a parameter once; twice, in two of its stages, it cannot."""
+    for names in shared:
+        if len([stage for stage in names if stage % size == place]) > 1:
+            saw = ", ".join(f"`{name}`" for name in names.values())
+            fix = "use a number of ranks or a split that puts them on two ranks, or into one stage"
+            raise ModelError("two stages of one rank share a parameter", saw=saw, fix=fix)
+
+
+def _groups(module: nn.Module, shared: Sequence[dict[int, str]], ctx: DistContext) -> list[Shared]:
+    """Make the group of the ranks that share each parameter; mark those that the norm counts elsewhere. Collective."""
+    place, size = ctx.comm.rank("pp"), ctx.comm.size("pp")
+    column = ctx.mesh.spec.peers(ctx.rank, "pp")
+    found: list[Shared] = []
+    for names in shared:
+        owners = {stage % size: name for stage, name in names.items()}
+        if place not in owners:
+            continue
+        ranks = [column[owner] for owner in sorted(owners)]
+        group: Any = dist.new_group(ranks, use_local_synchronization=True, group_desc="shared")
+        found.append(Shared(owners[place], group))
+        if place != min(owners):
+            module.get_parameter(owners[place])._faccel_is_copy = True  # type: ignore[attr-defined]
+    return found
+
+
+def _run_window(engine: nn.Module, losses: Sequence[Loss], ctx: DistContext) -> torch.Tensor:
+    assert isinstance(engine, Engine)
+    kind, count = engine.plan.schedule, len(losses)
+    if count < engine.size:
+        fix = f"use `grad_accum={engine.size}` or more, or a smaller `pp`"
+        saw = f"{count} micro-batches on {engine.size} ranks"
+        raise ConfigError("a pipeline needs as many micro-batches as it has ranks", saw=saw, fix=fix)
+    asked = [_inputs(loss) for loss in losses]
+
+    def loss_of(out: Any, number: int) -> torch.Tensor:
+        return losses[number](lambda *args, **kwargs: to_fp32(out) if ctx.compute_dtype else out)
+
+    schedule = _SCHEDULES[kind](engine.stages(asked[0], trains=True), count, loss_of)
+    results: list[torch.Tensor] = []
+    args, kwargs = [list(each) for each in zip(*asked, strict=True)]
+    schedule._step_microbatches(args, kwargs, list(range(count)), results)
+    for each in engine.shared:
+        grad = engine_parameter(engine, each.name).grad
+        if grad is not None:
+            dist.all_reduce(local(grad), group=each.group)
+    dtype = torch.float64 if next(engine.parameters()).dtype == torch.float64 else torch.float32
+    made = torch.stack([r.detach() for r in results]).to(dtype) if engine.is_last else torch.zeros(
+        count, dtype=dtype, device=ctx.device)  # fmt: skip
+    return ctx.comm.broadcast(made, engine.size - 1, "pp")
+
+
+def engine_parameter(engine: Engine, name: str) -> torch.Tensor:
+    """Return a parameter of a stage by the user's name."""
+    return next(p for part in engine.parts for n, p in part.named_parameters() if n == name)
+
+
+def _gpipe(stages: list[Any], count: int, loss: Any) -> Any:
+    from torch.distributed.pipelining import ScheduleGPipe
+
+    return ScheduleGPipe(stages[0], count, loss, scale_grads=False)
+
+
+def _1f1b(stages: list[Any], count: int, loss: Any) -> Any:
+    from torch.distributed.pipelining import Schedule1F1B
+
+    return Schedule1F1B(stages[0], count, loss, scale_grads=False)
+
+
+def _interleaved(stages: list[Any], count: int, loss: Any) -> Any:
+    from torch.distributed.pipelining import ScheduleInterleaved1F1B
+
+    try:
+        return ScheduleInterleaved1F1B(stages, count, loss, scale_grads=False)
+    except ValueError as error:
+        fix = f"use a multiple of {stages[0].group_size} as `grad_accum`"
+        raise ConfigError(
+            "the interleaved schedule cannot run so many micro-batches", saw=str(error), fix=fix
+        ) from None
+
+
+_SCHEDULES: dict[str, Callable[[list[Any], int, Any], Any]] = {"1f1b": _1f1b, "gpipe": _gpipe,
+                                                               "interleaved": _interleaved}  # fmt: skip
+
+
+def _runner(engine: Engine, ctx: DistContext) -> Run:
+    def run(method: str, *args: Any, **kwargs: Any) -> Any:
+        if method != "forward":
+            raise ModelError("a pipeline runs `forward` only", saw=f"`{method}`", fix="unwrap a model of one process")
+        if torch.is_grad_enabled():
+            fix = "write `faccel.pipeline_step(loss_fn, model, window, scaler, ctx)`, or `with torch.no_grad():`"
+            raise ModelError("a pipeline trains a whole window at a time", saw="a call with gradients on", fix=fix)
+        return infer(engine, args, kwargs, ctx)
+
+    return run
+
+
+def infer(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], ctx: DistContext) -> Tree:
+    """Run forward on a batch of any size, cut into micro-batches of equal size; every rank gets the output.
+
+    Collective. The last micro-batch is filled with repeats of the last row, which are dropped from the output.
+    """
+    rows = _rows((args, kwargs))
+    count = min(engine.size, rows)
+    size = -(-rows // count)
+    count = -(-rows // size)
+
+    def part(number: int) -> Any:
+        def pick(x: Any) -> Any:
+            if not _is_batch(x, rows):
+                return x
+            index = torch.arange(number * size, (number + 1) * size, device=x.device).clamp(max=rows - 1)
+            return x.index_select(0, index)
+
+        picked = map_leaves(pick, [list(args), kwargs])
+        return tuple(picked[0]), picked[1]
+
+    chunks = [part(number) for number in range(count)]
+    stages = engine.stages(chunks[0], trains=False)
+    schedule = _SCHEDULES["interleaved" if len(stages) > 1 else "gpipe"](stages, count, None)
+    schedule._step_microbatches([c[0] for c in chunks], [c[1] for c in chunks], None, None)
+    outputs = [stage.output_chunks for stage in stages if stage.is_last]
+    return _to_all(outputs[0] if outputs else None, rows, engine, ctx)
+
+
+def _is_batch(x: Any, rows: int) -> bool:
+    return isinstance(x, torch.Tensor) and x.ndim > 0 and x.shape[0] == rows
+
+
+def _rows(tree: Tree) -> int:
+    found: list[int] = []
+    map_leaves(lambda x: found.append(x.shape[0]) if isinstance(x, torch.Tensor) and x.ndim else None, _listed(tree))
+    if not found or not found[0]:
+        fix = "pass a tensor with the batch as its first dimension"
+        raise ModelError("a pipeline takes a batch of at least one row", saw="none", fix=fix)
+    return found[0]
+
+
+def _listed(tree: Any) -> Any:
+    return [list(tree[0]), tree[1]]
+
+
+def _to_all(chunks: Any, rows: int, engine: Engine, ctx: DistContext) -> Tree:
+    """Give every rank of the pipeline the output, which the last one has."""
+    columns: list[torch.Tensor] = []
+    if chunks is not None:
+        pieces = [to_fp32(chunk) if ctx.compute_dtype else chunk for chunk in chunks]
+        rows_of = [piece if isinstance(piece, tuple) else (piece,) for piece in pieces]
+        columns = [torch.cat(column)[:rows] for column in zip(*rows_of, strict=True)]
+    last = engine.size - 1
+    is_one = chunks is not None and not isinstance(chunks[0], tuple)
+    sent: list[Any] = [[_shape_of(x) for x in columns], is_one]
+    told, is_one = broadcast_objects(sent, ctx, src=last, axis="pp")
+    own = columns or [torch.zeros(shape, dtype=dtype, device=ctx.device) for shape, dtype in told]
+    out = broadcast(own, ctx, src=last, axis="pp")
+    return out[0] if is_one else tuple(out)
+
+
+def _sync(engine: nn.Module, on: bool) -> Any:  # noqa: FBT001 (Parallelism.sync)
+    fix = "write `faccel.pipeline_step`, which reduces once for a window"
+    raise ModelError("a pipeline reduces gradients by itself", saw=f"`grad_sync(model, on={on})`", fix=fix)
+
+
+PIPELINE = Parallelism("pipeline", _wrap, same_optimizer, _sync, settle, _run_window)

@@ -1,0 +1,68 @@
+"""One loop over the small language model for every mesh, and what one process computes with it."""
+
+import attrs
+import torch
+from torch.utils.data import DataLoader
+
+import faccel
+from tests.models import TENSOR, loss_of, model, tokens
+
+CHAIN = ("embed", "blocks.*", "norm", "head")
+TIED = {"head.weight": "embed.token.weight"}
+
+
+def full(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+@attrs.frozen(eq=False)
+class Trained:
+    losses: list
+    norms: list
+    grads: list
+    params: dict
+
+
+def train(ctx, plan=None, *, dtype=torch.float64, accum=4, rows=16, steps=3, tied=True, foreach=None, lr=0.01):
+    """Train `steps` windows; the batch of a window is the same whatever the mesh."""
+    wrapped = faccel.wrap(model(dtype, tied=tied), ctx, plan=plan)
+    opt = torch.optim.AdamW(wrapped.parameters(), lr=lr, foreach=foreach)
+    opt = faccel.wrap_optimizer(opt, wrapped, ctx)
+    scaler = faccel.init_scaler(ctx)
+    data = torch.cat([tokens(rows, seed=i) for i in range(steps)])
+    loader = faccel.shard(DataLoader(data, rows // accum // ctx.data_world_size), ctx)
+    losses, norms, grads = [], [], []
+    for window in faccel.windows(loader, ctx, size=accum):
+        found, scaler = faccel.pipeline_step(
+            lambda net, batch: loss_of(net(batch[:, :-1]), batch[:, 1:]), wrapped, window, scaler, ctx
+        )
+        losses += faccel.reduce(found, ctx, op="mean").tolist()
+        grads.append({name: full(p.grad) for name, p in wrapped.named_parameters() if p.grad is not None})
+        info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=0.1)
+        norms.append(info.grad_norm.item())
+    return Trained(losses, norms, grads, {name: full(p) for name, p in wrapped.named_parameters()})
+
+
+def plan_of(mesh, **options):
+    cuts = {"tensor": TENSOR} if "tp=" in mesh else {}
+    pipeline = {"pipeline": faccel.Pipeline(chain=CHAIN)} if "pp=" in mesh else {}
+    return faccel.Plan(**{"units": "Block", **cuts, **pipeline, **options})
+
+
+def differences(got, reference):
+    """Return the largest differences of losses, norms, gradients and parameters; each name is compared."""
+
+    def between(ours, theirs):
+        assert {TIED.get(name, name) for name in ours} <= set(theirs)
+        return max((ours[name] - theirs.get(name, theirs.get(TIED.get(name)))).abs().max().item() for name in ours)
+
+    def far(ours, theirs):
+        return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+
+    grads = max(between(a, b) for a, b in zip(got.grads, reference.grads, strict=True))
+    return {
+        "losses": far(got.losses, reference.losses),
+        "norms": far(got.norms, reference.norms),
+        "grads": grads,
+        "params": between(got.params, reference.params),
+    }

@@ -1,0 +1,208 @@
+"""Every parallelism equals one process: losses, gradients, the clipped norm and parameters after AdamW."""
+
+import pytest
+import torch
+from torch import nn
+
+import faccel
+from faccel.errors import ConfigError, FaccelError, ModelError
+from faccel.testing import simulate
+from tests.models import TENSOR, CharModel, model, tokens
+from tests.training import CHAIN, differences, full, plan_of, train
+
+FOUR = ("dp_replicate=4", "dp_shard=4", "dp_replicate=2,dp_shard=2", "tp=4", "dp_shard=2,tp=2", "dp_replicate=2,tp=2",
+        "pp=4", "pp=2,dp_shard=2", "pp=2,dp_replicate=2", "pp=2,tp=2")  # fmt: skip
+EIGHT = ("dp_shard=8", "dp_replicate=2,dp_shard=2,tp=2", "pp=2,dp_shard=2,tp=2", "pp=2,dp_replicate=2,dp_shard=2",
+         "dp_shard=2,tp=4", "pp=4,dp_shard=2")  # fmt: skip
+PLAN = faccel.Plan
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own advice on layouts
+
+
+def size_of(mesh):
+    return faccel.MeshSpec.of(mesh).size
+
+
+@pytest.fixture(scope="module")
+def one():
+    """What one process computes, by the options of `train`."""
+    made = {}
+
+    def reference(**options):
+        key = str(sorted(options.items(), key=str))
+        if key not in made:
+            (made[key],) = simulate(train, 1, None) if not options else simulate(lambda ctx: train(ctx, **options), 1)
+        return made[key]
+
+    return reference
+
+
+@pytest.mark.parametrize("mesh", FOUR + EIGHT)
+def test_in_fp64_with_accumulation_and_tied_weights(mesh, one):
+    options = {"rows": 32} if faccel.MeshSpec.of(mesh).data_world_size == 8 else {}
+    for got in simulate(lambda ctx: train(ctx, plan_of(mesh), **options), size_of(mesh), mesh=mesh):
+        far = differences(got, one(**options))
+        assert max(far.values()) < 1e-10, far
+
+
+@pytest.mark.parametrize("mesh", ["dp_shard=2", "dp_replicate=2", "tp=2", "pp=2"])
+def test_in_fp32_with_checkpointing_and_foreach(mesh, one):
+    accum = 2 if "pp" in mesh else 1  # a pipeline has at least as many micro-batches as ranks
+    options = {"dtype": torch.float32, "accum": accum, "tied": False, "foreach": True, "lr": 1e-3}
+    plan = plan_of(mesh, checkpoint="full")
+    for got in simulate(lambda ctx: train(ctx, plan, **options), 2, mesh=mesh):
+        far = differences(got, one(**options))
+        assert far["losses"] < 1e-6
+        assert far["grads"] < 1e-6
+        assert far["params"] < 1e-4
+
+
+@pytest.mark.parametrize(("mesh", "stages"), [("pp=2", 1), ("pp=3", 1), ("pp=4", 1), ("pp=2", 2)])
+def test_a_pipeline_infers_batches_of_any_size(mesh, stages):
+    schedule = "interleaved" if stages > 1 else "1f1b"
+    pipeline = faccel.Pipeline(chain=CHAIN, schedule=schedule, stages_per_rank=stages)
+
+    def infer(ctx):
+        wrapped = faccel.wrap(model(), ctx, plan=PLAN(pipeline=pipeline))
+        with torch.no_grad():
+            return [wrapped(tokens(rows)[:, :-1]) for rows in range(1, 14)]
+
+    whole = model()
+    for outs in simulate(infer, size_of(mesh), mesh=mesh):
+        for rows, out in enumerate(outs, start=1):
+            expected = whole(tokens(rows)[:, :-1])
+            assert out.shape == expected.shape
+            assert (out - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved"])
+def test_other_schedules(schedule, one):
+    pipeline = faccel.Pipeline(chain=CHAIN, schedule=schedule, stages_per_rank=2 if schedule == "interleaved" else 1)
+    for got in simulate(lambda ctx: train(ctx, PLAN(pipeline=pipeline)), 2, mesh="pp=2"):
+        assert max(differences(got, one()).values()) < 1e-10
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("reshard", [False, 2, True])
+def test_what_fsdp_can_be_told_changes_no_number(reshard, offload, one):
+    mesh = "dp_shard=4"
+    fsdp = faccel.FsdpConfig(reshard_after_forward=reshard, prefetch=1)
+    plan = plan_of(mesh, fsdp=fsdp, offload=offload, checkpoint=2)
+    for got in simulate(lambda ctx: train(ctx, plan), 4, mesh=mesh):
+        assert max(differences(got, one()).values()) < 1e-10
+
+
+@pytest.mark.parametrize("units", [None, "Block", ("blocks.0", "blocks.1"), ("Attention", "blocks.*.up"), 500])
+def test_units_by_class_name_size_or_by_themselves(units, one):
+    for got in simulate(lambda ctx: train(ctx, PLAN(units=units), tied=False), 2, mesh="dp_shard=2"):
+        assert max(differences(got, one(tied=False)).values()) < 1e-10
+
+
+def test_selective_checkpointing_saves_what_it_was_told():
+    plan = PLAN(units="Block", checkpoint=faccel.Checkpointing(save_ops=("aten.mm.default", "aten.addmm.default")))
+    for got in simulate(lambda ctx: train(ctx, plan), 2, mesh="dp_shard=2"):
+        assert max(differences(got, simulate(train, 1)[0]).values()) < 1e-10
+
+
+@pytest.mark.parametrize("where", ["others", "all"])
+@pytest.mark.parametrize("mesh", ["dp_shard=2", "tp=2", "dp_shard=2,tp=2"])
+def test_a_model_on_meta_gets_rank_0s_values(mesh, where):
+    def build(ctx):
+        torch.manual_seed(5)
+        with torch.device("meta" if where == "all" or ctx.rank else "cpu"):
+            net = CharModel()
+        wrapped = faccel.wrap(net, ctx, plan=plan_of(mesh))
+        tie = net.head.weight is net.embed.token.weight
+        return {name: full(p) for name, p in wrapped.named_parameters()}, tie, wrapped(tokens(2)[:, :-1]).detach()
+
+    results = simulate(build, size_of(mesh), mesh=mesh)
+    for params, tie, out in results:
+        assert tie
+        assert torch.equal(out, results[0][2])
+        assert all(torch.equal(p, results[0][0][name]) for name, p in params.items())
+        assert all(p.isfinite().all() for p in params.values())
+    if where == "others":
+        torch.manual_seed(5)
+        net = CharModel()
+        assert all(torch.equal(results[1][0][name], p) for name, p in net.named_parameters())
+
+
+def test_fp16_agrees_about_a_gradient_that_one_rank_sees():
+    def step(ctx):
+        wrapped = faccel.wrap(nn.Linear(4, 4, bias=False), ctx)
+        opt = torch.optim.SGD(wrapped.parameters(), lr=1.0)
+        scaler = faccel.scaled_backward(wrapped(torch.ones(2, 4)).sum(), faccel.init_scaler(ctx), ctx)
+        grad = next(wrapped.parameters()).grad.to_local()
+        if ctx.rank == 1:
+            grad[0, 0] = float("inf")
+        info, scaler = faccel.optimizer_step(opt, scaler, ctx)
+        return info.skipped, scaler.scale
+
+    assert set(simulate(step, 2, mesh="dp_shard=2", config={"mixed_precision": "fp16"})) == {(True, 32768.0)}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_gathers_and_keeps_fp32_parameters(precision):
+    def step(ctx):
+        wrapped = faccel.wrap(model(torch.float32), ctx, plan=plan_of("dp_shard=2"))
+        kept = {p.dtype for p in wrapped.parameters()}
+        return wrapped(tokens(2)[:, :-1]).dtype, kept
+
+    for out, params in simulate(step, 2, mesh="dp_shard=2", config={"mixed_precision": precision}):
+        assert out == torch.float32
+        assert params == {torch.float32}
+
+
+BAD = {
+    "a mesh that does not fit": ("dp_shard=3", 2, PLAN(), ConfigError, "dp_shard=2"),
+    "ep that does not divide": ("dp_shard=2,ep=3", 2, PLAN(), ConfigError, "ep=1"),
+    "units that mean nothing": ("dp_shard=2", 2, PLAN(units="Blok"), ConfigError, "means no module"),
+    "units that mean one twice": ("dp_shard=2", 2, PLAN(units=("Block", "blocks.0")), ConfigError, "blocks.0"),
+    "a shared parameter in two units": ("dp_shard=2", 2, PLAN(units=("embed.token", "head")), ModelError, "head"),
+    "no plan for tensor parallel": ("tp=2", 2, PLAN(), ConfigError, "tensor="),
+    "a cut that means nothing": ("tp=2", 2, PLAN(tensor={"blocks.*.upp": "colwise"}), ConfigError, "upp"),
+    "two cuts of one": ("tp=2", 2, PLAN(tensor={"blocks.*.up": "colwise", "blocks.0.up": "rowwise"}), ConfigError,
+                        "blocks.0.up"),
+    "heads that tp does not divide": ("tp=8", 8, PLAN(tensor=TENSOR), ModelError, "num_heads=4"),
+    "a width that tp does not divide": ("tp=3", 3, PLAN(tensor={"head": "colwise"}), ModelError, "does not divide"),
+    "a cut of what cannot be": ("tp=2", 2, PLAN(tensor={"norm": "colwise"}), ModelError, "LayerNorm"),
+    "no plan for a pipeline": ("pp=2", 2, PLAN(), ConfigError, "pipeline="),
+    "a chain that leaves parameters out": ("pp=2", 2, PLAN(pipeline=faccel.Pipeline(chain=("embed", "head"))),
+                                           ModelError, "blocks.0"),
+    "a split that is none": ("pp=2", 2, PLAN(pipeline=faccel.Pipeline(chain=CHAIN, split="nothing")), ConfigError,
+                             "split"),
+    "more stages than modules": ("pp=6", 6, PLAN(pipeline=faccel.Pipeline(chain=CHAIN)), ConfigError, "at most 5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_cannot_be_is_an_error_before_any_parameter_moves(what):
+    mesh, world_size, plan, kind, said = BAD[what]
+    seen = []
+
+    def step(ctx):
+        net = model(torch.float32)
+        before = {name: (id(p), p.detach().clone()) for name, p in net.named_parameters()}
+        try:
+            faccel.wrap(net, ctx, plan=plan)
+        finally:
+            now = dict(net.named_parameters())
+            seen.append(all(id(now[n]) == i and torch.equal(now[n], p) for n, (i, p) in before.items()))
+
+    with pytest.raises(FaccelError) as caught:
+        simulate(step, world_size, mesh=mesh)
+    assert isinstance(caught.value, kind)
+    assert caught.value.fix
+    assert said in str(caught.value)
+    assert all(seen)
+
+
+def test_too_few_micro_batches_and_a_pipeline_that_is_called_with_gradients():
+    plan = plan_of("pp=2")
+    with pytest.raises(ConfigError, match="as many micro-batches"):
+        simulate(lambda ctx: train(ctx, plan, accum=1), 2, mesh="pp=2")
+
+    def call(ctx):
+        faccel.wrap(model(), ctx, plan=plan)(tokens(2)[:, :-1])
+
+    with pytest.raises(ModelError, match="pipeline_step"):
+        simulate(call, 2, mesh="pp=2")
