@@ -81,7 +81,7 @@ def clip_(
         The norm from before clipping, 0-d; None where `norm` is.
     """
     grads = [p.grad for p in params if p.grad is not None]
-    counted = [p.grad for p in params if p.grad is not None and not hasattr(p, "_faccel_is_copy")]
+    counted = [p.grad for p in params if p.grad is not None and not hasattr(p, "_faccel_name")]
     parts: Any = [_Part(local(grad)) for grad in grads]
     total = None
     if norm is not None:

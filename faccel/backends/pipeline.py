@@ -191,7 +191,8 @@ def _groups(module: nn.Module, shared: Sequence[dict[int, str]], ctx: DistContex
         group: Any = dist.new_group(ranks, use_local_synchronization=True, group_desc="shared")
         found.append(Shared(owners[place], group))
         if place != min(owners):
-            module.get_parameter(owners[place])._faccel_is_copy = True  # type: ignore[attr-defined]
+            copy: Any = module.get_parameter(owners[place])
+            copy._faccel_name = names[min(names)]  # the norm counts it there, and a checkpoint names it so
     return found
 
 

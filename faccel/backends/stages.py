@@ -59,7 +59,7 @@ def balanced(sizes: Sequence[int], count: int) -> list[int]:
 
     Examples:
         >>> balanced([5, 1, 1, 1, 4], 3)
-        [0, 1, 4]
+        [0, 1, 3]
     """
     total = [0]
     for size in sizes:

@@ -62,6 +62,7 @@ class Decoder:
     def __init__(self, state: Any, stored: Mapping[str, Stored], ctx: DistContext) -> None:
         self.destinations: dict[str, torch.Tensor] = {}
         self._stored, self._ctx = stored, ctx
+        self._is_part = ctx.mesh.spec.pp > 1  # of a pipeline: each rank has its own stages
         self._names = parameter_names(state)
         self._parameters = {self._names[id(p)]: p for p in _parameters(state)}
 
@@ -153,7 +154,7 @@ class Decoder:
             )
         module = into.module if isinstance(into, WrappedModel) else into
         own = dict(module.state_dict())
-        if own.keys() != node["v"].keys():
+        if own.keys() != node["v"].keys() and not (self._is_part and own.keys() <= node["v"].keys()):
             raise _misfit(path, _difference(set(node["v"]), set(own)), "build the model that was saved")
         parts = {name: self._parameter(own, node["v"][name], name, join(path, name)) for name in own}
         versions = OrderedDict((name, {"version": version}) for name, version in node.get("versions", {}).items())
@@ -196,7 +197,7 @@ class Decoder:
         numbers = {name: i for i, name in names.items()}
         saved = [group["params"] for group in v["param_groups"]]
         own = [[names[i] for i in group["params"]] for group in into.state_dict()["param_groups"]]
-        if sorted(map(sorted, saved)) != sorted(map(sorted, own)):
+        if not self._fits(saved, own):
             differ = _difference({name for group in saved for name in group}, set(numbers))
             raise _misfit(path, differ, "make the optimizer from the model that is loaded too, in the same groups")
         groups = self.decode(v["param_groups"], None, join(path, "param_groups"))
@@ -204,11 +205,17 @@ class Decoder:
         state = self._optimizer_state(v["state"], numbers, join(path, "state"))
 
         def load() -> Any:
-            packed = [_same_group(group, options, numbers) for group, options in _pairs(own, groups())]
+            pairs = zip(own, groups(), strict=True) if self._is_part else _pairs(own, groups())
+            packed = [_same_group(group, options, numbers) for group, options in pairs]
             into.load_state_dict({"state": state(), "param_groups": packed} | rest())
             return into
 
         return load
+
+    def _fits(self, saved: list[list[str]], own: list[list[str]]) -> bool:
+        if self._is_part:
+            return len(saved) == len(own) and all(set(a) <= set(b) for a, b in zip(own, saved, strict=True))
+        return sorted(map(sorted, saved)) == sorted(map(sorted, own))
 
     def _optimizer_state(self, node: dict[str, Any], numbers: Mapping[str, int], path: str) -> Finish:
         keys: list[Any] = list(node) if "!" not in node else [self.decode(key, None)() for key in node["k"]]
@@ -216,6 +223,7 @@ class Decoder:
         parts = {
             numbers.get(key, key): self.decode(each, _like(self._parameters.get(key), each), join(path, key))
             for key, each in zip(keys, nodes, strict=True)
+            if key in numbers or not self._is_part
         }
         return lambda: {key: finish() for key, finish in parts.items()}
 

@@ -70,7 +70,8 @@ def is_stateful(value: Any) -> bool:
 def parameter_names(state: Any, path: str = "") -> dict[int, str]:
     """Return the name of each parameter of each model in `state`, by identity: an optimizer's state is kept by it."""
     if isinstance(state, (WrappedModel, nn.Module)):
-        return {id(p): join(path, name) for name, p in state.named_parameters()}
+        # of a parameter that two stages of a pipeline have, one name counts
+        return {id(p): join(path, getattr(p, "_faccel_name", name)) for name, p in state.named_parameters()}
     if isinstance(state, Mapping):
         children: Iterator[tuple[Any, Any]] = iter(state.items())
     elif isinstance(state, (list, tuple)):

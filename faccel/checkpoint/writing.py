@@ -26,6 +26,7 @@ from faccel.checkpoint.record import (
     folder_name,
     read_manifest,
 )
+from faccel.checkpoint.stages import merged
 from faccel.checkpoint.storage import StreamingWriter, global_save_plan, local_save_plan, slice_of
 from faccel.checkpoint.together import together
 from faccel.context import DistContext
@@ -124,23 +125,25 @@ def begin(path: str, state: Any, ctx: DistContext, step: int, *, overwrite: bool
     """
     encoder, held, own = Encoder(state, ctx), list[int](), dict[str, Any]()
 
+    is_part = ctx.mesh.spec.pp > 1
     asked = {"path": path, "step": step, "overwrite": overwrite, "background": background}
 
-    def offer() -> tuple[Target | None, Any, dict[str, Any]]:
+    def offer() -> tuple[Target | None, Any, dict[str, Any], Any]:
         _check_step(step)
         own["node"] = encoder.encode(state)
         own["planner"], plan = local_save_plan(encoder.tensors, ctx.rank)
         own["target"] = _open(path, step, held, overwrite=overwrite) if ctx.is_main else None
-        return own["target"], plan, asked
+        return own["target"], plan, asked, own["node"] if is_part else None
 
     try:
         offers = together(offer, ctx, "begin a checkpoint")
         _check_same(offers)
         target = offers[0][0]
         assert target is not None
-        mine = global_save_plan([plan for _, plan, _ in offers])[ctx.rank]
+        mine = global_save_plan([plan for _, plan, _, _ in offers])[ctx.rank]
         slices = [slice_of(item, own["planner"]) for item in mine.items]
-        return Begun(target, own["node"], slices, ctx.rank, step, overwrite, held)
+        node = merged([offers[r][3] for r in ctx.mesh.spec.peers(0, "pp")]) if is_part else own["node"]
+        return Begun(target, node, slices, ctx.rank, step, overwrite, held)
     except BaseException:
         if own.get("target") is not None:
             shutil.rmtree(own["target"].temporary, ignore_errors=True)
@@ -149,10 +152,10 @@ def begin(path: str, state: Any, ctx: DistContext, step: int, *, overwrite: bool
         raise
 
 
-def _check_same(offers: list[tuple[Target | None, Any, dict[str, Any]]]) -> None:
+def _check_same(offers: list[tuple[Target | None, Any, dict[str, Any], Any]]) -> None:
     """Raise on every rank where they have not asked for the same."""
     first = offers[0][2]
-    for rank, (_, _, asked) in enumerate(offers):
+    for rank, (_, _, asked, _) in enumerate(offers):
         for name, value in asked.items():
             if value != first[name]:
                 raise CheckpointError(

@@ -185,6 +185,7 @@ def test_every_function_without_effects_on_its_arguments_is_covered():
             "launch",
             "notebook_launch",
         ),  # process state is what they are for
+        "pipeline_step",  # forward and backward, which test_parallel.py compares with one process
         *("seed_everything", "rng_state", "set_rng_state"),
         *("get_logger", "progress", "init_trackers", "log", "finish"),
     }
