@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -12,6 +13,7 @@ from faccel.backends.ddp import DDP
 from faccel.backends.pipeline import PIPELINE
 from faccel.backends.sharded import SHARDED
 from faccel.backends.single import SINGLE
+from faccel.context import DistContext
 from faccel.errors import BackendError
 from faccel.mesh import MeshSpec
 from faccel.protocols import Parallelism
@@ -66,3 +68,23 @@ def choose(spec: MeshSpec, env: Mapping[str, str]) -> Parallelism:
     raise BackendError(
         "no strategy of this version runs this mesh", saw=str(spec), fix=f"use `dp_replicate={spec.size}`"
     )
+
+
+def use(ctx: DistContext, backend: Backend) -> DistContext:
+    """Return the context with a backend of your own, which need not stand in the table.
+
+    Effects: pure.
+
+    Args:
+        ctx: From `init` or `simulate`.
+        backend: How models are run.
+
+    Raises:
+        BackendError: It does not serve the mesh, or cannot run here.
+    """
+    reason = None if backend.serves(ctx.mesh.spec) else f"it does not serve {ctx.mesh.spec}"
+    reason = reason or backend.probe(os.environ)
+    if reason:
+        name = backend.parallelism.name
+        raise BackendError(f"the strategy `{name}` cannot run here", saw=reason, fix="use another mesh")
+    return attrs.evolve(ctx, parallelism=backend.parallelism)

@@ -1,0 +1,47 @@
+"""Share the parameters of a model among the processes (FSDP2), and keep activations of every second block only.
+
+python examples/fsdp.py --steps 50
+faccel launch --cpu --nproc 2 --mesh dp_shard=2 examples/fsdp.py --steps 50
+faccel launch --cpu --nproc 4 --mesh dp_replicate=2,dp_shard=2 examples/fsdp.py --steps 50
+"""
+
+import argparse
+from itertools import islice
+
+import torch
+from characters import CharModel, Text, loss_fn
+from torch.utils.data import DataLoader
+
+import faccel
+
+GLOBAL_BATCH = 32
+PLAN = faccel.Plan(units="Block", checkpoint=2)
+
+
+def main(ctx, steps):
+    loader = faccel.shard(DataLoader(Text(), GLOBAL_BATCH, shuffle=True), ctx, split_batches=True)
+
+    # Only rank 0 builds the model with values; the others get their parts of them.
+    faccel.seed_everything(0, ctx)
+    with torch.device("cpu" if ctx.is_main or ctx.mesh.spec.dp_shard == 1 else "meta"):
+        net = CharModel()
+    model = faccel.wrap(net, ctx, plan=PLAN)
+    opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=3e-3), model, ctx)
+    scaler = faccel.init_scaler(ctx)
+
+    for step, tokens in enumerate(islice(loader.at(0), steps), start=1):
+        loss = loss_fn(model, tokens)
+        scaler = faccel.scaled_backward(loss, scaler, ctx)
+        info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
+        mean = faccel.reduce(loss.detach(), ctx, op="mean")
+        if step % 10 == 0:
+            faccel.print(f"step {step:3d}  loss {mean:.4f}  gradient norm {info.grad_norm:.3f}", ctx=ctx)
+    faccel.print(f"loss {mean:.4f}", ctx=ctx)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=50)
+    options = parser.parse_args()
+    with faccel.init() as ctx:
+        main(ctx, options.steps)
