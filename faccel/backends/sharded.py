@@ -15,11 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from faccel.backends.alike import check_same, take_rank_0s
+from faccel.backends.experts import moes_of, shard_experts
 from faccel.backends.forward import call_method, to_fp32
 from faccel.backends.materialize import Values
 from faccel.backends.recompute import apply_checkpointing, apply_compile
 from faccel.backends.units import matching, units_of
 from faccel.context import DistContext
+from faccel.experts import MoE
 from faccel.plan import Plan
 from faccel.protocols import WORLD, Parallelism, Run
 
@@ -31,7 +33,9 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
 
 def shard_module(module: nn.Module, plan: Plan, ctx: DistContext, holders: str) -> tuple[nn.Module, Run]:
     """Shard `module`, which the ranks of the axis `holders` have alike, and return it with its `run`. Collective."""
-    units = units_of(module, plan)
+    moes = moes_of(module, ctx.mesh.spec)
+    within = {id(moe.experts) for moe in moes.values()}  # they are units of their own
+    units = {name: unit for name, unit in units_of(module, plan).items() if id(unit) not in within}
     cuts = _cuts(module, plan, ctx)
     ignored = {name for pattern in plan.fsdp.ignored for name in matching(pattern, _names(module), "parameter")}
     values = Values.of(module, ctx, holders)
@@ -41,7 +45,7 @@ def shard_module(module: nn.Module, plan: Plan, ctx: DistContext, holders: str) 
         cut(module, cuts, mesh_of(ctx)["tp"])
     apply_checkpointing(units, plan.checkpoint)
     apply_compile(module, units, plan)
-    _fully_shard(module, units, ignored, plan, ctx)
+    _fully_shard(module, units, moes, ignored, plan, ctx)
     values.fill(module, ctx, holders)
     return module, _runner(module, ctx)
 
@@ -59,37 +63,55 @@ def _cuts(module: nn.Module, plan: Plan, ctx: DistContext) -> Mapping[str, str]:
 
 
 def mesh_of(ctx: DistContext) -> DeviceMesh:
-    """Return torch's mesh that engines use: the ranks that share parameters are one axis, whatever else they share."""
+    """Return torch's mesh that engines use: the ranks that share parameters are one axis, whatever else they share.
+
+    With experts they are two: `ep`, and `ep_storage`, those that hold the same ones.
+    """
     spec = ctx.mesh.spec
-    storage = {"ep_storage": spec.dp_shard * spec.cp // spec.ep, "ep": spec.ep} if spec.ep > 1 else {
-        "storage": spec.dp_shard * spec.cp}  # fmt: skip
-    outer, inner = {"pp": spec.pp} if spec.pp > 1 else {}, {"tp": spec.tp} if spec.tp > 1 else {}
-    return ctx.mesh.device_mesh_of({**outer, "dp_replicate": spec.dp_replicate, **storage, **inner})
+    return _mesh(ctx, {"ep_storage": spec.dp_shard * spec.cp // spec.ep, "ep": spec.ep} if spec.ep > 1 else None)
 
 
 def data_mesh(ctx: DistContext) -> DeviceMesh:
     """Return the part of it over which parameters are sharded, and replicated where there are several replicas."""
-    mesh, spec = mesh_of(ctx), ctx.mesh.spec
-    if spec.ep > 1:
-        mesh["ep_storage", "ep"]._flatten("storage")  # pyright: ignore[reportPrivateUsage] (torch has no public one)
-    return mesh["dp_replicate", "storage"] if spec.dp_replicate > 1 else mesh["storage"]
+    mesh = _mesh(ctx)  # with experts, of its own: torch is about to forget how dims of one are joined
+    return mesh["dp_replicate", "storage"] if ctx.mesh.spec.dp_replicate > 1 else mesh["storage"]
+
+
+def _mesh(ctx: DistContext, storage: Mapping[str, int] | None = None) -> DeviceMesh:
+    spec = ctx.mesh.spec
+    storage = storage or {"storage": spec.dp_shard * spec.cp}
+    outer, inner = {"pp": spec.pp} if spec.pp > 1 else {}, {"tp": spec.tp} if spec.tp > 1 else {}
+    return ctx.mesh.device_mesh_of({**outer, "dp_replicate": spec.dp_replicate, **storage, **inner})
 
 
 def _fully_shard(
-    module: nn.Module, units: Mapping[str, nn.Module], ignored: set[str], plan: Plan, ctx: DistContext
+    module: nn.Module,
+    units: Mapping[str, nn.Module],
+    moes: Mapping[str, MoE],
+    ignored: set[str],
+    plan: Plan,
+    ctx: DistContext,
 ) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    low = ctx.compute_dtype
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=None if low is None else torch.float32)
+    low, high = ctx.compute_dtype, None if ctx.compute_dtype is None else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=high)
+    in_fp32 = MixedPrecisionPolicy(param_dtype=high, reduce_dtype=high)  # its inputs are brought there, too
     exact = {name for pattern in plan.fsdp.fp32_units for name in matching(pattern, units, "unit")}
+
+    def policy_of(name: str) -> MixedPrecisionPolicy:
+        inside = [each for each in units if name == each or name.startswith(f"{each}.")]
+        return in_fp32 if exact.intersection(inside[:1]) else policy  # inner units come first
+
     options: dict[str, Any] = {"mesh": data_mesh(ctx), "reshard_after_forward": plan.fsdp.reshard_after_forward}
     if plan.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=ctx.device.type == "cuda")
+    if moes:
+        shard_experts(moes, policy_of, options, mesh_of(ctx), ctx)
     if ignored:
         options["ignored_params"] = {p for name, p in module.named_parameters() if name in ignored}
     for name, unit in units.items():
-        fully_shard(unit, mp_policy=MixedPrecisionPolicy() if name in exact else policy, **options)
+        fully_shard(unit, mp_policy=policy_of(name), **options)
     fully_shard(module, mp_policy=policy, **options)
     if plan.fsdp.prefetch is not None:
         _prefetch(
