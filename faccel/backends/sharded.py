@@ -16,11 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from faccel.backends.alike import check_same, take_rank_0s
+from faccel.backends.experts import moes_of, shard_experts
 from faccel.backends.forward import call_method, to_fp32
 from faccel.backends.materialize import Values
 from faccel.backends.recompute import apply_checkpointing, apply_compile
 from faccel.backends.units import matching, units_of
 from faccel.context import DistContext
+from faccel.experts import MoE
 from faccel.plan import Plan
 from faccel.protocols import WORLD, Parallelism, Run
 
@@ -40,21 +42,25 @@ class Layout:
         cuts: Style of tensor parallelism by module name.
         ignored: Names of parameters that are left whole.
         exact: Names of units that compute in fp32.
+        moes: Mixtures of experts by name, whose experts are spread over the axis `ep`.
     """
 
     units: Mapping[str, nn.Module]
     cuts: Mapping[str, str]
     ignored: frozenset[str]
     exact: frozenset[str]
+    moes: Mapping[str, MoE]
 
     @classmethod
     def of(cls, module: nn.Module, plan: Plan, ctx: DistContext) -> Layout:
         """Read `plan` for a whole model."""
-        units = units_of(module, plan)
+        moes = moes_of(module, ctx.mesh.spec)
+        within = {id(moe.experts) for moe in moes.values()}  # they are units of their own
+        units = {name: unit for name, unit in units_of(module, plan).items() if id(unit) not in within}
         names = [name for name, _ in module.named_parameters()]
         ignored = (name for pattern in plan.fsdp.ignored for name in matching(pattern, names, "parameter"))
         exact = (name for pattern in plan.fsdp.fp32_units for name in matching(pattern, units, "unit"))
-        return cls(units, _cuts(module, plan, ctx), frozenset(ignored), frozenset(exact))
+        return cls(units, _cuts(module, plan, ctx), frozenset(ignored), frozenset(exact), moes)
 
     def below(self, names: Sequence[str]) -> Layout:
         """Return what concerns the modules of these names and those inside of them."""
@@ -63,7 +69,9 @@ class Layout:
             return any(name == each or name.startswith(f"{each}.") for each in names)
 
         units = {name: unit for name, unit in self.units.items() if inside(name)}
-        return attrs.evolve(self, units=units, cuts={n: style for n, style in self.cuts.items() if inside(n)})
+        cuts = {name: style for name, style in self.cuts.items() if inside(name)}
+        moes = {name: moe for name, moe in self.moes.items() if inside(name)}
+        return attrs.evolve(self, units=units, cuts=cuts, moes=moes)
 
 
 def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext) -> None:
@@ -88,34 +96,48 @@ def _cuts(module: nn.Module, plan: Plan, ctx: DistContext) -> Mapping[str, str]:
 
 
 def mesh_of(ctx: DistContext) -> DeviceMesh:
-    """Return torch's mesh that engines use: the ranks that share parameters are one axis, whatever else they share."""
+    """Return torch's mesh that engines use: the ranks that share parameters are one axis, whatever else they share.
+
+    With experts they are two: `ep`, and `ep_storage`, those that hold the same ones.
+    """
     spec = ctx.mesh.spec
-    storage = {"ep_storage": spec.dp_shard * spec.cp // spec.ep, "ep": spec.ep} if spec.ep > 1 else {
-        "storage": spec.dp_shard * spec.cp}  # fmt: skip
-    outer, inner = {"pp": spec.pp} if spec.pp > 1 else {}, {"tp": spec.tp} if spec.tp > 1 else {}
-    return ctx.mesh.device_mesh_of({**outer, "dp_replicate": spec.dp_replicate, **storage, **inner})
+    return _mesh(ctx, {"ep_storage": spec.dp_shard * spec.cp // spec.ep, "ep": spec.ep} if spec.ep > 1 else None)
 
 
 def data_mesh(ctx: DistContext) -> DeviceMesh:
     """Return the part of it over which parameters are sharded, and replicated where there are several replicas."""
-    mesh, spec = mesh_of(ctx), ctx.mesh.spec
-    if spec.ep > 1:
-        mesh["ep_storage", "ep"]._flatten("storage")  # pyright: ignore[reportPrivateUsage] (torch has no public one)
-    return mesh["dp_replicate", "storage"] if spec.dp_replicate > 1 else mesh["storage"]
+    mesh = _mesh(ctx)  # with experts, of its own: torch is about to forget how dims of one are joined
+    return mesh["dp_replicate", "storage"] if ctx.mesh.spec.dp_replicate > 1 else mesh["storage"]
+
+
+def _mesh(ctx: DistContext, storage: Mapping[str, int] | None = None) -> DeviceMesh:
+    spec = ctx.mesh.spec
+    storage = storage or {"storage": spec.dp_shard * spec.cp}
+    outer, inner = {"pp": spec.pp} if spec.pp > 1 else {}, {"tp": spec.tp} if spec.tp > 1 else {}
+    return ctx.mesh.device_mesh_of({**outer, "dp_replicate": spec.dp_replicate, **storage, **inner})
 
 
 def _fully_shard(module: nn.Module, layout: Layout, plan: Plan, ctx: DistContext) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    low, units = ctx.compute_dtype, layout.units
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=None if low is None else torch.float32)
+    low, high = ctx.compute_dtype, None if ctx.compute_dtype is None else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=high)
+    in_fp32 = MixedPrecisionPolicy(param_dtype=high, reduce_dtype=high)  # its inputs are brought there, too
+    units = layout.units
+
+    def policy_of(name: str) -> MixedPrecisionPolicy:
+        inside = [each for each in units if name == each or name.startswith(f"{each}.")]
+        return in_fp32 if layout.exact.intersection(inside[:1]) else policy  # inner units come first
+
     options: dict[str, Any] = {"mesh": data_mesh(ctx), "reshard_after_forward": plan.fsdp.reshard_after_forward}
     if plan.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=ctx.device.type == "cuda")
+    if layout.moes:
+        shard_experts(layout.moes, policy_of, options, mesh_of(ctx), ctx)
     if layout.ignored:
         options["ignored_params"] = {p for name, p in module.named_parameters() if name in layout.ignored}
     for name, unit in units.items():
-        fully_shard(unit, mp_policy=MixedPrecisionPolicy() if name in layout.exact else policy, **options)
+        fully_shard(unit, mp_policy=policy_of(name), **options)
     fully_shard(module, mp_policy=policy, **options)
     if plan.fsdp.prefetch is not None:
         _prefetch(

@@ -1,0 +1,257 @@
+"""A mixture of experts whose experts are spread over ranks trains as one process does."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import faccel
+from faccel.errors import ConfigError, ModelError
+from faccel.experts import MoE
+from faccel.mesh import MeshSpec
+from faccel.plan import FsdpConfig
+from faccel.testing import fake_context, simulate
+from tests.models import WIDTH, Attention, CharModel, loss_of, tokens
+
+MESHES = ["dp_shard=2,ep=2", "dp_shard=4,ep=2", "dp_shard=4,ep=4", "dp_replicate=2,dp_shard=2,ep=2"]
+ROOMY = 4.0  # of 8 experts and 2 choices: room for every token at each expert
+NUM_EXPERTS = 8
+
+
+class Block(nn.Module):
+    def __init__(self, capacity_factor, num_experts):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attention = Attention()
+        self.moe = MoE(WIDTH, 12, num_experts, capacity_factor=capacity_factor)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.moe(self.norm2(x))
+
+
+def model(tied=True, capacity_factor=None, num_experts=NUM_EXPERTS, dtype=torch.float64):
+    torch.manual_seed(3)
+    net = CharModel(depth=0, tied=tied)
+    net.blocks = nn.ModuleList(Block(capacity_factor, num_experts) for _ in range(2))
+    return net.to(dtype)
+
+
+def balance_of(net):
+    return sum(block.moe.balance_loss for block in net.blocks)
+
+
+def full(x):
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
+
+
+def on(mesh, fn=None, **options):
+    """Run `train` on a mesh, or another function."""
+    return simulate(functools.partial(fn or train, **options), MeshSpec.parse(mesh).size, mesh=mesh)
+
+
+def train(ctx, plan=None, balance=0.01, num_chunks=2, **options):
+    """Three updates; returns losses and norms, the gradients of the first and the parameters of the last."""
+    net = faccel.wrap(model(**options), ctx, plan=plan)
+    opt = faccel.wrap_optimizer(torch.optim.AdamW(net.parameters(), lr=0.01), net, ctx)
+    scaler = faccel.init_scaler(ctx)
+    numbers, grads = [], {}
+    for step in range(3):
+        for i in range(num_chunks):
+            data = tokens(16, seed=step).chunk(num_chunks)[i]
+            mine = data.chunk(ctx.data_world_size)[ctx.data_rank]
+            with faccel.grad_sync(net, on=i == num_chunks - 1):
+                loss = loss_of(net(mine[:, :-1]), mine[:, 1:]) + balance * balance_of(net)
+                scaler = faccel.scaled_backward(loss, scaler, ctx, scale=1 / num_chunks)
+            numbers.append(faccel.reduce(loss.detach(), ctx, op="mean").item())
+        grads = grads or {name: full(p.grad) for name, p in net.named_parameters()}
+        info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=0.1)
+        numbers.append(info.grad_norm.item())
+    return numbers, grads, {name: full(p) for name, p in net.named_parameters()}
+
+
+@functools.cache
+def reference(**options):
+    return train(fake_context(0, 1), **options)
+
+
+def check_equal(ranks, expected, atol=1e-10):
+    for numbers, grads, parameters in ranks:
+        assert numbers == pytest.approx(expected[0], abs=atol, rel=0)
+        for got, want in ((grads, expected[1]), (parameters, expected[2])):
+            assert got.keys() == want.keys()
+            for name, x in want.items():
+                assert torch.allclose(got[name], x, rtol=0, atol=atol), name
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(("tied", "capacity_factor"), [(True, None), (False, ROOMY)])
+def test_experts_that_are_spread_over_ranks_train_as_one_process_does(mesh, tied, capacity_factor):
+    options = {"tied": tied, "capacity_factor": capacity_factor}
+    check_equal(on(mesh, **options), reference(**options))
+
+
+PLANS = {
+    "checkpoint": ("dp_shard=4,ep=2", faccel.Plan(units="Block", checkpoint="full")),
+    "by size": ("dp_shard=4,ep=2", faccel.Plan(units=3000, fsdp=FsdpConfig(prefetch=1))),  # the experts of a layer
+    "layers": ("dp_shard=2,ep=2", faccel.Plan(units="MoE", fsdp=FsdpConfig(reshard_after_forward=False))),
+    "number": ("dp_shard=4,ep=4", faccel.Plan(fsdp=FsdpConfig(reshard_after_forward=2))),
+    "experts": ("dp_shard=2,ep=2", faccel.Plan(units="Experts", offload=True)),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_no_plan_changes_the_result(name):
+    mesh, plan = PLANS[name]
+    check_equal(on(mesh, plan=plan), reference())
+
+
+@pytest.mark.parametrize("num_experts", [2, 6])  # one or three on each rank of `ep`, for four ranks that hold the same
+def test_fewer_experts_than_ranks_are_shared_by_rows(num_experts):
+    check_equal(on("dp_shard=8,ep=2", num_experts=num_experts), reference(num_experts=num_experts))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_what_a_rank_drops_is_what_it_drops_alone(mesh):
+    """One process on the parts of the ranks, one after the other; the balance counts all ranks, and is left out."""
+    num_ranks = MeshSpec.parse(mesh).size
+    alone = train(fake_context(0, 1), balance=0.0, num_chunks=num_ranks, capacity_factor=0.8)
+    for _, grads, parameters in on(mesh, balance=0.0, num_chunks=1, capacity_factor=0.8):
+        for name in parameters:
+            assert torch.allclose(grads[name], alone[1][name], rtol=0, atol=1e-10), name
+            assert torch.allclose(parameters[name], alone[2][name], rtol=0, atol=1e-10), name
+
+
+def held(ctx):
+    net = faccel.wrap(model(), ctx)
+    moe = net.module.blocks[0].moe
+    return moe.experts.up.to_local().clone(), moe.router.weight.to_local().shape
+
+
+def test_a_rank_holds_its_own_experts_only_and_in_order():
+    whole = model().blocks[0].moe.experts.up
+    for rank, (up, router) in enumerate(on("dp_shard=4,ep=2", held)):
+        first = 4 * (rank % 2) + 2 * (rank // 2)  # four for each rank of `ep`, which two ranks share
+        assert torch.equal(up, whole[first : first + 2])
+        assert router == (2, WIDTH)
+
+
+def uneven(ctx):
+    net = faccel.wrap(model(), ctx)
+    with torch.no_grad():
+        return net(tokens(ctx.rank, seed=ctx.rank)[:, :-1])  # rank 0 has none
+
+
+def test_ranks_may_have_other_numbers_of_tokens_where_nothing_is_dropped():
+    for rank, out in enumerate(on("dp_shard=4,ep=2", uneven)):
+        assert torch.allclose(out, model()(tokens(rank, seed=rank)[:, :-1]), rtol=0, atol=1e-12)
+
+
+def in_bf16(ctx):
+    net = faccel.wrap(model(dtype=torch.float32), ctx, plan=faccel.Plan(fsdp=FsdpConfig(fp32_units="blocks.0")))
+    seen = {}
+    for i, block in enumerate(net.module.blocks):
+        block.moe.experts.register_forward_hook(lambda m, args, out, i=i: seen.update({i: out.dtype}))
+    loss = loss_of(net(tokens()[:, :-1]), tokens()[:, 1:])
+    faccel.scaled_backward(loss, faccel.init_scaler(ctx), ctx)
+    return loss.item(), net.module.blocks[1].moe.balance_loss.dtype, seen
+
+
+def test_experts_compute_in_the_precision_of_their_unit():
+    want = loss_of(model()(tokens()[:, :-1]), tokens()[:, 1:]).item()
+    for loss, balance, seen in simulate(in_bf16, 2, mesh="dp_shard=2,ep=2", config={"mixed_precision": "bf16"}):
+        assert loss == pytest.approx(want, abs=0.02)
+        assert balance == torch.float32
+        assert seen == {0: torch.float32, 1: torch.bfloat16}
+
+
+def by_hand(moe, x, capacity):
+    """The layer as a loop over choices, tokens and experts, with the number of tokens that each expert refused."""
+    chances = F.softmax(x @ moe.router.weight.T, -1)
+    best = chances.argsort(-1, descending=True)[:, : moe.top_k]
+    out, taken, refused = torch.zeros_like(x), [0] * moe.num_experts, 0
+    for choice in range(moe.top_k):
+        for t in range(len(x)):
+            e = int(best[t, choice])
+            if taken[e] == capacity:
+                refused += 1
+                continue
+            taken[e] += 1
+            weight = chances[t, e] / chances[t, best[t]].sum()
+            out[t] = out[t] + weight * (moe.experts.down[e] @ F.gelu(moe.experts.up[e] @ x[t]))
+    shares = torch.bincount(best.flatten(), minlength=moe.num_experts) / best.numel()
+    return out, refused, moe.num_experts * (shares * chances.mean(0)).sum()
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize(("capacity_factor", "capacity"), [(None, 99), (0.7, 0.7), (1.0, 1.0), (ROOMY, ROOMY)])
+def test_the_layer_is_the_plain_loop(top_k, capacity_factor, capacity):
+    torch.manual_seed(0)
+    moe = MoE(6, 10, 4, top_k=top_k, capacity_factor=capacity_factor).double()
+    x = torch.randn(3, 7, 6, dtype=torch.float64)
+    want, refused, balance = by_hand(moe, x.flatten(0, 1), -(-capacity * 21 * top_k // 4))
+    got = moe(x)
+    assert torch.allclose(got.flatten(0, 1), want, rtol=0, atol=1e-12)
+    assert torch.allclose(moe.balance_loss, balance, rtol=0, atol=1e-12)
+    assert (refused > 0) == (capacity_factor in (0.7, 1.0))
+    params = tuple(moe.parameters())
+    seed = torch.randn_like(want)
+    for a, b in zip(
+        torch.autograd.grad((got.flatten(0, 1) * seed).sum() + moe.balance_loss, params),
+        torch.autograd.grad((want * seed).sum() + balance, params),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_even_shares_are_balanced_and_one_expert_for_all_is_not():
+    moe = MoE(4, 4, 4, top_k=1)
+    with torch.no_grad():
+        moe.router.weight.copy_(20 * torch.eye(4))
+    moe(torch.eye(4))
+    assert moe.balance_loss.item() == pytest.approx(1)
+    moe(torch.eye(4)[[0] * 4])
+    assert moe.balance_loss.item() == pytest.approx(4)
+
+
+def test_a_layer_can_be_copied_after_a_forward():
+    moe = MoE(4, 4, 2)
+    x = torch.ones(3, 4)
+    assert torch.equal(moe(x), copy.deepcopy(moe)(x))
+
+
+def test_no_tokens_are_no_error():
+    assert MoE(4, 4, 2)(torch.ones(2, 0, 4)).shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 0}, {"top_k": 3}, {"capacity_factor": 0.0}])
+def test_a_layer_that_cannot_be_is_an_error(options):
+    with pytest.raises(ConfigError):
+        MoE(4, 4, 2, **options)
+
+
+def refused(ctx, make, kind):
+    net = make()
+    before = {name: (type(p), p.shape) for name, p in net.named_parameters()}
+    with pytest.raises(kind) as error:
+        faccel.wrap(net, ctx, plan=faccel.Plan(tensor={"head": "colwise_gather"}))
+    assert {name: (type(p), p.shape) for name, p in net.named_parameters()} == before
+    return error.value.what, error.value.saw
+
+
+@pytest.mark.parametrize(
+    ("mesh", "make", "kind", "what"),
+    [
+        ("dp_shard=2,ep=2", lambda: model(num_experts=5), ModelError, "ep=2 does not divide the experts"),
+        ("dp_shard=2,ep=2", CharModel, ConfigError, "the mesh has `ep`, and the model no experts"),
+        ("dp_shard=2,ep=2,tp=2", model, ConfigError, "this version has no expert parallel with tensor parallel"),
+    ],
+    ids=["number", "none", "tp"],
+)
+def test_experts_that_cannot_be_spread_are_refused_before_anything_moves(mesh, make, kind, what):
+    for said, saw in on(mesh, refused, make=make, kind=kind):
+        assert said == what
+        assert saw
