@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from faccel import backends as backends
     from faccel import errors as errors
     from faccel import testing as testing
+    from faccel.backends.propose import plan_for as plan_for
+    from faccel.backends.tensor import loss_parallel as loss_parallel
     from faccel.checkpoint.export import export_model as export_model
     from faccel.checkpoint.export import load_model as load_model
     from faccel.checkpoint.export import save_object as save_object
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from faccel.data.loader import shard as shard
     from faccel.data.order import Cursor as Cursor
     from faccel.data.source import Batch as Batch
+    from faccel.experts import MoE as MoE
     from faccel.launching.call import launch as launch
     from faccel.launching.call import notebook_launch as notebook_launch
     from faccel.mesh import MeshSpec as MeshSpec
@@ -79,6 +82,9 @@ if TYPE_CHECKING:
     from faccel.rng import set_rng_state as set_rng_state
     from faccel.runtime import init as init
     from faccel.runtime import shutdown as shutdown
+    from faccel.sequence import attention as attention
+    from faccel.sequence import context_parallel as context_parallel
+    from faccel.sequence import split_sequence as split_sequence
     from faccel.step import Micro as Micro
     from faccel.step import StepInfo as StepInfo
     from faccel.step import Window as Window
@@ -99,6 +105,8 @@ _HOMES = {
         "KeepPolicy", "Moment", "SavePolicy", "at_best", "every_seconds", "every_steps", "keep_best", "keep_every",
         "keep_latest", "on_preemption",
     ),
+    "faccel.backends.propose": ("plan_for",),
+    "faccel.backends.tensor": ("loss_parallel",),
     "faccel.checkpoint.preemption": ("Preemption", "preemption"),
     "faccel.checkpoint.record": ("Checkpoint", "checkpoints"),
     "faccel.checkpoint.save": ("save",),
@@ -112,6 +120,7 @@ _HOMES = {
     "faccel.data.order": ("Cursor",),
     "faccel.data.source": ("Batch",),
     "faccel.console": ("get_logger", "print", "progress"),
+    "faccel.experts": ("MoE",),
     "faccel.launching.call": ("launch", "notebook_launch"),
     "faccel.mesh": ("MeshSpec",),
     "faccel.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
@@ -120,6 +129,7 @@ _HOMES = {
     "faccel.rng": ("RngState", "fold_in", "rng_state", "seed_everything", "set_rng_state"),
     "faccel.runtime": ("init", "shutdown"),
     "faccel.track": ("Tracker", "Trackers", "finish", "init_trackers", "log"),
+    "faccel.sequence": ("attention", "context_parallel", "split_sequence"),
     "faccel.step": ("Micro", "StepInfo", "Window", "optimizer_step", "pipeline_step", "scaled_backward", "windows"),
 }  # fmt: skip
 _MODULES = ("backends", "errors", "testing")

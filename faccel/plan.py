@@ -243,6 +243,10 @@ class Plan:
     compile: str | None = attrs.field(default=None, validator=_compile)
     offload: bool = _option(False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = attrs.asdict(self, recurse=False)
+        return _plan, (fields | {"tensor": dict(self.tensor)},)  # which no one can change, and no one can pickle
+
     def __attrs_post_init__(self) -> None:
         for name, kind in (("ddp", DdpConfig), ("fsdp", FsdpConfig), ("pipeline", Pipeline)):
             value = getattr(self, name)
@@ -253,3 +257,7 @@ class Plan:
         if budget is not None and (self.compile is None or budget > 1):
             fix = 'write `compile="units"` too, and a budget of at most 1'
             raise ConfigError("a memory budget is kept by the compiler", saw=f"memory_budget={budget}", fix=fix)
+
+
+def _plan(fields: dict[str, Any]) -> Plan:
+    return Plan(**fields)

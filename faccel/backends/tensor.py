@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
 from faccel.backends.units import matching
+from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
 from faccel.plan import Plan
 
@@ -84,3 +86,26 @@ def cut(module: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh) -> None:
         made: Any = _STYLES[style]()
         if made is not None:
             parallelize_module(module.get_submodule(name), mesh, made, src_data_rank=None)
+
+
+def loss_parallel(ctx: DistContext) -> AbstractContextManager[None]:
+    """Make a context in which `cross_entropy` takes logits whose vocabulary is cut by the style `"colwise_loss"`.
+
+    Forward of the loss and `scaled_backward` both belong inside. No rank ever has all logits. Without tensor parallel
+    it does nothing.
+
+    Effects: pure.
+
+    Args:
+        ctx: The world.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> with loss_parallel(fake_context(0, 1)):
+        ...     pass
+    """
+    if ctx.mesh.spec.tp == 1:
+        return nullcontext()
+    from torch.distributed.tensor.parallel import loss_parallel as torchs
+
+    return torchs()

@@ -15,11 +15,12 @@ from faccel.effects import effects_of
 
 FUNCTIONS = [name for name in faccel.__all__ if inspect.isfunction(getattr(faccel, name))]
 RECORDS = [name for name in faccel.__all__ if attrs.has(getattr(faccel, name))]
+LAYERS = ["MoE"]  # modules of torch
 
 
-def test_all_is_sorted_and_every_name_is_a_function_or_a_record():
+def test_all_is_sorted_and_every_name_is_a_function_a_record_or_a_layer():
     assert faccel.__all__ == sorted(faccel.__all__)
-    assert set(FUNCTIONS) | set(RECORDS) == set(faccel.__all__)
+    assert {*FUNCTIONS, *RECORDS, *LAYERS} == set(faccel.__all__)
     assert set(dir(faccel)) >= set(faccel.__all__)
     with pytest.raises(AttributeError, match="nothing"):
         _ = faccel.nothing

@@ -7,7 +7,7 @@ from torch import nn
 import faccel
 from faccel.errors import ConfigError, FaccelError, ModelError
 from faccel.testing import simulate
-from tests.models import TENSOR, CharModel, model, tokens
+from tests.models import TENSOR, CharModel, loss_of, model, tokens
 from tests.training import CHAIN, differences, full, plan_of, train
 
 FOUR = ("dp_replicate=4", "dp_shard=4", "dp_replicate=2,dp_shard=2", "tp=4", "dp_shard=2,tp=2", "dp_replicate=2,tp=2",
@@ -206,3 +206,86 @@ def test_too_few_micro_batches_and_a_pipeline_that_is_called_with_gradients():
 
     with pytest.raises(ModelError, match="pipeline_step"):
         simulate(call, 2, mesh="pp=2")
+
+
+def test_loss_parallel_never_has_all_logits(one):
+    plan = PLAN(units="Block", tensor=TENSOR | {"head": "colwise_loss"})
+
+    def step(ctx):
+        wrapped = faccel.wrap(model(tied=False), ctx, plan=plan)
+        batch = tokens(4)
+        with faccel.loss_parallel(ctx):
+            logits = wrapped(batch[:, :-1])
+            loss = loss_of(logits, batch[:, 1:])
+            faccel.scaled_backward(loss, faccel.init_scaler(ctx), ctx)
+        return logits.to_local().shape[-1], full(loss), {n: full(p.grad) for n, p in wrapped.named_parameters()}
+
+    net = model(tied=False)
+    expected = loss_of(net(tokens(4)[:, :-1]), tokens(4)[:, 1:])
+    expected.backward()
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    for width, loss, ours in simulate(step, 2, mesh="tp=2"):
+        assert width == 16
+        assert abs(loss - expected) < 1e-12
+        assert all((ours[name] - grad).abs().max() < 1e-12 for name, grad in grads.items())
+
+
+SEQUENCE = {
+    "blocks.*.norm1": "sequence", "blocks.*.norm2": "sequence", "norm": "sequence", "embed.token": "sequence_embedding",
+    "blocks.*.attention.q": "sequence_colwise", "blocks.*.attention.k": "sequence_colwise",
+    "blocks.*.attention.v": "sequence_colwise", "blocks.*.attention.o": "sequence_rowwise",
+    "blocks.*.up": "sequence_colwise", "blocks.*.down": "sequence_rowwise", "head": "sequence_colwise_gather",
+}  # fmt: skip
+
+
+class Unplaced(CharModel):
+    """Without a position table, whose rows a part of the sequence would need some of."""
+
+    def forward(self, tokens):
+        x = self.embed.token(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)) + 0 * self.embed.position.sum()
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "dp_shard=2,tp=2"])
+def test_sequence_parallel_equals_one_process(mesh):
+    def build():
+        torch.manual_seed(3)
+        return Unplaced(tied=False).double()
+
+    def step(ctx):
+        wrapped = faccel.wrap(build(), ctx, plan=PLAN(tensor=SEQUENCE))
+        batch = tokens(4).chunk(ctx.data_world_size)[ctx.data_rank]
+        loss = loss_of(wrapped(batch[:, :-1]), batch[:, 1:])
+        faccel.scaled_backward(loss, faccel.init_scaler(ctx), ctx)
+        return {name: full(p.grad) for name, p in wrapped.named_parameters()}
+
+    net = build()
+    loss_of(net(tokens(4)[:, :-1]), tokens(4)[:, 1:]).backward()
+    for ours in simulate(step, size_of(mesh), mesh=mesh):
+        assert all((ours[name] - p.grad).abs().max() < 1e-12 for name, p in net.named_parameters())
+
+
+def test_a_proposed_plan_can_be_printed_changed_and_trained_with():
+    def step(ctx):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        plan = faccel.plan_for(net, ctx)
+        wrapped = faccel.wrap(net, ctx, plan=plan)
+        wrapped(torch.ones(2, 3, 8)).square().mean().backward()
+        return str(plan), {name: full(p.grad) for name, p in wrapped.named_parameters()}
+
+    one = simulate(step, 1)[0][1]
+    for text, grads in simulate(step, 4, mesh="dp_shard=2,tp=2"):
+        assert "layers.*.linear1" in text
+        assert all((grads[name] - grad).abs().max() < 1e-6 for name, grad in one.items())
+
+    def chain(ctx):
+        return faccel.plan_for(model(), ctx).pipeline.chain
+
+    assert simulate(chain, 2, mesh="pp=2")[0] == CHAIN
+    with pytest.raises(ModelError, match="nothing of this model"):
+        simulate(lambda ctx: faccel.plan_for(nn.Linear(2, 2), ctx), 2, mesh="tp=2")
+    assert simulate(lambda ctx: faccel.plan_for(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ctx).units, 1) == (5,)
