@@ -62,6 +62,7 @@ def _engine(module: nn.Module, options: DdpConfig, ctx: DistContext) -> Distribu
     if not options.forward_sync_buffers:
         given |= _without_buffers(module, ctx)
     engine = DistributedDataParallel(Methods(module), process_group=group, **_NOT_TORCHS | given)
+    setattr(engine, _SHARDS_OPTIMIZER, options.shard_optimizer)  # for `_wrap_optimizer`
     if options.comm_hook is not None:
         from faccel.backends.hooks import register  # torch's hooks take long to import
 
@@ -69,7 +70,8 @@ def _engine(module: nn.Module, options: DdpConfig, ctx: DistContext) -> Distribu
     return engine
 
 
-_OURS = ("comm_hook", "powersgd", "forward_sync_buffers")
+_OURS = ("comm_hook", "powersgd", "forward_sync_buffers", "shard_optimizer")
+_SHARDS_OPTIMIZER = "_faccel_shard_optimizer"
 _DEFAULTS = DdpConfig()
 _NOT_TORCHS: dict[str, Any] = {"gradient_as_bucket_view": True}  # where our default is another than torch's
 
@@ -98,7 +100,11 @@ def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, Run]:
 
 
 def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:
-    return opt
+    if not getattr(engine, _SHARDS_OPTIMIZER, False):
+        return opt
+    from faccel.backends.zero import shard_optimizer  # torch's takes long to import
+
+    return shard_optimizer(opt, ctx)
 
 
 @contextmanager
