@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import attrs
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from faccel.backends.alike import check_same, take_rank_0s
 from faccel.backends.forward import Methods, call_method, with_precision
 from faccel.context import DistContext
-from faccel.errors import ModelError
+from faccel.errors import ConfigError, ModelError
 from faccel.plan import DdpConfig, Plan
 from faccel.protocols import DATA, Parallelism, Run
 
@@ -128,4 +128,18 @@ def _settle(engine: nn.Module, ctx: DistContext) -> None:
         take_rank_0s(buffers, ctx, DATA)
 
 
-DDP = Parallelism("ddp", _wrap, _wrap_optimizer, _sync, _settle)
+def _join(engine: nn.Module, states: Sequence[Any], ctx: DistContext) -> AbstractContextManager[None]:
+    if not isinstance(engine, DistributedDataParallel):  # frozen: nobody waits for anybody
+        return nullcontext()
+    if getattr(engine, _SHARDS_OPTIMIZER, False):
+        raise ConfigError(
+            "a rank that has ended has no gradients to step its share of the parameters with",
+            saw="shard_optimizer=True",
+            fix='leave `shard_optimizer` out, or write `tail="pad"`',
+        )
+    from faccel.backends.uneven import joining
+
+    return joining(engine, states, ctx)
+
+
+DDP = Parallelism("ddp", _wrap, _wrap_optimizer, _sync, _settle, _join)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -30,4 +32,8 @@ def _settle(engine: nn.Module, ctx: DistContext) -> None:
     pass  # one process agrees with itself
 
 
-SINGLE = Parallelism("single", _wrap, _wrap_optimizer, _sync, _settle)
+def _join(engine: nn.Module, states: Sequence[Any], ctx: DistContext) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+SINGLE = Parallelism("single", _wrap, _wrap_optimizer, _sync, _settle, _join)
