@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from faccel import backends as backends
     from faccel import errors as errors
     from faccel import testing as testing
+    from faccel.averaging import SyncInfo as SyncInfo
+    from faccel.averaging import averaged as averaged
+    from faccel.averaging import local_sgd as local_sgd
     from faccel.backends.propose import plan_for as plan_for
     from faccel.backends.tensor import loss_parallel as loss_parallel
     from faccel.checkpoint.export import export_model as export_model
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from faccel.data.order import Cursor as Cursor
     from faccel.data.source import Batch as Batch
     from faccel.experts import MoE as MoE
+    from faccel.joining import join as join
     from faccel.launching.call import launch as launch
     from faccel.launching.call import notebook_launch as notebook_launch
     from faccel.mesh import MeshSpec as MeshSpec
@@ -105,6 +109,7 @@ _HOMES = {
         "KeepPolicy", "Moment", "SavePolicy", "at_best", "every_seconds", "every_steps", "keep_best", "keep_every",
         "keep_latest", "on_preemption",
     ),
+    "faccel.averaging": ("SyncInfo", "averaged", "local_sgd"),
     "faccel.backends.propose": ("plan_for",),
     "faccel.backends.tensor": ("loss_parallel",),
     "faccel.checkpoint.preemption": ("Preemption", "preemption"),
@@ -121,6 +126,7 @@ _HOMES = {
     "faccel.data.source": ("Batch",),
     "faccel.console": ("get_logger", "print", "progress"),
     "faccel.experts": ("MoE",),
+    "faccel.joining": ("join",),
     "faccel.launching.call": ("launch", "notebook_launch"),
     "faccel.mesh": ("MeshSpec",),
     "faccel.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),

@@ -114,6 +114,9 @@ class DistContext:
     """A token for each `tail="uneven"` loader that is being iterated: training on one would hang, so
     `scaled_backward` refuses while there is any."""
 
+    open_joins: list[object] = attrs.field(factory=list, init=False, repr=False)
+    """A token for each `join` that is entered: inside of one, ranks may train on such loaders."""
+
     unfinished: list[Callable[[], None]] = attrs.field(factory=list, init=False, repr=False)
     """What goes on in the background; each waits for its end, and raises its error."""
 

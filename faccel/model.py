@@ -183,7 +183,8 @@ def wrap_optimizer(opt: torch.optim.Optimizer, model: WrappedModel, ctx: DistCon
     """Tie `opt` to the engine that runs `model`.
 
     Effects: updates opt, collective. Where the strategy has nothing to tie (one process, DDP) `opt` itself comes back
-    as it was, so that one script moves to any strategy.
+    as it was, so that one script moves to any strategy. With `DdpConfig(shard_optimizer=True)` another one comes back,
+    which shares the options and the states that `opt` had: make schedulers from that.
 
     Args:
         opt: Made from the parameters of `model`, after `wrap`.
@@ -194,7 +195,8 @@ def wrap_optimizer(opt: torch.optim.Optimizer, model: WrappedModel, ctx: DistCon
         The optimizer to step with.
 
     Raises:
-        OptimizerError: No parameter of `opt` belongs to `model`: it was made before `wrap`, or for another model.
+        OptimizerError: No parameter of `opt` belongs to `model`: it was made before `wrap`, or for another model. Or
+            its states are to be spread over ranks, and it looks at all parameters at once, or has a scheduler already.
 
     Examples:
         >>> from faccel.testing import fake_context

@@ -85,6 +85,9 @@ class DdpConfig:
         comm_hook: `"fp16"` or `"bf16"`: gradients travel in that dtype. `"powersgd"`: as thin matrices;
             `"fp16_powersgd"`, `"bf16_powersgd"`: both. None: as they are.
         powersgd: How PowerSGD compresses.
+        shard_optimizer: Whether the states of optimizers are spread over the data ranks (ZeRO-1), by torch's
+            `ZeroRedundancyOptimizer`: each rank steps for its share of the parameters and sends them to the others.
+            `state_dict` of what `wrap_optimizer` returns is collective then, and whole on every rank.
     """
 
     find_unused_parameters: bool = _option(False)
@@ -95,6 +98,7 @@ class DdpConfig:
     skip_all_reduce_unused_params: bool = _option(False)
     comm_hook: str | None = attrs.field(default=None, validator=_hook)
     powersgd: PowerSgdConfig = PowerSgdConfig()
+    shard_optimizer: bool = _option(False)
 
 
 @attrs.frozen(kw_only=True)

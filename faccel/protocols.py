@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import attrs
 import torch
 
+from faccel.errors import ConfigError
 from faccel.plan import Plan
 from faccel.tree import Tree
 
@@ -75,6 +76,15 @@ Run = Callable[..., Any]
 """`run(method, *args, **kwargs)`: calls a method of the model with the strategy's hooks and precision."""
 
 
+def no_join(engine: torch.nn.Module, states: Sequence[Any], ctx: Any) -> NoReturn:
+    """Refuse to train on uneven inputs: what `Parallelism.join` is where a strategy cannot."""
+    raise ConfigError(
+        "ranks can only end at different updates where they are replicas",
+        saw=str(ctx.mesh.spec),
+        fix='train on a loader with `tail="pad"` or `tail="drop"`',
+    )
+
+
 @attrs.frozen(eq=False)
 class Parallelism:
     """One way to run a model on the ranks of a mesh, as a value.
@@ -86,6 +96,9 @@ class Parallelism:
         sync: `sync(engine, on)`: a context in which gradients are reduced in this backward (`on`), or not yet.
         settle: `settle(engine, ctx)`: training pauses; makes what may differ between data ranks the same. Updates
             `engine`; collective.
+        join: `join(engine, states, ctx)`: a context that ranks may leave after different numbers of updates. Updates
+            `engine` and `states` (objects with `state_dict`), which are the same on all data ranks afterwards;
+            collective.
         run_window: `run_window(engine, losses, ctx) -> T[n]`: forward and backward of all micro-batches of a window
             together, where the strategy does not take them one by one; `losses` are functions from a callable model to
             a scaled loss, one for each. Updates `.grad`; collective.
@@ -96,4 +109,5 @@ class Parallelism:
     wrap_optimizer: Callable[[torch.optim.Optimizer, torch.nn.Module, Any], torch.optim.Optimizer]
     sync: Callable[[torch.nn.Module, bool], AbstractContextManager[None]]
     settle: Callable[[torch.nn.Module, Any], None]
+    join: Callable[[torch.nn.Module, Sequence[Any], Any], AbstractContextManager[None]] = no_join
     run_window: Callable[[Any, Sequence[Callable[[Callable[..., Any]], torch.Tensor]], Any], torch.Tensor] | None = None

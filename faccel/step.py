@@ -145,11 +145,11 @@ def _scale(window: list[Batch], weight: Weight, ctx: DistContext) -> torch.Tenso
     return torch.where(total > 0, spec.data_world_size * spec.cp / total, 0.0)
 
 
-def _uneven() -> DataError:
+def _uneven(or_else: str = "") -> DataError:
     return DataError(
         'a loader with `tail="uneven"` gives some ranks fewer batches, so training on it would hang',
         saw="a backward while such a loader is being read",
-        fix='write `faccel.shard(loader, ctx, tail="pad")` or `tail="drop"` for training',
+        fix='write `faccel.shard(loader, ctx, tail="pad")` or `tail="drop"` for training' + or_else,
     )
 
 
@@ -189,7 +189,8 @@ def scaled_backward(
     Raises:
         ModelError: The loss is not a scalar, or depends on no parameter.
         ScalerError: `scaler` is none.
-        DataError: A loader with an uneven tail is being read: ranks with fewer batches would leave the others waiting.
+        DataError: A loader with an uneven tail is being read outside of `join`: ranks with fewer batches would leave
+            the others waiting.
         RankFailedError: Another rank left, or failed before its backward; names it.
 
     Examples:
@@ -200,8 +201,8 @@ def scaled_backward(
         >>> w.grad
         tensor(1.5000)
     """
-    if ctx.uneven_iterations:
-        raise _uneven()
+    if ctx.uneven_iterations and not ctx.open_joins:
+        raise _uneven(", or train inside of `with faccel.join(model, opt, ctx)`, without `windows`")
     if not _is_loss(loss):
         raise _no_loss(loss)
     check_scaler(scaler)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import attrs
@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 from faccel.backends.alike import check_same, take_rank_0s
 from faccel.backends.forward import Methods, call_method, with_precision
+from faccel.backends.recompute import prepare
 from faccel.context import DistContext
-from faccel.errors import ModelError
+from faccel.errors import ConfigError, ModelError
 from faccel.plan import DdpConfig, Plan
 from faccel.protocols import DATA, Parallelism, Run
 
@@ -25,6 +26,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     check_same(module, ctx, DATA)
     if not any(p.requires_grad for p in module.parameters()):
         return _wrap_frozen(module, ctx)
+    prepare(module, plan)
     engine = _engine(module, plan.ddp, ctx)
 
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
@@ -62,6 +64,7 @@ def _engine(module: nn.Module, options: DdpConfig, ctx: DistContext) -> Distribu
     if not options.forward_sync_buffers:
         given |= _without_buffers(module, ctx)
     engine = DistributedDataParallel(Methods(module), process_group=group, **_NOT_TORCHS | given)
+    setattr(engine, _SHARDS_OPTIMIZER, options.shard_optimizer)  # for `_wrap_optimizer`
     if options.comm_hook is not None:
         from faccel.backends.hooks import register  # torch's hooks take long to import
 
@@ -69,7 +72,8 @@ def _engine(module: nn.Module, options: DdpConfig, ctx: DistContext) -> Distribu
     return engine
 
 
-_OURS = ("comm_hook", "powersgd", "forward_sync_buffers")
+_OURS = ("comm_hook", "powersgd", "forward_sync_buffers", "shard_optimizer")
+_SHARDS_OPTIMIZER = "_faccel_shard_optimizer"
 _DEFAULTS = DdpConfig()
 _NOT_TORCHS: dict[str, Any] = {"gradient_as_bucket_view": True}  # where our default is another than torch's
 
@@ -98,7 +102,11 @@ def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, Run]:
 
 
 def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:
-    return opt
+    if not getattr(engine, _SHARDS_OPTIMIZER, False):
+        return opt
+    from faccel.backends.zero import shard_optimizer  # torch's takes long to import
+
+    return shard_optimizer(opt, ctx)
 
 
 @contextmanager
@@ -122,4 +130,18 @@ def _settle(engine: nn.Module, ctx: DistContext) -> None:
         take_rank_0s(buffers, ctx, DATA)
 
 
-DDP = Parallelism("ddp", _wrap, _wrap_optimizer, _sync, _settle)
+def _join(engine: nn.Module, states: Sequence[Any], ctx: DistContext) -> AbstractContextManager[None]:
+    if not isinstance(engine, DistributedDataParallel):  # frozen: nobody waits for anybody
+        return nullcontext()
+    if getattr(engine, _SHARDS_OPTIMIZER, False):
+        raise ConfigError(
+            "a rank that has ended has no gradients to step its share of the parameters with",
+            saw="shard_optimizer=True",
+            fix='leave `shard_optimizer` out, or write `tail="pad"`',
+        )
+    from faccel.backends.uneven import joining
+
+    return joining(engine, states, ctx)
+
+
+DDP = Parallelism("ddp", _wrap, _wrap_optimizer, _sync, _settle, _join)

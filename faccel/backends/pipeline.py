@@ -333,4 +333,4 @@ def _sync(engine: nn.Module, on: bool) -> Any:  # noqa: FBT001 (Parallelism.sync
     raise ModelError("a pipeline reduces gradients by itself", saw=f"`grad_sync(model, on={on})`", fix=fix)
 
 
-PIPELINE = Parallelism("pipeline", _wrap, same_optimizer, _sync, settle, _run_window)
+PIPELINE = Parallelism("pipeline", _wrap, same_optimizer, _sync, settle, run_window=_run_window)

@@ -10,8 +10,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from faccel.backends.units import units_of
 from faccel.errors import ConfigError
 from faccel.plan import Checkpointing, Plan
+
+
+def prepare(module: nn.Module, plan: Plan) -> None:
+    """Checkpoint and compile what the plan says, for a strategy that has no other use for units. Updates `module`."""
+    if plan.checkpoint is not None or plan.compile is not None:
+        units = units_of(module, plan)
+        apply_checkpointing(units, plan.checkpoint)
+        apply_compile(module, units, plan)
 
 
 def apply_checkpointing(units: Mapping[str, nn.Module], options: Checkpointing | None) -> None:
@@ -52,10 +61,9 @@ def apply_compile(module: nn.Module, units: Mapping[str, nn.Module], plan: Plan)
     """Compile the units, or the whole, in place. Updates the modules; compilation happens at the first call."""
     if plan.compile is None:
         return
-    options: dict[str, Any] = {}
     if plan.checkpoint is not None and plan.checkpoint.memory_budget is not None:
         import torch._functorch.config as functorch
 
         functorch.activation_memory_budget = plan.checkpoint.memory_budget  # read when the graph is cut
     for each in units.values() if plan.compile == "units" else (module,):
-        each.compile(**options)
+        each.compile()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from faccel.backends.forward import call_method, with_precision
+from faccel.backends.recompute import prepare
 from faccel.context import DistContext
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, Run
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
+    prepare(module, plan)
     return module, with_precision(functools.partial(call_method, module), ctx)
 
 
@@ -30,4 +34,8 @@ def _settle(engine: nn.Module, ctx: DistContext) -> None:
     pass  # one process agrees with itself
 
 
-SINGLE = Parallelism("single", _wrap, _wrap_optimizer, _sync, _settle)
+def _join(engine: nn.Module, states: Sequence[Any], ctx: DistContext) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+SINGLE = Parallelism("single", _wrap, _wrap_optimizer, _sync, _settle, _join)

@@ -17,7 +17,8 @@ T = TypeVar("T")
 def together(fn: Callable[[], T], ctx: DistContext, what: str) -> list[T]:
     """Run `fn` on every rank and return all results in order; where one fails, every rank raises.
 
-    Effects: collective.
+    Effects: collective. `fn` may call `together` itself: an error on a rank that has not come so far ends that call
+    on the others, and this one on all.
 
     Raises:
         CheckpointError: Rank r could not do `what`; the rank itself has its own error as the cause.
@@ -26,7 +27,9 @@ def together(fn: Callable[[], T], ctx: DistContext, what: str) -> list[T]:
     result: T | None = None
     try:
         result = fn()
-    except Exception as error:  # whatever it is, the others must hear of it
+    except Exception as error:  # whatever it is, the others must hear of it, unless they have in a call inside
+        if getattr(error, _KNOWN, False):
+            raise
         own = error
     told = (own is None, result if own is None else _tell(own))
     outcomes = gather_objects(told, ctx, axis=WORLD)
@@ -47,11 +50,20 @@ def _raise_first(own: BaseException | None, outcomes: list[tuple[bool, Any]], ct
     if not failed:
         return
     if isinstance(own, FaccelError):
-        raise own
+        raise _known(own)
     if own is not None and ctx.world_size == 1:
-        raise as_checkpoint_error(own, what)
+        raise _known(as_checkpoint_error(own, what))
     rank, (saw, fix) = failed[0]
-    raise CheckpointError(f"rank {rank} could not {what}", saw=saw, fix=fix) from own
+    raise _known(CheckpointError(f"rank {rank} could not {what}", saw=saw, fix=fix)) from own
+
+
+def _known(error: FaccelError) -> FaccelError:
+    """Mark an error that every rank raises."""
+    setattr(error, _KNOWN, True)
+    return error
+
+
+_KNOWN = "_faccel_is_known_to_all"
 
 
 def as_checkpoint_error(error: BaseException, what: str) -> FaccelError:

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+import faccel
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -17,10 +19,10 @@ def torchrun(num_processes):
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
 
 
-def start(script, num_processes, cwd=ROOT, launcher=None, **env):
+def start(script, num_processes, cwd=ROOT, launcher=None, more=(), **env):
     launcher = launcher or (torchrun(num_processes) if num_processes else [sys.executable])
     out = subprocess.run(
-        [*launcher, str(script)],
+        [*launcher, str(script), *more],
         capture_output=True,
         text=True,
         check=False,
@@ -51,6 +53,27 @@ def test_digits_runs_under_open_mpi():
     lines = start("examples/digits.py", 2, launcher=launcher)
     assert last_number(lines, "accuracy") >= 0.97
     assert len(lines) == 13
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "meshes"), [
+    ("fsdp.py", ("dp_shard=2", "dp_replicate=2,dp_shard=2")), ("tensor_parallel.py", ("tp=2", "dp_shard=2,tp=2")),
+    ("pipeline.py", ("pp=2", "pp=2,dp_shard=2")), ("moe.py", ("dp_shard=2,ep=2",)),
+])  # fmt: skip
+def test_a_model_learns_the_same_on_every_mesh(script, meshes):
+    words = [f"examples/{script}", "--steps", "20"]
+    one = last_number(start(words[0], 0, more=words[1:]), "loss")
+    assert one < 4.0
+    for mesh in meshes:
+        count = str(faccel.MeshSpec.of(mesh).size)
+        launcher = [sys.executable, "-m", "faccel", "launch", "--cpu", "--nproc", count, "--mesh", mesh]
+        assert abs(last_number(start(words[0], 0, launcher=launcher, more=words[1:]), "loss") - one) < 2e-4
+
+
+def test_local_sgd_learns_on_two_processes():
+    launcher = [sys.executable, "-m", "faccel", "launch", "--cpu", "--nproc", "2"]
+    lines = start("examples/local_sgd.py", 0, launcher=launcher, more=["--steps", "40", "--every", "4"])
+    assert last_number(lines, "loss") < 3.5
 
 
 def test_accumulation_learns_the_same_on_any_number_of_processes():

@@ -68,7 +68,15 @@ def backward(s, ctx):
 
 
 # name -> what to call, and which things of the scene it may change
+HEADS = torch.ones(1, 2, 4, 2)
 CALLS = {
+    "attention": (lambda s, ctx: faccel.attention(HEADS, HEADS, HEADS, ctx, is_causal=True), set()),
+    "averaged": (lambda s, ctx: faccel.averaged({"x": s["x"]}, ctx), set()),
+    "context_parallel": (lambda s, ctx: faccel.context_parallel(ctx), set()),
+    "local_sgd": (lambda s, ctx: faccel.local_sgd(s["model"], ctx, step=1, every=2), set()),
+    "loss_parallel": (lambda s, ctx: faccel.loss_parallel(ctx), set()),
+    "plan_for": (lambda s, ctx: faccel.plan_for(s["net"], ctx), set()),
+    "split_sequence": (lambda s, ctx: faccel.split_sequence(s["x"], ctx), set()),
     "agree": (lambda s, ctx: faccel.agree(ctx, a=True), set()),
     "autocast": (lambda s, ctx: faccel.autocast(ctx), set()),
     "barrier": (lambda s, ctx: faccel.barrier(ctx), set()),
@@ -185,6 +193,7 @@ def test_every_function_without_effects_on_its_arguments_is_covered():
             "launch",
             "notebook_launch",
         ),  # process state is what they are for
+        "join",  # test_join.py compares what it leaves with a reference
         "pipeline_step",  # forward and backward, which test_parallel.py compares with one process
         *("seed_everything", "rng_state", "set_rng_state"),
         *("get_logger", "progress", "init_trackers", "log", "finish"),

@@ -1,0 +1,71 @@
+"""Train a small character model where the network is slow: ranks talk every K-th update, K times less than with DDP.
+
+python examples/local_sgd.py --steps 200
+faccel launch --cpu --nproc 2 examples/local_sgd.py --steps 200 --every 8
+"""
+
+import argparse
+from pydoc_data.topics import topics  # real English in every Python
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import faccel
+
+ROWS = 32  # rows per update over all processes
+LENGTH = 64  # characters per row
+WIDTH = 64
+LEARNING_RATE = 0.5
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(256, WIDTH)
+        self.rnn = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.out = nn.Linear(WIDTH, 256)
+
+    def forward(self, x):
+        return self.out(self.rnn(self.embed(x))[0])
+
+
+def main(ctx, steps, every):
+    text = torch.tensor(list("".join(topics[name] for name in sorted(topics)).encode()), device=ctx.device)
+    faccel.seed_everything(0, ctx)
+    model = faccel.wrap(Model(), ctx)
+    opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=LEARNING_RATE), model, ctx)
+    scaler = faccel.init_scaler(ctx)
+
+    num_bytes = 0
+    for step in range(1, steps + 1):
+        # Every process draws the rows of all of them, and reads its own.
+        starts = torch.randint(len(text) - LENGTH, (ROWS,), generator=faccel.fold_in(0, step))
+        rows = torch.stack(
+            [text[i : i + LENGTH + 1] for i in starts.chunk(ctx.data_world_size)[ctx.data_rank].tolist()]
+        )
+
+        # Gradients stay with the process that computed them, and so do its steps, ...
+        with faccel.grad_sync(model, on=False):
+            loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+            scaler = faccel.scaled_backward(loss, scaler, ctx)
+        _, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
+
+        # ... until all replicas become their mean.
+        info = faccel.local_sgd(model, ctx, step=step, every=every)
+        num_bytes += info.num_bytes
+        if step % 50 == 0:
+            mean = faccel.reduce(loss.detach(), ctx, op="mean")
+            faccel.print(f"step {step:4d}  loss {mean:.4f}  sent {num_bytes / 1e6:.1f} MB", ctx=ctx)
+    faccel.local_sgd(model, ctx, step=steps, every=1)  # what is evaluated or saved is one model
+    mean = faccel.reduce(loss.detach(), ctx, op="mean")
+    faccel.print(f"loss {mean:.4f}", ctx=ctx)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--every", type=int, default=8)
+    options = parser.parse_args()
+    with faccel.init() as ctx:
+        main(ctx, options.steps, options.every)

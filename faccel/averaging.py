@@ -1,0 +1,161 @@
+"""Local SGD: replicas that train on their own and are averaged now and then (Stich, 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import attrs
+import torch
+
+from faccel.comm.tensors import tensor_leaves
+from faccel.context import DistContext
+from faccel.effects import COLLECTIVE, effectful, updates
+from faccel.errors import ConfigError
+from faccel.model import WrappedModel, unwrap
+from faccel.protocols import DATA
+from faccel.tree import reject
+
+
+@attrs.frozen
+class SyncInfo:
+    """What one `local_sgd` did.
+
+    Args:
+        synced: Whether parameters were averaged, so that all data ranks hold the same now.
+        num_bytes: How much this rank put into all-reduces; 0 on one process.
+    """
+
+    synced: bool
+    num_bytes: int
+
+
+@effectful(COLLECTIVE)
+def averaged(
+    params: Mapping[str, torch.Tensor], ctx: DistContext, *, bucket_cap_mb: float = 25.0
+) -> dict[str, torch.Tensor]:
+    """Return the mean of every data rank's `params`.
+
+    Effects: collective. Every rank must call it, with the same names, shapes and dtypes. One all-reduce per bucket.
+
+    Args:
+        params: Floating point tensors by name: this replica's.
+        ctx: The world; its mesh has replicas only.
+        bucket_cap_mb: Size of the buckets in which tensors of one dtype travel, in MB; a larger tensor has its own.
+
+    Returns:
+        The same names, shapes and dtypes, equal on every rank. Always fresh: `params` are neither written nor aliased,
+        even when there is one rank.
+
+    Raises:
+        ConfigError: The mesh shares parameters between ranks, or `bucket_cap_mb` is not positive.
+        DesyncError: Ranks sent other tensors (on the CPU; see `reduce`).
+        TreeError: A value is not a dense floating point tensor; names it.
+
+    Examples:
+        >>> from faccel.testing import simulate
+        >>> simulate(lambda ctx: averaged({"w": torch.tensor([1.0, ctx.rank])}, ctx), 2)[0]
+        {'w': tensor([1.0000, 0.5000])}
+    """
+    means = {name: mean for bucket in _buckets(params, ctx, bucket_cap_mb) for name, mean in bucket.items()}
+    return {name: means[name].clone() for name in params}  # of their own: none keeps a whole bucket alive
+
+
+def _buckets(
+    params: Mapping[str, torch.Tensor], ctx: DistContext, bucket_cap_mb: float
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the means bucket by bucket, as views of what was reduced, in the same order on every rank."""
+    _check_replicas(ctx)
+    if not bucket_cap_mb > 0:
+        raise ConfigError("`bucket_cap_mb` must be positive", saw=str(bucket_cap_mb), fix="leave it out for 25 MB")
+    by_name = {name: params[name] for name in sorted(params)}  # ranks may have filled a mapping in another order
+    leaves, _ = tensor_leaves(by_name, ctx)
+    for i, leaf in enumerate(leaves):
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            raise reject(by_name, i, "only floating point tensors have a mean of their dtype", "leave it out")
+    named = dict(zip(by_name, leaves, strict=True))
+    for names in _packed(named, bucket_cap_mb * 2**20):
+        members = {name: named[name] for name in names}
+        ctx.comm.announce("local_sgd", members)
+        flat = torch.cat([each.reshape(-1) for each in members.values()])
+        mean = ctx.comm.all_reduce(flat, "sum", DATA).div_(ctx.data_world_size)
+        parts = mean.split([each.numel() for each in members.values()])
+        yield {name: part.view(members[name].shape) for name, part in zip(members, parts, strict=True)}
+
+
+def _packed(named: Mapping[str, torch.Tensor], max_bytes: float) -> list[list[str]]:
+    """Return the names of each bucket: neighbours of one dtype, as many as fit."""
+    buckets: list[list[str]] = []
+    for dtype in sorted({each.dtype for each in named.values()}, key=str):
+        room = -1.0
+        for name, each in named.items():
+            if each.dtype != dtype:
+                continue
+            if each.nbytes > room:
+                buckets.append([])
+                room = max_bytes
+            buckets[-1].append(name)
+            room -= each.nbytes
+    return buckets
+
+
+def _check_replicas(ctx: DistContext) -> None:
+    spec = ctx.mesh.spec
+    if spec.size != spec.dp_replicate:
+        raise ConfigError(
+            "only replicas can be averaged, and this mesh shares parameters or work between its ranks",
+            saw=str(spec),
+            fix=f"use `mesh=faccel.MeshSpec(dp_replicate={spec.size})`, or train without `local_sgd`",
+        )
+
+
+@effectful(updates("model"), COLLECTIVE)
+def local_sgd(model: WrappedModel, ctx: DistContext, *, step: int, every: int, bucket_cap_mb: float = 25.0) -> SyncInfo:
+    """Average the parameters of `model` over the data ranks where `step` is a multiple of `every`.
+
+    Effects: updates model, collective. On other steps it communicates nothing and changes nothing. Every rank must call
+    it with the same `step` and `every`.
+
+    Between two averages each rank trains on its own: put forward and backward into `grad_sync(model, on=False)`.
+    Parameters that require no gradient are left out, as are buffers and the states of optimizers, which stay each
+    rank's own. Evaluate and save after an average: before it, ranks hold different models.
+
+    Args:
+        model: From `wrap`.
+        ctx: The world; its mesh has replicas only.
+        step: How many updates are done; 1 after the first.
+        every: Updates from one average to the next. 1 with plain SGD is what DDP computes.
+        bucket_cap_mb: As in `averaged`.
+
+    Raises:
+        ConfigError: The mesh shares parameters between ranks, or `step`, `every` or `bucket_cap_mb` is not positive.
+        ModelError: `model` is not wrapped.
+        DesyncError: As in `averaged`.
+
+    Examples:
+        >>> from faccel.model import grad_sync, wrap
+        >>> from faccel.testing import fake_context
+        >>> ctx = fake_context(0, 1)
+        >>> model = wrap(torch.nn.Linear(2, 1), ctx)
+        >>> opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> for step in range(1, 5):
+        ...     with grad_sync(model, on=False):
+        ...         model(torch.zeros(3, 2)).sum().backward()
+        ...     opt.step()
+        ...     info = local_sgd(model, ctx, step=step, every=4)
+        >>> info
+        SyncInfo(synced=True, num_bytes=0)
+    """
+    params = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
+    _check_replicas(ctx)
+    for name, value in (("step", step), ("every", every)):
+        if value < 1:
+            fix = "count updates that are done, from 1 on" if name == "step" else "write `every=1` or more"
+            raise ConfigError(f"`{name}` must be positive", saw=f"{name}={value}", fix=fix)
+    if step % every:
+        return SyncInfo(synced=False, num_bytes=0)
+    with torch.no_grad():
+        for bucket in _buckets(params, ctx, bucket_cap_mb):
+            for name, mean in bucket.items():
+                params[name].copy_(mean)
+    is_sent = ctx.data_world_size > 1
+    return SyncInfo(synced=True, num_bytes=sum(p.nbytes for p in params.values()) if is_sent else 0)

@@ -1,0 +1,252 @@
+"""Optimizer states that are spread over the data ranks (ZeRO-1): simulated, and over gloo."""
+
+import pytest
+import torch
+from torch import nn
+
+import faccel
+from faccel.errors import CheckpointError, OptimizerError
+from faccel.testing import assert_replicated, fake_context, simulate
+from tests.models import loss_of, model, tokens
+from tests.ranks import run_ranks
+
+ROWS, STEPS = 8, 5
+ZERO, PLAIN = (faccel.DdpConfig(shard_optimizer=on) for on in (True, False))
+OPTIMIZERS = {
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=1e-2, amsgrad=True),
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=1e-1, momentum=0.9, nesterov=True),
+    "Adagrad": lambda groups: torch.optim.Adagrad(groups, lr=1e-2, initial_accumulator_value=0.1),
+    "foreach": lambda groups: torch.optim.Adam(groups, lr=1e-2, foreach=True),
+}
+
+
+def groups_of(net):
+    """Weights decay, biases and norms do not; the last group is smaller than a world."""
+    named = dict(net.named_parameters())
+    matrices = [p for name, p in named.items() if p.ndim == 2]
+    rest = [p for name, p in named.items() if p.ndim < 2 and name != "norm.bias"]
+    return [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": rest, "weight_decay": 0.0},
+        {"params": [named["norm.bias"]], "lr": 1e-3, "weight_decay": 0.0},
+    ]
+
+
+def make(ctx, ddp, optimizer="AdamW"):
+    net = faccel.wrap(model(), ctx, plan=faccel.Plan(ddp=ddp))
+    opt = faccel.wrap_optimizer(OPTIMIZERS[optimizer](groups_of(net)), net, ctx)
+    return {"model": net, "opt": opt, "schedule": torch.optim.lr_scheduler.StepLR(opt, 2, gamma=0.5)}
+
+
+def run(ctx, state, steps):
+    scaler, norms = faccel.init_scaler(ctx), []
+    net, opt, schedule = state["model"], state["opt"], state["schedule"]
+    for step in steps:
+        rows = tokens(ROWS, seed=step).chunk(ctx.data_world_size)[ctx.data_rank]
+        scaler = faccel.scaled_backward(loss_of(net(rows[:, :-1]), rows[:, 1:]), scaler, ctx)
+        info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=0.5, scheduler=schedule)
+        norms.append(info.grad_norm)
+    assert_replicated(dict(net.named_parameters()), ctx)
+    return {name: p.detach().clone() for name, p in net.named_parameters()} | {"norms": torch.stack(norms)}
+
+
+def train(ctx, ddp, optimizer="AdamW"):
+    return run(ctx, make(ctx, ddp, optimizer), range(STEPS))
+
+
+def check_equal(got, expected):
+    assert got.keys() == expected.keys()
+    for name in got:
+        assert torch.equal(got[name], expected[name]), name
+
+
+def check_close(got, expected, atol=1e-12):
+    assert got.keys() == expected.keys()
+    assert max((got[name] - expected[name]).abs().max().item() for name in got) < atol
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_spread_states_train_as_whole_ones_do_to_the_bit(world_size, optimizer):
+    rows = [simulate(train, world_size, ddp, optimizer) for ddp in (ZERO, PLAIN)]
+    for got, expected in zip(*rows, strict=True):
+        check_equal(got, expected)
+
+
+def test_processes_do_what_a_simulation_does_and_one_process_computes():
+    alone = train(fake_context(0, 1), ZERO)
+    for real, simulated in zip(run_ranks(train, 2, ZERO), simulate(train, 2, ZERO), strict=True):
+        check_equal(real, simulated)
+        check_close(real, alone)
+
+
+def num_elements(ctx, ddp):
+    state = make(ctx, ddp)
+    run(ctx, state, range(2))
+    opt = getattr(state["opt"], "optim", state["opt"])
+    return sum(x.numel() for each in opt.state.values() for x in each.values())
+
+
+def test_each_rank_keeps_its_share_of_the_states():
+    whole = num_elements(fake_context(0, 1), PLAIN)
+    parts = simulate(num_elements, 4, ZERO)
+    assert sum(parts) == whole
+    assert max(parts) < 0.3 * whole
+
+
+def test_one_process_and_frozen_models_keep_their_optimizer():
+    ctx = fake_context(0, 1)
+    net = faccel.wrap(nn.Linear(2, 1), ctx, plan=faccel.Plan(ddp=ZERO))
+    opt = torch.optim.AdamW(net.parameters())
+    assert faccel.wrap_optimizer(opt, net, ctx) is opt
+
+    def fn(ctx):
+        net = faccel.wrap(nn.Linear(2, 1).requires_grad_(False), ctx, plan=faccel.Plan(ddp=ZERO))
+        opt = torch.optim.AdamW(net.parameters())
+        assert faccel.wrap_optimizer(opt, net, ctx) is opt
+
+    simulate(fn, 2)
+
+
+def test_the_optimizer_that_was_given_is_left_as_it_was():
+    def fn(ctx):
+        net = faccel.wrap(nn.Linear(2, 3), ctx, plan=faccel.Plan(ddp=ZERO))
+        opt = torch.optim.Adagrad(net.named_parameters(), lr=0.1)
+        before = opt.state_dict()
+        sharded = faccel.wrap_optimizer(opt, net, ctx)
+        net(torch.ones(1, 2)).sum().backward()
+        sharded.step()
+        sharded.param_groups[0]["lr"] = 1.0
+        assert [p is q for p, q in zip(opt.param_groups[0]["params"], net.parameters(), strict=True)] == [True, True]
+        assert opt.state_dict()["param_groups"] == before["param_groups"]
+
+    simulate(fn, 2)
+
+
+def wrapped_late(ctx, ddp):
+    """Step with the optimizer itself before it is tied to the engine."""
+    net = faccel.wrap(model(), ctx, plan=faccel.Plan(ddp=ddp))
+    opt = OPTIMIZERS["SGD"](groups_of(net))
+    for update in range(STEPS):
+        opt = faccel.wrap_optimizer(opt, net, ctx) if update == 2 else opt
+        rows = tokens(ROWS, seed=update).chunk(ctx.data_world_size)[ctx.data_rank]
+        opt.zero_grad()
+        loss_of(net(rows[:, :-1]), rows[:, 1:]).backward()
+        opt.step()
+    return dict(net.named_parameters())
+
+
+def test_states_that_an_optimizer_has_already_are_shared_out():
+    for got, expected in zip(simulate(wrapped_late, 2, ZERO), simulate(wrapped_late, 2, PLAIN), strict=True):
+        check_equal(got, expected)
+
+
+def resumed(ctx, path, layouts):
+    """Save in one layout after 3 steps, go on in another."""
+    state = make(ctx, layouts[0])
+    run(ctx, state, range(3))
+    faccel.save(path, state, ctx, step=3)
+    again = faccel.load(path, make(ctx, layouts[1]), ctx)
+    return run(ctx, again, range(3, STEPS))
+
+
+@pytest.mark.parametrize("layouts", [(ZERO, ZERO), (ZERO, PLAIN), (PLAIN, ZERO)], ids=["both", "saved", "loaded"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_resumed_run_is_the_same_run_with_spread_and_with_whole_states(tmp_path, world_size, layouts):
+    def fn(ctx):
+        state = make(ctx, PLAIN)
+        run(ctx, state, range(3))
+        return run(ctx, state, range(3, STEPS))
+
+    for got, expected in zip(simulate(resumed, world_size, tmp_path, layouts), simulate(fn, world_size), strict=True):
+        check_equal(got, expected)
+
+
+def load_and_go_on(ctx, path):
+    return run(ctx, faccel.load(path, make(ctx, ZERO), ctx), range(3, STEPS))
+
+
+def test_any_world_size_loads_what_another_saved(tmp_path):
+    first = simulate(resumed, 2, tmp_path, (ZERO, ZERO))[0]
+    for world_size in (1, 4):
+        check_close(simulate(load_and_go_on, world_size, tmp_path)[0], first)
+
+
+def test_processes_save_and_load(tmp_path):
+    real = run_ranks(resumed, 2, tmp_path / "real", (ZERO, ZERO))
+    simulated = simulate(resumed, 2, tmp_path / "simulated", (ZERO, ZERO))
+    check_equal(real[1], simulated[1])
+
+
+def test_a_state_is_whole_on_every_rank_and_loading_leaves_the_argument_alone():
+    def fn(ctx):
+        state = make(ctx, ZERO)
+        run(ctx, state, range(2))
+        whole = state["opt"].state_dict()
+        assert sorted(whole["state"]) == list(range(36))
+        assert state["opt"]._all_state_dicts == []  # the others' parts do not stay
+        before = {i: {name: x.clone() for name, x in each.items()} for i, each in whole["state"].items()}
+        again = make(ctx, ZERO)["opt"]
+        again.load_state_dict(whole)
+        for i, each in before.items():
+            for name, x in each.items():
+                assert torch.equal(whole["state"][i][name], x)
+        back = again.state_dict()
+        assert all(torch.equal(back["state"][i][n], x) for i, each in before.items() for n, x in each.items())
+        assert back["param_groups"] == whole["param_groups"]
+        return before
+
+    for ours in simulate(fn, 2):
+        for each, expected in zip(ours.values(), simulate(plain_state, 2)[0].values(), strict=True):
+            check_equal(each, expected)
+
+
+def plain_state(ctx):
+    state = make(ctx, PLAIN)
+    run(ctx, state, range(2))
+    return state["opt"].state_dict()["state"]
+
+
+def test_a_state_of_other_groups_is_refused():
+    def fn(ctx):
+        state = make(ctx, ZERO)
+        whole = state["opt"].state_dict()
+        whole["param_groups"] = whole["param_groups"][:2]
+        with pytest.raises(OptimizerError, match="groups"):
+            state["opt"].load_state_dict(whole)
+
+    simulate(fn, 2)
+
+
+class Broken:
+    def state_dict(self):
+        raise KeyError("mine")
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize("bad_first", [True, False])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_on_one_rank_reaches_the_others_around_a_collective_state(tmp_path, bad_first, rank):
+    def fn(ctx):
+        state = make(ctx, ZERO)
+        bad = {"bad": Broken() if ctx.rank == rank else 0}
+        with pytest.raises(CheckpointError):
+            faccel.save(tmp_path, bad | state if bad_first else state | bad, ctx, step=1)
+        faccel.save(tmp_path, state, ctx, step=1)
+
+    simulate(fn, 2)
+
+
+def test_what_cannot_be_spread_is_refused():
+    def fn(ctx):
+        net = faccel.wrap(nn.Linear(2, 1), ctx, plan=faccel.Plan(ddp=ZERO))
+        with pytest.raises(OptimizerError, match="LBFGS"):
+            faccel.wrap_optimizer(torch.optim.LBFGS(net.parameters()), net, ctx)
+        opt = torch.optim.SGD(net.parameters(), lr=0.1)
+        torch.optim.lr_scheduler.StepLR(opt, 2)
+        with pytest.raises(OptimizerError, match="scheduler"):
+            faccel.wrap_optimizer(opt, net, ctx)
+
+    simulate(fn, 2)
