@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard
 
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
@@ -60,7 +59,7 @@ def shard_experts(
         ctx: The world.
     """
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     sharing = mesh["dp_replicate", "ep_storage"] if ctx.mesh.spec.dp_replicate > 1 else mesh["ep_storage"]
     size = mesh["ep_storage"].size()

@@ -91,6 +91,15 @@ def test_touching_every_public_name_imports_nothing_heavy():
     assert (out.stdout, out.stderr) == ("[]\n", "")
 
 
+def test_init_imports_no_engine():
+    code = (
+        "import sys, faccel; faccel.init(env={});"
+        "print([m for m in ('torch.distributed.tensor', 'torch.distributed.fsdp', 'tensordict', 'torch._dynamo')"
+        " if m in sys.modules])"
+    )
+    assert run("-c", code).stdout == "[]\n"
+
+
 def test_the_command_line_shows_where_each_value_comes_from():
     from click.testing import CliRunner
 
