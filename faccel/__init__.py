@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from faccel.data.order import Cursor as Cursor
     from faccel.data.source import Batch as Batch
     from faccel.experts import MoE as MoE
+    from faccel.in_backward import step_in_backward as step_in_backward
     from faccel.joining import join as join
     from faccel.launching.call import launch as launch
     from faccel.launching.call import notebook_launch as notebook_launch
@@ -126,6 +127,7 @@ _HOMES = {
     "faccel.data.source": ("Batch",),
     "faccel.console": ("get_logger", "print", "progress"),
     "faccel.experts": ("MoE",),
+    "faccel.in_backward": ("step_in_backward",),
     "faccel.joining": ("join",),
     "faccel.launching.call": ("launch", "notebook_launch"),
     "faccel.mesh": ("MeshSpec",),

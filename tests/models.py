@@ -39,8 +39,10 @@ class Embed(nn.Module):
     def reset_parameters(self):
         nn.init.normal_(self.position, std=0.25)
 
-    def forward(self, tokens):
-        return self.token(tokens) + self.position[: tokens.shape[1]]
+    def forward(self, tokens, positions=None):
+        return self.token(tokens) + (
+            self.position[: tokens.shape[1]] if positions is None else self.position[positions]
+        )
 
 
 class CharModel(nn.Module):
@@ -53,8 +55,8 @@ class CharModel(nn.Module):
         if tied:
             self.head.weight = self.embed.token.weight
 
-    def forward(self, tokens):
-        x = self.embed(tokens)
+    def forward(self, tokens, positions=None):
+        x = self.embed(tokens, positions)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))

@@ -33,14 +33,24 @@ def train(ctx, plan=None, *, dtype=torch.float64, accum=4, rows=16, steps=3, tie
     loader = faccel.shard(DataLoader(data, rows // accum // ctx.data_world_size), ctx)
     losses, norms, grads = [], [], []
     for window in faccel.windows(loader, ctx, size=accum):
-        found, scaler = faccel.pipeline_step(
-            lambda net, batch: loss_of(net(batch[:, :-1]), batch[:, 1:]), wrapped, window, scaler, ctx
-        )
-        losses += faccel.reduce(found, ctx, op="mean").tolist()
+        with faccel.context_parallel(ctx):
+            found, scaler = faccel.pipeline_step(
+                lambda net, batch: loss_fn(net, batch, ctx), wrapped, window, scaler, ctx
+            )
+        losses += faccel.reduce(found, ctx, op="mean", axis="loss").tolist()
         grads.append({name: full(p.grad) for name, p in wrapped.named_parameters() if p.grad is not None})
         info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=0.1)
         norms.append(info.grad_norm.item())
     return Trained(losses, norms, grads, {name: full(p) for name, p in wrapped.named_parameters()})
+
+
+def loss_fn(net, batch, ctx):
+    x, y = batch[:, :-1], batch[:, 1:]
+    if ctx.mesh.spec.cp == 1:
+        return loss_of(net(x), y)
+    positions = torch.arange(x.shape[1]).expand_as(x)
+    x, y, positions = faccel.split_sequence((x, y, positions), ctx)
+    return loss_of(net(x.contiguous(), positions), y)
 
 
 def plan_of(mesh, **options):

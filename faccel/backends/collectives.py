@@ -15,8 +15,8 @@ import torch.distributed as dist
 from faccel.backends.roll_call import RollCall
 from faccel.comm.pack import describe
 from faccel.errors import ConfigError, DesyncError, FaccelError, RankFailedError, WorldError, nearest
-from faccel.mesh import AXES
-from faccel.protocols import DATA, WORLD
+from faccel.mesh import AXES, VIEWS
+from faccel.protocols import WORLD
 from faccel.tree import Tree, flatten, paths
 from faccel.whereabouts import call_site
 
@@ -45,7 +45,7 @@ def _first_sentence(error: RuntimeError) -> str:
 class SingleCollectives:
     """The communication of a world of one: copies."""
 
-    axes: tuple[str, ...] = (WORLD, DATA, *AXES)
+    axes: tuple[str, ...] = (WORLD, *VIEWS, *AXES, "ep", "ep_storage")
 
     def _check(self, axis: str) -> None:
         if axis not in self.axes:

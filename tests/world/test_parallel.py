@@ -11,9 +11,10 @@ from tests.models import TENSOR, CharModel, loss_of, model, tokens
 from tests.training import CHAIN, differences, full, plan_of, train
 
 FOUR = ("dp_replicate=4", "dp_shard=4", "dp_replicate=2,dp_shard=2", "tp=4", "dp_shard=2,tp=2", "dp_replicate=2,tp=2",
-        "pp=4", "pp=2,dp_shard=2", "pp=2,dp_replicate=2", "pp=2,tp=2")  # fmt: skip
+        "pp=4", "pp=2,dp_shard=2", "pp=2,dp_replicate=2", "pp=2,tp=2", "cp=4", "dp_shard=2,cp=2", "dp_replicate=2,cp=2",
+        "cp=2,tp=2", "pp=2,cp=2")  # fmt: skip
 EIGHT = ("dp_shard=8", "dp_replicate=2,dp_shard=2,tp=2", "pp=2,dp_shard=2,tp=2", "pp=2,dp_replicate=2,dp_shard=2",
-         "dp_shard=2,tp=4", "pp=4,dp_shard=2")  # fmt: skip
+         "dp_shard=2,tp=4", "pp=4,dp_shard=2", "dp_shard=2,cp=2,tp=2", "pp=2,cp=2,tp=2")  # fmt: skip
 PLAN = faccel.Plan
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own advice on layouts
 
