@@ -99,12 +99,11 @@ def _packed(named: Mapping[str, torch.Tensor], max_bytes: float) -> list[list[st
 
 
 def _check_replicas(ctx: DistContext) -> None:
-    spec = ctx.mesh.spec
-    if spec.size != spec.dp_replicate:
+    if not ctx.is_replicated:
         raise ConfigError(
             "only replicas can be averaged, and this mesh shares parameters or work between its ranks",
-            saw=str(spec),
-            fix=f"use `mesh=faccel.MeshSpec(dp_replicate={spec.size})`, or train without `local_sgd`",
+            saw=str(ctx.mesh.spec),
+            fix=f"use `mesh=faccel.MeshSpec(dp_replicate={ctx.world_size})`, or train without `local_sgd`",
         )
 
 

@@ -124,6 +124,8 @@ class DistContext:
     world_size: int = attrs.field(init=False)
     data_rank: int = attrs.field(init=False)
     data_world_size: int = attrs.field(init=False)
+    is_replicated: bool = attrs.field(init=False, repr=False)
+    """Whether every rank has whole models and gradients: one process, or replicas."""
 
     def __attrs_post_init__(self) -> None:
         spec, rank = self.mesh.spec, self.topology.rank
@@ -132,6 +134,7 @@ class DistContext:
             ("world_size", self.topology.world_size),
             ("data_rank", spec.data_rank(rank)),
             ("data_world_size", spec.data_world_size),
+            ("is_replicated", spec.size == spec.dp_replicate),
         ):
             object.__setattr__(self, name, value)
 

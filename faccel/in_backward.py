@@ -51,7 +51,7 @@ def step_in_backward(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> A
     if ctx.config.mixed_precision == "fp16":
         fix = 'use `mixed_precision="bf16"`, or `faccel.optimizer_step`'
         raise ConfigError("fp16 decides about an update when it has seen all gradients", saw="fp16", fix=fix)
-    if spec.size > 1 and (spec.pp > 1 or spec.size == spec.dp_replicate):
+    if spec.size > 1 and (spec.pp > 1 or ctx.is_replicated):
         fix = "use a mesh with `dp_shard`, or `faccel.optimizer_step`"
         raise ConfigError("this mesh has no gradients of single parameters in backward", saw=str(spec), fix=fix)
     own = {id(p) for p in model.parameters()}

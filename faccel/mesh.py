@@ -160,9 +160,14 @@ class MeshSpec:
             holders = self.peers(rank, "storage")
             block, place = divmod(holders.index(rank), self.ep)
             return holders[block * self.ep :][: self.ep] if view == "ep" else holders[place :: self.ep]
-        axes = VIEWS.get(view, (view,))
-        mine = {axis: at for axis, at in self.coordinates(rank).items() if axis not in axes}
-        return tuple(r for r in range(self.size) if mine.items() <= self.coordinates(r).items())
+        place, ranks, stride = self.coordinates(rank), [rank], 1
+        for axis in reversed(AXES):  # the fastest varying first
+            extent = getattr(self, axis)
+            if axis in VIEWS.get(view, (view,)):
+                first = place[axis] * stride
+                ranks = [r - first + i * stride for i in range(extent) for r in ranks]
+            stride *= extent
+        return tuple(ranks)
 
     def table(self) -> str:
         """Return each axis and view with its extent and the groups of ranks that it joins, a line each.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -15,14 +15,14 @@ from faccel.errors import ConfigError, OptimizerError
 from faccel.tree import is_dtensor, local
 
 
-def parameters_with_gradients(opt: Optimizer) -> list[torch.Tensor]:
+def parameters_with_gradients(opt: Optimizer, ctx: DistContext) -> list[torch.Tensor]:
     """Return the parameters of `opt` that a gradient has reached.
 
     Raises:
-        OptimizerError: There is none.
+        OptimizerError: There is none; a stage of a pipeline may have none.
     """
     found = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
-    if not found:
+    if not found and ctx.mesh.spec.pp == 1:
         raise OptimizerError(
             "no gradient has reached a parameter of this optimizer",
             saw=f"{sum(len(g['params']) for g in opt.param_groups)} parameters, all with `.grad` None",
@@ -80,15 +80,22 @@ def clip_(
     Returns:
         The norm from before clipping, 0-d; None where `norm` is.
     """
-    grads = [p.grad for p in params if p.grad is not None]
+    if ctx.is_replicated:
+        return _clip(params, norm, value, get_total_norm)
     counted = [p.grad for p in params if p.grad is not None and not hasattr(p, "_faccel_name")]
-    parts: Any = [_Part(local(grad)) for grad in grads]
+    parts: Any = [_Part(local(p.grad)) for p in params if p.grad is not None]
+    return _clip(parts, norm, value, lambda _: total_norm(counted, ctx))
+
+
+def _clip(
+    params: Any, norm: float | None, value: float | None, measure: Callable[[list[torch.Tensor]], torch.Tensor]
+) -> torch.Tensor | None:
     total = None
     if norm is not None:
-        total = total_norm(counted, ctx)
-        clip_grads_with_norm_(parts, norm, total)
+        total = measure([p.grad for p in params if p.grad is not None])
+        clip_grads_with_norm_(params, norm, total)
     if value is not None:
-        clip_grad_value_(parts, value)
+        clip_grad_value_(params, value)
     return total
 
 
@@ -98,17 +105,20 @@ def total_norm(grads: Sequence[torch.Tensor], ctx: DistContext) -> torch.Tensor:
     torch's own is wrong or fails where gradients lie on several meshes. One all-reduce of a few numbers for each axis
     over which some gradient is spread.
     """
-    if not any(is_dtensor(grad) for grad in grads):
-        return get_total_norm(grads)
     groups: dict[tuple[str, ...], list[torch.Tensor]] = {}
     for grad in grads:
         groups.setdefault(_spread_over(grad), []).append(local(grad))
-    squares = torch.stack([get_total_norm(parts).to(ctx.device).square() for parts in groups.values()])
+    if not groups:  # a stage of a pipeline in which nothing is trained
+        squares = torch.zeros(1, device=ctx.device)
+    else:
+        squares = torch.stack([get_total_norm(parts).to(ctx.device).square() for parts in groups.values()])
     for axis in sorted({axis for axes in groups for axis in axes}):
         here = [i for i, axes in enumerate(groups) if axis in axes]
         squares[here] = ctx.comm.all_reduce(squares[here], "sum", axis)
     square = squares.sum()
-    return (square if ctx.mesh.spec.pp == 1 else ctx.comm.all_reduce(square, "sum", "pp")).sqrt()
+    if ctx.mesh.spec.pp > 1:
+        square = ctx.comm.all_reduce(square.double(), "sum", "pp").to(square.dtype)
+    return square.sqrt()
 
 
 def _spread_over(grad: Any) -> tuple[str, ...]:

@@ -183,6 +183,6 @@ def unscale_(grads: Iterable[torch.Tensor], scale: float, ctx: DistContext) -> b
         torch._amp_foreach_non_finite_check_and_unscale_(members, found, inverse)  # pyright: ignore[reportPrivateUsage]
         overflows.append(found)
     found = torch.stack([each.to(ctx.device) for each in overflows]).amax() if overflows else torch.zeros(())
-    if ctx.mesh.spec.size != ctx.mesh.spec.dp_replicate:
+    if not ctx.is_replicated:
         found = ctx.comm.all_reduce(found.to(ctx.device), "max", WORLD)
     return not found.item()

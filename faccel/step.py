@@ -356,7 +356,7 @@ def optimizer_step(
         (tensor(3.), False, None)
     """
     check_scaler(scaler)
-    params = parameters_with_gradients(opt)
+    params = parameters_with_gradients(opt, ctx)
     scale = scaler.scale_of_gradients(opt)
     check_limits(clip_norm, clip_value)
     schedulers = () if scheduler is None else _schedulers(scheduler)

@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from faccel.errors import ConfigError
-from faccel.mesh import AXES, MeshSpec
+from faccel.mesh import AXES, VIEWS, MeshSpec
 
 
 def test_coordinates_number_every_rank_once_last_axis_fastest():
@@ -39,3 +39,20 @@ def test_it_is_read_from_text_and_mappings():
     for bad in (0, -2, "2", True):
         with pytest.raises(ConfigError):
             MeshSpec(tp=bad)
+
+
+def test_peers_differ_in_the_axes_of_a_view_alone_and_cost_nothing_for_the_others():
+    spec = MeshSpec(dp_replicate=2, dp_shard=3, cp=2, tp=2, pp=2, ep=3)
+    for view in (*AXES, *VIEWS):
+        axes = VIEWS.get(view, (view,))
+        for rank in range(spec.size):
+            same = {axis: at for axis, at in spec.coordinates(rank).items() if axis not in axes}
+            slow = tuple(r for r in range(spec.size) if same.items() <= spec.coordinates(r).items())
+            assert spec.peers(rank, view) == slow
+    for rank in range(spec.size):
+        holders = spec.peers(rank, "storage")
+        assert rank in spec.peers(rank, "ep")
+        assert set(spec.peers(rank, "ep")) & set(spec.peers(rank, "ep_storage")) == {rank}
+        assert len(spec.peers(rank, "ep")) * len(spec.peers(rank, "ep_storage")) == len(holders)
+    huge = MeshSpec(dp_replicate=10**6, dp_shard=8, tp=8)
+    assert huge.peers(64 * 999_999 + 9, "tp") == tuple(range(64 * 999_999 + 8, 64 * 999_999 + 16))
