@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -63,9 +62,13 @@ def step_in_backward(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> A
 
 @contextmanager
 def _stepping(opt: Optimizer) -> Generator[None]:
+    # a scheduler has put a `step` of this very optimizer in place of the class's
+    own = {name: value for name, value in opt.__dict__.items() if name != "step"}
+
     def hook_of(group: dict[str, Any]) -> Any:
         def step(p: torch.Tensor) -> None:
-            one = copy.copy(opt)  # shares the states; its group has this parameter alone
+            one = object.__new__(type(opt))  # shares the states; its group has this parameter alone
+            one.__dict__.update(own)
             one.param_groups = [{**group, "params": [p]}]
             one.step()
             p.grad = None

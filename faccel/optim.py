@@ -109,7 +109,7 @@ def total_norm(grads: Sequence[torch.Tensor], ctx: DistContext) -> torch.Tensor:
     for grad in grads:
         groups.setdefault(_spread_over(grad), []).append(local(grad))
     if not groups:  # a stage of a pipeline in which nothing is trained
-        squares = torch.zeros(1, device=ctx.device)
+        squares = torch.zeros(1, dtype=torch.float64, device=ctx.device)
     else:
         squares = torch.stack([get_total_norm(parts).to(ctx.device).square() for parts in groups.values()])
     for axis in sorted({axis for axes in groups for axis in axes}):

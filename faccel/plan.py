@@ -188,6 +188,9 @@ class Pipeline:
         split: Names of the modules of the chain at which a new stage begins; None balances the parameters.
         schedule: `"1f1b"`, `"gpipe"` or `"interleaved"`, torch's own.
         stages_per_rank: Stages of each rank, more than one for `"interleaved"`.
+
+    A module that is shared by several calls of the chain, or takes more than the module before it returns, cannot be in
+    it. Outside of training, tensors with as many rows as the first input are cut with the batch.
     """
 
     chain: tuple[str, ...] = attrs.field(converter=_names)

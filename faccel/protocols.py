@@ -85,6 +85,9 @@ def no_join(engine: torch.nn.Module, states: Sequence[Any], ctx: Any) -> NoRetur
     )
 
 
+_Loss = Callable[[Callable[..., Any]], torch.Tensor]
+
+
 @attrs.frozen(eq=False)
 class Parallelism:
     """One way to run a model on the ranks of a mesh, as a value.
@@ -99,9 +102,10 @@ class Parallelism:
         join: `join(engine, states, ctx)`: a context that ranks may leave after different numbers of updates. Updates
             `engine` and `states` (objects with `state_dict`), which are the same on all data ranks afterwards;
             collective.
-        run_window: `run_window(engine, losses, ctx) -> T[n]`: forward and backward of all micro-batches of a window
-            together, where the strategy does not take them one by one; `losses` are functions from a callable model to
-            a scaled loss, one for each. Updates `.grad`; collective.
+        run_window: `run_window(engine, losses, factors, ctx) -> T[n]`: forward and backward of all micro-batches of a
+            window together, where the strategy does not take them one by one; `losses` are functions from a callable
+            model to a loss, one for each, `factors` what each is multiplied by for backward. Updates `.grad`;
+            collective.
     """
 
     name: str
@@ -110,4 +114,4 @@ class Parallelism:
     sync: Callable[[torch.nn.Module, bool], AbstractContextManager[None]]
     settle: Callable[[torch.nn.Module, Any], None]
     join: Callable[[torch.nn.Module, Sequence[Any], Any], AbstractContextManager[None]] = no_join
-    run_window: Callable[[Any, Sequence[Callable[[Callable[..., Any]], torch.Tensor]], Any], torch.Tensor] | None = None
+    run_window: Callable[[Any, Sequence[_Loss], Sequence[Any], Any], torch.Tensor] | None = None

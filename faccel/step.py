@@ -21,7 +21,7 @@ from faccel.model import WrappedModel, grad_sync
 from faccel.optim import apply, check_limits, clip_, parameters_with_gradients
 from faccel.precision import ScalerState, check_scaler, unscale_
 from faccel.protocols import DATA
-from faccel.tree import Tree
+from faccel.tree import Tree, whole
 
 Weight = Callable[[Batch], int | float | torch.Tensor]
 """What a micro-batch counts: its rows, its tokens, ...; a number or a 0-d tensor, 0 allowed."""
@@ -79,15 +79,16 @@ def windows(
     the host does not wait. Batches are read one window ahead, one for each that is consumed.
 
     Without `weight` the loss is a mean over the rows of a micro-batch, and `scale = 1 / len(window)`. With it the loss
-    is a *sum* over the valid rows, and `scale = data_world_size / total`, where `total` is the weight of the window
-    over all data ranks: the gradient is that of the mean over everything that was counted, whatever the lengths. A
-    window that counts nothing has scale 0.
+    is a *sum* over the valid rows, and `scale = data_world_size * cp / total`, where `total` is the weight of the
+    window over all data ranks: the gradient is that of the mean over everything that was counted, whatever the lengths.
+    A window that counts nothing has scale 0.
 
     Args:
         loader: From `shard`, placed in an epoch.
         ctx: The world.
         size: Micro-batches per update; None takes the configuration's `grad_accum`.
-        weight: What a micro-batch counts on this rank; see `Batch.num_valid` for what not to count.
+        weight: What a micro-batch counts on this rank, of whole sequences where ranks share them (`cp`); see
+            `Batch.num_valid` for what not to count.
 
     Raises:
         ConfigError: `size` is not positive.
@@ -272,23 +273,23 @@ def pipeline_step(
             with grad_sync(model, on=micro.sync):
                 loss = loss_fn(model, micro.data)
                 scaler = scaled_backward(loss, scaler, ctx, scale=micro.scale)
-            found.append(loss.detach())
+            found.append(whole(loss.detach()))
         return torch.stack(found), scaler
     check_scaler(scaler)
     micros = list(window)
     factors = [micro.scale * scaler.scale for micro in micros]
 
-    def scaled(number: int) -> Callable[[Callable[..., Any]], torch.Tensor]:
+    def unscaled(data: Tree) -> Callable[[Callable[..., Any]], torch.Tensor]:
         def run(call: Callable[..., Any]) -> torch.Tensor:
-            loss = loss_fn(call, micros[number].data)
+            loss = loss_fn(call, data)
             if not _is_loss(loss):
                 raise _no_loss(loss)
-            return loss * factors[number]
+            return loss
 
         return run
 
-    losses = run_window(model.engine, [scaled(number) for number in range(len(micros))], ctx)
-    return torch.stack([loss / factor for loss, factor in zip(losses, factors, strict=True)]), scaler.after_backward()
+    losses = run_window(model.engine, [unscaled(micro.data) for micro in micros], factors, ctx)
+    return losses, scaler.after_backward()
 
 
 @attrs.frozen(eq=False)

@@ -170,3 +170,8 @@ def is_dtensor(value: torch.Tensor) -> bool:
 def local(value: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a tensor that is spread over ranks, sharing its memory; any other tensor itself."""
     return value.to_local() if is_dtensor(value) else value  # type: ignore[attr-defined]
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that is spread over ranks as one, which is collective; any other itself."""
+    return value.full_tensor() if is_dtensor(value) else value  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -44,7 +45,7 @@ class Values:
         ties = tuple(tuple(each) for each in names.values() if len(each) > 1)
         if is_first and mine:
             _initialise(module)
-            _tie(module, ties)
+            tie(module, ties)
         full = {name: t.detach() for name, t in _tensors(module).items()} if is_first else {}
         return cls(True, full, ties)
 
@@ -56,7 +57,7 @@ class Values:
             module.to_empty(device=ctx.device)
         else:
             module.to(ctx.device)
-        _tie(module, self.ties)
+        tie(module, self.ties)
         with torch.no_grad():
             for name, part in _tensors(module).items():
                 mine = self.full.get(name)
@@ -79,7 +80,8 @@ def _take(part: Any, whole: torch.Tensor) -> None:
     local(part).copy_(whole[tuple(slice(at, at + n) for at, n in zip(offset, shape, strict=True))])
 
 
-def _tie(module: nn.Module, ties: tuple[tuple[str, ...], ...]) -> None:
+def tie(module: nn.Module, ties: Sequence[Sequence[str]]) -> None:
+    """Make the parameters of these names one again: the first of each. Updates `module`."""
     for first, *others in ties:
         for other in others:
             parent, _, leaf = other.rpartition(".")

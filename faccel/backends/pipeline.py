@@ -18,9 +18,11 @@ from faccel.comm.objects import broadcast_objects
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
+from faccel.generators import seeded
+from faccel.mix import mix
 from faccel.plan import Pipeline, Plan
 from faccel.protocols import WORLD, Parallelism, Run
-from faccel.tree import Tree, local, map_leaves
+from faccel.tree import Tree, local, map_leaves, whole
 
 Loss = Callable[[Callable[..., Any]], torch.Tensor]
 
@@ -54,6 +56,7 @@ class Engine(nn.Module):
         self.plan, self.shared, self.ctx = plan, tuple(shared), ctx
         self.place, self.size = ctx.comm.rank("pp"), ctx.comm.size("pp")
         self._shapes: dict[str, list[list[Any]]] = {}
+        self.has_run = False  # a whole window
 
     @property
     def is_last(self) -> bool:
@@ -66,9 +69,9 @@ class Engine(nn.Module):
         The shapes between stages are found by a forward without gradients, once. torch would run a forward and a
         backward each time, and clear the gradients that are there.
         """
-        from torch.distributed.pipelining import PipelineStage
+        from faccel.backends.stage import Stage  # torch's pipelining takes long to import
 
-        key = str(map_leaves(_shape_of, [list(asked[0]), asked[1]]))
+        key = str(map_leaves(_key_of, [list(asked[0]), asked[1]]))
         if key not in self._shapes:
             self._shapes[key] = self._find_shapes(asked)
         shapes, count = self._shapes[key], self.size * len(self.parts)
@@ -77,7 +80,7 @@ class Engine(nn.Module):
         for i, part in enumerate(self.parts):
             number = self.place + self.size * i
             given, gives = (tuple(_like(each, trains=trains) for each in shapes[n]) for n in (number, number + 1))
-            stage = PipelineStage(part, number, count, self.ctx.device, given, gives, group=group)
+            stage = Stage(part, number, count, self.ctx.device, given, gives, group=group)
             stage.has_backward = trains
             stage.clear_runtime_states()
             made.append(stage)
@@ -98,7 +101,14 @@ class Engine(nn.Module):
                     each.training = mode
                 part.reshard()
                 told = [_shape_of(x) for x in (out if isinstance(out, tuple) else (out,))]
+                told = [each if isinstance(each, tuple) else f"a {type(each).__name__}" for each in told]
             told = broadcast_objects([told], self.ctx, src=number % self.size, axis="pp")[0]
+            wrong = next((each for each in told if not isinstance(each, tuple)), None)
+            if wrong is not None:
+                fix = "let each module of the chain return a tensor, or a tuple of tensors"
+                raise ModelError(
+                    f"stage {number} of the pipeline returns something else than tensors", saw=wrong, fix=fix
+                )
             found.append(told)
             current = tuple(torch.zeros(shape, dtype=dtype, device=self.ctx.device) for shape, dtype in told)
         return found
@@ -106,6 +116,10 @@ class Engine(nn.Module):
 
 def _shape_of(x: Any) -> Any:
     return (tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x
+
+
+def _key_of(x: Any) -> Any:
+    return _shape_of(x) if isinstance(x, torch.Tensor) else None  # other values change no shape
 
 
 def _like(shape: Any, *, trains: bool) -> torch.Tensor:
@@ -145,7 +159,8 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     stages = stages_of(module, plan.pipeline, size * plan.pipeline.stages_per_rank)
     layout = Layout.of(module, plan, ctx)
     shared = shared_between(module, stages)
-    _check_alike(shared, layout)
+    _check_alike(shared, layout, size)
+    _check_units(stages, layout)
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.copy_(broadcast(tensor.detach(), ctx, axis=WORLD))
@@ -153,29 +168,30 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     parts = [Part(module, names, is_first=names is stages[0]) for names in own]
     remove_others(module, stages, [name for names in own for name in names])
     for part, names in zip(parts, own, strict=True):
-        _untie(part, shared, place, size)
         shard_module(part, plan, layout.below(names), ctx)
     engine = Engine(parts, plan.pipeline, _groups(module, shared, ctx), ctx)
     return engine, _runner(engine, ctx)
 
 
-def _check_alike(shared: Sequence[dict[int, str]], layout: Layout) -> None:
-    """Refuse a parameter that two stages would cut otherwise: its gradients could not be added."""
+def _check_alike(shared: Sequence[dict[int, str]], layout: Layout, size: int) -> None:
+    """Refuse a parameter that two stages have otherwise, or two stages of one rank: gradients could not be added."""
     for names in shared:
-        styles = {layout.cuts.get(name.rpartition(".")[0]) for name in names.values()}
-        if len(styles) > 1:
-            saw = ", ".join(f"`{name}`" for name in names.values())
+        saw = ", ".join(f"`{name}`" for name in names.values())
+        if len({layout.cuts.get(name.rpartition(".")[0]) for name in names.values()}) > 1:
             fix = "leave both out of `tensor`, or untie them"
             raise ModelError("a parameter that two stages share is cut in one of them only", saw=saw, fix=fix)
-
-
-def _untie(part: Part, shared: Sequence[dict[int, str]], place: int, size: int) -> None:
-    """Nothing is to be done where a rank has a parameter once; twice, in two of its stages, it cannot."""
-    for names in shared:
-        if len([stage for stage in names if stage % size == place]) > 1:
-            saw = ", ".join(f"`{name}`" for name in names.values())
+        if len({stage % size for stage in names}) < len(names):
             fix = "use a number of ranks or a split that puts them on two ranks, or into one stage"
             raise ModelError("two stages of one rank share a parameter", saw=saw, fix=fix)
+
+
+def _check_units(stages: Sequence[Sequence[str]], layout: Layout) -> None:
+    """Refuse a unit that no module of the chain contains."""
+    chain = [name for stage in stages for name in stage]
+    for unit in layout.units:
+        if not any(unit == name or unit.startswith(f"{name}.") for name in chain):
+            fix = "name units that are modules of the chain, or inside of one"
+            raise ConfigError("a unit spans several modules of the pipeline's chain", saw=f"`{unit}`", fix=fix)
 
 
 def _groups(module: nn.Module, shared: Sequence[dict[int, str]], ctx: DistContext) -> list[Shared]:
@@ -196,63 +212,82 @@ def _groups(module: nn.Module, shared: Sequence[dict[int, str]], ctx: DistContex
     return found
 
 
-def _run_window(engine: nn.Module, losses: Sequence[Loss], ctx: DistContext) -> torch.Tensor:
+def _run_window(engine: nn.Module, losses: Sequence[Loss], factors: Sequence[Any], ctx: DistContext) -> torch.Tensor:
     assert isinstance(engine, Engine)
-    kind, count = engine.plan.schedule, len(losses)
-    if count < engine.size:
+    count = len(losses)
+    from faccel.backends.stage import SCHEDULES
+
+    run = SCHEDULES[_schedule_of(engine, count)]
+    seed = _common_seed(ctx)
+    asked = [seeded(_inputs, loss, mix(seed, i)) for i, loss in enumerate(losses)]
+    found: dict[int, torch.Tensor] = {}
+
+    def loss_of(out: Any, number: int) -> torch.Tensor:
+        def ask(_: None) -> torch.Tensor:  # what the inputs were drawn with, if they were
+            return losses[number](lambda *args, **kwargs: to_fp32(out) if ctx.compute_dtype else out)
+
+        loss = seeded(ask, None, mix(seed, number))
+        found[number] = whole(loss.detach())
+        return loss * factors[number]
+
+    schedule = run(engine.stages(asked[0], trains=True), count, loss_of)
+    args, kwargs = [list(each) for each in zip(*asked, strict=True)]
+    before = _set_aside(engine)
+    schedule._step_microbatches(args, kwargs, list(range(count)), [])
+    _add_shared(engine, before)
+    engine.has_run = True
+    dtype = torch.float64 if next(engine.parameters()).dtype == torch.float64 else torch.float32
+    made = torch.zeros(count, dtype=dtype, device=ctx.device)
+    for number, loss in found.items():
+        made[number] = loss
+    return ctx.comm.broadcast(made, engine.size - 1, "pp")
+
+
+def _schedule_of(engine: Engine, count: int) -> str:
+    """Return the schedule of a window; a shorter one at the end of an epoch is run by GPipe.
+
+    Raises:
+        ConfigError: The first window has fewer micro-batches than there are ranks.
+    """
+    kind = engine.plan.schedule
+    if count >= engine.size or kind == "interleaved":
+        return kind
+    if not engine.has_run:
         fix = f"use `grad_accum={engine.size}` or more, or a smaller `pp`"
         saw = f"{count} micro-batches on {engine.size} ranks"
         raise ConfigError("a pipeline needs as many micro-batches as it has ranks", saw=saw, fix=fix)
-    asked = [_inputs(loss) for loss in losses]
+    return "gpipe"
 
-    def loss_of(out: Any, number: int) -> torch.Tensor:
-        return losses[number](lambda *args, **kwargs: to_fp32(out) if ctx.compute_dtype else out)
 
-    schedule = _SCHEDULES[kind](engine.stages(asked[0], trains=True), count, loss_of)
-    results: list[torch.Tensor] = []
-    args, kwargs = [list(each) for each in zip(*asked, strict=True)]
-    schedule._step_microbatches(args, kwargs, list(range(count)), results)
+def _common_seed(ctx: DistContext) -> int:
+    """Return a number that is the same on all ranks of a pipeline, whose generators have moved apart."""
+    mine = torch.randint(2**62, (), dtype=torch.int64).to(ctx.device)
+    return int(ctx.comm.broadcast(mine, 0, "pp").item())
+
+
+def _set_aside(engine: Engine) -> list[torch.Tensor | None]:
+    """Take the gradients of shared parameters away, which earlier windows have added up, and return them."""
+    before: list[torch.Tensor | None] = []
     for each in engine.shared:
-        grad = engine_parameter(engine, each.name).grad
-        if grad is not None:
-            dist.all_reduce(local(grad), group=each.group)
-    dtype = torch.float64 if next(engine.parameters()).dtype == torch.float64 else torch.float32
-    made = torch.stack([r.detach() for r in results]).to(dtype) if engine.is_last else torch.zeros(
-        count, dtype=dtype, device=ctx.device)  # fmt: skip
-    return ctx.comm.broadcast(made, engine.size - 1, "pp")
+        p = engine_parameter(engine, each.name)
+        before.append(p.grad)
+        p.grad = None
+    return before
+
+
+def _add_shared(engine: Engine, before: Sequence[torch.Tensor | None]) -> None:
+    """Add the gradients of the other stages, then those that were there."""
+    for each, old in zip(engine.shared, before, strict=True):
+        p = engine_parameter(engine, each.name)
+        if p.grad is not None:
+            dist.all_reduce(local(p.grad), group=each.group)
+        if old is not None:
+            p.grad = old if p.grad is None else p.grad + old
 
 
 def engine_parameter(engine: Engine, name: str) -> torch.Tensor:
     """Return a parameter of a stage by the user's name."""
     return next(p for part in engine.parts for n, p in part.named_parameters() if n == name)
-
-
-def _gpipe(stages: list[Any], count: int, loss: Any) -> Any:
-    from torch.distributed.pipelining import ScheduleGPipe
-
-    return ScheduleGPipe(stages[0], count, loss, scale_grads=False)
-
-
-def _1f1b(stages: list[Any], count: int, loss: Any) -> Any:
-    from torch.distributed.pipelining import Schedule1F1B
-
-    return Schedule1F1B(stages[0], count, loss, scale_grads=False)
-
-
-def _interleaved(stages: list[Any], count: int, loss: Any) -> Any:
-    from torch.distributed.pipelining import ScheduleInterleaved1F1B
-
-    try:
-        return ScheduleInterleaved1F1B(stages, count, loss, scale_grads=False)
-    except ValueError as error:
-        fix = f"use a multiple of {stages[0].group_size} as `grad_accum`"
-        raise ConfigError(
-            "the interleaved schedule cannot run so many micro-batches", saw=str(error), fix=fix
-        ) from None
-
-
-_SCHEDULES: dict[str, Callable[[list[Any], int, Any], Any]] = {"1f1b": _1f1b, "gpipe": _gpipe,
-                                                               "interleaved": _interleaved}  # fmt: skip
 
 
 def _runner(engine: Engine, ctx: DistContext) -> Run:
@@ -270,8 +305,15 @@ def _runner(engine: Engine, ctx: DistContext) -> Run:
 def infer(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], ctx: DistContext) -> Tree:
     """Run forward on a batch of any size, cut into micro-batches of equal size; every rank gets the output.
 
-    Collective. The last micro-batch is filled with repeats of the last row, which are dropped from the output.
+    Collective. Tensors with as many rows as the first are cut with the batch, others go to every micro-batch whole. The
+    last micro-batch is filled with repeats of the last row, which are dropped from the output.
     """
+    for module in engine.modules():
+        kind = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
+        if isinstance(module, kind) and module.training:
+            fix = "call `model.eval()` first"
+            what = "in training mode batch norm depends on how a batch is cut"
+            raise ModelError(what, saw=f"a {type(module).__name__}", fix=fix)
     rows = _rows((args, kwargs))
     count = min(engine.size, rows)
     size = -(-rows // count)
@@ -289,7 +331,9 @@ def infer(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], ctx: Di
 
     chunks = [part(number) for number in range(count)]
     stages = engine.stages(chunks[0], trains=False)
-    schedule = _SCHEDULES["interleaved" if len(stages) > 1 else "gpipe"](stages, count, None)
+    from faccel.backends.stage import SCHEDULES
+
+    schedule = SCHEDULES["interleaved" if len(stages) > 1 else "gpipe"](stages, count, None)
     schedule._step_microbatches([c[0] for c in chunks], [c[1] for c in chunks], None, None)
     outputs = [stage.output_chunks for stage in stages if stage.is_last]
     return _to_all(outputs[0] if outputs else None, rows, engine, ctx)
@@ -317,7 +361,7 @@ def _to_all(chunks: Any, rows: int, engine: Engine, ctx: DistContext) -> Tree:
     columns: list[torch.Tensor] = []
     if chunks is not None:
         pieces = [to_fp32(chunk) if ctx.compute_dtype else chunk for chunk in chunks]
-        rows_of = [piece if isinstance(piece, tuple) else (piece,) for piece in pieces]
+        rows_of = [tuple(map(whole, piece if isinstance(piece, tuple) else (piece,))) for piece in pieces]
         columns = [torch.cat(column)[:rows] for column in zip(*rows_of, strict=True)]
     last = engine.size - 1
     is_one = chunks is not None and not isinstance(chunks[0], tuple)

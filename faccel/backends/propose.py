@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from faccel.backends.stages import is_loss
 from faccel.context import DistContext
 from faccel.errors import ModelError
 from faccel.model import WrappedModel
@@ -83,5 +84,5 @@ def _cuts(model: nn.Module) -> dict[str, str]:
 
 
 def _chain(model: nn.Module) -> tuple[str, ...]:
-    children = [(name, child) for name, child in model.named_children() if next(child.parameters(), None) is not None]
+    children = [(name, child) for name, child in model.named_children() if not is_loss(child)]
     return tuple(f"{name}.*" if isinstance(child, nn.ModuleList) else name for name, child in children)

@@ -19,17 +19,22 @@ def prepare(module: nn.Module, plan: Plan) -> None:
     """Checkpoint and compile what the plan says, for a strategy that has no other use for units. Updates `module`."""
     if plan.checkpoint is not None or plan.compile is not None:
         units = units_of(module, plan)
+        check_recomputed(units, plan.checkpoint)
         apply_checkpointing(units, plan.checkpoint)
         apply_compile(module, units, plan)
+
+
+def check_recomputed(units: Mapping[str, nn.Module], options: Checkpointing | None) -> None:
+    """Refuse activation checkpointing of a model without units."""
+    if options is not None and options.memory_budget is None and not units:
+        fix = 'name them, as in `units="Block"`'
+        raise ConfigError("activation checkpointing needs units", saw="a model without any", fix=fix)
 
 
 def apply_checkpointing(units: Mapping[str, nn.Module], options: Checkpointing | None) -> None:
     """Make the forward of each n-th unit run again in backward. Updates the units."""
     if options is None or options.memory_budget is not None:
         return
-    if not units:
-        fix = 'name them, as in `units="Block"`'
-        raise ConfigError("activation checkpointing needs units", saw="a model without any", fix=fix)
     more = _selective(options.save_ops) if options.save_ops else {}
     for number, unit in enumerate(units.values(), start=1):
         if number % options.every == 0:

@@ -19,9 +19,10 @@ from faccel.backends.alike import check_same, take_rank_0s
 from faccel.backends.experts import moes_of, shard_experts
 from faccel.backends.forward import call_method, to_fp32
 from faccel.backends.materialize import Values
-from faccel.backends.recompute import apply_checkpointing, apply_compile
+from faccel.backends.recompute import apply_checkpointing, apply_compile, check_recomputed
 from faccel.backends.units import matching, units_of
 from faccel.context import DistContext
+from faccel.errors import ModelError
 from faccel.experts import MoE
 from faccel.plan import Plan
 from faccel.protocols import WORLD, Parallelism, Run
@@ -30,6 +31,7 @@ from faccel.protocols import WORLD, Parallelism, Run
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
     check_same(module, ctx, WORLD)
     shard_module(module, plan, Layout.of(module, plan, ctx), ctx)
+    _forgets(module)
     return module, _runner(module, ctx)
 
 
@@ -57,8 +59,14 @@ class Layout:
         moes = moes_of(module, ctx.mesh.spec)
         within = {id(moe.experts) for moe in moes.values()}  # they are units of their own
         units = {name: unit for name, unit in units_of(module, plan).items() if id(unit) not in within}
-        names = [name for name, _ in module.named_parameters()]
-        ignored = (name for pattern in plan.fsdp.ignored for name in matching(pattern, names, "parameter"))
+        named = dict(module.named_parameters(remove_duplicate=False))
+        meant = {id(named[n]) for pattern in plan.fsdp.ignored for n in matching(pattern, named, "parameter")}
+        ignored = (name for name, p in named.items() if id(p) in meant)  # under each of its names
+        check_recomputed(units, plan.checkpoint)
+        for name, p in named.items():
+            if p.ndim == 0 and id(p) not in meant:
+                fix = "give it the shape [1], or name it in `fsdp=faccel.FsdpConfig(ignored=...)`"
+                raise ModelError("a parameter that is a scalar cannot be shared", saw=f"`{name}`", fix=fix)
         exact = (name for pattern in plan.fsdp.fp32_units for name in matching(pattern, units, "unit"))
         return cls(units, _cuts(module, plan, ctx), frozenset(ignored), frozenset(exact), moes)
 
@@ -173,8 +181,36 @@ def _runner(module: nn.Module, ctx: DistContext) -> Run:
 
 
 def same_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:
-    """Return `opt`: nothing has to be tied."""
+    """Return `opt`, whose `zero_grad` now also forgets what FSDP has accumulated without sync, and keeps to itself."""
+    plain = opt.zero_grad
+
+    def zero_grad(set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 (torch's own signature)
+        plain(set_to_none)
+        forget(engine)
+
+    opt.zero_grad = zero_grad  # type: ignore[method-assign]
     return opt
+
+
+def forget(engine: nn.Module) -> None:
+    """Drop the gradients that micro-batches without sync have left in the units of `engine`."""
+    for module in engine.modules():
+        state = getattr(module, "_get_fsdp_state", lambda: None)()
+        for group in getattr(state, "_fsdp_param_groups", ()):
+            for each in group.fsdp_params:
+                each.unsharded_accumulated_grad = None
+                if getattr(each, "_unsharded_param", None) is not None:
+                    each._unsharded_param.grad = None
+
+
+def _forgets(module: nn.Module) -> None:
+    plain = module.zero_grad
+
+    def zero_grad(set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 (torch's own signature)
+        plain(set_to_none)
+        forget(module)
+
+    module.zero_grad = zero_grad
 
 
 _SYNC = "_faccel_sync"

@@ -29,7 +29,23 @@ def chain_of(module: nn.Module, plan: Pipeline) -> list[str]:
         if not any(name.startswith(f"{each}.") for each in chain):
             fix = "name its module in the chain, or put it into one"
             raise ModelError("a parameter belongs to no module of the pipeline's chain", saw=f"`{name}`", fix=fix)
+    for name, each in module.named_modules():
+        inside = any(name == one or name.startswith(f"{one}.") for one in chain)
+        if name and not inside and not is_loss(each) and next(each.children(), None) is None and not _is_list(each):
+            fix = "name it in the chain where the input passes it, or take it out of the model"
+            raise ModelError(
+                "the pipeline's chain leaves a module out", saw=f"`{name}`, a {type(each).__name__}", fix=fix
+            )
     return chain
+
+
+def is_loss(module: nn.Module) -> bool:
+    """Whether a module is one of torch's losses, which no input passes."""
+    return isinstance(module, nn.modules.loss._Loss)  # pyright: ignore[reportPrivateUsage]
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
 def stages_of(module: nn.Module, plan: Pipeline, count: int) -> list[list[str]]:
@@ -58,22 +74,23 @@ def balanced(sizes: Sequence[int], count: int) -> list[int]:
     """Return where each of `count` contiguous parts of `sizes` begins, so that the largest is as small as it can be.
 
     Examples:
-        >>> balanced([5, 1, 1, 1, 4], 3)
-        [0, 1, 3]
+        >>> balanced([5, 1, 1, 1, 4], 3), balanced([56, 0, 24, 0, 20, 0, 6], 4)
+        ([0, 1, 4], [0, 1, 3, 5])
     """
     total = [0]
     for size in sizes:
         total.append(total[-1] + size)
-    best: dict[tuple[int, int], tuple[int, list[int]]] = {(0, 0): (0, [])}
+    best: dict[tuple[int, int], tuple[int, int, list[int]]] = {(0, 0): (0, 0, [])}
     for end in range(1, len(sizes) + 1):
         for parts in range(1, min(count, end) + 1):
-            options = [
-                (max(best[start, parts - 1][0], total[end] - total[start]), [*best[start, parts - 1][1], start])
-                for start in range(parts - 1, end)
-                if (start, parts - 1) in best
-            ]
-            best[end, parts] = min(options, key=lambda option: option[0])
-    return best[len(sizes), count][1]
+            options: list[tuple[int, int, list[int]]] = []
+            for start in range(parts - 1, end):
+                if (start, parts - 1) in best:
+                    largest, squares, starts = best[start, parts - 1]
+                    here = total[end] - total[start]
+                    options.append((max(largest, here), squares + here**2, [*starts, start]))
+            best[end, parts] = min(options)  # of those with the same largest part the most even
+    return best[len(sizes), count][2]
 
 
 class Part(nn.Module):

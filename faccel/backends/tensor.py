@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
+from faccel.backends.materialize import tie
 from faccel.backends.units import matching
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
@@ -44,16 +45,38 @@ def cuts_of(module: nn.Module, plan: Plan, size: int) -> dict[str, str]:
     if not plan.tensor:
         fix = 'write `plan=faccel.Plan(tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})`'
         raise ConfigError("tensor parallelism needs a plan that says how modules are cut", saw=f"tp={size}", fix=fix)
-    named = {name: each for name, each in module.named_modules() if name}
+    named = dict(module.named_modules())
     found: dict[str, str] = {}
     for pattern, style in plan.tensor.items():
-        for name in matching(pattern, named, "module"):
+        for name in matching(pattern, [name for name in named if name], "module"):
             if name in found:
                 saw = f"`{pattern}`: {style}, and {found[name]} before"
                 raise ConfigError(f"two patterns of `tensor` mean the module `{name}`", saw=saw, fix="narrow one")
             found[name] = style
             _check(name, named, style, size)
+    for names in _ties(module):
+        if len({_dim(named, name, found) for name in names}) > 1:
+            saw = ", ".join(f"`{name}` {found.get(name.rpartition('.')[0], 'not cut')}" for name in names)
+            fix = "cut all of its places alike, as in `rowwise_embedding` and `colwise`, or none"
+            raise ModelError("a parameter that two modules share is cut in two ways", saw=saw, fix=fix)
     return found
+
+
+def _ties(module: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return [each for each in names.values() if len(each) > 1]
+
+
+def _dim(named: Mapping[str, nn.Module], parameter: str, styles: Mapping[str, str]) -> int | None:
+    """Return the dimension along which a weight is cut; None for one that is whole on each rank."""
+    name = parameter.rpartition(".")[0]
+    style = styles.get(name, "replicate")
+    if style in ("replicate", "sequence"):
+        return None
+    return int(("colwise" in style) != isinstance(named[name], nn.Linear))
 
 
 def _check(name: str, named: Mapping[str, nn.Module], style: str, size: int) -> None:
@@ -82,10 +105,12 @@ def cut(module: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh) -> None:
     """Cut the modules. Updates `module`; nothing is communicated, because ranks hold the same values."""
     from torch.distributed.tensor.parallel import parallelize_module
 
+    ties = _ties(module)
     for name, style in styles.items():
         made: Any = _STYLES[style]()
         if made is not None:
             parallelize_module(module.get_submodule(name), mesh, made, src_data_rank=None)
+    tie(module, ties)  # which torch unties
 
 
 def loss_parallel(ctx: DistContext) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -18,10 +19,12 @@ from faccel.checkpoint.files import Slice, sync_directory, write_file, write_saf
 from faccel.checkpoint.record import MANIFEST, Checkpoint, check_hash, checkpoints, read_manifest
 from faccel.checkpoint.storage import Reader
 from faccel.checkpoint.together import together
+from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import CheckpointError, ConfigError
 from faccel.model import WrappedModel
+from faccel.tree import whole
 
 _INDEX = "model.safetensors.index.json"
 _OURS = re.compile(
@@ -157,17 +160,35 @@ def export_model(
         ['model.safetensors']
     """
     kept, ties = _without_ties(_module(model).state_dict())
-    shards = _shards({name: x.numel() * x.dtype.itemsize for name, x in kept.items()}, _num_bytes(max_shard_size))
+    owners = _owners({name: (list(x.shape), x.dtype) for name, x in kept.items()}, ctx)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, shape, dtype) in owners.items()}
+    shards = _shards(sizes, _num_bytes(max_shard_size))
 
     def fetch(names: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        whole = {name: _whole(kept[name]) for name in names}  # on every rank: it may be collective
-        return {name: x.cpu() for name, x in whole.items()} if ctx.is_main else {}
+        found = {name: one(name) for name in names}  # on every rank: it may be collective
+        return {name: x.cpu() for name, x in found.items()} if ctx.is_main else {}
+
+    def one(name: str) -> torch.Tensor:
+        owner, shape, dtype = owners[name]
+        if ctx.mesh.spec.pp == 1:
+            return whole(kept[name])
+        is_mine = owner == ctx.comm.rank("pp")
+        mine = whole(kept[name]) if is_mine else torch.empty(shape, dtype=dtype, device=ctx.device)
+        return ctx.comm.broadcast(mine.to(ctx.device), owner, "pp")
 
     return _export(os.path.abspath(path), shards, ties, fetch, ctx)
 
 
-def _whole(x: torch.Tensor) -> torch.Tensor:
-    return x.full_tensor() if is_dtensor(x) else x  # type: ignore[attr-defined]
+def _owners(
+    own: dict[str, tuple[list[int], torch.dtype]], ctx: DistContext
+) -> dict[str, tuple[int, list[int], torch.dtype]]:
+    """Return for each tensor of the model which stage of the pipeline has it, its shape and dtype."""
+    stages = [own] if ctx.mesh.spec.pp == 1 else gather_objects(own, ctx, axis="pp")
+    found: dict[str, tuple[int, list[int], torch.dtype]] = {}
+    for number, names in enumerate(stages):
+        for name, (shape, dtype) in names.items():
+            found.setdefault(name, (number, shape, dtype))
+    return found
 
 
 def _export(path: str, shards: list[list[str]], ties: Mapping[str, str], fetch: Fetch, ctx: DistContext) -> list[str]:

@@ -1,0 +1,169 @@
+"""What goes wrong in pipelines, shared weights and gradients without sync, once found by a reviewer each."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import faccel
+from faccel.errors import ModelError
+from faccel.testing import simulate
+from tests.models import TENSOR, loss_of, model, tokens
+from tests.training import CHAIN, differences, full, plan_of, train
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own advice on layouts
+
+
+def loader_of(ctx, data, size):
+    return faccel.shard(torch.utils.data.DataLoader(data, size // ctx.data_world_size), ctx)
+
+
+def loss_fn(net, batch):
+    return loss_of(net(batch[:, :-1]), batch[:, 1:])
+
+
+def grads_of(wrapped):
+    return {name: full(p.grad) for name, p in wrapped.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("mesh", ["pp=2", "pp=2,dp_shard=2", "dp_shard=2"])
+def test_windows_add_up_and_inference_between_them_changes_nothing(mesh):
+    def step(ctx):
+        wrapped, scaler = faccel.wrap(model(), ctx, plan=plan_of(mesh)), faccel.init_scaler(ctx)
+        for window in faccel.windows(loader_of(ctx, tokens(16), 4), ctx, size=2):
+            _, scaler = faccel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
+            with torch.no_grad():
+                wrapped(tokens(3)[:, :-1])
+        return grads_of(wrapped)
+
+    (one,) = simulate(step, 1)
+    for ours in simulate(step, faccel.MeshSpec.of(mesh).size, mesh=mesh):
+        assert ours
+        assert all((g - one.get(n, one["embed.token.weight"])).abs().max() < 1e-12 for n, g in ours.items())
+
+
+def test_a_short_window_at_the_end_of_an_epoch_is_run_and_one_that_counts_nothing_has_losses():
+    def step(ctx):
+        wrapped, scaler = faccel.wrap(model(), ctx, plan=plan_of("pp=2")), faccel.init_scaler(ctx)
+        found = []
+        for window in faccel.windows(loader_of(ctx, tokens(20), 4), ctx, size=4, weight=lambda batch: 0):
+            losses, scaler = faccel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
+            found += losses.tolist()
+        return found
+
+    (one,) = simulate(step, 1)
+    assert len(one) == 5
+    for ours in simulate(step, 2, mesh="pp=2"):
+        assert all(abs(a - b) < 1e-12 for a, b in zip(ours, one, strict=True))
+
+
+def test_noise_that_a_loss_draws_is_the_same_for_inputs_and_loss():
+    def step(ctx):
+        torch.manual_seed(ctx.rank)
+        net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)).double()
+        for layer in net:
+            nn.init.eye_(layer.weight)
+        plan = faccel.Plan(pipeline=faccel.Pipeline(chain=("0", "1")))
+        wrapped, scaler = faccel.wrap(net, ctx, plan=plan), faccel.init_scaler(ctx)
+
+        def denoise(call, batch):
+            noise = torch.randn_like(batch)
+            return (call(noise) - noise).square().mean()
+
+        data = torch.ones(8, 4, dtype=torch.float64)
+        window = next(faccel.windows(loader_of(ctx, data, 2), ctx, size=4))
+        return faccel.pipeline_step(denoise, wrapped, window, scaler, ctx)[0].abs().max().item()
+
+    assert max(simulate(step, 2, mesh="pp=2")) < 1e-12
+
+
+def test_a_stage_without_trained_parameters_or_with_a_copy_alone():
+    def step(ctx, freeze, split):
+        net = model()
+        net.embed.requires_grad_(not freeze)
+        plan = faccel.Plan(pipeline=faccel.Pipeline(chain=CHAIN, split=split))
+        wrapped, scaler = faccel.wrap(net, ctx, plan=plan), faccel.init_scaler(ctx)
+        opt = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        window = next(faccel.windows(loader_of(ctx, tokens(8), 2), ctx, size=4))
+        _, scaler = faccel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
+        info, _ = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
+        return info.grad_norm.item()
+
+    for freeze, split in ((False, "head"), (True, "blocks.0")):
+        (one,) = simulate(step, 1, freeze, split)
+        assert all(abs(norm - one) < 1e-10 for norm in simulate(step, 2, freeze, split, mesh="pp=2"))
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "dp_shard=2,tp=2"])
+def test_tied_weights_stay_tied_when_both_are_cut(mesh):
+    cuts = TENSOR | {"embed.token": "rowwise_embedding", "head": "colwise_gather"}
+    (one,) = simulate(train, 1)
+    plan = faccel.Plan(units="Block", tensor=cuts)
+    for got in simulate(lambda ctx: train(ctx, plan), faccel.MeshSpec.of(mesh).size, mesh=mesh):
+        assert max(differences(got, one).values()) < 1e-10
+        assert "head.weight" not in got.params
+    plan = faccel.Plan(tensor={"head": "colwise_gather"})
+    with pytest.raises(ModelError, match="cut in two ways"):
+        simulate(lambda ctx: faccel.wrap(model(), ctx, plan=plan), 2, mesh="tp=2")
+
+
+@pytest.mark.parametrize("how", ["optimizer", "model", "module"])
+def test_gradients_without_sync_are_cleared(how):
+    def step(ctx):
+        torch.manual_seed(0)
+        wrapped = faccel.wrap(nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double(), ctx)
+        opt = faccel.wrap_optimizer(torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, ctx)
+        x = torch.ones(2, 4, dtype=torch.float64)
+        with faccel.grad_sync(wrapped, on=False):
+            scaler = faccel.scaled_backward(F.softplus(wrapped(x)).sum(), faccel.init_scaler(ctx), ctx)
+        {"optimizer": opt, "model": wrapped, "module": faccel.unwrap(wrapped)}[how].zero_grad()
+        faccel.scaled_backward(wrapped(2 * x).sum(), scaler, ctx)
+        return grads_of(wrapped)
+
+    (one,) = simulate(step, 1)
+    for mesh in ("dp_shard=2", "dp_replicate=2"):
+        for ours in simulate(step, 2, mesh=mesh):
+            assert all((ours[name] - grad).abs().max() < 1e-12 for name, grad in one.items())
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.relu, self.b = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.b(self.relu(self.a(x)))
+
+
+def test_a_chain_leaves_no_module_out():
+    def propose(ctx):
+        return faccel.plan_for(Pair(), ctx).pipeline.chain
+
+    assert simulate(propose, 2, mesh="pp=2")[0] == ("a", "relu", "b")
+    plan = faccel.Plan(pipeline=faccel.Pipeline(chain=("a", "b")))
+    with pytest.raises(ModelError, match="`relu`"):
+        simulate(lambda ctx: faccel.wrap(Pair(), ctx, plan=plan), 2, mesh="pp=2")
+
+
+def test_batch_norm_in_training_mode_and_scalars_are_refused():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+    plan = faccel.Plan(pipeline=faccel.Pipeline(chain=("a", "norm", "b"), split="norm"))
+
+    def infer(ctx):
+        with torch.no_grad():
+            faccel.wrap(Normed(), ctx, plan=plan)(torch.ones(4, 4))
+
+    with pytest.raises(ModelError, match="batch norm"):
+        simulate(infer, 2, mesh="pp=2")
+
+    def scalar(ctx):
+        net = nn.Linear(2, 2)
+        net.scale = nn.Parameter(torch.ones(()))
+        faccel.wrap(net, ctx)
+
+    with pytest.raises(ModelError, match="`scale`"):
+        simulate(scalar, 2, mesh="dp_shard=2")
