@@ -45,12 +45,12 @@ def test_in_fp64_with_accumulation_and_tied_weights(mesh, one):
         assert max(far.values()) < 1e-10, far
 
 
-@pytest.mark.parametrize("mesh", ["dp_shard=2", "dp_replicate=2", "tp=2", "pp=2"])
+@pytest.mark.parametrize("mesh", ["dp_replicate=2,dp_shard=2", "tp=2", "cp=2", "pp=2"])
 def test_in_fp32_with_checkpointing_and_foreach(mesh, one):
     accum = 2 if "pp" in mesh else 1  # a pipeline has at least as many micro-batches as ranks
     options = {"dtype": torch.float32, "accum": accum, "tied": False, "foreach": True, "lr": 1e-3}
     plan = plan_of(mesh, checkpoint="full")
-    for got in simulate(lambda ctx: train(ctx, plan, **options), 2, mesh=mesh):
+    for got in simulate(lambda ctx: train(ctx, plan, **options), size_of(mesh), mesh=mesh):
         far = differences(got, one(**options))
         assert far["losses"] < 1e-6
         assert far["grads"] < 1e-6
@@ -215,6 +215,61 @@ SEQUENCE = {
     "blocks.*.attention.v": "sequence_colwise", "blocks.*.attention.o": "sequence_rowwise",
     "blocks.*.up": "sequence_colwise", "blocks.*.down": "sequence_rowwise", "head": "sequence_colwise_gather",
 }  # fmt: skip
+
+
+def test_ignored_parameters_stay_whole_and_exact_units_compute_in_fp32():
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.low, self.exact = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.frozen = nn.Linear(4, 4).requires_grad_(False)
+            self.dtypes = []
+
+        def forward(self, x):
+            x = self.low(x)
+            self.dtypes.append(x.dtype)
+            x = self.exact(x)
+            self.dtypes.append(x.dtype)
+            return self.frozen(x)
+
+    fsdp = faccel.FsdpConfig(ignored=("frozen.*",), fp32_units=("exact",))
+
+    def step(ctx):
+        net = Seen()
+        wrapped = faccel.wrap(net, ctx, plan=PLAN(units=("low", "exact"), fsdp=fsdp))
+        shapes = {name: (full(p).shape, hasattr(p, "to_local")) for name, p in wrapped.named_parameters()}
+        with faccel.autocast(ctx):
+            wrapped(torch.ones(2, 4))
+        return net.dtypes, shapes["frozen.weight"][1], shapes["low.weight"][1]
+
+    for dtypes, ignored, sharded in simulate(step, 2, mesh="dp_shard=2", config={"mixed_precision": "bf16"}):
+        assert dtypes[0] == torch.bfloat16
+        assert (ignored, sharded) == (False, True)
+
+
+def test_the_plan_of_transformers_is_understood():
+    class Theirs(nn.Module):
+        _no_split_modules = ("Block",)
+
+        def __init__(self):
+            super().__init__()
+            self.net = model(tied=False)
+            self.tp_plan = {f"net.{name}": style for name, style in TENSOR.items()} | {"net.head": "colwise_rep"}
+
+        def forward(self, x):
+            return self.net(x)
+
+    def step(ctx):
+        net = Theirs()
+        plan = faccel.plan_for(net, ctx)
+        wrapped = faccel.wrap(net, ctx, plan=plan)
+        loss_of(wrapped(tokens(4)[:, :-1]), tokens(4)[:, 1:]).backward()
+        return plan.tensor.get("net.head"), {name: full(p.grad) for name, p in wrapped.named_parameters()}
+
+    (one,) = simulate(step, 1)
+    for head, grads in simulate(step, 2, mesh="tp=2"):
+        assert head == "colwise_gather"
+        assert all((grads[name] - grad).abs().max() < 1e-10 for name, grad in one[1].items())
 
 
 class Unplaced(CharModel):
