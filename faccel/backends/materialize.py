@@ -28,7 +28,7 @@ class Values:
 
     is_meta: bool
     full: dict[str, torch.Tensor] = attrs.field(repr=False)
-    ties: tuple[tuple[str, ...], ...]
+    ties: Sequence[Sequence[str]]
 
     @classmethod
     def of(cls, module: nn.Module, ctx: DistContext, holders: str) -> Values:
@@ -39,10 +39,7 @@ class Values:
             take_rank_0s(_tensors(module), ctx, holders)
             return cls(False, {}, ())
         is_first = ctx.comm.rank(holders) == 0
-        names: dict[int, list[str]] = {}
-        for name, p in module.named_parameters(remove_duplicate=False):
-            names.setdefault(id(p), []).append(name)
-        ties = tuple(tuple(each) for each in names.values() if len(each) > 1)
+        ties = ties_of(module)
         if is_first and mine:
             _initialise(module)
             tie(module, ties)
@@ -78,6 +75,14 @@ def _take(part: Any, whole: torch.Tensor) -> None:
 
     shape, offset = compute_local_shape_and_global_offset(whole.shape, part.device_mesh, part.placements)
     local(part).copy_(whole[tuple(slice(at, at + n) for at, n in zip(offset, shape, strict=True))])
+
+
+def ties_of(module: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return [each for each in names.values() if len(each) > 1]
 
 
 def tie(module: nn.Module, ties: Sequence[Sequence[str]]) -> None:

@@ -213,10 +213,10 @@ def _groups(module: nn.Module, shared: Sequence[dict[int, str]], ctx: DistContex
 
 
 def _run_window(engine: nn.Module, losses: Sequence[Loss], factors: Sequence[Any], ctx: DistContext) -> torch.Tensor:
-    assert isinstance(engine, Engine)
-    count = len(losses)
     from faccel.backends.stage import SCHEDULES
 
+    assert isinstance(engine, Engine)
+    count = len(losses)
     run = SCHEDULES[_schedule_of(engine, count)]
     seed = _common_seed(ctx)
     asked = [seeded(_inputs, loss, mix(seed, i)) for i, loss in enumerate(losses)]

@@ -31,7 +31,7 @@ from faccel.protocols import WORLD, Parallelism, Run
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
     check_same(module, ctx, WORLD)
     shard_module(module, plan, Layout.of(module, plan, ctx), ctx)
-    _forgets(module)
+    _forgets(module, module)
     return module, _runner(module, ctx)
 
 
@@ -148,9 +148,8 @@ def _fully_shard(module: nn.Module, layout: Layout, plan: Plan, ctx: DistContext
         fully_shard(unit, mp_policy=policy_of(name), **options)
     fully_shard(module, mp_policy=policy, **options)
     if plan.fsdp.prefetch is not None:
-        _prefetch(
-            [each for each in module.modules() if any(each is unit for unit in units.values())], plan.fsdp.prefetch
-        )
+        chosen = {id(unit) for unit in units.values()}
+        _prefetch([each for each in module.modules() if id(each) in chosen], plan.fsdp.prefetch)
 
 
 def _prefetch(units: list[Any], count: int) -> None:
@@ -182,14 +181,18 @@ def _runner(module: nn.Module, ctx: DistContext) -> Run:
 
 def same_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:
     """Return `opt`, whose `zero_grad` now also forgets what FSDP has accumulated without sync, and keeps to itself."""
-    plain = opt.zero_grad
+    _forgets(opt, engine)
+    return opt
+
+
+def _forgets(owner: nn.Module | Optimizer, engine: nn.Module) -> None:
+    plain = owner.zero_grad
 
     def zero_grad(set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 (torch's own signature)
         plain(set_to_none)
         forget(engine)
 
-    opt.zero_grad = zero_grad  # type: ignore[method-assign]
-    return opt
+    owner.zero_grad = zero_grad  # type: ignore[method-assign]
 
 
 def forget(engine: nn.Module) -> None:
@@ -201,16 +204,6 @@ def forget(engine: nn.Module) -> None:
                 each.unsharded_accumulated_grad = None
                 if getattr(each, "_unsharded_param", None) is not None:
                     each._unsharded_param.grad = None
-
-
-def _forgets(module: nn.Module) -> None:
-    plain = module.zero_grad
-
-    def zero_grad(set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 (torch's own signature)
-        plain(set_to_none)
-        forget(module)
-
-    module.zero_grad = zero_grad
 
 
 _SYNC = "_faccel_sync"

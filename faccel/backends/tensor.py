@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
-from faccel.backends.materialize import tie
+from faccel.backends.materialize import tie, ties_of
 from faccel.backends.units import matching
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
@@ -54,20 +54,12 @@ def cuts_of(module: nn.Module, plan: Plan, size: int) -> dict[str, str]:
                 raise ConfigError(f"two patterns of `tensor` mean the module `{name}`", saw=saw, fix="narrow one")
             found[name] = style
             _check(name, named, style, size)
-    for names in _ties(module):
+    for names in ties_of(module):
         if len({_dim(named, name, found) for name in names}) > 1:
             saw = ", ".join(f"`{name}` {found.get(name.rpartition('.')[0], 'not cut')}" for name in names)
             fix = "cut all of its places alike, as in `rowwise_embedding` and `colwise`, or none"
             raise ModelError("a parameter that two modules share is cut in two ways", saw=saw, fix=fix)
     return found
-
-
-def _ties(module: nn.Module) -> list[list[str]]:
-    """Return the names of each parameter that has several."""
-    names: dict[int, list[str]] = {}
-    for name, p in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name)
-    return [each for each in names.values() if len(each) > 1]
 
 
 def _dim(named: Mapping[str, nn.Module], parameter: str, styles: Mapping[str, str]) -> int | None:
@@ -105,7 +97,7 @@ def cut(module: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh) -> None:
     """Cut the modules. Updates `module`; nothing is communicated, because ranks hold the same values."""
     from torch.distributed.tensor.parallel import parallelize_module
 
-    ties = _ties(module)
+    ties = ties_of(module)
     for name, style in styles.items():
         made: Any = _STYLES[style]()
         if made is not None:
