@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from faccel import backends as backends
     from faccel import errors as errors
+    from faccel import func as func
     from faccel import testing as testing
     from faccel.averaging import SyncInfo as SyncInfo
     from faccel.averaging import averaged as averaged
@@ -140,7 +141,7 @@ _HOMES = {
     "faccel.sequence": ("attention", "context_parallel", "split_sequence"),
     "faccel.step": ("Micro", "StepInfo", "Window", "optimizer_step", "pipeline_step", "scaled_backward", "windows"),
 }  # fmt: skip
-_MODULES = ("backends", "errors", "testing")
+_MODULES = ("backends", "errors", "func", "testing")
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __version__ = "0.1.0"

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 import attrs
 import torch
 
+from faccel.comm.buckets import check_cap, summed_buckets
 from faccel.comm.tensors import tensor_leaves
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError
 from faccel.model import WrappedModel, unwrap
-from faccel.protocols import DATA
 from faccel.tree import reject
 
 
@@ -64,46 +64,25 @@ def _buckets(
     params: Mapping[str, torch.Tensor], ctx: DistContext, bucket_cap_mb: float
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the means bucket by bucket, as views of what was reduced, in the same order on every rank."""
-    _check_replicas(ctx)
-    if not bucket_cap_mb > 0:
-        raise ConfigError("`bucket_cap_mb` must be positive", saw=str(bucket_cap_mb), fix="leave it out for 25 MB")
+    check_replicas(ctx)
+    check_cap(bucket_cap_mb)
     by_name = {name: params[name] for name in sorted(params)}  # ranks may have filled a mapping in another order
     leaves, _ = tensor_leaves(by_name, ctx)
     for i, leaf in enumerate(leaves):
         if not (leaf.is_floating_point() or leaf.is_complex()):
             raise reject(by_name, i, "only floating point tensors have a mean of their dtype", "leave it out")
     named = dict(zip(by_name, leaves, strict=True))
-    for names in _packed(named, bucket_cap_mb * 2**20):
-        members = {name: named[name] for name in names}
-        ctx.comm.announce("local_sgd", members)
-        flat = torch.cat([each.reshape(-1) for each in members.values()])
-        mean = ctx.comm.all_reduce(flat, "sum", DATA).div_(ctx.data_world_size)
-        parts = mean.split([each.numel() for each in members.values()])
-        yield {name: part.view(members[name].shape) for name, part in zip(members, parts, strict=True)}
+    for sums in summed_buckets(named, ctx, bucket_cap_mb=bucket_cap_mb, call="local_sgd"):
+        yield {name: total.div_(ctx.data_world_size) for name, total in sums.items()}
 
 
-def _packed(named: Mapping[str, torch.Tensor], max_bytes: float) -> list[list[str]]:
-    """Return the names of each bucket: neighbours of one dtype, as many as fit."""
-    buckets: list[list[str]] = []
-    for dtype in sorted({each.dtype for each in named.values()}, key=str):
-        room = -1.0
-        for name, each in named.items():
-            if each.dtype != dtype:
-                continue
-            if each.nbytes > room:
-                buckets.append([])
-                room = max_bytes
-            buckets[-1].append(name)
-            room -= each.nbytes
-    return buckets
-
-
-def _check_replicas(ctx: DistContext) -> None:
+def check_replicas(ctx: DistContext, or_else: str = "train without `local_sgd`") -> None:
+    """Refuse a mesh whose ranks share parameters or work."""
     if not ctx.is_replicated:
         raise ConfigError(
-            "only replicas can be averaged, and this mesh shares parameters or work between its ranks",
+            "this needs replicas, and this mesh shares parameters or work between its ranks",
             saw=str(ctx.mesh.spec),
-            fix=f"use `mesh=faccel.MeshSpec(dp_replicate={ctx.world_size})`, or train without `local_sgd`",
+            fix=f"use `mesh=faccel.MeshSpec(dp_replicate={ctx.world_size})`, or {or_else}",
         )
 
 
@@ -145,7 +124,7 @@ def local_sgd(model: WrappedModel, ctx: DistContext, *, step: int, every: int, b
         SyncInfo(synced=True, num_bytes=0)
     """
     params = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
-    _check_replicas(ctx)
+    check_replicas(ctx)
     for name, value in (("step", step), ("every", every)):
         if value < 1:
             fix = "count updates that are done, from 1 on" if name == "step" else "write `every=1` or more"

@@ -88,6 +88,14 @@ class CheckpointError(FaccelError, RuntimeError):
     """A checkpoint cannot be written, is incomplete or corrupt, or does not fit the state that it is loaded into."""
 
 
+class PurityError(FaccelError, RuntimeError):
+    """A function that must be pure wrote to an argument, or drew random numbers that nobody gave it."""
+
+
+class DonatedError(FaccelError, RuntimeError):
+    """A state whose storage was given to a step is used again."""
+
+
 class ScalerError(FaccelError, RuntimeError):
     """A `ScalerState` was not threaded through the loop."""
 

@@ -30,7 +30,7 @@ def test_what_type_checkers_see_is_what_is_imported():
     tree = ast.parse(pathlib.Path(faccel.__file__).read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     seen = {alias.asname: node.module for node in block.body for alias in node.names}
-    modules = {name: "faccel" for name in ("backends", "errors", "testing")}
+    modules = {name: "faccel" for name in ("backends", "errors", "func", "testing")}
     assert seen == {**faccel._HOME, **modules}
 
 

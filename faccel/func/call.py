@@ -1,0 +1,89 @@
+"""A module as a function of its parameters, its buffers and a generator."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from faccel.errors import ModelError, PurityError
+from faccel.func.streams import NoStream, Stream, drawing_from
+from faccel.func.transform import is_traced
+from faccel.func.trees import named, tensordict
+
+
+def call(
+    model: nn.Module,
+    params: TensorDict,
+    *args: Any,
+    generator: Stream | None = None,
+    buffers: TensorDict | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Run `model(*args, **kwargs)` with these parameters, as a function: the model itself is never changed.
+
+    Effects: pure, but for `generator`, which moves on.
+
+    Args:
+        model: Any module of torch's; it gives the code, and what is not passed: constants.
+        params: `state.params`, or what a loss function was given.
+        *args: Of its `forward`.
+        generator: What its dropout draws from: the one that a loss function was given. Without one, drawing is an
+            error of the step.
+        buffers: The buffers to start from, for layers that write to theirs, such as batch norm in training mode.
+        **kwargs: Of its `forward`.
+
+    Returns:
+        What the model returned; with `buffers` that and the new buffers.
+
+    Raises:
+        ModelError: A name that the model does not have.
+        PurityError: It writes to a buffer that was not passed; names it. Or a generator cannot be had here: inside of
+            `torch.compile`, `vmap` and `grad` of your own.
+
+    Examples:
+        >>> from faccel.func import call, init_state, sgd
+        >>> from faccel.testing import fake_context
+        >>> model = torch.nn.BatchNorm1d(2)
+        >>> state = init_state(model, sgd(0.1), fake_context(0, 1), seed=0)
+        >>> out, buffers = call(model, state.params, torch.ones(4, 2), buffers=state.buffers)
+        >>> int(buffers["num_batches_tracked"]), int(model.num_batches_tracked)
+        (1, 0)
+    """
+    traced = is_traced()
+    drawing: Any = nullcontext()
+    if isinstance(generator, torch.Generator):
+        drawing = drawing_from(generator)
+    elif traced:
+        (generator or NoStream()).check(model)
+    passed = {} if buffers is None else {name: each.clone() for name, each in named(buffers).items()}
+    kept = _kept(model) if buffers is None and model.training and not traced else {}
+    held = named(params)
+    try:
+        with drawing:
+            result = torch.func.functional_call(model, held | passed | kept, args, kwargs)
+    except (AttributeError, KeyError) as error:
+        for name in held.keys() - dict(model.named_parameters()).keys():
+            fix = "pass the model of this state"
+            raise ModelError("the model has no such parameter", saw=f"`{name}`", fix=fix) from error
+        raise
+    for name, copied in kept.items():
+        if copied._version:
+            raise PurityError(
+                "the model writes to its buffers, which were not passed",
+                saw=f"`{name}`",
+                fix="write `loss_fn(params, batch, generator, buffers)` with "
+                "`out, buffers = call(model, params, x, buffers=buffers)` that returns `(loss, buffers)`, and "
+                "`make_step(..., has_buffers=True)`; or call `model.eval()`",
+            )
+    return result if buffers is None else (result, tensordict(passed))
+
+
+def _kept(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of the buffers, so that a write is seen and does no harm."""
+    if not any(module._buffers for module in model.modules()):  # pyright: ignore[reportPrivateUsage]
+        return {}
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
