@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -62,24 +63,41 @@ def call(
     passed = {} if buffers is None else {name: each.clone() for name, each in named(buffers).items()}
     kept = _kept(model) if buffers is None and model.training and not traced else {}
     held = named(params)
-    try:
-        with drawing:
-            result = torch.func.functional_call(model, held | passed | kept, args, kwargs)
-    except (AttributeError, KeyError) as error:
-        for name in held.keys() - dict(model.named_parameters()).keys():
-            fix = "pass the model of this state"
-            raise ModelError("the model has no such parameter", saw=f"`{name}`", fix=fix) from error
-        raise
-    for name, copied in kept.items():
-        if copied._version:
-            raise PurityError(
-                "the model writes to its buffers, which were not passed",
-                saw=f"`{name}`",
-                fix="write `loss_fn(params, batch, generator, buffers)` with "
-                "`out, buffers = call(model, params, x, buffers=buffers)` that returns `(loss, buffers)`, and "
-                "`make_step(..., has_buffers=True)`; or call `model.eval()`",
-            )
+    if not traced:
+        _check_names(model, held)
+    with drawing:
+        result = torch.func.functional_call(model, held | passed | kept, args, kwargs)
+    written = _written(model, kept)
+    if written:
+        raise PurityError(
+            "the model writes to its buffers, which were not passed",
+            saw=", ".join(f"`{name}`" for name in written),
+            fix="write `loss_fn(params, batch, generator, buffers)` with "
+            "`out, buffers = call(model, params, x, buffers=buffers)` that returns `(loss, buffers)`, and "
+            "`make_step(..., has_buffers=True)`; or call `model.eval()`",
+        )
     return result if buffers is None else (result, tensordict(passed))
+
+
+def _check_names(model: nn.Module, held: Iterable[str]) -> None:
+    """Refuse a name that the model does not have, which torch would add to it."""
+    modules = dict(model.named_modules())
+    for name in held:
+        prefix, _, leaf = name.rpartition(".")
+        if prefix not in modules or leaf not in modules[prefix]._parameters:  # pyright: ignore[reportPrivateUsage]
+            raise ModelError("the model has no such parameter", saw=f"`{name}`", fix="pass the model of this state")
+
+
+def _written(model: nn.Module, kept: dict[str, torch.Tensor]) -> list[str]:
+    """Return the names of the buffers whose copies were written to: by value where no device has to be waited for."""
+    if not kept:
+        return []
+    own = dict(model.named_buffers())
+    return sorted(
+        name
+        for name, copied in kept.items()
+        if copied._version or (copied.device.type == "cpu" and not torch.equal(copied, own[name]))
+    )
 
 
 def _kept(model: nn.Module) -> dict[str, torch.Tensor]:

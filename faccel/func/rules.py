@@ -53,7 +53,7 @@ def _check_ranges(name: str, lr: float | Schedule, options: dict[str, Any]) -> N
     for option, value in options.items():
         low, high = _RANGES.get(option, (None, None))
         if low is not None and high is not None and value is not None and not low <= value <= high:
-            limits = " and ".join([f"at least {low:g}"] * (low > -high) + [f"at most {high:g}"] * (high < float("inf")))
+            limits = " and ".join([f"at least {low:g}"] * (low > -high) + [f"at most {high}"] * (high < float("inf")))
             raise ConfigError(
                 f"`{option}` of `{name}` must be {limits}", saw=str(value), fix="leave it out for torch's"
             )
@@ -62,6 +62,8 @@ def _check_ranges(name: str, lr: float | Schedule, options: dict[str, Any]) -> N
 def optimizer(name: str, lr: float | Schedule, rule: Rule, **options: Any) -> GradientTransformation:
     """Return the gradient transformation of an algorithm, whose state is `count` and a TensorDict for each slot."""
     _check_ranges(name, lr, options)
+    known = set(rule.slots(torch.zeros(2, 2)))
+    known |= set(rule.slots(torch.zeros(2))) if rule.has_own_shapes else set()
 
     def init(params: TensorDict) -> TensorDict:
         state: dict[str, Any] = {"count": zero_count()}
@@ -73,7 +75,7 @@ def optimizer(name: str, lr: float | Schedule, rule: Rule, **options: Any) -> Gr
     def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
         rate = at(lr, state["count"]) * updates.lr_scale
         slots = {slot: each for slot, each in state.items() if slot != "count"}
-        _check_slots(name, slots, params, rule)
+        _check_slots(name, slots, known, params, rule)
         run: Any = _by_formula if is_traced(params) or isinstance(rate, torch.Tensor) else _by_kernel
         new_params, new_slots = run(rule, updates, slots, state["count"], params, rate)
         return updates._replace(params=new_params), tensordict({"count": state["count"] + 1, **new_slots})
@@ -81,7 +83,13 @@ def optimizer(name: str, lr: float | Schedule, rule: Rule, **options: Any) -> Gr
     return GradientTransformation(name, init, update, makes_params=True)
 
 
-def _check_slots(name: str, slots: dict[str, Any], params: TensorDict, rule: Rule) -> None:
+def _check_slots(name: str, slots: dict[str, Any], known: set[str], params: TensorDict, rule: Rule) -> None:
+    if not slots.keys() <= known or (slots.keys() != known and not rule.has_own_shapes):
+        raise OptimizerError(
+            f"this is not the state of `{name}`",
+            saw=f"`{'`, `'.join(sorted(slots))}` where `{'`, `'.join(sorted(known))}` belong",
+            fix="make state and step with the same transformation",
+        )
     if rule.has_own_shapes:
         return
     for slot, each in slots.items():

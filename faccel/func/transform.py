@@ -165,7 +165,14 @@ class _Links:
         return tensordict({name: each.init(params) for name, each in self.parts.items()})
 
     def update(self, updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
-        updates, new = self._run(list(self.parts), updates, dict(state.items()), params)
+        held = dict(state.items())
+        if held.keys() != self.parts.keys():
+            raise OptimizerError(
+                "this is not the state of the chain",
+                saw=f"`{'`, `'.join(sorted(held))}` where `{'`, `'.join(sorted(self.parts))}` belong",
+                fix="make state and step with the same transformation",
+            )
+        updates, new = self._run(list(self.parts), updates, held, params)
         return updates, tensordict(new)
 
     def _run(

@@ -91,17 +91,16 @@ def test_under_vmap_each_model_is_trained_as_alone(ours, theirs, options):
     tolerance = 2e-2 if ours is func.muon else 1e-12  # Muon multiplies in bfloat16
     alone = [draw(ours, i, dtype) for i in range(3)]
     states = [optimizer.init(params) for params in alone]
-    held = TensorDict({name: torch.stack([p[name] for p in alone]) for name in alone[0].keys()})
+    together = _stacked([dict(params.items()) for params in alone])
     together_state = _stacked([func.trees.plain(state) for state in states])
 
     def one(params, grads, state):
         updates, state = optimizer.update(TensorDict(grads), func.trees.tensordict(state), TensorDict(params))
         return dict(updates.params.items()), func.trees.plain(state)
 
-    together = dict(held.items())
     for i in range(5):
         grads = [draw(ours, 10 * i + j, dtype) for j in range(3)]
-        batch = {name: torch.stack([g[name] for g in grads]) for name in grads[0].keys()}
+        batch = _stacked([dict(each.items()) for each in grads])
         together, together_state = torch.vmap(one)(together, batch, together_state)
         for j in range(3):
             updates, states[j] = optimizer.update(grads[j], states[j], alone[j])

@@ -1,0 +1,107 @@
+"""Models, losses and runs for the tests of `faccel.func`; a module, so that processes and compilers find it by name."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import faccel
+from faccel import func
+
+GLOBAL_BATCH = 8
+
+
+class Net(nn.Module):
+    """Convolution, batch norm, dropout and tied weights, as asked for."""
+
+    def __init__(self, norm=False, dropout=0.0, tied=False):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.second = nn.Linear(6, 6)
+        self.out = nn.Linear(6, 3)
+        if tied:
+            self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.out(self.dropout(torch.tanh(self.second(self.norm(torch.tanh(self.first(x)))))))
+
+
+def net(seed=0, dtype=torch.float64, **options):
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = Net(**options).to(dtype)
+    torch.set_rng_state(generator_state)
+    return model
+
+
+def batch_of(step, ctx, dtype=torch.float64, rows=GLOBAL_BATCH):
+    """This rank's rows of the batch of a step."""
+    generator = faccel.fold_in(1, step)
+    x = torch.randn(rows, 6, generator=generator, dtype=torch.float64).to(dtype)
+    y = torch.randint(0, 3, (rows,), generator=generator)
+    mine = rows // ctx.data_world_size
+    part = slice(ctx.data_rank * mine, (ctx.data_rank + 1) * mine)
+    return x[part], y[part]
+
+
+def loss_of(model, reduction="mean"):
+    def loss_fn(params, batch, generator):
+        x, y = batch
+        return F.cross_entropy(func.call(model, params, x, generator=generator), y, reduction=reduction)
+
+    return loss_fn
+
+
+def loss_with_buffers(model):
+    def loss_fn(params, batch, generator, buffers):
+        x, y = batch
+        out, buffers = func.call(model, params, x, generator=generator, buffers=buffers)
+        return F.cross_entropy(out, y), buffers
+
+    return loss_fn
+
+
+def transformation():
+    return func.chain(func.clip_by_global_norm(0.5), func.adamw(1e-2), func.ema(0.9))
+
+
+def run(ctx, num_steps=5, options=None, **model_options):
+    """Train a few steps; return every tensor of the state and the losses."""
+    model, optimizer = net(**model_options), transformation()
+    state = func.init_state(model, optimizer, ctx, seed=3)
+    step = func.make_step(loss_of(model), optimizer, ctx, **(options or {}))
+    losses = []
+    for i in range(num_steps):
+        metrics, state = step(state, batch_of(i, ctx))
+        losses.append(metrics["loss"])
+    return func.trees.leaves(func.state.leaves_of(state)), torch.stack(losses)
+
+
+def run_uneven(ctx, num_steps=3):
+    """Ranks have different numbers of the rows of each batch; `weight` counts them."""
+    model, optimizer = net(), transformation()
+    state = func.init_state(model, optimizer, ctx, seed=3)
+    num_micro = 1 if ctx.data_world_size == 4 else 2  # of a single row nothing can be cut
+    step = func.make_step(
+        loss_of(model, "sum"), optimizer, ctx, weight=lambda batch: len(batch[1]), num_micro=num_micro
+    )
+    cuts = {1: [0, 8], 2: [0, 3, 8], 4: [0, 2, 4, 5, 8]}[ctx.data_world_size]
+    part = slice(cuts[ctx.data_rank], cuts[ctx.data_rank + 1])
+    for i in range(num_steps):
+        x, y = batch_of(i, faccel.testing.fake_context(0, 1))
+        metrics, state = step(state, (x[part], y[part]))
+    return func.trees.leaves(func.state.leaves_of(state)), metrics["loss"]
+
+
+def module_path(ctx, num_steps=5, **model_options):
+    """The same training by `wrap` and `optimizer_step`."""
+    torch.manual_seed(0)
+    model = faccel.wrap(net(**model_options), ctx)
+    opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, ctx)
+    scaler = faccel.init_scaler(ctx)
+    for i in range(num_steps):
+        x, y = batch_of(i, ctx)
+        scaler = faccel.scaled_backward(F.cross_entropy(model(x), y), scaler, ctx)
+        _, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=0.5)
+    return {name: p.detach() for name, p in faccel.unwrap(model).named_parameters()}

@@ -1,0 +1,245 @@
+"""What is wrong is said with the name of the leaf."""
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from faccel import func
+from faccel.errors import ConfigError, DonatedError, ModelError, OptimizerError, PurityError, TreeError
+from faccel.func.transform import Updates
+from faccel.testing import fake_context
+from tests.functional import batch_of, loss_of, net
+
+CTX = fake_context(0, 1)
+
+
+def params(**shapes):
+    return TensorDict({name: torch.ones(shape) for name, shape in (shapes or {"w": (2,)}).items()})
+
+
+@pytest.mark.parametrize(
+    ("grads", "named"),
+    [
+        ({"v": torch.ones(2)}, "only in the"),
+        ({"w": torch.ones(3)}, "`w`: float32[3] in the gradients, float32[2] in the parameters"),
+        ({"w": torch.ones(2, dtype=torch.float64)}, "`w`: float64[2] in the gradients"),
+    ],
+)
+@pytest.mark.parametrize("optimizer", [func.sgd(0.1), func.chain(func.clip_by_global_norm(1.0), func.adamw(1e-3))])
+def test_gradients_of_another_structure_shape_or_dtype_are_named(optimizer, grads, named):
+    with pytest.raises(TreeError) as caught:
+        optimizer.update(TensorDict(grads), optimizer.init(params()), params())
+    assert named in caught.value.saw
+
+
+def test_a_state_of_another_model_is_named():
+    optimizer = func.adamw(1e-3)
+    state = optimizer.init(params(w=(3,)))
+    with pytest.raises(TreeError) as caught:
+        optimizer.update(params(), state, params())
+    assert "`w`: float32[3] in the `exp_avg` of adamw" in caught.value.saw
+
+
+def test_a_state_of_another_transformation_is_named():
+    model = net()
+    state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
+    with pytest.raises(OptimizerError, match="`adamw`") as caught:
+        func.make_step(loss_of(model), func.adamw(1e-3), CTX)(state, batch_of(0, CTX))
+    assert "exp_avg" in caught.value.saw
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "error", "saw"),
+    [
+        (lambda p, b, g: p["w"], ModelError, "a float32 tensor of shape (2,)"),
+        (lambda p, b, g: p["w"].sum().item(), ModelError, "a float"),
+        (lambda p, b, g: (p["w"].sum(), 1), ModelError, "a tuple of 2"),
+        (lambda p, b, g: p["w"].detach().sum(), ModelError, "a float32 tensor of shape ()"),
+        (lambda p, b, g: p["w"].sum().long(), ModelError, "a int64 tensor of shape ()"),
+        (lambda p, b, g: (p["w"] * torch.rand(2)).sum(), PurityError, "draws"),
+        (lambda p, b, g: p["w"].sum() * float(np.random.rand()), PurityError, "draws"),
+        (lambda p, b, g: (p["w"] * b[0].mul_(2)).sum(), PurityError, "another value of `batch[0]`"),
+        (lambda p, b, g: (p["w"].data.add_(1) * 0 + p["w"]).sum(), PurityError, "another value of `params['w']`"),
+        (lambda p, b, g: p["w"].sum() + float(b[1]["n"].__iadd__(1)[0]), PurityError, "`batch[1]['n']`"),
+    ],
+)
+def test_a_loss_function_that_is_wrong_or_not_pure_is_named(loss_fn, error, saw):
+    optimizer = func.sgd(0.1)
+    state = func.init_state(_Vector(), optimizer, CTX, seed=0)
+    with pytest.raises(error) as caught:
+        func.make_step(loss_fn, optimizer, CTX)(state, (torch.ones(2), {"n": np.ones(2)}))
+    assert saw in caught.value.saw
+
+
+class _Vector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2))
+
+
+def test_what_a_loss_function_must_return_is_said():
+    state = func.init_state(_Vector(), func.sgd(0.1), CTX, seed=0)
+    step = func.make_step(lambda p, b, g: p["w"].sum(), func.sgd(0.1), CTX, has_aux=True)
+    with pytest.raises(ModelError, match=r"must return `\(loss, aux\)`"):
+        step(state, None)
+
+
+def test_in_debug_mode_writes_are_found_at_every_step():
+    calls = []
+
+    def loss_fn(p, b, g):
+        calls.append(None)
+        if len(calls) == 3:
+            b.add_(1)
+        return (p["w"] * b).sum()
+
+    for debug, finds in ((False, False), (True, True)):
+        calls.clear()
+        ctx = fake_context(0, 1, config={"debug": debug})
+        state = func.init_state(_Vector(), func.sgd(0.1), ctx, seed=0)
+        step = func.make_step(loss_fn, func.sgd(0.1), ctx)
+        found = False
+        try:
+            for _ in range(4):
+                _, state = step(state, torch.ones(2))
+        except PurityError:
+            found = True
+        assert found == finds
+
+
+def test_a_model_that_writes_to_buffers_that_were_not_passed_is_named_and_left_alone():
+    model = net(norm=True)
+    before = model.norm.running_mean.clone()
+    state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
+    with pytest.raises(PurityError) as caught:
+        func.make_step(loss_of(model), func.sgd(0.1), CTX)(state, batch_of(0, CTX))
+    assert caught.value.saw == "`norm.num_batches_tracked`, `norm.running_mean`, `norm.running_var`"
+    assert torch.equal(model.norm.running_mean, before)
+
+
+def test_dropout_without_a_generator_is_an_error():
+    model = net(dropout=0.5)
+    state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
+
+    def loss_fn(params, batch, generator):
+        return func.call(model, params, batch[0]).mean()
+
+    before = torch.get_rng_state()
+    with pytest.raises(PurityError, match="drew random numbers"):
+        func.make_step(loss_fn, func.sgd(0.1), CTX)(state, batch_of(0, CTX))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def donated():
+    model, optimizer = net(), func.adamw(1e-2)
+    old = func.init_state(model, optimizer, CTX, seed=0)
+    step = func.make_step(loss_of(model), optimizer, CTX, donate=True)
+    place = old.params["out.bias"].data_ptr()
+    _, new = step(old, batch_of(0, CTX))
+    assert new.params["out.bias"].data_ptr() == place
+    return model, step, old, new
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, step, state: step(state, batch_of(1, CTX)),
+        lambda model, step, state: state.params["out.bias"],
+        lambda model, step, state: list(state.opt.keys()),
+        lambda model, step, state: dict(state.params.items()),
+        lambda model, step, state: func.merge(model, state),
+        lambda model, step, state: func.stack([state]),
+    ],
+)
+def test_a_donated_state_is_an_error_wherever_it_is_used(use):
+    model, step, old, new = donated()
+    with pytest.raises(DonatedError) as caught:
+        use(model, step, old)
+    assert "metrics, state = step(state, batch)" in caught.value.fix
+    assert "<donated>" in repr(old)
+    use(model, step, new)
+
+
+@pytest.mark.parametrize(
+    ("make", "saw"),
+    [
+        (lambda: func.chain(func.adamw(1e-3), func.clip_by_global_norm(1.0)), "`clip_by_global_norm` behind `adamw`"),
+        (lambda: func.chain(func.sgd(0.1), func.adamw(1e-3)), "`adamw` behind `sgd`"),
+        (lambda: func.chain(func.ema(0.9), func.adamw(1e-3)), "`ema` first"),
+        (lambda: func.make_step(loss_of(net()), func.clip_by_global_norm(1.0), CTX), "`clip_by_global_norm`"),
+        (lambda: func.averages(func.sgd(0.1).init(params())), "no `ema`"),
+        (lambda: func.muon(0.1).init(params(w=(2, 2, 2))), "shape (2, 2, 2)"),
+    ],
+)
+def test_chains_that_could_not_do_what_they_say_are_refused(make, saw):
+    with pytest.raises(OptimizerError) as caught:
+        make()
+    assert saw in caught.value.saw
+
+
+@pytest.mark.parametrize(
+    ("make", "fix"),
+    [
+        (lambda: func.partition({"body": func.sgd(0.1)}, lambda n, p: "boddy").init(params()), "use `body`"),
+        (lambda: func.masked(func.sgd(0.1), ("v*",)).init(params()), "use one of `w`"),
+        (lambda: func.masked(func.sgd(0.1), {"v": True}).init(params()), "name every parameter"),
+        (lambda: func.clip_by_global_norm(0.0), "leave it out"),
+        (lambda: func.accumulate(0), "use 1 or more"),
+        (lambda: func.ema(1.5), "ema(0.999)"),
+        (lambda: func.adamw(-1.0), "adamw(1e-3)"),
+        (lambda: func.adam(1e-3, betas=(1.0, 0.9)), "leave it out"),
+        (lambda: func.sgd(0.1, nesterov=True), "momentum=0.9"),
+        (lambda: func.muon(0.1, adjust_lr_fn="originl"), "use `original`"),
+        (lambda: func.scale_by_schedule(0.5), "lambda count"),
+        (lambda: func.cosine(10, warmup=10), "1 or more"),
+        (lambda: func.join([func.linear(0, 1, 2)], [3]), "join("),
+        (lambda: func.make_step(loss_of(net()), func.sgd(0.1), CTX, num_micro=0), "num_micro=1"),
+        (lambda: func.sam(loss_of(net()), func.sgd(0.1), CTX, rho=0.0), "make_step"),
+        (lambda: func.adapt(loss_of(net()), func.sgd(0.1), num_steps=0), "1 or more"),
+        (lambda: func.rollback(lambda s, b: (s, b), keep=0), "1 or more"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_with_the_fix(make, fix):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert fix in caught.value.fix
+
+
+def test_models_without_values_or_parameters_are_refused():
+    with pytest.raises(ModelError, match="materialize"):
+        func.init_state(nn.Linear(2, 2, device="meta"), func.sgd(0.1), CTX, seed=0)
+    with pytest.raises(ModelError, match="nothing in this model is trained"):
+        func.init_state(nn.ReLU(), func.sgd(0.1), CTX, seed=0)
+    with pytest.raises(ModelError, match="TrainState"):
+        func.make_step(loss_of(net()), func.sgd(0.1), CTX)(net(), batch_of(0, CTX))
+    with pytest.raises(ModelError, match="no such parameter"):
+        func.call(nn.Linear(2, 2), params(w=(2,)), torch.ones(2))
+
+
+def test_stacking_states_of_several_models_names_the_leaf():
+    states = [func.init_state(nn.Linear(2, n), func.sgd(0.1), CTX, seed=0) for n in (1, 2)]
+    with pytest.raises(ModelError, match="weight"):
+        func.stack(states)
+    step = func.make_step(loss_of(net()), func.sgd(0.1), CTX)
+    with pytest.raises(ConfigError, match="stack"):
+        func.ensemble(step, CTX)(func.init_state(net(), func.sgd(0.1), CTX, seed=0), batch_of(0, CTX))
+
+
+def test_an_error_leaves_the_state_usable():
+    model = net()
+    state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
+    step = func.make_step(loss_of(model), func.sgd(0.1), CTX, donate=True)
+    with pytest.raises(RuntimeError):
+        step(state, (torch.ones(2, 5, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)))
+    assert int(step(state, batch_of(0, CTX))[1].step) == 1
+
+
+def test_updates_are_told_apart_from_gradients():
+    optimizer = func.sgd(0.1)
+    updates, _ = optimizer.update(params(), optimizer.init(params()), params())
+    assert isinstance(updates, Updates)
+    clip = func.clip_by_global_norm(1.0)
+    only, _ = clip.update(params(), clip.init(params()), params())
+    assert func.apply_updates(params(), only)["w"].tolist() == [1, 1]
