@@ -22,7 +22,7 @@ class FaccelError(Exception):
         self.fix = fix
         got = f" Got {saw}." if saw else ""
         todo = f"\nTo fix: {fix}." if fix else ""
-        super().__init__(f"{what}.{got}{todo}")
+        Exception.__init__(self, f"{what}.{got}{todo}")  # not `super()`, which torch.compile cannot see through
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.what, self.saw, self.fix)

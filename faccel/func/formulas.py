@@ -45,13 +45,13 @@ def adam(
         new = {"exp_avg": first, "exp_avg_sq": second}
         if amsgrad:
             new["max_exp_avg_sq"] = second = torch.maximum(slots["max_exp_avg_sq"], second)
-        denominator = _root(second) / _like((1 - beta2**t).sqrt(), p) + eps
-        return p - _like(lr / (1 - beta1**t), p) * first / denominator, new
+        denominator = _root(second) / like((1 - beta2**t).sqrt(), p) + eps
+        return p - like(lr / (1 - beta1**t), p) * first / denominator, new
 
     return formula
 
 
-def _like(number: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+def like(number: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """Return a number of the host where a parameter is, in its precision or in float32."""
     return number.to(param.device, torch.float64 if param.dtype == torch.float64 else torch.float32)
 
@@ -68,7 +68,7 @@ def adagrad(*, lr_decay: float, weight_decay: float, eps: float, maximize: bool)
     def formula(p: torch.Tensor, g: torch.Tensor, slots: Slots, count: torch.Tensor, lr: Any) -> Any:
         g = (-g if maximize else g) + (weight_decay * p if weight_decay else 0.0)
         total = slots["sum"] + g * g
-        rate = _like(lr / (1 + count.double() * lr_decay), p)
+        rate = like(lr / (1 + count.double() * lr_decay), p)
         return p - rate * g / (_root(total) + eps), {"sum": total}
 
     return formula
@@ -101,7 +101,7 @@ def adafactor(
 
     def formula(p: torch.Tensor, g: torch.Tensor, slots: Slots, count: torch.Tensor, lr: Any) -> Any:
         g = -g if maximize else g
-        t = _like(count.double() + 1, p)
+        t = like(count.double() + 1, p)
         floor = torch.finfo(p.dtype).eps if eps1 is None else eps1
         weight = t**beta2_decay
         rho = torch.minimum(torch.as_tensor(lr, dtype=t.dtype, device=t.device), t**-0.5)

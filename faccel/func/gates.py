@@ -14,7 +14,7 @@ from faccel.func.transform import GradientTransformation, Updates, both, empty, 
 from faccel.func.trees import foreach, named, tensordict
 
 Schedule = Callable[[Any], Any]
-"""`schedule(count) -> factor`, of the number of updates that are done: an int, or an int64[] under a transform."""
+"""`schedule(count) -> factor`, of the number of updates that are done: an int, or a float64[] under a transform."""
 
 
 def zero_count() -> torch.Tensor:
@@ -26,7 +26,7 @@ def at(schedule: Schedule | float, count: torch.Tensor) -> Any:
     """Return the value of a schedule, a number where the host knows the count."""
     if not callable(schedule):
         return schedule
-    return schedule(count if is_traced() else int(count))
+    return schedule(count.double() if is_traced() else int(count))
 
 
 def _multiplied(grads: TensorDict, factor: torch.Tensor, *, in_place: bool) -> TensorDict:

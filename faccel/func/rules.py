@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict
 
 from faccel.errors import ConfigError, OptimizerError
+from faccel.func import formulas
 from faccel.func.gates import Schedule, at, zero_count
 from faccel.func.transform import GradientTransformation, Updates, is_traced
 from faccel.func.trees import check_like, foreach, named, tensordict
@@ -117,6 +118,11 @@ def _by_kernel(
     return new_params, new_slots
 
 
+def _where(rate: Any, param: torch.Tensor) -> Any:
+    """Return a learning rate where a parameter is, where it is a tensor."""
+    return formulas.like(rate, param) if isinstance(rate, torch.Tensor) else rate
+
+
 def _cloned(tree: TensorDict) -> TensorDict:
     tensors = named(tree)
     return tensordict(dict(zip(tensors, foreach._foreach_clone(list(tensors.values())), strict=True)))
@@ -135,7 +141,7 @@ def _by_formula(
                 fix="train outside of `vmap` and `torch.compile`, or keep its `torch.view_as_real`",
             )
         mine = {slot: each[name] for slot, each in slots.items() if name in each.keys()}  # noqa: SIM118
-        made, new = rule.formula(param, updates.grads[name], mine, count, rate)
+        made, new = rule.formula(param, updates.grads[name], mine, count, _where(rate, param))
         new_params[name] = made.to(param.dtype)
         for slot, value in new.items():
             new_slots[slot][name] = value.to(param.dtype)

@@ -1,0 +1,410 @@
+"""What a pure step makes easy: ensembles, gradients of samples, curvature, learning to learn, going back."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch import nn
+
+from faccel import func
+from faccel.errors import ConfigError, DonatedError, PurityError
+from faccel.testing import assert_pure, fake_context, simulate
+from tests.functional import batch_of, loss_of, net, transformation
+from tests.world.test_func import close
+
+CTX = fake_context(0, 1)
+
+
+def states_of(ctx, optimizer, num=3, **options):
+    return [func.init_state(net(seed=i, **options), optimizer, ctx, seed=i) for i in range(num)]
+
+
+def run_ensemble(ctx, num_steps=3):
+    optimizer = transformation()
+    step = func.ensemble(func.make_step(loss_of(net()), optimizer, ctx), ctx)
+    states = func.stack(states_of(ctx, optimizer))
+    for i in range(num_steps):
+        metrics, states = step(states, batch_of(i, ctx))
+    return func.trees.leaves(func.state.leaves_of(states)), metrics["loss"]
+
+
+def test_an_ensemble_is_each_of_its_models_alone():
+    optimizer = transformation()
+    step = func.make_step(loss_of(net()), optimizer, CTX)
+    together, losses = run_ensemble(CTX)
+    for number, state in enumerate(states_of(CTX, optimizer)):
+        for i in range(3):
+            metrics, state = step(state, batch_of(i, CTX))
+        alone = func.trees.leaves(func.state.leaves_of(state))
+        close(alone, {name: each[number] for name, each in together.items()})
+        assert torch.allclose(metrics["loss"], losses[number])
+
+
+def test_an_ensemble_on_ranks_is_the_one_on_one_with_one_all_reduce_for_all_models():
+    expected, losses = run_ensemble(CTX)
+    for world_size in (2, 4):
+        results = simulate(run_ensemble, world_size)
+        for state, seen in results:
+            close(expected, state)
+            assert torch.allclose(losses, seen)
+        reduces = [event for event in results.trace if event.rank == 0 and event.op == "all_reduce"]
+        assert len(reduces) == 3
+
+
+def test_models_of_an_ensemble_draw_differently_and_have_batches_of_their_own():
+    optimizer = func.sgd(0.1)
+    step = func.make_step(loss_of(net(dropout=0.5)), optimizer, CTX)
+    same = func.stack([func.init_state(net(dropout=0.5), optimizer, CTX, seed=i) for i in range(3)])
+    before = torch.get_rng_state()
+    metrics, _ = func.ensemble(step, CTX)(same, batch_of(0, CTX))
+    assert len(set(metrics["loss"].tolist())) == 3
+    assert torch.equal(metrics["loss"], func.ensemble(step, CTX)(same, batch_of(0, CTX))[0]["loss"])
+    assert torch.equal(before, torch.get_rng_state())
+    x, y = zip(*(batch_of(i, CTX) for i in range(3)), strict=True)
+    plain = func.make_step(loss_of(net()), optimizer, CTX)
+    own, _ = func.ensemble(plain, CTX, batch_dim=0)(same, (torch.stack(x), torch.stack(y)))
+    for i, state in enumerate(func.unstack(same)):
+        assert torch.allclose(own["loss"][i], plain(state, (x[i], y[i]))[0]["loss"])
+
+
+def test_a_state_is_a_pytree_that_vmap_and_grad_go_through():
+    optimizer = func.sgd(0.1)
+    step = func.make_step(loss_of(net()), optimizer, CTX)
+    states = func.stack(states_of(CTX, optimizer))
+    metrics, after = torch.vmap(step, in_dims=(0, None))(states, batch_of(0, CTX))
+    ours, _ = func.ensemble(step, CTX)(states, batch_of(0, CTX))
+    assert torch.allclose(metrics["loss"], ours["loss"])
+    assert after.params["out.bias"].shape == (3, 3)
+
+    def after_a_step(scale, state):
+        x, y = batch_of(0, CTX)
+        return step(step(state, (x * scale, y))[1], (x, y))[0]["loss"]
+
+    slope = torch.func.grad(after_a_step)(torch.ones((), dtype=torch.float64), states_of(CTX, optimizer)[0])
+    rise = [after_a_step(1 + e, states_of(CTX, optimizer)[0]) for e in (1e-4, -1e-4)]
+    assert torch.isclose(slope, (rise[0] - rise[1]) / 2e-4, rtol=1e-5)
+
+
+def test_vmap_without_a_generator_refuses_dropout_and_takes_one_that_is_given():
+    optimizer = func.sgd(0.1)
+    step = func.make_step(loss_of(net(dropout=0.5)), optimizer, CTX)
+    states = func.stack(states_of(CTX, optimizer, dropout=0.5))
+    with pytest.raises(PurityError, match="ensemble"):
+        torch.vmap(step, in_dims=(0, None))(states, batch_of(0, CTX))
+    run = torch.vmap(
+        lambda s, b: step(s, b, torch.Generator().manual_seed(0)), in_dims=(0, None), randomness="different"
+    )
+    assert run(states, batch_of(0, CTX))[0]["loss"].isfinite().all()
+
+
+def test_gradients_of_samples_are_those_of_each_alone():
+    model, (x, y) = net(), batch_of(0, CTX)
+    params = TensorDict({n: p.detach() for n, p in model.named_parameters()})
+    losses, grads = func.per_sample_grads(loss_of(model), CTX)(params, (x, y), torch.Generator())
+    for i in range(len(y)):
+        loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+        assert torch.allclose(losses[i], loss)
+        for name, grad in zip(params.keys(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            assert torch.allclose(grads[name][i], grad, atol=1e-12), name
+    clipped = func.clip_per_sample(grads, 0.1)
+    norms = torch.stack([each.flatten(1).norm(dim=1) for each in clipped.values()]).norm(dim=0)
+    assert torch.allclose(norms, torch.full_like(norms, 0.1))
+
+
+def test_samples_draw_differently():
+    model = net(dropout=0.5)
+    params = TensorDict({n: p.detach() for n, p in model.named_parameters()})
+    row = torch.ones(1, 6, dtype=torch.float64).expand(4, 6), torch.zeros(4, dtype=torch.int64)
+    losses, _ = func.per_sample_grads(loss_of(model), CTX)(params, row, torch.Generator())
+    assert len(set(losses.tolist())) > 1
+
+
+def run_private(ctx, noise=0.0, **options):
+    model, optimizer = net(), func.sgd(0.5)
+    state = func.init_state(model, optimizer, ctx, seed=0)
+    step = func.dp_sgd(loss_of(model), optimizer, ctx, clip_norm=0.1, noise_multiplier=noise, **options)
+    for i in range(2):
+        _, state = step(state, batch_of(i, ctx))
+    return dict(state.params.items())
+
+
+def test_a_private_step_without_noise_is_the_same_on_ranks_and_in_micro_batches():
+    expected = run_private(CTX)
+    close(expected, run_private(CTX, num_micro=4))
+    for world_size in (2, 4):
+        for params in simulate(run_private, world_size):
+            close(expected, params)
+    moved = torch.stack([(expected[n] - p).norm() for n, p in net().named_parameters()]).norm()
+    assert 0 < moved <= 2 * 0.5 * 0.1 + 1e-9
+
+
+def test_noise_has_the_deviation_that_was_asked_for_on_any_number_of_ranks():
+    def one(ctx):
+        optimizer = func.sgd(1.0)
+        state = func.init_state(nn.Linear(4000, 1, bias=False), optimizer, ctx, seed=0)
+        step = func.dp_sgd(lambda p, b, g: p["weight"].sum() * 0, optimizer, ctx, clip_norm=2.0, noise_multiplier=3.0)
+        _, after = step(state, torch.zeros(4 // ctx.data_world_size, 1))
+        return (after.params["weight"] - state.params["weight"]).std().item()
+
+    for world_size in (1, 2, 4):
+        for deviation in simulate(one, world_size):
+            assert deviation == pytest.approx(2.0 * 3.0 / 4, rel=0.1)
+
+
+def curvature(ctx):
+    model = net()
+    params = TensorDict({n: p.detach() for n, p in model.named_parameters()})
+    vector = TensorDict({n: torch.ones_like(p) for n, p in params.items()})
+    batch, generator = batch_of(0, ctx), torch.Generator()
+    product = func.hessian_vector_product(loss_of(model), ctx, num_micro=2)(params, vector, batch, generator)
+    top = func.sharpness(loss_of(model), ctx, num_iterations=400)(params, batch, generator)
+    return dict(product.items()), top
+
+
+def test_products_with_the_hessian_and_its_top_eigenvalue_are_right_on_ranks():
+    model, (x, y) = net(), batch_of(0, CTX)
+    names, values = zip(*((n, p.detach()) for n, p in model.named_parameters()), strict=True)
+
+    def loss(flat):
+        parts = flat.split([v.numel() for v in values])
+        named = {n: part.view(v.shape) for n, part, v in zip(names, parts, values, strict=True)}
+        return F.cross_entropy(torch.func.functional_call(model, named, (x,)), y)
+
+    hessian = torch.autograd.functional.hessian(loss, torch.cat([v.flatten() for v in values]))
+    expected = hessian.sum(1)
+    top = max(torch.linalg.eigvalsh(hessian), key=abs)
+    for world_size in (1, 2):
+        for product, value in simulate(curvature, world_size):
+            assert torch.allclose(torch.cat([product[n].flatten() for n in names]), expected, atol=1e-12)
+            assert torch.isclose(value, top, rtol=1e-3)
+
+
+def run_sam(ctx, **options):
+    model, optimizer = net(**options), func.sgd(0.1)
+    state = func.init_state(model, optimizer, ctx, seed=0)
+    step = func.sam(loss_of(model), optimizer, ctx, rho=0.2)
+    for i in range(3):
+        _, state = step(state, batch_of(i, ctx))
+    return dict(state.params.items())
+
+
+def test_a_sharpness_aware_step_is_the_one_of_its_definition_on_any_number_of_ranks():
+    model = net()
+    for i in range(3):
+        x, y = batch_of(i, CTX)
+        params = list(model.parameters())
+        grads = torch.autograd.grad(F.cross_entropy(model(x), y), params)
+        norm = torch.stack([g.norm() for g in grads]).norm()
+        with torch.no_grad():
+            for p, g in zip(params, grads, strict=True):
+                p.add_(0.2 * g / norm)
+        uphill = torch.autograd.grad(F.cross_entropy(model(x), y), params)
+        with torch.no_grad():
+            for p, g, u in zip(params, grads, uphill, strict=True):
+                p.sub_(0.2 * g / norm).sub_(0.1 * u)
+    for world_size in (1, 2, 4):
+        for params in simulate(run_sam, world_size):
+            close({n: p.detach() for n, p in model.named_parameters()}, params, 1e-10)
+
+
+def test_both_gradients_of_a_sharpness_aware_step_see_one_mask():
+    draws = []
+
+    def loss_fn(params, batch, generator):
+        draws.append(torch.rand((), generator=generator).item())
+        return params["weight"].square().sum()
+
+    optimizer = func.sgd(0.1)
+    state = func.init_state(nn.Linear(2, 1), optimizer, CTX, seed=0)
+    func.sam(loss_fn, optimizer, CTX)(state, None)
+    assert draws[0] == draws[1]
+
+
+def tasks(ctx):
+    x = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.randint(0, 3, (4, 5), generator=torch.Generator().manual_seed(1))
+    mine = 4 // ctx.data_world_size
+    part = slice(ctx.data_rank * mine, (ctx.data_rank + 1) * mine)
+    return (x[part, :3], y[part, :3]), (x[part, 3:], y[part, 3:])
+
+
+def run_meta(ctx, inner=None):
+    model, optimizer = net(), func.sgd(0.5)
+    state = func.init_state(model, optimizer, ctx, seed=0)
+    loss_fn = func.meta(loss_of(model), inner or func.sgd(0.3), num_steps=2)
+    _, state = func.make_step(loss_fn, optimizer, ctx)(state, tasks(ctx))
+    return dict(state.params.items())
+
+
+def test_a_meta_gradient_passes_through_the_inner_steps_on_any_number_of_ranks():
+    model = net()
+    names, params = zip(*model.named_parameters(), strict=True)
+    (xs, ys), (xq, yq) = tasks(CTX)
+    losses = []
+    for t in range(4):
+        fast = dict(zip(names, params, strict=True))
+        for _ in range(2):
+            loss = F.cross_entropy(torch.func.functional_call(model, fast, (xs[t],)), ys[t])
+            grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+            fast = {n: p - 0.3 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
+        losses.append(F.cross_entropy(torch.func.functional_call(model, fast, (xq[t],)), yq[t]))
+    grads = torch.autograd.grad(torch.stack(losses).mean(), params)
+    expected = {n: p.detach() - 0.5 * g for n, p, g in zip(names, params, grads, strict=True)}
+    for world_size in (1, 2, 4):
+        for found in simulate(run_meta, world_size):
+            close(expected, found)
+
+
+@pytest.mark.parametrize(
+    "inner", [func.adamw(0.1), func.rmsprop(0.1), func.chain(func.clip_by_global_norm(0.1), func.sgd(0.1))]
+)
+def test_inner_steps_may_be_of_any_optimizer(inner):
+    for value in run_meta(CTX, inner).values():
+        assert value.isfinite().all()
+
+
+def test_adapting_outside_of_a_transform_is_the_same_training():
+    model, (x, y) = net(), batch_of(0, CTX)
+    state = func.init_state(model, func.adamw(0.1), CTX, seed=0)
+    step = func.make_step(loss_of(model), func.adamw(0.1), CTX)
+    adapted = func.adapt(loss_of(model), func.adamw(0.1), num_steps=3)(state.params, (x, y), torch.Generator())
+    for _ in range(3):
+        _, state = step(state, (x, y))
+    close(dict(state.params.items()), dict(adapted.items()))
+
+
+def test_a_poisoned_batch_is_left_out_and_a_second_one_goes_further_back():
+    model, optimizer = net(), func.adamw(1e-2)
+    step = func.make_step(loss_of(model), optimizer, CTX)
+    run, poison = func.rollback(step, keep=3), torch.full((8, 6), float("nan"), dtype=torch.float64)
+    history = func.init_state(model, optimizer, CTX, seed=0)
+    for i in range(3):
+        _, history = run(history, batch_of(i, CTX))
+    kept = history.states
+    assert [int(s.step) for s in kept] == [1, 2, 3]
+    metrics, history = run(history, (poison, batch_of(0, CTX)[1]))
+    assert bool(metrics["skipped"])
+    assert history.states == kept
+    _, history = run(history, (poison, batch_of(0, CTX)[1]))
+    assert history.states == kept[:2]
+    for _ in range(3):
+        _, history = run(history, (poison, batch_of(0, CTX)[1]))
+    assert (history.state, history.num_skipped) == (kept[0], 5)
+    _, history = run(history, batch_of(1, CTX))
+    assert int(history.state.step) == 2
+    assert not history.is_in_doubt
+
+
+def test_going_back_needs_states_that_are_kept():
+    step = func.make_step(loss_of(net()), func.sgd(0.1), CTX, donate=True)
+    with pytest.raises(DonatedError, match="donate=False"):
+        func.rollback(step)(func.init_state(net(), func.sgd(0.1), CTX, seed=0), batch_of(0, CTX))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda loss_fn, tx: func.sam(loss_fn, tx, CTX),
+        lambda loss_fn, tx: func.dp_sgd(loss_fn, tx, CTX, clip_norm=0.1, noise_multiplier=1.0),
+        lambda loss_fn, tx: func.rollback(func.make_step(loss_fn, tx, CTX)),
+    ],
+    ids=["sam", "dp_sgd", "rollback"],
+)
+def test_each_step_is_pure(make):
+    model, optimizer = net(dropout=0.2), func.adamw(1e-2)
+    state = func.init_state(model, optimizer, CTX, seed=0)
+    step = make(loss_of(model), optimizer)
+
+    def once(state, batch):
+        metrics, new = step(state, batch)
+        return metrics, dict(getattr(new, "state", new).params.items())
+
+    assert_pure(once, state, batch_of(0, CTX))
+
+
+def compile_of(step, **options):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(step, fullgraph=True, backend="aot_eager", **options)
+
+
+def num_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_step_compiles_into_one_graph_for_each_shape(donate):
+    model, optimizer = (
+        net(norm=True),
+        func.chain(
+            func.clip_by_global_norm(0.5), func.scale_by_schedule(func.cosine(9)), func.adamw(1e-2), func.ema(0.9)
+        ),
+    )
+    step = func.make_step(loss_with(model), optimizer, CTX, has_buffers=True, donate=donate)
+    eager = func.make_step(loss_with(model), optimizer, CTX, has_buffers=True)
+    state = ours = func.init_state(model, optimizer, CTX, seed=0)
+    if donate:
+        state = func.init_state(model, optimizer, CTX, seed=0)
+    compiled = compile_of(step)
+    for rows in (8, 8, 8, 4, 4, 8):
+        x, y = batch_of(0, CTX)
+        before = state
+        metrics, state = compiled(state, (x[:rows], y[:rows]))
+        expected, ours = eager(ours, (x[:rows], y[:rows]))
+        assert torch.allclose(metrics["loss"], expected["loss"], atol=1e-10)
+        assert torch.allclose(metrics["grad_norm"], expected["grad_norm"], atol=1e-10)
+        if donate:
+            with pytest.raises(DonatedError):
+                before.params["out.bias"]
+    assert num_graphs() <= 2
+    close(*(func.trees.leaves(func.state.leaves_of(each)) for each in (ours, state)), 1e-8)
+
+
+def loss_with(model):
+    def loss_fn(params, batch, generator, buffers):
+        out, buffers = func.call(model, params, batch[0], buffers=buffers, generator=generator)
+        return F.cross_entropy(out, batch[1]), buffers
+
+    return loss_fn
+
+
+def test_a_compiled_step_with_dropout_draws_from_its_state_and_leaves_the_process_alone():
+    model, optimizer = net(dropout=0.5), func.sgd(0.1)
+    state = func.init_state(model, optimizer, CTX, seed=0)
+    torch._dynamo.reset()
+    step = func.compiled(func.make_step(loss_of(model), optimizer, CTX), CTX, backend="aot_eager")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, after = step(state, batch_of(0, CTX))
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(6)
+    again, _ = step(state, batch_of(0, CTX))
+    second, _ = step(after, batch_of(0, CTX))
+    assert first["loss"] == again["loss"] != second["loss"]
+
+
+def test_a_compiled_step_with_dropout_by_torch_alone_is_an_error_that_says_what_to_write():
+    model, optimizer = net(dropout=0.5), func.sgd(0.1)
+    state = func.init_state(model, optimizer, CTX, seed=0)
+    with pytest.raises(Exception, match=r"compiled\(step, ctx\)"):
+        compile_of(func.make_step(loss_of(model), optimizer, CTX))(state, batch_of(0, CTX))
+
+
+def test_an_ensemble_compiles():
+    optimizer = transformation()
+    step = func.ensemble(func.make_step(loss_of(net()), optimizer, CTX), CTX)
+    states = func.stack(states_of(CTX, optimizer))
+    compiled, expected = compile_of(step), states
+    for i in range(3):
+        metrics, states = compiled(states, batch_of(i, CTX))
+        ours, expected = step(expected, batch_of(i, CTX))
+        assert torch.allclose(metrics["loss"], ours["loss"])
+    assert num_graphs() == 1
+
+
+def test_fp16_under_a_transform_is_refused():
+    ctx = fake_context(0, 1, config={"mixed_precision": "fp16"})
+    optimizer = func.sgd(0.1)
+    states = func.stack([func.init_state(net(dtype=torch.float32), optimizer, ctx, seed=0)])
+    with pytest.raises(ConfigError, match="bf16"):
+        func.ensemble(func.make_step(loss_of(net()), optimizer, ctx), ctx)(states, batch_of(0, ctx, torch.float32))
