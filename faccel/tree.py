@@ -115,18 +115,22 @@ def flatten(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:
         ([2, 3, 1], {'b': 10, 'a': (20, [30])})
     """
     leaves: list[Any] = []
-
-    def walk(node: Any) -> Callable[[Iterator[Any]], Any]:
-        children = _children(node)
-        if children is None:
-            leaves.append(node)
-            return next
-        makers = [walk(child) for child in children[1]]
-        make = children[2]
-        return lambda values: make([build(values) for build in makers])
-
-    build = walk(tree)
+    build = _walk(tree, leaves)
     return leaves, lambda values: build(iter(values))
+
+
+def _walk(node: Any, leaves: list[Any]) -> Callable[[Iterator[Any]], Any]:
+    """Append the leaves of `node`, and return what builds it from an iterator over others.
+
+    Not a closure that calls itself: it would be a cycle, and keep the leaves alive until the next garbage collection.
+    """
+    children = _children(node)
+    if children is None:
+        leaves.append(node)
+        return next
+    makers = [_walk(child, leaves) for child in children[1]]
+    make = children[2]
+    return lambda values: make([build(values) for build in makers])
 
 
 def paths(tree: Tree, prefix: str = "") -> list[str]:

@@ -11,6 +11,8 @@ from faccel.context import DistContext
 from faccel.errors import ConfigError
 from faccel.protocols import DATA
 
+BUCKET_CAP_MB = 25.0
+
 
 class _Summed(torch.autograd.Function):
     """The sum over the data ranks as an operation of torch's: it can be differentiated and vmapped.
@@ -42,31 +44,38 @@ def check_cap(bucket_cap_mb: float) -> None:
 
 
 def summed_buckets(
-    named: Mapping[str, torch.Tensor], ctx: DistContext, *, bucket_cap_mb: float, call: str, is_traced: bool = False
+    named: dict[str, torch.Tensor], ctx: DistContext, *, bucket_cap_mb: float, call: str, is_traced: bool = False
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the sums over the data ranks bucket by bucket, as views of what was reduced. Collective.
 
     Args:
-        named: Dense tensors on the device of `ctx`, with the same names in the same order on every rank.
+        named: Dense tensors on the device of `ctx`, with the same names in the same order on every rank. It is emptied
+            on the way, so that what nobody else holds is freed as soon as it has been packed.
         ctx: The world.
         bucket_cap_mb: Size of the buckets in which tensors of one dtype travel, in MB; a larger tensor has its own.
         call: For which call of the user's, for debug mode.
         is_traced: Whether a transform of torch's looks on: then the sum is an operation that it can see.
     """
-    for names in _packed(named, bucket_cap_mb * 2**20):
-        members = {name: named[name] for name in names}
-        flat = torch.cat([each.reshape(-1) for each in members.values()])
+    for names in packed(named, bucket_cap_mb):
+        shapes = {name: named[name].shape for name in names}
+        flat = torch.cat([named.pop(name).reshape(-1) for name in names])
         if is_traced:
             total: Any = _Summed.apply(flat, ctx)
         else:
-            ctx.comm.announce(call, members)
+            ctx.comm.announce(call, _cut(flat, shapes))
             total = ctx.comm.all_reduce(flat, "sum", DATA)
-        parts = total.split([each.numel() for each in members.values()])
-        yield {name: part.view(members[name].shape) for name, part in zip(members, parts, strict=True)}
+        yield _cut(total, shapes)
 
 
-def _packed(named: Mapping[str, torch.Tensor], max_bytes: float) -> list[list[str]]:
+def _cut(flat: torch.Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Return the tensors that lie one behind the other in `flat`, as views."""
+    parts = flat.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
+
+
+def packed(named: Mapping[str, torch.Tensor], bucket_cap_mb: float) -> list[list[str]]:
     """Return the names of each bucket: neighbours of one dtype, as many as fit."""
+    max_bytes = bucket_cap_mb * 2**20
     buckets: list[list[str]] = []
     for dtype in sorted({each.dtype for each in named.values()}, key=str):
         room = -1.0

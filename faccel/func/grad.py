@@ -295,7 +295,8 @@ def averaged(spec: LossSpec, parts: Parts, ctx: DistContext, loss_scale: float, 
         )
     grads, buffers = parts.grads, parts.buffers
     if ctx.data_world_size > 1:
-        travels: _Named = {f"g{name}": grad for name, grad in grads.items()} | {"loss": loss.to(wide)}
+        names = list(grads)
+        travels: _Named = {f"g{name}": grads.pop(name) for name in names} | {"loss": loss.to(wide)}
         travels |= {} if count is None else {"count": count}
         moving = {name: b for name, b in (buffers or {}).items() if b.is_floating_point()}
         travels |= {f"b{name}": b for name, b in moving.items()}
@@ -304,7 +305,7 @@ def averaged(spec: LossSpec, parts: Parts, ctx: DistContext, loss_scale: float, 
             travels, ctx, bucket_cap_mb=spec.bucket_cap_mb, call="value_and_grad", is_traced=traced
         ):
             arrived |= sums
-        grads = {name: arrived[f"g{name}"] for name in grads}
+        grads = {name: arrived[f"g{name}"] for name in names}
         loss, count = arrived["loss"].to(loss.dtype), arrived.get("count")
         if buffers is not None:
             buffers = buffers | {name: arrived[f"b{name}"] / ctx.data_world_size for name in moving}

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import register_pytree_node
 
 from faccel.averaging import check_replicas
+from faccel.comm.buckets import BUCKET_CAP_MB, packed
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
@@ -199,7 +200,9 @@ def init_state(model: nn.Module, optimizer: GradientTransformation, ctx: DistCon
         )
     buffers = _copied(model.named_buffers(), ctx)
     if ctx.data_world_size > 1:
-        params, buffers = broadcast((params, buffers), ctx)
+        for each in (params, buffers):
+            for names in packed(each, BUCKET_CAP_MB):
+                each.update(broadcast({name: each[name] for name in names}, ctx))
     held = tensordict(params)
     return TrainState(
         held,

@@ -1,5 +1,7 @@
 import collections
 import dataclasses
+import gc
+import weakref
 
 import attrs
 import pytest
@@ -73,3 +75,19 @@ def test_an_error_names_the_path_type_and_shape():
     assert isinstance(error, TreeError)
     assert "['a'][1]" in error.saw
     assert "(2, 3)" in error.saw
+
+
+def test_leaves_are_freed_without_a_garbage_collection():
+    class Leaf:
+        pass
+
+    leaf = Leaf()
+    seen = weakref.ref(leaf)
+    gc.disable()
+    try:
+        leaves, rebuild = flatten({"a": [leaf]})
+        rebuild(leaves)
+        del leaf, leaves, rebuild
+        assert seen() is None
+    finally:
+        gc.enable()

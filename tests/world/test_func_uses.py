@@ -157,7 +157,7 @@ def curvature(ctx):
     vector = TensorDict({n: torch.ones_like(p) for n, p in params.items()})
     batch, generator = batch_of(0, ctx), torch.Generator()
     product = func.hessian_vector_product(loss_of(model), ctx, num_micro=2)(params, vector, batch, generator)
-    top = func.sharpness(loss_of(model), ctx, num_iterations=400)(params, batch, generator)
+    top = func.sharpness(loss_of(model), ctx, num_iterations=100)(params, batch, generator)
     return dict(product.items()), top
 
 

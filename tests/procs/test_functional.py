@@ -1,0 +1,81 @@
+"""The functional core in real processes: equal to one process, within the memory of the module path, from a script."""
+
+import gc
+
+import pytest
+import torch
+
+import faccel
+from faccel import func
+from faccel.testing import fake_context
+from tests import functional
+from tests.procs.test_memory import PARAMETERS, WIDTH, Net, exactly, status, train
+from tests.ranks import run_ranks
+
+
+def trained(ctx):
+    return {name: each.tolist() for name, each in functional.run(ctx)[0].items()}
+
+
+def private(ctx):
+    model, optimizer = functional.net(), func.sgd(0.5)
+    state = func.init_state(model, optimizer, ctx, seed=0)
+    step = func.ensemble(func.make_step(functional.loss_of(model), optimizer, ctx), ctx)
+    _, states = step(func.stack([state, state]), functional.batch_of(0, ctx))
+    return states.params["first.weight"].tolist()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_over_gloo_a_step_equals_the_one_of_a_single_process(world_size):
+    expected = trained(fake_context(0, 1))
+    for found in run_ranks(trained, world_size):
+        for name, value in expected.items():
+            assert torch.allclose(torch.tensor(found[name]), torch.tensor(value), rtol=0, atol=1e-12), name
+
+
+def test_over_gloo_an_ensemble_equals_the_one_of_a_single_process():
+    expected = torch.tensor(private(fake_context(0, 1)))
+    for found in run_ranks(private, 2):
+        assert torch.allclose(torch.tensor(found), expected, rtol=0, atol=1e-12)
+
+
+def train_functionally(model, ctx, x, *, donate, steps=2):
+    optimizer = func.adamw(1e-3, fused=True)
+    state = func.init_state(model, optimizer, ctx, seed=0)
+    del model.layers[:]  # the state has its values; the code is in a model on meta
+    with torch.device("meta"):
+        code = Net()
+    exactly()
+    # a bucket of 25 MB would be most of this model
+    step = func.make_step(lambda p, b, g: func.call(code, p, b).sum(), optimizer, ctx, donate=donate, bucket_cap_mb=4)
+    for _ in range(steps):
+        _, state = step(state, x)
+
+
+def peak(ctx, how):
+    """The most that a process holds while it trains, in sizes of the parameters, beyond what it held before."""
+    x = torch.ones(2, WIDTH)
+    small = torch.nn.Linear(WIDTH, 4)
+    train(faccel.wrap(small, ctx), ctx, x)
+    optimizer = func.adamw(1e-3, fused=True)
+    warm = func.init_state(small, optimizer, ctx, seed=0)
+    func.make_step(lambda p, b, g: func.call(small, p, b).sum(), optimizer, ctx)(warm, x)
+    gc.collect()
+    exactly()
+    before = status("VmRSS")
+    net = Net()
+    if how == "module":
+        model = faccel.wrap(net, ctx)
+        exactly()
+        train(model, ctx, x)
+    else:
+        train_functionally(net, ctx, x, donate=how == "donated")
+    return (status("VmHWM") - before) / PARAMETERS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_donated_step_holds_what_the_module_path_holds(world_size):
+    module, donated, pure = (max(run_ranks(peak, world_size, how)) for how in ("module", "donated", "pure"))
+    assert donated < 1.1 * module, (donated, module)
+    assert donated < pure
