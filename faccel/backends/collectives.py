@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import attrs
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 
 from faccel.backends.roll_call import RollCall
 from faccel.comm.pack import describe
@@ -26,6 +27,7 @@ _OPS = {
     "max": dist.ReduceOp.MAX,
     "prod": dist.ReduceOp.PRODUCT,
 }
+_OPS_IN_GRAPHS = {"sum": "sum", "min": "min", "max": "max", "prod": "product"}
 # torch 2.13 renamed it and warns on the old name, which is the only one that 2.9 has
 _all_gather_single = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
 
@@ -208,6 +210,9 @@ class TorchCollectives:
 
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
         """Return the `op` of every rank's `x`."""
+        if torch.compiler.is_compiling():  # a graph takes torch's functional collectives, and cannot look at errors
+            total = funcol.all_reduce(x, _OPS_IN_GRAPHS[op], self.group(axis))
+            return funcol.wait_tensor(total)
         marks = self._marks(x, op, axis)
         out = torch.cat([x.reshape(-1), marks]) if len(marks) else x.clone()
         with self._waiting_in("all_reduce", axis):

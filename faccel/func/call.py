@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -54,19 +53,23 @@ def call(
         >>> int(buffers["num_batches_tracked"]), int(model.num_batches_tracked)
         (1, 0)
     """
-    traced = is_traced()
-    drawing: Any = nullcontext()
-    if isinstance(generator, torch.Generator):
-        drawing = drawing_from(generator)
-    elif traced:
-        (generator or NoStream()).check(model)
-    passed = {} if buffers is None else {name: each.clone() for name, each in named(buffers).items()}
-    kept = _kept(model) if buffers is None and model.training and not traced else {}
     held = named(params)
-    if not traced:
-        _check_names(model, held)
+    passed = {} if buffers is None else {name: each.clone() for name, each in named(buffers).items()}
+    drawing: Any = drawing_from(generator) if isinstance(generator, torch.Generator) else nullcontext()
+    kept: dict[str, torch.Tensor] = {}
+    has_ties = True
+    if is_traced():
+        if not isinstance(generator, torch.Generator):
+            (generator or NoStream()).check(model)
+    else:
+        own, is_kept, has_ties = _walk(model)
+        if is_kept and buffers is None and model.training:
+            kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        if not held.keys() <= own:
+            name = min(held.keys() - own)
+            raise ModelError("the model has no such parameter", saw=f"`{name}`", fix="pass the model of this state")
     with drawing:
-        result = torch.func.functional_call(model, held | passed | kept, args, kwargs)
+        result = torch.func.functional_call(model, held | passed | kept, args, kwargs, tie_weights=has_ties)
     written = _written(model, kept)
     if written:
         raise PurityError(
@@ -79,13 +82,28 @@ def call(
     return result if buffers is None else (result, tensordict(passed))
 
 
-def _check_names(model: nn.Module, held: Iterable[str]) -> None:
-    """Refuse a name that the model does not have, which torch would add to it."""
-    modules = dict(model.named_modules())
-    for name in held:
-        prefix, _, leaf = name.rpartition(".")
-        if prefix not in modules or leaf not in modules[prefix]._parameters:  # pyright: ignore[reportPrivateUsage]
-            raise ModelError("the model has no such parameter", saw=f"`{name}`", fix="pass the model of this state")
+def _walk(model: nn.Module) -> tuple[set[str], bool, bool]:
+    """Return the names of the model's parameters, whether it has buffers, and whether anything has two names.
+
+    In one walk: torch's own takes one for each question.
+    """
+    names: set[str] = set()
+    seen: set[int] = set()
+    has_buffers = False
+    num_tensors = 0
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        start = f"{prefix}." if prefix else ""
+        buffers = module._buffers  # pyright: ignore[reportPrivateUsage]
+        for leaf, param in module._parameters.items():  # pyright: ignore[reportPrivateUsage]
+            names.add(start + leaf)
+            if param is not None:
+                num_tensors += 1
+                seen.add(id(param))
+        if buffers:
+            has_buffers = True
+            num_tensors += len(buffers)
+            seen |= {id(buffer) for buffer in buffers.values()}
+    return names, has_buffers, len(seen) < num_tensors
 
 
 def _written(model: nn.Module, kept: dict[str, torch.Tensor]) -> list[str]:
@@ -98,10 +116,3 @@ def _written(model: nn.Module, kept: dict[str, torch.Tensor]) -> list[str]:
         for name, copied in kept.items()
         if copied._version or (copied.device.type == "cpu" and not torch.equal(copied, own[name]))
     )
-
-
-def _kept(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies of the buffers, so that a write is seen and does no harm."""
-    if not any(module._buffers for module in model.modules()):  # pyright: ignore[reportPrivateUsage]
-        return {}
-    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}

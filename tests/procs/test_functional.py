@@ -39,6 +39,21 @@ def test_over_gloo_an_ensemble_equals_the_one_of_a_single_process():
         assert torch.allclose(torch.tensor(found), expected, rtol=0, atol=1e-12)
 
 
+def compiled(ctx):
+    model, optimizer = functional.net(), functional.transformation()
+    step = func.make_step(functional.loss_of(model), optimizer, ctx)
+    graph = torch.compile(step, fullgraph=True, backend="aot_eager")
+    state = ours = func.init_state(model, optimizer, ctx, seed=3)
+    for i in range(3):
+        _, state = graph(state, functional.batch_of(i, ctx))
+        _, ours = step(ours, functional.batch_of(i, ctx))
+    return max((p - q).abs().max().item() for p, q in zip(state.params.values(), ours.params.values(), strict=True))
+
+
+def test_over_gloo_a_compiled_step_reduces_inside_of_its_graph():
+    assert max(run_ranks(compiled, 2)) < 1e-12
+
+
 def train_functionally(model, ctx, x, *, donate, steps=2):
     optimizer = func.adamw(1e-3, fused=True)
     state = func.init_state(model, optimizer, ctx, seed=0)
