@@ -9,12 +9,14 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+from faccel.effects import effectful, updates
 from faccel.errors import ModelError, PurityError
 from faccel.func.streams import NoStream, Stream, drawing_from
 from faccel.func.transform import is_traced
 from faccel.func.trees import named, tensordict
 
 
+@effectful(updates("generator"))
 def call(
     model: nn.Module,
     params: TensorDict,
@@ -25,7 +27,7 @@ def call(
 ) -> Any:
     """Run `model(*args, **kwargs)` with these parameters, as a function: the model itself is never changed.
 
-    Effects: pure, but for `generator`, which moves on.
+    Effects: updates generator. It moves on; without one it is pure.
 
     Args:
         model: Any module of torch's; it gives the code, and what is not passed: constants.

@@ -7,19 +7,21 @@ from typing import Any
 import torch
 
 from faccel.context import DistContext
+from faccel.effects import COLLECTIVE, effectful
 from faccel.func.state import TrainState, check_state
 from faccel.func.step import Metrics, Step
 from faccel.func.streams import InGraph, drawing_from, seeded
 from faccel.tree import Tree
 
 
+@effectful(COLLECTIVE)
 def compiled(step: Step, ctx: DistContext, **options: Any) -> Step:
     """Return `torch.compile(step, fullgraph=True)` that may draw random numbers, too.
 
     A graph of torch's can only draw from the generator of the process; this seeds it from the state for each step, and
     puts it back. The numbers are others than those of the eager step, and as repeatable.
 
-    Effects: collective, as `step` is.
+    Effects: collective. What is returned is, as `step` is.
 
     Args:
         step: From `make_step`, `ensemble`, `sam` and their like.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from faccel.context import DistContext
+from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, ModelError
 from faccel.func.state import TrainState, check_state, leaves_of, state_of
 from faccel.func.step import Metrics, Step
@@ -73,11 +74,12 @@ def unstack(states: TrainState) -> list[TrainState]:
     return [state_of(map_leaves(lambda x, i=i: x[i], held), states.scaler) for i in range(states.seed.numel())]
 
 
+@effectful(COLLECTIVE)
 def ensemble(step: Step, ctx: DistContext, *, batch_dim: int | None = None) -> Step:
     """Return the step that trains all models of a stacked state at once, as one batched computation.
 
-    Effects: collective, as `step` is, which must not donate. One all-reduce per bucket carries the gradients of all
-    models.
+    Effects: collective. What is returned is, as `step` is, which must not donate. One all-reduce per bucket carries the
+    gradients of all models.
 
     Args:
         step: From `make_step` and its like.

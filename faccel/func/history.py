@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 import torch
 
+from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError
 from faccel.func.state import TrainState, check_state
 from faccel.func.step import Metrics, Step
@@ -48,6 +49,7 @@ def is_nonfinite(metrics: Mapping[str, Any]) -> bool:
     return not bool(torch.stack([each.isfinite() for each in found]).all())
 
 
+@effectful(COLLECTIVE)
 def rollback(
     step: Step, *, keep: int = 2, is_poisoned: Callable[[Metrics], bool] = is_nonfinite
 ) -> Callable[[History | TrainState, Tree], tuple[Metrics, History]]:
@@ -57,7 +59,8 @@ def rollback(
     doubt, and the one before it goes on, and so on, as far back as states are kept. States are values, so that keeping
     one costs the memory of its tensors and no copy.
 
-    Effects: collective, as `step` is, which must not donate. All ranks have the same metrics, so that they agree.
+    Effects: collective. What is returned is, as `step` is, which must not donate. All ranks have the same metrics, so
+    that they agree.
 
     Args:
         step: From `make_step` and its like.

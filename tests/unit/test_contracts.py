@@ -13,14 +13,19 @@ import faccel
 from faccel import errors
 from faccel.effects import effects_of
 
-FUNCTIONS = [name for name in faccel.__all__ if inspect.isfunction(getattr(faccel, name))]
-RECORDS = [name for name in faccel.__all__ if attrs.has(getattr(faccel, name))]
+PUBLIC = {name: getattr(faccel, name) for name in faccel.__all__} | {
+    f"func.{name}": getattr(faccel.func, name) for name in faccel.func.__all__
+}
+FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)]
+RECORDS = [name for name, value in PUBLIC.items() if attrs.has(value)]
+TUPLES = ["func.Updates"]
 LAYERS = ["MoE"]  # modules of torch
 
 
 def test_all_is_sorted_and_every_name_is_a_function_a_record_or_a_layer():
     assert faccel.__all__ == sorted(faccel.__all__)
-    assert {*FUNCTIONS, *RECORDS, *LAYERS} == set(faccel.__all__)
+    assert faccel.func.__all__ == sorted(faccel.func.__all__)
+    assert {*FUNCTIONS, *RECORDS, *LAYERS, *TUPLES} == set(PUBLIC)
     assert set(dir(faccel)) >= set(faccel.__all__)
     with pytest.raises(AttributeError, match="nothing"):
         _ = faccel.nothing
@@ -36,7 +41,7 @@ def test_what_type_checkers_see_is_what_is_imported():
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_docstring_repeats_the_label(name):
-    fn = getattr(faccel, name)
+    fn = PUBLIC[name]
     line = re.search(r"^\s*Effects: ([^.]*(?:\.grad)?[^.]*)\.", fn.__doc__, re.M)
     assert line, "no `Effects:` line"
     stated = set(re.sub(r", (?:until|as far).*", "", line[1]).split(", "))
@@ -45,7 +50,7 @@ def test_the_docstring_repeats_the_label(name):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_context_is_the_last_positional_argument(name):
-    parameters = list(inspect.signature(getattr(faccel, name)).parameters.values())
+    parameters = list(inspect.signature(PUBLIC[name]).parameters.values())
     names = [p.name for p in parameters]
     if "ctx" in names:
         after = parameters[names.index("ctx") + 1 :]
@@ -55,12 +60,12 @@ def test_the_context_is_the_last_positional_argument(name):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_function_has_an_example(name):
-    assert ">>>" in getattr(faccel, name).__doc__
+    assert ">>>" in PUBLIC[name].__doc__
 
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_record_is_frozen_and_documents_its_fields_and_methods(name):
-    record = getattr(faccel, name)
+    record = PUBLIC[name]
     assert record.__setattr__ is not object.__setattr__
     for field in attrs.fields(record):
         if field.init and not field.name.startswith("_"):
