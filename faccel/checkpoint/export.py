@@ -274,7 +274,7 @@ def _refuse(names: Sequence[str], what: str) -> None:
         raise CheckpointError(
             "these weights do not fit the model",
             saw=f"{', '.join(f'`{n}`' for n in names[:3])}{more}: {what}",
-            fix="build the model that was exported",
+            fix="build the model that was exported; what is stored in another format its own `from_pretrained` converts",
         )
 
 

@@ -32,24 +32,40 @@ def qwen3(**options):
     return hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZE | WIDE | sizes | options))
 
 
+def mixtral(**options):
+    """Experts that are parameters of three dimensions."""
+    sizes = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**SIZE | WIDE | sizes | options))
+
+
 def bert(**options):
     """A classifier, whose embeddings are a unit of their own."""
     dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return hf.BertForSequenceClassification(hf.BertConfig(**SIZE | WIDE | dropouts | options))
 
 
-BUILD = {build.__name__: build for build in (bert, gpt2, llama, qwen3)}
+BUILD = {build.__name__: build for build in (bert, gpt2, llama, mixtral, qwen3)}
 
 
-def build(name, dtype=torch.float64, **options):
+def build(name, dtype=None, **options):
     torch.manual_seed(0)
-    return BUILD[name](**options).to(dtype)
+    return BUILD[name](**options).to(dtype or (torch.float32 if name == "mixtral" else torch.float64))
 
 
 def batch_of(name, rows=8, seed=5):
     ids = torch.randint(2, VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[1::2, LENGTH - 2 :] = 0  # of every second row the end is padding
     labels = ids.sum(1) % 2 if name == "bert" else ids
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+BERT_CUTS = {
+    "bert.encoder.layer.*.attention.self.query": "colwise", "bert.encoder.layer.*.attention.self.key": "colwise",
+    "bert.encoder.layer.*.attention.self.value": "colwise", "bert.encoder.layer.*.attention.output.dense": "rowwise",
+    "bert.encoder.layer.*.intermediate.dense": "colwise", "bert.encoder.layer.*.output.dense": "rowwise",
+}  # fmt: skip
+BERT_CHAIN = ("bert.embeddings", "bert.encoder.layer.*", "bert.pooler", "dropout", "classifier")
 
 
 def full(tensor):
