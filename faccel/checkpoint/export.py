@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from faccel.checkpoint.encode import is_dtensor
+from faccel.checkpoint.encode import is_dtensor, trained
 from faccel.checkpoint.files import Slice, sync_directory, write_file, write_safetensors
-from faccel.checkpoint.pretrained import describe
+from faccel.checkpoint.pretrained import adapter_of, describe, write_adapter
 from faccel.checkpoint.storage import Reader
 from faccel.checkpoint.together import together
 from faccel.comm.objects import gather_objects
@@ -137,6 +137,7 @@ def export_model(
     ctx: DistContext,
     *,
     max_shard_size: str | int = "5GB",
+    trained_only: bool = False,
 ) -> list[str]:
     """Write the weights of a model as safetensors, whole, whatever ranks hold which part of them.
 
@@ -148,6 +149,8 @@ def export_model(
         path: A directory, made where it is missing.
         ctx: The world.
         max_shard_size: The largest file: `"5GB"`, `"500MB"` or a number of bytes. Several files have an index.
+        trained_only: Whether parameters that require no gradients are left out. The active adapter of a model of PEFT
+            is written as one file with its configuration, which `PeftModel.from_pretrained` reads.
 
     Returns:
         The names of the files that hold weights, on every rank. Of tied weights each is stored once; the other names
@@ -164,7 +167,8 @@ def export_model(
         ['model.safetensors']
     """
     module = _module(model)
-    kept, ties = _without_ties(module.state_dict())
+    state, adapter = module.state_dict(), adapter_of(module) if trained_only else None
+    kept, ties = _without_ties(trained(module, state) if trained_only else state)
     owners = _owners({name: (list(x.shape), x.dtype) for name, x in kept.items()}, ctx)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, shape, dtype) in owners.items()}
     shards = shards_of(sizes, num_bytes(max_shard_size))
@@ -181,7 +185,18 @@ def export_model(
         mine = whole(kept[name]) if is_mine else torch.empty(shape, dtype=dtype, device=ctx.device)
         return ctx.comm.broadcast(mine.to(ctx.device), owner, "pp")
 
-    return write_export(os.path.abspath(path), shards, ties, fetch, ctx, module)
+    if adapter is not None:
+        return _export_adapter(module, adapter, fetch(list(sizes)), os.path.abspath(path), ctx)
+    return write_export(os.path.abspath(path), shards, ties, fetch, ctx, None if trained_only else module)
+
+
+def _export_adapter(
+    module: nn.Module, adapter: str, state: Mapping[str, torch.Tensor], path: str, ctx: DistContext
+) -> list[str]:
+    told = together(
+        lambda: write_adapter(module, adapter, state, path) if ctx.is_main else None, ctx, "write the adapter"
+    )
+    return told[0] or []
 
 
 def _owners(
@@ -223,7 +238,9 @@ def write_export(
 
 
 @effectful(AMBIENT, COLLECTIVE, updates("model"))
-def load_model(model: WrappedModel | nn.Module, path: str | os.PathLike[str], ctx: DistContext) -> None:
+def load_model(
+    model: WrappedModel | nn.Module, path: str | os.PathLike[str], ctx: DistContext, *, trained_only: bool = False
+) -> None:
     """Load weights from safetensors, of `export_model` or of the Hugging Face ecosystem, into a model.
 
     Effects: updates model, ambient, collective. Files are mapped, and each rank reads its part alone, so that the
@@ -233,6 +250,7 @@ def load_model(model: WrappedModel | nn.Module, path: str | os.PathLike[str], ct
         model: From `wrap`, or a module.
         path: A directory with `model.safetensors` or an index, or one file.
         ctx: The world.
+        trained_only: Whether the files hold what `export_model(..., trained_only=True)` wrote of such a model.
 
     Raises:
         CheckpointError: Names or shapes are not the model's; names them, and nothing has been written.
@@ -247,7 +265,7 @@ def load_model(model: WrappedModel | nn.Module, path: str | os.PathLike[str], ct
     """
     module = _module(model)
     state = module.state_dict()
-    kept, ties = _without_ties(state)
+    kept, ties = _without_ties(trained(module, state) if trained_only else state)
     readers: list[Reader] = []
 
     def plan() -> None:
@@ -274,7 +292,7 @@ def _refuse(names: Sequence[str], what: str) -> None:
         raise CheckpointError(
             "these weights do not fit the model",
             saw=f"{', '.join(f'`{n}`' for n in names[:3])}{more}: {what}",
-            fix="build the model that was exported; what is stored in another format its own `from_pretrained` converts",
+            fix="build the model that was exported; another format is converted by its own `from_pretrained`",
         )
 
 
