@@ -174,7 +174,8 @@ def shard(
     A `DataLoader` over a map-style data set is read in an order that is a function of `(seed, epoch)` alone, at any
     place at once. One with its own `sampler` or `batch_sampler` is respected: step `s` of rank `r` is its batch
     `s * W + r`, and so it is for an `IterableDataset` and for any iterable of batches. Those are walked from their
-    beginning when they are resumed, unless the data set has `state_dict` and `load_state_dict`.
+    beginning when they are resumed, unless the data set has `state_dict` and `load_state_dict` (of the `datasets`
+    library: without a shuffle buffer, which its state leaves out).
 
     Args:
         loader: A `DataLoader`, whose workers, `collate_fn`, pinning and prefetching are kept, or any iterable of
