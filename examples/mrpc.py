@@ -1,8 +1,8 @@
 """Do two sentences say the same? The `nlp_example` of Accelerate (GLUE MRPC): transformers, datasets and faccel.
 
-    python examples/mrpc.py                                   # a small BERT and pairs, both made here: no network
-    faccel launch --cpu --nproc 2 examples/mrpc.py            # on 2 ranks, or with --mesh dp_shard=2: as accurate
-    python examples/mrpc.py --model bert-base-cased --data nyu-mll/glue:mrpc --lr 2e-5 --epochs 3
+python examples/mrpc.py                                   # a small BERT and pairs, both made here: no network
+faccel launch --cpu --nproc 2 examples/mrpc.py            # on 2 ranks, or with --mesh dp_shard=2: as accurate
+python examples/mrpc.py --model bert-base-cased --data nyu-mll/glue:mrpc --lr 2e-5 --epochs 3
 """
 
 import argparse
@@ -31,7 +31,12 @@ WORDS = {  # of each thing two names: what makes a paraphrase
     "who": [("the firm", "the company"), ("a court", "a judge"), ("police", "officers"), ("the team", "the players")],
     "did": [("bought", "acquired"), ("rejected", "turned down"), ("praised", "applauded"), ("found", "discovered")],
     "what": [("a plan", "a scheme"), ("the film", "the movie"), ("a car", "a vehicle"), ("the shares", "the stock")],
-    "when": [("today", "this day"), ("on sunday", "at the weekend"), ("last year", "a year ago"), ("in may", "in spring")],
+    "when": [
+        ("today", "this day"),
+        ("on sunday", "at the weekend"),
+        ("last year", "a year ago"),
+        ("in may", "in june"),
+    ],
 }
 
 
