@@ -22,8 +22,8 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a name or a folder for `from_pretrained`; without it a small BERT is made")
 parser.add_argument("--data", help="`name` or `name:configuration` of a data set, or the stem of two CSV files")
 parser.add_argument("--out", default="runs/mrpc", help="where the trained model goes")
-parser.add_argument("--epochs", type=int, default=8)
-parser.add_argument("--lr", type=float, default=1e-3)
+parser.add_argument("--epochs", type=int, default=6)
+parser.add_argument("--lr", type=float, default=2e-3)
 parser.add_argument("--batch-size", type=int, default=32, help="of all ranks together")
 args = parser.parse_args()
 
@@ -41,7 +41,7 @@ WORDS = {  # of each thing two names: what makes a paraphrase
 
 
 def write_pairs(path, num_pairs, seed):
-    """Write pairs of sentences: half of them say the same in other words, half differ in three things of four."""
+    """Write pairs of sentences: half of them say the same in other words, half differ in three things or all four."""
     draw = random.Random(seed)
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
@@ -49,7 +49,7 @@ def write_pairs(path, num_pairs, seed):
         for _ in range(num_pairs):
             label = draw.randrange(2)
             first = {part: draw.randrange(4) for part in WORDS}
-            changed = [] if label else draw.sample(list(WORDS), 3)
+            changed = [] if label else draw.sample(list(WORDS), draw.choice((3, 4)))
             second = first | {part: (first[part] + draw.randrange(1, 4)) % 4 for part in changed}
             one, two = ({p: draw.choice(WORDS[p][n]) for p, n in each.items()} for each in (first, second))
             rows.writerow(["{who} {did} {what} {when}".format(**one), "{when} {who} {did} {what}".format(**two), label])
@@ -62,11 +62,14 @@ def make_offline(folder):
         write_pairs(folder / f"pairs-{split}.csv", num_pairs, seed=num_pairs)
     wordpiece = BertWordPieceTokenizer()
     wordpiece.train([str(folder / "pairs-train.csv")], vocab_size=300, show_progress=False)
-    tokenizer = hf.BertTokenizer(vocab=wordpiece.get_vocab())
+    lines = (folder / "pairs-train.csv").read_text().splitlines()
+    used = {token for line in lines for token in wordpiece.encode(line).tokens} | {"[PAD]", "[UNK]", "[MASK]"}
+    tokenizer = hf.BertTokenizer(vocab={token: n for n, token in enumerate(sorted(used))})  # the same in each run
     tokenizer.save_pretrained(folder)
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # too small to need any
-    config = hf.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **size, **drop)
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 64}
+    config = hf.BertConfig(**ids, **size, **drop)
     hf.BertForSequenceClassification(config).save_pretrained(folder)
 
 
