@@ -13,7 +13,6 @@ from faccel.errors import CheckpointError
 from faccel.testing import fake_context, simulate
 from tests.hf.models import assert_trained_alike, batch_of, build, full, train
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
 TARGETS = {"bert": ["query", "value"], "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"]}
 MESHES = ["dp_replicate=2", "dp_shard=2", "dp_replicate=2,dp_shard=2"]
 
