@@ -4,10 +4,11 @@ import datasets
 import pytest
 import torch
 import transformers as hf
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import faccel
 from faccel.data.order import Cursor
+from faccel.errors import DataError, RankFailedError
 from faccel.testing import fake_context, simulate
 
 
@@ -132,3 +133,127 @@ def test_the_state_of_a_stream_is_used_so_that_nothing_is_read_twice(tmp_path):
 def test_workers_change_nothing_of_a_stream():
     for buffer in (None, 6):
         assert [r[:2] for r in read(stream(buffer), 1, 2, workers=2)] == [r[:2] for r in read(stream(buffer), 1, 2)]
+
+
+def own_shards(ctx, cursor=None, tail="pad", workers=0, buffer=None, num_shards=4):
+    options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+    data = stream(buffer, num_shards)
+    loader = faccel.shard(DataLoader(data, 2, **options), ctx, mode="shards", tail=tail)
+    loader = loader.at(1) if cursor is None else loader.resume(cursor)
+    return [(b.data["x"].tolist(), b.num_valid, b.step, b.is_last, b.cursor) for b in faccel.batches(loader)]
+
+
+@pytest.mark.parametrize("buffer", [None, 6])
+@pytest.mark.parametrize(("world_size", "num_shards"), [(1, 4), (2, 4), (3, 4), (2, 3)])
+def test_each_rank_reads_its_own_shards_and_goes_on_from_any_batch(world_size, num_shards, buffer):
+    READ.clear()
+    whole = simulate(lambda ctx: own_shards(ctx, buffer=buffer, num_shards=num_shards), world_size)
+    assert len(READ) <= 5 * num_shards + 2 * world_size * 6  # once, and the beginning again for padding
+    seen = [x for part in whole for rows, n, *_ in part for x in rows[:n]]
+    assert sorted(seen) == [shard * 100 + i for shard in range(num_shards) for i in range(5)]
+    steps = len(whole[0])
+    for rank, part in enumerate(whole):
+        assert [each[3] for each in part] == [False] * (steps - 1) + [True]
+        assert part[-1][4] == Cursor(2)
+        assert not {x // 100 for rows, *_ in part for x in rows} & {
+            x // 100 for other, rest in enumerate(whole) if other != rank for rows, *_ in rest for x in rows
+        }
+    for i in range(steps - 1):
+        cursor = whole[0][i][4]
+        rest = simulate(lambda ctx, c=cursor: own_shards(ctx, c, buffer=buffer, num_shards=num_shards), world_size)
+        for ours, theirs in zip(rest, whole, strict=True):
+            assert [each[:2] for each in ours] == [each[:2] for each in theirs[i + 1 :]]
+
+
+def test_shards_drop_what_not_every_rank_has_and_workers_change_nothing():
+    kept = simulate(lambda ctx: own_shards(ctx, tail="drop", num_shards=3), 2)
+    assert [len(part) for part in kept] == [2, 2]  # the second rank has one shard of five rows
+    assert all(n == 2 for part in kept for _, n, *_ in part)
+    (alone,) = simulate(own_shards, 1)
+    assert simulate(lambda ctx: own_shards(ctx, workers=2), 1)[0] == alone
+
+
+def test_a_checkpoint_holds_the_place_of_every_rank(tmp_path):
+    def fn(ctx):
+        cursor = own_shards(ctx)[1][4]
+        faccel.save(tmp_path, {"cursor": cursor}, ctx, step=1)
+        loaded = faccel.load(tmp_path, {"cursor": Cursor()}, ctx)["cursor"]
+        return own_shards(ctx, loaded) == own_shards(ctx, cursor)
+
+    assert simulate(fn, 2) == (True, True)
+    with pytest.raises(DataError, match="place for each rank"):
+        simulate(lambda ctx: own_shards(ctx, own_shards(fake_context(0, 1))[0][4]), 2)
+
+
+def test_an_error_while_a_rank_reads_its_shard_reaches_every_rank():
+    def broken(shards):
+        for shard in shards:
+            yield {"x": shard}
+            if shard == 1:
+                raise OSError("no such file")
+
+    data = datasets.IterableDataset.from_generator(broken, gen_kwargs={"shards": [0, 1]})
+    seen = []
+
+    def fn(ctx):
+        try:
+            list(faccel.shard(DataLoader(data, 1), ctx, mode="shards"))
+        except RankFailedError as error:
+            seen.append("no such file" in error.saw)
+            raise
+
+    with pytest.raises(RankFailedError):
+        simulate(fn, 2)
+    assert seen == [True, True]
+
+
+def test_shards_that_cannot_be_had_are_an_error():
+    ctx = fake_context(0, 2)
+    for loader, options, what in (
+        (DataLoader(stream(num_shards=1), 2), {}, "1 shards"),
+        (DataLoader(table(), 2), {}, "a Dataset"),
+        (DataLoader(stream(), batch_size=None), {}, "without a `batch_size`"),
+        (DataLoader(stream(), 2), {"tail": "uneven"}, "uneven"),
+    ):
+        with pytest.raises(DataError) as caught:
+            faccel.shard(loader, ctx, mode="shards", **options)
+        assert what in caught.value.saw
+    with pytest.raises(TypeError):
+        len(faccel.shard(DataLoader(stream(), 2), ctx, mode="shards"))
+
+
+class Restarting(IterableDataset):
+    """A stream of lengths, one for each shard, whose state at its end is that of its beginning."""
+
+    def __init__(self, lengths):
+        self.lengths, self.num_shards, self.at = lengths, len(lengths), 0
+
+    def shard(self, num_shards, index):
+        return Restarting(self.lengths[index::num_shards])
+
+    def __iter__(self):
+        while self.at < sum(self.lengths):
+            self.at += 1
+            yield torch.tensor(self.at)
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def test_a_rank_that_has_come_to_its_end_stays_there_after_a_resume():
+    def fn(ctx):
+        def read(cursor=None):
+            loader = faccel.shard(DataLoader(Restarting([2, 6]), 2), ctx, mode="shards")
+            loader = loader.at(0) if cursor is None else loader.resume(cursor)
+            return [(b.data.tolist(), b.num_valid, b.cursor) for b in faccel.batches(loader)]
+
+        whole = read()
+        return [each[:2] for each in whole], [each[:2] for each in read(whole[0][2])]
+
+    for number, (whole, rest) in enumerate(simulate(fn, 2)):
+        assert [n for _, n in whole] == ([2, 0, 0] if number == 0 else [2, 2, 2])
+        assert rest == whole[1:]
