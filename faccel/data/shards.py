@@ -127,7 +127,7 @@ class ShardsSource:
             ahead, then = self._take(parts)
             consumed += sum(each.num_units for each in told)
             is_end = self._is_over(then)
-            places = tuple(now.place if next_one.num_units else None for now, next_one in zip(told, then, strict=True))
+            places = tuple(each.place for each in told)
             after = Cursor(epoch + 1, of=self.name) if is_end else Cursor(epoch, consumed, places, self.name)
             num_valid = len(part.units) if part else 0
             units = self._padded(part.units if part else [], epoch)
