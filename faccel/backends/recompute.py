@@ -39,7 +39,7 @@ def apply_checkpointing(module: nn.Module, units: Mapping[str, nn.Module], optio
     chosen = [unit for number, unit in enumerate(units.values(), start=1) if number % options.every == 0]
     for unit in chosen:
         _recompute(unit, functools.partial(checkpoint, use_reentrant=False, **more))
-    if chosen:
+    if any(map(_knows_checkpointing, chosen)):
         _tell_the_others(module, units)
 
 
@@ -51,17 +51,22 @@ def _recompute(unit: Any, again: Callable[..., Any]) -> None:
         unit.forward = functools.partial(again, unit.forward)
 
 
+def _knows_checkpointing(unit: nn.Module) -> bool:
+    """Whether the class of a unit can be checkpointed by a function that it is given, as transformers' layers can."""
+    return hasattr(type(unit), "gradient_checkpointing")
+
+
 def _tell_the_others(module: nn.Module, units: Mapping[str, nn.Module]) -> None:
     """Let the modules around the units, which hand caches to them, know that some of these run twice."""
     inside = {id(each) for unit in units.values() for each in unit.modules()}
     for each in module.modules():
-        if id(each) not in inside and _knows_checkpointing(each):
-            _recompute(each, lambda run, *args, **kwargs: run(*args, **kwargs))
+        if id(each) not in inside and hasattr(each, "gradient_checkpointing"):
+            each.gradient_checkpointing = True  # type: ignore[assignment]
+            each._gradient_checkpointing_func = _once  # type: ignore[assignment]
 
 
-def _knows_checkpointing(module: nn.Module) -> bool:
-    """Whether a module says of itself that it can be checkpointed, as those of transformers do."""
-    return hasattr(module, "gradient_checkpointing")
+def _once(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return run(*args, **kwargs)
 
 
 def _selective(names: tuple[str, ...]) -> dict[str, Any]:

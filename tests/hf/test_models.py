@@ -190,3 +190,15 @@ def test_a_model_whose_blocks_take_more_than_one_input_is_no_pipeline_and_says_s
     with pytest.raises(ModelError, match="something else than tensors") as caught:
         simulate(fn, 2, mesh="pp=2")
     assert "BaseModelOutputWithPast" in caught.value.saw
+
+
+def test_an_output_is_a_tree_that_keeps_its_kind():
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    def fn(ctx):
+        out = SequenceClassifierOutput(logits=torch.full((2, 1), float(ctx.rank)), hidden_states=(torch.ones(2),))
+        rows, total = faccel.gather(out, ctx, num_valid=1), faccel.reduce(out, ctx)
+        assert type(rows) is type(total) is SequenceClassifierOutput
+        return rows.logits.flatten().tolist(), rows["hidden_states"][0].tolist(), total[0].flatten().tolist(), rows.loss
+
+    assert simulate(fn, 2)[1] == ([0.0, 1.0], [1.0, 1.0], [1.0, 1.0], None)
