@@ -50,7 +50,7 @@ def run(ctx, name, path=None, mode="train"):
         return [*seen, loss_of(state, ctx, 9)[1]]
 
 
-@pytest.mark.parametrize("mesh", [None, "dp_replicate=2", "dp_shard=2", "dp_replicate=2,dp_shard=2"])
+@pytest.mark.parametrize("mesh", [None, "dp_replicate=2", "dp_shard=2"])
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_it_trains_and_evaluates_as_on_one_process_and_goes_on_from_either_mode(tmp_path, name, mesh):
     (one,) = simulate(run, 1, name)
