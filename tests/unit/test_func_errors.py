@@ -214,7 +214,7 @@ def test_models_without_values_or_parameters_are_refused():
         func.init_state(nn.ReLU(), func.sgd(0.1), CTX, seed=0)
     with pytest.raises(ModelError, match="TrainState"):
         func.make_step(loss_of(net()), func.sgd(0.1), CTX)(net(), batch_of(0, CTX))
-    with pytest.raises(ModelError, match="no such parameter"):
+    with pytest.raises(ModelError, match="no such tensor"):
         func.call(nn.Linear(2, 2), params(w=(2,)), torch.ones(2))
 
 
