@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from faccel.checkpoint.encode import is_dtensor, join
+from faccel.checkpoint.encode import join
 from faccel.checkpoint.files import Slice, sync_directory, write_file, write_safetensors
 from faccel.checkpoint.record import MANIFEST, Checkpoint, check_hash, checkpoints, read_manifest
 from faccel.checkpoint.storage import Reader
@@ -23,8 +23,9 @@ from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import CheckpointError, ConfigError
+from faccel.flat import FlatShard
 from faccel.model import WrappedModel
-from faccel.tree import whole
+from faccel.tree import local, whole
 
 _INDEX = "model.safetensors.index.json"
 _OURS = re.compile(
@@ -45,18 +46,18 @@ def _num_bytes(size: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def _module(model: Any) -> nn.Module:
-    if isinstance(model, WrappedModel):
-        return model.module
-    if not isinstance(model, nn.Module):
+def _checked(model: Any) -> WrappedModel | nn.Module:
+    if not isinstance(model, (WrappedModel, nn.Module)):
         raise CheckpointError("only a model can be exported", saw=f"a {type(model).__name__}", fix="pass the model")
     return model
 
 
 def _place_of(x: torch.Tensor) -> tuple[Any, ...]:
     """Return what two names of one tensor have in common."""
-    local: torch.Tensor = x.to_local() if is_dtensor(x) else x  # type: ignore[attr-defined]
-    return local.untyped_storage().data_ptr(), local.storage_offset(), x.shape, local.stride(), x.dtype
+    if isinstance(x, FlatShard):
+        return (id(x.owner),)
+    mine = local(x)
+    return mine.untyped_storage().data_ptr(), mine.storage_offset(), x.shape, mine.stride(), x.dtype
 
 
 def _without_ties(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -159,7 +160,7 @@ def export_model(
         ...     export_model(torch.nn.Linear(2, 1), path, fake_context(0, 1))
         ['model.safetensors']
     """
-    kept, ties = _without_ties(_module(model).state_dict())
+    kept, ties = _without_ties(_checked(model).state_dict())
     owners = _owners({name: (list(x.shape), x.dtype) for name, x in kept.items()}, ctx)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, shape, dtype) in owners.items()}
     shards = _shards(sizes, _num_bytes(max_shard_size))
@@ -229,8 +230,7 @@ def load_model(model: WrappedModel | nn.Module, path: str | os.PathLike[str], ct
         ...     _ = export_model(net, path, ctx)
         ...     load_model(net, path, ctx)
     """
-    module = _module(model)
-    state = module.state_dict()
+    state = _checked(model).state_dict()
     kept, ties = _without_ties(state)
     readers: list[Reader] = []
 
@@ -249,7 +249,7 @@ def load_model(model: WrappedModel | nn.Module, path: str | os.PathLike[str], ct
 
     together(plan, ctx, "find the weights of the model")
     together(lambda: readers[0].read(kept), ctx, "read the weights")
-    together(lambda: module.load_state_dict(state), ctx, "load the weights")  # for modules that give copies away
+    together(lambda: model.load_state_dict(state), ctx, "load the weights")  # for modules that give copies away
 
 
 def _refuse(names: Sequence[str], what: str) -> None:
