@@ -8,16 +8,17 @@ from typing import Any
 
 import attrs
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from faccel.backends.alike import check_same, take_rank_0s
-from faccel.backends.deepspeed.installed import imported, surroundings
+from faccel.backends.deepspeed.installed import imported, place_if_missing, surroundings
 from faccel.backends.deepspeed.optimizer import ZeroOptimizer, check_optimizer, update
 from faccel.backends.deepspeed.places import Place, places_of, shards_of, write_back
 from faccel.backends.deepspeed.settings import dtype_of, is_untested_allowed, settings_of, stage_of
+from faccel.backends.deepspeed.spreading import join_world, spread
 from faccel.backends.forward import Methods, call_method, to_fp32, with_precision
+from faccel.backends.materialize import Values
 from faccel.backends.recompute import prepare
 from faccel.context import DistContext
 from faccel.errors import BackendError, ConfigError, ModelError, OptimizerError
@@ -61,7 +62,7 @@ class Holder(nn.Module):
         exact = _exact(module, ctx)
         with surroundings(ctx):
             deepspeed = imported(ctx)
-            _join(ctx)
+            join_world(ctx)
             engine = deepspeed.initialize(model=Methods(module), optimizer=opt, config=settings)[0]
         places = places_of(module, engine.optimizer, ctx)
         for key, value in exact.items():
@@ -78,31 +79,33 @@ def _exact(module: nn.Module, ctx: DistContext) -> dict[int, torch.Tensor]:
     return {id(p): p.detach() for p in module.parameters() if p.dtype == torch.float32 and not hasattr(p, "ds_id")}
 
 
-def _join(ctx: DistContext) -> None:
-    """Make the process group that DeepSpeed asks for in a world of one process, too; it ends with the context."""
-    if dist.is_initialized():
-        return
-    backend = "gloo" if ctx.device.type == "cpu" else None
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    ctx.unfinished.append(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
-
-
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
     if ctx.topology.source == "simulated" and ctx.world_size > 1:
         fix = "run the ranks as processes, with `faccel launch` or `faccel.launch`"
         raise BackendError("DeepSpeed keeps its state in the process, so ranks cannot be threads", fix=fix)
     with surroundings(ctx):
         imported(ctx)
-        settings_of(module, None, plan, ctx)  # what is wrong with them is told before anything is moved
+        # what is wrong with the settings is told before anything is moved
+        settings = settings_of(module, None, plan, ctx)
+    _check_dtypes(module)
     check_same(module, ctx, DATA)
-    if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
-        raise ModelError("not yet", fix="not yet")
-    take_rank_0s({**dict(module.named_parameters()), **dict(module.named_buffers())}, ctx, DATA)
+    values = Values.of(module, ctx, DATA)
+    if values.is_meta and stage_of(ctx) == 3:
+        spread(module, values, settings, ctx)
+    else:
+        values.fill(module, ctx, DATA)
     prepare(module, plan)
     holder = Holder(module, plan, ctx)
     if stage_of(ctx) == 3 and not any(p.requires_grad for p in module.parameters()):
         holder.tie(None)
     return holder, _runner(holder, ctx)
+
+
+def _check_dtypes(module: nn.Module) -> None:
+    wide = next((name for name, p in module.named_parameters() if p.dtype in (torch.float64, torch.complex128)), None)
+    if wide is not None:
+        saw = f"`{wide}`, {module.get_parameter(wide).dtype}"
+        raise ModelError("DeepSpeed keeps master weights in fp32", saw=saw, fix="call `.float()` on the model")
 
 
 def _runner(holder: Holder, ctx: DistContext) -> Run:
@@ -119,7 +122,8 @@ def _runner(holder: Holder, ctx: DistContext) -> Run:
         if ctx.compute_dtype is not None:
             args, kwargs = map_leaves(cast, args), map_leaves(cast, kwargs)
         try:
-            out = holder.tied.engine(method, *args, **kwargs)
+            with place_if_missing(ctx):
+                out = holder.tied.engine(method, *args, **kwargs)
         except RuntimeError as error:  # parameters are gathered here
             failure = ctx.comm.failure(error, "forward", DATA)
             if failure is None:

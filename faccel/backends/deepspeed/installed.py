@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from faccel.config import Config
@@ -45,22 +46,33 @@ def refuse(config: Config, device_type: str) -> str | None:
 
 @contextlib.contextmanager
 def surroundings(ctx: DistContext) -> Generator[None]:
-    """Let DeepSpeed find what it looks up itself: its place in the environment. What it prints goes to stderr."""
-    place = {
+    """Let DeepSpeed find what it looks up itself while it begins. What it prints goes to stderr."""
+    with place(ctx), contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def place_if_missing(ctx: DistContext) -> AbstractContextManager[None]:
+    """Make a context for while it runs, where no launcher has said in the environment which rank this is."""
+    return contextlib.nullcontext() if "LOCAL_RANK" in os.environ else place(ctx)
+
+
+@contextlib.contextmanager
+def place(ctx: DistContext) -> Generator[None]:
+    """Say in the environment which rank this is; it is put back."""
+    here = {
         "RANK": ctx.rank,
         "WORLD_SIZE": ctx.world_size,
         "LOCAL_RANK": ctx.local_rank,
         "MASTER_ADDR": ctx.topology.main_address or "localhost",
         "MASTER_PORT": ctx.topology.main_port or os.getpid(),  # a name for its shared memory, where nobody listens
     }
-    wanted = {name: str(value) for name, value in place.items()}
+    wanted = {name: str(value) for name, value in here.items()}
     if ctx.device.type == "cpu":
         wanted["DS_ACCELERATOR"] = "cpu"
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
+        yield
     finally:
         for name, value in before.items():
             if value is None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from faccel.backends.deepspeed.installed import place_if_missing
 from faccel.backends.deepspeed.places import Place
 from faccel.context import DistContext
 from faccel.errors import ConfigError, OptimizerError
@@ -71,7 +72,8 @@ class ZeroOptimizer(Optimizer):
             raise OptimizerError("an engine takes no closure", saw=repr(closure), fix="call `faccel.optimizer_step`")
         for mine, other in zip(self.param_groups, self.base.param_groups, strict=True):
             other.update({name: value for name, value in mine.items() if name != "params"})
-        self.engine.step()
+        with place_if_missing(self._ctx):
+            self.engine.step()
         self.has_gradients = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 (torch's own signature)

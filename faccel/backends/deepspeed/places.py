@@ -69,11 +69,10 @@ def _of_parameters(p: Any, zero: Any, ctx: DistContext) -> Place:
     size = p.ds_tensor.numel()
     first = min(size * ctx.data_rank, p.ds_numel)
     flat, at = p.ds_tensor, 0
-    if id(p) in getattr(zero, "param_id", {}) or hasattr(zero, "grad_position"):
-        number = zero.get_param_id(p) if p.requires_grad else None
-        if number in zero.grad_position:
-            group, at, _ = zero.grad_position[number]
-            flat = zero.fp32_partitioned_groups_flat[group]
+    number = getattr(zero, "grad_position", {}).get(p.ds_id)
+    if number is not None:
+        group, at, _ = number
+        flat = zero.fp32_partitioned_groups_flat[group]
     return Place(p.ds_shape, flat, at, first, min(size, p.ds_numel - first), p)
 
 
