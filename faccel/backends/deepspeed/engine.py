@@ -87,7 +87,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
         imported(ctx)
         # what is wrong with the settings is told before anything is moved
         settings = settings_of(module, None, plan, ctx)
-    _check_dtypes(module)
+    _check_dtypes(module, ctx)
     check_same(module, ctx, DATA)
     values = Values.of(module, ctx, DATA)
     if values.is_meta and stage_of(ctx) == 3:
@@ -101,11 +101,19 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     return holder, _runner(holder, ctx)
 
 
-def _check_dtypes(module: nn.Module) -> None:
+def _check_dtypes(module: nn.Module, ctx: DistContext) -> None:
     wide = next((name for name, p in module.named_parameters() if p.dtype in (torch.float64, torch.complex128)), None)
     if wide is not None:
         saw = f"`{wide}`, {module.get_parameter(wide).dtype}"
         raise ModelError("DeepSpeed keeps master weights in fp32", saw=saw, fix="call `.float()` on the model")
+    norms = (name for name, each in module.named_modules() if isinstance(each, nn.modules.batchnorm._BatchNorm))
+    name = None if ctx.compute_dtype is None else next(norms, None)
+    if name is not None:
+        raise ModelError(
+            "DeepSpeed casts parameters and leaves buffers in fp32, and torch's batch norm takes no such mixture",
+            saw=f"`{name}` under mixed_precision={ctx.config.mixed_precision}",
+            fix='use `mixed_precision="no"`, a group or layer norm, or `mesh="dp_shard=-1"` without a strategy',
+        )
 
 
 def _runner(holder: Holder, ctx: DistContext) -> Run:

@@ -61,10 +61,13 @@ class ZeroOptimizer(Optimizer):
         self.base, self.engine, self._places, self._ctx = base, engine, places, ctx
         self.limit = float(engine.gradient_clipping())
         self.has_gradients = False
-        engine.optimizer.register_grad_acc_post_hook(self._note)
+        # before the engine's own, which gives up where it has been entered twice
+        engine.optimizer._grad_acc_post_hooks.insert(0, self._end_of_backward)
 
-    def _note(self) -> None:
+    def _end_of_backward(self) -> None:
+        """Note that there are gradients. The engine was entered once for each forward that backward went through."""
         self.has_gradients = True
+        self.engine.optimizer._backward_active_depth = 1
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step, with the gradients that the engine has reduced, and forget them. Collective."""

@@ -198,8 +198,8 @@ def settings_of(module: nn.Module, opt: Optimizer | None, plan: Plan, ctx: DistC
     _optimizer(settings, opt)
     _offload(zero, plan)
     _buckets(zero, module)
-    if settings.get("gradient_clipping") == AUTO:
-        del settings["gradient_clipping"]  # `optimizer_step` says it
+    if settings.get("gradient_clipping", AUTO) == AUTO:
+        settings["gradient_clipping"] = 0.0  # `optimizer_step` says it; DeepSpeed's default is 1
     settings["zero_allow_untested_optimizer"] = True  # `check_optimizer` has looked
     settings.setdefault("zero_force_ds_cpu_optimizer", False)
     left = [key for key, value in _leaves(settings) if value == AUTO]
