@@ -31,6 +31,7 @@ class Backend:
         probe: Why it cannot run in an environment; None if it can.
         tested_on: What it has been run on by us.
         written_for: What it has been written for, and not been run on by us.
+        needs: What has to be installed for it, for people.
         fix: What to do where it cannot run.
         refuse: `refuse(config, device_type)`: why it cannot do what a configuration asks for; None if it can.
         is_asked_for: Whether it runs only where `strategy` names it.
@@ -42,6 +43,7 @@ class Backend:
     probe: Callable[[Mapping[str, str]], str | None]
     tested_on: str
     written_for: str = ""
+    needs: str = "torch"
     fix: str = "use another mesh"
     refuse: Callable[[Config, str], str | None] = lambda config, device_type: None
     is_asked_for: bool = False
@@ -68,7 +70,8 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             lambda spec: spec.size == spec.dp_replicate,
             deepspeed.probe,
             "CPU (gloo)",
-            "CUDA (NCCL), fp16 there, NVMe",
+            "CUDA (NCCL), fp16 there",
+            needs=f"`deepspeed{deepspeed.WANTED}`, a C++ compiler",
             fix=deepspeed.HOW,
             refuse=deepspeed.refuse,
             is_asked_for=True,
@@ -120,10 +123,13 @@ def table() -> str:
 
     Effects: pure, but for a look at what is installed.
     """
-    head = "| strategy | asked for by | run by our tests | written for, not run on hardware by us |"
+    head = "| strategy | chosen by | runs where there is | tested on | written for, not run on hardware by us |"
     asked = {name: f"`--strategy {name}`" if row.is_asked_for else "the mesh" for name, row in BACKENDS.items()}
-    rows = [f"| `{n}` | {asked[n]} | {row.tested_on} | {row.written_for} |" for n, row in BACKENDS.items()]
-    return "\n".join([head, "| --- | --- | --- | --- |", *rows])
+    rows = [
+        f"| `{name}` | {asked[name]} | {row.needs} | {row.tested_on} | {row.written_for} |"
+        for name, row in BACKENDS.items()
+    ]
+    return "\n".join([head, "| --- | --- | --- | --- | --- |", *rows])
 
 
 def use(ctx: DistContext, backend: Backend) -> DistContext:

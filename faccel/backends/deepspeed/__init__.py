@@ -2,5 +2,6 @@
 
 from faccel.backends.deepspeed.engine import DEEPSPEED as DEEPSPEED
 from faccel.backends.deepspeed.installed import HOW as HOW
+from faccel.backends.deepspeed.installed import WANTED as WANTED
 from faccel.backends.deepspeed.installed import probe as probe
 from faccel.backends.deepspeed.installed import refuse as refuse
