@@ -101,12 +101,15 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     return holder, _runner(holder, ctx)
 
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 def _check_dtypes(module: nn.Module, ctx: DistContext) -> None:
     wide = next((name for name, p in module.named_parameters() if p.dtype in (torch.float64, torch.complex128)), None)
     if wide is not None:
         saw = f"`{wide}`, {module.get_parameter(wide).dtype}"
         raise ModelError("DeepSpeed keeps master weights in fp32", saw=saw, fix="call `.float()` on the model")
-    norms = (name for name, each in module.named_modules() if isinstance(each, nn.modules.batchnorm._BatchNorm))
+    norms = (name for name, each in module.named_modules() if isinstance(each, _BATCH_NORMS))
     name = None if ctx.compute_dtype is None else next(norms, None)
     if name is not None:
         raise ModelError(

@@ -39,11 +39,11 @@ def spread(module: nn.Module, values: Values, settings: Mapping[str, Any], ctx: 
         for name, p in list(module.named_parameters()):
             parent, _, leaf = name.rpartition(".")
             new = nn.Parameter(_whole(name, p, values, dtype_of(ctx), ctx), requires_grad=p.requires_grad)
-            module.get_submodule(parent)._parameters[leaf] = new
+            setattr(module.get_submodule(parent), leaf, new)
             init._convert_to_zero_parameters([new])  # takes rank 0's, keeps its part
     for name, buffer in list(module.named_buffers()):
         parent, _, leaf = name.rpartition(".")
-        module.get_submodule(parent)._buffers[leaf] = _whole(name, buffer, values, buffer.dtype, ctx)
+        setattr(module.get_submodule(parent), leaf, _whole(name, buffer, values, buffer.dtype, ctx))
     tie(module, values.ties)
     take_rank_0s(dict(module.named_buffers()), ctx, DATA)
 
