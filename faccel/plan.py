@@ -119,7 +119,7 @@ class FsdpConfig:
     fp32_units: tuple[str, ...] = attrs.field(default=(), converter=_names)
 
 
-_PLACES = ("cpu", "nvme")
+_PLACES = ("cpu",)
 
 
 def _place(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -144,20 +144,13 @@ class DeepSpeedConfig:
     Args:
         settings: A file of DeepSpeed's JSON, or a mapping of what stands in one. `"auto"` is filled in from the
             `Config` and the model; what contradicts them is an error.
-        offload_optimizer: `"cpu"` or `"nvme"` (stage 3): where the states of the optimizer live; None is the device.
-        offload_params: `"cpu"` or `"nvme"`: where parameters live that are not needed now (stage 3).
-        nvme_path: A directory on a fast disk, for `"nvme"`.
+        offload_optimizer: `"cpu"`: where the states of the optimizer live; None is the device.
+        offload_params: `"cpu"`: where parameters live that are not needed now (stage 3); None is the device.
     """
 
     settings: str | Mapping[str, Any] | None = attrs.field(default=None, converter=_settings)
     offload_optimizer: str | None = attrs.field(default=None, validator=_place)
     offload_params: str | None = attrs.field(default=None, validator=_place)
-    nvme_path: str | None = None
-
-    def __attrs_post_init__(self) -> None:
-        if "nvme" in (self.offload_optimizer, self.offload_params) and not self.nvme_path:
-            fix = 'write `nvme_path="/local/scratch"`'
-            raise ConfigError("what lives on a disk needs a place there", saw="nvme_path=None", fix=fix)
 
     def __reduce__(self) -> tuple[Any, ...]:
         fields = attrs.asdict(self, recurse=False)
