@@ -76,8 +76,6 @@ for _, loader in train.epochs(10**6, start=state["cursor"]):
         break
 
 if args.export:
-    faccel.export_model(model, args.export, ctx)
-    if ctx.is_main:
-        config.save_pretrained(args.export)
+    faccel.export_model(model, args.export, ctx)  # with its config.json
 loss = faccel.reduce(loss, ctx, op="mean")  # on every rank: it is collective
 faccel.print(f"loss {loss:.4f}", ctx=ctx)

@@ -65,10 +65,13 @@ class WrappedModel:
         state = self.parallelism.state
         return self.module.state_dict() if state is None else state.export(self.engine)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take parameters and buffers as `state_dict` gives them. Updates the model; collective where it is shared."""
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Take parameters and buffers as `state_dict` gives them, all unless not `strict`.
+
+        Updates the model; collective where an engine shares it.
+        """
         if self.parallelism.state is None:
-            self.module.load_state_dict(state)
+            self.module.load_state_dict(state, strict=strict)
         else:
             self.parallelism.state.restore(self.engine, state)
 

@@ -188,9 +188,9 @@ def _checkpointing(value: Any) -> Any:
     raise ConfigError("`checkpoint` says which units are computed again in backward", saw=repr(value), fix=fix)
 
 
-STYLES = ("colwise", "colwise_gather", "colwise_loss", "replicate", "rowwise", "rowwise_embedding", "sequence",
-          "sequence_colwise", "sequence_colwise_gather", "sequence_colwise_loss", "sequence_embedding",
-          "sequence_rowwise")  # fmt: skip
+STYLES = ("colwise", "colwise_gather", "colwise_loss", "heads", "replicate", "rowwise", "rowwise_embedding",
+          "rowwise_split", "sequence", "sequence_colwise", "sequence_colwise_gather", "sequence_colwise_loss",
+          "sequence_embedding", "sequence_rowwise")  # fmt: skip
 """How a module may be cut by tensor parallelism; see `Plan.tensor`."""
 
 
@@ -271,6 +271,7 @@ class Plan:
         tensor: For a mesh with `tp`: patterns of module names, and how each is cut. `"colwise"` and `"rowwise"` linear
             layers (or embeddings) come in pairs; `"colwise_gather"` gives its whole output to every rank;
             `"colwise_loss"` leaves the logits cut, for `faccel.loss_parallel`; `"rowwise_embedding"` cuts a vocabulary;
+            `"rowwise_split"` takes an input that is whole; `"heads"` is a norm on each rank's own heads of attention;
             `"sequence"` is a norm on a part of the sequence, and `"sequence_colwise"`, `"sequence_rowwise"`,
             `"sequence_embedding"` are those that lie between such parts. All other modules are the same on each rank.
         pipeline: For a mesh with `pp`: how the model is cut into stages.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from faccel.backends.stages import is_loss
+from faccel.backends.units import means
 from faccel.context import DistContext
 from faccel.errors import ModelError
 from faccel.model import WrappedModel
@@ -17,14 +18,18 @@ _THEIRS = {
     "colwise": "colwise",
     "colwise_rep": "colwise_gather",
     "colwise_gather_output": "colwise_gather",
-    "rowwise": "rowwise",
-    "rowwise_rep": "rowwise",
+    "embedding_colwise": "colwise_gather",
     "embedding_rowwise": "rowwise_embedding",
-    "vocab_parallel_rowwise": "rowwise_embedding",
     "replicate": "replicate",
-    "replicated_with_grad_allreduce": "replicate",
+    "replicated_with_grad_allreduce": "heads",
+    "rowwise": "rowwise",
+    "rowwise_rep": "rowwise_split",
+    "rowwise_split_input": "rowwise_split",
+    "vocab_parallel_rowwise": "rowwise_embedding",
 }
 """The styles of transformers' `tp_plan`, under our names."""
+
+_UNCUT = ("moe_identity_expert", "moe_tp_experts")  # around experts that are parameters, of which each rank has all
 
 _SHARE = 8  # a model without blocks is cut into about so many units
 
@@ -33,8 +38,9 @@ def plan_for(model: nn.Module, ctx: DistContext) -> Plan:
     """Propose a plan for a model on the mesh of `ctx`: print it, change it with `attrs.evolve`, and give it to `wrap`.
 
     Units are the model's own `_no_split_modules`, else the members of its module lists, else modules with an eighth of
-    the parameters. Under `tp` the cuts are those of transformers' `tp_plan`, and the two linear layers of each of
-    torch's transformer layers. Under `pp` the chain is that of the model's children, in the order in which they were
+    the parameters. Under `tp` the cuts are those of transformers' `tp_plan` (of what it says about bare parameters, as
+    of fused experts, nothing: each rank has them whole), and the two linear layers of each of torch's transformer
+    layers. Under `pp` the chain is that of the model's children, in the order in which they were
     registered: check that its forward passes them so.
 
     Effects: pure.
@@ -44,7 +50,8 @@ def plan_for(model: nn.Module, ctx: DistContext) -> Plan:
         ctx: The world.
 
     Raises:
-        ModelError: The mesh has `tp`, and nothing of the model is known to be cut; or `model` is wrapped.
+        ModelError: The mesh has `tp`, and nothing of the model is known to be cut, or its `tp_plan` has a style that
+            faccel has not; or `model` is wrapped.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -67,9 +74,7 @@ def plan_for(model: nn.Module, ctx: DistContext) -> Plan:
 
 def _cuts(model: nn.Module) -> dict[str, str]:
     theirs = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
-    found: dict[str, str] = {}
-    if isinstance(theirs, Mapping):
-        found = {str(pattern): _THEIRS[style] for pattern, style in theirs.items() if style in _THEIRS}
+    found = _translated(model, theirs) if isinstance(theirs, Mapping) else {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             base = ".".join("*" if part.isdecimal() else part for part in name.split(".")) + "." if name else ""
@@ -80,6 +85,22 @@ def _cuts(model: nn.Module) -> dict[str, str]:
             saw=f"a {type(model).__name__} without `tp_plan` or torch's transformer layers",
             fix='write `faccel.Plan(tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})`',
         )
+    return found
+
+
+def _translated(model: nn.Module, theirs: Mapping[str, str]) -> dict[str, str]:
+    names = [name for name, _ in model.named_modules()]
+    found: dict[str, str] = {}
+    for pattern, style in theirs.items():
+        if style in _UNCUT or not means(pattern, names):  # a bare parameter, or what another configuration has
+            continue
+        if style not in _THEIRS:
+            raise ModelError(
+                "the model's `tp_plan` cuts a module in a way that faccel cannot",
+                saw=f"`{pattern}`: {style!r} of a {type(model).__name__}",
+                fix="name the modules that can be cut yourself, as in `faccel.Plan(tensor={...})`, or use another mesh",
+            )
+        found[pattern] = _THEIRS[style]
     return found
 
 

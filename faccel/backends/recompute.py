@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ def prepare(module: nn.Module, plan: Plan) -> None:
     if plan.checkpoint is not None or plan.compile is not None:
         units = units_of(module, plan)
         check_recomputed(units, plan.checkpoint)
-        apply_checkpointing(units, plan.checkpoint)
+        apply_checkpointing(module, units, plan.checkpoint)
         apply_compile(module, units, plan)
 
 
@@ -31,15 +31,42 @@ def check_recomputed(units: Mapping[str, nn.Module], options: Checkpointing | No
         raise ConfigError("activation checkpointing needs units", saw="a model without any", fix=fix)
 
 
-def apply_checkpointing(units: Mapping[str, nn.Module], options: Checkpointing | None) -> None:
-    """Make the forward of each n-th unit run again in backward. Updates the units."""
+def apply_checkpointing(module: nn.Module, units: Mapping[str, nn.Module], options: Checkpointing | None) -> None:
+    """Make the forward of each n-th unit of `module` run again in backward. Updates the modules."""
     if options is None or options.memory_budget is not None:
         return
     more = _selective(options.save_ops) if options.save_ops else {}
-    for number, unit in enumerate(units.values(), start=1):
-        if number % options.every == 0:
-            again = functools.partial(checkpoint, unit.forward, use_reentrant=False, **more)
-            unit.forward = again  # an attribute of the instance: neither names nor classes change
+    chosen = [unit for number, unit in enumerate(units.values(), start=1) if number % options.every == 0]
+    for unit in chosen:
+        _recompute(unit, functools.partial(checkpoint, use_reentrant=False, **more))
+    if any(map(_knows_checkpointing, chosen)):
+        _tell_the_others(module, units)
+
+
+def _recompute(unit: Any, again: Callable[..., Any]) -> None:
+    """Run the forward of `unit` through `again`, on this instance alone: neither names nor classes change."""
+    if _knows_checkpointing(unit):  # it leaves out what must not happen twice: the update of a cache
+        unit.gradient_checkpointing, unit._gradient_checkpointing_func = True, again
+    else:
+        unit.forward = functools.partial(again, unit.forward)
+
+
+def _knows_checkpointing(unit: nn.Module) -> bool:
+    """Whether the class of a unit can be checkpointed by a function that it is given, as transformers' layers can."""
+    return hasattr(type(unit), "gradient_checkpointing")
+
+
+def _tell_the_others(module: nn.Module, units: Mapping[str, nn.Module]) -> None:
+    """Let the modules around the units, which hand caches to them, know that some of these run twice."""
+    inside = {id(each) for unit in units.values() for each in unit.modules()}
+    for each in module.modules():
+        if id(each) not in inside and hasattr(each, "gradient_checkpointing"):
+            each.gradient_checkpointing = True  # type: ignore[assignment]
+            each._gradient_checkpointing_func = _once  # type: ignore[assignment]
+
+
+def _once(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return run(*args, **kwargs)
 
 
 def _selective(names: tuple[str, ...]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext
         from faccel.backends.tensor import cut
 
         cut(module, layout.cuts, mesh_of(ctx)["tp"])
-    apply_checkpointing(layout.units, plan.checkpoint)
+    apply_checkpointing(module, layout.units, plan.checkpoint)
     apply_compile(module, layout.units, plan)
     _fully_shard(module, layout, plan, ctx)
     values.fill(module, ctx, "stage")

@@ -21,9 +21,12 @@ _STYLES: Mapping[str, Callable[[], ParallelStyle | None]] = {
     "colwise": ColwiseParallel,
     "colwise_gather": lambda: ColwiseParallel(output_layouts=Replicate()),
     "colwise_loss": lambda: ColwiseParallel(use_local_output=False),
+    # each rank sees other rows of it, here those of its heads, so that the gradients of all of them are added
+    "heads": lambda: SequenceParallel(sequence_dim=0, use_local_output=True),
     "replicate": lambda: None,
     "rowwise": RowwiseParallel,
     "rowwise_embedding": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "rowwise_split": lambda: RowwiseParallel(input_layouts=Replicate()),
     "sequence": SequenceParallel,
     "sequence_colwise": lambda: ColwiseParallel(input_layouts=Shard(1)),
     "sequence_colwise_gather": lambda: ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
@@ -33,6 +36,8 @@ _STYLES: Mapping[str, Callable[[], ParallelStyle | None]] = {
 }
 _CUT_OUTPUT = ("colwise", "colwise_gather", "colwise_loss")
 _HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "num_key_value_heads", "nhead")
+_HEAD_WIDTHS = ("head_dim", "attention_head_size")
+_WHOLE = ("heads", "replicate", "sequence")  # a rank has all of such a module's parameters
 
 
 def cuts_of(module: nn.Module, plan: Plan, size: int) -> dict[str, str]:
@@ -66,17 +71,18 @@ def _dim(named: Mapping[str, nn.Module], parameter: str, styles: Mapping[str, st
     """Return the dimension along which a weight is cut; None for one that is whole on each rank."""
     name = parameter.rpartition(".")[0]
     style = styles.get(name, "replicate")
-    if style in ("replicate", "sequence"):
+    if style in _WHOLE:
         return None
     return int(("colwise" in style) != isinstance(named[name], nn.Linear))
 
 
 def _check(name: str, named: Mapping[str, nn.Module], style: str, size: int) -> None:
     module = named[name]
-    if style == "replicate" or style == "sequence":
+    if style in _WHOLE:
         return
     if not isinstance(module, (nn.Linear, nn.Embedding)):
-        fix = "name the linear layers and embeddings inside of it"
+        inside = any(isinstance(each, (nn.Linear, nn.Embedding)) for each in module.modules())
+        fix = "name the linear layers and embeddings inside of it" if inside else "leave it out: each rank has it whole"
         raise ModelError(f"`{name}` cannot be cut as `{style}`", saw=f"a {type(module).__name__}", fix=fix)
     rows = "colwise" in style
     weight = module.weight  # of a linear layer [out, in], of an embedding [number, width]
@@ -84,12 +90,21 @@ def _check(name: str, named: Mapping[str, nn.Module], style: str, size: int) -> 
     if cut % size:
         fix = f"use a `tp` that divides {cut}, or leave this module out"
         raise ModelError(f"tp={size} does not divide `{name}`", saw=f"{cut} {'columns' if rows else 'rows'}", fix=fix)
-    parent = named.get(name.rpartition(".")[0])
-    for attribute in _HEADS if rows else ():
-        heads = getattr(parent, attribute, None)
+    if rows:
+        _check_heads(name, named.get(name.rpartition(".")[0]), cut, size)
+
+
+def _check_heads(name: str, parent: nn.Module | None, columns: int, size: int) -> None:
+    """Refuse to cut attention inside of a head, as far as the module around a layer says what its heads are."""
+    counts = {each: getattr(parent, each, None) for each in _HEADS}
+    for each in _HEAD_WIDTHS:
+        width = getattr(parent, each, None)
+        if isinstance(width, int) and columns % width == 0:
+            counts[f"{columns} columns / {each}"] = columns // width
+    for what, heads in counts.items():
         if isinstance(heads, int) and heads % size:
             fix = f"use a `tp` that divides {heads}"
-            saw = f"{attribute}={heads} of `{name.rpartition('.')[0]}`"
+            saw = f"{what}={heads} of `{name.rpartition('.')[0]}`"
             raise ModelError(f"tp={size} does not divide the heads of attention", saw=saw, fix=fix)
 
 

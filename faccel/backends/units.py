@@ -11,14 +11,20 @@ from faccel.errors import ConfigError, ModelError, nearest
 from faccel.plan import Plan
 
 
+def means(pattern: str, names: Iterable[str]) -> list[str]:
+    """Return the names that a pattern means, of which there may be none; a `*` does not reach over a dot."""
+    depth = pattern.count(".")
+    return [name for name in names if name.count(".") == depth and fnmatchcase(name, pattern)]
+
+
 def matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
-    """Return the names that a pattern means; a `*` does not reach over a dot.
+    """Return the names that a pattern means.
 
     Raises:
         ConfigError: There is none.
     """
-    depth, known = pattern.count("."), list(names)
-    found = [name for name in known if name.count(".") == depth and fnmatchcase(name, pattern)]
+    known = list(names)
+    found = means(pattern, known)
     if not found:
         raise ConfigError(f"the pattern `{pattern}` means no {what} of this model", fix=nearest(pattern, known))
     return found
@@ -48,12 +54,12 @@ def _chosen(module: nn.Module, units: tuple[str, ...] | int | None, named: dict[
     found: list[str] = []
     for each in units:
         of_class = [name for name, one in named.items() if type(one).__name__ == each]
-        means = of_class or matching(each, named, "module")
-        twice = [name for name in means if name in found]
+        meant = of_class or matching(each, named, "module")
+        twice = [name for name in meant if name in found]
         if twice:
             fix = f"leave `{each}` out, or narrow it"
             raise ConfigError(f"two of `units` mean the module `{twice[0]}`", saw=", ".join(units), fix=fix)
-        found += means
+        found += meant
     return found
 
 

@@ -29,6 +29,12 @@ def shard_optimizer(opt: Optimizer, ctx: DistContext) -> Optimizer:
             saw="an LBFGS",
             fix="leave `shard_optimizer` out, or use one that treats each parameter on its own, as AdamW does",
         )
+    if callable(getattr(opt, "train", None)) and callable(getattr(opt, "eval", None)):
+        raise OptimizerError(
+            "this optimizer exchanges the parameters of training and of evaluation itself, on all of them at once",
+            saw=f"a {type(opt).__name__} with `train()` and `eval()`",
+            fix='leave `shard_optimizer` out, or write `faccel.init(mesh="dp_shard=-1")`, which shares its states too',
+        )
     if hasattr(opt.step, "_wrapped_by_lr_sched"):
         raise OptimizerError(
             "a scheduler holds this optimizer already, and would not move the one that steps",

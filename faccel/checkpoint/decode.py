@@ -25,6 +25,7 @@ from faccel.checkpoint.encode import (
     parameter_names,
     rng_of,
     rng_of_another,
+    trained,
 )
 from faccel.context import DistContext
 from faccel.errors import CheckpointError, nearest
@@ -152,16 +153,20 @@ class Decoder:
             raise _misfit(
                 path, f"a model in the checkpoint, {type(into).__name__} in the state", "pass the model itself"
             )
+        module = into.module if isinstance(into, WrappedModel) else into
         own = dict(into.state_dict())
-        if own.keys() != node["v"].keys() and not (self._is_part and own.keys() <= node["v"].keys()):
-            raise _misfit(path, _difference(set(node["v"]), set(own)), "build the model that was saved")
-        parts = {name: self._parameter(own, node["v"][name], name, join(path, name)) for name in own}
+        needed = trained(module, own) if node.get("trained_only") else own  # frozen ones may stay as they are
+        if not (needed.keys() <= node["v"].keys() and (self._is_part or node["v"].keys() <= own.keys())):
+            raise _misfit(path, _difference(set(node["v"]), set(needed)), "build the model that was saved")
+        parts = {
+            name: self._parameter(own, node["v"][name], name, join(path, name)) for name in own if name in node["v"]
+        }
         versions = OrderedDict((name, {"version": version}) for name, version in node.get("versions", {}).items())
 
         def load() -> Any:
             state: Any = OrderedDict((name, finish()) for name, finish in parts.items())
             state._metadata = versions  # what modules look at that read what older ones wrote
-            into.load_state_dict(state)
+            into.load_state_dict(state, strict=len(state) == len(own))
             return into
 
         return load

@@ -96,15 +96,23 @@ def optimizer_names(opt: Optimizer, names: Mapping[int, str]) -> dict[int, str]:
     return found
 
 
+def trained(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a module's state is not frozen: parameters that require gradients, and buffers."""
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
 class Encoder:
     """Takes a state apart.
 
     Args:
         state: The whole state, for the names of parameters.
         ctx: Which rank's generators they are.
+        trained_only: Whether frozen parameters of models are left out.
     """
 
-    def __init__(self, state: Any, ctx: DistContext) -> None:
+    def __init__(self, state: Any, ctx: DistContext, *, trained_only: bool = False) -> None:
+        self._trained_only = trained_only
         self.tensors: dict[str, torch.Tensor] = {}
         self._taken: set[str] = set()
         self._is_inside_object = False
@@ -144,7 +152,10 @@ class Encoder:
     def module(self, value: Any, path: str) -> Node:
         state = value.state_dict()
         versions = {k: v["version"] for k, v in getattr(state, "_metadata", {}).items() if "version" in v}
-        return {"!": "module", "v": self.encode(dict(state), path), "versions": versions}
+        own = value.module if isinstance(value, WrappedModel) else value
+        kept = trained(own, state) if self._trained_only else dict(state)
+        part = {"trained_only": True} if len(kept) < len(state) else {}
+        return {"!": "module", "v": self.encode(kept, path), "versions": versions, **part}
 
     def optimizer(self, value: Optimizer, path: str) -> Node:
         names, packed = optimizer_names(value, self._names), value.state_dict()

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from faccel.checkpoint.encode import join
+from faccel.checkpoint.encode import trained
 from faccel.checkpoint.files import Slice, sync_directory, write_file, write_safetensors
-from faccel.checkpoint.record import MANIFEST, Checkpoint, check_hash, checkpoints, read_manifest
+from faccel.checkpoint.pretrained import adapter_of, describe, write_adapter
 from faccel.checkpoint.storage import Reader
 from faccel.checkpoint.together import together
 from faccel.comm.objects import gather_objects
@@ -37,7 +37,8 @@ Fetch = Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
 """Gives whole tensors of some names on the CPU."""
 
 
-def _num_bytes(size: str | int) -> int:
+def num_bytes(size: str | int) -> int:
+    """Return how many bytes a text such as `"5GB"` says."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise ConfigError(
@@ -46,8 +47,10 @@ def _num_bytes(size: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def _checked(model: Any) -> WrappedModel | nn.Module:
-    if not isinstance(model, (WrappedModel, nn.Module)):
+def _module(model: Any) -> nn.Module:
+    if isinstance(model, WrappedModel):
+        return model.module
+    if not isinstance(model, nn.Module):
         raise CheckpointError("only a model can be exported", saw=f"a {type(model).__name__}", fix="pass the model")
     return model
 
@@ -76,7 +79,8 @@ def _without_ties(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], di
     return kept, ties
 
 
-def _shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+def shards_of(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Return the names of each file's tensors, so that no file with several is larger than `max_bytes`."""
     shards: list[list[str]] = [[]]
     room = max_bytes
     for name, size in sizes.items():
@@ -107,11 +111,13 @@ class _Writer:
         self.weight_map |= dict.fromkeys(tensors, name)
         self.num_bytes += sum(x.numel() * x.dtype.itemsize for x in tensors.values())
 
-    def finish(self) -> None:
-        """Put the files in place; those of an older export go."""
+    def finish(self, module: nn.Module | None) -> None:
+        """Put the files in place, and the description of `module`; those of an older export go."""
         if len(self.shards) > 1:
             index = {"metadata": {"total_size": self.num_bytes}, "weight_map": self.weight_map}
             write_file(self.temporary, _INDEX, [json.dumps(index, indent=2, sort_keys=True).encode()])
+        if module is not None:
+            describe(module, self.temporary)
         new = sorted(os.listdir(self.temporary), key=lambda name: (name == _INDEX, name))
         if os.path.exists(os.path.join(self.path, _INDEX)):
             os.unlink(os.path.join(self.path, _INDEX))  # until the new one is there, nothing loads a mixture
@@ -134,17 +140,20 @@ def export_model(
     ctx: DistContext,
     *,
     max_shard_size: str | int = "5GB",
+    trained_only: bool = False,
 ) -> list[str]:
     """Write the weights of a model as safetensors, whole, whatever ranks hold which part of them.
 
     Effects: ambient, collective. Rank 0 writes files; those of an earlier export in the same directory go. Rank 0 needs
-    memory for one shard.
+    memory for one shard. A model of transformers is written with its `config.json`, so that `from_pretrained` loads it.
 
     Args:
         model: From `wrap`, or a module.
         path: A directory, made where it is missing.
         ctx: The world.
         max_shard_size: The largest file: `"5GB"`, `"500MB"` or a number of bytes. Several files have an index.
+        trained_only: Whether parameters that require no gradients are left out. The active adapter of a model of PEFT
+            is written as one file with its configuration, which `PeftModel.from_pretrained` reads.
 
     Returns:
         The names of the files that hold weights, on every rank. Of tied weights each is stored once; the other names
@@ -160,10 +169,13 @@ def export_model(
         ...     export_model(torch.nn.Linear(2, 1), path, fake_context(0, 1))
         ['model.safetensors']
     """
-    kept, ties = _without_ties(_checked(model).state_dict())
+    module = _module(model)
+    state = model.state_dict()
+    adapter = adapter_of(module) if trained_only else None
+    kept, ties = _without_ties(trained(module, state) if trained_only else state)
     owners = _owners({name: (list(x.shape), x.dtype) for name, x in kept.items()}, ctx)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, shape, dtype) in owners.items()}
-    shards = _shards(sizes, _num_bytes(max_shard_size))
+    shards = shards_of(sizes, num_bytes(max_shard_size))
 
     def fetch(names: Sequence[str]) -> Mapping[str, torch.Tensor]:
         found = {name: one(name) for name in names}  # on every rank: it may be collective
@@ -177,7 +189,18 @@ def export_model(
         mine = whole(kept[name]) if is_mine else torch.empty(shape, dtype=dtype, device=ctx.device)
         return ctx.comm.broadcast(mine.to(ctx.device), owner, "pp")
 
-    return _export(os.path.abspath(path), shards, ties, fetch, ctx)
+    if adapter is not None:
+        return _export_adapter(module, adapter, fetch(list(sizes)), os.path.abspath(path), ctx)
+    return write_export(os.path.abspath(path), shards, ties, fetch, ctx, None if trained_only else module)
+
+
+def _export_adapter(
+    module: nn.Module, adapter: str, state: Mapping[str, torch.Tensor], path: str, ctx: DistContext
+) -> list[str]:
+    told = together(
+        lambda: write_adapter(module, adapter, state, path) if ctx.is_main else None, ctx, "write the adapter"
+    )
+    return told[0] or []
 
 
 def _owners(
@@ -192,14 +215,25 @@ def _owners(
     return found
 
 
-def _export(path: str, shards: list[list[str]], ties: Mapping[str, str], fetch: Fetch, ctx: DistContext) -> list[str]:
+def write_export(
+    path: str,
+    shards: list[list[str]],
+    ties: Mapping[str, str],
+    fetch: Fetch,
+    ctx: DistContext,
+    module: nn.Module | None = None,
+) -> list[str]:
+    """Write the files of an export on rank 0, and `module`'s own description; return the names of those with weights.
+
+    Effects: ambient, collective.
+    """
     opened = together(lambda: _Writer(path, shards, ties) if ctx.is_main else None, ctx, "begin an export")
     writer = opened[0] if ctx.is_main else None
     try:
         for number, names in enumerate(shards):
             tensors = fetch(names)
             together(lambda n=number, t=tensors: writer and writer.write(n, t), ctx, "write the export")
-        together(lambda: writer and writer.finish(), ctx, "finish the export")
+        together(lambda: writer and writer.finish(module), ctx, "finish the export")
         files = together(lambda: sorted(set(writer.weight_map.values())) if writer else None, ctx, "end the export")[0]
         return files or []
     finally:
@@ -208,7 +242,9 @@ def _export(path: str, shards: list[list[str]], ties: Mapping[str, str], fetch: 
 
 
 @effectful(AMBIENT, COLLECTIVE, updates("model"))
-def load_model(model: WrappedModel | nn.Module, path: str | os.PathLike[str], ctx: DistContext) -> None:
+def load_model(
+    model: WrappedModel | nn.Module, path: str | os.PathLike[str], ctx: DistContext, *, trained_only: bool = False
+) -> None:
     """Load weights from safetensors, of `export_model` or of the Hugging Face ecosystem, into a model.
 
     Effects: updates model, ambient, collective. Files are mapped, and each rank reads its part alone, so that the
@@ -218,6 +254,7 @@ def load_model(model: WrappedModel | nn.Module, path: str | os.PathLike[str], ct
         model: From `wrap`, or a module.
         path: A directory with `model.safetensors` or an index, or one file.
         ctx: The world.
+        trained_only: Whether the files hold what `export_model(..., trained_only=True)` wrote of such a model.
 
     Raises:
         CheckpointError: Names or shapes are not the model's; names them, and nothing has been written.
@@ -230,8 +267,9 @@ def load_model(model: WrappedModel | nn.Module, path: str | os.PathLike[str], ct
         ...     _ = export_model(net, path, ctx)
         ...     load_model(net, path, ctx)
     """
-    state = _checked(model).state_dict()
-    kept, ties = _without_ties(state)
+    module = _module(model)
+    state = model.state_dict()
+    kept, ties = _without_ties(trained(module, state) if trained_only else state)
     readers: list[Reader] = []
 
     def plan() -> None:
@@ -258,7 +296,7 @@ def _refuse(names: Sequence[str], what: str) -> None:
         raise CheckpointError(
             "these weights do not fit the model",
             saw=f"{', '.join(f'`{n}`' for n in names[:3])}{more}: {what}",
-            fix="build the model that was exported",
+            fix="build the model that was exported; another format is converted by its own `from_pretrained`",
         )
 
 
@@ -279,73 +317,6 @@ def _files_of(path: str) -> tuple[str, list[str]]:
         saw=f"neither `model.safetensors` nor `{_INDEX}` in `{path}`",
         fix="name their directory",
     )
-
-
-def merge(
-    path: str, out: str, ctx: DistContext, *, name: str | None = None, max_shard_size: str | int = "5GB"
-) -> list[str]:
-    """Make an export of the model in a checkpoint, without the program that made it.
-
-    Effects: ambient. Reads and writes files.
-
-    Args:
-        path: A checkpoint, or a directory of them, of which the newest committed one is taken.
-        out: Where the export goes.
-        ctx: A world of one process.
-        name: Which model, where the state holds several: its key.
-        max_shard_size: As for `export_model`.
-
-    Returns:
-        The names of the files.
-
-    Raises:
-        CheckpointError: There is no such model.
-    """
-    folder = _newest(path).path
-    if os.path.exists(os.path.join(out, MANIFEST)):
-        raise CheckpointError("an export would spoil this checkpoint", saw=f"`{out}`", fix="name another directory")
-    manifest = read_manifest(folder)
-    problem = next((said for entry in manifest.files if (said := check_hash(folder, entry))), None)
-    if problem is not None:
-        raise CheckpointError("the checkpoint is not as it was written", saw=problem, fix="merge another one")
-    state = manifest.state if isinstance(manifest.state, dict) else {}
-    models = {key: node["v"] for key, node in state.items() if isinstance(node, dict) and node.get("!") == "module"}
-    if name is None and len(models) == 1:
-        name = min(models)
-    if name is None or name not in models:
-        listed = ", ".join(f"`{each}`" for each in sorted(models)) or "none"
-        saw = f"{name}; there are {listed}"
-        raise CheckpointError("name a model of the checkpoint", saw=saw, fix="pass `--model NAME`")
-    reader = Reader(folder, [each.name for each in manifest.files])
-    stored, weights = reader.stored(), dict[str, tuple[str, bool]]()
-    for key, node in models[name].items():
-        kind = node.get("!") if isinstance(node, dict) else None  # an extra state is no weight
-        if kind in ("tensor", "complex"):
-            weights[key] = join(join("", name), key), kind == "complex"
-    sizes = {key: stored[at].shape.numel() * stored[at].dtype.itemsize for key, (at, _) in weights.items()}
-    shards = _shards(sizes, _num_bytes(max_shard_size))
-
-    def fetch(names: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        places = {key: weights[key] for key in names}
-        tensors = {at: torch.empty(stored[at].shape, dtype=stored[at].dtype) for at, _ in places.values()}
-        reader.read(tensors)
-        return {
-            key: torch.view_as_complex(tensors[at]) if is_complex else tensors[at]
-            for key, (at, is_complex) in places.items()
-        }
-
-    return _export(os.path.abspath(out), shards, {}, fetch, ctx)
-
-
-def _newest(path: str) -> Checkpoint:
-    try:
-        read_manifest(path)
-        return Checkpoint(path, 0)
-    except ValueError:
-        found = next((each for each in checkpoints(path) if each.problem is None), None)
-    if found is None:
-        raise CheckpointError("there is no checkpoint", saw=f"`{path}`", fix="name one, or the directory of a run")
-    return found
 
 
 @effectful(AMBIENT, COLLECTIVE)

@@ -25,6 +25,7 @@ def save(
     keep: int | KeepPolicy | None = None,
     overwrite: bool = False,
     background: bool = False,
+    trained_only: bool = False,
     metadata: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Save `state` as the checkpoint of `step`: when this returns it is on the disk, or it did not happen.
@@ -44,6 +45,8 @@ def save(
             committed.
         background: Whether to return as soon as the state is copied; threads write it, never two at once. A failure is
             raised by the next call that saves or loads, or by `shutdown`.
+        trained_only: Whether the parameters of models that require no gradients are left out, as those below adapters
+            (LoRA): `load` leaves them as they are, so build the model with them first.
         metadata: Numbers and strings for policies and people, as in `{"accuracy": 0.97}`; found in `Checkpoint`.
 
     Returns:
@@ -65,7 +68,9 @@ def save(
     """
     policy = keep_policy(keep)
     settle(ctx)
-    begun = begin(os.path.abspath(path), state, ctx, step, overwrite=overwrite, background=background)
+    begun = begin(
+        os.path.abspath(path), state, ctx, step, overwrite=overwrite, background=background, trained_only=trained_only
+    )
     if background:
         start(begun, ctx, metadata, policy)
         return Checkpoint(begun.target.final, step, ctx.world_size, problem="still being written")

@@ -118,15 +118,18 @@ class Begun:
             unlock(self.held.pop())
 
 
-def begin(path: str, state: Any, ctx: DistContext, step: int, *, overwrite: bool, background: bool) -> Begun:
+def begin(
+    path: str, state: Any, ctx: DistContext, step: int, *, overwrite: bool, background: bool, trained_only: bool = False
+) -> Begun:
     """Make the folder on rank 0, and plan on every rank what it writes.
 
     Effects: ambient, collective.
     """
-    encoder, held, own = Encoder(state, ctx), list[int](), dict[str, Any]()
+    encoder, held, own = Encoder(state, ctx, trained_only=trained_only), list[int](), dict[str, Any]()
 
     is_part = ctx.mesh.spec.pp > 1
     asked = {"path": path, "step": step, "overwrite": overwrite, "background": background}
+    asked["trained_only"] = trained_only
 
     def offer() -> tuple[Target | None, Any, dict[str, Any], Any]:
         _check_step(step)

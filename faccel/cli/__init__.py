@@ -67,7 +67,7 @@ def _state_of(checkpoint: dict[str, Any]) -> str:
 def merge(checkpoint: str, out: str, *, name: str | None, max_shard_size: str, as_json: bool) -> None:
     """Make one export of the model in CHECKPOINT, as `from_pretrained` loads it, in the directory OUT."""
     import faccel
-    from faccel.checkpoint.export import merge as make
+    from faccel.checkpoint.merge import merge as make
 
     try:
         with faccel.init(env={}) as ctx:

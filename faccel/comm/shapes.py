@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -46,7 +47,12 @@ def split(xs: Any, ctx: DistContext, *, pad: bool = False, axis: str = DATA) -> 
         lengths = {key: len(value) for key, value in xs.items()}
         if len(set(lengths.values())) > 1:
             raise DataError("all values must have the same length", saw=str(lengths), fix="split them one by one")
-        return {key: split(value, ctx, pad=pad, axis=axis) for key, value in xs.items()}
+        parts = {key: split(value, ctx, pad=pad, axis=axis) for key, value in xs.items()}
+        if type(xs) is dict or not isinstance(xs, MutableMapping):
+            return parts
+        like = copy.copy(xs)  # a tokenizer's encodings stay what they are
+        like.update(parts)
+        return like
     if not isinstance(xs, (list, tuple, torch.Tensor)):
         raise DataError("`split` takes a list, a tuple, a tensor or a dict", saw=type(xs).__name__, fix="convert it")
     rank, size = (ctx.data_rank, ctx.data_world_size) if axis == DATA else (ctx.comm.rank(axis), ctx.comm.size(axis))

@@ -112,6 +112,7 @@ class Walk(IterableDataset[Any]):
 
     def _rounds(self) -> Iterator[Any]:
         can_tell = hasattr(self.dataset, "state_dict") and hasattr(self.dataset, "load_state_dict")
+        can_tell = can_tell and not _shuffles_in_a_buffer(self.dataset)
         resumes = self.state is not None
         if resumes:
             self.dataset.load_state_dict(self.state)
@@ -122,6 +123,19 @@ class Walk(IterableDataset[Any]):
             passed=self.start if resumes else 0,
             mark=self.dataset.state_dict if can_tell else lambda: None,
         )
+
+
+def _shuffles_in_a_buffer(dataset: Any) -> bool:
+    """Whether the `datasets` library shuffles this stream in a buffer, which is not in its state: what is in the buffer
+    would be lost in a resume, so that such a stream is passed over instead.
+    """
+    stages: list[Any] = [getattr(dataset, "_ex_iterable", None)]
+    while stages:
+        stage = stages.pop()
+        if hasattr(stage, "buffer_size"):
+            return True
+        stages += [stage.ex_iterable] if hasattr(stage, "ex_iterable") else getattr(stage, "ex_iterables", ())
+    return False
 
 
 def _hide_worker_info() -> None:

@@ -174,7 +174,8 @@ def shard(
     A `DataLoader` over a map-style data set is read in an order that is a function of `(seed, epoch)` alone, at any
     place at once. One with its own `sampler` or `batch_sampler` is respected: step `s` of rank `r` is its batch
     `s * W + r`, and so it is for an `IterableDataset` and for any iterable of batches. Those are walked from their
-    beginning when they are resumed, unless the data set has `state_dict` and `load_state_dict`.
+    beginning when they are resumed, unless the data set has `state_dict` and `load_state_dict` (of the `datasets`
+    library: without a shuffle buffer, which its state leaves out).
 
     Args:
         loader: A `DataLoader`, whose workers, `collate_fn`, pinning and prefetching are kept, or any iterable of
@@ -185,7 +186,9 @@ def shard(
             ranks may differ in the last step, so it is for evaluation.
         mode: For streams. `"split"`: every rank walks the whole stream and keeps its part (it must be the same stream
             on every rank). `"dispatch"`: rank 0 walks it and sends each rank its part, of any picklable samples; then
-            reading is collective. `"auto"` is `"split"`.
+            reading is collective. `"shards"`: each rank reads files of its own alone, of a data set with `num_shards`
+            and `.shard(num_shards=, index=)`, as those of the `datasets` library; reading is collective (one small
+            gather a batch), and a cursor resumes on as many ranks. `"auto"` is `"split"`.
         seed: Of the order; None takes the configuration's.
         split_batches: Whether the loader's batch size is that of all ranks together.
         device_placement: Whether batches are moved to `ctx.device`; None takes the configuration's.

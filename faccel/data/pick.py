@@ -11,11 +11,12 @@ from torch.utils.data.distributed import DistributedSampler
 from faccel.context import DistContext
 from faccel.data.fetch import Reader
 from faccel.data.order import ShardPlan
+from faccel.data.shards import ShardsSource
 from faccel.data.source import OrderedSource, SampledSource, Source, StreamSource
 from faccel.data.stream import Deal
 from faccel.errors import DataError, nearest
 
-MODES = ("auto", "dispatch", "split")
+MODES = ("auto", "dispatch", "shards", "split")
 
 
 def pick_source(
@@ -28,9 +29,10 @@ def pick_source(
     """
     _check(loader, mode)
     world_size = ctx.data_world_size
+    if mode == "shards":
+        return _shards_source(loader, ctx, tail, seed, split_batches=split_batches), True
     if not isinstance(loader, DataLoader):
-        if split_batches:
-            _per_rank(None, world_size)
+        _per_rank(None if split_batches else 1, 1)
         return StreamSource(loader, ctx, Deal(1, world_size, tail), seed, mode == "dispatch"), True
     tail = "drop" if loader.drop_last else tail
     size = _per_rank(loader.batch_size, world_size) if split_batches else loader.batch_size
@@ -54,6 +56,26 @@ def pick_source(
     deal = Deal(size or 1, world_size, tail)
     is_placed = type(loader.sampler) is SequentialSampler
     return SampledSource(loader.sampler, deal, ctx.data_rank, seed, reader, False), is_placed
+
+
+def _shards_source(loader: Any, ctx: DistContext, tail: str, seed: int, *, split_batches: bool) -> ShardsSource:
+    dataset = getattr(loader, "dataset", loader)
+    if not isinstance(loader, DataLoader) or not isinstance(dataset, IterableDataset) or loader.batch_size is None:
+        what = "a loader without a `batch_size`" if isinstance(loader, DataLoader) else f"a {type(loader).__name__}"
+        saw = what if isinstance(dataset, IterableDataset) else f"a {type(dataset).__name__}"
+        fix = 'pass a `DataLoader(stream, batch_size=...)`, or write `mode="split"`'
+        raise DataError('`mode="shards"` is for streams that are batched here', saw=saw, fix=fix)
+    count = getattr(dataset, "num_shards", 0) if callable(getattr(dataset, "shard", None)) else 0
+    if count < ctx.data_world_size:
+        saw = f"{count} shards of a {type(dataset).__name__}, for {ctx.data_world_size} ranks that read data"
+        fix = 'write `mode="split"`, or spread the data over more files'
+        raise DataError('`mode="shards"` gives each rank shards of its own', saw=saw, fix=fix)
+    tail = "drop" if loader.drop_last else tail
+    if tail == "uneven":
+        fix = 'write `tail="pad"`, whose repeats `batch.num_valid` tells apart'
+        raise DataError("ranks that read shards of their own end together", saw='tail="uneven"', fix=fix)
+    size = _per_rank(loader.batch_size, ctx.data_world_size) if split_batches else loader.batch_size
+    return ShardsSource(loader, ctx, size, tail, seed)
 
 
 def _is_ours(sampler: Any) -> bool:

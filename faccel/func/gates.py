@@ -182,12 +182,12 @@ def skip_nonfinite() -> GradientTransformation:
     """
 
     def init(params: TensorDict) -> TensorDict:
-        return tensordict({"num_skipped": zero_count()})
+        device = next(iter(named(params).values())).device  # where the gradients will be: nobody reads it at every step
+        return tensordict({"num_skipped": torch.zeros((), dtype=torch.int64, device=device)})
 
     def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
         finite = torch.stack([grad.isfinite().all() for grad in updates.grads.values()]).all()
-        count = state["num_skipped"]
-        new = tensordict({"num_skipped": count + (~finite).to(count.device, non_blocking=True)})
+        new = tensordict({"num_skipped": state["num_skipped"] + ~finite})
         metrics = {**updates.metrics, "skipped": ~finite}
         return updates._replace(apply=both(updates.apply, known(finite)), metrics=metrics), new
 

@@ -17,7 +17,7 @@ from faccel.data.source import Batch
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, DataError, ModelError
 from faccel.func.purity import found_pure
-from faccel.func.streams import Stream, split
+from faccel.func.streams import Stream
 from faccel.func.transform import is_traced
 from faccel.func.trees import check_like, foreach, named, tensordict
 from faccel.precision import autocast
@@ -211,14 +211,11 @@ def _local(
     tensors, micros = named(params), micro_batches(batch, spec)
     total: Parts | None = None
     outputs: list[Any] = []
-    for number, micro in enumerate(micros):
-        stream = split(generator, number) if len(micros) > 1 else generator
+    for micro in micros:
         before = buffers if total is None else tensordict(total.buffers or {})
 
-        def run(
-            tracked: Mapping[str, torch.Tensor], micro: Tree = micro, stream: Any = stream, held: Any = before
-        ) -> Any:
-            loss, rest = scalar_loss(spec, tracked, micro, stream, held, ctx)
+        def run(tracked: Mapping[str, torch.Tensor], micro: Tree = micro, held: Any = before) -> Any:
+            loss, rest = scalar_loss(spec, tracked, micro, generator, held, ctx)
             return loss * loss_scale if loss_scale != 1.0 else loss, rest
 
         loss, (new, aux), grads = differentiate(run, tensors)

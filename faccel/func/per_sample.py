@@ -15,7 +15,7 @@ from faccel.errors import ConfigError
 from faccel.func.grad import LossSpec, Outcome, Parts, averaged, micro_batches, scalar_loss
 from faccel.func.purity import found_pure
 from faccel.func.step import Step, step_along
-from faccel.func.streams import Stream, split
+from faccel.func.streams import Stream
 from faccel.func.transform import GradientTransformation, is_traced
 from faccel.func.trees import named, tensordict
 from faccel.tree import Tree, flatten
@@ -137,9 +137,9 @@ def dp_sgd(
 
     def local(spec: LossSpec, params: TensorDict, batch: Tree, generator: Stream, ctx: DistContext) -> Parts:
         total, losses, count = {n: torch.zeros_like(p) for n, p in named(params).items()}, torch.zeros(()), 0
-        for number, micro in enumerate(micro_batches(batch, spec)):
+        for micro in micro_batches(batch, spec):
             data = micro.data if isinstance(micro, Batch) else micro
-            each, grads = grads_of(params, data, split(generator, number))
+            each, grads = grads_of(params, data, generator)
             num_valid = micro.num_valid if isinstance(micro, Batch) else len(each)
             clipped = clip_per_sample(grads, clip_norm)
             total = {name: held + clipped[name][:num_valid].sum(0) for name, held in total.items()}

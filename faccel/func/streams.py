@@ -85,13 +85,6 @@ def drawing_from(generator: torch.Generator) -> Generator[None]:
         default.set_state(own)
 
 
-def split(generator: Stream, number: int) -> Stream:
-    """Return the generator of one micro-batch of several."""
-    if isinstance(generator, NoStream):
-        return generator
-    return torch.Generator(generator.device).manual_seed(mix(generator.initial_seed(), number))
-
-
 def device_state(ctx: DistContext) -> Any:
     """Return the state of the process's generator of the device; None on a CPU, whose own is watched elsewhere."""
     return None if ctx.device.type == "cpu" else getattr(torch, ctx.device.type).get_rng_state(ctx.device)

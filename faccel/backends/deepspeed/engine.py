@@ -187,7 +187,8 @@ def _export(engine: Any) -> dict[str, Any]:
 def _restore(engine: Any, state: Mapping[str, Any]) -> None:
     own = {name: x for name, x in _export(engine).items() if isinstance(x, FlatShard)}
     for name, shard in own.items():
-        shard.assign(state[name])
+        if name in state:  # frozen ones may be left out
+            shard.assign(state[name])
     rest = {name: value for name, value in state.items() if name not in own}
     engine.module.load_state_dict(rest, strict=False)
     if engine.tied is not None:

@@ -1,0 +1,78 @@
+"""Exports that `from_pretrained` loads, from any layout, and weights of `save_pretrained` that `load_model` loads."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+
+import faccel
+from faccel.testing import fake_context, simulate
+from tests.hf.models import batch_of, build, train
+
+# torch's own advice: what tensor parallel returns is a view, on which autograd refuses in-place operations
+pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module", "ignore:While redistributing")
+
+CAUSAL = hf.AutoModelForCausalLM
+AUTO = dict.fromkeys(("gpt2", "llama", "mixtral"), CAUSAL) | {"bert": hf.AutoModelForSequenceClassification}
+
+
+def logits_of(model, name):
+    model.eval()
+    with torch.no_grad():
+        return model(**batch_of(name, seed=9)).logits
+
+
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+@pytest.mark.parametrize(("name", "mesh"), [
+    ("gpt2", None), ("bert", "dp_replicate=2"), ("gpt2", "dp_shard=2"), ("bert", "dp_replicate=2,dp_shard=2"),
+    ("llama", "tp=2"), ("llama", "dp_shard=2,tp=2"), ("mixtral", "dp_shard=2"), ("mixtral", "tp=2"),
+])  # fmt: skip
+def test_from_pretrained_loads_what_was_trained_and_exported(tmp_path, name, mesh, size):
+    def fn(ctx):
+        net = build(name)
+        trained = train(ctx, net, name, faccel.plan_for(net, ctx))
+        files = faccel.export_model(trained.model, tmp_path, ctx, max_shard_size=size)
+        return files, logits_of(trained.model, name)
+
+    world_size = faccel.MeshSpec.of(mesh).size if mesh else 1
+    for files, logits in simulate(fn, world_size, mesh=mesh):
+        assert (len(files) > 1) == (size == "20KB")
+        loaded = AUTO[name].from_pretrained(tmp_path)
+        assert type(loaded) is type(build(name))
+        assert (logits_of(loaded, name) - logits).abs().max() < (1e-6 if name == "mixtral" else 1e-12)
+    if name == "gpt2":
+        assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    config = json.loads((tmp_path / "config.json").read_text())
+    dtype = "float32" if name == "mixtral" else "float64"
+    assert (config["architectures"], config["dtype"]) == ([type(loaded).__name__], dtype)
+    assert (tmp_path / "generation_config.json").exists() == (name != "bert")
+
+
+@pytest.mark.parametrize(("name", "mesh"), [
+    ("gpt2", None), ("bert", "dp_replicate=2"), ("gpt2", "dp_shard=2"), ("llama", "dp_shard=2,tp=2"),
+    ("mixtral", "dp_shard=2"),
+])  # fmt: skip
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_load_model_reads_what_save_pretrained_wrote(tmp_path, name, mesh, size):
+    theirs = build(name)
+    theirs.save_pretrained(tmp_path, max_shard_size=size, save_original_format=name != "mixtral")
+
+    def fn(ctx):
+        torch.manual_seed(1)
+        net = type(theirs)(theirs.config).to(theirs.dtype)
+        model = faccel.wrap(net, ctx, plan=faccel.plan_for(net, ctx))
+        faccel.load_model(model, tmp_path, ctx)
+        return logits_of(model, name)
+
+    for logits in simulate(fn, faccel.MeshSpec.of(mesh).size if mesh else 1, mesh=mesh):
+        assert (logits - logits_of(theirs, name)).abs().max() < (1e-6 if name == "mixtral" else 1e-12)
+
+
+def test_the_description_of_a_model_is_its_own_and_leaves_the_users_alone(tmp_path):
+    net = build("gpt2")
+    before = net.config.to_dict()
+    faccel.export_model(net, tmp_path / "a", fake_context(0, 1))
+    assert net.config.to_dict() == before
+    faccel.export_model(torch.nn.Sequential(net), tmp_path / "b", fake_context(0, 1))
+    assert not (tmp_path / "b" / "config.json").exists()

@@ -1,0 +1,204 @@
+"""Models of transformers as they are, under every strategy: what they learn is what one process learns."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import faccel
+from faccel.errors import ModelError
+from faccel.testing import fake_context, simulate
+from tests.hf.models import BERT_CHAIN, BERT_CUTS, assert_trained_alike, batch_of, build, train
+
+# torch's own advice: what tensor parallel returns is a view, on which autograd refuses in-place operations
+pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module", "ignore:While redistributing")
+DATA = ["dp_replicate=2", "dp_shard=2", "dp_replicate=2,dp_shard=2"]
+
+
+def size_of(mesh):
+    return faccel.MeshSpec.of(mesh).size
+
+
+def run(ctx, name, options=None, model_options=None):
+    net = build(name, **model_options or {})
+    plan = faccel.plan_for(net, ctx) if options is None else faccel.Plan(**options)
+    return train(ctx, net, name, plan)
+
+
+def test_importing_faccel_imports_nothing_of_hugging_face():
+    code = "import faccel, sys; faccel.wrap, faccel.export_model, faccel.plan_for, faccel.shard; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"transformers", "datasets", "peft", "tokenizers", "huggingface_hub"}.intersection(out)
+
+
+@pytest.mark.parametrize("mesh", DATA)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_a_model_of_transformers_trains_as_on_one_process(name, mesh):
+    (one,) = simulate(run, 1, name)
+    for ours in simulate(run, size_of(mesh), name, mesh=mesh):
+        assert_trained_alike(ours, one)
+        assert type(ours.out) is type(one.out)
+        assert ours.out.logits.dtype == torch.float64
+
+
+def test_the_units_of_a_model_are_its_own_no_split_modules():
+    def units(ctx, name):
+        model = faccel.wrap(build(name), ctx)
+        return sorted({type(m).__name__ for m in model.module.modules() if hasattr(m, "_get_fsdp_state")})
+
+    assert simulate(units, 2, "gpt2", mesh="dp_shard=2")[1] == ["FSDPGPT2Block", "FSDPGPT2LMHeadModel"]
+    assert simulate(units, 2, "bert", mesh="dp_shard=2")[1] == [
+        "FSDPBertEmbeddings", "FSDPBertForSequenceClassification", "FSDPBertLayer",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "mesh", "options"), [
+    ("llama", "tp=2", {}), ("llama", "tp=2", {"tie_word_embeddings": True}), ("qwen3", "tp=2", {}),
+    ("qwen3", "dp_shard=2,tp=2", {}), ("llama", "dp_replicate=2,tp=2", {}), ("mixtral", "tp=2", {}),
+])  # fmt: skip
+def test_the_models_own_tp_plan_cuts_it(name, mesh, options):
+    (one,) = simulate(run, 1, name, None, options)
+    for ours in simulate(run, size_of(mesh), name, None, options, mesh=mesh):
+        assert_trained_alike(ours, one, far=1e-4 if name == "mixtral" else 1e-6)  # its experts take no fp64
+        weight = ours.model.module.model.layers[0].self_attn.q_proj.weight
+        assert weight.to_local().numel() * 2 * faccel.MeshSpec.of(mesh).dp_shard == weight.numel()
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "dp_shard=2,tp=2"])
+def test_a_model_without_a_tp_plan_is_cut_by_names(mesh):
+    (one,) = simulate(run, 1, "bert")
+    for ours in simulate(run, size_of(mesh), "bert", {"tensor": BERT_CUTS}, mesh=mesh):
+        assert_trained_alike(ours, one)
+
+
+def test_a_tp_plan_that_cannot_be_followed_is_an_error_that_names_the_module():
+    ctx = fake_context(0, 2, mesh="tp=2")
+    net = build("llama")
+    net.tp_plan = net.tp_plan | {"model.layers.*.mlp.gate_proj": "packed_colwise"}
+    with pytest.raises(ModelError) as caught:
+        faccel.plan_for(net, ctx)
+    assert "`model.layers.*.mlp.gate_proj`: 'packed_colwise'" in caught.value.saw
+    with pytest.raises(ModelError, match="nothing of this model"):
+        faccel.plan_for(build("gpt2"), ctx)
+    for name, options, saw in (
+        ("gpt2", {"tensor": {"transformer.h.*.mlp.c_fc": "colwise"}}, "Conv1D"),
+        ("llama", None, "4 columns / head_dim=1 of `model.layers.0.self_attn`"),
+    ):
+        with pytest.raises(ModelError) as caught:
+            simulate(run, 2, name, options, {"num_key_value_heads": 1} if name == "llama" else {}, mesh="tp=2")
+        assert saw in caught.value.saw
+
+
+SAVED = faccel.Checkpointing(save_ops=("aten.mm.default", "aten.addmm.default"))
+
+
+@pytest.mark.parametrize(("mesh", "checkpoint"), [
+    (None, "full"), ("dp_replicate=2", "full"), ("dp_shard=2", "full"), ("dp_shard=2", 2), ("dp_shard=2", SAVED),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_blocks_are_computed_again_in_backward_and_learn_the_same(name, mesh, checkpoint):
+    """There is a cache of keys and values, which must not grow twice, and padding, which would tell."""
+    calls = []
+
+    def fn(ctx, options):
+        net = build(name)
+        blocks = [m for m in net.modules() if type(m).__name__ in ("BertSelfAttention", "GPT2MLP", "LlamaMLP")]
+        for block in blocks:
+            block.register_forward_pre_hook(lambda *_: calls.append(ctx.rank))
+        return train(ctx, net, name, faccel.Plan(**options), steps=1)
+
+    (one,) = simulate(fn, 1, {})
+    once = len(calls)
+    calls.clear()
+    world_size = size_of(mesh) if mesh else 1
+    for ours in simulate(fn, world_size, {"checkpoint": checkpoint}, mesh=mesh):
+        assert_trained_alike(ours, one)
+    assert len(calls) == world_size * (once + (1 if checkpoint == 2 else once))
+
+
+@pytest.mark.parametrize(("name", "mesh"), [
+    *(("gpt2", mesh) for mesh in DATA), *(("llama", mesh) for mesh in ("dp_shard=2", "tp=2", "dp_shard=2,tp=2")),
+])  # fmt: skip
+def test_generate_runs_with_the_hooks_of_every_strategy(name, mesh):
+    def generate(ctx):
+        net = build(name)
+        model = faccel.wrap(net, ctx, plan=faccel.plan_for(net, ctx)).eval()
+        ids = faccel.split(batch_of(name)["input_ids"][:, :4], ctx)
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        with torch.no_grad():
+            out = model.call("generate", ids, **options)
+            assert torch.equal(model.generate(ids, **options), out)
+        return faccel.gather(out, ctx)
+
+    (one,) = simulate(generate, 1)
+    assert one.shape == (8, 8)
+    assert all(torch.equal(ours, one) for ours in simulate(generate, size_of(mesh), mesh=mesh))
+
+
+@pytest.mark.parametrize("mesh", [None, "dp_replicate=2", "dp_shard=2", "tp=2"])
+def test_the_outputs_of_a_model_come_back_as_fp32_and_stay_what_they_are(mesh):
+    def fn(ctx):
+        net = build("llama", torch.float32)
+        model = faccel.wrap(net, ctx, plan=faccel.plan_for(net, ctx))
+        out = model(**batch_of("llama"), output_hidden_states=True)
+        out.loss.backward()
+        rows = faccel.gather({"logits": out["logits"].detach()}, ctx)["logits"]
+        return type(out).__name__, {x.dtype for x in (out.loss, out.logits, out[1], *out.hidden_states)}, len(rows)
+
+    size = size_of(mesh) if mesh else 1
+    for kind, dtypes, rows in simulate(fn, size, mesh=mesh, config={"mixed_precision": "bf16"}):
+        assert (kind, dtypes) == ("CausalLMOutputWithPast", {torch.float32})
+        assert rows == 8 * (1 if mesh == "tp=2" else size)
+
+
+@pytest.mark.parametrize("mesh", ["pp=2", "pp=2,dp_shard=2"])
+def test_a_model_whose_parts_follow_one_another_is_a_pipeline(mesh):
+    plan = faccel.Plan(pipeline=faccel.Pipeline(chain=BERT_CHAIN))
+
+    def loss_of(net, batch):
+        out = net(batch[0])
+        return F.cross_entropy(getattr(out, "logits", out), batch[1])  # a pipeline returns what its last module does
+
+    def fn(ctx):
+        model = faccel.wrap(build("bert"), ctx, plan=plan)
+        opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
+        batch, scaler = batch_of("bert"), faccel.init_scaler(ctx)
+        data = TensorDataset(batch["input_ids"], batch["labels"])
+        losses, norms = [], []
+        for window in faccel.windows(faccel.shard(DataLoader(data, 2), ctx), ctx, size=4 // ctx.data_world_size):
+            found, scaler = faccel.pipeline_step(loss_of, model, window, scaler, ctx)
+            info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
+            losses += faccel.reduce(found, ctx, op="mean").mean(0, keepdim=True).tolist()
+            norms.append(info.grad_norm.item())
+        return losses + norms
+
+    (one,) = simulate(fn, 1)
+    for ours in simulate(fn, size_of(mesh), mesh=mesh):
+        assert max(abs(a - b) for a, b in zip(ours, one, strict=True)) < 1e-12
+
+
+def test_a_model_whose_blocks_take_more_than_one_input_is_no_pipeline_and_says_so():
+    def fn(ctx):
+        net = build("llama")
+        model = faccel.wrap(net, ctx, plan=faccel.plan_for(net, ctx))
+        with torch.no_grad():
+            model(batch_of("llama")["input_ids"])
+
+    with pytest.raises(ModelError, match="something else than tensors") as caught:
+        simulate(fn, 2, mesh="pp=2")
+    assert "BaseModelOutputWithPast" in caught.value.saw
+
+
+def test_an_output_is_a_tree_that_keeps_its_kind():
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    def fn(ctx):
+        out = SequenceClassifierOutput(logits=torch.full((2, 1), float(ctx.rank)), hidden_states=(torch.ones(2),))
+        rows, total = faccel.gather(out, ctx, num_valid=1), faccel.reduce(out, ctx)
+        assert type(rows) is type(total) is SequenceClassifierOutput
+        return rows.logits.flatten().tolist(), rows["hidden_states"][0].tolist(), total[0].flatten().tolist(), rows.loss
+
+    assert simulate(fn, 2)[1] == ([0.0, 1.0], [1.0, 1.0], [1.0, 1.0], None)
