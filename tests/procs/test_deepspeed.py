@@ -329,7 +329,7 @@ WRONG = {
     "a scheduler": ({"scheduler": {"type": "WarmupLR"}}, "scheduler=...)"),
     "its own accumulation": ({"managed_gradient_accumulation": True}, "`faccel.windows`"),
     "parameters of ZeRO-2 elsewhere": ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "zero=3"),
-    "a disk": ({"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}, "otherwise"),
+    "a disk": ({"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "scratch"}}}, "otherwise"),
     "an auto that nobody fills": ({"steps_per_print": "auto"}, "steps_per_print"),
     "another limit": ({"gradient_clipping": 3.0}, "clip_norm=0.1"),
 }
