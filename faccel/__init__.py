@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from faccel.model import wrap_optimizer as wrap_optimizer
     from faccel.plan import Checkpointing as Checkpointing
     from faccel.plan import DdpConfig as DdpConfig
+    from faccel.plan import DeepSpeedConfig as DeepSpeedConfig
     from faccel.plan import FsdpConfig as FsdpConfig
     from faccel.plan import Pipeline as Pipeline
     from faccel.plan import Plan as Plan
@@ -133,7 +134,9 @@ _HOMES = {
     "faccel.launching.call": ("launch", "notebook_launch"),
     "faccel.mesh": ("MeshSpec",),
     "faccel.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
-    "faccel.plan": ("Checkpointing", "DdpConfig", "FsdpConfig", "Pipeline", "Plan", "PowerSgdConfig"),
+    "faccel.plan": (
+        "Checkpointing", "DdpConfig", "DeepSpeedConfig", "FsdpConfig", "Pipeline", "Plan", "PowerSgdConfig",
+    ),
     "faccel.precision": ("ScalerState", "autocast", "init_scaler"),
     "faccel.rng": ("RngState", "fold_in", "rng_state", "seed_everything", "set_rng_state"),
     "faccel.runtime": ("init", "shutdown"),

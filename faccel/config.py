@@ -14,6 +14,9 @@ from faccel.errors import ConfigError, nearest
 from faccel.mesh import MeshSpec
 
 PRECISIONS = ("no", "bf16", "fp16")
+STRATEGIES = ("deepspeed",)
+"""Engines that can be asked for instead of the one that the mesh chooses."""
+
 PREFIX = "FACCEL_"
 LAUNCH = "FACCEL_LAUNCH"
 """Where `faccel launch` tells its ranks its flags, as JSON: stronger than the environment, which stays as it was."""
@@ -71,6 +74,16 @@ def _device_name(value: Any) -> Any:
     return str(value) if type(value).__name__ == "device" else value  # torch.device, without importing torch
 
 
+def _strategy(_: Any, attribute: Any, value: Any) -> None:
+    if value is not None:
+        _one_of(*STRATEGIES)(_, attribute, value)
+
+
+def _stage(_: Any, attribute: Any, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or value not in (0, 1, 2, 3)):
+        raise _bad(attribute.name, value, "0, 1, 2 or 3", "write `zero=2`")
+
+
 def _word(value: Any) -> Any:
     return "no" if value is False else value  # what YAML takes `no` for
 
@@ -93,6 +106,9 @@ class Config:
         seed: Seed of the data order and of `seed_everything`.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, ...; None takes the best there is.
         mesh: A `MeshSpec`, a mapping of its fields or text like `"dp_replicate=4"`; None replicates over the world.
+        strategy: `"deepspeed"`: an engine instead of the one that the mesh chooses.
+        zero: What DeepSpeed shares over the data ranks: 1 optimizer states, 2 gradients too, 3 parameters too;
+            0 nothing. None is 2.
         device_placement: Whether models and batches are moved to the device.
         debug: Whether ranks compare call, shapes, dtypes and line before each collective of faccel's; slow.
         run_dir: Where trackers put their folders.
@@ -106,6 +122,8 @@ class Config:
     seed: int = _field(0, int, "seed of the data order", validator=_number(int, at_least=0))
     device: str | None = _field(None, str, "device of this process", validator=_text_or_none, converter=_device_name)
     mesh: MeshSpec | None = _field(None, str, "ranks per axis of parallelism", converter=_mesh)
+    strategy: str | None = _field(None, str, "engine instead of the mesh's", validator=_strategy)
+    zero: int | None = _field(None, int, "ZeRO stage of DeepSpeed, 0 to 3", validator=_stage)
     device_placement: bool = _field(True, _parse_bool, "move models and batches", validator=_flag)
     debug: bool = _field(False, _parse_bool, "compare ranks before each collective", validator=_flag)
     run_dir: str = _field("runs", str, "folder of the trackers", validator=_text)

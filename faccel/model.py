@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -61,8 +61,19 @@ class WrappedModel:
         return self.module.named_parameters()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return parameters and buffers under the user's names."""
-        return self.module.state_dict()
+        """Return parameters and buffers under the user's names, as they lie on the ranks."""
+        state = self.parallelism.state
+        return self.module.state_dict() if state is None else state.export(self.engine)
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Take parameters and buffers as `state_dict` gives them, all unless not `strict`.
+
+        Updates the model; collective where an engine shares it.
+        """
+        if self.parallelism.state is None:
+            self.module.load_state_dict(state, strict=strict)
+        else:
+            self.parallelism.state.restore(self.engine, state)
 
     def train(self, mode: bool = True) -> WrappedModel:  # noqa: FBT001, FBT002 (torch's own signature)
         """Set training mode. Updates the model and returns it, as torch does.

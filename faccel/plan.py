@@ -119,6 +119,49 @@ class FsdpConfig:
     fp32_units: tuple[str, ...] = attrs.field(default=(), converter=_names)
 
 
+_PLACES = ("cpu",)
+
+
+def _place(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None and value not in _PLACES:
+        fix = nearest(str(value), _PLACES)
+        raise ConfigError(f"`{attribute.name}` says where something lives", saw=repr(value), fix=fix)
+
+
+def _settings(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return MappingProxyType(dict(value))
+    if value is None or isinstance(value, str):
+        return value
+    fix = 'write `settings="ds_config.json"`, or a mapping of what would stand in it'
+    raise ConfigError("`settings` is a DeepSpeed configuration", saw=repr(value), fix=fix)
+
+
+@attrs.frozen(kw_only=True)
+class DeepSpeedConfig:
+    """The options of DeepSpeed, for `strategy="deepspeed"`; the stage is `Config.zero`.
+
+    Args:
+        settings: A file of DeepSpeed's JSON, or a mapping of what stands in one. `"auto"` is filled in from the
+            `Config` and the model; what contradicts them is an error.
+        offload_optimizer: `"cpu"`: where the states of the optimizer live; None is the device.
+        offload_params: `"cpu"`: where parameters live that are not needed now (stage 3); None is the device.
+    """
+
+    settings: str | Mapping[str, Any] | None = attrs.field(default=None, converter=_settings)
+    offload_optimizer: str | None = attrs.field(default=None, validator=_place)
+    offload_params: str | None = attrs.field(default=None, validator=_place)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = attrs.asdict(self, recurse=False)
+        plain = fields["settings"] if isinstance(self.settings, (str, type(None))) else dict(self.settings)
+        return _deepspeed, (fields | {"settings": plain},)
+
+
+def _deepspeed(fields: dict[str, Any]) -> DeepSpeedConfig:
+    return DeepSpeedConfig(**fields)
+
+
 @attrs.frozen(kw_only=True)
 class Checkpointing:
     """Activation checkpointing: what forward computed is computed again in backward instead of being kept.
@@ -221,6 +264,7 @@ class Plan:
     Args:
         ddp: Options of DDP.
         fsdp: Options of FSDP2.
+        deepspeed: Options of DeepSpeed.
         units: What is gathered, checkpointed and compiled as one: names of classes (`"Block"`) or patterns of module
             names (`"blocks.*"`), or a number: modules with at least so many parameters. None takes the model's
             `_no_split_modules`, else the members of its `ModuleList`s; what is left over belongs to the root.
@@ -244,6 +288,7 @@ class Plan:
 
     ddp: DdpConfig = DdpConfig()
     fsdp: FsdpConfig = FsdpConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     units: tuple[str, ...] | int | None = attrs.field(default=None, converter=_units)
     tensor: Mapping[str, str] = attrs.field(factory=dict, converter=_styles)
     pipeline: Pipeline | None = None
@@ -256,7 +301,8 @@ class Plan:
         return _plan, (fields | {"tensor": dict(self.tensor)},)  # which no one can change, and no one can pickle
 
     def __attrs_post_init__(self) -> None:
-        for name, kind in (("ddp", DdpConfig), ("fsdp", FsdpConfig), ("pipeline", Pipeline)):
+        kinds = {"ddp": DdpConfig, "fsdp": FsdpConfig, "deepspeed": DeepSpeedConfig, "pipeline": Pipeline}
+        for name, kind in kinds.items():
             value = getattr(self, name)
             if not isinstance(value, kind) and (name != "pipeline" or value is not None):
                 fix = f"write `{name}=faccel.{kind.__name__}(...)`"

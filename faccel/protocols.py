@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -89,6 +89,38 @@ _Loss = Callable[[Callable[..., Any]], torch.Tensor]
 
 
 @attrs.frozen(eq=False)
+class StateIO:
+    """How the state of a model leaves an engine that keeps parameters elsewhere than in the module, and comes back.
+
+    Args:
+        export: `export(engine)`: parameters and buffers under the user's names; of what is spread over ranks this
+            rank's part, where it is, so that writing into it is writing into the model.
+        restore: `restore(engine, state)`: takes what `export` gave, with other values, or tensors that are whole.
+            Updates `engine`; collective.
+    """
+
+    export: Callable[[Any], dict[str, Any]]
+    restore: Callable[[Any, Mapping[str, Any]], None]
+
+
+@attrs.frozen
+class Limits:
+    """What `optimizer_step` asks of an update.
+
+    Args:
+        norm: The largest 2-norm of all gradients; None leaves them unmeasured.
+        value: The largest magnitude of an element.
+        scale: What the gradients were multiplied by.
+        skip_nonfinite: Whether an update with a gradient that is not finite is left out.
+    """
+
+    norm: float | None
+    value: float | None
+    scale: float
+    skip_nonfinite: bool
+
+
+@attrs.frozen(eq=False)
 class Parallelism:
     """One way to run a model on the ranks of a mesh, as a value.
 
@@ -106,6 +138,10 @@ class Parallelism:
             window together, where the strategy does not take them one by one; `losses` are functions from a callable
             model to a loss, one for each, `factors` what each is multiplied by for backward. Updates `.grad`;
             collective.
+        state: How models are saved and loaded; None where the module itself holds everything.
+        update: `update(opt, limits, ctx) -> (norm, finite)`: clips, steps and forgets the gradients of an optimizer
+            whose engine does that itself; None where they are in `.grad`. Updates `opt`; collective.
+        is_whole: Whether every rank of a mesh of replicas has whole models and gradients.
     """
 
     name: str
@@ -115,3 +151,6 @@ class Parallelism:
     settle: Callable[[torch.nn.Module, Any], None]
     join: Callable[[torch.nn.Module, Sequence[Any], Any], AbstractContextManager[None]] = no_join
     run_window: Callable[[Any, Sequence[_Loss], Sequence[Any], Any], torch.Tensor] | None = None
+    state: StateIO | None = None
+    update: Callable[[torch.optim.Optimizer, Limits, Any], tuple[torch.Tensor | None, bool]] | None = None
+    is_whole: bool = True

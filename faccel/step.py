@@ -20,7 +20,7 @@ from faccel.errors import ConfigError, DataError, ModelError
 from faccel.model import WrappedModel, grad_sync
 from faccel.optim import apply, check_limits, clip_, parameters_with_gradients
 from faccel.precision import ScalerState, check_scaler, unscale_
-from faccel.protocols import DATA
+from faccel.protocols import DATA, Limits
 from faccel.tree import Tree, whole
 
 Weight = Callable[[Batch], int | float | torch.Tensor]
@@ -357,21 +357,33 @@ def optimizer_step(
         (tensor(3.), False, None)
     """
     check_scaler(scaler)
-    params = parameters_with_gradients(opt, ctx)
+    update = ctx.parallelism.update
+    params = parameters_with_gradients(opt, ctx) if update is None else []
     scale = scaler.scale_of_gradients(opt)
     check_limits(clip_norm, clip_value)
     schedulers = () if scheduler is None else _schedulers(scheduler)
-    finite = True
-    if scaler.enabled or skip_nonfinite:
-        finite = unscale_([p.grad for p in params if p.grad is not None], scale, ctx)
-    norm = None if clip_norm is None and clip_value is None else clip_(params, clip_norm, clip_value, ctx)
+    limits = Limits(clip_norm, clip_value, scale, scaler.enabled or skip_nonfinite)
+    norm, finite = _update(opt, params, limits, ctx) if update is None else update(opt, limits, ctx)
     if finite:
-        apply(opt)
         for each in schedulers:
             each.step()
+    return StepInfo(norm, not finite, scale), scaler.after_step(opt, finite=finite)
+
+
+def _update(
+    opt: Optimizer, params: list[torch.Tensor], limits: Limits, ctx: DistContext
+) -> tuple[torch.Tensor | None, bool]:
+    """Clip and step with the gradients that are in `.grad` of `params`; return their norm, and whether it stepped."""
+    finite, norm = True, None
+    if limits.skip_nonfinite:
+        finite = unscale_([p.grad for p in params if p.grad is not None], limits.scale, ctx)
+    if limits.norm is not None or limits.value is not None:
+        norm = clip_(params, limits.norm, limits.value, ctx)
+    if finite:
+        apply(opt)
     for p in params:  # what `zero_grad` does, without its profiler range: 9 us that a small step would notice
         p.grad = None
-    return StepInfo(norm, not finite, scale), scaler.after_step(opt, finite=finite)
+    return norm, finite
 
 
 def _schedulers(scheduler: Any) -> Sequence[LRScheduler]:

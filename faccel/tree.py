@@ -16,6 +16,7 @@ import attrs
 import torch
 
 from faccel.errors import TreeError
+from faccel.flat import FlatShard
 
 Tree = Any
 """A leaf, or any nesting of containers with leaves."""
@@ -171,11 +172,25 @@ def is_dtensor(value: torch.Tensor) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def is_spread(value: torch.Tensor) -> bool:
+    """Whether this rank holds a part of a tensor only: of a DTensor, or of one that an engine has flattened."""
+    return isinstance(value, FlatShard) or is_dtensor(value)
+
+
 def local(value: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a tensor that is spread over ranks, sharing its memory; any other tensor itself."""
+    if isinstance(value, FlatShard):
+        return value.part
     return value.to_local() if is_dtensor(value) else value  # type: ignore[attr-defined]
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
     """Return a tensor that is spread over ranks as one, which is collective; any other itself."""
-    return value.full_tensor() if is_dtensor(value) else value  # type: ignore[attr-defined]
+    return value.full_tensor() if is_spread(value) else value  # type: ignore[attr-defined]
+
+
+def empty_like(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return memory for another tensor that lies as `value` does, spread over the same ranks."""
+    if isinstance(value, FlatShard):
+        return value.like(torch.empty_like(value.part, dtype=dtype))
+    return torch.empty_like(value.detach(), dtype=dtype)

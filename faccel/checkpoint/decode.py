@@ -31,7 +31,7 @@ from faccel.context import DistContext
 from faccel.errors import CheckpointError, nearest
 from faccel.model import WrappedModel
 from faccel.rng import RngState
-from faccel.tree import is_tensordict
+from faccel.tree import empty_like, is_tensordict
 
 Finish = Callable[[], Any]
 """Gives a value once all tensors have been read; writes what has identity."""
@@ -65,7 +65,7 @@ class Decoder:
         self._stored, self._ctx = stored, ctx
         self._is_part = ctx.mesh.spec.pp > 1  # of a pipeline: each rank has its own stages
         self._names = parameter_names(state)
-        self._parameters = {self._names[id(p)]: p for p in _parameters(state)}
+        self._parameters = _parameters(state, self._names)
 
     def decode(self, node: Node, into: Any, path: str = "") -> Finish:
         """Return what gives the value of `node`, for the place that `into` has in the state."""
@@ -120,7 +120,7 @@ class Decoder:
     def _new_tensor(self, path: str, into: Any = None) -> torch.Tensor:
         stored = self._at(path)
         if isinstance(into, torch.Tensor) and into.shape == stored.shape:
-            new = torch.empty_like(into.detach(), dtype=stored.dtype)
+            new = empty_like(into, stored.dtype)
         else:
             new = torch.empty(stored.shape, dtype=stored.dtype)
         self.destinations[path] = new
@@ -154,7 +154,7 @@ class Decoder:
                 path, f"a model in the checkpoint, {type(into).__name__} in the state", "pass the model itself"
             )
         module = into.module if isinstance(into, WrappedModel) else into
-        own = dict(module.state_dict())
+        own = dict(into.state_dict())
         needed = trained(module, own) if node.get("trained_only") else own  # frozen ones may stay as they are
         if not (needed.keys() <= node["v"].keys() and (self._is_part or node["v"].keys() <= own.keys())):
             raise _misfit(path, _difference(set(node["v"]), set(needed)), "build the model that was saved")
@@ -166,7 +166,7 @@ class Decoder:
         def load() -> Any:
             state: Any = OrderedDict((name, finish()) for name, finish in parts.items())
             state._metadata = versions  # what modules look at that read what older ones wrote
-            module.load_state_dict(state, strict=len(state) == len(own))
+            into.load_state_dict(state, strict=len(state) == len(own))
             return into
 
         return load
@@ -299,11 +299,13 @@ def _same_group(names: list[str], options: dict[str, Any], numbers: Mapping[str,
     return packed
 
 
-def _parameters(state: Any) -> list[nn.Parameter]:
+def _parameters(state: Any, names: Mapping[int, str]) -> dict[str, torch.Tensor]:
+    """Return the parameters of all models by their names in the state, as they lie on the ranks."""
     if isinstance(state, (WrappedModel, nn.Module)):
-        return list(state.parameters())
+        lying: Mapping[str, Any] = state.state_dict() if isinstance(state, WrappedModel) else {}
+        return {names[id(p)]: lying.get(name, p) for name, p in state.named_parameters()}
     children = state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ()
-    return [p for child in children for p in _parameters(child)]
+    return {name: p for child in children for name, p in _parameters(child, names).items()}
 
 
 def _kind_for(into: Any) -> str | None:

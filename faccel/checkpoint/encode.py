@@ -24,7 +24,7 @@ from faccel.mix import mix
 from faccel.model import WrappedModel
 from faccel.precision import ScalerState
 from faccel.rng import RngState
-from faccel.tree import is_dtensor, is_tensordict
+from faccel.tree import is_spread, is_tensordict
 
 Node = Any
 """What stands in the manifest: None, a bool, int, finite float, str, a list of nodes, a dict of them by text, or a dict
@@ -143,9 +143,9 @@ class Encoder:
         if path in self._taken:
             raise CheckpointError("two tensors would have one name", saw=f"`{path}`", fix="name one of them otherwise")
         self._taken.add(path)
-        value = value.detach() if is_dtensor(value) else value.detach().resolve_neg()
+        value = value.detach() if is_spread(value) else value.detach().resolve_neg()
         is_complex = value.dtype.is_complex
-        if self._ctx.data_rank == 0 or is_dtensor(value):  # of replicas the first one counts, be they equal or not
+        if self._ctx.data_rank == 0 or is_spread(value):  # of replicas the first one counts, be they equal or not
             self.tensors[path] = torch.view_as_real(value.resolve_conj()) if is_complex else value
         return {"!": "complex" if is_complex else "tensor"}
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from faccel.checkpoint.encode import is_dtensor, trained
+from faccel.checkpoint.encode import trained
 from faccel.checkpoint.files import Slice, sync_directory, write_file, write_safetensors
 from faccel.checkpoint.pretrained import adapter_of, describe, write_adapter
 from faccel.checkpoint.storage import Reader
@@ -23,8 +23,9 @@ from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import CheckpointError, ConfigError
+from faccel.flat import FlatShard
 from faccel.model import WrappedModel
-from faccel.tree import whole
+from faccel.tree import local, whole
 
 _INDEX = "model.safetensors.index.json"
 _OURS = re.compile(
@@ -56,8 +57,10 @@ def _module(model: Any) -> nn.Module:
 
 def _place_of(x: torch.Tensor) -> tuple[Any, ...]:
     """Return what two names of one tensor have in common."""
-    local: torch.Tensor = x.to_local() if is_dtensor(x) else x  # type: ignore[attr-defined]
-    return local.untyped_storage().data_ptr(), local.storage_offset(), x.shape, local.stride(), x.dtype
+    if isinstance(x, FlatShard):
+        return (id(x.owner),)
+    mine = local(x)
+    return mine.untyped_storage().data_ptr(), mine.storage_offset(), x.shape, mine.stride(), x.dtype
 
 
 def _without_ties(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -167,7 +170,8 @@ def export_model(
         ['model.safetensors']
     """
     module = _module(model)
-    state, adapter = module.state_dict(), adapter_of(module) if trained_only else None
+    state = model.state_dict()
+    adapter = adapter_of(module) if trained_only else None
     kept, ties = _without_ties(trained(module, state) if trained_only else state)
     owners = _owners({name: (list(x.shape), x.dtype) for name, x in kept.items()}, ctx)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, shape, dtype) in owners.items()}
@@ -264,7 +268,7 @@ def load_model(
         ...     load_model(net, path, ctx)
     """
     module = _module(model)
-    state = module.state_dict()
+    state = model.state_dict()
     kept, ties = _without_ties(trained(module, state) if trained_only else state)
     readers: list[Reader] = []
 
@@ -283,7 +287,7 @@ def load_model(
 
     together(plan, ctx, "find the weights of the model")
     together(lambda: readers[0].read(kept), ctx, "read the weights")
-    together(lambda: module.load_state_dict(state), ctx, "load the weights")  # for modules that give copies away
+    together(lambda: model.load_state_dict(state), ctx, "load the weights")  # for modules that give copies away
 
 
 def _refuse(names: Sequence[str], what: str) -> None:

@@ -251,8 +251,8 @@ def init(
     resolved = resolve(None if isinstance(config, str) else config, env=env, overrides=overrides, file=file)
     topology = detect(env)
     spec = (resolved.mesh or MeshSpec(dp_replicate=-1)).fill(topology.world_size)
-    parallelism = choose(spec, env)
     device = _choose_device(resolved, topology)
+    parallelism = choose(spec, env, resolved, device.type)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     comm: TorchCollectives | CheckedCollectives | SingleCollectives = SingleCollectives()

@@ -69,7 +69,7 @@ def _context(
         device=torch.device("cpu"),
         mesh=Mesh(spec, functools.partial(device_mesh, "cpu")),
         comm=comm(spec),
-        parallelism=choose(spec, {}),
+        parallelism=choose(spec, {}, resolved, "cpu"),
     )
 
 

@@ -20,6 +20,8 @@ VALUES = {
     "seed": ("9", 9),
     "device": ("cpu", "cpu"),
     "mesh": ("dp_replicate=2", MeshSpec(dp_replicate=2)),
+    "strategy": ("deepspeed", "deepspeed"),
+    "zero": ("3", 3),
     "device_placement": ("no", False),
     "timeout_s": ("30", 30.0),
     "debug": ("1", True),

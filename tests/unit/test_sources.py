@@ -22,6 +22,8 @@ OTHERS = {
     "seed": [1, 2, 3, 4, 5],
     "device": ["cpu", "cuda", "cuda:1", "mps", "xpu"],
     "mesh": ["dp_replicate=2", "tp=2", "dp_shard=3", "dp_shard=4", "pp=2"],
+    "strategy": ["deepspeed"],
+    "zero": [0, 1, 2, 3],
     "device_placement": [True, False],
     "debug": [True, False],
     "timeout_s": [10.0, 20.0, 30.0, 40.0, 50.0],

@@ -1,0 +1,94 @@
+"""The example of a language model under every strategy, killed on the way, and what comes out of it."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import char_lm
+from faccel.backends import BACKENDS
+
+HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+REASON = BACKENDS["deepspeed"].probe(os.environ)
+needs_transformers = pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transformers is not installed")
+needs_deepspeed = pytest.mark.skipif(REASON is not None, reason=f"DeepSpeed cannot run here: {REASON}")
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@needs_transformers
+@needs_deepspeed
+def test_every_strategy_ends_with_the_loss_of_one_process():
+    losses = {name: char_lm.loss_of(flags) for name, flags in char_lm.ROWS.items()}
+    assert max(losses.values()) - min(losses.values()) <= 1e-4, losses
+    assert losses["one process"] < 4  # it has learned: a guess among 256 bytes costs 5.5
+
+
+def test_the_table_in_the_readme_is_made_from_the_result():
+    result = json.loads(char_lm.RESULT.read_text())
+    assert result["largest_difference"] <= 1e-4
+    assert set(result["losses"]) == set(char_lm.ROWS)
+    assert char_lm.table(result) in (ROOT / "README.md").read_text()
+
+
+def ranks_of(pid):
+    """The processes that a launcher has started, each in a session of its own."""
+    fields = {}
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [child for child, parent in fields.items() if parent == pid]
+    return [*found, *(below for child in found for below in ranks_of(child))]
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@needs_transformers
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [3])
+def test_killed_and_started_again_it_ends_as_if_nothing_had_been_and_transformers_loads_the_export(stage, tmp_path):
+    flags = f"--nproc 2 --strategy deepspeed --zero {stage}"
+    steps = 60
+    uninterrupted = char_lm.loss_of(flags, steps, ["--export", str(tmp_path / "whole")])
+
+    command = [sys.executable, "-m", "faccel", "launch", "--cpu", *flags.split(), "examples/char_lm.py"]
+    more = ["--runs", str(tmp_path / "runs"), "--export", str(tmp_path / "export")]
+    process = subprocess.Popen(
+        [*command, "--steps", "1000000", *more],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(tmp_path / "runs" / "step-000000010", process)
+    finally:
+        for pid in [*ranks_of(process.pid), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    saved = max(int(each.name.partition("-")[2]) for each in (tmp_path / "runs").glob("step-*"))
+    assert 10 <= saved < steps, "killed too late"
+
+    assert char_lm.loss_of(flags, steps, more) == uninterrupted
+
+    from transformers import GPT2LMHeadModel
+
+    tokens = torch.arange(64)[None]
+    models = [GPT2LMHeadModel.from_pretrained(tmp_path / name).eval() for name in ("whole", "export")]
+    with torch.no_grad():
+        first, second = (model(tokens).logits for model in models)
+    assert torch.equal(first, second)
