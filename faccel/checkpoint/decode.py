@@ -258,7 +258,8 @@ class Decoder:
     def tensordict(self, node: dict[str, Any], into: Any, path: str) -> Finish:
         from tensordict import TensorDict
 
-        parts = {key: self.decode(each, None, join(path, key)) for key, each in node["v"].items()}
+        places = dict(into.items()) if is_tensordict(into) else {}
+        parts = {key: self.decode(each, places.get(key), join(path, key)) for key, each in node["v"].items()}
         return lambda: TensorDict({key: finish() for key, finish in parts.items()}, batch_size=node["batch_size"])
 
     def record(self, node: dict[str, Any], into: Any, path: str) -> Finish:

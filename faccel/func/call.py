@@ -60,15 +60,23 @@ def call(
     if is_traced():
         if not isinstance(generator, torch.Generator):
             (generator or NoStream()).check(model)
+        tensors = held | passed
         with _drawing(generator):
-            result = torch.func.functional_call(model, held | passed, args, kwargs)
-        return result if buffers is None else (result, tensordict(passed))
+            result = torch.func.functional_call(model, tensors, args, kwargs)  # which updates what it was given
+        return result if buffers is None else (result, tensordict({name: tensors[name] for name in passed}))
     places, has_buffers = _places(model)
     kept: dict[str, torch.Tensor] = {}
-    if has_buffers and buffers is None and model.training:
-        kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    result = _run(model, places, held | passed | kept, generator, args, kwargs)
-    written = _written(model, kept)
+    if has_buffers and buffers is None:  # the model's own: copied where layers may well write to them
+        copies = model.training
+        kept = {name: b.detach().clone() if copies else b for name, b in model.named_buffers()}
+    versions = {name: (id(each), each._version) for name, each in kept.items()}
+    own = dict(model.named_buffers()) if kept and model.training else {}
+    result, after = _run(model, places, held | passed | kept, generator, args, kwargs)
+    written = sorted(
+        name
+        for name in kept
+        if versions[name] != (id(after[name]), after[name]._version) or _differs(after[name], own.get(name))
+    )
     if written:
         raise PurityError(
             "the model writes to its buffers, which were not passed",
@@ -77,7 +85,12 @@ def call(
             "`out, buffers = call(model, params, x, buffers=buffers)` that returns `(loss, buffers)`, and "
             "`make_step(..., has_buffers=True)`; or call `model.eval()`",
         )
-    return result if buffers is None else (result, tensordict(passed))
+    return result if buffers is None else (result, tensordict({name: after[name] for name in passed}))
+
+
+def _differs(copied: torch.Tensor, own: torch.Tensor | None) -> bool:
+    """Whether a copy was written to as batch norm does it, which no version tells; looked for on the CPU only."""
+    return own is not None and own.device.type == "cpu" and not torch.equal(copied, own)
 
 
 _Places = dict[str, list[tuple[dict[str, Any], str]]]
@@ -100,8 +113,8 @@ def _places(model: nn.Module) -> tuple[_Places, bool]:
 
 def _run(
     model: nn.Module, places: _Places, tensors: dict[str, torch.Tensor], generator: Any, args: Any, kwargs: Any
-) -> Any:
-    """Run the model with `tensors` in place of its own, which are put back.
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return what the model gives with `tensors` in place of its own, which are put back, and what stands there then.
 
     `torch.func.functional_call` does the same in four walks over the model, a tenth of a small step.
     """
@@ -114,7 +127,8 @@ def _run(
                 own.append((table, leaf, table[leaf]))
                 table[leaf] = tensor
         with _drawing(generator):
-            return model(*args, **kwargs)
+            result = model(*args, **kwargs)
+        return result, {name: places[name][0][0][places[name][0][1]] for name in tensors}
     finally:
         for table, leaf, tensor in own:
             table[leaf] = tensor
@@ -122,15 +136,3 @@ def _run(
 
 def _drawing(generator: Any) -> AbstractContextManager[object]:
     return drawing_from(generator) if isinstance(generator, torch.Generator) else nullcontext()
-
-
-def _written(model: nn.Module, kept: dict[str, torch.Tensor]) -> list[str]:
-    """Return the names of the buffers whose copies were written to: by value where no device has to be waited for."""
-    if not kept:
-        return []
-    own = dict(model.named_buffers())
-    return sorted(
-        name
-        for name, copied in kept.items()
-        if copied._version or (copied.device.type == "cpu" and not torch.equal(copied, own[name]))
-    )

@@ -70,6 +70,8 @@ def unstack(states: TrainState) -> list[TrainState]:
         [7, 7]
     """
     check_state(states)
+    if not states.seed.ndim:
+        raise ModelError("this state is a single one", saw="no stacked tensors", fix="unstack what `stack` returned")
     held = leaves_of(states)
     return [state_of(map_leaves(lambda x, i=i: x[i], held), states.scaler) for i in range(states.seed.numel())]
 

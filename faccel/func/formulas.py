@@ -108,7 +108,7 @@ def adafactor(
         rate = p.norm(2).div(p.numel() ** 0.5).clamp(min=eps2) * rho
         if weight_decay:
             p = p * (1 - lr * weight_decay)
-        squares, new = g * g, Slots()
+        squares, new = g * g, {}
         if g.ndim > 1:
             new["row_var"] = rows = slots["row_var"].lerp(squares.mean(-1, keepdim=True), weight)
             new["col_var"] = columns = slots["col_var"].lerp(squares.mean(-2, keepdim=True), weight)

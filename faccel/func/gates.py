@@ -122,10 +122,11 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
         return tensordict({"count": zero_count()})
 
     def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
+        _check_keys("scale_by_schedule", state, "count")
         scale = updates.lr_scale * at(schedule, state["count"])
         return updates._replace(lr_scale=scale), tensordict({"count": state["count"] + 1})
 
-    return GradientTransformation("scale_by_schedule", init, update, wants="before")
+    return GradientTransformation("scale_by_schedule", init, update, wants="before", acts_on_rest=True)
 
 
 def accumulate(num_steps: int) -> GradientTransformation:
@@ -146,6 +147,7 @@ def accumulate(num_steps: int) -> GradientTransformation:
         )
 
     def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
+        _check_keys("accumulate", state, "count", "sum")
         held = state["sum"]
         if updates.donate:
             foreach._foreach_add_(list(held.values()), [updates.grads[name] for name in held.keys()])  # noqa: SIM118
@@ -161,14 +163,15 @@ def accumulate(num_steps: int) -> GradientTransformation:
         new = tensordict({"count": (state["count"] + 1) % num_steps, "sum": total})
         return updates._replace(grads=tensordict(mean), apply=both(updates.apply, due)), new
 
-    return GradientTransformation("accumulate", init, update, wants="before")
+    return GradientTransformation("accumulate", init, update, wants="before", acts_on_rest=True)
 
 
 def skip_nonfinite() -> GradientTransformation:
     """Leave an update out in which a gradient is not finite: parameters and the states behind it stay as they are.
 
-    The host waits for no device: off the CPU the update is computed and not chosen. `metrics["skipped"]` says what
-    happened. All ranks have the same gradients, so that they agree.
+    The host waits for the device, as torch's GradScaler does; inside of `torch.compile` nobody waits, and the update is
+    computed and not chosen. `metrics["skipped"]` says what happened. All ranks have the same gradients, so that they
+    agree.
 
     Effects: pure.
 
@@ -186,12 +189,13 @@ def skip_nonfinite() -> GradientTransformation:
         return tensordict({"num_skipped": torch.zeros((), dtype=torch.int64, device=device)})
 
     def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
+        _check_keys("skip_nonfinite", state, "num_skipped")
         finite = torch.stack([grad.isfinite().all() for grad in updates.grads.values()]).all()
         new = tensordict({"num_skipped": state["num_skipped"] + ~finite})
         metrics = {**updates.metrics, "skipped": ~finite}
         return updates._replace(apply=both(updates.apply, known(finite)), metrics=metrics), new
 
-    return GradientTransformation("skip_nonfinite", init, update, wants="before")
+    return GradientTransformation("skip_nonfinite", init, update, wants="before", acts_on_rest=True)
 
 
 def ema(decay: float) -> GradientTransformation:
@@ -212,6 +216,7 @@ def ema(decay: float) -> GradientTransformation:
         return tensordict({"average": {name: param.clone() for name, param in params.items()}})
 
     def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
+        _check_keys("ema", state, "average")
         if updates.params is None:  # its optimizer left the update out
             return updates, state
         held: Any = state["average"]
@@ -237,17 +242,30 @@ def averages(opt: TensorDict) -> TensorDict:
         >>> averages(chain(sgd(0.1), ema(0.9)).init(TensorDict({"w": torch.ones(())})))["w"]
         tensor(1.)
     """
-    for name, each in opt.items():
-        if isinstance(each, TensorDict):
-            if name == "average":
-                return each
-            try:
-                return averages(each)
-            except OptimizerError:
-                continue
-    raise OptimizerError(
-        "no averages are kept in this state", saw="no `ema`", fix="write `chain(adamw(1e-3), ema(0.999))`"
-    )
+    found = _averages(opt)
+    if not found:
+        raise OptimizerError(
+            "no averages are kept in this state", saw="no `ema`", fix="write `chain(adamw(1e-3), ema(0.999))`"
+        )
+    return tensordict(found)
+
+
+def _averages(opt: TensorDict) -> dict[str, torch.Tensor]:
+    """Return those of all parts of a `partition`."""
+    parts = {str(name): each for name, each in opt.items() if isinstance(each, TensorDict)}
+    if list(opt.keys()) == ["average"]:
+        return named(parts["average"])
+    return {name: value for each in parts.values() for name, value in _averages(each).items()}
+
+
+def _check_keys(name: str, state: TensorDict, *keys: str) -> None:
+    found = {str(key) for key in state.keys()}  # noqa: SIM118 (a TensorDict walks its rows)
+    if found != set(keys):
+        raise OptimizerError(
+            f"this is not the state of `{name}`",
+            saw=f"`{'`, `'.join(sorted(found))}` where `{'`, `'.join(keys)}` belong",
+            fix="make state and step with the same transformation",
+        )
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -166,18 +166,27 @@ def _by_autograd(run: Callable[[Mapping[str, torch.Tensor]], Any], params: _Name
             fix="compute it from `params`, as in `call(model, params, x)`, with gradients on and without `.item()`",
         )
     grads = torch.autograd.grad(loss, list(tracked.values()), allow_unused=True, materialize_grads=True)
-    return loss.detach(), rest, dict(zip(tracked, _owned(grads), strict=True))
+    return loss.detach(), rest, dict(zip(tracked, grads, strict=True))
 
 
-def _owned(grads: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """Return gradients of which each has memory of its own, so that they can be written into."""
-    seen: set[int] = set()
-    owned: list[torch.Tensor] = []
-    for grad in grads:
+def _owned(grads: _Named, others: Iterable[torch.Tensor]) -> _Named:
+    """Return gradients of which each has memory of its own, so that they can be written into.
+
+    A backward may give one tensor to two parameters, or what it was given itself.
+    """
+    seen = {other.data_ptr() for other in others if other.layout == torch.strided}
+    owned: _Named = {}
+    for name, grad in grads.items():
+        if grad.layout != torch.strided:
+            raise ModelError(
+                "gradients of a functional step are dense",
+                saw=f"`{name}`, {grad.layout}",
+                fix="build its layer without `sparse=True`",
+            )
         place = grad.data_ptr()
         is_shared = place in seen or not grad.is_contiguous() or grad._use_count() > 1  # type: ignore[attr-defined]
         seen.add(place)
-        owned.append(grad.clone() if is_shared else grad)
+        owned[name] = grad.clone() if is_shared else grad
     return owned
 
 
@@ -219,11 +228,21 @@ def _local(
             return loss * loss_scale if loss_scale != 1.0 else loss, rest
 
         loss, (new, aux), grads = differentiate(run, tensors)
-        count = None if spec.weight is None else spec.weight(micro)
+        if differentiate is _by_autograd:
+            given = [leaf for leaf in flatten(micro)[0] if isinstance(leaf, torch.Tensor)]
+            grads = _owned(grads, [*given, *tensors.values()])
+        count = None if spec.weight is None else _count(spec.weight(micro))
         outputs.append(map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, aux))
         total = _added(total, Parts(loss, grads, count, new, None), in_place=differentiate is _by_autograd)
+        del grads, loss  # while the next ones are computed
     assert total is not None
     return total._replace(aux=outputs[0] if len(outputs) == 1 else _stacked(outputs))
+
+
+def _count(weight: Any) -> Any:
+    if not isinstance(weight, (int, float, torch.Tensor)) or (isinstance(weight, torch.Tensor) and weight.ndim):
+        raise DataError("a weight is a number or a 0-d tensor", saw=_kind(weight), fix="return what the batch counts")
+    return weight
 
 
 def _added(total: Parts | None, part: Parts, *, in_place: bool) -> Parts:
@@ -284,7 +303,8 @@ def micro_batches(batch: Tree, spec: LossSpec) -> list[Tree]:
 def averaged(spec: LossSpec, parts: Parts, ctx: DistContext, loss_scale: float, *, traced: bool) -> Outcome:
     """Return the means over the data ranks; all that travels shares the buckets of the gradients."""
     loss, count = parts.loss, parts.count
-    wide = next((g.dtype for g in parts.grads.values() if g.dtype in (torch.float64, torch.float32)), torch.float32)
+    is_double = any(g.dtype in (torch.float64, torch.complex128) for g in parts.grads.values())
+    wide = torch.float64 if is_double else torch.float32
     if count is not None:
         tensor = isinstance(count, torch.Tensor)
         count = (

@@ -23,7 +23,7 @@ def _zeros(*names: str) -> Callable[[torch.Tensor], Slots]:
 
 
 def sgd(
-    lr: float | Schedule,
+    lr: float | Schedule = 1e-3,
     *,
     momentum: float = 0.0,
     dampening: float = 0.0,
@@ -72,7 +72,8 @@ def sgd(
             return
         run(ps, gs, buffers, foreach=foreach, fused=fused, lr=rate, **options)
 
-    rule = Rule(_zeros("momentum_buffer") if momentum else _zeros(), kernel, formulas.sgd(**options))
+    slots = _zeros("momentum_buffer") if momentum else _zeros()
+    rule = Rule(slots, kernel, formulas.sgd(**options), writes_grads=nesterov)
     return optimizer("sgd", lr, rule, **options)
 
 
@@ -97,7 +98,7 @@ def _adam(name: str, lr: float | Schedule, *, decoupled: bool, **options: Any) -
 
 
 def adam(
-    lr: float | Schedule,
+    lr: float | Schedule = 1e-3,
     *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -128,7 +129,7 @@ def adam(
 
 
 def adamw(
-    lr: float | Schedule,
+    lr: float | Schedule = 1e-3,
     *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,

@@ -19,28 +19,28 @@ from faccel.tree import flatten, paths
 R = TypeVar("R")
 
 
-def _digest(leaf: Any) -> object:
-    """Return a number for the bits of a leaf; without a copy of one that is dense and on the CPU."""
+def digest(leaf: Any) -> int:
+    """Return a number for the bits of a leaf, 0 for what has none; without a copy where it is dense and on the CPU."""
     if isinstance(leaf, torch.Tensor):
         if leaf.layout != torch.strided or leaf.is_meta:
-            return None
+            return 0
         leaf = leaf.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
         if leaf.is_quantized or not leaf.numel():
-            return None
+            return 0
         leaf = leaf.view(torch.uint8).numpy()
     if not isinstance(leaf, np.ndarray):
-        return None
+        return 0
     array: Any = np.ascontiguousarray(leaf)
     return xxhash.xxh3_64_intdigest(array)
 
 
-def _digests(named: dict[str, Any]) -> Iterator[tuple[str, object]]:
+def _digests(named: dict[str, Any]) -> Iterator[tuple[str, int]]:
     for name, tree in named.items():
         if isinstance(tree, TensorDict):
-            yield from ((f"{name}[{key!r}]", _digest(leaf)) for key, leaf in tree.items(True, True))
+            yield from ((f"{name}[{key!r}]", digest(leaf)) for key, leaf in tree.items(True, True))
         else:
             for path, leaf in zip(paths(tree, name), flatten(tree)[0], strict=True):
-                yield path, _digest(leaf)
+                yield path, digest(leaf)
 
 
 def found_pure(run: Callable[[], R], arguments: dict[str, Any], ctx: DistContext, *, by_value: bool) -> R:
@@ -65,8 +65,9 @@ def found_pure(run: Callable[[], R], arguments: dict[str, Any], ctx: DistContext
             fix="write `call(model, params, x, generator=generator)` for a model with dropout, and "
             "`torch.rand(..., generator=generator)`",
         )
-    for name, digest in _digests(arguments) if by_value else ():
-        if digest != before[name]:
+    after = dict(_digests(arguments)) if by_value else {}
+    for name in [*before, *(after.keys() - before.keys())]:
+        if name not in after or name not in before or after[name] != before[name]:
             raise PurityError(
                 "the function wrote to its argument",
                 saw=f"another value of `{name}`",

@@ -28,6 +28,7 @@ class Rule:
             None.
         formula: `formula(param, grad, slots, count, lr) -> (param, slots)`, pure.
         has_own_shapes: Whether slots have other shapes than their parameter.
+        writes_grads: Whether the kernel may write into the gradients.
         on_device: Whether the kernel wants the number of steps on the device.
     """
 
@@ -36,6 +37,7 @@ class Rule:
     formula: Callable[..., tuple[torch.Tensor, Slots]]
     has_own_shapes: bool = False
     on_device: bool = False
+    writes_grads: bool = False
 
 
 _NOT_NEGATIVE = ("eps", "eps1", "eps2", "weight_decay", "momentum", "lr_decay", "initial_accumulator_value", "alpha")
@@ -104,6 +106,7 @@ def _by_kernel(
     grads = [by_name[name] for name in names]
     new_params, new_slots = params, slots
     if not updates.donate:
+        grads = foreach._foreach_clone(grads) if rule.writes_grads else grads
         new_params = _cloned(params)
         new_slots = {slot: _cloned(each) for slot, each in slots.items()}
     device = params[names[0]].device if rule.on_device else count.device

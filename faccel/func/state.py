@@ -14,11 +14,12 @@ from torch.utils._pytree import register_pytree_node
 
 from faccel.averaging import check_replicas
 from faccel.comm.buckets import BUCKET_CAP_MB, packed
-from faccel.comm.tensors import broadcast
+from faccel.comm.tensors import broadcast, reduce
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
-from faccel.errors import DonatedError, ModelError
-from faccel.func.transform import GradientTransformation
+from faccel.errors import DesyncError, DonatedError, ModelError
+from faccel.func.purity import digest
+from faccel.func.transform import GradientTransformation, check_transformation
 from faccel.func.trees import plain, tensordict
 from faccel.precision import ScalerState, init_scaler
 
@@ -168,7 +169,8 @@ def init_state(model: nn.Module, optimizer: GradientTransformation, ctx: DistCon
 
     Effects: collective. The model is neither changed nor aliased.
 
-    Parameters that require no gradient are constants: they stay in the model, and are no part of the state.
+    Parameters that require no gradient are constants: they stay in the model, and are no part of the state. So are the
+    buffers, for a loss function that takes none. They must be the same on every rank, and on its device.
 
     Args:
         model: Any module of torch's, with values.
@@ -181,7 +183,9 @@ def init_state(model: nn.Module, optimizer: GradientTransformation, ctx: DistCon
 
     Raises:
         ConfigError: The mesh shares parameters or work between its ranks.
+        DesyncError: A constant of the model differs between ranks; names it.
         ModelError: Nothing in the model is trained, or it has no values yet.
+        OptimizerError: `optimizer` is no gradient transformation.
 
     Examples:
         >>> from faccel.func import adamw, init_state
@@ -191,6 +195,7 @@ def init_state(model: nn.Module, optimizer: GradientTransformation, ctx: DistCon
         (['bias', 'weight'], 0)
     """
     check_replicas(ctx, "use `faccel.wrap` and `faccel.optimizer_step`, which train on every mesh")
+    check_transformation(optimizer)
     params = _copied(((name, p) for name, p in model.named_parameters() if p.requires_grad), ctx)
     if not params:
         raise ModelError(
@@ -200,6 +205,7 @@ def init_state(model: nn.Module, optimizer: GradientTransformation, ctx: DistCon
         )
     buffers = _copied(model.named_buffers(), ctx)
     if ctx.data_world_size > 1:
+        _check_constants(model, ctx)
         for each in (params, buffers):
             for names in packed(each, BUCKET_CAP_MB):
                 each.update(broadcast({name: each[name] for name in names}, ctx))
@@ -212,6 +218,22 @@ def init_state(model: nn.Module, optimizer: GradientTransformation, ctx: DistCon
         torch.zeros((), dtype=torch.int64),
         torch.tensor(seed % 2**63, dtype=torch.int64),
     )
+
+
+def _check_constants(model: nn.Module, ctx: DistContext) -> None:
+    """Refuse constants that differ between ranks, whose losses would then be those of several models."""
+    constants = {n: p for n, p in model.named_parameters() if not p.requires_grad} | dict(model.named_buffers())
+    if not constants:
+        return
+    digests = torch.tensor([digest(each) % 2**62 for each in constants.values()], device=ctx.device)
+    extremes = reduce({"low": digests, "high": -digests}, ctx, op="min")
+    for name, low, high in zip(constants, extremes["low"].tolist(), extremes["high"].tolist(), strict=True):
+        if low != -high:
+            raise DesyncError(
+                "a constant of the model differs between ranks",
+                saw=f"`{name}`",
+                fix="build the model from one seed: `faccel.seed_everything(0, ctx)` before it",
+            )
 
 
 def merge(model: nn.Module, state: TrainState) -> nn.Module:

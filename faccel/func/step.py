@@ -16,9 +16,10 @@ from faccel.errors import ConfigError, OptimizerError
 from faccel.func.grad import LossSpec, Outcome, Weight, gradient
 from faccel.func.state import TrainState, check_state, donate
 from faccel.func.streams import NoStream, Stream, seeded
-from faccel.func.transform import GradientTransformation, Updates, apply_updates, is_traced
+from faccel.func.transform import GradientTransformation, Updates, apply_updates, check_transformation, is_traced
 from faccel.func.trees import leaves, tensordict
-from faccel.tree import Tree
+from faccel.precision import ScalerState
+from faccel.tree import Tree, map_leaves
 
 Metrics = dict[str, Any]
 Step = Callable[..., tuple[Metrics, TrainState]]
@@ -72,13 +73,16 @@ def make_step(
         num_micro: Micro-batches of a batch.
         bucket_cap_mb: Size of the buckets in which gradients travel, in MB.
         donate: Whether the next state is written into the storage of the old one, as an optimizer of torch's does.
-            The old state then raises `DonatedError`.
+            The old state then raises `DonatedError`. What shares tensors with it changes, too: what `unstack` gave, a
+            state before or after an update that was left out, tensors that you took from it.
 
     Returns:
         `step(state, batch, generator=None) -> (metrics, state)`. `metrics` is a dict with `loss`, the mean over all
         ranks, and what the transformation tells (`grad_norm`, `skipped`), 0-d tensors that nobody has waited for. The
         generator of the loss function depends on the state's seed and step and on the data rank, so that a step can be
-        repeated; another may be given. `torch.compile(step)`, `torch.vmap` and `torch.func.grad` go through it.
+        repeated; another may be given. `torch.compile(step)`, `torch.vmap` and `torch.func.grad` go through it; on
+        several ranks a derivative of what it returns is this rank's part, and their mean the derivative. A graph draws
+        from the process's generator: `compiled` seeds it where a loss function draws.
 
     Raises:
         ConfigError: The mesh shares parameters or work between its ranks.
@@ -106,6 +110,7 @@ def step_along(
 ) -> Step:
     """Return the step that moves along what `direction` gives; see `make_step`."""
     check_replicas(ctx, "use `faccel.wrap` and `faccel.optimizer_step`, which train on every mesh")
+    check_transformation(transformation)
     if not transformation.makes_params:
         raise OptimizerError(
             "a step needs an optimizer, or nothing would be trained",
@@ -118,6 +123,7 @@ def step_along(
     def step(state: TrainState, batch: Tree, generator: Stream | None = None) -> tuple[Metrics, TrainState]:
         check_state(state)
         traced = is_traced(state.params)
+        _check_call(state, donating=donating, traced=traced)
         if generator is None:
             generator = NoStream() if traced else seeded(own, state.seed, state.step, ctx)
         scaler = state.scaler
@@ -130,14 +136,8 @@ def step_along(
         )
         if by_value:
             unchecked[0] = False
-        metrics: Metrics = {"loss": found.loss} | ({"aux": found.aux} if spec.has_aux else {})
-        updates = Updates(tensordict(found.grads), donate=donating and not traced)
-        if scaler.enabled and not _all_finite(found):
-            scaler = scaler.after_backward().after_step(step, finite=False)
-            updates, opt = updates._replace(metrics={"skipped": found.loss.new_ones((), dtype=torch.bool)}), state.opt
-        else:
-            updates, opt = transformation.update(updates, state.opt, state.params)
-            scaler = scaler.after_backward().after_step(step, finite=True) if scaler.enabled else scaler
+        metrics = _metrics(found, has_aux=spec.has_aux, copied=donating)
+        updates, opt, scaler = _updated(transformation, found, state, donate=donating and not traced)
         held = state.buffers if found.buffers is None else tensordict(dict(state.buffers.items()) | found.buffers)
         new = TrainState(apply_updates(state.params, updates), held, opt, scaler, state.step + 1, state.seed)
         if donating:
@@ -146,6 +146,45 @@ def step_along(
         return metrics | dict(updates.metrics), new
 
     return step
+
+
+def _metrics(found: Outcome, *, has_aux: bool, copied: bool) -> Metrics:
+    metrics: Metrics = {"loss": found.loss} | ({"aux": found.aux} if has_aux else {})
+    if not copied:
+        return metrics
+    # a loss, or what else is returned, may be a parameter itself
+    return map_leaves(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, metrics)
+
+
+def _updated(
+    transformation: GradientTransformation, found: Outcome, state: TrainState, *, donate: bool
+) -> tuple[Updates, TensorDict, ScalerState]:
+    """Return updates and the state of the optimizer behind them; an update that overflowed in fp16 is left out."""
+    scaler, updates = state.scaler, Updates(tensordict(found.grads), donate=donate)
+    if not scaler.enabled:
+        return (*transformation.update(updates, state.opt, state.params), scaler)
+    finite = _all_finite(found)
+    scaler = scaler.after_backward().after_step(transformation, finite=finite)
+    skipped = {"skipped": found.loss.new_full((), not finite, dtype=torch.bool)}
+    if not finite:
+        return updates._replace(metrics=skipped), state.opt, scaler
+    updates, opt = transformation.update(updates, state.opt, state.params)
+    return updates._replace(metrics=skipped | dict(updates.metrics)), opt, scaler
+
+
+def _check_call(state: TrainState, *, donating: bool, traced: bool) -> None:
+    if traced and donating and not torch.compiler.is_compiling():
+        raise ConfigError(
+            "a step that donates cannot be vmapped or differentiated: it would write into what is outside",
+            saw="`donate=True` under a transform",
+            fix="write `make_step(..., donate=False)`",
+        )
+    if not traced and state.seed.ndim:
+        raise ConfigError(
+            "a step takes one state",
+            saw=f"{state.seed.numel()} states, stacked",
+            fix="write `ensemble(step, ctx)(states, batch)`",
+        )
 
 
 def _all_finite(found: Outcome) -> bool:

@@ -17,7 +17,10 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropo
 
 
 def _draws(layer: nn.Module) -> bool:
-    return layer.training and getattr(layer, "p", 1.0) > 0
+    if not layer.training:
+        return False
+    rate = getattr(layer, "p", 1.0) if isinstance(layer, _DROPOUTS) else getattr(layer, "dropout", 0.0)
+    return isinstance(rate, float) and rate > 0  # attention and recurrent layers have a number of that name
 
 
 class NoStream:
@@ -25,7 +28,7 @@ class NoStream:
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that would draw."""
-        drawing = (type(each).__name__ for each in model.modules() if isinstance(each, _DROPOUTS) and _draws(each))
+        drawing = (type(each).__name__ for each in model.modules() if _draws(each))
         name = next((each for each in drawing), None)
         if name is not None:
             self.draw(f"a {name} in training mode")

@@ -57,6 +57,7 @@ class GradientTransformation:
             transformation before this one returned.
         makes_params: Whether it is an optimizer, or holds one.
         wants: `"before"` where it must stand before the optimizer of a chain, `"after"` behind it, `""` anywhere.
+        acts_on_rest: Whether it says something to what stands behind it: whether it happens, how large its steps are.
     """
 
     name: str
@@ -64,6 +65,7 @@ class GradientTransformation:
     _update: Update = attrs.field(alias="update", repr=False)
     makes_params: bool = False
     wants: str = ""
+    acts_on_rest: bool = False
 
     def update(
         self, updates: Updates | TensorDict, state: TensorDict, params: TensorDict
@@ -110,17 +112,15 @@ def empty(params: TensorDict) -> TensorDict:
 
 
 def known(flag: Flag) -> Flag:
-    """Return a flag as a bool where the host can read it without waiting for a device."""
-    if isinstance(flag, torch.Tensor) and flag.device.type == "cpu" and not is_traced():
-        return bool(flag)
-    return flag
+    """Return a flag as a bool, for which the host waits; a tensor only where a transform looks on."""
+    return bool(flag) if isinstance(flag, torch.Tensor) and not is_traced() else flag
 
 
 def choose(flag: torch.Tensor, new: Any, old: Any) -> Any:
     """Return `new` where `flag`, else `old`, leaf by leaf."""
     return tensordict(
         {
-            name: torch.where(flag, each, old[name])
+            name: torch.where(flag.to(each.device), each, old[name])
             if isinstance(each, torch.Tensor)
             else choose(flag, each, old[name])
             for name, each in new.items()
@@ -147,12 +147,35 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     """
     parts: dict[str, GradientTransformation] = {}
     for each in transformations:
+        check_transformation(each)
         number = sum(other.name == each.name for other in parts.values())
         parts[each.name if not number else f"{each.name}_{number}"] = each
     _check_order(transformations)
 
-    links = _Links(parts)
-    return GradientTransformation("chain", links.init, links.update, any(each.makes_params for each in transformations))
+    links, makes = _Links(parts), any(each.makes_params for each in transformations)
+    wants = "" if makes or not parts else "before"
+    acts = not makes and any(each.acts_on_rest for each in transformations)
+    return GradientTransformation("chain", links.init, links.update, makes, wants, acts)
+
+
+def check_transformation(value: Any) -> None:
+    """Refuse what is no gradient transformation."""
+    if not isinstance(value, GradientTransformation):
+        raise OptimizerError(
+            "this takes gradient transformations",
+            saw=f"a {type(value).__name__}",
+            fix="write `adamw(1e-3)`, of `faccel.func`, or `chain(clip_by_global_norm(1.0), adamw(1e-3))`",
+        )
+
+
+def _check_inner(inner: Any) -> None:
+    check_transformation(inner)
+    if inner.acts_on_rest:
+        raise OptimizerError(
+            f"`{inner.name}` acts on the optimizer behind it, which sees all parameters alike",
+            saw=f"`{inner.name}` for some of the parameters, without an optimizer of theirs",
+            fix=f"put it in front, or inside with the optimizer: `chain({inner.name}(...), adamw(1e-3))`",
+        )
 
 
 @attrs.frozen(eq=False)
@@ -275,19 +298,29 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
         ['w']
     """
 
+    _check_inner(inner)
+    known_names: dict[tuple[Any, ...], list[str]] = {}  # a mask is asked once for each model, not at every update
+
+    def chosen(params: TensorDict) -> list[str]:
+        key = tuple((name, each.shape) for name, each in params.items())
+        if key not in known_names:
+            known_names[key] = _chosen(mask, params)
+        return known_names[key]
+
     def init(params: TensorDict) -> TensorDict:
-        return inner.init(_part(params, _chosen(mask, params)))
+        names = chosen(params)
+        return inner.init(_part(params, names)) if names else tensordict({})
 
     def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
-        names = _chosen(mask, params)
+        names = chosen(params)
+        if not names:
+            return updates, state
         before = None if updates.params is None else _part(updates.params, names)
         here = updates._replace(grads=_part(updates.grads, names), params=before)
         after, state = inner.update(here, state, _part(params, names))
         made = updates.params
         if after.params is not None:
             made = tensordict(dict((params if made is None else made).items()) | dict(after.params.items()))
-        elif inner.makes_params and made is None:
-            made = params  # its update was left out
         grads = tensordict(dict(updates.grads.items()) | dict(after.grads.items()))
         return updates._replace(grads=grads, params=made, metrics=after.metrics), state
 
@@ -329,6 +362,14 @@ def partition(transformations: Mapping[str, GradientTransformation], labels: Lab
         return lambda name, param: label_of(name, param) == wanted
 
     parts = {label: masked(each, only(label)) for label, each in transformations.items()}
+    makes = {each.makes_params for each in parts.values()}
+    if len(makes) > 1:
+        without = sorted(label for label, each in parts.items() if not each.makes_params)
+        raise OptimizerError(
+            "some parameters would never be trained",
+            saw=f"no optimizer for `{'`, `'.join(without)}`",
+            fix="put an optimizer behind it, `chain(clip_by_global_norm(1.0), adamw(1e-3))`, or write `frozen()`",
+        )
 
     def init(params: TensorDict) -> TensorDict:
         return tensordict({label: each.init(params) for label, each in parts.items()})
@@ -339,7 +380,7 @@ def partition(transformations: Mapping[str, GradientTransformation], labels: Lab
             updates, new[label] = each.update(updates, state[label], params)
         return updates, tensordict(new)
 
-    return GradientTransformation("partition", init, update, any(each.makes_params for each in parts.values()))
+    return GradientTransformation("partition", init, update, True in makes, "" if True in makes else "before")
 
 
 def frozen() -> GradientTransformation:

@@ -7,9 +7,19 @@ from tensordict import TensorDict
 from torch import nn
 
 from faccel import func
-from faccel.errors import ConfigError, DonatedError, ModelError, OptimizerError, PurityError, TreeError
+from faccel.errors import (
+    ConfigError,
+    DataError,
+    DesyncError,
+    DonatedError,
+    ModelError,
+    OptimizerError,
+    PurityError,
+    TreeError,
+)
+from faccel.func.streams import NoStream
 from faccel.func.transform import Updates
-from faccel.testing import fake_context
+from faccel.testing import fake_context, simulate
 from tests.functional import batch_of, loss_of, net
 
 CTX = fake_context(0, 1)
@@ -243,3 +253,123 @@ def test_updates_are_told_apart_from_gradients():
     clip = func.clip_by_global_norm(1.0)
     only, _ = clip.update(params(), clip.init(params()), params())
     assert func.apply_updates(params(), only)["w"].tolist() == [1, 1]
+
+
+class _Counting(nn.Module):
+    """Writes to a buffer in place, or puts another in its place."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()))
+        self.register_buffer("n", torch.zeros(()))
+        self.how = how
+
+    def forward(self, x):
+        if self.how == "in place":
+            self.n += 1
+        else:
+            self.n = self.n + 1
+        return self.w * x
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("how", ["in place", "anew"])
+def test_buffers_that_are_written_or_replaced_are_returned_or_an_error(how, training):
+    model = _Counting(how).train(training)
+    state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
+    for run in (
+        lambda *args: func.call(model, *args, buffers=state.buffers),
+        torch.compile(lambda *args: func.call(model, *args, buffers=state.buffers), backend="eager", fullgraph=True),
+    ):
+        _, buffers = run(state.params, torch.ones(()))
+        assert (buffers["n"], state.buffers["n"], model.n) == (1, 0, 0)
+    with pytest.raises(PurityError, match="`n`"):
+        func.call(model, state.params, torch.ones(()))
+    assert model.n == (0 if training or how == "anew" else 1)
+
+
+@pytest.mark.parametrize("write", [lambda b: b.pop("x"), lambda b: b.update(z=torch.ones(1))])
+def test_another_structure_of_a_batch_is_a_write(write):
+    def loss_fn(p, b, g):
+        loss = (p["w"] * b["x"]).sum()
+        write(b)
+        return loss
+
+    state = func.init_state(_Vector(), func.sgd(0.1), CTX, seed=0)
+    with pytest.raises(PurityError, match="batch"):
+        func.make_step(loss_fn, func.sgd(0.1), CTX)(state, {"x": torch.ones(2)})
+
+
+class _Given(torch.autograd.Function):
+    """The product with a batch, whose gradient is the batch itself."""
+
+    @staticmethod
+    def forward(ctx, w, x):
+        ctx.x = x
+        return (w * x).sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.x.view(ctx.x.shape), None
+
+
+@pytest.mark.parametrize("num_micro", [1, 2])
+def test_a_gradient_that_is_the_batch_itself_is_not_written_to(num_micro):
+    optimizer = func.chain(func.clip_by_global_norm(0.1), func.sgd(0.1))
+    state, batch = func.init_state(_Vector(), optimizer, CTX, seed=0), torch.ones(num_micro, 2)
+    step = func.make_step(lambda p, b, g: _Given.apply(p["w"], b[0]), optimizer, CTX, donate=True, num_micro=num_micro)
+    for _ in range(3):
+        _, state = step(state, batch)
+    assert batch.tolist() == [[1, 1]] * num_micro
+
+
+def test_metrics_of_a_donating_step_stay_as_they_were():
+    state = func.init_state(_Vector(), func.sgd(0.5), CTX, seed=0)
+    step = func.make_step(lambda p, b, g: (p["w"].sum(), p["w"]), func.sgd(0.5), CTX, donate=True, has_aux=True)
+    metrics, _ = step(state, None)
+    assert metrics["aux"].tolist() == [1, 1]
+
+
+def test_a_donating_step_is_neither_vmapped_nor_gone_back_from():
+    step = func.make_step(loss_of(net()), func.sgd(0.1), CTX, donate=True)
+    states = func.stack([func.init_state(net(), func.sgd(0.1), CTX, seed=0)] * 2)
+    before = states.params["out.bias"].clone()
+    with pytest.raises(ConfigError, match="donate=False"):
+        func.ensemble(step, CTX)(states, batch_of(0, CTX))
+    assert torch.equal(states.params["out.bias"], before)
+    with pytest.raises(ConfigError, match="ensemble"):
+        step(states, batch_of(0, CTX))
+
+
+@pytest.mark.parametrize("weight", [None, torch.ones(2), "8"])
+def test_a_weight_that_is_no_number_is_refused(weight):
+    state = func.init_state(_Vector(), func.sgd(0.1), CTX, seed=0)
+    step = func.make_step(lambda p, b, g: p["w"].sum(), func.sgd(0.1), CTX, weight=lambda b: weight)
+    with pytest.raises(DataError, match="0-d tensor"):
+        step(state, None)
+
+
+def test_sparse_gradients_are_refused_by_name():
+    model = nn.Embedding(4, 2, sparse=True)
+    state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
+    step = func.make_step(lambda p, b, g: func.call(model, p, b).sum(), func.sgd(0.1), CTX)
+    with pytest.raises(ModelError, match="sparse=True"):
+        step(state, torch.tensor([1, 2]))
+
+
+def test_constants_that_differ_between_ranks_are_named():
+    def make(ctx):
+        model = net()
+        model.first.requires_grad_(False)
+        model.first.bias.data.fill_(ctx.rank)
+        func.init_state(model, func.sgd(0.1), ctx, seed=0)
+
+    with pytest.raises(DesyncError) as caught:
+        simulate(make, 2)
+    assert caught.value.saw == "`first.bias`"
+
+
+@pytest.mark.parametrize("layer", [nn.MultiheadAttention(6, 1, dropout=0.5), nn.LSTM(6, 6, 2, dropout=0.5)])
+def test_layers_that_draw_are_known_where_no_generator_can_be(layer):
+    with pytest.raises(PurityError, match="training mode"):
+        NoStream().check(nn.Sequential(layer))

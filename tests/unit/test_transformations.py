@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from faccel import func
+from faccel.errors import OptimizerError
 from faccel.func.transform import Updates
 
 SHAPES = {"a.weight": (3, 2), "a.bias": (3,), "b.weight": (2, 2)}
@@ -241,3 +242,53 @@ def test_schedules_follow_each_other_and_a_warm_up_starts_above_zero():
     warm = func.cosine(12, warmup=4)
     assert [warm(n) for n in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert [float(warm(torch.tensor(n))) for n in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: func.chain(func.masked(func.scale_by_schedule(lambda n: 0.0), ("a.*",)), func.sgd(0.1)),
+        lambda: func.masked(func.chain(func.clip_by_value(1.0), func.accumulate(2)), ("a.*",)),
+        lambda: func.partition({"a": func.skip_nonfinite(), "b": func.skip_nonfinite()}, lambda n, p: n[0]),
+        lambda: func.partition({"a": func.sgd(0.1), "b": func.clip_by_value(1.0)}, lambda n, p: n[0]),
+        lambda: func.chain(func.sgd(0.1), func.chain(func.clip_by_global_norm(0.1))),
+        lambda: func.chain(func.sgd(0.1), func.partition({"a": func.clip_by_value(1.0)}, lambda n, p: "a")),
+        lambda: func.chain(torch.optim.SGD([torch.zeros(1)])),
+        lambda: func.chain(func.sgd),
+    ],
+)
+def test_what_could_not_act_as_it_stands_is_refused(make):
+    with pytest.raises(OptimizerError):
+        make()
+
+
+@pytest.mark.parametrize("inner", [func.adamw, func.muon, lambda: func.chain(func.skip_nonfinite(), func.sgd(0.1))])
+def test_a_label_that_no_parameter_has_does_no_harm(inner):
+    optimizer = func.partition({"all": func.sgd(0.1), "none": inner()}, lambda n, p: "all")
+    equal(walk(optimizer)[0], walk(func.sgd(0.1))[0])
+
+
+def test_averages_of_all_parts_are_found():
+    part = func.chain(func.sgd(0.1), func.ema(0.5))
+    _, state, _ = walk(func.partition({"a": part, "b": part}, lambda n, p: n[0]))
+    _, whole, _ = walk(part)
+    equal(func.averages(state), func.averages(whole))
+
+
+def test_averages_do_not_move_where_an_update_of_a_part_was_left_out():
+    inner = func.masked(func.chain(func.accumulate(2), func.sgd(0.1)), ("a.*",))
+    _, state, _ = walk(func.chain(inner, func.ema(0.5)), 1)
+    equal(func.averages(state), draw(0))
+
+
+def test_kernels_that_write_into_gradients_are_given_copies():
+    optimizer, grads = func.sgd(0.1, momentum=0.9, nesterov=True, foreach=True), draw(1)
+    before = grads.clone()
+    optimizer.update(grads, optimizer.init(draw(0)), draw(0))
+    equal(grads, before)
+
+
+@pytest.mark.parametrize("wrong", [func.accumulate(2), func.ema(0.5), func.skip_nonfinite(), func.adafactor()])
+def test_a_state_of_another_one_is_refused_by_each(wrong):
+    with pytest.raises(OptimizerError, match="not the state of"):
+        wrong.update(draw(1), func.sgd(0.1, momentum=0.9).init(draw(0)), draw(0))
