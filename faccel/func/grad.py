@@ -116,7 +116,7 @@ def gradient(
 
     if traced:
         return averaged(spec, run(), ctx, loss_scale, traced=True)
-    arguments = {"params": params, "batch": batch} | ({} if buffers is None else {"buffers": buffers})
+    arguments = {"params": params, "batch": batch, "buffers": buffers}
     parts = found_pure(run, arguments, ctx, by_value=by_value or ctx.config.debug)
     return averaged(spec, parts, ctx, loss_scale, traced=False)
 
@@ -126,8 +126,11 @@ def scalar_loss(
 ) -> tuple[torch.Tensor, tuple[Any, Any]]:
     """Return `(loss, (buffers, aux))` of one call of the loss function, whatever it returns."""
     extra = (buffers,) if spec.has_buffers else ()
-    with autocast(ctx):
+    if ctx.compute_dtype is None:
         out = spec.loss_fn(tensordict(params), batch, generator, *extra)
+    else:
+        with autocast(ctx):
+            out = spec.loss_fn(tensordict(params), batch, generator, *extra)
     num_more = spec.has_buffers + spec.has_aux
     if num_more and not (isinstance(out, tuple) and len(out) == 1 + num_more):
         wanted = ", ".join(["loss"] + ["buffers"] * spec.has_buffers + ["aux"] * spec.has_aux)
@@ -232,11 +235,15 @@ def _local(
             given = [leaf for leaf in flatten(micro)[0] if isinstance(leaf, torch.Tensor)]
             grads = _owned(grads, [*given, *tensors.values()])
         count = None if spec.weight is None else _count(spec.weight(micro))
-        outputs.append(map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, aux))
+        outputs.append(aux if aux is None else map_leaves(_detached, aux))
         total = _added(total, Parts(loss, grads, count, new, None), in_place=differentiate is _by_autograd)
         del grads, loss  # while the next ones are computed
     assert total is not None
     return total._replace(aux=outputs[0] if len(outputs) == 1 else _stacked(outputs))
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _count(weight: Any) -> Any:

@@ -107,8 +107,8 @@ def _by_kernel(
     new_params, new_slots = params, slots
     if not updates.donate:
         grads = foreach._foreach_clone(grads) if rule.writes_grads else grads
-        new_params = _cloned(params)
-        new_slots = {slot: _cloned(each) for slot, each in slots.items()}
+        new_params, *copies = _cloned([params, *slots.values()])
+        new_slots = dict(zip(slots, copies, strict=True))
     device = params[names[0]].device if rule.on_device else count.device
     done = int(count)
     steps = list(torch.full((len(names),), float(done), device=device).unbind())  # torch keeps one a parameter
@@ -126,9 +126,11 @@ def _where(rate: Any, param: torch.Tensor) -> Any:
     return formulas.like(rate, param) if isinstance(rate, torch.Tensor) else rate
 
 
-def _cloned(tree: TensorDict) -> TensorDict:
-    tensors = named(tree)
-    return tensordict(dict(zip(tensors, foreach._foreach_clone(list(tensors.values())), strict=True)))
+def _cloned(trees: list[TensorDict]) -> list[TensorDict]:
+    """Return copies of flat TensorDicts, all made in one call."""
+    parts = [named(tree) for tree in trees]
+    copies = iter(foreach._foreach_clone([tensor for part in parts for tensor in part.values()]))
+    return [tensordict({name: next(copies) for name in part}) for part in parts]
 
 
 def _by_formula(
