@@ -12,7 +12,7 @@ from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError
 from faccel.func.gates import global_norm
-from faccel.func.grad import Differentiate, LossSpec, Outcome, Weight, gradient
+from faccel.func.grad import Differentiate, LossSpec, Outcome, Task, Weight, gradient
 from faccel.func.step import Step, step_along
 from faccel.func.streams import Stream, again
 from faccel.func.transform import GradientTransformation
@@ -67,7 +67,7 @@ def hessian_vector_product(
     def run(params: TensorDict, vector: TensorDict, batch: Tree, generator: Stream) -> TensorDict:
         check_like(params, vector, "vector")
         way = _along(named(vector))
-        return tensordict(gradient(spec, params, batch, generator, None, ctx, differentiate=way).grads)
+        return tensordict(gradient(Task(spec, ctx, params, batch, generator), differentiate=way).grads)
 
     return run
 
@@ -175,24 +175,12 @@ def sam(
     if not rho > 0:
         raise ConfigError("`rho` must be positive", saw=str(rho), fix="use `make_step` for none")
 
-    def direction(
-        spec: LossSpec,
-        params: TensorDict,
-        batch: Tree,
-        generator: Stream,
-        buffers: TensorDict | None,
-        ctx: DistContext,
-        *,
-        loss_scale: float = 1.0,
-        by_value: bool = False,
-    ) -> Outcome:
-        same = again(generator)
-        here = gradient(spec, params, batch, generator, buffers, ctx, loss_scale=loss_scale, by_value=by_value)
-        uphill = tensordict(here.grads)
-        factor = rho / (global_norm(uphill) + 1e-12)
-        there = tensordict({name: param + factor * here.grads[name] for name, param in params.items()})
-        found = gradient(spec, there, batch, same, buffers, ctx, loss_scale=loss_scale)
-        return here._replace(grads=found.grads)
+    def direction(task: Task) -> Outcome:
+        same = again(task.generator)
+        here = gradient(task)
+        factor = rho / (global_norm(tensordict(here.grads)) + 1e-12)
+        there = tensordict({name: param + factor * here.grads[name] for name, param in named(task.params).items()})
+        return here._replace(grads=gradient(task._replace(params=there, generator=same, by_value=False)).grads)
 
     spec = LossSpec(loss_fn, has_buffers, has_aux, weight, num_micro)
     return step_along(direction, spec, transformation, ctx, donating=donate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import attrs
@@ -13,9 +12,9 @@ from tensordict import TensorDict
 from faccel.averaging import check_replicas
 from faccel.comm.buckets import check_cap, summed_buckets
 from faccel.context import DistContext
-from faccel.data.source import Batch
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, DataError, ModelError
+from faccel.func.micro import micro_batches, stacked
 from faccel.func.purity import found_pure
 from faccel.func.streams import Stream
 from faccel.func.transform import is_traced
@@ -83,42 +82,48 @@ class Parts(NamedTuple):
     aux: Any
 
 
-def gradient(
-    spec: LossSpec,
-    params: TensorDict,
-    batch: Tree,
-    generator: Stream,
-    buffers: TensorDict | None,
-    ctx: DistContext,
-    *,
-    loss_scale: float = 1.0,
-    by_value: bool = False,
-    differentiate: Differentiate | None = None,
-) -> Outcome:
-    """Return value and gradients of a loss, averaged over micro-batches and data ranks. Collective.
+class Task(NamedTuple):
+    """What a step is to find a direction for.
 
     Args:
         spec: The loss.
+        ctx: The world.
         params: Where.
         batch: As the loss takes it.
         generator: Likewise.
         buffers: Likewise; None without `has_buffers`.
-        ctx: The world.
         loss_scale: What the loss is multiplied by while it is differentiated.
         by_value: Whether writes to arguments are looked for.
+    """
+
+    spec: LossSpec
+    ctx: DistContext
+    params: TensorDict
+    batch: Tree
+    generator: Stream
+    buffers: TensorDict | None = None
+    loss_scale: float = 1.0
+    by_value: bool = False
+
+
+def gradient(task: Task, *, differentiate: Differentiate | None = None) -> Outcome:
+    """Return value and gradients of a loss, averaged over micro-batches and data ranks. Collective.
+
+    Args:
+        task: Of which loss, where.
         differentiate: What is computed of each micro-batch, where that is not the gradient.
     """
-    traced = is_traced(params)
-    way = differentiate or (_transformed if traced else _by_autograd)
+    way = differentiate or (_transformed if is_traced(task.params) else _by_autograd)
+    return outcome(task, lambda task: _local(task, way))
 
-    def run() -> Parts:
-        return _local(spec, params, batch, generator, buffers, ctx, loss_scale, way)
 
-    if traced:
-        return averaged(spec, run(), ctx, loss_scale, traced=True)
-    arguments = {"params": params, "batch": batch, "buffers": buffers}
-    parts = found_pure(run, arguments, ctx, by_value=by_value or ctx.config.debug)
-    return averaged(spec, parts, ctx, loss_scale, traced=False)
+def outcome(task: Task, local: Callable[[Task], Parts]) -> Outcome:
+    """Return what `local` finds on each data rank, averaged over all; it is watched, where nobody else looks on."""
+    if is_traced(task.params):
+        return _averaged(task, local(task), traced=True)
+    arguments = {"params": task.params, "batch": task.batch, "buffers": task.buffers}
+    by_value = task.by_value or task.ctx.config.debug
+    return _averaged(task, found_pure(lambda: local(task), arguments, task.ctx, by_value=by_value), traced=False)
 
 
 def scalar_loss(
@@ -209,26 +214,17 @@ def _transformed(run: Callable[[Mapping[str, torch.Tensor]], Any], params: _Name
     return loss, rebuild([tensors.get(i, leaf) for i, leaf in enumerate(leaves)]), grads
 
 
-def _local(
-    spec: LossSpec,
-    params: TensorDict,
-    batch: Tree,
-    generator: Stream,
-    buffers: TensorDict | None,
-    ctx: DistContext,
-    loss_scale: float,
-    differentiate: Differentiate,
-) -> Parts:
+def _local(task: Task, differentiate: Differentiate) -> Parts:
     """Return the sums over the micro-batches of this rank, one of which is in memory at a time."""
-    tensors, micros = named(params), micro_batches(batch, spec)
+    spec, scale, tensors = task.spec, task.loss_scale, named(task.params)
     total: Parts | None = None
     outputs: list[Any] = []
-    for micro in micros:
-        before = buffers if total is None else tensordict(total.buffers or {})
+    for micro in micro_batches(task.batch, spec.num_micro, is_mean=spec.weight is None):
+        before = task.buffers if total is None else tensordict(total.buffers or {})
 
         def run(tracked: Mapping[str, torch.Tensor], micro: Tree = micro, held: Any = before) -> Any:
-            loss, rest = scalar_loss(spec, tracked, micro, generator, held, ctx)
-            return loss * loss_scale if loss_scale != 1.0 else loss, rest
+            loss, rest = scalar_loss(spec, tracked, micro, task.generator, held, task.ctx)
+            return loss * scale if scale != 1.0 else loss, rest
 
         loss, (new, aux), grads = differentiate(run, tensors)
         if differentiate is _by_autograd:
@@ -239,7 +235,7 @@ def _local(
         total = _added(total, Parts(loss, grads, count, new, None), in_place=differentiate is _by_autograd)
         del grads, loss  # while the next ones are computed
     assert total is not None
-    return total._replace(aux=outputs[0] if len(outputs) == 1 else _stacked(outputs))
+    return total._replace(aux=outputs[0] if len(outputs) == 1 else stacked(outputs))
 
 
 def _detached(leaf: Any) -> Any:
@@ -264,51 +260,9 @@ def _added(total: Parts | None, part: Parts, *, in_place: bool) -> Parts:
     return Parts(total.loss + part.loss, grads, count, part.buffers, None)
 
 
-def _stacked(outputs: list[Any]) -> Any:
-    leaves, rebuild = flatten(outputs[0])
-    others = [flatten(each)[0] for each in outputs]
-    return rebuild(
-        [
-            torch.stack([each[i] for each in others])
-            if isinstance(leaf, torch.Tensor)
-            else [each[i] for each in others]
-            for i, leaf in enumerate(leaves)
-        ]
-    )
-
-
-def micro_batches(batch: Tree, spec: LossSpec) -> list[Tree]:
-    """Return a batch cut along dim 0 of its tensors."""
-    if spec.num_micro == 1:
-        return [batch]
-    data = batch.data if isinstance(batch, Batch) else batch
-    leaves, rebuild = flatten(data)
-    rows = {len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim}
-    if len(rows) != 1:
-        raise DataError(
-            "a batch is cut along dim 0 of its tensors, which must have one length",
-            saw=f"rows {sorted(rows)}",
-            fix="use `num_micro=1`",
-        )
-    (num_rows,) = rows
-    if num_rows < spec.num_micro or (spec.weight is None and num_rows % spec.num_micro):
-        raise DataError(
-            "a batch is cut into micro-batches of equal length, or their mean would not be that of its rows",
-            saw=f"{num_rows} rows, num_micro={spec.num_micro}",
-            fix="choose a divisor, or pass `weight=` with a loss that is a sum",
-        )
-    cuts = [num_rows * i // spec.num_micro for i in range(spec.num_micro + 1)]
-    found: list[Tree] = []
-    for start, end in pairwise(cuts):
-        part = rebuild([x[start:end] if isinstance(x, torch.Tensor) and x.ndim else x for x in leaves])
-        if isinstance(batch, Batch):
-            part = attrs.evolve(batch, data=part, num_valid=min(max(batch.num_valid - start, 0), end - start))
-        found.append(part)
-    return found
-
-
-def averaged(spec: LossSpec, parts: Parts, ctx: DistContext, loss_scale: float, *, traced: bool) -> Outcome:
+def _averaged(task: Task, parts: Parts, *, traced: bool) -> Outcome:
     """Return the means over the data ranks; all that travels shares the buckets of the gradients."""
+    spec, ctx, loss_scale = task.spec, task.ctx, task.loss_scale
     loss, count = parts.loss, parts.count
     is_double = any(g.dtype in (torch.float64, torch.complex128) for g in parts.grads.values())
     wide = torch.float64 if is_double else torch.float32
@@ -404,7 +358,7 @@ def value_and_grad(
     spec = LossSpec(loss_fn, has_buffers, has_aux, weight, num_micro, bucket_cap_mb)
 
     def run(params: TensorDict, batch: Tree, generator: Stream, buffers: TensorDict | None = None) -> Any:
-        out = gradient(spec, params, batch, generator, buffers, ctx)
+        out = gradient(Task(spec, ctx, params, batch, generator, buffers))
         more = [tensordict(out.buffers or {})] * has_buffers + [out.aux] * has_aux
         return (out.loss, *more) if more else out.loss, tensordict(out.grads)
 

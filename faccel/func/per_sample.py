@@ -12,8 +12,8 @@ from faccel.context import DistContext
 from faccel.data.source import Batch
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError
-from faccel.func.grad import LossSpec, Outcome, Parts, averaged, micro_batches, scalar_loss
-from faccel.func.purity import found_pure
+from faccel.func.grad import LossSpec, Outcome, Parts, Task, outcome, scalar_loss
+from faccel.func.micro import micro_batches
 from faccel.func.step import Step, step_along
 from faccel.func.streams import Stream
 from faccel.func.transform import GradientTransformation, is_traced
@@ -135,37 +135,22 @@ def dp_sgd(
         raise ConfigError("clipping is to a positive norm, and noise is not negative", saw=saw, fix="mend them")
     grads_of = per_sample_grads(loss_fn, ctx)
 
-    def local(spec: LossSpec, params: TensorDict, batch: Tree, generator: Stream, ctx: DistContext) -> Parts:
-        total, losses, count = {n: torch.zeros_like(p) for n, p in named(params).items()}, torch.zeros(()), 0
-        for micro in micro_batches(batch, spec):
+    def local(task: Task) -> Parts:
+        total, losses, count = {n: torch.zeros_like(p) for n, p in named(task.params).items()}, torch.zeros(()), 0
+        for micro in micro_batches(task.batch, num_micro, is_mean=False):
             data = micro.data if isinstance(micro, Batch) else micro
-            each, grads = grads_of(params, data, generator)
+            each, grads = grads_of(task.params, data, task.generator)
             num_valid = micro.num_valid if isinstance(micro, Batch) else len(each)
             clipped = clip_per_sample(grads, clip_norm)
             total = {name: held + clipped[name][:num_valid].sum(0) for name, held in total.items()}
             losses, count = losses.to(each) + each[:num_valid].sum(), count + num_valid
         scale = noise_multiplier * clip_norm / ctx.data_world_size**0.5
         if scale:
-            total = {name: held + _noise(held, generator) * scale for name, held in total.items()}
+            total = {name: held + _noise(held, task.generator) * scale for name, held in total.items()}
         return Parts(losses, total, count, None, None)
 
-    def direction(
-        spec: LossSpec,
-        params: TensorDict,
-        batch: Tree,
-        generator: Stream,
-        buffers: TensorDict | None,
-        ctx: DistContext,
-        *,
-        loss_scale: float = 1.0,
-        by_value: bool = False,
-    ) -> Outcome:
-        traced = is_traced(params)
-        if traced:
-            return averaged(spec, local(spec, params, batch, generator, ctx), ctx, 1.0, traced=True)
-        arguments = {"params": params, "batch": batch}
-        parts = found_pure(lambda: local(spec, params, batch, generator, ctx), arguments, ctx, by_value=by_value)
-        return averaged(spec, parts, ctx, 1.0, traced=False)
+    def direction(task: Task) -> Outcome:
+        return outcome(task._replace(loss_scale=1.0), local)  # nothing is scaled: gradients are clipped one by one
 
     spec = LossSpec(loss_fn, weight=len, num_micro=num_micro)
     return step_along(direction, spec, transformation, ctx, donating=donate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 import torch
@@ -13,7 +13,7 @@ from faccel.averaging import check_replicas
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, OptimizerError
-from faccel.func.grad import LossSpec, Outcome, Weight, gradient
+from faccel.func.grad import LossSpec, Outcome, Task, Weight, gradient
 from faccel.func.state import TrainState, check_state, donate
 from faccel.func.streams import NoStream, Stream, seeded
 from faccel.func.transform import GradientTransformation, Updates, apply_updates, check_transformation, is_traced
@@ -26,23 +26,8 @@ Step = Callable[..., tuple[Metrics, TrainState]]
 """`step(state, batch) -> (metrics, state)`."""
 
 
-class Gradient(Protocol):
-    """What a step moves along: the outcome of a loss, averaged over the data ranks."""
-
-    def __call__(
-        self,
-        spec: LossSpec,
-        params: TensorDict,
-        batch: Tree,
-        generator: Stream,
-        buffers: TensorDict | None,
-        ctx: DistContext,
-        *,
-        loss_scale: float = 1.0,
-        by_value: bool = False,
-    ) -> Outcome:
-        """Return it; collective."""
-        ...
+Direction = Callable[[Task], Outcome]
+"""What a step moves along: what a loss gives, averaged over the data ranks; collective."""
 
 
 @effectful(COLLECTIVE)
@@ -106,7 +91,7 @@ def make_step(
 
 
 def step_along(
-    direction: Gradient, spec: LossSpec, transformation: GradientTransformation, ctx: DistContext, *, donating: bool
+    direction: Direction, spec: LossSpec, transformation: GradientTransformation, ctx: DistContext, *, donating: bool
 ) -> Step:
     """Return the step that moves along what `direction` gives; see `make_step`."""
     check_replicas(ctx, "use `faccel.wrap` and `faccel.optimizer_step`, which train on every mesh")
@@ -131,9 +116,8 @@ def step_along(
             raise _no_scaling()
         buffers = state.buffers if spec.has_buffers else None
         by_value = not traced and unchecked[0]
-        found = direction(
-            spec, state.params, batch, generator, buffers, ctx, loss_scale=scaler.scale, by_value=by_value
-        )
+        task = Task(spec, ctx, state.params, batch, generator, buffers, scaler.scale, by_value)
+        found = direction(task)
         if by_value:
             unchecked[0] = False
         metrics = _metrics(found, has_aux=spec.has_aux, copied=donating)
