@@ -185,6 +185,8 @@ def test_gates_inside_of_a_partition_are_the_parts_own():
         lambda: func.partition(
             {"a": func.chain(func.clip_by_value(0.1), func.rmsprop()), "b": func.frozen()}, lambda n, p: n[0]
         ),
+        lambda: func.masked(func.adamw(0.1), ("a.*",)),
+        lambda: func.partition({"a": func.adafactor(), "b": func.adamw(0.1)}, lambda n, p: n[0]),
     ],
 )
 def test_under_vmap_and_compile_a_chain_does_what_it_does_eagerly(make):
