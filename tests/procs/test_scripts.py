@@ -76,6 +76,7 @@ def test_local_sgd_learns_on_two_processes():
     assert last_number(lines, "loss") < 3.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [0, 2])
 @pytest.mark.parametrize(("script", "least"), [("functional.py", 0.97), ("ensemble.py", 0.97), ("dp_sgd.py", 0.9)])
 def test_functional_examples_learn(script, least, num_processes):
@@ -87,6 +88,7 @@ def test_a_compiled_ensemble_learns():
     assert last_number(start("examples/ensemble.py", 0, more=["--compile"]), "accuracy") >= 0.97
 
 
+@pytest.mark.slow
 def test_meta_learning_learns_the_same_on_any_number_of_processes():
     one, two = (start("examples/maml.py", n, more=["--steps", "60"]) for n in (0, 2))
     before = float(one[-2].removeprefix("before "))
