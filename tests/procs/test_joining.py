@@ -46,6 +46,7 @@ def ends(*processes):
     return [(*process.communicate(timeout=100), process.returncode) for process in processes]
 
 
+@pytest.mark.slow
 def test_who_is_here_and_who_is_missed_where_nobody_else_comes(script, port):
     meeting = ("--nnodes", "3", "--main-address", "127.0.0.1", "--main-port", port, "--join-timeout", "7")
     two, one = ends(start(*meeting, "--node-rank", "2", script), start(*meeting, "--node-rank", "0", script))

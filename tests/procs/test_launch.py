@@ -113,6 +113,7 @@ def test_signals_reach_the_ranks_which_save_and_are_not_started_again(waiting, s
     assert errors == "preempted; what was saved is whole, and the same command goes on (exit code 75)\n"
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_ranks_that_do_not_end(waiting):
     process = waiting(how="stubborn")
     process.send_signal(signal.SIGTERM)

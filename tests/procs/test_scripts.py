@@ -96,6 +96,7 @@ def test_meta_learning_learns_the_same_on_any_number_of_processes():
     assert last_number(one, "loss") == pytest.approx(last_number(two, "loss"), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_accumulation_learns_the_same_on_any_number_of_processes():
     one, two = (start("examples/accumulate.py", n) for n in (0, 2))
     assert last_number(one, "loss") < 2.0
@@ -104,6 +105,7 @@ def test_accumulation_learns_the_same_on_any_number_of_processes():
 
 
 @pytest.mark.parametrize("num_processes", [0, 2])
+@pytest.mark.slow
 def test_two_models_share_one_loss_scale_in_fp16(num_processes):
     lines = start("examples/two_models.py", num_processes, FACCEL_MIXED_PRECISION="fp16")
     assert last_number(lines, "distance") < 0.1
