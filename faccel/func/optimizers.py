@@ -6,7 +6,7 @@ Eagerly each of them is, bit for bit, the class of torch of that name. Where a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -338,6 +338,3 @@ def muon(
         run(ps, gs, slots["momentum_buffer"], lr=rate, has_complex=False, **options)
 
     return optimizer("muon", lr, Rule(slots, kernel, formulas.muon(**options)), **options)
-
-
-OPTIMIZERS: Sequence[Callable[..., GradientTransformation]] = (sgd, adam, adamw, adagrad, rmsprop, adafactor, muon)

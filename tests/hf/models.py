@@ -5,6 +5,7 @@ import torch
 import transformers as hf
 
 import faccel
+from tests.training import full
 
 VOCABULARY, LENGTH = 32, 8
 SIZE = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
@@ -66,10 +67,6 @@ BERT_CUTS = {
     "bert.encoder.layer.*.intermediate.dense": "colwise", "bert.encoder.layer.*.output.dense": "rowwise",
 }  # fmt: skip
 BERT_CHAIN = ("bert.embeddings", "bert.encoder.layer.*", "bert.pooler", "dropout", "classifier")
-
-
-def full(tensor):
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
 @attrs.frozen(eq=False)
