@@ -83,7 +83,7 @@ def main(ctx, folder):
 
     saves = {
         "raw write and fsync": lambda: raw_write(net, folder / "raw" / "file"),
-        "faccel.save": lambda: faccel.save(folder / "faccel", {"net": net}, ctx, step=next(steps)),
+        "faccel.save": lambda: faccel.save({"net": net}, folder / "faccel", ctx, step=next(steps)),
         "torch's dcp.save": lambda: dcp.save({"net": net.state_dict()}, checkpoint_id=folder / "dcp"),
         "accelerate save_state": lambda: accelerator.save_state(folder / "accelerate"),
     }
@@ -94,7 +94,7 @@ def main(ctx, folder):
     held = {
         "copy in memory": lambda: copies.append([p.detach().clone() for p in net.parameters()]),
         "faccel.save(background=True)": lambda: faccel.save(
-            folder / "faccel", {"net": net}, ctx, step=next(steps), background=True
+            {"net": net}, folder / "faccel", ctx, step=next(steps), background=True
         ),
     }
 
@@ -111,7 +111,7 @@ def main(ctx, folder):
     state = {"net": net}
     loads = {
         "torch's dcp.load": lambda: dcp.load({"net": net.state_dict()}, checkpoint_id=folder / "dcp"),
-        "faccel.load": lambda: faccel.load(folder / "faccel", state, ctx),
+        "faccel.load": lambda: faccel.load(state, folder / "faccel", ctx),
         "accelerate load_state": lambda: accelerator.load_state(folder / "accelerate"),
     }
     loaded = alternate(loads, ROUNDS, warmup=1)

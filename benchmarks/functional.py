@@ -61,7 +61,7 @@ def functional(step, state, batch):
 
 def loss_of(model):
     def loss_fn(params, batch, generator):
-        return F.cross_entropy(func.call(model, params, batch[0]), batch[1])
+        return F.cross_entropy(func.functional_call(model, params, batch[0]), batch[1])
 
     return loss_fn
 

@@ -51,13 +51,13 @@ def values(net, opt):
 def faccel_save(folder, value):
     with faccel.init(env={}) as ctx:
         net, opt = filled(value)
-        return lambda: faccel.save(folder, {"net": net, "opt": opt}, ctx, step=value, keep=1)
+        return lambda: faccel.save({"net": net, "opt": opt}, folder, ctx, step=value, keep=1)
 
 
 def faccel_load(folder):
     with faccel.init(env={}) as ctx:
         net, opt = filled(9)
-        faccel.load(folder, {"net": net, "opt": opt}, ctx)
+        faccel.load({"net": net, "opt": opt}, folder, ctx)
         return values(net, opt)
 
 

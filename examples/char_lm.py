@@ -55,7 +55,7 @@ scaler = faccel.init_scaler(ctx)
 # What a run goes on from, bit for bit
 state = {"model": model, "opt": opt, "scaler": scaler, "cursor": train.at(0).cursor, "step": 0}
 if args.runs and faccel.latest(args.runs, ctx):
-    state = faccel.load(args.runs, state, ctx)
+    state = faccel.load(state, args.runs, ctx)
     faccel.print(f"goes on after step {state['step']}", ctx=ctx)
 scaler, step = state["scaler"], state["step"]
 loss = torch.zeros(())
@@ -64,18 +64,18 @@ for _, loader in train.epochs(10**6, start=state["cursor"]):
     for window in faccel.windows(loader, ctx):
         if step == args.steps:
             break
-        losses, scaler = faccel.pipeline_step(
+        losses, scaler = faccel.parallel.pipeline_step(
             lambda call, tokens: call(input_ids=tokens, labels=tokens).loss, model, window, scaler, ctx
         )
         info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
         step, loss = step + 1, losses.mean()
         if args.runs and step % SAVE_EVERY == 0:
             state |= {"scaler": scaler, "cursor": window.cursor, "step": step}
-            faccel.save(args.runs, state, ctx, step=step, keep=2)
+            faccel.save(state, args.runs, ctx, step=step, keep=2)
     if step == args.steps:
         break
 
 if args.export:
-    faccel.export_model(model, args.export, ctx)  # with its config.json
+    faccel.checkpoint.export_model(model, args.export, ctx)  # with its config.json
 loss = faccel.reduce(loss, ctx, op="mean")  # on every rank: it is collective
 faccel.print(f"loss {loss:.4f}", ctx=ctx)

@@ -32,11 +32,13 @@ def main(ctx, noise):
     # The same loss function as for any other step; here it is called for one sample at a time, by vmap.
     def loss_fn(params, batch, generator):
         x, y = batch
-        return F.cross_entropy(func.call(net, params, x, generator=generator), y)
+        return F.cross_entropy(func.functional_call(net, params, x, generator=generator), y)
 
     optimizer = func.sgd(LEARNING_RATE)
     state = func.init_state(net, optimizer, ctx, seed=SEED)
-    step = func.dp_sgd(loss_fn, optimizer, ctx, clip_norm=CLIP_NORM, noise_multiplier=noise, num_micro=MICRO_BATCHES)
+    step = func.dp_sgd(
+        loss_fn, optimizer, ctx, clip_norm=CLIP_NORM, noise_multiplier=noise, num_micro_batches=MICRO_BATCHES
+    )
     for epoch, loader in train.epochs(EPOCHS):
         for x, y in loader:
             metrics, state = step(state, (x, y))
@@ -44,7 +46,7 @@ def main(ctx, noise):
 
     x, y = test_set.tensors
     with torch.no_grad():
-        hits = func.call(net, state.params, x).argmax(-1) == y
+        hits = func.functional_call(net, state.params, x).argmax(-1) == y
     faccel.print(f"accuracy {hits.float().mean():.4f}", ctx=ctx)
 
 

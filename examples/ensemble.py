@@ -35,7 +35,7 @@ def main(ctx, compiles):
 
     def loss_fn(params, batch, generator):
         x, y = batch
-        return F.cross_entropy(func.call(net, params, x, generator=generator), y)
+        return F.cross_entropy(func.functional_call(net, params, x, generator=generator), y)
 
     # Eight states, stacked: every tensor of them has a first dim of eight.
     optimizer = func.adamw(LEARNING_RATE)
@@ -55,7 +55,7 @@ def main(ctx, compiles):
     net.eval()
     x, y = test_set.tensors
     with torch.no_grad():
-        logits = torch.stack([func.call(net, state.params, x) for state in func.unstack(states)])
+        logits = torch.stack([func.functional_call(net, state.params, x) for state in func.unstack(states)])
     alone = (logits.argmax(-1) == y).float().mean(1)
     faccel.print(f"alone {alone.min():.4f} to {alone.max():.4f}", ctx=ctx)
     together = logits.log_softmax(-1).mean(0).argmax(-1)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import faccel
 
 GLOBAL_BATCH = 32
-PLAN = faccel.Plan(units="Block", checkpoint=2)
+PLAN = faccel.Plan(units="Block", activation_checkpoint=2)
 
 
 def main(ctx, steps):

@@ -27,7 +27,7 @@ def main(ctx):
 
     def loss_fn(params, batch, generator):
         x, y = batch
-        return F.cross_entropy(func.call(net, params, x, generator=generator), y)
+        return F.cross_entropy(func.functional_call(net, params, x, generator=generator), y)
 
     # An optimizer is a value, too: torch's AdamW, bit for bit, behind a clipping, on a cosine, with averaged weights.
     optimizer = func.chain(
@@ -50,12 +50,14 @@ def main(ctx):
     assert (int(first.step), int(state.step), history.num_skipped) == (0, EPOCHS * len(train) - 1, 1)
 
     # Evaluate the averaged weights; any weights can be evaluated, at any time.
-    averaged = func.averages(state.opt)
+    averaged = func.ema_params(state.opt)
     hits = []
     with torch.no_grad():
         for batch in faccel.batches(test):
             x, y = batch.data
-            hits.append(faccel.gather(func.call(net, averaged, x).argmax(-1) == y, ctx, num_valid=batch.num_valid))
+            hits.append(
+                faccel.gather(func.functional_call(net, averaged, x).argmax(-1) == y, ctx, num_valid=batch.num_valid)
+            )
     faccel.print(f"accuracy {torch.cat(hits).float().mean():.4f}", ctx=ctx)
 
 

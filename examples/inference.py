@@ -36,7 +36,7 @@ def main(ctx):
         codes = model.generate(mine)
 
     # Slices differ in rows, answers in length: pad the length, gather whatever number of rows there is.
-    codes = faccel.pad_across(codes, ctx, dim=1)
+    codes = faccel.comm.pad_across(codes, ctx, dim=1)
     everything = faccel.gather(codes, ctx, ragged=True)
     answers = [bytes(row[row > 0].tolist()).decode() for row in everything]
 

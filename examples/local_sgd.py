@@ -40,7 +40,7 @@ def main(ctx, steps, every):
     num_bytes = 0
     for step in range(1, steps + 1):
         # Every process draws the rows of all of them, and reads its own.
-        starts = torch.randint(len(text) - LENGTH, (ROWS,), generator=faccel.fold_in(0, step))
+        starts = torch.randint(len(text) - LENGTH, (ROWS,), generator=faccel.random.generator(0, step))
         rows = torch.stack(
             [text[i : i + LENGTH + 1] for i in starts.chunk(ctx.data_world_size)[ctx.data_rank].tolist()]
         )
@@ -52,12 +52,12 @@ def main(ctx, steps, every):
         _, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
 
         # ... until all replicas become their mean.
-        info = faccel.local_sgd(model, ctx, step=step, every=every)
+        info = faccel.parallel.local_sgd(model, ctx, step=step, every=every)
         num_bytes += info.num_bytes
         if step % 50 == 0:
             mean = faccel.reduce(loss.detach(), ctx, op="mean")
             faccel.print(f"step {step:4d}  loss {mean:.4f}  sent {num_bytes / 1e6:.1f} MB", ctx=ctx)
-    faccel.local_sgd(model, ctx, step=steps, every=1)  # what is evaluated or saved is one model
+    faccel.parallel.local_sgd(model, ctx, step=steps, every=1)  # what is evaluated or saved is one model
     mean = faccel.reduce(loss.detach(), ctx, op="mean")
     faccel.print(f"loss {mean:.4f}", ctx=ctx)
 

@@ -22,7 +22,7 @@ SEED = 0
 
 def tasks(ctx, step):
     # Sine waves of random amplitude and phase: five points to learn from, twenty to be judged by. Each rank its own.
-    generator = faccel.fold_in(SEED, step)
+    generator = faccel.random.generator(SEED, step)
     amplitude = torch.rand(TASKS, 1, 1, generator=generator) * 4.9 + 0.1
     phase = torch.rand(TASKS, 1, 1, generator=generator) * torch.pi
     x = torch.rand(TASKS, SHOTS + 20, 1, generator=generator) * 10 - 5
@@ -38,11 +38,11 @@ def main(ctx, num_steps):
 
     def loss_fn(params, batch, generator):
         x, y = batch
-        return (func.call(net, params, x) - y).square().mean()
+        return (func.functional_call(net, params, x) - y).square().mean()
 
     # A loss function again: that of what five steps on a task lead to. Its gradient passes through these steps.
     inner = func.sgd(INNER_RATE)
-    meta_loss = func.meta(loss_fn, inner, num_steps=INNER_STEPS)
+    meta_loss = func.maml(loss_fn, inner, num_steps=INNER_STEPS)
 
     optimizer = func.chain(func.clip_by_global_norm(10.0), func.adam(META_RATE))
     state = func.init_state(net, optimizer, ctx, seed=SEED)
@@ -54,7 +54,7 @@ def main(ctx, num_steps):
 
     # New tasks, from what was learned.
     support, query = tasks(ctx, num_steps)
-    evaluate = func.value_and_grad(func.meta(loss_fn, inner, num_steps=INNER_STEPS), ctx)
+    evaluate = func.value_and_grad(func.maml(loss_fn, inner, num_steps=INNER_STEPS), ctx)
     after, _ = evaluate(state.params, (support, query), torch.Generator())
     before, _ = func.value_and_grad(loss_fn, ctx)(state.params, query, torch.Generator())
     faccel.print(f"before {before:.4f}", ctx=ctx)

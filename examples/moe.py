@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import faccel
-from faccel.experts import MoE
+from faccel.parallel.moe import MoE
 
 GLOBAL_BATCH = 16  # sequences per update over all processes, so that any number of them trains alike
 LENGTH = 64  # characters of a sequence

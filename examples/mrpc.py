@@ -112,7 +112,7 @@ for epoch in range(args.epochs):
     accuracy = torch.cat(hits).float().mean().item()
     faccel.print(f"epoch {epoch}: loss {loss.item():.4f}, accuracy {accuracy:.4f}", ctx=ctx)
 
-faccel.export_model(model, args.out, ctx)  # `from_pretrained` reads it
+faccel.checkpoint.export_model(model, args.out, ctx)  # `from_pretrained` reads it
 if ctx.is_main:
     tokenizer.save_pretrained(args.out)
 faccel.print(f"accuracy {accuracy:.4f}", ctx=ctx)

@@ -16,7 +16,9 @@ import faccel
 
 MICRO_BATCH = 8
 NUM_MICRO = 4  # micro-batches per update: the more, the less the processes wait for each other
-PLAN = faccel.Plan(pipeline=faccel.Pipeline(chain=("embed", "blocks.*", "norm", "head"), schedule="1f1b"))
+PLAN = faccel.Plan(
+    pipeline=faccel.parallel.PipelineConfig(chain=("embed", "blocks.*", "norm", "head"), schedule="1f1b")
+)
 
 
 def main(ctx, steps):
@@ -27,7 +29,7 @@ def main(ctx, steps):
     scaler = faccel.init_scaler(ctx)
 
     for window in islice(faccel.windows(loader.at(0), ctx, size=NUM_MICRO), steps):
-        losses, scaler = faccel.pipeline_step(loss_fn, model, window, scaler, ctx)
+        losses, scaler = faccel.parallel.pipeline_step(loss_fn, model, window, scaler, ctx)
         faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
     mean = faccel.reduce(losses.mean(), ctx, op="mean")
 

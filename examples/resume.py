@@ -69,12 +69,12 @@ def main(ctx, folder, stop_after=None, workers=2):
         "step": 0,
     }
     if faccel.latest(folder, ctx):
-        state = faccel.load(folder, state, ctx)  # the newest valid one; any number of processes
+        state = faccel.load(state, folder, ctx)  # the newest valid one; any number of processes
         faccel.print(f"going on after step {state['step']}", ctx=ctx)
     scaler, step = state["scaler"], state["step"]
     faccel.set_rng_state(state["rng"])
 
-    due = faccel.every_steps(5) | faccel.on_preemption()
+    due = faccel.checkpoint.every_steps(5) | faccel.checkpoint.on_preemption()
     for _, batches in train.epochs(EPOCHS, start=state["cursor"]):
         for window in faccel.windows(batches, ctx, size=ACCUMULATE):
             for micro in window:
@@ -86,9 +86,9 @@ def main(ctx, folder, stop_after=None, workers=2):
             step += 1
 
             stop = faccel.agree(ctx, now=told.requested or step == stop_after).now  # at one step, on all ranks
-            if due(faccel.Moment(step, preempted=stop)):
+            if due(faccel.checkpoint.SaveEvent(step, preempted=stop)):
                 new = {"scaler": scaler, "cursor": window.cursor, "rng": faccel.rng_state(ctx), "step": step}
-                faccel.save(folder, state | new, ctx, step=step, keep=2, background=not stop)
+                faccel.save(state | new, folder, ctx, step=step, keep=2, background=not stop)
             if stop:
                 return None
     return digest(model)
@@ -102,4 +102,4 @@ if __name__ == "__main__":
     with faccel.init() as ctx:
         result = main(ctx, args.folder, args.stop_after)
         faccel.print(f"digest {result}" if result else "stopped", ctx=ctx)
-    sys.exit(0 if result else faccel.Preemption.exit_code)  # 75: run the same command again
+    sys.exit(0 if result else faccel.checkpoint.Preemption.exit_code)  # 75: run the same command again

@@ -31,7 +31,7 @@ def mlp(inputs, outputs):
 
 
 def ring(n):
-    angle = torch.rand(n, generator=faccel.fold_in(0)) * 2 * math.pi
+    angle = torch.rand(n, generator=faccel.random.generator(0)) * 2 * math.pi
     return torch.stack([angle.cos(), angle.sin()], dim=1)
 
 

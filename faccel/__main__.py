@@ -1,5 +1,5 @@
 """`python -m faccel`."""
 
-from faccel.cli import main
+from faccel.cli.commands import main
 
 main(prog_name="faccel")

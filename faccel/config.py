@@ -33,7 +33,7 @@ def _parse_bool(text: str) -> bool:
 
 
 def _bad(name: str, value: object, want: str, fix: str) -> ConfigError:
-    return ConfigError(f"`{name}` must be {want}", saw=repr(value), fix=fix)
+    return ConfigError(f"`{name}` must be {want}", got=repr(value), fix=fix)
 
 
 def _one_of(*allowed: str) -> Callable[[Any, Any, Any], None]:
@@ -102,7 +102,7 @@ class Config:
 
     Args:
         mixed_precision: `"no"`, `"bf16"` or `"fp16"`: the dtype of forward and backward; parameters stay fp32.
-        grad_accum: Micro-batches per update, the default `size` of `windows`.
+        grad_accum: MicroBatch-batches per update, the default `size` of `windows`.
         seed: Seed of the data order and of `seed_everything`.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, ...; None takes the best there is.
         mesh: A `MeshSpec`, a mapping of its fields or text like `"dp_replicate=4"`; None replicates over the world.
@@ -174,7 +174,7 @@ def unreadable(name: str, field: attrs.Attribute[Any], text: str, error: ValueEr
     """Return the error of a text that is not what a field takes."""
     kind = {int: "a whole number", float: "a number"}.get(field.metadata["parse"], str(error))
     fix = f"write for example `{field.name}={_show(field.default)}`"
-    return ConfigError(f"{name} cannot be read as {kind}", saw=repr(text), fix=fix)
+    return ConfigError(f"{name} cannot be read as {kind}", got=repr(text), fix=fix)
 
 
 def _from_environment(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
@@ -216,7 +216,7 @@ def launcher_flags(env: Mapping[str, str]) -> dict[str, Any]:
         return dict(json.loads(env.get(LAUNCH) or "{}"))
     except (ValueError, TypeError):
         fix = "unset it: `faccel launch` sets it for its ranks"
-        raise ConfigError(f"`{LAUNCH}` is not what the launcher writes", saw=repr(env[LAUNCH]), fix=fix) from None
+        raise ConfigError(f"`{LAUNCH}` is not what the launcher writes", got=repr(env[LAUNCH]), fix=fix) from None
 
 
 def flag_of(name: str) -> str:
@@ -233,7 +233,7 @@ def _from_record(config: Config | Mapping[str, Any] | None) -> dict[str, tuple[A
     if not isinstance(config, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(
             "a configuration is a `Config` or a mapping of its fields",
-            saw=repr(config),
+            got=repr(config),
             fix="write `faccel.init(faccel.Config(seed=1))` or `faccel.init(seed=1)`",
         )
     return {key: (value, "argument config") for key, value in config.items()}
@@ -308,14 +308,14 @@ def _check_agrees(name: str, flag: tuple[Any, str], argument: tuple[Any, str]) -
     if first != second:
         raise ConfigError(
             f"the script and the launcher contradict each other about `{name}`",
-            saw=f"{flag[1]} {_show(first)}, {argument[1]} {_show(second)}",
+            got=f"{flag[1]} {_show(first)}, {argument[1]} {_show(second)}",
             fix=f"leave out `{flag_of(name)}`, or take `{name}` out of the call of `faccel.init`",
         )
 
 
 def _with_source(error: ConfigError, sources: Mapping[str, str]) -> ConfigError:
     """Return the error of a field with the source that its value came from."""
-    name = next((name for name in sources if error.what.startswith(f"`{name}` ")), "mesh")
+    name = next((name for name in sources if error.problem.startswith(f"`{name}` ")), "mesh")
     source = sources[name].partition(",")[0]
-    saw = error.saw if source == "argument" else f"{error.saw or 'it'}, from the {source}"
-    return ConfigError(error.what, saw=saw, fix=error.fix)
+    got = error.got if source == "argument" else f"{error.got or 'it'}, from the {source}"
+    return ConfigError(error.problem, got=got, fix=error.fix)

@@ -79,7 +79,7 @@ def read(reference: str) -> ConfigFile:
         what = f"section `{section}` of `{path}`" if section else f"`{path}`"
         raise ConfigError(
             f"{what} is not a mapping",
-            saw=f"a {type(values).__name__}",
+            got=f"a {type(values).__name__}",
             fix="write `mixed_precision: bf16`, a key a line",
         )
     return ConfigFile(reference, {str(key): value for key, value in values.items()})
@@ -109,8 +109,8 @@ def write(path: str, values: Mapping[str, Any], comment: str = "") -> None:
             os.unlink(file.name)
             raise
     except OSError as error:
-        saw = error.strerror or str(error)
-        raise ConfigError(f"the configuration `{path}` cannot be written", saw=saw, fix="name another") from None
+        got = error.strerror or str(error)
+        raise ConfigError(f"the configuration `{path}` cannot be written", got=got, fix="name another") from None
 
 
 def _read_text(path: str) -> str | None:
@@ -144,15 +144,15 @@ def _edited(text: str, suffix: str, values: Mapping[str, Any]) -> str:
     except Exception:  # each parser has errors of its own
         says = None
     if says != dict(values):  # a value of several lines, for instance
-        raise ConfigError("the file cannot be changed line by line", saw=f"`{suffix}`", fix="change it by hand")
+        raise ConfigError("the file cannot be changed line by line", got=f"`{suffix}`", fix="change it by hand")
     return result
 
 
 def _suffix(path: str) -> str:
     suffix = os.path.splitext(path)[1]
     if suffix not in _SUFFIXES:
-        saw = suffix or "no suffix"
-        raise ConfigError(f"`{path}` is of no kind that can be read", saw=saw, fix=nearest(suffix, _SUFFIXES))
+        got = suffix or "no suffix"
+        raise ConfigError(f"`{path}` is of no kind that can be read", got=got, fix=nearest(suffix, _SUFFIXES))
     return suffix
 
 
@@ -164,13 +164,13 @@ def _parse(path: str) -> Any:
     except OSError as error:
         fix = "name another, or make it with `faccel config default`"
         raise ConfigError(
-            f"the configuration `{path}` cannot be read", saw=error.strerror or str(error), fix=fix
+            f"the configuration `{path}` cannot be read", got=error.strerror or str(error), fix=fix
         ) from None
     try:
         return _PARSERS[suffix](data.decode())
     except Exception as error:  # each parser has errors of its own
-        saw = " ".join(str(error).split())
-        raise ConfigError(f"`{path}` is not {suffix[1:].upper()}", saw=saw, fix="mend that line") from None
+        got = " ".join(str(error).split())
+        raise ConfigError(f"`{path}` is not {suffix[1:].upper()}", got=got, fix="mend that line") from None
 
 
 def _yaml(text: str) -> Any:

@@ -54,7 +54,7 @@ class Topology:
             if not 0 <= getattr(self, part) < getattr(self, whole):
                 raise TopologyError(
                     f"{self.source} says `{part}` of a world in which it must be below `{whole}`",
-                    saw=f"{part}={getattr(self, part)}, {whole}={getattr(self, whole)}",
+                    got=f"{part}={getattr(self, part)}, {whole}={getattr(self, whole)}",
                     fix="start every process with the same launcher, and set these by hand in no other place",
                 )
 

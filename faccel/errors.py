@@ -11,25 +11,28 @@ class FaccelError(Exception):
     """The root of all errors that faccel raises on purpose.
 
     Attributes:
-        what: What is wrong, one clause.
-        saw: What was found instead, possibly empty.
+        problem: What is wrong, one clause that names the value.
+        got: The value itself, possibly empty.
         fix: What to do, starting with a verb, possibly empty.
     """
 
-    def __init__(self, what: str, *, saw: str = "", fix: str = "") -> None:
-        self.what = what
-        self.saw = saw
+    def __init__(self, problem: str, *, got: str = "", fix: str = "") -> None:
+        self.problem = problem
+        self.got = got
         self.fix = fix
-        got = f" Got {saw}." if saw else ""
-        todo = f"\nTo fix: {fix}." if fix else ""
-        Exception.__init__(self, f"{what}.{got}{todo}")  # not `super()`, which torch.compile cannot see through
+        message = f"{problem}."
+        if got:
+            message += f" Got {got}."
+        if fix:
+            message += f"\nTo fix: {fix}."
+        Exception.__init__(self, message)  # not `super()`, which torch.compile cannot see through
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.what, self.saw, self.fix)
+        return _rebuild, (type(self), self.problem, self.got, self.fix)
 
 
-def _rebuild(cls: type[FaccelError], what: str, saw: str, fix: str) -> FaccelError:
-    return cls(what, saw=saw, fix=fix)
+def _rebuild(cls: type[FaccelError], problem: str, got: str, fix: str) -> FaccelError:
+    return cls(problem, got=got, fix=fix)
 
 
 class ConfigError(FaccelError, ValueError):

@@ -34,7 +34,7 @@ def _is_extent(_: Any, attribute: attrs.Attribute[int], value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
         raise ConfigError(
             f"mesh axis `{attribute.name}` must be a positive number, or -1 to fill the world",
-            saw=repr(value),
+            got=repr(value),
             fix=f"write `{attribute.name}=1` to leave the axis out",
         )
 
@@ -48,7 +48,7 @@ class MeshSpec:
         dp_shard: Ranks that share the parameters among them (FSDP2).
         cp: Context parallel: ranks that share one sequence.
         tp: Tensor parallel: ranks that share one matrix.
-        pp: Pipeline parallel: ranks that share the depth.
+        pp: PipelineConfig parallel: ranks that share the depth.
         ep: Expert parallel: a view of the ranks of `dp_shard` and `cp`, it does not count in the product.
 
     Examples:
@@ -73,7 +73,7 @@ class MeshSpec:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                "a mesh is written as `axis=number,...`", saw=repr(text), fix='write it like `"dp_shard=2,tp=2"`'
+                "a mesh is written as `axis=number,...`", got=repr(text), fix='write it like `"dp_shard=2,tp=2"`'
             ) from None
 
     @classmethod
@@ -85,7 +85,7 @@ class MeshSpec:
             return cls.parse(value)
         if not isinstance(value, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             fix = 'write `mesh="dp_shard=2,tp=2"`'
-            raise ConfigError("a mesh is a `MeshSpec`, a mapping or text", saw=repr(value), fix=fix)
+            raise ConfigError("a mesh is a `MeshSpec`, a mapping or text", got=repr(value), fix=fix)
         for key in value:
             if key not in attrs.fields_dict(cls):
                 raise ConfigError(f"`{key}` is not an axis of a mesh", fix=nearest(key, attrs.fields_dict(cls)))
@@ -111,7 +111,7 @@ class MeshSpec:
         free = [axis for axis, n in extents.items() if n == -1]
         known = math.prod(n for n in extents.values() if n != -1)
         if len(free) > 1:
-            raise ConfigError("only one axis of a mesh can be -1", saw=str(self), fix="name the others")
+            raise ConfigError("only one axis of a mesh can be -1", got=str(self), fix="name the others")
         if free and world_size % known == 0:
             return attrs.evolve(self, **{free[0]: world_size // known})._with_experts()
         if not free and known == world_size:
@@ -124,7 +124,7 @@ class MeshSpec:
                 break
         raise ConfigError(
             f"the mesh does not fit {world_size} processes",
-            saw=f"{self}, {known} ranks",
+            got=f"{self}, {known} ranks",
             fix=f"use {would}, or start {known} processes",
         )
 
@@ -135,7 +135,7 @@ class MeshSpec:
         if holders % self.ep:
             raise ConfigError(
                 "`ep` divides the ranks that share the parameters, `dp_shard * cp`",
-                saw=f"ep={self.ep} of {holders}",
+                got=f"ep={self.ep} of {holders}",
                 fix=f"use `ep={math.gcd(holders, self.ep)}`, or `dp_shard={self.ep}`",
             )
         return self

@@ -16,19 +16,19 @@ HOOKS = ("bf16", "bf16_powersgd", "fp16", "fp16_powersgd", "powersgd")
 
 def _hook(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and value not in HOOKS:
-        raise ConfigError(f"`{attribute.name}` is not a compression of gradients", saw=repr(value),
+        raise ConfigError(f"`{attribute.name}` is not a compression of gradients", got=repr(value),
                           fix=nearest(str(value), HOOKS))  # fmt: skip
 
 
 def _positive(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and not (isinstance(value, (int, float)) and value > 0):
-        raise ConfigError(f"`{attribute.name}` must be positive", saw=repr(value), fix=f"write `{attribute.name}=1`")
+        raise ConfigError(f"`{attribute.name}` must be positive", got=repr(value), fix=f"write `{attribute.name}=1`")
 
 
 def _flag(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if not isinstance(value, bool):
         fix = f"write `{attribute.name}=True`"
-        raise ConfigError(f"`{attribute.name}` must be True or False", saw=repr(value), fix=fix)
+        raise ConfigError(f"`{attribute.name}` must be True or False", got=repr(value), fix=fix)
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ class PowerSgdConfig:
         if self.start_step < 2 and (self.use_error_feedback or self.warm_start):
             raise ConfigError(
                 "error feedback and a warm start need updates that are reduced exactly before them",
-                saw=f"start_step={self.start_step}",
+                got=f"start_step={self.start_step}",
                 fix="write `start_step=2` or more, or leave both out",
             )
 
@@ -125,7 +125,7 @@ _PLACES = ("cpu",)
 def _place(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and value not in _PLACES:
         fix = nearest(str(value), _PLACES)
-        raise ConfigError(f"`{attribute.name}` says where something lives", saw=repr(value), fix=fix)
+        raise ConfigError(f"`{attribute.name}` says where something lives", got=repr(value), fix=fix)
 
 
 def _settings(value: Any) -> Any:
@@ -134,7 +134,7 @@ def _settings(value: Any) -> Any:
     if value is None or isinstance(value, str):
         return value
     fix = 'write `settings="ds_config.json"`, or a mapping of what would stand in it'
-    raise ConfigError("`settings` is a DeepSpeed configuration", saw=repr(value), fix=fix)
+    raise ConfigError("`settings` is a DeepSpeed configuration", got=repr(value), fix=fix)
 
 
 @attrs.frozen(kw_only=True)
@@ -163,7 +163,7 @@ def _deepspeed(fields: dict[str, Any]) -> DeepSpeedConfig:
 
 
 @attrs.frozen(kw_only=True)
-class Checkpointing:
+class ActivationCheckpointing:
     """Activation checkpointing: what forward computed is computed again in backward instead of being kept.
 
     Args:
@@ -178,14 +178,14 @@ class Checkpointing:
 
 
 def _checkpointing(value: Any) -> Any:
-    if value is None or isinstance(value, Checkpointing):
+    if value is None or isinstance(value, ActivationCheckpointing):
         return value
     if value == "full":
-        return Checkpointing()
+        return ActivationCheckpointing()
     if isinstance(value, int) and not isinstance(value, bool):
-        return Checkpointing(every=value)
-    fix = 'write `checkpoint="full"`, a number for each n-th unit, or a `faccel.Checkpointing(...)`'
-    raise ConfigError("`checkpoint` says which units are computed again in backward", saw=repr(value), fix=fix)
+        return ActivationCheckpointing(every=value)
+    fix = 'write `activation_checkpoint="full"`, a number for each n-th unit, or a `faccel.parallel.ActivationCheckpointing(...)`'
+    raise ConfigError("`checkpoint` says which units are computed again in backward", got=repr(value), fix=fix)
 
 
 STYLES = ("colwise", "colwise_gather", "colwise_loss", "heads", "replicate", "rowwise", "rowwise_embedding",
@@ -196,11 +196,11 @@ STYLES = ("colwise", "colwise_gather", "colwise_loss", "heads", "replicate", "ro
 
 def _styles(value: Any) -> Mapping[str, str]:
     if not isinstance(value, Mapping):
-        raise ConfigError("`tensor` is a mapping of name patterns to styles", saw=repr(value),
+        raise ConfigError("`tensor` is a mapping of name patterns to styles", got=repr(value),
                           fix='write `tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}`')  # fmt: skip
     for pattern, style in value.items():
         if style not in STYLES:
-            raise ConfigError(f"the style of `{pattern}` is none", saw=repr(style), fix=nearest(str(style), STYLES))
+            raise ConfigError(f"the style of `{pattern}` is none", got=repr(style), fix=nearest(str(style), STYLES))
     return MappingProxyType(dict(value))
 
 
@@ -210,7 +210,7 @@ def _units(value: Any) -> Any:
     if isinstance(value, (str, tuple, list)) and all(isinstance(each, str) for each in value):
         return _names(value)
     fix = 'write `units="Block"`, `units=("blocks.*",)`, or a number of parameters'
-    raise ConfigError("`units` names classes or modules, or gives a size", saw=repr(value), fix=fix)
+    raise ConfigError("`units` names classes or modules, or gives a size", got=repr(value), fix=fix)
 
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved")
@@ -218,11 +218,11 @@ SCHEDULES = ("1f1b", "gpipe", "interleaved")
 
 def _schedule(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value not in SCHEDULES:
-        raise ConfigError("the schedule of a pipeline is unknown", saw=repr(value), fix=nearest(str(value), SCHEDULES))
+        raise ConfigError("the schedule of a pipeline is unknown", got=repr(value), fix=nearest(str(value), SCHEDULES))
 
 
 @attrs.frozen(kw_only=True)
-class Pipeline:
+class PipelineConfig:
     """How a model is cut into the stages of a pipeline, for a mesh with `pp`.
 
     Args:
@@ -243,9 +243,9 @@ class Pipeline:
 
     def __attrs_post_init__(self) -> None:
         if self.stages_per_rank > 1 and self.schedule != "interleaved":
-            saw = f"stages_per_rank={self.stages_per_rank}, schedule={self.schedule!r}"
+            got = f"stages_per_rank={self.stages_per_rank}, schedule={self.schedule!r}"
             fix = 'write `schedule="interleaved"`'
-            raise ConfigError("this schedule runs one stage on each rank", saw=saw, fix=fix)
+            raise ConfigError("this schedule runs one stage on each rank", got=got, fix=fix)
 
 
 _COMPILE = ("whole", "units")
@@ -254,7 +254,7 @@ _COMPILE = ("whole", "units")
 def _compile(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and value not in _COMPILE:
         fix = nearest(str(value), _COMPILE)
-        raise ConfigError("`compile` says what `torch.compile` gets", saw=repr(value), fix=fix)
+        raise ConfigError("`compile` says what `torch.compile` gets", got=repr(value), fix=fix)
 
 
 @attrs.frozen(kw_only=True)
@@ -270,12 +270,12 @@ class Plan:
             `_no_split_modules`, else the members of its `ModuleList`s; what is left over belongs to the root.
         tensor: For a mesh with `tp`: patterns of module names, and how each is cut. `"colwise"` and `"rowwise"` linear
             layers (or embeddings) come in pairs; `"colwise_gather"` gives its whole output to every rank;
-            `"colwise_loss"` leaves the logits cut, for `faccel.loss_parallel`; `"rowwise_embedding"` cuts a vocabulary;
+            `"colwise_loss"` leaves the logits cut, for `faccel.parallel.loss_parallel`; `"rowwise_embedding"` cuts a vocabulary;
             `"rowwise_split"` takes an input that is whole; `"heads"` is a norm on each rank's own heads of attention;
             `"sequence"` is a norm on a part of the sequence, and `"sequence_colwise"`, `"sequence_rowwise"`,
             `"sequence_embedding"` are those that lie between such parts. All other modules are the same on each rank.
         pipeline: For a mesh with `pp`: how the model is cut into stages.
-        checkpoint: `"full"`, a number for each n-th unit, or a `Checkpointing`.
+        activation_checkpoint: `"full"`, a number for each n-th unit, or a `ActivationCheckpointing`.
         compile: `"whole"` or `"units"`: what `torch.compile` gets; None compiles nothing.
         offload: Whether sharded parameters, gradients and optimizer states live in the memory of the host.
 
@@ -291,8 +291,8 @@ class Plan:
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     units: tuple[str, ...] | int | None = attrs.field(default=None, converter=_units)
     tensor: Mapping[str, str] = attrs.field(factory=dict, converter=_styles)
-    pipeline: Pipeline | None = None
-    checkpoint: Checkpointing | None = attrs.field(default=None, converter=_checkpointing)
+    pipeline: PipelineConfig | None = None
+    activation_checkpoint: ActivationCheckpointing | None = attrs.field(default=None, converter=_checkpointing)
     compile: str | None = attrs.field(default=None, validator=_compile)
     offload: bool = _option(False)
 
@@ -301,16 +301,16 @@ class Plan:
         return _plan, (fields | {"tensor": dict(self.tensor)},)  # which no one can change, and no one can pickle
 
     def __attrs_post_init__(self) -> None:
-        kinds = {"ddp": DdpConfig, "fsdp": FsdpConfig, "deepspeed": DeepSpeedConfig, "pipeline": Pipeline}
+        kinds = {"ddp": DdpConfig, "fsdp": FsdpConfig, "deepspeed": DeepSpeedConfig, "pipeline": PipelineConfig}
         for name, kind in kinds.items():
             value = getattr(self, name)
             if not isinstance(value, kind) and (name != "pipeline" or value is not None):
                 fix = f"write `{name}=faccel.{kind.__name__}(...)`"
-                raise ConfigError(f"`{name}` takes a `{kind.__name__}`", saw=repr(value), fix=fix)
-        budget = self.checkpoint.memory_budget if self.checkpoint else None
+                raise ConfigError(f"`{name}` takes a `{kind.__name__}`", got=repr(value), fix=fix)
+        budget = self.activation_checkpoint.memory_budget if self.activation_checkpoint else None
         if budget is not None and (self.compile is None or budget > 1):
             fix = 'write `compile="units"` too, and a budget of at most 1'
-            raise ConfigError("a memory budget is kept by the compiler", saw=f"memory_budget={budget}", fix=fix)
+            raise ConfigError("a memory budget is kept by the compiler", got=f"memory_budget={budget}", fix=fix)
 
 
 def _plan(fields: dict[str, Any]) -> Plan:

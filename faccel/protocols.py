@@ -80,7 +80,7 @@ def no_join(engine: torch.nn.Module, states: Sequence[Any], ctx: Any) -> NoRetur
     """Refuse to train on uneven inputs: what `Parallelism.join` is where a strategy cannot."""
     raise ConfigError(
         "ranks can only end at different updates where they are replicas",
-        saw=str(ctx.mesh.spec),
+        got=str(ctx.mesh.spec),
         fix='train on a loader with `tail="pad"` or `tail="drop"`',
     )
 

@@ -16,7 +16,7 @@ import attrs
 import torch
 
 from faccel.errors import TreeError
-from faccel.flat import FlatShard
+from faccel.flat_shard import FlatShard
 
 Tree = Any
 """A leaf, or any nesting of containers with leaves."""
@@ -161,9 +161,9 @@ def map_leaves(fn: Callable[[Any], Any], tree: Tree) -> Tree:
 def reject(tree: Tree, leaf_number: int, what: str, fix: str) -> TreeError:
     """Return the error for leaf `leaf_number` of `tree`, with its path and type."""
     leaf = flatten(tree)[0][leaf_number]
-    saw = f"`{paths(tree)[leaf_number]}`, a {type(leaf).__name__}"
+    got = f"`{paths(tree)[leaf_number]}`, a {type(leaf).__name__}"
     shape = getattr(leaf, "shape", None)
-    return TreeError(what, saw=saw if shape is None else f"{saw} of shape {tuple(shape)}", fix=fix)
+    return TreeError(what, got=got if shape is None else f"{got} of shape {tuple(shape)}", fix=fix)
 
 
 def is_dtensor(value: torch.Tensor) -> bool:
@@ -172,7 +172,7 @@ def is_dtensor(value: torch.Tensor) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def is_spread(value: torch.Tensor) -> bool:
+def is_sharded(value: torch.Tensor) -> bool:
     """Whether this rank holds a part of a tensor only: of a DTensor, or of one that an engine has flattened."""
     return isinstance(value, FlatShard) or is_dtensor(value)
 
@@ -186,7 +186,7 @@ def local(value: torch.Tensor) -> torch.Tensor:
 
 def whole(value: torch.Tensor) -> torch.Tensor:
     """Return a tensor that is spread over ranks as one, which is collective; any other itself."""
-    return value.full_tensor() if is_spread(value) else value  # type: ignore[attr-defined]
+    return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
 
 
 def empty_like(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

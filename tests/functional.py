@@ -37,7 +37,7 @@ def net(seed=0, dtype=torch.float64, **options):
 
 def batch_of(step, ctx, dtype=torch.float64, rows=GLOBAL_BATCH):
     """This rank's rows of the batch of a step."""
-    generator = faccel.fold_in(1, step)
+    generator = faccel.random.generator(1, step)
     x = torch.randn(rows, 6, generator=generator, dtype=torch.float64).to(dtype)
     y = torch.randint(0, 3, (rows,), generator=generator)
     mine = rows // ctx.data_world_size
@@ -48,7 +48,7 @@ def batch_of(step, ctx, dtype=torch.float64, rows=GLOBAL_BATCH):
 def loss_of(model, reduction="mean"):
     def loss_fn(params, batch, generator):
         x, y = batch
-        return F.cross_entropy(func.call(model, params, x, generator=generator), y, reduction=reduction)
+        return F.cross_entropy(func.functional_call(model, params, x, generator=generator), y, reduction=reduction)
 
     return loss_fn
 
@@ -56,7 +56,7 @@ def loss_of(model, reduction="mean"):
 def loss_with_buffers(model):
     def loss_fn(params, batch, generator, buffers):
         x, y = batch
-        out, buffers = func.call(model, params, x, generator=generator, buffers=buffers)
+        out, buffers = func.functional_call(model, params, x, generator=generator, buffers=buffers)
         return F.cross_entropy(out, y), buffers
 
     return loss_fn
@@ -75,23 +75,23 @@ def run(ctx, num_steps=5, options=None, **model_options):
     for i in range(num_steps):
         metrics, state = step(state, batch_of(i, ctx))
         losses.append(metrics["loss"])
-    return func.trees.leaves(func.state.leaves_of(state)), torch.stack(losses)
+    return func.tensordicts.leaves(func.train_state.leaves_of(state)), torch.stack(losses)
 
 
 def run_uneven(ctx, num_steps=3):
     """Ranks have different numbers of the rows of each batch; `weight` counts them."""
     model, optimizer = net(), transformation()
     state = func.init_state(model, optimizer, ctx, seed=3)
-    num_micro = 1 if ctx.data_world_size == 4 else 2  # of a single row nothing can be cut
+    num_micro_batches = 1 if ctx.data_world_size == 4 else 2  # of a single row nothing can be cut
     step = func.make_step(
-        loss_of(model, "sum"), optimizer, ctx, weight=lambda batch: len(batch[1]), num_micro=num_micro
+        loss_of(model, "sum"), optimizer, ctx, weight=lambda batch: len(batch[1]), num_micro_batches=num_micro_batches
     )
     cuts = {1: [0, 8], 2: [0, 3, 8], 4: [0, 2, 4, 5, 8]}[ctx.data_world_size]
     part = slice(cuts[ctx.data_rank], cuts[ctx.data_rank + 1])
     for i in range(num_steps):
         x, y = batch_of(i, faccel.testing.fake_context(0, 1))
         metrics, state = step(state, (x[part], y[part]))
-    return func.trees.leaves(func.state.leaves_of(state)), metrics["loss"]
+    return func.tensordicts.leaves(func.train_state.leaves_of(state)), metrics["loss"]
 
 
 def module_path(ctx, num_steps=5, **model_options):

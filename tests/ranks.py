@@ -17,7 +17,7 @@ import torch.distributed as dist
 import faccel
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torch._dynamo", "sklearn.datasets", "faccel.runtime", "faccel.step"])
+SERVER.set_forkserver_preload(["torch", "torch._dynamo", "sklearn.datasets", "faccel.runtime", "faccel.training.step"])
 
 
 def env_of(rank, world_size, port):

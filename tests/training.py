@@ -33,8 +33,8 @@ def train(ctx, plan=None, *, dtype=torch.float64, accum=4, rows=16, steps=3, tie
     loader = faccel.shard(DataLoader(data, rows // accum // ctx.data_world_size), ctx)
     losses, norms, grads = [], [], []
     for window in faccel.windows(loader, ctx, size=accum):
-        with faccel.context_parallel(ctx):
-            found, scaler = faccel.pipeline_step(
+        with faccel.parallel.context_parallel(ctx):
+            found, scaler = faccel.parallel.pipeline_step(
                 lambda net, batch: loss_fn(net, batch, ctx), wrapped, window, scaler, ctx
             )
         losses += faccel.reduce(found, ctx, op="mean", axis="loss").tolist()
@@ -49,13 +49,13 @@ def loss_fn(net, batch, ctx):
     if ctx.mesh.spec.cp == 1:
         return loss_of(net(x), y)
     positions = torch.arange(x.shape[1]).expand_as(x)
-    x, y, positions = faccel.split_sequence((x, y, positions), ctx)
+    x, y, positions = faccel.parallel.split_sequence((x, y, positions), ctx)
     return loss_of(net(x.contiguous(), positions), y)
 
 
 def plan_of(mesh, **options):
     cuts = {"tensor": TENSOR} if "tp=" in mesh else {}
-    pipeline = {"pipeline": faccel.Pipeline(chain=CHAIN)} if "pp=" in mesh else {}
+    pipeline = {"pipeline": faccel.parallel.PipelineConfig(chain=CHAIN)} if "pp=" in mesh else {}
     return faccel.Plan(**{"units": "Block", **cuts, **pipeline, **options})
 
 

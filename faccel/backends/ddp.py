@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from faccel.backends.alike import check_same, take_rank_0s
-from faccel.backends.forward import Methods, call_method, with_precision
-from faccel.backends.recompute import prepare
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
+from faccel.parallel.activation_checkpoint import prepare
+from faccel.parallel.forward import Methods, call_method, with_precision
+from faccel.parallel.sync_states import check_same, take_rank_0s
 from faccel.plan import DdpConfig, Plan
 from faccel.protocols import DATA, Parallelism, Run
 
@@ -50,9 +50,9 @@ def _unused(error: RuntimeError) -> ModelError | None:
         return None
     return ModelError(
         "some parameters took no part in the last loss, so DDP waits for their gradients",
-        saw=next((line for line in str(error).split("\n") if "Parameter indices" in line), "torch names none").strip(),
+        got=next((line for line in str(error).split("\n") if "Parameter indices" in line), "torch names none").strip(),
         fix="use their outputs in the loss, or write "
-        "`faccel.wrap(model, ctx, plan=faccel.Plan(ddp=faccel.DdpConfig(find_unused_parameters=True)))`",
+        "`faccel.wrap(model, ctx, plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(find_unused_parameters=True)))`",
     )
 
 
@@ -66,7 +66,7 @@ def _engine(module: nn.Module, options: DdpConfig, ctx: DistContext) -> Distribu
     engine = DistributedDataParallel(Methods(module), process_group=group, **_NOT_TORCHS | given)
     setattr(engine, _SHARDS_OPTIMIZER, options.shard_optimizer)  # for `_wrap_optimizer`
     if options.comm_hook is not None:
-        from faccel.backends.hooks import register  # torch's hooks take long to import
+        from faccel.backends.ddp_comm_hooks import register  # torch's hooks take long to import
 
         register(engine, options, group)
     return engine
@@ -93,7 +93,7 @@ def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, Run]:
         if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
             raise ModelError(
                 "this model was frozen when it was wrapped, so its gradients would not be reduced",
-                saw="a parameter that requires gradients now",
+                got="a parameter that requires gradients now",
                 fix="call `requires_grad_(True)` before `faccel.wrap`",
             )
         return call_method(module, method, *args, **kwargs)
@@ -104,7 +104,7 @@ def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, Run]:
 def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:
     if not getattr(engine, _SHARDS_OPTIMIZER, False):
         return opt
-    from faccel.backends.zero import shard_optimizer  # torch's takes long to import
+    from faccel.backends.zero1 import shard_optimizer  # torch's takes long to import
 
     return shard_optimizer(opt, ctx)
 
@@ -136,10 +136,10 @@ def _join(engine: nn.Module, states: Sequence[Any], ctx: DistContext) -> Abstrac
     if getattr(engine, _SHARDS_OPTIMIZER, False):
         raise ConfigError(
             "a rank that has ended has no gradients to step its share of the parameters with",
-            saw="shard_optimizer=True",
+            got="shard_optimizer=True",
             fix='leave `shard_optimizer` out, or write `tail="pad"`',
         )
-    from faccel.backends.uneven import joining
+    from faccel.backends.ddp_join import joining
 
     return joining(engine, states, ctx)
 

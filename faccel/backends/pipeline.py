@@ -10,18 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from faccel.backends.alike import check_same
-from faccel.backends.forward import to_fp32
-from faccel.backends.sharded import Layout, same_optimizer, settle, shard_module
-from faccel.backends.stages import Part, remove_others, shared_between, stages_of
+from faccel.backends.fsdp import Layout, same_optimizer, settle, shard_module
 from faccel.comm.objects import broadcast_objects
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
-from faccel.generators import seeded
-from faccel.mix import mix
-from faccel.plan import Pipeline, Plan
+from faccel.parallel.forward import to_fp32
+from faccel.parallel.pipeline_stages import Part, remove_others, shared_between, stages_of
+from faccel.parallel.sync_states import check_same
+from faccel.plan import PipelineConfig, Plan
 from faccel.protocols import WORLD, Parallelism, Run
+from faccel.random.generators import seeded
+from faccel.random.hashing import mix
 from faccel.tree import Tree, local, map_leaves, whole
 
 Loss = Callable[[Callable[..., Any]], torch.Tensor]
@@ -50,7 +50,7 @@ class Engine(nn.Module):
         ctx: The world.
     """
 
-    def __init__(self, parts: Sequence[Part], plan: Pipeline, shared: Sequence[Shared], ctx: DistContext) -> None:
+    def __init__(self, parts: Sequence[Part], plan: PipelineConfig, shared: Sequence[Shared], ctx: DistContext) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.plan, self.shared, self.ctx = plan, tuple(shared), ctx
@@ -69,7 +69,7 @@ class Engine(nn.Module):
         The shapes between stages are found by a forward without gradients, once. torch would run a forward and a
         backward each time, and clear the gradients that are there.
         """
-        from faccel.backends.stage import Stage  # torch's pipelining takes long to import
+        from faccel.parallel.pipeline_schedules import Stage  # torch's pipelining takes long to import
 
         key = str(map_leaves(_key_of, [list(asked[0]), asked[1]]))
         if key not in self._shapes:
@@ -107,7 +107,7 @@ class Engine(nn.Module):
             if wrong is not None:
                 fix = "let each module of the chain return a tensor, or a tuple of tensors"
                 raise ModelError(
-                    f"stage {number} of the pipeline returns something else than tensors", saw=wrong, fix=fix
+                    f"stage {number} of the pipeline returns something else than tensors", got=wrong, fix=fix
                 )
             found.append(told)
             current = tuple(torch.zeros(shape, dtype=dtype, device=self.ctx.device) for shape, dtype in told)
@@ -150,11 +150,11 @@ def _inputs(loss: Loss) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
     if plan.pipeline is None:
-        fix = 'write `plan=faccel.Plan(pipeline=faccel.Pipeline(chain=("embed", "blocks.*", "head")))`'
-        raise ConfigError("a pipeline needs a plan that says how the model is cut", saw=str(ctx.mesh.spec), fix=fix)
+        fix = 'write `plan=faccel.Plan(pipeline=faccel.parallel.PipelineConfig(chain=("embed", "blocks.*", "head")))`'
+        raise ConfigError("a pipeline needs a plan that says how the model is cut", got=str(ctx.mesh.spec), fix=fix)
     check_same(module, ctx, WORLD)
     if any(p.is_meta for p in module.parameters()):
-        raise ModelError("a pipeline is cut from a model with values", saw="meta", fix="build it on the CPU")
+        raise ModelError("a pipeline is cut from a model with values", got="meta", fix="build it on the CPU")
     place, size = ctx.comm.rank("pp"), ctx.comm.size("pp")
     stages = stages_of(module, plan.pipeline, size * plan.pipeline.stages_per_rank)
     layout = Layout.of(module, plan, ctx)
@@ -176,13 +176,13 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
 def _check_alike(shared: Sequence[dict[int, str]], layout: Layout, size: int) -> None:
     """Refuse a parameter that two stages have otherwise, or two stages of one rank: gradients could not be added."""
     for names in shared:
-        saw = ", ".join(f"`{name}`" for name in names.values())
+        got = ", ".join(f"`{name}`" for name in names.values())
         if len({layout.cuts.get(name.rpartition(".")[0]) for name in names.values()}) > 1:
             fix = "leave both out of `tensor`, or untie them"
-            raise ModelError("a parameter that two stages share is cut in one of them only", saw=saw, fix=fix)
+            raise ModelError("a parameter that two stages share is cut in one of them only", got=got, fix=fix)
         if len({stage % size for stage in names}) < len(names):
             fix = "use a number of ranks or a split that puts them on two ranks, or into one stage"
-            raise ModelError("two stages of one rank share a parameter", saw=saw, fix=fix)
+            raise ModelError("two stages of one rank share a parameter", got=got, fix=fix)
 
 
 def _check_units(stages: Sequence[Sequence[str]], layout: Layout) -> None:
@@ -191,7 +191,7 @@ def _check_units(stages: Sequence[Sequence[str]], layout: Layout) -> None:
     for unit in layout.units:
         if not any(unit == name or unit.startswith(f"{name}.") for name in chain):
             fix = "name units that are modules of the chain, or inside of one"
-            raise ConfigError("a unit spans several modules of the pipeline's chain", saw=f"`{unit}`", fix=fix)
+            raise ConfigError("a unit spans several modules of the pipeline's chain", got=f"`{unit}`", fix=fix)
 
 
 def _groups(module: nn.Module, shared: Sequence[dict[int, str]], ctx: DistContext) -> list[Shared]:
@@ -213,7 +213,7 @@ def _groups(module: nn.Module, shared: Sequence[dict[int, str]], ctx: DistContex
 
 
 def _run_window(engine: nn.Module, losses: Sequence[Loss], factors: Sequence[Any], ctx: DistContext) -> torch.Tensor:
-    from faccel.backends.stage import SCHEDULES
+    from faccel.parallel.pipeline_schedules import SCHEDULES
 
     assert isinstance(engine, Engine)
     count = len(losses)
@@ -254,8 +254,8 @@ def _schedule_of(engine: Engine, count: int) -> str:
         return kind
     if not engine.has_run:
         fix = f"use `grad_accum={engine.size}` or more, or a smaller `pp`"
-        saw = f"{count} micro-batches on {engine.size} ranks"
-        raise ConfigError("a pipeline needs as many micro-batches as it has ranks", saw=saw, fix=fix)
+        got = f"{count} micro-batches on {engine.size} ranks"
+        raise ConfigError("a pipeline needs as many micro-batches as it has ranks", got=got, fix=fix)
     return "gpipe"
 
 
@@ -293,10 +293,12 @@ def engine_parameter(engine: Engine, name: str) -> torch.Tensor:
 def _runner(engine: Engine, ctx: DistContext) -> Run:
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
         if method != "forward":
-            raise ModelError("a pipeline runs `forward` only", saw=f"`{method}`", fix="unwrap a model of one process")
+            raise ModelError("a pipeline runs `forward` only", got=f"`{method}`", fix="unwrap a model of one process")
         if torch.is_grad_enabled():
-            fix = "write `faccel.pipeline_step(loss_fn, model, window, scaler, ctx)`, or `with torch.no_grad():`"
-            raise ModelError("a pipeline trains a whole window at a time", saw="a call with gradients on", fix=fix)
+            fix = (
+                "write `faccel.parallel.pipeline_step(loss_fn, model, window, scaler, ctx)`, or `with torch.no_grad():`"
+            )
+            raise ModelError("a pipeline trains a whole window at a time", got="a call with gradients on", fix=fix)
         return infer(engine, args, kwargs, ctx)
 
     return run
@@ -313,7 +315,7 @@ def infer(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], ctx: Di
         if isinstance(module, kind) and module.training:
             fix = "call `model.eval()` first"
             what = "in training mode batch norm depends on how a batch is cut"
-            raise ModelError(what, saw=f"a {type(module).__name__}", fix=fix)
+            raise ModelError(what, got=f"a {type(module).__name__}", fix=fix)
     rows = _rows((args, kwargs))
     count = min(engine.size, rows)
     size = -(-rows // count)
@@ -331,7 +333,7 @@ def infer(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], ctx: Di
 
     chunks = [part(number) for number in range(count)]
     stages = engine.stages(chunks[0], trains=False)
-    from faccel.backends.stage import SCHEDULES
+    from faccel.parallel.pipeline_schedules import SCHEDULES
 
     schedule = SCHEDULES["interleaved" if len(stages) > 1 else "gpipe"](stages, count, None)
     schedule._step_microbatches([c[0] for c in chunks], [c[1] for c in chunks], None, None)
@@ -348,7 +350,7 @@ def _rows(tree: Tree) -> int:
     map_leaves(lambda x: found.append(x.shape[0]) if isinstance(x, torch.Tensor) and x.ndim else None, _listed(tree))
     if not found or not found[0]:
         fix = "pass a tensor with the batch as its first dimension"
-        raise ModelError("a pipeline takes a batch of at least one row", saw="none", fix=fix)
+        raise ModelError("a pipeline takes a batch of at least one row", got="none", fix=fix)
     return found[0]
 
 
@@ -373,8 +375,8 @@ def _to_all(chunks: Any, rows: int, engine: Engine, ctx: DistContext) -> Tree:
 
 
 def _sync(engine: nn.Module, on: bool) -> Any:  # noqa: FBT001 (Parallelism.sync)
-    fix = "write `faccel.pipeline_step`, which reduces once for a window"
-    raise ModelError("a pipeline reduces gradients by itself", saw=f"`grad_sync(model, on={on})`", fix=fix)
+    fix = "write `faccel.parallel.pipeline_step`, which reduces once for a window"
+    raise ModelError("a pipeline reduces gradients by itself", got=f"`grad_sync(model, on={on})`", fix=fix)
 
 
 PIPELINE = Parallelism("pipeline", _wrap, same_optimizer, _sync, settle, run_window=_run_window)

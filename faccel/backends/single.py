@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from faccel.backends.forward import call_method, with_precision
-from faccel.backends.recompute import prepare
 from faccel.context import DistContext
+from faccel.parallel.activation_checkpoint import prepare
+from faccel.parallel.forward import call_method, with_precision
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, Run
 

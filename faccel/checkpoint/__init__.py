@@ -1,1 +1,36 @@
-"""What lasts: a state on the disk, whole or not at all, and back."""
+"""Checkpoints and exports: save policies, what is kept, what is on disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from faccel.exports import lazy
+
+if TYPE_CHECKING:
+    from faccel.checkpoint.export import export_model as export_model
+    from faccel.checkpoint.export import load_model as load_model
+    from faccel.checkpoint.export import save_object as save_object
+    from faccel.checkpoint.manifest import Checkpoint as Checkpoint
+    from faccel.checkpoint.manifest import checkpoints as checkpoints
+    from faccel.checkpoint.policy import KeepPolicy as KeepPolicy
+    from faccel.checkpoint.policy import SaveEvent as SaveEvent
+    from faccel.checkpoint.policy import SavePolicy as SavePolicy
+    from faccel.checkpoint.policy import at_best as at_best
+    from faccel.checkpoint.policy import every_seconds as every_seconds
+    from faccel.checkpoint.policy import every_steps as every_steps
+    from faccel.checkpoint.policy import keep_best as keep_best
+    from faccel.checkpoint.policy import keep_every as keep_every
+    from faccel.checkpoint.policy import keep_latest as keep_latest
+    from faccel.checkpoint.policy import on_preemption as on_preemption
+    from faccel.checkpoint.preemption import Preemption as Preemption
+
+_NAMES = {
+    "faccel.checkpoint.export": ("export_model", "load_model", "save_object"),
+    "faccel.checkpoint.manifest": ("Checkpoint", "checkpoints"),
+    "faccel.checkpoint.policy": (
+        "KeepPolicy", "SaveEvent", "SavePolicy", "at_best", "every_seconds", "every_steps",
+        "keep_best", "keep_every", "keep_latest", "on_preemption",
+    ),
+    "faccel.checkpoint.preemption": ("Preemption",),
+}  # fmt: skip
+__getattr__, __dir__, __all__ = lazy(__name__, _NAMES)  # pyright: ignore[reportUnsupportedDunderAll]

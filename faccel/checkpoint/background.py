@@ -18,8 +18,8 @@ import torch
 
 from faccel.checkpoint.files import FileEntry, Slice
 from faccel.checkpoint.policy import KeepPolicy
-from faccel.checkpoint.together import as_checkpoint_error, failures, together
-from faccel.checkpoint.writing import Begun
+from faccel.checkpoint.transaction import Begun
+from faccel.comm.all_or_error import all_or_error, as_checkpoint_error, failures
 from faccel.context import DistContext
 from faccel.errors import CheckpointError, FaccelError
 from faccel.protocols import WORLD
@@ -108,7 +108,7 @@ def start(begun: Begun, ctx: DistContext, metadata: Mapping[str, Any] | None, po
     """
     copies: list[list[Slice]] = []
     try:
-        together(lambda: copies.append(staged(begun.slices)), ctx, "copy its part")
+        all_or_error(lambda: copies.append(staged(begun.slices)), ctx, "copy its part")
     except BaseException:
         begun.end()
         raise
@@ -168,12 +168,12 @@ def _wait_for_words(folder: str, world_size: int, timeout_s: float, pending: Pen
             patience_s = timeout_s if pending.patience_s is None else pending.patience_s
             if time.monotonic() > moved_at + patience_s:
                 what = f"rank {rank} has not written its part"
-                raise CheckpointError(what, saw="no word of it", fix="look at its log")
+                raise CheckpointError(what, got="no word of it", fix="look at its log")
             time.sleep(_POLL_S)
         with open(path) as file:
             word = json.load(file)
         if "error" in word:
-            raise CheckpointError(f"rank {rank} could not write its part", saw=word["error"], fix="mend that")
+            raise CheckpointError(f"rank {rank} could not write its part", got=word["error"], fix="mend that")
         files += [FileEntry(**each) for each in word["files"]]
         os.unlink(path)
     return files

@@ -29,8 +29,8 @@ from faccel.checkpoint.encode import (
 )
 from faccel.context import DistContext
 from faccel.errors import CheckpointError, nearest
-from faccel.model import WrappedModel
-from faccel.rng import RngState
+from faccel.random.seeding import RngState
+from faccel.training.model import WrappedModel
 from faccel.tree import empty_like, is_tensordict
 
 Finish = Callable[[], Any]
@@ -46,9 +46,9 @@ class Stored:
 
 
 def _misfit(
-    path: str, saw: str, fix: str = "load into the state that was saved, or into a part of it"
+    path: str, got: str, fix: str = "load into the state that was saved, or into a part of it"
 ) -> CheckpointError:
-    return CheckpointError("the checkpoint does not fit the state", saw=f"`{path or 'state'}`: {saw}", fix=fix)
+    return CheckpointError("the checkpoint does not fit the state", got=f"`{path or 'state'}`: {got}", fix=fix)
 
 
 class Decoder:
@@ -71,8 +71,8 @@ class Decoder:
         """Return what gives the value of `node`, for the place that `into` has in the state."""
         wanted = _kind_for(into)
         if wanted is not None and (not isinstance(node, dict) or node.get("!") != wanted):
-            saw = f"no {wanted} in the checkpoint, a {type(into).__name__} in the state"
-            raise _misfit(path, saw, "load what was saved there, or leave it out")
+            got = f"no {wanted} in the checkpoint, a {type(into).__name__} in the state"
+            raise _misfit(path, got, "load what was saved there, or leave it out")
         if not isinstance(node, (dict, list)):
             return lambda: node
         if isinstance(node, list):
@@ -233,8 +233,8 @@ class Decoder:
 
     def stateful(self, node: dict[str, Any], into: Any, path: str) -> Finish:
         if not is_stateful(into):
-            saw = f"an object with `state_dict` in the checkpoint, {type(into).__name__} in the state"
-            raise _misfit(path, saw, "pass an object with `load_state_dict`")
+            got = f"an object with `state_dict` in the checkpoint, {type(into).__name__} in the state"
+            raise _misfit(path, got, "pass an object with `load_state_dict`")
         finish = self.decode(node["v"], None, path)
 
         def load() -> Any:
@@ -270,8 +270,8 @@ class Decoder:
             aliases = {a.name: a.alias for a in attrs.fields(kind)} if attrs.has(kind) else {}
             return lambda: kind(**{aliases.get(name, name): finish() for name, finish in parts.items()})
         if not node.get("tuple"):
-            saw = f"a {node['class']} in the checkpoint, a {kind.__name__} in the state"
-            raise _misfit(path, saw, f"put a {node['class']} there, so that its class is known")
+            got = f"a {node['class']} in the checkpoint, a {kind.__name__} in the state"
+            raise _misfit(path, got, f"put a {node['class']} there, so that its class is known")
         return lambda: tuple(finish() for finish in parts.values())  # a named tuple is equal to it
 
 

@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 from faccel.context import DistContext
 from faccel.data.order import Cursor
 from faccel.errors import CheckpointError
-from faccel.generators import Generators
-from faccel.mix import mix
-from faccel.model import WrappedModel
-from faccel.precision import ScalerState
-from faccel.rng import RngState
-from faccel.tree import is_spread, is_tensordict
+from faccel.random.generators import Generators
+from faccel.random.hashing import mix
+from faccel.random.seeding import RngState
+from faccel.training.model import WrappedModel
+from faccel.training.precision import ScalerState
+from faccel.tree import is_sharded, is_tensordict
 
 Node = Any
 """What stands in the manifest: None, a bool, int, finite float, str, a list of nodes, a dict of them by text, or a dict
@@ -128,7 +128,7 @@ class Encoder:
                 return encode(self, value, path)
         raise CheckpointError(
             "this cannot be stored without code",
-            saw=f"`{path}`, a {type(value).__module__}.{type(value).__qualname__}",
+            got=f"`{path}`, a {type(value).__module__}.{type(value).__qualname__}",
             fix="give it `state_dict` and `load_state_dict`, store its tensors and numbers, or leave it out",
         )
 
@@ -138,14 +138,14 @@ class Encoder:
     def tensor(self, value: torch.Tensor, path: str) -> Node:
         if value.layout != torch.strided or value.is_quantized:
             raise CheckpointError(
-                "only dense tensors can be stored", saw=f"`{path}`, {value.layout}", fix="call `.to_dense()` on it"
+                "only dense tensors can be stored", got=f"`{path}`, {value.layout}", fix="call `.to_dense()` on it"
             )
         if path in self._taken:
-            raise CheckpointError("two tensors would have one name", saw=f"`{path}`", fix="name one of them otherwise")
+            raise CheckpointError("two tensors would have one name", got=f"`{path}`", fix="name one of them otherwise")
         self._taken.add(path)
-        value = value.detach() if is_spread(value) else value.detach().resolve_neg()
+        value = value.detach() if is_sharded(value) else value.detach().resolve_neg()
         is_complex = value.dtype.is_complex
-        if self._ctx.data_rank == 0 or is_spread(value):  # of replicas the first one counts, be they equal or not
+        if self._ctx.data_rank == 0 or is_sharded(value):  # of replicas the first one counts, be they equal or not
             self.tensors[path] = torch.view_as_real(value.resolve_conj()) if is_complex else value
         return {"!": "complex" if is_complex else "tensor"}
 
@@ -193,8 +193,8 @@ class Encoder:
         key = key.item() if isinstance(key, np.generic) else key
         parts: list[Any] = list(key) if type(key) is tuple else [key]
         if not all(isinstance(each, (*_PLAIN, float, bytes, torch.dtype)) for each in parts):
-            saw = f"a {type(key).__name__} in `{path}`"
-            raise CheckpointError("this cannot be stored as a key", saw=saw, fix="use numbers, text or tuples of them")
+            got = f"a {type(key).__name__} in `{path}`"
+            raise CheckpointError("this cannot be stored as a key", got=got, fix="use numbers, text or tuples of them")
         return self.encode(key, path)
 
     def record(self, value: Any, path: str) -> Node:
@@ -203,7 +203,7 @@ class Encoder:
         if self._is_inside_object and not is_own and not is_tuple:
             raise CheckpointError(
                 "inside of a `state_dict` nothing tells the class of a record when it is loaded",
-                saw=f"`{path}`, a {name}",
+                got=f"`{path}`, a {name}",
                 fix="give its fields away as a dict, in that object's `state_dict`",
             )
         fields = {k: v for k, v in (fields_of(value) or {}).items() if not is_own or k not in _NOT_STORED.get(name, ())}
@@ -218,7 +218,7 @@ class Encoder:
     def array(self, value: Any, path: str) -> Node:
         if value.dtype.kind not in "biufc":
             raise CheckpointError(
-                "only arrays of numbers can be stored", saw=f"`{path}`, {value.dtype}", fix="use a list"
+                "only arrays of numbers can be stored", got=f"`{path}`, {value.dtype}", fix="use a list"
             )
         node = self.tensor(torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape)), path)
         return {"!": "array", "v": node, "dtype": value.dtype.str, "scalar": isinstance(value, np.generic)}
@@ -252,7 +252,7 @@ def _tensors_of(rng: RngState) -> dict[str, torch.Tensor]:
     version, words, pair = rng.python
     kind, keys, place, has_pair, kept = rng.numpy
     if kind != "MT19937":
-        raise CheckpointError("numpy's process-wide generator is not its own", saw=kind, fix="set it back to MT19937")
+        raise CheckpointError("numpy's process-wide generator is not its own", got=kind, fix="set it back to MT19937")
     nan = float("nan")
     tensors = {
         "torch": rng.torch,

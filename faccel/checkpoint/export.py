@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from faccel.checkpoint.dcp import Reader
 from faccel.checkpoint.encode import trained
 from faccel.checkpoint.files import Slice, sync_directory, write_file, write_safetensors
 from faccel.checkpoint.pretrained import adapter_of, describe, write_adapter
-from faccel.checkpoint.storage import Reader
-from faccel.checkpoint.together import together
+from faccel.comm.all_or_error import all_or_error
 from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import CheckpointError, ConfigError
-from faccel.flat import FlatShard
-from faccel.model import WrappedModel
+from faccel.flat_shard import FlatShard
+from faccel.training.model import WrappedModel
 from faccel.tree import local, whole
 
 _INDEX = "model.safetensors.index.json"
@@ -42,7 +42,7 @@ def num_bytes(size: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise ConfigError(
-            "`max_shard_size` is a size", saw=repr(size), fix='write `"5GB"`, `"500MB"` or a number of bytes'
+            "`max_shard_size` is a size", got=repr(size), fix='write `"5GB"`, `"500MB"` or a number of bytes'
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
@@ -51,7 +51,7 @@ def _module(model: Any) -> nn.Module:
     if isinstance(model, WrappedModel):
         return model.module
     if not isinstance(model, nn.Module):
-        raise CheckpointError("only a model can be exported", saw=f"a {type(model).__name__}", fix="pass the model")
+        raise CheckpointError("only a model can be exported", got=f"a {type(model).__name__}", fix="pass the model")
     return model
 
 
@@ -197,7 +197,7 @@ def export_model(
 def _export_adapter(
     module: nn.Module, adapter: str, state: Mapping[str, torch.Tensor], path: str, ctx: DistContext
 ) -> list[str]:
-    told = together(
+    told = all_or_error(
         lambda: write_adapter(module, adapter, state, path) if ctx.is_main else None, ctx, "write the adapter"
     )
     return told[0] or []
@@ -227,14 +227,16 @@ def write_export(
 
     Effects: ambient, collective.
     """
-    opened = together(lambda: _Writer(path, shards, ties) if ctx.is_main else None, ctx, "begin an export")
+    opened = all_or_error(lambda: _Writer(path, shards, ties) if ctx.is_main else None, ctx, "begin an export")
     writer = opened[0] if ctx.is_main else None
     try:
         for number, names in enumerate(shards):
             tensors = fetch(names)
-            together(lambda n=number, t=tensors: writer and writer.write(n, t), ctx, "write the export")
-        together(lambda: writer and writer.finish(module), ctx, "finish the export")
-        files = together(lambda: sorted(set(writer.weight_map.values())) if writer else None, ctx, "end the export")[0]
+            all_or_error(lambda n=number, t=tensors: writer and writer.write(n, t), ctx, "write the export")
+        all_or_error(lambda: writer and writer.finish(module), ctx, "finish the export")
+        files = all_or_error(
+            lambda: sorted(set(writer.weight_map.values())) if writer else None, ctx, "end the export"
+        )[0]
         return files or []
     finally:
         if writer is not None:
@@ -285,9 +287,9 @@ def load_model(
         _refuse(unknown, "not the model's")
         _refuse(wrong, "of another shape")
 
-    together(plan, ctx, "find the weights of the model")
-    together(lambda: readers[0].read(kept), ctx, "read the weights")
-    together(lambda: model.load_state_dict(state), ctx, "load the weights")  # for modules that give copies away
+    all_or_error(plan, ctx, "find the weights of the model")
+    all_or_error(lambda: readers[0].read(kept), ctx, "read the weights")
+    all_or_error(lambda: model.load_state_dict(state), ctx, "load the weights")  # for modules that give copies away
 
 
 def _refuse(names: Sequence[str], what: str) -> None:
@@ -295,7 +297,7 @@ def _refuse(names: Sequence[str], what: str) -> None:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise CheckpointError(
             "these weights do not fit the model",
-            saw=f"{', '.join(f'`{n}`' for n in names[:3])}{more}: {what}",
+            got=f"{', '.join(f'`{n}`' for n in names[:3])}{more}: {what}",
             fix="build the model that was exported; another format is converted by its own `from_pretrained`",
         )
 
@@ -308,13 +310,13 @@ def _files_of(path: str) -> tuple[str, list[str]]:
         with open(index) as file:
             names = sorted(set(json.load(file).get("weight_map", {}).values()))
         if not names or any(os.path.basename(name) != name for name in names):
-            raise CheckpointError("the index names no files of its directory", saw=f"`{index}`", fix="export it again")
+            raise CheckpointError("the index names no files of its directory", got=f"`{index}`", fix="export it again")
         return path, names
     if os.path.exists(os.path.join(path, "model.safetensors")):
         return path, ["model.safetensors"]
     raise CheckpointError(
         "there are no weights",
-        saw=f"neither `model.safetensors` nor `{_INDEX}` in `{path}`",
+        got=f"neither `model.safetensors` nor `{_INDEX}` in `{path}`",
         fix="name their directory",
     )
 
@@ -358,4 +360,4 @@ def save_object(obj: Any, path: str | os.PathLike[str], ctx: DistContext) -> Non
                 os.unlink(os.path.join(folder, temporary))
         sync_directory(folder)
 
-    together(lambda: write() if ctx.is_main else None, ctx, f"write `{os.fspath(path)}`")
+    all_or_error(lambda: write() if ctx.is_main else None, ctx, f"write `{os.fspath(path)}`")

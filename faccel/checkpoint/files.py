@@ -81,7 +81,7 @@ def _header(slices: Sequence[Slice], metadata: Mapping[str, str] | None) -> byte
     for each in slices:
         if each.tensor.dtype not in _DTYPES:
             raise CheckpointError(
-                "this dtype cannot be stored", saw=f"`{each.key}`, {each.tensor.dtype}", fix="cast it"
+                "this dtype cannot be stored", got=f"`{each.key}`, {each.tensor.dtype}", fix="cast it"
             )
         begin, end = end, end + each.tensor.numel() * each.tensor.dtype.itemsize
         shape = list(each.tensor.shape)
@@ -169,7 +169,7 @@ def lock(directory: str) -> int:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise
         raise CheckpointError(
-            "another writer is saving into this directory", saw=directory, fix="give each run a directory of its own"
+            "another writer is saving into this directory", got=directory, fix="give each run a directory of its own"
         ) from None
     return fd
 

@@ -7,10 +7,10 @@ import os
 from typing import Any
 
 from faccel.checkpoint.background import settle
+from faccel.checkpoint.dcp import Reader
 from faccel.checkpoint.decode import Decoder
-from faccel.checkpoint.record import Checkpoint, Manifest, check_hash, checkpoints, read_manifest
-from faccel.checkpoint.storage import Reader
-from faccel.checkpoint.together import together
+from faccel.checkpoint.manifest import Checkpoint, Manifest, check_hash, checkpoints, read_manifest
+from faccel.comm.all_or_error import all_or_error
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import CheckpointError
@@ -35,12 +35,12 @@ def latest(path: str | os.PathLike[str], ctx: DistContext) -> Checkpoint | None:
 
 
 def _found(path: str | os.PathLike[str], ctx: DistContext) -> list[Checkpoint]:
-    looked = together(lambda: checkpoints(path) if ctx.is_main else None, ctx, f"look into `{os.fspath(path)}`")
+    looked = all_or_error(lambda: checkpoints(path) if ctx.is_main else None, ctx, f"look into `{os.fspath(path)}`")
     return looked[0] or []
 
 
 @effectful(AMBIENT, COLLECTIVE, updates("state"))
-def load(path: str | os.PathLike[str], state: Any, ctx: DistContext, *, step: int | None = None) -> Any:
+def load(state: Any, path: str | os.PathLike[str], ctx: DistContext, *, step: int | None = None) -> Any:
     """Load the newest valid checkpoint of a directory into `state`.
 
     Effects: updates state, ambient, collective. Reads files, and executes nothing that is in them. What has identity
@@ -48,8 +48,8 @@ def load(path: str | os.PathLike[str], state: Any, ctx: DistContext, *, step: in
     was verified on all ranks; every value (scaler, cursor, random states, numbers, tensors) is returned new.
 
     Args:
-        path: A directory of checkpoints.
         state: Of the structure that was saved, or a part of it: a dict may leave out keys.
+        path: A directory of checkpoints.
         ctx: The world. Its size and layout may differ from those that saved.
         step: Which checkpoint; None takes the newest that is as it was written.
 
@@ -67,8 +67,8 @@ def load(path: str | os.PathLike[str], state: Any, ctx: DistContext, *, step: in
         >>> from faccel.testing import fake_context
         >>> ctx = fake_context(0, 1)
         >>> with tempfile.TemporaryDirectory() as path:
-        ...     _ = save(path, {"step": 3, "x": torch.ones(2)}, ctx, step=3)
-        ...     load(path, {"step": 0, "x": None}, ctx)
+        ...     _ = save({"step": 3, "x": torch.ones(2)}, path, ctx, step=3)
+        ...     load({"step": 0, "x": None}, path, ctx)
         {'step': 3, 'x': tensor([1., 1.])}
     """
     settle(ctx)
@@ -78,7 +78,7 @@ def load(path: str | os.PathLike[str], state: Any, ctx: DistContext, *, step: in
         there = ", ".join(str(each.step) for each in found) or "nothing"
         raise CheckpointError(
             f"there is no checkpoint{'' if step is None else f' of step {step}'} in `{os.fspath(path)}`",
-            saw=f"steps: {there}" if found else there,
+            got=f"steps: {there}" if found else there,
             fix="ask `faccel.latest(path, ctx)` first, which is None where there is none",
         )
     problems: list[str] = []
@@ -93,7 +93,7 @@ def load(path: str | os.PathLike[str], state: Any, ctx: DistContext, *, step: in
             )
     raise CheckpointError(
         f"no checkpoint{'' if step is None else f' of step {step}'} in `{os.fspath(path)}` is as it was written",
-        saw="; ".join(problems),
+        got="; ".join(problems),
         fix="restore it from a copy" if step is None else "load another step, or none in particular",
     )
 
@@ -107,9 +107,9 @@ def _verify(checkpoint: Checkpoint, ctx: DistContext) -> str | None:
         return [problem for entry in files if (problem := check_hash(checkpoint.path, entry))]
 
     try:
-        return next((problem for part in together(mine, ctx, "verify") for problem in part), None)
+        return next((problem for part in all_or_error(mine, ctx, "verify") for problem in part), None)
     except CheckpointError as error:
-        return error.saw
+        return error.got
 
 
 def _load(checkpoint: Checkpoint, state: Any, ctx: DistContext) -> Any:
@@ -121,9 +121,9 @@ def _load(checkpoint: Checkpoint, state: Any, ctx: DistContext) -> Any:
         planned.append((reader, decoder, finish))
 
     planned: list[Any] = []
-    together(plan, ctx, "find a place for everything in the checkpoint")
+    all_or_error(plan, ctx, "find a place for everything in the checkpoint")
     reader, decoder, finish = planned[0]
-    together(lambda: reader.read(decoder.destinations), ctx, "read the checkpoint")
+    all_or_error(lambda: reader.read(decoder.destinations), ctx, "read the checkpoint")
     loaded: list[Any] = []
-    together(lambda: loaded.append(finish()), ctx, "load the checkpoint")
+    all_or_error(lambda: loaded.append(finish()), ctx, "load the checkpoint")
     return loaded[0]

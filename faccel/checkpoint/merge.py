@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from faccel.checkpoint.dcp import Reader
 from faccel.checkpoint.encode import join
 from faccel.checkpoint.export import num_bytes, shards_of, write_export
-from faccel.checkpoint.record import MANIFEST, Checkpoint, check_hash, checkpoints, read_manifest
-from faccel.checkpoint.storage import Reader
+from faccel.checkpoint.manifest import MANIFEST, Checkpoint, check_hash, checkpoints, read_manifest
 from faccel.context import DistContext
 from faccel.errors import CheckpointError
 
@@ -37,19 +37,19 @@ def merge(
     """
     folder = _newest(path).path
     if os.path.exists(os.path.join(out, MANIFEST)):
-        raise CheckpointError("an export would spoil this checkpoint", saw=f"`{out}`", fix="name another directory")
+        raise CheckpointError("an export would spoil this checkpoint", got=f"`{out}`", fix="name another directory")
     manifest = read_manifest(folder)
     problem = next((said for entry in manifest.files if (said := check_hash(folder, entry))), None)
     if problem is not None:
-        raise CheckpointError("the checkpoint is not as it was written", saw=problem, fix="merge another one")
+        raise CheckpointError("the checkpoint is not as it was written", got=problem, fix="merge another one")
     state = manifest.state if isinstance(manifest.state, dict) else {}
     models = {key: node["v"] for key, node in state.items() if isinstance(node, dict) and node.get("!") == "module"}
     if name is None and len(models) == 1:
         name = min(models)
     if name is None or name not in models:
         listed = ", ".join(f"`{each}`" for each in sorted(models)) or "none"
-        saw = f"{name}; there are {listed}"
-        raise CheckpointError("name a model of the checkpoint", saw=saw, fix="pass `--model NAME`")
+        got = f"{name}; there are {listed}"
+        raise CheckpointError("name a model of the checkpoint", got=got, fix="pass `--model NAME`")
     reader = Reader(folder, [each.name for each in manifest.files])
     stored, weights = reader.stored(), dict[str, tuple[str, bool]]()
     for key, node in models[name].items():
@@ -78,5 +78,5 @@ def _newest(path: str) -> Checkpoint:
     except ValueError:
         found = next((each for each in checkpoints(path) if each.problem is None), None)
     if found is None:
-        raise CheckpointError("there is no checkpoint", saw=f"`{path}`", fix="name one, or the directory of a run")
+        raise CheckpointError("there is no checkpoint", got=f"`{path}`", fix="name one, or the directory of a run")
     return found

@@ -7,12 +7,12 @@ from typing import Any
 
 import attrs
 
-from faccel.checkpoint.record import Checkpoint
+from faccel.checkpoint.manifest import Checkpoint
 from faccel.errors import ConfigError
 
 
 @attrs.frozen
-class Moment:
+class SaveEvent:
     """What a `SavePolicy` looks at; the caller counts.
 
     Args:
@@ -32,20 +32,20 @@ class Moment:
 
 @attrs.frozen
 class SavePolicy:
-    """Whether to save at a `Moment`. `|` and `&` combine policies.
+    """Whether to save at a `SaveEvent`. `|` and `&` combine policies.
 
     Args:
         is_due: The predicate.
 
     Examples:
         >>> due = every_steps(100) | on_preemption()
-        >>> due(Moment(step=100)), due(Moment(step=7)), due(Moment(step=7, preempted=True))
+        >>> due(SaveEvent(step=100)), due(SaveEvent(step=7)), due(SaveEvent(step=7, preempted=True))
         (True, False, True)
     """
 
-    is_due: Callable[[Moment], bool]
+    is_due: Callable[[SaveEvent], bool]
 
-    def __call__(self, moment: Moment) -> bool:
+    def __call__(self, moment: SaveEvent) -> bool:
         return self.is_due(moment)
 
     def __or__(self, other: SavePolicy) -> SavePolicy:
@@ -61,7 +61,7 @@ def every_steps(n: int) -> SavePolicy:
     Effects: pure.
 
     Examples:
-        >>> [step for step in range(1, 8) if every_steps(3)(Moment(step))]
+        >>> [step for step in range(1, 8) if every_steps(3)(SaveEvent(step))]
         [3, 6]
     """
     _check_positive("every_steps", n, int)
@@ -74,7 +74,7 @@ def every_seconds(t: float) -> SavePolicy:
     Effects: pure.
 
     Examples:
-        >>> every_seconds(600)(Moment(step=1, seconds_since_save=601))
+        >>> every_seconds(600)(SaveEvent(step=1, seconds_since_save=601))
         True
     """
     _check_positive("every_seconds", t)
@@ -90,12 +90,12 @@ def at_best(*, mode: str = "max") -> SavePolicy:
         mode: `"max"` where more is better, else `"min"`.
 
     Examples:
-        >>> at_best()(Moment(step=1, metric=0.9, best=0.8)), at_best(mode="min")(Moment(step=1, metric=0.9, best=0.8))
+        >>> at_best()(SaveEvent(step=1, metric=0.9, best=0.8)), at_best(mode="min")(SaveEvent(step=1, metric=0.9, best=0.8))
         (True, False)
     """
     sign = _sign(mode)
 
-    def is_best(moment: Moment) -> bool:
+    def is_best(moment: SaveEvent) -> bool:
         return moment.metric is not None and (moment.best is None or sign * moment.metric > sign * moment.best)
 
     return SavePolicy(is_best)
@@ -107,7 +107,7 @@ def on_preemption() -> SavePolicy:
     Effects: pure.
 
     Examples:
-        >>> on_preemption()(Moment(step=1, preempted=True))
+        >>> on_preemption()(SaveEvent(step=1, preempted=True))
         True
     """
     return SavePolicy(lambda moment: moment.preempted)
@@ -200,15 +200,17 @@ def keep_policy(keep: Any) -> KeepPolicy | None:
         return keep
     if isinstance(keep, int) and not isinstance(keep, bool):
         return keep_latest(keep)
-    raise ConfigError("`keep` is a number, a policy or None", saw=repr(keep), fix="write `keep=faccel.keep_latest(3)`")
+    raise ConfigError(
+        "`keep` is a number, a policy or None", got=repr(keep), fix="write `keep=faccel.checkpoint.keep_latest(3)`"
+    )
 
 
 def _check_positive(name: str, n: Any, kind: type = float) -> None:
     if isinstance(n, bool) or not isinstance(n, (int, kind)) or n <= 0:
-        raise ConfigError(f"`{name}` takes a positive number", saw=repr(n), fix=f"write `faccel.{name}(1)`")
+        raise ConfigError(f"`{name}` takes a positive number", got=repr(n), fix=f"write `faccel.{name}(1)`")
 
 
 def _sign(mode: str) -> int:
     if mode not in ("max", "min"):
-        raise ConfigError("`mode` says what is better", saw=repr(mode), fix='use `"max"` or `"min"`')
+        raise ConfigError("`mode` says what is better", got=repr(mode), fix='use `"max"` or `"min"`')
     return 1 if mode == "max" else -1

@@ -60,7 +60,7 @@ def adapter_of(module: Any) -> str | None:
     names = names() if callable(names) else names
     if len(names) != 1:
         fix = "activate one with `set_adapter(name)`, and export them one after the other"
-        raise CheckpointError("one adapter is exported at a time", saw=f"active: {', '.join(names) or 'none'}", fix=fix)
+        raise CheckpointError("one adapter is exported at a time", got=f"active: {', '.join(names) or 'none'}", fix=fix)
     return names[0]
 
 

@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from faccel.checkpoint.background import settle, start
+from faccel.checkpoint.manifest import Checkpoint
 from faccel.checkpoint.policy import KeepPolicy, keep_policy
-from faccel.checkpoint.record import Checkpoint
-from faccel.checkpoint.together import together
-from faccel.checkpoint.writing import begin
+from faccel.checkpoint.transaction import begin
+from faccel.comm.all_or_error import all_or_error
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 
 
 @effectful(AMBIENT, COLLECTIVE)
 def save(
-    path: str | os.PathLike[str],
     state: Any,
+    path: str | os.PathLike[str],
     ctx: DistContext,
     *,
     step: int,
@@ -34,10 +34,10 @@ def save(
     on a file system that all of them see. Each rank writes its part (replicas are shared out), rank 0 commits.
 
     Args:
-        path: A directory of checkpoints, which is made where it is missing. One run writes into it at a time.
         state: Any nesting of wrapped models, modules, optimizers, schedulers, scalers, cursors, random states,
             TensorDicts, tensors, arrays, numbers, strings, records, and objects with `state_dict` and
             `load_state_dict`. Random states differ between ranks, of everything else that is no tensor rank 0's counts.
+        path: A directory of checkpoints, which is made where it is missing. One run writes into it at a time.
         ctx: The world.
         step: Must be above the newest committed checkpoint's.
         keep: How many checkpoints stay, or a policy; None keeps all. Those that go, go after this one is committed.
@@ -62,7 +62,7 @@ def save(
         >>> from faccel.testing import fake_context
         >>> ctx = fake_context(0, 1)
         >>> with tempfile.TemporaryDirectory() as path:
-        ...     at = save(path, {"step": 3}, ctx, step=3)
+        ...     at = save({"step": 3}, path, ctx, step=3)
         ...     at.step, at.problem
         (3, None)
     """
@@ -75,9 +75,9 @@ def save(
         start(begun, ctx, metadata, policy)
         return Checkpoint(begun.target.final, step, ctx.world_size, problem="still being written")
     try:
-        files = [entry for part in together(begun.write, ctx, "write its part") for entry in part]
+        files = [entry for part in all_or_error(begun.write, ctx, "write its part") for entry in part]
         manifest = begun.manifest(files, metadata, ctx)
-        done = together(lambda: begun.commit(manifest, policy) if ctx.is_main else None, ctx, "commit")[0]
+        done = all_or_error(lambda: begun.commit(manifest, policy) if ctx.is_main else None, ctx, "commit")[0]
         assert done is not None
         return done
     finally:

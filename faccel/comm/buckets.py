@@ -40,7 +40,7 @@ class _Summed(torch.autograd.Function):
 def check_cap(bucket_cap_mb: float) -> None:
     """Refuse a size of buckets that is not positive."""
     if not bucket_cap_mb > 0:
-        raise ConfigError("`bucket_cap_mb` must be positive", saw=str(bucket_cap_mb), fix="leave it out for 25 MB")
+        raise ConfigError("`bucket_cap_mb` must be positive", got=str(bucket_cap_mb), fix="leave it out for 25 MB")
 
 
 def summed_buckets(

@@ -11,13 +11,13 @@ from typing import ParamSpec, TypeVar
 import attrs
 import torch
 
+from faccel.call_site import call_site, standing_at
 from faccel.comm.objects import gather_objects
 from faccel.comm.pack import check_rank
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, DesyncError, RankFailedError, nearest
 from faccel.protocols import WORLD
-from faccel.whereabouts import call_site, standing_at
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,14 +38,14 @@ def barrier(ctx: DistContext, *, axis: str = WORLD) -> None:
 
 
 @attrs.frozen
-class Verdict:
+class Agreement:
     """What the ranks decided together: the same on all of them. `verdict.nan` and `verdict["nan"]` are one thing.
 
     Args:
         raised_by: For each flag the lowest rank of the axis that raised it, None where nobody did.
 
     Examples:
-        >>> verdict = Verdict({"nan": 2, "stop": None})
+        >>> verdict = Agreement({"nan": 2, "stop": None})
         >>> verdict.nan, verdict["stop"], verdict.any
         (True, False, True)
     """
@@ -69,7 +69,7 @@ class Verdict:
 
 
 @effectful(COLLECTIVE)
-def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) -> Verdict:
+def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) -> Agreement:
     """Decide together: a flag is raised on every rank as soon as one rank raises it.
 
     Effects: collective. One all-reduce of an int64 per flag and two more; the host waits for the result.
@@ -93,7 +93,7 @@ def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) 
     """
     names = sorted(flags)
     if not names:
-        return Verdict({})
+        return Agreement({})
     size = ctx.comm.size(axis)
     mine = size - ctx.comm.rank(axis)  # the largest of these is the lowest rank's
     raised = torch.stack([torch.as_tensor(flags[name], device=ctx.device).bool() for name in names])
@@ -103,10 +103,10 @@ def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) 
     if largest != -smallest:
         raise DesyncError(
             "ranks ask each other about different flags",
-            saw=f"rank {ctx.comm.rank(axis)}: {', '.join(names)}",
+            got=f"rank {ctx.comm.rank(axis)}: {', '.join(names)}",
             fix="pass the same flags on every rank",
         )
-    return Verdict({name: size - n if n else None for name, n in zip(names, lowest, strict=True)})
+    return Agreement({name: size - n if n else None for name, n in zip(names, lowest, strict=True)})
 
 
 @effectful(COLLECTIVE)
@@ -151,7 +151,7 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
     failed = [(rank, problem) for rank, problem in enumerate(problems) if problem]
     if failed:
         rank, problem = failed[0]
-        raise RankFailedError(f"rank {rank} failed in `main_first`", saw=problem, fix=f"mend the error of rank {rank}")
+        raise RankFailedError(f"rank {rank} failed in `main_first`", got=problem, fix=f"mend the error of rank {rank}")
     yield
 
 

@@ -78,7 +78,7 @@ def broadcast_objects(objs: list[T], ctx: DistContext, *, src: int = 0, axis: st
 
 
 @effectful(COLLECTIVE)
-def scatter(objs: Sequence[T] | None, ctx: DistContext, *, src: int = 0, axis: str = DATA) -> T:
+def scatter_objects(objs: Sequence[T] | None, ctx: DistContext, *, src: int = 0, axis: str = DATA) -> T:
     """Give each rank of the axis its own item of rank `src`'s sequence, and nothing else.
 
     Effects: collective. Two collectives, whatever the items.
@@ -97,7 +97,7 @@ def scatter(objs: Sequence[T] | None, ctx: DistContext, *, src: int = 0, axis: s
 
     Examples:
         >>> from faccel.testing import simulate
-        >>> simulate(lambda ctx: scatter(["a", {"b": 1}] if ctx.is_main else None, ctx), 2)
+        >>> simulate(lambda ctx: scatter_objects(["a", {"b": 1}] if ctx.is_main else None, ctx), 2)
         ('a', {'b': 1})
     """
     check_rank(src, ctx, axis)
@@ -106,7 +106,9 @@ def scatter(objs: Sequence[T] | None, ctx: DistContext, *, src: int = 0, axis: s
     if ctx.comm.rank(axis) == src:
         given = list(objs or ())
         if len(given) != size:
-            raise ConfigError("`scatter` takes one item per rank", saw=f"{len(given)} for {size} ranks", fix="add them")
+            raise ConfigError(
+                "`scatter_objects` takes one item per rank", got=f"{len(given)} for {size} ranks", fix="add them"
+            )
         packed = [_to_bytes(obj, ctx) for obj in given]
         lengths += torch.tensor([len(row) for row in packed], device=ctx.device)
         rows = torch.nn.utils.rnn.pad_sequence(packed, batch_first=True)

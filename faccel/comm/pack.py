@@ -74,4 +74,4 @@ def check_rank(src: int, ctx: DistContext, axis: str) -> None:
     """Refuse a `src` that is not a rank of the axis."""
     size = ctx.comm.size(axis)
     if not 0 <= src < size:
-        raise ConfigError(f"`src` must be a rank of the axis `{axis}`", saw=str(src), fix=f"use 0 to {size - 1}")
+        raise ConfigError(f"`src` must be a rank of the axis `{axis}`", got=str(src), fix=f"use 0 to {size - 1}")

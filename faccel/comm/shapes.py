@@ -46,7 +46,7 @@ def split(xs: Any, ctx: DistContext, *, pad: bool = False, axis: str = DATA) -> 
     if isinstance(xs, Mapping):
         lengths = {key: len(value) for key, value in xs.items()}
         if len(set(lengths.values())) > 1:
-            raise DataError("all values must have the same length", saw=str(lengths), fix="split them one by one")
+            raise DataError("all values must have the same length", got=str(lengths), fix="split them one by one")
         parts = {key: split(value, ctx, pad=pad, axis=axis) for key, value in xs.items()}
         if type(xs) is dict or not isinstance(xs, MutableMapping):
             return parts
@@ -54,7 +54,7 @@ def split(xs: Any, ctx: DistContext, *, pad: bool = False, axis: str = DATA) -> 
         like.update(parts)
         return like
     if not isinstance(xs, (list, tuple, torch.Tensor)):
-        raise DataError("`split` takes a list, a tuple, a tensor or a dict", saw=type(xs).__name__, fix="convert it")
+        raise DataError("`split` takes a list, a tuple, a tensor or a dict", got=type(xs).__name__, fix="convert it")
     rank, size = (ctx.data_rank, ctx.data_world_size) if axis == DATA else (ctx.comm.rank(axis), ctx.comm.size(axis))
     each, more = divmod(len(xs), size)
     start = rank * each + min(rank, more)

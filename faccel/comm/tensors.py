@@ -70,7 +70,7 @@ def gather(x: Tree, ctx: DistContext, *, num_valid: int | None = None, ragged: b
         if not isinstance(count, int) or not 0 <= count <= num_rows:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise DataError(
                 "`num_valid` counts the rows of this rank's part that are not padding",
-                saw=f"num_valid={num_valid} of {num_rows} rows",
+                got=f"num_valid={num_valid} of {num_rows} rows",
                 fix="pass `Batch.num_valid` of the batch that `x` was computed from",
             )
         if ragged:  # parts of several lengths are not announced: they are right
@@ -100,7 +100,7 @@ def _check_same(digests: Sequence[int], leaves: list[torch.Tensor], ctx: DistCon
         groups = [[r for r, d in enumerate(digests) if d == each] for each in dict.fromkeys(digests)]
         raise DesyncError(
             "ranks disagree about shapes or dtypes in one collective",
-            saw=f"ranks that agree with each other: {groups}; rank {ctx.comm.rank(axis)} sent {describe(leaves)}",
+            got=f"ranks that agree with each other: {groups}; rank {ctx.comm.rank(axis)} sent {describe(leaves)}",
             fix="send the same shapes and dtypes, pass `ragged=True`, or `num_valid=` with rows padded alike",
         )
 
@@ -114,12 +114,12 @@ def _fresh(parts: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
 def _num_rows(x: Tree, leaves: list[torch.Tensor], is_row: list[bool]) -> int:
     sized = [i for i, row in enumerate(is_row) if not row]
     if not sized:
-        raise DataError("`num_valid` and `ragged` need rows to count", saw="only 0-d tensors", fix="leave them out")
+        raise DataError("`num_valid` and `ragged` need rows to count", got="only 0-d tensors", fix="leave them out")
     num_rows = leaves[sized[0]].shape[0]
     for i in sized:
         if leaves[i].shape[0] != num_rows:
             error = reject(x, i, f"every leaf must have the same {num_rows} rows", "gather it in a call of its own")
-            raise DataError(error.what, saw=error.saw, fix=error.fix)
+            raise DataError(error.problem, got=error.got, fix=error.fix)
     return num_rows
 
 
@@ -166,7 +166,7 @@ def reduce(x: Tree, ctx: DistContext, *, op: str = "sum", axis: str = DATA) -> T
         {'n': tensor(1.5000)}
     """
     if op not in REDUCE_OPS:
-        raise ConfigError("`op` is not a reduction", saw=repr(op), fix=nearest(str(op), REDUCE_OPS))
+        raise ConfigError("`op` is not a reduction", got=repr(op), fix=nearest(str(op), REDUCE_OPS))
     leaves, rebuild = tensor_leaves(x, ctx)
     size = ctx.comm.size(axis)
     wire = [_to_wire(leaf, op) for leaf in leaves]

@@ -22,9 +22,9 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from faccel.data.stream import Deal, Part, rounds
-from faccel.generators import Generators, seed_all, seeded, under, watched
-from faccel.mix import mix
+from faccel.data.rounds import Deal, Part, rounds
+from faccel.random.generators import Generators, seed_all, seeded, under, watched
+from faccel.random.hashing import mix
 from faccel.tree import is_tensordict
 
 Row = tuple[tuple[int, ...], Any]

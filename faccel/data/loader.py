@@ -10,7 +10,7 @@ import torch
 
 from faccel.context import DistContext
 from faccel.data.order import Cursor, Order, check_tail
-from faccel.data.pick import pick_source
+from faccel.data.select_source import pick_source
 from faccel.data.source import Batch, OrderedSource, Source
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import DataError
@@ -50,7 +50,7 @@ class ShardedLoader:
     def order(self) -> Order:
         """The global order of this record's epoch, where it is faccel's own."""
         if not isinstance(self.source, OrderedSource):
-            raise DataError("this loader has an order of its own", saw=repr(self.source), fix="read it to see it")
+            raise DataError("this loader has an order of its own", got=repr(self.source), fix="read it to see it")
         return self.source.order(self._epoch)
 
     @property
@@ -63,7 +63,7 @@ class ShardedLoader:
         if self.epoch is None:
             raise DataError(
                 "a shuffled loader has another order in every epoch, and this one is in none",
-                saw="a loader straight from `shard`",
+                got="a loader straight from `shard`",
                 fix="write `for batch in loader.at(epoch)` or `for epoch, part in loader.epochs(num_epochs)`",
             )
         return self.epoch
@@ -107,13 +107,13 @@ def _check_cursor(cursor: Any, name: str) -> None:
     if not isinstance(cursor, Cursor):
         raise DataError(
             "a place in the data is a cursor",
-            saw=repr(cursor),
+            got=repr(cursor),
             fix="pass `batch.cursor`, `window.cursor` or `faccel.Cursor(epoch)`, or write `loader.at(epoch, step)`",
         )
     if cursor.samples_consumed and cursor.of not in (None, name):
         raise DataError(
             "this cursor is a place inside the epoch of another order, so other samples would follow",
-            saw=f"a place in {cursor.of}, for {name}",
+            got=f"a place in {cursor.of}, for {name}",
             fix="resume with the data set, the seed and the shuffling that it was taken from, or start an epoch anew "
             "with `loader.at(cursor.epoch)`",
         )
@@ -147,7 +147,7 @@ def batches(loader: ShardedLoader) -> Iterator[Batch]:
     if not isinstance(loader, ShardedLoader):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise DataError(
             "only a loader from `faccel.shard` knows what is padding",
-            saw=f"a {type(loader).__name__}",
+            got=f"a {type(loader).__name__}",
             fix="write `faccel.shard(loader, ctx)` first",
         )
     place = loader._place  # pyright: ignore[reportPrivateUsage]
@@ -209,7 +209,7 @@ def shard(
     """
     check_tail(tail)
     if isinstance(loader, ShardedLoader):
-        raise DataError("this loader is sharded already", saw="what `faccel.shard` returned", fix="shard it once")
+        raise DataError("this loader is sharded already", got="what `faccel.shard` returned", fix="shard it once")
     place = ctx.config.device_placement if device_placement is None else device_placement
     source, is_placed = pick_source(
         loader, ctx, tail=tail, mode=mode, seed=ctx.config.seed if seed is None else seed, split_batches=split_batches

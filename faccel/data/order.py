@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from faccel.errors import DataError
-from faccel.mix import mix
+from faccel.random.hashing import mix
 
 Ints = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
@@ -121,7 +121,7 @@ class Cursor:
 
     def __attrs_post_init__(self) -> None:
         if self.epoch < 0 or self.samples_consumed < 0:
-            raise DataError("a cursor counts from 0", saw=str(self), fix="use `batch.cursor` or `window.cursor`")
+            raise DataError("a cursor counts from 0", got=str(self), fix="use `batch.cursor` or `window.cursor`")
 
 
 @attrs.frozen
@@ -215,4 +215,4 @@ def check_tail(tail: Any) -> None:
     """Refuse what is not one of `TAILS`."""
     if tail not in TAILS:
         listed = ", ".join(f'`"{name}"`' for name in TAILS)
-        raise DataError("`tail` says what the last step does", saw=repr(tail), fix=f"use one of {listed}")
+        raise DataError("`tail` says what the last step does", got=repr(tail), fix=f"use one of {listed}")

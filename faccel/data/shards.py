@@ -12,10 +12,10 @@ from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
 from faccel.data.fetch import Walk, collated, inner_loader
 from faccel.data.order import Cursor
+from faccel.data.rounds import Deal, Part
 from faccel.data.source import Batch
-from faccel.data.stream import Deal, Part
 from faccel.errors import DataError, FaccelError, RankFailedError
-from faccel.mix import mix
+from faccel.random.hashing import mix
 from faccel.tree import Tree
 
 
@@ -65,7 +65,7 @@ class ShardsSource:
         """Return where an epoch begins; of any other step nobody can know."""
         if step:
             fix = "write `loader.resume(batch.cursor)`"
-            raise DataError("a stream in shards does not know where a step begins", saw=f"step={step}", fix=fix)
+            raise DataError("a stream in shards does not know where a step begins", got=f"step={step}", fix=fix)
         return 0
 
     def _walk(self, epoch: int, place: tuple[int, Any] | None) -> Iterator[Part]:
@@ -90,7 +90,7 @@ class ShardsSource:
         if len(cursor.state or ()) != world_size:
             raise DataError(
                 "a cursor of a stream in shards has a place for each rank",
-                saw=f"{len(cursor.state or ())} places, for {world_size} ranks that read data",
+                got=f"{len(cursor.state or ())} places, for {world_size} ranks that read data",
                 fix='resume on as many ranks, or read it with `mode="split"`',
             )
         return tuple(cursor.state)
@@ -102,9 +102,9 @@ class ShardsSource:
             part = next(parts, None)
             told = told if part is None else _Told(len(part.units), (part.consumed, part.mark))
         except Exception as error:  # the others wait for this rank
-            saw = f"{type(error).__name__}: {error}"
+            got = f"{type(error).__name__}: {error}"
             failed = RankFailedError(
-                f"rank {self.ctx.rank} failed while it read the data", saw=saw, fix="mend its data set"
+                f"rank {self.ctx.rank} failed while it read the data", got=got, fix="mend its data set"
             )
             told = _Told(error=error if isinstance(error, FaccelError) else failed)
         all_told = gather_objects(told, self.ctx)
@@ -142,7 +142,7 @@ class ShardsSource:
         begin = next(self._walk(epoch, (0, None)), None)  # read again: after a resume nothing else knows it
         if begin is None:
             fix = 'write `tail="drop"`, or read it with `mode="split"`'
-            raise DataError("a rank without samples cannot repeat any", saw=f"rank {self.ctx.rank}", fix=fix)
+            raise DataError("a rank without samples cannot repeat any", got=f"rank {self.ctx.rank}", fix=fix)
         first = begin.units
         return units + [first[i % len(first)] for i in range(self.size - len(units))]
 

@@ -10,13 +10,13 @@ import attrs
 import torch
 from torch.utils.data import DataLoader
 
-from faccel.comm.objects import scatter
+from faccel.comm.objects import scatter_objects
 from faccel.context import DistContext
 from faccel.data.fetch import Reader, Row, Walk, collated, inner_loader, walk
 from faccel.data.order import Cursor, Order, ShardPlan
-from faccel.data.stream import Deal, Part, rounds
+from faccel.data.rounds import Deal, Part, rounds
 from faccel.errors import DataError, FaccelError, RankFailedError
-from faccel.mix import mix
+from faccel.random.hashing import mix
 from faccel.tree import Tree, flatten
 
 
@@ -105,7 +105,7 @@ class OrderedSource:
         if not 0 <= step <= -(-num_samples // size):
             raise DataError(
                 f"an epoch of {num_samples} samples has {-(-num_samples // size)} steps of {size}",
-                saw=f"step={step}",
+                got=f"step={step}",
                 fix="give a step of this epoch, or write `loader.resume(batch.cursor)`",
             )
         return min(step * size, num_samples)
@@ -119,7 +119,7 @@ class OrderedSource:
         if cursor.samples_consumed > self.plan.num_samples:
             raise DataError(
                 f"the cursor lies behind the end of a data set of {self.plan.num_samples} samples",
-                saw=str(cursor),
+                got=str(cursor),
                 fix="resume with the data set that the cursor was taken from",
             )
         return self.reader.read(self._rows(cursor), cursor.epoch, cursor.samples_consumed)
@@ -156,7 +156,7 @@ def _no_steps(step: int) -> int:
     if step:
         raise DataError(
             "only an order of faccel's own knows where a step begins",
-            saw=f"step={step} of a loader with its own sampler, batches or stream",
+            got=f"step={step} of a loader with its own sampler, batches or stream",
             fix="write `loader.resume(batch.cursor)`",
         )
     return 0
@@ -298,7 +298,7 @@ class StreamSource:
         parts = self._walk(cursor, None) if self.ctx.data_rank == 0 else None
         while True:
             sent = None if parts is None else _next_or_error(parts, self.ctx.data_world_size)
-            part = scatter(sent, self.ctx)
+            part = scatter_objects(sent, self.ctx)
             if isinstance(part, FaccelError):
                 raise part
             if part == "end":
@@ -327,6 +327,6 @@ def _next_or_error(parts: Iterator[Any], world_size: int) -> list[Any]:
         return next(parts, ["end"] * world_size)
     except Exception as error:
         seen = RankFailedError(
-            "rank 0 failed while it read the data", saw=f"{type(error).__name__}: {error}", fix="mend its data set"
+            "rank 0 failed while it read the data", got=f"{type(error).__name__}: {error}", fix="mend its data set"
         )
         return [error if isinstance(error, FaccelError) else seen] * world_size

@@ -1,28 +1,11 @@
 """The functional core: training as pure functions over values."""
 
-from faccel.func.call import call
-from faccel.func.compiling import compiled
+from faccel.func.compile import compiled
 from faccel.func.curvature import hessian_vector_product, sam, sharpness
 from faccel.func.ensembles import ensemble, stack, unstack
-from faccel.func.gates import (
-    accumulate,
-    averages,
-    clip_by_global_norm,
-    clip_by_value,
-    ema,
-    global_norm,
-    scale_by_schedule,
-    skip_nonfinite,
-)
+from faccel.func.functional_call import functional_call
 from faccel.func.grad import value_and_grad
-from faccel.func.history import History, is_nonfinite, rollback
-from faccel.func.meta import adapt, meta
-from faccel.func.optimizers import adafactor, adagrad, adam, adamw, muon, rmsprop, sgd
-from faccel.func.per_sample import clip_per_sample, dp_sgd, per_sample_grads
-from faccel.func.schedules import cosine, exponential, join, linear
-from faccel.func.state import TrainState, init_state, merge
-from faccel.func.step import make_step
-from faccel.func.transform import (
+from faccel.func.gradient_transformation import (
     GradientTransformation,
     Updates,
     apply_updates,
@@ -30,6 +13,23 @@ from faccel.func.transform import (
     frozen,
     masked,
     partition,
+)
+from faccel.func.maml import adapt, maml
+from faccel.func.optimizers import adafactor, adagrad, adam, adamw, muon, rmsprop, sgd
+from faccel.func.per_sample import clip_per_sample, dp_sgd, per_sample_grads
+from faccel.func.rollback import History, is_nonfinite, rollback
+from faccel.func.schedules import cosine, exponential, join_schedules, linear
+from faccel.func.train_state import TrainState, init_state, merge
+from faccel.func.train_step import make_step
+from faccel.func.transforms import (
+    accumulate,
+    clip_by_global_norm,
+    clip_by_value,
+    ema,
+    ema_params,
+    global_norm,
+    scale_by_schedule,
+    skip_nonfinite,
 )
 
 __all__ = [
@@ -44,8 +44,6 @@ __all__ = [
     "adamw",
     "adapt",
     "apply_updates",
-    "averages",
-    "call",
     "chain",
     "clip_by_global_norm",
     "clip_by_value",
@@ -54,19 +52,21 @@ __all__ = [
     "cosine",
     "dp_sgd",
     "ema",
+    "ema_params",
     "ensemble",
     "exponential",
     "frozen",
+    "functional_call",
     "global_norm",
     "hessian_vector_product",
     "init_state",
     "is_nonfinite",
-    "join",
+    "join_schedules",
     "linear",
     "make_step",
+    "maml",
     "masked",
     "merge",
-    "meta",
     "muon",
     "partition",
     "per_sample_grads",

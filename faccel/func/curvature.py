@@ -11,12 +11,12 @@ from tensordict import TensorDict
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError
-from faccel.func.gates import global_norm
 from faccel.func.grad import Differentiate, LossSpec, Outcome, Task, Weight, gradient
-from faccel.func.step import Step, step_along
-from faccel.func.streams import Stream, again
-from faccel.func.transform import GradientTransformation
-from faccel.func.trees import check_like, named, tensordict
+from faccel.func.gradient_transformation import GradientTransformation
+from faccel.func.rng_streams import Stream, again
+from faccel.func.tensordicts import check_like, named, tensordict
+from faccel.func.train_step import Step, step_along
+from faccel.func.transforms import global_norm
 from faccel.tree import Tree
 
 
@@ -37,7 +37,7 @@ def _along(vector: Mapping[str, torch.Tensor]) -> Differentiate:
 
 @effectful(COLLECTIVE)
 def hessian_vector_product(
-    loss_fn: Callable[..., torch.Tensor], ctx: DistContext, *, weight: Weight | None = None, num_micro: int = 1
+    loss_fn: Callable[..., torch.Tensor], ctx: DistContext, *, weight: Weight | None = None, num_micro_batches: int = 1
 ) -> Callable[[TensorDict, TensorDict, Tree, Stream], TensorDict]:
     """Return the function that multiplies the Hessian of a loss with a vector (Pearlmutter, 1994).
 
@@ -47,7 +47,7 @@ def hessian_vector_product(
         loss_fn: As in `value_and_grad`, likewise the others.
         ctx: The world.
         weight: What a batch counts on this rank; the loss is then a sum.
-        num_micro: Micro-batches of a batch.
+        num_micro_batches: MicroBatch-batches of a batch.
 
     Returns:
         `fn(params, vector, batch, generator) -> product`, TensorDicts of one structure. The Hessian is never made: it
@@ -62,7 +62,7 @@ def hessian_vector_product(
         >>> hessian_vector_product(loss_fn, fake_context(0, 1))(w, w, batch, torch.Generator())["w"]
         tensor([2., 6.])
     """
-    spec = LossSpec(loss_fn, weight=weight, num_micro=num_micro)
+    spec = LossSpec(loss_fn, weight=weight, num_micro_batches=num_micro_batches)
 
     def run(params: TensorDict, vector: TensorDict, batch: Tree, generator: Stream) -> TensorDict:
         check_like(params, vector, "vector")
@@ -79,18 +79,18 @@ def sharpness(
     *,
     num_iterations: int = 20,
     weight: Weight | None = None,
-    num_micro: int = 1,
+    num_micro_batches: int = 1,
 ) -> Callable[[TensorDict, Tree, Stream], torch.Tensor]:
     """Return the function that estimates the eigenvalue of the Hessian of largest magnitude, by power iteration.
 
     Effects: collective. What is returned is.
 
     Args:
-        loss_fn: As in `value_and_grad`, likewise `weight` and `num_micro`.
+        loss_fn: As in `value_and_grad`, likewise `weight` and `num_micro_batches`.
         ctx: The world.
         num_iterations: Products with the Hessian, each with the same random numbers.
         weight: What a batch counts on this rank; the loss is then a sum.
-        num_micro: Micro-batches of a batch.
+        num_micro_batches: MicroBatch-batches of a batch.
 
     Returns:
         `fn(params, batch, generator) -> T[]`, the same on every rank.
@@ -105,8 +105,8 @@ def sharpness(
         tensor(6.)
     """
     if num_iterations < 1:
-        raise ConfigError("at least one iteration is made", saw=str(num_iterations), fix="use 20")
-    product = hessian_vector_product(loss_fn, ctx, weight=weight, num_micro=num_micro)
+        raise ConfigError("at least one iteration is made", got=str(num_iterations), fix="use 20")
+    product = hessian_vector_product(loss_fn, ctx, weight=weight, num_micro_batches=num_micro_batches)
 
     def run(params: TensorDict, batch: Tree, generator: Stream) -> torch.Tensor:
         start = torch.Generator(ctx.device).manual_seed(0)  # one direction on every rank
@@ -138,7 +138,7 @@ def sam(
     has_aux: bool = False,
     has_buffers: bool = False,
     weight: Weight | None = None,
-    num_micro: int = 1,
+    num_micro_batches: int = 1,
     donate: bool = False,
 ) -> Step:
     """Return the sharpness-aware step (Foret et al., 2021, arXiv:2010.01412), which costs two gradients.
@@ -157,23 +157,23 @@ def sam(
         has_aux: As in `make_step`.
         has_buffers: As in `make_step`.
         weight: As in `make_step`.
-        num_micro: As in `make_step`.
+        num_micro_batches: As in `make_step`.
         donate: As in `make_step`.
 
     Raises:
         ConfigError: `rho` is not positive.
 
     Examples:
-        >>> from faccel.func import call, init_state, sam, sgd
+        >>> from faccel.func import functional_call, init_state, sam, sgd
         >>> from faccel.testing import fake_context
         >>> ctx, model = fake_context(0, 1), torch.nn.Linear(2, 1)
         >>> def loss_fn(params, batch, generator):
-        ...     return call(model, params, batch).square().mean()
+        ...     return functional_call(model, params, batch).square().mean()
         >>> step = sam(loss_fn, sgd(0.1), ctx, rho=0.05)
         >>> metrics, state = step(init_state(model, sgd(0.1), ctx, seed=0), torch.ones(4, 2))
     """
     if not rho > 0:
-        raise ConfigError("`rho` must be positive", saw=str(rho), fix="use `make_step` for none")
+        raise ConfigError("`rho` must be positive", got=str(rho), fix="use `make_step` for none")
 
     def direction(task: Task) -> Outcome:
         same = again(task.generator)
@@ -182,5 +182,5 @@ def sam(
         there = tensordict({name: param + factor * here.grads[name] for name, param in named(task.params).items()})
         return here._replace(grads=gradient(task._replace(params=there, generator=same, by_value=False)).grads)
 
-    spec = LossSpec(loss_fn, has_buffers, has_aux, weight, num_micro)
+    spec = LossSpec(loss_fn, has_buffers, has_aux, weight, num_micro_batches)
     return step_along(direction, spec, transformation, ctx, donating=donate)

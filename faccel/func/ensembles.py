@@ -10,11 +10,11 @@ import torch
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, ModelError
-from faccel.func.state import TrainState, check_state, leaves_of, state_of
-from faccel.func.step import Metrics, Step
-from faccel.func.streams import Stream, seeded
-from faccel.func.transform import is_traced
-from faccel.func.trees import leaves
+from faccel.func.gradient_transformation import is_traced
+from faccel.func.rng_streams import Stream, seeded
+from faccel.func.tensordicts import leaves
+from faccel.func.train_state import TrainState, check_state, leaves_of, state_of
+from faccel.func.train_step import Metrics, Step
 from faccel.tree import Tree, map_leaves
 
 
@@ -42,12 +42,12 @@ def stack(states: Sequence[TrainState]) -> TrainState:
     for other in named[1:]:
         for name in named[0].keys() ^ other.keys():
             raise ModelError(
-                "these states are not of one model", saw=f"`{name}` in some only", fix="stack equal models"
+                "these states are not of one model", got=f"`{name}` in some only", fix="stack equal models"
             )
         for name, leaf in named[0].items():
             if other[name].shape != leaf.shape or other[name].dtype != leaf.dtype:
-                saw = f"`{name}`: {tuple(leaf.shape)} {leaf.dtype} and {tuple(other[name].shape)} {other[name].dtype}"
-                raise ModelError("these states are not of one model", saw=saw, fix="stack equal models")
+                got = f"`{name}`: {tuple(leaf.shape)} {leaf.dtype} and {tuple(other[name].shape)} {other[name].dtype}"
+                raise ModelError("these states are not of one model", got=got, fix="stack equal models")
     return state_of(_zipped([leaves_of(each) for each in states]), states[0].scaler, [len(states)])
 
 
@@ -71,7 +71,7 @@ def unstack(states: TrainState) -> list[TrainState]:
     """
     check_state(states)
     if not states.seed.ndim:
-        raise ModelError("this state is a single one", saw="no stacked tensors", fix="unstack what `stack` returned")
+        raise ModelError("this state is a single one", got="no stacked tensors", fix="unstack what `stack` returned")
     held = leaves_of(states)
     return [state_of(map_leaves(lambda x, i=i: x[i], held), states.scaler) for i in range(states.seed.numel())]
 
@@ -97,11 +97,11 @@ def ensemble(step: Step, ctx: DistContext, *, batch_dim: int | None = None) -> S
         ConfigError: `states` is not stacked.
 
     Examples:
-        >>> from faccel.func import call, ensemble, init_state, make_step, sgd, stack
+        >>> from faccel.func import functional_call, ensemble, init_state, make_step, sgd, stack
         >>> from faccel.testing import fake_context
         >>> ctx, models = fake_context(0, 1), [torch.nn.Linear(2, 1) for _ in range(3)]
         >>> def loss_fn(params, batch, generator):
-        ...     return call(models[0], params, batch).square().mean()
+        ...     return functional_call(models[0], params, batch).square().mean()
         >>> states = stack([init_state(model, sgd(0.1), ctx, seed=i) for i, model in enumerate(models)])
         >>> metrics, states = ensemble(make_step(loss_fn, sgd(0.1), ctx), ctx)(states, torch.ones(4, 2))
         >>> metrics["loss"].shape
@@ -115,7 +115,7 @@ def ensemble(step: Step, ctx: DistContext, *, batch_dim: int | None = None) -> S
         if states.seed.ndim != 1:
             raise ConfigError(
                 "an ensemble steps several states at once",
-                saw="one state",
+                got="one state",
                 fix="write `states = faccel.func.stack([state_a, state_b])`",
             )
         if generator is None and not is_traced():

@@ -9,17 +9,17 @@ import attrs
 import torch
 from tensordict import TensorDict
 
-from faccel.averaging import check_replicas
 from faccel.comm.buckets import check_cap, summed_buckets
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, DataError, ModelError
-from faccel.func.micro import micro_batches, stacked
+from faccel.func.gradient_transformation import is_traced
+from faccel.func.micro_batches import micro_batches, stacked
 from faccel.func.purity import found_pure
-from faccel.func.streams import Stream
-from faccel.func.transform import is_traced
-from faccel.func.trees import check_like, foreach, named, tensordict
-from faccel.precision import autocast
+from faccel.func.rng_streams import Stream
+from faccel.func.tensordicts import check_like, foreach, named, tensordict
+from faccel.training.local_sgd import check_replicas
+from faccel.training.precision import autocast
 from faccel.tree import Tree, flatten, map_leaves
 
 Weight = Callable[[Tree], int | float | torch.Tensor]
@@ -39,7 +39,7 @@ class LossSpec:
         has_buffers: Whether it takes buffers, and returns new ones behind the loss.
         has_aux: Whether it returns anything else last.
         weight: What a batch counts; None where the loss is a mean.
-        num_micro: Micro-batches of a batch.
+        num_micro_batches: MicroBatch-batches of a batch.
         bucket_cap_mb: Size of the buckets in which gradients travel, in MB.
     """
 
@@ -47,13 +47,15 @@ class LossSpec:
     has_buffers: bool = False
     has_aux: bool = False
     weight: Weight | None = None
-    num_micro: int = 1
+    num_micro_batches: int = 1
     bucket_cap_mb: float = 25.0
 
     def __attrs_post_init__(self) -> None:
         check_cap(self.bucket_cap_mb)
-        if self.num_micro < 1:
-            raise ConfigError("a batch has at least one micro-batch", saw=str(self.num_micro), fix="use `num_micro=1`")
+        if self.num_micro_batches < 1:
+            raise ConfigError(
+                "a batch has at least one micro-batch", got=str(self.num_micro_batches), fix="use `num_micro_batches=1`"
+            )
 
 
 class Outcome(NamedTuple):
@@ -139,12 +141,12 @@ def scalar_loss(
     num_more = spec.has_buffers + spec.has_aux
     if num_more and not (isinstance(out, tuple) and len(out) == 1 + num_more):
         wanted = ", ".join(["loss"] + ["buffers"] * spec.has_buffers + ["aux"] * spec.has_aux)
-        raise ModelError(f"the loss function must return `({wanted})`", saw=_kind(out), fix=f"write `return {wanted}`")
+        raise ModelError(f"the loss function must return `({wanted})`", got=_kind(out), fix=f"write `return {wanted}`")
     loss, *more = out if num_more else (out,)
     if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.is_floating_point():
         raise ModelError(
             "a loss is a 0-d tensor of floating point",
-            saw=_kind(loss),
+            got=_kind(loss),
             fix="reduce it, as in `loss.mean()`"
             + (", or pass `has_aux=True` where more is returned" if isinstance(loss, tuple) else ""),
         )
@@ -170,8 +172,8 @@ def _by_autograd(run: Callable[[Mapping[str, torch.Tensor]], Any], params: _Name
     if not loss.requires_grad:
         raise ModelError(
             "the loss does not depend on the parameters",
-            saw=_kind(loss),
-            fix="compute it from `params`, as in `call(model, params, x)`, with gradients on and without `.item()`",
+            got=_kind(loss),
+            fix="compute it from `params`, as in `functional_call(model, params, x)`, with gradients on and without `.item()`",
         )
     grads = torch.autograd.grad(loss, list(tracked.values()), allow_unused=True, materialize_grads=True)
     return loss.detach(), rest, dict(zip(tracked, grads, strict=True))
@@ -188,7 +190,7 @@ def _owned(grads: _Named, others: Iterable[torch.Tensor]) -> _Named:
         if grad.layout != torch.strided:
             raise ModelError(
                 "gradients of a functional step are dense",
-                saw=f"`{name}`, {grad.layout}",
+                got=f"`{name}`, {grad.layout}",
                 fix="build its layer without `sparse=True`",
             )
         place = grad.data_ptr()
@@ -219,7 +221,7 @@ def _local(task: Task, differentiate: Differentiate) -> Parts:
     spec, scale, tensors = task.spec, task.loss_scale, named(task.params)
     total: Parts | None = None
     outputs: list[Any] = []
-    for micro in micro_batches(task.batch, spec.num_micro, is_mean=spec.weight is None):
+    for micro in micro_batches(task.batch, spec.num_micro_batches, is_mean=spec.weight is None):
         before = task.buffers if total is None else tensordict(total.buffers or {})
 
         def run(tracked: Mapping[str, torch.Tensor], micro: Tree = micro, held: Any = before) -> Any:
@@ -244,7 +246,7 @@ def _detached(leaf: Any) -> Any:
 
 def _count(weight: Any) -> Any:
     if not isinstance(weight, (int, float, torch.Tensor)) or (isinstance(weight, torch.Tensor) and weight.ndim):
-        raise DataError("a weight is a number or a 0-d tensor", saw=_kind(weight), fix="return what the batch counts")
+        raise DataError("a weight is a number or a 0-d tensor", got=_kind(weight), fix="return what the batch counts")
     return weight
 
 
@@ -287,7 +289,7 @@ def _averaged(task: Task, parts: Parts, *, traced: bool) -> Outcome:
         loss, count = arrived["loss"].to(loss.dtype), arrived.get("count")
         if buffers is not None:
             buffers = buffers | {name: arrived[f"b{name}"] / ctx.data_world_size for name in moving}
-    factor: Any = 1.0 / (ctx.data_world_size * spec.num_micro * loss_scale)
+    factor: Any = 1.0 / (ctx.data_world_size * spec.num_micro_batches * loss_scale)
     if count is not None:
         factor = torch.where(count > 0, 1.0 / (count * loss_scale), 0.0)
     if isinstance(factor, torch.Tensor) or factor != 1.0:
@@ -310,7 +312,7 @@ def value_and_grad(
     has_aux: bool = False,
     has_buffers: bool = False,
     weight: Weight | None = None,
-    num_micro: int = 1,
+    num_micro_batches: int = 1,
     bucket_cap_mb: float = 25.0,
 ) -> ValueAndGrad:
     """Return the function that gives the value of a loss and its gradients, averaged over all data ranks.
@@ -327,7 +329,7 @@ def value_and_grad(
         weight: What a batch counts on this rank (rows, tokens), as in `windows`. The loss is then a *sum* over what is
             counted, and value and gradients are those of the mean over all ranks, whatever each of them counted; 0
             where nothing was. Without it the loss is a mean, and every rank counts alike.
-        num_micro: How many micro-batches a batch is cut into along dim 0; memory is that of one.
+        num_micro_batches: How many micro-batches a batch is cut into along dim 0; memory is that of one.
         bucket_cap_mb: Size of the buckets in which gradients of one dtype travel, in MB.
 
     Returns:
@@ -355,7 +357,7 @@ def value_and_grad(
         (tensor(0.6667), tensor(0.3333))
     """
     check_replicas(ctx, "use `faccel.wrap` and `faccel.scaled_backward`")
-    spec = LossSpec(loss_fn, has_buffers, has_aux, weight, num_micro, bucket_cap_mb)
+    spec = LossSpec(loss_fn, has_buffers, has_aux, weight, num_micro_batches, bucket_cap_mb)
 
     def run(params: TensorDict, batch: Tree, generator: Stream, buffers: TensorDict | None = None) -> Any:
         out = gradient(Task(spec, ctx, params, batch, generator, buffers))

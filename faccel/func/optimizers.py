@@ -13,9 +13,9 @@ import torch
 
 from faccel.errors import ConfigError, OptimizerError, nearest
 from faccel.func import formulas
-from faccel.func.gates import Schedule
-from faccel.func.rules import Rule, Slots, optimizer
-from faccel.func.transform import GradientTransformation
+from faccel.func.gradient_transformation import GradientTransformation
+from faccel.func.optimizer_factory import Rule, Slots, optimizer
+from faccel.func.transforms import Schedule
 
 
 def _zeros(*names: str) -> Callable[[torch.Tensor], Slots]:
@@ -52,7 +52,7 @@ def sgd(
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ConfigError(
             "Nesterov momentum needs a momentum and no dampening",
-            saw=f"momentum={momentum}, dampening={dampening}",
+            got=f"momentum={momentum}, dampening={dampening}",
             fix="write `sgd(lr, momentum=0.9, nesterov=True)`",
         )
     options: dict[str, Any] = {
@@ -272,7 +272,7 @@ def adafactor(
 
     def slots(param: torch.Tensor) -> Slots:
         if param.is_complex():
-            raise OptimizerError("Adafactor is for real parameters", saw="a complex one", fix="use `adamw`")
+            raise OptimizerError("Adafactor is for real parameters", got="a complex one", fix="use `adamw`")
         if param.ndim < 2:
             return {"variance": torch.zeros_like(param)}
         *rest, rows, columns = param.shape
@@ -317,7 +317,7 @@ def muon(
     """
     if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
         fix = nearest(str(adjust_lr_fn), ("original", "match_rms_adamw"))
-        raise ConfigError("`adjust_lr_fn` names no adjustment", saw=repr(adjust_lr_fn), fix=fix)
+        raise ConfigError("`adjust_lr_fn` names no adjustment", got=repr(adjust_lr_fn), fix=fix)
     options: dict[str, Any] = {
         "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov, "ns_coefficients": ns_coefficients,
         "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
@@ -327,7 +327,7 @@ def muon(
         if param.ndim != 2 or param.is_complex():
             raise OptimizerError(
                 "Muon is for real matrices",
-                saw=f"a parameter of shape {tuple(param.shape)}, {param.dtype}",
+                got=f"a parameter of shape {tuple(param.shape)}, {param.dtype}",
                 fix='write `partition({"matrices": muon(2e-2), "rest": adamw(1e-3)}, lambda name, param: ...)`',
             )
         return {"momentum_buffer": torch.zeros_like(param)}

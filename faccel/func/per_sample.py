@@ -13,11 +13,11 @@ from faccel.data.source import Batch
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError
 from faccel.func.grad import LossSpec, Outcome, Parts, Task, outcome, scalar_loss
-from faccel.func.micro import micro_batches
-from faccel.func.step import Step, step_along
-from faccel.func.streams import Stream
-from faccel.func.transform import GradientTransformation, is_traced
-from faccel.func.trees import named, tensordict
+from faccel.func.gradient_transformation import GradientTransformation, is_traced
+from faccel.func.micro_batches import micro_batches
+from faccel.func.rng_streams import Stream
+from faccel.func.tensordicts import named, tensordict
+from faccel.func.train_step import Step, step_along
 from faccel.tree import Tree, flatten
 
 
@@ -96,7 +96,7 @@ def dp_sgd(
     *,
     clip_norm: float,
     noise_multiplier: float,
-    num_micro: int = 1,
+    num_micro_batches: int = 1,
     donate: bool = False,
 ) -> Step:
     """Return the step of differentially private training (Abadi et al., 2016, arXiv:1607.00133).
@@ -115,29 +115,29 @@ def dp_sgd(
         ctx: The world.
         clip_norm: The largest 2-norm of one sample's gradient.
         noise_multiplier: Standard deviation of the noise, in units of `clip_norm`; 0 is no privacy.
-        num_micro: Micro-batches of a batch: the gradients of one of them are in memory at a time.
+        num_micro_batches: MicroBatch-batches of a batch: the gradients of one of them are in memory at a time.
         donate: As in `make_step`.
 
     Raises:
         ConfigError: A limit that is not positive, or a negative noise.
 
     Examples:
-        >>> from faccel.func import call, dp_sgd, init_state, sgd
+        >>> from faccel.func import functional_call, dp_sgd, init_state, sgd
         >>> from faccel.testing import fake_context
         >>> ctx, model = fake_context(0, 1), torch.nn.Linear(2, 1)
         >>> def loss_fn(params, batch, generator):
-        ...     return call(model, params, batch).square().mean()
+        ...     return functional_call(model, params, batch).square().mean()
         >>> step = dp_sgd(loss_fn, sgd(0.1), ctx, clip_norm=1.0, noise_multiplier=1.1)
         >>> metrics, state = step(init_state(model, sgd(0.1), ctx, seed=0), torch.ones(4, 2))
     """
     if not clip_norm > 0 or not noise_multiplier >= 0:
-        saw = f"clip_norm={clip_norm}, noise_multiplier={noise_multiplier}"
-        raise ConfigError("clipping is to a positive norm, and noise is not negative", saw=saw, fix="mend them")
+        got = f"clip_norm={clip_norm}, noise_multiplier={noise_multiplier}"
+        raise ConfigError("clipping is to a positive norm, and noise is not negative", got=got, fix="mend them")
     grads_of = per_sample_grads(loss_fn, ctx)
 
     def local(task: Task) -> Parts:
         total, losses, count = {n: torch.zeros_like(p) for n, p in named(task.params).items()}, torch.zeros(()), 0
-        for micro in micro_batches(task.batch, num_micro, is_mean=False):
+        for micro in micro_batches(task.batch, num_micro_batches, is_mean=False):
             data = micro.data if isinstance(micro, Batch) else micro
             each, grads = grads_of(task.params, data, task.generator)
             num_valid = micro.num_valid if isinstance(micro, Batch) else len(each)
@@ -152,7 +152,7 @@ def dp_sgd(
     def direction(task: Task) -> Outcome:
         return outcome(task._replace(loss_scale=1.0), local)  # nothing is scaled: gradients are clipped one by one
 
-    spec = LossSpec(loss_fn, weight=len, num_micro=num_micro)
+    spec = LossSpec(loss_fn, weight=len, num_micro_batches=num_micro_batches)
     return step_along(direction, spec, transformation, ctx, donating=donate)
 
 

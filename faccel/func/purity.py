@@ -12,8 +12,8 @@ from tensordict import TensorDict
 
 from faccel.context import DistContext
 from faccel.errors import PurityError
-from faccel.func.streams import device_state
-from faccel.generators import watched
+from faccel.func.rng_streams import device_state
+from faccel.random.generators import watched
 from faccel.tree import flatten, paths
 
 R = TypeVar("R")
@@ -61,8 +61,8 @@ def found_pure(run: Callable[[], R], arguments: dict[str, Any], ctx: DistContext
     if drew or (on_device is not None and not torch.equal(on_device, device_state(ctx))):
         raise PurityError(
             "the function drew random numbers from a generator of the process, so that no step could be repeated",
-            saw="draws that did not come from its `generator`",
-            fix="write `call(model, params, x, generator=generator)` for a model with dropout, and "
+            got="draws that did not come from its `generator`",
+            fix="write `functional_call(model, params, x, generator=generator)` for a model with dropout, and "
             "`torch.rand(..., generator=generator)`",
         )
     after = dict(_digests(arguments)) if by_value else {}
@@ -70,7 +70,7 @@ def found_pure(run: Callable[[], R], arguments: dict[str, Any], ctx: DistContext
         if name not in after or name not in before or after[name] != before[name]:
             raise PurityError(
                 "the function wrote to its argument",
-                saw=f"another value of `{name}`",
+                got=f"another value of `{name}`",
                 fix="compute new tensors: `x * 2` instead of `x.mul_(2)`, `x.clone()` before a write",
             )
     return result

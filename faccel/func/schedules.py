@@ -78,7 +78,7 @@ def exponential(rate: float, num_updates: int = 1) -> Callable[[Any], Any]:
     return lambda count: rate ** (count / num_updates)
 
 
-def join(schedules: Sequence[Callable[[Any], Any]], boundaries: Sequence[int]) -> Callable[[Any], Any]:
+def join_schedules(schedules: Sequence[Callable[[Any], Any]], boundaries: Sequence[int]) -> Callable[[Any], Any]:
     """Return one schedule after the other; each counts from where it begins.
 
     Effects: pure.
@@ -88,15 +88,15 @@ def join(schedules: Sequence[Callable[[Any], Any]], boundaries: Sequence[int]) -
         boundaries: The update at which each but the first begins, rising.
 
     Examples:
-        >>> from faccel.func import join, linear
-        >>> both = join([linear(0.0, 1.0, 10), lambda count: 0.5], [10])
+        >>> from faccel.func import join_schedules, linear
+        >>> both = join_schedules([linear(0.0, 1.0, 10), lambda count: 0.5], [10])
         >>> both(5), both(10)
         (0.5, 0.5)
     """
     if len(schedules) != len(boundaries) + 1 or sorted(set(boundaries)) != list(boundaries):
         raise ConfigError(
             "schedules are joined at rising boundaries, one fewer than schedules",
-            saw=f"{len(schedules)} schedules, boundaries {list(boundaries)}",
+            got=f"{len(schedules)} schedules, boundaries {list(boundaries)}",
             fix="write `join([first, second], [1000])`",
         )
 
@@ -111,4 +111,4 @@ def join(schedules: Sequence[Callable[[Any], Any]], boundaries: Sequence[int]) -
 
 def _check(num_updates: int) -> None:
     if num_updates < 1:
-        raise ConfigError("a schedule takes at least one update", saw=str(num_updates), fix="use 1 or more")
+        raise ConfigError("a schedule takes at least one update", got=str(num_updates), fix="use 1 or more")

@@ -1,1 +1,1 @@
-"""Starting processes: a launch as values, run by torch.distributed.run."""
+"""A launch as values, run by torch's elastic launcher."""

@@ -25,7 +25,7 @@ def _command(spec: LaunchSpec) -> str:
 
 def _machines(spec: LaunchSpec) -> int:
     if ":" in spec.nnodes:
-        raise LaunchError("a batch job has a number of machines", saw=f"--nnodes {spec.nnodes}", fix="give one number")
+        raise LaunchError("a batch job has a number of machines", got=f"--nnodes {spec.nnodes}", fix="give one number")
     return int(spec.nnodes)
 
 
@@ -35,7 +35,7 @@ def _refuse(spec: LaunchSpec, launcher: str) -> None:
     for option, value in given.items():
         if value:
             fix = "leave it out, or use `--print torchrun`"
-            raise LaunchError(f"`{option}` means nothing to {launcher}", saw=f"{option} {value}", fix=fix)
+            raise LaunchError(f"`{option}` means nothing to {launcher}", got=f"{option} {value}", fix=fix)
 
 
 def as_torchrun(spec: LaunchSpec) -> str:

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from typing import Any, NoReturn
 
 from faccel.errors import JoinError, LaunchError
-from faccel.launching.joining import join
+from faccel.launching.node_rendezvous import join
 from faccel.launching.spec import LaunchSpec, additions, arguments, check_meeting
 
 
@@ -44,26 +44,26 @@ def _check(spec: LaunchSpec) -> None:
     first = spec.command[0]
     if spec.kind == "script" and not os.path.isfile(first):
         fix = "name a script, `-m` and a module, or `--no-python` and a program"
-        raise LaunchError("the script is not there", saw=f"`{first}`", fix=fix)
+        raise LaunchError("the script is not there", got=f"`{first}`", fix=fix)
     if spec.kind == "script":
         _check_parses(first)
     if spec.kind == "executable" and shutil.which(first) is None:
-        raise LaunchError("the program is not there", saw=f"`{first}`", fix="name one that is on the PATH")
+        raise LaunchError("the program is not there", got=f"`{first}`", fix="name one that is on the PATH")
     if spec.log_dir is not None:
         try:
             os.makedirs(spec.log_dir, exist_ok=True)
         except OSError as error:
-            saw = f"--log-dir {spec.log_dir}: {error.strerror}"
-            raise LaunchError("logs cannot be kept there", saw=saw, fix="name a folder that can be made") from None
+            got = f"--log-dir {spec.log_dir}: {error.strerror}"
+            raise LaunchError("logs cannot be kept there", got=got, fix="name a folder that can be made") from None
     if spec.main_port is not None and not spec.node_rank:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("", spec.main_port))
             except OSError as error:
-                saw = f"--main-port {spec.main_port}: {error.strerror}"
+                got = f"--main-port {spec.main_port}: {error.strerror}"
                 raise LaunchError(
-                    "the port cannot be used", saw=saw, fix="name another, or none on one machine"
+                    "the port cannot be used", got=got, fix="name another, or none on one machine"
                 ) from None
 
 
@@ -73,11 +73,11 @@ def _check_parses(script: str) -> None:
         with tokenize.open(script) as file:
             ast.parse(file.read(), script)
     except SyntaxError as error:
-        saw = f"{error.msg} at {error.filename or script}:{error.lineno}"
-        raise LaunchError("the script is not Python", saw=saw, fix="mend that line") from None
+        got = f"{error.msg} at {error.filename or script}:{error.lineno}"
+        raise LaunchError("the script is not Python", got=got, fix="mend that line") from None
     except OSError as error:
         raise LaunchError(
-            "the script cannot be read", saw=f"`{script}`: {error.strerror}", fix="name another"
+            "the script cannot be read", got=f"`{script}`: {error.strerror}", fix="name another"
         ) from None
 
 
@@ -93,7 +93,7 @@ def _become(spec: LaunchSpec, env: Mapping[str, str]) -> NoReturn:
 
 
 def _cannot_start(spec: LaunchSpec, error: OSError) -> LaunchError:
-    return LaunchError("it cannot be started", saw=f"`{spec.command[0]}`: {error.strerror}", fix="mend the program")
+    return LaunchError("it cannot be started", got=f"`{spec.command[0]}`: {error.strerror}", fix="mend the program")
 
 
 def _supervise(spec: LaunchSpec) -> int:
@@ -119,8 +119,8 @@ def _supervise(spec: LaunchSpec) -> int:
         except OSError as error:
             raise _cannot_start(spec, error) from None
         except RendezvousError as error:
-            saw, fix = f"{type(error).__name__}: {error}", "look at the other machines, and start again"
-            raise JoinError("the machines lost each other", saw=saw, fix=fix) from None
+            got, fix = f"{type(error).__name__}: {error}", "look at the other machines, and start again"
+            raise JoinError("the machines lost each other", got=got, fix=fix) from None
         finally:
             del meeting
         return _verdict(failures, asked, is_alone=spec.nnodes == "1")

@@ -35,9 +35,9 @@ def within_slurm(spec: LaunchSpec, env: Mapping[str, str], *, is_counted: bool) 
     assert place is not None
     if place.local_world_size > 1:
         if is_counted and spec.nproc > 1:
-            saw = f"{place.local_world_size} tasks on this machine, and `--nproc {spec.nproc}` in each"
+            got = f"{place.local_world_size} tasks on this machine, and `--nproc {spec.nproc}` in each"
             fix = "use `srun --ntasks-per-node=1`, or leave out `--nproc`"
-            raise LaunchError("SLURM or the launcher starts the processes of a machine", saw=saw, fix=fix)
+            raise LaunchError("SLURM or the launcher starts the processes of a machine", got=got, fix=fix)
         return attrs.evolve(spec, nproc=1)
     return attrs.evolve(
         spec,

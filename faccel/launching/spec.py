@@ -55,21 +55,21 @@ class LaunchSpec:
         low, _, high = self.nnodes.partition(":")
         if not all(n.isdecimal() and int(n) > 0 for n in (low, high or low)) or int(high or low) < int(low):
             fix = "write `--nnodes 2`, or `--nnodes 1:4`"
-            raise LaunchError("`--nnodes` is a number of machines or a range", saw=f"--nnodes {self.nnodes}", fix=fix)
+            raise LaunchError("`--nnodes` is a number of machines or a range", got=f"--nnodes {self.nnodes}", fix=fix)
         if ":" not in self.nnodes and self.node_rank is not None and not 0 <= self.node_rank < int(low):
-            saw = f"--node-rank {self.node_rank} of {low}"
-            raise LaunchError("machines are numbered from 0", saw=saw, fix=f"use 0 to {int(low) - 1}")
+            got = f"--node-rank {self.node_rank} of {low}"
+            raise LaunchError("machines are numbered from 0", got=got, fix=f"use 0 to {int(low) - 1}")
         if self.tee and self.log_dir is None:
             fix = "add `--log-dir DIR`, or leave it out"
-            raise LaunchError("`--tee` prints what goes to a log", saw="no `--log-dir`", fix=fix)
+            raise LaunchError("`--tee` prints what goes to a log", got="no `--log-dir`", fix=fix)
         meeting_place(self)
         if ":" in self.nnodes and self.rdzv_endpoint is None:
             fix = "add `--rdzv-endpoint HOST:PORT`"
-            raise LaunchError("a range of machines needs an elastic rendezvous", saw=f"--nnodes {self.nnodes}", fix=fix)
+            raise LaunchError("a range of machines needs an elastic rendezvous", got=f"--nnodes {self.nnodes}", fix=fix)
         if self.rdzv_endpoint is not None and (self.main_address or self.node_rank is not None):
             raise LaunchError(
                 "machines meet at a rendezvous or at a main address",
-                saw="`--rdzv-endpoint` beside `--main-address` or `--node-rank`",
+                got="`--rdzv-endpoint` beside `--main-address` or `--node-rank`",
                 fix="leave one of them out",
             )
 
@@ -91,7 +91,7 @@ def check_meeting(spec: LaunchSpec) -> None:
     if spec.nnodes != "1" and spec.rdzv_endpoint is None and (spec.main_address is None or spec.node_rank is None):
         raise LaunchError(
             "several machines have to know where they meet",
-            saw=f"--nnodes {spec.nnodes}",
+            got=f"--nnodes {spec.nnodes}",
             fix="give each `--node-rank R --main-address HOST --main-port P`, or all `--rdzv-endpoint HOST:PORT`",
         )
 
@@ -126,8 +126,8 @@ def meeting_place(spec: LaunchSpec) -> tuple[str, int]:
         return spec.main_address or "127.0.0.1", 29500 if spec.main_port is None else spec.main_port
     host, _, port = spec.rdzv_endpoint.rpartition(":") if ":" in spec.rdzv_endpoint else (spec.rdzv_endpoint, "", "")
     if port and not port.isdecimal():
-        saw = f"--rdzv-endpoint {spec.rdzv_endpoint}"
-        raise LaunchError("a rendezvous is a host and a port", saw=saw, fix="write `--rdzv-endpoint host:29400`")
+        got = f"--rdzv-endpoint {spec.rdzv_endpoint}"
+        raise LaunchError("a rendezvous is a host and a port", got=got, fix="write `--rdzv-endpoint host:29400`")
     return host, int(port or 29400)
 
 

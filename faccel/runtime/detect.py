@@ -20,7 +20,7 @@ def _number(env: Env, key: str, default: int | None = None) -> int:
         return int(text or "")
     except ValueError:
         raise TopologyError(
-            f"`{key}` must be a whole number", saw=repr(text), fix="let the launcher set it, or unset it"
+            f"`{key}` must be a whole number", got=repr(text), fix="let the launcher set it, or unset it"
         ) from None
 
 
@@ -30,7 +30,7 @@ def _complete(env: Env, launcher: str, keys: tuple[str, ...]) -> None:
     if missing:
         raise TopologyError(
             f"the environment of {launcher} is half set: {', '.join(f'`{key}`' for key in missing)} missing",
-            saw=", ".join(f"{key}={env[key]}" for key in keys if key in env),
+            got=", ".join(f"{key}={env[key]}" for key in keys if key in env),
             fix=f"start the processes with {launcher}, which sets all of them, or unset those that are there",
         )
 
@@ -119,7 +119,7 @@ def tasks_of_node(tasks: str, node: int) -> int:
             counts += [int(match[1])] * int(match[2] or 1)
     if node >= len(counts):
         raise TopologyError(
-            "SLURM's tasks per node do not cover this node", saw=f"{tasks!r}, node {node}", fix="start it with `srun`"
+            "SLURM's tasks per node do not cover this node", got=f"{tasks!r}, node {node}", fix="start it with `srun`"
         )
     return counts[node]
 
@@ -175,7 +175,7 @@ def detect_mpi(env: Env) -> Topology | None:
             if place[1] > place[3] and "MASTER_ADDR" not in env:
                 raise TopologyError(
                     f"{source} on several machines does not say where they meet",
-                    saw=f"{place[1]} processes, {place[3]} of them on this machine",
+                    got=f"{place[1]} processes, {place[3]} of them on this machine",
                     fix="pass the first host on, as in `mpirun -x MASTER_ADDR=host -x MASTER_PORT=29500 ...`",
                 )
             job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid", "")
@@ -183,7 +183,7 @@ def detect_mpi(env: Env) -> Topology | None:
     if "PMIX_RANK" in env and "SLURM_STEP_NUM_TASKS" not in env:
         raise TopologyError(
             "this PMIx launcher says the rank and not the world size",
-            saw=f"PMIX_RANK={env['PMIX_RANK']}",
+            got=f"PMIX_RANK={env['PMIX_RANK']}",
             fix="start the processes with `mpirun`, `srun` or torchrun",
         )
     return None
@@ -269,7 +269,7 @@ def detect(env: Env) -> Topology:
         if not same and not _is_outside(other, inner):
             raise TopologyError(
                 f"{inner.source} and {other.source} disagree about the world",
-                saw=", ".join(f"{t.source}: rank {t.rank} of {t.world_size}" for t in (inner, other)),
+                got=", ".join(f"{t.source}: rank {t.rank} of {t.world_size}" for t in (inner, other)),
                 fix=f"start one process per machine with {other.source}, or use one launcher alone",
             )
     return inner

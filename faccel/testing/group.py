@@ -16,10 +16,10 @@ import torch.distributed.distributed_c10d as c10d
 from torch._C._distributed_c10d import Work  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 from torch.futures import Future
 
+from faccel.call_site import call_site
 from faccel.comm.pack import describe
 from faccel.errors import DesyncError, WorldError
 from faccel.testing.world import InjectedError, Slot, TraceEvent, World
-from faccel.whereabouts import call_site
 
 BACKEND = "faccel_simulated"
 
@@ -105,7 +105,7 @@ class SimulatedGroup(dist.ProcessGroup):
         if self._world.baton.finished.is_set():
             raise WorldError(
                 "the simulated world of this context has ended",
-                saw=f"{op} after `simulate` returned",
+                got=f"{op} after `simulate` returned",
                 fix="communicate inside of the function that `simulate` runs",
             )
         site = call_site()
@@ -152,7 +152,7 @@ class SimulatedGroup(dist.ProcessGroup):
             raise world.baton.fail(
                 DesyncError(
                     "ranks disagree about the next collective",
-                    saw=world.baton.report(),
+                    got=world.baton.report(),
                     fix="call the same collective with the same shapes and dtypes on every rank",
                 )
             )
@@ -302,7 +302,7 @@ class SimulatedGroup(dist.ProcessGroup):
                     raise world.baton.fail(
                         DesyncError(
                             "a message does not fit the tensor that receives it",
-                            saw=f"{describe([got])} from rank {self._ranks[src]}, {describe(tensors)} at {site}",
+                            got=f"{describe([got])} from rank {self._ranks[src]}, {describe(tensors)} at {site}",
                             fix="send and receive the same shape and dtype",
                         )
                     )

@@ -19,16 +19,16 @@ from faccel.comm.control import agree, barrier
 from faccel.comm.objects import broadcast_objects
 from faccel.comm.shapes import all_to_all
 from faccel.comm.tensors import broadcast, gather, reduce
-from faccel.console import print as print_once
 from faccel.context import DistContext
 from faccel.data.loader import batches, shard
 from faccel.errors import FaccelError
-from faccel.model import wrap, wrap_optimizer
-from faccel.precision import init_scaler
-from faccel.rng import fold_in
-from faccel.runtime import init
-from faccel.step import optimizer_step, scaled_backward
-from faccel.testing import fake_context
+from faccel.random.seeding import generator
+from faccel.runtime.initialize import init
+from faccel.testing.simulation import fake_context
+from faccel.tracking.console import print as print_once
+from faccel.training.model import wrap, wrap_optimizer
+from faccel.training.precision import init_scaler
+from faccel.training.step import optimizer_step, scaled_backward
 
 
 class CheckFailedError(AssertionError):
@@ -62,13 +62,13 @@ def _data_order(ctx: DistContext) -> str:
 
 
 def _train(ctx: DistContext) -> torch.Tensor:
-    generator = fold_in(0)
-    inputs = torch.randn(96, 8, generator=generator)
+    rng = generator(0)
+    inputs = torch.randn(96, 8, generator=rng)
     data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) / 4)
+            p.copy_(torch.randn(p.shape, generator=rng) / 4)
     wrapped = wrap(model, ctx)
     opt = wrap_optimizer(torch.optim.SGD(wrapped.parameters(), lr=0.05), wrapped, ctx)
     scaler = init_scaler(ctx)
@@ -102,11 +102,11 @@ def _checkpoint(ctx: DistContext) -> str:
 
 
 def _round_trip(folder: str, ctx: DistContext) -> str:
-    x = torch.randn(1000, generator=fold_in(1))
-    save(folder, {"x": x, "n": 3}, ctx, step=1)
+    x = torch.randn(1000, generator=generator(1))
+    save({"x": x, "n": 3}, folder, ctx, step=1)
     problem = ""
     try:
-        back = load(folder, {"x": None, "n": None}, ctx)
+        back = load({"x": None, "n": None}, folder, ctx)
         problem = "" if torch.equal(back["x"], x) and back["n"] == 3 else "not what was saved"
     except FaccelError as error:
         problem = str(error)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from faccel.call_site import call_site
 from faccel.testing.world import World
-from faccel.whereabouts import call_site
 
 
 class SimulatedStore(dist.Store):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from faccel.errors import DesyncError
-from faccel.testing.baton import Baton
+from faccel.testing.scheduler import Scheduler
 
 
 @attrs.frozen
@@ -60,7 +60,7 @@ class World:
         faults: What goes wrong.
     """
 
-    def __init__(self, baton: Baton, faults: Sequence[Fault] = ()) -> None:
+    def __init__(self, baton: Scheduler, faults: Sequence[Fault] = ()) -> None:
         self.baton = baton
         self.faults = {(fault.rank, fault.collective): fault for fault in faults}
         self.num_calls: dict[int, int] = {}
@@ -77,7 +77,7 @@ class World:
         if open_calls or unread:
             raise DesyncError(
                 "the ranks returned while a collective was open",
-                saw=", ".join(open_calls + unread),
+                got=", ".join(open_calls + unread),
                 fix="call it on every rank, and receive every message",
             )
 

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from click.testing import CliRunner
 
-from faccel.cli import main
+from faccel.cli.commands import main
 
 HERE = pathlib.Path(__file__).parent
 LAUNCHES = {

@@ -27,7 +27,7 @@ def with_lora(name, seed=0, **options):
 
 
 def run(ctx, name, checkpoint=None):
-    return train(ctx, with_lora(name), name, faccel.Plan(checkpoint=checkpoint))
+    return train(ctx, with_lora(name), name, faccel.Plan(activation_checkpoint=checkpoint))
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -55,7 +55,7 @@ def test_an_adapter_is_exported_alone_and_peft_loads_it(tmp_path, name, mesh):
 
     def fn(ctx):
         model = run(ctx, name).model
-        files = faccel.export_model(model, tmp_path, ctx, trained_only=True)
+        files = faccel.checkpoint.export_model(model, tmp_path, ctx, trained_only=True)
         return files, logits_of(model, name)
 
     for files, logits in simulate(fn, faccel.MeshSpec.of(mesh).size if mesh else 1, mesh=mesh):
@@ -76,13 +76,15 @@ def test_an_adapter_of_another_name_is_exported_as_one_file_too(tmp_path):
     net = with_lora("llama")
     net.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"]))
     net.set_adapter("second")
-    assert faccel.export_model(net, tmp_path, fake_context(0, 1), trained_only=True) == ["adapter_model.safetensors"]
+    assert faccel.checkpoint.export_model(net, tmp_path, fake_context(0, 1), trained_only=True) == [
+        "adapter_model.safetensors"
+    ]
     weights = load_file(tmp_path / "adapter_model.safetensors")
     assert {tuple(x.shape) for x in weights.values()} == {(2, 16), (16, 2)}
     assert not [n for n in weights if "second" in n]
     net.base_model.set_adapter(["default", "second"])
     with pytest.raises(CheckpointError, match="one adapter"):
-        faccel.export_model(net, tmp_path, fake_context(0, 1), trained_only=True)
+        faccel.checkpoint.export_model(net, tmp_path, fake_context(0, 1), trained_only=True)
 
 
 def state_of(ctx, seed):
@@ -106,11 +108,11 @@ def test_a_checkpoint_of_what_is_trained_leaves_the_base_out_and_goes_on(tmp_pat
     def save(ctx):
         state = state_of(ctx, 0)
         step(state, ctx)
-        at = faccel.save(tmp_path, state, ctx, step=1, trained_only=True)
+        at = faccel.save(state, tmp_path, ctx, step=1, trained_only=True)
         return at.path, step(state, ctx)
 
     def load(ctx):
-        return step(faccel.load(tmp_path, state_of(ctx, 1), ctx), ctx)
+        return step(faccel.load(state_of(ctx, 1), tmp_path, ctx), ctx)
 
     def worlds(mesh):
         return faccel.MeshSpec.of(mesh).size if mesh else 1
@@ -125,13 +127,13 @@ def test_a_checkpoint_of_what_is_trained_leaves_the_base_out_and_goes_on(tmp_pat
 
 def test_a_checkpoint_of_adapters_fits_models_with_such_adapters_only(tmp_path):
     ctx = fake_context(0, 1)
-    faccel.save(tmp_path, {"model": with_lora("llama")}, ctx, step=1, trained_only=True)
+    faccel.save({"model": with_lora("llama")}, tmp_path, ctx, step=1, trained_only=True)
     frozen = with_lora("llama", seed=1).requires_grad_(False)  # for inference: nothing is trained
-    faccel.load(tmp_path, {"model": frozen}, ctx)
+    faccel.load({"model": frozen}, tmp_path, ctx)
     assert all(torch.equal(p, q) for p, q in zip(frozen.parameters(), with_lora("llama").parameters(), strict=True))
     for other in (with_lora("bert"), build("llama"), with_lora("llama").requires_grad_(True)):
         with pytest.raises(CheckpointError, match="does not fit"):
-            faccel.load(tmp_path, {"model": other}, ctx)
+            faccel.load({"model": other}, tmp_path, ctx)
 
 
 @pytest.mark.parametrize("mesh", [None, "dp_shard=2"])
@@ -143,13 +145,13 @@ def test_a_head_that_is_trained_above_a_frozen_body_is_exported_alone(tmp_path, 
         return model
 
     def export(ctx):
-        return faccel.export_model(faccel.wrap(net(0), ctx), tmp_path, ctx, trained_only=True)
+        return faccel.checkpoint.export_model(faccel.wrap(net(0), ctx), tmp_path, ctx, trained_only=True)
 
     def load(ctx):
         model = faccel.wrap(net(1), ctx)
         with pytest.raises(CheckpointError, match="do not fit"):
-            faccel.load_model(model, tmp_path, ctx)
-        faccel.load_model(model, tmp_path, ctx, trained_only=True)
+            faccel.checkpoint.load_model(model, tmp_path, ctx)
+        faccel.checkpoint.load_model(model, tmp_path, ctx, trained_only=True)
         return {n: full(p) for n, p in model.named_parameters()}
 
     size = 2 if mesh else 1

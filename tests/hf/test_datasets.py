@@ -73,7 +73,7 @@ def test_tokens_are_padded_by_the_batch_and_travel_as_what_they_are():
             assert ids.shape[1] == batch.data["attention_mask"].sum(1).max()
             assert type(batch.data) is type(parts) is hf.BatchEncoding
             lengths = faccel.gather(batch.data["attention_mask"].sum(1), ctx, num_valid=batch.num_valid)
-            padded = faccel.pad_across({"input_ids": ids}, ctx, dim=1)["input_ids"]
+            padded = faccel.comm.pad_across({"input_ids": ids}, ctx, dim=1)["input_ids"]
             assert len(faccel.gather(padded, ctx, num_valid=batch.num_valid)) == len(lengths)
             found.append(lengths)
         return torch.cat(found).tolist()
@@ -123,8 +123,8 @@ def test_a_stream_goes_on_from_any_batch_as_if_it_had_not_stopped(world_size, bu
 def test_the_state_of_a_stream_is_used_so_that_nothing_is_read_twice(tmp_path):
     ctx = fake_context(0, 1)
     cursor = read(stream(num_shards=8), 0, 1)[14][2]
-    faccel.save(tmp_path, {"cursor": cursor}, ctx, step=1)  # plain values: it is in any checkpoint
-    cursor = faccel.load(tmp_path, {"cursor": Cursor()}, ctx)["cursor"]
+    faccel.save({"cursor": cursor}, tmp_path, ctx, step=1)  # plain values: it is in any checkpoint
+    cursor = faccel.load({"cursor": Cursor()}, tmp_path, ctx)["cursor"]
     READ.clear()
     assert read(stream(num_shards=8), 0, 1, cursor)[0][0] == [600, 601]
     assert len(READ) <= 15  # of 40: it goes on in the shard where it was
@@ -176,8 +176,8 @@ def test_shards_drop_what_not_every_rank_has_and_workers_change_nothing():
 def test_a_checkpoint_holds_the_place_of_every_rank(tmp_path):
     def fn(ctx):
         cursor = own_shards(ctx)[1][4]
-        faccel.save(tmp_path, {"cursor": cursor}, ctx, step=1)
-        loaded = faccel.load(tmp_path, {"cursor": Cursor()}, ctx)["cursor"]
+        faccel.save({"cursor": cursor}, tmp_path, ctx, step=1)
+        loaded = faccel.load({"cursor": Cursor()}, tmp_path, ctx)["cursor"]
         return own_shards(ctx, loaded) == own_shards(ctx, cursor)
 
     assert simulate(fn, 2) == (True, True)
@@ -199,7 +199,7 @@ def test_an_error_while_a_rank_reads_its_shard_reaches_every_rank():
         try:
             list(faccel.shard(DataLoader(data, 1), ctx, mode="shards"))
         except RankFailedError as error:
-            seen.append("no such file" in error.saw)
+            seen.append("no such file" in error.got)
             raise
 
     with pytest.raises(RankFailedError):
@@ -217,7 +217,7 @@ def test_shards_that_cannot_be_had_are_an_error():
     ):
         with pytest.raises(DataError) as caught:
             faccel.shard(loader, ctx, mode="shards", **options)
-        assert what in caught.value.saw
+        assert what in caught.value.got
     with pytest.raises(TypeError):
         len(faccel.shard(DataLoader(stream(), 2), ctx, mode="shards"))
 

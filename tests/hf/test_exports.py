@@ -31,8 +31,8 @@ def logits_of(model, name):
 def test_from_pretrained_loads_what_was_trained_and_exported(tmp_path, name, mesh, size):
     def fn(ctx):
         net = build(name)
-        trained = train(ctx, net, name, faccel.plan_for(net, ctx))
-        files = faccel.export_model(trained.model, tmp_path, ctx, max_shard_size=size)
+        trained = train(ctx, net, name, faccel.parallel.plan_for(net, ctx))
+        files = faccel.checkpoint.export_model(trained.model, tmp_path, ctx, max_shard_size=size)
         return files, logits_of(trained.model, name)
 
     world_size = faccel.MeshSpec.of(mesh).size if mesh else 1
@@ -61,8 +61,8 @@ def test_load_model_reads_what_save_pretrained_wrote(tmp_path, name, mesh, size)
     def fn(ctx):
         torch.manual_seed(1)
         net = type(theirs)(theirs.config).to(theirs.dtype)
-        model = faccel.wrap(net, ctx, plan=faccel.plan_for(net, ctx))
-        faccel.load_model(model, tmp_path, ctx)
+        model = faccel.wrap(net, ctx, plan=faccel.parallel.plan_for(net, ctx))
+        faccel.checkpoint.load_model(model, tmp_path, ctx)
         return logits_of(model, name)
 
     for logits in simulate(fn, faccel.MeshSpec.of(mesh).size if mesh else 1, mesh=mesh):
@@ -72,7 +72,7 @@ def test_load_model_reads_what_save_pretrained_wrote(tmp_path, name, mesh, size)
 def test_the_description_of_a_model_is_its_own_and_leaves_the_users_alone(tmp_path):
     net = build("gpt2")
     before = net.config.to_dict()
-    faccel.export_model(net, tmp_path / "a", fake_context(0, 1))
+    faccel.checkpoint.export_model(net, tmp_path / "a", fake_context(0, 1))
     assert net.config.to_dict() == before
-    faccel.export_model(torch.nn.Sequential(net), tmp_path / "b", fake_context(0, 1))
+    faccel.checkpoint.export_model(torch.nn.Sequential(net), tmp_path / "b", fake_context(0, 1))
     assert not (tmp_path / "b" / "config.json").exists()

@@ -24,12 +24,12 @@ def size_of(mesh):
 
 def run(ctx, name, options=None, model_options=None):
     net = build(name, **model_options or {})
-    plan = faccel.plan_for(net, ctx) if options is None else faccel.Plan(**options)
+    plan = faccel.parallel.plan_for(net, ctx) if options is None else faccel.Plan(**options)
     return train(ctx, net, name, plan)
 
 
 def test_importing_faccel_imports_nothing_of_hugging_face():
-    code = "import faccel, sys; faccel.wrap, faccel.export_model, faccel.plan_for, faccel.shard; print(*sys.modules)"
+    code = "import faccel, sys; faccel.wrap, faccel.checkpoint.export_model, faccel.parallel.plan_for, faccel.shard; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"transformers", "datasets", "peft", "tokenizers", "huggingface_hub"}.intersection(out)
 
@@ -79,20 +79,20 @@ def test_a_tp_plan_that_cannot_be_followed_is_an_error_that_names_the_module():
     net = build("llama")
     net.tp_plan = net.tp_plan | {"model.layers.*.mlp.gate_proj": "packed_colwise"}
     with pytest.raises(ModelError) as caught:
-        faccel.plan_for(net, ctx)
-    assert "`model.layers.*.mlp.gate_proj`: 'packed_colwise'" in caught.value.saw
+        faccel.parallel.plan_for(net, ctx)
+    assert "`model.layers.*.mlp.gate_proj`: 'packed_colwise'" in caught.value.got
     with pytest.raises(ModelError, match="nothing of this model"):
-        faccel.plan_for(build("gpt2"), ctx)
-    for name, options, saw in (
+        faccel.parallel.plan_for(build("gpt2"), ctx)
+    for name, options, got in (
         ("gpt2", {"tensor": {"transformer.h.*.mlp.c_fc": "colwise"}}, "Conv1D"),
         ("llama", None, "4 columns / head_dim=1 of `model.layers.0.self_attn`"),
     ):
         with pytest.raises(ModelError) as caught:
             simulate(run, 2, name, options, {"num_key_value_heads": 1} if name == "llama" else {}, mesh="tp=2")
-        assert saw in caught.value.saw
+        assert got in caught.value.got
 
 
-SAVED = faccel.Checkpointing(save_ops=("aten.mm.default", "aten.addmm.default"))
+SAVED = faccel.parallel.ActivationCheckpointing(save_ops=("aten.mm.default", "aten.addmm.default"))
 
 
 @pytest.mark.parametrize(("mesh", "checkpoint"), [
@@ -125,7 +125,7 @@ def test_blocks_are_computed_again_in_backward_and_learn_the_same(name, mesh, ch
 def test_generate_runs_with_the_hooks_of_every_strategy(name, mesh):
     def generate(ctx):
         net = build(name)
-        model = faccel.wrap(net, ctx, plan=faccel.plan_for(net, ctx)).eval()
+        model = faccel.wrap(net, ctx, plan=faccel.parallel.plan_for(net, ctx)).eval()
         ids = faccel.split(batch_of(name)["input_ids"][:, :4], ctx)
         options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
         with torch.no_grad():
@@ -142,7 +142,7 @@ def test_generate_runs_with_the_hooks_of_every_strategy(name, mesh):
 def test_the_outputs_of_a_model_come_back_as_fp32_and_stay_what_they_are(mesh):
     def fn(ctx):
         net = build("llama", torch.float32)
-        model = faccel.wrap(net, ctx, plan=faccel.plan_for(net, ctx))
+        model = faccel.wrap(net, ctx, plan=faccel.parallel.plan_for(net, ctx))
         out = model(**batch_of("llama"), output_hidden_states=True)
         out.loss.backward()
         rows = faccel.gather({"logits": out["logits"].detach()}, ctx)["logits"]
@@ -156,7 +156,7 @@ def test_the_outputs_of_a_model_come_back_as_fp32_and_stay_what_they_are(mesh):
 
 @pytest.mark.parametrize("mesh", ["pp=2", "pp=2,dp_shard=2"])
 def test_a_model_whose_parts_follow_one_another_is_a_pipeline(mesh):
-    plan = faccel.Plan(pipeline=faccel.Pipeline(chain=BERT_CHAIN))
+    plan = faccel.Plan(pipeline=faccel.parallel.PipelineConfig(chain=BERT_CHAIN))
 
     def loss_of(net, batch):
         out = net(batch[0])
@@ -169,7 +169,7 @@ def test_a_model_whose_parts_follow_one_another_is_a_pipeline(mesh):
         data = TensorDataset(batch["input_ids"], batch["labels"])
         losses, norms = [], []
         for window in faccel.windows(faccel.shard(DataLoader(data, 2), ctx), ctx, size=4 // ctx.data_world_size):
-            found, scaler = faccel.pipeline_step(loss_of, model, window, scaler, ctx)
+            found, scaler = faccel.parallel.pipeline_step(loss_of, model, window, scaler, ctx)
             info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
             losses += faccel.reduce(found, ctx, op="mean").mean(0, keepdim=True).tolist()
             norms.append(info.grad_norm.item())
@@ -183,13 +183,13 @@ def test_a_model_whose_parts_follow_one_another_is_a_pipeline(mesh):
 def test_a_model_whose_blocks_take_more_than_one_input_is_no_pipeline_and_says_so():
     def fn(ctx):
         net = build("llama")
-        model = faccel.wrap(net, ctx, plan=faccel.plan_for(net, ctx))
+        model = faccel.wrap(net, ctx, plan=faccel.parallel.plan_for(net, ctx))
         with torch.no_grad():
             model(batch_of("llama")["input_ids"])
 
     with pytest.raises(ModelError, match="something else than tensors") as caught:
         simulate(fn, 2, mesh="pp=2")
-    assert "BaseModelOutputWithPast" in caught.value.saw
+    assert "BaseModelOutputWithPast" in caught.value.got
 
 
 def test_an_output_is_a_tree_that_keeps_its_kind():

@@ -36,8 +36,8 @@ def run(ctx, name, path=None, mode="train"):
     for step in range(4):
         if step == 2 and path:
             getattr(state["opt"], mode)()
-            faccel.save(path, state, ctx, step=1)
-            state = faccel.load(path, start(ctx, name, seed=1), ctx)
+            faccel.save(state, path, ctx, step=1)
+            state = faccel.load(start(ctx, name, seed=1), path, ctx)
             state["opt"].train()
         loss, mean = loss_of(state, ctx, step)
         scaler = faccel.scaled_backward(loss, faccel.init_scaler(ctx), ctx)
@@ -61,8 +61,8 @@ def test_it_trains_and_evaluates_as_on_one_process_and_goes_on_from_either_mode(
 
 
 def test_its_states_cannot_be_spread_as_zero_1_and_the_error_shows_what_can():
-    plan = faccel.Plan(ddp=faccel.DdpConfig(shard_optimizer=True))
+    plan = faccel.Plan(ddp=faccel.parallel.DdpConfig(shard_optimizer=True))
     with pytest.raises(OptimizerError) as caught:
         simulate(start, 2, "adamw", 0, plan)
-    assert "AdamWScheduleFree" in caught.value.saw
+    assert "AdamWScheduleFree" in caught.value.got
     assert "dp_shard" in caught.value.fix

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 
 import faccel
-from faccel.backends import Backend
+from faccel.backends.table import Backend
 from faccel.protocols import Parallelism
 
 

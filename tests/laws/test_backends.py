@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import faccel
-from faccel.backends import BACKENDS, use
+from faccel.backends.table import BACKENDS, use
 from faccel.errors import ModelError
 from faccel.testing import simulate
 from tests.laws.averaging import BACKEND
@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 PLAN = faccel.Plan(
     units="Layer",
     tensor={"layers.*.up": "colwise", "layers.*.down": "rowwise"},
-    pipeline=faccel.Pipeline(chain=("first", "layers.*", "last")),
+    pipeline=faccel.parallel.PipelineConfig(chain=("first", "layers.*", "last")),
 )
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own advice on layouts
 
@@ -109,7 +109,7 @@ def full(x):
 
 
 def rows(update=0, count=16):
-    return torch.randn(count, 4, generator=faccel.fold_in(1, update), dtype=torch.float64)
+    return torch.randn(count, 4, generator=faccel.random.generator(1, update), dtype=torch.float64)
 
 
 def one_process(num_updates, dtype=torch.float64):
@@ -123,12 +123,14 @@ def one_process(num_updates, dtype=torch.float64):
     return net
 
 
-def train(ctx, wrapped, opt, num_updates, num_micro=4):
+def train(ctx, wrapped, opt, num_updates, num_micro_batches=4):
     scaler = faccel.init_scaler(ctx)
     for update in range(num_updates):
-        loader = torch.utils.data.DataLoader(rows(update).to(dtype_of(ctx)), 16 // num_micro // ctx.data_world_size)
-        window = next(faccel.windows(faccel.shard(loader, ctx), ctx, size=num_micro))
-        losses, scaler = faccel.pipeline_step(lambda f, x: f(x).square().mean(), wrapped, window, scaler, ctx)
+        loader = torch.utils.data.DataLoader(
+            rows(update).to(dtype_of(ctx)), 16 // num_micro_batches // ctx.data_world_size
+        )
+        window = next(faccel.windows(faccel.shard(loader, ctx), ctx, size=num_micro_batches))
+        losses, scaler = faccel.parallel.pipeline_step(lambda f, x: f(x).square().mean(), wrapped, window, scaler, ctx)
         info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1e9)
         yield losses, info
 

@@ -134,7 +134,7 @@ def objects_travel(ctx):
 def scatter_gives_each_rank_its_own(ctx):
     items = [{"r": r, "x": torch.full((r,), r)} for r in range(ctx.world_size)]
     for src in range(ctx.world_size):
-        out = faccel.scatter(items if ctx.rank == src else None, ctx, src=src)
+        out = faccel.comm.scatter_objects(items if ctx.rank == src else None, ctx, src=src)
         assert (out["r"], out["x"].tolist()) == (ctx.rank, [ctx.rank] * ctx.rank)
 
 
@@ -142,22 +142,22 @@ def scatter_gives_each_rank_its_own(ctx):
 def all_to_all_transposes(ctx):
     n, r = ctx.world_size, ctx.rank
     x = {"a": 10 * r + torch.arange(n), "b": torch.full((n, 2, 3), r, dtype=torch.bfloat16), "e": torch.ones(n, 0)}
-    out = faccel.all_to_all(x, ctx)
+    out = faccel.comm.all_to_all(x, ctx)
     assert out["a"].tolist() == [10 * i + r for i in range(n)]
     assert out["b"][:, 0, 0].tolist() == list(range(n))
     assert out["e"].shape == (n, 0)
     with pytest.raises(TreeError, match="one row per rank"):
-        faccel.all_to_all(torch.ones(n + 1), ctx)
+        faccel.comm.all_to_all(torch.ones(n + 1), ctx)
 
 
 @law
 def padding_reaches_the_longest(ctx):
     n, r = ctx.world_size, ctx.rank
     x = {"x": torch.ones(2, r + 1), "s": torch.tensor(1)}
-    out = faccel.pad_across(x, ctx, dim=1, value=-1)
+    out = faccel.comm.pad_across(x, ctx, dim=1, value=-1)
     assert out["x"].tolist() == [[1.0] * (r + 1) + [-1.0] * (n - 1 - r)] * 2
     assert out["s"].item() == 1
-    front = faccel.pad_across(torch.ones(r + 1), ctx, dim=-1, first=True)
+    front = faccel.comm.pad_across(torch.ones(r + 1), ctx, dim=-1, first=True)
     assert front.tolist() == [0.0] * (n - 1 - r) + [1.0] * (r + 1)
 
 

@@ -6,7 +6,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from faccel import func
-from faccel.func.transform import Updates
+from faccel.func.gradient_transformation import Updates
 
 SHAPES = {"tall": (7, 3), "wide": (3, 7), "matrix": (5, 5), "vector": (6,), "number": ()}
 MATRICES = ("tall", "wide", "matrix")
@@ -92,11 +92,11 @@ def test_under_vmap_each_model_is_trained_as_alone(ours, theirs, options):
     alone = [draw(ours, i, dtype) for i in range(3)]
     states = [optimizer.init(params) for params in alone]
     together = _stacked([dict(params.items()) for params in alone])
-    together_state = _stacked([func.trees.plain(state) for state in states])
+    together_state = _stacked([func.tensordicts.plain(state) for state in states])
 
     def one(params, grads, state):
-        updates, state = optimizer.update(TensorDict(grads), func.trees.tensordict(state), TensorDict(params))
-        return dict(updates.params.items()), func.trees.plain(state)
+        updates, state = optimizer.update(TensorDict(grads), func.tensordicts.tensordict(state), TensorDict(params))
+        return dict(updates.params.items()), func.tensordicts.plain(state)
 
     for i in range(5):
         grads = [draw(ours, 10 * i + j, dtype) for j in range(3)]

@@ -24,7 +24,7 @@ if __name__ == "__main__":
     try:
         faccel.launch(body, -3, num_processes=2)
     except faccel.errors.RankFailedError as error:
-        print(error.what, "|", error.saw.splitlines()[-2:])
+        print(error.problem, "|", error.got.splitlines()[-2:])
 """
 
 
@@ -59,7 +59,7 @@ def tried(*args, **options):
     try:
         faccel.launch(*args, num_processes=2, **options)
     except (faccel.errors.FaccelError) as error:
-        print(type(error).__name__, "|", error.what, "|", " ".join(error.saw.split())[-400:], "|", error.fix)
+        print(type(error).__name__, "|", error.problem, "|", " ".join(error.got.split())[-400:], "|", error.fix)
 
 if __name__ == "__main__":
     tried(lambda ctx: 1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import char_lm
-from faccel.backends import BACKENDS
+from faccel.backends.table import BACKENDS
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 REASON = BACKENDS["deepspeed"].probe(os.environ)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import faccel
-from faccel.backends import BACKENDS
+from faccel.backends.table import BACKENDS
 from faccel.errors import FaccelError
 from tests.ranks import run_ranks
 
@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 def rows(number, count=12, width=5):
-    return torch.randn(count, width, generator=faccel.fold_in(1, number))
+    return torch.randn(count, width, generator=faccel.random.generator(1, number))
 
 
 def whole(state):
@@ -130,17 +130,17 @@ def saves(ctx, folder):
     model, opt = prepared(ctx)
     train(ctx, model, opt, 0, 3)
     state = {"model": model, "opt": opt, "step": 3}
-    faccel.save(folder, state, ctx, step=3)
+    faccel.save(state, folder, ctx, step=3)
     exported = whole(model.state_dict())
     train(ctx, model, opt, 3, 5)
-    faccel.save(folder, state | {"step": 5}, ctx, step=5, background=True)
+    faccel.save(state | {"step": 5}, folder, ctx, step=5, background=True)
     faccel.latest(folder, ctx)
     return exported, whole(model.state_dict()), {k: whole(v) for k, v in opt.state_dict()["state"].items()}
 
 
 def resumes(ctx, folder, step, stop):
     model, opt = prepared(ctx, Net(seed=9), lr=0.7)
-    state = faccel.load(folder, {"model": model, "opt": opt, "step": None}, ctx, step=step)
+    state = faccel.load({"model": model, "opt": opt, "step": None}, folder, ctx, step=step)
     loaded = whole(model.state_dict()), {k: whole(v) for k, v in opt.state_dict()["state"].items()}
     train(ctx, model, opt, state["step"], stop)
     return *loaded, whole(model.state_dict()), opt.param_groups[0]["lr"]
@@ -280,7 +280,7 @@ def test_ranks_may_build_the_model_on_meta(stage):
 
 
 def from_settings(ctx, settings):
-    model, opt = prepared(ctx, plan=faccel.Plan(deepspeed=faccel.DeepSpeedConfig(settings=settings)))
+    model, opt = prepared(ctx, plan=faccel.Plan(deepspeed=faccel.parallel.DeepSpeedConfig(settings=settings)))
     train(ctx, model, opt, 0, 2)
     config = opt.engine.config
     return {key: config.get(key) for key in ("zero_optimization", "train_batch_size", "bf16")}, whole(
@@ -380,8 +380,8 @@ def misuses(ctx):
         kind_of(lambda: faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)),
         kind_of(lambda: faccel.wrap_optimizer(early, untied, ctx)),
         kind_of(lambda: faccel.wrap(Wide(5, 2, seed=1).double(), ctx)),
-        kind_of(lambda: faccel.local_sgd(model, ctx, step=1, every=1)),
-        kind_of(lambda: faccel.join(model, opt, ctx).__enter__()),
+        kind_of(lambda: faccel.parallel.local_sgd(model, ctx, step=1, every=1)),
+        kind_of(lambda: faccel.parallel.join(model, opt, ctx).__enter__()),
     ]
 
 

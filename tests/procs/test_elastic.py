@@ -18,12 +18,12 @@ with faccel.init() as ctx:
     faccel.seed_everything(0, ctx)
     model = faccel.wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.1), torch.nn.Linear(8, 1)), ctx)
     opt = faccel.wrap_optimizer(torch.optim.Adam(model.parameters()), model, ctx)
-    data = torch.randn(64, 4, generator=faccel.fold_in(1))
+    data = torch.randn(64, 4, generator=faccel.random.generator(1))
     loader = faccel.shard(DataLoader(data, 4, shuffle=True), ctx, split_batches=True)
     state = {"model": model, "opt": opt, "scaler": faccel.init_scaler(ctx), "cursor": faccel.Cursor(), "step": 0}
     state["rng"] = faccel.rng_state(ctx)
     if faccel.latest(folder, ctx):
-        state = faccel.load(folder, state, ctx)
+        state = faccel.load(state, folder, ctx)
         faccel.print(f"attempt {attempt} goes on after step {state['step']}", ctx=ctx)
     faccel.set_rng_state(state["rng"])
     scaler, step = state["scaler"], state["step"]
@@ -33,7 +33,7 @@ with faccel.init() as ctx:
             _, scaler = faccel.optimizer_step(opt, scaler, ctx)
             step += 1
             new = {"scaler": scaler, "cursor": batch.cursor, "rng": faccel.rng_state(ctx), "step": step}
-            faccel.save(folder, state | new, ctx, step=step, keep=2)
+            faccel.save(state | new, folder, ctx, step=step, keep=2)
             if step == 7 and ctx.rank == victim and attempt == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
     total = sum(p.double().sum() for p in model.parameters()).item()

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import faccel
-from faccel.backends import BACKENDS, table
+from faccel.backends.table import BACKENDS, table
 from faccel.errors import BackendError, ConfigError
 from faccel.testing import fake_context, simulate
 
@@ -51,7 +51,7 @@ def test_no_compiler_for_its_operators_is_an_error_before_anything_starts(tmp_pa
 def test_an_engine_that_is_not_installed_is_an_error_with_the_pip_line():
     with pytest.raises(BackendError) as caught:
         faccel.init(strategy="deepspeed", device="cpu")
-    assert caught.value.saw == "deepspeed is not installed"
+    assert caught.value.got == "deepspeed is not installed"
     assert 'pip install --no-build-isolation "deepspeed>=0.19,<0.20"' in caught.value.fix
 
 

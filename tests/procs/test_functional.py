@@ -62,7 +62,9 @@ def train_functionally(model, ctx, x, *, donate, steps=2):
         code = Net()
     exactly()
     # a bucket of 25 MB would be most of this model
-    step = func.make_step(lambda p, b, g: func.call(code, p, b).sum(), optimizer, ctx, donate=donate, bucket_cap_mb=4)
+    step = func.make_step(
+        lambda p, b, g: func.functional_call(code, p, b).sum(), optimizer, ctx, donate=donate, bucket_cap_mb=4
+    )
     for _ in range(steps):
         _, state = step(state, x)
 
@@ -74,7 +76,7 @@ def peak(ctx, how):
     train(faccel.wrap(small, ctx), ctx, x)
     optimizer = func.adamw(1e-3, fused=True)
     warm = func.init_state(small, optimizer, ctx, seed=0)
-    func.make_step(lambda p, b, g: func.call(small, p, b).sum(), optimizer, ctx)(warm, x)
+    func.make_step(lambda p, b, g: func.functional_call(small, p, b).sum(), optimizer, ctx)(warm, x)
     gc.collect()
     exactly()
     before = status("VmRSS")

@@ -30,7 +30,7 @@ def state(value):
 
 
 def check(path, allowed):
-    got = faccel.load(path, state(0), ONE)
+    got = faccel.load(state(0), path, ONE)
     assert got["n"] in allowed
     assert got["x"].unique().tolist() == [float(got["n"])]
     assert all((p == got["n"]).all() for p in got["model"].parameters())
@@ -40,10 +40,10 @@ def check(path, allowed):
 def writer(rank, world_size, port, pipe, path, background):
     torch.set_num_threads(1)
     ctx = faccel.init(env=env_of(rank, world_size, port) if world_size > 1 else {})
-    faccel.save(path, state(1), ctx, step=1)
+    faccel.save(state(1), path, ctx, step=1)
     pipe.send("ready")
     pipe.recv()
-    faccel.save(path, state(2), ctx, step=2, keep=1, background=background)
+    faccel.save(state(2), path, ctx, step=2, keep=1, background=background)
     faccel.latest(path, ctx)
     pipe.send("done")
     os._exit(0)
@@ -108,7 +108,7 @@ def test_killed_at_every_call_of_a_save(tmp_path, world_size, victim, background
             killed = save_until(path, world_size, victim, background, call, number)
             kills += killed
             seen.add(check(path, {1, 2} if killed else {2}))
-            faccel.save(path, state(3), ONE, step=3)  # the next writer is not in the way of the dead one
+            faccel.save(state(3), path, ONE, step=3)  # the next writer is not in the way of the dead one
             assert check(path, {3}) == 3
             assert not [name for name in os.listdir(path) if name.startswith(".tmp-")]
             shutil.rmtree(path)

@@ -13,7 +13,7 @@ PLAN = faccel.Plan(units="Block", tensor=TENSOR | {"head": "colwise_loss"})
 def step(ctx):
     wrapped = faccel.wrap(model(tied=False), ctx, plan=PLAN)
     batch = tokens(4)
-    with faccel.loss_parallel(ctx):
+    with faccel.parallel.loss_parallel(ctx):
         logits = wrapped(batch[:, :-1])
         loss = loss_of(logits, batch[:, 1:])
         faccel.scaled_backward(loss, faccel.init_scaler(ctx), ctx)

@@ -24,12 +24,12 @@ def train(ctx, folder, pipe=None):
     told = faccel.preemption(ctx)
     model = faccel.wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)), ctx)
     opt = faccel.wrap_optimizer(torch.optim.Adam(model.parameters()), model, ctx)
-    data = TensorDataset(torch.randn(40, 4, generator=faccel.fold_in(1)))
+    data = TensorDataset(torch.randn(40, 4, generator=faccel.random.generator(1)))
     loader = faccel.shard(DataLoader(data, 4, shuffle=True), ctx, split_batches=True)
     state = {"model": model, "opt": opt, "scaler": faccel.init_scaler(ctx), "cursor": faccel.Cursor(), "step": 0}
     state["rng"] = faccel.rng_state(ctx)
     if faccel.latest(folder, ctx):
-        state = faccel.load(folder, state, ctx)
+        state = faccel.load(state, folder, ctx)
     faccel.set_rng_state(state["rng"])
     scaler, step = state["scaler"], state["step"]
     for _, part in loader.epochs(99, start=state["cursor"]):
@@ -43,7 +43,7 @@ def train(ctx, folder, pipe=None):
                 return torch.cat([p.detach().flatten() for p in model.parameters()])
             if faccel.agree(ctx, preempted=told.requested).preempted:
                 new = {"scaler": scaler, "cursor": batch.cursor, "rng": faccel.rng_state(ctx), "step": step}
-                faccel.save(folder, state | new, ctx, step=step)
+                faccel.save(state | new, folder, ctx, step=step)
                 return step
     return None
 
@@ -98,7 +98,7 @@ def test_sigterm_at_fifty_random_moments(tmp_path):
             assert first == whole
             continue
         preempted += 1
-        assert [each.step for each in faccel.checkpoints(folder)] == [first]
+        assert [each.step for each in faccel.checkpoint.checkpoints(folder)] == [first]
         assert run(folder) == whole
     assert preempted >= 10
 
@@ -108,7 +108,7 @@ def test_the_script_exits_with_its_code_and_the_same_command_goes_on(tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     whole = subprocess.run([*command[:2], str(tmp_path / "whole")], env=env, capture_output=True, text=True, check=True)
     stopped = subprocess.run([*command, "--stop-after", "3"], env=env, capture_output=True, text=True, check=False)
-    assert (stopped.returncode, stopped.stdout) == (faccel.Preemption.exit_code, "stopped\n"), stopped.stderr
+    assert (stopped.returncode, stopped.stdout) == (faccel.checkpoint.Preemption.exit_code, "stopped\n"), stopped.stderr
     again = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert again.stdout.splitlines() == ["going on after step 3", whole.stdout.strip()]
 

@@ -47,7 +47,7 @@ def another_world(ctx):
     try:
         faccel.init(env=env_of(0, 5, 1))
     except WorldError as error:
-        return error.saw
+        return error.got
     return "no error"
 
 
@@ -104,7 +104,7 @@ def used_up(ctx):
     try:
         faccel.reduce(torch.ones(1), ctx)
     except WorldError as error:
-        return error.what
+        return error.problem
 
 
 def test_a_context_that_was_shut_down_is_an_error():
@@ -121,8 +121,8 @@ def test_a_rank_that_waits_for_one_that_left_says_so():
     (fine, _), (_, error) = outcomes(left_alone, 2, timeout_s=20)
     assert fine
     assert isinstance(error, RankFailedError)
-    assert error.what.startswith("rank 1 could not finish all_reduce")
-    assert "rank 0: left, rank 1: all_reduce over `data` at" in error.saw
+    assert error.problem.startswith("rank 1 could not finish all_reduce")
+    assert "rank 0: left, rank 1: all_reduce over `data` at" in error.got
 
 
 def one_fails(ctx, where):
@@ -139,8 +139,8 @@ def test_a_rank_whose_peer_failed_says_what_the_peer_raised():
     (_, first), (_, second) = outcomes(one_fails, 2, "backward", timeout_s=20)
     assert isinstance(second, ValueError)
     assert isinstance(first, RankFailedError)
-    assert "rank 1: raised ValueError: bad sample" in first.saw
-    assert "test_processes.py" in first.saw
+    assert "rank 1: raised ValueError: bad sample" in first.got
+    assert "test_processes.py" in first.got
 
 
 def apart(ctx):
@@ -154,8 +154,8 @@ def test_without_debug_mode_ranks_that_call_different_things_name_each_other_wit
     errors = [error for _, error in outcomes(apart, 2, timeout_s=2)]
     assert all(isinstance(error, RankFailedError) for error in errors), errors
     for error in errors:
-        assert "rank 0: all_reduce over `data` at" in error.saw
-        assert "rank 1: all_gather over `data` at" in error.saw
+        assert "rank 0: all_reduce over `data` at" in error.got
+        assert "rank 1: all_gather over `data` at" in error.got
 
 
 def sizes_apart(ctx):
@@ -170,11 +170,11 @@ def test_without_debug_mode_a_rank_that_gloo_aborts_is_missed_by_the_others():
     assert aborted
     for error in named:
         if isinstance(error, RankFailedError):  # a slow machine may not have heard of others in time either
-            assert set(aborted) <= not_heard_of(error.saw), error.saw
+            assert set(aborted) <= not_heard_of(error.got), error.got
 
 
-def not_heard_of(saw):
-    match = re.search(r"ranks? ([0-9to, ]+): not heard of", saw)
+def not_heard_of(got):
+    match = re.search(r"ranks? ([0-9to, ]+): not heard of", got)
     first, to, last = match[1].partition(" to ") if match else ("", "", "")
     return set(range(int(first), int(last) + 1)) if to else {int(each) for each in first.split(",") if each.strip()}
 
@@ -223,9 +223,9 @@ def test_debug_mode_keeps_the_contexts_of_a_world_apart():
 def test_debug_mode_stops_both_before_anything_is_sent():
     errors = [error for _, error in outcomes(sizes_apart, 2, debug=True)]
     assert all(isinstance(error, DesyncError) for error in errors), errors
-    assert {error.saw for error in errors} == {errors[0].saw}
-    assert "rank 0: reduce(sum) of x: float32[4] over `data` at tests/procs/test_processes.py:" in errors[0].saw
-    assert "rank 1: reduce(sum) of x: float32[400]" in errors[0].saw
+    assert {error.got for error in errors} == {errors[0].got}
+    assert "rank 0: reduce(sum) of x: float32[4] over `data` at tests/procs/test_processes.py:" in errors[0].got
+    assert "rank 1: reduce(sum) of x: float32[400]" in errors[0].got
 
 
 def test_debug_mode_does_not_wait_for_a_rank_that_left():
@@ -233,7 +233,7 @@ def test_debug_mode_does_not_wait_for_a_rank_that_left():
     (fine, _), (_, error) = outcomes(left_alone, 2, debug=True, timeout_s=60)
     assert fine
     assert isinstance(error, DesyncError)
-    assert "rank 0: left" in error.saw
+    assert "rank 0: left" in error.got
     assert time.monotonic() - began < 30
 
 
@@ -251,7 +251,7 @@ def test_an_excepthook_of_the_users_stays():
 
 
 def test_a_tensor_that_somebody_else_holds_is_seen():
-    from faccel.backends.collectives import _is_held
+    from faccel.comm.collectives import _is_held
 
     alias = torch.ones(3).detach()
     assert not _is_held(alias)
@@ -286,4 +286,4 @@ def test_the_users_own_process_group_is_adopted_and_left_alone():
 def test_more_processes_than_devices_is_an_error_that_says_what_would_fit():
     with pytest.raises(DeviceError) as error:
         faccel.init(env=env_of(1, 2, 1), device="cuda")
-    assert error.value.saw == "0 devices for 2 processes"
+    assert error.value.got == "0 devices for 2 processes"

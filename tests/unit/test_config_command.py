@@ -6,9 +6,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from faccel.cli import main
+from faccel.cli.commands import main
 from faccel.errors import ConfigError
-from faccel.launching.accelerate import from_accelerate
+from faccel.launching.import_accelerate import from_accelerate
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from faccel.runtime.ending import ExceptHook
+from faccel.runtime.excepthook import ExceptHook
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from faccel.errors import ModelError
-from faccel.flat import FlatShard, boxes
+from faccel.flat_shard import FlatShard, boxes
 
 SHAPES = [(), (1,), (5,), (4, 3), (1, 5, 1), (2, 3, 4), (3, 1, 2), (2, 2, 2, 2)]
 

@@ -17,8 +17,8 @@ from faccel.errors import (
     PurityError,
     TreeError,
 )
-from faccel.func.streams import NoStream
-from faccel.func.transform import Updates
+from faccel.func.gradient_transformation import Updates
+from faccel.func.rng_streams import NoStream
 from faccel.testing import fake_context, simulate
 from tests.functional import batch_of, loss_of, net
 
@@ -41,7 +41,7 @@ def params(**shapes):
 def test_gradients_of_another_structure_shape_or_dtype_are_named(optimizer, grads, named):
     with pytest.raises(TreeError) as caught:
         optimizer.update(TensorDict(grads), optimizer.init(params()), params())
-    assert named in caught.value.saw
+    assert named in caught.value.got
 
 
 def test_a_state_of_another_model_is_named():
@@ -49,7 +49,7 @@ def test_a_state_of_another_model_is_named():
     state = optimizer.init(params(w=(3,)))
     with pytest.raises(TreeError) as caught:
         optimizer.update(params(), state, params())
-    assert "`w`: float32[3] in the `exp_avg` of adamw" in caught.value.saw
+    assert "`w`: float32[3] in the `exp_avg` of adamw" in caught.value.got
 
 
 def test_a_state_of_another_transformation_is_named():
@@ -57,11 +57,11 @@ def test_a_state_of_another_transformation_is_named():
     state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
     with pytest.raises(OptimizerError, match="`adamw`") as caught:
         func.make_step(loss_of(model), func.adamw(1e-3), CTX)(state, batch_of(0, CTX))
-    assert "exp_avg" in caught.value.saw
+    assert "exp_avg" in caught.value.got
 
 
 @pytest.mark.parametrize(
-    ("loss_fn", "error", "saw"),
+    ("loss_fn", "error", "got"),
     [
         (lambda p, b, g: p["w"], ModelError, "a float32 tensor of shape (2,)"),
         (lambda p, b, g: p["w"].sum().item(), ModelError, "a float"),
@@ -75,12 +75,12 @@ def test_a_state_of_another_transformation_is_named():
         (lambda p, b, g: p["w"].sum() + float(b[1]["n"].__iadd__(1)[0]), PurityError, "`batch[1]['n']`"),
     ],
 )
-def test_a_loss_function_that_is_wrong_or_not_pure_is_named(loss_fn, error, saw):
+def test_a_loss_function_that_is_wrong_or_not_pure_is_named(loss_fn, error, got):
     optimizer = func.sgd(0.1)
     state = func.init_state(_Vector(), optimizer, CTX, seed=0)
     with pytest.raises(error) as caught:
         func.make_step(loss_fn, optimizer, CTX)(state, (torch.ones(2), {"n": np.ones(2)}))
-    assert saw in caught.value.saw
+    assert got in caught.value.got
 
 
 class _Vector(nn.Module):
@@ -125,7 +125,7 @@ def test_a_model_that_writes_to_buffers_that_were_not_passed_is_named_and_left_a
     state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
     with pytest.raises(PurityError) as caught:
         func.make_step(loss_of(model), func.sgd(0.1), CTX)(state, batch_of(0, CTX))
-    assert caught.value.saw == "`norm.num_batches_tracked`, `norm.running_mean`, `norm.running_var`"
+    assert caught.value.got == "`norm.num_batches_tracked`, `norm.running_mean`, `norm.running_var`"
     assert torch.equal(model.norm.running_mean, before)
 
 
@@ -134,7 +134,7 @@ def test_dropout_without_a_generator_is_an_error():
     state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
 
     def loss_fn(params, batch, generator):
-        return func.call(model, params, batch[0]).mean()
+        return func.functional_call(model, params, batch[0]).mean()
 
     before = torch.get_rng_state()
     with pytest.raises(PurityError, match="drew random numbers"):
@@ -173,20 +173,20 @@ def test_a_donated_state_is_an_error_wherever_it_is_used(use):
 
 
 @pytest.mark.parametrize(
-    ("make", "saw"),
+    ("make", "got"),
     [
         (lambda: func.chain(func.adamw(1e-3), func.clip_by_global_norm(1.0)), "`clip_by_global_norm` behind `adamw`"),
         (lambda: func.chain(func.sgd(0.1), func.adamw(1e-3)), "`adamw` behind `sgd`"),
         (lambda: func.chain(func.ema(0.9), func.adamw(1e-3)), "`ema` first"),
         (lambda: func.make_step(loss_of(net()), func.clip_by_global_norm(1.0), CTX), "`clip_by_global_norm`"),
-        (lambda: func.averages(func.sgd(0.1).init(params())), "no `ema`"),
+        (lambda: func.ema_params(func.sgd(0.1).init(params())), "no `ema`"),
         (lambda: func.muon(0.1).init(params(w=(2, 2, 2))), "shape (2, 2, 2)"),
     ],
 )
-def test_chains_that_could_not_do_what_they_say_are_refused(make, saw):
+def test_chains_that_could_not_do_what_they_say_are_refused(make, got):
     with pytest.raises(OptimizerError) as caught:
         make()
-    assert saw in caught.value.saw
+    assert got in caught.value.got
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ def test_chains_that_could_not_do_what_they_say_are_refused(make, saw):
         (lambda: func.muon(0.1, adjust_lr_fn="originl"), "use `original`"),
         (lambda: func.scale_by_schedule(0.5), "lambda count"),
         (lambda: func.cosine(10, warmup=10), "1 or more"),
-        (lambda: func.join([func.linear(0, 1, 2)], [3]), "join("),
-        (lambda: func.make_step(loss_of(net()), func.sgd(0.1), CTX, num_micro=0), "num_micro=1"),
+        (lambda: func.join_schedules([func.linear(0, 1, 2)], [3]), "join("),
+        (lambda: func.make_step(loss_of(net()), func.sgd(0.1), CTX, num_micro_batches=0), "num_micro_batches=1"),
         (lambda: func.sam(loss_of(net()), func.sgd(0.1), CTX, rho=0.0), "make_step"),
         (lambda: func.adapt(loss_of(net()), func.sgd(0.1), num_steps=0), "1 or more"),
         (lambda: func.rollback(lambda s, b: (s, b), keep=0), "1 or more"),
@@ -225,7 +225,7 @@ def test_models_without_values_or_parameters_are_refused():
     with pytest.raises(ModelError, match="TrainState"):
         func.make_step(loss_of(net()), func.sgd(0.1), CTX)(net(), batch_of(0, CTX))
     with pytest.raises(ModelError, match="no such tensor"):
-        func.call(nn.Linear(2, 2), params(w=(2,)), torch.ones(2))
+        func.functional_call(nn.Linear(2, 2), params(w=(2,)), torch.ones(2))
 
 
 def test_stacking_states_of_several_models_names_the_leaf():
@@ -278,13 +278,15 @@ def test_buffers_that_are_written_or_replaced_are_returned_or_an_error(how, trai
     model = _Counting(how).train(training)
     state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
     for run in (
-        lambda *args: func.call(model, *args, buffers=state.buffers),
-        torch.compile(lambda *args: func.call(model, *args, buffers=state.buffers), backend="eager", fullgraph=True),
+        lambda *args: func.functional_call(model, *args, buffers=state.buffers),
+        torch.compile(
+            lambda *args: func.functional_call(model, *args, buffers=state.buffers), backend="eager", fullgraph=True
+        ),
     ):
         _, buffers = run(state.params, torch.ones(()))
         assert (buffers["n"], state.buffers["n"], model.n) == (1, 0, 0)
     with pytest.raises(PurityError, match="`n`"):
-        func.call(model, state.params, torch.ones(()))
+        func.functional_call(model, state.params, torch.ones(()))
     assert model.n == (0 if training or how == "anew" else 1)
 
 
@@ -313,14 +315,16 @@ class _Given(torch.autograd.Function):
         return ctx.x.view(ctx.x.shape), None
 
 
-@pytest.mark.parametrize("num_micro", [1, 2])
-def test_a_gradient_that_is_the_batch_itself_is_not_written_to(num_micro):
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_a_gradient_that_is_the_batch_itself_is_not_written_to(num_micro_batches):
     optimizer = func.chain(func.clip_by_global_norm(0.1), func.sgd(0.1))
-    state, batch = func.init_state(_Vector(), optimizer, CTX, seed=0), torch.ones(num_micro, 2)
-    step = func.make_step(lambda p, b, g: _Given.apply(p["w"], b[0]), optimizer, CTX, donate=True, num_micro=num_micro)
+    state, batch = func.init_state(_Vector(), optimizer, CTX, seed=0), torch.ones(num_micro_batches, 2)
+    step = func.make_step(
+        lambda p, b, g: _Given.apply(p["w"], b[0]), optimizer, CTX, donate=True, num_micro_batches=num_micro_batches
+    )
     for _ in range(3):
         _, state = step(state, batch)
-    assert batch.tolist() == [[1, 1]] * num_micro
+    assert batch.tolist() == [[1, 1]] * num_micro_batches
 
 
 def test_metrics_of_a_donating_step_stay_as_they_were():
@@ -352,7 +356,7 @@ def test_a_weight_that_is_no_number_is_refused(weight):
 def test_sparse_gradients_are_refused_by_name():
     model = nn.Embedding(4, 2, sparse=True)
     state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
-    step = func.make_step(lambda p, b, g: func.call(model, p, b).sum(), func.sgd(0.1), CTX)
+    step = func.make_step(lambda p, b, g: func.functional_call(model, p, b).sum(), func.sgd(0.1), CTX)
     with pytest.raises(ModelError, match="sparse=True"):
         step(state, torch.tensor([1, 2]))
 
@@ -366,7 +370,7 @@ def test_constants_that_differ_between_ranks_are_named():
 
     with pytest.raises(DesyncError) as caught:
         simulate(make, 2)
-    assert caught.value.saw == "`first.bias`"
+    assert caught.value.got == "`first.bias`"
 
 
 @pytest.mark.parametrize("layer", [nn.MultiheadAttention(6, 1, dropout=0.5), nn.LSTM(6, 6, 2, dropout=0.5)])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from faccel.generators import Generators, seed_all, seeded, under, watched
+from faccel.random.generators import Generators, seed_all, seeded, under, watched
 
 
 def draws(_=None):

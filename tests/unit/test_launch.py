@@ -3,7 +3,7 @@
 import pytest
 from click.testing import CliRunner
 
-from faccel.cli import main
+from faccel.cli.commands import main
 from faccel.errors import LaunchError
 from faccel.launching.spec import LaunchSpec, additions, arguments
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from faccel.runtime.meeting import agreed_name
+from faccel.runtime.rendezvous import agreed_name
 
 
 def start(store, world_size, missing=(), timeout_s=20.0):

@@ -103,7 +103,7 @@ def test_init_imports_no_engine():
 def test_the_command_line_shows_where_each_value_comes_from():
     from click.testing import CliRunner
 
-    from faccel.cli import main
+    from faccel.cli.commands import main
 
     result = CliRunner().invoke(main, ["env", "--explain"], env={"FACCEL_GRAD_ACCUM": "8"})
     assert "place  rank 0 of 1, local 0 of 1, machine 0 of 1\nsaid by  single\n" in result.output

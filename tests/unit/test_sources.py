@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 import faccel
-from faccel.cli import main
+from faccel.cli.commands import main
 from faccel.config import LAUNCH, config_fields, field_table, flag_of, resolve
 from faccel.config_file import ConfigFile, default_path, find, read
 from faccel.errors import ConfigError
@@ -61,7 +61,7 @@ def test_the_strongest_of_any_subset_of_sources_wins_and_each_is_named(name):
             if "flag" in given and any(value != given["flag"] for value in inside):
                 with pytest.raises(ConfigError, match="contradict") as caught:
                     merge(name, given)
-                assert flag_of(name) in caught.value.saw
+                assert flag_of(name) in caught.value.got
                 continue
             config = merge(name, given)
             if not subset:

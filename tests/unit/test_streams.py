@@ -17,7 +17,7 @@ from torch.utils.data import (
 
 import faccel
 from faccel.data.order import Cursor, Order, ShardPlan
-from faccel.data.stream import Deal, rounds
+from faccel.data.rounds import Deal, rounds
 from faccel.errors import DataError
 from faccel.testing import fake_context, simulate
 

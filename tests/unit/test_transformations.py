@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from faccel import func
 from faccel.errors import OptimizerError
-from faccel.func.transform import Updates
+from faccel.func.gradient_transformation import Updates
 
 SHAPES = {"a.weight": (3, 2), "a.bias": (3,), "b.weight": (2, 2)}
 
@@ -160,7 +160,7 @@ def test_averages_are_torchs(donate):
             params[name].grad = grad
         optimizer.step()
         averaged.update_parameters(holder)
-    for name, value in func.averages(state).items():
+    for name, value in func.ema_params(state).items():
         assert torch.equal(value, getattr(averaged.module, name.replace(".", "_"))), name
 
 
@@ -196,20 +196,20 @@ def test_under_vmap_and_compile_a_chain_does_what_it_does_eagerly(make):
     expected, state, _ = walk(optimizer, 4, grads=grads)
 
     def one(params, grad, state):
-        updates, new = optimizer.update(TensorDict(grad), func.trees.tensordict(state), TensorDict(params))
-        return func.trees.plain(func.apply_updates(TensorDict(params), updates)), func.trees.plain(new)
+        updates, new = optimizer.update(TensorDict(grad), func.tensordicts.tensordict(state), TensorDict(params))
+        return func.tensordicts.plain(func.apply_updates(TensorDict(params), updates)), func.tensordicts.plain(new)
 
     batched = lambda *args: torch.vmap(one)(*args)  # noqa: E731
     for run, extra in ((batched, True), (torch.compile(one, backend="eager", fullgraph=True), False)):
         lift = (lambda t: torch.stack([t, t])) if extra else (lambda t: t)
-        params, held = _map(lift, dict(draw(0).items())), _map(lift, func.trees.plain(optimizer.init(draw(0))))
+        params, held = _map(lift, dict(draw(0).items())), _map(lift, func.tensordicts.plain(optimizer.init(draw(0))))
         for grad in grads:
             params, held = run(params, _map(lift, dict(grad.items())), held)
         for name, value in expected.items():
             got = params[name][1] if extra else params[name]
             assert torch.allclose(got, value, atol=1e-6), name
-        for name, value in func.trees.leaves(state).items():
-            got = func.trees.leaves(held)[name]
+        for name, value in func.tensordicts.leaves(state).items():
+            got = func.tensordicts.leaves(held)[name]
             assert torch.allclose(got[1] if extra else got, value, atol=1e-6), name
 
 
@@ -238,7 +238,7 @@ def test_schedules_are_torchs(name):
 
 
 def test_schedules_follow_each_other_and_a_warm_up_starts_above_zero():
-    both = func.join([func.linear(0.0, 1.0, 4), func.exponential(0.5)], [4])
+    both = func.join_schedules([func.linear(0.0, 1.0, 4), func.exponential(0.5)], [4])
     assert [both(n) for n in (0, 2, 4, 5, 6)] == [0.0, 0.5, 1.0, 0.5, 0.25]
     assert [float(both(torch.tensor(n))) for n in (0, 2, 4, 5, 6)] == [0.0, 0.5, 1.0, 0.5, 0.25]
     warm = func.cosine(12, warmup=4)
@@ -274,13 +274,13 @@ def test_averages_of_all_parts_are_found():
     part = func.chain(func.sgd(0.1), func.ema(0.5))
     _, state, _ = walk(func.partition({"a": part, "b": part}, lambda n, p: n[0]))
     _, whole, _ = walk(part)
-    equal(func.averages(state), func.averages(whole))
+    equal(func.ema_params(state), func.ema_params(whole))
 
 
 def test_averages_do_not_move_where_an_update_of_a_part_was_left_out():
     inner = func.masked(func.chain(func.accumulate(2), func.sgd(0.1)), ("a.*",))
     _, state, _ = walk(func.chain(inner, func.ema(0.5)), 1)
-    equal(func.averages(state), draw(0))
+    equal(func.ema_params(state), draw(0))
 
 
 def test_kernels_that_write_into_gradients_are_given_copies():

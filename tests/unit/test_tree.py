@@ -73,8 +73,8 @@ def test_tensordicts_are_walked_and_take_the_new_batch_size():
 def test_an_error_names_the_path_type_and_shape():
     error = reject({"a": [1, torch.zeros(2, 3)]}, 1, "no", "do")
     assert isinstance(error, TreeError)
-    assert "['a'][1]" in error.saw
-    assert "(2, 3)" in error.saw
+    assert "['a'][1]" in error.got
+    assert "(2, 3)" in error.got
 
 
 def test_leaves_are_freed_without_a_garbage_collection():

@@ -126,7 +126,7 @@ def test_every_rank_sees_the_mistake_and_the_fix(what):
 
 def test_gradients_that_were_not_scaled_are_not_divided():
     for error in simulate(error_of, 2, scaler_forgotten_later, ScalerError, config=FP16):
-        assert "since the last step" in error.saw
+        assert "since the last step" in error.got
 
 
 def test_the_start_of_an_epoch_is_a_place_in_any_order():

@@ -53,7 +53,7 @@ def make(ctx, seed=0, optimizer=torch.optim.AdamW):
 
 
 def loader(ctx):
-    data = TensorDataset(torch.randn(50, 4, generator=faccel.fold_in(0)))
+    data = TensorDataset(torch.randn(50, 4, generator=faccel.random.generator(0)))
     return faccel.shard(DataLoader(data, 2, shuffle=True), ctx)
 
 
@@ -86,8 +86,8 @@ def equal(a, b):
 def interrupted(ctx, path, at, background):
     whole = run(make(ctx), ctx, 6)
     first = run(make(ctx), ctx, at)
-    faccel.save(path, first, ctx, step=first["step"], background=background)
-    again = faccel.load(path, make(ctx, seed=7), ctx)
+    faccel.save(first, path, ctx, step=first["step"], background=background)
+    again = faccel.load(make(ctx, seed=7), path, ctx)
     assert again["step"] == at
     return equal(parameters(run(again, ctx, 6 - at)), parameters(whole))
 
@@ -102,7 +102,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, world_size, background, config)
 def saved(path, world_size=2, num_steps=2, **options):
     def fn(ctx):
         state = run(make(ctx), ctx, num_steps)
-        return faccel.save(path, state, ctx, step=state["step"], **options), parameters(state)
+        return faccel.save(state, path, ctx, step=state["step"], **options), parameters(state)
 
     return simulate(fn, world_size)[0]
 
@@ -111,7 +111,7 @@ def test_any_world_size_loads_what_another_saved(tmp_path):
     _, expected = saved(tmp_path, 4)
 
     def fn(ctx):
-        state = faccel.load(tmp_path, make(ctx, seed=3), ctx)
+        state = faccel.load(make(ctx, seed=3), tmp_path, ctx)
         draws = torch.rand(1, generator=None)
         faccel.set_rng_state(state["rng"])
         return parameters(state), state["cursor"], torch.rand(3), draws
@@ -131,9 +131,9 @@ def test_generators_come_back_for_each_rank(tmp_path):
 
     def fn(ctx):
         draw()
-        faccel.save(tmp_path, {"rng": faccel.rng_state(ctx)}, ctx, step=0)
+        faccel.save({"rng": faccel.rng_state(ctx)}, tmp_path, ctx, step=0)
         expected = draw()
-        faccel.set_rng_state(faccel.load(tmp_path, {"rng": None}, ctx)["rng"])
+        faccel.set_rng_state(faccel.load({"rng": None}, tmp_path, ctx)["rng"])
         return draw() == expected
 
     assert all(simulate(fn, 3))
@@ -209,8 +209,8 @@ def same(a, b):
 @pytest.mark.parametrize("name", VALUES)
 def test_values_of_every_kind_come_back(tmp_path, name):
     value = VALUES[name]
-    faccel.save(tmp_path, {name: value, "more": [value]}, ONE, step=1)
-    back = faccel.load(tmp_path, {name: value, "more": [value]}, ONE)
+    faccel.save({name: value, "more": [value]}, tmp_path, ONE, step=1)
+    back = faccel.load({name: value, "more": [value]}, tmp_path, ONE)
     assert same(value, back[name]), back[name]
     assert same(value, back["more"][0])
 
@@ -218,8 +218,8 @@ def test_values_of_every_kind_come_back(tmp_path, name):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tensors_of_every_dtype_come_back(tmp_path, dtype):
     x = torch.tensor([[0, 1], [2, 3]]).to(dtype)
-    faccel.save(tmp_path, [x, x[0, 1]], ONE, step=1)
-    a, b = faccel.load(tmp_path, [x, None], ONE)
+    faccel.save([x, x[0, 1]], tmp_path, ONE, step=1)
+    a, b = faccel.load([x, None], tmp_path, ONE)
     assert same(x, a)
     assert same(x[0, 1], b)
     assert a.data_ptr() != x.data_ptr()
@@ -230,10 +230,10 @@ def test_objects_that_know_their_state_keep_their_identity(tmp_path):
     counted.count = 5
     state = {"c": counted, "m": module, "t": torch.ones(2)}
     before = module.weight.detach().clone()
-    faccel.save(tmp_path, state, ONE, step=1)
+    faccel.save(state, tmp_path, ONE, step=1)
     counted.count = 0
     module.weight.data.zero_()
-    back = faccel.load(tmp_path, state, ONE)
+    back = faccel.load(state, tmp_path, ONE)
     assert back["c"] is counted
     assert back["m"] is module
     assert back["t"] is not state["t"]
@@ -245,8 +245,8 @@ def test_tensordicts_come_back(tmp_path):
     from tensordict import TensorDict
 
     x = TensorDict({"a": torch.ones(2, 3), "b": {"c": torch.zeros(2)}}, batch_size=[2])
-    faccel.save(tmp_path, {"x": x}, ONE, step=1)
-    back = faccel.load(tmp_path, {"x": None}, ONE)["x"]
+    faccel.save({"x": x}, tmp_path, ONE, step=1)
+    back = faccel.load({"x": None}, tmp_path, ONE)["x"]
     assert (back == x).all()
     assert back.batch_size == x.batch_size
 
@@ -258,9 +258,9 @@ OPTIMIZERS = [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.__name__)
 def test_optimizers_go_on_as_they_were(tmp_path, optimizer):
     state = run(make(ONE, optimizer=optimizer), ONE, 3)
-    faccel.save(tmp_path, state, ONE, step=3)
+    faccel.save(state, tmp_path, ONE, step=3)
     expected = parameters(run(state, ONE, 2))
-    again = faccel.load(tmp_path, make(ONE, seed=5, optimizer=optimizer), ONE)
+    again = faccel.load(make(ONE, seed=5, optimizer=optimizer), tmp_path, ONE)
     assert equal(parameters(run(again, ONE, 2)), expected)
 
 
@@ -277,12 +277,12 @@ def test_an_optimizer_is_kept_by_the_names_of_its_parameters(tmp_path):
         return {"model": model, "opt": opt}
 
     first = build(swapped=False)
-    at = faccel.save(tmp_path, first, ONE, step=1)
+    at = faccel.save(first, tmp_path, ONE, step=1)
     manifest = json.loads(pathlib.Path(at.path, "manifest.json").read_bytes().split(b"\n")[1])
     assert set(manifest["state"]["opt"]["v"]["state"]) == {"model/weight", "model/bias"}
     momentum = [first["opt"].state[p]["momentum_buffer"].clone() for p in first["model"].parameters()]
     second = build(swapped=True)
-    faccel.load(tmp_path, second, ONE)
+    faccel.load(second, tmp_path, ONE)
     for expected, p in zip(momentum, second["model"].parameters(), strict=True):
         assert torch.equal(second["opt"].state[p]["momentum_buffer"], expected)
     assert [group["lr"] for group in second["opt"].param_groups] == [0.2, 0.1]
@@ -307,30 +307,30 @@ def test_nothing_in_a_checkpoint_is_executed_or_escapes_it(tmp_path):
     folder = pathlib.Path(at.path)
     for name in (".metadata", "model.bin", "rank-00000.json", "x.pkl"):  # unknown files are never opened
         (folder / name).write_bytes(pickle.dumps(Malicious()))
-    assert faccel.load(tmp_path / "runs", make(ONE), ONE)["step"] == 2
+    assert faccel.load(make(ONE), tmp_path / "runs", ONE)["step"] == 2
     assert not os.path.exists("/tmp/faccel-was-executed")
     (folder / "shard-00009.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     with pytest.raises(CheckpointError, match="does not belong"):
-        faccel.load(tmp_path / "runs", make(ONE), ONE)
+        faccel.load(make(ONE), tmp_path / "runs", ONE)
 
 
 def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path):
-    from faccel.checkpoint.record import Manifest, read_manifest
+    from faccel.checkpoint.manifest import Manifest, read_manifest
 
     at, _ = saved(tmp_path)
     manifest = read_manifest(at.path)
     for name in ("../../etc/passwd", "/etc/passwd", "a/../b", ".."):
         files = (attrs.evolve(manifest.files[0], name=name),)
         pathlib.Path(at.path, "manifest.json").write_bytes(attrs.evolve(manifest, files=files).to_bytes())
-        assert "outside" in faccel.checkpoints(tmp_path)[0].problem
+        assert "outside" in faccel.checkpoint.checkpoints(tmp_path)[0].problem
     assert isinstance(manifest, Manifest)
 
 
 def test_what_cannot_be_stored_is_named(tmp_path):
     for value in (lambda: 0, object(), torch.eye(2).to_sparse(), np.array(["a"]), {"f": print}):
         with pytest.raises(CheckpointError, match="deep/bad"):
-            faccel.save(tmp_path, {"deep": {"bad": value}}, ONE, step=1)
-    assert faccel.checkpoints(tmp_path) == []
+            faccel.save({"deep": {"bad": value}}, tmp_path, ONE, step=1)
+    assert faccel.checkpoint.checkpoints(tmp_path) == []
     assert [p.name for p in tmp_path.iterdir()] in ([], [".lock"])
 
 
@@ -358,100 +358,102 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(tmp_pat
     before = repr(state["opt"].state_dict()) if state["opt"] else ""
     weights = parameters(state) if hasattr(state["model"], "state_dict") else {}
     with pytest.raises(CheckpointError, match=what):
-        faccel.load(tmp_path, state, ONE)
+        faccel.load(state, tmp_path, ONE)
     assert weights == {} or equal(parameters(state), weights)
     assert before == (repr(state["opt"].state_dict()) if state["opt"] else "")
 
 
 def test_a_part_of_a_state_can_be_loaded(tmp_path):
     _, expected = saved(tmp_path)
-    state = faccel.load(tmp_path, {"model": make(ONE, seed=9)["model"], "step": None}, ONE)
+    state = faccel.load({"model": make(ONE, seed=9)["model"], "step": None}, tmp_path, ONE)
     assert state["step"] == 2
     assert equal(parameters(state), expected)
 
 
 def steps(path):
-    return [each.step for each in faccel.checkpoints(path) if each.problem is None]
+    return [each.step for each in faccel.checkpoint.checkpoints(path) if each.problem is None]
 
 
 def test_a_step_must_be_above_the_newest(tmp_path):
-    faccel.save(tmp_path, {"x": 1}, ONE, step=5)
+    faccel.save({"x": 1}, tmp_path, ONE, step=5)
     for step in (5, 3):
         with pytest.raises(CheckpointError, match="step 5 at"):
-            faccel.save(tmp_path, {"x": 2}, ONE, step=step)
+            faccel.save({"x": 2}, tmp_path, ONE, step=step)
     with pytest.raises(ConfigError):
-        faccel.save(tmp_path, {}, ONE, step=-1)
-    assert faccel.load(tmp_path, {"x": 0}, ONE) == {"x": 1}
+        faccel.save({}, tmp_path, ONE, step=-1)
+    assert faccel.load({"x": 0}, tmp_path, ONE) == {"x": 1}
 
 
 def test_overwriting_drops_the_newer_ones_after_the_new_one_is_there(tmp_path):
     for step in (1, 2, 3, 4):
-        faccel.save(tmp_path, {"x": step}, ONE, step=step)
-    faccel.save(tmp_path, {"x": 20}, ONE, step=2, overwrite=True)
+        faccel.save({"x": step}, tmp_path, ONE, step=step)
+    faccel.save({"x": 20}, tmp_path, ONE, step=2, overwrite=True)
     assert steps(tmp_path) == [2, 1]
-    assert faccel.load(tmp_path, {"x": 0}, ONE) == {"x": 20}
-    faccel.save(tmp_path, {"x": 30}, ONE, step=3)
+    assert faccel.load({"x": 0}, tmp_path, ONE) == {"x": 20}
+    faccel.save({"x": 30}, tmp_path, ONE, step=3)
     assert steps(tmp_path) == [3, 2, 1]
 
 
 def test_policies_choose_what_stays(tmp_path):
-    keep = faccel.keep_latest(2) | faccel.keep_best(1, "accuracy") | faccel.keep_every(4)
+    keep = (
+        faccel.checkpoint.keep_latest(2) | faccel.checkpoint.keep_best(1, "accuracy") | faccel.checkpoint.keep_every(4)
+    )
     for step, accuracy in enumerate([0.1, 0.9, 0.3, 0.5, 0.4, 0.2, 0.6], start=1):
-        faccel.save(tmp_path, {"x": step}, ONE, step=step, keep=keep, metadata={"accuracy": accuracy})
+        faccel.save({"x": step}, tmp_path, ONE, step=step, keep=keep, metadata={"accuracy": accuracy})
     assert steps(tmp_path) == [7, 6, 4, 2]
-    faccel.save(tmp_path, {"x": 8}, ONE, step=8, keep=1)
+    faccel.save({"x": 8}, tmp_path, ONE, step=8, keep=1)
     assert steps(tmp_path) == [8]
     with pytest.raises(ConfigError):
-        faccel.save(tmp_path, {"x": 8}, ONE, step=9, keep=0)
+        faccel.save({"x": 8}, tmp_path, ONE, step=9, keep=0)
 
 
 def test_only_committed_checkpoints_count_when_older_ones_are_dropped(tmp_path):
     for step in (1, 2, 3):
-        faccel.save(tmp_path, {"x": torch.ones(step)}, ONE, step=step)
+        faccel.save({"x": torch.ones(step)}, tmp_path, ONE, step=step)
     for step in (2, 3):  # broken by a disk
         os.truncate(next(pathlib.Path(tmp_path, f"step-{step:09d}").glob("*.safetensors")), 3)
-    faccel.save(tmp_path, {"x": torch.ones(4)}, ONE, step=4, keep=2)
+    faccel.save({"x": torch.ones(4)}, tmp_path, ONE, step=4, keep=2)
     assert steps(tmp_path) == [4, 1]
 
 
 def test_a_corrupt_checkpoint_is_moved_aside_when_its_step_is_saved_again(tmp_path):
-    faccel.save(tmp_path, {"x": torch.ones(1)}, ONE, step=1)
+    faccel.save({"x": torch.ones(1)}, tmp_path, ONE, step=1)
     os.truncate(next(pathlib.Path(tmp_path, "step-000000001").glob("*.safetensors")), 3)
     assert faccel.latest(tmp_path, ONE) is None
-    faccel.save(tmp_path, {"x": torch.ones(2)}, ONE, step=1)
+    faccel.save({"x": torch.ones(2)}, tmp_path, ONE, step=1)
     assert steps(tmp_path) == [1]
     assert len(list(tmp_path.glob("*corrupt*"))) == 1
-    assert faccel.load(tmp_path, {"x": None}, ONE)["x"].shape == (2,)
+    assert faccel.load({"x": None}, tmp_path, ONE)["x"].shape == (2,)
 
 
 def test_what_dead_writers_left_is_removed_by_the_next_save(tmp_path):
     dead = tmp_path / ".tmp-step-000000009-abcd"
     dead.mkdir()
     (dead / "shard.safetensors").write_bytes(b"half")
-    faccel.save(tmp_path, {}, ONE, step=1)
+    faccel.save({}, tmp_path, ONE, step=1)
     assert not dead.exists()
 
 
 def test_two_writers_are_an_error(tmp_path):
     from faccel.checkpoint.files import lock
 
-    faccel.save(tmp_path, {"x": 1}, ONE, step=1)
+    faccel.save({"x": 1}, tmp_path, ONE, step=1)
     held = lock(tmp_path)
     try:
         with pytest.raises(CheckpointError, match="another writer"):
-            faccel.save(tmp_path, {"x": 2}, ONE, step=2)
+            faccel.save({"x": 2}, tmp_path, ONE, step=2)
     finally:
         os.close(held)
     assert steps(tmp_path) == [1]
-    faccel.save(tmp_path, {"x": 2}, ONE, step=2)
+    faccel.save({"x": 2}, tmp_path, ONE, step=2)
 
 
 def test_an_error_on_one_rank_is_an_error_on_every_rank_and_the_older_one_stays(tmp_path):
     def fn(ctx):
-        faccel.save(tmp_path, {"x": ctx.rank}, ctx, step=1)
+        faccel.save({"x": ctx.rank}, tmp_path, ctx, step=1)
         with pytest.raises(CheckpointError) as caught:
-            faccel.save(tmp_path, {"x": print if ctx.rank == 1 else 0}, ctx, step=2)
-        assert faccel.load(tmp_path, {"x": None}, ctx) == {"x": 0}
+            faccel.save({"x": print if ctx.rank == 1 else 0}, tmp_path, ctx, step=2)
+        assert faccel.load({"x": None}, tmp_path, ctx) == {"x": 0}
         return str(caught.value)
 
     first, second = simulate(fn, 2)
@@ -463,20 +465,20 @@ def test_an_error_on_one_rank_is_an_error_on_every_rank_and_the_older_one_stays(
 def test_a_directory_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="could not begin"):
-        faccel.save(tmp_path / "file" / "runs", {}, ONE, step=1)
+        faccel.save({}, tmp_path / "file" / "runs", ONE, step=1)
     with pytest.raises(CheckpointError, match="could not begin"):
-        faccel.save("/proc/faccel", {}, ONE, step=1)
+        faccel.save({}, "/proc/faccel", ONE, step=1)
     with pytest.raises(CheckpointError, match="a file"):
-        faccel.checkpoints(tmp_path / "file")
+        faccel.checkpoint.checkpoints(tmp_path / "file")
 
 
 def test_none_at_all_is_an_error_and_latest_is_none(tmp_path):
     assert simulate(lambda ctx: faccel.latest(tmp_path, ctx), 2) == (None, None)
     with pytest.raises(CheckpointError, match=r"faccel.latest"):
-        faccel.load(tmp_path, {}, ONE)
-    faccel.save(tmp_path, {}, ONE, step=1)
+        faccel.load({}, tmp_path, ONE)
+    faccel.save({}, tmp_path, ONE, step=1)
     with pytest.raises(CheckpointError, match="steps: 1"):
-        faccel.load(tmp_path, {}, ONE, step=2)
+        faccel.load({}, tmp_path, ONE, step=2)
 
 
 def test_a_later_update_does_not_reach_what_is_written_in_the_background(tmp_path):
@@ -484,23 +486,23 @@ def test_a_later_update_does_not_reach_what_is_written_in_the_background(tmp_pat
         x = torch.zeros(2_000_000)
         for step in (1, 2, 3):
             x.fill_(step)
-            at = faccel.save(tmp_path, {"x": x}, ctx, step=step, background=True)
+            at = faccel.save({"x": x}, tmp_path, ctx, step=step, background=True)
             assert "still" in at.problem
             x.fill_(-1)
         assert faccel.latest(tmp_path, ctx).step == 3
-        return [faccel.load(tmp_path, {"x": None}, ctx, step=step)["x"].unique().tolist() for step in (1, 2, 3)]
+        return [faccel.load({"x": None}, tmp_path, ctx, step=step)["x"].unique().tolist() for step in (1, 2, 3)]
 
     assert simulate(fn, 2) == ([[1.0], [2.0], [3.0]],) * 2
 
 
 def test_an_error_in_the_background_surfaces_at_the_next_call_on_every_rank(tmp_path):
     def fn(ctx):
-        faccel.save(tmp_path, {"x": 1}, ctx, step=1, background=True)
-        faccel.save(tmp_path, {"x": torch.ones(3)}, ctx, step=2)
-        faccel.save(tmp_path, {"x": torch.ones(3)}, ctx, step=3, background=True, metadata={"bad": object()})
+        faccel.save({"x": 1}, tmp_path, ctx, step=1, background=True)
+        faccel.save({"x": torch.ones(3)}, tmp_path, ctx, step=2)
+        faccel.save({"x": torch.ones(3)}, tmp_path, ctx, step=3, background=True, metadata={"bad": object()})
         with pytest.raises(CheckpointError, match="background"):
-            faccel.save(tmp_path, {"x": 4}, ctx, step=4)
-        faccel.save(tmp_path, {"x": 4}, ctx, step=4)
+            faccel.save({"x": 4}, tmp_path, ctx, step=4)
+        faccel.save({"x": 4}, tmp_path, ctx, step=4)
 
     simulate(fn, 2)
     assert steps(tmp_path) == [4, 2, 1]
@@ -508,24 +510,24 @@ def test_an_error_in_the_background_surfaces_at_the_next_call_on_every_rank(tmp_
 
 def test_an_error_in_the_background_surfaces_at_shutdown(tmp_path):
     with pytest.raises(CheckpointError, match="TypeError"), faccel.init(env={}) as ctx:
-        faccel.save(tmp_path, {"x": 1}, ctx, step=1, background=True, metadata={"bad": object()})
+        faccel.save({"x": 1}, tmp_path, ctx, step=1, background=True, metadata={"bad": object()})
 
 
 def test_the_report_of_what_was_wrong_with_the_others(tmp_path, caplog):
     for step in (1, 2, 3):
-        faccel.save(tmp_path, {"x": torch.full((3,), step)}, ONE, step=step)
+        faccel.save({"x": torch.full((3,), step)}, tmp_path, ONE, step=step)
     for step, flip in ((3, 1000), (2, None)):
         file = next(pathlib.Path(tmp_path, f"step-{step:09d}").glob("*.safetensors"))
         data = bytearray(file.read_bytes())
         data[-1] ^= 1
         file.write_bytes(data if flip else data[:-1])
     with caplog.at_level(logging.WARNING):
-        assert faccel.load(tmp_path, {"x": None}, ONE)["x"].tolist() == [1, 1, 1]
+        assert faccel.load({"x": None}, tmp_path, ONE)["x"].tolist() == [1, 1, 1]
     assert "step-000000003" in caplog.text
     assert "not as it was written" in caplog.text
     assert "bytes instead of" in caplog.text
     with pytest.raises(CheckpointError, match="step 3"):
-        faccel.load(tmp_path, {"x": None}, ONE, step=3)
+        faccel.load({"x": None}, tmp_path, ONE, step=3)
 
 
 def test_torchs_own_reader_and_safetensors_read_the_files(tmp_path):
@@ -555,16 +557,16 @@ class Versioned(nn.Linear):
 def test_a_module_hears_which_version_wrote_its_state(tmp_path):
     net = Versioned(1, 1)
     weight = net.weight.item()
-    faccel.save(tmp_path, {"net": net}, ONE, step=1)
-    faccel.load(tmp_path, {"net": net}, ONE)
+    faccel.save({"net": net}, tmp_path, ONE, step=1)
+    faccel.load({"net": net}, tmp_path, ONE)
     assert net.weight.item() == weight
 
 
 def test_keys_of_any_kind_keep_their_tensors_apart(tmp_path):
     tensors = {1: torch.tensor(10.0), "1": torch.tensor(20.0), "#1": torch.tensor(30.0), (1, "1"): torch.tensor(40.0)}
     state = {"x": tensors, "__metadata__": torch.ones(1), "n": {np.int64(1): "a", np.int64(2): "b"}}
-    faccel.save(tmp_path, state, ONE, step=1)
-    back = faccel.load(tmp_path, {"x": None, "__metadata__": None, "n": {}}, ONE)
+    faccel.save(state, tmp_path, ONE, step=1)
+    back = faccel.load({"x": None, "__metadata__": None, "n": {}}, tmp_path, ONE)
     assert {key: x.item() for key, x in back["x"].items()} == {1: 10, "1": 20, "#1": 30, (1, "1"): 40}
     assert back["n"] == {1: "a", 2: "b"}
 
@@ -576,13 +578,13 @@ def test_values_grow_and_shrink_and_models_do_not(tmp_path):
         "metrics": {"loss": [1.0]},
         "nets": {0: net},
     }
-    faccel.save(tmp_path, state, ONE, step=1)
-    back = faccel.load(tmp_path, {"history": [], "metrics": {}, "nets": {0: net}}, ONE)
+    faccel.save(state, tmp_path, ONE, step=1)
+    back = faccel.load({"history": [], "metrics": {}, "nets": {0: net}}, tmp_path, ONE)
     assert back["history"] == state["history"]
     assert back["metrics"] == {"loss": [1.0]}
     for wrong in ({"nets": {0: net, 1: nn.Linear(1, 1)}}, {"nets": [net, net]}, {"metrics": {"accuracy": 0}}):
         with pytest.raises(CheckpointError, match="does not fit"):
-            faccel.load(tmp_path, wrong, ONE)
+            faccel.load(wrong, tmp_path, ONE)
 
 
 def test_an_error_of_any_kind_on_one_rank_reaches_the_others(tmp_path):
@@ -593,21 +595,21 @@ def test_an_error_of_any_kind_on_one_rank_reaches_the_others(tmp_path):
     def fn(ctx):
         for bad in ({"metadata": {"a": object()}}, {}):
             with pytest.raises(CheckpointError):
-                faccel.save(tmp_path, {"x": Broken() if not bad and ctx.rank else 0}, ctx, step=1, **bad)
+                faccel.save({"x": Broken() if not bad and ctx.rank else 0}, tmp_path, ctx, step=1, **bad)
         left = [name for name in os.listdir(tmp_path) if name.startswith(".tmp-")] if ctx.is_main else []
         assert left == []
-        faccel.save(tmp_path, {"x": 1}, ctx, step=1)
-        return faccel.load(tmp_path, {"x": 0}, ctx)["x"]
+        faccel.save({"x": 1}, tmp_path, ctx, step=1)
+        return faccel.load({"x": 0}, tmp_path, ctx)["x"]
 
     assert simulate(fn, 2) == (1, 1)
 
 
 def test_the_right_to_write_is_given_back_though_a_forked_worker_holds_a_copy(tmp_path):
-    faccel.save(tmp_path, {"x": torch.zeros(4_000_000)}, ONE, step=1, background=True)
+    faccel.save({"x": torch.zeros(4_000_000)}, tmp_path, ONE, step=1, background=True)
     loader = DataLoader(range(4), num_workers=1, persistent_workers=True)
     iterator = iter(loader)  # forks while the lock is held
     next(iterator)
-    faccel.save(tmp_path, {"x": 1}, ONE, step=2)
+    faccel.save({"x": 1}, tmp_path, ONE, step=2)
     assert steps(tmp_path) == [2, 1]
 
 
@@ -615,7 +617,7 @@ def test_preemption_on_one_rank_alone_is_no_collective(tmp_path):
     def fn(ctx):
         if ctx.is_main:
             ctx.unfinished.append(lambda: None)  # as `preemption` does on a main thread
-        faccel.save(tmp_path, {"x": 1}, ctx, step=1)
+        faccel.save({"x": 1}, tmp_path, ctx, step=1)
         return faccel.latest(tmp_path, ctx).step
 
     assert simulate(fn, 2) == (1, 1)
@@ -644,28 +646,28 @@ def test_shutdown_waits_for_a_rank_that_is_still_writing(tmp_path):
 
 
 def test_a_policy_that_fails_leaves_everything_as_it_was(tmp_path):
-    faccel.save(tmp_path, {"x": 1}, ONE, step=1)
+    faccel.save({"x": 1}, tmp_path, ONE, step=1)
     with pytest.raises(CheckpointError, match="ZeroDivisionError"):
-        faccel.save(tmp_path, {"x": 2}, ONE, step=2, keep=faccel.KeepPolicy(lambda found: 1 / 0))
+        faccel.save({"x": 2}, tmp_path, ONE, step=2, keep=faccel.checkpoint.KeepPolicy(lambda found: 1 / 0))
     assert steps(tmp_path) == [1]
     with pytest.raises(ConfigError):
-        faccel.keep_latest(1.5)
-    faccel.save(tmp_path, {"x": 2}, ONE, step=2, keep=faccel.keep_best(1, "a"), metadata={"a": None})
+        faccel.checkpoint.keep_latest(1.5)
+    faccel.save({"x": 2}, tmp_path, ONE, step=2, keep=faccel.checkpoint.keep_best(1, "a"), metadata={"a": None})
     assert steps(tmp_path) == [2]
 
 
 def test_a_file_that_is_a_link_to_somewhere_else_is_not_read(tmp_path):
-    faccel.save(tmp_path / "a", {"x": torch.zeros(3)}, ONE, step=1)
-    other = faccel.save(tmp_path / "b", {"x": torch.full((3,), 666.0)}, ONE, step=1)
-    at = faccel.checkpoints(tmp_path / "a")[0].path
+    faccel.save({"x": torch.zeros(3)}, tmp_path / "a", ONE, step=1)
+    other = faccel.save({"x": torch.full((3,), 666.0)}, tmp_path / "b", ONE, step=1)
+    at = faccel.checkpoint.checkpoints(tmp_path / "a")[0].path
     shard = next(pathlib.Path(other.path).glob("*.safetensors"))
     os.symlink(shard, pathlib.Path(at, "zz.safetensors"))
-    assert faccel.load(tmp_path / "a", {"x": None}, ONE)["x"].tolist() == [0, 0, 0]
+    assert faccel.load({"x": None}, tmp_path / "a", ONE)["x"].tolist() == [0, 0, 0]
     own = next(pathlib.Path(at).glob("shard*"))
     own.unlink()
     os.symlink(shard, own)
     with pytest.raises(CheckpointError, match="missing"):
-        faccel.load(tmp_path / "a", {"x": None}, ONE)
+        faccel.load({"x": None}, tmp_path / "a", ONE)
 
 
 def test_optimizers_with_strange_states_come_back(tmp_path):
@@ -673,9 +675,9 @@ def test_optimizers_with_strange_states_come_back(tmp_path):
     opt = torch.optim.SGD([{"params": []}, {"params": list(net.parameters())}, {"params": [], "lr": 7.0}], lr=0.1)
     opt.state["count"] = {"n": 3}
     opt.state[net.weight] = {"seen": 5, "x": torch.ones(1, 2)}
-    faccel.save(tmp_path, {"net": net, "opt": opt}, ONE, step=1)
+    faccel.save({"net": net, "opt": opt}, tmp_path, ONE, step=1)
     again = torch.optim.SGD([{"params": []}, {"params": list(net.parameters())}, {"params": []}], lr=0.3)
-    faccel.load(tmp_path, {"net": net, "opt": again}, ONE)
+    faccel.load({"net": net, "opt": again}, tmp_path, ONE)
     assert [group["lr"] for group in again.param_groups] == [0.1, 0.1, 7.0]
     assert again.state["count"] == {"n": 3}
     assert again.state[net.weight]["seen"] == 5
@@ -686,7 +688,7 @@ def test_generators_of_a_rank_that_was_not_there_are_its_own_and_the_same_on_eve
     saved(tmp_path, 2)
 
     def fn(ctx):
-        faccel.set_rng_state(faccel.load(tmp_path, {"rng": None}, ctx)["rng"])
+        faccel.set_rng_state(faccel.load({"rng": None}, tmp_path, ctx)["rng"])
         return torch.rand(3).tolist()
 
     first, second = simulate(fn, 5), simulate(fn, 5, seed=9)
@@ -696,15 +698,15 @@ def test_generators_of_a_rank_that_was_not_there_are_its_own_and_the_same_on_eve
 
 def test_a_run_goes_on_from_an_older_one_past_one_with_a_flipped_bit(tmp_path):
     for step in (1, 2, 3):
-        faccel.save(tmp_path, {"x": torch.full((3,), float(step))}, ONE, step=step)
+        faccel.save({"x": torch.full((3,), float(step))}, tmp_path, ONE, step=step)
     for step in (2, 3):
         file = next(pathlib.Path(tmp_path, f"step-{step:09d}").glob("*.safetensors"))
         file.write_bytes(file.read_bytes()[:-1] + b"\7")
-    assert faccel.load(tmp_path, {"x": None}, ONE)["x"].tolist() == [1, 1, 1]
-    faccel.save(tmp_path, {"x": torch.full((3,), 20.0)}, ONE, step=2)
+    assert faccel.load({"x": None}, tmp_path, ONE)["x"].tolist() == [1, 1, 1]
+    faccel.save({"x": torch.full((3,), 20.0)}, tmp_path, ONE, step=2)
     assert steps(tmp_path) == [2, 1]
     assert len(list(tmp_path.glob("*.corrupt-*"))) == 2
-    assert faccel.load(tmp_path, {"x": None}, ONE)["x"].tolist() == [20, 20, 20]
+    assert faccel.load({"x": None}, tmp_path, ONE)["x"].tolist() == [20, 20, 20]
 
 
 @pytest.mark.parametrize("what", ["step", "path", "background", "overwrite"])
@@ -714,7 +716,7 @@ def test_ranks_that_ask_for_something_else_are_an_error_on_each(tmp_path, what):
         if ctx.rank:
             asked[what] = {"step": 2, "path": tmp_path / "b", "background": True, "overwrite": True}[what]
         with pytest.raises(CheckpointError, match=f"another `{what}`"):
-            faccel.save(asked.pop("path"), {"x": 1}, ctx, **asked)
+            faccel.save({"x": 1}, asked.pop("path"), ctx, **asked)
         return faccel.latest(tmp_path, ctx)
 
     assert simulate(fn, 2) == (None, None)
@@ -730,12 +732,12 @@ def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(tmp_path, backgr
     try:
 
         def fn(ctx):
-            faccel.save(disk / "runs", {"x": torch.ones(10)}, ctx, step=1)
+            faccel.save({"x": torch.ones(10)}, disk / "runs", ctx, step=1)
             with pytest.raises(CheckpointError, match="No space left") as caught:
-                faccel.save(disk / "runs", {"x": torch.ones(10**6)}, ctx, step=2, background=background)
+                faccel.save({"x": torch.ones(10**6)}, disk / "runs", ctx, step=2, background=background)
                 faccel.latest(disk / "runs", ctx)
             assert caught.value.fix == "make room"
-            return faccel.load(disk / "runs", {"x": None}, ctx)["x"].shape
+            return faccel.load({"x": None}, disk / "runs", ctx)["x"].shape
 
         assert simulate(fn, 2) == (torch.Size([10]),) * 2
         assert steps(disk / "runs") == [1]
@@ -746,19 +748,19 @@ def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(tmp_path, backgr
 
 @pytest.mark.parametrize("saved_value", [None, 1, "x", {"weight": torch.ones(1)}, [1], torch.ones(1)], ids=str)
 def test_a_value_where_an_object_is_to_be_loaded_is_refused(tmp_path, saved_value):
-    faccel.save(tmp_path, {"x": saved_value, "n": 1}, ONE, step=1)
+    faccel.save({"x": saved_value, "n": 1}, tmp_path, ONE, step=1)
     net = nn.Linear(1, 1)
     for into in (net, torch.optim.SGD(net.parameters(), lr=1.0), Counted(), faccel.rng_state(ONE)):
         with pytest.raises(CheckpointError, match="does not fit"):
-            faccel.load(tmp_path, {"x": into}, ONE)
+            faccel.load({"x": into}, tmp_path, ONE)
 
 
 def test_a_part_below_the_top_can_be_loaded_too(tmp_path):
     net = nn.Linear(1, 1)
-    faccel.save(tmp_path, {"a": {"net": net, "n": 1}, "t": {"x": 1, "y": 2}}, ONE, step=1)
-    assert faccel.load(tmp_path, {"a": {"n": 0}, "t": {"x": 0}}, ONE) == {"a": {"n": 1}, "t": {"x": 1}}
-    assert faccel.load(tmp_path, {"t": {}}, ONE) == {"t": {"x": 1, "y": 2}}
-    assert faccel.load(tmp_path, {}, ONE) == {}
+    faccel.save({"a": {"net": net, "n": 1}, "t": {"x": 1, "y": 2}}, tmp_path, ONE, step=1)
+    assert faccel.load({"a": {"n": 0}, "t": {"x": 0}}, tmp_path, ONE) == {"a": {"n": 1}, "t": {"x": 1}}
+    assert faccel.load({"t": {}}, tmp_path, ONE) == {"t": {"x": 1, "y": 2}}
+    assert faccel.load({}, tmp_path, ONE) == {}
 
 
 def test_files_that_get_their_names_while_they_are_counted_do_no_harm(tmp_path):

@@ -31,7 +31,7 @@ def test_an_exception_on_main_reaches_the_waiting_ranks():
                     raise OSError("disk full")
                 seen.append("body")
         except RankFailedError as error:
-            seen.append((ctx.rank, error.saw))
+            seen.append((ctx.rank, error.got))
             raise
 
     with pytest.raises(OSError, match="disk full"):

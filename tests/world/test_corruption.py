@@ -29,23 +29,23 @@ def state(value):
 def runs(tmp_path):
     """Two checkpoints, the newer one of two ranks' files."""
     for value in (1, 2):
-        simulate(lambda ctx, value=value: faccel.save(tmp_path, state(value), ctx, step=value), 2)
+        simulate(lambda ctx, value=value: faccel.save(state(value), tmp_path, ctx, step=value), 2)
     return tmp_path
 
 
 def newest(runs):
-    return pathlib.Path(faccel.checkpoints(runs)[0].path)
+    return pathlib.Path(faccel.checkpoint.checkpoints(runs)[0].path)
 
 
 def check_found(runs, caplog, name):
     caplog.clear()
-    got = faccel.load(runs, state(0), ONE)
+    got = faccel.load(state(0), runs, ONE)
     assert got["n"] == 1
     assert got["x"].tolist() == [1.0] * 40
     assert "step-000000002" in caplog.text
     assert (name in caplog.text) or ("manifest" in caplog.text)
     with pytest.raises(CheckpointError, match="step 2"):
-        faccel.load(runs, state(0), ONE, step=2)
+        faccel.load(state(0), runs, ONE, step=2)
 
 
 def test_two_hundred_flipped_bits_are_found(runs, caplog):
@@ -62,7 +62,7 @@ def test_two_hundred_flipped_bits_are_found(runs, caplog):
         file.write_bytes(data)
         check_found(runs, caplog, file.name)
         file.write_bytes(original)
-    assert faccel.load(runs, state(0), ONE)["n"] == 2
+    assert faccel.load(state(0), runs, ONE)["n"] == 2
 
 
 def test_every_bit_of_the_first_line_of_the_manifest_counts(runs):
@@ -73,7 +73,7 @@ def test_every_bit_of_the_first_line_of_the_manifest_counts(runs):
             data = bytearray(original)
             data[at] ^= 1 << bit
             file.write_bytes(data)
-            assert faccel.checkpoints(runs)[0].problem is not None, (at, bit)
+            assert faccel.checkpoint.checkpoints(runs)[0].problem is not None, (at, bit)
 
 
 def test_truncated_and_deleted_files_are_found(runs, caplog):
@@ -91,7 +91,7 @@ def test_truncated_and_deleted_files_are_found(runs, caplog):
     shutil.rmtree(folder)
     folder.mkdir()
     caplog.clear()
-    assert faccel.load(runs, state(0), ONE)["n"] == 1
+    assert faccel.load(state(0), runs, ONE)["n"] == 1
 
 
 def test_every_rank_hears_of_it_and_loads_the_older_one(runs):
@@ -104,9 +104,9 @@ def test_every_rank_hears_of_it_and_loads_the_older_one(runs):
         module = torch.nn.Linear(6, 5)
         before = module.weight.detach().clone()
         with pytest.raises(CheckpointError, match=file.name):
-            faccel.load(runs, state(0) | {"model": module}, ctx, step=2)
+            faccel.load(state(0) | {"model": module}, runs, ctx, step=2)
         assert torch.equal(module.weight, before)  # nothing was written
-        return faccel.load(runs, state(0), ctx)["n"]
+        return faccel.load(state(0), runs, ctx)["n"]
 
     assert simulate(fn, 3) == (1, 1, 1)
 
@@ -115,4 +115,4 @@ def test_nothing_valid_is_an_error_that_lists_what_was_wrong(runs):
     for folder in runs.glob("step-*"):
         os.unlink(folder / "manifest.json")
     with pytest.raises(CheckpointError, match=r"step 2: no manifest.*step 1: no manifest"):
-        faccel.load(runs, state(0), ONE)
+        faccel.load(state(0), runs, ONE)

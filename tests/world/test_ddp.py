@@ -24,7 +24,7 @@ class Branches(nn.Module):
 
 
 def run(ctx, options, both=True):
-    ddp = faccel.DdpConfig(**options)
+    ddp = faccel.parallel.DdpConfig(**options)
     out = train(ctx, ddp, both)
     assert_replicated(out, ctx)
     return out
@@ -36,7 +36,7 @@ def train(ctx, ddp, both=True, num_updates=3):
     model.norm.eval()  # its statistics are of this rank's rows alone
     opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
     scaler = faccel.init_scaler(ctx)
-    rows = torch.randn(num_updates, 8, 16, generator=faccel.fold_in(1), dtype=torch.float64)
+    rows = torch.randn(num_updates, 8, 16, generator=faccel.random.generator(1), dtype=torch.float64)
     for update in rows:
         x = update.chunk(ctx.data_world_size)[ctx.data_rank]
         scaler = faccel.scaled_backward(model(x, both).square().mean(), scaler, ctx)
@@ -74,7 +74,9 @@ def test_unused_parameters_are_left_as_they_are(options):
 @pytest.mark.parametrize("options", [{"static_graph": True}, {"find_unused_parameters": True}], ids=str)
 def test_windows_accumulate_under_every_option(options):
     def fn(ctx):
-        model = faccel.wrap(nn.Linear(2, 1, bias=False), ctx, plan=faccel.Plan(ddp=faccel.DdpConfig(**options)))
+        model = faccel.wrap(
+            nn.Linear(2, 1, bias=False), ctx, plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(**options))
+        )
         rows, grads = torch.arange(16.0).view(8, 2), []
         for window in rows.view(2, 2, 2, 2)[:, :, :, :]:  # windows of two micro-batches of two rows
             for i, micro in enumerate(window):
@@ -105,7 +107,9 @@ def test_unused_parameters_without_the_option_are_an_error_that_shows_it():
 
 def test_ranks_may_use_different_branches():
     def fn(ctx):
-        model = faccel.wrap(Branches(), ctx, plan=faccel.Plan(ddp=faccel.DdpConfig(find_unused_parameters=True)))
+        model = faccel.wrap(
+            Branches(), ctx, plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(find_unused_parameters=True))
+        )
         model.norm.eval()
         faccel.scaled_backward(model(torch.ones(2, 16), ctx.rank == 0).sum(), faccel.init_scaler(ctx), ctx)
         return model.second.bias.grad.clone()
@@ -124,7 +128,9 @@ def test_buckets_are_as_small_as_asked_for():
 
 
 def statistics(ctx, sync):
-    model = faccel.wrap(nn.BatchNorm1d(1), ctx, plan=faccel.Plan(ddp=faccel.DdpConfig(forward_sync_buffers=sync)))
+    model = faccel.wrap(
+        nn.BatchNorm1d(1), ctx, plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(forward_sync_buffers=sync))
+    )
     before = model.running_mean.clone()
     for _ in range(2):
         model(torch.full((4, 1), float(ctx.rank)) + torch.arange(4.0)[:, None])
@@ -141,8 +147,10 @@ def test_buffers_stay_each_ranks_own_where_asked_until_evaluation():
 
 
 def compressed(ctx, hook, num_updates=4):
-    powersgd = faccel.PowerSgdConfig(rank=2, start_step=2)
-    return train(ctx, faccel.DdpConfig(comm_hook=hook, powersgd=powersgd, bucket_cap_mb=1), num_updates=num_updates)
+    powersgd = faccel.parallel.PowerSgdConfig(rank=2, start_step=2)
+    return train(
+        ctx, faccel.parallel.DdpConfig(comm_hook=hook, powersgd=powersgd, bucket_cap_mb=1), num_updates=num_updates
+    )
 
 
 @pytest.mark.parametrize(("hook", "atol"), [("fp16", 1e-4), ("bf16", 1e-3), ("powersgd", 0.1), ("fp16_powersgd", 0.1)])
@@ -172,11 +180,11 @@ def test_hooks_do_over_gloo_what_they_do_in_a_simulation(hook):
 
 def test_a_plan_is_checked():
     for make in (
-        lambda: faccel.DdpConfig(comm_hook="fp8"),
-        lambda: faccel.DdpConfig(bucket_cap_mb=0),
-        lambda: faccel.PowerSgdConfig(rank=-1),
-        lambda: faccel.PowerSgdConfig(start_step=1),
-        lambda: faccel.DdpConfig(static_graph="yes"),
+        lambda: faccel.parallel.DdpConfig(comm_hook="fp8"),
+        lambda: faccel.parallel.DdpConfig(bucket_cap_mb=0),
+        lambda: faccel.parallel.PowerSgdConfig(rank=-1),
+        lambda: faccel.parallel.PowerSgdConfig(start_step=1),
+        lambda: faccel.parallel.DdpConfig(static_graph="yes"),
         lambda: faccel.Plan(ddp={"static_graph": True}),
     ):
         with pytest.raises(ConfigError):

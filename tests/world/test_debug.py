@@ -19,7 +19,7 @@ def sees(fn, world_size=2, **options):
         with pytest.raises(DesyncError) as caught:
             fn(ctx)
         assert faccel.reduce(torch.tensor(1), ctx).item() == world_size
-        return caught.value.saw
+        return caught.value.got
 
     return simulate(body, world_size, config=CHECKED, **options)
 
@@ -33,7 +33,7 @@ APART = {
     "src": lambda ctx: faccel.broadcast(torch.ones(2), ctx, src=ctx.rank),
     "leaves": lambda ctx: faccel.gather([torch.ones(2)] * (1 + ctx.rank), ctx),
     "call": lambda ctx: (faccel.gather if ctx.rank else faccel.broadcast)(torch.ones(2), ctx),
-    "rows": lambda ctx: faccel.all_to_all(torch.ones(2, 2 + ctx.rank), ctx),
+    "rows": lambda ctx: faccel.comm.all_to_all(torch.ones(2, 2 + ctx.rank), ctx),
 }
 
 
@@ -53,15 +53,15 @@ def test_another_line_is_a_difference():
         else:
             faccel.barrier(ctx)
 
-    saw = sees(body)[0]
-    lines = {part.rpartition(":")[2] for part in saw.split(", ")}
+    got = sees(body)[0]
+    lines = {part.rpartition(":")[2] for part in got.split(", ")}
     assert len(lines) == 2
 
 
 def test_leaves_are_named():
-    saw = sees(lambda ctx: faccel.reduce({"a": [torch.ones(1)], "b" * (1 + ctx.rank): torch.ones(3)}, ctx))[0]
-    assert "x['a'][0]: float32[1], x['b']: float32[3]" in saw
-    assert "x['bb']: float32[3]" in saw
+    got = sees(lambda ctx: faccel.reduce({"a": [torch.ones(1)], "b" * (1 + ctx.rank): torch.ones(3)}, ctx))[0]
+    assert "x['a'][0]: float32[1], x['b']: float32[3]" in got
+    assert "x['bb']: float32[3]" in got
 
 
 def test_what_is_right_is_not_held_up():
@@ -71,7 +71,7 @@ def test_what_is_right_is_not_held_up():
         faccel.gather(torch.ones(ctx.rank + 1), ctx, ragged=True)
         faccel.gather(torch.ones(3), ctx, num_valid=ctx.rank)
         faccel.gather_objects("x" * ctx.rank, ctx)
-        faccel.pad_across(torch.ones(ctx.rank + 1), ctx)
+        faccel.comm.pad_across(torch.ones(ctx.rank + 1), ctx)
         faccel.broadcast_objects([1] * ctx.rank, ctx, src=1)
         return faccel.agree(ctx, stop=ctx.rank == 1).raised_by
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import faccel
 from faccel.errors import ConfigError, ModelError
-from faccel.experts import MoE
 from faccel.mesh import MeshSpec
+from faccel.parallel.moe import MoE
 from faccel.plan import FsdpConfig
 from faccel.testing import fake_context, simulate
 from tests.models import WIDTH, Attention, CharModel, loss_of, tokens
@@ -95,7 +95,7 @@ def test_experts_that_are_spread_over_ranks_train_as_one_process_does(mesh, tied
 
 
 PLANS = {
-    "checkpoint": ("dp_shard=4,ep=2", faccel.Plan(units="Block", checkpoint="full")),
+    "checkpoint": ("dp_shard=4,ep=2", faccel.Plan(units="Block", activation_checkpoint="full")),
     "by size": ("dp_shard=4,ep=2", faccel.Plan(units=3000, fsdp=FsdpConfig(prefetch=1))),  # the experts of a layer
     "layers": ("dp_shard=2,ep=2", faccel.Plan(units="MoE", fsdp=FsdpConfig(reshard_after_forward=False))),
     "number": ("dp_shard=4,ep=4", faccel.Plan(fsdp=FsdpConfig(reshard_after_forward=2))),
@@ -239,7 +239,7 @@ def refused(ctx, make, kind):
     with pytest.raises(kind) as error:
         faccel.wrap(net, ctx, plan=faccel.Plan(tensor={"head": "colwise_gather"}))
     assert {name: (type(p), p.shape) for name, p in net.named_parameters()} == before
-    return error.value.what, error.value.saw
+    return error.value.problem, error.value.got
 
 
 @pytest.mark.parametrize(
@@ -252,6 +252,6 @@ def refused(ctx, make, kind):
     ids=["number", "none", "tp"],
 )
 def test_experts_that_cannot_be_spread_are_refused_before_anything_moves(mesh, make, kind, what):
-    for said, saw in on(mesh, refused, make=make, kind=kind):
+    for said, got in on(mesh, refused, make=make, kind=kind):
         assert said == what
-        assert saw
+        assert got

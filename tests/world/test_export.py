@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import faccel
-from faccel.cli import main
+from faccel.cli.commands import main
 from faccel.errors import CheckpointError, ConfigError
 from faccel.testing import fake_context, simulate
 
@@ -30,7 +30,7 @@ class Tied(nn.Module):
 def test_a_small_model_is_one_file_that_safetensors_reads(tmp_path):
     net = nn.Linear(3, 2)
     assert (
-        simulate(lambda ctx: faccel.export_model(faccel.wrap(net, ctx), tmp_path, ctx), 2)
+        simulate(lambda ctx: faccel.checkpoint.export_model(faccel.wrap(net, ctx), tmp_path, ctx), 2)
         == (["model.safetensors"],) * 2
     )
     assert os.listdir(tmp_path) == ["model.safetensors"]
@@ -43,7 +43,7 @@ def test_a_small_model_is_one_file_that_safetensors_reads(tmp_path):
 def test_shards_have_an_index_and_load_again(tmp_path, size, num_files):
     torch.manual_seed(0)
     net, other = Tied(), Tied()
-    files = faccel.export_model(net, tmp_path, ONE, max_shard_size=size)
+    files = faccel.checkpoint.export_model(net, tmp_path, ONE, max_shard_size=size)
     assert len(files) == num_files or size == 1
     if len(files) > 1:
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -51,13 +51,13 @@ def test_shards_have_an_index_and_load_again(tmp_path, size, num_files):
         assert (
             index["metadata"]["total_size"] == sum(x.nbytes for x in net.state_dict().values()) - net.head.weight.nbytes
         )
-    faccel.load_model(other, tmp_path, ONE)
+    faccel.checkpoint.load_model(other, tmp_path, ONE)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True))
     assert other.head.weight is other.embed.weight
 
 
 def test_tied_weights_are_stored_once_and_named(tmp_path):
-    faccel.export_model(Tied(), tmp_path, ONE)
+    faccel.checkpoint.export_model(Tied(), tmp_path, ONE)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert "head.weight" not in file.keys()  # noqa: SIM118
         assert file.metadata()["head.weight"] == "embed.weight"
@@ -69,16 +69,16 @@ def test_tied_weights_are_stored_once_and_named(tmp_path):
 def test_what_an_older_export_left_is_gone_and_nothing_else(tmp_path):
     for name in ("config.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "notes.safetensors"):
         (tmp_path / name).write_text("{}")
-    faccel.export_model(Tied(), tmp_path, ONE, max_shard_size=200)
-    faccel.export_model(nn.Linear(2, 2), tmp_path, ONE)
+    faccel.checkpoint.export_model(Tied(), tmp_path, ONE, max_shard_size=200)
+    faccel.checkpoint.export_model(nn.Linear(2, 2), tmp_path, ONE)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "notes.safetensors"]
-    faccel.load_model(nn.Linear(2, 2), tmp_path, ONE)
-    faccel.export_model(Tied(), tmp_path, ONE, max_shard_size=200)
+    faccel.checkpoint.load_model(nn.Linear(2, 2), tmp_path, ONE)
+    faccel.checkpoint.export_model(Tied(), tmp_path, ONE, max_shard_size=200)
     assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_weights_that_do_not_fit_are_named_before_anything_is_written(tmp_path):
-    faccel.export_model(nn.Linear(3, 2), tmp_path, ONE)
+    faccel.checkpoint.export_model(nn.Linear(3, 2), tmp_path, ONE)
     for model, what in (
         (nn.Linear(3, 2, bias=False), "`bias`: not the model's"),
         (nn.Bilinear(3, 3, 2), "`weight`: of another shape"),
@@ -86,20 +86,20 @@ def test_weights_that_do_not_fit_are_named_before_anything_is_written(tmp_path):
     ):
         before = {k: v.clone() for k, v in model.state_dict().items()}
         with pytest.raises(CheckpointError) as caught:
-            faccel.load_model(model, tmp_path, ONE)
-        assert what in caught.value.saw
+            faccel.checkpoint.load_model(model, tmp_path, ONE)
+        assert what in caught.value.got
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with pytest.raises(CheckpointError, match="no weights"):
-        faccel.load_model(nn.Linear(1, 1), tmp_path / "nothing", ONE)
+        faccel.checkpoint.load_model(nn.Linear(1, 1), tmp_path / "nothing", ONE)
     with pytest.raises(ConfigError):
-        faccel.export_model(nn.Linear(1, 1), tmp_path, ONE, max_shard_size="much")
+        faccel.checkpoint.export_model(nn.Linear(1, 1), tmp_path, ONE, max_shard_size="much")
 
 
 def test_weights_are_cast_to_the_models_dtype_and_one_file_can_be_named(tmp_path):
     net = nn.Linear(3, 2)
-    faccel.export_model(net, tmp_path, ONE)
+    faccel.checkpoint.export_model(net, tmp_path, ONE)
     low = nn.Linear(3, 2).bfloat16()
-    faccel.load_model(low, tmp_path / "model.safetensors", ONE)
+    faccel.checkpoint.load_model(low, tmp_path / "model.safetensors", ONE)
     assert torch.equal(low.weight, net.weight.bfloat16())
 
 
@@ -126,8 +126,8 @@ def test_sharded_tensors_are_saved_by_their_ranks_and_read_in_any_layout(tmp_pat
 
     def save(ctx):
         net = sharded(ctx, 1)
-        at = faccel.save(tmp_path, {"net": net}, ctx, step=1)
-        faccel.export_model(net, tmp_path / "export", ctx)
+        at = faccel.save({"net": net}, tmp_path, ctx, step=1)
+        faccel.checkpoint.export_model(net, tmp_path / "export", ctx)
         return at
 
     at = simulate(save, 4)[0]
@@ -137,9 +137,9 @@ def test_sharded_tensors_are_saved_by_their_ranks_and_read_in_any_layout(tmp_pat
     def load(ctx, how):
         net = sharded(ctx, 2)
         if how == "load":
-            faccel.load(tmp_path, {"net": net}, ctx)
+            faccel.load({"net": net}, tmp_path, ctx)
         else:
-            faccel.load_model(net, tmp_path / "export", ctx)
+            faccel.checkpoint.load_model(net, tmp_path / "export", ctx)
         return whole(net)
 
     for world_size in (1, 2, 3, 4):
@@ -151,13 +151,13 @@ def test_sharded_tensors_are_saved_by_their_ranks_and_read_in_any_layout(tmp_pat
 def test_the_command_line_merges_and_lists(tmp_path):
     torch.manual_seed(0)
     net = Tied()
-    simulate(lambda ctx: faccel.save(tmp_path / "runs", {"net": net, "n": 1}, ctx, step=4), 2)
+    simulate(lambda ctx: faccel.save({"net": net, "n": 1}, tmp_path / "runs", ctx, step=4), 2)
     out = CliRunner().invoke(main, ["merge", str(tmp_path / "runs"), str(tmp_path / "out")])
     assert (out.exit_code, out.output) == (0, "model.safetensors\n")
     other = Tied()
-    faccel.load_model(other, tmp_path / "out", ONE)
+    faccel.checkpoint.load_model(other, tmp_path / "out", ONE)
     assert torch.equal(other.embed.weight, net.embed.weight)
-    faccel.save(tmp_path / "two", {"a": net, "b": nn.Linear(1, 1)}, ONE, step=1)
+    faccel.save({"a": net, "b": nn.Linear(1, 1)}, tmp_path / "two", ONE, step=1)
     out = CliRunner().invoke(main, ["merge", str(tmp_path / "two"), str(tmp_path / "out")])
     assert out.exit_code == 1
     assert "`a`, `b`" in out.output
@@ -194,7 +194,7 @@ class Copies(nn.Module):
 
 
 def test_modules_that_give_copies_away_and_complex_numbers_are_merged_and_loaded(tmp_path):
-    faccel.save(tmp_path / "runs", {"a/b é": Copies(2.0)}, ONE, step=1)
+    faccel.save({"a/b é": Copies(2.0)}, tmp_path / "runs", ONE, step=1)
     out = CliRunner().invoke(main, ["merge", str(tmp_path / "runs"), str(tmp_path / "out")])
     assert out.exit_code == 0, out.output
     weights = load_file(tmp_path / "out" / "model.safetensors")
@@ -203,16 +203,16 @@ def test_modules_that_give_copies_away_and_complex_numbers_are_merged_and_loaded
     net = nn.Module()
     net.x = nn.Parameter(torch.zeros(3))
     net.register_buffer("z", torch.zeros(2, dtype=torch.complex64))
-    faccel.load_model(net, tmp_path / "out", ONE)
+    faccel.checkpoint.load_model(net, tmp_path / "out", ONE)
     assert net.z.tolist() == [2 + 1j] * 2
     copies = Copies(0.0)
-    faccel.export_model(nn.ParameterDict({"x": torch.full((3,), 5.0)}), tmp_path / "x", ONE)
+    faccel.checkpoint.export_model(nn.ParameterDict({"x": torch.full((3,), 5.0)}), tmp_path / "x", ONE)
     with pytest.raises(CheckpointError, match="missing"):
-        faccel.load_model(copies, tmp_path / "x", ONE)
+        faccel.checkpoint.load_model(copies, tmp_path / "x", ONE)
 
 
 def test_a_corrupt_checkpoint_is_not_merged_and_none_is_spoiled(tmp_path):
-    at = faccel.save(tmp_path, {"net": nn.Linear(2, 2)}, ONE, step=1)
+    at = faccel.save({"net": nn.Linear(2, 2)}, tmp_path, ONE, step=1)
     out = CliRunner().invoke(main, ["merge", str(tmp_path), at.path])
     assert (out.exit_code, "spoil" in out.output) == (1, True)
     file = next(tmp_path.glob("*/*.safetensors"))
@@ -224,14 +224,14 @@ def test_a_corrupt_checkpoint_is_not_merged_and_none_is_spoiled(tmp_path):
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"weight": "../secret.safetensors"}}')
     with pytest.raises(CheckpointError, match="index"):
-        faccel.load_model(nn.Linear(1, 1), tmp_path, ONE)
+        faccel.checkpoint.load_model(nn.Linear(1, 1), tmp_path, ONE)
 
 
 def test_an_object_is_written_whole_by_rank_0(tmp_path):
     def fn(ctx):
-        faccel.save_object({"rank": ctx.rank, "x": torch.ones(2)}, tmp_path / "x.pt", ctx)
+        faccel.checkpoint.save_object({"rank": ctx.rank, "x": torch.ones(2)}, tmp_path / "x.pt", ctx)
         with pytest.raises(CheckpointError):
-            faccel.save_object(1, tmp_path / "no" / "x.pt", ctx)
+            faccel.checkpoint.save_object(1, tmp_path / "no" / "x.pt", ctx)
         return torch.load(tmp_path / "x.pt")["rank"]
 
     assert simulate(fn, 2) == (0, 0)

@@ -24,7 +24,7 @@ from tests.functional import (
     transformation,
 )
 
-OPTIONS = [{}, {"num_micro": 2}, {"donate": True}, {"bucket_cap_mb": 1e-4}]
+OPTIONS = [{}, {"num_micro_batches": 2}, {"donate": True}, {"bucket_cap_mb": 1e-4}]
 
 
 def close(a, b, atol=1e-12):
@@ -117,7 +117,7 @@ def test_batch_norm_equals_the_module_with_micro_batches_one_after_the_other():
     model, ctx, optimizer = net(norm=True), fake_context(0, 1), func.sgd(0.1)
     state = func.init_state(model, optimizer, ctx, seed=0)
     x, y = batch_of(0, ctx)
-    step = func.make_step(loss_with_buffers(model), optimizer, ctx, has_buffers=True, num_micro=2)
+    step = func.make_step(loss_with_buffers(model), optimizer, ctx, has_buffers=True, num_micro_batches=2)
     _, state = step(state, (x, y))
     for part in (slice(0, 4), slice(4, 8)):
         (F.cross_entropy(model(x[part]), y[part]) / 2).backward()
@@ -149,7 +149,7 @@ def test_masks_differ_between_ranks_and_steps_and_come_again():
 
         optimizer = func.sgd(0.0)
         state = func.init_state(nn.Linear(1, 1), optimizer, ctx, seed=0)
-        step = func.make_step(loss_fn, optimizer, ctx, num_micro=2)
+        step = func.make_step(loss_fn, optimizer, ctx, num_micro_batches=2)
         for _ in range(2):
             _, state = step(state, torch.zeros(2))
         return seen
@@ -167,7 +167,7 @@ def test_dropout_leaves_the_generators_of_the_process_alone():
     assert len(set(losses)) == 3
 
 
-@pytest.mark.parametrize("options", [{}, {"num_micro": 2}, {"has_buffers": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_micro_batches": 2}, {"has_buffers": True}], ids=str)
 def test_a_step_is_pure(options):
     ctx, model, optimizer = fake_context(0, 1), net(norm="has_buffers" in options, dropout=0.2), transformation()
     state = func.init_state(model, optimizer, ctx, seed=0)
@@ -220,19 +220,19 @@ def test_a_state_goes_through_a_checkpoint_bit_for_bit(tmp_path):
         state = func.init_state(model, optimizer, ctx, seed=0)
         for i in range(4):
             if i == 2:
-                faccel.save(tmp_path, {"state": state}, ctx, step=i)
+                faccel.save({"state": state}, tmp_path, ctx, step=i)
             _, state = step(state, batch_of(i, ctx))
-        return func.trees.leaves(func.state.leaves_of(state))
+        return func.tensordicts.leaves(func.train_state.leaves_of(state))
 
     def after(ctx):
         model, optimizer = net(dropout=0.3), transformation()
         step = func.make_step(loss_of(model), optimizer, ctx)
         fresh = func.init_state(net(seed=9), optimizer, ctx, seed=8)
-        state = faccel.load(tmp_path, {"state": fresh}, ctx)["state"]
+        state = faccel.load({"state": fresh}, tmp_path, ctx)["state"]
         assert isinstance(state, func.TrainState)
         for i in range(int(state.step), 4):
             _, state = step(state, batch_of(i, ctx))
-        return func.trees.leaves(func.state.leaves_of(state))
+        return func.tensordicts.leaves(func.train_state.leaves_of(state))
 
     expected = simulate(before, 2)
     for a, b in zip(expected, simulate(after, 2), strict=True):
@@ -249,9 +249,9 @@ def test_batches_of_a_loader_with_padding_are_cut_and_counted():
 
         def loss_fn(params, batch, generator):
             (x,) = batch.data
-            return func.call(model, params, x[: batch.num_valid]).square().sum()
+            return func.functional_call(model, params, x[: batch.num_valid]).square().sum()
 
-        step = func.make_step(loss_fn, optimizer, ctx, weight=lambda batch: batch.num_valid, num_micro=2)
+        step = func.make_step(loss_fn, optimizer, ctx, weight=lambda batch: batch.num_valid, num_micro_batches=2)
         for batch in faccel.batches(loader):
             _, state = step(state, batch)
         return state.params["weight"].item()
@@ -285,7 +285,7 @@ def test_an_overflow_of_fp16_is_skipped_and_the_scale_falls():
     ctx = fake_context(0, 1, config={"mixed_precision": "fp16"})
     model, optimizer = nn.Linear(1, 1), func.adamw(1e-2)
     state = func.init_state(model, optimizer, ctx, seed=0)
-    step = func.make_step(lambda p, b, g: func.call(model, p, b).mean(), optimizer, ctx)
+    step = func.make_step(lambda p, b, g: func.functional_call(model, p, b).mean(), optimizer, ctx)
     metrics, after = step(state, torch.full((4, 1), 1e4))  # 65536 * 1e4 is no fp16
     assert bool(metrics["skipped"])
     assert (after.scaler.scale, after.scaler.num_skipped, int(after.step)) == (32768.0, 1, 1)
@@ -324,6 +324,6 @@ def test_another_mesh_is_refused():
 def test_a_batch_that_cannot_be_cut_is_refused():
     ctx, model = fake_context(0, 1), net()
     state = func.init_state(model, func.sgd(0.1), ctx, seed=0)
-    step = func.make_step(loss_of(model), func.sgd(0.1), ctx, num_micro=3)
-    with pytest.raises(DataError, match="8 rows, num_micro=3"):
+    step = func.make_step(loss_of(model), func.sgd(0.1), ctx, num_micro_batches=3)
+    with pytest.raises(DataError, match="8 rows, num_micro_batches=3"):
         step(state, batch_of(0, ctx))

@@ -25,7 +25,7 @@ def run_ensemble(ctx, num_steps=3):
     states = func.stack(states_of(ctx, optimizer))
     for i in range(num_steps):
         metrics, states = step(states, batch_of(i, ctx))
-    return func.trees.leaves(func.state.leaves_of(states)), metrics["loss"]
+    return func.tensordicts.leaves(func.train_state.leaves_of(states)), metrics["loss"]
 
 
 def test_an_ensemble_is_each_of_its_models_alone():
@@ -35,7 +35,7 @@ def test_an_ensemble_is_each_of_its_models_alone():
     for number, state in enumerate(states_of(CTX, optimizer)):
         for i in range(3):
             metrics, state = step(state, batch_of(i, CTX))
-        alone = func.trees.leaves(func.state.leaves_of(state))
+        alone = func.tensordicts.leaves(func.train_state.leaves_of(state))
         close(alone, {name: each[number] for name, each in together.items()})
         assert torch.allclose(metrics["loss"], losses[number])
 
@@ -130,7 +130,7 @@ def run_private(ctx, noise=0.0, **options):
 
 def test_a_private_step_without_noise_is_the_same_on_ranks_and_in_micro_batches():
     expected = run_private(CTX)
-    close(expected, run_private(CTX, num_micro=4))
+    close(expected, run_private(CTX, num_micro_batches=4))
     for world_size in (2, 4):
         for params in simulate(run_private, world_size):
             close(expected, params)
@@ -156,7 +156,7 @@ def curvature(ctx):
     params = TensorDict({n: p.detach() for n, p in model.named_parameters()})
     vector = TensorDict({n: torch.ones_like(p) for n, p in params.items()})
     batch, generator = batch_of(0, ctx), torch.Generator()
-    product = func.hessian_vector_product(loss_of(model), ctx, num_micro=2)(params, vector, batch, generator)
+    product = func.hessian_vector_product(loss_of(model), ctx, num_micro_batches=2)(params, vector, batch, generator)
     top = func.sharpness(loss_of(model), ctx, num_iterations=100)(params, batch, generator)
     return dict(product.items()), top
 
@@ -231,7 +231,7 @@ def tasks(ctx):
 def run_meta(ctx, inner=None):
     model, optimizer = net(), func.sgd(0.5)
     state = func.init_state(model, optimizer, ctx, seed=0)
-    loss_fn = func.meta(loss_of(model), inner or func.sgd(0.3), num_steps=2)
+    loss_fn = func.maml(loss_of(model), inner or func.sgd(0.3), num_steps=2)
     _, state = func.make_step(loss_fn, optimizer, ctx)(state, tasks(ctx))
     return dict(state.params.items())
 
@@ -357,12 +357,12 @@ def test_a_step_compiles_into_one_graph_for_each_shape(donate):
             with pytest.raises(DonatedError):
                 before.params["out.bias"]
     assert num_graphs() <= 2
-    close(*(func.trees.leaves(func.state.leaves_of(each)) for each in (ours, state)), 1e-8)
+    close(*(func.tensordicts.leaves(func.train_state.leaves_of(each)) for each in (ours, state)), 1e-8)
 
 
 def loss_with(model):
     def loss_fn(params, batch, generator, buffers):
-        out, buffers = func.call(model, params, batch[0], buffers=buffers, generator=generator)
+        out, buffers = func.functional_call(model, params, batch[0], buffers=buffers, generator=generator)
         return F.cross_entropy(out, batch[1]), buffers
 
     return loss_fn

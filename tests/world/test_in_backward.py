@@ -30,7 +30,7 @@ def train(ctx, kind, inside, mesh, steps=3):
         with faccel.grad_sync(wrapped, on=False):
             scaler = backward(2 * step, scaler)
         if inside:
-            with faccel.step_in_backward(opt, wrapped, ctx):
+            with faccel.parallel.step_in_backward(opt, wrapped, ctx):
                 scaler = backward(2 * step + 1, scaler)
             assert all(p.grad is None for p in wrapped.parameters())
             schedule.step()
@@ -58,12 +58,12 @@ def test_what_cannot_step_in_backward():
     for options, kind in (({"config": {"mixed_precision": "fp16"}}, ConfigError), ({}, OptimizerError)):
         ctx = fake_context(0, 1, **options)
         with pytest.raises(kind) as caught:
-            faccel.step_in_backward(torch.optim.SGD([torch.ones(1)]), faccel.wrap(net, ctx), ctx)
+            faccel.parallel.step_in_backward(torch.optim.SGD([torch.ones(1)]), faccel.wrap(net, ctx), ctx)
         assert caught.value.fix
 
     def replicas(ctx):
         wrapped = faccel.wrap(torch.nn.Linear(1, 1), ctx)
-        faccel.step_in_backward(torch.optim.SGD(wrapped.parameters()), wrapped, ctx)
+        faccel.parallel.step_in_backward(torch.optim.SGD(wrapped.parameters()), wrapped, ctx)
 
     with pytest.raises(ConfigError, match="dp_shard"):
         simulate(replicas, 2)

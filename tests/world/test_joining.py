@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 
 import faccel
 from faccel.errors import ConfigError, DataError, ModelError
-from faccel.joining import join
 from faccel.testing import assert_replicated, fake_context, simulate
+from faccel.training.join import join
 from tests.models import loss_of, model, tokens
 from tests.ranks import run_ranks
 
@@ -149,7 +149,7 @@ def test_where_it_cannot_be_done_it_is_refused():
             join(faccel.wrap(nn.Linear(2, 1), ctx), opt, ctx)
 
     def zero(ctx):
-        net = faccel.wrap(nn.Linear(2, 1), ctx, plan=faccel.Plan(ddp=faccel.DdpConfig(shard_optimizer=True)))
+        net = faccel.wrap(nn.Linear(2, 1), ctx, plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(shard_optimizer=True)))
         with pytest.raises(ConfigError, match="shard_optimizer"):
             join(net, opt, ctx)
 

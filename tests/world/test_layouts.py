@@ -21,7 +21,7 @@ def updates(ctx, wrapped, opt, seeds):
     for seed in seeds:
         data = torch.utils.data.DataLoader(tokens(ROWS, seed=seed), ROWS // 3 // ctx.data_world_size or 1)
         window = next(faccel.windows(faccel.shard(data, ctx), ctx, size=ROWS))
-        _, scaler = faccel.pipeline_step(
+        _, scaler = faccel.parallel.pipeline_step(
             lambda net, batch: loss_of(net(batch[:, :-1]), batch[:, 1:]), wrapped, window, scaler, ctx
         )
         faccel.optimizer_step(opt, scaler, ctx)
@@ -40,7 +40,7 @@ def make(ctx, mesh, seed):
 def save(ctx, mesh, path):
     wrapped, opt = make(ctx, mesh, 0)
     updates(ctx, wrapped, opt, range(2))
-    faccel.save(path, {"model": wrapped, "opt": opt, "step": 2}, ctx, step=2)
+    faccel.save({"model": wrapped, "opt": opt, "step": 2}, path, ctx, step=2)
     updates(ctx, wrapped, opt, [7])
     return {name: full(p) for name, p in wrapped.named_parameters()}
 
@@ -48,7 +48,7 @@ def save(ctx, mesh, path):
 def load(ctx, mesh, path):
     wrapped, opt = make(ctx, mesh, 1)
     updates(ctx, wrapped, opt, [9])  # states that are to be overwritten
-    state = faccel.load(path, {"model": wrapped, "opt": opt, "step": 0}, ctx)
+    state = faccel.load({"model": wrapped, "opt": opt, "step": 0}, path, ctx)
     assert state["step"] == 2
     updates(ctx, wrapped, opt, [7])
     return {name: full(p) for name, p in wrapped.named_parameters()}
@@ -75,7 +75,7 @@ def test_an_export_of_a_sharded_model_is_whole(mesh, tmp_path):
     def export(ctx):
         wrapped, opt = make(ctx, mesh, 0)
         updates(ctx, wrapped, opt, [3])
-        faccel.export_model(wrapped, str(tmp_path), ctx)
+        faccel.checkpoint.export_model(wrapped, str(tmp_path), ctx)
         return {name: full(p) for name, p in wrapped.named_parameters()}
 
     parts = simulate(export, faccel.MeshSpec.of(mesh).size, mesh=mesh)
@@ -83,7 +83,7 @@ def test_an_export_of_a_sharded_model_is_whole(mesh, tmp_path):
     plain = model()
 
     def read(ctx):
-        faccel.load_model(plain, str(tmp_path), ctx)
+        faccel.checkpoint.load_model(plain, str(tmp_path), ctx)
 
     simulate(read, 1)
     assert all(torch.equal(p, trained[name]) for name, p in plain.named_parameters())

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import faccel
-from faccel.averaging import SyncInfo, averaged, local_sgd
 from faccel.errors import ConfigError, DesyncError, ModelError, TreeError
 from faccel.testing import assert_replicated, fake_context, simulate
+from faccel.training.local_sgd import SyncInfo, averaged, local_sgd
 from tests.models import loss_of, model, tokens
 from tests.ranks import run_ranks
 

@@ -49,7 +49,7 @@ def test_in_fp64_with_accumulation_and_tied_weights(mesh, one):
 def test_in_fp32_with_checkpointing_and_foreach(mesh, one):
     accum = 2 if "pp" in mesh else 1  # a pipeline has at least as many micro-batches as ranks
     options = {"dtype": torch.float32, "accum": accum, "tied": False, "foreach": True, "lr": 1e-3}
-    plan = plan_of(mesh, checkpoint="full")
+    plan = plan_of(mesh, activation_checkpoint="full")
     for got in simulate(lambda ctx: train(ctx, plan, **options), size_of(mesh), mesh=mesh):
         far = differences(got, one(**options))
         assert far["losses"] < 1e-6
@@ -60,7 +60,7 @@ def test_in_fp32_with_checkpointing_and_foreach(mesh, one):
 @pytest.mark.parametrize(("mesh", "stages"), [("pp=2", 1), ("pp=3", 1), ("pp=4", 1), ("pp=2", 2)])
 def test_a_pipeline_infers_batches_of_any_size(mesh, stages):
     schedule = "interleaved" if stages > 1 else "1f1b"
-    pipeline = faccel.Pipeline(chain=CHAIN, schedule=schedule, stages_per_rank=stages)
+    pipeline = faccel.parallel.PipelineConfig(chain=CHAIN, schedule=schedule, stages_per_rank=stages)
 
     def infer(ctx):
         wrapped = faccel.wrap(model(), ctx, plan=PLAN(pipeline=pipeline))
@@ -77,7 +77,9 @@ def test_a_pipeline_infers_batches_of_any_size(mesh, stages):
 
 @pytest.mark.parametrize("schedule", ["gpipe", "interleaved"])
 def test_other_schedules(schedule, one):
-    pipeline = faccel.Pipeline(chain=CHAIN, schedule=schedule, stages_per_rank=2 if schedule == "interleaved" else 1)
+    pipeline = faccel.parallel.PipelineConfig(
+        chain=CHAIN, schedule=schedule, stages_per_rank=2 if schedule == "interleaved" else 1
+    )
     for got in simulate(lambda ctx: train(ctx, PLAN(pipeline=pipeline)), 2, mesh="pp=2"):
         assert max(differences(got, one()).values()) < 1e-10
 
@@ -86,8 +88,8 @@ def test_other_schedules(schedule, one):
 @pytest.mark.parametrize("reshard", [False, 2, True])
 def test_what_fsdp_can_be_told_changes_no_number(reshard, offload, one):
     mesh = "dp_shard=4"
-    fsdp = faccel.FsdpConfig(reshard_after_forward=reshard, prefetch=1)
-    plan = plan_of(mesh, fsdp=fsdp, offload=offload, checkpoint=2)
+    fsdp = faccel.parallel.FsdpConfig(reshard_after_forward=reshard, prefetch=1)
+    plan = plan_of(mesh, fsdp=fsdp, offload=offload, activation_checkpoint=2)
     for got in simulate(lambda ctx: train(ctx, plan), 4, mesh=mesh):
         assert max(differences(got, one()).values()) < 1e-10
 
@@ -99,7 +101,12 @@ def test_units_by_class_name_size_or_by_themselves(units, one):
 
 
 def test_selective_checkpointing_saves_what_it_was_told():
-    plan = PLAN(units="Block", checkpoint=faccel.Checkpointing(save_ops=("aten.mm.default", "aten.addmm.default")))
+    plan = PLAN(
+        units="Block",
+        activation_checkpoint=faccel.parallel.ActivationCheckpointing(
+            save_ops=("aten.mm.default", "aten.addmm.default")
+        ),
+    )
     for got in simulate(lambda ctx: train(ctx, plan), 2, mesh="dp_shard=2"):
         assert max(differences(got, simulate(train, 1)[0]).values()) < 1e-10
 
@@ -167,11 +174,11 @@ BAD = {
     "a width that tp does not divide": ("tp=3", 3, PLAN(tensor={"head": "colwise"}), ModelError, "does not divide"),
     "a cut of what cannot be": ("tp=2", 2, PLAN(tensor={"norm": "colwise"}), ModelError, "LayerNorm"),
     "no plan for a pipeline": ("pp=2", 2, PLAN(), ConfigError, "pipeline="),
-    "a chain that leaves parameters out": ("pp=2", 2, PLAN(pipeline=faccel.Pipeline(chain=("embed", "head"))),
+    "a chain that leaves parameters out": ("pp=2", 2, PLAN(pipeline=faccel.parallel.PipelineConfig(chain=("embed", "head"))),
                                            ModelError, "blocks.0"),
-    "a split that is none": ("pp=2", 2, PLAN(pipeline=faccel.Pipeline(chain=CHAIN, split="nothing")), ConfigError,
+    "a split that is none": ("pp=2", 2, PLAN(pipeline=faccel.parallel.PipelineConfig(chain=CHAIN, split="nothing")), ConfigError,
                              "split"),
-    "more stages than modules": ("pp=6", 6, PLAN(pipeline=faccel.Pipeline(chain=CHAIN)), ConfigError, "at most 5"),
+    "more stages than modules": ("pp=6", 6, PLAN(pipeline=faccel.parallel.PipelineConfig(chain=CHAIN)), ConfigError, "at most 5"),
 }  # fmt: skip
 
 
@@ -232,7 +239,7 @@ def test_ignored_parameters_stay_whole_and_exact_units_compute_in_fp32():
             self.dtypes.append(x.dtype)
             return self.frozen(x)
 
-    fsdp = faccel.FsdpConfig(ignored=("frozen.*",), fp32_units=("exact",))
+    fsdp = faccel.parallel.FsdpConfig(ignored=("frozen.*",), fp32_units=("exact",))
 
     def step(ctx):
         net = Seen()
@@ -261,7 +268,7 @@ def test_the_plan_of_transformers_is_understood():
 
     def step(ctx):
         net = Theirs()
-        plan = faccel.plan_for(net, ctx)
+        plan = faccel.parallel.plan_for(net, ctx)
         wrapped = faccel.wrap(net, ctx, plan=plan)
         loss_of(wrapped(tokens(4)[:, :-1]), tokens(4)[:, 1:]).backward()
         return plan.tensor.get("net.head"), {name: full(p.grad) for name, p in wrapped.named_parameters()}
@@ -306,7 +313,7 @@ def test_a_proposed_plan_can_be_printed_changed_and_trained_with():
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
         net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        plan = faccel.plan_for(net, ctx)
+        plan = faccel.parallel.plan_for(net, ctx)
         wrapped = faccel.wrap(net, ctx, plan=plan)
         wrapped(torch.ones(2, 3, 8)).square().mean().backward()
         return str(plan), {name: full(p.grad) for name, p in wrapped.named_parameters()}
@@ -317,9 +324,11 @@ def test_a_proposed_plan_can_be_printed_changed_and_trained_with():
         assert all((grads[name] - grad).abs().max() < 1e-6 for name, grad in one.items())
 
     def chain(ctx):
-        return faccel.plan_for(model(), ctx).pipeline.chain
+        return faccel.parallel.plan_for(model(), ctx).pipeline.chain
 
     assert simulate(chain, 2, mesh="pp=2")[0] == CHAIN
     with pytest.raises(ModelError, match="nothing of this model"):
-        simulate(lambda ctx: faccel.plan_for(nn.Linear(2, 2), ctx), 2, mesh="tp=2")
-    assert simulate(lambda ctx: faccel.plan_for(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ctx).units, 1) == (5,)
+        simulate(lambda ctx: faccel.parallel.plan_for(nn.Linear(2, 2), ctx), 2, mesh="tp=2")
+    assert simulate(
+        lambda ctx: faccel.parallel.plan_for(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ctx).units, 1
+    ) == (5,)

@@ -31,7 +31,7 @@ def test_windows_add_up_and_inference_between_them_changes_nothing(mesh):
     def step(ctx):
         wrapped, scaler = faccel.wrap(model(), ctx, plan=plan_of(mesh)), faccel.init_scaler(ctx)
         for window in faccel.windows(loader_of(ctx, tokens(16), 4), ctx, size=2):
-            _, scaler = faccel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
+            _, scaler = faccel.parallel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
             with torch.no_grad():
                 wrapped(tokens(3)[:, :-1])
         return grads_of(wrapped)
@@ -47,7 +47,7 @@ def test_a_short_window_at_the_end_of_an_epoch_is_run_and_one_that_counts_nothin
         wrapped, scaler = faccel.wrap(model(), ctx, plan=plan_of("pp=2")), faccel.init_scaler(ctx)
         found = []
         for window in faccel.windows(loader_of(ctx, tokens(20), 4), ctx, size=4, weight=lambda batch: 0):
-            losses, scaler = faccel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
+            losses, scaler = faccel.parallel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
             found += losses.tolist()
         return found
 
@@ -63,7 +63,7 @@ def test_noise_that_a_loss_draws_is_the_same_for_inputs_and_loss():
         net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)).double()
         for layer in net:
             nn.init.eye_(layer.weight)
-        plan = faccel.Plan(pipeline=faccel.Pipeline(chain=("0", "1")))
+        plan = faccel.Plan(pipeline=faccel.parallel.PipelineConfig(chain=("0", "1")))
         wrapped, scaler = faccel.wrap(net, ctx, plan=plan), faccel.init_scaler(ctx)
 
         def denoise(call, batch):
@@ -72,7 +72,7 @@ def test_noise_that_a_loss_draws_is_the_same_for_inputs_and_loss():
 
         data = torch.ones(8, 4, dtype=torch.float64)
         window = next(faccel.windows(loader_of(ctx, data, 2), ctx, size=4))
-        return faccel.pipeline_step(denoise, wrapped, window, scaler, ctx)[0].abs().max().item()
+        return faccel.parallel.pipeline_step(denoise, wrapped, window, scaler, ctx)[0].abs().max().item()
 
     assert max(simulate(step, 2, mesh="pp=2")) < 1e-12
 
@@ -81,11 +81,11 @@ def test_a_stage_without_trained_parameters_or_with_a_copy_alone():
     def step(ctx, freeze, split):
         net = model()
         net.embed.requires_grad_(not freeze)
-        plan = faccel.Plan(pipeline=faccel.Pipeline(chain=CHAIN, split=split))
+        plan = faccel.Plan(pipeline=faccel.parallel.PipelineConfig(chain=CHAIN, split=split))
         wrapped, scaler = faccel.wrap(net, ctx, plan=plan), faccel.init_scaler(ctx)
         opt = torch.optim.SGD(wrapped.parameters(), lr=0.1)
         window = next(faccel.windows(loader_of(ctx, tokens(8), 2), ctx, size=4))
-        _, scaler = faccel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
+        _, scaler = faccel.parallel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
         info, _ = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
         return info.grad_norm.item()
 
@@ -137,10 +137,10 @@ class Pair(nn.Module):
 
 def test_a_chain_leaves_no_module_out():
     def propose(ctx):
-        return faccel.plan_for(Pair(), ctx).pipeline.chain
+        return faccel.parallel.plan_for(Pair(), ctx).pipeline.chain
 
     assert simulate(propose, 2, mesh="pp=2")[0] == ("a", "relu", "b")
-    plan = faccel.Plan(pipeline=faccel.Pipeline(chain=("a", "b")))
+    plan = faccel.Plan(pipeline=faccel.parallel.PipelineConfig(chain=("a", "b")))
     with pytest.raises(ModelError, match="`relu`"):
         simulate(lambda ctx: faccel.wrap(Pair(), ctx, plan=plan), 2, mesh="pp=2")
 
@@ -151,7 +151,7 @@ def test_batch_norm_in_training_mode_and_scalars_are_refused():
             super().__init__()
             self.a, self.norm, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
 
-    plan = faccel.Plan(pipeline=faccel.Pipeline(chain=("a", "norm", "b"), split="norm"))
+    plan = faccel.Plan(pipeline=faccel.parallel.PipelineConfig(chain=("a", "norm", "b"), split="norm"))
 
     def infer(ctx):
         with torch.no_grad():

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import faccel
-from faccel.effects import effects_of
 from faccel.testing import simulate
 
 
@@ -70,28 +69,28 @@ def backward(s, ctx):
 # name -> what to call, and which things of the scene it may change
 HEADS = torch.ones(1, 2, 4, 2)
 CALLS = {
-    "attention": (lambda s, ctx: faccel.attention(HEADS, HEADS, HEADS, ctx, is_causal=True), set()),
-    "averaged": (lambda s, ctx: faccel.averaged({"x": s["x"]}, ctx), set()),
-    "context_parallel": (lambda s, ctx: faccel.context_parallel(ctx), set()),
-    "local_sgd": (lambda s, ctx: faccel.local_sgd(s["model"], ctx, step=1, every=2), set()),
-    "loss_parallel": (lambda s, ctx: faccel.loss_parallel(ctx), set()),
-    "plan_for": (lambda s, ctx: faccel.plan_for(s["net"], ctx), set()),
-    "split_sequence": (lambda s, ctx: faccel.split_sequence(s["x"], ctx), set()),
+    "attention": (lambda s, ctx: faccel.parallel.attention(HEADS, HEADS, HEADS, ctx, is_causal=True), set()),
+    "averaged": (lambda s, ctx: faccel.parallel.averaged({"x": s["x"]}, ctx), set()),
+    "context_parallel": (lambda s, ctx: faccel.parallel.context_parallel(ctx), set()),
+    "local_sgd": (lambda s, ctx: faccel.parallel.local_sgd(s["model"], ctx, step=1, every=2), set()),
+    "loss_parallel": (lambda s, ctx: faccel.parallel.loss_parallel(ctx), set()),
+    "plan_for": (lambda s, ctx: faccel.parallel.plan_for(s["net"], ctx), set()),
+    "split_sequence": (lambda s, ctx: faccel.parallel.split_sequence(s["x"], ctx), set()),
     "agree": (lambda s, ctx: faccel.agree(ctx, a=True), set()),
     "autocast": (lambda s, ctx: faccel.autocast(ctx), set()),
     "barrier": (lambda s, ctx: faccel.barrier(ctx), set()),
     "broadcast": (lambda s, ctx: faccel.broadcast(s["x"], ctx), set()),
     "broadcast_objects": (lambda s, ctx: faccel.broadcast_objects([s["x"]], ctx), set()),
-    "fold_in": (lambda s, ctx: torch.rand(2, generator=faccel.fold_in(0, 1)), set()),
+    "generator": (lambda s, ctx: torch.rand(2, generator=faccel.random.generator(0, 1)), set()),
     "gather": (lambda s, ctx: faccel.gather(s["x"], ctx, num_valid=1), set()),
     "gather_objects": (lambda s, ctx: faccel.gather_objects(s["x"], ctx), set()),
     "init_scaler": (lambda s, ctx: faccel.init_scaler(ctx), set()),
     "on_main": (lambda s, ctx: faccel.on_main(ctx)(lambda: 1)(), set()),
     "on_rank": (lambda s, ctx: faccel.on_rank(1, ctx)(lambda: 1)(), set()),
     "split": (lambda s, ctx: faccel.split(s["x"], ctx, pad=True), set()),
-    "pad_across": (lambda s, ctx: faccel.pad_across(s["x"], ctx), set()),
-    "all_to_all": (lambda s, ctx: faccel.all_to_all(s["x"], ctx), set()),
-    "scatter": (lambda s, ctx: faccel.scatter([1, 2], ctx), set()),
+    "pad_across": (lambda s, ctx: faccel.comm.pad_across(s["x"], ctx), set()),
+    "all_to_all": (lambda s, ctx: faccel.comm.all_to_all(s["x"], ctx), set()),
+    "scatter_objects": (lambda s, ctx: faccel.comm.scatter_objects([1, 2], ctx), set()),
     "reduce": (lambda s, ctx: faccel.reduce(s["x"], ctx, op="mean"), set()),
     "shard": (lambda s, ctx: faccel.shard(DataLoader(range(4), 2), ctx), set()),
     "unwrap": (lambda s, ctx: faccel.unwrap(s["model"]), set()),
@@ -100,20 +99,20 @@ CALLS = {
     "windows": (lambda s, ctx: [list(w) for w in faccel.windows(s["loader"].at(0), ctx, weight=len_of)], set()),
     "grad_sync": (lambda s, ctx: faccel.grad_sync(s["model"], on=False).__enter__(), set()),
     "wrap": (lambda s, ctx: faccel.wrap(s["net"], ctx), set()),  # rank 0's values are there already
-    "save": (lambda s, ctx: faccel.save(folder(ctx), dict(s, loader=0), ctx, step=1), set()),
+    "save": (lambda s, ctx: faccel.save(dict(s, loader=0), folder(ctx), ctx, step=1), set()),
     "load": (lambda s, ctx: saved_and_loaded(s, ctx), set()),  # the same values
-    "export_model": (lambda s, ctx: faccel.export_model(s["model"], folder(ctx), ctx), set()),
+    "export_model": (lambda s, ctx: faccel.checkpoint.export_model(s["model"], folder(ctx), ctx), set()),
     "load_model": (lambda s, ctx: exported_and_loaded(s, ctx), set()),
-    "save_object": (lambda s, ctx: faccel.save_object(s["x"], f"{folder(ctx)}/x.pt", ctx), set()),
+    "save_object": (lambda s, ctx: faccel.checkpoint.save_object(s["x"], f"{folder(ctx)}/x.pt", ctx), set()),
     "latest": (lambda s, ctx: faccel.latest(folder(ctx), ctx), set()),
-    "checkpoints": (lambda s, ctx: faccel.checkpoints("."), set()),
-    "every_steps": (lambda s, ctx: faccel.every_steps(2)(faccel.Moment(1)), set()),
-    "every_seconds": (lambda s, ctx: faccel.every_seconds(2)(faccel.Moment(1)), set()),
-    "at_best": (lambda s, ctx: faccel.at_best()(faccel.Moment(1)), set()),
-    "on_preemption": (lambda s, ctx: faccel.on_preemption()(faccel.Moment(1)), set()),
-    "keep_latest": (lambda s, ctx: faccel.keep_latest(2)([]), set()),
-    "keep_best": (lambda s, ctx: faccel.keep_best(2, "loss")([]), set()),
-    "keep_every": (lambda s, ctx: faccel.keep_every(2)([]), set()),
+    "checkpoints": (lambda s, ctx: faccel.checkpoint.checkpoints("."), set()),
+    "every_steps": (lambda s, ctx: faccel.checkpoint.every_steps(2)(faccel.checkpoint.SaveEvent(1)), set()),
+    "every_seconds": (lambda s, ctx: faccel.checkpoint.every_seconds(2)(faccel.checkpoint.SaveEvent(1)), set()),
+    "at_best": (lambda s, ctx: faccel.checkpoint.at_best()(faccel.checkpoint.SaveEvent(1)), set()),
+    "on_preemption": (lambda s, ctx: faccel.checkpoint.on_preemption()(faccel.checkpoint.SaveEvent(1)), set()),
+    "keep_latest": (lambda s, ctx: faccel.checkpoint.keep_latest(2)([]), set()),
+    "keep_best": (lambda s, ctx: faccel.checkpoint.keep_best(2, "loss")([]), set()),
+    "keep_every": (lambda s, ctx: faccel.checkpoint.keep_every(2)([]), set()),
     "print": (lambda s, ctx: faccel.print(end="", ctx=ctx), set()),
 }
 
@@ -124,14 +123,14 @@ def folder(ctx):
 
 def saved_and_loaded(s, ctx):
     path, state = folder(ctx), {name: s[name] for name in ("net", "model", "opt", "x", "scaler")}
-    faccel.save(path, state, ctx, step=1)
-    faccel.load(path, state, ctx)
+    faccel.save(state, path, ctx, step=1)
+    faccel.load(state, path, ctx)
 
 
 def exported_and_loaded(s, ctx):
     path = folder(ctx)
-    faccel.export_model(s["model"], path, ctx)
-    faccel.load_model(s["model"], path, ctx)
+    faccel.checkpoint.export_model(s["model"], path, ctx)
+    faccel.checkpoint.load_model(s["model"], path, ctx)
 
 
 def len_of(batch):
@@ -199,6 +198,7 @@ def test_every_function_without_effects_on_its_arguments_is_covered():
         *("seed_everything", "rng_state", "set_rng_state"),
         *("get_logger", "progress", "init_trackers", "log", "finish"),
     }
-    functions = {n for n in faccel.__all__ if effects_of(getattr(faccel, n)) or callable(getattr(faccel, n))}
-    records = {n for n in faccel.__all__ if isinstance(getattr(faccel, n), type)}
-    assert functions - records == covered | elsewhere
+    namespaces = (faccel, faccel.checkpoint, faccel.comm, faccel.parallel, faccel.random, faccel.tracking)
+    public = {name: getattr(namespace, name) for namespace in namespaces for name in namespace.__all__}
+    functions = {name for name, value in public.items() if not isinstance(value, type)}
+    assert functions == covered | elsewhere

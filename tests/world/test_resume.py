@@ -51,14 +51,14 @@ def test_four_then_two_then_three_ranks_see_each_sample_once(tmp_path):
         loader = faccel.shard(DataLoader(range(100), 24 // ctx.data_world_size, shuffle=True), ctx)
         state = {"cursor": faccel.Cursor(), "step": 0}
         if faccel.latest(tmp_path, ctx):
-            state = faccel.load(tmp_path, state, ctx)
+            state = faccel.load(state, tmp_path, ctx)
         step, seen = state["step"], []
         for _, part in loader.epochs(1, start=state["cursor"]):
             for batch in faccel.batches(part):
                 seen += batch.data[: batch.num_valid].tolist()
                 step += 1
                 if step == stop:
-                    faccel.save(tmp_path, {"cursor": batch.cursor, "step": step}, ctx, step=step)
+                    faccel.save({"cursor": batch.cursor, "step": step}, tmp_path, ctx, step=step)
                     return seen
         return seen
 
@@ -75,11 +75,11 @@ def test_on_another_world_size_the_run_differs_by_rounding_alone(tmp_path):
         torch.set_default_dtype(torch.float32)
         model = faccel.wrap(torch.nn.Linear(4, 1).double(), ctx)
         opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), 0.05), model, ctx)
-        data = torch.randn(96, 4, generator=faccel.fold_in(0), dtype=torch.float64)
+        data = torch.randn(96, 4, generator=faccel.random.generator(0), dtype=torch.float64)
         loader = faccel.shard(DataLoader(data, 12, shuffle=True), ctx, split_batches=True)
         state = {"model": model, "opt": opt, "scaler": faccel.init_scaler(ctx), "cursor": faccel.Cursor(), "step": 0}
         if faccel.latest(folder, ctx):
-            state = faccel.load(folder, state, ctx)
+            state = faccel.load(state, folder, ctx)
         scaler, step = state["scaler"], state["step"]
         for _, part in loader.epochs(2, start=state["cursor"]):
             for batch in faccel.batches(part):
@@ -88,7 +88,7 @@ def test_on_another_world_size_the_run_differs_by_rounding_alone(tmp_path):
                 step += 1
                 if step == stop_after:
                     new = {"scaler": scaler, "cursor": batch.cursor, "step": step}
-                    faccel.save(folder, state | new, ctx, step=step)
+                    faccel.save(state | new, folder, ctx, step=step)
                     return None
         return model.weight.detach().clone()
 

@@ -27,6 +27,9 @@ def test_every_rank_goes_on_from_its_own_state():
 
 def test_folding_separates_streams():
     numbers = {
-        torch.rand((), generator=faccel.fold_in(s, a, b)).item() for s in range(4) for a in range(4) for b in range(4)
+        torch.rand((), generator=faccel.random.generator(s, a, b)).item()
+        for s in range(4)
+        for a in range(4)
+        for b in range(4)
     }
     assert len(numbers) == 64

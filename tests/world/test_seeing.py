@@ -12,11 +12,11 @@ from faccel.testing import fake_context, simulate
 
 
 def track(ctx, **options):
-    trackers = faccel.init_trackers("a", ctx, config={"lr": 0.1}, **options)
+    trackers = faccel.tracking.init_trackers("a", ctx, config={"lr": 0.1}, **options)
     for step in range(3):
         loss = faccel.reduce(torch.tensor(float(step + ctx.rank)), ctx, op="mean")
-        faccel.log({"loss": loss, "rate": 0.5}, trackers, step=step)
-    faccel.finish(trackers)
+        faccel.tracking.log({"loss": loss, "rate": 0.5}, trackers, step=step)
+    faccel.tracking.finish(trackers)
     return len(trackers.opened)
 
 
@@ -57,12 +57,12 @@ def test_a_tracker_of_ones_own_that_fails_says_so_once_and_stops_nothing(tmp_pat
         seen.append(step)
         raise OSError("the server is gone")
 
-    mine = faccel.Tracker(lambda folder, config: folder, fail, lambda state: None)
+    mine = faccel.tracking.Tracker(lambda folder, config: folder, fail, lambda state: None)
     ctx = fake_context(0, 1, config={"run_dir": str(tmp_path)})
-    trackers = faccel.init_trackers("b", ctx, trackers=(mine, "jsonl"))
+    trackers = faccel.tracking.init_trackers("b", ctx, trackers=(mine, "jsonl"))
     for step in range(3):
-        faccel.log({"x": 1}, trackers, step=step)
-    faccel.finish(trackers)
+        faccel.tracking.log({"x": 1}, trackers, step=step)
+    faccel.tracking.finish(trackers)
     assert seen == [0, 1, 2]
     assert [r.getMessage().count("the server is gone") for r in caplog.records] == [1]
     assert len((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()) == 3
@@ -71,7 +71,7 @@ def test_a_tracker_of_ones_own_that_fails_says_so_once_and_stops_nothing(tmp_pat
 def test_an_unknown_tracker_is_an_error_on_every_rank(tmp_path):
     for rank in range(2):
         with pytest.raises(ConfigError, match="`jsonl`"):
-            faccel.init_trackers("a", fake_context(rank, 2), trackers=("json",))
+            faccel.tracking.init_trackers("a", fake_context(rank, 2), trackers=("json",))
 
 
 def test_a_logger_speaks_on_rank_0_and_knows_rank_and_step(caplog):

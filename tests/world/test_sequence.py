@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import faccel
 from faccel.errors import ConfigError, DataError, ModelError, TreeError
-from faccel.sequence import attention, context_parallel, split_sequence
+from faccel.parallel.context_parallelism import attention, context_parallel, split_sequence
 from faccel.testing import fake_context, simulate
 from tests.models import LENGTH, CharModel, Embed, loss_of, tokens
 
@@ -167,7 +167,7 @@ class PlacedModel(CharModel):
 def train(ctx, method="gather", again=False, steps=2):
     """The parameters after steps on 8 sequences, of which a rank has its data rank's rows and its chunk."""
     torch.manual_seed(3)
-    options = {"plan": faccel.Plan(checkpoint="full")} if again else {}
+    options = {"plan": faccel.Plan(activation_checkpoint="full")} if again else {}
     model = faccel.wrap(PlacedModel().double(), ctx, **options)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scaler, losses = faccel.init_scaler(ctx), []
@@ -308,7 +308,7 @@ def test_what_cannot_be_split_is_named(x, dim, error, words):
     with pytest.raises(error) as caught:
         split_sequence(x, fake_context(0, 4, mesh="cp=4"), dim=dim)
     assert all(word in str(caught.value) for word in words), caught.value
-    assert caught.value.saw
+    assert caught.value.got
     assert caught.value.fix
 
 
@@ -363,7 +363,7 @@ def test_a_mistake_is_an_error_that_shows_the_right_way(mistake):
     with pytest.raises(error) as caught:
         simulate(call, 2, mesh="cp=2")
     assert words in str(caught.value)
-    assert caught.value.saw
+    assert caught.value.got
     assert caught.value.fix
 
 

@@ -42,7 +42,7 @@ def test_a_collective_on_the_main_rank_only_names_its_line():
         simulate(fn, 3)
     assert time.perf_counter() - start < 1
     line = fn.__code__.co_firstlineno + 2
-    assert f"rank 0: barrier at tests/world/test_simulate.py:{line}, ranks 1 to 2: returned" in error.value.saw
+    assert f"rank 0: barrier at tests/world/test_simulate.py:{line}, ranks 1 to 2: returned" in error.value.got
 
 
 def test_a_rank_that_returns_early_names_where_the_others_wait():
@@ -269,7 +269,7 @@ def test_every_rank_is_named_when_they_disagree():
     with pytest.raises(DesyncError) as error:
         simulate(fn, 4)
     assert all(
-        word in error.value.saw for word in ("ranks 0 to 1: all_reduce(sum, float32[2])", "float32[3]", "rank 3")
+        word in error.value.got for word in ("ranks 0 to 1: all_reduce(sum, float32[2])", "float32[3]", "rank 3")
     )
 
 

@@ -159,7 +159,7 @@ def test_evaluation_is_not_collective():
 def test_every_rank_evaluates_the_same_statistics():
     def fn(ctx):
         model = faccel.wrap(tiny(), ctx)
-        x = torch.randn(4, 2, generator=faccel.fold_in(ctx.rank))
+        x = torch.randn(4, 2, generator=faccel.random.generator(ctx.rank))
         faccel.scaled_backward(model(x).sum(), faccel.init_scaler(ctx), ctx)
         assert model.eval() is model
         with torch.no_grad():
@@ -275,7 +275,7 @@ def test_mixed_precision_trains_alike_on_two_ranks_and_returns_fp32(precision):
             assert not info.skipped
         return model.weight.detach()
 
-    rows = torch.randn(32, 4, generator=faccel.fold_in(0))
+    rows = torch.randn(32, 4, generator=faccel.random.generator(0))
     config = {"mixed_precision": precision}
     one, two = simulate(fn, 1, rows, config=config), simulate(fn, 2, rows, config=config)
     assert torch.equal(two[0], two[1])

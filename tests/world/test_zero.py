@@ -11,7 +11,7 @@ from tests.models import loss_of, model, tokens
 from tests.ranks import run_ranks
 
 ROWS, STEPS = 8, 5
-ZERO, PLAIN = (faccel.DdpConfig(shard_optimizer=on) for on in (True, False))
+ZERO, PLAIN = (faccel.parallel.DdpConfig(shard_optimizer=on) for on in (True, False))
 OPTIMIZERS = {
     "AdamW": lambda groups: torch.optim.AdamW(groups, lr=1e-2, amsgrad=True),
     "SGD": lambda groups: torch.optim.SGD(groups, lr=1e-1, momentum=0.9, nesterov=True),
@@ -145,8 +145,8 @@ def resumed(ctx, path, layouts):
     """Save in one layout after 3 steps, go on in another."""
     state = make(ctx, layouts[0])
     run(ctx, state, range(3))
-    faccel.save(path, state, ctx, step=3)
-    again = faccel.load(path, make(ctx, layouts[1]), ctx)
+    faccel.save(state, path, ctx, step=3)
+    again = faccel.load(make(ctx, layouts[1]), path, ctx)
     return run(ctx, again, range(3, STEPS))
 
 
@@ -163,7 +163,7 @@ def test_a_resumed_run_is_the_same_run_with_spread_and_with_whole_states(tmp_pat
 
 
 def load_and_go_on(ctx, path):
-    return run(ctx, faccel.load(path, make(ctx, ZERO), ctx), range(3, STEPS))
+    return run(ctx, faccel.load(make(ctx, ZERO), path, ctx), range(3, STEPS))
 
 
 def test_any_world_size_loads_what_another_saved(tmp_path):
@@ -233,8 +233,8 @@ def test_an_error_on_one_rank_reaches_the_others_around_a_collective_state(tmp_p
         state = make(ctx, ZERO)
         bad = {"bad": Broken() if ctx.rank == rank else 0}
         with pytest.raises(CheckpointError):
-            faccel.save(tmp_path, bad | state if bad_first else state | bad, ctx, step=1)
-        faccel.save(tmp_path, state, ctx, step=1)
+            faccel.save(bad | state if bad_first else state | bad, tmp_path, ctx, step=1)
+        faccel.save(state, tmp_path, ctx, step=1)
 
     simulate(fn, 2)
 

@@ -11,18 +11,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from faccel.backends.alike import check_same, take_rank_0s
-from faccel.backends.deepspeed.installed import imported, place_if_missing, surroundings
+from faccel.backends.deepspeed.availability import imported, place_if_missing, surroundings
 from faccel.backends.deepspeed.optimizer import ZeroOptimizer, check_optimizer, update
-from faccel.backends.deepspeed.places import Place, places_of, shards_of, write_back
+from faccel.backends.deepspeed.partition import Place, places_of, shards_of, write_back
 from faccel.backends.deepspeed.settings import dtype_of, is_untested_allowed, settings_of, stage_of
-from faccel.backends.deepspeed.spreading import join_world, spread
-from faccel.backends.forward import Methods, call_method, to_fp32, with_precision
-from faccel.backends.materialize import Values
-from faccel.backends.recompute import prepare
+from faccel.backends.deepspeed.zero_init import join_world, spread
 from faccel.context import DistContext
 from faccel.errors import BackendError, ConfigError, ModelError, OptimizerError
-from faccel.flat import FlatShard
+from faccel.flat_shard import FlatShard
+from faccel.parallel.activation_checkpoint import prepare
+from faccel.parallel.forward import Methods, call_method, to_fp32, with_precision
+from faccel.parallel.materialize import Values
+from faccel.parallel.sync_states import check_same, take_rank_0s
 from faccel.plan import Plan
 from faccel.protocols import DATA, Parallelism, Run, StateIO
 from faccel.tree import Tree, map_leaves
@@ -107,14 +107,14 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 def _check_dtypes(module: nn.Module, ctx: DistContext) -> None:
     wide = next((name for name, p in module.named_parameters() if p.dtype in (torch.float64, torch.complex128)), None)
     if wide is not None:
-        saw = f"`{wide}`, {module.get_parameter(wide).dtype}"
-        raise ModelError("DeepSpeed keeps master weights in fp32", saw=saw, fix="call `.float()` on the model")
+        got = f"`{wide}`, {module.get_parameter(wide).dtype}"
+        raise ModelError("DeepSpeed keeps master weights in fp32", got=got, fix="call `.float()` on the model")
     norms = (name for name, each in module.named_modules() if isinstance(each, _BATCH_NORMS))
     name = None if ctx.compute_dtype is None else next(norms, None)
     if name is not None:
         raise ModelError(
             "DeepSpeed casts parameters and leaves buffers in fp32, and torch's batch norm takes no such mixture",
-            saw=f"`{name}` under mixed_precision={ctx.config.mixed_precision}",
+            got=f"`{name}` under mixed_precision={ctx.config.mixed_precision}",
             fix='use `mixed_precision="no"`, a group or layer norm, or `mesh="dp_shard=-1"` without a strategy',
         )
 
@@ -149,7 +149,7 @@ def _check_untied(module: nn.Module) -> None:
     if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
         raise ModelError(
             "DeepSpeed takes a model and its optimizer together, and this model has none yet",
-            saw="a forward with gradients",
+            got="a forward with gradients",
             fix="call `opt = faccel.wrap_optimizer(opt, model, ctx)` first, or freeze the model before `faccel.wrap`",
         )
 
@@ -158,7 +158,7 @@ def _wrap_optimizer(opt: Optimizer, engine: Any, ctx: DistContext) -> Optimizer:
     holder: Holder = engine
     if holder.tied is not None:
         fix = "put all parameters of a model into one optimizer, in several groups"
-        raise OptimizerError("an engine of DeepSpeed has one optimizer", saw=f"a second, {type(opt).__name__}", fix=fix)
+        raise OptimizerError("an engine of DeepSpeed has one optimizer", got=f"a second, {type(opt).__name__}", fix=fix)
     check_optimizer(opt, is_allowed=is_untested_allowed(holder.plan))
     groups = [{**group, "params": list(group["params"])} for group in opt.param_groups]
     made = holder.tie(opt)
@@ -197,7 +197,7 @@ def _restore(engine: Any, state: Mapping[str, Any]) -> None:
 
 def _no_join(engine: nn.Module, states: Sequence[Any], ctx: DistContext) -> Any:
     fix = 'train on a loader with `tail="pad"` or `tail="drop"`'
-    raise ConfigError("under ZeRO no rank can go on without the others", saw="strategy=deepspeed", fix=fix)
+    raise ConfigError("under ZeRO no rank can go on without the others", got="strategy=deepspeed", fix=fix)
 
 
 DEEPSPEED = Parallelism(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from faccel.backends.deepspeed.installed import place_if_missing
-from faccel.backends.deepspeed.places import Place
+from faccel.backends.deepspeed.availability import place_if_missing
+from faccel.backends.deepspeed.partition import Place
 from faccel.context import DistContext
 from faccel.errors import ConfigError, OptimizerError
-from faccel.flat import FlatShard
+from faccel.flat_shard import FlatShard
 from faccel.protocols import Limits
 
 ELEMENTWISE = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
@@ -28,14 +28,14 @@ def check_optimizer(opt: Optimizer, *, is_allowed: bool) -> None:
     if not is_known and not is_allowed:
         raise OptimizerError(
             "ZeRO shows an optimizer all parameters as one flat tensor, and this one may look at their shapes",
-            saw=f"a {kind.__module__}.{kind.__name__}",
+            got=f"a {kind.__module__}.{kind.__name__}",
             fix=f"use one of torch's {', '.join(ELEMENTWISE)}, or, if each element moves on its own, write "
-            '`faccel.DeepSpeedConfig(settings={"zero_allow_untested_optimizer": True})`',
+            '`faccel.parallel.DeepSpeedConfig(settings={"zero_allow_untested_optimizer": True})`',
         )
     if hasattr(opt.step, "_wrapped_by_lr_sched"):
         raise OptimizerError(
             "a scheduler holds this optimizer already, and would not move the one that steps",
-            saw=f"a {kind.__name__}",
+            got=f"a {kind.__name__}",
             fix="call `faccel.wrap_optimizer` first, and make the scheduler from what it returns",
         )
 
@@ -72,7 +72,7 @@ class ZeroOptimizer(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step, with the gradients that the engine has reduced, and forget them. Collective."""
         if closure is not None:
-            raise OptimizerError("an engine takes no closure", saw=repr(closure), fix="call `faccel.optimizer_step`")
+            raise OptimizerError("an engine takes no closure", got=repr(closure), fix="call `faccel.optimizer_step`")
         for mine, other in zip(self.param_groups, self.base.param_groups, strict=True):
             other.update({name: value for name, value in mine.items() if name != "params"})
         with place_if_missing(self._ctx):
@@ -123,7 +123,7 @@ class ZeroOptimizer(Optimizer):
         if [len(group["params"]) for group in saved] != [len(group["params"]) for group in self.param_groups]:
             raise OptimizerError(
                 "this state is of an optimizer with other groups of parameters",
-                saw=f"groups of {[len(group['params']) for group in saved]}",
+                got=f"groups of {[len(group['params']) for group in saved]}",
                 fix="make the optimizer from the model that the state belongs to, in the same groups",
             )
         self.base.state.clear()
@@ -158,10 +158,10 @@ def update(opt: Optimizer, limits: Limits, ctx: DistContext) -> tuple[torch.Tens
     """Clip and step through the engine; `Parallelism.update`."""
     if not isinstance(opt, ZeroOptimizer):
         fix = "write `opt = faccel.wrap_optimizer(opt, model, ctx)`"
-        raise OptimizerError("this optimizer is tied to no engine", saw=f"a {type(opt).__name__}", fix=fix)
+        raise OptimizerError("this optimizer is tied to no engine", got=f"a {type(opt).__name__}", fix=fix)
     if not opt.has_gradients:
         fix = "call `scaled_backward` on a loss of its model first"
-        raise OptimizerError("no gradient has reached a parameter of this optimizer", saw="no backward", fix=fix)
+        raise OptimizerError("no gradient has reached a parameter of this optimizer", got="no backward", fix=fix)
     zero = opt.engine.optimizer
     zero.clip_grad = _limit(limits, opt.limit)
     zero.loss_scale, zero.check_grad_overflow = limits.scale, limits.skip_nonfinite
@@ -176,8 +176,8 @@ def update(opt: Optimizer, limits: Limits, ctx: DistContext) -> tuple[torch.Tens
 def _limit(limits: Limits, configured: float) -> float:
     if limits.value is not None:
         fix = "leave `clip_value` out, and use `clip_norm`"
-        raise ConfigError("DeepSpeed clips gradients by their norm only", saw=f"clip_value={limits.value}", fix=fix)
+        raise ConfigError("DeepSpeed clips gradients by their norm only", got=f"clip_value={limits.value}", fix=fix)
     if limits.norm is not None and configured and limits.norm != configured:
-        saw = f"clip_norm={limits.norm}, and `gradient_clipping` {configured} of the DeepSpeed settings"
-        raise ConfigError("two limits of the gradients contradict each other", saw=saw, fix="leave one of them out")
+        got = f"clip_norm={limits.norm}, and `gradient_clipping` {configured} of the DeepSpeed settings"
+        raise ConfigError("two limits of the gradients contradict each other", got=got, fix="leave one of them out")
     return configured if limits.norm is None else limits.norm

@@ -63,7 +63,7 @@ def read(options: DeepSpeedConfig) -> dict[str, Any]:
                 settings = json.load(file)
         except (OSError, ValueError) as error:
             fix = "name a file of JSON"
-            raise ConfigError("the DeepSpeed settings cannot be read", saw=f"`{settings}`: {error}", fix=fix) from None
+            raise ConfigError("the DeepSpeed settings cannot be read", got=f"`{settings}`: {error}", fix=fix) from None
     found: dict[str, Any] = json.loads(json.dumps(dict(settings or {})))  # a copy that nobody else holds
     for key in found:
         if key in _ELSEWHERE:
@@ -80,7 +80,7 @@ def _agree(settings: dict[str, Any], key: str, value: Any, says: str, where: str
     if own != AUTO and own != value:
         raise ConfigError(
             f"the DeepSpeed settings contradict {says.partition('=')[0]}",
-            saw=f"`{where}{key}` {own}, {says}",
+            got=f"`{where}{key}` {own}, {says}",
             fix=f'write `"{where}{key}": "auto"`, or the same in both',
         )
     settings[key] = value
@@ -94,7 +94,7 @@ def _batches(settings: dict[str, Any], ctx: DistContext) -> None:
     if AUTO not in (micro, total) and micro * accum * world != total:
         raise ConfigError(
             "the DeepSpeed settings contradict the number of ranks",
-            saw=f"`train_batch_size` {total}, `train_micro_batch_size_per_gpu` {micro} of {world} ranks, {accum} times",
+            got=f"`train_batch_size` {total}, `train_micro_batch_size_per_gpu` {micro} of {world} ranks, {accum} times",
             fix='write `"train_batch_size": "auto"`',
         )
     if micro == AUTO:
@@ -119,7 +119,7 @@ def _precision(settings: dict[str, Any], ctx: DistContext) -> None:
             for name in ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"):
                 if part.pop(name, AUTO) not in (AUTO, 0):
                     fix = "leave it out, and give options to `faccel.init_scaler`"
-                    raise ConfigError("the loss scale is a value of the loop", saw=f"`fp16.{name}`", fix=fix)
+                    raise ConfigError("the loss scale is a value of the loop", got=f"`fp16.{name}`", fix=fix)
             part["loss_scale"] = 1.0
     settings["bf16"].setdefault("check_grad_overflow", False)
 
@@ -133,7 +133,7 @@ def _optimizer(settings: dict[str, Any], opt: Optimizer | None) -> None:
     if str(said.get("type", AUTO)).lower() not in (AUTO, kind.lower()):
         raise ConfigError(
             "the DeepSpeed settings contradict the optimizer of the script",
-            saw=f"`optimizer.type` {said['type']}, a {kind}",
+            got=f"`optimizer.type` {said['type']}, a {kind}",
             fix="leave `optimizer` out of the settings",
         )
     for name, value in said.get("params", {}).items():
@@ -172,13 +172,13 @@ def _offload(zero: dict[str, Any], plan: Plan) -> None:
             name = "offload_params" if key == "offload_param" else key
             _agree(part, "device", device, f"{name}={device}", f"zero_optimization.{key}.")
     devices = {key: zero.get(key, {}).get("device", "none") for key in wanted}
-    saw = ", ".join(f"`{key}` {device}" for key, device in devices.items())
+    got = ", ".join(f"`{key}` {device}" for key, device in devices.items())
     if "nvme" in devices.values():  # tried with 0.19.8: from the second update on it computes something else
         what = "what DeepSpeed keeps on a disk trains otherwise than in memory, so it cannot be used here"
-        raise ConfigError(what, saw=saw, fix='write `offload_optimizer="cpu"`')
+        raise ConfigError(what, got=got, fix='write `offload_optimizer="cpu"`')
     if zero["stage"] < 3 and devices["offload_param"] != "none":
         what = f"ZeRO-{zero['stage']} has all parameters on every rank"
-        raise ConfigError(what, saw=saw, fix='use `zero=3`, or `offload_optimizer="cpu"`')
+        raise ConfigError(what, got=got, fix='use `zero=3`, or `offload_optimizer="cpu"`')
 
 
 def settings_of(module: nn.Module, opt: Optimizer | None, plan: Plan, ctx: DistContext) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def settings_of(module: nn.Module, opt: Optimizer | None, plan: Plan, ctx: DistC
     left = [key for key, value in _leaves(settings) if value == AUTO]
     if left:
         fix = "write its value, or leave it out"
-        raise ConfigError(f"nothing says what `{left[0]}` of the DeepSpeed settings is", saw='"auto"', fix=fix)
+        raise ConfigError(f"nothing says what `{left[0]}` of the DeepSpeed settings is", got='"auto"', fix=fix)
     return settings
 
 
@@ -225,7 +225,7 @@ def _check_zero(zero: Mapping[str, Any]) -> None:
             raise ConfigError(what, fix=nearest(key, known))
         if key in _REFUSED_ZERO and value not in (AUTO, False, None, 1, -1):
             what = f"`zero_optimization.{key}` cannot be used here"
-            raise ConfigError(what, saw=_REFUSED_ZERO[key], fix="leave it out")
+            raise ConfigError(what, got=_REFUSED_ZERO[key], fix="leave it out")
 
 
 def _leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:

@@ -1,0 +1,42 @@
+"""Building blocks of parallelism, and the records of a `Plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from faccel.exports import lazy
+
+if TYPE_CHECKING:
+    from faccel.parallel.auto_plan import plan_for as plan_for
+    from faccel.parallel.context_parallelism import attention as attention
+    from faccel.parallel.context_parallelism import context_parallel as context_parallel
+    from faccel.parallel.context_parallelism import split_sequence as split_sequence
+    from faccel.parallel.moe import MoE as MoE
+    from faccel.parallel.tensor_parallel import loss_parallel as loss_parallel
+    from faccel.plan import ActivationCheckpointing as ActivationCheckpointing
+    from faccel.plan import DdpConfig as DdpConfig
+    from faccel.plan import DeepSpeedConfig as DeepSpeedConfig
+    from faccel.plan import FsdpConfig as FsdpConfig
+    from faccel.plan import PipelineConfig as PipelineConfig
+    from faccel.plan import PowerSgdConfig as PowerSgdConfig
+    from faccel.training.join import join as join
+    from faccel.training.local_sgd import SyncInfo as SyncInfo
+    from faccel.training.local_sgd import averaged as averaged
+    from faccel.training.local_sgd import local_sgd as local_sgd
+    from faccel.training.optimizer_in_backward import step_in_backward as step_in_backward
+    from faccel.training.step import pipeline_step as pipeline_step
+
+_NAMES = {
+    "faccel.parallel.auto_plan": ("plan_for",),
+    "faccel.parallel.context_parallelism": ("attention", "context_parallel", "split_sequence"),
+    "faccel.parallel.moe": ("MoE",),
+    "faccel.parallel.tensor_parallel": ("loss_parallel",),
+    "faccel.plan": (
+        "ActivationCheckpointing", "DdpConfig", "DeepSpeedConfig", "FsdpConfig", "PipelineConfig", "PowerSgdConfig",
+    ),
+    "faccel.training.join": ("join",),
+    "faccel.training.local_sgd": ("SyncInfo", "averaged", "local_sgd"),
+    "faccel.training.optimizer_in_backward": ("step_in_backward",),
+    "faccel.training.step": ("pipeline_step",),
+}  # fmt: skip
+__getattr__, __dir__, __all__ = lazy(__name__, _NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
