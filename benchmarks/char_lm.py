@@ -29,7 +29,15 @@ ROWS = {
 
 def loss_of(flags, steps=STEPS, more=()):
     """Run the example; return the number in its last line."""
-    command = [sys.executable, "-m", "faccel", "launch", "--cpu", *flags.split(), "examples/char_lm.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "faccel",
+        "launch",
+        "--cpu",
+        *flags.split(),
+        "examples/char_lm.py",
+    ]
     out = subprocess.run(
         [*command, "--steps", str(steps), *more],
         cwd=ROOT,
@@ -63,7 +71,10 @@ def main():
         "largest_difference": max(losses.values()) - min(losses.values()),
         "steps": STEPS,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))

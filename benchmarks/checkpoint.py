@@ -84,7 +84,9 @@ def main(ctx, folder):
     saves = {
         "raw write and fsync": lambda: raw_write(net, folder / "raw" / "file"),
         "faccel.save": lambda: faccel.save({"net": net}, folder / "faccel", ctx, step=next(steps)),
-        "torch's dcp.save": lambda: dcp.save({"net": net.state_dict()}, checkpoint_id=folder / "dcp"),
+        "torch's dcp.save": lambda: dcp.save(
+            {"net": net.state_dict()}, checkpoint_id=folder / "dcp"
+        ),
         "accelerate save_state": lambda: accelerator.save_state(folder / "accelerate"),
     }
     saved = alternate(saves, ROUNDS, warmup=1, before=clean)
@@ -103,19 +105,25 @@ def main(ctx, folder):
         clean()
 
     hold = alternate(held, ROUNDS, warmup=1, before=settle)
-    results["time that the loop is held"] = table("background save, 400 MB", hold, "copy in memory", unit="ms")
+    results["time that the loop is held"] = table(
+        "background save, 400 MB", hold, "copy in memory", unit="ms"
+    )
 
     clean()
     for save in saves.values():
         save()
     state = {"net": net}
     loads = {
-        "torch's dcp.load": lambda: dcp.load({"net": net.state_dict()}, checkpoint_id=folder / "dcp"),
+        "torch's dcp.load": lambda: dcp.load(
+            {"net": net.state_dict()}, checkpoint_id=folder / "dcp"
+        ),
         "faccel.load": lambda: faccel.load(state, folder / "faccel", ctx),
         "accelerate load_state": lambda: accelerator.load_state(folder / "accelerate"),
     }
     loaded = alternate(loads, ROUNDS, warmup=1)
-    results["load"] = table("load, 400 MB, in the page cache", loaded, "torch's dcp.load", unit="ms")
+    results["load"] = table(
+        "load, 400 MB, in the page cache", loaded, "torch's dcp.load", unit="ms"
+    )
 
     memory = {name: memory_of(run) for name, run in loads.items()}
     for name, run in saves.items():
@@ -130,9 +138,19 @@ def main(ctx, folder):
         return spread(ratios(seconds, name, baseline))["median"]
 
     targets = [
-        target("durable save / raw write", median(saved, "faccel.save", "raw write and fsync"), at_most=1.3),
-        target("loop held / copy", median(hold, "faccel.save(background=True)", "copy in memory"), at_most=1.2),
-        target("verified load / dcp", median(loaded, "faccel.load", "torch's dcp.load"), at_most=1.3),
+        target(
+            "durable save / raw write",
+            median(saved, "faccel.save", "raw write and fsync"),
+            at_most=1.3,
+        ),
+        target(
+            "loop held / copy",
+            median(hold, "faccel.save(background=True)", "copy in memory"),
+            at_most=1.2,
+        ),
+        target(
+            "verified load / dcp", median(loaded, "faccel.load", "torch's dcp.load"), at_most=1.3
+        ),
     ]
     report("checkpoint", {"bytes": NUM_TENSORS * SIZE * 4, "rounds": ROUNDS}, results, targets)
 

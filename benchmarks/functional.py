@@ -94,10 +94,14 @@ def main(ctx):
     results["digits"] = table("one step of the digits model", one, "torch", calls=STEPS)
     for name, limit in (("pure", 1.15), ("donated", 1.15), ("compiled", 1.0)):
         measured = spread(ratios(one, name, "torch"))["median"]
-        targets.append(target(f"{name} step of the digits model / plain torch", measured, at_most=limit))
+        targets.append(
+            target(f"{name} step of the digits model / plain torch", measured, at_most=limit)
+        )
 
     models = [small(SEED + i) for i in range(MODELS)]
-    states = func.stack([func.init_state(model, optimizer, ctx, seed=i) for i, model in enumerate(models)])
+    states = func.stack(
+        [func.init_state(model, optimizer, ctx, seed=i) for i, model in enumerate(models)]
+    )
     together = func.ensemble(func.make_step(loss_of(models[0]), optimizer, ctx), ctx)
     many = alternate(
         {
@@ -107,11 +111,19 @@ def main(ctx):
         },
         ROUNDS,
     )
-    results["ensemble"] = table("one step of eight small models", many, "8 loops of torch", calls=STEPS)
+    results["ensemble"] = table(
+        "one step of eight small models", many, "8 loops of torch", calls=STEPS
+    )
     measured = 1 / spread(ratios(many, "compiled ensemble", "8 loops of torch"))["median"]
     targets.append(target("8 loops of torch / compiled ensemble", measured, at_least=3.0))
 
-    settings = {"rounds": ROUNDS, "steps": STEPS, "models": MODELS, "batch": BATCH, "threads": torch.get_num_threads()}
+    settings = {
+        "rounds": ROUNDS,
+        "steps": STEPS,
+        "models": MODELS,
+        "batch": BATCH,
+        "threads": torch.get_num_threads(),
+    }
     report("functional", settings, results, targets)
 
 

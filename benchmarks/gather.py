@@ -53,8 +53,13 @@ def main(ctx):
     }
     for name, gather in gathers.items():
         for i, value in enumerate(gather(tree).values()):
-            expected = torch.stack([torch.full(SHAPE, 100.0 * i + rank) for rank in range(ctx.world_size)])
-            assert torch.equal(value.reshape(expected.shape), expected), (name, i)  # Fabric alone keeps the ranks apart
+            expected = torch.stack(
+                [torch.full(SHAPE, 100.0 * i + rank) for rank in range(ctx.world_size)]
+            )
+            assert torch.equal(value.reshape(expected.shape), expected), (
+                name,
+                i,
+            )  # Fabric alone keeps the ranks apart
 
     contenders = {name: repeat(gather, tree) for name, gather in gathers.items()}
     seconds = alternate(contenders, ROUNDS, before=lambda: faccel.barrier(ctx))
@@ -67,7 +72,11 @@ def main(ctx):
         calls=CALLS,
     )
     speed_up = spread(ratios(seconds, "accelerate", "faccel"))
-    print("accelerate / faccel: {median:.1f} [{first_quartile:.1f}, {third_quartile:.1f}]".format(**speed_up))
+    print(
+        "accelerate / faccel: {median:.1f} [{first_quartile:.1f}, {third_quartile:.1f}]".format(
+            **speed_up
+        )
+    )
     report(
         "gather",
         {

@@ -29,7 +29,11 @@ def main():
     seconds = alternate({name: call(words) for name, words in COMMANDS.items()}, ROUNDS, warmup=1)
     results = table("time to answer", seconds, "python -c pass", unit="ms")
     targets = [
-        target(f"{name} / python -c pass", spread(ratios(seconds, name, "python -c pass"))["median"], at_most=8)
+        target(
+            f"{name} / python -c pass",
+            spread(ratios(seconds, name, "python -c pass"))["median"],
+            at_most=8,
+        )
         for name in COMMANDS
         if name.startswith("faccel")
     ]

@@ -26,15 +26,25 @@ LOOP = (
     "import faccel; faccel.init, faccel.shard, faccel.wrap, faccel.wrap_optimizer, faccel.init_scaler, "
     "faccel.scaled_backward, faccel.optimizer_step, faccel.gather, faccel.windows, faccel.batches, faccel.print"
 )
-STATEMENTS = {"torch": "pass", "torch, faccel's loop": LOOP, "torch, accelerate": "import accelerate"}
+STATEMENTS = {
+    "torch": "pass",
+    "torch, faccel's loop": LOOP,
+    "torch, accelerate": "import accelerate",
+}
 BYTECODE = tempfile.TemporaryDirectory()
 UNWANTED = ("tensordict", "yaml", "click", "rich", "cattrs")
 
 
 def python(*args):
     """Run a fresh interpreter; return what it wrote to standard output and to standard error."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPYCACHEPREFIX": BYTECODE.name, "PYTHONDONTWRITEBYTECODE": ""}
-    done = subprocess.run([sys.executable, *args], env=env, check=True, capture_output=True, text=True)
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPYCACHEPREFIX": BYTECODE.name,
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
+    done = subprocess.run(
+        [sys.executable, *args], env=env, check=True, capture_output=True, text=True
+    )
     return done.stdout, done.stderr
 
 
@@ -58,21 +68,33 @@ if __name__ == "__main__":
     added = {}
     for name in list(STATEMENTS)[1:]:
         whole = [(a - b) * 1e3 for a, b in zip(seconds[name], seconds["torch"], strict=True)]
-        added[name] = {"inside, ms": spread(inside[name][-ROUNDS:]), "difference of wholes, ms": spread(whole)}
+        added[name] = {
+            "inside, ms": spread(inside[name][-ROUNDS:]),
+            "difference of wholes, ms": spread(whole),
+        }
         for how, each in added[name].items():
-            print(f"  {name:<22}{how:<26}", "{median:.0f} [{first_quartile:.0f}, {third_quartile:.0f}]".format(**each))
+            print(
+                f"  {name:<22}{how:<26}",
+                "{median:.0f} [{first_quartile:.0f}, {third_quartile:.0f}]".format(**each),
+            )
 
     nothing, help_ = "python -c pass", "python -m faccel --help"
     help_seconds = alternate(
-        {nothing: lambda: python("-c", "pass"), help_: lambda: python("-m", "faccel", "--help")}, HELP_ROUNDS
+        {nothing: lambda: python("-c", "pass"), help_: lambda: python("-m", "faccel", "--help")},
+        HELP_ROUNDS,
     )
     help_rows = table("command line", help_seconds, nothing, unit="ms")
 
     modules, help_modules = imported("-c", LOOP), imported("-m", "faccel", "--help")
-    assert {"torch", "faccel"} <= modules and {"click", "faccel"} <= help_modules  # the listing is read rightly
+    assert {"torch", "faccel"} <= modules and {
+        "click",
+        "faccel",
+    } <= help_modules  # the listing is read rightly
     unwanted = sorted(modules & set(UNWANTED))
     help_imports_torch = "torch" in help_modules
-    print(f"\nunwanted imports of the loop: {unwanted or 'none'}; torch imported by --help: {help_imports_torch}")
+    print(
+        f"\nunwanted imports of the loop: {unwanted or 'none'}; torch imported by --help: {help_imports_torch}"
+    )
     report(
         "import_time",
         {"rounds": ROUNDS, "help_rounds": HELP_ROUNDS, "loop": LOOP},
@@ -85,7 +107,9 @@ if __name__ == "__main__":
         },
         [
             *(
-                target(f"faccel's loop adds to `import torch`, {how}", each["median"], at_most=LIMIT_MS)
+                target(
+                    f"faccel's loop adds to `import torch`, {how}", each["median"], at_most=LIMIT_MS
+                )
                 for how, each in added["torch, faccel's loop"].items()
             ),
             target(f"imports of {', '.join(UNWANTED)} by the loop", len(unwanted), at_most=0),

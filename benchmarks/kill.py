@@ -80,7 +80,10 @@ def accelerate_load(folder):
     return values(net, opt)
 
 
-CONTENDERS = {"faccel": (faccel_save, faccel_load), "accelerate": (accelerate_save, accelerate_load)}
+CONTENDERS = {
+    "faccel": (faccel_save, faccel_load),
+    "accelerate": (accelerate_save, accelerate_load),
+}
 
 
 def writer(pipe, folder, prepare):
@@ -150,8 +153,17 @@ def main():
     def lost(name):
         return sum(n for what, n in results[name].items() if what not in ("kills", "old", "new"))
 
-    aim = target("faccel: kills after which neither the old nor the new state loads", lost("faccel"), at_most=0)
-    report("kill", {"calls": CALLS}, results | {"lost": {name: lost(name) for name in CONTENDERS}}, [aim])
+    aim = target(
+        "faccel: kills after which neither the old nor the new state loads",
+        lost("faccel"),
+        at_most=0,
+    )
+    report(
+        "kill",
+        {"calls": CALLS},
+        results | {"lost": {name: lost(name) for name in CONTENDERS}},
+        [aim],
+    )
 
 
 if __name__ == "__main__":

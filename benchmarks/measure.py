@@ -76,14 +76,19 @@ def report(name, settings, results, targets):
     """Print PASS or FAIL for each target, and write everything to `results/<name>.json`."""
     print()
     for each in targets:
-        print(f"{'PASS' if each['holds'] else 'FAIL'}  {each['target']} (measured {each['measured']:.3g})")
+        print(
+            f"{'PASS' if each['holds'] else 'FAIL'}  {each['target']} (measured {each['measured']:.3g})"
+        )
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     record = {
         "name": name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{each: metadata.version(each) for each in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{each: metadata.version(each) for each in PACKAGES},
+        },
         "settings": settings,
         "results": results,
         "targets": targets,
@@ -95,7 +100,9 @@ def report(name, settings, results, targets):
 def machine():
     """Return what this runs on; the load average tells whether it ran alone."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    models = [
+        line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")
+    ]
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),

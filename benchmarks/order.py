@@ -42,7 +42,9 @@ epochs = itertools.count()
 
 def first_batch(share):
     """Read one batch of a new epoch, from a new loader, at `share` of the epoch."""
-    loader = faccel.shard(DataLoader(Arithmetic(NUM_SAMPLES), BATCH_SIZE, shuffle=True), fake_context(0, 1))
+    loader = faccel.shard(
+        DataLoader(Arithmetic(NUM_SAMPLES), BATCH_SIZE, shuffle=True), fake_context(0, 1)
+    )
     return next(iter(loader.resume(faccel.Cursor(next(epochs), int(share * NUM_SAMPLES)))))
 
 
@@ -67,7 +69,10 @@ def process_growth(run):
 
 
 def read_batches(rank, world_size):
-    loader = faccel.shard(DataLoader(Arithmetic(NUM_SAMPLES), BATCH_SIZE, shuffle=True), fake_context(rank, world_size))
+    loader = faccel.shard(
+        DataLoader(Arithmetic(NUM_SAMPLES), BATCH_SIZE, shuffle=True),
+        fake_context(rank, world_size),
+    )
 
     def run():
         for _ in itertools.islice(loader.at(next(epochs)), NUM_BATCHES):
@@ -77,10 +82,15 @@ def read_batches(rank, world_size):
 
 
 def make_rows(rank, world_size):
-    loader = faccel.shard(DataLoader(Arithmetic(NUM_SAMPLES), BATCH_SIZE, shuffle=True), fake_context(rank, world_size))
+    loader = faccel.shard(
+        DataLoader(Arithmetic(NUM_SAMPLES), BATCH_SIZE, shuffle=True),
+        fake_context(rank, world_size),
+    )
 
     def run():
-        for _ in itertools.islice(loader.plan.batches(loader.at(next(epochs)).order, 0), NUM_BATCHES):
+        for _ in itertools.islice(
+            loader.plan.batches(loader.at(next(epochs)).order, 0), NUM_BATCHES
+        ):
             pass
 
     return run
@@ -89,7 +99,9 @@ def make_rows(rank, world_size):
 def compare_worlds(title, make):
     one, many = "rank 0 of 1", f"rank {RANK} of {WORLD_SIZE}"
     seconds = alternate({one: make(0, 1), many: make(RANK, WORLD_SIZE)}, ROUNDS)
-    return table(title, seconds, one, calls=NUM_BATCHES), spread(ratios(seconds, many, one))["median"]
+    return table(title, seconds, one, calls=NUM_BATCHES), spread(ratios(seconds, many, one))[
+        "median"
+    ]
 
 
 if __name__ == "__main__":
@@ -98,7 +110,10 @@ if __name__ == "__main__":
     start_name, late_name = "faccel 1e9, epoch start", "faccel 1e9, resumed at 99 %"
     torch_name = "torch 1e7, epoch start"
     memory = {  # the process first, before anything else has raised its peak
-        start_name: {"process growth MB": process_growth(start), "python peak MB": python_peak(start)},
+        start_name: {
+            "process growth MB": process_growth(start),
+            "python peak MB": python_peak(start),
+        },
         late_name: {"process growth MB": process_growth(late), "python peak MB": python_peak(late)},
         torch_name: {"process growth MB": process_growth(first_batch_of_torch)},
     }
@@ -106,7 +121,9 @@ if __name__ == "__main__":
     slow = alternate({torch_name: first_batch_of_torch}, 3, warmup=0)
     first = table("time to the first batch", seconds, start_name, unit="ms")
     first |= table("the same with torch's RandomSampler", slow, torch_name, unit="ms")
-    print("  (linear in the number of samples: 100 times that for 1e9, in time and in memory; not run)")
+    print(
+        "  (linear in the number of samples: 100 times that for 1e9, in time and in memory; not run)"
+    )
     print("\nextra memory to the first batch")
     for name, each in memory.items():
         print(f"  {name:<28}" + "   ".join(f"{what} {value:.1f}" for what, value in each.items()))
@@ -115,13 +132,31 @@ if __name__ == "__main__":
     rows, rows_ratio = compare_worlds("time per batch, sample numbers alone", make_rows)
     targets = []
     for name in (start_name, late_name):
-        targets.append(target(f"{name}, ms to the first batch", first[name]["ms"]["median"], at_most=50))
-        targets.append(target(f"{name}, MB to the first batch", max(memory[name].values()), at_most=50))
-    targets.append(target("a batch in a world of 512 / of 1, whole loader", batches_ratio, at_most=1.2))
-    targets.append(target("a batch in a world of 512 / of 1, sample numbers alone", rows_ratio, at_most=1.2))
+        targets.append(
+            target(f"{name}, ms to the first batch", first[name]["ms"]["median"], at_most=50)
+        )
+        targets.append(
+            target(f"{name}, MB to the first batch", max(memory[name].values()), at_most=50)
+        )
+    targets.append(
+        target("a batch in a world of 512 / of 1, whole loader", batches_ratio, at_most=1.2)
+    )
+    targets.append(
+        target("a batch in a world of 512 / of 1, sample numbers alone", rows_ratio, at_most=1.2)
+    )
     report(
         "order",
-        {"samples": NUM_SAMPLES, "batch_size": BATCH_SIZE, "batches_per_round": NUM_BATCHES, "rounds": ROUNDS},
-        {"first batch": first, "memory": memory, "batch": batches, "sample numbers of a batch": rows},
+        {
+            "samples": NUM_SAMPLES,
+            "batch_size": BATCH_SIZE,
+            "batches_per_round": NUM_BATCHES,
+            "rounds": ROUNDS,
+        },
+        {
+            "first batch": first,
+            "memory": memory,
+            "batch": batches,
+            "sample numbers of a batch": rows,
+        },
         targets,
     )

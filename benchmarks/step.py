@@ -107,8 +107,15 @@ def with_fabric(dataset):
 
 
 def measure(title, dataset):
-    contenders = {"torch": raw_torch, "faccel": with_faccel, "accelerate": with_accelerate, "fabric": with_fabric}
-    seconds = alternate({name: make_epoch(dataset) for name, make_epoch in contenders.items()}, ROUNDS)
+    contenders = {
+        "torch": raw_torch,
+        "faccel": with_faccel,
+        "accelerate": with_accelerate,
+        "fabric": with_fabric,
+    }
+    seconds = alternate(
+        {name: make_epoch(dataset) for name, make_epoch in contenders.items()}, ROUNDS
+    )
     rows = table(f"{title}, time per step", seconds, "torch", calls=NUM_STEPS)
     return rows, spread(ratios(seconds, "faccel", "torch"))["median"]
 

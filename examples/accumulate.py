@@ -52,7 +52,9 @@ def num_tokens(batch):
 
 def token_losses(model, data, num_valid):
     logits, labels = model(data["x"])[:num_valid], data["labels"][:num_valid]
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAD, reduction="sum")
+    return F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=PAD, reduction="sum"
+    )
 
 
 def main(ctx):
@@ -71,7 +73,9 @@ def main(ctx):
                 with faccel.grad_sync(model, on=micro.sync):
                     loss = token_losses(model, micro.data, micro.num_valid)
                     scaler = faccel.scaled_backward(loss, scaler, ctx, scale=micro.scale)
-                seen += torch.stack([loss.detach(), (micro.data["labels"][: micro.num_valid] != PAD).sum()])
+                seen += torch.stack(
+                    [loss.detach(), (micro.data["labels"][: micro.num_valid] != PAD).sum()]
+                )
             _, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
         total, tokens = faccel.reduce(seen, ctx).tolist()
         if epoch % 10 == 9:

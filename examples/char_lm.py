@@ -44,7 +44,9 @@ parser.add_argument("--export", help="directory of the model that comes out")
 args = parser.parse_args()
 
 ctx = faccel.init()
-train = faccel.shard(DataLoader(Text(), BATCH, shuffle=True), ctx, split_batches=True)  # BATCH is the whole world's
+train = faccel.shard(
+    DataLoader(Text(), BATCH, shuffle=True), ctx, split_batches=True
+)  # BATCH is the whole world's
 faccel.seed_everything(0, ctx)
 config = GPT2Config(vocab_size=256, n_positions=LENGTH, n_embd=64, n_layer=3, n_head=4,
                     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None)  # fmt: skip
@@ -65,7 +67,11 @@ for _, loader in train.epochs(10**6, start=state["cursor"]):
         if step == args.steps:
             break
         losses, scaler = faccel.parallel.pipeline_step(
-            lambda call, tokens: call(input_ids=tokens, labels=tokens).loss, model, window, scaler, ctx
+            lambda call, tokens: call(input_ids=tokens, labels=tokens).loss,
+            model,
+            window,
+            scaler,
+            ctx,
         )
         info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
         step, loss = step + 1, losses.mean()

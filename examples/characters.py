@@ -21,8 +21,13 @@ class Attention(nn.Module):
 
     def forward(self, x):
         # -1 heads: under tensor parallel each rank has its own part of them
-        q, k, v = (part(x).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        return self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        q, k, v = (
+            part(x).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2)
+            for part in (self.q, self.k, self.v)
+        )
+        return self.o(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
 
 
 class Block(nn.Module):
@@ -43,7 +48,9 @@ class Embed(nn.Module):
         self.token, self.position = nn.Embedding(256, WIDTH), nn.Embedding(LENGTH, WIDTH)
 
     def forward(self, tokens):
-        return self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
+        return self.token(tokens) + self.position(
+            torch.arange(tokens.shape[1], device=tokens.device)
+        )
 
 
 class CharModel(nn.Module):

@@ -60,9 +60,13 @@ def main(ctx):
         for x, y in loader:
             loss = F.cross_entropy(model(x), y)
             scaler = faccel.scaled_backward(loss, scaler, ctx)
-            info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=CLIP_NORM, scheduler=schedule)
+            info, scaler = faccel.optimizer_step(
+                opt, scaler, ctx, clip_norm=CLIP_NORM, scheduler=schedule
+            )
         mean = faccel.reduce(loss.detach(), ctx, op="mean")
-        faccel.print(f"epoch {epoch:2d}  loss {mean:.4f}  gradient norm {info.grad_norm:.3f}", ctx=ctx)
+        faccel.print(
+            f"epoch {epoch:2d}  loss {mean:.4f}  gradient norm {info.grad_norm:.3f}", ctx=ctx
+        )
 
     # Every process evaluates its part; the padding of the last batch is dropped, so each image counts once.
     model.eval()

@@ -37,7 +37,12 @@ def main(ctx, noise):
     optimizer = func.sgd(LEARNING_RATE)
     state = func.init_state(net, optimizer, ctx, seed=SEED)
     step = func.dp_sgd(
-        loss_fn, optimizer, ctx, clip_norm=CLIP_NORM, noise_multiplier=noise, num_micro_batches=MICRO_BATCHES
+        loss_fn,
+        optimizer,
+        ctx,
+        clip_norm=CLIP_NORM,
+        noise_multiplier=noise,
+        num_micro_batches=MICRO_BATCHES,
     )
     for epoch, loader in train.epochs(EPOCHS):
         for x, y in loader:

@@ -25,7 +25,9 @@ def make(seed):
     # each model from a seed of its own; the process's generator is put back
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 10))
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 10)
+        )
 
 
 def main(ctx, compiles):
@@ -39,7 +41,9 @@ def main(ctx, compiles):
 
     # Eight states, stacked: every tensor of them has a first dim of eight.
     optimizer = func.adamw(LEARNING_RATE)
-    states = func.stack([func.init_state(make(SEED + i), optimizer, ctx, seed=SEED + i) for i in range(MODELS)])
+    states = func.stack(
+        [func.init_state(make(SEED + i), optimizer, ctx, seed=SEED + i) for i in range(MODELS)]
+    )
 
     # The step for one model, mapped over them. Each draws dropout masks of its own; compiled, it is the fastest.
     step = func.ensemble(func.make_step(loss_fn, optimizer, ctx), ctx)
@@ -55,7 +59,9 @@ def main(ctx, compiles):
     net.eval()
     x, y = test_set.tensors
     with torch.no_grad():
-        logits = torch.stack([func.functional_call(net, state.params, x) for state in func.unstack(states)])
+        logits = torch.stack(
+            [func.functional_call(net, state.params, x) for state in func.unstack(states)]
+        )
     alone = (logits.argmax(-1) == y).float().mean(1)
     faccel.print(f"alone {alone.min():.4f} to {alone.max():.4f}", ctx=ctx)
     together = logits.log_softmax(-1).mean(0).argmax(-1)

@@ -35,7 +35,9 @@ def main(ctx, steps):
         info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
         mean = faccel.reduce(loss.detach(), ctx, op="mean")
         if step % 10 == 0:
-            faccel.print(f"step {step:3d}  loss {mean:.4f}  gradient norm {info.grad_norm:.3f}", ctx=ctx)
+            faccel.print(
+                f"step {step:3d}  loss {mean:.4f}  gradient norm {info.grad_norm:.3f}", ctx=ctx
+            )
     faccel.print(f"loss {mean:.4f}", ctx=ctx)
 
 

@@ -45,9 +45,16 @@ def main(ctx):
         for number, (x, y) in enumerate(loader, epoch * len(train)):
             x = x * float("nan") if number == POISONED else x
             metrics, history = step(history, (x, y))
-        faccel.print(f"epoch {epoch:2d}  loss {metrics['loss']:.4f}  gradient norm {metrics['grad_norm']:.3f}", ctx=ctx)
+        faccel.print(
+            f"epoch {epoch:2d}  loss {metrics['loss']:.4f}  gradient norm {metrics['grad_norm']:.3f}",
+            ctx=ctx,
+        )
     state = history.state
-    assert (int(first.step), int(state.step), history.num_skipped) == (0, EPOCHS * len(train) - 1, 1)
+    assert (int(first.step), int(state.step), history.num_skipped) == (
+        0,
+        EPOCHS * len(train) - 1,
+        1,
+    )
 
     # Evaluate the averaged weights; any weights can be evaluated, at any time.
     averaged = func.ema_params(state.opt)
@@ -56,7 +63,11 @@ def main(ctx):
         for batch in faccel.batches(test):
             x, y = batch.data
             hits.append(
-                faccel.gather(func.functional_call(net, averaged, x).argmax(-1) == y, ctx, num_valid=batch.num_valid)
+                faccel.gather(
+                    func.functional_call(net, averaged, x).argmax(-1) == y,
+                    ctx,
+                    num_valid=batch.num_valid,
+                )
             )
     faccel.print(f"accuracy {torch.cat(hits).float().mean():.4f}", ctx=ctx)
 

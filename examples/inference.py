@@ -23,7 +23,9 @@ class Model(nn.Module):
     def generate(self, prompts):
         """Return `int64[n, longest]` character codes, padded with 0."""
         answers = [str(int(eval(p.rstrip("=")) * self.weight)) for p in prompts]
-        return nn.utils.rnn.pad_sequence([torch.tensor(list(a.encode())) for a in answers], batch_first=True)
+        return nn.utils.rnn.pad_sequence(
+            [torch.tensor(list(a.encode())) for a in answers], batch_first=True
+        )
 
 
 def main(ctx):
@@ -44,7 +46,9 @@ def main(ctx):
     told = faccel.gather_objects([f"process {ctx.rank} answered {len(mine)}"], ctx)
     for (line,) in told:
         faccel.print(line, ctx=ctx)
-    right = sum(answer == str(eval(p.rstrip("="))) for p, answer in zip(PROMPTS, answers, strict=True))
+    right = sum(
+        answer == str(eval(p.rstrip("="))) for p, answer in zip(PROMPTS, answers, strict=True)
+    )
     faccel.print(f"accuracy {right / len(PROMPTS):.4f}", ctx=ctx)
 
 

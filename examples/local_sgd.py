@@ -31,7 +31,9 @@ class Model(nn.Module):
 
 
 def main(ctx, steps, every):
-    text = torch.tensor(list("".join(topics[name] for name in sorted(topics)).encode()), device=ctx.device)
+    text = torch.tensor(
+        list("".join(topics[name] for name in sorted(topics)).encode()), device=ctx.device
+    )
     faccel.seed_everything(0, ctx)
     model = faccel.wrap(Model(), ctx)
     opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=LEARNING_RATE), model, ctx)
@@ -40,9 +42,14 @@ def main(ctx, steps, every):
     num_bytes = 0
     for step in range(1, steps + 1):
         # Every process draws the rows of all of them, and reads its own.
-        starts = torch.randint(len(text) - LENGTH, (ROWS,), generator=faccel.random.generator(0, step))
+        starts = torch.randint(
+            len(text) - LENGTH, (ROWS,), generator=faccel.random.generator(0, step)
+        )
         rows = torch.stack(
-            [text[i : i + LENGTH + 1] for i in starts.chunk(ctx.data_world_size)[ctx.data_rank].tolist()]
+            [
+                text[i : i + LENGTH + 1]
+                for i in starts.chunk(ctx.data_world_size)[ctx.data_rank].tolist()
+            ]
         )
 
         # Gradients stay with the process that computed them, and so do its steps, ...
@@ -57,7 +64,9 @@ def main(ctx, steps, every):
         if step % 50 == 0:
             mean = faccel.reduce(loss.detach(), ctx, op="mean")
             faccel.print(f"step {step:4d}  loss {mean:.4f}  sent {num_bytes / 1e6:.1f} MB", ctx=ctx)
-    faccel.parallel.local_sgd(model, ctx, step=steps, every=1)  # what is evaluated or saved is one model
+    faccel.parallel.local_sgd(
+        model, ctx, step=steps, every=1
+    )  # what is evaluated or saved is one model
     mean = faccel.reduce(loss.detach(), ctx, op="mean")
     faccel.print(f"loss {mean:.4f}", ctx=ctx)
 

@@ -34,7 +34,9 @@ def tasks(ctx, step):
 
 def main(ctx, num_steps):
     faccel.seed_everything(SEED, ctx)
-    net = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1)).to(ctx.device)
+    net = nn.Sequential(
+        nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1)
+    ).to(ctx.device)
 
     def loss_fn(params, batch, generator):
         x, y = batch
@@ -50,7 +52,9 @@ def main(ctx, num_steps):
     for number in range(num_steps):
         metrics, state = step(state, tasks(ctx, number))
         if number % 100 == 0:
-            faccel.print(f"step {number:4d}  loss after {INNER_STEPS} steps {metrics['loss']:.4f}", ctx=ctx)
+            faccel.print(
+                f"step {number:4d}  loss after {INNER_STEPS} steps {metrics['loss']:.4f}", ctx=ctx
+            )
 
     # New tasks, from what was learned.
     support, query = tasks(ctx, num_steps)

@@ -31,7 +31,9 @@ def train(ctx):
 
     # fp16 multiplies the loss so that small gradients survive, and skips an update that overflows; the scale is a
     # value that goes round the loop. For fp32 and bf16 it is 1 and costs nothing.
-    scaler = faccel.init_scaler(ctx, **({"growth_interval": 50} if ctx.config.mixed_precision == "fp16" else {}))
+    scaler = faccel.init_scaler(
+        ctx, **({"growth_interval": 50} if ctx.config.mixed_precision == "fp16" else {})
+    )
     for _epoch, part in loader.epochs(EPOCHS):
         for x, y in part:
             logits = model(x)  # computed in the precision asked for, returned in fp32

@@ -14,7 +14,9 @@ from torch import nn
 import faccel
 from faccel.parallel.moe import MoE
 
-GLOBAL_BATCH = 16  # sequences per update over all processes, so that any number of them trains alike
+GLOBAL_BATCH = (
+    16  # sequences per update over all processes, so that any number of them trains alike
+)
 LENGTH = 64  # characters of a sequence
 WIDTH = 64
 HIDDEN = 128  # of one expert
@@ -82,8 +84,13 @@ def main(ctx, steps):
             info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=CLIP_NORM)
             step += 1
             if step % 10 == 0 or step == steps:
-                mean = faccel.reduce({"loss": loss.detach(), "balance": balance.detach() / DEPTH}, ctx, op="mean")
-                faccel.print(f"step {step:4d}  balance {mean['balance']:.3f}  norm {info.grad_norm:.3f}", ctx=ctx)
+                mean = faccel.reduce(
+                    {"loss": loss.detach(), "balance": balance.detach() / DEPTH}, ctx, op="mean"
+                )
+                faccel.print(
+                    f"step {step:4d}  balance {mean['balance']:.3f}  norm {info.grad_norm:.3f}",
+                    ctx=ctx,
+                )
             if step == steps:
                 break
     faccel.print(f"loss {mean['loss']:.4f}", ctx=ctx)

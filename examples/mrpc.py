@@ -19,8 +19,12 @@ from torch.utils.data import DataLoader
 import faccel
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--model", help="a name or a folder for `from_pretrained`; without it a small BERT is made")
-parser.add_argument("--data", help="`name` or `name:configuration` of a data set, or the stem of two CSV files")
+parser.add_argument(
+    "--model", help="a name or a folder for `from_pretrained`; without it a small BERT is made"
+)
+parser.add_argument(
+    "--data", help="`name` or `name:configuration` of a data set, or the stem of two CSV files"
+)
 parser.add_argument("--out", default="runs/mrpc", help="where the trained model goes")
 parser.add_argument("--epochs", type=int, default=6)
 parser.add_argument("--lr", type=float, default=2e-3)
@@ -28,9 +32,24 @@ parser.add_argument("--batch-size", type=int, default=32, help="of all ranks tog
 args = parser.parse_args()
 
 WORDS = {  # of each thing two names: what makes a paraphrase
-    "who": [("the firm", "the company"), ("a court", "a judge"), ("police", "officers"), ("the team", "the players")],
-    "did": [("bought", "acquired"), ("rejected", "turned down"), ("praised", "applauded"), ("found", "discovered")],
-    "what": [("a plan", "a scheme"), ("the film", "the movie"), ("a car", "a vehicle"), ("the shares", "the stock")],
+    "who": [
+        ("the firm", "the company"),
+        ("a court", "a judge"),
+        ("police", "officers"),
+        ("the team", "the players"),
+    ],
+    "did": [
+        ("bought", "acquired"),
+        ("rejected", "turned down"),
+        ("praised", "applauded"),
+        ("found", "discovered"),
+    ],
+    "what": [
+        ("a plan", "a scheme"),
+        ("the film", "the movie"),
+        ("a car", "a vehicle"),
+        ("the shares", "the stock"),
+    ],
     "when": [
         ("today", "this day"),
         ("on sunday", "at the weekend"),
@@ -51,8 +70,16 @@ def write_pairs(path, num_pairs, seed):
             first = {part: draw.randrange(4) for part in WORDS}
             changed = [] if label else draw.sample(list(WORDS), draw.choice((3, 4)))
             second = first | {part: (first[part] + draw.randrange(1, 4)) % 4 for part in changed}
-            one, two = ({p: draw.choice(WORDS[p][n]) for p, n in each.items()} for each in (first, second))
-            rows.writerow(["{who} {did} {what} {when}".format(**one), "{when} {who} {did} {what}".format(**two), label])
+            one, two = (
+                {p: draw.choice(WORDS[p][n]) for p, n in each.items()} for each in (first, second)
+            )
+            rows.writerow(
+                [
+                    "{who} {did} {what} {when}".format(**one),
+                    "{when} {who} {did} {what}".format(**two),
+                    label,
+                ]
+            )
 
 
 def make_offline(folder):
@@ -63,12 +90,30 @@ def make_offline(folder):
     wordpiece = BertWordPieceTokenizer()
     wordpiece.train([str(folder / "pairs-train.csv")], vocab_size=300, show_progress=False)
     lines = (folder / "pairs-train.csv").read_text().splitlines()
-    used = {token for line in lines for token in wordpiece.encode(line).tokens} | {"[PAD]", "[UNK]", "[MASK]"}
-    tokenizer = hf.BertTokenizer(vocab={token: n for n, token in enumerate(sorted(used))})  # the same in each run
+    used = {token for line in lines for token in wordpiece.encode(line).tokens} | {
+        "[PAD]",
+        "[UNK]",
+        "[MASK]",
+    }
+    tokenizer = hf.BertTokenizer(
+        vocab={token: n for n, token in enumerate(sorted(used))}
+    )  # the same in each run
     tokenizer.save_pretrained(folder)
-    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # too small to need any
-    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 64}
+    size = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
+    drop = {
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }  # too small to need any
+    ids = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "max_position_embeddings": 64,
+    }
     config = hf.BertConfig(**ids, **size, **drop)
     hf.BertForSequenceClassification(config).save_pretrained(folder)
 
@@ -85,8 +130,12 @@ with faccel.main_first(ctx):  # rank 0 writes and downloads; the others find wha
         data = load_dataset(*args.data.split(":"))
     else:
         stem = args.data or offline / "pairs"
-        data = load_dataset("csv", data_files={s: f"{stem}-{s}.csv" for s in ("train", "validation")})
-    data = data.map(lambda rows: tokenizer(rows["sentence1"], rows["sentence2"], truncation=True), batched=True)
+        data = load_dataset(
+            "csv", data_files={s: f"{stem}-{s}.csv" for s in ("train", "validation")}
+        )
+    data = data.map(
+        lambda rows: tokenizer(rows["sentence1"], rows["sentence2"], truncation=True), batched=True
+    )
 data = data.select_columns(["label", *tokenizer.model_input_names]).rename_column("label", "labels")
 
 options = {"batch_size": args.batch_size, "collate_fn": hf.DataCollatorWithPadding(tokenizer)}

@@ -17,7 +17,9 @@ import faccel
 MICRO_BATCH = 8
 NUM_MICRO = 4  # micro-batches per update: the more, the less the processes wait for each other
 PLAN = faccel.Plan(
-    pipeline=faccel.parallel.PipelineConfig(chain=("embed", "blocks.*", "norm", "head"), schedule="1f1b")
+    pipeline=faccel.parallel.PipelineConfig(
+        chain=("embed", "blocks.*", "norm", "head"), schedule="1f1b"
+    )
 )
 
 

@@ -38,7 +38,9 @@ class Digits(Dataset):
 
 
 def net():
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 10))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 10)
+    )
 
 
 def digest(model):
@@ -57,7 +59,9 @@ def main(ctx, folder, stop_after=None, workers=2):
     model = faccel.wrap(net(), ctx)
     opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), LEARNING_RATE), model, ctx)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 20)
-    faccel.seed_everything(0, ctx, per_data_rank=True)  # from here on every rank has a dropout of its own
+    faccel.seed_everything(
+        0, ctx, per_data_rank=True
+    )  # from here on every rank has a dropout of its own
 
     state = {
         "model": model,
@@ -85,9 +89,16 @@ def main(ctx, folder, stop_after=None, workers=2):
             _, scaler = faccel.optimizer_step(opt, scaler, ctx, scheduler=schedule)
             step += 1
 
-            stop = faccel.agree(ctx, now=told.requested or step == stop_after).now  # at one step, on all ranks
+            stop = faccel.agree(
+                ctx, now=told.requested or step == stop_after
+            ).now  # at one step, on all ranks
             if due(faccel.checkpoint.SaveEvent(step, preempted=stop)):
-                new = {"scaler": scaler, "cursor": window.cursor, "rng": faccel.rng_state(ctx), "step": step}
+                new = {
+                    "scaler": scaler,
+                    "cursor": window.cursor,
+                    "rng": faccel.rng_state(ctx),
+                    "step": step,
+                }
                 faccel.save(state | new, folder, ctx, step=step, keep=2, background=not stop)
             if stop:
                 return None
@@ -102,4 +113,6 @@ if __name__ == "__main__":
     with faccel.init() as ctx:
         result = main(ctx, args.folder, args.stop_after)
         faccel.print(f"digest {result}" if result else "stopped", ctx=ctx)
-    sys.exit(0 if result else faccel.checkpoint.Preemption.exit_code)  # 75: run the same command again
+    sys.exit(
+        0 if result else faccel.checkpoint.Preemption.exit_code
+    )  # 75: run the same command again

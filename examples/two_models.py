@@ -36,7 +36,9 @@ def ring(n):
 
 
 def main(ctx):
-    points = faccel.shard(DataLoader(TensorDataset(ring(8192)), GLOBAL_BATCH, shuffle=True), ctx, split_batches=True)
+    points = faccel.shard(
+        DataLoader(TensorDataset(ring(8192)), GLOBAL_BATCH, shuffle=True), ctx, split_batches=True
+    )
     faccel.seed_everything(0, ctx)
     critic, artist = (faccel.wrap(net, ctx) for net in (mlp(2, 1), mlp(NOISE, 2)))
     betas = (0.5, 0.99)
@@ -45,7 +47,9 @@ def main(ctx):
     critic_opt = faccel.wrap_optimizer(critic_opt, critic, ctx)
     artist_opt = faccel.wrap_optimizer(artist_opt, artist, ctx)
     scaler = faccel.init_scaler(ctx)
-    faccel.seed_everything(1, ctx, per_data_rank=True)  # from here on each process draws noise of its own
+    faccel.seed_everything(
+        1, ctx, per_data_rank=True
+    )  # from here on each process draws noise of its own
 
     step = 0
     for _epoch, loader in points.epochs(1 + STEPS // len(points)):
@@ -53,8 +57,12 @@ def main(ctx):
             # The critic learns to tell real points from drawn ones.
             drawn = artist(torch.randn(len(real), NOISE, device=ctx.device))
             verdicts = critic(torch.cat([real, drawn.detach()]))
-            truth = torch.cat([torch.ones_like(verdicts[: len(real)]), torch.zeros_like(verdicts[len(real) :])])
-            scaler = faccel.scaled_backward(F.binary_cross_entropy_with_logits(verdicts, truth), scaler, ctx)
+            truth = torch.cat(
+                [torch.ones_like(verdicts[: len(real)]), torch.zeros_like(verdicts[len(real) :])]
+            )
+            scaler = faccel.scaled_backward(
+                F.binary_cross_entropy_with_logits(verdicts, truth), scaler, ctx
+            )
             _, scaler = faccel.optimizer_step(critic_opt, scaler, ctx)
 
             # The artist learns to please it. The critic's own gradients are not wanted: neither reduced nor kept.

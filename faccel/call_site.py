@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 
 _INSIDE = tuple(
-    os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__, threading.__file__)
+    os.path.dirname(os.path.abspath(file)) + os.sep
+    for file in (torch.__file__, __file__, threading.__file__)
 )
 
 

@@ -71,7 +71,9 @@ def _text(_: Any, attribute: Any, value: Any) -> None:
 
 
 def _device_name(value: Any) -> Any:
-    return str(value) if type(value).__name__ == "device" else value  # torch.device, without importing torch
+    return (
+        str(value) if type(value).__name__ == "device" else value
+    )  # torch.device, without importing torch
 
 
 def _strategy(_: Any, attribute: Any, value: Any) -> None:
@@ -120,14 +122,20 @@ class Config:
                                  converter=_word)  # fmt: skip
     grad_accum: int = _field(1, int, "micro-batches per update", validator=_number(int, at_least=1))
     seed: int = _field(0, int, "seed of the data order", validator=_number(int, at_least=0))
-    device: str | None = _field(None, str, "device of this process", validator=_text_or_none, converter=_device_name)
+    device: str | None = _field(
+        None, str, "device of this process", validator=_text_or_none, converter=_device_name
+    )
     mesh: MeshSpec | None = _field(None, str, "ranks per axis of parallelism", converter=_mesh)
     strategy: str | None = _field(None, str, "engine instead of the mesh's", validator=_strategy)
     zero: int | None = _field(None, int, "ZeRO stage of DeepSpeed, 0 to 3", validator=_stage)
     device_placement: bool = _field(True, _parse_bool, "move models and batches", validator=_flag)
-    debug: bool = _field(False, _parse_bool, "compare ranks before each collective", validator=_flag)
+    debug: bool = _field(
+        False, _parse_bool, "compare ranks before each collective", validator=_flag
+    )
     run_dir: str = _field("runs", str, "folder of the trackers", validator=_text)
-    timeout_s: float = _field(600.0, float, "seconds until a collective fails", validator=_number(float, at_least=1))
+    timeout_s: float = _field(
+        600.0, float, "seconds until a collective fails", validator=_number(float, at_least=1)
+    )
     sources: Mapping[str, str] = attrs.field(factory=dict, eq=False, repr=False)
 
     def explain(self) -> str:
@@ -167,7 +175,13 @@ def field_table() -> str:
         f"| {f.metadata['doc']} |"
         for f in config_fields()
     ]
-    return "\n".join(["| key, argument | flag | variable | default | |", "| --- | --- | --- | --- | --- |", *rows])
+    return "\n".join(
+        [
+            "| key, argument | flag | variable | default | |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+        ]
+    )
 
 
 def unreadable(name: str, field: attrs.Attribute[Any], text: str, error: ValueError) -> ConfigError:
@@ -180,11 +194,16 @@ def unreadable(name: str, field: attrs.Attribute[Any], text: str, error: ValueEr
 def _from_environment(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
     fields = {PREFIX + field.name.upper(): field for field in config_fields()}
     found: dict[str, tuple[Any, str]] = {}
-    for key in sorted(key for key in env if key.startswith(PREFIX) and env[key]):  # empty is unset, as in a shell
+    for key in sorted(
+        key for key in env if key.startswith(PREFIX) and env[key]
+    ):  # empty is unset, as in a shell
         if key in (LAUNCH, VARIABLE):
             continue
         if key not in fields:
-            raise ConfigError(f"the environment variable `{key}` means nothing to faccel", fix=nearest(key, fields))
+            raise ConfigError(
+                f"the environment variable `{key}` means nothing to faccel",
+                fix=nearest(key, fields),
+            )
         field = fields[key]
         try:
             value = field.metadata["parse"](env[key])
@@ -195,7 +214,11 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
 
 
 def _from_file(file: ConfigFile | None) -> dict[str, tuple[Any, str]]:
-    return {} if file is None else {key: (value, f"file {file.name}") for key, value in file.values.items()}
+    return (
+        {}
+        if file is None
+        else {key: (value, f"file {file.name}") for key, value in file.values.items()}
+    )
 
 
 def _from_flags(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
@@ -216,7 +239,9 @@ def launcher_flags(env: Mapping[str, str]) -> dict[str, Any]:
         return dict(json.loads(env.get(LAUNCH) or "{}"))
     except (ValueError, TypeError):
         fix = "unset it: `faccel launch` sets it for its ranks"
-        raise ConfigError(f"`{LAUNCH}` is not what the launcher writes", got=repr(env[LAUNCH]), fix=fix) from None
+        raise ConfigError(
+            f"`{LAUNCH}` is not what the launcher writes", got=repr(env[LAUNCH]), fix=fix
+        ) from None
 
 
 def flag_of(name: str) -> str:
@@ -229,7 +254,11 @@ def _from_record(config: Config | Mapping[str, Any] | None) -> dict[str, tuple[A
         return {}
     if isinstance(config, Config):
         given = {f.name: getattr(config, f.name) for f in config_fields()}
-        return {name: (value, "argument config") for name, value in given.items() if _is_given(config, name)}
+        return {
+            name: (value, "argument config")
+            for name, value in given.items()
+            if _is_given(config, name)
+        }
     if not isinstance(config, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(
             "a configuration is a `Config` or a mapping of its fields",
@@ -290,7 +319,9 @@ def resolve(
         for key, (value, source) in layer.items():
             if key not in names:
                 where = "" if source.startswith("argument") else f" ({source})"
-                raise ConfigError(f"`{key}` is not a field of the configuration{where}", fix=nearest(key, names))
+                raise ConfigError(
+                    f"`{key}` is not a field of the configuration{where}", fix=nearest(key, names)
+                )
             weaker = sources[key].partition(",")[0]
             if key in flags and source.startswith("argument"):
                 _check_agrees(key, flags[key], (value, source))

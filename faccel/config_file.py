@@ -35,7 +35,9 @@ def default_path(env: Mapping[str, str]) -> str | None:
 
     Effects: pure.
     """
-    base = env.get("XDG_CONFIG_HOME") or (os.path.join(env["HOME"], ".config") if env.get("HOME") else None)
+    base = env.get("XDG_CONFIG_HOME") or (
+        os.path.join(env["HOME"], ".config") if env.get("HOME") else None
+    )
     return base and os.path.join(base, "faccel", "config.yaml")
 
 
@@ -98,9 +100,15 @@ def write(path: str, values: Mapping[str, Any], comment: str = "") -> None:
     try:
         before = _read_text(target)
         note = comment if suffix != ".json" else ""  # which has no comments
-        text = note + _RENDERERS[suffix](values) if comment or before is None else _edited(before, suffix, values)
+        text = (
+            note + _RENDERERS[suffix](values)
+            if comment or before is None
+            else _edited(before, suffix, values)
+        )
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(target), prefix=".faccel-", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=os.path.dirname(target), prefix=".faccel-", delete=False
+        ) as file:
             file.write(text)
         os.chmod(file.name, 0o644 if before is None else os.stat(target).st_mode)
         try:
@@ -110,7 +118,9 @@ def write(path: str, values: Mapping[str, Any], comment: str = "") -> None:
             raise
     except OSError as error:
         got = error.strerror or str(error)
-        raise ConfigError(f"the configuration `{path}` cannot be written", got=got, fix="name another") from None
+        raise ConfigError(
+            f"the configuration `{path}` cannot be written", got=got, fix="name another"
+        ) from None
 
 
 def _read_text(path: str) -> str | None:
@@ -131,8 +141,16 @@ def _edited(text: str, suffix: str, values: Mapping[str, Any]) -> str:
     for key in {**before, **values}:
         if key in before and before[key] == values.get(key, before):
             continue
-        new = [f"{key}{' ' if mark == '=' else ''}{mark} {json.dumps(values[key])}"] if key in values else []
-        at = [i for i, line in enumerate(lines) if re.match(rf"[\"']?{re.escape(key)}[\"']?\s*{mark}", line)]
+        new = (
+            [f"{key}{' ' if mark == '=' else ''}{mark} {json.dumps(values[key])}"]
+            if key in values
+            else []
+        )
+        at = [
+            i
+            for i, line in enumerate(lines)
+            if re.match(rf"[\"']?{re.escape(key)}[\"']?\s*{mark}", line)
+        ]
         if at:
             note = re.search(r"\s+#.*$", lines[at[0]]) if new else None
             lines[at[0] : at[0] + 1] = [new[0] + (note[0] if note else "")] if new else []
@@ -144,7 +162,9 @@ def _edited(text: str, suffix: str, values: Mapping[str, Any]) -> str:
     except Exception:  # each parser has errors of its own
         says = None
     if says != dict(values):  # a value of several lines, for instance
-        raise ConfigError("the file cannot be changed line by line", got=f"`{suffix}`", fix="change it by hand")
+        raise ConfigError(
+            "the file cannot be changed line by line", got=f"`{suffix}`", fix="change it by hand"
+        )
     return result
 
 
@@ -152,7 +172,9 @@ def _suffix(path: str) -> str:
     suffix = os.path.splitext(path)[1]
     if suffix not in _SUFFIXES:
         got = suffix or "no suffix"
-        raise ConfigError(f"`{path}` is of no kind that can be read", got=got, fix=nearest(suffix, _SUFFIXES))
+        raise ConfigError(
+            f"`{path}` is of no kind that can be read", got=got, fix=nearest(suffix, _SUFFIXES)
+        )
     return suffix
 
 
@@ -170,7 +192,9 @@ def _parse(path: str) -> Any:
         return _PARSERS[suffix](data.decode())
     except Exception as error:  # each parser has errors of its own
         got = " ".join(str(error).split())
-        raise ConfigError(f"`{path}` is not {suffix[1:].upper()}", got=got, fix="mend that line") from None
+        raise ConfigError(
+            f"`{path}` is not {suffix[1:].upper()}", got=got, fix="mend that line"
+        ) from None
 
 
 def _yaml(text: str) -> Any:
@@ -197,12 +221,19 @@ def _to_json(values: Mapping[str, Any]) -> str:
 
 def _to_toml(values: Mapping[str, Any]) -> str:
     flat = {f"{key}.{name}": one for key, each in values.items() for name, one in _pairs(each)}
-    return "".join(f"{key.removesuffix('.')} = {json.dumps(value)}\n" for key, value in flat.items())
+    return "".join(
+        f"{key.removesuffix('.')} = {json.dumps(value)}\n" for key, value in flat.items()
+    )
 
 
 def _pairs(value: Any) -> list[tuple[str, Any]]:
     return list(value.items()) if isinstance(value, Mapping) else [("", value)]
 
 
-_RENDERERS: Mapping[str, Any] = {".json": _to_json, ".toml": _to_toml, ".yaml": _to_yaml, ".yml": _to_yaml}
+_RENDERERS: Mapping[str, Any] = {
+    ".json": _to_json,
+    ".toml": _to_toml,
+    ".yaml": _to_yaml,
+    ".yml": _to_yaml,
+}
 _PARSERS: Mapping[str, Any] = {".json": json.loads, ".toml": _toml, ".yaml": _yaml, ".yml": _yaml}

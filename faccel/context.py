@@ -49,7 +49,11 @@ class Topology:
     store_is_hosted: bool = False
 
     def __attrs_post_init__(self) -> None:
-        pairs = (("rank", "world_size"), ("local_rank", "local_world_size"), ("node_rank", "num_nodes"))
+        pairs = (
+            ("rank", "world_size"),
+            ("local_rank", "local_world_size"),
+            ("node_rank", "num_nodes"),
+        )
         for part, whole in pairs:
             if not 0 <= getattr(self, part) < getattr(self, whole):
                 raise TopologyError(
@@ -70,7 +74,9 @@ class Mesh:
 
     spec: MeshSpec
     make_device_mesh: Callable[[Mapping[str, int]], DeviceMesh] = attrs.field(repr=False)
-    _made: dict[tuple[tuple[str, int], ...], DeviceMesh] = attrs.field(factory=dict, init=False, repr=False)
+    _made: dict[tuple[tuple[str, int], ...], DeviceMesh] = attrs.field(
+        factory=dict, init=False, repr=False
+    )
 
     @property
     def device_mesh(self) -> DeviceMesh:
@@ -176,7 +182,12 @@ class DistContext:
     def __enter__(self) -> DistContext:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         if error is not None and self.world_size > 1:
             error.add_note(f"on rank {self.rank} of {self.world_size}")
         try:

@@ -139,7 +139,9 @@ class FlatShard(torch.Tensor):
             WriteItem(
                 index=MetadataIndex(fqn, torch.Size(box.offsets)),
                 type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=_chunk(box), properties=properties, size=self.shape),
+                tensor_data=TensorWriteData(
+                    chunk=_chunk(box), properties=properties, size=self.shape
+                ),
             )
             for box in self._boxes()
         ]

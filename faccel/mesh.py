@@ -73,7 +73,9 @@ class MeshSpec:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                "a mesh is written as `axis=number,...`", got=repr(text), fix='write it like `"dp_shard=2,tp=2"`'
+                "a mesh is written as `axis=number,...`",
+                got=repr(text),
+                fix='write it like `"dp_shard=2,tp=2"`',
             ) from None
 
     @classmethod
@@ -88,7 +90,9 @@ class MeshSpec:
             raise ConfigError("a mesh is a `MeshSpec`, a mapping or text", got=repr(value), fix=fix)
         for key in value:
             if key not in attrs.fields_dict(cls):
-                raise ConfigError(f"`{key}` is not an axis of a mesh", fix=nearest(key, attrs.fields_dict(cls)))
+                raise ConfigError(
+                    f"`{key}` is not an axis of a mesh", fix=nearest(key, attrs.fields_dict(cls))
+                )
         return cls(**value)
 
     @property
@@ -111,13 +115,17 @@ class MeshSpec:
         free = [axis for axis, n in extents.items() if n == -1]
         known = math.prod(n for n in extents.values() if n != -1)
         if len(free) > 1:
-            raise ConfigError("only one axis of a mesh can be -1", got=str(self), fix="name the others")
+            raise ConfigError(
+                "only one axis of a mesh can be -1", got=str(self), fix="name the others"
+            )
         if free and world_size % known == 0:
             return attrs.evolve(self, **{free[0]: world_size // known})._with_experts()
         if not free and known == world_size:
             return self._with_experts()
         would = "axes whose product divides it"
-        for axis in free or sorted(extents, key=lambda axis: extents[axis] == 1 and axis != "dp_replicate"):
+        for axis in free or sorted(
+            extents, key=lambda axis: extents[axis] == 1 and axis != "dp_replicate"
+        ):
             rest = known if free else known // extents[axis]
             if world_size % rest == 0:
                 would = f"`{axis}={world_size // rest}`"
@@ -159,7 +167,9 @@ class MeshSpec:
         if view in ("ep", "ep_storage"):
             holders = self.peers(rank, "storage")
             block, place = divmod(holders.index(rank), self.ep)
-            return holders[block * self.ep :][: self.ep] if view == "ep" else holders[place :: self.ep]
+            return (
+                holders[block * self.ep :][: self.ep] if view == "ep" else holders[place :: self.ep]
+            )
         place, ranks, stride = self.coordinates(rank), [rank], 1
         for axis in reversed(AXES):  # the fastest varying first
             extent = getattr(self, axis)
@@ -200,12 +210,27 @@ class MeshSpec:
         """
         rows: dict[str, dict[str, int]] = {}
         for rank in range(self.size):
-            place = {axis: at for axis, at in self.coordinates(rank).items() if getattr(self, axis) > 1}
-            row = " ".join(f"{axis}={at}" for axis, at in place.items() if axis in DATA_AXES) or "data=0"
-            column = " ".join(f"{axis}={at}" for axis, at in place.items() if axis not in DATA_AXES) or "rank"
+            place = {
+                axis: at for axis, at in self.coordinates(rank).items() if getattr(self, axis) > 1
+            }
+            row = (
+                " ".join(f"{axis}={at}" for axis, at in place.items() if axis in DATA_AXES)
+                or "data=0"
+            )
+            column = (
+                " ".join(f"{axis}={at}" for axis, at in place.items() if axis not in DATA_AXES)
+                or "rank"
+            )
             rows.setdefault(row, {})[column] = rank
         columns = list(next(iter(rows.values())))
-        lines = ["".join([f"{'':<21}", *(f"{column:>6}" if len(column) < 5 else f"  {column}" for column in columns)])]
+        lines = [
+            "".join(
+                [
+                    f"{'':<21}",
+                    *(f"{column:>6}" if len(column) < 5 else f"  {column}" for column in columns),
+                ]
+            )
+        ]
         for row, ranks in rows.items():
             cells = [f"{ranks[column]:>{max(6, len(column) + 2)}}" for column in columns]
             lines.append("".join([f"{row:<21}", *cells]))

@@ -22,7 +22,11 @@ def _hook(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
 
 def _positive(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and not (isinstance(value, (int, float)) and value > 0):
-        raise ConfigError(f"`{attribute.name}` must be positive", got=repr(value), fix=f"write `{attribute.name}=1`")
+        raise ConfigError(
+            f"`{attribute.name}` must be positive",
+            got=repr(value),
+            fix=f"write `{attribute.name}=1`",
+        )
 
 
 def _flag(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -125,7 +129,9 @@ _PLACES = ("cpu",)
 def _place(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and value not in _PLACES:
         fix = nearest(str(value), _PLACES)
-        raise ConfigError(f"`{attribute.name}` says where something lives", got=repr(value), fix=fix)
+        raise ConfigError(
+            f"`{attribute.name}` says where something lives", got=repr(value), fix=fix
+        )
 
 
 def _settings(value: Any) -> Any:
@@ -154,7 +160,11 @@ class DeepSpeedConfig:
 
     def __reduce__(self) -> tuple[Any, ...]:
         fields = attrs.asdict(self, recurse=False)
-        plain = fields["settings"] if isinstance(self.settings, (str, type(None))) else dict(self.settings)
+        plain = (
+            fields["settings"]
+            if isinstance(self.settings, (str, type(None)))
+            else dict(self.settings)
+        )
         return _deepspeed, (fields | {"settings": plain},)
 
 
@@ -185,7 +195,9 @@ def _checkpointing(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
         return ActivationCheckpointing(every=value)
     fix = 'write `activation_checkpoint="full"`, a number for each n-th unit, or a `faccel.parallel.ActivationCheckpointing(...)`'
-    raise ConfigError("`checkpoint` says which units are computed again in backward", got=repr(value), fix=fix)
+    raise ConfigError(
+        "`checkpoint` says which units are computed again in backward", got=repr(value), fix=fix
+    )
 
 
 STYLES = ("colwise", "colwise_gather", "colwise_loss", "heads", "replicate", "rowwise", "rowwise_embedding",
@@ -200,7 +212,11 @@ def _styles(value: Any) -> Mapping[str, str]:
                           fix='write `tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}`')  # fmt: skip
     for pattern, style in value.items():
         if style not in STYLES:
-            raise ConfigError(f"the style of `{pattern}` is none", got=repr(style), fix=nearest(str(style), STYLES))
+            raise ConfigError(
+                f"the style of `{pattern}` is none",
+                got=repr(style),
+                fix=nearest(str(style), STYLES),
+            )
     return MappingProxyType(dict(value))
 
 
@@ -218,7 +234,11 @@ SCHEDULES = ("1f1b", "gpipe", "interleaved")
 
 def _schedule(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value not in SCHEDULES:
-        raise ConfigError("the schedule of a pipeline is unknown", got=repr(value), fix=nearest(str(value), SCHEDULES))
+        raise ConfigError(
+            "the schedule of a pipeline is unknown",
+            got=repr(value),
+            fix=nearest(str(value), SCHEDULES),
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -237,7 +257,9 @@ class PipelineConfig:
     """
 
     chain: tuple[str, ...] = attrs.field(converter=_names)
-    split: tuple[str, ...] | None = attrs.field(default=None, converter=attrs.converters.optional(_names))
+    split: tuple[str, ...] | None = attrs.field(
+        default=None, converter=attrs.converters.optional(_names)
+    )
     schedule: str = attrs.field(default="1f1b", validator=_schedule)
     stages_per_rank: int = attrs.field(default=1, validator=_positive)
 
@@ -292,16 +314,25 @@ class Plan:
     units: tuple[str, ...] | int | None = attrs.field(default=None, converter=_units)
     tensor: Mapping[str, str] = attrs.field(factory=dict, converter=_styles)
     pipeline: PipelineConfig | None = None
-    activation_checkpoint: ActivationCheckpointing | None = attrs.field(default=None, converter=_checkpointing)
+    activation_checkpoint: ActivationCheckpointing | None = attrs.field(
+        default=None, converter=_checkpointing
+    )
     compile: str | None = attrs.field(default=None, validator=_compile)
     offload: bool = _option(False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         fields = attrs.asdict(self, recurse=False)
-        return _plan, (fields | {"tensor": dict(self.tensor)},)  # which no one can change, and no one can pickle
+        return _plan, (
+            fields | {"tensor": dict(self.tensor)},
+        )  # which no one can change, and no one can pickle
 
     def __attrs_post_init__(self) -> None:
-        kinds = {"ddp": DdpConfig, "fsdp": FsdpConfig, "deepspeed": DeepSpeedConfig, "pipeline": PipelineConfig}
+        kinds = {
+            "ddp": DdpConfig,
+            "fsdp": FsdpConfig,
+            "deepspeed": DeepSpeedConfig,
+            "pipeline": PipelineConfig,
+        }
         for name, kind in kinds.items():
             value = getattr(self, name)
             if not isinstance(value, kind) and (name != "pipeline" or value is not None):
@@ -310,7 +341,9 @@ class Plan:
         budget = self.activation_checkpoint.memory_budget if self.activation_checkpoint else None
         if budget is not None and (self.compile is None or budget > 1):
             fix = 'write `compile="units"` too, and a budget of at most 1'
-            raise ConfigError("a memory budget is kept by the compiler", got=f"memory_budget={budget}", fix=fix)
+            raise ConfigError(
+                "a memory budget is kept by the compiler", got=f"memory_budget={budget}", fix=fix
+            )
 
 
 def _plan(fields: dict[str, Any]) -> Plan:

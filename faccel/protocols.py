@@ -63,7 +63,9 @@ class Collectives(Protocol):
         """Return `T[size, ...]`: row `r` is what rank `r` had in the row of this rank."""
         ...
 
-    def scatter(self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str) -> torch.Tensor:
+    def scatter(
+        self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str
+    ) -> torch.Tensor:
         """Return this rank's row of rank `src`'s `rows: T[size, ...]` (None elsewhere), a tensor as `like: T[...]`."""
         ...
 
@@ -152,5 +154,7 @@ class Parallelism:
     join: Callable[[torch.nn.Module, Sequence[Any], Any], AbstractContextManager[None]] = no_join
     run_window: Callable[[Any, Sequence[_Loss], Sequence[Any], Any], torch.Tensor] | None = None
     state: StateIO | None = None
-    update: Callable[[torch.optim.Optimizer, Limits, Any], tuple[torch.Tensor | None, bool]] | None = None
+    update: (
+        Callable[[torch.optim.Optimizer, Limits, Any], tuple[torch.Tensor | None, bool]] | None
+    ) = None
     is_whole: bool = True

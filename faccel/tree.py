@@ -91,7 +91,9 @@ def _record_children(node: Any) -> tuple[list[Any], list[Any], _Make] | None:
     """Return those of an attrs record or a dataclass, None for anything else."""
     kind: Any = type(node)
     if attrs.has(kind):
-        names = {a.name: a.alias for a in attrs.fields(kind) if a.init}  # as an attribute, as an argument
+        names = {
+            a.name: a.alias for a in attrs.fields(kind) if a.init
+        }  # as an attribute, as an argument
         replace: Callable[..., Any] = attrs.evolve
     elif dataclasses.is_dataclass(kind):
         names = {f.name: f.name for f in dataclasses.fields(kind) if f.init}
@@ -143,7 +145,9 @@ def paths(tree: Tree, prefix: str = "") -> list[str]:
     if children is None:
         return [prefix or "the value itself"]
     return [
-        path for key, child in zip(children[0], children[1], strict=True) for path in paths(child, f"{prefix}[{key!r}]")
+        path
+        for key, child in zip(children[0], children[1], strict=True)
+        for path in paths(child, f"{prefix}[{key!r}]")
     ]
 
 

@@ -18,24 +18,32 @@ LEARNING_RATE = 0.02
 
 def train_epoch(ctx, shuffle, accumulate, dtype=torch.float32, global_batch=96):
     """Train one epoch; return parameters, the test predictions in order, and how many updates were made."""
-    train_set, test_set = (TensorDataset(s.tensors[0].to(dtype), s.tensors[1]) for s in EXAMPLE["datasets"]())
+    train_set, test_set = (
+        TensorDataset(s.tensors[0].to(dtype), s.tensors[1]) for s in EXAMPLE["datasets"]()
+    )
     loader = DataLoader(train_set, global_batch // accumulate, shuffle=shuffle)
     train = faccel.shard(loader, ctx, split_batches=True)
     faccel.seed_everything(1, ctx)
     model = faccel.wrap(EXAMPLE["Net"]().to(dtype), ctx)
-    opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9), model, ctx)
+    opt = faccel.wrap_optimizer(
+        torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9), model, ctx
+    )
     scaler, updates = faccel.init_scaler(ctx), 0
     for window in faccel.windows(train.at(3), ctx, size=accumulate):
         for micro in window:
             x, y = micro.data
             with faccel.grad_sync(model, on=micro.sync):
-                scaler = faccel.scaled_backward(F.cross_entropy(model(x), y), scaler, ctx, scale=micro.scale)
+                scaler = faccel.scaled_backward(
+                    F.cross_entropy(model(x), y), scaler, ctx, scale=micro.scale
+                )
         _, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
         updates += 1
     model.eval()
     seen = []
     with torch.no_grad():
         for batch in faccel.batches(faccel.shard(DataLoader(test_set, 50), ctx)):
-            seen.append(faccel.gather(model(batch.data[0]).argmax(-1), ctx, num_valid=batch.num_valid))
+            seen.append(
+                faccel.gather(model(batch.data[0]).argmax(-1), ctx, num_valid=batch.num_valid)
+            )
     assert sum(map(len, seen)) == len(test_set)
     return {name: p.detach() for name, p in model.named_parameters()}, torch.cat(seen), updates

@@ -48,7 +48,9 @@ def batch_of(step, ctx, dtype=torch.float64, rows=GLOBAL_BATCH):
 def loss_of(model, reduction="mean"):
     def loss_fn(params, batch, generator):
         x, y = batch
-        return F.cross_entropy(func.functional_call(model, params, x, generator=generator), y, reduction=reduction)
+        return F.cross_entropy(
+            func.functional_call(model, params, x, generator=generator), y, reduction=reduction
+        )
 
     return loss_fn
 
@@ -84,7 +86,11 @@ def run_uneven(ctx, num_steps=3):
     state = func.init_state(model, optimizer, ctx, seed=3)
     num_micro_batches = 1 if ctx.data_world_size == 4 else 2  # of a single row nothing can be cut
     step = func.make_step(
-        loss_of(model, "sum"), optimizer, ctx, weight=lambda batch: len(batch[1]), num_micro_batches=num_micro_batches
+        loss_of(model, "sum"),
+        optimizer,
+        ctx,
+        weight=lambda batch: len(batch[1]),
+        num_micro_batches=num_micro_batches,
     )
     cuts = {1: [0, 8], 2: [0, 3, 8], 4: [0, 2, 4, 5, 8]}[ctx.data_world_size]
     part = slice(cuts[ctx.data_rank], cuts[ctx.data_rank + 1])

@@ -17,7 +17,9 @@ import torch.distributed as dist
 import faccel
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torch._dynamo", "sklearn.datasets", "faccel.runtime", "faccel.training.step"])
+SERVER.set_forkserver_preload(
+    ["torch", "torch._dynamo", "sklearn.datasets", "faccel.runtime", "faccel.training.step"]
+)
 
 
 def env_of(rank, world_size, port):
@@ -36,7 +38,13 @@ def env_of(rank, world_size, port):
 def hosted_store():
     """A store on a port that the system chooses."""
     return dist.TCPStore(
-        "127.0.0.1", 0, None, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False, multi_tenant=True
+        "127.0.0.1",
+        0,
+        None,
+        is_master=True,
+        timeout=timedelta(seconds=60),
+        wait_for_workers=False,
+        multi_tenant=True,
     )
 
 
@@ -64,7 +72,9 @@ def outcomes(fn, world_size, *args, **options):
     children = []
     for rank in range(world_size):
         receive, send = SERVER.Pipe(duplex=False)
-        process = SERVER.Process(target=_child, args=(fn, rank, world_size, store.port, send, args, options))
+        process = SERVER.Process(
+            target=_child, args=(fn, rank, world_size, store.port, send, args, options)
+        )
         process.start()
         send.close()
         children.append((process, receive))

@@ -23,7 +23,18 @@ class Trained:
     params: dict
 
 
-def train(ctx, plan=None, *, dtype=torch.float64, accum=4, rows=16, steps=3, tied=True, foreach=None, lr=0.01):
+def train(
+    ctx,
+    plan=None,
+    *,
+    dtype=torch.float64,
+    accum=4,
+    rows=16,
+    steps=3,
+    tied=True,
+    foreach=None,
+    lr=0.01,
+):
     """Train `steps` windows; the batch of a window is the same whatever the mesh."""
     wrapped = faccel.wrap(model(dtype, tied=tied), ctx, plan=plan)
     opt = torch.optim.AdamW(wrapped.parameters(), lr=lr, foreach=foreach)
@@ -38,7 +49,9 @@ def train(ctx, plan=None, *, dtype=torch.float64, accum=4, rows=16, steps=3, tie
                 lambda net, batch: loss_fn(net, batch, ctx), wrapped, window, scaler, ctx
             )
         losses += faccel.reduce(found, ctx, op="mean", axis="loss").tolist()
-        grads.append({name: full(p.grad) for name, p in wrapped.named_parameters() if p.grad is not None})
+        grads.append(
+            {name: full(p.grad) for name, p in wrapped.named_parameters() if p.grad is not None}
+        )
         info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=0.1)
         norms.append(info.grad_norm.item())
     return Trained(losses, norms, grads, {name: full(p) for name, p in wrapped.named_parameters()})
@@ -64,7 +77,10 @@ def differences(got, reference):
 
     def between(ours, theirs):
         assert {TIED.get(name, name) for name in ours} <= set(theirs)
-        return max((ours[name] - theirs.get(name, theirs.get(TIED.get(name)))).abs().max().item() for name in ours)
+        return max(
+            (ours[name] - theirs.get(name, theirs.get(TIED.get(name)))).abs().max().item()
+            for name in ours
+        )
 
     def far(ours, theirs):
         return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))

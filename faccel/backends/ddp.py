@@ -35,7 +35,9 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
         if torch.is_grad_enabled():
             try:
                 return engine(method, *args, **kwargs)
-            except RuntimeError as error:  # buffers are broadcast here, and the last backward is looked at
+            except (
+                RuntimeError
+            ) as error:  # buffers are broadcast here, and the last backward is looked at
                 failure = _unused(error) or ctx.comm.failure(error, "forward", DATA)
                 if failure is None:
                     raise
@@ -50,7 +52,10 @@ def _unused(error: RuntimeError) -> ModelError | None:
         return None
     return ModelError(
         "some parameters took no part in the last loss, so DDP waits for their gradients",
-        got=next((line for line in str(error).split("\n") if "Parameter indices" in line), "torch names none").strip(),
+        got=next(
+            (line for line in str(error).split("\n") if "Parameter indices" in line),
+            "torch names none",
+        ).strip(),
         fix="use their outputs in the loss, or write "
         "`faccel.wrap(model, ctx, plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(find_unused_parameters=True)))`",
     )
@@ -59,8 +64,14 @@ def _unused(error: RuntimeError) -> ModelError | None:
 def _engine(module: nn.Module, options: DdpConfig, ctx: DistContext) -> DistributedDataParallel:
     group = ctx.comm.group(DATA)
     assert group is not None
-    given = {name: value for name, value in attrs.asdict(options, recurse=False).items() if name not in _OURS}
-    given = {name: value for name, value in given.items() if value != getattr(_DEFAULTS, name)}  # torch 2.9 lacks some
+    given = {
+        name: value
+        for name, value in attrs.asdict(options, recurse=False).items()
+        if name not in _OURS
+    }
+    given = {
+        name: value for name, value in given.items() if value != getattr(_DEFAULTS, name)
+    }  # torch 2.9 lacks some
     if not options.forward_sync_buffers:
         given |= _without_buffers(module, ctx)
     engine = DistributedDataParallel(Methods(module), process_group=group, **_NOT_TORCHS | given)
@@ -75,13 +86,17 @@ def _engine(module: nn.Module, options: DdpConfig, ctx: DistContext) -> Distribu
 _OURS = ("comm_hook", "powersgd", "forward_sync_buffers", "shard_optimizer")
 _SHARDS_OPTIMIZER = "_faccel_shard_optimizer"
 _DEFAULTS = DdpConfig()
-_NOT_TORCHS: dict[str, Any] = {"gradient_as_bucket_view": True}  # where our default is another than torch's
+_NOT_TORCHS: dict[str, Any] = {
+    "gradient_as_bucket_view": True
+}  # where our default is another than torch's
 
 
 def _without_buffers(module: nn.Module, ctx: DistContext) -> dict[str, Any]:
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
         return {"forward_sync_buffers": False}
-    take_rank_0s(dict(module.named_buffers()), ctx, DATA)  # torch before 2.13 leaves them out of its first one, too
+    take_rank_0s(
+        dict(module.named_buffers()), ctx, DATA
+    )  # torch before 2.13 leaves them out of its first one, too
     return {"broadcast_buffers": False}
 
 
@@ -130,7 +145,9 @@ def _settle(engine: nn.Module, ctx: DistContext) -> None:
         take_rank_0s(buffers, ctx, DATA)
 
 
-def _join(engine: nn.Module, states: Sequence[Any], ctx: DistContext) -> AbstractContextManager[None]:
+def _join(
+    engine: nn.Module, states: Sequence[Any], ctx: DistContext
+) -> AbstractContextManager[None]:
     if not isinstance(engine, DistributedDataParallel):  # frozen: nobody waits for anybody
         return nullcontext()
     if getattr(engine, _SHARDS_OPTIMIZER, False):

@@ -34,7 +34,9 @@ def joining(engine: Any, states: Sequence[Any], ctx: DistContext) -> Generator[N
         engine._join_config = before  # torch would go on asking who has ended, in each forward
     last = engine._authoritative_rank
     for each in states:  # torch: a rank that ended has not stepped its optimizer since
-        (state,) = broadcast_objects([map_leaves(_to_cpu, each.state_dict())], ctx, src=last, axis=DATA)
+        (state,) = broadcast_objects(
+            [map_leaves(_to_cpu, each.state_dict())], ctx, src=last, axis=DATA
+        )
         if ctx.data_rank != last:
             each.load_state_dict(state)
 

@@ -17,7 +17,11 @@ from torch.optim import Optimizer
 
 from faccel.context import DistContext
 from faccel.errors import ModelError
-from faccel.parallel.activation_checkpoint import apply_checkpointing, apply_compile, check_recomputed
+from faccel.parallel.activation_checkpoint import (
+    apply_checkpointing,
+    apply_compile,
+    check_recomputed,
+)
 from faccel.parallel.expert_parallel import moes_of, shard_experts
 from faccel.parallel.forward import call_method, to_fp32
 from faccel.parallel.materialize import Values
@@ -58,16 +62,26 @@ class Layout:
         """Read `plan` for a whole model."""
         moes = moes_of(module, ctx.mesh.spec)
         within = {id(moe.experts) for moe in moes.values()}  # they are units of their own
-        units = {name: unit for name, unit in units_of(module, plan).items() if id(unit) not in within}
+        units = {
+            name: unit for name, unit in units_of(module, plan).items() if id(unit) not in within
+        }
         named = dict(module.named_parameters(remove_duplicate=False))
-        meant = {id(named[n]) for pattern in plan.fsdp.ignored for n in matching(pattern, named, "parameter")}
+        meant = {
+            id(named[n])
+            for pattern in plan.fsdp.ignored
+            for n in matching(pattern, named, "parameter")
+        }
         ignored = (name for name, p in named.items() if id(p) in meant)  # under each of its names
         check_recomputed(units, plan.activation_checkpoint)
         for name, p in named.items():
             if p.ndim == 0 and id(p) not in meant:
                 fix = "give it the shape [1], or name it in `fsdp=faccel.parallel.FsdpConfig(ignored=...)`"
-                raise ModelError("a parameter that is a scalar cannot be shared", got=f"`{name}`", fix=fix)
-        exact = (name for pattern in plan.fsdp.fp32_units for name in matching(pattern, units, "unit"))
+                raise ModelError(
+                    "a parameter that is a scalar cannot be shared", got=f"`{name}`", fix=fix
+                )
+        exact = (
+            name for pattern in plan.fsdp.fp32_units for name in matching(pattern, units, "unit")
+        )
         return cls(units, _cuts(module, plan, ctx), frozenset(ignored), frozenset(exact), moes)
 
     def below(self, names: Sequence[str]) -> Layout:
@@ -109,12 +123,17 @@ def mesh_of(ctx: DistContext) -> DeviceMesh:
     With experts they are two: `ep`, and `ep_storage`, those that hold the same ones.
     """
     spec = ctx.mesh.spec
-    return _mesh(ctx, {"ep_storage": spec.dp_shard * spec.cp // spec.ep, "ep": spec.ep} if spec.ep > 1 else None)
+    return _mesh(
+        ctx,
+        {"ep_storage": spec.dp_shard * spec.cp // spec.ep, "ep": spec.ep} if spec.ep > 1 else None,
+    )
 
 
 def data_mesh(ctx: DistContext) -> DeviceMesh:
     """Return the part of it over which parameters are sharded, and replicated where there are several replicas."""
-    mesh = _mesh(ctx)  # with experts, of its own: torch is about to forget how dims of one are joined
+    mesh = _mesh(
+        ctx
+    )  # with experts, of its own: torch is about to forget how dims of one are joined
     return mesh["dp_replicate", "storage"] if ctx.mesh.spec.dp_replicate > 1 else mesh["storage"]
 
 
@@ -130,20 +149,29 @@ def _fully_shard(module: nn.Module, layout: Layout, plan: Plan, ctx: DistContext
 
     low, high = ctx.compute_dtype, None if ctx.compute_dtype is None else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=high)
-    in_fp32 = MixedPrecisionPolicy(param_dtype=high, reduce_dtype=high)  # its inputs are brought there, too
+    in_fp32 = MixedPrecisionPolicy(
+        param_dtype=high, reduce_dtype=high
+    )  # its inputs are brought there, too
     units = layout.units
 
     def policy_of(name: str) -> MixedPrecisionPolicy:
         inside = [each for each in units if name == each or name.startswith(f"{each}.")]
-        return in_fp32 if layout.exact.intersection(inside[:1]) else policy  # inner units come first
+        return (
+            in_fp32 if layout.exact.intersection(inside[:1]) else policy
+        )  # inner units come first
 
-    options: dict[str, Any] = {"mesh": data_mesh(ctx), "reshard_after_forward": plan.fsdp.reshard_after_forward}
+    options: dict[str, Any] = {
+        "mesh": data_mesh(ctx),
+        "reshard_after_forward": plan.fsdp.reshard_after_forward,
+    }
     if plan.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=ctx.device.type == "cuda")
     if layout.moes:
         shard_experts(layout.moes, policy_of, options, mesh_of(ctx), ctx)
     if layout.ignored:
-        options["ignored_params"] = {p for name, p in module.named_parameters() if name in layout.ignored}
+        options["ignored_params"] = {
+            p for name, p in module.named_parameters() if name in layout.ignored
+        }
     for name, unit in units.items():
         fully_shard(unit, mp_policy=policy_of(name), **options)
     fully_shard(module, mp_policy=policy, **options)

@@ -50,7 +50,13 @@ class Engine(nn.Module):
         ctx: The world.
     """
 
-    def __init__(self, parts: Sequence[Part], plan: PipelineConfig, shared: Sequence[Shared], ctx: DistContext) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        plan: PipelineConfig,
+        shared: Sequence[Shared],
+        ctx: DistContext,
+    ) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.plan, self.shared, self.ctx = plan, tuple(shared), ctx
@@ -69,7 +75,9 @@ class Engine(nn.Module):
         The shapes between stages are found by a forward without gradients, once. torch would run a forward and a
         backward each time, and clear the gradients that are there.
         """
-        from faccel.parallel.pipeline_schedules import Stage  # torch's pipelining takes long to import
+        from faccel.parallel.pipeline_schedules import (
+            Stage,
+        )  # torch's pipelining takes long to import
 
         key = str(map_leaves(_key_of, [list(asked[0]), asked[1]]))
         if key not in self._shapes:
@@ -79,7 +87,10 @@ class Engine(nn.Module):
         made: list[Any] = []
         for i, part in enumerate(self.parts):
             number = self.place + self.size * i
-            given, gives = (tuple(_like(each, trains=trains) for each in shapes[n]) for n in (number, number + 1))
+            given, gives = (
+                tuple(_like(each, trains=trains) for each in shapes[n])
+                for n in (number, number + 1)
+            )
             stage = Stage(part, number, count, self.ctx.device, given, gives, group=group)
             stage.has_backward = trains
             stage.clear_runtime_states()
@@ -101,16 +112,22 @@ class Engine(nn.Module):
                     each.training = mode
                 part.reshard()
                 told = [_shape_of(x) for x in (out if isinstance(out, tuple) else (out,))]
-                told = [each if isinstance(each, tuple) else f"a {type(each).__name__}" for each in told]
+                told = [
+                    each if isinstance(each, tuple) else f"a {type(each).__name__}" for each in told
+                ]
             told = broadcast_objects([told], self.ctx, src=number % self.size, axis="pp")[0]
             wrong = next((each for each in told if not isinstance(each, tuple)), None)
             if wrong is not None:
                 fix = "let each module of the chain return a tensor, or a tuple of tensors"
                 raise ModelError(
-                    f"stage {number} of the pipeline returns something else than tensors", got=wrong, fix=fix
+                    f"stage {number} of the pipeline returns something else than tensors",
+                    got=wrong,
+                    fix=fix,
                 )
             found.append(told)
-            current = tuple(torch.zeros(shape, dtype=dtype, device=self.ctx.device) for shape, dtype in told)
+            current = tuple(
+                torch.zeros(shape, dtype=dtype, device=self.ctx.device) for shape, dtype in told
+            )
         return found
 
 
@@ -124,7 +141,9 @@ def _key_of(x: Any) -> Any:
 
 def _like(shape: Any, *, trains: bool) -> torch.Tensor:
     size, dtype = shape
-    return torch.empty(size, dtype=dtype, device="meta", requires_grad=trains and dtype.is_floating_point)
+    return torch.empty(
+        size, dtype=dtype, device="meta", requires_grad=trains and dtype.is_floating_point
+    )
 
 
 class _AskedError(Exception):
@@ -145,16 +164,24 @@ def _inputs(loss: Loss) -> tuple[tuple[Any, ...], dict[str, Any]]:
         loss(ask)
     except _AskedError as asked:
         return asked.asked
-    raise ModelError("the loss function of a pipeline calls its model, once", fix="write `loss_fn(model, batch)`")
+    raise ModelError(
+        "the loss function of a pipeline calls its model, once", fix="write `loss_fn(model, batch)`"
+    )
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
     if plan.pipeline is None:
         fix = 'write `plan=faccel.Plan(pipeline=faccel.parallel.PipelineConfig(chain=("embed", "blocks.*", "head")))`'
-        raise ConfigError("a pipeline needs a plan that says how the model is cut", got=str(ctx.mesh.spec), fix=fix)
+        raise ConfigError(
+            "a pipeline needs a plan that says how the model is cut",
+            got=str(ctx.mesh.spec),
+            fix=fix,
+        )
     check_same(module, ctx, WORLD)
     if any(p.is_meta for p in module.parameters()):
-        raise ModelError("a pipeline is cut from a model with values", got="meta", fix="build it on the CPU")
+        raise ModelError(
+            "a pipeline is cut from a model with values", got="meta", fix="build it on the CPU"
+        )
     place, size = ctx.comm.rank("pp"), ctx.comm.size("pp")
     stages = stages_of(module, plan.pipeline, size * plan.pipeline.stages_per_rank)
     layout = Layout.of(module, plan, ctx)
@@ -179,7 +206,9 @@ def _check_alike(shared: Sequence[dict[int, str]], layout: Layout, size: int) ->
         got = ", ".join(f"`{name}`" for name in names.values())
         if len({layout.cuts.get(name.rpartition(".")[0]) for name in names.values()}) > 1:
             fix = "leave both out of `tensor`, or untie them"
-            raise ModelError("a parameter that two stages share is cut in one of them only", got=got, fix=fix)
+            raise ModelError(
+                "a parameter that two stages share is cut in one of them only", got=got, fix=fix
+            )
         if len({stage % size for stage in names}) < len(names):
             fix = "use a number of ranks or a split that puts them on two ranks, or into one stage"
             raise ModelError("two stages of one rank share a parameter", got=got, fix=fix)
@@ -191,7 +220,9 @@ def _check_units(stages: Sequence[Sequence[str]], layout: Layout) -> None:
     for unit in layout.units:
         if not any(unit == name or unit.startswith(f"{name}.") for name in chain):
             fix = "name units that are modules of the chain, or inside of one"
-            raise ConfigError("a unit spans several modules of the pipeline's chain", got=f"`{unit}`", fix=fix)
+            raise ConfigError(
+                "a unit spans several modules of the pipeline's chain", got=f"`{unit}`", fix=fix
+            )
 
 
 def _groups(module: nn.Module, shared: Sequence[dict[int, str]], ctx: DistContext) -> list[Shared]:
@@ -208,11 +239,15 @@ def _groups(module: nn.Module, shared: Sequence[dict[int, str]], ctx: DistContex
         found.append(Shared(owners[place], group))
         if place != min(owners):
             copy: Any = module.get_parameter(owners[place])
-            copy._faccel_name = names[min(names)]  # the norm counts it there, and a checkpoint names it so
+            copy._faccel_name = names[
+                min(names)
+            ]  # the norm counts it there, and a checkpoint names it so
     return found
 
 
-def _run_window(engine: nn.Module, losses: Sequence[Loss], factors: Sequence[Any], ctx: DistContext) -> torch.Tensor:
+def _run_window(
+    engine: nn.Module, losses: Sequence[Loss], factors: Sequence[Any], ctx: DistContext
+) -> torch.Tensor:
     from faccel.parallel.pipeline_schedules import SCHEDULES
 
     assert isinstance(engine, Engine)
@@ -224,7 +259,9 @@ def _run_window(engine: nn.Module, losses: Sequence[Loss], factors: Sequence[Any
 
     def loss_of(out: Any, number: int) -> torch.Tensor:
         def ask(_: None) -> torch.Tensor:  # what the inputs were drawn with, if they were
-            return losses[number](lambda *args, **kwargs: to_fp32(out) if ctx.compute_dtype else out)
+            return losses[number](
+                lambda *args, **kwargs: to_fp32(out) if ctx.compute_dtype else out
+            )
 
         loss = seeded(ask, None, mix(seed, number))
         found[number] = whole(loss.detach())
@@ -255,7 +292,9 @@ def _schedule_of(engine: Engine, count: int) -> str:
     if not engine.has_run:
         fix = f"use `grad_accum={engine.size}` or more, or a smaller `pp`"
         got = f"{count} micro-batches on {engine.size} ranks"
-        raise ConfigError("a pipeline needs as many micro-batches as it has ranks", got=got, fix=fix)
+        raise ConfigError(
+            "a pipeline needs as many micro-batches as it has ranks", got=got, fix=fix
+        )
     return "gpipe"
 
 
@@ -293,12 +332,18 @@ def engine_parameter(engine: Engine, name: str) -> torch.Tensor:
 def _runner(engine: Engine, ctx: DistContext) -> Run:
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
         if method != "forward":
-            raise ModelError("a pipeline runs `forward` only", got=f"`{method}`", fix="unwrap a model of one process")
-        if torch.is_grad_enabled():
-            fix = (
-                "write `faccel.parallel.pipeline_step(loss_fn, model, window, scaler, ctx)`, or `with torch.no_grad():`"
+            raise ModelError(
+                "a pipeline runs `forward` only",
+                got=f"`{method}`",
+                fix="unwrap a model of one process",
             )
-            raise ModelError("a pipeline trains a whole window at a time", got="a call with gradients on", fix=fix)
+        if torch.is_grad_enabled():
+            fix = "write `faccel.parallel.pipeline_step(loss_fn, model, window, scaler, ctx)`, or `with torch.no_grad():`"
+            raise ModelError(
+                "a pipeline trains a whole window at a time",
+                got="a call with gradients on",
+                fix=fix,
+            )
         return infer(engine, args, kwargs, ctx)
 
     return run
@@ -325,7 +370,9 @@ def infer(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], ctx: Di
         def pick(x: Any) -> Any:
             if not _is_batch(x, rows):
                 return x
-            index = torch.arange(number * size, (number + 1) * size, device=x.device).clamp(max=rows - 1)
+            index = torch.arange(number * size, (number + 1) * size, device=x.device).clamp(
+                max=rows - 1
+            )
             return x.index_select(0, index)
 
         picked = map_leaves(pick, [list(args), kwargs])
@@ -347,7 +394,10 @@ def _is_batch(x: Any, rows: int) -> bool:
 
 def _rows(tree: Tree) -> int:
     found: list[int] = []
-    map_leaves(lambda x: found.append(x.shape[0]) if isinstance(x, torch.Tensor) and x.ndim else None, _listed(tree))
+    map_leaves(
+        lambda x: found.append(x.shape[0]) if isinstance(x, torch.Tensor) and x.ndim else None,
+        _listed(tree),
+    )
     if not found or not found[0]:
         fix = "pass a tensor with the batch as its first dimension"
         raise ModelError("a pipeline takes a batch of at least one row", got="none", fix=fix)
@@ -363,7 +413,9 @@ def _to_all(chunks: Any, rows: int, engine: Engine, ctx: DistContext) -> Tree:
     columns: list[torch.Tensor] = []
     if chunks is not None:
         pieces = [to_fp32(chunk) if ctx.compute_dtype else chunk for chunk in chunks]
-        rows_of = [tuple(map(whole, piece if isinstance(piece, tuple) else (piece,))) for piece in pieces]
+        rows_of = [
+            tuple(map(whole, piece if isinstance(piece, tuple) else (piece,))) for piece in pieces
+        ]
         columns = [torch.cat(column)[:rows] for column in zip(*rows_of, strict=True)]
     last = engine.size - 1
     is_one = chunks is not None and not isinstance(chunks[0], tuple)
@@ -376,7 +428,9 @@ def _to_all(chunks: Any, rows: int, engine: Engine, ctx: DistContext) -> Tree:
 
 def _sync(engine: nn.Module, on: bool) -> Any:  # noqa: FBT001 (Parallelism.sync)
     fix = "write `faccel.parallel.pipeline_step`, which reduces once for a window"
-    raise ModelError("a pipeline reduces gradients by itself", got=f"`grad_sync(model, on={on})`", fix=fix)
+    raise ModelError(
+        "a pipeline reduces gradients by itself", got=f"`grad_sync(model, on={on})`", fix=fix
+    )
 
 
 PIPELINE = Parallelism("pipeline", _wrap, same_optimizer, _sync, settle, run_window=_run_window)

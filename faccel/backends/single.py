@@ -34,7 +34,9 @@ def _settle(engine: nn.Module, ctx: DistContext) -> None:
     pass  # one process agrees with itself
 
 
-def _join(engine: nn.Module, states: Sequence[Any], ctx: DistContext) -> AbstractContextManager[None]:
+def _join(
+    engine: nn.Module, states: Sequence[Any], ctx: DistContext
+) -> AbstractContextManager[None]:
     return nullcontext()
 
 

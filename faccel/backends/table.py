@@ -63,7 +63,9 @@ def _replicas(config: Config, spec: MeshSpec) -> str | None:
 _GLOO, _NCCL = "CPU (gloo), simulated", "CUDA (NCCL), XPU"
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
-        "single": Backend(SINGLE, lambda spec: spec.size == 1, lambda env: None, "CPU", "CUDA, XPU, MPS"),
+        "single": Backend(
+            SINGLE, lambda spec: spec.size == 1, lambda env: None, "CPU", "CUDA, XPU, MPS"
+        ),
         "ddp": Backend(DDP, lambda spec: spec.size == spec.dp_replicate > 1, _probe, _GLOO, _NCCL),
         "pipeline": Backend(PIPELINE, lambda spec: spec.pp > 1, _probe, _GLOO, _NCCL),
         "deepspeed": Backend(
@@ -102,11 +104,20 @@ def choose(spec: MeshSpec, env: Mapping[str, str], config: Config, device_type: 
     name = config.strategy
     if name is None and config.zero is not None:
         got = f"zero={config.zero}, from the {config.sources.get('zero', 'argument').partition(',')[0]}"
-        raise ConfigError("`zero` is a stage of an engine", got=got, fix='write `strategy="deepspeed"` too')
+        raise ConfigError(
+            "`zero` is a stage of an engine", got=got, fix='write `strategy="deepspeed"` too'
+        )
     if name is None:
-        name = next((each for each, row in BACKENDS.items() if row.serves(spec) and not row.is_asked_for), None)
+        name = next(
+            (each for each, row in BACKENDS.items() if row.serves(spec) and not row.is_asked_for),
+            None,
+        )
     if name is None or not BACKENDS[name].serves(spec):
-        what = "no strategy of this version runs this mesh" if name is None else f"`{name}` does not run this mesh"
+        what = (
+            "no strategy of this version runs this mesh"
+            if name is None
+            else f"`{name}` does not run this mesh"
+        )
         raise BackendError(what, got=str(spec), fix=f"use `dp_replicate={spec.size}`")
     row = BACKENDS[name]
     reason = row.probe(env)
@@ -125,7 +136,10 @@ def table() -> str:
     Effects: pure, but for a look at what is installed.
     """
     head = "| strategy | chosen by | runs where there is | tested on | written for, not run on hardware by us |"
-    asked = {name: f"`--strategy {name}`" if row.is_asked_for else "the mesh" for name, row in BACKENDS.items()}
+    asked = {
+        name: f"`--strategy {name}`" if row.is_asked_for else "the mesh"
+        for name, row in BACKENDS.items()
+    }
     rows = [
         f"| `{name}` | {asked[name]} | {row.needs} | {row.tested_on} | {row.written_for} |"
         for name, row in BACKENDS.items()
@@ -149,5 +163,7 @@ def use(ctx: DistContext, backend: Backend) -> DistContext:
     reason = reason or backend.probe(os.environ)
     if reason:
         name = backend.parallelism.name
-        raise BackendError(f"the strategy `{name}` cannot run here", got=reason, fix="use another mesh")
+        raise BackendError(
+            f"the strategy `{name}` cannot run here", got=reason, fix="use another mesh"
+        )
     return attrs.evolve(ctx, parallelism=backend.parallelism)

@@ -58,7 +58,9 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state, on the CPU. Collective."""
         mine = map_leaves(_to_cpu, self.optim.state_dict())
-        self._all_state_dicts = all_or_error(lambda: mine, self._ctx, "give its part of the state of an optimizer")
+        self._all_state_dicts = all_or_error(
+            lambda: mine, self._ctx, "give its part of the state of an optimizer"
+        )
         try:
             return super().state_dict()
         finally:
@@ -67,18 +69,32 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take this rank's part of a whole state."""
         saved: list[dict[str, Any]] = state_dict["param_groups"]
-        sizes = [[len(group["params"]) for group in groups] for groups in (saved, self.param_groups)]
+        sizes = [
+            [len(group["params"]) for group in groups] for groups in (saved, self.param_groups)
+        ]
         if sizes[0] != sizes[1]:
             raise OptimizerError(
                 "this state is of an optimizer with other groups of parameters",
                 got=f"groups of {sizes[0]}, for groups of {sizes[1]}",
                 fix="make the optimizer from the model that the state belongs to, in the same groups",
             )
-        number_of = {id(p): number for p, number in zip(_params(self.param_groups), _params(saved), strict=True)}
+        number_of = {
+            id(p): number
+            for p, number in zip(_params(self.param_groups), _params(saved), strict=True)
+        }
         own = self.optim.state_dict()["param_groups"]
-        numbers = {number_of[id(p)]: i for i, p in zip(_params(own), _params(self.optim.param_groups), strict=True)}
-        state = {numbers[number]: each for number, each in state_dict["state"].items() if number in numbers}
-        packed = [group | {"params": mine["params"]} for group, mine in zip(saved, own, strict=True)]
+        numbers = {
+            number_of[id(p)]: i
+            for i, p in zip(_params(own), _params(self.optim.param_groups), strict=True)
+        }
+        state = {
+            numbers[number]: each
+            for number, each in state_dict["state"].items()
+            if number in numbers
+        }
+        packed = [
+            group | {"params": mine["params"]} for group, mine in zip(saved, own, strict=True)
+        ]
         self.optim.load_state_dict({"state": state, "param_groups": packed})
         _copy_options(self.optim.param_groups, self.param_groups)
 
@@ -107,5 +123,7 @@ class _Part:
         part = object.__new__(type(self.opt))
         part.__dict__.update(self.opt.__dict__)
         part.param_groups = groups
-        part.state = defaultdict(dict, {p: state for p, state in self.opt.state.items() if id(p) in own})
+        part.state = defaultdict(
+            dict, {p: state for p, state in self.opt.state.items() if id(p) in own}
+        )
         return part

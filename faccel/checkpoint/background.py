@@ -101,7 +101,9 @@ def staged(slices: Sequence[Slice]) -> list[Slice]:
     return copies
 
 
-def start(begun: Begun, ctx: DistContext, metadata: Mapping[str, Any] | None, policy: KeepPolicy | None) -> None:
+def start(
+    begun: Begun, ctx: DistContext, metadata: Mapping[str, Any] | None, policy: KeepPolicy | None
+) -> None:
     """Copy this rank's part, and write it on a thread.
 
     Effects: ambient, collective.
@@ -131,7 +133,9 @@ def _written(begun: Begun) -> dict[str, Any]:
     try:
         return {"files": [attrs.asdict(entry) for entry in begun.write()]}
     except Exception as error:
-        with suppress(OSError):  # a disk that is full takes no word either; rank 0 hears of it from the next call
+        with suppress(
+            OSError
+        ):  # a disk that is full takes no word either; rank 0 hears of it from the next call
             _leave_word(begun, {"error": f"{type(error).__name__}: {error}"})
         raise
 
@@ -156,7 +160,9 @@ def _bytes_in(folder: str) -> int:
     return size
 
 
-def _wait_for_words(folder: str, world_size: int, timeout_s: float, pending: Pending) -> list[FileEntry]:
+def _wait_for_words(
+    folder: str, world_size: int, timeout_s: float, pending: Pending
+) -> list[FileEntry]:
     files: list[FileEntry] = []
     moved_at, moved = time.monotonic(), -1
     for rank in range(world_size):
@@ -173,7 +179,9 @@ def _wait_for_words(folder: str, world_size: int, timeout_s: float, pending: Pen
         with open(path) as file:
             word = json.load(file)
         if "error" in word:
-            raise CheckpointError(f"rank {rank} could not write its part", got=word["error"], fix="mend that")
+            raise CheckpointError(
+                f"rank {rank} could not write its part", got=word["error"], fix="mend that"
+            )
         files += [FileEntry(**each) for each in word["files"]]
         os.unlink(path)
     return files

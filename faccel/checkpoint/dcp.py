@@ -52,7 +52,9 @@ class StreamingWriter(StorageWriter):
         """Write the items of a plan."""
         self.write([slice_of(item, planner) for item in plan.items])
         done: Future[list[WriteResult]] = Future()
-        done.set_result([WriteResult(item.index, item.tensor_storage_size() or 0, None) for item in plan.items])
+        done.set_result(
+            [WriteResult(item.index, item.tensor_storage_size() or 0, None) for item in plan.items]
+        )
         return done
 
     def write(self, slices: Sequence[Slice]) -> None:
@@ -85,7 +87,9 @@ def slice_of(item: WriteItem, planner: SavePlanner) -> Slice:
     return Slice(item.index.fqn, tensor, [0] * tensor.ndim if offsets is None else offsets)
 
 
-def local_save_plan(tensors: Mapping[str, torch.Tensor], rank: int) -> tuple[DefaultSavePlanner, SavePlan]:
+def local_save_plan(
+    tensors: Mapping[str, torch.Tensor], rank: int
+) -> tuple[DefaultSavePlanner, SavePlan]:
     """Return what this rank has to offer. The plan can be pickled."""
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), is_coordinator=rank == 0)

@@ -48,7 +48,9 @@ class Stored:
 def _misfit(
     path: str, got: str, fix: str = "load into the state that was saved, or into a part of it"
 ) -> CheckpointError:
-    return CheckpointError("the checkpoint does not fit the state", got=f"`{path or 'state'}`: {got}", fix=fix)
+    return CheckpointError(
+        "the checkpoint does not fit the state", got=f"`{path or 'state'}`: {got}", fix=fix
+    )
 
 
 class Decoder:
@@ -86,11 +88,17 @@ class Decoder:
 
     def mapping(self, node: dict[str, Any], into: Any, path: str) -> Finish:
         keys = [self.decode(key, None)() for key in node["k"]]
-        return self._children(dict(zip(keys, node["v"], strict=True)), into, path, MAPPINGS[node["!"]])
+        return self._children(
+            dict(zip(keys, node["v"], strict=True)), into, path, MAPPINGS[node["!"]]
+        )
 
-    def _children(self, nodes: dict[Any, Node], into: Any, path: str, make: Callable[[dict[Any, Any]], Any]) -> Finish:
+    def _children(
+        self, nodes: dict[Any, Node], into: Any, path: str, make: Callable[[dict[Any, Any]], Any]
+    ) -> Finish:
         """A mapping is loaded as far as the state names its keys; where it names none, below the top, whole."""
-        places: Mapping[Any, Any] = into if isinstance(into, Mapping) and not is_stateful(into) else {}
+        places: Mapping[Any, Any] = (
+            into if isinstance(into, Mapping) and not is_stateful(into) else {}
+        )
         for key in places:
             if key not in nodes:
                 fix = f"leave it out, or {nearest(str(key), map(str, nodes))}"
@@ -99,12 +107,20 @@ class Decoder:
         parts = {key: self.decode(nodes[key], places.get(key), join(path, key)) for key in chosen}
         return lambda: make({key: finish() for key, finish in parts.items()})
 
-    def _items(self, nodes: list[Node], into: Any, path: str, make: Callable[[list[Any]], Any]) -> Finish:
-        places: Sequence[Any] = into if isinstance(into, (list, tuple)) and fields_of(into) is None else []
+    def _items(
+        self, nodes: list[Node], into: Any, path: str, make: Callable[[list[Any]], Any]
+    ) -> Finish:
+        places: Sequence[Any] = (
+            into if isinstance(into, (list, tuple)) and fields_of(into) is None else []
+        )
         if len(places) != len(nodes):
             if any(map(_has_identity_inside, places)):
-                raise _misfit(path, f"{len(nodes)} items in the checkpoint, {len(places)} in the state")
-            places = [places[0] if places else None] * len(nodes)  # values of one kind, however many there were
+                raise _misfit(
+                    path, f"{len(nodes)} items in the checkpoint, {len(places)} in the state"
+                )
+            places = [places[0] if places else None] * len(
+                nodes
+            )  # values of one kind, however many there were
         pairs = enumerate(zip(nodes, places, strict=True))
         parts = [self.decode(each, place, item(path, i)) for i, (each, place) in pairs]
         return lambda: make([finish() for finish in parts])
@@ -114,7 +130,9 @@ class Decoder:
         if kind in _SEQUENCES:
             return self._items(node["v"], into, path, _SEQUENCES[kind])
         if kind not in _TEXTS:
-            raise _misfit(path, f"a kind of value that this version does not know: {kind}", "update faccel")
+            raise _misfit(
+                path, f"a kind of value that this version does not know: {kind}", "update faccel"
+            )
         return lambda: _TEXTS[kind](v)
 
     def _new_tensor(self, path: str, into: Any = None) -> torch.Tensor:
@@ -151,17 +169,29 @@ class Decoder:
     def module(self, node: dict[str, Any], into: Any, path: str) -> Finish:
         if not isinstance(into, (WrappedModel, nn.Module)):
             raise _misfit(
-                path, f"a model in the checkpoint, {type(into).__name__} in the state", "pass the model itself"
+                path,
+                f"a model in the checkpoint, {type(into).__name__} in the state",
+                "pass the model itself",
             )
         module = into.module if isinstance(into, WrappedModel) else into
         own = dict(into.state_dict())
-        needed = trained(module, own) if node.get("trained_only") else own  # frozen ones may stay as they are
-        if not (needed.keys() <= node["v"].keys() and (self._is_part or node["v"].keys() <= own.keys())):
-            raise _misfit(path, _difference(set(node["v"]), set(needed)), "build the model that was saved")
+        needed = (
+            trained(module, own) if node.get("trained_only") else own
+        )  # frozen ones may stay as they are
+        if not (
+            needed.keys() <= node["v"].keys() and (self._is_part or node["v"].keys() <= own.keys())
+        ):
+            raise _misfit(
+                path, _difference(set(node["v"]), set(needed)), "build the model that was saved"
+            )
         parts = {
-            name: self._parameter(own, node["v"][name], name, join(path, name)) for name in own if name in node["v"]
+            name: self._parameter(own, node["v"][name], name, join(path, name))
+            for name in own
+            if name in node["v"]
         }
-        versions = OrderedDict((name, {"version": version}) for name, version in node.get("versions", {}).items())
+        versions = OrderedDict(
+            (name, {"version": version}) for name, version in node.get("versions", {}).items()
+        )
 
         def load() -> Any:
             state: Any = OrderedDict((name, finish()) for name, finish in parts.items())
@@ -188,7 +218,11 @@ class Decoder:
                 "build the model that was saved, in its dtype",
             )
         if any(n > 1 and not step for n, step in zip(mine.shape, mine.stride(), strict=True)):
-            raise _misfit(path, "an expanded tensor, whose elements share memory", "register a `.clone()` of it")
+            raise _misfit(
+                path,
+                "an expanded tensor, whose elements share memory",
+                "register a `.clone()` of it",
+            )
         if is_complex:
             return self.decode(node, mine, path)
         self.destinations[path] = mine
@@ -196,14 +230,20 @@ class Decoder:
 
     def optimizer(self, node: dict[str, Any], into: Any, path: str) -> Finish:
         if not isinstance(into, Optimizer):
-            raise _misfit(path, f"an optimizer in the checkpoint, {type(into).__name__} in the state")
+            raise _misfit(
+                path, f"an optimizer in the checkpoint, {type(into).__name__} in the state"
+            )
         names, v = optimizer_names(into, self._names), node["v"]
         numbers = {name: i for i, name in names.items()}
         saved = [group["params"] for group in v["param_groups"]]
         own = [[names[i] for i in group["params"]] for group in into.state_dict()["param_groups"]]
         if not self._fits(saved, own):
             differ = _difference({name for group in saved for name in group}, set(numbers))
-            raise _misfit(path, differ, "make the optimizer from the model that is loaded too, in the same groups")
+            raise _misfit(
+                path,
+                differ,
+                "make the optimizer from the model that is loaded too, in the same groups",
+            )
         groups = self.decode(v["param_groups"], None, join(path, "param_groups"))
         rest = self.decode(v["rest"], None, join(path, "rest"))
         state = self._optimizer_state(v["state"], numbers, join(path, "state"))
@@ -218,14 +258,22 @@ class Decoder:
 
     def _fits(self, saved: list[list[str]], own: list[list[str]]) -> bool:
         if self._is_part:
-            return len(saved) == len(own) and all(set(a) <= set(b) for a, b in zip(own, saved, strict=True))
+            return len(saved) == len(own) and all(
+                set(a) <= set(b) for a, b in zip(own, saved, strict=True)
+            )
         return sorted(map(sorted, saved)) == sorted(map(sorted, own))
 
-    def _optimizer_state(self, node: dict[str, Any], numbers: Mapping[str, int], path: str) -> Finish:
-        keys: list[Any] = list(node) if "!" not in node else [self.decode(key, None)() for key in node["k"]]
+    def _optimizer_state(
+        self, node: dict[str, Any], numbers: Mapping[str, int], path: str
+    ) -> Finish:
+        keys: list[Any] = (
+            list(node) if "!" not in node else [self.decode(key, None)() for key in node["k"]]
+        )
         nodes: list[Any] = list(node.values()) if "!" not in node else node["v"]
         parts = {
-            numbers.get(key, key): self.decode(each, _like(self._parameters.get(key), each), join(path, key))
+            numbers.get(key, key): self.decode(
+                each, _like(self._parameters.get(key), each), join(path, key)
+            )
             for key, each in zip(keys, nodes, strict=True)
             if key in numbers or not self._is_part
         }
@@ -233,7 +281,9 @@ class Decoder:
 
     def stateful(self, node: dict[str, Any], into: Any, path: str) -> Finish:
         if not is_stateful(into):
-            got = f"an object with `state_dict` in the checkpoint, {type(into).__name__} in the state"
+            got = (
+                f"an object with `state_dict` in the checkpoint, {type(into).__name__} in the state"
+            )
             raise _misfit(path, got, "pass an object with `load_state_dict`")
         finish = self.decode(node["v"], None, path)
 
@@ -245,7 +295,9 @@ class Decoder:
 
     def rng(self, node: dict[str, Any], into: Any, path: str) -> Finish:
         rank = self._ctx.rank % node["ranks"]
-        kinds = ["torch", "python", "numpy", "pairs"] + ["device"] * (node["device"] and self._ctx.device.type != "cpu")
+        kinds = ["torch", "python", "numpy", "pairs"] + ["device"] * (
+            node["device"] and self._ctx.device.type != "cpu"
+        )
         here = join(path, f"rank-{rank:05d}")
         tensors = {name: self._new_tensor(join(here, name)) for name in kinds}
 
@@ -259,16 +311,26 @@ class Decoder:
         from tensordict import TensorDict
 
         places = dict(into.items()) if is_tensordict(into) else {}
-        parts = {key: self.decode(each, places.get(key), join(path, key)) for key, each in node["v"].items()}
-        return lambda: TensorDict({key: finish() for key, finish in parts.items()}, batch_size=node["batch_size"])
+        parts = {
+            key: self.decode(each, places.get(key), join(path, key))
+            for key, each in node["v"].items()
+        }
+        return lambda: TensorDict(
+            {key: finish() for key, finish in parts.items()}, batch_size=node["batch_size"]
+        )
 
     def record(self, node: dict[str, Any], into: Any, path: str) -> Finish:
         kind = OWN_RECORDS[node["class"]] if node.get("own") else type(into)
         places = fields_of(into) or {}
-        parts = {name: self.decode(each, places.get(name), join(path, name)) for name, each in node["v"].items()}
+        parts = {
+            name: self.decode(each, places.get(name), join(path, name))
+            for name, each in node["v"].items()
+        }
         if kind.__name__ == node["class"]:
             aliases = {a.name: a.alias for a in attrs.fields(kind)} if attrs.has(kind) else {}
-            return lambda: kind(**{aliases.get(name, name): finish() for name, finish in parts.items()})
+            return lambda: kind(
+                **{aliases.get(name, name): finish() for name, finish in parts.items()}
+            )
         if not node.get("tuple"):
             got = f"a {node['class']} in the checkpoint, a {kind.__name__} in the state"
             raise _misfit(path, got, f"put a {node['class']} there, so that its class is known")
@@ -280,7 +342,9 @@ def _like(parameter: torch.Tensor | None, node: Node) -> dict[str, Any] | None:
     return dict.fromkeys(node, parameter) if isinstance(node, dict) and "!" not in node else None
 
 
-def _pairs(own: list[list[str]], groups: list[dict[str, Any]]) -> list[tuple[list[str], dict[str, Any]]]:
+def _pairs(
+    own: list[list[str]], groups: list[dict[str, Any]]
+) -> list[tuple[list[str], dict[str, Any]]]:
     """Return each group of the state's with the options of the stored group that has the same parameters."""
     left = list(groups)
     pairs: list[tuple[list[str], dict[str, Any]]] = []
@@ -291,7 +355,9 @@ def _pairs(own: list[list[str]], groups: list[dict[str, Any]]) -> list[tuple[lis
     return pairs
 
 
-def _same_group(names: list[str], options: dict[str, Any], numbers: Mapping[str, int]) -> dict[str, Any]:
+def _same_group(
+    names: list[str], options: dict[str, Any], numbers: Mapping[str, int]
+) -> dict[str, Any]:
     """Return the options for the parameters in the order that this optimizer has them in."""
     packed = options | {"params": [numbers[name] for name in names]}
     if options.get("param_names"):
@@ -305,7 +371,13 @@ def _parameters(state: Any, names: Mapping[int, str]) -> dict[str, torch.Tensor]
     if isinstance(state, (WrappedModel, nn.Module)):
         lying: Mapping[str, Any] = state.state_dict() if isinstance(state, WrappedModel) else {}
         return {names[id(p)]: lying.get(name, p) for name, p in state.named_parameters()}
-    children = state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ()
+    children = (
+        state.values()
+        if isinstance(state, Mapping)
+        else state
+        if isinstance(state, (list, tuple))
+        else ()
+    )
     return {name: p for child in children for name, p in _parameters(child, names).items()}
 
 
@@ -354,7 +426,9 @@ _TEXTS: dict[str, Callable[[Any], Any]] = {
     "float": float,
     "bytes": base64.b64decode,
     "complex number": lambda v: complex(*map(float.fromhex, v)),
-    "dtype": lambda v: {str(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}[f"torch.{v}"],
+    "dtype": lambda v: {str(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}[
+        f"torch.{v}"
+    ],
     "device": torch.device,
 }
 _DECODERS: dict[Any, Callable[[Decoder, dict[str, Any], Any, str], Finish]] = {

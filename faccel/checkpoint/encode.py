@@ -34,7 +34,11 @@ OWN_RECORDS: dict[str, Any] = {"Cursor": Cursor, "ScalerState": ScalerState}
 _NOT_STORED = {"ScalerState": ("stepped",)}
 _SAFE = " .:,;@+=()[]-_"
 _PLAIN = (type(None), bool, int, str)
-MAPPINGS: dict[str, Callable[[dict[Any, Any]], Any]] = {"Counter": Counter, "OrderedDict": OrderedDict, "dict": dict}
+MAPPINGS: dict[str, Callable[[dict[Any, Any]], Any]] = {
+    "Counter": Counter,
+    "OrderedDict": OrderedDict,
+    "dict": dict,
+}
 
 
 def join(path: str, key: object) -> str:
@@ -56,7 +60,11 @@ def fields_of(record: Any) -> dict[str, Any] | None:
     if attrs.has(kind):
         return {a.name: getattr(record, a.name) for a in attrs.fields(kind) if a.init}
     if hasattr(kind, "__dataclass_fields__"):
-        return {name: getattr(record, name) for name, field in kind.__dataclass_fields__.items() if field.init}
+        return {
+            name: getattr(record, name)
+            for name, field in kind.__dataclass_fields__.items()
+            if field.init
+        }
     if isinstance(record, tuple) and hasattr(record, "_fields"):
         return record._asdict()  # type: ignore[attr-defined]
     return None
@@ -64,14 +72,19 @@ def fields_of(record: Any) -> dict[str, Any] | None:
 
 def is_stateful(value: Any) -> bool:
     """Whether `value` gives its state away and takes it back itself."""
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+    return callable(getattr(value, "state_dict", None)) and callable(
+        getattr(value, "load_state_dict", None)
+    )
 
 
 def parameter_names(state: Any, path: str = "") -> dict[int, str]:
     """Return the name of each parameter of each model in `state`, by identity: an optimizer's state is kept by it."""
     if isinstance(state, (WrappedModel, nn.Module)):
         # of a parameter that two stages of a pipeline have, one name counts
-        return {id(p): join(path, getattr(p, "_faccel_name", name)) for name, p in state.named_parameters()}
+        return {
+            id(p): join(path, getattr(p, "_faccel_name", name))
+            for name, p in state.named_parameters()
+        }
     if isinstance(state, Mapping):
         children: Iterator[tuple[Any, Any]] = iter(state.items())
     elif isinstance(state, (list, tuple)):
@@ -79,7 +92,11 @@ def parameter_names(state: Any, path: str = "") -> dict[int, str]:
     else:
         return {}
     named = item if isinstance(state, (list, tuple)) else join
-    return {i: name for key, child in children for i, name in parameter_names(child, named(path, key)).items()}
+    return {
+        i: name
+        for key, child in children
+        for i, name in parameter_names(child, named(path, key)).items()
+    }
 
 
 def optimizer_names(opt: Optimizer, names: Mapping[int, str]) -> dict[int, str]:
@@ -98,7 +115,9 @@ def optimizer_names(opt: Optimizer, names: Mapping[int, str]) -> dict[int, str]:
 
 def trained(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a module's state is not frozen: parameters that require gradients, and buffers."""
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    frozen = {
+        name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad
+    }
     return {name: value for name, value in state.items() if name not in frozen}
 
 
@@ -138,20 +157,28 @@ class Encoder:
     def tensor(self, value: torch.Tensor, path: str) -> Node:
         if value.layout != torch.strided or value.is_quantized:
             raise CheckpointError(
-                "only dense tensors can be stored", got=f"`{path}`, {value.layout}", fix="call `.to_dense()` on it"
+                "only dense tensors can be stored",
+                got=f"`{path}`, {value.layout}",
+                fix="call `.to_dense()` on it",
             )
         if path in self._taken:
-            raise CheckpointError("two tensors would have one name", got=f"`{path}`", fix="name one of them otherwise")
+            raise CheckpointError(
+                "two tensors would have one name", got=f"`{path}`", fix="name one of them otherwise"
+            )
         self._taken.add(path)
         value = value.detach() if is_sharded(value) else value.detach().resolve_neg()
         is_complex = value.dtype.is_complex
-        if self._ctx.data_rank == 0 or is_sharded(value):  # of replicas the first one counts, be they equal or not
+        if self._ctx.data_rank == 0 or is_sharded(
+            value
+        ):  # of replicas the first one counts, be they equal or not
             self.tensors[path] = torch.view_as_real(value.resolve_conj()) if is_complex else value
         return {"!": "complex" if is_complex else "tensor"}
 
     def module(self, value: Any, path: str) -> Node:
         state = value.state_dict()
-        versions = {k: v["version"] for k, v in getattr(state, "_metadata", {}).items() if "version" in v}
+        versions = {
+            k: v["version"] for k, v in getattr(state, "_metadata", {}).items() if "version" in v
+        }
         own = value.module if isinstance(value, WrappedModel) else value
         kept = trained(own, state) if self._trained_only else dict(state)
         part = {"trained_only": True} if len(kept) < len(state) else {}
@@ -160,7 +187,10 @@ class Encoder:
     def optimizer(self, value: Optimizer, path: str) -> Node:
         names, packed = optimizer_names(value, self._names), value.state_dict()
         state = {names.get(i, i): each for i, each in packed["state"].items()}
-        groups = [group | {"params": [names[i] for i in group["params"]]} for group in packed["param_groups"]]
+        groups = [
+            group | {"params": [names[i] for i in group["params"]]}
+            for group in packed["param_groups"]
+        ]
         rest = {key: each for key, each in packed.items() if key not in ("state", "param_groups")}
         v = {"state": state, "param_groups": groups, "rest": rest}
         return {"!": "optimizer", "v": self.encode(v, path)}
@@ -194,7 +224,9 @@ class Encoder:
         parts: list[Any] = list(key) if type(key) is tuple else [key]
         if not all(isinstance(each, (*_PLAIN, float, bytes, torch.dtype)) for each in parts):
             got = f"a {type(key).__name__} in `{path}`"
-            raise CheckpointError("this cannot be stored as a key", got=got, fix="use numbers, text or tuples of them")
+            raise CheckpointError(
+                "this cannot be stored as a key", got=got, fix="use numbers, text or tuples of them"
+            )
         return self.encode(key, path)
 
     def record(self, value: Any, path: str) -> Node:
@@ -206,7 +238,11 @@ class Encoder:
                 got=f"`{path}`, a {name}",
                 fix="give its fields away as a dict, in that object's `state_dict`",
             )
-        fields = {k: v for k, v in (fields_of(value) or {}).items() if not is_own or k not in _NOT_STORED.get(name, ())}
+        fields = {
+            k: v
+            for k, v in (fields_of(value) or {}).items()
+            if not is_own or k not in _NOT_STORED.get(name, ())
+        }
         v = {k: self.encode(each, join(path, k)) for k, each in fields.items()}
         return {"!": "record", "class": name, "own": is_own, "tuple": is_tuple, "v": v}
 
@@ -218,17 +254,27 @@ class Encoder:
     def array(self, value: Any, path: str) -> Node:
         if value.dtype.kind not in "biufc":
             raise CheckpointError(
-                "only arrays of numbers can be stored", got=f"`{path}`, {value.dtype}", fix="use a list"
+                "only arrays of numbers can be stored",
+                got=f"`{path}`, {value.dtype}",
+                fix="use a list",
             )
         node = self.tensor(torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape)), path)
-        return {"!": "array", "v": node, "dtype": value.dtype.str, "scalar": isinstance(value, np.generic)}
+        return {
+            "!": "array",
+            "v": node,
+            "dtype": value.dtype.str,
+            "scalar": isinstance(value, np.generic),
+        }
 
     def text(self, value: Any, path: str) -> Node:
         if isinstance(value, bytes):
             return {"!": "bytes", "v": base64.b64encode(value).decode()}
         if isinstance(value, complex):
             return {"!": "complex number", "v": [value.real.hex(), value.imag.hex()]}
-        return {"!": "dtype" if isinstance(value, torch.dtype) else "device", "v": str(value).removeprefix("torch.")}
+        return {
+            "!": "dtype" if isinstance(value, torch.dtype) else "device",
+            "v": str(value).removeprefix("torch."),
+        }
 
 
 _ENCODERS: tuple[tuple[Callable[[Any], bool], Callable[[Encoder, Any, str], Node]], ...] = (
@@ -252,7 +298,9 @@ def _tensors_of(rng: RngState) -> dict[str, torch.Tensor]:
     version, words, pair = rng.python
     kind, keys, place, has_pair, kept = rng.numpy
     if kind != "MT19937":
-        raise CheckpointError("numpy's process-wide generator is not its own", got=kind, fix="set it back to MT19937")
+        raise CheckpointError(
+            "numpy's process-wide generator is not its own", got=kind, fix="set it back to MT19937"
+        )
     nan = float("nan")
     tensors = {
         "torch": rng.torch,

@@ -31,7 +31,17 @@ _INDEX = "model.safetensors.index.json"
 _OURS = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|pytorch_model.*\.bin(\.index\.json)?"
 )
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 
 Fetch = Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
 """Gives whole tensors of some names on the CPU."""
@@ -42,7 +52,9 @@ def num_bytes(size: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise ConfigError(
-            "`max_shard_size` is a size", got=repr(size), fix='write `"5GB"`, `"500MB"` or a number of bytes'
+            "`max_shard_size` is a size",
+            got=repr(size),
+            fix='write `"5GB"`, `"500MB"` or a number of bytes',
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
@@ -51,7 +63,9 @@ def _module(model: Any) -> nn.Module:
     if isinstance(model, WrappedModel):
         return model.module
     if not isinstance(model, nn.Module):
-        raise CheckpointError("only a model can be exported", got=f"a {type(model).__name__}", fix="pass the model")
+        raise CheckpointError(
+            "only a model can be exported", got=f"a {type(model).__name__}", fix="pass the model"
+        )
     return model
 
 
@@ -115,12 +129,16 @@ class _Writer:
         """Put the files in place, and the description of `module`; those of an older export go."""
         if len(self.shards) > 1:
             index = {"metadata": {"total_size": self.num_bytes}, "weight_map": self.weight_map}
-            write_file(self.temporary, _INDEX, [json.dumps(index, indent=2, sort_keys=True).encode()])
+            write_file(
+                self.temporary, _INDEX, [json.dumps(index, indent=2, sort_keys=True).encode()]
+            )
         if module is not None:
             describe(module, self.temporary)
         new = sorted(os.listdir(self.temporary), key=lambda name: (name == _INDEX, name))
         if os.path.exists(os.path.join(self.path, _INDEX)):
-            os.unlink(os.path.join(self.path, _INDEX))  # until the new one is there, nothing loads a mixture
+            os.unlink(
+                os.path.join(self.path, _INDEX)
+            )  # until the new one is there, nothing loads a mixture
         for name in new:
             os.replace(os.path.join(self.temporary, name), os.path.join(self.path, name))
         for each in os.scandir(self.path):
@@ -191,14 +209,18 @@ def export_model(
 
     if adapter is not None:
         return _export_adapter(module, adapter, fetch(list(sizes)), os.path.abspath(path), ctx)
-    return write_export(os.path.abspath(path), shards, ties, fetch, ctx, None if trained_only else module)
+    return write_export(
+        os.path.abspath(path), shards, ties, fetch, ctx, None if trained_only else module
+    )
 
 
 def _export_adapter(
     module: nn.Module, adapter: str, state: Mapping[str, torch.Tensor], path: str, ctx: DistContext
 ) -> list[str]:
     told = all_or_error(
-        lambda: write_adapter(module, adapter, state, path) if ctx.is_main else None, ctx, "write the adapter"
+        lambda: write_adapter(module, adapter, state, path) if ctx.is_main else None,
+        ctx,
+        "write the adapter",
     )
     return told[0] or []
 
@@ -227,15 +249,21 @@ def write_export(
 
     Effects: ambient, collective.
     """
-    opened = all_or_error(lambda: _Writer(path, shards, ties) if ctx.is_main else None, ctx, "begin an export")
+    opened = all_or_error(
+        lambda: _Writer(path, shards, ties) if ctx.is_main else None, ctx, "begin an export"
+    )
     writer = opened[0] if ctx.is_main else None
     try:
         for number, names in enumerate(shards):
             tensors = fetch(names)
-            all_or_error(lambda n=number, t=tensors: writer and writer.write(n, t), ctx, "write the export")
+            all_or_error(
+                lambda n=number, t=tensors: writer and writer.write(n, t), ctx, "write the export"
+            )
         all_or_error(lambda: writer and writer.finish(module), ctx, "finish the export")
         files = all_or_error(
-            lambda: sorted(set(writer.weight_map.values())) if writer else None, ctx, "end the export"
+            lambda: sorted(set(writer.weight_map.values())) if writer else None,
+            ctx,
+            "end the export",
         )[0]
         return files or []
     finally:
@@ -245,7 +273,11 @@ def write_export(
 
 @effectful(AMBIENT, COLLECTIVE, updates("model"))
 def load_model(
-    model: WrappedModel | nn.Module, path: str | os.PathLike[str], ctx: DistContext, *, trained_only: bool = False
+    model: WrappedModel | nn.Module,
+    path: str | os.PathLike[str],
+    ctx: DistContext,
+    *,
+    trained_only: bool = False,
 ) -> None:
     """Load weights from safetensors, of `export_model` or of the Hugging Face ecosystem, into a model.
 
@@ -281,7 +313,10 @@ def load_model(
         aliases = {ties[name]: name for name in ties if name in stored and ties[name] not in stored}
         for kept_name, name in aliases.items():  # the file kept another of the tied names
             kept[name] = kept.pop(kept_name)
-        missing, unknown = sorted(set(kept) - set(stored)), sorted(set(stored) - set(kept) - set(ties))
+        missing, unknown = (
+            sorted(set(kept) - set(stored)),
+            sorted(set(stored) - set(kept) - set(ties)),
+        )
         wrong = [n for n, x in kept.items() if n in stored and stored[n].shape != x.shape]
         _refuse(missing, "missing in the files")
         _refuse(unknown, "not the model's")
@@ -289,7 +324,9 @@ def load_model(
 
     all_or_error(plan, ctx, "find the weights of the model")
     all_or_error(lambda: readers[0].read(kept), ctx, "read the weights")
-    all_or_error(lambda: model.load_state_dict(state), ctx, "load the weights")  # for modules that give copies away
+    all_or_error(
+        lambda: model.load_state_dict(state), ctx, "load the weights"
+    )  # for modules that give copies away
 
 
 def _refuse(names: Sequence[str], what: str) -> None:
@@ -310,7 +347,9 @@ def _files_of(path: str) -> tuple[str, list[str]]:
         with open(index) as file:
             names = sorted(set(json.load(file).get("weight_map", {}).values()))
         if not names or any(os.path.basename(name) != name for name in names):
-            raise CheckpointError("the index names no files of its directory", got=f"`{index}`", fix="export it again")
+            raise CheckpointError(
+                "the index names no files of its directory", got=f"`{index}`", fix="export it again"
+            )
         return path, names
     if os.path.exists(os.path.join(path, "model.safetensors")):
         return path, ["model.safetensors"]

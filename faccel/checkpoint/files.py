@@ -81,11 +81,17 @@ def _header(slices: Sequence[Slice], metadata: Mapping[str, str] | None) -> byte
     for each in slices:
         if each.tensor.dtype not in _DTYPES:
             raise CheckpointError(
-                "this dtype cannot be stored", got=f"`{each.key}`, {each.tensor.dtype}", fix="cast it"
+                "this dtype cannot be stored",
+                got=f"`{each.key}`, {each.tensor.dtype}",
+                fix="cast it",
             )
         begin, end = end, end + each.tensor.numel() * each.tensor.dtype.itemsize
         shape = list(each.tensor.shape)
-        header[each.key] = {"dtype": _DTYPES[each.tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+        header[each.key] = {
+            "dtype": _DTYPES[each.tensor.dtype],
+            "shape": shape,
+            "data_offsets": [begin, end],
+        }
     if metadata is None:
         sharding = json.dumps({each.key: {"saved_offsets": list(each.offsets)} for each in slices})
         metadata = {"format": "pt", "DCP_SHARDING_INFO": sharding, "DCP_VERSION": "1.0"}
@@ -121,7 +127,9 @@ def write_safetensors(
 def write_file(directory: str, name: str, chunks: Iterable[bytes | memoryview]) -> FileEntry:
     """Write a new file; it is on the disk when this returns."""
     digest, size = xxhash.xxh3_128(), 0
-    fd = os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    fd = os.open(
+        os.path.join(directory, name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
+    )
     try:
         for chunk in chunks:
             digest.update(chunk)
@@ -169,7 +177,9 @@ def lock(directory: str) -> int:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise
         raise CheckpointError(
-            "another writer is saving into this directory", got=directory, fix="give each run a directory of its own"
+            "another writer is saving into this directory",
+            got=directory,
+            fix="give each run a directory of its own",
         ) from None
     return fd
 

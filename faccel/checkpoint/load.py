@@ -35,12 +35,16 @@ def latest(path: str | os.PathLike[str], ctx: DistContext) -> Checkpoint | None:
 
 
 def _found(path: str | os.PathLike[str], ctx: DistContext) -> list[Checkpoint]:
-    looked = all_or_error(lambda: checkpoints(path) if ctx.is_main else None, ctx, f"look into `{os.fspath(path)}`")
+    looked = all_or_error(
+        lambda: checkpoints(path) if ctx.is_main else None, ctx, f"look into `{os.fspath(path)}`"
+    )
     return looked[0] or []
 
 
 @effectful(AMBIENT, COLLECTIVE, updates("state"))
-def load(state: Any, path: str | os.PathLike[str], ctx: DistContext, *, step: int | None = None) -> Any:
+def load(
+    state: Any, path: str | os.PathLike[str], ctx: DistContext, *, step: int | None = None
+) -> Any:
     """Load the newest valid checkpoint of a directory into `state`.
 
     Effects: updates state, ambient, collective. Reads files, and executes nothing that is in them. What has identity
@@ -89,12 +93,16 @@ def load(state: Any, path: str | os.PathLike[str], ctx: DistContext, *, step: in
         problems.append(f"step {each.step}: {problem}")
         if ctx.is_main:
             _logger.warning(
-                "checkpoint `%s` is not as it was written, so an older one is tried: %s", each.path, problem
+                "checkpoint `%s` is not as it was written, so an older one is tried: %s",
+                each.path,
+                problem,
             )
     raise CheckpointError(
         f"no checkpoint{'' if step is None else f' of step {step}'} in `{os.fspath(path)}` is as it was written",
         got="; ".join(problems),
-        fix="restore it from a copy" if step is None else "load another step, or none in particular",
+        fix="restore it from a copy"
+        if step is None
+        else "load another step, or none in particular",
     )
 
 
@@ -107,7 +115,9 @@ def _verify(checkpoint: Checkpoint, ctx: DistContext) -> str | None:
         return [problem for entry in files if (problem := check_hash(checkpoint.path, entry))]
 
     try:
-        return next((problem for part in all_or_error(mine, ctx, "verify") for problem in part), None)
+        return next(
+            (problem for part in all_or_error(mine, ctx, "verify") for problem in part), None
+        )
     except CheckpointError as error:
         return error.got
 

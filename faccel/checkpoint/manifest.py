@@ -68,7 +68,9 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return a first line with version and hash, and JSON behind it."""
-        body = json.dumps(attrs.asdict(self), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        body = (
+            json.dumps(attrs.asdict(self), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        )
         return f"faccel checkpoint {_VERSION} {xxhash.xxh3_128(body).hexdigest()}\n".encode() + body
 
     @classmethod
@@ -85,7 +87,9 @@ class Manifest:
         if words[3] != xxhash.xxh3_128(body).hexdigest().encode():
             raise ValueError("the manifest is not as it was written")
         if words[2] != str(_VERSION).encode():
-            raise ValueError(f"version {words[2].decode(errors='replace')} of the format, this faccel reads {_VERSION}")
+            raise ValueError(
+                f"version {words[2].decode(errors='replace')} of the format, this faccel reads {_VERSION}"
+            )
         fields = json.loads(body)
         files = tuple(FileEntry(**each) for each in fields.pop("files"))
         if any(not _SAFE_FILE.fullmatch(each.name) for each in files):
@@ -113,7 +117,11 @@ def read_manifest(folder: str) -> Manifest:
         raise ValueError(f"the manifest cannot be read: {error}") from error
     try:
         with os.scandir(folder) as entries:
-            sizes = {each.name: each.stat().st_size for each in entries if each.is_file(follow_symlinks=False)}
+            sizes = {
+                each.name: each.stat().st_size
+                for each in entries
+                if each.is_file(follow_symlinks=False)
+            }
     except OSError as error:  # another process removes it
         raise ValueError(f"its files cannot be read ({error.strerror})") from error
     for each in manifest.files:
@@ -121,7 +129,9 @@ def read_manifest(folder: str) -> Manifest:
             raise ValueError(f"`{each.name}` is missing")
         if sizes[each.name] != each.size:
             raise ValueError(f"`{each.name}` has {sizes[each.name]} bytes instead of {each.size}")
-    unknown = {n for n in sizes if n.endswith(".safetensors")} - {each.name for each in manifest.files}
+    unknown = {n for n in sizes if n.endswith(".safetensors")} - {
+        each.name for each in manifest.files
+    }
     if unknown:
         raise ValueError(f"`{min(unknown)}` does not belong to it")
     return manifest
@@ -171,4 +181,6 @@ def _look(folder: str, step: int) -> Checkpoint:
 def checkpoint_of(folder: str, manifest: Manifest) -> Checkpoint:
     """Return the record of a committed checkpoint."""
     num_bytes = sum(each.size for each in manifest.files)
-    return Checkpoint(folder, manifest.step, manifest.world_size, num_bytes, manifest.created_s, manifest.metadata)
+    return Checkpoint(
+        folder, manifest.step, manifest.world_size, num_bytes, manifest.created_s, manifest.metadata
+    )

@@ -16,7 +16,12 @@ from faccel.errors import CheckpointError
 
 
 def merge(
-    path: str, out: str, ctx: DistContext, *, name: str | None = None, max_shard_size: str | int = "5GB"
+    path: str,
+    out: str,
+    ctx: DistContext,
+    *,
+    name: str | None = None,
+    max_shard_size: str | int = "5GB",
 ) -> list[str]:
     """Make an export of the model in a checkpoint, without the program that made it.
 
@@ -37,13 +42,21 @@ def merge(
     """
     folder = _newest(path).path
     if os.path.exists(os.path.join(out, MANIFEST)):
-        raise CheckpointError("an export would spoil this checkpoint", got=f"`{out}`", fix="name another directory")
+        raise CheckpointError(
+            "an export would spoil this checkpoint", got=f"`{out}`", fix="name another directory"
+        )
     manifest = read_manifest(folder)
     problem = next((said for entry in manifest.files if (said := check_hash(folder, entry))), None)
     if problem is not None:
-        raise CheckpointError("the checkpoint is not as it was written", got=problem, fix="merge another one")
+        raise CheckpointError(
+            "the checkpoint is not as it was written", got=problem, fix="merge another one"
+        )
     state = manifest.state if isinstance(manifest.state, dict) else {}
-    models = {key: node["v"] for key, node in state.items() if isinstance(node, dict) and node.get("!") == "module"}
+    models = {
+        key: node["v"]
+        for key, node in state.items()
+        if isinstance(node, dict) and node.get("!") == "module"
+    }
     if name is None and len(models) == 1:
         name = min(models)
     if name is None or name not in models:
@@ -56,12 +69,17 @@ def merge(
         kind = node.get("!") if isinstance(node, dict) else None  # an extra state is no weight
         if kind in ("tensor", "complex"):
             weights[key] = join(join("", name), key), kind == "complex"
-    sizes = {key: stored[at].shape.numel() * stored[at].dtype.itemsize for key, (at, _) in weights.items()}
+    sizes = {
+        key: stored[at].shape.numel() * stored[at].dtype.itemsize
+        for key, (at, _) in weights.items()
+    }
     shards = shards_of(sizes, num_bytes(max_shard_size))
 
     def fetch(names: Sequence[str]) -> Mapping[str, torch.Tensor]:
         places = {key: weights[key] for key in names}
-        tensors = {at: torch.empty(stored[at].shape, dtype=stored[at].dtype) for at, _ in places.values()}
+        tensors = {
+            at: torch.empty(stored[at].shape, dtype=stored[at].dtype) for at, _ in places.values()
+        }
         reader.read(tensors)
         return {
             key: torch.view_as_complex(tensors[at]) if is_complex else tensors[at]
@@ -78,5 +96,7 @@ def _newest(path: str) -> Checkpoint:
     except ValueError:
         found = next((each for each in checkpoints(path) if each.problem is None), None)
     if found is None:
-        raise CheckpointError("there is no checkpoint", got=f"`{path}`", fix="name one, or the directory of a run")
+        raise CheckpointError(
+            "there is no checkpoint", got=f"`{path}`", fix="name one, or the directory of a run"
+        )
     return found

@@ -96,7 +96,9 @@ def at_best(*, mode: str = "max") -> SavePolicy:
     sign = _sign(mode)
 
     def is_best(moment: SaveEvent) -> bool:
-        return moment.metric is not None and (moment.best is None or sign * moment.metric > sign * moment.best)
+        return moment.metric is not None and (
+            moment.best is None or sign * moment.metric > sign * moment.best
+        )
 
     return SavePolicy(is_best)
 
@@ -201,16 +203,22 @@ def keep_policy(keep: Any) -> KeepPolicy | None:
     if isinstance(keep, int) and not isinstance(keep, bool):
         return keep_latest(keep)
     raise ConfigError(
-        "`keep` is a number, a policy or None", got=repr(keep), fix="write `keep=faccel.checkpoint.keep_latest(3)`"
+        "`keep` is a number, a policy or None",
+        got=repr(keep),
+        fix="write `keep=faccel.checkpoint.keep_latest(3)`",
     )
 
 
 def _check_positive(name: str, n: Any, kind: type = float) -> None:
     if isinstance(n, bool) or not isinstance(n, (int, kind)) or n <= 0:
-        raise ConfigError(f"`{name}` takes a positive number", got=repr(n), fix=f"write `faccel.{name}(1)`")
+        raise ConfigError(
+            f"`{name}` takes a positive number", got=repr(n), fix=f"write `faccel.{name}(1)`"
+        )
 
 
 def _sign(mode: str) -> int:
     if mode not in ("max", "min"):
-        raise ConfigError("`mode` says what is better", got=repr(mode), fix='use `"max"` or `"min"`')
+        raise ConfigError(
+            "`mode` says what is better", got=repr(mode), fix='use `"max"` or `"min"`'
+        )
     return 1 if mode == "max" else -1

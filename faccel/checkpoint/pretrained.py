@@ -28,7 +28,9 @@ def describe(module: nn.Module, folder: str) -> None:
     """
     kind: Any = type(module)
     config: Any = getattr(module, "config", None)
-    if not isinstance(config, getattr(kind, "config_class", None) or ()) or not hasattr(config, "save_pretrained"):
+    if not isinstance(config, getattr(kind, "config_class", None) or ()) or not hasattr(
+        config, "save_pretrained"
+    ):
         return
     config = copy.deepcopy(config)  # the user's stays as it is
     config.architectures = [_users_class(kind).__name__]
@@ -45,7 +47,9 @@ def describe(module: nn.Module, folder: str) -> None:
 def _users_class(kind: type) -> type:
     """Return the class that the user made the model of, which FSDP has derived another from."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return next(each for each in kind.__mro__ if fsdp is None or not issubclass(each, fsdp.FSDPModule))
+    return next(
+        each for each in kind.__mro__ if fsdp is None or not issubclass(each, fsdp.FSDPModule)
+    )
 
 
 def adapter_of(module: Any) -> str | None:
@@ -60,11 +64,17 @@ def adapter_of(module: Any) -> str | None:
     names = names() if callable(names) else names
     if len(names) != 1:
         fix = "activate one with `set_adapter(name)`, and export them one after the other"
-        raise CheckpointError("one adapter is exported at a time", got=f"active: {', '.join(names) or 'none'}", fix=fix)
+        raise CheckpointError(
+            "one adapter is exported at a time",
+            got=f"active: {', '.join(names) or 'none'}",
+            fix=fix,
+        )
     return names[0]
 
 
-def write_adapter(module: Any, adapter: str, state: Mapping[str, torch.Tensor], path: str) -> list[str]:
+def write_adapter(
+    module: Any, adapter: str, state: Mapping[str, torch.Tensor], path: str
+) -> list[str]:
     """Let a model of PEFT write one adapter in its own format into `path`; return the name of the file with weights.
 
     Effects: ambient. What it would write besides, as a README, is left out.
@@ -78,9 +88,13 @@ def write_adapter(module: Any, adapter: str, state: Mapping[str, torch.Tensor], 
     temporary = os.path.join(path, f".tmp-export-{secrets.token_hex(4)}")
     os.makedirs(temporary)
     try:
-        module.save_pretrained(temporary, state_dict=state, selected_adapters=[adapter], save_embedding_layers=False)
+        module.save_pretrained(
+            temporary, state_dict=state, selected_adapters=[adapter], save_embedding_layers=False
+        )
         inside = os.path.join(temporary, adapter)
-        inside = inside if os.path.isdir(inside) else temporary  # the default one has no folder of its own
+        inside = (
+            inside if os.path.isdir(inside) else temporary
+        )  # the default one has no folder of its own
         names = sorted(name for name in os.listdir(inside) if name.startswith("adapter_"))
         for name in names:
             _sync(os.path.join(inside, name))

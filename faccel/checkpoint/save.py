@@ -69,15 +69,25 @@ def save(
     policy = keep_policy(keep)
     settle(ctx)
     begun = begin(
-        os.path.abspath(path), state, ctx, step, overwrite=overwrite, background=background, trained_only=trained_only
+        os.path.abspath(path),
+        state,
+        ctx,
+        step,
+        overwrite=overwrite,
+        background=background,
+        trained_only=trained_only,
     )
     if background:
         start(begun, ctx, metadata, policy)
         return Checkpoint(begun.target.final, step, ctx.world_size, problem="still being written")
     try:
-        files = [entry for part in all_or_error(begun.write, ctx, "write its part") for entry in part]
+        files = [
+            entry for part in all_or_error(begun.write, ctx, "write its part") for entry in part
+        ]
         manifest = begun.manifest(files, metadata, ctx)
-        done = all_or_error(lambda: begun.commit(manifest, policy) if ctx.is_main else None, ctx, "commit")[0]
+        done = all_or_error(
+            lambda: begun.commit(manifest, policy) if ctx.is_main else None, ctx, "commit"
+        )[0]
         assert done is not None
         return done
     finally:

@@ -14,7 +14,15 @@ import attrs
 
 from faccel.checkpoint.dcp import StreamingWriter, global_save_plan, local_save_plan, slice_of
 from faccel.checkpoint.encode import Encoder
-from faccel.checkpoint.files import FileEntry, Slice, lock, make_directory, sync_directory, unlock, write_file
+from faccel.checkpoint.files import (
+    FileEntry,
+    Slice,
+    lock,
+    make_directory,
+    sync_directory,
+    unlock,
+    write_file,
+)
 from faccel.checkpoint.manifest import (
     MANIFEST,
     TEMPORARY,
@@ -80,10 +88,20 @@ class Begun:
         writer.write(self.slices)
         return writer.entries
 
-    def manifest(self, files: Sequence[FileEntry], metadata: Mapping[str, Any] | None, ctx: DistContext) -> Manifest:
+    def manifest(
+        self, files: Sequence[FileEntry], metadata: Mapping[str, Any] | None, ctx: DistContext
+    ) -> Manifest:
         """Return what says that these files are the checkpoint."""
         mesh = attrs.asdict(ctx.mesh.spec)
-        return Manifest(self.step, ctx.world_size, mesh, time.time(), dict(metadata or {}), tuple(files), self.node)
+        return Manifest(
+            self.step,
+            ctx.world_size,
+            mesh,
+            time.time(),
+            dict(metadata or {}),
+            tuple(files),
+            self.node,
+        )
 
     def commit(self, manifest: Manifest, policy: KeepPolicy | None) -> Checkpoint:
         """Make the folder a checkpoint, then drop what `overwrite` and `policy` say. On rank 0."""
@@ -104,7 +122,9 @@ class Begun:
             _logger.warning("checkpoints that are not to be kept could not be removed: %s", error)
         return done
 
-    def _superseded(self, done: Checkpoint, committed: list[Checkpoint], policy: KeepPolicy | None) -> list[Checkpoint]:
+    def _superseded(
+        self, done: Checkpoint, committed: list[Checkpoint], policy: KeepPolicy | None
+    ) -> list[Checkpoint]:
         """Return those that go once `done` is there, oldest first: until the last one has gone, it is the newest."""
         stay = [done, *(each for each in committed if each.step < self.step)]
         kept = {each.step for each in stay} if policy is None else policy(stay)
@@ -119,13 +139,24 @@ class Begun:
 
 
 def begin(
-    path: str, state: Any, ctx: DistContext, step: int, *, overwrite: bool, background: bool, trained_only: bool = False
+    path: str,
+    state: Any,
+    ctx: DistContext,
+    step: int,
+    *,
+    overwrite: bool,
+    background: bool,
+    trained_only: bool = False,
 ) -> Begun:
     """Make the folder on rank 0, and plan on every rank what it writes.
 
     Effects: ambient, collective.
     """
-    encoder, held, own = Encoder(state, ctx, trained_only=trained_only), list[int](), dict[str, Any]()
+    encoder, held, own = (
+        Encoder(state, ctx, trained_only=trained_only),
+        list[int](),
+        dict[str, Any](),
+    )
 
     is_part = ctx.mesh.spec.pp > 1
     asked = {"path": path, "step": step, "overwrite": overwrite, "background": background}
@@ -145,7 +176,9 @@ def begin(
         assert target is not None
         mine = global_save_plan([plan for _, plan, _, _ in offers])[ctx.rank]
         slices = [slice_of(item, own["planner"]) for item in mine.items]
-        node = merged([offers[r][3] for r in ctx.mesh.spec.peers(0, "pp")]) if is_part else own["node"]
+        node = (
+            merged([offers[r][3] for r in ctx.mesh.spec.peers(0, "pp")]) if is_part else own["node"]
+        )
         return Begun(target, node, slices, ctx.rank, step, overwrite, held)
     except BaseException:
         if own.get("target") is not None:
@@ -177,7 +210,9 @@ def _open(path: str, step: int, held: list[int], *, overwrite: bool) -> Target:
             shutil.rmtree(each.path, ignore_errors=True)
     found = checkpoints(path)
     corrupt = tuple(each.path for each in found if each.step >= step and _is_corrupt(each))
-    newest = next((each for each in found if each.problem is None and each.path not in corrupt), None)
+    newest = next(
+        (each for each in found if each.problem is None and each.path not in corrupt), None
+    )
     if newest is not None and step <= newest.step and not overwrite:
         raise CheckpointError(
             f"step {step} is not above the newest checkpoint, which a later save would prune",
@@ -207,4 +242,6 @@ def _discard(folder: str) -> None:
 
 def _check_step(step: Any) -> None:
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise ConfigError("`step` counts updates from 0", got=repr(step), fix="pass an int, as in `step=step`")
+        raise ConfigError(
+            "`step` counts updates from 0", got=repr(step), fix="pass an int, as in `step=step`"
+        )

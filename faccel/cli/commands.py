@@ -41,7 +41,9 @@ def checkpoints(directory: str, *, as_json: bool) -> None:
         problem = each.problem
         if problem is None:
             files = read_manifest(each.path).files
-            problem = next((said for entry in files if (said := check_hash(each.path, entry))), None)
+            problem = next(
+                (said for entry in files if (said := check_hash(each.path, entry))), None
+            )
         found.append(
             {"step": each.step, "path": each.path, "problem": problem, "num_bytes": each.num_bytes,
              "world_size": each.world_size, "created_s": each.created_s, "metadata": dict(each.metadata)}
@@ -64,7 +66,9 @@ def _state_of(checkpoint: dict[str, Any]) -> str:
 @click.option("--model", "name", help="Which model, where the state holds several.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="The largest file.")
 @json_option
-def merge(checkpoint: str, out: str, *, name: str | None, max_shard_size: str, as_json: bool) -> None:
+def merge(
+    checkpoint: str, out: str, *, name: str | None, max_shard_size: str, as_json: bool
+) -> None:
     """Make one export of the model in CHECKPOINT, as `from_pretrained` loads it, in the directory OUT."""
     import faccel
     from faccel.checkpoint.merge import merge as make
@@ -78,7 +82,11 @@ def merge(checkpoint: str, out: str, *, name: str | None, max_shard_size: str, a
 
 
 @main.command()
-@click.option("--explain", is_flag=True, help="For each field of the configuration its value and where it came from.")
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="For each field of the configuration its value and where it came from.",
+)
 @json_option
 def env(*, explain: bool, as_json: bool) -> None:
     """Show versions, devices, the place in the world and, with --explain, where each value came from."""
@@ -97,7 +105,11 @@ def env(*, explain: bool, as_json: bool) -> None:
             except faccel.errors.FaccelError as error:
                 problem = str(error)
             document = describe(config, ctx) | ({"problem": problem} if problem else {})
-            rows = [("file", reference or "none"), *as_rows(document), *(explained(config) if explain else [])]
+            rows = [
+                ("file", reference or "none"),
+                *as_rows(document),
+                *(explained(config) if explain else []),
+            ]
             present(document, rows, as_json=as_json)
     except faccel.errors.FaccelError as error:
         raise click.ClickException(str(error)) from None

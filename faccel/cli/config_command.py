@@ -33,7 +33,11 @@ def _suited() -> dict[str, Any]:
 def _questionnaire() -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         fix = "use `faccel config default`, then `faccel config set key=value`"
-        raise UsageError(ConfigError("the questions need a terminal", got="input or output that is none", fix=fix))
+        raise UsageError(
+            ConfigError(
+                "the questions need a terminal", got="input or output that is none", fix=fix
+            )
+        )
     from faccel.cli.questions import ask
     from faccel.config import resolve
     from faccel.config_file import ConfigFile, read
@@ -57,7 +61,9 @@ def _reference() -> str:
 
     named = os.environ.get(VARIABLE) or default_path(os.environ)
     if named is None:
-        raise click.ClickException("there is no home directory. To fix: set FACCEL_CONFIG to a file")
+        raise click.ClickException(
+            "there is no home directory. To fix: set FACCEL_CONFIG to a file"
+        )
     return named
 
 
@@ -67,7 +73,9 @@ def _own() -> str:
     if mark:
         got = f"section `{section}` of `{file}`"
         fix = f"edit `{file}` by hand, or set FACCEL_CONFIG to a file of its own"
-        raise UsageError(ConfigError("only a file that holds nothing else can be written", got=got, fix=fix))
+        raise UsageError(
+            ConfigError("only a file that holds nothing else can be written", got=got, fix=fix)
+        )
     return file
 
 
@@ -132,9 +140,13 @@ def set_(pairs: tuple[str, ...]) -> None:
         for pair in pairs:
             name, mark, text = pair.partition("=")
             if not mark:
-                raise ConfigError("a field is changed as `key=value`", got=f"`{pair}`", fix=f"write `{name}=...`")
+                raise ConfigError(
+                    "a field is changed as `key=value`", got=f"`{pair}`", fix=f"write `{name}=...`"
+                )
             if name not in fields:
-                raise ConfigError(f"`{name}` is not a field of the configuration", fix=nearest(name, fields))
+                raise ConfigError(
+                    f"`{name}` is not a field of the configuration", fix=nearest(name, fields)
+                )
             try:
                 values[name] = fields[name].metadata["parse"](text)
             except ValueError as error:
@@ -159,7 +171,11 @@ def check(file: str, *, as_json: bool) -> None:
     except FaccelError as error:
         if not as_json:
             raise click.ClickException(str(error)) from None
-        present({"file": file, "problem": error.problem, "got": error.got, "fix": error.fix}, [], as_json=True)
+        present(
+            {"file": file, "problem": error.problem, "got": error.got, "fix": error.fix},
+            [],
+            as_json=True,
+        )
         sys.exit(1)
     present({"file": file, "problem": None}, [(f"{file}: fine",)], as_json=as_json)
 
@@ -177,16 +193,24 @@ def import_(file: str, out: str | None, *, force: bool, as_json: bool) -> None:
 
     target = out or _own()
     if os.path.exists(target) and not force:
-        raise click.ClickException(f"`{target}` is there already. To fix: add `--force`, or name another with `-o`")
+        raise click.ClickException(
+            f"`{target}` is there already. To fix: add `--force`, or name another with `-o`"
+        )
     try:
         imported = from_accelerate(read(file).values)
         resolve(file=ConfigFile(target, imported.values))
     except FaccelError as error:
         raise click.ClickException(str(error)) from None
     command = " ".join(["faccel", "launch", *imported.options, "script.py"])
-    _write(target, dict(imported.values), f"# from {os.path.basename(file)}; start with: {command}\n")
+    _write(
+        target, dict(imported.values), f"# from {os.path.basename(file)}; start with: {command}\n"
+    )
     document = {"file": target, "command": command, "values": dict(imported.values)}
     missing = dict(imported.without_equal)
-    present(document | {"without_equal": missing}, [(target,), (f"start with: {command}",)], as_json=as_json)
+    present(
+        document | {"without_equal": missing},
+        [(target,), (f"start with: {command}",)],
+        as_json=as_json,
+    )
     for key, value in missing.items() if not as_json else ():
         sys.stderr.write(f"no equal in this version: {key}: {value}\n")

@@ -23,7 +23,11 @@ def describe(config: Config, ctx: DistContext | None) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **_versions()},
         "platform": platform.platform(),
         "devices": {"cpu_cores": os.cpu_count(), "memory_bytes": _memory(), **_accelerators()},
-        **({} if ctx is None else {"device": str(ctx.device), "topology": attrs.asdict(ctx.topology)}),
+        **(
+            {}
+            if ctx is None
+            else {"device": str(ctx.device), "topology": attrs.asdict(ctx.topology)}
+        ),
         "config": fields_document(config),
     }
 
@@ -41,14 +45,18 @@ def as_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
           for i, card in enumerate(cards)),
         *(_place(document["device"], document["topology"]) if "topology" in document else ()),
     ]  # fmt: skip
-    libraries = ", ".join(f"{name} {version}" for name, version in devices.get("libraries", {}).items())
+    libraries = ", ".join(
+        f"{name} {version}" for name, version in devices.get("libraries", {}).items()
+    )
     return [*rows, *([("libraries", libraries)] if libraries else [])]
 
 
 def _place(device: str, topology: dict[str, Any]) -> list[tuple[str, str]]:
     pairs = (("rank", "rank", "world_size"), ("local", "local_rank", "local_world_size"),
              ("machine", "node_rank", "num_nodes"))  # fmt: skip
-    place = ", ".join(f"{name} {topology[part]} of {topology[whole]}" for name, part, whole in pairs)
+    place = ", ".join(
+        f"{name} {topology[part]} of {topology[whole]}" for name, part, whole in pairs
+    )
     address = topology["main_address"]
     meeting = f", meeting at {address}:{topology['main_port']}" if address else ""
     return [("device", device), ("place", place), ("said by", topology["source"] + meeting)]
@@ -82,9 +90,14 @@ def _accelerators() -> dict[str, Any]:
         from torch.cuda import nccl
 
         every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        found["accelerators"] = [{"kind": "cuda", "name": p.name, "memory_bytes": p.total_memory} for p in every]
+        found["accelerators"] = [
+            {"kind": "cuda", "name": p.name, "memory_bytes": p.total_memory} for p in every
+        ]
         version = nccl.version() if torch.distributed.is_nccl_available() else ()
-        found["libraries"] = {"CUDA": str(torch.version.cuda or torch.version.hip), "NCCL": ".".join(map(str, version))}
+        found["libraries"] = {
+            "CUDA": str(torch.version.cuda or torch.version.hip),
+            "NCCL": ".".join(map(str, version)),
+        }
     elif kind is not None:
         found["accelerators"] = [{"kind": kind.type, "name": kind.type, "memory_bytes": 0}] * (
             torch.accelerator.device_count()

@@ -27,7 +27,9 @@ def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(field.default, bool):
             option = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=doc)
         else:
-            option = click.option(flag, field.name, default=None, metavar="VALUE", help=f"{doc} [{field.default}]")
+            option = click.option(
+                flag, field.name, default=None, metavar="VALUE", help=f"{doc} [{field.default}]"
+            )
         command = option(command)
     return command
 
@@ -49,5 +51,7 @@ def given_fields(options: dict[str, Any]) -> dict[str, Any]:
         except ConfigError as error:
             raise UsageError(error) from None
         except ValueError as error:
-            raise UsageError(unreadable(f"`{flag_of(field.name)}`", field, str(text), error)) from None
+            raise UsageError(
+                unreadable(f"`{flag_of(field.name)}`", field, str(text), error)
+            ) from None
     return given

@@ -26,14 +26,24 @@ def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _OPTIONS = (
-    click.option("--nproc", default="auto", metavar="N|auto|cpu|gpu", show_default=True, help=_NPROC_HELP),
+    click.option(
+        "--nproc", default="auto", metavar="N|auto|cpu|gpu", show_default=True, help=_NPROC_HELP
+    ),
     click.option("--cpu", is_flag=True, help="Compute on the CPU: `--device cpu`."),
     click.option("--nnodes", default="1", show_default=True, metavar="N|MIN:MAX", help="Machines."),
     click.option("--node-rank", type=int, help="Number of this machine, from 0."),
     click.option("--main-address", metavar="HOST", help="The machine that the others meet at."),
-    click.option("--main-port", type=click.IntRange(1, 65535), help="Its port; a free one on a single machine."),
-    click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet that may come and go."),
-    click.option("--rdzv-id", default="faccel", show_default=True, help="Name of the run at that place."),
+    click.option(
+        "--main-port",
+        type=click.IntRange(1, 65535),
+        help="Its port; a free one on a single machine.",
+    ),
+    click.option(
+        "--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet that may come and go."
+    ),
+    click.option(
+        "--rdzv-id", default="faccel", show_default=True, help="Name of the run at that place."
+    ),
     click.option(
         "--join-timeout",
         "join_timeout_s",
@@ -44,11 +54,17 @@ _OPTIONS = (
         help="How long machines wait for each other.",
     ),
     click.option(
-        "--max-restarts", type=click.IntRange(0), default=0, show_default=True, help="Starts after a failure."
+        "--max-restarts",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="Starts after a failure.",
     ),
     click.option("--log-dir", metavar="DIR", help="Keep what each process prints."),
     click.option("--tee", is_flag=True, help="With --log-dir: print it too."),
-    click.option("--config", metavar="FILE[#SECTION]", help="Configuration file, or a section of yours."),
+    click.option(
+        "--config", metavar="FILE[#SECTION]", help="Configuration file, or a section of yours."
+    ),
 )
 
 
@@ -56,7 +72,12 @@ _OPTIONS = (
 @launch_options
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module.")
 @click.option("--no-python", is_flag=True, help="SCRIPT is a program.")
-@click.option("--print", "rendering", type=click.Choice(("mpirun", "slurm", "torchrun")), help="Write it for that.")
+@click.option(
+    "--print",
+    "rendering",
+    type=click.Choice(("mpirun", "slurm", "torchrun")),
+    help="Write it for that.",
+)
 @click.argument("script")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 def launch(script: str, args: tuple[str, ...], **options: Any) -> None:
@@ -108,7 +129,11 @@ def _check(spec: Any) -> None:
     env = {**os.environ, **additions(spec, os.environ, 1)}
     file = find(env)
     config = resolve(env=env, file=None if file is None else read(file))
-    if config.mesh is not None and spec.nnodes.isdecimal() and (spec.nproc > 1 or spec.nnodes != "1"):
+    if (
+        config.mesh is not None
+        and spec.nnodes.isdecimal()
+        and (spec.nproc > 1 or spec.nnodes != "1")
+    ):
         config.mesh.fill(spec.nproc * int(spec.nnodes))
 
 
@@ -119,10 +144,16 @@ def _spec(command: tuple[str, ...], options: dict[str, Any]) -> Any:
     flags = given_fields(options)
     if options["cpu"]:
         if flags.get("device", "cpu") != "cpu":
-            raise LaunchError("`--cpu` is `--device cpu`", got=f"--device {flags['device']} too", fix="leave one out")
+            raise LaunchError(
+                "`--cpu` is `--device cpu`",
+                got=f"--device {flags['device']} too",
+                fix="leave one out",
+            )
         flags["device"] = "cpu"
     if options["module"] and options["no_python"]:
-        raise LaunchError("SCRIPT is a module or a program", got="`-m` and `--no-python`", fix="leave one out")
+        raise LaunchError(
+            "SCRIPT is a module or a program", got="`-m` and `--no-python`", fix="leave one out"
+        )
     kind = "module" if options["module"] else "executable" if options["no_python"] else "script"
     same = ("nnodes", "node_rank", "main_address", "main_port", "rdzv_endpoint", "rdzv_id", "join_timeout_s",
             "max_restarts", "log_dir", "tee", "config")  # fmt: skip
@@ -133,12 +164,20 @@ def _spec(command: tuple[str, ...], options: dict[str, Any]) -> Any:
         flags=flags,
         **{name: options[name] for name in same},
     )
-    return spec if options["rendering"] else within_slurm(spec, os.environ, is_counted=options["nproc"] != "auto")
+    return (
+        spec
+        if options["rendering"]
+        else within_slurm(spec, os.environ, is_counted=options["nproc"] != "auto")
+    )
 
 
 def _processes(nproc: str, device: str) -> int:
     if nproc not in _NPROC and not (nproc.isdecimal() and int(nproc) > 0):
-        raise LaunchError("`--nproc` is a number of processes", got=nproc, fix=f"use 1, 2, ... or {', '.join(_NPROC)}")
+        raise LaunchError(
+            "`--nproc` is a number of processes",
+            got=nproc,
+            fix=f"use 1, 2, ... or {', '.join(_NPROC)}",
+        )
     if nproc == "cpu":
         return os.cpu_count() or 1
     if device.startswith("cpu") and nproc != "gpu":
@@ -155,11 +194,17 @@ def _on_devices(nproc: str, device: str) -> int:
     if not count and (device or nproc == "gpu"):
         asked = f"`--device {device}`" if device else "`--nproc gpu`"
         raise LaunchError(
-            f"there is no GPU or other device for {asked}", got="no accelerator", fix="write `--cpu --nproc 2`"
+            f"there is no GPU or other device for {asked}",
+            got="no accelerator",
+            fix="write `--cpu --nproc 2`",
         )
     if nproc in _NPROC:
         return max(1, count)
     if count and int(nproc) > count:
         fix = f"use `--nproc {count}`, or `--cpu`"
-        raise LaunchError("each process needs a device of its own", got=f"{nproc} processes, {count} devices", fix=fix)
+        raise LaunchError(
+            "each process needs a device of its own",
+            got=f"{nproc} processes, {count} devices",
+            fix=fix,
+        )
     return int(nproc)

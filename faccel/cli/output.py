@@ -28,7 +28,9 @@ def present(document: Any, rows: Iterable[Sequence[str]], *, as_json: bool) -> N
 
         table = Table(box=None, show_header=False, pad_edge=False)
         for row in rows:
-            table.add_row(*(Text(cell, style=style) for cell, style in zip(row, _styles(row), strict=True)))
+            table.add_row(
+                *(Text(cell, style=style) for cell, style in zip(row, _styles(row), strict=True))
+            )
         Console().print(table)
 
 
@@ -36,7 +38,10 @@ def fields_document(config: Config) -> dict[str, Any]:
     """Return each field's value and source, as JSON can hold them."""
     values = {field.name: getattr(config, field.name) for field in config_fields()}
     return {
-        name: {"value": attrs.asdict(value) if attrs.has(type(value)) else value, "source": config.sources[name]}
+        name: {
+            "value": attrs.asdict(value) if attrs.has(type(value)) else value,
+            "source": config.sources[name],
+        }
         for name, value in values.items()
     }
 

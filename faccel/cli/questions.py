@@ -46,7 +46,9 @@ def ask(present: Mapping[str, Any], suited: Mapping[str, Any]) -> tuple[dict[str
         proposal = present.get(field.name, suited.get(field.name, field.default))
         click.echo(f"\n{_WHY[field.name]}")
         if field.name == "mixed_precision":
-            answer: Any = questionary.select(field.name, choices=list(PRECISIONS), default=str(proposal)).unsafe_ask()
+            answer: Any = questionary.select(
+                field.name, choices=list(PRECISIONS), default=str(proposal)
+            ).unsafe_ask()
         else:
             text = "" if proposal is None else str(proposal)
             check = _checker(field.name, field.metadata["parse"])
@@ -56,7 +58,9 @@ def ask(present: Mapping[str, Any], suited: Mapping[str, Any]) -> tuple[dict[str
         if answer != field.default:
             values[field.name] = answer
     click.echo("\nOne process per GPU is usual; on a CPU, 2 show what changes with several.")
-    count = questionary.text("processes on this machine", default=str(suited["nproc"]), validate=_is_count).unsafe_ask()
+    count = questionary.text(
+        "processes on this machine", default=str(suited["nproc"]), validate=_is_count
+    ).unsafe_ask()
     return values, int(count)
 
 

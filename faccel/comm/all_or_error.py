@@ -27,7 +27,9 @@ def all_or_error(fn: Callable[[], T], ctx: DistContext, what: str) -> list[T]:
     result: T | None = None
     try:
         result = fn()
-    except Exception as error:  # whatever it is, the others must hear of it, unless they have in a call inside
+    except (
+        Exception
+    ) as error:  # whatever it is, the others must hear of it, unless they have in a call inside
         if getattr(error, _KNOWN, False):
             raise
         own = error
@@ -42,10 +44,17 @@ def failures(own: BaseException | None, ctx: DistContext, what: str) -> None:
 
     Effects: collective.
     """
-    _raise_first(own, gather_objects((own is None, None if own is None else _tell(own)), ctx, axis=WORLD), ctx, what)
+    _raise_first(
+        own,
+        gather_objects((own is None, None if own is None else _tell(own)), ctx, axis=WORLD),
+        ctx,
+        what,
+    )
 
 
-def _raise_first(own: BaseException | None, outcomes: list[tuple[bool, Any]], ctx: DistContext, what: str) -> None:
+def _raise_first(
+    own: BaseException | None, outcomes: list[tuple[bool, Any]], ctx: DistContext, what: str
+) -> None:
     failed = [(rank, told) for rank, (fine, told) in enumerate(outcomes) if not fine]
     if not failed:
         return

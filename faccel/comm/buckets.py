@@ -40,11 +40,18 @@ class _Summed(torch.autograd.Function):
 def check_cap(bucket_cap_mb: float) -> None:
     """Refuse a size of buckets that is not positive."""
     if not bucket_cap_mb > 0:
-        raise ConfigError("`bucket_cap_mb` must be positive", got=str(bucket_cap_mb), fix="leave it out for 25 MB")
+        raise ConfigError(
+            "`bucket_cap_mb` must be positive", got=str(bucket_cap_mb), fix="leave it out for 25 MB"
+        )
 
 
 def summed_buckets(
-    named: dict[str, torch.Tensor], ctx: DistContext, *, bucket_cap_mb: float, call: str, is_traced: bool = False
+    named: dict[str, torch.Tensor],
+    ctx: DistContext,
+    *,
+    bucket_cap_mb: float,
+    call: str,
+    is_traced: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the sums over the data ranks bucket by bucket, as views of what was reduced. Collective.
 
@@ -70,7 +77,9 @@ def summed_buckets(
 def _cut(flat: torch.Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
     """Return the tensors that lie one behind the other in `flat`, as views."""
     parts = flat.split([shape.numel() for shape in shapes.values()])
-    return {name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
+    return {
+        name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)
+    }
 
 
 def packed(named: Mapping[str, torch.Tensor], bucket_cap_mb: float) -> list[list[str]]:

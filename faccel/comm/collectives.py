@@ -15,7 +15,14 @@ import torch.distributed as dist
 from faccel.call_site import call_site
 from faccel.comm.pack import describe
 from faccel.comm.rank_status import RankStatus
-from faccel.errors import ConfigError, DesyncError, FaccelError, RankFailedError, WorldError, nearest
+from faccel.errors import (
+    ConfigError,
+    DesyncError,
+    FaccelError,
+    RankFailedError,
+    WorldError,
+    nearest,
+)
 from faccel.mesh import AXES, VIEWS
 from faccel.protocols import WORLD
 from faccel.tree import Tree, flatten, paths
@@ -28,7 +35,9 @@ _OPS = {
 }
 _OPS_IN_GRAPHS = {"sum": "sum", "min": "min", "max": "max", "prod": "product"}
 # torch 2.13 renamed it and warns on the old name, which is the only one that 2.9 has
-_all_gather_single = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
+_all_gather_single = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor"
+)  # noqa: B009
 
 
 def _is_held(alias: torch.Tensor) -> bool:
@@ -92,7 +101,9 @@ class SingleCollectives:
         self._check(axis)
         return x.clone()
 
-    def scatter(self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str) -> torch.Tensor:
+    def scatter(
+        self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str
+    ) -> torch.Tensor:
         """Return a copy of the one row."""
         self._check(axis)
         assert rows is not None
@@ -148,9 +159,13 @@ class TorchCollectives:
     def group(self, axis: str) -> dist.ProcessGroup:
         """Return the process group of the axis."""
         if not self.groups:
-            raise WorldError("this context was shut down", fix="communicate before `faccel.shutdown(ctx)`")
+            raise WorldError(
+                "this context was shut down", fix="communicate before `faccel.shutdown(ctx)`"
+            )
         if axis not in self.groups:
-            raise ConfigError(f"`{axis}` is not an axis of this mesh", fix=nearest(axis, self.groups))
+            raise ConfigError(
+                f"`{axis}` is not an axis of this mesh", fix=nearest(axis, self.groups)
+            )
         return self.groups[axis]
 
     def announce(self, call: str, x: Tree) -> None:
@@ -169,7 +184,9 @@ class TorchCollectives:
         if self.rank_status is None or x.device.type != "cpu" or self.size(axis) > 256:
             return x.new_empty(0)
         named = (
-            f"{op}{x.dtype}{x.numel()}" if call is None else f"{call[0]}{paths(call[1])}{describe(flatten(call[1])[0])}"
+            f"{op}{x.dtype}{x.numel()}"
+            if call is None
+            else f"{call[0]}{paths(call[1])}{describe(flatten(call[1])[0])}"
         )
         number = zlib.crc32(named.encode())
         bits = [number >> i & 1 for i in range(32)]
@@ -209,7 +226,9 @@ class TorchCollectives:
 
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
         """Return the `op` of every rank's `x`."""
-        if torch.compiler.is_compiling():  # a graph takes torch's functional collectives, and cannot look at errors
+        if (
+            torch.compiler.is_compiling()
+        ):  # a graph takes torch's functional collectives, and cannot look at errors
             import torch.distributed._functional_collectives as funcol  # 30 ms
 
             total = funcol.all_reduce(x, _OPS_IN_GRAPHS[op], self.group(axis))
@@ -254,10 +273,14 @@ class TorchCollectives:
         out = torch.empty_like(x)
         if out.numel():
             with self._waiting_in("all_to_all", axis):
-                dist.all_to_all_single(self._hand_over(out), self._hand_over(x), group=self.group(axis))
+                dist.all_to_all_single(
+                    self._hand_over(out), self._hand_over(x), group=self.group(axis)
+                )
         return out
 
-    def scatter(self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str) -> torch.Tensor:
+    def scatter(
+        self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str
+    ) -> torch.Tensor:
         """Return this rank's row of rank `src`'s `rows`."""
         out = torch.empty_like(like)
         if out.numel():

@@ -54,7 +54,10 @@ class Agreement:
 
     def __getitem__(self, flag: str) -> bool:
         if flag not in self.raised_by:
-            raise ConfigError(f"`{flag}` was not among the flags of this `agree`", fix=nearest(flag, self.raised_by))
+            raise ConfigError(
+                f"`{flag}` was not among the flags of this `agree`",
+                fix=nearest(flag, self.raised_by),
+            )
         return self.raised_by[flag] is not None
 
     def __getattr__(self, flag: str) -> bool:
@@ -97,7 +100,9 @@ def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) 
     size = ctx.comm.size(axis)
     mine = size - ctx.comm.rank(axis)  # the largest of these is the lowest rank's
     raised = torch.stack([torch.as_tensor(flags[name], device=ctx.device).bool() for name in names])
-    named = zlib.crc32(",".join(names).encode())  # its largest is its smallest, if all ranks ask the same
+    named = zlib.crc32(
+        ",".join(names).encode()
+    )  # its largest is its smallest, if all ranks ask the same
     row = torch.cat([raised.long() * mine, torch.tensor([named, -named], device=ctx.device)])
     *lowest, largest, smallest = ctx.comm.all_reduce(row, "max", axis).tolist()
     if largest != -smallest:
@@ -151,7 +156,9 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
     failed = [(rank, problem) for rank, problem in enumerate(problems) if problem]
     if failed:
         rank, problem = failed[0]
-        raise RankFailedError(f"rank {rank} failed in `main_first`", got=problem, fix=f"mend the error of rank {rank}")
+        raise RankFailedError(
+            f"rank {rank} failed in `main_first`", got=problem, fix=f"mend the error of rank {rank}"
+        )
     yield
 
 

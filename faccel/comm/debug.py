@@ -56,7 +56,9 @@ class DebugCollectives:
     def announce(self, call: str, x: Tree) -> None:
         """Remember for which call of the user's the next collective is."""
         named = zip(paths(x, "x"), flatten(x)[0], strict=True)
-        self._announced[:] = [f"{call} of {', '.join(f'{name}: {describe([leaf])}' for name, leaf in named)}"]
+        self._announced[:] = [
+            f"{call} of {', '.join(f'{name}: {describe([leaf])}' for name, leaf in named)}"
+        ]
 
     def failure(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
         """Return the error to raise for one that communication ended in."""
@@ -86,7 +88,9 @@ class DebugCollectives:
         self._compare("all_to_all", x, axis)
         return self.inner.all_to_all(x, axis)
 
-    def scatter(self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str) -> torch.Tensor:
+    def scatter(
+        self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str
+    ) -> torch.Tensor:
         """Compare, then scatter."""
         self._compare(f"scatter(src={src})", like, axis)
         return self.inner.scatter(rows, like, src, axis)
@@ -112,7 +116,13 @@ class DebugCollectives:
         ranks, me = dist.get_process_group_ranks(self.group(axis)), dist.get_rank()
         room = f"{self.number}-{zlib.crc32(str(ranks).encode()):x}"  # the same on every axis of these ranks
         number = self._num_calls[room] = self._num_calls.get(room, 0) + 1
-        call = self._announced.pop() if self._announced else op if x is None else f"{op} of {describe([x])}"
+        call = (
+            self._announced.pop()
+            if self._announced
+            else op
+            if x is None
+            else f"{op} of {describe([x])}"
+        )
         keys = [f"debug/{room}/{number}/{rank}" for rank in ranks]
         verdict = f"debug/{room}/{number}/verdict"
         self.store.set(keys[ranks.index(me)], f"{call} over `{axis}` at {call_site()}")
@@ -124,7 +134,11 @@ class DebugCollectives:
                 self.store.delete_key(key.replace(f"/{number}/", f"/{number - 1}/"))
         else:
             self._wait([verdict], ranks[:1])
-        return self.store.get(verdict).decode() if self.store.check([verdict]) else roll(self._read(keys, ranks))
+        return (
+            self.store.get(verdict).decode()
+            if self.store.check([verdict])
+            else roll(self._read(keys, ranks))
+        )
 
     def _wait(self, keys: Sequence[str], ranks: Sequence[int]) -> None:
         """Return when the keys of `ranks` are there, one of the ranks that lack them has left, or time is up."""
@@ -133,9 +147,14 @@ class DebugCollectives:
             return
         deadline, pause = time.monotonic() + self.timeout_s, 1e-4
         while not self.store.check(list(keys)) and time.monotonic() < deadline:
-            if any(self._has_left(r) and not self.store.check([k]) for k, r in zip(keys, ranks, strict=True)):
+            if any(
+                self._has_left(r) and not self.store.check([k])
+                for k, r in zip(keys, ranks, strict=True)
+            ):
                 return
-            time.sleep(pause)  # not `wait`, which prints a line of C++ for each time that it ends in vain
+            time.sleep(
+                pause
+            )  # not `wait`, which prints a line of C++ for each time that it ends in vain
             pause = min(2 * pause, 0.05)
 
     def _has_left(self, rank: int) -> str | None:

@@ -45,14 +45,20 @@ def gather_objects(obj: T, ctx: DistContext, *, axis: str = DATA) -> list[T]:
         ['', 'r', 'rr']
     """
     row = _to_bytes(obj, ctx)
-    lengths: list[int] = ctx.comm.all_gather(torch.tensor(len(row), device=ctx.device), axis).tolist()
+    lengths: list[int] = ctx.comm.all_gather(
+        torch.tensor(len(row), device=ctx.device), axis
+    ).tolist()
     padded = row.new_zeros(max(lengths))
     padded[: len(row)] = row
-    return [_from_bytes(r[:n]) for r, n in zip(ctx.comm.all_gather(padded, axis), lengths, strict=True)]
+    return [
+        _from_bytes(r[:n]) for r, n in zip(ctx.comm.all_gather(padded, axis), lengths, strict=True)
+    ]
 
 
 @effectful(COLLECTIVE)
-def broadcast_objects(objs: list[T], ctx: DistContext, *, src: int = 0, axis: str = WORLD) -> list[T]:
+def broadcast_objects(
+    objs: list[T], ctx: DistContext, *, src: int = 0, axis: str = WORLD
+) -> list[T]:
     """Return rank `src`'s list on every rank of the axis.
 
     Effects: collective. Two collectives; the argument is not written.
@@ -72,13 +78,19 @@ def broadcast_objects(objs: list[T], ctx: DistContext, *, src: int = 0, axis: st
         [{'from': 1}]
     """
     check_rank(src, ctx, axis)
-    row = _to_bytes(objs, ctx) if ctx.comm.rank(axis) == src else torch.zeros(0, dtype=torch.uint8, device=ctx.device)
+    row = (
+        _to_bytes(objs, ctx)
+        if ctx.comm.rank(axis) == src
+        else torch.zeros(0, dtype=torch.uint8, device=ctx.device)
+    )
     length = int(ctx.comm.broadcast(torch.tensor(len(row), device=ctx.device), src, axis))
     return _from_bytes(ctx.comm.broadcast(row if len(row) else row.new_zeros(length), src, axis))
 
 
 @effectful(COLLECTIVE)
-def scatter_objects(objs: Sequence[T] | None, ctx: DistContext, *, src: int = 0, axis: str = DATA) -> T:
+def scatter_objects(
+    objs: Sequence[T] | None, ctx: DistContext, *, src: int = 0, axis: str = DATA
+) -> T:
     """Give each rank of the axis its own item of rank `src`'s sequence, and nothing else.
 
     Effects: collective. Two collectives, whatever the items.
@@ -107,7 +119,9 @@ def scatter_objects(objs: Sequence[T] | None, ctx: DistContext, *, src: int = 0,
         given = list(objs or ())
         if len(given) != size:
             raise ConfigError(
-                "`scatter_objects` takes one item per rank", got=f"{len(given)} for {size} ranks", fix="add them"
+                "`scatter_objects` takes one item per rank",
+                got=f"{len(given)} for {size} ranks",
+                fix="add them",
             )
         packed = [_to_bytes(obj, ctx) for obj in given]
         lengths += torch.tensor([len(row) for row in packed], device=ctx.device)

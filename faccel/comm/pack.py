@@ -19,13 +19,18 @@ def describe(leaves: Sequence[torch.Tensor]) -> str:
 
 
 _DTYPES = {
-    dtype: i for i, dtype in enumerate(sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str))
+    dtype: i
+    for i, dtype in enumerate(
+        sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str)
+    )
 }
 
 
 def digest(leaves: list[torch.Tensor]) -> int:
     """Return a number that says what a row holds: ranks whose rows are as long may still disagree about it."""
-    return hash(tuple((_DTYPES[x.dtype], *x.shape) for x in leaves))  # of ints alone: the same in every process
+    return hash(
+        tuple((_DTYPES[x.dtype], *x.shape) for x in leaves)
+    )  # of ints alone: the same in every process
 
 
 @attrs.frozen(eq=False)
@@ -74,4 +79,6 @@ def check_rank(src: int, ctx: DistContext, axis: str) -> None:
     """Refuse a `src` that is not a rank of the axis."""
     size = ctx.comm.size(axis)
     if not 0 <= src < size:
-        raise ConfigError(f"`src` must be a rank of the axis `{axis}`", got=str(src), fix=f"use 0 to {size - 1}")
+        raise ConfigError(
+            f"`src` must be a rank of the axis `{axis}`", got=str(src), fix=f"use 0 to {size - 1}"
+        )

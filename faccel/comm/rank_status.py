@@ -24,8 +24,15 @@ class RankStatus:
         patience_s: Seconds for which the others are waited for.
     """
 
-    def __init__(self, store: dist.Store, rank: int, generation: int, patience_s: float = 3.0) -> None:
-        self._store, self._rank, self._generation, self._patience_s = store, rank, generation, patience_s
+    def __init__(
+        self, store: dist.Store, rank: int, generation: int, patience_s: float = 3.0
+    ) -> None:
+        self._store, self._rank, self._generation, self._patience_s = (
+            store,
+            rank,
+            generation,
+            patience_s,
+        )
         self._has_told = False
 
     def _key(self, rank: int) -> str:
@@ -39,7 +46,9 @@ class RankStatus:
     def leave(self, error: BaseException | None) -> None:
         """Tell the others that this rank leaves, and why, unless it has told already that it failed."""
         if not self._has_told:
-            told = error.problem if isinstance(error, FaccelError) else str(error).partition("\n")[0]
+            told = (
+                error.problem if isinstance(error, FaccelError) else str(error).partition("\n")[0]
+            )
             self._post("left" if error is None else f"raised {type(error).__name__}: {told}")
 
     def heard(self, rank: int) -> str | None:
@@ -54,9 +63,13 @@ class RankStatus:
         """Tell the others that this rank fails in `doing`; say what is known of each of `ranks`."""
         self._post(doing)
         deadline = time.monotonic() + self._patience_s
-        return roll({rank: doing if rank == self._rank else self._ask(rank, deadline) for rank in ranks})
+        return roll(
+            {rank: doing if rank == self._rank else self._ask(rank, deadline) for rank in ranks}
+        )
 
     def _ask(self, rank: int, deadline: float) -> str:
         while (told := self.heard(rank)) is None and time.monotonic() < deadline:
-            time.sleep(_POLL_S)  # not `wait`, which prints a line of C++ for each time that it ends in vain
+            time.sleep(
+                _POLL_S
+            )  # not `wait`, which prints a line of C++ for each time that it ends in vain
         return told or "not heard of"

@@ -46,7 +46,11 @@ def split(xs: Any, ctx: DistContext, *, pad: bool = False, axis: str = DATA) -> 
     if isinstance(xs, Mapping):
         lengths = {key: len(value) for key, value in xs.items()}
         if len(set(lengths.values())) > 1:
-            raise DataError("all values must have the same length", got=str(lengths), fix="split them one by one")
+            raise DataError(
+                "all values must have the same length",
+                got=str(lengths),
+                fix="split them one by one",
+            )
         parts = {key: split(value, ctx, pad=pad, axis=axis) for key, value in xs.items()}
         if type(xs) is dict or not isinstance(xs, MutableMapping):
             return parts
@@ -54,8 +58,16 @@ def split(xs: Any, ctx: DistContext, *, pad: bool = False, axis: str = DATA) -> 
         like.update(parts)
         return like
     if not isinstance(xs, (list, tuple, torch.Tensor)):
-        raise DataError("`split` takes a list, a tuple, a tensor or a dict", got=type(xs).__name__, fix="convert it")
-    rank, size = (ctx.data_rank, ctx.data_world_size) if axis == DATA else (ctx.comm.rank(axis), ctx.comm.size(axis))
+        raise DataError(
+            "`split` takes a list, a tuple, a tensor or a dict",
+            got=type(xs).__name__,
+            fix="convert it",
+        )
+    rank, size = (
+        (ctx.data_rank, ctx.data_world_size)
+        if axis == DATA
+        else (ctx.comm.rank(axis), ctx.comm.size(axis))
+    )
     each, more = divmod(len(xs), size)
     start = rank * each + min(rank, more)
     part = xs[start : start + each + (rank < more)]
@@ -66,7 +78,13 @@ def split(xs: Any, ctx: DistContext, *, pad: bool = False, axis: str = DATA) -> 
 
 @effectful(COLLECTIVE)
 def pad_across(
-    x: Tree, ctx: DistContext, *, dim: int = 0, value: float = 0, first: bool = False, axis: str = DATA
+    x: Tree,
+    ctx: DistContext,
+    *,
+    dim: int = 0,
+    value: float = 0,
+    first: bool = False,
+    axis: str = DATA,
 ) -> Tree:
     """Pad every tensor along `dim` to the longest that any rank of the axis has.
 
@@ -91,7 +109,9 @@ def pad_across(
     leaves, rebuild = tensor_leaves(x, ctx)
     dims = [dim if -leaf.ndim <= dim < leaf.ndim else None for leaf in leaves]
     mine = [0 if d is None else leaf.shape[d] for leaf, d in zip(leaves, dims, strict=True)]
-    longest: list[int] = ctx.comm.all_reduce(torch.tensor(mine, device=ctx.device), "max", axis).tolist()
+    longest: list[int] = ctx.comm.all_reduce(
+        torch.tensor(mine, device=ctx.device), "max", axis
+    ).tolist()
     return rebuild(
         [
             leaf.clone() if d is None else _padded(leaf, d, to - have, value, first)

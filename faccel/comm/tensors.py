@@ -17,20 +17,36 @@ from faccel.tree import Tree, flatten, reject
 REDUCE_OPS = ("sum", "mean", "min", "max", "prod")
 
 
-def tensor_leaves(tree: Tree, ctx: DistContext) -> tuple[list[torch.Tensor], Callable[[Sequence[Any]], Tree]]:
+def tensor_leaves(
+    tree: Tree, ctx: DistContext
+) -> tuple[list[torch.Tensor], Callable[[Sequence[Any]], Tree]]:
     """Return the leaves, detached, on the device of `ctx` and contiguous; refuse by name what is not a dense tensor."""
     leaves, rebuild = flatten(tree)
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
-            raise reject(tree, i, "only tensors travel in this collective", "use `gather_objects` for anything else")
+            raise reject(
+                tree,
+                i,
+                "only tensors travel in this collective",
+                "use `gather_objects` for anything else",
+            )
         if leaf.layout != torch.strided:
-            raise reject(tree, i, f"a {leaf.layout} tensor cannot be packed", "call `.to_dense()` on it")
+            raise reject(
+                tree, i, f"a {leaf.layout} tensor cannot be packed", "call `.to_dense()` on it"
+            )
         leaves[i] = leaf.detach().to(ctx.device).resolve_conj().resolve_neg().contiguous()
     return leaves, rebuild
 
 
 @effectful(COLLECTIVE)
-def gather(x: Tree, ctx: DistContext, *, num_valid: int | None = None, ragged: bool = False, axis: str = DATA) -> Tree:
+def gather(
+    x: Tree,
+    ctx: DistContext,
+    *,
+    num_valid: int | None = None,
+    ragged: bool = False,
+    axis: str = DATA,
+) -> Tree:
     """Concatenate `x` from every rank of the axis along dim 0, in data order.
 
     Effects: collective. Every rank of the axis must call it, with the same structure, trailing shapes and dtypes. One
@@ -88,16 +104,22 @@ def gather(x: Tree, ctx: DistContext, *, num_valid: int | None = None, ragged: b
     _check_same(digests, leaves, ctx, axis)
     return rebuild(
         [
-            part.flatten().clone() if row else torch.cat([part[r, :n] for r, n in enumerate(counts)])
+            part.flatten().clone()
+            if row
+            else torch.cat([part[r, :n] for r, n in enumerate(counts)])
             for part, row in zip(parts, is_row, strict=True)
         ]
     )
 
 
-def _check_same(digests: Sequence[int], leaves: list[torch.Tensor], ctx: DistContext, axis: str) -> None:
+def _check_same(
+    digests: Sequence[int], leaves: list[torch.Tensor], ctx: DistContext, axis: str
+) -> None:
     """Raise on every rank where ranks have sent tensors of other shapes or dtypes."""
     if len(set(digests)) > 1:
-        groups = [[r for r, d in enumerate(digests) if d == each] for each in dict.fromkeys(digests)]
+        groups = [
+            [r for r, d in enumerate(digests) if d == each] for each in dict.fromkeys(digests)
+        ]
         raise DesyncError(
             "ranks disagree about shapes or dtypes in one collective",
             got=f"ranks that agree with each other: {groups}; rank {ctx.comm.rank(axis)} sent {describe(leaves)}",
@@ -114,11 +136,20 @@ def _fresh(parts: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
 def _num_rows(x: Tree, leaves: list[torch.Tensor], is_row: list[bool]) -> int:
     sized = [i for i, row in enumerate(is_row) if not row]
     if not sized:
-        raise DataError("`num_valid` and `ragged` need rows to count", got="only 0-d tensors", fix="leave them out")
+        raise DataError(
+            "`num_valid` and `ragged` need rows to count",
+            got="only 0-d tensors",
+            fix="leave them out",
+        )
     num_rows = leaves[sized[0]].shape[0]
     for i in sized:
         if leaves[i].shape[0] != num_rows:
-            error = reject(x, i, f"every leaf must have the same {num_rows} rows", "gather it in a call of its own")
+            error = reject(
+                x,
+                i,
+                f"every leaf must have the same {num_rows} rows",
+                "gather it in a call of its own",
+            )
             raise DataError(error.problem, got=error.got, fix=error.fix)
     return num_rows
 
@@ -128,7 +159,8 @@ def _pad_to_longest(
 ) -> list[torch.Tensor]:
     longest = int(ctx.comm.all_reduce(torch.tensor(count, device=ctx.device), "max", axis))
     padded = [
-        leaf if row else leaf.new_zeros(longest, *leaf.shape[1:]) for leaf, row in zip(leaves, is_row, strict=True)
+        leaf if row else leaf.new_zeros(longest, *leaf.shape[1:])
+        for leaf, row in zip(leaves, is_row, strict=True)
     ]
     for new, leaf, row in zip(padded, leaves, is_row, strict=True):
         if not row:

@@ -53,7 +53,11 @@ class Fetch(Dataset[Any]):
         if is_tensordict(self.dataset):
             batch = self.dataset[torch.as_tensor(samples)]
             return batch if self.collate is default_collate else self.collate(batch)
-        if type(self.dataset) is TensorDataset and self.collate is default_collate and not self.is_single:
+        if (
+            type(self.dataset) is TensorDataset
+            and self.collate is default_collate
+            and not self.is_single
+        ):
             index = torch.as_tensor(samples)
             return [tensor[index] for tensor in self.dataset.tensors]
         indices: list[Any] = samples.tolist() if isinstance(samples, np.ndarray) else samples
@@ -134,7 +138,11 @@ def _shuffles_in_a_buffer(dataset: Any) -> bool:
         stage = stages.pop()
         if hasattr(stage, "buffer_size"):
             return True
-        stages += [stage.ex_iterable] if hasattr(stage, "ex_iterable") else getattr(stage, "ex_iterables", ())
+        stages += (
+            [stage.ex_iterable]
+            if hasattr(stage, "ex_iterable")
+            else getattr(stage, "ex_iterables", ())
+        )
     return False
 
 

@@ -50,7 +50,11 @@ class ShardedLoader:
     def order(self) -> Order:
         """The global order of this record's epoch, where it is faccel's own."""
         if not isinstance(self.source, OrderedSource):
-            raise DataError("this loader has an order of its own", got=repr(self.source), fix="read it to see it")
+            raise DataError(
+                "this loader has an order of its own",
+                got=repr(self.source),
+                fix="read it to see it",
+            )
         return self.source.order(self._epoch)
 
     @property
@@ -79,9 +83,13 @@ class ShardedLoader:
             DataError: It is no cursor, or a place inside the epoch of another order.
         """
         _check_cursor(cursor, self.source.name)
-        return attrs.evolve(self, epoch=cursor.epoch, start=cursor.samples_consumed, state=cursor.state)
+        return attrs.evolve(
+            self, epoch=cursor.epoch, start=cursor.samples_consumed, state=cursor.state
+        )
 
-    def epochs(self, stop: int, *, start: Cursor | None = None) -> Iterator[tuple[int, ShardedLoader]]:
+    def epochs(
+        self, stop: int, *, start: Cursor | None = None
+    ) -> Iterator[tuple[int, ShardedLoader]]:
         """Yield `(epoch, loader)` up to epoch `stop`, the first one from `start` on."""
         cursor = Cursor() if start is None else start
         _check_cursor(cursor, self.source.name)
@@ -209,10 +217,19 @@ def shard(
     """
     check_tail(tail)
     if isinstance(loader, ShardedLoader):
-        raise DataError("this loader is sharded already", got="what `faccel.shard` returned", fix="shard it once")
+        raise DataError(
+            "this loader is sharded already",
+            got="what `faccel.shard` returned",
+            fix="shard it once",
+        )
     place = ctx.config.device_placement if device_placement is None else device_placement
     source, is_placed = pick_source(
-        loader, ctx, tail=tail, mode=mode, seed=ctx.config.seed if seed is None else seed, split_batches=split_batches
+        loader,
+        ctx,
+        tail=tail,
+        mode=mode,
+        seed=ctx.config.seed if seed is None else seed,
+        split_batches=split_batches,
     )
     return ShardedLoader(
         loader=loader,

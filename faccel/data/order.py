@@ -121,7 +121,9 @@ class Cursor:
 
     def __attrs_post_init__(self) -> None:
         if self.epoch < 0 or self.samples_consumed < 0:
-            raise DataError("a cursor counts from 0", got=str(self), fix="use `batch.cursor` or `window.cursor`")
+            raise DataError(
+                "a cursor counts from 0", got=str(self), fix="use `batch.cursor` or `window.cursor`"
+            )
 
 
 @attrs.frozen
@@ -147,7 +149,11 @@ class Order:
 
     def samples(self, positions: Ints) -> Ints:
         """Return the samples `int64[n]` at `positions`, `int64[n]` in `range(num_samples)`."""
-        return permute(positions, self.num_samples, self.seed, self.epoch) if self.shuffle else positions
+        return (
+            permute(positions, self.num_samples, self.seed, self.epoch)
+            if self.shuffle
+            else positions
+        )
 
 
 @attrs.frozen
@@ -203,10 +209,14 @@ class ShardPlan:
         steps_at_once = max(1, _CHUNK // size)
         for first in range(0, num_steps, steps_at_once):
             steps = np.arange(first, min(first + steps_at_once, num_steps), dtype=np.int64)
-            positions = (steps * self.global_batch_size + self.first_position(start, 0))[:, None] + np.arange(size)
+            positions = (steps * self.global_batch_size + self.first_position(start, 0))[
+                :, None
+            ] + np.arange(size)
             if self.tail == "pad":
                 positions %= self.num_samples
-            samples = order.samples(np.minimum(positions, self.num_samples - 1).reshape(-1)).reshape(-1, size)
+            samples = order.samples(
+                np.minimum(positions, self.num_samples - 1).reshape(-1)
+            ).reshape(-1, size)
             for step, row in zip(steps.tolist(), samples, strict=True):
                 yield row if self.tail == "pad" else row[: self.num_valid(start, step)]
 
@@ -215,4 +225,6 @@ def check_tail(tail: Any) -> None:
     """Refuse what is not one of `TAILS`."""
     if tail not in TAILS:
         listed = ", ".join(f'`"{name}"`' for name in TAILS)
-        raise DataError("`tail` says what the last step does", got=repr(tail), fix=f"use one of {listed}")
+        raise DataError(
+            "`tail` says what the last step does", got=repr(tail), fix=f"use one of {listed}"
+        )

@@ -100,14 +100,23 @@ class Round:
         ends = self.num_ahead < self.deal.whole if tail == "drop" else not self.num_ahead
         last = self.num_ahead <= rank * size if tail == "uneven" else ends
         valid = len(units)
-        if tail == "pad" and valid < size:  # positions behind the end wrap around, repeatedly if need be
+        if (
+            tail == "pad" and valid < size
+        ):  # positions behind the end wrap around, repeatedly if need be
             at = rank * size + valid - len(self.units)
             units = units + [self.first[(at + i) % len(self.first)] for i in range(size - valid)]
-        return Part(units, valid, self.consumed, last, ends, self.mark, self.step) if units else None
+        return (
+            Part(units, valid, self.consumed, last, ends, self.mark, self.step) if units else None
+        )
 
 
 def rounds(
-    stream: Iterable[Any], deal: Deal, *, start: int = 0, passed: int = 0, mark: Callable[[], Any] = lambda: None
+    stream: Iterable[Any],
+    deal: Deal,
+    *,
+    start: int = 0,
+    passed: int = 0,
+    mark: Callable[[], Any] = lambda: None,
 ) -> Iterator[Round]:
     """Yield the rounds of a stream.
 

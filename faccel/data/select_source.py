@@ -37,10 +37,14 @@ def pick_source(
     tail = "drop" if loader.drop_last else tail
     size = _per_rank(loader.batch_size, world_size) if split_batches else loader.batch_size
     if isinstance(loader.dataset, IterableDataset):
-        return StreamSource(loader, ctx, Deal(size or 1, world_size, tail), seed, mode == "dispatch"), True
+        return StreamSource(
+            loader, ctx, Deal(size or 1, world_size, tail), seed, mode == "dispatch"
+        ), True
     if mode == "dispatch":
         raise DataError(
-            '`mode="dispatch"` is for streams', got=f"a map-style {type(loader.dataset).__name__}", fix="leave it out"
+            '`mode="dispatch"` is for streams',
+            got=f"a map-style {type(loader.dataset).__name__}",
+            fix="leave it out",
         )
     own_batches = loader.batch_size is None and loader.batch_sampler is not None
     reader = Reader(loader, seed, is_single=loader.batch_size is None and not own_batches)
@@ -58,10 +62,20 @@ def pick_source(
     return SampledSource(loader.sampler, deal, ctx.data_rank, seed, reader, False), is_placed
 
 
-def _shards_source(loader: Any, ctx: DistContext, tail: str, seed: int, *, split_batches: bool) -> ShardsSource:
+def _shards_source(
+    loader: Any, ctx: DistContext, tail: str, seed: int, *, split_batches: bool
+) -> ShardsSource:
     dataset = getattr(loader, "dataset", loader)
-    if not isinstance(loader, DataLoader) or not isinstance(dataset, IterableDataset) or loader.batch_size is None:
-        what = "a loader without a `batch_size`" if isinstance(loader, DataLoader) else f"a {type(loader).__name__}"
+    if (
+        not isinstance(loader, DataLoader)
+        or not isinstance(dataset, IterableDataset)
+        or loader.batch_size is None
+    ):
+        what = (
+            "a loader without a `batch_size`"
+            if isinstance(loader, DataLoader)
+            else f"a {type(loader).__name__}"
+        )
         got = what if isinstance(dataset, IterableDataset) else f"a {type(dataset).__name__}"
         fix = 'pass a `DataLoader(stream, batch_size=...)`, or write `mode="split"`'
         raise DataError('`mode="shards"` is for streams that are batched here', got=got, fix=fix)
@@ -73,7 +87,9 @@ def _shards_source(loader: Any, ctx: DistContext, tail: str, seed: int, *, split
     tail = "drop" if loader.drop_last else tail
     if tail == "uneven":
         fix = 'write `tail="pad"`, whose repeats `batch.num_valid` tells apart'
-        raise DataError("ranks that read shards of their own end together", got='tail="uneven"', fix=fix)
+        raise DataError(
+            "ranks that read shards of their own end together", got='tail="uneven"', fix=fix
+        )
     size = _per_rank(loader.batch_size, ctx.data_world_size) if split_batches else loader.batch_size
     return ShardsSource(loader, ctx, size, tail, seed)
 
@@ -81,7 +97,9 @@ def _shards_source(loader: Any, ctx: DistContext, tail: str, seed: int, *, split
 def _is_ours(sampler: Any) -> bool:
     """Whether the order is one that faccel makes itself: the data set's, or a shuffle of all of it."""
     return type(sampler) is SequentialSampler or (
-        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+        type(sampler) is RandomSampler
+        and not sampler.replacement
+        and sampler.num_samples == len(sampler.data_source)
     )
 
 
@@ -103,14 +121,19 @@ def _per_rank(batch_size: int | None, world_size: int) -> int:
 
 def _check(loader: Any, mode: str) -> None:
     if mode not in MODES:
-        raise DataError("`mode` says how a stream is shared", got=repr(mode), fix=nearest(str(mode), MODES))
+        raise DataError(
+            "`mode` says how a stream is shared", got=repr(mode), fix=nearest(str(mode), MODES)
+        )
     if not isinstance(loader, Iterable):
         raise DataError(
             "`shard` takes a `DataLoader` or an iterable of batches",
             got=f"a {type(loader).__name__}",
             fix="write `faccel.shard(DataLoader(dataset, batch_size=32), ctx)`",
         )
-    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    samplers = (
+        getattr(loader, "sampler", None),
+        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+    )
     if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
         raise DataError(
             "`shard` splits the data itself",

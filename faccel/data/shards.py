@@ -65,7 +65,9 @@ class ShardsSource:
         """Return where an epoch begins; of any other step nobody can know."""
         if step:
             fix = "write `loader.resume(batch.cursor)`"
-            raise DataError("a stream in shards does not know where a step begins", got=f"step={step}", fix=fix)
+            raise DataError(
+                "a stream in shards does not know where a step begins", got=f"step={step}", fix=fix
+            )
         return 0
 
     def _walk(self, epoch: int, place: tuple[int, Any] | None) -> Iterator[Part]:
@@ -104,7 +106,9 @@ class ShardsSource:
         except Exception as error:  # the others wait for this rank
             got = f"{type(error).__name__}: {error}"
             failed = RankFailedError(
-                f"rank {self.ctx.rank} failed while it read the data", got=got, fix="mend its data set"
+                f"rank {self.ctx.rank} failed while it read the data",
+                got=got,
+                fix="mend its data set",
             )
             told = _Told(error=error if isinstance(error, FaccelError) else failed)
         all_told = gather_objects(told, self.ctx)
@@ -128,21 +132,31 @@ class ShardsSource:
             consumed += sum(each.num_units for each in told)
             is_end = self._is_over(then)
             places = tuple(each.place for each in told)
-            after = Cursor(epoch + 1, of=self.name) if is_end else Cursor(epoch, consumed, places, self.name)
+            after = (
+                Cursor(epoch + 1, of=self.name)
+                if is_end
+                else Cursor(epoch, consumed, places, self.name)
+            )
             num_valid = len(part.units) if part else 0
             units = self._padded(part.units if part else [], epoch)
             seed = mix(self.seed, epoch, consumed, self.ctx.data_rank)
-            data = collated(Part(units, num_valid, consumed, is_end, is_end, None, step), self.loader, seed)
+            data = collated(
+                Part(units, num_valid, consumed, is_end, is_end, None, step), self.loader, seed
+            )
             yield Batch(data, num_valid, step, is_end, after)
             part, told, step = ahead, then, step + 1
 
     def _padded(self, units: list[Any], epoch: int) -> list[Any]:
         if len(units) == self.size:
             return units
-        begin = next(self._walk(epoch, (0, None)), None)  # read again: after a resume nothing else knows it
+        begin = next(
+            self._walk(epoch, (0, None)), None
+        )  # read again: after a resume nothing else knows it
         if begin is None:
             fix = 'write `tail="drop"`, or read it with `mode="split"`'
-            raise DataError("a rank without samples cannot repeat any", got=f"rank {self.ctx.rank}", fix=fix)
+            raise DataError(
+                "a rank without samples cannot repeat any", got=f"rank {self.ctx.rank}", fix=fix
+            )
         first = begin.units
         return units + [first[i % len(first)] for i in range(self.size - len(units))]
 

@@ -135,14 +135,20 @@ class OrderedSource:
         num_steps, first, name = plan.num_steps(start), start // plan.global_batch_size, self.name
         for step, data in enumerate(self.data(cursor)):
             cursor = plan.cursor(epoch, start, step, name)
-            yield Batch(data, plan.num_valid(start, step), first + step, step + 1 == num_steps, cursor)
+            yield Batch(
+                data, plan.num_valid(start, step), first + step, step + 1 == num_steps, cursor
+            )
 
 
 def _batches_of(
     parts: Iterator[tuple[Part, Tree]], epoch: int, name: str, rows_of: Callable[[Part, Tree], int]
 ) -> Iterator[Batch]:
     for part, data in parts:
-        after = Cursor(epoch + 1, of=name) if part.is_end else Cursor(epoch, part.consumed, part.mark, name)
+        after = (
+            Cursor(epoch + 1, of=name)
+            if part.is_end
+            else Cursor(epoch, part.consumed, part.mark, name)
+        )
         yield Batch(data, rows_of(part, data), part.step, part.is_last, after)
 
 
@@ -308,7 +314,14 @@ class StreamSource:
     def _read(self, cursor: Cursor) -> Iterator[tuple[Part, Tree]]:
         for part in self._parts(cursor):
             if part is not None:
-                yield part, collated(part, self.loader, mix(self.seed, cursor.epoch, part.consumed, self.ctx.data_rank))
+                yield (
+                    part,
+                    collated(
+                        part,
+                        self.loader,
+                        mix(self.seed, cursor.epoch, part.consumed, self.ctx.data_rank),
+                    ),
+                )
 
     def data(self, cursor: Cursor) -> Iterator[Tree]:
         """Yield the data of each batch from `cursor` on."""
@@ -327,6 +340,8 @@ def _next_or_error(parts: Iterator[Any], world_size: int) -> list[Any]:
         return next(parts, ["end"] * world_size)
     except Exception as error:
         seen = RankFailedError(
-            "rank 0 failed while it read the data", got=f"{type(error).__name__}: {error}", fix="mend its data set"
+            "rank 0 failed while it read the data",
+            got=f"{type(error).__name__}: {error}",
+            fix="mend its data set",
         )
         return [error if isinstance(error, FaccelError) else seen] * world_size

@@ -23,10 +23,14 @@ from faccel.tree import Tree
 def _along(vector: Mapping[str, torch.Tensor]) -> Differentiate:
     """Return what differentiates a loss twice: the gradient of its derivative along `vector`."""
 
-    def differentiate(run: Callable[[Mapping[str, torch.Tensor]], Any], params: dict[str, torch.Tensor]) -> Any:
+    def differentiate(
+        run: Callable[[Mapping[str, torch.Tensor]], Any], params: dict[str, torch.Tensor]
+    ) -> Any:
         def slope(tracked: dict[str, torch.Tensor]) -> Any:
             grads, loss = torch.func.grad(lambda p: (run(p)[0],) * 2, has_aux=True)(tracked)
-            total = sum(((grads[name] * vector[name]).sum() for name in tracked), torch.zeros(()).to(loss))
+            total = sum(
+                ((grads[name] * vector[name]).sum() for name in tracked), torch.zeros(()).to(loss)
+            )
             return total, loss
 
         products, loss = torch.func.grad(slope, has_aux=True)(params)
@@ -37,7 +41,11 @@ def _along(vector: Mapping[str, torch.Tensor]) -> Differentiate:
 
 @effectful(COLLECTIVE)
 def hessian_vector_product(
-    loss_fn: Callable[..., torch.Tensor], ctx: DistContext, *, weight: Weight | None = None, num_micro_batches: int = 1
+    loss_fn: Callable[..., torch.Tensor],
+    ctx: DistContext,
+    *,
+    weight: Weight | None = None,
+    num_micro_batches: int = 1,
 ) -> Callable[[TensorDict, TensorDict, Tree, Stream], TensorDict]:
     """Return the function that multiplies the Hessian of a loss with a vector (Pearlmutter, 1994).
 
@@ -67,7 +75,9 @@ def hessian_vector_product(
     def run(params: TensorDict, vector: TensorDict, batch: Tree, generator: Stream) -> TensorDict:
         check_like(params, vector, "vector")
         way = _along(named(vector))
-        return tensordict(gradient(Task(spec, ctx, params, batch, generator), differentiate=way).grads)
+        return tensordict(
+            gradient(Task(spec, ctx, params, batch, generator), differentiate=way).grads
+        )
 
     return run
 
@@ -106,12 +116,17 @@ def sharpness(
     """
     if num_iterations < 1:
         raise ConfigError("at least one iteration is made", got=str(num_iterations), fix="use 20")
-    product = hessian_vector_product(loss_fn, ctx, weight=weight, num_micro_batches=num_micro_batches)
+    product = hessian_vector_product(
+        loss_fn, ctx, weight=weight, num_micro_batches=num_micro_batches
+    )
 
     def run(params: TensorDict, batch: Tree, generator: Stream) -> torch.Tensor:
         start = torch.Generator(ctx.device).manual_seed(0)  # one direction on every rank
         vector = tensordict(
-            {n: torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=start) for n, p in named(params).items()}
+            {
+                n: torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=start)
+                for n, p in named(params).items()
+            }
         )
         value = torch.zeros(())
         for _ in range(num_iterations):
@@ -179,8 +194,12 @@ def sam(
         same = again(task.generator)
         here = gradient(task)
         factor = rho / (global_norm(tensordict(here.grads)) + 1e-12)
-        there = tensordict({name: param + factor * here.grads[name] for name, param in named(task.params).items()})
-        return here._replace(grads=gradient(task._replace(params=there, generator=same, by_value=False)).grads)
+        there = tensordict(
+            {name: param + factor * here.grads[name] for name, param in named(task.params).items()}
+        )
+        return here._replace(
+            grads=gradient(task._replace(params=there, generator=same, by_value=False)).grads
+        )
 
     spec = LossSpec(loss_fn, has_buffers, has_aux, weight, num_micro_batches)
     return step_along(direction, spec, transformation, ctx, donating=donate)

@@ -35,19 +35,25 @@ def stack(states: Sequence[TrainState]) -> TrainState:
         torch.Size([3, 1, 2])
     """
     if not states:
-        raise ModelError("an ensemble has at least one state", fix="write `stack([init_state(...), ...])`")
+        raise ModelError(
+            "an ensemble has at least one state", fix="write `stack([init_state(...), ...])`"
+        )
     for each in states:
         check_state(each)
     named = [leaves(leaves_of(each)) for each in states]
     for other in named[1:]:
         for name in named[0].keys() ^ other.keys():
             raise ModelError(
-                "these states are not of one model", got=f"`{name}` in some only", fix="stack equal models"
+                "these states are not of one model",
+                got=f"`{name}` in some only",
+                fix="stack equal models",
             )
         for name, leaf in named[0].items():
             if other[name].shape != leaf.shape or other[name].dtype != leaf.dtype:
                 got = f"`{name}`: {tuple(leaf.shape)} {leaf.dtype} and {tuple(other[name].shape)} {other[name].dtype}"
-                raise ModelError("these states are not of one model", got=got, fix="stack equal models")
+                raise ModelError(
+                    "these states are not of one model", got=got, fix="stack equal models"
+                )
     return state_of(_zipped([leaves_of(each) for each in states]), states[0].scaler, [len(states)])
 
 
@@ -71,9 +77,16 @@ def unstack(states: TrainState) -> list[TrainState]:
     """
     check_state(states)
     if not states.seed.ndim:
-        raise ModelError("this state is a single one", got="no stacked tensors", fix="unstack what `stack` returned")
+        raise ModelError(
+            "this state is a single one",
+            got="no stacked tensors",
+            fix="unstack what `stack` returned",
+        )
     held = leaves_of(states)
-    return [state_of(map_leaves(lambda x, i=i: x[i], held), states.scaler) for i in range(states.seed.numel())]
+    return [
+        state_of(map_leaves(lambda x, i=i: x[i], held), states.scaler)
+        for i in range(states.seed.numel())
+    ]
 
 
 @effectful(COLLECTIVE)
@@ -110,7 +123,9 @@ def ensemble(step: Step, ctx: DistContext, *, batch_dim: int | None = None) -> S
 
     own = torch.Generator(ctx.device)
 
-    def run(states: TrainState, batch: Tree, generator: Stream | None = None) -> tuple[Metrics, TrainState]:
+    def run(
+        states: TrainState, batch: Tree, generator: Stream | None = None
+    ) -> tuple[Metrics, TrainState]:
         check_state(states)
         if states.seed.ndim != 1:
             raise ConfigError(

@@ -12,13 +12,19 @@ from typing import Any
 import torch
 
 Slots = dict[str, torch.Tensor]
-Formula = Callable[[torch.Tensor, torch.Tensor, Slots, torch.Tensor, Any], tuple[torch.Tensor, Slots]]
+Formula = Callable[
+    [torch.Tensor, torch.Tensor, Slots, torch.Tensor, Any], tuple[torch.Tensor, Slots]
+]
 
 
-def sgd(*, momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool) -> Formula:
+def sgd(
+    *, momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool
+) -> Formula:
     """Stochastic gradient descent."""
 
-    def formula(p: torch.Tensor, g: torch.Tensor, slots: Slots, count: torch.Tensor, lr: Any) -> Any:
+    def formula(
+        p: torch.Tensor, g: torch.Tensor, slots: Slots, count: torch.Tensor, lr: Any
+    ) -> Any:
         g = (-g if maximize else g) + (weight_decay * p if weight_decay else 0.0)
         if not momentum:
             return p - lr * g, {}
@@ -31,15 +37,26 @@ def sgd(*, momentum: float, dampening: float, weight_decay: float, nesterov: boo
 
 
 def adam(
-    *, beta1: float, beta2: float, eps: float, weight_decay: float, amsgrad: bool, maximize: bool, decoupled: bool
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    amsgrad: bool,
+    maximize: bool,
+    decoupled: bool,
 ) -> Formula:
     """Adam, with weight decay in the gradient or decoupled from it."""
 
-    def formula(p: torch.Tensor, g: torch.Tensor, slots: Slots, count: torch.Tensor, lr: Any) -> Any:
+    def formula(
+        p: torch.Tensor, g: torch.Tensor, slots: Slots, count: torch.Tensor, lr: Any
+    ) -> Any:
         g = -g if maximize else g
         if weight_decay:
             p, g = (p * (1 - lr * weight_decay), g) if decoupled else (p, g + weight_decay * p)
-        t = count.double() + 1  # on the CPU, where double precision is everywhere: 1 - 0.999 is small
+        t = (
+            count.double() + 1
+        )  # on the CPU, where double precision is everywhere: 1 - 0.999 is small
         first = beta1 * slots["exp_avg"] + (1 - beta1) * g
         second = beta2 * slots["exp_avg_sq"] + (1 - beta2) * g * g
         new = {"exp_avg": first, "exp_avg_sq": second}
@@ -65,7 +82,9 @@ def _root(x: torch.Tensor) -> torch.Tensor:
 def adagrad(*, lr_decay: float, weight_decay: float, eps: float, maximize: bool) -> Formula:
     """Adagrad."""
 
-    def formula(p: torch.Tensor, g: torch.Tensor, slots: Slots, count: torch.Tensor, lr: Any) -> Any:
+    def formula(
+        p: torch.Tensor, g: torch.Tensor, slots: Slots, count: torch.Tensor, lr: Any
+    ) -> Any:
         g = (-g if maximize else g) + (weight_decay * p if weight_decay else 0.0)
         total = slots["sum"] + g * g
         rate = like(lr / (1 + count.double() * lr_decay), p)
@@ -75,11 +94,19 @@ def adagrad(*, lr_decay: float, weight_decay: float, eps: float, maximize: bool)
 
 
 def rmsprop(
-    *, alpha: float, eps: float, weight_decay: float, momentum: float, centered: bool, maximize: bool
+    *,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    centered: bool,
+    maximize: bool,
 ) -> Formula:
     """RMSprop."""
 
-    def formula(p: torch.Tensor, g: torch.Tensor, slots: Slots, count: torch.Tensor, lr: Any) -> Any:
+    def formula(
+        p: torch.Tensor, g: torch.Tensor, slots: Slots, count: torch.Tensor, lr: Any
+    ) -> Any:
         g = (-g if maximize else g) + (weight_decay * p if weight_decay else 0.0)
         square = alpha * slots["square_avg"] + (1 - alpha) * g * g
         new, variance = {"square_avg": square}, square
@@ -95,11 +122,19 @@ def rmsprop(
 
 
 def adafactor(
-    *, beta2_decay: float, eps1: float | None, eps2: float, d: float, weight_decay: float, maximize: bool
+    *,
+    beta2_decay: float,
+    eps1: float | None,
+    eps2: float,
+    d: float,
+    weight_decay: float,
+    maximize: bool,
 ) -> Formula:
     """Adafactor, with factored second moments for what has more than one dim."""
 
-    def formula(p: torch.Tensor, g: torch.Tensor, slots: Slots, count: torch.Tensor, lr: Any) -> Any:
+    def formula(
+        p: torch.Tensor, g: torch.Tensor, slots: Slots, count: torch.Tensor, lr: Any
+    ) -> Any:
         g = -g if maximize else g
         t = like(count.double() + 1, p)
         floor = torch.finfo(p.dtype).eps if eps1 is None else eps1
@@ -143,7 +178,9 @@ def muon(
             x = a * x + (b * gram + c * (gram @ gram)) @ x
         return x.mT if is_tall else x
 
-    def formula(p: torch.Tensor, g: torch.Tensor, slots: Slots, count: torch.Tensor, lr: Any) -> Any:
+    def formula(
+        p: torch.Tensor, g: torch.Tensor, slots: Slots, count: torch.Tensor, lr: Any
+    ) -> Any:
         rows, columns = p.shape[-2:]
         scales = {"match_rms_adamw": 0.2 * max(rows, columns) ** 0.5}
         scale = scales.get(adjust_lr_fn or "original", max(1.0, rows / columns) ** 0.5)

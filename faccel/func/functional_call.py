@@ -56,17 +56,27 @@ def functional_call(
         (1, 0)
     """
     held = named(params)
-    passed = {} if buffers is None else {name: each.clone() for name, each in named(buffers).items()}
+    passed = (
+        {} if buffers is None else {name: each.clone() for name, each in named(buffers).items()}
+    )
     if is_traced():
         if not isinstance(generator, torch.Generator):
             (generator or NoStream()).check(model)
         tensors = held | passed
         with _drawing(generator):
-            result = torch.func.functional_call(model, tensors, args, kwargs)  # which updates what it was given
-        return result if buffers is None else (result, tensordict({name: tensors[name] for name in passed}))
+            result = torch.func.functional_call(
+                model, tensors, args, kwargs
+            )  # which updates what it was given
+        return (
+            result
+            if buffers is None
+            else (result, tensordict({name: tensors[name] for name in passed}))
+        )
     places, has_buffers = _places(model)
     kept: dict[str, torch.Tensor] = {}
-    if has_buffers and buffers is None:  # the model's own: copied where layers may well write to them
+    if (
+        has_buffers and buffers is None
+    ):  # the model's own: copied where layers may well write to them
         copies = model.training
         kept = {name: b.detach().clone() if copies else b for name, b in model.named_buffers()}
     versions = {name: (id(each), each._version) for name, each in kept.items()}
@@ -75,7 +85,8 @@ def functional_call(
     written = sorted(
         name
         for name in kept
-        if versions[name] != (id(after[name]), after[name]._version) or _differs(after[name], own.get(name))
+        if versions[name] != (id(after[name]), after[name]._version)
+        or _differs(after[name], own.get(name))
     )
     if written:
         raise PurityError(
@@ -85,7 +96,9 @@ def functional_call(
             "`out, buffers = functional_call(model, params, x, buffers=buffers)` that returns `(loss, buffers)`, and "
             "`make_step(..., has_buffers=True)`; or call `model.eval()`",
         )
-    return result if buffers is None else (result, tensordict({name: after[name] for name in passed}))
+    return (
+        result if buffers is None else (result, tensordict({name: after[name] for name in passed}))
+    )
 
 
 def _differs(copied: torch.Tensor, own: torch.Tensor | None) -> bool:
@@ -106,13 +119,20 @@ def _places(model: nn.Module) -> tuple[_Places, bool]:
         for table in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
             for leaf, tensor in table.items():
                 if tensor is not None:
-                    places.setdefault(names.setdefault(id(tensor), start + leaf), []).append((table, leaf))
+                    places.setdefault(names.setdefault(id(tensor), start + leaf), []).append(
+                        (table, leaf)
+                    )
         has_buffers = has_buffers or bool(module._buffers)  # pyright: ignore[reportPrivateUsage]
     return places, has_buffers
 
 
 def _run(
-    model: nn.Module, places: _Places, tensors: dict[str, torch.Tensor], generator: Any, args: Any, kwargs: Any
+    model: nn.Module,
+    places: _Places,
+    tensors: dict[str, torch.Tensor],
+    generator: Any,
+    args: Any,
+    kwargs: Any,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """Return what the model gives with `tensors` in place of its own, which are put back, and what stands there then.
 
@@ -122,7 +142,11 @@ def _run(
     try:
         for name, tensor in tensors.items():
             if name not in places:
-                raise ModelError("the model has no such tensor", got=f"`{name}`", fix="pass the model of this state")
+                raise ModelError(
+                    "the model has no such tensor",
+                    got=f"`{name}`",
+                    fix="pass the model of this state",
+                )
             for table, leaf in places[name]:
                 own.append((table, leaf, table[leaf]))
                 table[leaf] = tensor

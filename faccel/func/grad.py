@@ -54,7 +54,9 @@ class LossSpec:
         check_cap(self.bucket_cap_mb)
         if self.num_micro_batches < 1:
             raise ConfigError(
-                "a batch has at least one micro-batch", got=str(self.num_micro_batches), fix="use `num_micro_batches=1`"
+                "a batch has at least one micro-batch",
+                got=str(self.num_micro_batches),
+                fix="use `num_micro_batches=1`",
             )
 
 
@@ -125,11 +127,18 @@ def outcome(task: Task, local: Callable[[Task], Parts]) -> Outcome:
         return _averaged(task, local(task), traced=True)
     arguments = {"params": task.params, "batch": task.batch, "buffers": task.buffers}
     by_value = task.by_value or task.ctx.config.debug
-    return _averaged(task, found_pure(lambda: local(task), arguments, task.ctx, by_value=by_value), traced=False)
+    return _averaged(
+        task, found_pure(lambda: local(task), arguments, task.ctx, by_value=by_value), traced=False
+    )
 
 
 def scalar_loss(
-    spec: LossSpec, params: Mapping[str, torch.Tensor], batch: Tree, generator: Stream, buffers: Any, ctx: DistContext
+    spec: LossSpec,
+    params: Mapping[str, torch.Tensor],
+    batch: Tree,
+    generator: Stream,
+    buffers: Any,
+    ctx: DistContext,
 ) -> tuple[torch.Tensor, tuple[Any, Any]]:
     """Return `(loss, (buffers, aux))` of one call of the loss function, whatever it returns."""
     extra = (buffers,) if spec.has_buffers else ()
@@ -141,19 +150,28 @@ def scalar_loss(
     num_more = spec.has_buffers + spec.has_aux
     if num_more and not (isinstance(out, tuple) and len(out) == 1 + num_more):
         wanted = ", ".join(["loss"] + ["buffers"] * spec.has_buffers + ["aux"] * spec.has_aux)
-        raise ModelError(f"the loss function must return `({wanted})`", got=_kind(out), fix=f"write `return {wanted}`")
+        raise ModelError(
+            f"the loss function must return `({wanted})`",
+            got=_kind(out),
+            fix=f"write `return {wanted}`",
+        )
     loss, *more = out if num_more else (out,)
     if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.is_floating_point():
         raise ModelError(
             "a loss is a 0-d tensor of floating point",
             got=_kind(loss),
             fix="reduce it, as in `loss.mean()`"
-            + (", or pass `has_aux=True` where more is returned" if isinstance(loss, tuple) else ""),
+            + (
+                ", or pass `has_aux=True` where more is returned" if isinstance(loss, tuple) else ""
+            ),
         )
     new = more.pop(0) if spec.has_buffers else None
     if new is not None:
         check_like(buffers, new, "buffers")
-    return loss, (None if new is None else {k: v.detach() for k, v in new.items()}, more[0] if more else None)
+    return loss, (
+        None if new is None else {k: v.detach() for k, v in new.items()},
+        more[0] if more else None,
+    )
 
 
 def _kind(value: Any) -> str:
@@ -175,7 +193,9 @@ def _by_autograd(run: Callable[[Mapping[str, torch.Tensor]], Any], params: _Name
             got=_kind(loss),
             fix="compute it from `params`, as in `functional_call(model, params, x)`, with gradients on and without `.item()`",
         )
-    grads = torch.autograd.grad(loss, list(tracked.values()), allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        loss, list(tracked.values()), allow_unused=True, materialize_grads=True
+    )
     return loss.detach(), rest, dict(zip(tracked, grads, strict=True))
 
 
@@ -224,7 +244,9 @@ def _local(task: Task, differentiate: Differentiate) -> Parts:
     for micro in micro_batches(task.batch, spec.num_micro_batches, is_mean=spec.weight is None):
         before = task.buffers if total is None else tensordict(total.buffers or {})
 
-        def run(tracked: Mapping[str, torch.Tensor], micro: Tree = micro, held: Any = before) -> Any:
+        def run(
+            tracked: Mapping[str, torch.Tensor], micro: Tree = micro, held: Any = before
+        ) -> Any:
             loss, rest = scalar_loss(spec, tracked, micro, task.generator, held, task.ctx)
             return loss * scale if scale != 1.0 else loss, rest
 
@@ -234,7 +256,9 @@ def _local(task: Task, differentiate: Differentiate) -> Parts:
             grads = _owned(grads, [*given, *tensors.values()])
         count = None if spec.weight is None else _count(spec.weight(micro))
         outputs.append(aux if aux is None else map_leaves(_detached, aux))
-        total = _added(total, Parts(loss, grads, count, new, None), in_place=differentiate is _by_autograd)
+        total = _added(
+            total, Parts(loss, grads, count, new, None), in_place=differentiate is _by_autograd
+        )
         del grads, loss  # while the next ones are computed
     assert total is not None
     return total._replace(aux=outputs[0] if len(outputs) == 1 else stacked(outputs))
@@ -245,8 +269,14 @@ def _detached(leaf: Any) -> Any:
 
 
 def _count(weight: Any) -> Any:
-    if not isinstance(weight, (int, float, torch.Tensor)) or (isinstance(weight, torch.Tensor) and weight.ndim):
-        raise DataError("a weight is a number or a 0-d tensor", got=_kind(weight), fix="return what the batch counts")
+    if not isinstance(weight, (int, float, torch.Tensor)) or (
+        isinstance(weight, torch.Tensor) and weight.ndim
+    ):
+        raise DataError(
+            "a weight is a number or a 0-d tensor",
+            got=_kind(weight),
+            fix="return what the batch counts",
+        )
     return weight
 
 
@@ -271,7 +301,9 @@ def _averaged(task: Task, parts: Parts, *, traced: bool) -> Outcome:
     if count is not None:
         tensor = isinstance(count, torch.Tensor)
         count = (
-            count.detach().to(loss.device, wide) if tensor else torch.full((), count, dtype=wide, device=loss.device)
+            count.detach().to(loss.device, wide)
+            if tensor
+            else torch.full((), count, dtype=wide, device=loss.device)
         )
     grads, buffers = parts.grads, parts.buffers
     if ctx.data_world_size > 1:
@@ -359,7 +391,9 @@ def value_and_grad(
     check_replicas(ctx, "use `faccel.wrap` and `faccel.scaled_backward`")
     spec = LossSpec(loss_fn, has_buffers, has_aux, weight, num_micro_batches, bucket_cap_mb)
 
-    def run(params: TensorDict, batch: Tree, generator: Stream, buffers: TensorDict | None = None) -> Any:
+    def run(
+        params: TensorDict, batch: Tree, generator: Stream, buffers: TensorDict | None = None
+    ) -> Any:
         out = gradient(Task(spec, ctx, params, batch, generator, buffers))
         more = [tensordict(out.buffers or {})] * has_buffers + [out.aux] * has_aux
         return (out.loss, *more) if more else out.loss, tensordict(out.grads)

@@ -103,7 +103,11 @@ def is_traced(params: Any = None) -> bool:
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
         return True
-    return params is not None and torch.is_grad_enabled() and any(p.requires_grad for p in params.values())
+    return (
+        params is not None
+        and torch.is_grad_enabled()
+        and any(p.requires_grad for p in params.values())
+    )
 
 
 def empty(params: TensorDict) -> TensorDict:
@@ -187,7 +191,9 @@ class _Links:
     def init(self, params: TensorDict) -> TensorDict:
         return tensordict({name: each.init(params) for name, each in self.parts.items()})
 
-    def update(self, updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
+    def update(
+        self, updates: Updates, state: TensorDict, params: TensorDict
+    ) -> tuple[Updates, TensorDict]:
         held = dict(state.items())
         if held.keys() != self.parts.keys():
             raise OptimizerError(
@@ -216,11 +222,18 @@ class _Links:
         if not isinstance(happens, torch.Tensor):
             return updates, state
         before = params if updates.params is None else updates.params
-        there = updates._replace(apply=True, donate=False)  # what was there is needed where it does not happen
+        there = updates._replace(
+            apply=True, donate=False
+        )  # what was there is needed where it does not happen
         after, new = self._run(rest, there, state, params)
         made = None if after.params is None else choose(happens, after.params, before)
-        kept = {name: choose(happens, new[name], state[name]) if name in rest else new[name] for name in new}
-        return after._replace(params=made, apply=both(happens, after.apply), donate=updates.donate), kept
+        kept = {
+            name: choose(happens, new[name], state[name]) if name in rest else new[name]
+            for name in new
+        }
+        return after._replace(
+            params=made, apply=both(happens, after.apply), donate=updates.donate
+        ), kept
 
 
 def both(a: Flag, b: Flag) -> Flag:
@@ -270,7 +283,9 @@ def _chosen(mask: Mask, params: TensorDict) -> list[str]:
     patterns = [mask] if isinstance(mask, str) else mask
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in tensors):
-            raise ConfigError("a pattern matches no parameter", got=f"`{pattern}`", fix=nearest(pattern, tensors))
+            raise ConfigError(
+                "a pattern matches no parameter", got=f"`{pattern}`", fix=nearest(pattern, tensors)
+            )
     return [name for name in tensors if any(fnmatchcase(name, p) for p in patterns)]
 
 
@@ -299,7 +314,9 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
     """
 
     _check_inner(inner)
-    known_names: dict[tuple[Any, ...], list[str]] = {}  # a mask is asked once for each model, not at every update
+    known_names: dict[
+        tuple[Any, ...], list[str]
+    ] = {}  # a mask is asked once for each model, not at every update
 
     def chosen(params: TensorDict) -> list[str]:
         key = tuple((name, each.shape) for name, each in params.items())
@@ -311,7 +328,9 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
         names = chosen(params)
         return inner.init(_part(params, names)) if names else tensordict({})
 
-    def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
+    def update(
+        updates: Updates, state: TensorDict, params: TensorDict
+    ) -> tuple[Updates, TensorDict]:
         names = chosen(params)
         if not names:
             return updates, state
@@ -320,14 +339,18 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
         after, state = inner.update(here, state, _part(params, names))
         made = updates.params
         if after.params is not None:
-            made = tensordict(dict((params if made is None else made).items()) | dict(after.params.items()))
+            made = tensordict(
+                dict((params if made is None else made).items()) | dict(after.params.items())
+            )
         grads = tensordict(dict(updates.grads.items()) | dict(after.grads.items()))
         return updates._replace(grads=grads, params=made, metrics=after.metrics), state
 
     return GradientTransformation(inner.name, init, update, inner.makes_params, inner.wants)
 
 
-def partition(transformations: Mapping[str, GradientTransformation], labels: Labels) -> GradientTransformation:
+def partition(
+    transformations: Mapping[str, GradientTransformation], labels: Labels
+) -> GradientTransformation:
     """Return the transformation that treats each parameter by its label: param groups, as values.
 
     Effects: pure.
@@ -374,13 +397,17 @@ def partition(transformations: Mapping[str, GradientTransformation], labels: Lab
     def init(params: TensorDict) -> TensorDict:
         return tensordict({label: each.init(params) for label, each in parts.items()})
 
-    def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
+    def update(
+        updates: Updates, state: TensorDict, params: TensorDict
+    ) -> tuple[Updates, TensorDict]:
         new: dict[str, Any] = {}
         for label, each in parts.items():
             updates, new[label] = each.update(updates, state[label], params)
         return updates, tensordict(new)
 
-    return GradientTransformation("partition", init, update, True in makes, "" if True in makes else "before")
+    return GradientTransformation(
+        "partition", init, update, True in makes, "" if True in makes else "before"
+    )
 
 
 def frozen() -> GradientTransformation:
@@ -393,7 +420,9 @@ def frozen() -> GradientTransformation:
         >>> optimizer = partition({"head": adamw(1e-3), "body": frozen()}, lambda name, param: name.split(".")[0])
     """
 
-    def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
+    def update(
+        updates: Updates, state: TensorDict, params: TensorDict
+    ) -> tuple[Updates, TensorDict]:
         return updates._replace(params=params if updates.params is None else updates.params), state
 
     return GradientTransformation("frozen", empty, update, makes_params=True)

@@ -41,9 +41,13 @@ def adapt(
         tensor(0.7500)
     """
     if num_steps < 1:
-        raise ConfigError("at least one step is made", got=f"num_steps={num_steps}", fix="use 1 or more")
+        raise ConfigError(
+            "at least one step is made", got=f"num_steps={num_steps}", fix="use 1 or more"
+        )
     if not transformation.makes_params:
-        raise OptimizerError("steps need an optimizer", got=f"`{transformation.name}`", fix="write `sgd(0.1)`")
+        raise OptimizerError(
+            "steps need an optimizer", got=f"`{transformation.name}`", fix="write `sgd(0.1)`"
+        )
 
     def run(params: TensorDict, batch: Tree, generator: Stream) -> TensorDict:
         opt = transformation.init(params)
@@ -95,7 +99,9 @@ def maml(loss_fn: Loss, transformation: GradientTransformation, *, num_steps: in
             return loss_fn(learn(tensordict(tensors), support, generator), query, generator)
 
         support, query = batch
-        losses = torch.vmap(of_task, in_dims=(None, 0, 0), randomness="different")(named(params), support, query)
+        losses = torch.vmap(of_task, in_dims=(None, 0, 0), randomness="different")(
+            named(params), support, query
+        )
         return losses.mean()
 
     return meta_loss

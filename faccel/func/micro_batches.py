@@ -49,8 +49,12 @@ def micro_batches(batch: Tree, num_micro_batches: int, *, is_mean: bool) -> list
     cuts = [num_rows * i // num_micro_batches for i in range(num_micro_batches + 1)]
     found: list[Tree] = []
     for start, end in pairwise(cuts):
-        part = rebuild([x[start:end] if isinstance(x, torch.Tensor) and x.ndim else x for x in leaves])
+        part = rebuild(
+            [x[start:end] if isinstance(x, torch.Tensor) and x.ndim else x for x in leaves]
+        )
         if isinstance(batch, Batch):
-            part = attrs.evolve(batch, data=part, num_valid=min(max(batch.num_valid - start, 0), end - start))
+            part = attrs.evolve(
+                batch, data=part, num_valid=min(max(batch.num_valid - start, 0), end - start)
+            )
         found.append(part)
     return found

@@ -40,7 +40,16 @@ class Rule:
     writes_grads: bool = False
 
 
-_NOT_NEGATIVE = ("eps", "eps1", "eps2", "weight_decay", "momentum", "lr_decay", "initial_accumulator_value", "alpha")
+_NOT_NEGATIVE = (
+    "eps",
+    "eps1",
+    "eps2",
+    "weight_decay",
+    "momentum",
+    "lr_decay",
+    "initial_accumulator_value",
+    "alpha",
+)
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_NOT_NEGATIVE, (0.0, float("inf"))),
     **dict.fromkeys(("beta1", "beta2"), (0.0, 1.0 - 1e-12)),
@@ -52,17 +61,25 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 def _check_ranges(name: str, lr: float | Schedule, options: dict[str, Any]) -> None:
     if not callable(lr) and not lr >= 0:
-        raise ConfigError("a learning rate is not negative", got=f"lr={lr}", fix=f"write `{name}(1e-3)`")
+        raise ConfigError(
+            "a learning rate is not negative", got=f"lr={lr}", fix=f"write `{name}(1e-3)`"
+        )
     for option, value in options.items():
         low, high = _RANGES.get(option, (None, None))
         if low is not None and high is not None and value is not None and not low <= value <= high:
-            limits = " and ".join([f"at least {low:g}"] * (low > -high) + [f"at most {high}"] * (high < float("inf")))
+            limits = " and ".join(
+                [f"at least {low:g}"] * (low > -high) + [f"at most {high}"] * (high < float("inf"))
+            )
             raise ConfigError(
-                f"`{option}` of `{name}` must be {limits}", got=str(value), fix="leave it out for torch's"
+                f"`{option}` of `{name}` must be {limits}",
+                got=str(value),
+                fix="leave it out for torch's",
             )
 
 
-def optimizer(name: str, lr: float | Schedule, rule: Rule, **options: Any) -> GradientTransformation:
+def optimizer(
+    name: str, lr: float | Schedule, rule: Rule, **options: Any
+) -> GradientTransformation:
     """Return the gradient transformation of an algorithm, whose state is `count` and a TensorDict for each slot."""
     _check_ranges(name, lr, options)
     known = set(rule.slots(torch.zeros(2, 2)))
@@ -75,18 +92,26 @@ def optimizer(name: str, lr: float | Schedule, rule: Rule, **options: Any) -> Gr
                 state.setdefault(slot, {})[leaf] = value
         return tensordict(state)
 
-    def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
+    def update(
+        updates: Updates, state: TensorDict, params: TensorDict
+    ) -> tuple[Updates, TensorDict]:
         rate = at(lr, state["count"]) * updates.lr_scale
         slots = {slot: each for slot, each in state.items() if slot != "count"}
         _check_slots(name, slots, known, params, rule)
-        run: Any = _by_formula if is_traced(params) or isinstance(rate, torch.Tensor) else _by_kernel
+        run: Any = (
+            _by_formula if is_traced(params) or isinstance(rate, torch.Tensor) else _by_kernel
+        )
         new_params, new_slots = run(rule, updates, slots, state["count"], params, rate)
-        return updates._replace(params=new_params), tensordict({"count": state["count"] + 1, **new_slots})
+        return updates._replace(params=new_params), tensordict(
+            {"count": state["count"] + 1, **new_slots}
+        )
 
     return GradientTransformation(name, init, update, makes_params=True)
 
 
-def _check_slots(name: str, slots: dict[str, Any], known: set[str], params: TensorDict, rule: Rule) -> None:
+def _check_slots(
+    name: str, slots: dict[str, Any], known: set[str], params: TensorDict, rule: Rule
+) -> None:
     if not slots.keys() <= known or (slots.keys() != known and not rule.has_own_shapes):
         raise OptimizerError(
             f"this is not the state of `{name}`",
@@ -100,7 +125,12 @@ def _check_slots(name: str, slots: dict[str, Any], known: set[str], params: Tens
 
 
 def _by_kernel(
-    rule: Rule, updates: Updates, slots: dict[str, Any], count: torch.Tensor, params: TensorDict, rate: float
+    rule: Rule,
+    updates: Updates,
+    slots: dict[str, Any],
+    count: torch.Tensor,
+    params: TensorDict,
+    rate: float,
 ) -> tuple[TensorDict, dict[str, Any]]:
     names, by_name = list(named(params)), named(updates.grads)
     grads = [by_name[name] for name in names]
@@ -111,7 +141,9 @@ def _by_kernel(
         new_slots = dict(zip(slots, copies, strict=True))
     device = params[names[0]].device if rule.on_device else count.device
     done = int(count)
-    steps = list(torch.full((len(names),), float(done), device=device).unbind())  # torch keeps one a parameter
+    steps = list(
+        torch.full((len(names),), float(done), device=device).unbind()
+    )  # torch keeps one a parameter
     lists: dict[str, list[Any]] = {}
     for slot, each in new_slots.items():
         held = dict(each.items())
@@ -134,7 +166,12 @@ def _cloned(trees: list[TensorDict]) -> list[TensorDict]:
 
 
 def _by_formula(
-    rule: Rule, updates: Updates, slots: dict[str, Any], count: torch.Tensor, params: TensorDict, rate: Any
+    rule: Rule,
+    updates: Updates,
+    slots: dict[str, Any],
+    count: torch.Tensor,
+    params: TensorDict,
+    rate: Any,
 ) -> tuple[TensorDict, dict[str, Any]]:
     new_params: dict[str, torch.Tensor] = {}
     new_slots: dict[str, dict[str, torch.Tensor]] = {slot: {} for slot in slots}

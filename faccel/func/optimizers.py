@@ -64,7 +64,9 @@ def sgd(
         from torch.optim.sgd import sgd as run
 
         buffers: list[Any] = slots.get("momentum_buffer") or [None] * len(ps)
-        if is_first and dampening:  # the first gradient is not dampened; torch says so by having no buffer yet
+        if (
+            is_first and dampening
+        ):  # the first gradient is not dampened; torch says so by having no buffer yet
             made: list[Any] = [None] * len(ps)
             run(ps, gs, made, foreach=foreach, fused=fused, lr=rate, **options)
             for buffer, first in zip(buffers, made, strict=True):
@@ -77,7 +79,9 @@ def sgd(
     return optimizer("sgd", lr, rule, **options)
 
 
-def _adam(name: str, lr: float | Schedule, *, decoupled: bool, **options: Any) -> GradientTransformation:
+def _adam(
+    name: str, lr: float | Schedule, *, decoupled: bool, **options: Any
+) -> GradientTransformation:
     fused = options.pop("fused")
     foreach = options.pop("foreach")
     beta1, beta2 = options.pop("betas")
@@ -93,7 +97,9 @@ def _adam(name: str, lr: float | Schedule, *, decoupled: bool, **options: Any) -
         )  # fmt: skip
 
     names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if options["amsgrad"] else ()))
-    rule = Rule(_zeros(*names), kernel, formulas.adam(decoupled=decoupled, **options), on_device=bool(fused))
+    rule = Rule(
+        _zeros(*names), kernel, formulas.adam(decoupled=decoupled, **options), on_device=bool(fused)
+    )
     return optimizer(name, lr, rule, **options)
 
 
@@ -182,20 +188,39 @@ def adagrad(
         >>> adagrad(initial_accumulator_value=0.1).init(TensorDict({"w": torch.ones(1)}))["sum"]["w"]
         tensor([0.1000])
     """
-    options: dict[str, Any] = {"lr_decay": lr_decay, "weight_decay": weight_decay, "eps": eps, "maximize": maximize}
+    options: dict[str, Any] = {
+        "lr_decay": lr_decay,
+        "weight_decay": weight_decay,
+        "eps": eps,
+        "maximize": maximize,
+    }
 
     def slots(param: torch.Tensor) -> Slots:
         start = initial_accumulator_value
-        return {"sum": torch.full_like(param, complex(start, start) if param.is_complex() else start)}
+        return {
+            "sum": torch.full_like(param, complex(start, start) if param.is_complex() else start)
+        }
 
     def kernel(ps: Any, gs: Any, slots: Any, steps: Any, rate: float, *, is_first: bool) -> None:
         from torch.optim.adagrad import adagrad as run
 
         has_complex = any(p.is_complex() for p in ps)
-        run(ps, gs, slots["sum"], steps, foreach=foreach, fused=fused, has_complex=has_complex, lr=rate, **options)
+        run(
+            ps,
+            gs,
+            slots["sum"],
+            steps,
+            foreach=foreach,
+            fused=fused,
+            has_complex=has_complex,
+            lr=rate,
+            **options,
+        )
 
     rule = Rule(slots, kernel, formulas.adagrad(**options), on_device=bool(fused))
-    return optimizer("adagrad", lr, rule, initial_accumulator_value=initial_accumulator_value, **options)
+    return optimizer(
+        "adagrad", lr, rule, initial_accumulator_value=initial_accumulator_value, **options
+    )
 
 
 def rmsprop(
@@ -236,8 +261,14 @@ def rmsprop(
         run(ps, gs, slots["square_avg"], averages, buffers, steps, foreach=foreach, has_complex=has_complex, lr=rate,
             **options)  # fmt: skip
 
-    names = ("square_avg", *(("momentum_buffer",) if momentum else ()), *(("grad_avg",) if centered else ()))
-    return optimizer("rmsprop", lr, Rule(_zeros(*names), kernel, formulas.rmsprop(**options)), **options)
+    names = (
+        "square_avg",
+        *(("momentum_buffer",) if momentum else ()),
+        *(("grad_avg",) if centered else ()),
+    )
+    return optimizer(
+        "rmsprop", lr, Rule(_zeros(*names), kernel, formulas.rmsprop(**options)), **options
+    )
 
 
 def adafactor(
@@ -272,16 +303,23 @@ def adafactor(
 
     def slots(param: torch.Tensor) -> Slots:
         if param.is_complex():
-            raise OptimizerError("Adafactor is for real parameters", got="a complex one", fix="use `adamw`")
+            raise OptimizerError(
+                "Adafactor is for real parameters", got="a complex one", fix="use `adamw`"
+            )
         if param.ndim < 2:
             return {"variance": torch.zeros_like(param)}
         *rest, rows, columns = param.shape
-        return {"row_var": param.new_zeros(*rest, rows, 1), "col_var": param.new_zeros(*rest, 1, columns)}
+        return {
+            "row_var": param.new_zeros(*rest, rows, 1),
+            "col_var": param.new_zeros(*rest, 1, columns),
+        }
 
     def kernel(ps: Any, gs: Any, slots: Any, steps: Any, rate: float, *, is_first: bool) -> None:
         from torch.optim._adafactor import adafactor as run
 
-        rows, columns, variances = (slots.get(slot, [None] * len(ps)) for slot in ("row_var", "col_var", "variance"))
+        rows, columns, variances = (
+            slots.get(slot, [None] * len(ps)) for slot in ("row_var", "col_var", "variance")
+        )
         run(ps, gs, rows, columns, variances, steps, foreach=foreach, lr=rate, **options)
 
     rule = Rule(slots, kernel, formulas.adafactor(**options), has_own_shapes=True)

@@ -58,9 +58,13 @@ def per_sample_grads(
             loss = scalar_loss(spec, tracked, one, generator, None, ctx)[0]
             return loss, loss
 
-        batched = torch.vmap(torch.func.grad(loss_of, has_aux=True), in_dims=(None, 0), randomness="different")
+        batched = torch.vmap(
+            torch.func.grad(loss_of, has_aux=True), in_dims=(None, 0), randomness="different"
+        )
         grads, losses = batched(named(params), [leaves[i] for i in rows])
-        return losses.detach() if not is_traced(params) else losses, tensordict(grads, [len(losses)])
+        return losses.detach() if not is_traced(params) else losses, tensordict(
+            grads, [len(losses)]
+        )
 
     return run
 
@@ -81,10 +85,15 @@ def clip_per_sample(grads: TensorDict, max_norm: float) -> TensorDict:
                 [0.3000, 0.4000]])
     """
     norms = torch.stack(
-        [grad.flatten(1).norm(dim=1) if grad.ndim > 1 else grad.abs() for grad in named(grads).values()]
+        [
+            grad.flatten(1).norm(dim=1) if grad.ndim > 1 else grad.abs()
+            for grad in named(grads).values()
+        ]
     ).norm(dim=0)
     factors = (max_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
-    clipped = {n: g * factors.to(g.dtype).view(-1, *[1] * (g.ndim - 1)) for n, g in named(grads).items()}
+    clipped = {
+        n: g * factors.to(g.dtype).view(-1, *[1] * (g.ndim - 1)) for n, g in named(grads).items()
+    }
     return tensordict(clipped, grads.batch_size)
 
 
@@ -132,11 +141,17 @@ def dp_sgd(
     """
     if not clip_norm > 0 or not noise_multiplier >= 0:
         got = f"clip_norm={clip_norm}, noise_multiplier={noise_multiplier}"
-        raise ConfigError("clipping is to a positive norm, and noise is not negative", got=got, fix="mend them")
+        raise ConfigError(
+            "clipping is to a positive norm, and noise is not negative", got=got, fix="mend them"
+        )
     grads_of = per_sample_grads(loss_fn, ctx)
 
     def local(task: Task) -> Parts:
-        total, losses, count = {n: torch.zeros_like(p) for n, p in named(task.params).items()}, torch.zeros(()), 0
+        total, losses, count = (
+            {n: torch.zeros_like(p) for n, p in named(task.params).items()},
+            torch.zeros(()),
+            0,
+        )
         for micro in micro_batches(task.batch, num_micro_batches, is_mean=False):
             data = micro.data if isinstance(micro, Batch) else micro
             each, grads = grads_of(task.params, data, task.generator)
@@ -146,11 +161,15 @@ def dp_sgd(
             losses, count = losses.to(each) + each[:num_valid].sum(), count + num_valid
         scale = noise_multiplier * clip_norm / ctx.data_world_size**0.5
         if scale:
-            total = {name: held + _noise(held, task.generator) * scale for name, held in total.items()}
+            total = {
+                name: held + _noise(held, task.generator) * scale for name, held in total.items()
+            }
         return Parts(losses, total, count, None, None)
 
     def direction(task: Task) -> Outcome:
-        return outcome(task._replace(loss_scale=1.0), local)  # nothing is scaled: gradients are clipped one by one
+        return outcome(
+            task._replace(loss_scale=1.0), local
+        )  # nothing is scaled: gradients are clipped one by one
 
     spec = LossSpec(loss_fn, weight=len, num_micro_batches=num_micro_batches)
     return step_along(direction, spec, transformation, ctx, donating=donate)

@@ -43,7 +43,9 @@ def _digests(named: dict[str, Any]) -> Iterator[tuple[str, int]]:
                 yield path, digest(leaf)
 
 
-def found_pure(run: Callable[[], R], arguments: dict[str, Any], ctx: DistContext, *, by_value: bool) -> R:
+def found_pure(
+    run: Callable[[], R], arguments: dict[str, Any], ctx: DistContext, *, by_value: bool
+) -> R:
     """Return `run()`, and refuse what it did besides.
 
     Args:

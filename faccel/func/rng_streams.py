@@ -13,14 +13,26 @@ from faccel.context import DistContext
 from faccel.errors import PurityError
 from faccel.random.hashing import mix
 
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
+_DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    nn.RReLU,
+)
 
 
 def _draws(layer: nn.Module) -> bool:
     if not layer.training:
         return False
-    rate = getattr(layer, "p", 1.0) if isinstance(layer, _DROPOUTS) else getattr(layer, "dropout", 0.0)
-    return isinstance(rate, float) and rate > 0  # attention and recurrent layers have a number of that name
+    rate = (
+        getattr(layer, "p", 1.0) if isinstance(layer, _DROPOUTS) else getattr(layer, "dropout", 0.0)
+    )
+    return (
+        isinstance(rate, float) and rate > 0
+    )  # attention and recurrent layers have a number of that name
 
 
 class NoStream:
@@ -56,7 +68,9 @@ class InGraph(NoStream):
 Stream = torch.Generator | NoStream
 
 
-def seeded(generator: torch.Generator, seed: torch.Tensor, step: torch.Tensor, ctx: DistContext) -> torch.Generator:
+def seeded(
+    generator: torch.Generator, seed: torch.Tensor, step: torch.Tensor, ctx: DistContext
+) -> torch.Generator:
     """Let a generator begin anew, from the numbers of a state (of an ensemble the first one's) and the data rank."""
     if seed.ndim:
         seed, step = seed[0], step[0]
@@ -90,4 +104,8 @@ def drawing_from(generator: torch.Generator) -> Generator[None]:
 
 def device_state(ctx: DistContext) -> Any:
     """Return the state of the process's generator of the device; None on a CPU, whose own is watched elsewhere."""
-    return None if ctx.device.type == "cpu" else getattr(torch, ctx.device.type).get_rng_state(ctx.device)
+    return (
+        None
+        if ctx.device.type == "cpu"
+        else getattr(torch, ctx.device.type).get_rng_state(ctx.device)
+    )

@@ -88,7 +88,9 @@ def rollback(
         (1, 1)
     """
     if keep < 1:
-        raise ConfigError("at least the current state is kept", got=f"keep={keep}", fix="use 1 or more")
+        raise ConfigError(
+            "at least the current state is kept", got=f"keep={keep}", fix="use 1 or more"
+        )
 
     def run(history: History | TrainState, batch: Tree) -> tuple[Metrics, History]:
         past = history if isinstance(history, History) else History((history,))
@@ -98,6 +100,8 @@ def rollback(
             return metrics, History((*past.states, new)[-keep:], past.num_skipped)
         back = past.states[:-1] if past.is_in_doubt and len(past.states) > 1 else past.states
         skipped = metrics["loss"].new_ones((), dtype=torch.bool)
-        return {**metrics, "skipped": skipped}, History(back, past.num_skipped + 1, is_in_doubt=True)
+        return {**metrics, "skipped": skipped}, History(
+            back, past.num_skipped + 1, is_in_doubt=True
+        )
 
     return run

@@ -35,7 +35,9 @@ def linear(start: float, end: float, num_updates: int) -> Callable[[Any], Any]:
     return lambda count: start + (end - start) * _clamped(count / num_updates)
 
 
-def cosine(num_updates: int, *, warmup: int = 0, start: float = 1.0, end: float = 0.0) -> Callable[[Any], Any]:
+def cosine(
+    num_updates: int, *, warmup: int = 0, start: float = 1.0, end: float = 0.0
+) -> Callable[[Any], Any]:
     """Return a schedule that falls from `start` to `end` along half a cosine, behind a linear rise from 0.
 
     Loshchilov and Hutter, 2017 (arXiv:1608.03983), without restarts. With `warmup` update `n` of it has
@@ -58,7 +60,12 @@ def cosine(num_updates: int, *, warmup: int = 0, start: float = 1.0, end: float 
 
     def schedule(count: Any) -> Any:
         x = _clamped((count - warmup) / (num_updates - warmup)) * math.pi
-        falling = end + (start - end) * (1 + (torch.cos(x) if isinstance(x, torch.Tensor) else math.cos(x))) / 2
+        falling = (
+            end
+            + (start - end)
+            * (1 + (torch.cos(x) if isinstance(x, torch.Tensor) else math.cos(x)))
+            / 2
+        )
         return _where(count < warmup, start * (count + 1) / max(warmup, 1), falling)
 
     return schedule
@@ -78,7 +85,9 @@ def exponential(rate: float, num_updates: int = 1) -> Callable[[Any], Any]:
     return lambda count: rate ** (count / num_updates)
 
 
-def join_schedules(schedules: Sequence[Callable[[Any], Any]], boundaries: Sequence[int]) -> Callable[[Any], Any]:
+def join_schedules(
+    schedules: Sequence[Callable[[Any], Any]], boundaries: Sequence[int]
+) -> Callable[[Any], Any]:
     """Return one schedule after the other; each counts from where it begins.
 
     Effects: pure.
@@ -111,4 +120,6 @@ def join_schedules(schedules: Sequence[Callable[[Any], Any]], boundaries: Sequen
 
 def _check(num_updates: int) -> None:
     if num_updates < 1:
-        raise ConfigError("a schedule takes at least one update", got=str(num_updates), fix="use 1 or more")
+        raise ConfigError(
+            "a schedule takes at least one update", got=str(num_updates), fix="use 1 or more"
+        )

@@ -16,13 +16,18 @@ foreach: Any = torch
 
 def tensordict(tree: Mapping[str, Any], batch_size: Sequence[int] = ()) -> TensorDict:
     """Return nested dicts as TensorDicts that hold the same tensors."""
-    made = {name: tensordict(each, batch_size) if isinstance(each, dict) else each for name, each in tree.items()}
+    made = {
+        name: tensordict(each, batch_size) if isinstance(each, dict) else each
+        for name, each in tree.items()
+    }
     return TensorDict(made, batch_size=batch_size)
 
 
 def plain(tree: Any) -> dict[str, Any]:
     """Return a TensorDict as nested dicts that hold the same tensors."""
-    return {name: each if isinstance(each, torch.Tensor) else plain(each) for name, each in tree.items()}
+    return {
+        name: each if isinstance(each, torch.Tensor) else plain(each) for name, each in tree.items()
+    }
 
 
 def named(tree: TensorDict) -> dict[str, torch.Tensor]:

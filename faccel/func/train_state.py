@@ -50,7 +50,9 @@ class _Donated:
             raise AttributeError(name)
         return self._refuse()
 
-    __getitem__ = __setitem__ = __iter__ = __len__ = __contains__ = __deepcopy__ = __reduce__ = _refuse  # type: ignore[assignment]
+    __getitem__ = __setitem__ = __iter__ = __len__ = __contains__ = __deepcopy__ = __reduce__ = (
+        _refuse  # type: ignore[assignment]
+    )
 
 
 @attrs.frozen(eq=False, init=False, slots=False)
@@ -105,7 +107,9 @@ def leaves_of(state: TrainState) -> dict[str, Any]:
     }
 
 
-def state_of(leaves: Mapping[str, Any], scaler: ScalerState, batch_size: Sequence[int] = ()) -> TrainState:
+def state_of(
+    leaves: Mapping[str, Any], scaler: ScalerState, batch_size: Sequence[int] = ()
+) -> TrainState:
     """Return the state with these tensors; of several stacked ones, `batch_size` is how many."""
     return TrainState(
         tensordict(leaves["params"], batch_size),
@@ -164,7 +168,9 @@ def _copied(named: Any, ctx: DistContext) -> dict[str, torch.Tensor]:
 
 
 @effectful(COLLECTIVE)
-def init_state(model: nn.Module, optimizer: GradientTransformation, ctx: DistContext, *, seed: int) -> TrainState:
+def init_state(
+    model: nn.Module, optimizer: GradientTransformation, ctx: DistContext, *, seed: int
+) -> TrainState:
     """Return the state to start from: rank 0's values of the parameters and buffers of `model`, and a fresh optimizer.
 
     Effects: collective. The model is neither changed nor aliased.
@@ -222,12 +228,16 @@ def init_state(model: nn.Module, optimizer: GradientTransformation, ctx: DistCon
 
 def _check_constants(model: nn.Module, ctx: DistContext) -> None:
     """Refuse constants that differ between ranks, whose losses would then be those of several models."""
-    constants = {n: p for n, p in model.named_parameters() if not p.requires_grad} | dict(model.named_buffers())
+    constants = {n: p for n, p in model.named_parameters() if not p.requires_grad} | dict(
+        model.named_buffers()
+    )
     if not constants:
         return
     digests = torch.tensor([digest(each) % 2**62 for each in constants.values()], device=ctx.device)
     extremes = reduce({"low": digests, "high": -digests}, ctx, op="min")
-    for name, low, high in zip(constants, extremes["low"].tolist(), extremes["high"].tolist(), strict=True):
+    for name, low, high in zip(
+        constants, extremes["low"].tolist(), extremes["high"].tolist(), strict=True
+    ):
         if low != -high:
             raise DesyncError(
                 "a constant of the model differs between ranks",
@@ -264,7 +274,9 @@ def merge(model: nn.Module, state: TrainState) -> nn.Module:
     for name in own.keys() ^ values.keys():
         where = "the model" if name in own else "the state"
         raise ModelError(
-            "the state is not one of this model", got=f"`{name}` only in {where}", fix="pass the model it was made of"
+            "the state is not one of this model",
+            got=f"`{name}` only in {where}",
+            fix="pass the model it was made of",
         )
     for name, mine in own.items():
         if mine.shape != values[name].shape:

@@ -97,7 +97,12 @@ def make_step(
 
 
 def step_along(
-    direction: Direction, spec: LossSpec, transformation: GradientTransformation, ctx: DistContext, *, donating: bool
+    direction: Direction,
+    spec: LossSpec,
+    transformation: GradientTransformation,
+    ctx: DistContext,
+    *,
+    donating: bool,
 ) -> Step:
     """Return the step that moves along what `direction` gives; see `make_step`."""
     check_replicas(ctx, "use `faccel.wrap` and `faccel.optimizer_step`, which train on every mesh")
@@ -108,10 +113,16 @@ def step_along(
             got=f"`{transformation.name}`, which only changes gradients",
             fix=f"write `chain({transformation.name}(...), adamw(1e-3))`",
         )
-    own = torch.Generator(ctx.device)  # seeded anew for every step: making one takes longer than that
-    unchecked = [True]  # the first call looks for writes by value; it would cost a pass over all values at every step
+    own = torch.Generator(
+        ctx.device
+    )  # seeded anew for every step: making one takes longer than that
+    unchecked = [
+        True
+    ]  # the first call looks for writes by value; it would cost a pass over all values at every step
 
-    def step(state: TrainState, batch: Tree, generator: Stream | None = None) -> tuple[Metrics, TrainState]:
+    def step(
+        state: TrainState, batch: Tree, generator: Stream | None = None
+    ) -> tuple[Metrics, TrainState]:
         check_state(state)
         traced = is_traced(state.params)
         _check_call(state, donating=donating, traced=traced)
@@ -127,9 +138,17 @@ def step_along(
         if by_value:
             unchecked[0] = False
         metrics = _metrics(found, has_aux=spec.has_aux, copied=donating)
-        updates, opt, scaler = _updated(transformation, found, state, donate=donating and not traced)
-        held = state.buffers if found.buffers is None else tensordict(dict(state.buffers.items()) | found.buffers)
-        new = TrainState(apply_updates(state.params, updates), held, opt, scaler, state.step + 1, state.seed)
+        updates, opt, scaler = _updated(
+            transformation, found, state, donate=donating and not traced
+        )
+        held = (
+            state.buffers
+            if found.buffers is None
+            else tensordict(dict(state.buffers.items()) | found.buffers)
+        )
+        new = TrainState(
+            apply_updates(state.params, updates), held, opt, scaler, state.step + 1, state.seed
+        )
         if donating:
             new = _into(state, new) if traced else new
             donate(state)

@@ -10,7 +10,14 @@ from tensordict import TensorDict
 from torch.nn.utils import get_total_norm
 
 from faccel.errors import ConfigError, OptimizerError
-from faccel.func.gradient_transformation import GradientTransformation, Updates, both, empty, is_traced, known
+from faccel.func.gradient_transformation import (
+    GradientTransformation,
+    Updates,
+    both,
+    empty,
+    is_traced,
+    known,
+)
 from faccel.func.tensordicts import foreach, named, tensordict
 
 Schedule = Callable[[Any], Any]
@@ -69,7 +76,9 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
     """
     _check_positive("max_norm", max_norm)
 
-    def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
+    def update(
+        updates: Updates, state: TensorDict, params: TensorDict
+    ) -> tuple[Updates, TensorDict]:
         norm = global_norm(updates.grads)
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         grads = _multiplied(updates.grads, factor, in_place=updates.donate)
@@ -91,7 +100,9 @@ def clip_by_value(max_value: float) -> GradientTransformation:
     """
     _check_positive("max_value", max_value)
 
-    def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
+    def update(
+        updates: Updates, state: TensorDict, params: TensorDict
+    ) -> tuple[Updates, TensorDict]:
         grads = {name: grad.clamp(-max_value, max_value) for name, grad in updates.grads.items()}
         return updates._replace(grads=tensordict(grads)), state
 
@@ -121,12 +132,16 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
     def init(params: TensorDict) -> TensorDict:
         return tensordict({"count": zero_count()})
 
-    def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
+    def update(
+        updates: Updates, state: TensorDict, params: TensorDict
+    ) -> tuple[Updates, TensorDict]:
         _check_keys("scale_by_schedule", state, "count")
         scale = updates.lr_scale * at(schedule, state["count"])
         return updates._replace(lr_scale=scale), tensordict({"count": state["count"] + 1})
 
-    return GradientTransformation("scale_by_schedule", init, update, wants="before", acts_on_rest=True)
+    return GradientTransformation(
+        "scale_by_schedule", init, update, wants="before", acts_on_rest=True
+    )
 
 
 def accumulate(num_steps: int) -> GradientTransformation:
@@ -139,27 +154,43 @@ def accumulate(num_steps: int) -> GradientTransformation:
         >>> optimizer = chain(accumulate(4), clip_by_global_norm(1.0), adamw(1e-3))
     """
     if num_steps < 1:
-        raise ConfigError("gradients of at least one step are accumulated", got=str(num_steps), fix="use 1 or more")
+        raise ConfigError(
+            "gradients of at least one step are accumulated",
+            got=str(num_steps),
+            fix="use 1 or more",
+        )
 
     def init(params: TensorDict) -> TensorDict:
         return tensordict(
-            {"count": zero_count(), "sum": {name: torch.zeros_like(param) for name, param in named(params).items()}}
+            {
+                "count": zero_count(),
+                "sum": {name: torch.zeros_like(param) for name, param in named(params).items()},
+            }
         )
 
-    def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
+    def update(
+        updates: Updates, state: TensorDict, params: TensorDict
+    ) -> tuple[Updates, TensorDict]:
         _check_keys("accumulate", state, "count", "sum")
         held = state["sum"]
         if updates.donate:
-            foreach._foreach_add_(list(held.values()), [updates.grads[name] for name in held.keys()])  # noqa: SIM118
+            foreach._foreach_add_(
+                list(held.values()), [updates.grads[name] for name in held.keys()]
+            )  # noqa: SIM118
             total = dict(held.items())
         else:
             total = {name: held[name] + grad for name, grad in updates.grads.items()}
         due = known(state["count"] == num_steps - 1)
-        mean = {name: each / num_steps for name, each in total.items()} if due is not False else total
+        mean = (
+            {name: each / num_steps for name, each in total.items()} if due is not False else total
+        )
         if isinstance(due, torch.Tensor):
             total = {name: torch.where(due, 0.0, each) for name, each in total.items()}
         elif due:
-            total = {name: each.zero_() if updates.donate else torch.zeros_like(each) for name, each in total.items()}
+            total = {
+                name: each.zero_() if updates.donate else torch.zeros_like(each)
+                for name, each in total.items()
+            }
         new = tensordict({"count": (state["count"] + 1) % num_steps, "sum": total})
         return updates._replace(grads=tensordict(mean), apply=both(updates.apply, due)), new
 
@@ -185,10 +216,14 @@ def skip_nonfinite() -> GradientTransformation:
     """
 
     def init(params: TensorDict) -> TensorDict:
-        device = next(iter(named(params).values())).device  # where the gradients will be: nobody reads it at every step
+        device = next(
+            iter(named(params).values())
+        ).device  # where the gradients will be: nobody reads it at every step
         return tensordict({"num_skipped": torch.zeros((), dtype=torch.int64, device=device)})
 
-    def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
+    def update(
+        updates: Updates, state: TensorDict, params: TensorDict
+    ) -> tuple[Updates, TensorDict]:
         _check_keys("skip_nonfinite", state, "num_skipped")
         finite = torch.stack([grad.isfinite().all() for grad in updates.grads.values()]).all()
         new = tensordict({"num_skipped": state["num_skipped"] + ~finite})
@@ -210,12 +245,16 @@ def ema(decay: float) -> GradientTransformation:
         >>> optimizer = chain(adamw(1e-3), ema(0.999))
     """
     if not 0 <= decay <= 1:
-        raise ConfigError("a decay is a number from 0 to 1", got=str(decay), fix="write `ema(0.999)`")
+        raise ConfigError(
+            "a decay is a number from 0 to 1", got=str(decay), fix="write `ema(0.999)`"
+        )
 
     def init(params: TensorDict) -> TensorDict:
         return tensordict({"average": {name: param.clone() for name, param in params.items()}})
 
-    def update(updates: Updates, state: TensorDict, params: TensorDict) -> tuple[Updates, TensorDict]:
+    def update(
+        updates: Updates, state: TensorDict, params: TensorDict
+    ) -> tuple[Updates, TensorDict]:
         _check_keys("ema", state, "average")
         if updates.params is None:  # its optimizer left the update out
             return updates, state
@@ -224,7 +263,9 @@ def ema(decay: float) -> GradientTransformation:
         if updates.donate:
             foreach._foreach_lerp_(list(held.values()), list(new.values()), 1 - decay)
             return updates, state
-        return updates, tensordict({"average": {n: old.lerp(new[n], 1 - decay) for n, old in held.items()}})
+        return updates, tensordict(
+            {"average": {n: old.lerp(new[n], 1 - decay) for n, old in held.items()}}
+        )
 
     return GradientTransformation("ema", init, update, wants="after")
 
@@ -245,7 +286,9 @@ def ema_params(opt: TensorDict) -> TensorDict:
     found = _averages(opt)
     if not found:
         raise OptimizerError(
-            "no averages are kept in this state", got="no `ema`", fix="write `chain(adamw(1e-3), ema(0.999))`"
+            "no averages are kept in this state",
+            got="no `ema`",
+            fix="write `chain(adamw(1e-3), ema(0.999))`",
         )
     return tensordict(found)
 
@@ -270,4 +313,6 @@ def _check_keys(name: str, state: TensorDict, *keys: str) -> None:
 
 def _check_positive(name: str, value: float) -> None:
     if not value > 0:
-        raise ConfigError(f"`{name}` must be positive", got=str(value), fix="leave it out to clip nothing")
+        raise ConfigError(
+            f"`{name}` must be positive", got=str(value), fix="leave it out to clip nothing"
+        )

@@ -8,7 +8,12 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters
@@ -17,8 +22,12 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from faccel.checkpoint.preemption import Preemption
 
-_ENDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-_PASSED_ON = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+_ENDS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
+_PASSED_ON = tuple(
+    getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
 _TELL_TORCH = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 Failures = Mapping[int, Any]
@@ -44,13 +53,17 @@ class Agent(LocalElasticAgent):
         **options: As torch's agent takes them.
     """
 
-    def __init__(self, spec: WorkerSpec, tell: Callable[[Failures, int], None], **options: Any) -> None:
+    def __init__(
+        self, spec: WorkerSpec, tell: Callable[[Failures, int], None], **options: Any
+    ) -> None:
         super().__init__(spec, **options)
         self.tell = tell
         self.asked: int | None = None
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # type: ignore[override]
-        if self.asked is not None and self._is_any_running():  # torch would end the rest with the first that has ended
+        if (
+            self.asked is not None and self._is_any_running()
+        ):  # torch would end the rest with the first that has ended
             return RunResult(state=WorkerState.HEALTHY)
         result: RunResult = super()._monitor_workers(worker_group)  # type: ignore[call-arg, assignment]
         if result.state == WorkerState.FAILED:

@@ -31,13 +31,17 @@ def _entry(fn: Callable[..., T], args: tuple[Any, ...], config: _ConfigLike) -> 
             result = fn(ctx, *args)
             if ctx.world_size > 1:
                 _check_travels(
-                    result, f"the result of rank {ctx.rank}", "return tensors, numbers, text, lists or dicts"
+                    result,
+                    f"the result of rank {ctx.rank}",
+                    "return tensors, numbers, text, lists or dicts",
                 )
             return result
     except SystemExit as ended:
         if ended.code in (None, 0):
             return None
-        raise RankFailedError("the function called `sys.exit`", got=f"`sys.exit({ended.code!r})`") from None
+        raise RankFailedError(
+            "the function called `sys.exit`", got=f"`sys.exit({ended.code!r})`"
+        ) from None
 
 
 def _check_travels(value: object, what: str, fix: str) -> None:
@@ -45,16 +49,24 @@ def _check_travels(value: object, what: str, fix: str) -> None:
     try:
         ForkingPickler.dumps(value)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise LaunchError(f"{what} cannot be sent to another process", got=str(error), fix=fix) from None
+        raise LaunchError(
+            f"{what} cannot be sent to another process", got=str(error), fix=fix
+        ) from None
 
 
 def _check(fn: Callable[..., T], args: tuple[Any, ...], config: _ConfigLike, method: str) -> None:
     """Find here what would fail in every process."""
     if not callable(fn):
-        raise LaunchError("a function is launched", got=repr(fn), fix="write `faccel.launch(train, num_processes=2)`")
+        raise LaunchError(
+            "a function is launched",
+            got=repr(fn),
+            fix="write `faccel.launch(train, num_processes=2)`",
+        )
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         raise LaunchError(
-            "this process is one of several already", got="`RANK` in the environment", fix="call the function itself"
+            "this process is one of several already",
+            got="`RANK` in the environment",
+            fix="call the function itself",
         )
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise LaunchError(
@@ -63,7 +75,11 @@ def _check(fn: Callable[..., T], args: tuple[Any, ...], config: _ConfigLike, met
             fix='put the call below `if __name__ == "__main__":`',
         )
     if method == "spawn":
-        _check_travels((fn, args), "the function or one of its arguments", "define it at the top level of a module")
+        _check_travels(
+            (fn, args),
+            "the function or one of its arguments",
+            "define it at the top level of a module",
+        )
     reference = config if isinstance(config, str) else find(os.environ)
     file = None if reference is None else read(reference)
     resolve(None if isinstance(config, str) else config, env=os.environ, file=file)
@@ -74,11 +90,15 @@ def _number(num_processes: int | None) -> int:
         return max(1, torch.accelerator.device_count()) if torch.accelerator.is_available() else 1
     if not isinstance(num_processes, int) or isinstance(num_processes, bool) or num_processes < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         got = repr(num_processes)
-        raise ConfigError("`num_processes` is a number of processes", got=got, fix="write `num_processes=2`")
+        raise ConfigError(
+            "`num_processes` is a number of processes", got=got, fix="write `num_processes=2`"
+        )
     return num_processes
 
 
-def _run(fn: Callable[..., T], args: tuple[Any, ...], config: _ConfigLike, count: int, method: str) -> list[T]:
+def _run(
+    fn: Callable[..., T], args: tuple[Any, ...], config: _ConfigLike, count: int, method: str
+) -> list[T]:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -103,7 +123,9 @@ def _run(fn: Callable[..., T], args: tuple[Any, ...], config: _ConfigLike, count
     return [results[rank] for rank in range(count)]
 
 
-def _start(spec: Any, fn: Callable[..., T], args: tuple[Any, ...], config: _ConfigLike) -> dict[int, T]:
+def _start(
+    spec: Any, fn: Callable[..., T], args: tuple[Any, ...], config: _ConfigLike
+) -> dict[int, T]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
@@ -112,14 +134,18 @@ def _start(spec: Any, fn: Callable[..., T], args: tuple[Any, ...], config: _Conf
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         told: Any = failure.message
-        details = told.get("extraInfo", {}).get("py_callstack", "") if isinstance(told, dict) else ""
+        details = (
+            told.get("extraInfo", {}).get("py_callstack", "") if isinstance(told, dict) else ""
+        )
         got = details.strip() or f"exit code {failure.exitcode}"
         what = f"rank {rank} of {spec.nproc_per_node} failed"
         raise RankFailedError(what, got=got, fix="mend its error") from None
 
 
 @effectful(AMBIENT)
-def launch(fn: Callable[..., T], *args: Any, config: _ConfigLike = None, num_processes: int | None = None) -> list[T]:
+def launch(
+    fn: Callable[..., T], *args: Any, config: _ConfigLike = None, num_processes: int | None = None
+) -> list[T]:
     """Run `fn(ctx, *args)` on every process of a world on this machine, and return the results by rank.
 
     Effects: ambient. Starts processes, by torch's elastic launcher. They import the script again, so that the call
@@ -176,5 +202,7 @@ def notebook_launch(
     threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
-        torch.set_num_threads(1)  # a fork has no threads but one, and would wait for those that computed before
+        torch.set_num_threads(
+            1
+        )  # a fork has no threads but one, and would wait for those that computed before
         return _run(fn, args, config, count, "fork")

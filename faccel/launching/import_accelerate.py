@@ -20,7 +20,12 @@ _NOT_NEEDED = (  # what faccel finds out itself, does always, or has no use for
 )
 _SECTIONS = ("deepspeed_config", "fsdp_config", "fp8_config", "megatron_lm_config", "parallelism_config",
              "mpirun_config", "dynamo_config")  # fmt: skip
-_ENGINES = {"DEEPSPEED": "deepspeed_config", "MEGATRON_LM": "megatron_lm_config", "TPU": "", "XLA": ""}
+_ENGINES = {
+    "DEEPSPEED": "deepspeed_config",
+    "MEGATRON_LM": "megatron_lm_config",
+    "TPU": "",
+    "XLA": "",
+}
 _AXES = {
     "parallelism_config_dp_replicate_size": "dp_replicate",
     "parallelism_config_dp_shard_size": "dp_shard",
@@ -60,7 +65,9 @@ def from_accelerate(given: Mapping[str, Any]) -> Imported:
     if "distributed_type" not in given and "compute_environment" not in given:
         fix = "name a file that `accelerate config` wrote"
         raise ConfigError(
-            "this is no configuration of Accelerate", got=", ".join(map(str, given)) or "nothing", fix=fix
+            "this is no configuration of Accelerate",
+            got=", ".join(map(str, given)) or "nothing",
+            fix=fix,
         )
     left = {key: dict(value) if isinstance(value, Mapping) else value
             for key, value in given.items() if value not in (None, {}, [], "")}  # fmt: skip
@@ -82,7 +89,9 @@ def from_accelerate(given: Mapping[str, Any]) -> Imported:
         left.pop(key, None)
     if kind in _ENGINES and not _section(left, _ENGINES[kind]):
         left["distributed_type"] = kind  # its section would have said so
-    flat = {f"{key}.{name}": each for key in _SECTIONS for name, each in _section(left, key).items()}
+    flat = {
+        f"{key}.{name}": each for key in _SECTIONS for name, each in _section(left, key).items()
+    }
     kept = {key: value for key, value in left.items() if key not in _SECTIONS}
     return Imported(values, options, {**kept, **flat})
 
@@ -91,7 +100,9 @@ def _section(left: dict[str, Any], key: str) -> dict[str, Any]:
     section = left.get(key) or {}
     if not isinstance(section, dict):
         fix = "write its keys below it"
-        raise ConfigError(f"section `{key}` of the file is not a mapping", got=repr(section), fix=fix)
+        raise ConfigError(
+            f"section `{key}` of the file is not a mapping", got=repr(section), fix=fix
+        )
     return section
 
 
@@ -100,7 +111,9 @@ def _count(name: str, value: Any) -> int:
         return int(value)
     except (TypeError, ValueError):
         fix = f"write `{name}: 1`"
-        raise ConfigError(f"`{name}` of the file must be a number", got=repr(value), fix=fix) from None
+        raise ConfigError(
+            f"`{name}` of the file must be a number", got=repr(value), fix=fix
+        ) from None
 
 
 def _accumulation(section: dict[str, Any], values: dict[str, Any]) -> None:
@@ -123,7 +136,11 @@ def _precision(left: dict[str, Any], values: dict[str, Any]) -> None:
 def _mesh(left: dict[str, Any], kind: str) -> dict[str, int]:
     parallel = _section(left, "parallelism_config")
     left.pop("parallelism_config", None)
-    mesh = {axis: _count(key, parallel.pop(key)) for key, axis in _AXES.items() if parallel.get(key) not in (None, 1)}
+    mesh = {
+        axis: _count(key, parallel.pop(key))
+        for key, axis in _AXES.items()
+        if parallel.get(key) not in (None, 1)
+    }
     for key in _AXES:
         parallel.pop(key, None)
     if parallel:
@@ -141,7 +158,9 @@ def _options(left: dict[str, Any]) -> tuple[str, ...]:
         fix = f"write `num_processes: {-(-processes // machines) * machines}`"
         got = f"{processes} processes on {machines} machines"
         raise ConfigError("each machine runs as many processes as the others", got=got, fix=fix)
-    rank, host, port = (left.pop(key, None) for key in ("machine_rank", "main_process_ip", "main_process_port"))
+    rank, host, port = (
+        left.pop(key, None) for key in ("machine_rank", "main_process_ip", "main_process_port")
+    )
     rendezvous = left.pop("rdzv_backend", "static")
     options: list[str] = ["--nproc", str(processes // machines)] if processes != 1 else []
     if machines > 1:

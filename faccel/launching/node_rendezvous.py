@@ -37,7 +37,9 @@ def join(spec: LaunchSpec) -> Any:
     taken = store.compare_set(f"{base}{mine}", "", me).decode()
     if taken != me:
         got = f"--node-rank {mine} on {me}, and on {taken}"
-        raise LaunchError("each machine has a number of its own", got=got, fix="number them 0, 1, ...")
+        raise LaunchError(
+            "each machine has a number of its own", got=got, fix="number them 0, 1, ..."
+        )
     keys = [f"{base}{node}" for node in range(wanted)]
     try:
         if not _until(lambda: store.check(keys), min(_PATIENCE_S, spec.join_timeout_s)):
@@ -84,10 +86,18 @@ def _open(spec: LaunchSpec, host: str, port: int) -> Any:
     for hosts in (True, False) if is_host else (False,):
         if not hosts and not _until(lambda: _answers(host, port), spec.join_timeout_s):
             break
-        with suppress(dist.DistNetworkError):  # another launcher on this machine was first, or it has just gone
-            return dist.TCPStore(host, port, is_master=hosts, wait_for_workers=False, multi_tenant=True)
+        with suppress(
+            dist.DistNetworkError
+        ):  # another launcher on this machine was first, or it has just gone
+            return dist.TCPStore(
+                host, port, is_master=hosts, wait_for_workers=False, multi_tenant=True
+            )
     got = f"nobody answers at {host}:{port} after {spec.join_timeout_s:g} s; of {spec.nnodes} machines this one is here"
-    who = "the machine with `--node-rank 0`" if spec.node_rank is not None else f"the machine `{host}`"
+    who = (
+        "the machine with `--node-rank 0`"
+        if spec.node_rank is not None
+        else f"the machine `{host}`"
+    )
     fix = f"start {who}, and see that this one ({socket.gethostname()}) reaches that port"
     raise JoinError("the meeting place of the machines cannot be reached", got=got, fix=fix)
 

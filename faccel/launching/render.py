@@ -25,17 +25,27 @@ def _command(spec: LaunchSpec) -> str:
 
 def _machines(spec: LaunchSpec) -> int:
     if ":" in spec.nnodes:
-        raise LaunchError("a batch job has a number of machines", got=f"--nnodes {spec.nnodes}", fix="give one number")
+        raise LaunchError(
+            "a batch job has a number of machines",
+            got=f"--nnodes {spec.nnodes}",
+            fix="give one number",
+        )
     return int(spec.nnodes)
 
 
 def _refuse(spec: LaunchSpec, launcher: str) -> None:
     """Refuse what another launcher has nothing for, instead of leaving it out."""
-    given = {"--max-restarts": spec.max_restarts, "--log-dir": spec.log_dir, "--rdzv-endpoint": spec.rdzv_endpoint}
+    given = {
+        "--max-restarts": spec.max_restarts,
+        "--log-dir": spec.log_dir,
+        "--rdzv-endpoint": spec.rdzv_endpoint,
+    }
     for option, value in given.items():
         if value:
             fix = "leave it out, or use `--print torchrun`"
-            raise LaunchError(f"`{option}` means nothing to {launcher}", got=f"{option} {value}", fix=fix)
+            raise LaunchError(
+                f"`{option}` means nothing to {launcher}", got=f"{option} {value}", fix=fix
+            )
 
 
 def as_torchrun(spec: LaunchSpec) -> str:
@@ -50,7 +60,12 @@ def as_mpirun(spec: LaunchSpec) -> str:
     _refuse(spec, "mpirun")
     given = [word for key, value in _environment(spec).items() for word in ("-x", f"{key}={value}")]
     if _machines(spec) > 1:
-        given += ["--map-by", f"ppr:{spec.nproc}:node", "-x", f"MASTER_ADDR={spec.main_address or 'HOST'}"]
+        given += [
+            "--map-by",
+            f"ppr:{spec.nproc}:node",
+            "-x",
+            f"MASTER_ADDR={spec.main_address or 'HOST'}",
+        ]
     if spec.main_port is not None:
         given += ["-x", f"MASTER_PORT={spec.main_port}"]
     return f"{shlex.join(['mpirun', '-np', str(processes), *given])} {_command(spec)}\n"
@@ -64,7 +79,10 @@ def as_slurm(spec: LaunchSpec) -> str:
              f"#SBATCH --ntasks-per-node={spec.nproc}"]  # fmt: skip
     if not str(spec.flags.get("device") or "").startswith("cpu"):
         lines.append(f"#SBATCH --gpus-per-node={spec.nproc}")
-    lines += ["# two minutes before the end `faccel.preemption` hears of it", "#SBATCH --signal=USR1@120"]
+    lines += [
+        "# two minutes before the end `faccel.preemption` hears of it",
+        "#SBATCH --signal=USR1@120",
+    ]
     lines += ["#SBATCH --requeue", ""]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in _environment(spec).items()]
     if spec.main_port is not None:

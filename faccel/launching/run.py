@@ -48,13 +48,17 @@ def _check(spec: LaunchSpec) -> None:
     if spec.kind == "script":
         _check_parses(first)
     if spec.kind == "executable" and shutil.which(first) is None:
-        raise LaunchError("the program is not there", got=f"`{first}`", fix="name one that is on the PATH")
+        raise LaunchError(
+            "the program is not there", got=f"`{first}`", fix="name one that is on the PATH"
+        )
     if spec.log_dir is not None:
         try:
             os.makedirs(spec.log_dir, exist_ok=True)
         except OSError as error:
             got = f"--log-dir {spec.log_dir}: {error.strerror}"
-            raise LaunchError("logs cannot be kept there", got=got, fix="name a folder that can be made") from None
+            raise LaunchError(
+                "logs cannot be kept there", got=got, fix="name a folder that can be made"
+            ) from None
     if spec.main_port is not None and not spec.node_rank:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -82,7 +86,9 @@ def _check_parses(script: str) -> None:
 
 
 def _become(spec: LaunchSpec, env: Mapping[str, str]) -> NoReturn:
-    prefix = {"script": [sys.executable], "module": [sys.executable, "-m"], "executable": []}[spec.kind]
+    prefix = {"script": [sys.executable], "module": [sys.executable, "-m"], "executable": []}[
+        spec.kind
+    ]
     words = [*prefix, *spec.command]
     sys.stdout.flush()
     sys.stderr.flush()
@@ -93,7 +99,9 @@ def _become(spec: LaunchSpec, env: Mapping[str, str]) -> NoReturn:
 
 
 def _cannot_start(spec: LaunchSpec, error: OSError) -> LaunchError:
-    return LaunchError("it cannot be started", got=f"`{spec.command[0]}`: {error.strerror}", fix="mend the program")
+    return LaunchError(
+        "it cannot be started", got=f"`{spec.command[0]}`: {error.strerror}", fix="mend the program"
+    )
 
 
 def _supervise(spec: LaunchSpec) -> int:
@@ -103,15 +111,25 @@ def _supervise(spec: LaunchSpec) -> int:
 
     from faccel.launching.agent import supervise
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said below
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # what it says is said below
     given = torchrun.parse_args(arguments(spec))
     if given.standalone:
-        given.rdzv_backend, given.rdzv_endpoint, given.rdzv_id = "c10d", "localhost:0", f"faccel-{os.getpid()}"
+        given.rdzv_backend, given.rdzv_endpoint, given.rdzv_id = (
+            "c10d",
+            "localhost:0",
+            f"faccel-{os.getpid()}",
+        )
     with ExitStack() as stack:
         if given.log_dir is None:
-            given.log_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="faccel-launch-"))
+            given.log_dir = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="faccel-launch-")
+            )
         config, command, rest = torchrun.config_from_args(given)
-        meeting = join(spec) if spec.nnodes != "1" else None  # kept: this may be the machine that all meet at
+        meeting = (
+            join(spec) if spec.nnodes != "1" else None
+        )  # kept: this may be the machine that all meet at
         try:
             failures, asked = supervise(config, command, rest, _tell)
         except SignalException as error:
@@ -119,7 +137,10 @@ def _supervise(spec: LaunchSpec) -> int:
         except OSError as error:
             raise _cannot_start(spec, error) from None
         except RendezvousError as error:
-            got, fix = f"{type(error).__name__}: {error}", "look at the other machines, and start again"
+            got, fix = (
+                f"{type(error).__name__}: {error}",
+                "look at the other machines, and start again",
+            )
             raise JoinError("the machines lost each other", got=got, fix=fix) from None
         finally:
             del meeting
@@ -134,9 +155,13 @@ def _verdict(failures: Mapping[int, Any], asked: int | None, *, is_alone: bool) 
         return 0
     if is_preemption(failures):
         code = next(each.exitcode for each in failures.values() if each.exitcode > 0)
-        sys.stderr.write(f"preempted; what was saved is whole, and the same command goes on (exit code {code})\n")
+        sys.stderr.write(
+            f"preempted; what was saved is whole, and the same command goes on (exit code {code})\n"
+        )
         return code
-    if asked is not None and all(each.exitcode in (-asked, 128 + asked) for each in failures.values()):
+    if asked is not None and all(
+        each.exitcode in (-asked, 128 + asked) for each in failures.values()
+    ):
         return 128 + asked
     text, code = _first(failures, is_alone=is_alone)
     sys.stderr.write(f"\n{text}\n")
@@ -148,14 +173,18 @@ def _tell(failures: Mapping[int, Any], num_left: int) -> None:
     sys.stderr.write(f"\n{text}\nstarting again; {num_left - 1} more restarts are left\n")
 
 
-_FOLLOWS = re.compile("RankFailedError|gloo/transport|Dist(Network|Store|Backend)Error|nccl(Remote|System)Error")
+_FOLLOWS = re.compile(
+    "RankFailedError|gloo/transport|Dist(Network|Store|Backend)Error|nccl(Remote|System)Error"
+)
 
 
 def _follows(failure: Any) -> bool:
     """Whether a process failed because another one had."""
     told = failure.message
     is_ended = failure.exitcode == -signal.SIGTERM  # by the agent
-    return is_ended or (isinstance(told, dict) and bool(_FOLLOWS.search(str(told.get("message", "")))))
+    return is_ended or (
+        isinstance(told, dict) and bool(_FOLLOWS.search(str(told.get("message", ""))))
+    )
 
 
 def _first(failures: Mapping[int, Any], *, is_alone: bool) -> tuple[str, int]:
@@ -165,5 +194,9 @@ def _first(failures: Mapping[int, Any], *, is_alone: bool) -> tuple[str, int]:
     how = f"exit code {code}" if failure.exitcode >= 0 else f"signal {-failure.exitcode}"
     told = failure.message
     details = told.get("extraInfo", {}).get("py_callstack", "") if isinstance(told, dict) else ""
-    order = "failed first" if is_alone or not _follows(failure) else "failed after a rank of another machine"
+    order = (
+        "failed first"
+        if is_alone or not _follows(failure)
+        else "failed after a rank of another machine"
+    )
     return f"rank {rank} on {socket.gethostname()} {order} ({how})\n{details}".rstrip("\n"), code

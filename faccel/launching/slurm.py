@@ -26,7 +26,9 @@ def within_slurm(spec: LaunchSpec, env: Mapping[str, str], *, is_counted: bool) 
     Raises:
         LaunchError: SLURM starts several tasks per machine, and each should start several processes.
     """
-    says_itself = spec.nnodes != "1" or spec.rdzv_endpoint is not None or spec.main_address is not None
+    says_itself = (
+        spec.nnodes != "1" or spec.rdzv_endpoint is not None or spec.main_address is not None
+    )
     if says_itself or env.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return spec
     from faccel.runtime.detect import detect_slurm
@@ -37,7 +39,9 @@ def within_slurm(spec: LaunchSpec, env: Mapping[str, str], *, is_counted: bool) 
         if is_counted and spec.nproc > 1:
             got = f"{place.local_world_size} tasks on this machine, and `--nproc {spec.nproc}` in each"
             fix = "use `srun --ntasks-per-node=1`, or leave out `--nproc`"
-            raise LaunchError("SLURM or the launcher starts the processes of a machine", got=got, fix=fix)
+            raise LaunchError(
+                "SLURM or the launcher starts the processes of a machine", got=got, fix=fix
+            )
         return attrs.evolve(spec, nproc=1)
     return attrs.evolve(
         spec,

@@ -53,19 +53,35 @@ class LaunchSpec:
 
     def __attrs_post_init__(self) -> None:
         low, _, high = self.nnodes.partition(":")
-        if not all(n.isdecimal() and int(n) > 0 for n in (low, high or low)) or int(high or low) < int(low):
+        if not all(n.isdecimal() and int(n) > 0 for n in (low, high or low)) or int(
+            high or low
+        ) < int(low):
             fix = "write `--nnodes 2`, or `--nnodes 1:4`"
-            raise LaunchError("`--nnodes` is a number of machines or a range", got=f"--nnodes {self.nnodes}", fix=fix)
-        if ":" not in self.nnodes and self.node_rank is not None and not 0 <= self.node_rank < int(low):
+            raise LaunchError(
+                "`--nnodes` is a number of machines or a range",
+                got=f"--nnodes {self.nnodes}",
+                fix=fix,
+            )
+        if (
+            ":" not in self.nnodes
+            and self.node_rank is not None
+            and not 0 <= self.node_rank < int(low)
+        ):
             got = f"--node-rank {self.node_rank} of {low}"
-            raise LaunchError("machines are numbered from 0", got=got, fix=f"use 0 to {int(low) - 1}")
+            raise LaunchError(
+                "machines are numbered from 0", got=got, fix=f"use 0 to {int(low) - 1}"
+            )
         if self.tee and self.log_dir is None:
             fix = "add `--log-dir DIR`, or leave it out"
             raise LaunchError("`--tee` prints what goes to a log", got="no `--log-dir`", fix=fix)
         meeting_place(self)
         if ":" in self.nnodes and self.rdzv_endpoint is None:
             fix = "add `--rdzv-endpoint HOST:PORT`"
-            raise LaunchError("a range of machines needs an elastic rendezvous", got=f"--nnodes {self.nnodes}", fix=fix)
+            raise LaunchError(
+                "a range of machines needs an elastic rendezvous",
+                got=f"--nnodes {self.nnodes}",
+                fix=fix,
+            )
         if self.rdzv_endpoint is not None and (self.main_address or self.node_rank is not None):
             raise LaunchError(
                 "machines meet at a rendezvous or at a main address",
@@ -88,7 +104,11 @@ def check_meeting(spec: LaunchSpec) -> None:
     Raises:
         LaunchError: Neither a main address nor a rendezvous was named.
     """
-    if spec.nnodes != "1" and spec.rdzv_endpoint is None and (spec.main_address is None or spec.node_rank is None):
+    if (
+        spec.nnodes != "1"
+        and spec.rdzv_endpoint is None
+        and (spec.main_address is None or spec.node_rank is None)
+    ):
         raise LaunchError(
             "several machines have to know where they meet",
             got=f"--nnodes {spec.nnodes}",
@@ -106,7 +126,14 @@ def arguments(spec: LaunchSpec) -> list[str]:
         ['--nnodes', '1', '--nproc-per-node']
     """
     check_meeting(spec)
-    given = ["--nnodes", spec.nnodes, "--nproc-per-node", str(spec.nproc), "--max-restarts", str(spec.max_restarts)]
+    given = [
+        "--nnodes",
+        spec.nnodes,
+        "--nproc-per-node",
+        str(spec.nproc),
+        "--max-restarts",
+        str(spec.max_restarts),
+    ]
     given += _meeting(spec)
     if spec.log_dir is not None:
         given += ["--log-dir", spec.log_dir, "--redirects" if not spec.tee else "--tee", "3"]
@@ -124,16 +151,29 @@ def meeting_place(spec: LaunchSpec) -> tuple[str, int]:
     """
     if spec.rdzv_endpoint is None:
         return spec.main_address or "127.0.0.1", 29500 if spec.main_port is None else spec.main_port
-    host, _, port = spec.rdzv_endpoint.rpartition(":") if ":" in spec.rdzv_endpoint else (spec.rdzv_endpoint, "", "")
+    host, _, port = (
+        spec.rdzv_endpoint.rpartition(":")
+        if ":" in spec.rdzv_endpoint
+        else (spec.rdzv_endpoint, "", "")
+    )
     if port and not port.isdecimal():
         got = f"--rdzv-endpoint {spec.rdzv_endpoint}"
-        raise LaunchError("a rendezvous is a host and a port", got=got, fix="write `--rdzv-endpoint host:29400`")
+        raise LaunchError(
+            "a rendezvous is a host and a port", got=got, fix="write `--rdzv-endpoint host:29400`"
+        )
     return host, int(port or 29400)
 
 
 def _meeting(spec: LaunchSpec) -> list[str]:
     if spec.rdzv_endpoint is not None:
-        return ["--rdzv-backend", "c10d", "--rdzv-endpoint", spec.rdzv_endpoint, "--rdzv-id", spec.rdzv_id]
+        return [
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            spec.rdzv_endpoint,
+            "--rdzv-id",
+            spec.rdzv_id,
+        ]
     if spec.nnodes == "1" and spec.main_port is None:
         return ["--standalone"]  # a port that is free
     node = [] if spec.node_rank is None else ["--node-rank", str(spec.node_rank)]

@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from faccel.errors import ConfigError
 from faccel.parallel.units import units_of
@@ -24,11 +28,15 @@ def prepare(module: nn.Module, plan: Plan) -> None:
         apply_compile(module, units, plan)
 
 
-def check_recomputed(units: Mapping[str, nn.Module], options: ActivationCheckpointing | None) -> None:
+def check_recomputed(
+    units: Mapping[str, nn.Module], options: ActivationCheckpointing | None
+) -> None:
     """Refuse activation checkpointing of a model without units."""
     if options is not None and options.memory_budget is None and not units:
         fix = 'name them, as in `units="Block"`'
-        raise ConfigError("activation checkpointing needs units", got="a model without any", fix=fix)
+        raise ConfigError(
+            "activation checkpointing needs units", got="a model without any", fix=fix
+        )
 
 
 def apply_checkpointing(
@@ -38,7 +46,9 @@ def apply_checkpointing(
     if options is None or options.memory_budget is not None:
         return
     more = _selective(options.save_ops) if options.save_ops else {}
-    chosen = [unit for number, unit in enumerate(units.values(), start=1) if number % options.every == 0]
+    chosen = [
+        unit for number, unit in enumerate(units.values(), start=1) if number % options.every == 0
+    ]
     for unit in chosen:
         _recompute(unit, functools.partial(checkpoint, use_reentrant=False, **more))
     if any(map(_knows_checkpointing, chosen)):
@@ -47,7 +57,9 @@ def apply_checkpointing(
 
 def _recompute(unit: Any, again: Callable[..., Any]) -> None:
     """Run the forward of `unit` through `again`, on this instance alone: neither names nor classes change."""
-    if _knows_checkpointing(unit):  # it leaves out what must not happen twice: the update of a cache
+    if _knows_checkpointing(
+        unit
+    ):  # it leaves out what must not happen twice: the update of a cache
         unit.gradient_checkpointing, unit._gradient_checkpointing_func = True, again
     else:
         unit.forward = functools.partial(again, unit.forward)
@@ -95,9 +107,14 @@ def apply_compile(module: nn.Module, units: Mapping[str, nn.Module], plan: Plan)
     """Compile the units, or the whole, in place. Updates the modules; compilation happens at the first call."""
     if plan.compile is None:
         return
-    if plan.activation_checkpoint is not None and plan.activation_checkpoint.memory_budget is not None:
+    if (
+        plan.activation_checkpoint is not None
+        and plan.activation_checkpoint.memory_budget is not None
+    ):
         import torch._functorch.config as functorch
 
-        functorch.activation_memory_budget = plan.activation_checkpoint.memory_budget  # read when the graph is cut
+        functorch.activation_memory_budget = (
+            plan.activation_checkpoint.memory_budget
+        )  # read when the graph is cut
     for each in units.values() if plan.compile == "units" else (module,):
         each.compile()

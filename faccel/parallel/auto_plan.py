@@ -29,7 +29,10 @@ _THEIRS = {
 }
 """The styles of transformers' `tp_plan`, under our names."""
 
-_UNCUT = ("moe_identity_expert", "moe_tp_experts")  # around experts that are parameters, of which each rank has all
+_UNCUT = (
+    "moe_identity_expert",
+    "moe_tp_experts",
+)  # around experts that are parameters, of which each rank has all
 
 _SHARE = 8  # a model without blocks is cut into about so many units
 
@@ -60,10 +63,16 @@ def plan_for(model: nn.Module, ctx: DistContext) -> Plan:
         {'layers.*.linear1': 'colwise', 'layers.*.linear2': 'rowwise'}
     """
     if isinstance(model, WrappedModel):
-        raise ModelError("a plan is made before a model is wrapped", got="a WrappedModel", fix="pass your own module")
+        raise ModelError(
+            "a plan is made before a model is wrapped",
+            got="a WrappedModel",
+            fix="pass your own module",
+        )
     spec = ctx.mesh.spec
     options: dict[str, Any] = {}
-    if not getattr(model, "_no_split_modules", None) and not any(isinstance(m, nn.ModuleList) for m in model.modules()):
+    if not getattr(model, "_no_split_modules", None) and not any(
+        isinstance(m, nn.ModuleList) for m in model.modules()
+    ):
         options["units"] = max(1, sum(p.numel() for p in model.parameters()) // _SHARE)
     if spec.tp > 1:
         options["tensor"] = _cuts(model)
@@ -77,7 +86,11 @@ def _cuts(model: nn.Module) -> dict[str, str]:
     found = _translated(model, theirs) if isinstance(theirs, Mapping) else {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-            base = ".".join("*" if part.isdecimal() else part for part in name.split(".")) + "." if name else ""
+            base = (
+                ".".join("*" if part.isdecimal() else part for part in name.split(".")) + "."
+                if name
+                else ""
+            )
             found |= {f"{base}linear1": "colwise", f"{base}linear2": "rowwise"}
     if not found:
         raise ModelError(
@@ -92,7 +105,9 @@ def _translated(model: nn.Module, theirs: Mapping[str, str]) -> dict[str, str]:
     names = [name for name, _ in model.named_modules()]
     found: dict[str, str] = {}
     for pattern, style in theirs.items():
-        if style in _UNCUT or not means(pattern, names):  # a bare parameter, or what another configuration has
+        if style in _UNCUT or not means(
+            pattern, names
+        ):  # a bare parameter, or what another configuration has
             continue
         if style not in _THEIRS:
             raise ModelError(
@@ -106,4 +121,6 @@ def _translated(model: nn.Module, theirs: Mapping[str, str]) -> dict[str, str]:
 
 def _chain(model: nn.Module) -> tuple[str, ...]:
     children = [(name, child) for name, child in model.named_children() if not is_loss(child)]
-    return tuple(f"{name}.*" if isinstance(child, nn.ModuleList) else name for name, child in children)
+    return tuple(
+        f"{name}.*" if isinstance(child, nn.ModuleList) else name for name, child in children
+    )

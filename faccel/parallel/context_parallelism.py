@@ -73,11 +73,21 @@ def split_sequence(x: Tree, ctx: DistContext, *, dim: int = 1) -> Tree:
 def _check_divides(leaves: list[Tensor], names: list[str], dim: int, size: int) -> None:
     lengths = [leaf.shape[dim] if -leaf.ndim <= dim < leaf.ndim else None for leaf in leaves]
     named = list(zip(names, leaves, lengths, strict=True))
-    lacking = [f"`{name}` of shape {list(leaf.shape)}" for name, leaf, length in named if length is None]
+    lacking = [
+        f"`{name}` of shape {list(leaf.shape)}" for name, leaf, length in named if length is None
+    ]
     if lacking:
         fix = "pass `dim=`, or leave out what has no sequence"
-        raise DataError(f"a sequence runs along dim {dim}, which a tensor lacks", got=", ".join(lacking), fix=fix)
-    uneven = [f"length {length} of `{name}`" for name, _, length in named if length is None or length % size]
+        raise DataError(
+            f"a sequence runs along dim {dim}, which a tensor lacks",
+            got=", ".join(lacking),
+            fix=fix,
+        )
+    uneven = [
+        f"length {length} of `{name}`"
+        for name, _, length in named
+        if length is None or length % size
+    ]
     if uneven:
         longest = max(length for length in lengths if length is not None)
         raise DataError(
@@ -138,13 +148,19 @@ def attention(
     """
     _check_method(method)
     if ctx.mesh.spec.cp == 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     _check_fit(q, k, v, is_causal=is_causal, enable_gqa=enable_gqa)
     q, k, v = (_as_autocast(x) for x in (q, k, v))
     if q.dtype != k.dtype or q.dtype != v.dtype:
         fix = "convert them to one dtype, or compute under `faccel.autocast(ctx)`"
-        raise ModelError("queries, keys and values have one dtype", got=describe([q, k, v]), fix=fix)
-    return _METHODS[method](q, k, v, ctx, is_causal=is_causal, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+        raise ModelError(
+            "queries, keys and values have one dtype", got=describe([q, k, v]), fix=fix
+        )
+    return _METHODS[method](
+        q, k, v, ctx, is_causal=is_causal, scale=q.shape[-1] ** -0.5 if scale is None else scale
+    )
 
 
 def _check_method(method: str) -> None:
@@ -156,7 +172,11 @@ def _check_method(method: str) -> None:
 def _check_fit(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, enable_gqa: bool) -> None:
     got = f"q, k, v: {describe([q, k, v])}"
     if any(map(is_dtensor, (q, k, v))):
-        raise ModelError("attention takes this rank's chunks", got=f"DTensors, {got}", fix="call `.to_local()` on them")
+        raise ModelError(
+            "attention takes this rank's chunks",
+            got=f"DTensors, {got}",
+            fix="call `.to_local()` on them",
+        )
     if {x.ndim for x in (q, k, v)} != {4}:
         fix = "add the missing one, as in `q.unsqueeze(1)` for one head"
         raise ModelError("attention takes `[batch, heads, length, width]`", got=got, fix=fix)
@@ -170,34 +190,55 @@ def _check_fit(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, enable_gqa: 
 
 
 def _check_heads(num_heads: int, num_key_heads: int, got: str, *, enable_gqa: bool) -> None:
-    if num_heads == num_key_heads or (enable_gqa and num_key_heads and num_heads % num_key_heads == 0):
+    if num_heads == num_key_heads or (
+        enable_gqa and num_key_heads and num_heads % num_key_heads == 0
+    ):
         return
-    fix = f"use a number of key heads that divides {num_heads}" if enable_gqa else "pass `enable_gqa=True`"
-    raise ModelError(f"{num_key_heads} key heads do not serve {num_heads} query heads", got=got, fix=fix)
+    fix = (
+        f"use a number of key heads that divides {num_heads}"
+        if enable_gqa
+        else "pass `enable_gqa=True`"
+    )
+    raise ModelError(
+        f"{num_key_heads} key heads do not serve {num_heads} query heads", got=got, fix=fix
+    )
 
 
 def _as_autocast(x: Tensor) -> Tensor:
     """Return `x` as torch's function would take it where autocast is on: before it travels, not after."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x
+    return (
+        x.to(torch.get_autocast_dtype(kind))
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        else x
+    )
 
 
-def _gathered(q: Tensor, k: Tensor, v: Tensor, ctx: DistContext, *, is_causal: bool, scale: float) -> Tensor:
+def _gathered(
+    q: Tensor, k: Tensor, v: Tensor, ctx: DistContext, *, is_causal: bool, scale: float
+) -> Tensor:
     everything: Any = _Gather.apply(torch.cat([k, v], -1), ctx.comm)
     keys, values = everything.split([k.shape[-1], v.shape[-1]], -1)
     mask, is_first = None, _place(ctx) == 0
     if is_causal:
-        seen = (_place(ctx) + 1) * q.shape[2]  # later keys get no gradient from here, but take part in its exchange
+        seen = (_place(ctx) + 1) * q.shape[
+            2
+        ]  # later keys get no gradient from here, but take part in its exchange
         keys, values = keys[:, :, :seen], values[:, :, :seen]
         mask = None if is_first else _mask(q.shape[2], seen, q.device)
     with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage] (an open `context_parallel`)
-        options: dict[str, Any] = {"is_causal": is_causal and is_first, "enable_gqa": q.shape[1] != k.shape[1]}
+        options: dict[str, Any] = {
+            "is_causal": is_causal and is_first,
+            "enable_gqa": q.shape[1] != k.shape[1],
+        }
         return F.scaled_dot_product_attention(q, keys, values, mask, scale=scale, **options)
 
 
 def _mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
     """Return `bool[num_queries, num_keys]`: which keys the last queries of a sequence see."""
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(
+        num_keys - num_queries
+    )
 
 
 class _Gather(torch.autograd.Function):
@@ -215,7 +256,9 @@ class _Gather(torch.autograd.Function):
         return node.comm.all_to_all(rows, _AXIS).sum(0), None
 
 
-def _ringed(q: Tensor, k: Tensor, v: Tensor, ctx: DistContext, *, is_causal: bool, scale: float) -> Tensor:
+def _ringed(
+    q: Tensor, k: Tensor, v: Tensor, ctx: DistContext, *, is_causal: bool, scale: float
+) -> Tensor:
     out: Any = _Ring.apply(q, torch.cat([k, v], -1), ctx, is_causal, scale)
     return out
 
@@ -228,7 +271,9 @@ class _Ring(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(node: Any, q: Tensor, kv: Tensor, ctx: DistContext, is_causal: bool, scale: float) -> Tensor:  # noqa: FBT001
+    def forward(
+        node: Any, q: Tensor, kv: Tensor, ctx: DistContext, is_causal: bool, scale: float
+    ) -> Tensor:  # noqa: FBT001
         kv, comm, place = kv.contiguous(), ctx.comm, _place(ctx)
         with torch.autocast(q.device.type, enabled=False):
             queries = _fold(q, kv.shape[1])
@@ -357,7 +402,9 @@ class _Shared(TorchFunctionMode):
             )
         return func(*args, **kwargs)
 
-    def _backward(self, tensors: Any, gradient: Any = None, *, inputs: Any = None, **options: Any) -> None:
+    def _backward(
+        self, tensors: Any, gradient: Any = None, *, inputs: Any = None, **options: Any
+    ) -> None:
         """Run backward with this mode on, which it is not inside `__torch_function__`: forward may be computed again.
 
         torch comes here again for tensors, and not for the edges of the graph that they stand for.
@@ -384,10 +431,16 @@ class _Shared(TorchFunctionMode):
         if attn_mask is not None:
             got = f"a mask of {describe([attn_mask])}"
             fix = "pass `is_causal=True` for a causal mask; leave a mask of padding out, and ignore the padding's loss"
-            raise ModelError("a sequence that ranks share is attended without a mask", got=got, fix=fix)
+            raise ModelError(
+                "a sequence that ranks share is attended without a mask", got=got, fix=fix
+            )
         if dropout_p:
             fix = "set the dropout of attention to 0; other dropout may stay"
             raise ModelError(
-                "a sequence that ranks share is attended without dropout", got=f"dropout_p={dropout_p}", fix=fix
+                "a sequence that ranks share is attended without dropout",
+                got=f"dropout_p={dropout_p}",
+                fix=fix,
             )
-        return attention(query, key, value, self._ctx, is_causal=is_causal, method=self._method, **options)
+        return attention(
+            query, key, value, self._ctx, is_causal=is_causal, method=self._method, **options
+        )

@@ -26,11 +26,17 @@ def moes_of(module: nn.Module, spec: MeshSpec) -> dict[str, MoE]:
         return {}
     if spec.tp > 1:
         got = f"ep={spec.ep}, tp={spec.tp}"
-        raise ConfigError("this version has no expert parallel with tensor parallel", got=got, fix="leave `tp` out")
+        raise ConfigError(
+            "this version has no expert parallel with tensor parallel",
+            got=got,
+            fix="leave `tp` out",
+        )
     found = {name: each for name, each in module.named_modules() if isinstance(each, MoE)}
     if not found:
         fix = "build it with `faccel.parallel.MoE` layers, or leave `ep` out"
-        raise ConfigError("the mesh has `ep`, and the model no experts", got=f"a {type(module).__name__}", fix=fix)
+        raise ConfigError(
+            "the mesh has `ep`, and the model no experts", got=f"a {type(module).__name__}", fix=fix
+        )
     for name, moe in found.items():
         if moe.num_experts % spec.ep:
             fix = f"use an `ep` that divides {moe.num_experts}, or another `num_experts`"
@@ -61,10 +67,16 @@ def shard_experts(
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    sharing = mesh["dp_replicate", "ep_storage"] if ctx.mesh.spec.dp_replicate > 1 else mesh["ep_storage"]
+    sharing = (
+        mesh["dp_replicate", "ep_storage"] if ctx.mesh.spec.dp_replicate > 1 else mesh["ep_storage"]
+    )
     size = mesh["ep_storage"].size()
     reshard = options["reshard_after_forward"]
-    if reshard not in (None, True, False):  # a number is one of all ranks, of which there are fewer here
+    if reshard not in (
+        None,
+        True,
+        False,
+    ):  # a number is one of all ranks, of which there are fewer here
         reshard = True
     inner: dict[str, Any] = {**options, "mesh": sharing, "reshard_after_forward": reshard}
     inner["shard_placement_fn"] = lambda p: Shard(_dim(local(p).shape, size))
@@ -72,7 +84,9 @@ def shard_experts(
         for key, p in list(moe.experts.named_parameters()):
             part = distribute_tensor(p.detach(), mesh["ep"], [Shard(0)], src_data_rank=None)
             moe.experts.register_parameter(key, nn.Parameter(part, requires_grad=p.requires_grad))
-        fully_shard(moe.experts, mp_policy=policy(f"{name}.experts" if name else "experts"), **inner)
+        fully_shard(
+            moe.experts, mp_policy=policy(f"{name}.experts" if name else "experts"), **inner
+        )
         moe.tie(ctx)
 
 

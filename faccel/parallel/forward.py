@@ -48,4 +48,6 @@ def with_precision(run: Run, ctx: DistContext) -> Run:
 def to_fp32(tree: Tree) -> Tree:
     """Return `tree` with its fp16 and bf16 tensors in fp32."""
     low = (torch.float16, torch.bfloat16)
-    return map_leaves(lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype in low else x, tree)
+    return map_leaves(
+        lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype in low else x, tree
+    )

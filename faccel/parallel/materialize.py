@@ -73,7 +73,9 @@ def _take(part: Any, whole: torch.Tensor) -> None:
         return
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, offset = compute_local_shape_and_global_offset(whole.shape, part.device_mesh, part.placements)
+    shape, offset = compute_local_shape_and_global_offset(
+        whole.shape, part.device_mesh, part.placements
+    )
     local(part).copy_(whole[tuple(slice(at, at + n) for at, n in zip(offset, shape, strict=True))])
 
 

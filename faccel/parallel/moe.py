@@ -91,15 +91,28 @@ class MoE(nn.Module):
     """
 
     def __init__(
-        self, width: int, hidden: int, num_experts: int, *, top_k: int = 2, capacity_factor: float | None = None
+        self,
+        width: int,
+        hidden: int,
+        num_experts: int,
+        *,
+        top_k: int = 2,
+        capacity_factor: float | None = None,
     ) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
-            got, fix = f"top_k={top_k} of {num_experts}", "use `top_k=1` or more, and no more than there are experts"
-            raise ConfigError("each token goes to at least one expert, and once to each", got=got, fix=fix)
+            got, fix = (
+                f"top_k={top_k} of {num_experts}",
+                "use `top_k=1` or more, and no more than there are experts",
+            )
+            raise ConfigError(
+                "each token goes to at least one expert, and once to each", got=got, fix=fix
+            )
         if capacity_factor is not None and not capacity_factor > 0:
             fix = "use `capacity_factor=1.25`, or None to drop nothing"
-            raise ConfigError("`capacity_factor` must be positive", got=str(capacity_factor), fix=fix)
+            raise ConfigError(
+                "`capacity_factor` must be positive", got=str(capacity_factor), fix=fix
+            )
         self.num_experts, self.top_k, self.capacity_factor = num_experts, top_k, capacity_factor
         self.router = nn.Linear(width, num_experts, bias=False)
         self.experts = Experts(width, hidden, num_experts)
@@ -122,7 +135,9 @@ class MoE(nn.Module):
         weights, chosen = chances.topk(self.top_k)
         weights = weights / weights.sum(-1, keepdim=True)
 
-        expert = chosen.T.reshape(-1)  # [top_k * tokens]: the first choices of all tokens, then the second ones
+        expert = chosen.T.reshape(
+            -1
+        )  # [top_k * tokens]: the first choices of all tokens, then the second ones
         is_for = expert[:, None] == torch.arange(self.num_experts, device=x.device)
         counts = is_for.sum(0)
         self.balance_loss = self._balance(chances, counts)
@@ -132,7 +147,9 @@ class MoE(nn.Module):
         num_slots = self.num_experts * capacity
         place = is_for.cumsum(0).gather(1, expert[:, None])[:, 0] - 1
         slot = torch.where(place < capacity, expert * capacity + place, num_slots)
-        rows = tokens.new_zeros(num_slots + 1, tokens.shape[1]).index_add(0, slot, tokens.repeat(self.top_k, 1))
+        rows = tokens.new_zeros(num_slots + 1, tokens.shape[1]).index_add(
+            0, slot, tokens.repeat(self.top_k, 1)
+        )
         out = self._compute(rows[:-1].unflatten(0, (self.num_experts, capacity))).flatten(0, 1)
         out = torch.cat([out, out.new_zeros(1, out.shape[1])])[slot]
         return (out * weights.T.reshape(-1, 1)).view(self.top_k, *x.shape).sum(0).to(x.dtype)
@@ -157,8 +174,14 @@ class MoE(nn.Module):
         # An expert sees the tokens of all ranks of the axis, whose losses are averaged: its gradients, too, are to be
         # a mean over them. So those of its outputs are divided, and what goes back to the tokens is multiplied again.
         size = comm.size("ep")
-        here = _Exchange.apply(rows.unflatten(0, (size, -1)), comm, float(size))  # [ep, experts here, capacity, width]
-        done = self.experts(here.transpose(0, 1).flatten(1, 2)).unflatten(1, (size, -1)).transpose(0, 1)
+        here = _Exchange.apply(
+            rows.unflatten(0, (size, -1)), comm, float(size)
+        )  # [ep, experts here, capacity, width]
+        done = (
+            self.experts(here.transpose(0, 1).flatten(1, 2))
+            .unflatten(1, (size, -1))
+            .transpose(0, 1)
+        )
         return _Exchange.apply(done, comm, 1 / size).flatten(0, 1)
 
     def __getstate__(self) -> dict[str, Any]:

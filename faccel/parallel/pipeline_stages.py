@@ -24,17 +24,29 @@ def chain_of(module: nn.Module, plan: PipelineConfig) -> list[str]:
     for name in chain:
         if chain.count(name) > 1 or any(name.startswith(f"{other}.") for other in chain):
             got = ", ".join(plan.chain)
-            raise ConfigError(f"two patterns of the chain mean the module `{name}`", got=got, fix="narrow one")
+            raise ConfigError(
+                f"two patterns of the chain mean the module `{name}`", got=got, fix="narrow one"
+            )
     for name, _ in module.named_parameters(remove_duplicate=False):
         if not any(name.startswith(f"{each}.") for each in chain):
             fix = "name its module in the chain, or put it into one"
-            raise ModelError("a parameter belongs to no module of the pipeline's chain", got=f"`{name}`", fix=fix)
+            raise ModelError(
+                "a parameter belongs to no module of the pipeline's chain", got=f"`{name}`", fix=fix
+            )
     for name, each in module.named_modules():
         inside = any(name == one or name.startswith(f"{one}.") for one in chain)
-        if name and not inside and not is_loss(each) and next(each.children(), None) is None and not _is_list(each):
+        if (
+            name
+            and not inside
+            and not is_loss(each)
+            and next(each.children(), None) is None
+            and not _is_list(each)
+        ):
             fix = "name it in the chain where the input passes it, or take it out of the model"
             raise ModelError(
-                "the pipeline's chain leaves a module out", got=f"`{name}`, a {type(each).__name__}", fix=fix
+                "the pipeline's chain leaves a module out",
+                got=f"`{name}`, a {type(each).__name__}",
+                fix=fix,
             )
     return chain
 
@@ -57,7 +69,9 @@ def stages_of(module: nn.Module, plan: PipelineConfig, count: int) -> list[list[
     chain = chain_of(module, plan)
     if len(chain) < count:
         fix = f"use at most {len(chain)} stages, or a longer chain"
-        raise ConfigError(f"a chain of {len(chain)} modules has no {count} stages", got=", ".join(chain), fix=fix)
+        raise ConfigError(
+            f"a chain of {len(chain)} modules has no {count} stages", got=", ".join(chain), fix=fix
+        )
     if plan.split is None:
         sizes = [sum(p.numel() for p in module.get_submodule(name).parameters()) for name in chain]
         starts = balanced(sizes, count)
@@ -65,7 +79,9 @@ def stages_of(module: nn.Module, plan: PipelineConfig, count: int) -> list[list[
         unknown = [name for name in plan.split if name not in chain[1:]]
         if unknown or len(set(plan.split)) != count - 1:
             fix = f"name {count - 1} modules of the chain at which a stage begins"
-            raise ConfigError(f"this split does not make {count} stages", got=", ".join(plan.split), fix=fix)
+            raise ConfigError(
+                f"this split does not make {count} stages", got=", ".join(plan.split), fix=fix
+            )
         starts = [0, *sorted(chain.index(name) for name in plan.split)]
     return [chain[a:b] for a, b in zip(starts, [*starts[1:], len(chain)], strict=True)]
 
@@ -120,7 +136,11 @@ class Part(nn.Module):
         first, *others = self._names
         out = self.get_submodule(first)(*inputs, **(kwargs if self.is_first else {}))
         for name in others:
-            out = self.get_submodule(name)(*out) if isinstance(out, tuple) else self.get_submodule(name)(out)
+            out = (
+                self.get_submodule(name)(*out)
+                if isinstance(out, tuple)
+                else self.get_submodule(name)(out)
+            )
         return out
 
 
@@ -145,6 +165,8 @@ def shared_between(module: nn.Module, stages: Sequence[Sequence[str]]) -> list[d
     owners: dict[int, dict[int, str]] = {}
     for number, stage in enumerate(stages):
         for each in stage:
-            for name, p in module.get_submodule(each).named_parameters(prefix=each, remove_duplicate=False):
+            for name, p in module.get_submodule(each).named_parameters(
+                prefix=each, remove_duplicate=False
+            ):
                 owners.setdefault(id(p), {}).setdefault(number, name)
     return [names for names in owners.values() if len(names) > 1]

@@ -16,10 +16,16 @@ from faccel.errors import ModelError
 
 def check_same(module: nn.Module, ctx: DistContext, axis: str) -> None:
     """Raise on every rank of the axis where ranks have built different models. Collective."""
-    own = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in module.named_parameters()]
+    own = [
+        (name, tuple(p.shape), str(p.dtype), p.requires_grad)
+        for name, p in module.named_parameters()
+    ]
     digests = gather_objects(zlib.crc32(repr(own).encode()), ctx, axis=axis)
     if len(set(digests)) > 1:
-        numbers = {rank: f"model {sorted(set(digests)).index(digest)}" for rank, digest in enumerate(digests)}
+        numbers = {
+            rank: f"model {sorted(set(digests)).index(digest)}"
+            for rank, digest in enumerate(digests)
+        }
         raise ModelError(
             "ranks have built different models",
             got=f"{roll(numbers)}; this rank's has {len(own)} parameters, the first `{own[0][0]}` {list(own[0][1])}",

@@ -9,7 +9,12 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+)
 
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
@@ -29,9 +34,15 @@ _STYLES: Mapping[str, Callable[[], ParallelStyle | None]] = {
     "rowwise_split": lambda: RowwiseParallel(input_layouts=Replicate()),
     "sequence": SequenceParallel,
     "sequence_colwise": lambda: ColwiseParallel(input_layouts=Shard(1)),
-    "sequence_colwise_gather": lambda: ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
-    "sequence_colwise_loss": lambda: ColwiseParallel(input_layouts=Shard(1), use_local_output=False),
-    "sequence_embedding": lambda: RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+    "sequence_colwise_gather": lambda: ColwiseParallel(
+        input_layouts=Shard(1), output_layouts=Replicate()
+    ),
+    "sequence_colwise_loss": lambda: ColwiseParallel(
+        input_layouts=Shard(1), use_local_output=False
+    ),
+    "sequence_embedding": lambda: RowwiseParallel(
+        input_layouts=Replicate(), output_layouts=Shard(1)
+    ),
     "sequence_rowwise": lambda: RowwiseParallel(output_layouts=Shard(1)),
 }
 _CUT_OUTPUT = ("colwise", "colwise_gather", "colwise_loss")
@@ -49,21 +60,31 @@ def cuts_of(module: nn.Module, plan: Plan, size: int) -> dict[str, str]:
     """
     if not plan.tensor:
         fix = 'write `plan=faccel.Plan(tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})`'
-        raise ConfigError("tensor parallelism needs a plan that says how modules are cut", got=f"tp={size}", fix=fix)
+        raise ConfigError(
+            "tensor parallelism needs a plan that says how modules are cut",
+            got=f"tp={size}",
+            fix=fix,
+        )
     named = dict(module.named_modules())
     found: dict[str, str] = {}
     for pattern, style in plan.tensor.items():
         for name in matching(pattern, [name for name in named if name], "module"):
             if name in found:
                 got = f"`{pattern}`: {style}, and {found[name]} before"
-                raise ConfigError(f"two patterns of `tensor` mean the module `{name}`", got=got, fix="narrow one")
+                raise ConfigError(
+                    f"two patterns of `tensor` mean the module `{name}`", got=got, fix="narrow one"
+                )
             found[name] = style
             _check(name, named, style, size)
     for names in ties_of(module):
         if len({_dim(named, name, found) for name in names}) > 1:
-            got = ", ".join(f"`{name}` {found.get(name.rpartition('.')[0], 'not cut')}" for name in names)
+            got = ", ".join(
+                f"`{name}` {found.get(name.rpartition('.')[0], 'not cut')}" for name in names
+            )
             fix = "cut all of its places alike, as in `rowwise_embedding` and `colwise`, or none"
-            raise ModelError("a parameter that two modules share is cut in two ways", got=got, fix=fix)
+            raise ModelError(
+                "a parameter that two modules share is cut in two ways", got=got, fix=fix
+            )
     return found
 
 
@@ -82,14 +103,24 @@ def _check(name: str, named: Mapping[str, nn.Module], style: str, size: int) -> 
         return
     if not isinstance(module, (nn.Linear, nn.Embedding)):
         inside = any(isinstance(each, (nn.Linear, nn.Embedding)) for each in module.modules())
-        fix = "name the linear layers and embeddings inside of it" if inside else "leave it out: each rank has it whole"
-        raise ModelError(f"`{name}` cannot be cut as `{style}`", got=f"a {type(module).__name__}", fix=fix)
+        fix = (
+            "name the linear layers and embeddings inside of it"
+            if inside
+            else "leave it out: each rank has it whole"
+        )
+        raise ModelError(
+            f"`{name}` cannot be cut as `{style}`", got=f"a {type(module).__name__}", fix=fix
+        )
     rows = "colwise" in style
     weight = module.weight  # of a linear layer [out, in], of an embedding [number, width]
     cut = weight.shape[0 if rows == isinstance(module, nn.Linear) else 1]
     if cut % size:
         fix = f"use a `tp` that divides {cut}, or leave this module out"
-        raise ModelError(f"tp={size} does not divide `{name}`", got=f"{cut} {'columns' if rows else 'rows'}", fix=fix)
+        raise ModelError(
+            f"tp={size} does not divide `{name}`",
+            got=f"{cut} {'columns' if rows else 'rows'}",
+            fix=fix,
+        )
     if rows:
         _check_heads(name, named.get(name.rpartition(".")[0]), cut, size)
 

@@ -26,7 +26,9 @@ def matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
     known = list(names)
     found = means(pattern, known)
     if not found:
-        raise ConfigError(f"the pattern `{pattern}` means no {what} of this model", fix=nearest(pattern, known))
+        raise ConfigError(
+            f"the pattern `{pattern}` means no {what} of this model", fix=nearest(pattern, known)
+        )
     return found
 
 
@@ -43,7 +45,9 @@ def units_of(module: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     return {name: named[name] for name in sorted(chosen, key=lambda name: -name.count("."))}
 
 
-def _chosen(module: nn.Module, units: tuple[str, ...] | int | None, named: dict[str, nn.Module]) -> list[str]:
+def _chosen(
+    module: nn.Module, units: tuple[str, ...] | int | None, named: dict[str, nn.Module]
+) -> list[str]:
     if isinstance(units, int):
         return _by_size(named, units)
     if units is None:
@@ -58,22 +62,34 @@ def _chosen(module: nn.Module, units: tuple[str, ...] | int | None, named: dict[
         twice = [name for name in meant if name in found]
         if twice:
             fix = f"leave `{each}` out, or narrow it"
-            raise ConfigError(f"two of `units` mean the module `{twice[0]}`", got=", ".join(units), fix=fix)
+            raise ConfigError(
+                f"two of `units` mean the module `{twice[0]}`", got=", ".join(units), fix=fix
+            )
         found += meant
     return found
 
 
 def _members_of_lists(module: nn.Module) -> list[str]:
-    lists = [(name, each) for name, each in module.named_modules() if isinstance(each, nn.ModuleList)]
-    outer = [(name, each) for name, each in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
-    return [f"{name}.{key}" if name else key for name, each in outer for key, _ in each.named_children()]
+    lists = [
+        (name, each) for name, each in module.named_modules() if isinstance(each, nn.ModuleList)
+    ]
+    outer = [
+        (name, each)
+        for name, each in lists
+        if not any(name.startswith(f"{other}.") for other, _ in lists)
+    ]
+    return [
+        f"{name}.{key}" if name else key for name, each in outer for key, _ in each.named_children()
+    ]
 
 
 def _by_size(named: dict[str, nn.Module], at_least: int) -> list[str]:
     """Return the smallest modules that have enough parameters which no smaller unit has."""
     found: list[str] = []
     for name in sorted(named, key=lambda name: -name.count(".")):
-        inner = {id(p) for unit in found if unit.startswith(f"{name}.") for p in named[unit].parameters()}
+        inner = {
+            id(p) for unit in found if unit.startswith(f"{name}.") for p in named[unit].parameters()
+        }
         if sum(p.numel() for p in named[name].parameters() if id(p) not in inner) >= at_least:
             found.append(name)
     return found
@@ -88,6 +104,9 @@ def _check_apart(module: nn.Module, units: list[str]) -> None:
         owners.setdefault(id(p), {}).setdefault(unit, name)
     for owner in owners.values():
         if len(owner) > 1:
-            got = ", ".join(f"`{name}` in {f'unit `{unit}`' if unit else 'the root'}" for unit, name in owner.items())
+            got = ", ".join(
+                f"`{name}` in {f'unit `{unit}`' if unit else 'the root'}"
+                for unit, name in owner.items()
+            )
             fix = "name other `units`, so that all places of a shared parameter are in one of them or in the root"
             raise ModelError("two units would share a parameter", got=got, fix=fix)

@@ -36,7 +36,11 @@ class Generators:
     def seeded(cls, seed: int) -> Generators:
         """Return those of a process that has seeded each with `seed`."""
         numpy_state = np.random.RandomState(seed % 2**32).get_state()
-        return cls(torch.Generator().manual_seed(seed).get_state(), numpy_state, random.Random(seed).getstate())
+        return cls(
+            torch.Generator().manual_seed(seed).get_state(),
+            numpy_state,
+            random.Random(seed).getstate(),
+        )
 
     def restore(self) -> None:
         """Make them the process's own."""
@@ -109,14 +113,20 @@ def _window_of_numpy(bits: Any) -> Any:
     if state["bit_generator"] != "MT19937":
         return None
     window = (ctypes.c_char * 8).from_address(bits.ctypes.state_address + 623 * 4)
-    return window if window.raw == struct.pack("=Ii", state["state"]["key"][-1], state["state"]["pos"]) else None
+    return (
+        window
+        if window.raw == struct.pack("=Ii", state["state"]["key"][-1], state["state"]["pos"])
+        else None
+    )
 
 
 _python: Any = random.random.__self__  # type: ignore[attr-defined]
 _python_aside = _Aside(_window_of_python(_python), random.getstate, random.setstate)
 _numpy_bits: Any = np.random.get_bit_generator()  # pyright: ignore[reportAttributeAccessIssue]
 _numpy_aside = _Aside(_window_of_numpy(_numpy_bits), np.random.get_state, np.random.set_state)
-_numpy_other = _Aside(None, np.random.get_state, np.random.set_state)  # of a bit generator that the user has put there
+_numpy_other = _Aside(
+    None, np.random.get_state, np.random.set_state
+)  # of a bit generator that the user has put there
 
 
 def _asides() -> tuple[_Aside, _Aside]:

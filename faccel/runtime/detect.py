@@ -20,7 +20,9 @@ def _number(env: Env, key: str, default: int | None = None) -> int:
         return int(text or "")
     except ValueError:
         raise TopologyError(
-            f"`{key}` must be a whole number", got=repr(text), fix="let the launcher set it, or unset it"
+            f"`{key}` must be a whole number",
+            got=repr(text),
+            fix="let the launcher set it, or unset it",
         ) from None
 
 
@@ -44,12 +46,18 @@ def _place(env: Env, launcher: str, keys: tuple[str, ...]) -> tuple[int, int, in
 
 def _main(env: Env, address: str, job: str) -> tuple[str, int]:
     """Return where the processes of a job meet: `MASTER_ADDR` and `MASTER_PORT`, or what follows from the job."""
-    port = 20000 + zlib.crc32(job.encode()) % 20000  # the same on every rank, another one for another job
+    port = (
+        20000 + zlib.crc32(job.encode()) % 20000
+    )  # the same on every rank, another one for another job
     return env.get("MASTER_ADDR", address), _number(env, "MASTER_PORT", port)
 
 
 def _ranked(
-    env: Env, source: str, place: tuple[int, int, int, int], main: tuple[str, int], node: tuple[int, int] | None = None
+    env: Env,
+    source: str,
+    place: tuple[int, int, int, int],
+    main: tuple[str, int],
+    node: tuple[int, int] | None = None,
 ) -> Topology:
     rank, world_size, local_rank, local_world_size = place
     whole = max(1, local_world_size)
@@ -70,7 +78,9 @@ def _ranked(
 
 
 def _is_kubeflow(env: Env) -> bool:
-    return "LOCAL_RANK" not in env and ("KUBERNETES_SERVICE_HOST" in env or "KUBERNETES_PORT" in env)
+    return "LOCAL_RANK" not in env and (
+        "KUBERNETES_SERVICE_HOST" in env or "KUBERNETES_PORT" in env
+    )
 
 
 def detect_torchrun(env: Env) -> Topology | None:
@@ -83,9 +93,19 @@ def detect_torchrun(env: Env) -> Topology | None:
     """
     if ("RANK" not in env and "WORLD_SIZE" not in env) or _is_kubeflow(env):
         return None
-    _complete(env, "torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-    place = tuple(_number(env, key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    node = (_number(env, "GROUP_RANK"), _number(env, "GROUP_WORLD_SIZE")) if "GROUP_WORLD_SIZE" in env else None
+    _complete(
+        env,
+        "torchrun",
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    )
+    place = tuple(
+        _number(env, key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    node = (
+        (_number(env, "GROUP_RANK"), _number(env, "GROUP_WORLD_SIZE"))
+        if "GROUP_WORLD_SIZE" in env
+        else None
+    )
     return _ranked(env, "torchrun", place, (env["MASTER_ADDR"], _number(env, "MASTER_PORT")), node)  # type: ignore[arg-type]
 
 
@@ -119,7 +139,9 @@ def tasks_of_node(tasks: str, node: int) -> int:
             counts += [int(match[1])] * int(match[2] or 1)
     if node >= len(counts):
         raise TopologyError(
-            "SLURM's tasks per node do not cover this node", got=f"{tasks!r}, node {node}", fix="start it with `srun`"
+            "SLURM's tasks per node do not cover this node",
+            got=f"{tasks!r}, node {node}",
+            fix="start it with `srun`",
         )
     return counts[node]
 
@@ -134,7 +156,11 @@ def detect_slurm(env: Env) -> Topology | None:
     """
     if "SLURM_STEP_NUM_TASKS" not in env:
         return None
-    _complete(env, "srun", ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"))
+    _complete(
+        env,
+        "srun",
+        ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"),
+    )
     node = _number(env, "SLURM_NODEID")
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or ""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
@@ -153,8 +179,12 @@ def detect_slurm(env: Env) -> Topology | None:
 
 
 _MPI = {
-    "Open MPI": tuple(f"OMPI_COMM_WORLD_{part}" for part in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
-    "MVAPICH": tuple(f"MV2_COMM_WORLD_{part}" for part in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "Open MPI": tuple(
+        f"OMPI_COMM_WORLD_{part}" for part in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    ),
+    "MVAPICH": tuple(
+        f"MV2_COMM_WORLD_{part}" for part in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    ),
     "PMI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
 """Where each family of `mpirun` says rank, world size, local rank and local world size."""
@@ -201,7 +231,9 @@ def detect_lsf(env: Env) -> Topology | None:
         return None
     keys = tuple(f"JSM_NAMESPACE_{part}" for part in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
     place = _place(env, "jsrun", keys)
-    hosts = env.get("LSB_MCPU_HOSTS", "").split()[::2]  # "launch 1 host1 42 host2 42": the first one only launches
+    hosts = env.get("LSB_MCPU_HOSTS", "").split()[
+        ::2
+    ]  # "launch 1 host1 42 host2 42": the first one only launches
     address = hosts[1] if len(hosts) > 1 else (hosts or ["127.0.0.1"])[0]
     return _ranked(env, "LSF", place, _main(env, address, env["LSB_JOBID"]))
 
@@ -269,7 +301,9 @@ def detect(env: Env) -> Topology:
         if not same and not _is_outside(other, inner):
             raise TopologyError(
                 f"{inner.source} and {other.source} disagree about the world",
-                got=", ".join(f"{t.source}: rank {t.rank} of {t.world_size}" for t in (inner, other)),
+                got=", ".join(
+                    f"{t.source}: rank {t.rank} of {t.world_size}" for t in (inner, other)
+                ),
                 fix=f"start one process per machine with {other.source}, or use one launcher alone",
             )
     return inner

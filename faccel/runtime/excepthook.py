@@ -29,14 +29,22 @@ class _Hook:
 
     def __init__(self, rank: int, world_size: int, env: Mapping[str, str]) -> None:
         self.before: Any = sys.excepthook
-        self.error_file = env.get("TORCHELASTIC_ERROR_FILE")  # where an agent of torch's reads what became of its ranks
-        self.is_launched = bool(self.error_file) and LAUNCH in env  # `faccel launch` shows the first failure of all
+        self.error_file = env.get(
+            "TORCHELASTIC_ERROR_FILE"
+        )  # where an agent of torch's reads what became of its ranks
+        self.is_launched = (
+            bool(self.error_file) and LAUNCH in env
+        )  # `faccel launch` shows the first failure of all
         folder = os.path.dirname(self.error_file or "")
-        self.is_logged = os.path.exists(os.path.join(folder, "stderr.log"))  # `--log-dir`: this rank has one of its own
+        self.is_logged = os.path.exists(
+            os.path.join(folder, "stderr.log")
+        )  # `--log-dir`: this rank has one of its own
         self.rank, self.world_size = rank, world_size
         self.is_retired = False
 
-    def __call__(self, kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    def __call__(
+        self, kind: type[BaseException], error: BaseException, at: TracebackType | None
+    ) -> None:
         if self.is_retired:
             self.before(kind, error, at)
             return
@@ -49,9 +57,15 @@ class _Hook:
         elif self.rank == 0:
             sys.stderr.write("interrupted\n")
         if self.error_file and isinstance(error, RankFailedError):
-            time.sleep(_GRACE_S)  # whose failure it follows from ends first, and the agent ends this one
+            time.sleep(
+                _GRACE_S
+            )  # whose failure it follows from ends first, and the agent ends this one
         is_prompt = sys.flags.inspect or hasattr(sys, "ps1")
-        if self.world_size > 1 and not is_prompt and threading.current_thread() is threading.main_thread():
+        if (
+            self.world_size > 1
+            and not is_prompt
+            and threading.current_thread() is threading.main_thread()
+        ):
             _end(signal.SIGINT if interrupted else None)
 
 
@@ -64,7 +78,11 @@ class ExceptHook:
 
     def enter(self, user: int, rank: int, world_size: int, env: Mapping[str, str]) -> None:
         """Take the hook's place, for the first context and for one of a larger world."""
-        if self.hook is None or self.hook.world_size < world_size or sys.excepthook is not self.hook:
+        if (
+            self.hook is None
+            or self.hook.world_size < world_size
+            or sys.excepthook is not self.hook
+        ):
             self._retire()
             self.hook = sys.excepthook = _Hook(rank, world_size, env)
         self.users.add(user)

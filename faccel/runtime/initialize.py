@@ -40,14 +40,21 @@ class _DefaultGroup:
     """
 
     def __init__(self) -> None:
-        self.users: dict[int, Callable[[], None]] = {}  # by id of the context: ends its communication
+        self.users: dict[
+            int, Callable[[], None]
+        ] = {}  # by id of the context: ends its communication
         self.is_ours = False
         self.num_made = 0
-        self.hooks: tuple[Any, Any] = (None, None)  # `sys.excepthook` from before torch's, and torch's
+        self.hooks: tuple[Any, Any] = (
+            None,
+            None,
+        )  # `sys.excepthook` from before torch's, and torch's
         self.rank_status: RankStatus | None = None
         self.num_contexts = self.num_generations = 0
 
-    def join(self, topology: Topology, device: torch.device, timeout_s: float) -> tuple[dist.Store, RankStatus]:
+    def join(
+        self, topology: Topology, device: torch.device, timeout_s: float
+    ) -> tuple[dist.Store, RankStatus]:
         """Join the processes of `topology`; return their store, and where ranks tell what became of them."""
         if dist.is_initialized():
             self._check_same(topology)
@@ -77,9 +84,13 @@ class _DefaultGroup:
             # several machines do not count restarts alike.
             name = f"attempt_{topology.attempt}/world_{self.num_made}"
             if topology.num_nodes > 1:
-                name = agreed_name(store, topology.rank, topology.world_size, timeout.total_seconds())
+                name = agreed_name(
+                    store, topology.rank, topology.world_size, timeout.total_seconds()
+                )
             dist.init_process_group(
-                "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_BACKENDS[device.type]}",
+                "gloo"
+                if device.type == "cpu"
+                else f"cpu:gloo,{device.type}:{_BACKENDS[device.type]}",
                 store=dist.PrefixStore(f"faccel/{name}", store),
                 rank=topology.rank,
                 world_size=topology.world_size,
@@ -156,11 +167,15 @@ def _store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
     thread.start()
     thread.join(min(_ANSWER_S, timeout.total_seconds()))
     deadline = time.monotonic() + timeout.total_seconds()
-    while not made and time.monotonic() < deadline:  # nobody may listen yet; who does, answers at once
+    while (
+        not made and time.monotonic() < deadline
+    ):  # nobody may listen yet; who does, answers at once
         listens = _listens(topology.main_address, topology.main_port)
         thread.join(_ANSWER_S)
         if listens and not made:
-            raise dist.DistNetworkError("something listens there that does not answer as a store does")
+            raise dist.DistNetworkError(
+                "something listens there that does not answer as a store does"
+            )
     if not made:
         raise dist.DistNetworkError(f"nobody listens there after {timeout.total_seconds():g} s")
     if isinstance(made[0], BaseException):
@@ -178,7 +193,11 @@ _except_hook = ExceptHook()
 def _choose_device(config: Config, topology: Topology) -> torch.device:
     if config.device is None:
         found = torch.accelerator.current_accelerator(check_available=True)
-        kind = "cpu" if found is None or (found.type not in _BACKENDS and topology.world_size > 1) else found.type
+        kind = (
+            "cpu"
+            if found is None or (found.type not in _BACKENDS and topology.world_size > 1)
+            else found.type
+        )
         device = torch.device(kind)
     else:
         device = _named_device(config.device, topology)
@@ -200,7 +219,9 @@ def _named_device(name: str, topology: Topology) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise DeviceError("torch knows no such device", got=repr(name), fix='use `"cpu"`') from error
+        raise DeviceError(
+            "torch knows no such device", got=repr(name), fix='use `"cpu"`'
+        ) from error
     if topology.world_size > 1 and device.type not in ("cpu", *_BACKENDS):
         raise DeviceError(
             f"several processes cannot communicate between `{device.type}` devices",
@@ -212,7 +233,11 @@ def _named_device(name: str, topology: Topology) -> torch.device:
 
 @effectful(AMBIENT)
 def init(
-    config: Config | Mapping[str, Any] | str | None = None, /, *, env: Mapping[str, str] | None = None, **overrides: Any
+    config: Config | Mapping[str, Any] | str | None = None,
+    /,
+    *,
+    env: Mapping[str, str] | None = None,
+    **overrides: Any,
 ) -> DistContext:
     """Return the context of this process: where it stands, what it computes on, how it talks.
 
@@ -244,11 +269,17 @@ def init(
         (0, 1, 1)
     """
     if "config" in overrides:
-        raise ConfigError("`config` is given by its place", got="`init(config=...)`", fix="write `faccel.init(config)`")
+        raise ConfigError(
+            "`config` is given by its place",
+            got="`init(config=...)`",
+            fix="write `faccel.init(config)`",
+        )
     env = os.environ if env is None else env
     reference = _file_of(config, env)
     file = None if reference is None else read(reference)
-    resolved = resolve(None if isinstance(config, str) else config, env=env, overrides=overrides, file=file)
+    resolved = resolve(
+        None if isinstance(config, str) else config, env=env, overrides=overrides, file=file
+    )
     topology = detect(env)
     spec = (resolved.mesh or MeshSpec(dp_replicate=-1)).fill(topology.world_size)
     device = _choose_device(resolved, topology)
@@ -258,7 +289,13 @@ def init(
     comm: TorchCollectives | DebugCollectives | SingleCollectives = SingleCollectives()
     if topology.world_size > 1:
         store, rank_status = _default_group.join(topology, device, resolved.timeout_s)
-        comm = collectives(groups_of(spec, topology.rank), resolved, store, rank_status, _default_group.num_contexts)
+        comm = collectives(
+            groups_of(spec, topology.rank),
+            resolved,
+            store,
+            rank_status,
+            _default_group.num_contexts,
+        )
     ctx = DistContext(
         topology=topology,
         config=resolved,
@@ -295,13 +332,17 @@ def groups_of(spec: MeshSpec, rank: int, *, is_named: bool = False) -> dict[str,
     but the views have, so that one script gathers over the data ranks of any mesh.
     """
     world: Any = dist.group.WORLD
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {} if is_named else {tuple(range(spec.size)): world}
+    made: dict[tuple[int, ...], dist.ProcessGroup] = (
+        {} if is_named else {tuple(range(spec.size)): world}
+    )
     found: dict[str, dist.ProcessGroup] = {WORLD: world}
     experts = ("ep", "ep_storage") if spec.ep > 1 else ()
     for name in (*(axis for axis, n in spec.extents.items() if n > 1), *VIEWS, *experts):
         ranks = spec.peers(rank, name)
         if is_named or ranks not in made:
-            made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=name)  # type: ignore[assignment]
+            made[ranks] = dist.new_group(
+                list(ranks), use_local_synchronization=True, group_desc=name
+            )  # type: ignore[assignment]
         found[name] = made[ranks]
     return found
 
@@ -323,7 +364,10 @@ def device_mesh(device_type: str, extents: Mapping[str, int]) -> dist.DeviceMesh
     from torch.distributed.device_mesh import init_device_mesh
 
     if not extents:
-        raise WorldError("a world of one process has no device mesh", fix="start several processes, or use `mesh.spec`")
+        raise WorldError(
+            "a world of one process has no device mesh",
+            fix="start several processes, or use `mesh.spec`",
+        )
     return init_device_mesh(device_type, tuple(extents.values()), mesh_dim_names=tuple(extents))
 
 

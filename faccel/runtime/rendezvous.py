@@ -37,7 +37,9 @@ def agreed_name(store: dist.Store, rank: int, world_size: int, timeout_s: float)
             seen = heard
         time.sleep(_POLL_S)
     came = [0, *(other for other in others if store.check([f"faccel/read/{word}/{other}"]))]
-    raise dist.DistNetworkError(f"{len(came)} of {world_size} ranks came: {', '.join(map(str, came))}")
+    raise dist.DistNetworkError(
+        f"{len(came)} of {world_size} ranks came: {', '.join(map(str, came))}"
+    )
 
 
 def _follow(store: dist.Store, rank: int, word: str, deadline: float) -> str:

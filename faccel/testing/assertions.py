@@ -39,7 +39,11 @@ def assert_all_finite(tree: Tree) -> None:
         >>> assert_all_finite({"x": torch.ones(2)})
     """
     for name, leaf in zip(paths(tree), flatten(tree)[0], strict=True):
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and not leaf.isfinite().all():
+        if (
+            isinstance(leaf, torch.Tensor)
+            and leaf.is_floating_point()
+            and not leaf.isfinite().all()
+        ):
             bad = int((~leaf.isfinite()).sum())
             raise AssertionError(f"{name} has {bad} elements of {leaf.numel()} that are not finite")
 
@@ -82,7 +86,10 @@ def assert_pure(fn: Callable[..., Any], *args: Any) -> Any:
     if not torch.equal(generators.torch, after.torch) or generators.python != after.python:
         raise AssertionError(f"{fn} has drawn from a process-wide generator")
     words = (generators.numpy, after.numpy)
-    if any(not (x == y if not hasattr(x, "all") else (x == y).all()) for x, y in zip(*words, strict=True)):
+    if any(
+        not (x == y if not hasattr(x, "all") else (x == y).all())
+        for x, y in zip(*words, strict=True)
+    ):
         raise AssertionError(f"{fn} has drawn from numpy's process-wide generator")
     difference = _different(first, fn(*args))
     if difference is not None:
@@ -91,7 +98,11 @@ def assert_pure(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def equal_to_single_process(
-    fn: Callable[..., Tree], *args: Any, world_sizes: Sequence[int] = (2, 4), atol: float = 1e-6, **options: Any
+    fn: Callable[..., Tree],
+    *args: Any,
+    world_sizes: Sequence[int] = (2, 4),
+    atol: float = 1e-6,
+    **options: Any,
 ) -> Tree:
     """Run `fn(ctx, *args)` on one rank and on simulated worlds; fail where any rank's result differs.
 
@@ -119,5 +130,7 @@ def equal_to_single_process(
         for rank, result in enumerate(simulate(fn, world_size, *args, **options)):
             difference = _different(expected, result, atol)
             if difference is not None:
-                raise AssertionError(f"one process and rank {rank} of {world_size} differ in {difference}")
+                raise AssertionError(
+                    f"one process and rank {rank} of {world_size} differ in {difference}"
+                )
     return expected

@@ -110,7 +110,13 @@ class SimulatedGroup(dist.ProcessGroup):
             )
         site = call_site()
         self._world.trace.append(
-            TraceEvent(self._ranks[self._here], op, self.axis, sum(t.numel() * t.element_size() for t in tensors), site)
+            TraceEvent(
+                self._ranks[self._here],
+                op,
+                self.axis,
+                sum(t.numel() * t.element_size() for t in tensors),
+                site,
+            )
         )
         self._go_wrong(op, tensors, site)
         return site
@@ -129,7 +135,9 @@ class SimulatedGroup(dist.ProcessGroup):
             self._world.baton.wait(me, lambda: False, f"stalled before {op} at {site}")
         for tensor in tensors[:1]:
             first = tensor.detach().reshape(-1)[:1]
-            first.copy_(torch.full_like(first, float("nan")) if first.is_floating_point() else ~first)
+            first.copy_(
+                torch.full_like(first, float("nan")) if first.is_floating_point() else ~first
+            )
 
     def _meet(
         self,
@@ -162,7 +170,9 @@ class SimulatedGroup(dist.ProcessGroup):
             with torch.no_grad():
                 finish([slot.parts[r] for r in range(len(self._ranks))])
             slot.is_done = True
-        return _Work(lambda: world.baton.wait(me, lambda: slot.is_done, f"{what} at {site}"), outputs)
+        return _Work(
+            lambda: world.baton.wait(me, lambda: slot.is_done, f"{what} at {site}"), outputs
+        )
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> _Work:
         op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
@@ -173,7 +183,9 @@ class SimulatedGroup(dist.ProcessGroup):
                 for tensor in same:
                     tensor.detach().copy_(result)
 
-        return self._meet("all_reduce", f"{_name(op)}, {describe(tensors)}", tensors, tensors, finish, tensors)
+        return self._meet(
+            "all_reduce", f"{_name(op)}, {describe(tensors)}", tensors, tensors, finish, tensors
+        )
 
     def allreduce_coalesced(self, tensors: list[torch.Tensor], opts: Any = None) -> _Work:
         return self.allreduce(tensors, opts)
@@ -196,16 +208,22 @@ class SimulatedGroup(dist.ProcessGroup):
         detail = f"from {opts.rootRank}, {describe(tensors)}"
         return self._meet("broadcast", detail, tensors, tensors, finish, tensors)
 
-    def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None) -> _Work:
+    def allgather(
+        self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None
+    ) -> _Work:
         def finish(parts: list[tuple[list[list[torch.Tensor]], list[torch.Tensor]]]) -> None:
             for out, _ in parts:
                 for i, row in enumerate(out):
                     for target, (_, source) in zip(row, parts, strict=True):
                         target.detach().copy_(source[i].detach())
 
-        return self._meet("all_gather", describe(inputs), inputs, (outputs, inputs), finish, outputs)
+        return self._meet(
+            "all_gather", describe(inputs), inputs, (outputs, inputs), finish, outputs
+        )
 
-    def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> _Work:
+    def all_gather_single(
+        self, output: torch.Tensor, input: torch.Tensor, opts: Any = None
+    ) -> _Work:
         def finish(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
             joined = torch.cat([source.detach().reshape(-1) for _, source in parts])
             for out, _ in parts:
@@ -216,42 +234,68 @@ class SimulatedGroup(dist.ProcessGroup):
     def all_gather_single_coalesced(
         self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
     ) -> _Work:
-        return _all([self.all_gather_single(o, i, opts) for o, i in zip(outputs, inputs, strict=True)], outputs)
+        return _all(
+            [self.all_gather_single(o, i, opts) for o, i in zip(outputs, inputs, strict=True)],
+            outputs,
+        )
 
-    def gather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any) -> _Work:
+    def gather(
+        self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any
+    ) -> _Work:
         def finish(parts: list[tuple[list[list[torch.Tensor]], list[torch.Tensor]]]) -> None:
             for target, (_, source) in zip(parts[opts.rootRank][0][0], parts, strict=True):
                 target.detach().copy_(source[0].detach())
 
         return self._meet(
-            "gather", f"to {opts.rootRank}, {describe(inputs)}", inputs, (outputs, inputs), finish, outputs
+            "gather",
+            f"to {opts.rootRank}, {describe(inputs)}",
+            inputs,
+            (outputs, inputs),
+            finish,
+            outputs,
         )
 
-    def scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any) -> _Work:
+    def scatter(
+        self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any
+    ) -> _Work:
         def finish(parts: list[tuple[list[torch.Tensor], list[list[torch.Tensor]]]]) -> None:
             for (out, _), source in zip(parts, parts[opts.rootRank][1][0], strict=True):
                 out[0].detach().copy_(source.detach())
 
         sent = inputs[0] if inputs else []
         return self._meet(
-            "scatter", f"from {opts.rootRank}, {describe(outputs)}", sent, (outputs, inputs), finish, outputs
+            "scatter",
+            f"from {opts.rootRank}, {describe(outputs)}",
+            sent,
+            (outputs, inputs),
+            finish,
+            outputs,
         )
 
-    def reduce_scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any) -> _Work:
+    def reduce_scatter(
+        self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any
+    ) -> _Work:
         def finish(parts: list[tuple[list[torch.Tensor], list[list[torch.Tensor]]]]) -> None:
             for here, (out, _) in enumerate(parts):
-                out[0].detach().copy_(_reduce([source[0][here] for _, source in parts], opts.reduceOp))
+                out[0].detach().copy_(
+                    _reduce([source[0][here] for _, source in parts], opts.reduceOp)
+                )
 
         detail = f"{_name(opts.reduceOp)}, {describe(inputs[0])}"
         return self._meet("reduce_scatter", detail, inputs[0], (outputs, inputs), finish, outputs)
 
     def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any) -> _Work:
-        return self.reduce_scatter([output], [list(input.reshape(self.size(), *output.shape))], opts)
+        return self.reduce_scatter(
+            [output], [list(input.reshape(self.size(), *output.shape))], opts
+        )
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any
     ) -> _Work:
-        return _all([self.reduce_scatter_single(o, i, opts) for o, i in zip(outputs, inputs, strict=True)], outputs)
+        return _all(
+            [self.reduce_scatter_single(o, i, opts) for o, i in zip(outputs, inputs, strict=True)],
+            outputs,
+        )
 
     def all_to_all_single(
         self,
@@ -262,14 +306,20 @@ class SimulatedGroup(dist.ProcessGroup):
         opts: Any = None,
     ) -> _Work:
         def rows(tensor: torch.Tensor, sizes: list[int] | None) -> list[torch.Tensor]:
-            return list(tensor.detach().split(sizes) if sizes else tensor.detach().chunk(self.size()))
+            return list(
+                tensor.detach().split(sizes) if sizes else tensor.detach().chunk(self.size())
+            )
 
         return self._exchange(rows(output, output_sizes), rows(input, input_sizes), output)
 
-    def alltoall(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None) -> _Work:
+    def alltoall(
+        self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
+    ) -> _Work:
         return self._exchange(outputs, inputs, outputs)
 
-    def _exchange(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], result: Any) -> _Work:
+    def _exchange(
+        self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], result: Any
+    ) -> _Work:
         def finish(parts: list[tuple[list[torch.Tensor], list[torch.Tensor]]]) -> None:
             for here, (out, _) in enumerate(parts):
                 for target, (_, sent) in zip(out, parts, strict=True):

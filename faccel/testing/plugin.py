@@ -12,7 +12,9 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker."""
-    config.addinivalue_line("markers", "world_size(*sizes): run the test on every rank of simulated worlds, as `ctx`")
+    config.addinivalue_line(
+        "markers", "world_size(*sizes): run the test on every rank of simulated worlds, as `ctx`"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -20,7 +22,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("world_size")
     if marker is None:
         return
-    if "ctx" not in metafunc.fixturenames or not all(isinstance(n, int) for n in marker.args) or not marker.args:
+    if (
+        "ctx" not in metafunc.fixturenames
+        or not all(isinstance(n, int) for n in marker.args)
+        or not marker.args
+    ):
         pytest.fail(
             f"{metafunc.definition.nodeid}: write `@pytest.mark.world_size(1, 2)` above a test that takes `ctx`",
             pytrace=False,

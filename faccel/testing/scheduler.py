@@ -99,13 +99,18 @@ class Scheduler:
         """Run `fn(rank)` for every rank and return the results in order; raise what the first failing rank raised."""
         before, hook = _Globals.current(), sys.excepthook
         _isolation.enter(1)
-        threads = [threading.Thread(target=self._body, args=(r, fn), daemon=True) for r in range(len(self.ranks))]
+        threads = [
+            threading.Thread(target=self._body, args=(r, fn), daemon=True)
+            for r in range(len(self.ranks))
+        ]
         try:
             for thread in threads:
                 thread.start()
             self.ranks[0].turn.release()
             if not self.finished.wait(timeout_s):
-                raise TimeoutError(f"the simulated world has not finished in {timeout_s} s:\n{self._where(threads)}")
+                raise TimeoutError(
+                    f"the simulated world has not finished in {timeout_s} s:\n{self._where(threads)}"
+                )
             for thread in threads:
                 thread.join()
         except BaseException:  # a timeout, Ctrl-C
@@ -116,7 +121,11 @@ class Scheduler:
             before.restore()
             sys.excepthook = hook
         if self.errors:
-            causes = [error for error in self.errors if not isinstance(error, (DesyncError, RankFailedError))]
+            causes = [
+                error
+                for error in self.errors
+                if not isinstance(error, (DesyncError, RankFailedError))
+            ]
             raise (causes or self.errors)[0]
         return tuple(rank.result for rank in self.ranks)
 
@@ -124,8 +133,14 @@ class Scheduler:
         import traceback
 
         frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]
-        running = [r for r, rank in enumerate(self.ranks) if not rank.is_done and rank.ready is None]
-        stacks = [traceback.format_stack(frames[i])[-3:] for r in running if (i := threads[r].ident) in frames]
+        running = [
+            r for r, rank in enumerate(self.ranks) if not rank.is_done and rank.ready is None
+        ]
+        stacks = [
+            traceback.format_stack(frames[i])[-3:]
+            for r in running
+            if (i := threads[r].ident) in frames
+        ]
         return "\n".join("".join(stack) for stack in stacks[:1]) or self.report()
 
     def _body(self, number: int, fn: Callable[[int], Any]) -> None:
@@ -194,7 +209,9 @@ class Scheduler:
         count = len(self.ranks)
         for i in range(1, count + 1):
             rank = self.ranks[(number + i) % count]
-            if not rank.is_done and (self.failure is not None or rank.ready is None or rank.ready()):
+            if not rank.is_done and (
+                self.failure is not None or rank.ready is None or rank.ready()
+            ):
                 return rank
         return None
 

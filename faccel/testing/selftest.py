@@ -47,7 +47,8 @@ def _collectives(ctx: DistContext) -> str:
         "gather": gather(x, ctx, axis="world")["b"].tolist() == list(range(n)),
         "reduce": reduce(x, ctx, axis="world")["a"].tolist() == [n * (n - 1) / 2] * 2,
         "broadcast": broadcast(x, ctx, src=n - 1)["b"].item() == n - 1,
-        "all_to_all": all_to_all(10 * r + torch.arange(n), ctx).tolist() == [10 * i + r for i in range(n)],
+        "all_to_all": all_to_all(10 * r + torch.arange(n), ctx).tolist()
+        == [10 * i + r for i in range(n)],
     }
     wrong = [name for name, fine in found.items() if not fine]
     _expect(not wrong, f"{', '.join(wrong)} of rank {r}")
@@ -91,7 +92,9 @@ def _training(ctx: DistContext) -> str:
 
 
 def _checkpoint(ctx: DistContext) -> str:
-    folder = broadcast_objects([tempfile.mkdtemp(prefix="faccel-test-")] if ctx.is_main else [], ctx)[0]
+    folder = broadcast_objects(
+        [tempfile.mkdtemp(prefix="faccel-test-")] if ctx.is_main else [], ctx
+    )[0]
     try:
         if agree(ctx, missing=not os.path.isdir(folder)).missing:
             return f"not checked: the machines do not share {os.path.dirname(folder)}; set TMPDIR to a folder they do"

@@ -18,7 +18,12 @@ from faccel.mesh import MeshSpec
 from faccel.protocols import Collectives
 from faccel.random.hashing import mix
 from faccel.runtime.initialize import collectives, device_mesh, groups_of
-from faccel.testing.assertions import assert_all_finite, assert_pure, assert_replicated, equal_to_single_process
+from faccel.testing.assertions import (
+    assert_all_finite,
+    assert_pure,
+    assert_replicated,
+    equal_to_single_process,
+)
 from faccel.testing.group import BACKEND, Endpoint
 from faccel.testing.scheduler import Scheduler
 from faccel.testing.store import SimulatedStore
@@ -53,9 +58,15 @@ class Results(tuple[T, ...], Generic[T]):
 
 
 def _context(
-    rank: int, world_size: int, config: _ConfigLike, mesh: _MeshLike, comm: Callable[[MeshSpec], Collectives]
+    rank: int,
+    world_size: int,
+    config: _ConfigLike,
+    mesh: _MeshLike,
+    comm: Callable[[MeshSpec], Collectives],
 ) -> DistContext:
-    resolved = resolve(config, overrides={"device": "cpu"} | ({} if mesh is None else {"mesh": mesh}))
+    resolved = resolve(
+        config, overrides={"device": "cpu"} | ({} if mesh is None else {"mesh": mesh})
+    )
     spec = (resolved.mesh or MeshSpec(dp_replicate=-1)).fill(world_size)
     return DistContext(
         topology=Topology(
@@ -117,7 +128,9 @@ def simulate(
         (tensor(6), 'all_reduce', 8)
     """
     if world_size < 1:
-        raise ConfigError("a world has at least one rank", got=f"world_size={world_size}", fix="use 1 or more")
+        raise ConfigError(
+            "a world has at least one rank", got=f"world_size={world_size}", fix="use 1 or more"
+        )
     baton = Scheduler([mix(seed, rank) for rank in range(world_size)])
     world = World(baton, faults or ())
 
@@ -133,7 +146,9 @@ def simulate(
                 world_size=world_size,
                 pg_options=Endpoint(world, rank),
             )
-            return collectives(groups_of(spec, rank, is_named=True), resolve(config), world.stores[-1])
+            return collectives(
+                groups_of(spec, rank, is_named=True), resolve(config), world.stores[-1]
+            )
 
         contexts.append(_context(rank, world_size, config, mesh, comm))
         return fn(contexts[-1], *args)
@@ -172,7 +187,9 @@ class _NoPeers:
         return refuse
 
 
-def fake_context(rank: int, world_size: int, *, mesh: _MeshLike = None, config: _ConfigLike = None) -> DistContext:
+def fake_context(
+    rank: int, world_size: int, *, mesh: _MeshLike = None, config: _ConfigLike = None
+) -> DistContext:
     """Return the context of one rank that has no peers, for functions that do not communicate.
 
     Effects: pure.

@@ -41,7 +41,9 @@ class SimulatedStore(dist.Store):
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         there = self._world.keys
         site = call_site()
-        self._world.baton.wait(self._rank, lambda: all(k in there for k in keys), f"waiting in the store at {site}")
+        self._world.baton.wait(
+            self._rank, lambda: all(k in there for k in keys), f"waiting in the store at {site}"
+        )
 
     def check(self, keys: list[str]) -> bool:
         return all(key in self._world.keys for key in keys)

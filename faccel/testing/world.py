@@ -72,8 +72,14 @@ class World:
 
     def check_done(self) -> None:
         """Raise where something was begun that nobody finished."""
-        open_calls = [f"rank {slot.rank}: {slot.what} at {slot.site}" for slot in self.slots.values()]
-        unread = [f"rank {box[1]} to rank {box[2]}: a message" for box, letters in self.mail.items() if letters]
+        open_calls = [
+            f"rank {slot.rank}: {slot.what} at {slot.site}" for slot in self.slots.values()
+        ]
+        unread = [
+            f"rank {box[1]} to rank {box[2]}: a message"
+            for box, letters in self.mail.items()
+            if letters
+        ]
         if open_calls or unread:
             raise DesyncError(
                 "the ranks returned while a collective was open",

@@ -15,7 +15,9 @@ T = TypeVar("T")
 
 
 @effectful(AMBIENT)
-def print(*values: object, ctx: DistContext, sep: str = " ", end: str = "\n", file: TextIO | None = None) -> None:
+def print(
+    *values: object, ctx: DistContext, sep: str = " ", end: str = "\n", file: TextIO | None = None
+) -> None:
     """Print on rank 0 of the world, nowhere else.
 
     Effects: ambient. The line goes out in one write, so that lines of several processes never mix.
@@ -52,7 +54,9 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         """Log like `logging.Logger.log`; also takes `every_rank=` and `step=`."""
         every_rank, step = kwargs.pop("every_rank", False), kwargs.pop("step", None)
         if (self.ctx.is_main or every_rank) and self.isEnabledFor(level):
-            text = f"[rank {self.ctx.rank}] {msg}" if every_rank and self.ctx.world_size > 1 else msg
+            text = (
+                f"[rank {self.ctx.rank}] {msg}" if every_rank and self.ctx.world_size > 1 else msg
+            )
             extra = {"rank": self.ctx.rank, "world_size": self.ctx.world_size, "step": step}
             kwargs["extra"] = {**extra, **kwargs.get("extra", {})}
             kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
@@ -79,7 +83,12 @@ def get_logger(name: str, ctx: DistContext) -> RankLogger:
 
 @effectful(AMBIENT)
 def progress(
-    items: Iterable[T], ctx: DistContext, *, total: int | None = None, description: str = "", file: TextIO | None = None
+    items: Iterable[T],
+    ctx: DistContext,
+    *,
+    total: int | None = None,
+    description: str = "",
+    file: TextIO | None = None,
 ) -> Iterator[T]:
     """Yield the items, and show on rank 0 how far it has come: a bar in a terminal, plain lines elsewhere.
 
@@ -101,14 +110,20 @@ def progress(
         return iter(items)
     out = sys.stderr if file is None else file
     number = len(items) if total is None and hasattr(items, "__len__") else total  # type: ignore[arg-type]
-    return _bar(items, number, description, out) if out.isatty() else _lines(items, number, description, out)
+    return (
+        _bar(items, number, description, out)
+        if out.isatty()
+        else _lines(items, number, description, out)
+    )
 
 
 def _bar(items: Iterable[T], total: int | None, description: str, out: TextIO) -> Iterator[T]:
     from rich.console import Console
     from rich.progress import track
 
-    return iter(track(items, description=description or "working", total=total, console=Console(file=out)))
+    return iter(
+        track(items, description=description or "working", total=total, console=Console(file=out))
+    )
 
 
 def _lines(items: Iterable[T], total: int | None, description: str, out: TextIO) -> Iterator[T]:
@@ -120,5 +135,7 @@ def _lines(items: Iterable[T], total: int | None, description: str, out: TextIO)
         if tenths > said or (not total and count == due):
             said, due = tenths, due * 2
             of = f"/{total}" if total else ""
-            out.write(f"{description + ': ' if description else ''}{count}{of} in {time.monotonic() - start:.1f} s\n")
+            out.write(
+                f"{description + ': ' if description else ''}{count}{of} in {time.monotonic() - start:.1f} s\n"
+            )
             out.flush()

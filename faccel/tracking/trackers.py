@@ -43,7 +43,9 @@ class Trackers:
     """
 
     opened: Sequence[tuple[str, Tracker, Any]] = ()
-    _silent: set[str] = attrs.field(factory=set, init=False, repr=False)  # those that have failed, and said so
+    _silent: set[str] = attrs.field(
+        factory=set, init=False, repr=False
+    )  # those that have failed, and said so
 
 
 def _open_jsonl(folder: Path, config: Mapping[str, Any]) -> Any:
@@ -73,7 +75,9 @@ def _open_tensorboard(folder: Path, config: Mapping[str, Any]) -> Any:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            "the tracker `tensorboard` is not installed", got=str(error), fix='run `pip install "faccel[track]"`'
+            "the tracker `tensorboard` is not installed",
+            got=str(error),
+            fix='run `pip install "faccel[track]"`',
         ) from None
     writer = SummaryWriter(str(folder))
     writer.add_text("config", json.dumps(dict(config), indent=2, default=str))
@@ -135,7 +139,9 @@ def init_trackers(
     for each in trackers:
         if isinstance(each, str) and each not in TRACKERS:
             raise ConfigError(f"`{each}` is not a tracker", fix=nearest(each, TRACKERS))
-        chosen.append((each, TRACKERS[each]) if isinstance(each, str) else (type(each).__name__, each))
+        chosen.append(
+            (each, TRACKERS[each]) if isinstance(each, str) else (type(each).__name__, each)
+        )
     if not ctx.is_main:
         return Trackers()
     folder = Path(ctx.config.run_dir) / run
@@ -200,4 +206,6 @@ def _say_once(trackers: Trackers, name: str, error: Exception) -> None:
     silent = trackers._silent  # pyright: ignore[reportPrivateUsage]
     if name not in silent:
         silent.add(name)
-        logging.getLogger("faccel").error("the tracker `%s` failed, and will not say so again: %r", name, error)
+        logging.getLogger("faccel").error(
+            "the tracker `%s` failed, and will not say so again: %r", name, error
+        )

@@ -54,7 +54,9 @@ def check_limits(norm: float | None, value: float | None) -> None:
     """Refuse a limit that is not positive."""
     for name, limit in (("clip_norm", norm), ("clip_value", value)):
         if limit is not None and not limit > 0:
-            raise ConfigError(f"`{name}` must be positive", got=str(limit), fix="leave it out to clip nothing")
+            raise ConfigError(
+                f"`{name}` must be positive", got=str(limit), fix="leave it out to clip nothing"
+            )
 
 
 @attrs.frozen(eq=False)
@@ -88,7 +90,10 @@ def clip_(
 
 
 def _clip(
-    params: Any, norm: float | None, value: float | None, measure: Callable[[list[torch.Tensor]], torch.Tensor]
+    params: Any,
+    norm: float | None,
+    value: float | None,
+    measure: Callable[[list[torch.Tensor]], torch.Tensor],
 ) -> torch.Tensor | None:
     total = None
     if norm is not None:
@@ -111,7 +116,9 @@ def total_norm(grads: Sequence[torch.Tensor], ctx: DistContext) -> torch.Tensor:
     if not groups:  # a stage of a pipeline in which nothing is trained
         squares = torch.zeros(1, dtype=torch.float64, device=ctx.device)
     else:
-        squares = torch.stack([get_total_norm(parts).to(ctx.device).square() for parts in groups.values()])
+        squares = torch.stack(
+            [get_total_norm(parts).to(ctx.device).square() for parts in groups.values()]
+        )
     for axis in sorted({axis for axes in groups for axis in axes}):
         here = [i for i, axes in enumerate(groups) if axis in axes]
         squares[here] = ctx.comm.all_reduce(squares[here], "sum", axis)
@@ -127,4 +134,6 @@ def _spread_over(grad: Any) -> tuple[str, ...]:
         return ()
     # `is_shard` is False for the strided shards of FSDP over tensor parallel
     names = grad.device_mesh.mesh_dim_names
-    return tuple(name for name, place in zip(names, grad.placements, strict=True) if not place.is_replicate())
+    return tuple(
+        name for name, place in zip(names, grad.placements, strict=True) if not place.is_replicate()
+    )

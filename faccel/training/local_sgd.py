@@ -56,8 +56,14 @@ def averaged(
         >>> simulate(lambda ctx: averaged({"w": torch.tensor([1.0, ctx.rank])}, ctx), 2)[0]
         {'w': tensor([1.0000, 0.5000])}
     """
-    means = {name: mean for bucket in _buckets(params, ctx, bucket_cap_mb) for name, mean in bucket.items()}
-    return {name: means[name].clone() for name in params}  # of their own: none keeps a whole bucket alive
+    means = {
+        name: mean
+        for bucket in _buckets(params, ctx, bucket_cap_mb)
+        for name, mean in bucket.items()
+    }
+    return {
+        name: means[name].clone() for name in params
+    }  # of their own: none keeps a whole bucket alive
 
 
 def _buckets(
@@ -66,11 +72,15 @@ def _buckets(
     """Yield the means bucket by bucket, as views of what was reduced, in the same order on every rank."""
     check_replicas(ctx)
     check_cap(bucket_cap_mb)
-    by_name = {name: params[name] for name in sorted(params)}  # ranks may have filled a mapping in another order
+    by_name = {
+        name: params[name] for name in sorted(params)
+    }  # ranks may have filled a mapping in another order
     leaves, _ = tensor_leaves(by_name, ctx)
     for i, leaf in enumerate(leaves):
         if not (leaf.is_floating_point() or leaf.is_complex()):
-            raise reject(by_name, i, "only floating point tensors have a mean of their dtype", "leave it out")
+            raise reject(
+                by_name, i, "only floating point tensors have a mean of their dtype", "leave it out"
+            )
     named = dict(zip(by_name, leaves, strict=True))
     for sums in summed_buckets(named, ctx, bucket_cap_mb=bucket_cap_mb, call="local_sgd"):
         yield {name: total.div_(ctx.data_world_size) for name, total in sums.items()}
@@ -87,7 +97,9 @@ def check_replicas(ctx: DistContext, or_else: str = "train without `local_sgd`")
 
 
 @effectful(updates("model"), COLLECTIVE)
-def local_sgd(model: WrappedModel, ctx: DistContext, *, step: int, every: int, bucket_cap_mb: float = 25.0) -> SyncInfo:
+def local_sgd(
+    model: WrappedModel, ctx: DistContext, *, step: int, every: int, bucket_cap_mb: float = 25.0
+) -> SyncInfo:
     """Average the parameters of `model` over the data ranks where `step` is a multiple of `every`.
 
     Effects: updates model, collective. On other steps it communicates nothing and changes nothing. Every rank must call
@@ -127,7 +139,11 @@ def local_sgd(model: WrappedModel, ctx: DistContext, *, step: int, every: int, b
     check_replicas(ctx)
     for name, value in (("step", step), ("every", every)):
         if value < 1:
-            fix = "count updates that are done, from 1 on" if name == "step" else "write `every=1` or more"
+            fix = (
+                "count updates that are done, from 1 on"
+                if name == "step"
+                else "write `every=1` or more"
+            )
             raise ConfigError(f"`{name}` must be positive", got=f"{name}={value}", fix=fix)
     if step % every:
         return SyncInfo(synced=False, num_bytes=0)

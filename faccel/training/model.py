@@ -100,7 +100,9 @@ class WrappedModel:
             return functools.partial(self.call, name)
 
         def torchs_own(*args: Any, **kwargs: Any) -> Any:
-            out = value(*args, **kwargs)  # `to`, `requires_grad_`, ...: those that return the module return this
+            out = value(
+                *args, **kwargs
+            )  # `to`, `requires_grad_`, ...: those that return the module return this
             return self if out is self.module else out
 
         return torchs_own
@@ -132,16 +134,24 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
         (torch.Size([3, 1]), ['bias', 'weight'])
     """
     if isinstance(model, WrappedModel):
-        raise ModelError("this model is wrapped already", fix="wrap it once, and use what `wrap` returned")
+        raise ModelError(
+            "this model is wrapped already", fix="wrap it once, and use what `wrap` returned"
+        )
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ModelError("`wrap` takes a torch module", got=f"a {type(model).__name__}", fix="pass an nn.Module")
+        raise ModelError(
+            "`wrap` takes a torch module", got=f"a {type(model).__name__}", fix="pass an nn.Module"
+        )
     if next(model.parameters(), None) is None:
         raise ModelError(
-            "this model has no parameters", got=type(model).__name__, fix="use it as it is: there is nothing to train"
+            "this model has no parameters",
+            got=type(model).__name__,
+            fix="use it as it is: there is nothing to train",
         )
     plan = Plan() if plan is None else plan
     if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError("`plan` takes a `Plan`", got=repr(plan), fix="write `plan=faccel.Plan(...)`")
+        raise ConfigError(
+            "`plan` takes a `Plan`", got=repr(plan), fix="write `plan=faccel.Plan(...)`"
+        )
     if ctx.config.device_placement and not any(p.is_meta for p in model.parameters()):
         model.to(ctx.device)
     engine, run = ctx.parallelism.wrap(model, plan, ctx)
@@ -165,7 +175,9 @@ def unwrap(model: WrappedModel) -> nn.Module:
 def _wrapped(model: Any) -> WrappedModel:
     if not isinstance(model, WrappedModel):
         raise ModelError(
-            "this takes what `faccel.wrap` returned", got=f"a {type(model).__name__}", fix="wrap the model first"
+            "this takes what `faccel.wrap` returned",
+            got=f"a {type(model).__name__}",
+            fix="wrap the model first",
         )
     return model
 
@@ -190,7 +202,9 @@ def grad_sync(model: WrappedModel, *, on: bool) -> AbstractContextManager[None]:
 
 
 @effectful(updates("opt"), COLLECTIVE)
-def wrap_optimizer(opt: torch.optim.Optimizer, model: WrappedModel, ctx: DistContext) -> torch.optim.Optimizer:
+def wrap_optimizer(
+    opt: torch.optim.Optimizer, model: WrappedModel, ctx: DistContext
+) -> torch.optim.Optimizer:
     """Tie `opt` to the engine that runs `model`.
 
     Effects: updates opt, collective. Where the strategy has nothing to tie (one process, DDP) `opt` itself comes back

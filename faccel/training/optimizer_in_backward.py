@@ -16,7 +16,9 @@ from faccel.training.model import WrappedModel
 
 
 @effectful(updates("model"), updates("opt"))
-def step_in_backward(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> AbstractContextManager[None]:
+def step_in_backward(
+    opt: Optimizer, model: WrappedModel, ctx: DistContext
+) -> AbstractContextManager[None]:
     """Make a context in whose backward `opt` steps, parameter by parameter; gradients of all are never there at once.
 
     There is no `optimizer_step` then, hence no clipping, no loss scale and no skipped update. Put the last micro-batch
@@ -49,14 +51,20 @@ def step_in_backward(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> A
     spec = ctx.mesh.spec
     if ctx.config.mixed_precision == "fp16":
         fix = 'use `mixed_precision="bf16"`, or `faccel.optimizer_step`'
-        raise ConfigError("fp16 decides about an update when it has seen all gradients", got="fp16", fix=fix)
+        raise ConfigError(
+            "fp16 decides about an update when it has seen all gradients", got="fp16", fix=fix
+        )
     if spec.size > 1 and (spec.pp > 1 or ctx.is_replicated):
         fix = "use a mesh with `dp_shard`, or `faccel.optimizer_step`"
-        raise ConfigError("this mesh has no gradients of single parameters in backward", got=str(spec), fix=fix)
+        raise ConfigError(
+            "this mesh has no gradients of single parameters in backward", got=str(spec), fix=fix
+        )
     own = {id(p) for p in model.parameters()}
     if not any(id(p) in own for group in opt.param_groups for p in group["params"]):
         fix = "make it from `model.parameters()`"
-        raise OptimizerError("no parameter of this optimizer belongs to the model", got=type(opt).__name__, fix=fix)
+        raise OptimizerError(
+            "no parameter of this optimizer belongs to the model", got=type(opt).__name__, fix=fix
+        )
     return _stepping(opt)
 
 

@@ -65,7 +65,12 @@ class ScalerState:
     growth_interval: int = 2000
 
     def __attrs_post_init__(self) -> None:
-        fits = self.scale > 0 and self.growth_factor >= 1 and 0 < self.backoff_factor <= 1 and self.growth_interval >= 1
+        fits = (
+            self.scale > 0
+            and self.growth_factor >= 1
+            and 0 < self.backoff_factor <= 1
+            and self.growth_interval >= 1
+        )
         if not fits:
             raise ConfigError(
                 "a loss scale is positive, grows by a factor of at least 1 and backs off by one of at most 1",
@@ -89,12 +94,20 @@ class ScalerState:
         stepped = (*self.stepped, Stepped(opt))
         if not finite:
             scale = self.scale_of_gradients(opt) * self.backoff_factor
-            return attrs.evolve(self, scale=scale, stepped=stepped, num_good_steps=0, num_skipped=self.num_skipped + 1)
+            return attrs.evolve(
+                self,
+                scale=scale,
+                stepped=stepped,
+                num_good_steps=0,
+                num_skipped=self.num_skipped + 1,
+            )
         if self.stepped:
             return attrs.evolve(self, stepped=stepped)
         if self.num_good_steps + 1 < self.growth_interval:
             return attrs.evolve(self, stepped=stepped, num_good_steps=self.num_good_steps + 1)
-        return attrs.evolve(self, scale=self.scale * self.growth_factor, stepped=stepped, num_good_steps=0)
+        return attrs.evolve(
+            self, scale=self.scale * self.growth_factor, stepped=stepped, num_good_steps=0
+        )
 
     def scale_of_gradients(self, opt: object) -> float:
         """Return what the gradients of `opt` that are there were multiplied by.
@@ -105,7 +118,8 @@ class ScalerState:
         if self.grad_scale is None or any(each.is_of(opt) for each in self.stepped):
             raise ScalerError(
                 "this step has seen no `scaled_backward`",
-                got="a scaler that no `scaled_backward` returned" + " since the last step" * bool(self.stepped),
+                got="a scaler that no `scaled_backward` returned"
+                + " since the last step" * bool(self.stepped),
                 fix="write `scaler = faccel.scaled_backward(loss, scaler, ctx)` instead of `loss.backward()`",
             )
         return self.grad_scale
@@ -140,7 +154,10 @@ def init_scaler(ctx: DistContext, **options: float) -> ScalerState:
     allowed = ("scale", "growth_factor", "backoff_factor", "growth_interval")
     for name in options:
         if name not in allowed:
-            raise ConfigError(f"`{name}` is not an option of the loss scale", fix=f"use one of {', '.join(allowed)}")
+            raise ConfigError(
+                f"`{name}` is not an option of the loss scale",
+                fix=f"use one of {', '.join(allowed)}",
+            )
     if ctx.config.mixed_precision != "fp16":
         return ScalerState()
     return ScalerState(enabled=True, **{"scale": 65536.0, **options})  # type: ignore[arg-type]
@@ -182,7 +199,11 @@ def unscale_(grads: Iterable[torch.Tensor], scale: float, ctx: DistContext) -> b
         inverse = torch.full((), 1.0 / scale, dtype=torch.float32, device=device)
         torch._amp_foreach_non_finite_check_and_unscale_(members, found, inverse)  # pyright: ignore[reportPrivateUsage]
         overflows.append(found)
-    found = torch.stack([each.to(ctx.device) for each in overflows]).amax() if overflows else torch.zeros(())
+    found = (
+        torch.stack([each.to(ctx.device) for each in overflows]).amax()
+        if overflows
+        else torch.zeros(())
+    )
     if not ctx.is_replicated:
         found = ctx.comm.all_reduce(found.to(ctx.device), "max", WORLD)
     return not found.item()

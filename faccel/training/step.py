@@ -71,7 +71,11 @@ class Window:
 
 @effectful(AMBIENT, COLLECTIVE)
 def windows(
-    loader: ShardedLoader, ctx: DistContext, *, size: int | None = None, weight: Weight | None = None
+    loader: ShardedLoader,
+    ctx: DistContext,
+    *,
+    size: int | None = None,
+    weight: Weight | None = None,
 ) -> Iterator[Window]:
     """Group a loader's batches into the micro-batches of one update each; the last window may be short.
 
@@ -111,18 +115,24 @@ def windows(
         )
     num_micro_batches = ctx.config.grad_accum if size is None else size
     if num_micro_batches < 1:
-        raise ConfigError("a window has at least one micro-batch", got=f"size={size}", fix="use `size=1` or more")
+        raise ConfigError(
+            "a window has at least one micro-batch", got=f"size={size}", fix="use `size=1` or more"
+        )
     if loader.source.tail == "uneven" and ctx.data_world_size > 1:
         raise _uneven()
     return _windows(loader, ctx, num_micro_batches, weight)
 
 
-def _windows(loader: ShardedLoader, ctx: DistContext, size: int, weight: Weight | None) -> Iterator[Window]:
+def _windows(
+    loader: ShardedLoader, ctx: DistContext, size: int, weight: Weight | None
+) -> Iterator[Window]:
     source = batches(loader)
     current = list(islice(source, size))
     while current:
         ahead: list[Batch] = []
-        room = [size]  # none, once the next window is there: whoever still walks this one reads nothing
+        room = [
+            size
+        ]  # none, once the next window is there: whoever still walks this one reads nothing
 
         def read_ahead(ahead: list[Batch] = ahead, room: list[int] = room) -> None:
             ahead.extend(islice(source, max(0, min(1, room[0] - len(ahead)))))
@@ -134,7 +144,9 @@ def _windows(loader: ShardedLoader, ctx: DistContext, size: int, weight: Weight 
 
 
 def _scale(window: list[Batch], weight: Weight, ctx: DistContext) -> torch.Tensor:
-    dtype = torch.float32 if ctx.device.type == "mps" else torch.float64  # counts stay exact up to 2**53
+    dtype = (
+        torch.float32 if ctx.device.type == "mps" else torch.float64
+    )  # counts stay exact up to 2**53
     counts = [weight(batch) for batch in window]
     numbers = sum(n for n in counts if not isinstance(n, torch.Tensor))
     mine = torch.full((), numbers, dtype=dtype, device=ctx.device)
@@ -203,7 +215,9 @@ def scaled_backward(
         tensor(1.5000)
     """
     if ctx.uneven_iterations and not ctx.open_joins:
-        raise _uneven(", or train inside of `with faccel.parallel.join(model, opt, ctx)`, without `windows`")
+        raise _uneven(
+            ", or train inside of `with faccel.parallel.join(model, opt, ctx)`, without `windows`"
+        )
     if not _is_loss(loss):
         raise _no_loss(loss)
     check_scaler(scaler)
@@ -381,7 +395,9 @@ def _update(
         norm = clip_(params, limits.norm, limits.value, ctx)
     if finite:
         apply(opt)
-    for p in params:  # what `zero_grad` does, without its profiler range: 9 us that a small step would notice
+    for p in (
+        params
+    ):  # what `zero_grad` does, without its profiler range: 9 us that a small step would notice
         p.grad = None
     return norm, finite
 

@@ -9,14 +9,21 @@ from tests.training import full
 
 VOCABULARY, LENGTH = 32, 8
 SIZE = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
-WIDE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDE = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 WIDE |= {"max_position_embeddings": 16}
 
 
 def gpt2(**options):
     """Tied weights, its own transposed linear layers, a position table."""
     sizes = {"n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 4}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(**SIZE | sizes | dict.fromkeys(DROPOUTS, 0.0) | options))
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(**SIZE | sizes | dict.fromkeys(DROPOUTS, 0.0) | options)
+    )
 
 
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
@@ -50,11 +57,15 @@ BUILD = {build.__name__: build for build in (bert, gpt2, llama, mixtral, qwen3)}
 
 def build(name, dtype=None, **options):
     torch.manual_seed(0)
-    return BUILD[name](**options).to(dtype or (torch.float32 if name == "mixtral" else torch.float64))
+    return BUILD[name](**options).to(
+        dtype or (torch.float32 if name == "mixtral" else torch.float64)
+    )
 
 
 def batch_of(name, rows=8, seed=5):
-    ids = torch.randint(2, VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(
+        2, VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(seed)
+    )
     mask = torch.ones_like(ids)
     mask[1::2, LENGTH - 2 :] = 0  # of every second row the end is padding
     labels = ids.sum(1) % 2 if name == "bert" else ids
@@ -81,7 +92,9 @@ class Trained:
 def train(ctx, net, name, plan=None, steps=2):
     """Train on batches that are the same, together, on any mesh."""
     model = faccel.wrap(net, ctx, plan=plan)
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, foreach=False)
+    opt = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, foreach=False
+    )
     opt, scaler = faccel.wrap_optimizer(opt, model, ctx), faccel.init_scaler(ctx)
     losses, norms, out = [], [], None
     for step in range(steps):
@@ -95,6 +108,9 @@ def train(ctx, net, name, plan=None, steps=2):
 
 def assert_trained_alike(got, one, far=1e-6):
     """Some models compute parts in fp32 whatever their dtype; Adam divides small gradients by themselves."""
-    assert max(abs(a - b) for a, b in zip(got.losses + got.norms, one.losses + one.norms, strict=True)) < far
+    assert (
+        max(abs(a - b) for a, b in zip(got.losses + got.norms, one.losses + one.norms, strict=True))
+        < far
+    )
     assert got.params.keys() == one.params.keys()
     assert max((got.params[name] - p).abs().max().item() for name, p in one.params.items()) < far

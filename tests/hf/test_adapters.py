@@ -18,11 +18,15 @@ MESHES = ["dp_replicate=2", "dp_shard=2", "dp_replicate=2,dp_shard=2"]
 
 
 def with_lora(name, seed=0, **options):
-    task = "SEQ_CLS" if name == "bert" else "CAUSAL_LM"  # bert's classifier is trained too, as a module to save
+    task = (
+        "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
+    )  # bert's classifier is trained too, as a module to save
     net = build(name)
     torch.manual_seed(seed)
     options |= {"fan_in_fan_out": name == "gpt2"}
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[name], task_type=task, **options)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=TARGETS[name], task_type=task, **options
+    )
     return peft.get_peft_model(net, config).to(torch.float64)
 
 
@@ -68,7 +72,9 @@ def test_an_adapter_is_exported_alone_and_peft_loads_it(tmp_path, name, mesh):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
     own = {n for n in load_file(tmp_path / "adapter_model.safetensors") if "lora_" not in n}
     assert own == (
-        {"base_model.model.classifier.weight", "base_model.model.classifier.bias"} if name == "bert" else set()
+        {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
+        if name == "bert"
+        else set()
     )
 
 
@@ -90,7 +96,9 @@ def test_an_adapter_of_another_name_is_exported_as_one_file_too(tmp_path):
 def state_of(ctx, seed):
     """A run whose adapters begin at `seed`, above a base that is always the same."""
     model = faccel.wrap(with_lora("llama", seed), ctx)
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, foreach=False)
+    opt = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, foreach=False
+    )
     return {"model": model, "opt": faccel.wrap_optimizer(opt, model, ctx)}
 
 
@@ -118,7 +126,12 @@ def test_a_checkpoint_of_what_is_trained_leaves_the_base_out_and_goes_on(tmp_pat
         return faccel.MeshSpec.of(mesh).size if mesh else 1
 
     path, expected = simulate(save, worlds(saving), mesh=saving)[0]
-    stored = {n for file in os.listdir(path) if file.endswith(".safetensors") for n in load_file(f"{path}/{file}")}
+    stored = {
+        n
+        for file in os.listdir(path)
+        if file.endswith(".safetensors")
+        for n in load_file(f"{path}/{file}")
+    }
     assert len([n for n in stored if n.startswith("model/")]) == 8
     assert all("lora_" in n for n in stored if n.startswith("model/"))
     for ours in simulate(load, worlds(loading), mesh=loading):
@@ -130,7 +143,10 @@ def test_a_checkpoint_of_adapters_fits_models_with_such_adapters_only(tmp_path):
     faccel.save({"model": with_lora("llama")}, tmp_path, ctx, step=1, trained_only=True)
     frozen = with_lora("llama", seed=1).requires_grad_(False)  # for inference: nothing is trained
     faccel.load({"model": frozen}, tmp_path, ctx)
-    assert all(torch.equal(p, q) for p, q in zip(frozen.parameters(), with_lora("llama").parameters(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(frozen.parameters(), with_lora("llama").parameters(), strict=True)
+    )
     for other in (with_lora("bert"), build("llama"), with_lora("llama").requires_grad_(True)):
         with pytest.raises(CheckpointError, match="does not fit"):
             faccel.load({"model": other}, tmp_path, ctx)
@@ -140,12 +156,16 @@ def test_a_checkpoint_of_adapters_fits_models_with_such_adapters_only(tmp_path):
 def test_a_head_that_is_trained_above_a_frozen_body_is_exported_alone(tmp_path, mesh):
     def net(seed):
         torch.manual_seed(seed)
-        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+        model = torch.nn.Sequential(
+            torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+        )
         model[0].requires_grad_(False)
         return model
 
     def export(ctx):
-        return faccel.checkpoint.export_model(faccel.wrap(net(0), ctx), tmp_path, ctx, trained_only=True)
+        return faccel.checkpoint.export_model(
+            faccel.wrap(net(0), ctx), tmp_path, ctx, trained_only=True
+        )
 
     def load(ctx):
         model = faccel.wrap(net(1), ctx)
@@ -166,9 +186,13 @@ def test_a_head_that_is_trained_above_a_frozen_body_is_exported_alone(tmp_path, 
 def test_adapters_in_fp32_above_a_base_in_bf16_train(mesh):
     def fn(ctx):
         net = build("llama", torch.bfloat16)
-        net = peft.get_peft_model(net, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        net = peft.get_peft_model(
+            net, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        )
         assert {p.dtype for p in net.parameters()} == {torch.bfloat16, torch.float32}
         return train(ctx, net, "llama", steps=3)
 
-    for ours in simulate(fn, faccel.MeshSpec.of(mesh).size, mesh=mesh, config={"mixed_precision": "bf16"}):
+    for ours in simulate(
+        fn, faccel.MeshSpec.of(mesh).size, mesh=mesh, config={"mixed_precision": "bf16"}
+    ):
         assert ours.losses[-1] < 4

@@ -37,7 +37,9 @@ def test_a_table_is_read_a_whole_batch_at_a_time_and_each_row_once(workers):
         data = table().with_format("torch")
         data.__class__, data.reads = Counted, []
         options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
-        loader = faccel.shard(DataLoader(data, 4, shuffle=True, **options), fake_context(rank, 2)).at(1)
+        loader = faccel.shard(
+            DataLoader(data, 4, shuffle=True, **options), fake_context(rank, 2)
+        ).at(1)
         for batch in faccel.batches(loader):
             assert batch.data["x"].dtype == torch.int64
             seen += batch.data["x"][: batch.num_valid].tolist()
@@ -72,7 +74,9 @@ def test_tokens_are_padded_by_the_batch_and_travel_as_what_they_are():
             ids, parts = batch.data["input_ids"], faccel.split(batch.data, ctx)
             assert ids.shape[1] == batch.data["attention_mask"].sum(1).max()
             assert type(batch.data) is type(parts) is hf.BatchEncoding
-            lengths = faccel.gather(batch.data["attention_mask"].sum(1), ctx, num_valid=batch.num_valid)
+            lengths = faccel.gather(
+                batch.data["attention_mask"].sum(1), ctx, num_valid=batch.num_valid
+            )
             padded = faccel.comm.pad_across({"input_ids": ids}, ctx, dim=1)["input_ids"]
             assert len(faccel.gather(padded, ctx, num_valid=batch.num_valid)) == len(lengths)
             found.append(lengths)
@@ -92,7 +96,9 @@ READ = []
 
 
 def stream(buffer=None, num_shards=4):
-    data = datasets.IterableDataset.from_generator(rows_of, gen_kwargs={"shards": list(range(num_shards))})
+    data = datasets.IterableDataset.from_generator(
+        rows_of, gen_kwargs={"shards": list(range(num_shards))}
+    )
     return data.shuffle(seed=3, buffer_size=buffer) if buffer else data
 
 
@@ -132,7 +138,9 @@ def test_the_state_of_a_stream_is_used_so_that_nothing_is_read_twice(tmp_path):
 
 def test_workers_change_nothing_of_a_stream():
     for buffer in (None, 6):
-        assert [r[:2] for r in read(stream(buffer), 1, 2, workers=2)] == [r[:2] for r in read(stream(buffer), 1, 2)]
+        assert [r[:2] for r in read(stream(buffer), 1, 2, workers=2)] == [
+            r[:2] for r in read(stream(buffer), 1, 2)
+        ]
 
 
 def own_shards(ctx, cursor=None, tail="pad", workers=0, buffer=None, num_shards=4):
@@ -140,7 +148,10 @@ def own_shards(ctx, cursor=None, tail="pad", workers=0, buffer=None, num_shards=
     data = stream(buffer, num_shards)
     loader = faccel.shard(DataLoader(data, 2, **options), ctx, mode="shards", tail=tail)
     loader = loader.at(1) if cursor is None else loader.resume(cursor)
-    return [(b.data["x"].tolist(), b.num_valid, b.step, b.is_last, b.cursor) for b in faccel.batches(loader)]
+    return [
+        (b.data["x"].tolist(), b.num_valid, b.step, b.is_last, b.cursor)
+        for b in faccel.batches(loader)
+    ]
 
 
 @pytest.mark.parametrize("buffer", [None, 6])
@@ -148,7 +159,9 @@ def own_shards(ctx, cursor=None, tail="pad", workers=0, buffer=None, num_shards=
 def test_each_rank_reads_its_own_shards_and_goes_on_from_any_batch(world_size, num_shards, buffer):
     READ.clear()
     whole = simulate(lambda ctx: own_shards(ctx, buffer=buffer, num_shards=num_shards), world_size)
-    assert len(READ) <= 5 * num_shards + 2 * world_size * 6  # once, and the beginning again for padding
+    assert (
+        len(READ) <= 5 * num_shards + 2 * world_size * 6
+    )  # once, and the beginning again for padding
     seen = [x for part in whole for rows, n, *_ in part for x in rows[:n]]
     assert sorted(seen) == [shard * 100 + i for shard in range(num_shards) for i in range(5)]
     steps = len(whole[0])
@@ -156,11 +169,18 @@ def test_each_rank_reads_its_own_shards_and_goes_on_from_any_batch(world_size, n
         assert [each[3] for each in part] == [False] * (steps - 1) + [True]
         assert part[-1][4] == Cursor(2)
         assert not {x // 100 for rows, *_ in part for x in rows} & {
-            x // 100 for other, rest in enumerate(whole) if other != rank for rows, *_ in rest for x in rows
+            x // 100
+            for other, rest in enumerate(whole)
+            if other != rank
+            for rows, *_ in rest
+            for x in rows
         }
     for i in range(steps - 1):
         cursor = whole[0][i][4]
-        rest = simulate(lambda ctx, c=cursor: own_shards(ctx, c, buffer=buffer, num_shards=num_shards), world_size)
+        rest = simulate(
+            lambda ctx, c=cursor: own_shards(ctx, c, buffer=buffer, num_shards=num_shards),
+            world_size,
+        )
         for ours, theirs in zip(rest, whole, strict=True):
             assert [each[:2] for each in ours] == [each[:2] for each in theirs[i + 1 :]]
 

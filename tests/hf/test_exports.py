@@ -11,10 +11,14 @@ from faccel.testing import fake_context, simulate
 from tests.hf.models import batch_of, build, train
 
 # torch's own advice: what tensor parallel returns is a view, on which autograd refuses in-place operations
-pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module", "ignore:While redistributing")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:FSDP2-wrapped module", "ignore:While redistributing"
+)
 
 CAUSAL = hf.AutoModelForCausalLM
-AUTO = dict.fromkeys(("gpt2", "llama", "mixtral"), CAUSAL) | {"bert": hf.AutoModelForSequenceClassification}
+AUTO = dict.fromkeys(("gpt2", "llama", "mixtral"), CAUSAL) | {
+    "bert": hf.AutoModelForSequenceClassification
+}
 
 
 def logits_of(model, name):
@@ -40,7 +44,9 @@ def test_from_pretrained_loads_what_was_trained_and_exported(tmp_path, name, mes
         assert (len(files) > 1) == (size == "20KB")
         loaded = AUTO[name].from_pretrained(tmp_path)
         assert type(loaded) is type(build(name))
-        assert (logits_of(loaded, name) - logits).abs().max() < (1e-6 if name == "mixtral" else 1e-12)
+        assert (logits_of(loaded, name) - logits).abs().max() < (
+            1e-6 if name == "mixtral" else 1e-12
+        )
     if name == "gpt2":
         assert loaded.lm_head.weight is loaded.transformer.wte.weight
     config = json.loads((tmp_path / "config.json").read_text())
@@ -66,7 +72,9 @@ def test_load_model_reads_what_save_pretrained_wrote(tmp_path, name, mesh, size)
         return logits_of(model, name)
 
     for logits in simulate(fn, faccel.MeshSpec.of(mesh).size if mesh else 1, mesh=mesh):
-        assert (logits - logits_of(theirs, name)).abs().max() < (1e-6 if name == "mixtral" else 1e-12)
+        assert (logits - logits_of(theirs, name)).abs().max() < (
+            1e-6 if name == "mixtral" else 1e-12
+        )
 
 
 def test_the_description_of_a_model_is_its_own_and_leaves_the_users_alone(tmp_path):

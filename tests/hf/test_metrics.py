@@ -27,7 +27,9 @@ class Accuracy(evaluate.Metric):
 
 def rows(num_classes=3):
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(23, num_classes, generator=generator), torch.randint(num_classes, (23,), generator=generator)
+    return torch.rand(23, num_classes, generator=generator), torch.randint(
+        num_classes, (23,), generator=generator
+    )
 
 
 def valid(ctx):
@@ -67,7 +69,9 @@ def test_torchmetrics_sees_each_row_once_on_every_rank(world_size, sync):
 
     for found in simulate(fn, world_size):
         assert found["confusion"].sum() == 23
-        assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items())
+        assert all(
+            torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items()
+        )
 
 
 def test_a_metric_of_evaluate_sees_each_row_once(tmp_path):
@@ -75,7 +79,9 @@ def test_a_metric_of_evaluate_sees_each_row_once(tmp_path):
     (tmp_path / "own.py").write_text(SCRIPT)
 
     def fn(ctx):
-        metric = evaluate.load(str(tmp_path / "own.py"), experiment_id=f"rank{ctx.rank}", cache_dir=str(tmp_path))
+        metric = evaluate.load(
+            str(tmp_path / "own.py"), experiment_id=f"rank{ctx.rank}", cache_dir=str(tmp_path)
+        )
         for scores, targets in gathered(ctx):
             metric.add_batch(predictions=scores.argmax(-1), references=targets)
         return metric.compute()

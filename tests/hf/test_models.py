@@ -14,7 +14,9 @@ from faccel.testing import fake_context, simulate
 from tests.hf.models import BERT_CHAIN, BERT_CUTS, assert_trained_alike, batch_of, build, train
 
 # torch's own advice: what tensor parallel returns is a view, on which autograd refuses in-place operations
-pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module", "ignore:While redistributing")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:FSDP2-wrapped module", "ignore:While redistributing"
+)
 DATA = ["dp_replicate=2", "dp_shard=2", "dp_replicate=2,dp_shard=2"]
 
 
@@ -30,8 +32,12 @@ def run(ctx, name, options=None, model_options=None):
 
 def test_importing_faccel_imports_nothing_of_hugging_face():
     code = "import faccel, sys; faccel.wrap, faccel.checkpoint.export_model, faccel.parallel.plan_for, faccel.shard; print(*sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"transformers", "datasets", "peft", "tokenizers", "huggingface_hub"}.intersection(out)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"transformers", "datasets", "peft", "tokenizers", "huggingface_hub"}.intersection(
+        out
+    )
 
 
 @pytest.mark.parametrize("mesh", DATA)
@@ -47,9 +53,14 @@ def test_a_model_of_transformers_trains_as_on_one_process(name, mesh):
 def test_the_units_of_a_model_are_its_own_no_split_modules():
     def units(ctx, name):
         model = faccel.wrap(build(name), ctx)
-        return sorted({type(m).__name__ for m in model.module.modules() if hasattr(m, "_get_fsdp_state")})
+        return sorted(
+            {type(m).__name__ for m in model.module.modules() if hasattr(m, "_get_fsdp_state")}
+        )
 
-    assert simulate(units, 2, "gpt2", mesh="dp_shard=2")[1] == ["FSDPGPT2Block", "FSDPGPT2LMHeadModel"]
+    assert simulate(units, 2, "gpt2", mesh="dp_shard=2")[1] == [
+        "FSDPGPT2Block",
+        "FSDPGPT2LMHeadModel",
+    ]
     assert simulate(units, 2, "bert", mesh="dp_shard=2")[1] == [
         "FSDPBertEmbeddings", "FSDPBertForSequenceClassification", "FSDPBertLayer",
     ]  # fmt: skip
@@ -62,7 +73,9 @@ def test_the_units_of_a_model_are_its_own_no_split_modules():
 def test_the_models_own_tp_plan_cuts_it(name, mesh, options):
     (one,) = simulate(run, 1, name, None, options)
     for ours in simulate(run, size_of(mesh), name, None, options, mesh=mesh):
-        assert_trained_alike(ours, one, far=1e-4 if name == "mixtral" else 1e-6)  # its experts take no fp64
+        assert_trained_alike(
+            ours, one, far=1e-4 if name == "mixtral" else 1e-6
+        )  # its experts take no fp64
         weight = ours.model.module.model.layers[0].self_attn.q_proj.weight
         assert weight.to_local().numel() * 2 * faccel.MeshSpec.of(mesh).dp_shard == weight.numel()
 
@@ -88,7 +101,14 @@ def test_a_tp_plan_that_cannot_be_followed_is_an_error_that_names_the_module():
         ("llama", None, "4 columns / head_dim=1 of `model.layers.0.self_attn`"),
     ):
         with pytest.raises(ModelError) as caught:
-            simulate(run, 2, name, options, {"num_key_value_heads": 1} if name == "llama" else {}, mesh="tp=2")
+            simulate(
+                run,
+                2,
+                name,
+                options,
+                {"num_key_value_heads": 1} if name == "llama" else {},
+                mesh="tp=2",
+            )
         assert got in caught.value.got
 
 
@@ -105,7 +125,11 @@ def test_blocks_are_computed_again_in_backward_and_learn_the_same(name, mesh, ch
 
     def fn(ctx, options):
         net = build(name)
-        blocks = [m for m in net.modules() if type(m).__name__ in ("BertSelfAttention", "GPT2MLP", "LlamaMLP")]
+        blocks = [
+            m
+            for m in net.modules()
+            if type(m).__name__ in ("BertSelfAttention", "GPT2MLP", "LlamaMLP")
+        ]
         for block in blocks:
             block.register_forward_pre_hook(lambda *_: calls.append(ctx.rank))
         return train(ctx, net, name, faccel.Plan(**options), steps=1)
@@ -127,7 +151,12 @@ def test_generate_runs_with_the_hooks_of_every_strategy(name, mesh):
         net = build(name)
         model = faccel.wrap(net, ctx, plan=faccel.parallel.plan_for(net, ctx)).eval()
         ids = faccel.split(batch_of(name)["input_ids"][:, :4], ctx)
-        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        options = {
+            "max_new_tokens": 4,
+            "min_new_tokens": 4,
+            "do_sample": False,
+            "attention_mask": torch.ones_like(ids),
+        }
         with torch.no_grad():
             out = model.call("generate", ids, **options)
             assert torch.equal(model.generate(ids, **options), out)
@@ -146,7 +175,11 @@ def test_the_outputs_of_a_model_come_back_as_fp32_and_stay_what_they_are(mesh):
         out = model(**batch_of("llama"), output_hidden_states=True)
         out.loss.backward()
         rows = faccel.gather({"logits": out["logits"].detach()}, ctx)["logits"]
-        return type(out).__name__, {x.dtype for x in (out.loss, out.logits, out[1], *out.hidden_states)}, len(rows)
+        return (
+            type(out).__name__,
+            {x.dtype for x in (out.loss, out.logits, out[1], *out.hidden_states)},
+            len(rows),
+        )
 
     size = size_of(mesh) if mesh else 1
     for kind, dtypes, rows in simulate(fn, size, mesh=mesh, config={"mixed_precision": "bf16"}):
@@ -160,7 +193,9 @@ def test_a_model_whose_parts_follow_one_another_is_a_pipeline(mesh):
 
     def loss_of(net, batch):
         out = net(batch[0])
-        return F.cross_entropy(getattr(out, "logits", out), batch[1])  # a pipeline returns what its last module does
+        return F.cross_entropy(
+            getattr(out, "logits", out), batch[1]
+        )  # a pipeline returns what its last module does
 
     def fn(ctx):
         model = faccel.wrap(build("bert"), ctx, plan=plan)
@@ -168,7 +203,9 @@ def test_a_model_whose_parts_follow_one_another_is_a_pipeline(mesh):
         batch, scaler = batch_of("bert"), faccel.init_scaler(ctx)
         data = TensorDataset(batch["input_ids"], batch["labels"])
         losses, norms = [], []
-        for window in faccel.windows(faccel.shard(DataLoader(data, 2), ctx), ctx, size=4 // ctx.data_world_size):
+        for window in faccel.windows(
+            faccel.shard(DataLoader(data, 2), ctx), ctx, size=4 // ctx.data_world_size
+        ):
             found, scaler = faccel.parallel.pipeline_step(loss_of, model, window, scaler, ctx)
             info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
             losses += faccel.reduce(found, ctx, op="mean").mean(0, keepdim=True).tolist()
@@ -196,9 +233,16 @@ def test_an_output_is_a_tree_that_keeps_its_kind():
     from transformers.modeling_outputs import SequenceClassifierOutput
 
     def fn(ctx):
-        out = SequenceClassifierOutput(logits=torch.full((2, 1), float(ctx.rank)), hidden_states=(torch.ones(2),))
+        out = SequenceClassifierOutput(
+            logits=torch.full((2, 1), float(ctx.rank)), hidden_states=(torch.ones(2),)
+        )
         rows, total = faccel.gather(out, ctx, num_valid=1), faccel.reduce(out, ctx)
         assert type(rows) is type(total) is SequenceClassifierOutput
-        return rows.logits.flatten().tolist(), rows["hidden_states"][0].tolist(), total[0].flatten().tolist(), rows.loss
+        return (
+            rows.logits.flatten().tolist(),
+            rows["hidden_states"][0].tolist(),
+            total[0].flatten().tolist(),
+            rows.loss,
+        )
 
     assert simulate(fn, 2)[1] == ([0.0, 1.0], [1.0, 1.0], [1.0, 1.0], None)

@@ -10,7 +10,9 @@ from faccel.testing import simulate
 from tests.hf.models import batch_of, build, full
 
 CLASSES = {
-    "adamw": lambda params: schedulefree.AdamWScheduleFree(params, lr=1e-2, warmup_steps=2, foreach=False),
+    "adamw": lambda params: schedulefree.AdamWScheduleFree(
+        params, lr=1e-2, warmup_steps=2, foreach=False
+    ),
     "sgd": lambda params: schedulefree.SGDScheduleFree(params, lr=1e-1, foreach=False),
 }
 
@@ -52,7 +54,9 @@ def run(ctx, name, path=None, mode="train"):
 
 @pytest.mark.parametrize("mesh", [None, "dp_replicate=2", "dp_shard=2"])
 @pytest.mark.parametrize("name", sorted(CLASSES))
-def test_it_trains_and_evaluates_as_on_one_process_and_goes_on_from_either_mode(tmp_path, name, mesh):
+def test_it_trains_and_evaluates_as_on_one_process_and_goes_on_from_either_mode(
+    tmp_path, name, mesh
+):
     (one,) = simulate(run, 1, name)
     size = faccel.MeshSpec.of(mesh).size if mesh else 1
     for path, mode in ((None, "train"), (tmp_path / "a", "train"), (tmp_path / "b", "eval")):

@@ -30,7 +30,11 @@ def wrap(module, plan, ctx):
             tensor.copy_(faccel.broadcast(tensor.detach(), ctx, axis="data"))
 
     def run(method, *args, **kwargs):
-        return module(*args, **kwargs) if method == "forward" else getattr(module, method)(*args, **kwargs)
+        return (
+            module(*args, **kwargs)
+            if method == "forward"
+            else getattr(module, method)(*args, **kwargs)
+        )
 
     return Averaging(module, ctx), run
 

@@ -130,7 +130,9 @@ def train(ctx, wrapped, opt, num_updates, num_micro_batches=4):
             rows(update).to(dtype_of(ctx)), 16 // num_micro_batches // ctx.data_world_size
         )
         window = next(faccel.windows(faccel.shard(loader, ctx), ctx, size=num_micro_batches))
-        losses, scaler = faccel.parallel.pipeline_step(lambda f, x: f(x).square().mean(), wrapped, window, scaler, ctx)
+        losses, scaler = faccel.parallel.pipeline_step(
+            lambda f, x: f(x).square().mean(), wrapped, window, scaler, ctx
+        )
         info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1e9)
         yield losses, info
 
@@ -203,7 +205,9 @@ def micro_batches_without_sync_add_up_to_one_update(ctx):
     net = Net().double()
     net(rows()).square().mean().backward()
     expected = {name: p - p.grad for name, p in net.named_parameters()}
-    assert all((p - expected[name]).abs().max() < near_of(ctx) for name, p in weights(wrapped).items())
+    assert all(
+        (p - expected[name]).abs().max() < near_of(ctx) for name, p in weights(wrapped).items()
+    )
 
 
 @law
@@ -221,7 +225,9 @@ def gradients_that_are_cleared_take_no_part_in_the_next_update(ctx):
     net = Net().double()
     net(rows(0)).square().mean().backward()
     expected = {name: p - p.grad for name, p in net.named_parameters()}
-    assert all((p - expected[name]).abs().max() < near_of(ctx) for name, p in weights(wrapped).items())
+    assert all(
+        (p - expected[name]).abs().max() < near_of(ctx) for name, p in weights(wrapped).items()
+    )
 
 
 @law

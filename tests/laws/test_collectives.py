@@ -32,7 +32,10 @@ def tree(rank):
         "f64": torch.arange(4.0, dtype=torch.float64).view(2, 2) + rank,
         "bf16": torch.full((2, 3), rank, dtype=torch.bfloat16),
         "bool": torch.tensor([rank == 0, True]),
-        "nested": [torch.tensor([rank, 7], dtype=torch.int8), (torch.full((2, 0), 1.0), torch.ones(2, 1, 2) * rank)],
+        "nested": [
+            torch.tensor([rank, 7], dtype=torch.int8),
+            (torch.full((2, 0), 1.0), torch.ones(2, 1, 2) * rank),
+        ],
         "complex": torch.tensor([1j * rank, 2.0]),
     }
 
@@ -55,7 +58,9 @@ def gather_concatenates_in_rank_order(ctx):
 @law
 def gather_drops_padding_of_each_rank(ctx):
     valid = ctx.rank % 3
-    out = faccel.gather({"x": torch.arange(2) + 10 * ctx.rank, "loss": torch.tensor(1.0)}, ctx, num_valid=valid)
+    out = faccel.gather(
+        {"x": torch.arange(2) + 10 * ctx.rank, "loss": torch.tensor(1.0)}, ctx, num_valid=valid
+    )
     assert out["x"].tolist() == [10 * r + i for r in range(ctx.world_size) for i in range(r % 3)]
     assert out["loss"].shape == (ctx.world_size,)
 
@@ -92,7 +97,11 @@ def results_are_fresh_and_arguments_untouched(ctx):
 @law
 def reduce_does_each_operation(ctx):
     n = ctx.world_size
-    x = {"f": torch.tensor([1.0, ctx.rank]), "i": torch.tensor(ctx.rank + 1), "b": torch.tensor(ctx.rank == 0)}
+    x = {
+        "f": torch.tensor([1.0, ctx.rank]),
+        "i": torch.tensor(ctx.rank + 1),
+        "b": torch.tensor(ctx.rank == 0),
+    }
     last, factorial = n - 1, [1, 1, 2, 6][n]
     total = n * last / 2
     expected = {
@@ -141,7 +150,11 @@ def scatter_gives_each_rank_its_own(ctx):
 @law
 def all_to_all_transposes(ctx):
     n, r = ctx.world_size, ctx.rank
-    x = {"a": 10 * r + torch.arange(n), "b": torch.full((n, 2, 3), r, dtype=torch.bfloat16), "e": torch.ones(n, 0)}
+    x = {
+        "a": 10 * r + torch.arange(n),
+        "b": torch.full((n, 2, 3), r, dtype=torch.bfloat16),
+        "e": torch.ones(n, 0),
+    }
     out = faccel.comm.all_to_all(x, ctx)
     assert out["a"].tolist() == [10 * i + r for i in range(n)]
     assert out["b"][:, 0, 0].tolist() == list(range(n))
@@ -164,7 +177,9 @@ def padding_reaches_the_longest(ctx):
 @law
 def agreement_is_the_same_everywhere(ctx):
     last = ctx.world_size - 1
-    verdict = faccel.agree(ctx, stop=False, nan=torch.tensor(float("nan") if ctx.rank == last else 0.0).isnan())
+    verdict = faccel.agree(
+        ctx, stop=False, nan=torch.tensor(float("nan") if ctx.rank == last else 0.0).isnan()
+    )
     assert verdict.nan
     assert not verdict["stop"]
     assert verdict.raised_by == {"nan": last, "stop": None}
@@ -200,14 +215,18 @@ def parts_that_do_not_fit_are_an_error_on_every_rank(ctx):
     if ctx.world_size == 1:
         return
     first = ctx.rank == 0
-    with pytest.raises(DesyncError, match=r"float32\[3\]|float32\[4\]"):  # as many bytes, once they are padded
+    with pytest.raises(
+        DesyncError, match=r"float32\[3\]|float32\[4\]"
+    ):  # as many bytes, once they are padded
         faccel.gather(torch.ones(3 if first else 4), ctx)
     with pytest.raises(DesyncError, match=r"int32|float32"):
         faccel.gather(torch.ones(4, dtype=torch.int32 if first else torch.float32), ctx)
     with pytest.raises(DesyncError):
         faccel.gather(torch.ones(3 if first else 4), ctx, num_valid=2)
     mine = torch.ones(4, dtype=torch.float32 if first else torch.int32)
-    with suppress(DesyncError) if first else pytest.raises(DesyncError):  # the source sees it in debug mode only
+    with (
+        suppress(DesyncError) if first else pytest.raises(DesyncError)
+    ):  # the source sees it in debug mode only
         faccel.broadcast(mine, ctx)
 
 
@@ -215,7 +234,13 @@ def parts_that_do_not_fit_are_an_error_on_every_rank(ctx):
 def views_and_nothing_travel_too(ctx):
     z = torch.tensor([1 + 2j])
     out = faccel.gather(
-        {"conj": z.conj(), "neg": z.conj().imag, "none": torch.empty(0, 3), "t": torch.ones(2, 3).T}, ctx
+        {
+            "conj": z.conj(),
+            "neg": z.conj().imag,
+            "none": torch.empty(0, 3),
+            "t": torch.ones(2, 3).T,
+        },
+        ctx,
     )
     assert out["conj"].tolist() == [1 - 2j] * ctx.world_size
     assert out["neg"].tolist() == [-2.0] * ctx.world_size
@@ -242,7 +267,10 @@ def dicts_filled_in_another_order_agree(ctx):
 def tensordicts_travel(ctx):
     from tensordict import TensorDict
 
-    out = faccel.gather(TensorDict({"x": torch.ones(2, 3) * ctx.rank, "y": {"z": torch.ones(2)}}, batch_size=[2]), ctx)
+    out = faccel.gather(
+        TensorDict({"x": torch.ones(2, 3) * ctx.rank, "y": {"z": torch.ones(2)}}, batch_size=[2]),
+        ctx,
+    )
     assert out.batch_size == (2 * ctx.world_size,)
     assert out["y", "z"].shape == (2 * ctx.world_size,)
 

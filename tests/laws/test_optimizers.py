@@ -24,7 +24,11 @@ CASES = [
     (func.adamw, torch.optim.AdamW, {"foreach": True}),
     (func.adamw, torch.optim.AdamW, {"fused": True}),
     (func.adagrad, torch.optim.Adagrad, {}),
-    (func.adagrad, torch.optim.Adagrad, {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.1}),
+    (
+        func.adagrad,
+        torch.optim.Adagrad,
+        {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.1},
+    ),
     (func.rmsprop, torch.optim.RMSprop, {}),
     (func.rmsprop, torch.optim.RMSprop, {"momentum": 0.9, "centered": True, "weight_decay": 0.1}),
     (func.adafactor, torch.optim.Adafactor, {}),
@@ -39,7 +43,9 @@ LR = 0.01
 def draw(ours, seed, dtype=torch.float32):
     names = MATRICES if ours is func.muon else SHAPES
     generator = torch.Generator().manual_seed(seed)
-    return TensorDict({name: torch.randn(SHAPES[name], generator=generator, dtype=dtype) for name in names})
+    return TensorDict(
+        {name: torch.randn(SHAPES[name], generator=generator, dtype=dtype) for name in names}
+    )
 
 
 def trained(ours, options, num_steps=100, scheduled=False, donate=False):
@@ -57,7 +63,9 @@ def trained(ours, options, num_steps=100, scheduled=False, donate=False):
 def trained_by_torch(ours, theirs, options, num_steps=100, scheduled=False):
     params = {name: nn.Parameter(value) for name, value in draw(ours, 0).items()}
     optimizer = theirs(params.values(), lr=LR, **options)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda count: 0.97**count if scheduled else 1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda count: 0.97**count if scheduled else 1.0
+    )
     for i in range(num_steps):
         for name, grad in draw(ours, i + 1).items():
             params[name].grad = grad
@@ -95,7 +103,9 @@ def test_under_vmap_each_model_is_trained_as_alone(ours, theirs, options):
     together_state = _stacked([func.tensordicts.plain(state) for state in states])
 
     def one(params, grads, state):
-        updates, state = optimizer.update(TensorDict(grads), func.tensordicts.tensordict(state), TensorDict(params))
+        updates, state = optimizer.update(
+            TensorDict(grads), func.tensordicts.tensordict(state), TensorDict(params)
+        )
         return dict(updates.params.items()), func.tensordicts.plain(state)
 
     for i in range(5):
@@ -118,7 +128,11 @@ def _stacked(trees):
 
 @pytest.mark.parametrize(("ours", "theirs", "options"), CASES, ids=IDS)
 def test_gradients_pass_through_an_update(ours, theirs, options):
-    optimizer, params, grads = ours(LR, **options), draw(ours, 0, torch.float64), draw(ours, 1, torch.float64)
+    optimizer, params, grads = (
+        ours(LR, **options),
+        draw(ours, 0, torch.float64),
+        draw(ours, 1, torch.float64),
+    )
     state = optimizer.init(params)
 
     def length(named):
@@ -130,6 +144,8 @@ def test_gradients_pass_through_an_update(ours, theirs, options):
         step = 1e-5 * torch.ones_like(value)
         named = dict(params.items())
         if ours is not func.muon and ours is not func.adafactor:  # bfloat16; a minimum of two rates
-            rise = length(named | {name: named[name] + step}) - length(named | {name: named[name] - step})
+            rise = length(named | {name: named[name] + step}) - length(
+                named | {name: named[name] - step}
+            )
             assert torch.isclose(rise / 2e-5, value.sum(), rtol=1e-4, atol=1e-6), name
         assert value.isfinite().all()

@@ -30,7 +30,9 @@ if __name__ == "__main__":
 
 def run(script, env):
     command = [sys.executable, str(script)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=env)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, env=env
+    )
 
 
 def test_a_function_runs_on_every_process_and_its_results_come_back_by_rank(tmp_path):
@@ -90,7 +92,9 @@ def test_what_cannot_be_launched_says_why_and_what_to_do(tmp_path):
     for line, (kind, said) in zip(lines, expected, strict=True):
         assert line.startswith(kind), lines
         assert said.removeprefix("Got ") in line
-    left = [path.name for path in tmp_path.iterdir() if not path.name.startswith("pytorch-errorfile")]  # torch's own
+    left = [
+        path.name for path in tmp_path.iterdir() if not path.name.startswith("pytorch-errorfile")
+    ]  # torch's own
     assert left == ["script.py"]
     script.write_text("import faccel\nprint(faccel.launch(len, num_processes=2))\n")
     out = run(script, env)
@@ -125,5 +129,12 @@ def test_what_cannot_be_launched_says_so():
         faccel.launch(print, num_processes=0)
     code = "import faccel\nfaccel.launch(print, num_processes=2)"
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=60)
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert LaunchError.__name__ in out.stderr

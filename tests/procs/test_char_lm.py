@@ -18,8 +18,12 @@ from faccel.backends.table import BACKENDS
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 REASON = BACKENDS["deepspeed"].probe(os.environ)
-needs_transformers = pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transformers is not installed")
-needs_deepspeed = pytest.mark.skipif(REASON is not None, reason=f"DeepSpeed cannot run here: {REASON}")
+needs_transformers = pytest.mark.skipif(
+    not HAS_TRANSFORMERS, reason="transformers is not installed"
+)
+needs_deepspeed = pytest.mark.skipif(
+    REASON is not None, reason=f"DeepSpeed cannot run here: {REASON}"
+)
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -60,12 +64,22 @@ def wait_for(path, process):
 @needs_transformers
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [3])
-def test_killed_and_started_again_it_ends_as_if_nothing_had_been_and_transformers_loads_the_export(stage, tmp_path):
+def test_killed_and_started_again_it_ends_as_if_nothing_had_been_and_transformers_loads_the_export(
+    stage, tmp_path
+):
     flags = f"--nproc 2 --strategy deepspeed --zero {stage}"
     steps = 60
     uninterrupted = char_lm.loss_of(flags, steps, ["--export", str(tmp_path / "whole")])
 
-    command = [sys.executable, "-m", "faccel", "launch", "--cpu", *flags.split(), "examples/char_lm.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "faccel",
+        "launch",
+        "--cpu",
+        *flags.split(),
+        "examples/char_lm.py",
+    ]
     more = ["--runs", str(tmp_path / "runs"), "--export", str(tmp_path / "export")]
     process = subprocess.Popen(
         [*command, "--steps", "1000000", *more],
@@ -88,7 +102,9 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_been_and_transformer
     from transformers import GPT2LMHeadModel
 
     tokens = torch.arange(64)[None]
-    models = [GPT2LMHeadModel.from_pretrained(tmp_path / name).eval() for name in ("whole", "export")]
+    models = [
+        GPT2LMHeadModel.from_pretrained(tmp_path / name).eval() for name in ("whole", "export")
+    ]
     with torch.no_grad():
         first, second = (model(tokens).logits for model in models)
     assert torch.equal(first, second)

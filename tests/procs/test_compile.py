@@ -11,7 +11,9 @@ from tests.ranks import run_ranks
 def losses(ctx, compile, steps=3):
     from torch._dynamo.utils import counters
 
-    wrapped = faccel.wrap(model(torch.float32, tied=False), ctx, plan=faccel.Plan(units="Block", compile=compile))
+    wrapped = faccel.wrap(
+        model(torch.float32, tied=False), ctx, plan=faccel.Plan(units="Block", compile=compile)
+    )
     opt = faccel.wrap_optimizer(torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, ctx)
     scaler = faccel.init_scaler(ctx)
     found, graphs = [], []

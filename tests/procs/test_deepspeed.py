@@ -31,7 +31,11 @@ class Net(nn.Module):
     def __init__(self, seed=0, width=7, outputs=3):
         super().__init__()
         torch.manual_seed(seed)
-        self.a, self.b, self.c = nn.Linear(5, width), nn.Linear(width, width, bias=False), nn.Linear(width, outputs)
+        self.a, self.b, self.c = (
+            nn.Linear(5, width),
+            nn.Linear(width, width, bias=False),
+            nn.Linear(width, outputs),
+        )
         self.norm = nn.BatchNorm1d(5)
         self.norm.requires_grad_(False)
 
@@ -113,7 +117,12 @@ def trains_in_bf16(ctx):
     first = whole(model.state_dict())
     out = model(rows(0))
     train(ctx, model, opt, 0, 8, skip_nonfinite=True)
-    return first, out.dtype, next(faccel.unwrap(model).parameters()).dtype, whole(model.state_dict())
+    return (
+        first,
+        out.dtype,
+        next(faccel.unwrap(model).parameters()).dtype,
+        whole(model.state_dict()),
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -135,7 +144,11 @@ def saves(ctx, folder):
     train(ctx, model, opt, 3, 5)
     faccel.save(state | {"step": 5}, folder, ctx, step=5, background=True)
     faccel.latest(folder, ctx)
-    return exported, whole(model.state_dict()), {k: whole(v) for k, v in opt.state_dict()["state"].items()}
+    return (
+        exported,
+        whole(model.state_dict()),
+        {k: whole(v) for k, v in opt.state_dict()["state"].items()},
+    )
 
 
 def resumes(ctx, folder, step, stop):
@@ -199,14 +212,19 @@ class Wide(nn.Module):
 def gan(ctx):
     """A generator and a discriminator, each with an engine; the generator's loss goes through both."""
     models = [faccel.wrap(Wide(3, 5, seed=1), ctx), faccel.wrap(Wide(5, 1, seed=2), ctx)]
-    opts = [faccel.wrap_optimizer(torch.optim.AdamW(m.parameters(), lr=0.01), m, ctx) for m in models]
+    opts = [
+        faccel.wrap_optimizer(torch.optim.AdamW(m.parameters(), lr=0.01), m, ctx) for m in models
+    ]
     generator, discriminator = models
     scaler = faccel.init_scaler(ctx)
     for number in range(3):
         real, noise = (faccel.split(rows(number, 8, width), ctx) for width in (5, 3))
         opts[1].zero_grad()
         fake = generator(noise)
-        loss = F.softplus(-discriminator(real)).mean() + F.softplus(discriminator(fake.detach())).mean()
+        loss = (
+            F.softplus(-discriminator(real)).mean()
+            + F.softplus(discriminator(fake.detach())).mean()
+        )
         scaler = faccel.scaled_backward(loss, scaler, ctx)
         _, scaler = faccel.optimizer_step(opts[1], scaler, ctx, clip_norm=1.0)
         scaler = faccel.scaled_backward(F.softplus(-discriminator(fake)).mean(), scaler, ctx)
@@ -218,7 +236,9 @@ def students(ctx):
     """A student learns from a teacher that has an engine of its own where it is shared, and stays as it is."""
     teacher = faccel.wrap(Wide(5, 2, seed=3).requires_grad_(False), ctx).eval()
     model = faccel.wrap(Wide(5, 2, seed=4), ctx)
-    opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model, ctx)
+    opt = faccel.wrap_optimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model, ctx
+    )
     scaler = faccel.init_scaler(ctx)
     for number in range(3):
         x = faccel.split(rows(number, 8), ctx)
@@ -257,7 +277,10 @@ def schedules(ctx):
 
 
 def test_a_scheduler_moves_the_optimizer_that_steps():
-    assert on(2, schedules)[0] == (0.0125, 0.025)  # what the next update takes, and what the last one took
+    assert on(2, schedules)[0] == (
+        0.0125,
+        0.025,
+    )  # what the next update takes, and what the last one took
 
 
 def meta(ctx):
@@ -267,7 +290,9 @@ def meta(ctx):
         with torch.device("meta"):
             net = Net()
     model, opt = prepared(ctx, net)
-    sizes = sum(value.part.numel() for value in model.state_dict().values() if hasattr(value, "part"))
+    sizes = sum(
+        value.part.numel() for value in model.state_dict().values() if hasattr(value, "part")
+    )
     train(ctx, model, opt, 0, 2)
     return sizes, whole(model.state_dict())
 
@@ -280,12 +305,14 @@ def test_ranks_may_build_the_model_on_meta(stage):
 
 
 def from_settings(ctx, settings):
-    model, opt = prepared(ctx, plan=faccel.Plan(deepspeed=faccel.parallel.DeepSpeedConfig(settings=settings)))
+    model, opt = prepared(
+        ctx, plan=faccel.Plan(deepspeed=faccel.parallel.DeepSpeedConfig(settings=settings))
+    )
     train(ctx, model, opt, 0, 2)
     config = opt.engine.config
-    return {key: config.get(key) for key in ("zero_optimization", "train_batch_size", "bf16")}, whole(
-        model.state_dict()
-    )
+    return {
+        key: config.get(key) for key in ("zero_optimization", "train_batch_size", "bf16")
+    }, whole(model.state_dict())
 
 
 AUTO = {
@@ -295,7 +322,10 @@ AUTO = {
     "gradient_clipping": "auto",
     "bf16": {"enabled": "auto"},
     "fp16": {"enabled": "auto", "loss_scale": 0},
-    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.999], "weight_decay": 0.01}},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": [0.9, 0.999], "weight_decay": 0.01},
+    },
     "zero_optimization": {
         "stage": "auto",
         "reduce_bucket_size": "auto",
@@ -323,13 +353,22 @@ WRONG = {
     "another stage": ({"zero_optimization": {"stage": 3}}, "zero=2"),
     "another precision": ({"bf16": {"enabled": True}}, "mixed_precision=no"),
     "another accumulation": ({"gradient_accumulation_steps": 4}, "grad_accum=1"),
-    "another batch": ({"train_batch_size": 9, "train_micro_batch_size_per_gpu": 4}, "`train_batch_size` 9"),
+    "another batch": (
+        {"train_batch_size": 9, "train_micro_batch_size_per_gpu": 4},
+        "`train_batch_size` 9",
+    ),
     "another optimizer": ({"optimizer": {"type": "Lamb"}}, "a AdamW"),
     "another rate": ({"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}}, "lr=0.05"),
     "a scheduler": ({"scheduler": {"type": "WarmupLR"}}, "scheduler=...)"),
     "its own accumulation": ({"managed_gradient_accumulation": True}, "`faccel.windows`"),
-    "parameters of ZeRO-2 elsewhere": ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "zero=3"),
-    "a disk": ({"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "scratch"}}}, "otherwise"),
+    "parameters of ZeRO-2 elsewhere": (
+        {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+        "zero=3",
+    ),
+    "a disk": (
+        {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "scratch"}}},
+        "otherwise",
+    ),
     "an auto that nobody fills": ({"steps_per_print": "auto"}, "steps_per_print"),
     "another limit": ({"gradient_clipping": 3.0}, "clip_norm=0.1"),
 }
@@ -377,7 +416,9 @@ def misuses(ctx):
         kind_of(lambda: untied(rows(0))),
         kind_of(lambda: faccel.optimizer_step(loose, scaler, ctx)),
         kind_of(lambda: faccel.optimizer_step(opt, scaler, ctx, clip_value=1.0)),
-        kind_of(lambda: faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)),
+        kind_of(
+            lambda: faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
+        ),
         kind_of(lambda: faccel.wrap_optimizer(early, untied, ctx)),
         kind_of(lambda: faccel.wrap(Wide(5, 2, seed=1).double(), ctx)),
         kind_of(lambda: faccel.parallel.local_sgd(model, ctx, step=1, every=1)),

@@ -50,7 +50,9 @@ def start(script, world_size, store):
 def test_ctrl_c_is_one_line_and_a_non_zero_exit(tmp_path, world_size, begin, workers):
     script = tmp_path / "loop.py"
     # with workers an epoch is long: Python loses a Ctrl-C that comes while it forks one
-    script.write_text(LOOP.format(begin=BEGIN[begin], workers=workers, rows=16000 if workers else 64))
+    script.write_text(
+        LOOP.format(begin=BEGIN[begin], workers=workers, rows=16000 if workers else 64)
+    )
     store = hosted_store()
     ranks = start(script, world_size, store)
     for rank in ranks:
@@ -97,11 +99,17 @@ def test_a_busy_port_is_an_error_on_every_rank(tmp_path):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen(8)
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1]), "WORLD_SIZE": "2"}
+        env = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(other.getsockname()[1]),
+            "WORLD_SIZE": "2",
+        }
         ranks = [
             subprocess.Popen(
                 [sys.executable, str(script)],
-                env=os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+                env=os.environ
+                | env
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
                 stderr=subprocess.PIPE,
                 text=True,
             )

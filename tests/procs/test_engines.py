@@ -21,7 +21,9 @@ def say(tmp_path, version, **env):
     if version is not None:
         info = tmp_path / f"deepspeed-{version}.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {version}\n")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {version}\n"
+        )
     out = subprocess.run(
         [sys.executable, "-c", ASK],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", **env},
@@ -34,7 +36,9 @@ def say(tmp_path, version, **env):
 
 
 @pytest.mark.parametrize("version", ["0.17.5", "0.20.0", "1.19.0"])
-def test_another_version_of_deepspeed_is_an_error_that_names_both_and_the_pip_line(version, tmp_path):
+def test_another_version_of_deepspeed_is_an_error_that_names_both_and_the_pip_line(
+    version, tmp_path
+):
     said = say(tmp_path, version)
     assert f"deepspeed {version} is installed" in said
     assert ">=0.19,<0.20" in said
@@ -47,7 +51,9 @@ def test_no_compiler_for_its_operators_is_an_error_before_anything_starts(tmp_pa
     assert "apt install g++" in said
 
 
-@pytest.mark.skipif(BACKENDS["deepspeed"].probe(os.environ) is None, reason="DeepSpeed is installed here")
+@pytest.mark.skipif(
+    BACKENDS["deepspeed"].probe(os.environ) is None, reason="DeepSpeed is installed here"
+)
 def test_an_engine_that_is_not_installed_is_an_error_with_the_pip_line():
     with pytest.raises(BackendError) as caught:
         faccel.init(strategy="deepspeed", device="cpu")
@@ -63,18 +69,29 @@ def test_a_stage_without_an_engine_and_an_engine_that_is_none_are_errors():
             faccel.Config(**wrong)
 
 
-@pytest.mark.skipif(BACKENDS["deepspeed"].probe(os.environ) is not None, reason="DeepSpeed cannot run here")
+@pytest.mark.skipif(
+    BACKENDS["deepspeed"].probe(os.environ) is not None, reason="DeepSpeed cannot run here"
+)
 def test_a_mesh_a_precision_or_a_simulation_that_deepspeed_cannot_do_are_errors_before_anything_starts():
     for mesh in ("dp_shard=2", "tp=2", "pp=2", "dp_replicate=2,tp=2"):
         with pytest.raises(BackendError, match="dp_replicate"):
-            fake_context(0, 2 if "," not in mesh else 4, mesh=mesh, config={"strategy": "deepspeed"})
+            fake_context(
+                0, 2 if "," not in mesh else 4, mesh=mesh, config={"strategy": "deepspeed"}
+            )
     with pytest.raises(BackendError, match="mixed_precision=fp16 on a CPU"):
         faccel.init(strategy="deepspeed", mixed_precision="fp16", device="cpu")
     with pytest.raises(BackendError, match="threads"):
-        simulate(lambda ctx: faccel.wrap(__import__("torch").nn.Linear(1, 1), ctx), 2, config={"strategy": "deepspeed"})
+        simulate(
+            lambda ctx: faccel.wrap(__import__("torch").nn.Linear(1, 1), ctx),
+            2,
+            config={"strategy": "deepspeed"},
+        )
 
 
 def test_the_table_of_what_runs_where_in_the_readme_is_made_from_the_table_of_backends():
     text = (ROOT / "README.md").read_text()
-    assert text.partition("<!-- backends -->\n\n")[2].partition("\n\n<!-- end of backends -->")[0] == table()
+    assert (
+        text.partition("<!-- backends -->\n\n")[2].partition("\n\n<!-- end of backends -->")[0]
+        == table()
+    )
     assert all(row.tested_on and row.written_for for row in BACKENDS.values())

@@ -22,7 +22,10 @@ def in_debug_mode(ctx):
 
 
 def test_debug_mode_finds_ranks_in_step():
-    check_equal(run_ranks(in_debug_mode, 2, mesh="dp_shard=2,ep=2", debug=True), reference(capacity_factor=4.0))
+    check_equal(
+        run_ranks(in_debug_mode, 2, mesh="dp_shard=2,ep=2", debug=True),
+        reference(capacity_factor=4.0),
+    )
 
 
 def from_meta(ctx):
@@ -41,7 +44,9 @@ def test_ranks_that_built_no_values_get_their_experts_from_rank_0():
 def example(*launcher):
     command = [sys.executable, *launcher, "examples/moe.py", "--steps", "20"]
     root, env = pathlib.Path(__file__).parents[2], os.environ | {"OMP_NUM_THREADS": "1"}
-    out = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=env, timeout=110)
+    out = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=root, env=env, timeout=110
+    )
     assert out.returncode == 0, out.stderr[-3000:]
     assert "Warning" not in out.stderr
     *steps, last = out.stdout.splitlines()

@@ -30,7 +30,9 @@ def test_over_gloo_a_step_equals_the_one_of_a_single_process(world_size):
     expected = trained(fake_context(0, 1))
     for found in run_ranks(trained, world_size):
         for name, value in expected.items():
-            assert torch.allclose(torch.tensor(found[name]), torch.tensor(value), rtol=0, atol=1e-12), name
+            assert torch.allclose(
+                torch.tensor(found[name]), torch.tensor(value), rtol=0, atol=1e-12
+            ), name
 
 
 def test_over_gloo_an_ensemble_equals_the_one_of_a_single_process():
@@ -47,7 +49,10 @@ def compiled(ctx):
     for i in range(3):
         _, state = graph(state, functional.batch_of(i, ctx))
         _, ours = step(ours, functional.batch_of(i, ctx))
-    return max((p - q).abs().max().item() for p, q in zip(state.params.values(), ours.params.values(), strict=True))
+    return max(
+        (p - q).abs().max().item()
+        for p, q in zip(state.params.values(), ours.params.values(), strict=True)
+    )
 
 
 def test_over_gloo_a_compiled_step_reduces_inside_of_its_graph():
@@ -63,7 +68,11 @@ def train_functionally(model, ctx, x, *, donate, steps=2):
     exactly()
     # a bucket of 25 MB would be most of this model
     step = func.make_step(
-        lambda p, b, g: func.functional_call(code, p, b).sum(), optimizer, ctx, donate=donate, bucket_cap_mb=4
+        lambda p, b, g: func.functional_call(code, p, b).sum(),
+        optimizer,
+        ctx,
+        donate=donate,
+        bucket_cap_mb=4,
     )
     for _ in range(steps):
         _, state = step(state, x)
@@ -93,6 +102,8 @@ def peak(ctx, how):
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_donated_step_holds_what_the_module_path_holds(world_size):
-    module, donated, pure = (max(run_ranks(peak, world_size, how)) for how in ("module", "donated", "pure"))
+    module, donated, pure = (
+        max(run_ranks(peak, world_size, how)) for how in ("module", "donated", "pure")
+    )
     assert donated < 1.1 * module, (donated, module)
     assert donated < pure

@@ -48,12 +48,25 @@ def ends(*processes):
 
 @pytest.mark.slow
 def test_who_is_here_and_who_is_missed_where_nobody_else_comes(script, port):
-    meeting = ("--nnodes", "3", "--main-address", "127.0.0.1", "--main-port", port, "--join-timeout", "7")
-    two, one = ends(start(*meeting, "--node-rank", "2", script), start(*meeting, "--node-rank", "0", script))
+    meeting = (
+        "--nnodes",
+        "3",
+        "--main-address",
+        "127.0.0.1",
+        "--main-port",
+        port,
+        "--join-timeout",
+        "7",
+    )
+    two, one = ends(
+        start(*meeting, "--node-rank", "2", script), start(*meeting, "--node-rank", "0", script)
+    )
     me = socket.gethostname()
     for out, said, code in (two, one):
         assert (out, code, "Traceback" in said) == ("", 1, False), said
-        assert f"2 of 3 machines are here: 0 ({me}), 2 ({me}); missing: 1 at 127.0.0.1:{port}" in said
+        assert (
+            f"2 of 3 machines are here: 0 ({me}), 2 ({me}); missing: 1 at 127.0.0.1:{port}" in said
+        )
     missing = ("--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{port}", "--join-timeout", "3")
     (out, said, code), = ends(start(*missing, script))  # fmt: skip
     assert (out, code, said.count("\n")) == ("", 1, 2), said
@@ -61,7 +74,16 @@ def test_who_is_here_and_who_is_missed_where_nobody_else_comes(script, port):
 
 
 def test_nobody_answers_where_they_meet(script, port):
-    meeting = ("--nnodes", "2", "--node-rank", "1", "--main-address", "127.0.0.1", "--main-port", port)
+    meeting = (
+        "--nnodes",
+        "2",
+        "--node-rank",
+        "1",
+        "--main-address",
+        "127.0.0.1",
+        "--main-port",
+        port,
+    )
     (out, said, code), = ends(start(*meeting, "--join-timeout", "2", script))  # fmt: skip
     assert (out, code, said.count("\n")) == ("", 1, 2), said
     assert f"nobody answers at 127.0.0.1:{port} after 2 s" in said
@@ -71,7 +93,9 @@ def test_machines_of_a_rendezvous_join_and_train_together(script, port):
     words = ("--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{port}", script)
     done = ends(start(*words), start(*words))
     assert [code for _, _, code in done] == [0, 0], done
-    assert sorted(out for out, _, _ in done) == [f"rank {n} of 2, machine {n} of 2\n" for n in range(2)]
+    assert sorted(out for out, _, _ in done) == [
+        f"rank {n} of 2, machine {n} of 2\n" for n in range(2)
+    ]
 
 
 def slurm(node, *, tasks="1(x2)", count=2, local=0):
@@ -83,13 +107,20 @@ def slurm(node, *, tasks="1(x2)", count=2, local=0):
 def test_a_task_of_slurm_per_machine_is_a_launcher_of_its_machine(script):
     done = ends(*(start("--nproc", "1", script, **slurm(node)) for node in range(2)))
     assert [code for _, _, code in done] == [0, 0], done
-    assert sorted(out for out, _, _ in done) == [f"rank {n} of 2, machine {n} of 2\n" for n in range(2)]
+    assert sorted(out for out, _, _ in done) == [
+        f"rank {n} of 2, machine {n} of 2\n" for n in range(2)
+    ]
 
 
 def test_what_a_task_of_slurm_starts():
     asked = LaunchSpec(command=("x.py",), nproc=4)
     found = within_slurm(asked, slurm(1), is_counted=True)
-    assert (found.nnodes, found.node_rank, found.main_address, found.nproc) == ("2", 1, "localhost", 4)
+    assert (found.nnodes, found.node_rank, found.main_address, found.nproc) == (
+        "2",
+        1,
+        "localhost",
+        4,
+    )
     assert found.main_port == within_slurm(asked, slurm(0), is_counted=True).main_port
     several = slurm(0, tasks="2(x2)", count=4)
     assert within_slurm(asked, several, is_counted=False) == LaunchSpec(command=("x.py",), nproc=1)

@@ -26,7 +26,12 @@ def state(value):
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(value)
-    return {"model": model, "x": torch.full((1000,), float(value)), "n": value, "rng": faccel.rng_state(ONE)}
+    return {
+        "model": model,
+        "x": torch.full((1000,), float(value)),
+        "n": value,
+        "rng": faccel.rng_state(ONE),
+    }
 
 
 def check(path, allowed):
@@ -70,7 +75,9 @@ def save_until(path, world_size, victim, background, call, number):
     try:
         for rank in range(world_size):
             ours, theirs = SERVER.Pipe()
-            process = SERVER.Process(target=writer, args=(rank, world_size, store.port, theirs, path, background))
+            process = SERVER.Process(
+                target=writer, args=(rank, world_size, store.port, theirs, path, background)
+            )
             process.start()
             theirs.close()
             ranks.append((process, ours))
@@ -95,7 +102,9 @@ def save_until(path, world_size, victim, background, call, number):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace here (Debian: apt-get install strace)")
+@pytest.mark.skipif(
+    shutil.which("strace") is None, reason="no strace here (Debian: apt-get install strace)"
+)
 @pytest.mark.parametrize("background", [False, True], ids=["sync", "background"])
 @pytest.mark.parametrize(
     ("world_size", "victim"), [(1, 0), (2, 0), (2, 1)], ids=["1 rank", "rank 0 of 2", "rank 1 of 2"]
@@ -108,7 +117,9 @@ def test_killed_at_every_call_of_a_save(tmp_path, world_size, victim, background
             killed = save_until(path, world_size, victim, background, call, number)
             kills += killed
             seen.add(check(path, {1, 2} if killed else {2}))
-            faccel.save(state(3), path, ONE, step=3)  # the next writer is not in the way of the dead one
+            faccel.save(
+                state(3), path, ONE, step=3
+            )  # the next writer is not in the way of the dead one
             assert check(path, {3}) == 3
             assert not [name for name in os.listdir(path) if name.startswith(".tmp-")]
             shutil.rmtree(path)
@@ -121,7 +132,9 @@ def test_killed_at_every_call_of_a_save(tmp_path, world_size, victim, background
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace here (Debian: apt-get install strace)")
+@pytest.mark.skipif(
+    shutil.which("strace") is None, reason="no strace here (Debian: apt-get install strace)"
+)
 def test_every_file_and_its_name_are_on_the_disk_before_the_folder_gets_its_own(tmp_path):
     """A killed process cannot show this, because the system goes on: the order of the calls can."""
     log, path = str(tmp_path / "log"), str(tmp_path / "runs")
@@ -130,17 +143,35 @@ import faccel, torch
 from faccel.testing import fake_context
 faccel.save({path!r}, {{"x": torch.ones(9)}}, fake_context(0, 1), step=1)
 """
-    command = ["strace", "-f", "-y", "-o", log, "-e", "trace=write,fsync,rename", sys.executable, "-c", code]
+    command = [
+        "strace",
+        "-f",
+        "-y",
+        "-o",
+        log,
+        "-e",
+        "trace=write,fsync,rename",
+        sys.executable,
+        "-c",
+        code,
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     with open(log) as file:
         lines = [line.split(" ", 1)[1].strip() for line in file if path in line]
     calls = [re.sub(r"-[0-9a-f]{8}", "-X", line) for line in lines]
     synced = [match[1] for line in calls if (match := re.match(r"fsync\(\d+<([^>]*)>", line))]
     temporary = f"{path}/.tmp-step-1-X"
-    shard, manifest = f"{temporary}/shard-00001-model-00001-of-00001.safetensors", f"{temporary}/manifest.json"
+    shard, manifest = (
+        f"{temporary}/shard-00001-model-00001-of-00001.safetensors",
+        f"{temporary}/manifest.json",
+    )
     assert synced[-4:] == [shard, manifest, temporary, path]
     renamed = next(i for i, line in enumerate(calls) if line.startswith("rename("))
     assert [line.startswith("fsync") for line in calls[renamed - 1 :]] == [True, False, True]
     for name in (shard, manifest):
-        last_write = max(i for i, line in enumerate(calls) if line.startswith("write(") and f"<{name}>" in line)
-        assert last_write < next(i for i, line in enumerate(calls) if line.startswith("fsync(") and f"<{name}>" in line)
+        last_write = max(
+            i for i, line in enumerate(calls) if line.startswith("write(") and f"<{name}>" in line
+        )
+        assert last_write < next(
+            i for i, line in enumerate(calls) if line.startswith("fsync(") and f"<{name}>" in line
+        )

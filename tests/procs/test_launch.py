@@ -56,7 +56,9 @@ def script(tmp_path):
 
 def launch(*args, **env):
     command = [sys.executable, "-m", "faccel", "launch", *args]
-    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        command, env=os.environ | env, capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 def test_two_ranks_on_the_cpu_with_flags_over_the_environment(script):
@@ -92,8 +94,21 @@ def waiting(script):
     started = []
 
     def start(*options, how="wait"):
-        command = [sys.executable, "-m", "faccel", "launch", "--cpu", "--nproc", "2", *options, script, how]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "faccel",
+            "launch",
+            "--cpu",
+            "--nproc",
+            "2",
+            *options,
+            script,
+            how,
+        ]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         started.append(process)
         lines = [process.stdout.readline() for _ in range(4)]
         assert lines.count("waiting\n") == 2
@@ -110,7 +125,10 @@ def test_signals_reach_the_ranks_which_save_and_are_not_started_again(waiting, s
     process.send_signal(sent)
     out, errors = process.communicate(timeout=60)
     assert (process.returncode, out) == (75, ""), errors
-    assert errors == "preempted; what was saved is whole, and the same command goes on (exit code 75)\n"
+    assert (
+        errors
+        == "preempted; what was saved is whole, and the same command goes on (exit code 75)\n"
+    )
 
 
 @pytest.mark.slow
@@ -138,7 +156,17 @@ def test_a_rank_that_leaves_is_named_and_not_the_one_that_waited_for_it(script):
 
 
 def test_a_failure_before_a_restart_is_told_and_is_in_the_log(script, tmp_path):
-    out = launch("--cpu", "--nproc", "2", "--max-restarts", "1", "--log-dir", str(tmp_path / "logs"), script, "once")
+    out = launch(
+        "--cpu",
+        "--nproc",
+        "2",
+        "--max-restarts",
+        "1",
+        "--log-dir",
+        str(tmp_path / "logs"),
+        script,
+        "once",
+    )
     assert out.returncode == 0, out.stderr
     assert out.stderr.count("ValueError: bad sample") == 1
     assert "failed first (exit code 1)" in out.stderr
@@ -168,7 +196,10 @@ def test_what_cannot_be_started_is_one_message(tmp_path):
         assert said in out.stderr
     for env in ({"FACCEL_SED": "1"}, {"FACCEL_SEED": "x"}, {"FACCEL_CONFIG": "none.yaml"}):
         out = launch("--cpu", "--nproc", "2", __file__, **env)
-        assert (out.returncode, out.stdout, "Traceback" in out.stderr) == (2, "", False), (env, out.stderr)
+        assert (out.returncode, out.stdout, "Traceback" in out.stderr) == (2, "", False), (
+            env,
+            out.stderr,
+        )
 
 
 def test_nothing_is_left_in_the_folder_of_temporary_files(script, tmp_path):

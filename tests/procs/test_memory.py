@@ -48,7 +48,9 @@ def train(model, ctx, x, steps=2):
 def peak(ctx):
     """The most that a rank holds while it trains, in sizes of the parameters, beyond what it held before."""
     x = torch.ones(2, WIDTH)
-    train(faccel.wrap(nn.Linear(WIDTH, 4), ctx), ctx, x)  # what torch loads and allocates the first time
+    train(
+        faccel.wrap(nn.Linear(WIDTH, 4), ctx), ctx, x
+    )  # what torch loads and allocates the first time
     gc.collect()
     exactly()
     before = status("VmRSS")

@@ -22,11 +22,20 @@ def train(ctx, folder, pipe=None):
     """Return the weights at the end, or the step at which the run was preempted."""
     torch.manual_seed(0)
     told = faccel.preemption(ctx)
-    model = faccel.wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)), ctx)
+    model = faccel.wrap(
+        torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)),
+        ctx,
+    )
     opt = faccel.wrap_optimizer(torch.optim.Adam(model.parameters()), model, ctx)
     data = TensorDataset(torch.randn(40, 4, generator=faccel.random.generator(1)))
     loader = faccel.shard(DataLoader(data, 4, shuffle=True), ctx, split_batches=True)
-    state = {"model": model, "opt": opt, "scaler": faccel.init_scaler(ctx), "cursor": faccel.Cursor(), "step": 0}
+    state = {
+        "model": model,
+        "opt": opt,
+        "scaler": faccel.init_scaler(ctx),
+        "cursor": faccel.Cursor(),
+        "step": 0,
+    }
     state["rng"] = faccel.rng_state(ctx)
     if faccel.latest(folder, ctx):
         state = faccel.load(state, folder, ctx)
@@ -42,7 +51,12 @@ def train(ctx, folder, pipe=None):
             if step == NUM_STEPS:
                 return torch.cat([p.detach().flatten() for p in model.parameters()])
             if faccel.agree(ctx, preempted=told.requested).preempted:
-                new = {"scaler": scaler, "cursor": batch.cursor, "rng": faccel.rng_state(ctx), "step": step}
+                new = {
+                    "scaler": scaler,
+                    "cursor": batch.cursor,
+                    "rng": faccel.rng_state(ctx),
+                    "step": step,
+                }
                 faccel.save(state | new, folder, ctx, step=step)
                 return step
     return None
@@ -73,7 +87,10 @@ def run(folder, interrupt=None):
     results = [pipe.recv() for _, pipe in ranks]
     for process, _ in ranks:
         process.join()
-        assert process.exitcode in (0, -signal.SIGTERM)  # the signal may come when everything has ended
+        assert process.exitcode in (
+            0,
+            -signal.SIGTERM,
+        )  # the signal may come when everything has ended
     assert results[0] == results[1]
     return results[0]
 
@@ -89,7 +106,9 @@ def test_sigterm_at_fifty_random_moments(tmp_path):
         def interrupt(processes):
             waited = threading.Event()
             waited.wait(draw.random() * min(length, 0.25))
-            for process in draw.choice([processes, processes[:1], processes[1:]]):  # both, or one alone
+            for process in draw.choice(
+                [processes, processes[:1], processes[1:]]
+            ):  # both, or one alone
                 if process.is_alive():
                     os.kill(process.pid, signal.SIGTERM)
 
@@ -106,9 +125,16 @@ def test_sigterm_at_fifty_random_moments(tmp_path):
 def test_the_script_exits_with_its_code_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "examples/resume.py", str(tmp_path / "runs")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    whole = subprocess.run([*command[:2], str(tmp_path / "whole")], env=env, capture_output=True, text=True, check=True)
-    stopped = subprocess.run([*command, "--stop-after", "3"], env=env, capture_output=True, text=True, check=False)
-    assert (stopped.returncode, stopped.stdout) == (faccel.checkpoint.Preemption.exit_code, "stopped\n"), stopped.stderr
+    whole = subprocess.run(
+        [*command[:2], str(tmp_path / "whole")], env=env, capture_output=True, text=True, check=True
+    )
+    stopped = subprocess.run(
+        [*command, "--stop-after", "3"], env=env, capture_output=True, text=True, check=False
+    )
+    assert (stopped.returncode, stopped.stdout) == (
+        faccel.checkpoint.Preemption.exit_code,
+        "stopped\n",
+    ), stopped.stderr
     again = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert again.stdout.splitlines() == ["going on after step 3", whole.stdout.strip()]
 

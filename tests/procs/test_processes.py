@@ -169,21 +169,29 @@ def test_without_debug_mode_a_rank_that_gloo_aborts_is_missed_by_the_others():
     assert len(named) + len(aborted) == 3, errors
     assert aborted
     for error in named:
-        if isinstance(error, RankFailedError):  # a slow machine may not have heard of others in time either
+        if isinstance(
+            error, RankFailedError
+        ):  # a slow machine may not have heard of others in time either
             assert set(aborted) <= not_heard_of(error.got), error.got
 
 
 def not_heard_of(got):
     match = re.search(r"ranks? ([0-9to, ]+): not heard of", got)
     first, to, last = match[1].partition(" to ") if match else ("", "", "")
-    return set(range(int(first), int(last) + 1)) if to else {int(each) for each in first.split(",") if each.strip()}
+    return (
+        set(range(int(first), int(last) + 1))
+        if to
+        else {int(each) for each in first.split(",") if each.strip()}
+    )
 
 
 SAME_SIZE = {
     "keys": lambda ctx: faccel.reduce({"ab"[ctx.rank]: torch.ones(2)}, ctx),
     "shape": lambda ctx: faccel.reduce(torch.ones(2, 3) if ctx.rank else torch.ones(3, 2), ctx),
     "op": lambda ctx: faccel.reduce(torch.ones(2), ctx, op="max" if ctx.rank else "sum"),
-    "dtype": lambda ctx: faccel.reduce(torch.ones(2, dtype=torch.int32 if ctx.rank else torch.float32), ctx),
+    "dtype": lambda ctx: faccel.reduce(
+        torch.ones(2, dtype=torch.int32 if ctx.rank else torch.float32), ctx
+    ),
 }
 
 
@@ -224,7 +232,10 @@ def test_debug_mode_stops_both_before_anything_is_sent():
     errors = [error for _, error in outcomes(sizes_apart, 2, debug=True)]
     assert all(isinstance(error, DesyncError) for error in errors), errors
     assert {error.got for error in errors} == {errors[0].got}
-    assert "rank 0: reduce(sum) of x: float32[4] over `data` at tests/procs/test_processes.py:" in errors[0].got
+    assert (
+        "rank 0: reduce(sum) of x: float32[4] over `data` at tests/procs/test_processes.py:"
+        in errors[0].got
+    )
     assert "rank 1: reduce(sum) of x: float32[400]" in errors[0].got
 
 

@@ -20,7 +20,9 @@ class Terminal:
         self.end, theirs = pty.openpty()
         env = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"} | env
         command = [sys.executable, "-m", "faccel", *words]
-        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, close_fds=True)
+        self.process = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, close_fds=True
+        )
         os.close(theirs)
         self.shown = ""
 
@@ -44,7 +46,16 @@ class Terminal:
 
 
 def answer(terminal, given):
-    for name in ("mixed_precision", "grad_accum", "seed", "device", "mesh", "run_dir", "timeout_s", "processes"):
+    for name in (
+        "mixed_precision",
+        "grad_accum",
+        "seed",
+        "device",
+        "mesh",
+        "run_dir",
+        "timeout_s",
+        "processes",
+    ):
         terminal.until(f"? {name}")
         terminal.type(given.get(name, "") + ENTER)
 
@@ -67,7 +78,13 @@ def test_answers_make_the_file_and_the_next_time_they_are_proposed(tmp_path):
         terminal.type(text + ENTER)
     terminal.until("start with: faccel launch --nproc 2 script.py")
     assert terminal.process.wait(timeout=30) == 0
-    made = {"mixed_precision": "bf16", "grad_accum": 4, "seed": 7, "device": "cpu", "mesh": "dp_replicate=2"}
+    made = {
+        "mixed_precision": "bf16",
+        "grad_accum": 4,
+        "seed": 7,
+        "device": "cpu",
+        "mesh": "dp_replicate=2",
+    }
     assert yaml.safe_load(file.read_text()) == made
     again = Terminal(env, "config")
     answer(again, {"seed": "\x7f8"})
@@ -97,6 +114,8 @@ def test_a_terminal_gets_colours_and_columns_and_a_pipe_plain_lines(tmp_path):
     terminal.until("seed = 0")
     assert terminal.process.wait(timeout=30) == 0
     command = [sys.executable, "-m", "faccel", "config", "show"]
-    out = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=True, timeout=60)
+    out = subprocess.run(
+        command, env=os.environ | env, capture_output=True, text=True, check=True, timeout=60
+    )
     assert "seed = 0  (default)\n" in out.stdout
     assert "\x1b" not in out.stdout

@@ -16,7 +16,14 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def torchrun(num_processes):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(num_processes),
+    ]
 
 
 def start(script, num_processes, cwd=ROOT, launcher=None, more=(), **env):
@@ -47,7 +54,9 @@ def test_digits_learns_and_prints_once(num_processes):
     assert len(lines) == 13  # a line an epoch and the last one, whatever the number of processes
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here (Debian: apt-get install openmpi-bin)")
+@pytest.mark.skipif(
+    shutil.which("mpirun") is None, reason="no mpirun here (Debian: apt-get install openmpi-bin)"
+)
 def test_digits_runs_under_open_mpi():
     launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable]
     lines = start("examples/digits.py", 2, launcher=launcher)
@@ -66,19 +75,36 @@ def test_a_model_learns_the_same_on_every_mesh(script, meshes):
     assert one < 4.0
     for mesh in meshes:
         count = str(faccel.MeshSpec.of(mesh).size)
-        launcher = [sys.executable, "-m", "faccel", "launch", "--cpu", "--nproc", count, "--mesh", mesh]
-        assert abs(last_number(start(words[0], 0, launcher=launcher, more=words[1:]), "loss") - one) < 2e-4
+        launcher = [
+            sys.executable,
+            "-m",
+            "faccel",
+            "launch",
+            "--cpu",
+            "--nproc",
+            count,
+            "--mesh",
+            mesh,
+        ]
+        assert (
+            abs(last_number(start(words[0], 0, launcher=launcher, more=words[1:]), "loss") - one)
+            < 2e-4
+        )
 
 
 def test_local_sgd_learns_on_two_processes():
     launcher = [sys.executable, "-m", "faccel", "launch", "--cpu", "--nproc", "2"]
-    lines = start("examples/local_sgd.py", 0, launcher=launcher, more=["--steps", "40", "--every", "4"])
+    lines = start(
+        "examples/local_sgd.py", 0, launcher=launcher, more=["--steps", "40", "--every", "4"]
+    )
     assert last_number(lines, "loss") < 3.5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [0, 2])
-@pytest.mark.parametrize(("script", "least"), [("functional.py", 0.97), ("ensemble.py", 0.97), ("dp_sgd.py", 0.9)])
+@pytest.mark.parametrize(
+    ("script", "least"), [("functional.py", 0.97), ("ensemble.py", 0.97), ("dp_sgd.py", 0.9)]
+)
 def test_functional_examples_learn(script, least, num_processes):
     assert last_number(start(f"examples/{script}", num_processes), "accuracy") >= least
 

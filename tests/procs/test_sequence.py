@@ -5,7 +5,16 @@ import torch
 
 from faccel.testing import simulate
 from tests.ranks import run_ranks
-from tests.world.test_sequence import attend, attention, check, check_trained, functools, on_the_whole, train, whole
+from tests.world.test_sequence import (
+    attend,
+    attention,
+    check,
+    check_trained,
+    functools,
+    on_the_whole,
+    train,
+    whole,
+)
 
 
 def shared(ctx, method, dtype):
@@ -19,7 +28,11 @@ def test_processes_attend_as_simulated_ranks_and_as_one_process_do(method):
         real = run_ranks(shared, 2, method, dtype, mesh="cp=2")
         check(real, on_the_whole(whole("grouped", dtype), is_causal=True, enable_gqa=True), atol)
         simulated = simulate(shared, 2, method, dtype, mesh="cp=2")
-        assert all(torch.equal(a, b) for r, s in zip(real, simulated, strict=True) for a, b in zip(r, s, strict=True))
+        assert all(
+            torch.equal(a, b)
+            for r, s in zip(real, simulated, strict=True)
+            for a, b in zip(r, s, strict=True)
+        )
 
 
 def test_processes_train_as_one_process_does():

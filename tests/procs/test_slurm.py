@@ -50,7 +50,9 @@ def free_ports(count):
 
 
 def has_idle_node(env):
-    said = subprocess.run(["sinfo", "-h", "-o", "%T"], env=env, capture_output=True, text=True, check=False)
+    said = subprocess.run(
+        ["sinfo", "-h", "-o", "%T"], env=env, capture_output=True, text=True, check=False
+    )
     return said.stdout.strip() == "idle"
 
 
@@ -110,5 +112,14 @@ def test_two_tasks_are_two_ranks(slurm):
 
 @pytest.mark.slow
 def test_one_task_that_launches_two_ranks_is_two_ranks(slurm):
-    words = [sys.executable, "-m", "faccel", "launch", "--cpu", "--nproc", "2", "examples/digits.py"]
+    words = [
+        sys.executable,
+        "-m",
+        "faccel",
+        "launch",
+        "--cpu",
+        "--nproc",
+        "2",
+        "examples/digits.py",
+    ]
     assert srun(slurm, "-n1", *words)[-1] == "accuracy 0.9778"

@@ -47,14 +47,18 @@ def start(host, *words):
     command = ["ip", "netns", "exec", space, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', name,
                sys.executable, "-m", "faccel", "launch", "--cpu", "--nproc", "1", *words]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": card}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
 
 
 def run(hosts, words):
     """Run on both hosts; `words(rank)` are the options of each. Return what they printed."""
     processes = [start(host, *words(rank)) for rank, host in enumerate(hosts)]
     out = [process.communicate(timeout=100) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], [errors[-2000:] for _, errors in out]
+    assert [process.returncode for process in processes] == [0, 0], [
+        errors[-2000:] for _, errors in out
+    ]
     return [text.splitlines() for text, _ in out]
 
 
@@ -80,5 +84,7 @@ def test_a_killed_worker_on_one_host_is_a_restart_on_both(hosts, tmp_path):
 
     printed = sorted(line for lines in run(hosts, words) for line in lines)
     whole = launch(script, tmp_path / "whole", -1)
-    assert [line.partition(" ")[2].partition(" ")[2] for line in printed[:1]] == ["goes on after step 7"]
+    assert [line.partition(" ")[2].partition(" ")[2] for line in printed[:1]] == [
+        "goes on after step 7"
+    ]
     assert printed[1:] == [whole.stdout.strip()]

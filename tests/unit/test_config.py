@@ -49,9 +49,13 @@ def test_the_strongest_source_wins_and_names_the_one_it_overrode(present):
         env={"FACCEL_SEED": "1"} if present[0] else {},
         overrides={"seed": 3} if present[2] else {},
     )
-    chain = [("default", 0)] + [source for source, there in zip(sources, present, strict=True) if there]
+    chain = [("default", 0)] + [
+        source for source, there in zip(sources, present, strict=True) if there
+    ]
     assert config.seed == chain[-1][1]
-    expected = f"{chain[-1][0]}, over {chain[-2][0]} {chain[-2][1]}" if len(chain) > 1 else "default"
+    expected = (
+        f"{chain[-1][0]}, over {chain[-2][0]} {chain[-2][1]}" if len(chain) > 1 else "default"
+    )
     assert config.sources["seed"] == expected
 
 

@@ -36,7 +36,9 @@ def test_the_file_is_made_changed_shown_and_checked(call, tmp_path):
     assert (out.exit_code, "Traceback" in out.output) == (1, False)
 
 
-@pytest.mark.parametrize("words", [["seed"], ["sed=1"], ["seed=x"], ["seed=-1"], ["mesh=dp=2"]], ids=str)
+@pytest.mark.parametrize(
+    "words", [["seed"], ["sed=1"], ["seed=x"], ["seed=-1"], ["mesh=dp=2"]], ids=str
+)
 def test_what_cannot_be_set_changes_nothing(call, tmp_path, words):
     call("set", "seed=1")
     file = tmp_path / ".config" / "faccel" / "config.yaml"
@@ -91,7 +93,9 @@ def test_what_is_not_ours_is_not_written(tmp_path):
     assert file.read_text() == before
     assert runner.invoke(main, ["config", "show"]).output.startswith(f"file: {file}#faccel")
     file.write_text("mesh:\n  dp_shard: 2\n")
-    out = CliRunner(env={"FACCEL_CONFIG": str(file)}).invoke(main, ["config", "set", "mesh=dp_shard=4"])
+    out = CliRunner(env={"FACCEL_CONFIG": str(file)}).invoke(
+        main, ["config", "set", "mesh=dp_shard=4"]
+    )
     assert (out.exit_code, "by hand" in out.output) == (1, True)
     assert file.read_text() == "mesh:\n  dp_shard: 2\n"
     out = CliRunner(env={"FACCEL_CONFIG": "/proc/none/x.yaml"}).invoke(main, ["config", "default"])
@@ -158,7 +162,9 @@ def test_files_of_accelerate_are_imported(call, tmp_path, version):
     assert out.exit_code == 0, out.output
     assert (yaml.safe_load((tmp_path / "out.yaml").read_text()) or {}) == values
     assert f"start with: faccel launch {options}".strip() in out.output.replace(" script.py", "")
-    listed = [line.split(": ")[1] for line in out.stderr.splitlines() if line.startswith("no equal")]
+    listed = [
+        line.split(": ")[1] for line in out.stderr.splitlines() if line.startswith("no equal")
+    ]
     assert sorted(listed) == without_equal
     assert call("import", str(source), "-o", str(tmp_path / "out.yaml")).exit_code == 1
 
@@ -185,7 +191,11 @@ def test_nothing_of_a_file_is_lost_in_silence_nor_changed(given, values, options
     before = str(given)
     for _ in range(2):
         found = from_accelerate(given)
-        assert (dict(found.values), " ".join(found.options), dict(found.without_equal)) == (values, options, lost)
+        assert (dict(found.values), " ".join(found.options), dict(found.without_equal)) == (
+            values,
+            options,
+            lost,
+        )
     assert str(given) == before
 
 

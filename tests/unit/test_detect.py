@@ -34,13 +34,25 @@ OMPI = {
 FAR = {"MASTER_ADDR": "head", "MASTER_PORT": "1"}
 OMPI_FAR = OMPI | FAR | {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
 PMI = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
-MV2 = {f"MV2_COMM_WORLD_{k}": v for k, v in {"RANK": "2", "SIZE": "3", "LOCAL_RANK": "2", "LOCAL_SIZE": "3"}.items()}
+MV2 = {
+    f"MV2_COMM_WORLD_{k}": v
+    for k, v in {"RANK": "2", "SIZE": "3", "LOCAL_RANK": "2", "LOCAL_SIZE": "3"}.items()
+}
 LSF = {
     "LSB_JOBID": "9",
     "LSB_MCPU_HOSTS": "login 1 node1 42 node2 42",
-    **{f"JSM_NAMESPACE_{k}": v for k, v in {"RANK": "4", "SIZE": "8", "LOCAL_RANK": "0", "LOCAL_SIZE": "4"}.items()},
+    **{
+        f"JSM_NAMESPACE_{k}": v
+        for k, v in {"RANK": "4", "SIZE": "8", "LOCAL_RANK": "0", "LOCAL_SIZE": "4"}.items()
+    },
 }
-KUBEFLOW = {"KUBERNETES_PORT": "tcp://x", "RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "m", "MASTER_PORT": "23456"}
+KUBEFLOW = {
+    "KUBERNETES_PORT": "tcp://x",
+    "RANK": "1",
+    "WORLD_SIZE": "3",
+    "MASTER_ADDR": "m",
+    "MASTER_PORT": "23456",
+}
 TPU = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "t0,t1", "PJRT_DEVICE": "TPU"}
 
 
@@ -128,13 +140,25 @@ WORLDS = {
 def test_a_world_is_read_from_its_environment(name):
     env, expected = WORLDS[name]
     t = detect(env)
-    got = (t.source, t.rank, t.world_size, t.local_rank, t.local_world_size, t.node_rank, t.num_nodes, t.main_address)
+    got = (
+        t.source,
+        t.rank,
+        t.world_size,
+        t.local_rank,
+        t.local_world_size,
+        t.node_rank,
+        t.num_nodes,
+        t.main_address,
+    )
     assert got == expected
 
 
 # environment -> words of the error
 BROKEN = {
-    **{f"torchrun, no {key}": (without(TORCHRUN, key), [f"`{key}`", "torchrun"]) for key in list(TORCHRUN)[:4]},
+    **{
+        f"torchrun, no {key}": (without(TORCHRUN, key), [f"`{key}`", "torchrun"])
+        for key in list(TORCHRUN)[:4]
+    },
     "torchrun, no address": (without(TORCHRUN, "MASTER_ADDR"), ["`MASTER_ADDR`"]),
     "torchrun, no port": (without(TORCHRUN, "MASTER_PORT"), ["`MASTER_PORT`"]),
     "WORLD_SIZE alone": ({"WORLD_SIZE": "2"}, ["`RANK`", "WORLD_SIZE=2"]),
@@ -150,7 +174,10 @@ BROKEN = {
     "PMIx alone": ({"PMIX_RANK": "1"}, ["PMIX_RANK=1", "torchrun"]),
     "half of Kubeflow": (without(KUBEFLOW, "WORLD_SIZE"), ["`WORLD_SIZE`", "Kubeflow"]),
     "half of a TPU pod": ({"TPU_WORKER_ID": "1"}, ["`TPU_WORKER_HOSTNAMES`"]),
-    "srun -n7 torchrun --standalone": (TORCHRUN | SLURM, ["SLURM: rank 5 of 7", "torchrun: rank 3 of 4"]),
+    "srun -n7 torchrun --standalone": (
+        TORCHRUN | SLURM,
+        ["SLURM: rank 5 of 7", "torchrun: rank 3 of 4"],
+    ),
     "torchrun and another mpirun": (
         TORCHRUN | OMPI | {"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "3"},
         ["torchrun: rank 3 of 4", "Open MPI: rank 1 of 3"],
@@ -173,17 +200,23 @@ def test_a_broken_environment_is_an_error_that_says_what_is_wrong(name):
 def test_ranks_of_one_job_meet_at_one_port_and_jobs_at_others():
     ports = {detect(SLURM | {"SLURM_STEP_ID": str(step)}).main_port for step in range(50)}
     assert len(ports) > 45
-    assert detect(SLURM).main_port == detect(SLURM | {"SLURM_PROCID": "6", "SLURM_LOCALID": "2"}).main_port
+    assert (
+        detect(SLURM).main_port
+        == detect(SLURM | {"SLURM_PROCID": "6", "SLURM_LOCALID": "2"}).main_port
+    )
 
 
 def test_ranks_of_an_mpich_job_meet_although_each_has_a_descriptor_of_its_own():
     first, second = (
-        detect(PMI | {"PMI_RANK": r, "MPI_LOCALRANKID": r, "PMI_FD": f}) for r, f in (("0", "7"), ("1", "9"))
+        detect(PMI | {"PMI_RANK": r, "MPI_LOCALRANKID": r, "PMI_FD": f})
+        for r, f in (("0", "7"), ("1", "9"))
     )
     assert first.main_port == second.main_port
 
 
 def test_an_elastic_restart_is_counted():
-    t = detect(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    t = detect(
+        TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    )
     assert (t.attempt, t.store_is_hosted) == (2, True)
     assert (detect(TORCHRUN).attempt, detect(TORCHRUN).store_is_hosted) == (0, False)

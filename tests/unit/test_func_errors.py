@@ -37,7 +37,9 @@ def params(**shapes):
         ({"w": torch.ones(2, dtype=torch.float64)}, "`w`: float64[2] in the gradients"),
     ],
 )
-@pytest.mark.parametrize("optimizer", [func.sgd(0.1), func.chain(func.clip_by_global_norm(1.0), func.adamw(1e-3))])
+@pytest.mark.parametrize(
+    "optimizer", [func.sgd(0.1), func.chain(func.clip_by_global_norm(1.0), func.adamw(1e-3))]
+)
 def test_gradients_of_another_structure_shape_or_dtype_are_named(optimizer, grads, named):
     with pytest.raises(TreeError) as caught:
         optimizer.update(TensorDict(grads), optimizer.init(params()), params())
@@ -71,8 +73,16 @@ def test_a_state_of_another_transformation_is_named():
         (lambda p, b, g: (p["w"] * torch.rand(2)).sum(), PurityError, "draws"),
         (lambda p, b, g: p["w"].sum() * float(np.random.rand()), PurityError, "draws"),
         (lambda p, b, g: (p["w"] * b[0].mul_(2)).sum(), PurityError, "another value of `batch[0]`"),
-        (lambda p, b, g: (p["w"].data.add_(1) * 0 + p["w"]).sum(), PurityError, "another value of `params['w']`"),
-        (lambda p, b, g: p["w"].sum() + float(b[1]["n"].__iadd__(1)[0]), PurityError, "`batch[1]['n']`"),
+        (
+            lambda p, b, g: (p["w"].data.add_(1) * 0 + p["w"]).sum(),
+            PurityError,
+            "another value of `params['w']`",
+        ),
+        (
+            lambda p, b, g: p["w"].sum() + float(b[1]["n"].__iadd__(1)[0]),
+            PurityError,
+            "`batch[1]['n']`",
+        ),
     ],
 )
 def test_a_loss_function_that_is_wrong_or_not_pure_is_named(loss_fn, error, got):
@@ -175,10 +185,16 @@ def test_a_donated_state_is_an_error_wherever_it_is_used(use):
 @pytest.mark.parametrize(
     ("make", "got"),
     [
-        (lambda: func.chain(func.adamw(1e-3), func.clip_by_global_norm(1.0)), "`clip_by_global_norm` behind `adamw`"),
+        (
+            lambda: func.chain(func.adamw(1e-3), func.clip_by_global_norm(1.0)),
+            "`clip_by_global_norm` behind `adamw`",
+        ),
         (lambda: func.chain(func.sgd(0.1), func.adamw(1e-3)), "`adamw` behind `sgd`"),
         (lambda: func.chain(func.ema(0.9), func.adamw(1e-3)), "`ema` first"),
-        (lambda: func.make_step(loss_of(net()), func.clip_by_global_norm(1.0), CTX), "`clip_by_global_norm`"),
+        (
+            lambda: func.make_step(loss_of(net()), func.clip_by_global_norm(1.0), CTX),
+            "`clip_by_global_norm`",
+        ),
         (lambda: func.ema_params(func.sgd(0.1).init(params())), "no `ema`"),
         (lambda: func.muon(0.1).init(params(w=(2, 2, 2))), "shape (2, 2, 2)"),
     ],
@@ -192,7 +208,10 @@ def test_chains_that_could_not_do_what_they_say_are_refused(make, got):
 @pytest.mark.parametrize(
     ("make", "fix"),
     [
-        (lambda: func.partition({"body": func.sgd(0.1)}, lambda n, p: "boddy").init(params()), "use `body`"),
+        (
+            lambda: func.partition({"body": func.sgd(0.1)}, lambda n, p: "boddy").init(params()),
+            "use `body`",
+        ),
         (lambda: func.masked(func.sgd(0.1), ("v*",)).init(params()), "use one of `w`"),
         (lambda: func.masked(func.sgd(0.1), {"v": True}).init(params()), "name every parameter"),
         (lambda: func.clip_by_global_norm(0.0), "leave it out"),
@@ -205,7 +224,10 @@ def test_chains_that_could_not_do_what_they_say_are_refused(make, got):
         (lambda: func.scale_by_schedule(0.5), "lambda count"),
         (lambda: func.cosine(10, warmup=10), "1 or more"),
         (lambda: func.join_schedules([func.linear(0, 1, 2)], [3]), "join("),
-        (lambda: func.make_step(loss_of(net()), func.sgd(0.1), CTX, num_micro_batches=0), "num_micro_batches=1"),
+        (
+            lambda: func.make_step(loss_of(net()), func.sgd(0.1), CTX, num_micro_batches=0),
+            "num_micro_batches=1",
+        ),
         (lambda: func.sam(loss_of(net()), func.sgd(0.1), CTX, rho=0.0), "make_step"),
         (lambda: func.adapt(loss_of(net()), func.sgd(0.1), num_steps=0), "1 or more"),
         (lambda: func.rollback(lambda s, b: (s, b), keep=0), "1 or more"),
@@ -234,7 +256,9 @@ def test_stacking_states_of_several_models_names_the_leaf():
         func.stack(states)
     step = func.make_step(loss_of(net()), func.sgd(0.1), CTX)
     with pytest.raises(ConfigError, match="stack"):
-        func.ensemble(step, CTX)(func.init_state(net(), func.sgd(0.1), CTX, seed=0), batch_of(0, CTX))
+        func.ensemble(step, CTX)(
+            func.init_state(net(), func.sgd(0.1), CTX, seed=0), batch_of(0, CTX)
+        )
 
 
 def test_an_error_leaves_the_state_usable():
@@ -280,7 +304,9 @@ def test_buffers_that_are_written_or_replaced_are_returned_or_an_error(how, trai
     for run in (
         lambda *args: func.functional_call(model, *args, buffers=state.buffers),
         torch.compile(
-            lambda *args: func.functional_call(model, *args, buffers=state.buffers), backend="eager", fullgraph=True
+            lambda *args: func.functional_call(model, *args, buffers=state.buffers),
+            backend="eager",
+            fullgraph=True,
         ),
     ):
         _, buffers = run(state.params, torch.ones(()))
@@ -318,9 +344,16 @@ class _Given(torch.autograd.Function):
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
 def test_a_gradient_that_is_the_batch_itself_is_not_written_to(num_micro_batches):
     optimizer = func.chain(func.clip_by_global_norm(0.1), func.sgd(0.1))
-    state, batch = func.init_state(_Vector(), optimizer, CTX, seed=0), torch.ones(num_micro_batches, 2)
+    state, batch = (
+        func.init_state(_Vector(), optimizer, CTX, seed=0),
+        torch.ones(num_micro_batches, 2),
+    )
     step = func.make_step(
-        lambda p, b, g: _Given.apply(p["w"], b[0]), optimizer, CTX, donate=True, num_micro_batches=num_micro_batches
+        lambda p, b, g: _Given.apply(p["w"], b[0]),
+        optimizer,
+        CTX,
+        donate=True,
+        num_micro_batches=num_micro_batches,
     )
     for _ in range(3):
         _, state = step(state, batch)
@@ -329,7 +362,9 @@ def test_a_gradient_that_is_the_batch_itself_is_not_written_to(num_micro_batches
 
 def test_metrics_of_a_donating_step_stay_as_they_were():
     state = func.init_state(_Vector(), func.sgd(0.5), CTX, seed=0)
-    step = func.make_step(lambda p, b, g: (p["w"].sum(), p["w"]), func.sgd(0.5), CTX, donate=True, has_aux=True)
+    step = func.make_step(
+        lambda p, b, g: (p["w"].sum(), p["w"]), func.sgd(0.5), CTX, donate=True, has_aux=True
+    )
     metrics, _ = step(state, None)
     assert metrics["aux"].tolist() == [1, 1]
 
@@ -356,7 +391,9 @@ def test_a_weight_that_is_no_number_is_refused(weight):
 def test_sparse_gradients_are_refused_by_name():
     model = nn.Embedding(4, 2, sparse=True)
     state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
-    step = func.make_step(lambda p, b, g: func.functional_call(model, p, b).sum(), func.sgd(0.1), CTX)
+    step = func.make_step(
+        lambda p, b, g: func.functional_call(model, p, b).sum(), func.sgd(0.1), CTX
+    )
     with pytest.raises(ModelError, match="sparse=True"):
         step(state, torch.tensor([1, 2]))
 
@@ -373,7 +410,9 @@ def test_constants_that_differ_between_ranks_are_named():
     assert caught.value.got == "`first.bias`"
 
 
-@pytest.mark.parametrize("layer", [nn.MultiheadAttention(6, 1, dropout=0.5), nn.LSTM(6, 6, 2, dropout=0.5)])
+@pytest.mark.parametrize(
+    "layer", [nn.MultiheadAttention(6, 1, dropout=0.5), nn.LSTM(6, 6, 2, dropout=0.5)]
+)
 def test_layers_that_draw_are_known_where_no_generator_can_be(layer):
     with pytest.raises(PurityError, match="training mode"):
         NoStream().check(nn.Sequential(layer))

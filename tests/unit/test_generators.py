@@ -20,7 +20,10 @@ def test_seeded_calls_repeat_and_depend_on_the_seed_alone():
 @pytest.mark.parametrize("between", [0, 1, 2, 623, 624, 625, 1500])
 def test_the_processes_own_go_on_as_if_nothing_had_happened(between):
     seed_all(3)
-    expected = [[random.getrandbits(32) for _ in range(between)] + [random.gauss(0, 1), draws()] for _ in range(4)]
+    expected = [
+        [random.getrandbits(32) for _ in range(between)] + [random.gauss(0, 1), draws()]
+        for _ in range(4)
+    ]
     seed_all(3)
     got = []
     for number in range(4):
@@ -32,7 +35,12 @@ def test_the_processes_own_go_on_as_if_nothing_had_happened(between):
 
 @pytest.mark.parametrize(
     "draw",
-    [lambda _: torch.rand(1), lambda _: random.random(), lambda _: np.random.rand(), lambda _: np.random.seed(0)],
+    [
+        lambda _: torch.rand(1),
+        lambda _: random.random(),
+        lambda _: np.random.rand(),
+        lambda _: np.random.seed(0),
+    ],
 )
 def test_watching_sees_whoever_draws_and_leaves_nothing_behind(draw):
     seed_all(3)

@@ -8,7 +8,10 @@ from faccel.errors import LaunchError
 from faccel.launching.spec import LaunchSpec, additions, arguments
 
 ARGUMENTS = {
-    "one machine": ({"nproc": 2}, "--nnodes 1 --nproc-per-node 2 --max-restarts 0 --standalone -- train.py --lr 1"),
+    "one machine": (
+        {"nproc": 2},
+        "--nnodes 1 --nproc-per-node 2 --max-restarts 0 --standalone -- train.py --lr 1",
+    ),
     "its own port": (
         {"nproc": 2, "main_port": 1234},
         "--nnodes 1 --nproc-per-node 2 --max-restarts 0 --master-addr 127.0.0.1 --master-port 1234 -- train.py --lr 1",
@@ -42,7 +45,9 @@ def test_torchrun_understands_them(what):
     import torch.distributed.run as torchrun
 
     fields, _ = ARGUMENTS[what]
-    given = torchrun.parse_args(arguments(LaunchSpec(command=("train.py", "--run-path", "x"), **fields)))
+    given = torchrun.parse_args(
+        arguments(LaunchSpec(command=("train.py", "--run-path", "x"), **fields))
+    )
     assert (given.training_script, given.training_script_args) == ("train.py", ["--run-path", "x"])
     assert given.nproc_per_node == str(fields["nproc"])
 

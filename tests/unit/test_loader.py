@@ -106,7 +106,11 @@ def test_a_cursor_leads_on_from_any_batch_and_over_the_end_of_an_epoch():
     cursors = [b.cursor for _, part in loader.epochs(2) for b in faccel.batches(part)]
     assert cursors[3] == faccel.Cursor(1, 0)
     for i, cursor in enumerate(cursors):
-        rest = [ids([b.data])[0] for _, part in loader.epochs(2, start=cursor) for b in faccel.batches(part)]
+        rest = [
+            ids([b.data])[0]
+            for _, part in loader.epochs(2, start=cursor)
+            for b in faccel.batches(part)
+        ]
         assert rest == whole[i + 1 :]
 
 
@@ -117,7 +121,10 @@ def test_a_cursor_of_a_longer_data_set_is_an_error():
 
 def test_batches_know_what_is_padding():
     loader = faccel.shard(DataLoader(Squares(5), 2), fake_context(1, 2))
-    seen = [(b.data["i"].tolist(), b.num_valid, b.step, b.is_last, b.cursor) for b in faccel.batches(loader)]
+    seen = [
+        (b.data["i"].tolist(), b.num_valid, b.step, b.is_last, b.cursor)
+        for b in faccel.batches(loader)
+    ]
     assert seen == [
         ([2, 3], 2, 0, False, faccel.Cursor(0, 4)),
         ([1, 2], 0, 1, True, faccel.Cursor(1, 0)),
@@ -146,7 +153,9 @@ def test_ranks_that_share_data_read_the_same():
 
 
 @pytest.mark.parametrize(
-    "loader", [3, DataLoader(Squares(4), 2, sampler=DistributedSampler(Squares(4), 2, 0))], ids=["int", "distributed"]
+    "loader",
+    [3, DataLoader(Squares(4), 2, sampler=DistributedSampler(Squares(4), 2, 0))],
+    ids=["int", "distributed"],
 )
 def test_a_loader_that_cannot_be_shared_is_an_error_with_the_fix(loader):
     with pytest.raises(DataError) as error:
@@ -173,11 +182,16 @@ def test_whole_batches_are_read_at_once_where_the_data_set_can():
     assert isinstance(got, TensorDict)
     assert torch.equal(got["x"], x[:3])
     assert next(iter(faccel.shard(DataLoader(InBatches(4), 2), ONE)))[0] == ("many", "many")
-    assert ids(faccel.shard(DataLoader(Subset(Squares(9), [8, 7, 6]), 2), ONE, tail="uneven")) == [[8, 7], [6]]
+    assert ids(faccel.shard(DataLoader(Subset(Squares(9), [8, 7, 6]), 2), ONE, tail="uneven")) == [
+        [8, 7],
+        [6],
+    ]
 
 
 def test_the_users_collate_function_is_used():
-    loader = DataLoader(TensorDataset(torch.arange(4)), 2, collate_fn=lambda rows: [int(r[0]) * 10 for r in rows])
+    loader = DataLoader(
+        TensorDataset(torch.arange(4)), 2, collate_fn=lambda rows: [int(r[0]) * 10 for r in rows]
+    )
     assert list(faccel.shard(loader, ONE)) == [[0, 10], [20, 30]]
 
 
@@ -188,7 +202,12 @@ def where(_):
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_read_the_same_batches(persistent):
     data = DataLoader(
-        Squares(23), 4, shuffle=True, num_workers=2, persistent_workers=persistent, multiprocessing_context="fork"
+        Squares(23),
+        4,
+        shuffle=True,
+        num_workers=2,
+        persistent_workers=persistent,
+        multiprocessing_context="fork",
     )
     loader = faccel.shard(data, fake_context(1, 2))
     plain = faccel.shard(DataLoader(Squares(23), 4, shuffle=True), fake_context(1, 2))
@@ -220,7 +239,10 @@ def test_reading_draws_nothing_from_the_process_wide_generators():
     before = torch.get_rng_state()
     list(faccel.shard(DataLoader(Squares(8), 2, shuffle=True), ONE).at(0))
     list(
-        faccel.shard(DataLoader(Squares(8), 2, shuffle=True, num_workers=1, multiprocessing_context="fork"), ONE).at(0)
+        faccel.shard(
+            DataLoader(Squares(8), 2, shuffle=True, num_workers=1, multiprocessing_context="fork"),
+            ONE,
+        ).at(0)
     )
     assert torch.equal(before, torch.get_rng_state())
 
@@ -237,7 +259,12 @@ def test_placement_moves_every_tensor_and_leaves_the_rest():
 
     meta = attrs.evolve(ONE, device=torch.device("meta"))
     batch = next(
-        iter(faccel.shard(DataLoader(Squares(4), 2, collate_fn=lambda rows: {"x": rows[0]["x"], "s": "t"}), meta))
+        iter(
+            faccel.shard(
+                DataLoader(Squares(4), 2, collate_fn=lambda rows: {"x": rows[0]["x"], "s": "t"}),
+                meta,
+            )
+        )
     )
     assert batch["x"].device.type == "meta"
     assert batch["s"] == "t"

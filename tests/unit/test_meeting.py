@@ -20,7 +20,11 @@ def start(store, world_size, missing=(), timeout_s=20.0):
         except dist.DistNetworkError as error:
             names[rank] = error
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size) if rank not in missing]
+    threads = [
+        threading.Thread(target=run, args=(rank,))
+        for rank in range(world_size)
+        if rank not in missing
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -35,7 +35,11 @@ def test_a_mesh_that_does_not_fit_is_an_error_that_names_one_that_would(spec, wo
 
 
 def test_it_is_read_from_text_and_mappings():
-    assert MeshSpec.of("dp_shard=2, tp=4") == MeshSpec.of({"dp_shard": 2, "tp": 4}) == MeshSpec(dp_shard=2, tp=4)
+    assert (
+        MeshSpec.of("dp_shard=2, tp=4")
+        == MeshSpec.of({"dp_shard": 2, "tp": 4})
+        == MeshSpec(dp_shard=2, tp=4)
+    )
     for bad in (0, -2, "2", True):
         with pytest.raises(ConfigError):
             MeshSpec(tp=bad)

@@ -15,7 +15,9 @@ def z_score(statistic, freedom):
     return (statistic - freedom) / math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 100, 1000, SMALL - 1, SMALL, SMALL + 1, 100_003, 1_000_000])
+@pytest.mark.parametrize(
+    "n", [1, 2, 3, 5, 16, 100, 1000, SMALL - 1, SMALL, SMALL + 1, 100_003, 1_000_000]
+)
 def test_an_order_is_a_permutation(n):
     order = permute(np.arange(n), n, seed=3, epoch=1)
     assert np.array_equal(np.sort(order), np.arange(n))
@@ -29,11 +31,15 @@ def test_a_position_does_not_depend_on_what_else_is_asked(n):
 
 
 def test_orders_differ_between_seeds_and_epochs():
-    orders = [tuple(permute(np.arange(50), 50, s, e)) for s, e in itertools.product(range(20), range(20))]
+    orders = [
+        tuple(permute(np.arange(50), 50, s, e)) for s, e in itertools.product(range(20), range(20))
+    ]
     assert len(set(orders)) == 400
 
 
-@pytest.mark.parametrize(("n", "epochs"), [(2, 4000), (5, 4000), (16, 4000), (100, 2000), (1000, 300), (10**5, 6)])
+@pytest.mark.parametrize(
+    ("n", "epochs"), [(2, 4000), (5, 4000), (16, 4000), (100, 2000), (1000, 300), (10**5, 6)]
+)
 def test_positions_are_uniform(n, epochs):
     buckets = min(n, 50)  # which divides n
     counts = np.zeros((buckets, buckets))
@@ -47,7 +53,9 @@ def test_positions_are_uniform(n, epochs):
     assert abs(z_score(statistic, (buckets - 1) ** 2)) < 5
 
 
-@pytest.mark.parametrize(("n", "epochs"), [(5, 4000), (16, 4000), (100, 2000), (1000, 300), (10**5, 6)])
+@pytest.mark.parametrize(
+    ("n", "epochs"), [(5, 4000), (16, 4000), (100, 2000), (1000, 300), (10**5, 6)]
+)
 def test_neighbouring_pairs_are_uniform(n, epochs):
     buckets = min(n - 1, 100)
     counts = np.zeros(buckets)
@@ -60,7 +68,9 @@ def test_neighbouring_pairs_are_uniform(n, epochs):
     weights = np.bincount(np.arange(n - 1) * buckets // (n - 1), minlength=buckets) / (n - 1)
     expected = weights * counts.sum()
     assert abs(z_score((np.square(counts - expected) / expected).sum(), buckets - 1)) < 5
-    assert abs(followers - epochs) < 5 * math.sqrt(epochs)  # "the next sample follows": once per epoch on average
+    assert abs(followers - epochs) < 5 * math.sqrt(
+        epochs
+    )  # "the next sample follows": once per epoch on average
 
 
 def rows(plan, start=0):
@@ -74,7 +84,12 @@ def steps_in_order(n, b, w, tail, start=0):
     read = [rows(plan, start) for plan in plans]
     steps = []
     for s in range(max((len(r) for r in read), default=0)):
-        valid = [x for p, r in zip(plans, read, strict=True) if s < len(r) for x in r[s][: p.num_valid(start, s)]]
+        valid = [
+            x
+            for p, r in zip(plans, read, strict=True)
+            if s < len(r)
+            for x in r[s][: p.num_valid(start, s)]
+        ]
         steps.append((valid, plans[0].cursor(0, start, s)))
     return read, steps
 
@@ -96,7 +111,11 @@ def test_every_small_domain_is_read_exactly_once_and_resumed_on_any_world_size()
                 continue
             assert cursor == Cursor(0, len(seen))
             for other in range(1, 9):
-                rest = [x for v, _ in steps_in_order(n, b, other, tail, cursor.samples_consumed)[1] for x in v]
+                rest = [
+                    x
+                    for v, _ in steps_in_order(n, b, other, tail, cursor.samples_consumed)[1]
+                    for x in v
+                ]
                 left = n - len(seen)
                 dropped = left % (b * other) if tail == "drop" else 0
                 assert seen + rest == list(range(n - dropped)), (n, b, w, tail, s, other)

@@ -63,19 +63,28 @@ def test_the_environment_is_an_argument():
 
 
 def test_processes_that_do_not_find_each_other_are_an_error_within_the_timeout():
-    with pytest.raises(WorldError, match=r"rank 1 could not join the 4 processes at 127\.0\.0\.1:1"):
+    with pytest.raises(
+        WorldError, match=r"rank 1 could not join the 4 processes at 127\.0\.0\.1:1"
+    ):
         faccel.init(env=TORCHRUN, timeout_s=1)
     assert faccel.init(env={}).world_size == 1
 
 
 def run(*code):
     return subprocess.run(
-        [sys.executable, *code], capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, *code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
 def test_importing_faccel_and_its_help_import_no_torch():
-    out = run("-c", "import faccel, sys; print([m for m in ('torch', 'attrs', 'click', 'yaml') if m in sys.modules])")
+    out = run(
+        "-c",
+        "import faccel, sys; print([m for m in ('torch', 'attrs', 'click', 'yaml') if m in sys.modules])",
+    )
     assert (out.stdout, out.stderr) == ("[]\n", "")
     out = run("-X", "importtime", "-m", "faccel", "--help")
     assert "Usage: faccel" in out.stdout

@@ -98,9 +98,9 @@ def test_a_section_of_the_users_own_file(tmp_path):
     assert read(f"{path}#deep.er").values == {"seed": 5}
     with pytest.raises(ConfigError, match="`faccel`"):
         read(f"{path}#facel")
-    assert faccel.init(f"{path}#faccel", env={"FACCEL_SEED": "9"}).config.explain().splitlines()[2] == (
-        f"seed = 9  (environment FACCEL_SEED, over file {path}#faccel 4)"
-    )
+    assert faccel.init(f"{path}#faccel", env={"FACCEL_SEED": "9"}).config.explain().splitlines()[
+        2
+    ] == (f"seed = 9  (environment FACCEL_SEED, over file {path}#faccel 4)")
 
 
 BAD = {

@@ -32,7 +32,9 @@ def test_clipping_by_norm_is_torchs_and_reports_the_norm_from_before():
     opts[1].step()
     assert torch.equal(info.grad_norm, norm)
     assert info.grad_norm.ndim == 0
-    assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True)
+    )
 
 
 def test_clipping_by_value_comes_after_unscaling():
@@ -47,7 +49,9 @@ def test_clipping_by_value_comes_after_unscaling():
 def test_gradients_are_none_after_a_step_and_only_this_optimizers():
     a, b = net(), net()
     opt = torch.optim.SGD(a.parameters(), lr=1.0)
-    scaler = faccel.scaled_backward((a(torch.ones(1, 3)) + b(torch.ones(1, 3))).sum(), faccel.init_scaler(ONE), ONE)
+    scaler = faccel.scaled_backward(
+        (a(torch.ones(1, 3)) + b(torch.ones(1, 3))).sum(), faccel.init_scaler(ONE), ONE
+    )
     info, _ = faccel.optimizer_step(opt, scaler, ONE)
     assert info.grad_norm is None
     assert all(p.grad is None for p in a.parameters())
@@ -65,14 +69,18 @@ def test_schedulers_move_once_per_update_and_not_on_a_skipped_one():
         assert info.skipped == (factor != 1.0)
     assert (first.last_epoch, second.last_epoch) == (2, 2)
     with pytest.raises(ConfigError, match="plateau"):
-        step_once(HALF, scaler, model, opt, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(opt))
+        step_once(
+            HALF, scaler, model, opt, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(opt)
+        )
 
 
 def test_a_update_that_is_not_finite_is_applied_unless_asked_otherwise():
     for skip in (False, True):
         model = net()
         opt = torch.optim.SGD(model.parameters(), lr=1.0)
-        info, scaler = step_once(ONE, faccel.init_scaler(ONE), model, opt, float("nan"), skip_nonfinite=skip)
+        info, scaler = step_once(
+            ONE, faccel.init_scaler(ONE), model, opt, float("nan"), skip_nonfinite=skip
+        )
         assert info.skipped == skip
         assert model.weight.isfinite().all() == skip
         assert scaler.num_skipped == int(skip)
@@ -112,7 +120,10 @@ def test_two_optimizers_share_one_scaler(finite):
     for opt in opts:
         info, scaler = faccel.optimizer_step(opt, scaler, HALF)
         infos.append(info)
-    assert [i.scale for i in infos] == [4.0, 4.0]  # the second is unscaled by what its gradients were scaled by
+    assert [i.scale for i in infos] == [
+        4.0,
+        4.0,
+    ]  # the second is unscaled by what its gradients were scaled by
     assert torch.allclose(before - b.weight, torch.ones(1, 3))
     assert scaler.scale == (8.0 if finite else 2.0)
 
@@ -123,7 +134,9 @@ def test_the_scale_does_not_change_inside_a_window():
     scaler = faccel.init_scaler(HALF, scale=8.0, growth_interval=1)
     before = model.weight.detach().clone()
     for _ in range(3):
-        scaler = faccel.scaled_backward(model(torch.ones(1, 3)).sum(), scaler, HALF, scale=torch.tensor(0.5))
+        scaler = faccel.scaled_backward(
+            model(torch.ones(1, 3)).sum(), scaler, HALF, scale=torch.tensor(0.5)
+        )
     info, scaler = faccel.optimizer_step(opt, scaler, HALF)
     assert torch.allclose(before - model.weight, torch.full((1, 3), 1.5))
     assert (info.scale, scaler.scale) == (8.0, 16.0)
@@ -159,11 +172,19 @@ def test_a_loss_that_cannot_be_differentiated_is_an_error():
             faccel.scaled_backward(loss, faccel.init_scaler(ONE), ONE)
 
 
-@pytest.mark.parametrize("options", [{"clip_norm": 0.0}, {"clip_value": -1.0}, {"clip_norm": float("nan")}])
+@pytest.mark.parametrize(
+    "options", [{"clip_norm": 0.0}, {"clip_value": -1.0}, {"clip_norm": float("nan")}]
+)
 def test_a_limit_that_is_not_positive_is_an_error(options):
     model = net()
     with pytest.raises(ConfigError):
-        step_once(ONE, faccel.init_scaler(ONE), model, torch.optim.SGD(model.parameters(), lr=1.0), **options)
+        step_once(
+            ONE,
+            faccel.init_scaler(ONE),
+            model,
+            torch.optim.SGD(model.parameters(), lr=1.0),
+            **options,
+        )
 
 
 def test_an_error_leaves_the_gradients_as_they_were():
@@ -232,7 +253,9 @@ def test_a_wrapped_model_is_the_users_in_all_but_the_call():
 
 
 def test_placement_can_be_left_to_the_user():
-    ctx = attrs.evolve(fake_context(0, 1, config={"device_placement": False}), device=torch.device("meta"))
+    ctx = attrs.evolve(
+        fake_context(0, 1, config={"device_placement": False}), device=torch.device("meta")
+    )
     assert faccel.wrap(net(), ctx).weight.device.type == "cpu"
 
 
@@ -260,7 +283,9 @@ def test_optimizers_of_any_make_step(ctx):
         model = faccel.wrap(nn.Linear(2, 1, bias=False), ctx)
         before = model.weight.detach().clone()
         opt = faccel.wrap_optimizer(make(model.parameters()), model, ctx)
-        scaler = faccel.scaled_backward(model(torch.ones(1, 2)).sum(), faccel.init_scaler(ctx, scale=8.0), ctx)
+        scaler = faccel.scaled_backward(
+            model(torch.ones(1, 2)).sum(), faccel.init_scaler(ctx, scale=8.0), ctx
+        )
         if isinstance(opt, torch.optim.LBFGS):
             with pytest.raises(OptimizerError, match="closure"):
                 faccel.optimizer_step(opt, scaler, ctx)

@@ -101,7 +101,9 @@ def loader_of(kind, n, batch_size=2, workers=0):
             data, batch_sampler=BatchSampler(Shuffled(n), batch_size, drop_last=False), **options
         ),
         "ragged": lambda: DataLoader(
-            data, batch_sampler=[list(range(i, min(i + 1 + i % 3, n))) for i in ragged_starts(n)], **options
+            data,
+            batch_sampler=[list(range(i, min(i + 1 + i % 3, n))) for i in ragged_starts(n)],
+            **options,
         ),
         "iterable": lambda: DataLoader(Stream(n), batch_size, **options),
         "self_splitting": lambda: DataLoader(SelfSplitting(n), batch_size, **options),
@@ -127,12 +129,20 @@ def test_dealing_a_stream_is_the_same_as_the_arithmetic():
                 continue
             plan, order = ShardPlan(n, b, r, w, tail), Order(n, 0, 0, False)
             want = [
-                (x.tolist(), plan.num_valid(start, s), plan.cursor(0, start, s), s + 1 == plan.num_steps(start))
+                (
+                    x.tolist(),
+                    plan.num_valid(start, s),
+                    plan.cursor(0, start, s),
+                    s + 1 == plan.num_steps(start),
+                )
                 for s, x in enumerate(plan.batches(order, start))
             ]
             deal = Deal(b, w, tail)
             parts = [p for each in rounds(range(n), deal, start=start) if (p := each.part(r))]
-            got = [(p.units, p.num_valid, Cursor(1) if p.is_end else Cursor(0, p.consumed), p.is_last) for p in parts]
+            got = [
+                (p.units, p.num_valid, Cursor(1) if p.is_end else Cursor(0, p.consumed), p.is_last)
+                for p in parts
+            ]
             assert got == want
             assert deal.num_steps(n - start, r) == len(want)
             assert [p.step for p in parts] == [start // (b * w) + s for s in range(len(want))]
@@ -144,7 +154,9 @@ def test_dealing_a_stream_is_the_same_as_the_arithmetic():
 def test_every_loader_sees_each_sample_once(kind, world_size, workers):
     seen = []
     for rank in range(world_size):
-        loader = faccel.shard(loader_of(kind, 23, workers=workers), fake_context(rank, world_size)).at(1)
+        loader = faccel.shard(
+            loader_of(kind, 23, workers=workers), fake_context(rank, world_size)
+        ).at(1)
         steps = list(faccel.batches(loader))
         assert [b.is_last for b in steps] == [False] * (len(steps) - 1) + [True]
         assert steps[-1].cursor == Cursor(2)
@@ -162,7 +174,12 @@ def test_a_run_stopped_anywhere_goes_on_at_another_world_size(kind):
             loader = faccel.shard(loader_of(kind, 23), fake_context(rank, world_size))
             part = loader.resume(cursor)
             per_rank.append(list(itertools.islice(faccel.batches(part), stop)))
-        rows = [i for step in zip(*per_rank, strict=True) for b in step for i in ids(b.data)[: b.num_valid]]
+        rows = [
+            i
+            for step in zip(*per_rank, strict=True)
+            for b in step
+            for i in ids(b.data)[: b.num_valid]
+        ]
         return rows, per_rank[0][-1].cursor
 
     whole, _ = read(1, Cursor(1))
@@ -265,7 +282,10 @@ def test_a_loader_without_a_batch_size_hands_on_what_the_data_set_gives():
 def test_any_iterable_of_batches_is_shared():
     batches = [{"x": torch.full((2,), i)} for i in range(5)]
     seen = [
-        [(b.data["x"][0].item(), b.num_valid) for b in faccel.batches(faccel.shard(batches, fake_context(r, 2)))]
+        [
+            (b.data["x"][0].item(), b.num_valid)
+            for b in faccel.batches(faccel.shard(batches, fake_context(r, 2)))
+        ]
         for r in range(2)
     ]
     assert seen == [[(0, 2), (2, 2), (4, 2)], [(1, 2), (3, 2), (0, 0)]]
@@ -318,7 +338,9 @@ def test_a_dispatched_part_travels_to_its_rank_alone():
         return [x.shape for x in faccel.shard(big, ctx, mode="dispatch")]
 
     trace = simulate(fn, 4).trace
-    assert max(e.num_bytes for e in trace if e.rank == 0) < 4 * 4 * 1000 * 1.5  # four parts, each sent once
+    assert (
+        max(e.num_bytes for e in trace if e.rank == 0) < 4 * 4 * 1000 * 1.5
+    )  # four parts, each sent once
     assert all(e.num_bytes < 100 for e in trace if e.rank)
 
 
@@ -348,9 +370,14 @@ def test_a_mode_that_does_not_fit_is_an_error():
     with pytest.raises(DataError, match="streams"):
         faccel.shard(DataLoader(Rows(3), 1), fake_context(0, 1), mode="dispatch")
     with pytest.raises(DataError, match="has none"):
-        faccel.shard(DataLoader(Rows(3), batch_sampler=[[0]]), fake_context(0, 1), split_batches=True)
+        faccel.shard(
+            DataLoader(Rows(3), batch_sampler=[[0]]), fake_context(0, 1), split_batches=True
+        )
 
 
 def test_a_sequential_sampler_without_a_batch_size_needs_no_epoch():
-    loader = faccel.shard(DataLoader(Rows(3), batch_size=None, sampler=SequentialSampler(range(3))), fake_context(0, 1))
+    loader = faccel.shard(
+        DataLoader(Rows(3), batch_size=None, sampler=SequentialSampler(range(3))),
+        fake_context(0, 1),
+    )
     assert [int(x[0]) for x in loader] == [0, 1, 2]

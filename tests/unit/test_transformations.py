@@ -15,7 +15,9 @@ SHAPES = {"a.weight": (3, 2), "a.bias": (3,), "b.weight": (2, 2)}
 
 def draw(seed, **shapes):
     generator = torch.Generator().manual_seed(seed)
-    return TensorDict({n: torch.randn(s, generator=generator) for n, s in (shapes or SHAPES).items()})
+    return TensorDict(
+        {n: torch.randn(s, generator=generator) for n, s in (shapes or SHAPES).items()}
+    )
 
 
 def walk(optimizer, num_steps=5, grads=None, donate=False):
@@ -60,7 +62,10 @@ def test_clipping_by_the_global_norm_is_torchs(donate):
 
 
 def test_param_groups_are_torchs():
-    groups = {"decay": func.adamw(1e-2, weight_decay=0.3), "rest": func.adamw(1e-3, weight_decay=0.0)}
+    groups = {
+        "decay": func.adamw(1e-2, weight_decay=0.3),
+        "rest": func.adamw(1e-3, weight_decay=0.0),
+    }
     params, _, _ = walk(func.partition(groups, lambda n, p: "decay" if p.ndim > 1 else "rest"))
 
     def make(p):
@@ -94,7 +99,9 @@ def test_muon_and_adamw_share_a_model():
     assert sorted(state["partition"]["rest"]["exp_avg"].keys()) == ["a.bias"]
 
 
-@pytest.mark.parametrize("mask", [("a.*",), {n: n.startswith("a") for n in SHAPES}, lambda n, p: n.startswith("a")])
+@pytest.mark.parametrize(
+    "mask", [("a.*",), {n: n.startswith("a") for n in SHAPES}, lambda n, p: n.startswith("a")]
+)
 def test_a_mask_leaves_the_others_as_they_are(mask):
     params, _, _ = walk(func.masked(func.sgd(0.1), mask))
     assert torch.equal(params["b.weight"], draw(0)["b.weight"])
@@ -106,13 +113,17 @@ def test_a_mask_leaves_the_others_as_they_are(mask):
 
 
 def test_frozen_parts_and_two_optimizers_by_masks():
-    both = func.partition({"on": func.sgd(0.1), "off": func.frozen()}, lambda n, p: "on" if n[0] == "a" else "off")
+    both = func.partition(
+        {"on": func.sgd(0.1), "off": func.frozen()}, lambda n, p: "on" if n[0] == "a" else "off"
+    )
     equal(walk(both)[0], walk(func.masked(func.sgd(0.1), ("a.*",)))[0])
 
 
 @pytest.mark.parametrize("donate", [False, True])
 def test_accumulated_steps_are_those_of_the_mean_gradient(donate):
-    optimizer = func.chain(func.accumulate(3), func.clip_by_global_norm(0.5), func.adamw(1e-2), func.ema(0.5))
+    optimizer = func.chain(
+        func.accumulate(3), func.clip_by_global_norm(0.5), func.adamw(1e-2), func.ema(0.5)
+    )
     _, state, seen = walk(optimizer, num_steps=6, donate=donate)
     means = []
     for i in (1, 4):
@@ -120,7 +131,10 @@ def test_accumulated_steps_are_those_of_the_mean_gradient(donate):
         means.append(TensorDict({n: (parts[0][n] + parts[1][n] + parts[2][n]) / 3 for n in SHAPES}))
     equal(seen[0], draw(0))
     equal(seen[1], draw(0))
-    equal(seen[5], by_torch(lambda p: torch.optim.AdamW(p.values(), lr=1e-2), 2, clip=0.5, grads=means))
+    equal(
+        seen[5],
+        by_torch(lambda p: torch.optim.AdamW(p.values(), lr=1e-2), 2, clip=0.5, grads=means),
+    )
     assert int(state["adamw"]["count"]) == 2
     assert int(state["accumulate"]["count"]) == 0
 
@@ -130,10 +144,14 @@ def test_an_update_that_is_not_finite_is_left_out(donate):
     bad = draw(2)
     bad["a.bias"][1] = float("inf")
     grads = [draw(1), bad, draw(3)]
-    optimizer = func.chain(func.skip_nonfinite(), func.scale_by_schedule(lambda n: 0.5**n), func.adamw(1e-2))
+    optimizer = func.chain(
+        func.skip_nonfinite(), func.scale_by_schedule(lambda n: 0.5**n), func.adamw(1e-2)
+    )
     params, state, _ = walk(optimizer, 3, grads=[g.clone() for g in grads], donate=donate)
     without = walk(
-        func.chain(func.scale_by_schedule(lambda n: 0.5**n), func.adamw(1e-2)), 2, grads=[grads[0], grads[2]]
+        func.chain(func.scale_by_schedule(lambda n: 0.5**n), func.adamw(1e-2)),
+        2,
+        grads=[grads[0], grads[2]],
     )
     equal(params, without[0])
     assert int(state["skip_nonfinite"]["num_skipped"]) == 1
@@ -153,7 +171,9 @@ def test_averages_are_torchs(donate):
     params = {name: nn.Parameter(value) for name, value in draw(0).items()}
     holder = Holder(params)
     averaged = AveragedModel(holder, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    averaged.n_averaged += 1  # torch begins with the parameters after the first update, we with those before
+    averaged.n_averaged += (
+        1  # torch begins with the parameters after the first update, we with those before
+    )
     optimizer = torch.optim.SGD(params.values(), lr=0.1)
     for i in range(5):
         for name, grad in draw(i + 1).items():
@@ -179,11 +199,17 @@ def test_gates_inside_of_a_partition_are_the_parts_own():
     "make",
     [
         lambda: func.chain(
-            func.accumulate(2), func.clip_by_global_norm(0.5), func.adamw(func.cosine(6)), func.ema(0.5)
+            func.accumulate(2),
+            func.clip_by_global_norm(0.5),
+            func.adamw(func.cosine(6)),
+            func.ema(0.5),
         ),
-        lambda: func.chain(func.skip_nonfinite(), func.scale_by_schedule(func.linear(1.0, 0.0, 6)), func.sgd(0.1)),
+        lambda: func.chain(
+            func.skip_nonfinite(), func.scale_by_schedule(func.linear(1.0, 0.0, 6)), func.sgd(0.1)
+        ),
         lambda: func.partition(
-            {"a": func.chain(func.clip_by_value(0.1), func.rmsprop()), "b": func.frozen()}, lambda n, p: n[0]
+            {"a": func.chain(func.clip_by_value(0.1), func.rmsprop()), "b": func.frozen()},
+            lambda n, p: n[0],
         ),
         lambda: func.masked(func.adamw(0.1), ("a.*",)),
         lambda: func.partition({"a": func.adafactor(), "b": func.adamw(0.1)}, lambda n, p: n[0]),
@@ -192,17 +218,29 @@ def test_gates_inside_of_a_partition_are_the_parts_own():
 def test_under_vmap_and_compile_a_chain_does_what_it_does_eagerly(make):
     optimizer = make()
     grads = [draw(i + 1) for i in range(4)]
-    grads[1]["a.bias"][0] = float("nan") if "skip_nonfinite" in dict(optimizer.init(draw(0)).items()) else 0.0
+    grads[1]["a.bias"][0] = (
+        float("nan") if "skip_nonfinite" in dict(optimizer.init(draw(0)).items()) else 0.0
+    )
     expected, state, _ = walk(optimizer, 4, grads=grads)
 
     def one(params, grad, state):
-        updates, new = optimizer.update(TensorDict(grad), func.tensordicts.tensordict(state), TensorDict(params))
-        return func.tensordicts.plain(func.apply_updates(TensorDict(params), updates)), func.tensordicts.plain(new)
+        updates, new = optimizer.update(
+            TensorDict(grad), func.tensordicts.tensordict(state), TensorDict(params)
+        )
+        return func.tensordicts.plain(
+            func.apply_updates(TensorDict(params), updates)
+        ), func.tensordicts.plain(new)
 
     batched = lambda *args: torch.vmap(one)(*args)  # noqa: E731
-    for run, extra in ((batched, True), (torch.compile(one, backend="eager", fullgraph=True), False)):
+    for run, extra in (
+        (batched, True),
+        (torch.compile(one, backend="eager", fullgraph=True), False),
+    ):
         lift = (lambda t: torch.stack([t, t])) if extra else (lambda t: t)
-        params, held = _map(lift, dict(draw(0).items())), _map(lift, func.tensordicts.plain(optimizer.init(draw(0))))
+        params, held = (
+            _map(lift, dict(draw(0).items())),
+            _map(lift, func.tensordicts.plain(optimizer.init(draw(0)))),
+        )
         for grad in grads:
             params, held = run(params, _map(lift, dict(grad.items())), held)
         for name, value in expected.items():
@@ -214,7 +252,11 @@ def test_under_vmap_and_compile_a_chain_does_what_it_does_eagerly(make):
 
 
 def _map(fn, tree):
-    return fn(tree) if isinstance(tree, torch.Tensor) else {name: _map(fn, each) for name, each in tree.items()}
+    return (
+        fn(tree)
+        if isinstance(tree, torch.Tensor)
+        else {name: _map(fn, each) for name, each in tree.items()}
+    )
 
 
 LR = torch.optim.lr_scheduler
@@ -249,12 +291,20 @@ def test_schedules_follow_each_other_and_a_warm_up_starts_above_zero():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: func.chain(func.masked(func.scale_by_schedule(lambda n: 0.0), ("a.*",)), func.sgd(0.1)),
+        lambda: func.chain(
+            func.masked(func.scale_by_schedule(lambda n: 0.0), ("a.*",)), func.sgd(0.1)
+        ),
         lambda: func.masked(func.chain(func.clip_by_value(1.0), func.accumulate(2)), ("a.*",)),
-        lambda: func.partition({"a": func.skip_nonfinite(), "b": func.skip_nonfinite()}, lambda n, p: n[0]),
-        lambda: func.partition({"a": func.sgd(0.1), "b": func.clip_by_value(1.0)}, lambda n, p: n[0]),
+        lambda: func.partition(
+            {"a": func.skip_nonfinite(), "b": func.skip_nonfinite()}, lambda n, p: n[0]
+        ),
+        lambda: func.partition(
+            {"a": func.sgd(0.1), "b": func.clip_by_value(1.0)}, lambda n, p: n[0]
+        ),
         lambda: func.chain(func.sgd(0.1), func.chain(func.clip_by_global_norm(0.1))),
-        lambda: func.chain(func.sgd(0.1), func.partition({"a": func.clip_by_value(1.0)}, lambda n, p: "a")),
+        lambda: func.chain(
+            func.sgd(0.1), func.partition({"a": func.clip_by_value(1.0)}, lambda n, p: "a")
+        ),
         lambda: func.chain(torch.optim.SGD([torch.zeros(1)])),
         lambda: func.chain(func.sgd),
     ],
@@ -264,7 +314,9 @@ def test_what_could_not_act_as_it_stands_is_refused(make):
         make()
 
 
-@pytest.mark.parametrize("inner", [func.adamw, func.muon, lambda: func.chain(func.skip_nonfinite(), func.sgd(0.1))])
+@pytest.mark.parametrize(
+    "inner", [func.adamw, func.muon, lambda: func.chain(func.skip_nonfinite(), func.sgd(0.1))]
+)
 def test_a_label_that_no_parameter_has_does_no_harm(inner):
     optimizer = func.partition({"all": func.sgd(0.1), "none": inner()}, lambda n, p: "all")
     equal(walk(optimizer)[0], walk(func.sgd(0.1))[0])
@@ -290,7 +342,9 @@ def test_kernels_that_write_into_gradients_are_given_copies():
     equal(grads, before)
 
 
-@pytest.mark.parametrize("wrong", [func.accumulate(2), func.ema(0.5), func.skip_nonfinite(), func.adafactor()])
+@pytest.mark.parametrize(
+    "wrong", [func.accumulate(2), func.ema(0.5), func.skip_nonfinite(), func.adafactor()]
+)
 def test_a_state_of_another_one_is_refused_by_each(wrong):
     with pytest.raises(OptimizerError, match="not the state of"):
         wrong.update(draw(1), func.sgd(0.1, momentum=0.9).init(draw(0)), draw(0))

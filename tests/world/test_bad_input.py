@@ -46,7 +46,9 @@ def scaler_forgotten_later(ctx):
     model, opt = net(ctx)
     scaler = faccel.scaled_backward(model(torch.ones(1, 2)).sum(), faccel.init_scaler(ctx), ctx)
     _, scaler = faccel.optimizer_step(opt, scaler, ctx)
-    model(torch.ones(1, 2)).sum().backward()  # gradients that were never scaled would be divided by 65536
+    model(
+        torch.ones(1, 2)
+    ).sum().backward()  # gradients that were never scaled would be divided by 65536
     faccel.optimizer_step(opt, scaler, ctx)
 
 
@@ -69,9 +71,21 @@ MISTAKES = {
         DataError,
         r"at\(cursor.epoch\)",
     ),
-    "a cursor of another seed": (lambda ctx: loader(ctx, seed=1).resume(place(ctx)), DataError, "seed"),
-    "a cursor behind the end": (lambda ctx: next(iter(loader(ctx).resume(faccel.Cursor(0, 99)))), DataError, "resume"),
-    "a loader that is sharded already": (lambda ctx: faccel.shard(loader(ctx), ctx), DataError, "once"),
+    "a cursor of another seed": (
+        lambda ctx: loader(ctx, seed=1).resume(place(ctx)),
+        DataError,
+        "seed",
+    ),
+    "a cursor behind the end": (
+        lambda ctx: next(iter(loader(ctx).resume(faccel.Cursor(0, 99)))),
+        DataError,
+        "resume",
+    ),
+    "a loader that is sharded already": (
+        lambda ctx: faccel.shard(loader(ctx), ctx),
+        DataError,
+        "once",
+    ),
     "split_batches of an iterable": (
         lambda ctx: faccel.shard([torch.ones(4)], ctx, split_batches=True),
         DataError,
@@ -83,10 +97,26 @@ MISTAKES = {
         "Batch.num_valid",
     ),
     "a number as a cursor": (lambda ctx: loader(ctx).resume(3), DataError, "loader.at"),
-    "a number as a start": (lambda ctx: next(loader(ctx).epochs(3, start=1)), DataError, "batch.cursor"),
-    "num_valid out of range": (lambda ctx: faccel.gather(torch.ones(2), ctx, num_valid=3), DataError, "num_valid"),
-    "a model without parameters": (lambda ctx: faccel.wrap(nn.ReLU(), ctx), ModelError, "use it as it is"),
-    "a step without scaled_backward": (step_without_backward, ScalerError, "scaler = faccel.scaled_backward"),
+    "a number as a start": (
+        lambda ctx: next(loader(ctx).epochs(3, start=1)),
+        DataError,
+        "batch.cursor",
+    ),
+    "num_valid out of range": (
+        lambda ctx: faccel.gather(torch.ones(2), ctx, num_valid=3),
+        DataError,
+        "num_valid",
+    ),
+    "a model without parameters": (
+        lambda ctx: faccel.wrap(nn.ReLU(), ctx),
+        ModelError,
+        "use it as it is",
+    ),
+    "a step without scaled_backward": (
+        step_without_backward,
+        ScalerError,
+        "scaler = faccel.scaled_backward",
+    ),
     "a forgotten scaler": (scaler_forgotten, ScalerError, "scaler = faccel.scaled_backward"),
     "no gradient": (no_gradient, OptimizerError, "scaled_backward"),
     "a loss that is a number": (
@@ -99,9 +129,15 @@ MISTAKES = {
         ScalerError,
         "init_scaler",
     ),
-    "a step with no scaler": (lambda ctx: faccel.optimizer_step(net(ctx)[1], None, ctx), ScalerError, "init_scaler"),
+    "a step with no scaler": (
+        lambda ctx: faccel.optimizer_step(net(ctx)[1], None, ctx),
+        ScalerError,
+        "init_scaler",
+    ),
     "the two results of a step as a scaler": (
-        lambda ctx: faccel.scaled_backward(torch.ones((), requires_grad=True), (None, faccel.init_scaler(ctx)), ctx),
+        lambda ctx: faccel.scaled_backward(
+            torch.ones((), requires_grad=True), (None, faccel.init_scaler(ctx)), ctx
+        ),
         ScalerError,
         "info, scaler",
     ),
@@ -150,7 +186,9 @@ def test_a_cursor_of_a_stream_does_not_care_about_the_seed():
 def test_optimizers_that_come_and_go_are_told_apart():
     def fn(ctx):
         ws = [torch.nn.Parameter(torch.ones(1)) for _ in range(4)]
-        scaler = faccel.scaled_backward(sum(w.sum() for w in ws), faccel.init_scaler(ctx, scale=8.0), ctx)
+        scaler = faccel.scaled_backward(
+            sum(w.sum() for w in ws), faccel.init_scaler(ctx, scale=8.0), ctx
+        )
         for w in ws:
             _, scaler = faccel.optimizer_step(torch.optim.SGD([w], lr=0.5), scaler, ctx)
         pickled = pickle.loads(pickle.dumps(scaler))

@@ -30,7 +30,9 @@ ONE = fake_context(0, 1)
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+        self.layers = nn.Sequential(
+            nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1)
+        )
 
     def forward(self, x):
         return self.layers(x)
@@ -70,7 +72,12 @@ def run(state, ctx, num_steps):
             _, scaler = faccel.optimizer_step(opt, scaler, ctx, scheduler=state["schedule"])
             step += 1
             if step == state["step"] + num_steps:
-                new = {"scaler": scaler, "cursor": window.cursor, "rng": faccel.rng_state(ctx), "step": step}
+                new = {
+                    "scaler": scaler,
+                    "cursor": window.cursor,
+                    "rng": faccel.rng_state(ctx),
+                    "step": step,
+                }
                 return state | new
     return None
 
@@ -120,14 +127,21 @@ def test_any_world_size_loads_what_another_saved(tmp_path):
         ranks = simulate(fn, world_size)
         assert all(equal(rank[0], expected) for rank in ranks)
         assert len({rank[1] for rank in ranks}) == 1
-        assert len({tuple(rank[2].tolist()) for rank in ranks}) == world_size  # generators of their own
+        assert (
+            len({tuple(rank[2].tolist()) for rank in ranks}) == world_size
+        )  # generators of their own
 
 
 def test_generators_come_back_for_each_rank(tmp_path):
     import random
 
     def draw():
-        return torch.rand(2).tolist(), np.random.rand(2).tolist(), np.random.randn(1).tolist(), random.gauss(0, 1)
+        return (
+            torch.rand(2).tolist(),
+            np.random.rand(2).tolist(),
+            np.random.randn(1).tolist(),
+            random.gauss(0, 1),
+        )
 
     def fn(ctx):
         draw()
@@ -198,7 +212,11 @@ DTYPES = [
 def same(a, b):
     if isinstance(a, torch.Tensor):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        return a.view(torch.uint8).equal(b.view(torch.uint8)) if a.dtype.itemsize == 1 else torch.equal(a, b)
+        return (
+            a.view(torch.uint8).equal(b.view(torch.uint8))
+            if a.dtype.itemsize == 1
+            else torch.equal(a, b)
+        )
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and np.array_equal(a, b)
     if isinstance(a, tuple) and hasattr(a, "_fields"):
@@ -272,7 +290,9 @@ def test_an_optimizer_is_kept_by_the_names_of_its_parameters(tmp_path):
         model = faccel.wrap(nn.Linear(2, 1), ONE)
         groups = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.2}]
         opt = torch.optim.SGD(groups[::-1] if swapped else groups, momentum=0.9)
-        faccel.scaled_backward(model(torch.ones(1, 2)).sum() * (3 if swapped else 1), faccel.init_scaler(ONE), ONE)
+        faccel.scaled_backward(
+            model(torch.ones(1, 2)).sum() * (3 if swapped else 1), faccel.init_scaler(ONE), ONE
+        )
         opt.step()
         return {"model": model, "opt": opt}
 
@@ -280,7 +300,9 @@ def test_an_optimizer_is_kept_by_the_names_of_its_parameters(tmp_path):
     at = faccel.save(first, tmp_path, ONE, step=1)
     manifest = json.loads(pathlib.Path(at.path, "manifest.json").read_bytes().split(b"\n")[1])
     assert set(manifest["state"]["opt"]["v"]["state"]) == {"model/weight", "model/bias"}
-    momentum = [first["opt"].state[p]["momentum_buffer"].clone() for p in first["model"].parameters()]
+    momentum = [
+        first["opt"].state[p]["momentum_buffer"].clone() for p in first["model"].parameters()
+    ]
     second = build(swapped=True)
     faccel.load(second, tmp_path, ONE)
     for expected, p in zip(momentum, second["model"].parameters(), strict=True):
@@ -305,7 +327,12 @@ class Malicious:
 def test_nothing_in_a_checkpoint_is_executed_or_escapes_it(tmp_path):
     at, _ = saved(tmp_path / "runs")
     folder = pathlib.Path(at.path)
-    for name in (".metadata", "model.bin", "rank-00000.json", "x.pkl"):  # unknown files are never opened
+    for name in (
+        ".metadata",
+        "model.bin",
+        "rank-00000.json",
+        "x.pkl",
+    ):  # unknown files are never opened
         (folder / name).write_bytes(pickle.dumps(Malicious()))
     assert faccel.load(make(ONE), tmp_path / "runs", ONE)["step"] == 2
     assert not os.path.exists("/tmp/faccel-was-executed")
@@ -321,7 +348,9 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path):
     manifest = read_manifest(at.path)
     for name in ("../../etc/passwd", "/etc/passwd", "a/../b", ".."):
         files = (attrs.evolve(manifest.files[0], name=name),)
-        pathlib.Path(at.path, "manifest.json").write_bytes(attrs.evolve(manifest, files=files).to_bytes())
+        pathlib.Path(at.path, "manifest.json").write_bytes(
+            attrs.evolve(manifest, files=files).to_bytes()
+        )
         assert "outside" in faccel.checkpoint.checkpoints(tmp_path)[0].problem
     assert isinstance(manifest, Manifest)
 
@@ -348,7 +377,11 @@ MISFITS = {
 class Wider(Net):
     def __init__(self):
         super().__init__()
-        self.layers[0], self.layers[1], self.layers[3] = nn.Linear(4, 9), nn.BatchNorm1d(9), nn.Linear(9, 1)
+        self.layers[0], self.layers[1], self.layers[3] = (
+            nn.Linear(4, 9),
+            nn.BatchNorm1d(9),
+            nn.Linear(9, 1),
+        )
 
 
 @pytest.mark.parametrize("what", MISFITS)
@@ -396,10 +429,14 @@ def test_overwriting_drops_the_newer_ones_after_the_new_one_is_there(tmp_path):
 
 def test_policies_choose_what_stays(tmp_path):
     keep = (
-        faccel.checkpoint.keep_latest(2) | faccel.checkpoint.keep_best(1, "accuracy") | faccel.checkpoint.keep_every(4)
+        faccel.checkpoint.keep_latest(2)
+        | faccel.checkpoint.keep_best(1, "accuracy")
+        | faccel.checkpoint.keep_every(4)
     )
     for step, accuracy in enumerate([0.1, 0.9, 0.3, 0.5, 0.4, 0.2, 0.6], start=1):
-        faccel.save({"x": step}, tmp_path, ONE, step=step, keep=keep, metadata={"accuracy": accuracy})
+        faccel.save(
+            {"x": step}, tmp_path, ONE, step=step, keep=keep, metadata={"accuracy": accuracy}
+        )
     assert steps(tmp_path) == [7, 6, 4, 2]
     faccel.save({"x": 8}, tmp_path, ONE, step=8, keep=1)
     assert steps(tmp_path) == [8]
@@ -490,7 +527,10 @@ def test_a_later_update_does_not_reach_what_is_written_in_the_background(tmp_pat
             assert "still" in at.problem
             x.fill_(-1)
         assert faccel.latest(tmp_path, ctx).step == 3
-        return [faccel.load({"x": None}, tmp_path, ctx, step=step)["x"].unique().tolist() for step in (1, 2, 3)]
+        return [
+            faccel.load({"x": None}, tmp_path, ctx, step=step)["x"].unique().tolist()
+            for step in (1, 2, 3)
+        ]
 
     assert simulate(fn, 2) == ([[1.0], [2.0], [3.0]],) * 2
 
@@ -499,7 +539,9 @@ def test_an_error_in_the_background_surfaces_at_the_next_call_on_every_rank(tmp_
     def fn(ctx):
         faccel.save({"x": 1}, tmp_path, ctx, step=1, background=True)
         faccel.save({"x": torch.ones(3)}, tmp_path, ctx, step=2)
-        faccel.save({"x": torch.ones(3)}, tmp_path, ctx, step=3, background=True, metadata={"bad": object()})
+        faccel.save(
+            {"x": torch.ones(3)}, tmp_path, ctx, step=3, background=True, metadata={"bad": object()}
+        )
         with pytest.raises(CheckpointError, match="background"):
             faccel.save({"x": 4}, tmp_path, ctx, step=4)
         faccel.save({"x": 4}, tmp_path, ctx, step=4)
@@ -563,11 +605,21 @@ def test_a_module_hears_which_version_wrote_its_state(tmp_path):
 
 
 def test_keys_of_any_kind_keep_their_tensors_apart(tmp_path):
-    tensors = {1: torch.tensor(10.0), "1": torch.tensor(20.0), "#1": torch.tensor(30.0), (1, "1"): torch.tensor(40.0)}
+    tensors = {
+        1: torch.tensor(10.0),
+        "1": torch.tensor(20.0),
+        "#1": torch.tensor(30.0),
+        (1, "1"): torch.tensor(40.0),
+    }
     state = {"x": tensors, "__metadata__": torch.ones(1), "n": {np.int64(1): "a", np.int64(2): "b"}}
     faccel.save(state, tmp_path, ONE, step=1)
     back = faccel.load({"x": None, "__metadata__": None, "n": {}}, tmp_path, ONE)
-    assert {key: x.item() for key, x in back["x"].items()} == {1: 10, "1": 20, "#1": 30, (1, "1"): 40}
+    assert {key: x.item() for key, x in back["x"].items()} == {
+        1: 10,
+        "1": 20,
+        "#1": 30,
+        (1, "1"): 40,
+    }
     assert back["n"] == {1: "a", 2: "b"}
 
 
@@ -582,7 +634,11 @@ def test_values_grow_and_shrink_and_models_do_not(tmp_path):
     back = faccel.load({"history": [], "metrics": {}, "nets": {0: net}}, tmp_path, ONE)
     assert back["history"] == state["history"]
     assert back["metrics"] == {"loss": [1.0]}
-    for wrong in ({"nets": {0: net, 1: nn.Linear(1, 1)}}, {"nets": [net, net]}, {"metrics": {"accuracy": 0}}):
+    for wrong in (
+        {"nets": {0: net, 1: nn.Linear(1, 1)}},
+        {"nets": [net, net]},
+        {"metrics": {"accuracy": 0}},
+    ):
         with pytest.raises(CheckpointError, match="does not fit"):
             faccel.load(wrong, tmp_path, ONE)
 
@@ -595,8 +651,14 @@ def test_an_error_of_any_kind_on_one_rank_reaches_the_others(tmp_path):
     def fn(ctx):
         for bad in ({"metadata": {"a": object()}}, {}):
             with pytest.raises(CheckpointError):
-                faccel.save({"x": Broken() if not bad and ctx.rank else 0}, tmp_path, ctx, step=1, **bad)
-        left = [name for name in os.listdir(tmp_path) if name.startswith(".tmp-")] if ctx.is_main else []
+                faccel.save(
+                    {"x": Broken() if not bad and ctx.rank else 0}, tmp_path, ctx, step=1, **bad
+                )
+        left = (
+            [name for name in os.listdir(tmp_path) if name.startswith(".tmp-")]
+            if ctx.is_main
+            else []
+        )
         assert left == []
         faccel.save({"x": 1}, tmp_path, ctx, step=1)
         return faccel.load({"x": 0}, tmp_path, ctx)["x"]
@@ -648,11 +710,20 @@ def test_shutdown_waits_for_a_rank_that_is_still_writing(tmp_path):
 def test_a_policy_that_fails_leaves_everything_as_it_was(tmp_path):
     faccel.save({"x": 1}, tmp_path, ONE, step=1)
     with pytest.raises(CheckpointError, match="ZeroDivisionError"):
-        faccel.save({"x": 2}, tmp_path, ONE, step=2, keep=faccel.checkpoint.KeepPolicy(lambda found: 1 / 0))
+        faccel.save(
+            {"x": 2}, tmp_path, ONE, step=2, keep=faccel.checkpoint.KeepPolicy(lambda found: 1 / 0)
+        )
     assert steps(tmp_path) == [1]
     with pytest.raises(ConfigError):
         faccel.checkpoint.keep_latest(1.5)
-    faccel.save({"x": 2}, tmp_path, ONE, step=2, keep=faccel.checkpoint.keep_best(1, "a"), metadata={"a": None})
+    faccel.save(
+        {"x": 2},
+        tmp_path,
+        ONE,
+        step=2,
+        keep=faccel.checkpoint.keep_best(1, "a"),
+        metadata={"a": None},
+    )
     assert steps(tmp_path) == [2]
 
 
@@ -672,11 +743,15 @@ def test_a_file_that_is_a_link_to_somewhere_else_is_not_read(tmp_path):
 
 def test_optimizers_with_strange_states_come_back(tmp_path):
     net = nn.Linear(2, 1)
-    opt = torch.optim.SGD([{"params": []}, {"params": list(net.parameters())}, {"params": [], "lr": 7.0}], lr=0.1)
+    opt = torch.optim.SGD(
+        [{"params": []}, {"params": list(net.parameters())}, {"params": [], "lr": 7.0}], lr=0.1
+    )
     opt.state["count"] = {"n": 3}
     opt.state[net.weight] = {"seen": 5, "x": torch.ones(1, 2)}
     faccel.save({"net": net, "opt": opt}, tmp_path, ONE, step=1)
-    again = torch.optim.SGD([{"params": []}, {"params": list(net.parameters())}, {"params": []}], lr=0.3)
+    again = torch.optim.SGD(
+        [{"params": []}, {"params": list(net.parameters())}, {"params": []}], lr=0.3
+    )
     faccel.load({"net": net, "opt": again}, tmp_path, ONE)
     assert [group["lr"] for group in again.param_groups] == [0.1, 0.1, 7.0]
     assert again.state["count"] == {"n": 3}
@@ -714,7 +789,12 @@ def test_ranks_that_ask_for_something_else_are_an_error_on_each(tmp_path, what):
     def fn(ctx):
         asked = {"step": 1, "path": tmp_path, "background": False, "overwrite": False}
         if ctx.rank:
-            asked[what] = {"step": 2, "path": tmp_path / "b", "background": True, "overwrite": True}[what]
+            asked[what] = {
+                "step": 2,
+                "path": tmp_path / "b",
+                "background": True,
+                "overwrite": True,
+            }[what]
         with pytest.raises(CheckpointError, match=f"another `{what}`"):
             faccel.save({"x": 1}, asked.pop("path"), ctx, **asked)
         return faccel.latest(tmp_path, ctx)
@@ -722,19 +802,25 @@ def test_ranks_that_ask_for_something_else_are_an_error_on_each(tmp_path, what):
     assert simulate(fn, 2) == (None, None)
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root to mount a small disk")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root to mount a small disk"
+)
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(tmp_path, background):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], check=False
+    ).returncode:
         pytest.skip("a small disk cannot be mounted here")
     try:
 
         def fn(ctx):
             faccel.save({"x": torch.ones(10)}, disk / "runs", ctx, step=1)
             with pytest.raises(CheckpointError, match="No space left") as caught:
-                faccel.save({"x": torch.ones(10**6)}, disk / "runs", ctx, step=2, background=background)
+                faccel.save(
+                    {"x": torch.ones(10**6)}, disk / "runs", ctx, step=2, background=background
+                )
                 faccel.latest(disk / "runs", ctx)
             assert caught.value.fix == "make room"
             return faccel.load({"x": None}, disk / "runs", ctx)["x"].shape
@@ -746,7 +832,9 @@ def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(tmp_path, backgr
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("saved_value", [None, 1, "x", {"weight": torch.ones(1)}, [1], torch.ones(1)], ids=str)
+@pytest.mark.parametrize(
+    "saved_value", [None, 1, "x", {"weight": torch.ones(1)}, [1], torch.ones(1)], ids=str
+)
 def test_a_value_where_an_object_is_to_be_loaded_is_refused(tmp_path, saved_value):
     faccel.save({"x": saved_value, "n": 1}, tmp_path, ONE, step=1)
     net = nn.Linear(1, 1)
@@ -758,7 +846,10 @@ def test_a_value_where_an_object_is_to_be_loaded_is_refused(tmp_path, saved_valu
 def test_a_part_below_the_top_can_be_loaded_too(tmp_path):
     net = nn.Linear(1, 1)
     faccel.save({"a": {"net": net, "n": 1}, "t": {"x": 1, "y": 2}}, tmp_path, ONE, step=1)
-    assert faccel.load({"a": {"n": 0}, "t": {"x": 0}}, tmp_path, ONE) == {"a": {"n": 1}, "t": {"x": 1}}
+    assert faccel.load({"a": {"n": 0}, "t": {"x": 0}}, tmp_path, ONE) == {
+        "a": {"n": 1},
+        "t": {"x": 1},
+    }
     assert faccel.load({"t": {}}, tmp_path, ONE) == {"t": {"x": 1, "y": 2}}
     assert faccel.load({}, tmp_path, ONE) == {}
 

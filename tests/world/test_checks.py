@@ -21,7 +21,9 @@ def steps(ctx):
 
 
 def test_a_rank_that_raises_at_one_collective():
-    with pytest.raises(InjectedError, match=r"rank 1, collective 2: all_reduce at .*test_checks.py"):
+    with pytest.raises(
+        InjectedError, match=r"rank 1, collective 2: all_reduce at .*test_checks.py"
+    ):
         simulate(steps, 3, faults=[Fault(1, 2, "raise")])
 
 
@@ -34,7 +36,9 @@ def test_a_corrupted_part_shows_where_it_was_used_and_nowhere_else():
     out = simulate(steps, 2, faults=[Fault(0, 1, "corrupt")])
     assert [x[0].isnan().item() for x in out[1]] == [False, True, False]
     flipped = simulate(
-        lambda ctx: faccel.reduce(torch.zeros(1, dtype=torch.int64), ctx), 2, faults=[Fault(1, 0, "corrupt")]
+        lambda ctx: faccel.reduce(torch.zeros(1, dtype=torch.int64), ctx),
+        2,
+        faults=[Fault(1, 0, "corrupt")],
     )
     assert flipped[0].item() == -1
 
@@ -85,6 +89,8 @@ def test_what_is_pure_passes():
 
 
 def test_a_function_that_depends_on_the_world_is_found():
-    equal_to_single_process(lambda ctx: faccel.reduce(torch.ones(3), ctx, op="mean"), world_sizes=(2, 3))
+    equal_to_single_process(
+        lambda ctx: faccel.reduce(torch.ones(3), ctx, op="mean"), world_sizes=(2, 3)
+    )
     with pytest.raises(AssertionError, match="rank 0 of 2 differ"):
         equal_to_single_process(lambda ctx: faccel.reduce(torch.ones(3), ctx))

@@ -36,7 +36,9 @@ def train(ctx, ddp, both=True, num_updates=3):
     model.norm.eval()  # its statistics are of this rank's rows alone
     opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
     scaler = faccel.init_scaler(ctx)
-    rows = torch.randn(num_updates, 8, 16, generator=faccel.random.generator(1), dtype=torch.float64)
+    rows = torch.randn(
+        num_updates, 8, 16, generator=faccel.random.generator(1), dtype=torch.float64
+    )
     for update in rows:
         x = update.chunk(ctx.data_world_size)[ctx.data_rank]
         scaler = faccel.scaled_backward(model(x, both).square().mean(), scaler, ctx)
@@ -64,25 +66,33 @@ def test_every_option_trains_as_one_process_does(options):
         assert distance(got, expected) < 1e-14
 
 
-@pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"find_unused_parameters": True}, {"static_graph": True}], ids=str
+)
 def test_unused_parameters_are_left_as_they_are(options):
     expected = run(fake_context(0, 1), {}, both=False)
     for got in simulate(run, 2, options, False):
         assert distance(got, expected) < 1e-14
 
 
-@pytest.mark.parametrize("options", [{"static_graph": True}, {"find_unused_parameters": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"static_graph": True}, {"find_unused_parameters": True}], ids=str
+)
 def test_windows_accumulate_under_every_option(options):
     def fn(ctx):
         model = faccel.wrap(
-            nn.Linear(2, 1, bias=False), ctx, plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(**options))
+            nn.Linear(2, 1, bias=False),
+            ctx,
+            plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(**options)),
         )
         rows, grads = torch.arange(16.0).view(8, 2), []
         for window in rows.view(2, 2, 2, 2)[:, :, :, :]:  # windows of two micro-batches of two rows
             for i, micro in enumerate(window):
                 with faccel.grad_sync(model, on=i == 1):
                     mine = micro.chunk(ctx.data_world_size)[ctx.data_rank]
-                    faccel.scaled_backward(model(mine).mean(), faccel.init_scaler(ctx), ctx, scale=0.5)
+                    faccel.scaled_backward(
+                        model(mine).mean(), faccel.init_scaler(ctx), ctx, scale=0.5
+                    )
             grads.append(model.weight.grad.clone())
             model.zero_grad()
         return grads
@@ -108,10 +118,14 @@ def test_unused_parameters_without_the_option_are_an_error_that_shows_it():
 def test_ranks_may_use_different_branches():
     def fn(ctx):
         model = faccel.wrap(
-            Branches(), ctx, plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(find_unused_parameters=True))
+            Branches(),
+            ctx,
+            plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(find_unused_parameters=True)),
         )
         model.norm.eval()
-        faccel.scaled_backward(model(torch.ones(2, 16), ctx.rank == 0).sum(), faccel.init_scaler(ctx), ctx)
+        faccel.scaled_backward(
+            model(torch.ones(2, 16), ctx.rank == 0).sum(), faccel.init_scaler(ctx), ctx
+        )
         return model.second.bias.grad.clone()
 
     a, b = simulate(fn, 2)
@@ -129,7 +143,9 @@ def test_buckets_are_as_small_as_asked_for():
 
 def statistics(ctx, sync):
     model = faccel.wrap(
-        nn.BatchNorm1d(1), ctx, plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(forward_sync_buffers=sync))
+        nn.BatchNorm1d(1),
+        ctx,
+        plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(forward_sync_buffers=sync)),
     )
     before = model.running_mean.clone()
     for _ in range(2):
@@ -149,11 +165,15 @@ def test_buffers_stay_each_ranks_own_where_asked_until_evaluation():
 def compressed(ctx, hook, num_updates=4):
     powersgd = faccel.parallel.PowerSgdConfig(rank=2, start_step=2)
     return train(
-        ctx, faccel.parallel.DdpConfig(comm_hook=hook, powersgd=powersgd, bucket_cap_mb=1), num_updates=num_updates
+        ctx,
+        faccel.parallel.DdpConfig(comm_hook=hook, powersgd=powersgd, bucket_cap_mb=1),
+        num_updates=num_updates,
     )
 
 
-@pytest.mark.parametrize(("hook", "atol"), [("fp16", 1e-4), ("bf16", 1e-3), ("powersgd", 0.1), ("fp16_powersgd", 0.1)])
+@pytest.mark.parametrize(
+    ("hook", "atol"), [("fp16", 1e-4), ("bf16", 1e-3), ("powersgd", 0.1), ("fp16_powersgd", 0.1)]
+)
 def test_compressed_gradients_are_close_and_the_same_on_every_rank(hook, atol):
     exact = compressed(fake_context(0, 1), None)
     first, second = simulate(compressed, 2, hook)
@@ -163,7 +183,9 @@ def test_compressed_gradients_are_close_and_the_same_on_every_rank(hook, atol):
 
 def test_compression_sends_fewer_bytes():
     def sent(hook):
-        return sum(e.num_bytes for e in simulate(compressed, 2, hook, 8).trace if e.op == "all_reduce")
+        return sum(
+            e.num_bytes for e in simulate(compressed, 2, hook, 8).trace if e.op == "all_reduce"
+        )
 
     plain = sent(None)
     assert sent("fp16") < 0.3 * plain  # a quarter: the model is in double precision

@@ -27,9 +27,13 @@ def sees(fn, world_size=2, **options):
 APART = {
     "op": lambda ctx: faccel.reduce(torch.ones(2), ctx, op="max" if ctx.rank else "sum"),
     "shape": lambda ctx: faccel.reduce(torch.ones(4) if ctx.rank else torch.ones(2, 2), ctx),
-    "dtype": lambda ctx: faccel.reduce(torch.ones(2, dtype=torch.int32 if ctx.rank else torch.float32), ctx),
+    "dtype": lambda ctx: faccel.reduce(
+        torch.ones(2, dtype=torch.int32 if ctx.rank else torch.float32), ctx
+    ),
     "keys": lambda ctx: faccel.reduce({"ab"[ctx.rank]: torch.ones(2)}, ctx),
-    "axis": lambda ctx: faccel.reduce(torch.ones(2), ctx, axis="dp_replicate" if ctx.rank else "world"),
+    "axis": lambda ctx: faccel.reduce(
+        torch.ones(2), ctx, axis="dp_replicate" if ctx.rank else "world"
+    ),
     "src": lambda ctx: faccel.broadcast(torch.ones(2), ctx, src=ctx.rank),
     "leaves": lambda ctx: faccel.gather([torch.ones(2)] * (1 + ctx.rank), ctx),
     "call": lambda ctx: (faccel.gather if ctx.rank else faccel.broadcast)(torch.ones(2), ctx),
@@ -59,7 +63,9 @@ def test_another_line_is_a_difference():
 
 
 def test_leaves_are_named():
-    got = sees(lambda ctx: faccel.reduce({"a": [torch.ones(1)], "b" * (1 + ctx.rank): torch.ones(3)}, ctx))[0]
+    got = sees(
+        lambda ctx: faccel.reduce({"a": [torch.ones(1)], "b" * (1 + ctx.rank): torch.ones(3)}, ctx)
+    )[0]
     assert "x['a'][0]: float32[1], x['b']: float32[3]" in got
     assert "x['bb']: float32[3]" in got
 
@@ -94,7 +100,9 @@ def test_a_rank_that_never_comes_is_a_desync_too():
 
 
 def test_one_process_has_nobody_to_compare_with():
-    assert simulate(lambda ctx: faccel.reduce(torch.tensor(2), ctx).item(), 1, config=CHECKED) == (2,)
+    assert simulate(lambda ctx: faccel.reduce(torch.tensor(2), ctx).item(), 1, config=CHECKED) == (
+        2,
+    )
 
 
 def test_nothing_is_left_in_the_store():

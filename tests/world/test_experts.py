@@ -96,8 +96,14 @@ def test_experts_that_are_spread_over_ranks_train_as_one_process_does(mesh, tied
 
 PLANS = {
     "checkpoint": ("dp_shard=4,ep=2", faccel.Plan(units="Block", activation_checkpoint="full")),
-    "by size": ("dp_shard=4,ep=2", faccel.Plan(units=3000, fsdp=FsdpConfig(prefetch=1))),  # the experts of a layer
-    "layers": ("dp_shard=2,ep=2", faccel.Plan(units="MoE", fsdp=FsdpConfig(reshard_after_forward=False))),
+    "by size": (
+        "dp_shard=4,ep=2",
+        faccel.Plan(units=3000, fsdp=FsdpConfig(prefetch=1)),
+    ),  # the experts of a layer
+    "layers": (
+        "dp_shard=2,ep=2",
+        faccel.Plan(units="MoE", fsdp=FsdpConfig(reshard_after_forward=False)),
+    ),
     "number": ("dp_shard=4,ep=4", faccel.Plan(fsdp=FsdpConfig(reshard_after_forward=2))),
     "experts": ("dp_shard=2,ep=2", faccel.Plan(units="Experts", offload=True)),
 }
@@ -109,7 +115,9 @@ def test_no_plan_changes_the_result(name):
     check_equal(on(mesh, plan=plan), reference())
 
 
-@pytest.mark.parametrize("num_experts", [2, 6])  # one or three on each rank of `ep`, for four ranks that hold the same
+@pytest.mark.parametrize(
+    "num_experts", [2, 6]
+)  # one or three on each rank of `ep`, for four ranks that hold the same
 def test_fewer_experts_than_ranks_are_shared_by_rows(num_experts):
     check_equal(on("dp_shard=8,ep=2", num_experts=num_experts), reference(num_experts=num_experts))
 
@@ -134,7 +142,9 @@ def held(ctx):
 def test_a_rank_holds_its_own_experts_only_and_in_order():
     whole = model().blocks[0].moe.experts.up
     for rank, (up, router) in enumerate(on("dp_shard=4,ep=2", held)):
-        first = 4 * (rank % 2) + 2 * (rank // 2)  # four for each rank of `ep`, which two ranks share
+        first = 4 * (rank % 2) + 2 * (
+            rank // 2
+        )  # four for each rank of `ep`, which two ranks share
         assert torch.equal(up, whole[first : first + 2])
         assert router == (2, WIDTH)
 
@@ -151,10 +161,14 @@ def test_ranks_may_have_other_numbers_of_tokens_where_nothing_is_dropped():
 
 
 def in_bf16(ctx):
-    net = faccel.wrap(model(dtype=torch.float32), ctx, plan=faccel.Plan(fsdp=FsdpConfig(fp32_units="blocks.0")))
+    net = faccel.wrap(
+        model(dtype=torch.float32), ctx, plan=faccel.Plan(fsdp=FsdpConfig(fp32_units="blocks.0"))
+    )
     seen = {}
     for i, block in enumerate(net.module.blocks):
-        block.moe.experts.register_forward_hook(lambda m, args, out, i=i: seen.update({i: out.dtype}))
+        block.moe.experts.register_forward_hook(
+            lambda m, args, out, i=i: seen.update({i: out.dtype})
+        )
     loss = loss_of(net(tokens()[:, :-1]), tokens()[:, 1:])
     faccel.scaled_backward(loss, faccel.init_scaler(ctx), ctx)
     return loss.item(), net.module.blocks[1].moe.balance_loss.dtype, seen
@@ -162,7 +176,9 @@ def in_bf16(ctx):
 
 def test_experts_compute_in_the_precision_of_their_unit():
     want = loss_of(model()(tokens()[:, :-1]), tokens()[:, 1:]).item()
-    for loss, balance, seen in simulate(in_bf16, 2, mesh="dp_shard=2,ep=2", config={"mixed_precision": "bf16"}):
+    for loss, balance, seen in simulate(
+        in_bf16, 2, mesh="dp_shard=2,ep=2", config={"mixed_precision": "bf16"}
+    ):
         assert loss == pytest.approx(want, abs=0.02)
         assert balance == torch.float32
         assert seen == {0: torch.float32, 1: torch.bfloat16}
@@ -187,7 +203,9 @@ def by_hand(moe, x, capacity):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize(("capacity_factor", "capacity"), [(None, 99), (0.7, 0.7), (1.0, 1.0), (ROOMY, ROOMY)])
+@pytest.mark.parametrize(
+    ("capacity_factor", "capacity"), [(None, 99), (0.7, 0.7), (1.0, 1.0), (ROOMY, ROOMY)]
+)
 def test_the_layer_is_the_plain_loop(top_k, capacity_factor, capacity):
     torch.manual_seed(0)
     moe = MoE(6, 10, 4, top_k=top_k, capacity_factor=capacity_factor).double()
@@ -245,9 +263,19 @@ def refused(ctx, make, kind):
 @pytest.mark.parametrize(
     ("mesh", "make", "kind", "what"),
     [
-        ("dp_shard=2,ep=2", lambda: model(num_experts=5), ModelError, "ep=2 does not divide the experts"),
+        (
+            "dp_shard=2,ep=2",
+            lambda: model(num_experts=5),
+            ModelError,
+            "ep=2 does not divide the experts",
+        ),
         ("dp_shard=2,ep=2", CharModel, ConfigError, "the mesh has `ep`, and the model no experts"),
-        ("dp_shard=2,ep=2,tp=2", model, ConfigError, "this version has no expert parallel with tensor parallel"),
+        (
+            "dp_shard=2,ep=2,tp=2",
+            model,
+            ConfigError,
+            "this version has no expert parallel with tensor parallel",
+        ),
     ],
     ids=["number", "none", "tp"],
 )

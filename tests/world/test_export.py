@@ -30,7 +30,9 @@ class Tied(nn.Module):
 def test_a_small_model_is_one_file_that_safetensors_reads(tmp_path):
     net = nn.Linear(3, 2)
     assert (
-        simulate(lambda ctx: faccel.checkpoint.export_model(faccel.wrap(net, ctx), tmp_path, ctx), 2)
+        simulate(
+            lambda ctx: faccel.checkpoint.export_model(faccel.wrap(net, ctx), tmp_path, ctx), 2
+        )
         == (["model.safetensors"],) * 2
     )
     assert os.listdir(tmp_path) == ["model.safetensors"]
@@ -49,10 +51,14 @@ def test_shards_have_an_index_and_load_again(tmp_path, size, num_files):
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
         assert set(index["weight_map"].values()) == set(files)
         assert (
-            index["metadata"]["total_size"] == sum(x.nbytes for x in net.state_dict().values()) - net.head.weight.nbytes
+            index["metadata"]["total_size"]
+            == sum(x.nbytes for x in net.state_dict().values()) - net.head.weight.nbytes
         )
     faccel.checkpoint.load_model(other, tmp_path, ONE)
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True)
+    )
     assert other.head.weight is other.embed.weight
 
 
@@ -67,7 +73,12 @@ def test_tied_weights_are_stored_once_and_named(tmp_path):
 
 
 def test_what_an_older_export_left_is_gone_and_nothing_else(tmp_path):
-    for name in ("config.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "notes.safetensors"):
+    for name in (
+        "config.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "notes.safetensors",
+    ):
         (tmp_path / name).write_text("{}")
     faccel.checkpoint.export_model(Tied(), tmp_path, ONE, max_shard_size=200)
     faccel.checkpoint.export_model(nn.Linear(2, 2), tmp_path, ONE)
@@ -118,7 +129,10 @@ def sharded(ctx, seed):
 
 
 def whole(net):
-    return [p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach().clone() for p in net.parameters()]
+    return [
+        p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach().clone()
+        for p in net.parameters()
+    ]
 
 
 def test_sharded_tensors_are_saved_by_their_ranks_and_read_in_any_layout(tmp_path):
@@ -131,7 +145,10 @@ def test_sharded_tensors_are_saved_by_their_ranks_and_read_in_any_layout(tmp_pat
         return at
 
     at = simulate(save, 4)[0]
-    stored = {rank: load_file(f"{at.path}/shard-{rank + 1:05d}-model-00001-of-00001.safetensors") for rank in range(4)}
+    stored = {
+        rank: load_file(f"{at.path}/shard-{rank + 1:05d}-model-00001-of-00001.safetensors")
+        for rank in range(4)
+    }
     assert [len(stored[rank]["net/weight"]) for rank in range(4)] == [2, 2, 2, 1]
 
     def load(ctx, how):
@@ -161,7 +178,9 @@ def test_the_command_line_merges_and_lists(tmp_path):
     out = CliRunner().invoke(main, ["merge", str(tmp_path / "two"), str(tmp_path / "out")])
     assert out.exit_code == 1
     assert "`a`, `b`" in out.output
-    out = CliRunner().invoke(main, ["merge", str(tmp_path / "two"), str(tmp_path / "out"), "--model", "b"])
+    out = CliRunner().invoke(
+        main, ["merge", str(tmp_path / "two"), str(tmp_path / "out"), "--model", "b"]
+    )
     assert out.exit_code == 0
 
     out = CliRunner().invoke(main, ["checkpoints", str(tmp_path / "runs")])
@@ -206,7 +225,9 @@ def test_modules_that_give_copies_away_and_complex_numbers_are_merged_and_loaded
     faccel.checkpoint.load_model(net, tmp_path / "out", ONE)
     assert net.z.tolist() == [2 + 1j] * 2
     copies = Copies(0.0)
-    faccel.checkpoint.export_model(nn.ParameterDict({"x": torch.full((3,), 5.0)}), tmp_path / "x", ONE)
+    faccel.checkpoint.export_model(
+        nn.ParameterDict({"x": torch.full((3,), 5.0)}), tmp_path / "x", ONE
+    )
     with pytest.raises(CheckpointError, match="missing"):
         faccel.checkpoint.load_model(copies, tmp_path / "x", ONE)
 
@@ -222,14 +243,18 @@ def test_a_corrupt_checkpoint_is_not_merged_and_none_is_spoiled(tmp_path):
 
 
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"weight": "../secret.safetensors"}}')
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"weight": "../secret.safetensors"}}'
+    )
     with pytest.raises(CheckpointError, match="index"):
         faccel.checkpoint.load_model(nn.Linear(1, 1), tmp_path, ONE)
 
 
 def test_an_object_is_written_whole_by_rank_0(tmp_path):
     def fn(ctx):
-        faccel.checkpoint.save_object({"rank": ctx.rank, "x": torch.ones(2)}, tmp_path / "x.pt", ctx)
+        faccel.checkpoint.save_object(
+            {"rank": ctx.rank, "x": torch.ones(2)}, tmp_path / "x.pt", ctx
+        )
         with pytest.raises(CheckpointError):
             faccel.checkpoint.save_object(1, tmp_path / "no" / "x.pt", ctx)
         return torch.load(tmp_path / "x.pt")["rank"]

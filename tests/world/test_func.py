@@ -47,7 +47,10 @@ def test_a_step_equals_the_one_of_a_single_rank_on_the_whole_batch(world_size, o
 def test_a_step_equals_the_module_path(world_size):
     results = simulate(module_path, world_size)
     for (state, _), params in zip(simulate(run, world_size), results, strict=True):
-        close({f"['params'][{name!r}]": p for name, p in params.items()}, {k: state[k] for k in state if "params" in k})
+        close(
+            {f"['params'][{name!r}]": p for name, p in params.items()},
+            {k: state[k] for k in state if "params" in k},
+        )
 
 
 def test_weights_count_exactly_whatever_each_rank_has():
@@ -81,18 +84,25 @@ def test_one_all_reduce_per_bucket_carries_gradients_loss_count_and_buffers():
         options = {"has_buffers": True, "weight": lambda batch: len(batch[1])}
         func.make_step(loss_fn, func.sgd(0.1), ctx, **options)(state, batch_of(0, ctx))
 
-    trace = [event for event in simulate(step, 2).trace if event.rank == 0 and event.op != "broadcast"]
-    assert [event.op for event in trace] == ["all_reduce", "all_reduce"]  # the first compares buffers, once
-    floats = sum(p.numel() for p in net(norm=True).parameters()) + 2 + 12  # loss, count; two running statistics
+    trace = [
+        event for event in simulate(step, 2).trace if event.rank == 0 and event.op != "broadcast"
+    ]
+    assert [event.op for event in trace] == [
+        "all_reduce",
+        "all_reduce",
+    ]  # the first compares buffers, once
+    floats = (
+        sum(p.numel() for p in net(norm=True).parameters()) + 2 + 12
+    )  # loss, count; two running statistics
     assert trace[-1].num_bytes == 8 * floats
 
 
 def test_buckets_are_as_large_as_asked_for():
     def step(ctx):
         params = TensorDict({name: torch.ones(1000) for name in "abcd"})
-        func.value_and_grad(lambda p, b, g: sum(v.sum() for v in p.values()), ctx, bucket_cap_mb=8000 / 2**20)(
-            params, None, torch.Generator()
-        )
+        func.value_and_grad(
+            lambda p, b, g: sum(v.sum() for v in p.values()), ctx, bucket_cap_mb=8000 / 2**20
+        )(params, None, torch.Generator())
 
     sizes = [event.num_bytes for event in simulate(step, 2).trace if event.rank == 0]
     assert sizes == [8000, 8000, 4]
@@ -108,7 +118,10 @@ def test_new_buffers_are_averaged_and_whole_numbers_kept():
 
     first, second = simulate(step, 2)
     close(first, second)
-    means = [torch.tanh(net(norm=True).first(torch.full((6,), float(r), dtype=torch.float64))) for r in range(2)]
+    means = [
+        torch.tanh(net(norm=True).first(torch.full((6,), float(r), dtype=torch.float64)))
+        for r in range(2)
+    ]
     assert torch.allclose(first["norm.running_mean"], 0.1 * (means[0] + means[1]) / 2)
     assert first["norm.num_batches_tracked"] == 1
 
@@ -117,7 +130,9 @@ def test_batch_norm_equals_the_module_with_micro_batches_one_after_the_other():
     model, ctx, optimizer = net(norm=True), fake_context(0, 1), func.sgd(0.1)
     state = func.init_state(model, optimizer, ctx, seed=0)
     x, y = batch_of(0, ctx)
-    step = func.make_step(loss_with_buffers(model), optimizer, ctx, has_buffers=True, num_micro_batches=2)
+    step = func.make_step(
+        loss_with_buffers(model), optimizer, ctx, has_buffers=True, num_micro_batches=2
+    )
     _, state = step(state, (x, y))
     for part in (slice(0, 4), slice(4, 8)):
         (F.cross_entropy(model(x[part]), y[part]) / 2).backward()
@@ -169,7 +184,11 @@ def test_dropout_leaves_the_generators_of_the_process_alone():
 
 @pytest.mark.parametrize("options", [{}, {"num_micro_batches": 2}, {"has_buffers": True}], ids=str)
 def test_a_step_is_pure(options):
-    ctx, model, optimizer = fake_context(0, 1), net(norm="has_buffers" in options, dropout=0.2), transformation()
+    ctx, model, optimizer = (
+        fake_context(0, 1),
+        net(norm="has_buffers" in options, dropout=0.2),
+        transformation(),
+    )
     state = func.init_state(model, optimizer, ctx, seed=0)
     loss_fn = loss_with_buffers(model) if options.get("has_buffers") else loss_of(model)
     step = func.make_step(loss_fn, optimizer, ctx, **options)
@@ -192,7 +211,9 @@ def test_a_state_is_rank_0s_and_the_model_is_left_alone():
 def test_merge_gives_a_module_and_refuses_another():
     ctx, model = fake_context(0, 1), net(norm=True, tied=True)
     state = func.init_state(model, func.sgd(0.1), ctx, seed=0)
-    _, state = func.make_step(loss_with_buffers(model), func.sgd(0.1), ctx, has_buffers=True)(state, batch_of(0, ctx))
+    _, state = func.make_step(loss_with_buffers(model), func.sgd(0.1), ctx, has_buffers=True)(
+        state, batch_of(0, ctx)
+    )
     merged = func.merge(model, state)
     assert merged.second.weight is merged.first.weight
     assert torch.equal(merged.first.weight, state.params["first.weight"])
@@ -251,7 +272,9 @@ def test_batches_of_a_loader_with_padding_are_cut_and_counted():
             (x,) = batch.data
             return func.functional_call(model, params, x[: batch.num_valid]).square().sum()
 
-        step = func.make_step(loss_fn, optimizer, ctx, weight=lambda batch: batch.num_valid, num_micro_batches=2)
+        step = func.make_step(
+            loss_fn, optimizer, ctx, weight=lambda batch: batch.num_valid, num_micro_batches=2
+        )
         for batch in faccel.batches(loader):
             _, state = step(state, batch)
         return state.params["weight"].item()
@@ -302,7 +325,10 @@ def test_the_digits_example_trains_as_its_module_path():
     state = func.init_state(model, optimizer, ctx, seed=0)
     step = func.make_step(loss_of(model), optimizer, ctx)
     wrapped = faccel.wrap(model, ctx)
-    opt, scaler = torch.optim.SGD(wrapped.parameters(), lr=0.02, momentum=0.9), faccel.init_scaler(ctx)
+    opt, scaler = (
+        torch.optim.SGD(wrapped.parameters(), lr=0.02, momentum=0.9),
+        faccel.init_scaler(ctx),
+    )
     for i in range(50):
         part = slice(i * 64 % 1280, i * 64 % 1280 + 64)
         _, state = step(state, (x[part], y[part]))

@@ -80,7 +80,9 @@ def test_a_state_is_a_pytree_that_vmap_and_grad_go_through():
         x, y = batch_of(0, CTX)
         return step(step(state, (x * scale, y))[1], (x, y))[0]["loss"]
 
-    slope = torch.func.grad(after_a_step)(torch.ones((), dtype=torch.float64), states_of(CTX, optimizer)[0])
+    slope = torch.func.grad(after_a_step)(
+        torch.ones((), dtype=torch.float64), states_of(CTX, optimizer)[0]
+    )
     rise = [after_a_step(1 + e, states_of(CTX, optimizer)[0]) for e in (1e-4, -1e-4)]
     assert torch.isclose(slope, (rise[0] - rise[1]) / 2e-4, rtol=1e-5)
 
@@ -92,7 +94,9 @@ def test_vmap_without_a_generator_refuses_dropout_and_takes_one_that_is_given():
     with pytest.raises(PurityError, match="ensemble"):
         torch.vmap(step, in_dims=(0, None))(states, batch_of(0, CTX))
     run = torch.vmap(
-        lambda s, b: step(s, b, torch.Generator().manual_seed(0)), in_dims=(0, None), randomness="different"
+        lambda s, b: step(s, b, torch.Generator().manual_seed(0)),
+        in_dims=(0, None),
+        randomness="different",
     )
     assert run(states, batch_of(0, CTX))[0]["loss"].isfinite().all()
 
@@ -104,7 +108,9 @@ def test_gradients_of_samples_are_those_of_each_alone():
     for i in range(len(y)):
         loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
         assert torch.allclose(losses[i], loss)
-        for name, grad in zip(params.keys(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        for name, grad in zip(
+            params.keys(), torch.autograd.grad(loss, list(model.parameters())), strict=True
+        ):
             assert torch.allclose(grads[name][i], grad, atol=1e-12), name
     clipped = func.clip_per_sample(grads, 0.1)
     norms = torch.stack([each.flatten(1).norm(dim=1) for each in clipped.values()]).norm(dim=0)
@@ -122,7 +128,9 @@ def test_samples_draw_differently():
 def run_private(ctx, noise=0.0, **options):
     model, optimizer = net(), func.sgd(0.5)
     state = func.init_state(model, optimizer, ctx, seed=0)
-    step = func.dp_sgd(loss_of(model), optimizer, ctx, clip_norm=0.1, noise_multiplier=noise, **options)
+    step = func.dp_sgd(
+        loss_of(model), optimizer, ctx, clip_norm=0.1, noise_multiplier=noise, **options
+    )
     for i in range(2):
         _, state = step(state, batch_of(i, ctx))
     return dict(state.params.items())
@@ -142,7 +150,13 @@ def test_noise_has_the_deviation_that_was_asked_for_on_any_number_of_ranks():
     def one(ctx):
         optimizer = func.sgd(1.0)
         state = func.init_state(nn.Linear(4000, 1, bias=False), optimizer, ctx, seed=0)
-        step = func.dp_sgd(lambda p, b, g: p["weight"].sum() * 0, optimizer, ctx, clip_norm=2.0, noise_multiplier=3.0)
+        step = func.dp_sgd(
+            lambda p, b, g: p["weight"].sum() * 0,
+            optimizer,
+            ctx,
+            clip_norm=2.0,
+            noise_multiplier=3.0,
+        )
         _, after = step(state, torch.zeros(4 // ctx.data_world_size, 1))
         return (after.params["weight"] - state.params["weight"]).std().item()
 
@@ -156,7 +170,9 @@ def curvature(ctx):
     params = TensorDict({n: p.detach() for n, p in model.named_parameters()})
     vector = TensorDict({n: torch.ones_like(p) for n, p in params.items()})
     batch, generator = batch_of(0, ctx), torch.Generator()
-    product = func.hessian_vector_product(loss_of(model), ctx, num_micro_batches=2)(params, vector, batch, generator)
+    product = func.hessian_vector_product(loss_of(model), ctx, num_micro_batches=2)(
+        params, vector, batch, generator
+    )
     top = func.sharpness(loss_of(model), ctx, num_iterations=100)(params, batch, generator)
     return dict(product.items()), top
 
@@ -175,7 +191,9 @@ def test_products_with_the_hessian_and_its_top_eigenvalue_are_right_on_ranks():
     top = max(torch.linalg.eigvalsh(hessian), key=abs)
     for world_size in (1, 2):
         for product, value in simulate(curvature, world_size):
-            assert torch.allclose(torch.cat([product[n].flatten() for n in names]), expected, atol=1e-12)
+            assert torch.allclose(
+                torch.cat([product[n].flatten() for n in names]), expected, atol=1e-12
+            )
             assert torch.isclose(value, top, rtol=1e-3)
 
 
@@ -256,7 +274,8 @@ def test_a_meta_gradient_passes_through_the_inner_steps_on_any_number_of_ranks()
 
 
 @pytest.mark.parametrize(
-    "inner", [func.adamw(0.1), func.rmsprop(0.1), func.chain(func.clip_by_global_norm(0.1), func.sgd(0.1))]
+    "inner",
+    [func.adamw(0.1), func.rmsprop(0.1), func.chain(func.clip_by_global_norm(0.1), func.sgd(0.1))],
 )
 def test_inner_steps_may_be_of_any_optimizer(inner):
     for value in run_meta(CTX, inner).values():
@@ -267,7 +286,9 @@ def test_adapting_outside_of_a_transform_is_the_same_training():
     model, (x, y) = net(), batch_of(0, CTX)
     state = func.init_state(model, func.adamw(0.1), CTX, seed=0)
     step = func.make_step(loss_of(model), func.adamw(0.1), CTX)
-    adapted = func.adapt(loss_of(model), func.adamw(0.1), num_steps=3)(state.params, (x, y), torch.Generator())
+    adapted = func.adapt(loss_of(model), func.adamw(0.1), num_steps=3)(
+        state.params, (x, y), torch.Generator()
+    )
     for _ in range(3):
         _, state = step(state, (x, y))
     close(dict(state.params.items()), dict(adapted.items()))
@@ -337,7 +358,10 @@ def test_a_step_compiles_into_one_graph_for_each_shape(donate):
     model, optimizer = (
         net(norm=True),
         func.chain(
-            func.clip_by_global_norm(0.5), func.scale_by_schedule(func.cosine(9)), func.adamw(1e-2), func.ema(0.9)
+            func.clip_by_global_norm(0.5),
+            func.scale_by_schedule(func.cosine(9)),
+            func.adamw(1e-2),
+            func.ema(0.9),
         ),
     )
     step = func.make_step(loss_with(model), optimizer, CTX, has_buffers=True, donate=donate)
@@ -357,12 +381,16 @@ def test_a_step_compiles_into_one_graph_for_each_shape(donate):
             with pytest.raises(DonatedError):
                 before.params["out.bias"]
     assert num_graphs() <= 2
-    close(*(func.tensordicts.leaves(func.train_state.leaves_of(each)) for each in (ours, state)), 1e-8)
+    close(
+        *(func.tensordicts.leaves(func.train_state.leaves_of(each)) for each in (ours, state)), 1e-8
+    )
 
 
 def loss_with(model):
     def loss_fn(params, batch, generator, buffers):
-        out, buffers = func.functional_call(model, params, batch[0], buffers=buffers, generator=generator)
+        out, buffers = func.functional_call(
+            model, params, batch[0], buffers=buffers, generator=generator
+        )
         return F.cross_entropy(out, batch[1]), buffers
 
     return loss_fn
@@ -407,4 +435,6 @@ def test_fp16_under_a_transform_is_refused():
     optimizer = func.sgd(0.1)
     states = func.stack([func.init_state(net(dtype=torch.float32), optimizer, ctx, seed=0)])
     with pytest.raises(ConfigError, match="bf16"):
-        func.ensemble(func.make_step(loss_of(net()), optimizer, ctx), ctx)(states, batch_of(0, ctx, torch.float32))
+        func.ensemble(func.make_step(loss_of(net()), optimizer, ctx), ctx)(
+            states, batch_of(0, ctx, torch.float32)
+        )

@@ -24,7 +24,9 @@ def train(ctx, kind, inside, mesh, steps=3):
 
     def backward(seed, scaler):
         batch = tokens(8, seed=seed).chunk(ctx.data_world_size)[ctx.data_rank]
-        return faccel.scaled_backward(loss_of(wrapped(batch[:, :-1]), batch[:, 1:]), scaler, ctx, scale=0.5)
+        return faccel.scaled_backward(
+            loss_of(wrapped(batch[:, :-1]), batch[:, 1:]), scaler, ctx, scale=0.5
+        )
 
     for step in range(steps):
         with faccel.grad_sync(wrapped, on=False):
@@ -55,10 +57,15 @@ def test_parameters_are_those_of_the_plain_loop(mesh, kind):
 
 def test_what_cannot_step_in_backward():
     net = torch.nn.Linear(1, 1)
-    for options, kind in (({"config": {"mixed_precision": "fp16"}}, ConfigError), ({}, OptimizerError)):
+    for options, kind in (
+        ({"config": {"mixed_precision": "fp16"}}, ConfigError),
+        ({}, OptimizerError),
+    ):
         ctx = fake_context(0, 1, **options)
         with pytest.raises(kind) as caught:
-            faccel.parallel.step_in_backward(torch.optim.SGD([torch.ones(1)]), faccel.wrap(net, ctx), ctx)
+            faccel.parallel.step_in_backward(
+                torch.optim.SGD([torch.ones(1)]), faccel.wrap(net, ctx), ctx
+            )
         assert caught.value.fix
 
     def replicas(ctx):

@@ -20,7 +20,9 @@ EPS = 1e-3  # Adam's usual one makes rounding errors in the gradients of key bia
 
 def update(net, opt, schedule, rank, step, ctx):
     rows = tokens(ROWS, seed=100 * rank + step)
-    scaler = faccel.scaled_backward(loss_of(net(rows[:, :-1]), rows[:, 1:]), faccel.init_scaler(ctx), ctx)
+    scaler = faccel.scaled_backward(
+        loss_of(net(rows[:, :-1]), rows[:, 1:]), faccel.init_scaler(ctx), ctx
+    )
     faccel.optimizer_step(opt, scaler, ctx, scheduler=schedule)
 
 
@@ -56,7 +58,12 @@ def by_hand(counts):
         schedule.step()
         states.append({name: p.detach().clone() for name, p in net.named_parameters()})
     start = dict(model().named_parameters())
-    return ([start, *states][max(counts)], states[-1], schedule.last_epoch, opt.param_groups[0]["lr"])
+    return (
+        [start, *states][max(counts)],
+        states[-1],
+        schedule.last_epoch,
+        opt.param_groups[0]["lr"],
+    )
 
 
 def check_close(got, expected, atol=1e-12):
@@ -127,7 +134,10 @@ def test_nothing_of_it_is_left_behind():
 def test_an_error_inside_is_raised_as_it_is_and_leaves_the_context():
     def fn(ctx):
         net = faccel.wrap(nn.Linear(2, 1), ctx)
-        with pytest.raises(KeyError, match="mine"), join(net, torch.optim.SGD(net.parameters(), lr=0.1), ctx):
+        with (
+            pytest.raises(KeyError, match="mine"),
+            join(net, torch.optim.SGD(net.parameters(), lr=0.1), ctx),
+        ):
             raise KeyError("mine")
         assert ctx.open_joins == []
 
@@ -149,7 +159,11 @@ def test_where_it_cannot_be_done_it_is_refused():
             join(faccel.wrap(nn.Linear(2, 1), ctx), opt, ctx)
 
     def zero(ctx):
-        net = faccel.wrap(nn.Linear(2, 1), ctx, plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(shard_optimizer=True)))
+        net = faccel.wrap(
+            nn.Linear(2, 1),
+            ctx,
+            plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(shard_optimizer=True)),
+        )
         with pytest.raises(ConfigError, match="shard_optimizer"):
             join(net, opt, ctx)
 

@@ -19,10 +19,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own advice on layou
 def updates(ctx, wrapped, opt, seeds):
     scaler = faccel.init_scaler(ctx)
     for seed in seeds:
-        data = torch.utils.data.DataLoader(tokens(ROWS, seed=seed), ROWS // 3 // ctx.data_world_size or 1)
+        data = torch.utils.data.DataLoader(
+            tokens(ROWS, seed=seed), ROWS // 3 // ctx.data_world_size or 1
+        )
         window = next(faccel.windows(faccel.shard(data, ctx), ctx, size=ROWS))
         _, scaler = faccel.parallel.pipeline_step(
-            lambda net, batch: loss_of(net(batch[:, :-1]), batch[:, 1:]), wrapped, window, scaler, ctx
+            lambda net, batch: loss_of(net(batch[:, :-1]), batch[:, 1:]),
+            wrapped,
+            window,
+            scaler,
+            ctx,
         )
         faccel.optimizer_step(opt, scaler, ctx)
 
@@ -66,7 +72,10 @@ def close(ours, theirs):
 def test_every_layout_loads_on_every_other(saved, tmp_path):
     theirs = simulate(save, faccel.MeshSpec.of(saved).size, saved, str(tmp_path), mesh=saved)
     for loaded in MESHES:
-        close(simulate(load, faccel.MeshSpec.of(loaded).size, loaded, str(tmp_path), mesh=loaded), theirs)
+        close(
+            simulate(load, faccel.MeshSpec.of(loaded).size, loaded, str(tmp_path), mesh=loaded),
+            theirs,
+        )
 
 
 @pytest.mark.parametrize("mesh", ["dp_shard=2", "dp_shard=2,tp=2", "dp_replicate=2,tp=2", "pp=2",

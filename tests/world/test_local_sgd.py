@@ -64,7 +64,9 @@ def check_close(got, expected, atol=1e-12):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_an_average_after_each_step_of_plain_sgd_is_ddp(world_size):
-    for (got, _), (expected, _) in zip(simulate(train, world_size, 1), simulate(train, world_size, None), strict=True):
+    for (got, _), (expected, _) in zip(
+        simulate(train, world_size, 1), simulate(train, world_size, None), strict=True
+    ):
         check_close(got, expected)
 
 
@@ -72,11 +74,15 @@ def test_an_average_after_each_step_of_plain_sgd_is_ddp(world_size):
 def test_replicas_train_on_their_own_between_two_averages(every):
     for (got, infos), expected in zip(simulate(train, 2, every), by_hand(every, 2), strict=True):
         check_close(got, expected)
-        assert [info.synced for info in infos] == [step % every == 0 for step in range(1, STEPS + 1)]
+        assert [info.synced for info in infos] == [
+            step % every == 0 for step in range(1, STEPS + 1)
+        ]
 
 
 def test_processes_do_what_a_simulation_does():
-    for (real, infos), (simulated, same) in zip(run_ranks(train, 2, 4), simulate(train, 2, 4), strict=True):
+    for (real, infos), (simulated, same) in zip(
+        run_ranks(train, 2, 4), simulate(train, 2, 4), strict=True
+    ):
         check_close(real, simulated)
         assert infos == same
 
@@ -109,7 +115,10 @@ def test_a_bucket_is_one_all_reduce(bucket_cap_mb):
 
 def test_a_mean_is_fresh_keeps_dtypes_and_leaves_the_argument_alone():
     def fn(ctx):
-        params = {"b": torch.full((2, 3), ctx.rank + 1.0), "a": torch.tensor(ctx.rank * 2.0, dtype=torch.float64)}
+        params = {
+            "b": torch.full((2, 3), ctx.rank + 1.0),
+            "a": torch.tensor(ctx.rank * 2.0, dtype=torch.float64),
+        }
         params |= {
             "d": torch.ones(5) * ctx.rank,
             "half": torch.tensor([ctx.rank, 1], dtype=torch.bfloat16),
@@ -148,7 +157,13 @@ def test_frozen_parameters_do_not_travel():
 
 @pytest.mark.parametrize(
     "options",
-    [{"every": 0}, {"every": -1}, {"step": 0}, {"bucket_cap_mb": 0}, {"bucket_cap_mb": float("nan")}],
+    [
+        {"every": 0},
+        {"every": -1},
+        {"step": 0},
+        {"bucket_cap_mb": 0},
+        {"bucket_cap_mb": float("nan")},
+    ],
     ids=str,
 )
 def test_a_number_that_is_not_positive_is_an_error(options):

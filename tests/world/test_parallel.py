@@ -31,7 +31,11 @@ def one():
     def reference(**options):
         key = str(sorted(options.items(), key=str))
         if key not in made:
-            (made[key],) = simulate(train, 1, None) if not options else simulate(lambda ctx: train(ctx, **options), 1)
+            (made[key],) = (
+                simulate(train, 1, None)
+                if not options
+                else simulate(lambda ctx: train(ctx, **options), 1)
+            )
         return made[key]
 
     return reference
@@ -60,7 +64,9 @@ def test_in_fp32_with_checkpointing_and_foreach(mesh, one):
 @pytest.mark.parametrize(("mesh", "stages"), [("pp=2", 1), ("pp=3", 1), ("pp=4", 1), ("pp=2", 2)])
 def test_a_pipeline_infers_batches_of_any_size(mesh, stages):
     schedule = "interleaved" if stages > 1 else "1f1b"
-    pipeline = faccel.parallel.PipelineConfig(chain=CHAIN, schedule=schedule, stages_per_rank=stages)
+    pipeline = faccel.parallel.PipelineConfig(
+        chain=CHAIN, schedule=schedule, stages_per_rank=stages
+    )
 
     def infer(ctx):
         wrapped = faccel.wrap(model(), ctx, plan=PLAN(pipeline=pipeline))
@@ -94,9 +100,13 @@ def test_what_fsdp_can_be_told_changes_no_number(reshard, offload, one):
         assert max(differences(got, one()).values()) < 1e-10
 
 
-@pytest.mark.parametrize("units", [None, "Block", ("blocks.0", "blocks.1"), ("Attention", "blocks.*.up"), 500])
+@pytest.mark.parametrize(
+    "units", [None, "Block", ("blocks.0", "blocks.1"), ("Attention", "blocks.*.up"), 500]
+)
 def test_units_by_class_name_size_or_by_themselves(units, one):
-    for got in simulate(lambda ctx: train(ctx, PLAN(units=units), tied=False), 2, mesh="dp_shard=2"):
+    for got in simulate(
+        lambda ctx: train(ctx, PLAN(units=units), tied=False), 2, mesh="dp_shard=2"
+    ):
         assert max(differences(got, one(tied=False)).values()) < 1e-10
 
 
@@ -120,7 +130,11 @@ def test_a_model_on_meta_gets_rank_0s_values(mesh, where):
             net = CharModel()
         wrapped = faccel.wrap(net, ctx, plan=plan_of(mesh))
         tie = net.head.weight is net.embed.token.weight
-        return {name: full(p) for name, p in wrapped.named_parameters()}, tie, wrapped(tokens(2)[:, :-1]).detach()
+        return (
+            {name: full(p) for name, p in wrapped.named_parameters()},
+            tie,
+            wrapped(tokens(2)[:, :-1]).detach(),
+        )
 
     results = simulate(build, size_of(mesh), mesh=mesh)
     for params, tie, out in results:
@@ -138,14 +152,18 @@ def test_fp16_agrees_about_a_gradient_that_one_rank_sees():
     def step(ctx):
         wrapped = faccel.wrap(nn.Linear(4, 4, bias=False), ctx)
         opt = torch.optim.SGD(wrapped.parameters(), lr=1.0)
-        scaler = faccel.scaled_backward(wrapped(torch.ones(2, 4)).sum(), faccel.init_scaler(ctx), ctx)
+        scaler = faccel.scaled_backward(
+            wrapped(torch.ones(2, 4)).sum(), faccel.init_scaler(ctx), ctx
+        )
         grad = next(wrapped.parameters()).grad.to_local()
         if ctx.rank == 1:
             grad[0, 0] = float("inf")
         info, scaler = faccel.optimizer_step(opt, scaler, ctx)
         return info.skipped, scaler.scale
 
-    assert set(simulate(step, 2, mesh="dp_shard=2", config={"mixed_precision": "fp16"})) == {(True, 32768.0)}
+    assert set(simulate(step, 2, mesh="dp_shard=2", config={"mixed_precision": "fp16"})) == {
+        (True, 32768.0)
+    }
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -194,7 +212,9 @@ def test_what_cannot_be_is_an_error_before_any_parameter_moves(what):
             faccel.wrap(net, ctx, plan=plan)
         finally:
             now = dict(net.named_parameters())
-            seen.append(all(id(now[n]) == i and torch.equal(now[n], p) for n, (i, p) in before.items()))
+            seen.append(
+                all(id(now[n]) == i and torch.equal(now[n], p) for n, (i, p) in before.items())
+            )
 
     with pytest.raises(FaccelError) as caught:
         simulate(step, world_size, mesh=mesh)
@@ -244,12 +264,16 @@ def test_ignored_parameters_stay_whole_and_exact_units_compute_in_fp32():
     def step(ctx):
         net = Seen()
         wrapped = faccel.wrap(net, ctx, plan=PLAN(units=("low", "exact"), fsdp=fsdp))
-        shapes = {name: (full(p).shape, hasattr(p, "to_local")) for name, p in wrapped.named_parameters()}
+        shapes = {
+            name: (full(p).shape, hasattr(p, "to_local")) for name, p in wrapped.named_parameters()
+        }
         with faccel.autocast(ctx):
             wrapped(torch.ones(2, 4))
         return net.dtypes, shapes["frozen.weight"][1], shapes["low.weight"][1]
 
-    for dtypes, ignored, sharded in simulate(step, 2, mesh="dp_shard=2", config={"mixed_precision": "bf16"}):
+    for dtypes, ignored, sharded in simulate(
+        step, 2, mesh="dp_shard=2", config={"mixed_precision": "bf16"}
+    ):
         assert dtypes[0] == torch.bfloat16
         assert (ignored, sharded) == (False, True)
 
@@ -261,7 +285,9 @@ def test_the_plan_of_transformers_is_understood():
         def __init__(self):
             super().__init__()
             self.net = model(tied=False)
-            self.tp_plan = {f"net.{name}": style for name, style in TENSOR.items()} | {"net.head": "colwise_rep"}
+            self.tp_plan = {f"net.{name}": style for name, style in TENSOR.items()} | {
+                "net.head": "colwise_rep"
+            }
 
         def forward(self, x):
             return self.net(x)
@@ -271,7 +297,9 @@ def test_the_plan_of_transformers_is_understood():
         plan = faccel.parallel.plan_for(net, ctx)
         wrapped = faccel.wrap(net, ctx, plan=plan)
         loss_of(wrapped(tokens(4)[:, :-1]), tokens(4)[:, 1:]).backward()
-        return plan.tensor.get("net.head"), {name: full(p.grad) for name, p in wrapped.named_parameters()}
+        return plan.tensor.get("net.head"), {
+            name: full(p.grad) for name, p in wrapped.named_parameters()
+        }
 
     (one,) = simulate(step, 1)
     for head, grads in simulate(step, 2, mesh="tp=2"):
@@ -330,5 +358,8 @@ def test_a_proposed_plan_can_be_printed_changed_and_trained_with():
     with pytest.raises(ModelError, match="nothing of this model"):
         simulate(lambda ctx: faccel.parallel.plan_for(nn.Linear(2, 2), ctx), 2, mesh="tp=2")
     assert simulate(
-        lambda ctx: faccel.parallel.plan_for(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ctx).units, 1
+        lambda ctx: (
+            faccel.parallel.plan_for(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ctx).units
+        ),
+        1,
     ) == (5,)

@@ -39,14 +39,18 @@ def test_windows_add_up_and_inference_between_them_changes_nothing(mesh):
     (one,) = simulate(step, 1)
     for ours in simulate(step, faccel.MeshSpec.of(mesh).size, mesh=mesh):
         assert ours
-        assert all((g - one.get(n, one["embed.token.weight"])).abs().max() < 1e-12 for n, g in ours.items())
+        assert all(
+            (g - one.get(n, one["embed.token.weight"])).abs().max() < 1e-12 for n, g in ours.items()
+        )
 
 
 def test_a_short_window_at_the_end_of_an_epoch_is_run_and_one_that_counts_nothing_has_losses():
     def step(ctx):
         wrapped, scaler = faccel.wrap(model(), ctx, plan=plan_of("pp=2")), faccel.init_scaler(ctx)
         found = []
-        for window in faccel.windows(loader_of(ctx, tokens(20), 4), ctx, size=4, weight=lambda batch: 0):
+        for window in faccel.windows(
+            loader_of(ctx, tokens(20), 4), ctx, size=4, weight=lambda batch: 0
+        ):
             losses, scaler = faccel.parallel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
             found += losses.tolist()
         return found
@@ -72,7 +76,12 @@ def test_noise_that_a_loss_draws_is_the_same_for_inputs_and_loss():
 
         data = torch.ones(8, 4, dtype=torch.float64)
         window = next(faccel.windows(loader_of(ctx, data, 2), ctx, size=4))
-        return faccel.parallel.pipeline_step(denoise, wrapped, window, scaler, ctx)[0].abs().max().item()
+        return (
+            faccel.parallel.pipeline_step(denoise, wrapped, window, scaler, ctx)[0]
+            .abs()
+            .max()
+            .item()
+        )
 
     assert max(simulate(step, 2, mesh="pp=2")) < 1e-12
 
@@ -91,7 +100,9 @@ def test_a_stage_without_trained_parameters_or_with_a_copy_alone():
 
     for freeze, split in ((False, "head"), (True, "blocks.0")):
         (one,) = simulate(step, 1, freeze, split)
-        assert all(abs(norm - one) < 1e-10 for norm in simulate(step, 2, freeze, split, mesh="pp=2"))
+        assert all(
+            abs(norm - one) < 1e-10 for norm in simulate(step, 2, freeze, split, mesh="pp=2")
+        )
 
 
 @pytest.mark.parametrize("mesh", ["tp=2", "dp_shard=2,tp=2"])
@@ -115,7 +126,9 @@ def test_gradients_without_sync_are_cleared(how):
         opt = faccel.wrap_optimizer(torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, ctx)
         x = torch.ones(2, 4, dtype=torch.float64)
         with faccel.grad_sync(wrapped, on=False):
-            scaler = faccel.scaled_backward(F.softplus(wrapped(x)).sum(), faccel.init_scaler(ctx), ctx)
+            scaler = faccel.scaled_backward(
+                F.softplus(wrapped(x)).sum(), faccel.init_scaler(ctx), ctx
+            )
         {"optimizer": opt, "model": wrapped, "module": faccel.unwrap(wrapped)}[how].zero_grad()
         faccel.scaled_backward(wrapped(2 * x).sum(), scaler, ctx)
         return grads_of(wrapped)
@@ -151,7 +164,9 @@ def test_batch_norm_in_training_mode_and_scalars_are_refused():
             super().__init__()
             self.a, self.norm, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
 
-    plan = faccel.Plan(pipeline=faccel.parallel.PipelineConfig(chain=("a", "norm", "b"), split="norm"))
+    plan = faccel.Plan(
+        pipeline=faccel.parallel.PipelineConfig(chain=("a", "norm", "b"), split="norm")
+    )
 
     def infer(ctx):
         with torch.no_grad():

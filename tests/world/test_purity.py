@@ -36,7 +36,9 @@ def values(objects):
             copies[name] = thing.detach().clone()
         elif isinstance(thing, nn.Module):
             copies[name] = {k: v.detach().clone() for k, v in thing.state_dict().items()}
-            copies[f"{name}.grad"] = [None if p.grad is None else p.grad.clone() for p in thing.parameters()]
+            copies[f"{name}.grad"] = [
+                None if p.grad is None else p.grad.clone() for p in thing.parameters()
+            ]
         elif isinstance(thing, torch.optim.Optimizer):
             copies[name] = repr(thing.state_dict())
     return copies
@@ -59,7 +61,14 @@ def scene(ctx):
     opt = torch.optim.Adam(model.parameters(), lr=0.1)
     x = torch.full((2, 2), ctx.rank + 1.0)
     loader = faccel.shard(DataLoader(TensorDataset(torch.ones(6, 2)), 2, shuffle=True), ctx)
-    return {"net": net, "model": model, "opt": opt, "x": x, "loader": loader, "scaler": faccel.init_scaler(ctx)}
+    return {
+        "net": net,
+        "model": model,
+        "opt": opt,
+        "x": x,
+        "loader": loader,
+        "scaler": faccel.init_scaler(ctx),
+    }
 
 
 def backward(s, ctx):
@@ -69,10 +78,16 @@ def backward(s, ctx):
 # name -> what to call, and which things of the scene it may change
 HEADS = torch.ones(1, 2, 4, 2)
 CALLS = {
-    "attention": (lambda s, ctx: faccel.parallel.attention(HEADS, HEADS, HEADS, ctx, is_causal=True), set()),
+    "attention": (
+        lambda s, ctx: faccel.parallel.attention(HEADS, HEADS, HEADS, ctx, is_causal=True),
+        set(),
+    ),
     "averaged": (lambda s, ctx: faccel.parallel.averaged({"x": s["x"]}, ctx), set()),
     "context_parallel": (lambda s, ctx: faccel.parallel.context_parallel(ctx), set()),
-    "local_sgd": (lambda s, ctx: faccel.parallel.local_sgd(s["model"], ctx, step=1, every=2), set()),
+    "local_sgd": (
+        lambda s, ctx: faccel.parallel.local_sgd(s["model"], ctx, step=1, every=2),
+        set(),
+    ),
     "loss_parallel": (lambda s, ctx: faccel.parallel.loss_parallel(ctx), set()),
     "plan_for": (lambda s, ctx: faccel.parallel.plan_for(s["net"], ctx), set()),
     "split_sequence": (lambda s, ctx: faccel.parallel.split_sequence(s["x"], ctx), set()),
@@ -96,20 +111,38 @@ CALLS = {
     "unwrap": (lambda s, ctx: faccel.unwrap(s["model"]), set()),
     "wrap_optimizer": (lambda s, ctx: faccel.wrap_optimizer(s["opt"], s["model"], ctx), set()),
     "batches": (lambda s, ctx: list(faccel.batches(s["loader"].at(0))), set()),
-    "windows": (lambda s, ctx: [list(w) for w in faccel.windows(s["loader"].at(0), ctx, weight=len_of)], set()),
+    "windows": (
+        lambda s, ctx: [list(w) for w in faccel.windows(s["loader"].at(0), ctx, weight=len_of)],
+        set(),
+    ),
     "grad_sync": (lambda s, ctx: faccel.grad_sync(s["model"], on=False).__enter__(), set()),
     "wrap": (lambda s, ctx: faccel.wrap(s["net"], ctx), set()),  # rank 0's values are there already
     "save": (lambda s, ctx: faccel.save(dict(s, loader=0), folder(ctx), ctx, step=1), set()),
     "load": (lambda s, ctx: saved_and_loaded(s, ctx), set()),  # the same values
-    "export_model": (lambda s, ctx: faccel.checkpoint.export_model(s["model"], folder(ctx), ctx), set()),
+    "export_model": (
+        lambda s, ctx: faccel.checkpoint.export_model(s["model"], folder(ctx), ctx),
+        set(),
+    ),
     "load_model": (lambda s, ctx: exported_and_loaded(s, ctx), set()),
-    "save_object": (lambda s, ctx: faccel.checkpoint.save_object(s["x"], f"{folder(ctx)}/x.pt", ctx), set()),
+    "save_object": (
+        lambda s, ctx: faccel.checkpoint.save_object(s["x"], f"{folder(ctx)}/x.pt", ctx),
+        set(),
+    ),
     "latest": (lambda s, ctx: faccel.latest(folder(ctx), ctx), set()),
     "checkpoints": (lambda s, ctx: faccel.checkpoint.checkpoints("."), set()),
-    "every_steps": (lambda s, ctx: faccel.checkpoint.every_steps(2)(faccel.checkpoint.SaveEvent(1)), set()),
-    "every_seconds": (lambda s, ctx: faccel.checkpoint.every_seconds(2)(faccel.checkpoint.SaveEvent(1)), set()),
+    "every_steps": (
+        lambda s, ctx: faccel.checkpoint.every_steps(2)(faccel.checkpoint.SaveEvent(1)),
+        set(),
+    ),
+    "every_seconds": (
+        lambda s, ctx: faccel.checkpoint.every_seconds(2)(faccel.checkpoint.SaveEvent(1)),
+        set(),
+    ),
     "at_best": (lambda s, ctx: faccel.checkpoint.at_best()(faccel.checkpoint.SaveEvent(1)), set()),
-    "on_preemption": (lambda s, ctx: faccel.checkpoint.on_preemption()(faccel.checkpoint.SaveEvent(1)), set()),
+    "on_preemption": (
+        lambda s, ctx: faccel.checkpoint.on_preemption()(faccel.checkpoint.SaveEvent(1)),
+        set(),
+    ),
     "keep_latest": (lambda s, ctx: faccel.checkpoint.keep_latest(2)([]), set()),
     "keep_best": (lambda s, ctx: faccel.checkpoint.keep_best(2, "loss")([]), set()),
     "keep_every": (lambda s, ctx: faccel.checkpoint.keep_every(2)([]), set()),
@@ -170,10 +203,15 @@ def test_a_step_changes_parameters_optimizer_and_gradients_alone():
         s = scene(ctx)
         other = scene(ctx)
         scaler = backward(s, ctx)
-        before, around = values({"x": s["x"], "other": other["net"], "others_opt": other["opt"]}), ambient()
+        before, around = (
+            values({"x": s["x"], "other": other["net"], "others_opt": other["opt"]}),
+            ambient(),
+        )
         weights = values(s)
         faccel.optimizer_step(s["opt"], scaler, ctx, clip_norm=1.0)
-        assert equal(values({"x": s["x"], "other": other["net"], "others_opt": other["opt"]}), before)
+        assert equal(
+            values({"x": s["x"], "other": other["net"], "others_opt": other["opt"]}), before
+        )
         changed = {k for k, v in values(s).items() if not equal(v, weights[k])}
         assert changed == {"net", "net.grad", "opt"}
         assert ambient() == around
@@ -198,7 +236,16 @@ def test_every_function_without_effects_on_its_arguments_is_covered():
         *("seed_everything", "rng_state", "set_rng_state"),
         *("get_logger", "progress", "init_trackers", "log", "finish"),
     }
-    namespaces = (faccel, faccel.checkpoint, faccel.comm, faccel.parallel, faccel.random, faccel.tracking)
-    public = {name: getattr(namespace, name) for namespace in namespaces for name in namespace.__all__}
+    namespaces = (
+        faccel,
+        faccel.checkpoint,
+        faccel.comm,
+        faccel.parallel,
+        faccel.random,
+        faccel.tracking,
+    )
+    public = {
+        name: getattr(namespace, name) for namespace in namespaces for name in namespace.__all__
+    }
     functions = {name for name, value in public.items() if not isinstance(value, type)}
     assert functions == covered | elsewhere

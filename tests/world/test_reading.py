@@ -34,7 +34,9 @@ def read_everything(ctx, shuffle):
         else:
             assert len(set(faccel.gather_objects(len(mine), ctx))) == 1
             seen = [
-                x for ids, k in zip(mine, valid, strict=True) for x in faccel.gather(ids, ctx, num_valid=k).tolist()
+                x
+                for ids, k in zip(mine, valid, strict=True)
+                for x in faccel.gather(ids, ctx, num_valid=k).tolist()
             ]
             expected = order[: n // (b * w) * b * w] if tail == "drop" else order
         assert seen == expected, (n, b, tail, split)

@@ -27,7 +27,10 @@ def test_interrupted_after_every_single_step(tmp_path, world_size, config):
         assert simulate(run, world_size, folder, stop_after, config=config) == (None,) * world_size
         assert simulate(run, world_size, folder, config=config) == whole
     for stop_after in range(1, NUM_STEPS):  # one run, after every step of it
-        assert simulate(run, world_size, tmp_path / "all", stop_after, config=config) == (None,) * world_size
+        assert (
+            simulate(run, world_size, tmp_path / "all", stop_after, config=config)
+            == (None,) * world_size
+        )
     assert simulate(run, world_size, tmp_path / "all", config=config) == whole
 
 
@@ -63,7 +66,10 @@ def test_four_then_two_then_three_ranks_see_each_sample_once(tmp_path):
         return seen
 
     samples = [
-        x for world_size, stop in ((4, 1), (2, 3), (3, 99)) for part in simulate(fn, world_size, stop) for x in part
+        x
+        for world_size, stop in ((4, 1), (2, 3), (3, 99))
+        for part in simulate(fn, world_size, stop)
+        for x in part
     ]
     assert sorted(samples) == list(range(100))
 
@@ -77,7 +83,13 @@ def test_on_another_world_size_the_run_differs_by_rounding_alone(tmp_path):
         opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), 0.05), model, ctx)
         data = torch.randn(96, 4, generator=faccel.random.generator(0), dtype=torch.float64)
         loader = faccel.shard(DataLoader(data, 12, shuffle=True), ctx, split_batches=True)
-        state = {"model": model, "opt": opt, "scaler": faccel.init_scaler(ctx), "cursor": faccel.Cursor(), "step": 0}
+        state = {
+            "model": model,
+            "opt": opt,
+            "scaler": faccel.init_scaler(ctx),
+            "cursor": faccel.Cursor(),
+            "step": 0,
+        }
         if faccel.latest(folder, ctx):
             state = faccel.load(state, folder, ctx)
         scaler, step = state["scaler"], state["step"]

@@ -23,12 +23,21 @@ def track(ctx, **options):
 def test_rank_0_writes_what_was_logged_once(tmp_path):
     config = {"run_dir": str(tmp_path)}
     assert simulate(lambda ctx: track(ctx, trackers=("jsonl", "csv")), 2, config=config) == (2, 0)
-    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
-    assert [(x["step"], x["loss"], x["rate"]) for x in lines] == [(0, 0.5, 0.5), (1, 1.5, 0.5), (2, 2.5, 0.5)]
+    lines = [
+        json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [(x["step"], x["loss"], x["rate"]) for x in lines] == [
+        (0, 0.5, 0.5),
+        (1, 1.5, 0.5),
+        (2, 2.5, 0.5),
+    ]
     assert json.loads((tmp_path / "a" / "config.json").read_text()) == {"lr": 0.1}
     with (tmp_path / "a" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(r["step"], r["name"], float(r["value"])) for r in rows][:2] == [("0", "loss", 0.5), ("0", "rate", 0.5)]
+    assert [(r["step"], r["name"], float(r["value"])) for r in rows][:2] == [
+        ("0", "loss", 0.5),
+        ("0", "rate", 0.5),
+    ]
     assert len(rows) == 6
 
 
@@ -44,7 +53,9 @@ def test_a_run_that_is_there_is_gone_on_with(tmp_path):
 def test_tensorboard_reads_back_what_was_logged(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    simulate(lambda ctx: track(ctx, trackers=("tensorboard",)), 2, config={"run_dir": str(tmp_path)})
+    simulate(
+        lambda ctx: track(ctx, trackers=("tensorboard",)), 2, config={"run_dir": str(tmp_path)}
+    )
     events = EventAccumulator(str(tmp_path / "a"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 0.5), (1, 1.5), (2, 2.5)]
@@ -96,13 +107,21 @@ def test_a_logger_speaks_on_rank_0_and_knows_rank_and_step(caplog):
 
 def test_progress_is_plain_lines_without_a_terminal_and_rank_0s_alone():
     outs = [io.StringIO() for _ in range(2)]
-    simulate(lambda ctx: list(faccel.progress(range(20), ctx, description="read", file=outs[ctx.rank])), 2)
+    simulate(
+        lambda ctx: list(faccel.progress(range(20), ctx, description="read", file=outs[ctx.rank])),
+        2,
+    )
     lines = outs[0].getvalue().splitlines()
     assert [line.split(" in ")[0] for line in lines] == [f"read: {n}/20" for n in range(2, 21, 2)]
     assert outs[1].getvalue() == ""
     endless = io.StringIO()
     list(faccel.progress(iter(range(9)), fake_context(0, 1), file=endless))
-    assert [line.split(" in ")[0] for line in endless.getvalue().splitlines()] == ["1", "2", "4", "8"]
+    assert [line.split(" in ")[0] for line in endless.getvalue().splitlines()] == [
+        "1",
+        "2",
+        "4",
+        "8",
+    ]
 
 
 def test_progress_is_a_bar_in_a_terminal():
@@ -111,6 +130,10 @@ def test_progress_is_a_bar_in_a_terminal():
             return True
 
     out = Terminal()
-    assert list(faccel.progress([1, 2, 3], fake_context(0, 1), description="train", file=out)) == [1, 2, 3]
+    assert list(faccel.progress([1, 2, 3], fake_context(0, 1), description="train", file=out)) == [
+        1,
+        2,
+        3,
+    ]
     assert "train" in out.getvalue()
     assert "100%" in out.getvalue()

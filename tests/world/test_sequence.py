@@ -19,7 +19,12 @@ from faccel.testing import fake_context, simulate
 from tests.models import LENGTH, CharModel, Embed, loss_of, tokens
 
 METHODS = pytest.mark.parametrize("method", ["gather", "ring"])
-SHAPES = {"as many": (4, 4, 8), "grouped": (4, 2, 8), "one key head": (4, 1, 8), "narrow values": (2, 2, 6)}
+SHAPES = {
+    "as many": (4, 4, 8),
+    "grouped": (4, 2, 8),
+    "one key head": (4, 1, 8),
+    "narrow values": (2, 2, 6),
+}
 
 
 def whole(shape="as many", dtype=torch.float64, length=8):
@@ -27,7 +32,10 @@ def whole(shape="as many", dtype=torch.float64, length=8):
     heads, key_heads, value_width = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
     shapes = [(heads, 8), (key_heads, 8), (key_heads, value_width), (heads, value_width)]
-    return [torch.randn(2, n, length, width, generator=generator, dtype=torch.float64).to(dtype) for n, width in shapes]
+    return [
+        torch.randn(2, n, length, width, generator=generator, dtype=torch.float64).to(dtype)
+        for n, width in shapes
+    ]
 
 
 def attend(ctx, call, values, **options):
@@ -84,7 +92,10 @@ def test_other_precisions_differ_by_their_rounding(dtype, atol, method):
 @METHODS
 def test_scores_that_would_overflow_do_not(method):
     values = [100 * x for x in whole()]
-    ranks, expected = shared(2, values, is_causal=True, method=method), on_the_whole(values, is_causal=True)
+    ranks, expected = (
+        shared(2, values, is_causal=True, method=method),
+        on_the_whole(values, is_causal=True),
+    )
     assert all(x.isfinite().all() for x in ranks[1])
     check(ranks, expected, 1e-6)
 
@@ -118,7 +129,10 @@ def test_a_ring_never_holds_more_than_one_chunk_of_the_others():
     num_bytes = 2 * 4 * 2 * (8 + 8) * 8  # keys and values of two of the eight places
     ring = {(event.op, event.num_bytes) for event in simulate(run, 4, "ring", mesh="cp=4").trace}
     assert ring == {("broadcast", num_bytes), ("all_reduce", num_bytes)}
-    calls = [(event.op, event.num_bytes // num_bytes) for event in simulate(run, 4, "gather", mesh="cp=4").trace]
+    calls = [
+        (event.op, event.num_bytes // num_bytes)
+        for event in simulate(run, 4, "gather", mesh="cp=4").trace
+    ]
     assert sorted(calls) == [("all_gather", 1)] * 4 + [("all_to_all", 4)] * 4
 
 
@@ -130,7 +144,9 @@ def test_without_gradients_nothing_is_exchanged_backward(method):
 
     out = simulate(run, 2, mesh="cp=2")
     assert out == (False, False)
-    assert {event.op for event in out.trace} == {"all_gather" if method == "gather" else "broadcast"}
+    assert {event.op for event in out.trace} == {
+        "all_gather" if method == "gather" else "broadcast"
+    }
 
 
 def test_one_rank_calls_torchs_own_function():
@@ -180,7 +196,10 @@ def train(ctx, method="gather", again=False, steps=2):
             scaler = faccel.scaled_backward(loss, scaler, ctx)
         _, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
         losses.append(faccel.reduce(loss, ctx, op="mean", axis="world"))
-    values = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in model.named_parameters()}
+    values = {
+        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+        for n, p in model.named_parameters()
+    }
     return values, losses
 
 
@@ -298,8 +317,18 @@ def test_each_tensor_of_a_tree_is_split():
 @pytest.mark.parametrize(
     ("x", "dim", "error", "words"),
     [
-        ({"a": torch.ones(2, 4), "b": torch.ones(2, 6)}, 1, DataError, ["length 6 of `['b']`", "cut it to 4", "to 8"]),
-        ({"a": torch.ones(2, 4), "b": torch.ones(4)}, 1, DataError, ["`['b']` of shape [4]", "dim 1", "`dim=`"]),
+        (
+            {"a": torch.ones(2, 4), "b": torch.ones(2, 6)},
+            1,
+            DataError,
+            ["length 6 of `['b']`", "cut it to 4", "to 8"],
+        ),
+        (
+            {"a": torch.ones(2, 4), "b": torch.ones(4)},
+            1,
+            DataError,
+            ["`['b']` of shape [4]", "dim 1", "`dim=`"],
+        ),
         (torch.ones(2, 4), -3, DataError, ["dim -3"]),
         ({"a": [1, 2]}, 1, TreeError, ["`['a'][0]`, a int", "tensors"]),
     ],
@@ -318,7 +347,9 @@ def q(*shape, dtype=torch.float32):
 
 def masked(ctx, **options):
     with context_parallel(ctx):
-        return F.scaled_dot_product_attention(q(1, 2, 4, 8), q(1, 2, 4, 8), q(1, 2, 4, 8), **options)
+        return F.scaled_dot_product_attention(
+            q(1, 2, 4, 8), q(1, 2, 4, 8), q(1, 2, 4, 8), **options
+        )
 
 
 def local(ctx, net, *args):
@@ -328,20 +359,36 @@ def local(ctx, net, *args):
 
 x = q(1, 2, 4, 8)
 MISTAKES = {
-    "heads of keys": (lambda ctx: attention(q(1, 4, 4, 8), x, x, ctx), ModelError, "`enable_gqa=True`"),
+    "heads of keys": (
+        lambda ctx: attention(q(1, 4, 4, 8), x, x, ctx),
+        ModelError,
+        "`enable_gqa=True`",
+    ),
     "heads that do not divide": (
         lambda ctx: attention(q(1, 3, 4, 8), x, x, ctx, enable_gqa=True),
         ModelError,
         "divides 3",
     ),
-    "heads of values": (lambda ctx: attention(x, x, q(1, 1, 4, 8), ctx), ModelError, "the same batch, heads"),
+    "heads of values": (
+        lambda ctx: attention(x, x, q(1, 1, 4, 8), ctx),
+        ModelError,
+        "the same batch, heads",
+    ),
     "batch": (lambda ctx: attention(q(2, 2, 4, 8), x, x, ctx), ModelError, "the batch and width"),
     "width": (lambda ctx: attention(q(1, 2, 4, 6), x, x, ctx), ModelError, "the batch and width"),
     "dimensions": (lambda ctx: attention(q(2, 4, 8), x, x, ctx), ModelError, "unsqueeze(1)"),
     "dtype": (lambda ctx: attention(x.double(), x, x, ctx), ModelError, "one dtype"),
-    "causal lengths": (lambda ctx: attention(q(1, 2, 2, 8), x, x, ctx, is_causal=True), ModelError, "is_causal=False"),
+    "causal lengths": (
+        lambda ctx: attention(q(1, 2, 2, 8), x, x, ctx, is_causal=True),
+        ModelError,
+        "is_causal=False",
+    ),
     "method": (lambda ctx: attention(x, x, x, ctx, method="rings"), ConfigError, "`ring`"),
-    "method of the context": (lambda ctx: context_parallel(ctx, method="gathered"), ConfigError, "`gather`"),
+    "method of the context": (
+        lambda ctx: context_parallel(ctx, method="gathered"),
+        ConfigError,
+        "`gather`",
+    ),
     "mask": (lambda ctx: masked(ctx, attn_mask=q(4, 4)), ModelError, "`is_causal=True`"),
     "dropout": (lambda ctx: masked(ctx, dropout_p=0.1), ModelError, "set the dropout"),
     "torch's module": (
@@ -350,7 +397,9 @@ MISTAKES = {
         "`multi_head_attention_forward`",
     ),
     "torch's fast path": (
-        lambda ctx: local(ctx, nn.TransformerEncoderLayer(8, 2, batch_first=True).eval(), q(1, 4, 8)),
+        lambda ctx: local(
+            ctx, nn.TransformerEncoderLayer(8, 2, batch_first=True).eval(), q(1, 4, 8)
+        ),
         ModelError,
         "F.scaled_dot_product_attention",
     ),

@@ -17,7 +17,9 @@ from faccel.testing import fake_context, simulate
 def test_results_come_in_rank_order_and_the_trace_says_who_did_what():
     out = simulate(lambda ctx: faccel.reduce(torch.tensor(float(ctx.rank)), ctx, op="mean"), 8)
     assert [x.item() for x in out] == [3.5] * 8
-    assert [(e.rank, e.op, e.axis, e.num_bytes) for e in out.trace] == [(r, "all_reduce", "data", 4) for r in range(8)]
+    assert [(e.rank, e.op, e.axis, e.num_bytes) for e in out.trace] == [
+        (r, "all_reduce", "data", 4) for r in range(8)
+    ]
     assert all("test_simulate.py" in e.site for e in out.trace)
 
 
@@ -42,7 +44,10 @@ def test_a_collective_on_the_main_rank_only_names_its_line():
         simulate(fn, 3)
     assert time.perf_counter() - start < 1
     line = fn.__code__.co_firstlineno + 2
-    assert f"rank 0: barrier at tests/world/test_simulate.py:{line}, ranks 1 to 2: returned" in error.value.got
+    assert (
+        f"rank 0: barrier at tests/world/test_simulate.py:{line}, ranks 1 to 2: returned"
+        in error.value.got
+    )
 
 
 def test_a_rank_that_returns_early_names_where_the_others_wait():
@@ -53,7 +58,9 @@ def test_a_rank_that_returns_early_names_where_the_others_wait():
             faccel.gather(torch.ones(1), ctx)
 
     start = time.perf_counter()
-    with pytest.raises(DesyncError, match=r"ranks 0, 1, 3: all_gather\(.*\) at .*simulate.py:\d+, rank 2: returned"):
+    with pytest.raises(
+        DesyncError, match=r"ranks 0, 1, 3: all_gather\(.*\) at .*simulate.py:\d+, rank 2: returned"
+    ):
         simulate(fn, 4)
     assert time.perf_counter() - start < 1
 
@@ -72,7 +79,9 @@ def test_ranks_that_disagree_fail_at_once_and_both_calls_are_named(other):
     def fn(ctx):
         return faccel.reduce(torch.ones(2), ctx) if ctx.rank == 0 else other(ctx)
 
-    with pytest.raises(DesyncError, match=r"rank 0: all_reduce\(sum, float32\[2\]\) at .*, rank 1: "):
+    with pytest.raises(
+        DesyncError, match=r"rank 0: all_reduce\(sum, float32\[2\]\) at .*, rank 1: "
+    ):
         simulate(fn, 2)
 
 
@@ -182,12 +191,20 @@ def test_every_operation_of_c10d_that_the_simulated_world_has():
         gathered = [torch.zeros(2) for _ in range(w)]
         dist.gather(mine, gathered if r == 0 else None, dst=0)
         scattered = torch.zeros(2)
-        dist.scatter(scattered, [torch.full((2,), float(i)) for i in range(w)] if r == 2 else None, src=2)
+        dist.scatter(
+            scattered, [torch.full((2,), float(i)) for i in range(w)] if r == 2 else None, src=2
+        )
         part = torch.zeros(1)
         dist.reduce_scatter(part, [torch.tensor([float(i + r)]) for i in range(w)])
         swapped = torch.zeros(w)
         dist.all_to_all_single(swapped, torch.arange(float(w)) + 10 * r)
-        return reduced.tolist(), [g.tolist() for g in gathered], scattered.tolist(), part.item(), swapped.tolist()
+        return (
+            reduced.tolist(),
+            [g.tolist() for g in gathered],
+            scattered.tolist(),
+            part.item(),
+            swapped.tolist(),
+        )
 
     out = simulate(fn, 3)
     assert out[1][0] == [30.0, 33.0]
@@ -269,7 +286,8 @@ def test_every_rank_is_named_when_they_disagree():
     with pytest.raises(DesyncError) as error:
         simulate(fn, 4)
     assert all(
-        word in error.value.got for word in ("ranks 0 to 1: all_reduce(sum, float32[2])", "float32[3]", "rank 3")
+        word in error.value.got
+        for word in ("ranks 0 to 1: all_reduce(sum, float32[2])", "float32[3]", "rank 3")
     )
 
 
@@ -350,14 +368,22 @@ def test_two_worlds_of_different_sizes_live_one_after_the_other_and_nested():
 
 
 def test_one_rank_is_a_world_too():
-    assert simulate(lambda ctx: (ctx.world_size, faccel.gather(torch.tensor([4]), ctx).item()), 1) == ((1, 4),)
+    assert simulate(
+        lambda ctx: (ctx.world_size, faccel.gather(torch.tensor([4]), ctx).item()), 1
+    ) == ((1, 4),)
     with pytest.raises(ConfigError):
         simulate(lambda ctx: None, 0)
 
 
 def test_a_fake_context_has_no_peers():
     ctx = fake_context(3, 8)
-    assert (ctx.rank, ctx.data_rank, ctx.world_size, ctx.is_main, ctx.local_rank) == (3, 3, 8, False, 3)
+    assert (ctx.rank, ctx.data_rank, ctx.world_size, ctx.is_main, ctx.local_rank) == (
+        3,
+        3,
+        8,
+        False,
+        3,
+    )
     with pytest.raises(WorldError, match="simulate"):
         faccel.reduce(torch.ones(1), ctx)
     assert faccel.reduce(torch.ones(1), fake_context(0, 1)).item() == 1

@@ -37,7 +37,13 @@ def test_simulated_ranks_train_as_one_process_does(world_size, shuffle, accumula
 
 @pytest.mark.parametrize("world_size", [3, 4, 8])
 def test_in_double_precision_nothing_but_rounding_differs(world_size):
-    check_equal(simulate(train_epoch, world_size, True, 2, torch.float64), True, 2, torch.float64, atol=1e-14)
+    check_equal(
+        simulate(train_epoch, world_size, True, 2, torch.float64),
+        True,
+        2,
+        torch.float64,
+        atol=1e-14,
+    )
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -110,7 +116,9 @@ def test_several_models_and_optimizers_train_side_by_side():
     def fn(ctx):
         torch.manual_seed(0)
         nets = [faccel.wrap(nn.Linear(2, 1), ctx) for _ in range(2)]
-        opts = [faccel.wrap_optimizer(torch.optim.SGD(n.parameters(), lr=0.1), n, ctx) for n in nets]
+        opts = [
+            faccel.wrap_optimizer(torch.optim.SGD(n.parameters(), lr=0.1), n, ctx) for n in nets
+        ]
         scaler, x = faccel.init_scaler(ctx), torch.full((1, 2), float(ctx.rank))
         scaler = faccel.scaled_backward((nets[0](x) * nets[1](x)).sum(), scaler, ctx)
         for opt in opts:
@@ -128,7 +136,9 @@ def test_grad_sync_is_restored_in_both_directions(outer, inner):
         model = faccel.wrap(nn.Linear(1, 1, bias=False), ctx)
 
         def gradient():
-            faccel.scaled_backward(model(torch.full((1, 1), float(ctx.rank))).sum(), faccel.init_scaler(ctx), ctx)
+            faccel.scaled_backward(
+                model(torch.full((1, 1), float(ctx.rank))).sum(), faccel.init_scaler(ctx), ctx
+            )
             value = model.module.weight.grad.item()
             model.module.zero_grad()
             return value
@@ -180,7 +190,9 @@ def test_a_users_method_called_by_its_name_is_reduced_and_cast():
         out = model.encode(torch.full((1, 1), float(ctx.rank)))
         faccel.scaled_backward(out.sum(), faccel.init_scaler(ctx), ctx)
         model.zero_grad()
-        faccel.scaled_backward(model.forward(torch.full((1, 1), float(ctx.rank))).sum(), faccel.init_scaler(ctx), ctx)
+        faccel.scaled_backward(
+            model.forward(torch.full((1, 1), float(ctx.rank))).sum(), faccel.init_scaler(ctx), ctx
+        )
         assert model.to("cpu") is model
         assert model.requires_grad_(True) is model
         return model.weight.grad.item(), out.dtype
@@ -257,7 +269,9 @@ def test_evaluating_on_an_uneven_tail_inside_a_training_loop_is_fine():
 def test_an_optimizer_of_another_model_is_an_error():
     ctx = fake_context(0, 1)
     with pytest.raises(OptimizerError, match="before `wrap`"):
-        faccel.wrap_optimizer(torch.optim.SGD(tiny().parameters(), lr=0.1), faccel.wrap(tiny(), ctx), ctx)
+        faccel.wrap_optimizer(
+            torch.optim.SGD(tiny().parameters(), lr=0.1), faccel.wrap(tiny(), ctx), ctx
+        )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

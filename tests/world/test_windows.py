@@ -34,7 +34,9 @@ def net():
 
 def summed_loss(model, data, num_valid):
     logits, labels = model(data["x"])[:num_valid], data["labels"][:num_valid]
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAD, reduction="sum")
+    return F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=PAD, reduction="sum"
+    )
 
 
 def num_tokens(batch):
@@ -61,7 +63,9 @@ def reference(rows):
     model = net()
     x, labels = torch.stack([r["x"] for r in rows]), torch.stack([r["labels"] for r in rows])
     count = (labels != PAD).sum()
-    loss = F.cross_entropy(model(x).flatten(0, 1), labels.flatten(), ignore_index=PAD, reduction="sum")
+    loss = F.cross_entropy(
+        model(x).flatten(0, 1), labels.flatten(), ignore_index=PAD, reduction="sum"
+    )
     (loss / count if count else loss * 0).backward()
     return [p.grad for p in model.parameters()]
 
@@ -75,7 +79,9 @@ def test_token_weighted_windows_equal_plain_torch_on_the_whole_batch(world_size,
     assert len(results[0]) == -(-n // per_window)
     for rank in results:
         for i, (_, grads) in enumerate(rank):
-            for got, want in zip(grads, reference(sentences(n)[i * per_window : (i + 1) * per_window]), strict=True):
+            for got, want in zip(
+                grads, reference(sentences(n)[i * per_window : (i + 1) * per_window]), strict=True
+            ):
                 assert torch.allclose(got, want, rtol=0, atol=1e-12)
 
 
@@ -87,7 +93,12 @@ def test_a_window_without_a_token_changes_nothing():
 def test_one_small_all_reduce_per_window_and_one_gradient_reduction():
     trace = simulate(gradients_per_window, 2, sentences(16), 2, 2).trace
     gradients = 8 * sum(p.numel() for p in net().parameters())
-    assert [e.num_bytes for e in trace if e.rank == 0 and e.op == "all_reduce"] == [8, gradients, 8, gradients]
+    assert [e.num_bytes for e in trace if e.rank == 0 and e.op == "all_reduce"] == [
+        8,
+        gradients,
+        8,
+        gradients,
+    ]
 
 
 def test_without_a_weight_each_micro_batch_counts_alike():

@@ -35,7 +35,11 @@ def groups_of(net):
 def make(ctx, ddp, optimizer="AdamW"):
     net = faccel.wrap(model(), ctx, plan=faccel.Plan(ddp=ddp))
     opt = faccel.wrap_optimizer(OPTIMIZERS[optimizer](groups_of(net)), net, ctx)
-    return {"model": net, "opt": opt, "schedule": torch.optim.lr_scheduler.StepLR(opt, 2, gamma=0.5)}
+    return {
+        "model": net,
+        "opt": opt,
+        "schedule": torch.optim.lr_scheduler.StepLR(opt, 2, gamma=0.5),
+    }
 
 
 def run(ctx, state, steps):
@@ -47,7 +51,9 @@ def run(ctx, state, steps):
         info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=0.5, scheduler=schedule)
         norms.append(info.grad_norm)
     assert_replicated(dict(net.named_parameters()), ctx)
-    return {name: p.detach().clone() for name, p in net.named_parameters()} | {"norms": torch.stack(norms)}
+    return {name: p.detach().clone() for name, p in net.named_parameters()} | {
+        "norms": torch.stack(norms)
+    }
 
 
 def train(ctx, ddp, optimizer="AdamW"):
@@ -117,7 +123,9 @@ def test_the_optimizer_that_was_given_is_left_as_it_was():
         net(torch.ones(1, 2)).sum().backward()
         sharded.step()
         sharded.param_groups[0]["lr"] = 1.0
-        assert [p is q for p, q in zip(opt.param_groups[0]["params"], net.parameters(), strict=True)] == [True, True]
+        assert [
+            p is q for p, q in zip(opt.param_groups[0]["params"], net.parameters(), strict=True)
+        ] == [True, True]
         assert opt.state_dict()["param_groups"] == before["param_groups"]
 
     simulate(fn, 2)
@@ -137,7 +145,9 @@ def wrapped_late(ctx, ddp):
 
 
 def test_states_that_an_optimizer_has_already_are_shared_out():
-    for got, expected in zip(simulate(wrapped_late, 2, ZERO), simulate(wrapped_late, 2, PLAIN), strict=True):
+    for got, expected in zip(
+        simulate(wrapped_late, 2, ZERO), simulate(wrapped_late, 2, PLAIN), strict=True
+    ):
         check_equal(got, expected)
 
 
@@ -150,15 +160,21 @@ def resumed(ctx, path, layouts):
     return run(ctx, again, range(3, STEPS))
 
 
-@pytest.mark.parametrize("layouts", [(ZERO, ZERO), (ZERO, PLAIN), (PLAIN, ZERO)], ids=["both", "saved", "loaded"])
+@pytest.mark.parametrize(
+    "layouts", [(ZERO, ZERO), (ZERO, PLAIN), (PLAIN, ZERO)], ids=["both", "saved", "loaded"]
+)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_resumed_run_is_the_same_run_with_spread_and_with_whole_states(tmp_path, world_size, layouts):
+def test_a_resumed_run_is_the_same_run_with_spread_and_with_whole_states(
+    tmp_path, world_size, layouts
+):
     def fn(ctx):
         state = make(ctx, PLAIN)
         run(ctx, state, range(3))
         return run(ctx, state, range(3, STEPS))
 
-    for got, expected in zip(simulate(resumed, world_size, tmp_path, layouts), simulate(fn, world_size), strict=True):
+    for got, expected in zip(
+        simulate(resumed, world_size, tmp_path, layouts), simulate(fn, world_size), strict=True
+    ):
         check_equal(got, expected)
 
 
@@ -185,14 +201,20 @@ def test_a_state_is_whole_on_every_rank_and_loading_leaves_the_argument_alone():
         whole = state["opt"].state_dict()
         assert sorted(whole["state"]) == list(range(36))
         assert state["opt"]._all_state_dicts == []  # the others' parts do not stay
-        before = {i: {name: x.clone() for name, x in each.items()} for i, each in whole["state"].items()}
+        before = {
+            i: {name: x.clone() for name, x in each.items()} for i, each in whole["state"].items()
+        }
         again = make(ctx, ZERO)["opt"]
         again.load_state_dict(whole)
         for i, each in before.items():
             for name, x in each.items():
                 assert torch.equal(whole["state"][i][name], x)
         back = again.state_dict()
-        assert all(torch.equal(back["state"][i][n], x) for i, each in before.items() for n, x in each.items())
+        assert all(
+            torch.equal(back["state"][i][n], x)
+            for i, each in before.items()
+            for n, x in each.items()
+        )
         assert back["param_groups"] == whole["param_groups"]
         return before
 
@@ -228,7 +250,9 @@ class Broken:
 
 @pytest.mark.parametrize("bad_first", [True, False])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_on_one_rank_reaches_the_others_around_a_collective_state(tmp_path, bad_first, rank):
+def test_an_error_on_one_rank_reaches_the_others_around_a_collective_state(
+    tmp_path, bad_first, rank
+):
     def fn(ctx):
         state = make(ctx, ZERO)
         bad = {"bad": Broken() if ctx.rank == rank else 0}

@@ -64,7 +64,8 @@ def place(ctx: DistContext) -> Generator[None]:
         "WORLD_SIZE": ctx.world_size,
         "LOCAL_RANK": ctx.local_rank,
         "MASTER_ADDR": ctx.topology.main_address or "localhost",
-        "MASTER_PORT": ctx.topology.main_port or os.getpid(),  # a name for its shared memory, where nobody listens
+        "MASTER_PORT": ctx.topology.main_port
+        or os.getpid(),  # a name for its shared memory, where nobody listens
     }
     wanted = {name: str(value) for name, value in here.items()}
     if ctx.device.type == "cpu":

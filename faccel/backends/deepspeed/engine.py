@@ -76,13 +76,19 @@ def _exact(module: nn.Module, ctx: DistContext) -> dict[int, torch.Tensor]:
     """Return the values of the parameters from before the engine rounds them, where it does."""
     if ctx.compute_dtype is None:
         return {}
-    return {id(p): p.detach() for p in module.parameters() if p.dtype == torch.float32 and not hasattr(p, "ds_id")}
+    return {
+        id(p): p.detach()
+        for p in module.parameters()
+        if p.dtype == torch.float32 and not hasattr(p, "ds_id")
+    }
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
     if ctx.topology.source == "simulated" and ctx.world_size > 1:
         fix = "run the ranks as processes, with `faccel launch` or `faccel.launch`"
-        raise BackendError("DeepSpeed keeps its state in the process, so ranks cannot be threads", fix=fix)
+        raise BackendError(
+            "DeepSpeed keeps its state in the process, so ranks cannot be threads", fix=fix
+        )
     with surroundings(ctx):
         imported(ctx)
         # what is wrong with the settings is told before anything is moved
@@ -105,10 +111,19 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 def _check_dtypes(module: nn.Module, ctx: DistContext) -> None:
-    wide = next((name for name, p in module.named_parameters() if p.dtype in (torch.float64, torch.complex128)), None)
+    wide = next(
+        (
+            name
+            for name, p in module.named_parameters()
+            if p.dtype in (torch.float64, torch.complex128)
+        ),
+        None,
+    )
     if wide is not None:
         got = f"`{wide}`, {module.get_parameter(wide).dtype}"
-        raise ModelError("DeepSpeed keeps master weights in fp32", got=got, fix="call `.float()` on the model")
+        raise ModelError(
+            "DeepSpeed keeps master weights in fp32", got=got, fix="call `.float()` on the model"
+        )
     norms = (name for name, each in module.named_modules() if isinstance(each, _BATCH_NORMS))
     name = None if ctx.compute_dtype is None else next(norms, None)
     if name is not None:
@@ -121,7 +136,9 @@ def _check_dtypes(module: nn.Module, ctx: DistContext) -> None:
 
 def _runner(holder: Holder, ctx: DistContext) -> Run:
     module, dtype = holder.module, dtype_of(ctx)
-    plain = with_precision(lambda method, *args, **kwargs: call_method(module, method, *args, **kwargs), ctx)
+    plain = with_precision(
+        lambda method, *args, **kwargs: call_method(module, method, *args, **kwargs), ctx
+    )
 
     def cast(x: Tree) -> Tree:
         return x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
@@ -158,7 +175,11 @@ def _wrap_optimizer(opt: Optimizer, engine: Any, ctx: DistContext) -> Optimizer:
     holder: Holder = engine
     if holder.tied is not None:
         fix = "put all parameters of a model into one optimizer, in several groups"
-        raise OptimizerError("an engine of DeepSpeed has one optimizer", got=f"a second, {type(opt).__name__}", fix=fix)
+        raise OptimizerError(
+            "an engine of DeepSpeed has one optimizer",
+            got=f"a second, {type(opt).__name__}",
+            fix=fix,
+        )
     check_optimizer(opt, is_allowed=is_untested_allowed(holder.plan))
     groups = [{**group, "params": list(group["params"])} for group in opt.param_groups]
     made = holder.tie(opt)
@@ -197,7 +218,9 @@ def _restore(engine: Any, state: Mapping[str, Any]) -> None:
 
 def _no_join(engine: nn.Module, states: Sequence[Any], ctx: DistContext) -> Any:
     fix = 'train on a loader with `tail="pad"` or `tail="drop"`'
-    raise ConfigError("under ZeRO no rank can go on without the others", got="strategy=deepspeed", fix=fix)
+    raise ConfigError(
+        "under ZeRO no rank can go on without the others", got="strategy=deepspeed", fix=fix
+    )
 
 
 DEEPSPEED = Parallelism(

@@ -15,7 +15,19 @@ from faccel.errors import ConfigError, OptimizerError
 from faccel.flat_shard import FlatShard
 from faccel.protocols import Limits
 
-ELEMENTWISE = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+ELEMENTWISE = (
+    "ASGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGD",
+)
 """Those of torch that treat each element on its own, so that they may see a model as one flat tensor."""
 
 
@@ -55,7 +67,12 @@ class ZeroOptimizer(Optimizer):
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], base: Optimizer, engine: Any, places: Mapping[int, Place], ctx: DistContext
+        self,
+        groups: list[dict[str, Any]],
+        base: Optimizer,
+        engine: Any,
+        places: Mapping[int, Place],
+        ctx: DistContext,
     ) -> None:
         super().__init__(groups, base.defaults)
         self.base, self.engine, self._places, self._ctx = base, engine, places, ctx
@@ -72,7 +89,9 @@ class ZeroOptimizer(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step, with the gradients that the engine has reduced, and forget them. Collective."""
         if closure is not None:
-            raise OptimizerError("an engine takes no closure", got=repr(closure), fix="call `faccel.optimizer_step`")
+            raise OptimizerError(
+                "an engine takes no closure", got=repr(closure), fix="call `faccel.optimizer_step`"
+            )
         for mine, other in zip(self.param_groups, self.base.param_groups, strict=True):
             other.update({name: value for name, value in mine.items() if name != "params"})
         with place_if_missing(self._ctx):
@@ -120,7 +139,9 @@ class ZeroOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take options and states: whole tensors, or parts that lie as those of `state_dict` do."""
         saved = state_dict["param_groups"]
-        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in self.param_groups]:
+        if [len(group["params"]) for group in saved] != [
+            len(group["params"]) for group in self.param_groups
+        ]:
             raise OptimizerError(
                 "this state is of an optimizer with other groups of parameters",
                 got=f"groups of {[len(group['params']) for group in saved]}",
@@ -151,17 +172,25 @@ class ZeroOptimizer(Optimizer):
 
 
 def _is_flat(value: Any, place: Place) -> bool:
-    return isinstance(value, torch.Tensor) and not isinstance(value, FlatShard) and value.shape == place.flat.shape
+    return (
+        isinstance(value, torch.Tensor)
+        and not isinstance(value, FlatShard)
+        and value.shape == place.flat.shape
+    )
 
 
 def update(opt: Optimizer, limits: Limits, ctx: DistContext) -> tuple[torch.Tensor | None, bool]:
     """Clip and step through the engine; `Parallelism.update`."""
     if not isinstance(opt, ZeroOptimizer):
         fix = "write `opt = faccel.wrap_optimizer(opt, model, ctx)`"
-        raise OptimizerError("this optimizer is tied to no engine", got=f"a {type(opt).__name__}", fix=fix)
+        raise OptimizerError(
+            "this optimizer is tied to no engine", got=f"a {type(opt).__name__}", fix=fix
+        )
     if not opt.has_gradients:
         fix = "call `scaled_backward` on a loss of its model first"
-        raise OptimizerError("no gradient has reached a parameter of this optimizer", got="no backward", fix=fix)
+        raise OptimizerError(
+            "no gradient has reached a parameter of this optimizer", got="no backward", fix=fix
+        )
     zero = opt.engine.optimizer
     zero.clip_grad = _limit(limits, opt.limit)
     zero.loss_scale, zero.check_grad_overflow = limits.scale, limits.skip_nonfinite
@@ -176,8 +205,16 @@ def update(opt: Optimizer, limits: Limits, ctx: DistContext) -> tuple[torch.Tens
 def _limit(limits: Limits, configured: float) -> float:
     if limits.value is not None:
         fix = "leave `clip_value` out, and use `clip_norm`"
-        raise ConfigError("DeepSpeed clips gradients by their norm only", got=f"clip_value={limits.value}", fix=fix)
+        raise ConfigError(
+            "DeepSpeed clips gradients by their norm only",
+            got=f"clip_value={limits.value}",
+            fix=fix,
+        )
     if limits.norm is not None and configured and limits.norm != configured:
         got = f"clip_norm={limits.norm}, and `gradient_clipping` {configured} of the DeepSpeed settings"
-        raise ConfigError("two limits of the gradients contradict each other", got=got, fix="leave one of them out")
+        raise ConfigError(
+            "two limits of the gradients contradict each other",
+            got=got,
+            fix="leave one of them out",
+        )
     return configured if limits.norm is None else limits.norm

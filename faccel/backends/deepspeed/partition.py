@@ -49,7 +49,9 @@ def places_of(module: nn.Module, zero: Any, ctx: DistContext) -> dict[int, Place
     if hasattr(zero, "bit16_groups"):
         return {
             id(p): _of_states(p, flat)
-            for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
+            for group, flat in zip(
+                zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True
+            )
             for p in group
         }
     return {id(p): _of_parameters(p, zero, ctx) for p in module.parameters()}
@@ -82,7 +84,9 @@ def write_back(zero: Any) -> None:
         if hasattr(zero, "update_lp_params"):  # ZeRO-1 and 2
             zero.update_lp_params()
             return
-        if hasattr(zero, "fp16_groups"):  # ZeRO-3; what its step does when the optimizer has moved them
+        if hasattr(
+            zero, "fp16_groups"
+        ):  # ZeRO-3; what its step does when the optimizer has moved them
             zero._partition_all_parameters()
             for group in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
@@ -93,7 +97,11 @@ def write_back(zero: Any) -> None:
             zero.partition_all_parameters()
 
 
-def shards_of(module: nn.Module, places: Mapping[int, Place], ctx: DistContext) -> dict[str, FlatShard]:
+def shards_of(
+    module: nn.Module, places: Mapping[int, Place], ctx: DistContext
+) -> dict[str, FlatShard]:
     """Return this rank's parts of the parameters under each of their names."""
     named = module.named_parameters(remove_duplicate=False)
-    return {name: places[id(p)].shard(places[id(p)].flat, ctx) for name, p in named if id(p) in places}
+    return {
+        name: places[id(p)].shard(places[id(p)].flat, ctx) for name, p in named if id(p) in places
+    }

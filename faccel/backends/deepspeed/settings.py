@@ -63,14 +63,22 @@ def read(options: DeepSpeedConfig) -> dict[str, Any]:
                 settings = json.load(file)
         except (OSError, ValueError) as error:
             fix = "name a file of JSON"
-            raise ConfigError("the DeepSpeed settings cannot be read", got=f"`{settings}`: {error}", fix=fix) from None
-    found: dict[str, Any] = json.loads(json.dumps(dict(settings or {})))  # a copy that nobody else holds
+            raise ConfigError(
+                "the DeepSpeed settings cannot be read", got=f"`{settings}`: {error}", fix=fix
+            ) from None
+    found: dict[str, Any] = json.loads(
+        json.dumps(dict(settings or {}))
+    )  # a copy that nobody else holds
     for key in found:
         if key in _ELSEWHERE:
             fix = f"leave it out: {_ELSEWHERE[key]}"
-            raise ConfigError(f"`{key}` of the DeepSpeed settings is not DeepSpeed's to decide here", fix=fix)
+            raise ConfigError(
+                f"`{key}` of the DeepSpeed settings is not DeepSpeed's to decide here", fix=fix
+            )
         if key not in _KEYS:
-            raise ConfigError(f"`{key}` is no key of the DeepSpeed settings", fix=nearest(key, _KEYS))
+            raise ConfigError(
+                f"`{key}` is no key of the DeepSpeed settings", fix=nearest(key, _KEYS)
+            )
     return found
 
 
@@ -90,7 +98,9 @@ def _batches(settings: dict[str, Any], ctx: DistContext) -> None:
     """Check the numbers of the batch against each other; the engine gets windows of one micro-batch."""
     accum, world = ctx.config.grad_accum, ctx.data_world_size
     _agree(settings, "gradient_accumulation_steps", accum, f"grad_accum={accum}")
-    micro, total = (settings.get(key, AUTO) for key in ("train_micro_batch_size_per_gpu", "train_batch_size"))
+    micro, total = (
+        settings.get(key, AUTO) for key in ("train_micro_batch_size_per_gpu", "train_batch_size")
+    )
     if AUTO not in (micro, total) and micro * accum * world != total:
         raise ConfigError(
             "the DeepSpeed settings contradict the number of ranks",
@@ -116,10 +126,18 @@ def _precision(settings: dict[str, Any], ctx: DistContext) -> None:
         says = f"mixed_precision={precision}"
         _agree(part, "enabled", precision == key, says, f"{key}.")
         if key == "fp16":
-            for name in ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"):
+            for name in (
+                "loss_scale",
+                "initial_scale_power",
+                "loss_scale_window",
+                "hysteresis",
+                "min_loss_scale",
+            ):
                 if part.pop(name, AUTO) not in (AUTO, 0):
                     fix = "leave it out, and give options to `faccel.init_scaler`"
-                    raise ConfigError("the loss scale is a value of the loop", got=f"`fp16.{name}`", fix=fix)
+                    raise ConfigError(
+                        "the loss scale is a value of the loop", got=f"`fp16.{name}`", fix=fix
+                    )
             part["loss_scale"] = 1.0
     settings["bf16"].setdefault("check_grad_overflow", False)
 
@@ -139,7 +157,9 @@ def _optimizer(settings: dict[str, Any], opt: Optimizer | None) -> None:
     for name, value in said.get("params", {}).items():
         own = opt.defaults.get(name, opt.param_groups[0].get(name))
         own = list(own) if isinstance(own, tuple) else own
-        _agree({name: value}, name, own, f"{name}={own} of the script's optimizer", "optimizer.params.")
+        _agree(
+            {name: value}, name, own, f"{name}={own} of the script's optimizer", "optimizer.params."
+        )
 
 
 def _buckets(zero: dict[str, Any], module: nn.Module) -> None:
@@ -157,12 +177,17 @@ def _buckets(zero: dict[str, Any], module: nn.Module) -> None:
             del zero[key]
             zero |= {} if value is None else {key: value}
     count = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
-    zero.setdefault("reduce_bucket_size", min(500_000_000, max(count, 2)))  # torch.empty would take 2 GB for it
+    zero.setdefault(
+        "reduce_bucket_size", min(500_000_000, max(count, 2))
+    )  # torch.empty would take 2 GB for it
 
 
 def _offload(zero: dict[str, Any], plan: Plan) -> None:
     options = plan.deepspeed
-    wanted = {"offload_optimizer": options.offload_optimizer, "offload_param": options.offload_params}
+    wanted = {
+        "offload_optimizer": options.offload_optimizer,
+        "offload_param": options.offload_params,
+    }
     if plan.offload:
         wanted = {"offload_optimizer": wanted["offload_optimizer"] or "cpu",
                   "offload_param": wanted["offload_param"] or ("cpu" if zero["stage"] == 3 else None)}  # fmt: skip
@@ -173,7 +198,9 @@ def _offload(zero: dict[str, Any], plan: Plan) -> None:
             _agree(part, "device", device, f"{name}={device}", f"zero_optimization.{key}.")
     devices = {key: zero.get(key, {}).get("device", "none") for key in wanted}
     got = ", ".join(f"`{key}` {device}" for key, device in devices.items())
-    if "nvme" in devices.values():  # tried with 0.19.8: from the second update on it computes something else
+    if (
+        "nvme" in devices.values()
+    ):  # tried with 0.19.8: from the second update on it computes something else
         what = "what DeepSpeed keeps on a disk trains otherwise than in memory, so it cannot be used here"
         raise ConfigError(what, got=got, fix='write `offload_optimizer="cpu"`')
     if zero["stage"] < 3 and devices["offload_param"] != "none":
@@ -181,7 +208,9 @@ def _offload(zero: dict[str, Any], plan: Plan) -> None:
         raise ConfigError(what, got=got, fix='use `zero=3`, or `offload_optimizer="cpu"`')
 
 
-def settings_of(module: nn.Module, opt: Optimizer | None, plan: Plan, ctx: DistContext) -> dict[str, Any]:
+def settings_of(
+    module: nn.Module, opt: Optimizer | None, plan: Plan, ctx: DistContext
+) -> dict[str, Any]:
     """Return what `deepspeed.initialize` gets.
 
     Effects: ambient. Reads the file of the settings.
@@ -206,7 +235,9 @@ def settings_of(module: nn.Module, opt: Optimizer | None, plan: Plan, ctx: DistC
     left = [key for key, value in _leaves(settings) if value == AUTO]
     if left:
         fix = "write its value, or leave it out"
-        raise ConfigError(f"nothing says what `{left[0]}` of the DeepSpeed settings is", got='"auto"', fix=fix)
+        raise ConfigError(
+            f"nothing says what `{left[0]}` of the DeepSpeed settings is", got='"auto"', fix=fix
+        )
     return settings
 
 
@@ -231,7 +262,11 @@ def _check_zero(zero: Mapping[str, Any]) -> None:
 def _leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:
     if not isinstance(node, Mapping):
         return [(path, node)]
-    return [leaf for key, value in node.items() for leaf in _leaves(value, f"{path}.{key}" if path else str(key))]
+    return [
+        leaf
+        for key, value in node.items()
+        for leaf in _leaves(value, f"{path}.{key}" if path else str(key))
+    ]
 
 
 def is_untested_allowed(plan: Plan) -> bool:

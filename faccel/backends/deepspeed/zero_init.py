@@ -26,7 +26,9 @@ def join_world(ctx: DistContext) -> None:
     ctx.unfinished.append(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
 
 
-def spread(module: nn.Module, values: Values, settings: Mapping[str, Any], ctx: DistContext) -> None:
+def spread(
+    module: nn.Module, values: Values, settings: Mapping[str, Any], ctx: DistContext
+) -> None:
     """Give each rank its part of rank 0's values, for a model that is on meta on some ranks.
 
     Updates `module`: its parameters are new ones; collective.
@@ -38,7 +40,9 @@ def spread(module: nn.Module, values: Values, settings: Mapping[str, Any], ctx: 
         init = deepspeed.zero.Init(config_dict_or_path=dict(settings), mem_efficient_linear=False)
         for name, p in list(module.named_parameters()):
             parent, _, leaf = name.rpartition(".")
-            new = nn.Parameter(_whole(name, p, values, dtype_of(ctx), ctx), requires_grad=p.requires_grad)
+            new = nn.Parameter(
+                _whole(name, p, values, dtype_of(ctx), ctx), requires_grad=p.requires_grad
+            )
             setattr(module.get_submodule(parent), leaf, new)
             init._convert_to_zero_parameters([new])  # takes rank 0's, keeps its part
     for name, buffer in list(module.named_buffers()):
@@ -48,7 +52,9 @@ def spread(module: nn.Module, values: Values, settings: Mapping[str, Any], ctx: 
     take_rank_0s(dict(module.named_buffers()), ctx, DATA)
 
 
-def _whole(name: str, like: torch.Tensor, values: Values, dtype: torch.dtype, ctx: DistContext) -> torch.Tensor:
+def _whole(
+    name: str, like: torch.Tensor, values: Values, dtype: torch.dtype, ctx: DistContext
+) -> torch.Tensor:
     """Return the value on rank 0, memory for it elsewhere."""
     dtype = dtype if like.is_floating_point() else like.dtype
     mine = values.full.get(name)

@@ -1,0 +1,120 @@
+"""Checks of arguments: each returns the value, or raises an error that names it and a fix."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TypeVar
+
+from faccel.errors import ConfigError, FaccelError, nearest
+
+T = TypeVar("T")
+Number = TypeVar("Number", int, float)
+
+
+def one_of(name: str, value: T, allowed: Collection[T], error: type[FaccelError] = ConfigError) -> T:
+    """Return `value`, which must be one of `allowed`.
+
+    Effects: pure.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Its value.
+        allowed: The values that are valid.
+        error: Class of the error.
+
+    Examples:
+        >>> one_of("op", "sun", ("sum", "mean"))
+        Traceback (most recent call last):
+        faccel.errors.ConfigError: `op` must be one of 'mean', 'sum'. Got 'sun'.
+        To fix: use `sum` (allowed: `mean`, `sum`).
+    """
+    # an unhashable value is compared, not hashed
+    if any(value == candidate for candidate in allowed):
+        return value
+    listed = ", ".join(sorted(repr(candidate) for candidate in allowed))
+    fix = nearest(str(value), [str(candidate) for candidate in allowed])
+    raise error(f"`{name}` must be one of {listed}", got=repr(value), fix=fix)
+
+
+def positive(name: str, value: Number, error: type[FaccelError] = ConfigError) -> Number:
+    """Return `value`, which must be above 0.
+
+    Effects: pure.
+
+    Examples:
+        >>> positive("every", 0)
+        Traceback (most recent call last):
+        faccel.errors.ConfigError: `every` must be positive. Got every=0.
+        To fix: use `every=1` or more.
+    """
+    if value > 0:
+        return value
+    smallest = "1` or more" if isinstance(value, int) else "1.0`, or any number above 0"
+    raise error(f"`{name}` must be positive", got=f"{name}={value!r}", fix=f"use `{name}={smallest}")
+
+
+def in_range(
+    name: str, value: Number, low: Number, high: Number, error: type[FaccelError] = ConfigError
+) -> Number:
+    """Return `value`, which must lie between `low` and `high`, both included.
+
+    Effects: pure.
+
+    Examples:
+        >>> in_range("decay", 1.5, 0.0, 1.0)
+        Traceback (most recent call last):
+        faccel.errors.ConfigError: `decay` must be between 0.0 and 1.0. Got decay=1.5.
+        To fix: use a value such as `decay=1.0`.
+    """
+    if low <= value <= high:
+        return value
+    nearest_valid = min(max(value, low), high)
+    fix = f"use a value such as `{name}={nearest_valid!r}`"
+    raise error(f"`{name}` must be between {low!r} and {high!r}", got=f"{name}={value!r}", fix=fix)
+
+
+def instance_of(
+    name: str,
+    value: object,
+    expected: type | tuple[type, ...],
+    *,
+    fix: str,
+    error: type[FaccelError] = ConfigError,
+) -> None:
+    """Raise unless `value` is an instance of `expected`.
+
+    Effects: pure.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Its value.
+        expected: One class or several.
+        fix: What to write instead, starting with a verb.
+        error: Class of the error.
+
+    Examples:
+        >>> instance_of("loader", 3, list, fix="write `[batch]`")
+        Traceback (most recent call last):
+        faccel.errors.ConfigError: `loader` must be a list. Got 3, of type int.
+        To fix: write `[batch]`.
+    """
+    if isinstance(value, expected):
+        return
+    classes = expected if isinstance(expected, tuple) else (expected,)
+    names = " or a ".join(cls.__name__ for cls in classes)
+    raise error(f"`{name}` must be a {names}", got=shown(value), fix=fix)
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return a value and its type in one short line, for `got`.
+
+    Effects: pure.
+
+    Examples:
+        >>> shown("x" * 100)
+        'an object of type str'
+    """
+    text = repr(value) if isinstance(value, str | int | float | bool | None) else ""
+    if not text or len(text) > limit:
+        return f"an object of type {type(value).__name__}"
+    return f"{text}, of type {type(value).__name__}"
