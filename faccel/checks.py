@@ -11,7 +11,9 @@ T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 
 
-def one_of(name: str, value: T, allowed: Collection[T], error: type[FaccelError] = ConfigError) -> T:
+def one_of(
+    name: str, value: T, allowed: Collection[T], error: type[FaccelError] = ConfigError
+) -> T:
     """Return `value`, which must be one of `allowed`.
 
     Effects: pure.
@@ -50,7 +52,9 @@ def positive(name: str, value: Number, error: type[FaccelError] = ConfigError) -
     if value > 0:
         return value
     smallest = "1` or more" if isinstance(value, int) else "1.0`, or any number above 0"
-    raise error(f"`{name}` must be positive", got=f"{name}={value!r}", fix=f"use `{name}={smallest}")
+    raise error(
+        f"`{name}` must be positive", got=f"{name}={value!r}", fix=f"use `{name}={smallest}"
+    )
 
 
 def in_range(
