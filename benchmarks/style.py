@@ -45,7 +45,8 @@ def sources(package):
         return [origin]
     files = sorted(origin.parent.rglob("*.py"))
     return [
-        file for file in files
+        file
+        for file in files
         if not re.search(r"(^|[/_])tests?([/_.]|$)", str(file.relative_to(origin.parent)))
     ]
 
@@ -84,7 +85,9 @@ def count(text):
             counts["Any"] += 1
         elif isinstance(node, ast.ImportFrom):
             is_future = node.module == "__future__"
-            private = [a for a in node.names if a.name.startswith("_") and not a.name.endswith("__")]
+            private = [
+                a for a in node.names if a.name.startswith("_") and not a.name.endswith("__")
+            ]
             counts["private names imported"] += 0 if is_future else len(private)
     counts["pronoun-like names"] = sum(name in PRONOUNS for name in bound_names(tree))
     documentation = docstring_lines(tree)
@@ -117,7 +120,9 @@ def imports_of(package, files):
     graph = {}
     for name, file in names.items():
         targets = set()
-        for node in ast.parse(file.read_text()).body:  # lazy imports and `TYPE_CHECKING` cannot be a cycle
+        for node in ast.parse(
+            file.read_text()
+        ).body:  # lazy imports and `TYPE_CHECKING` cannot be a cycle
             modules = []
             if isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
@@ -189,18 +194,32 @@ def layers_of_faccel():
 
 def print_files(paths):
     """Print the raw counts of each file, largest first."""
-    names = ["pronoun-like names", "Any", "conditional expressions", "comprehensions", "elif", "lines over 100 characters"]
-    print(f"{'file':48} {'lines':>6} {'code':>5} {'#':>4} " + " ".join(f"{name[:9]:>9}" for name in names))
+    names = [
+        "pronoun-like names",
+        "Any",
+        "conditional expressions",
+        "comprehensions",
+        "elif",
+        "lines over 100 characters",
+    ]
+    print(
+        f"{'file':48} {'lines':>6} {'code':>5} {'#':>4} "
+        + " ".join(f"{name[:9]:>9}" for name in names)
+    )
     total = Counter()
     for path in paths:
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             counts = count(file.read_text())
             total += counts
             cells = " ".join(f"{counts[name]:9d}" for name in names)
-            print(f"{file!s:48} {counts['lines']:6d} {counts['code lines']:5d} {counts['comments']:4d} {cells}")
+            print(
+                f"{file!s:48} {counts['lines']:6d} {counts['code lines']:5d} {counts['comments']:4d} {cells}"
+            )
     rates = " ".join(f"{1000 * total[name] / max(1, total['lines']):9.1f}" for name in names)
     share = 100 * total["comments"] / max(1, total["code lines"])
-    print(f"{'per 1000 lines; comments per 100 lines of code':48} {total['lines']:6d} {total['code lines']:5d} {share:4.1f} {rates}")
+    print(
+        f"{'per 1000 lines; comments per 100 lines of code':48} {total['lines']:6d} {total['code lines']:5d} {share:4.1f} {rates}"
+    )
 
 
 def main():

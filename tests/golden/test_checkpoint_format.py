@@ -156,7 +156,9 @@ def test_the_manifest_of_the_same_state_is_the_same(tmp_path):
     written, golden = read_manifest(checkpoint.path), read_manifest(next(GOLDEN.iterdir()))
     assert written.state == golden.state
     assert [file.name for file in written.files] == [file.name for file in golden.files]
-    assert attrs.evolve(written, created_s=0, files=()) == attrs.evolve(golden, created_s=0, files=())
+    assert attrs.evolve(written, created_s=0, files=()) == attrs.evolve(
+        golden, created_s=0, files=()
+    )
 
 
 if __name__ == "__main__":
