@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import json
 import os
 import pathlib
 import signal
@@ -34,13 +33,6 @@ def test_every_strategy_ends_with_the_loss_of_one_process():
     losses = {name: char_lm.loss_of(flags) for name, flags in char_lm.ROWS.items()}
     assert max(losses.values()) - min(losses.values()) <= 1e-4, losses
     assert losses["one process"] < 4  # it has learned: a guess among 256 bytes costs 5.5
-
-
-def test_the_table_in_the_readme_is_made_from_the_result():
-    result = json.loads(char_lm.RESULT.read_text())
-    assert result["largest_difference"] <= 1e-4
-    assert set(result["losses"]) == set(char_lm.ROWS)
-    assert char_lm.table(result) in (ROOT / "README.md").read_text()
 
 
 def ranks_of(pid):

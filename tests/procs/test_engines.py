@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import faccel
-from faccel.backends.table import BACKENDS, table
+from faccel.backends.table import BACKENDS
 from faccel.errors import BackendError, ConfigError
 from faccel.testing import fake_context, simulate
 
@@ -86,12 +86,3 @@ def test_a_mesh_a_precision_or_a_simulation_that_deepspeed_cannot_do_are_errors_
             2,
             config={"strategy": "deepspeed"},
         )
-
-
-def test_the_table_of_what_runs_where_in_the_readme_is_made_from_the_table_of_backends():
-    text = (ROOT / "README.md").read_text()
-    assert (
-        text.partition("<!-- backends -->\n\n")[2].partition("\n\n<!-- end of backends -->")[0]
-        == table()
-    )
-    assert all(row.tested_on and row.written_for for row in BACKENDS.values())

@@ -1,6 +1,5 @@
 """Scripts as users start them: the examples and the README's loop, by python and by torchrun."""
 
-import contextlib
 import os
 import pathlib
 import re
@@ -163,26 +162,6 @@ def test_the_first_block_of_the_readme_trains(tmp_path, num_processes):
     assert last_number(start(script, num_processes, tmp_path), "accuracy") > 0.9
 
 
-@pytest.mark.parametrize("number", range(1, len(readme_blocks())))
-def test_every_other_block_of_the_readme_runs(tmp_path, number):
-    """In the scene that the first block has set: its names are there."""
-    scene = {"__name__": "readme"}
-    with contextlib.chdir(tmp_path):
-        exec(readme_blocks()[0], scene)
-        exec(readme_blocks()[number], scene)
-        for name, value in list(scene.items()):
-            if name.startswith("test_"):
-                value()
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
 def test_an_example_is_short(path):
     assert len(path.read_text().splitlines()) <= 120
-
-
-def test_ci_runs_the_commands_of_the_readme():
-    commands = re.findall(r"```bash\n(.*?)\n```", (ROOT / "README.md").read_text(), re.S)
-    assert commands[:2] == [
-        'pip install torch==2.13.0 -e ".[examples]" && faccel launch --cpu --nproc 2 examples/digits.py',
-        'pip install torch==2.13.0 -e ".[test]" && pytest',
-    ]

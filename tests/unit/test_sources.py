@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import pathlib
 import random
 
 import pytest
@@ -10,7 +9,7 @@ from click.testing import CliRunner
 
 import faccel
 from faccel.cli.commands import main
-from faccel.config import LAUNCH, config_fields, field_table, flag_of, resolve
+from faccel.config import LAUNCH, config_fields, flag_of, resolve
 from faccel.config_file import ConfigFile, default_path, find, read
 from faccel.errors import ConfigError
 from tests.unit.test_config import VALUES
@@ -147,12 +146,6 @@ def test_every_field_is_a_flag_of_the_launcher():
     for field in config_fields():
         assert flag_of(field.name) in out
         assert field.metadata["doc"].split()[0] in out
-
-
-def test_the_table_of_fields_in_the_readme_is_made_from_the_record():
-    text = pathlib.Path("README.md").read_text()
-    table = text.partition("<!-- fields -->\n\n")[2].partition("\n\n<!-- end of fields -->")[0]
-    assert table == field_table()
 
 
 def test_what_no_field_can_be_is_refused(tmp_path):
