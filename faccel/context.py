@@ -140,7 +140,7 @@ class DistContext:
             ("world_size", self.topology.world_size),
             ("data_rank", spec.data_rank(rank)),
             ("data_world_size", spec.data_world_size),
-            ("is_replicated", spec.size == spec.dp_replicate and self.parallelism.is_whole),
+            ("is_replicated", spec.size == spec.dp_replicate and self.parallelism.is_replicated),
         ):
             object.__setattr__(self, name, value)
 

@@ -1,4 +1,4 @@
-"""What the stages of a step know of the world: how to communicate, and how a model is run in parallel."""
+"""The interfaces between a training step and the world: collectives, and how a model runs in parallel."""
 
 from __future__ import annotations
 
@@ -16,39 +16,41 @@ from faccel.tree import Tree
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # noqa: TID251 (a name for the type checker)
 
+    from faccel.context import DistContext  # the context holds these records, not the reverse
+
 DATA = "data"
 WORLD = "world"
 
 
 class Collectives(Protocol):
-    """Communication between the ranks of an axis (`"data"`, `"world"` or an axis of the mesh).
+    """Communication between the ranks of an axis: `"data"`, `"world"` or an axis of the mesh.
 
-    Tensors in are contiguous and on the device of the context; they are never written. Tensors out are fresh.
-    `all_reduce` to `barrier` are collective over the axis.
+    Arguments are contiguous tensors on the device of the context, and are never written. Results
+    are fresh tensors. `all_reduce` to `barrier` are collective over the axis.
     """
 
     def size(self, axis: str) -> int:
-        """Return how many ranks the axis has."""
+        """Return the number of ranks of the axis."""
         ...
 
     def rank(self, axis: str) -> int:
-        """Return where this rank stands on the axis."""
+        """Return the rank of this process on the axis."""
         ...
 
     def group(self, axis: str) -> ProcessGroup | None:
-        """Return torch's process group of the axis, for engines that ask for one; None where there is none."""
+        """Return torch's process group of the axis, or None where the axis has none."""
         ...
 
-    def announce(self, call: str, x: Tree) -> None:
-        """Say for which call of the user's, on which value, the next collective is; debug mode compares it."""
+    def set_call_label(self, call: str, x: Tree) -> None:
+        """Label the next collective with the public call and its value; debug mode compares labels."""
         ...
 
-    def failure(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
-        """Return the error to raise, which names ranks, for one that communication ended in; None for any other."""
+    def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
+        """Return an error that names the ranks if `error` comes from communication, else None."""
         ...
 
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
-        """Return `T[...]`: the `op` (`"sum"`, `"min"`, `"max"`, `"prod"`) of every rank's `x: T[...]`."""
+        """Return `T[...]`: the `op` ("sum", "min", "max", "prod") over every rank's `x: T[...]`."""
         ...
 
     def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:
@@ -56,30 +58,129 @@ class Collectives(Protocol):
         ...
 
     def broadcast(self, x: torch.Tensor, src: int, axis: str) -> torch.Tensor:
-        """Return the `x: T[...]` of rank `src` of the axis; the others' `x` gives shape and dtype."""
+        """Return `x: T[...]` of rank `src`; on the other ranks `x` gives the shape and dtype."""
         ...
 
     def all_to_all(self, x: torch.Tensor, axis: str) -> torch.Tensor:
-        """Return `T[size, ...]`: row `r` is what rank `r` had in the row of this rank."""
+        """Return `T[size, ...]`: row `r` is the row that rank `r` has for this rank."""
         ...
 
     def scatter(
         self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str
     ) -> torch.Tensor:
-        """Return this rank's row of rank `src`'s `rows: T[size, ...]` (None elsewhere), a tensor as `like: T[...]`."""
+        """Return this rank's row of rank `src`'s `rows: T[size, ...]`; `rows` is None elsewhere.
+
+        `like: T[...]` gives the shape and dtype of a row.
+        """
         ...
 
     def barrier(self, axis: str) -> None:
-        """Return when every rank of the axis has called it."""
+        """Return after every rank of the axis has called it."""
         ...
 
 
-Run = Callable[..., Any]
-"""`run(method, *args, **kwargs)`: calls a method of the model with the strategy's hooks and precision."""
+class Stateful(Protocol):
+    """An object with torch's pair of state methods, such as an optimizer or a scheduler."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object:
+        """Restore the state in place."""
+        ...
 
 
-def no_join(engine: torch.nn.Module, states: Sequence[Any], ctx: Any) -> NoReturn:
-    """Refuse to train on uneven inputs: what `Parallelism.join` is where a strategy cannot."""
+class RunMethod(Protocol):
+    """Calls a method of the wrapped model with the strategy's hooks and precision."""
+
+    def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call `method` with the user's arguments."""
+        ...
+
+
+class Wrap(Protocol):
+    """Makes the engine that runs a module. Updates `module`; collective."""
+
+    def __call__(
+        self, module: torch.nn.Module, plan: Plan, ctx: DistContext
+    ) -> tuple[torch.nn.Module, RunMethod]:
+        """Place `module` on the ranks and return its engine, and the function that calls it."""
+        ...
+
+
+class WrapOptimizer(Protocol):
+    """Connects an optimizer to an engine. Collective."""
+
+    def __call__(
+        self, opt: torch.optim.Optimizer, engine: torch.nn.Module, ctx: DistContext
+    ) -> torch.optim.Optimizer:
+        """Return the optimizer to step with: `opt` itself where the engine has no other."""
+        ...
+
+
+class GradSync(Protocol):
+    """Turns the reduction of gradients in backward on or off."""
+
+    def __call__(self, engine: torch.nn.Module, *, on: bool) -> AbstractContextManager[None]:
+        """Return a context in which backward reduces gradients, or only accumulates them."""
+        ...
+
+
+class SyncBuffers(Protocol):
+    """Makes buffers equal where they differ between data ranks. Updates `engine`; collective."""
+
+    def __call__(self, engine: torch.nn.Module, ctx: DistContext) -> None:
+        """Overwrite the buffers with those of one rank."""
+        ...
+
+
+class JoinUneven(Protocol):
+    """Lets ranks leave training after different numbers of updates. Collective."""
+
+    def __call__(
+        self, engine: torch.nn.Module, states: Sequence[Stateful], ctx: DistContext
+    ) -> AbstractContextManager[None]:
+        """Return the context to train in; model and `states` are equal on all data ranks after it."""
+        ...
+
+
+MicroBatchLoss = Callable[[Callable[..., Tree]], torch.Tensor]
+"""A function from a callable model to the scalar loss of one micro-batch."""
+
+
+class PipelineForwardBackward(Protocol):
+    """Runs forward and backward of all micro-batches of a window together.
+
+    Updates `.grad`; collective.
+    """
+
+    def __call__(
+        self,
+        engine: torch.nn.Module,
+        losses: Sequence[MicroBatchLoss],
+        factors: Sequence[float | torch.Tensor],
+        ctx: DistContext,
+    ) -> torch.Tensor:
+        """Return the losses `T[n]`; `factors[i]` multiplies loss `i` in backward."""
+        ...
+
+
+class EngineOptimizerStep(Protocol):
+    """Clips, steps and clears the gradients of an optimizer through its engine.
+
+    Updates `opt`; collective.
+    """
+
+    def __call__(
+        self, opt: torch.optim.Optimizer, options: UpdateOptions, ctx: DistContext
+    ) -> tuple[torch.Tensor | None, bool]:
+        """Return the norm of the gradients (None without `clip_norm`), and whether it stepped."""
+        ...
+
+
+def no_join(engine: torch.nn.Module, states: Sequence[Stateful], ctx: DistContext) -> NoReturn:
+    """Refuse to train on uneven inputs: `Parallelism.join` of a strategy that cannot."""
     raise ConfigError(
         "ranks can only end at different updates where they are replicas",
         got=str(ctx.mesh.spec),
@@ -87,38 +188,52 @@ def no_join(engine: torch.nn.Module, states: Sequence[Any], ctx: Any) -> NoRetur
     )
 
 
-_Loss = Callable[[Callable[..., Any]], torch.Tensor]
+class ExportState(Protocol):
+    """Reads the state of an engine."""
+
+    def __call__(self, engine: torch.nn.Module) -> dict[str, Any]:
+        """Return parameters and buffers under the user's names, sharded ones as this rank's shard.
+
+        Shards alias the engine's memory: writing into one writes into the model.
+        """
+        ...
+
+
+class RestoreState(Protocol):
+    """Writes the state of an engine. Updates `engine`; collective."""
+
+    def __call__(self, engine: torch.nn.Module, state: Mapping[str, Any]) -> None:
+        """Restore what `ExportState` returned, or full tensors under the same names."""
+        ...
 
 
 @attrs.frozen(eq=False)
 class StateIO:
-    """How the state of a model leaves an engine that keeps parameters elsewhere than in the module, and comes back.
+    """How to save and load an engine whose parameters are not those of the user's module.
 
     Args:
-        export: `export(engine)`: parameters and buffers under the user's names; of what is spread over ranks this
-            rank's part, where it is, so that writing into it is writing into the model.
-        restore: `restore(engine, state)`: takes what `export` gave, with other values, or tensors that are whole.
-            Updates `engine`; collective.
+        export: Reads the state.
+        restore: Writes it back.
     """
 
-    export: Callable[[Any], dict[str, Any]]
-    restore: Callable[[Any, Mapping[str, Any]], None]
+    export: ExportState
+    restore: RestoreState
 
 
 @attrs.frozen
-class Limits:
-    """What `optimizer_step` asks of an update.
+class UpdateOptions:
+    """How `optimizer_step` treats the gradients before it steps.
 
     Args:
-        norm: The largest 2-norm of all gradients; None leaves them unmeasured.
-        value: The largest magnitude of an element.
-        scale: What the gradients were multiplied by.
-        skip_nonfinite: Whether an update with a gradient that is not finite is left out.
+        clip_norm: The largest 2-norm of all gradients together; None does not measure it.
+        clip_value: The largest magnitude of an element; None does not clip elements.
+        grad_scale: The loss scale that the gradients were multiplied by.
+        skip_nonfinite: Whether to skip an update in which a gradient is not finite.
     """
 
-    norm: float | None
-    value: float | None
-    scale: float
+    clip_norm: float | None
+    clip_value: float | None
+    grad_scale: float
     skip_nonfinite: bool
 
 
@@ -127,34 +242,27 @@ class Parallelism:
     """One way to run a model on the ranks of a mesh, as a value.
 
     Args:
-        name: For people.
-        wrap: `wrap(module, plan, ctx) -> (engine, run)`. Updates `module` (placement, rank 0's values); collective.
-        wrap_optimizer: `wrap_optimizer(opt, engine, ctx) -> Optimizer`. The same object where nothing is to be tied.
-        sync: `sync(engine, on)`: a context in which gradients are reduced in this backward (`on`), or not yet.
-        settle: `settle(engine, ctx)`: training pauses; makes what may differ between data ranks the same. Updates
-            `engine`; collective.
-        join: `join(engine, states, ctx)`: a context that ranks may leave after different numbers of updates. Updates
-            `engine` and `states` (objects with `state_dict`), which are the same on all data ranks afterwards;
-            collective.
-        run_window: `run_window(engine, losses, factors, ctx) -> T[n]`: forward and backward of all micro-batches of a
-            window together, where the strategy does not take them one by one; `losses` are functions from a callable
-            model to a loss, one for each, `factors` what each is multiplied by for backward. Updates `.grad`;
-            collective.
-        state: How models are saved and loaded; None where the module itself holds everything.
-        update: `update(opt, limits, ctx) -> (norm, finite)`: clips, steps and forgets the gradients of an optimizer
-            whose engine does that itself; None where they are in `.grad`. Updates `opt`; collective.
-        is_whole: Whether every rank of a mesh of replicas has whole models and gradients.
+        name: The name of the strategy, for messages.
+        wrap: Makes the engine of a module.
+        wrap_optimizer: Connects an optimizer to the engine.
+        grad_sync: Turns the reduction of gradients in backward on or off.
+        sync_buffers: Makes buffers equal on all data ranks, when training mode ends.
+        join: Lets ranks end at different updates; the default refuses.
+        pipeline_forward_backward: Runs all micro-batches of a window together; None where the
+            strategy runs them one by one.
+        state: How the engine is saved and loaded; None where the user's module holds everything.
+        optimizer_step: The engine's own step; None where gradients are in `.grad` and the
+            optimizer is torch's.
+        is_replicated: Whether every rank of a mesh of replicas has full parameters and gradients.
     """
 
     name: str
-    wrap: Callable[[torch.nn.Module, Plan, Any], tuple[torch.nn.Module, Run]]
-    wrap_optimizer: Callable[[torch.optim.Optimizer, torch.nn.Module, Any], torch.optim.Optimizer]
-    sync: Callable[[torch.nn.Module, bool], AbstractContextManager[None]]
-    settle: Callable[[torch.nn.Module, Any], None]
-    join: Callable[[torch.nn.Module, Sequence[Any], Any], AbstractContextManager[None]] = no_join
-    run_window: Callable[[Any, Sequence[_Loss], Sequence[Any], Any], torch.Tensor] | None = None
+    wrap: Wrap
+    wrap_optimizer: WrapOptimizer
+    grad_sync: GradSync
+    sync_buffers: SyncBuffers
+    join: JoinUneven = no_join
+    pipeline_forward_backward: PipelineForwardBackward | None = None
     state: StateIO | None = None
-    update: (
-        Callable[[torch.optim.Optimizer, Limits, Any], tuple[torch.Tensor | None, bool]] | None
-    ) = None
-    is_whole: bool = True
+    optimizer_step: EngineOptimizerStep | None = None
+    is_replicated: bool = True

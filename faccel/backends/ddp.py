@@ -19,10 +19,10 @@ from faccel.parallel.activation_checkpoint import prepare
 from faccel.parallel.forward import Methods, call_method, with_precision
 from faccel.parallel.sync_states import check_same, take_rank_0s
 from faccel.plan import DdpConfig, Plan
-from faccel.protocols import DATA, Parallelism, Run
+from faccel.protocols import DATA, Parallelism, RunMethod
 
 
-def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
+def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     check_same(module, ctx, DATA)
     if not any(p.requires_grad for p in module.parameters()):
         return _wrap_frozen(module, ctx)
@@ -38,7 +38,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
             except (
                 RuntimeError
             ) as error:  # buffers are broadcast here, and the last backward is looked at
-                failure = _unused(error) or ctx.comm.failure(error, "forward", DATA)
+                failure = _unused(error) or ctx.comm.as_rank_error(error, "forward", DATA)
                 if failure is None:
                     raise
                 raise failure from error
@@ -100,7 +100,7 @@ def _without_buffers(module: nn.Module, ctx: DistContext) -> dict[str, Any]:
     return {"broadcast_buffers": False}
 
 
-def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, Run]:
+def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     """Share rank 0's values of a model that DDP refuses because nothing in it is trained."""
     take_rank_0s({**dict(module.named_parameters()), **dict(module.named_buffers())}, ctx, DATA)
 
@@ -125,7 +125,7 @@ def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Opti
 
 
 @contextmanager
-def _sync(engine: nn.Module, on: bool) -> Generator[None]:  # noqa: FBT001 (Parallelism.sync)
+def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
     if not isinstance(engine, DistributedDataParallel):  # frozen: there is nothing to reduce
         yield
         return
@@ -139,7 +139,7 @@ def _sync(engine: nn.Module, on: bool) -> Generator[None]:  # noqa: FBT001 (Para
         engine.require_backward_grad_sync = before  # type: ignore[assignment]
 
 
-def _settle(engine: nn.Module, ctx: DistContext) -> None:
+def _sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
     buffers = dict(engine.named_buffers())
     if buffers and isinstance(engine, DistributedDataParallel):
         take_rank_0s(buffers, ctx, DATA)
@@ -161,4 +161,4 @@ def _join(
     return joining(engine, states, ctx)
 
 
-DDP = Parallelism("ddp", _wrap, _wrap_optimizer, _sync, _settle, _join)
+DDP = Parallelism("ddp", _wrap, _wrap_optimizer, _grad_sync, _sync_buffers, _join)

@@ -26,7 +26,7 @@ def joining(engine: Any, states: Sequence[Any], ctx: DistContext) -> Generator[N
         with warnings.catch_warnings():  # whose filters it changes
             join.__exit__(None, None, None)
     except RuntimeError as error:
-        failure = ctx.comm.failure(error, "join", DATA)
+        failure = ctx.comm.as_rank_error(error, "join", DATA)
         if failure is None:
             raise
         raise failure from error

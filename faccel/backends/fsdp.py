@@ -29,10 +29,10 @@ from faccel.parallel.moe import MoE
 from faccel.parallel.sync_states import check_same, take_rank_0s
 from faccel.parallel.units import matching, units_of
 from faccel.plan import Plan
-from faccel.protocols import WORLD, Parallelism, Run
+from faccel.protocols import WORLD, Parallelism, RunMethod
 
 
-def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
+def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     check_same(module, ctx, WORLD)
     shard_module(module, plan, Layout.of(module, plan, ctx), ctx)
     _forgets(module, module)
@@ -186,7 +186,7 @@ def _prefetch(units: list[Any], count: int) -> None:
         unit.set_modules_to_backward_prefetch(units[max(0, i - count) : i][::-1])
 
 
-def _runner(module: nn.Module, ctx: DistContext) -> Run:
+def _runner(module: nn.Module, ctx: DistContext) -> RunMethod:
     registered: set[str] = set()
 
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
@@ -198,7 +198,7 @@ def _runner(module: nn.Module, ctx: DistContext) -> Run:
         try:
             out = call_method(module, method, *args, **kwargs)
         except RuntimeError as error:  # parameters are gathered here
-            failure = ctx.comm.failure(error, "forward", WORLD)
+            failure = ctx.comm.as_rank_error(error, "forward", WORLD)
             if failure is None:
                 raise
             raise failure from error
@@ -238,7 +238,7 @@ _SYNC = "_faccel_sync"
 
 
 @contextmanager
-def _sync(engine: Any, on: bool) -> Generator[None]:  # noqa: FBT001 (Parallelism.sync)
+def _grad_sync(engine: Any, *, on: bool) -> Generator[None]:
     before = engine.__dict__.get(_SYNC, True)
     _set_sync(engine, on=on)
     try:
@@ -252,11 +252,11 @@ def _set_sync(engine: Any, *, on: bool) -> None:
     engine.set_requires_gradient_sync(on)
 
 
-def settle(engine: nn.Module, ctx: DistContext) -> None:
+def sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
     """Give every rank of a stage the buffers of its first one."""
     buffers = dict(engine.named_buffers())
     if buffers:
         take_rank_0s(buffers, ctx, "stage")
 
 
-FSDP = Parallelism("sharded", _wrap, same_optimizer, _sync, settle)
+FSDP = Parallelism("sharded", _wrap, same_optimizer, _grad_sync, sync_buffers)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from faccel.backends.fsdp import Layout, same_optimizer, settle, shard_module
+from faccel.backends.fsdp import Layout, same_optimizer, shard_module, sync_buffers
 from faccel.comm.objects import broadcast_objects
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
@@ -19,7 +19,7 @@ from faccel.parallel.forward import to_fp32
 from faccel.parallel.pipeline_stages import Part, remove_others, shared_between, stages_of
 from faccel.parallel.sync_states import check_same
 from faccel.plan import PipelineConfig, Plan
-from faccel.protocols import WORLD, Parallelism, Run
+from faccel.protocols import WORLD, Parallelism, RunMethod
 from faccel.random.generators import seeded
 from faccel.random.hashing import mix
 from faccel.tree import Tree, local, map_leaves, whole
@@ -169,7 +169,7 @@ def _inputs(loss: Loss) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
+def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     if plan.pipeline is None:
         fix = 'write `plan=faccel.Plan(pipeline=faccel.parallel.PipelineConfig(chain=("embed", "blocks.*", "head")))`'
         raise ConfigError(
@@ -245,7 +245,7 @@ def _groups(module: nn.Module, shared: Sequence[dict[int, str]], ctx: DistContex
     return found
 
 
-def _run_window(
+def _forward_backward(
     engine: nn.Module, losses: Sequence[Loss], factors: Sequence[Any], ctx: DistContext
 ) -> torch.Tensor:
     from faccel.parallel.pipeline_schedules import SCHEDULES
@@ -329,7 +329,7 @@ def engine_parameter(engine: Engine, name: str) -> torch.Tensor:
     return next(p for part in engine.parts for n, p in part.named_parameters() if n == name)
 
 
-def _runner(engine: Engine, ctx: DistContext) -> Run:
+def _runner(engine: Engine, ctx: DistContext) -> RunMethod:
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
         if method != "forward":
             raise ModelError(
@@ -426,11 +426,18 @@ def _to_all(chunks: Any, rows: int, engine: Engine, ctx: DistContext) -> Tree:
     return out[0] if is_one else tuple(out)
 
 
-def _sync(engine: nn.Module, on: bool) -> Any:  # noqa: FBT001 (Parallelism.sync)
+def _grad_sync(engine: nn.Module, *, on: bool) -> Any:
     fix = "write `faccel.parallel.pipeline_step`, which reduces once for a window"
     raise ModelError(
         "a pipeline reduces gradients by itself", got=f"`grad_sync(model, on={on})`", fix=fix
     )
 
 
-PIPELINE = Parallelism("pipeline", _wrap, same_optimizer, _sync, settle, run_window=_run_window)
+PIPELINE = Parallelism(
+    "pipeline",
+    _wrap,
+    same_optimizer,
+    _grad_sync,
+    sync_buffers,
+    pipeline_forward_backward=_forward_backward,
+)

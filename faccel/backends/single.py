@@ -14,10 +14,10 @@ from faccel.context import DistContext
 from faccel.parallel.activation_checkpoint import prepare
 from faccel.parallel.forward import call_method, with_precision
 from faccel.plan import Plan
-from faccel.protocols import Parallelism, Run
+from faccel.protocols import Parallelism, RunMethod
 
 
-def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
+def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     prepare(module, plan)
     return module, with_precision(functools.partial(call_method, module), ctx)
 
@@ -26,11 +26,11 @@ def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Opti
     return opt
 
 
-def _sync(engine: nn.Module, on: bool) -> AbstractContextManager[None]:  # noqa: FBT001 (Parallelism.sync)
+def _grad_sync(engine: nn.Module, *, on: bool) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _settle(engine: nn.Module, ctx: DistContext) -> None:
+def _sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
     pass  # one process agrees with itself
 
 
@@ -40,4 +40,4 @@ def _join(
     return nullcontext()
 
 
-SINGLE = Parallelism("single", _wrap, _wrap_optimizer, _sync, _settle, _join)
+SINGLE = Parallelism("single", _wrap, _wrap_optimizer, _grad_sync, _sync_buffers, _join)

@@ -69,7 +69,7 @@ def summed_buckets(
         if is_traced:
             total: Any = _Summed.apply(flat, ctx)
         else:
-            ctx.comm.announce(call, _cut(flat, shapes))
+            ctx.comm.set_call_label(call, _cut(flat, shapes))
             total = ctx.comm.all_reduce(flat, "sum", DATA)
         yield _cut(total, shapes)
 

@@ -75,10 +75,10 @@ class SingleCollectives:
         """Return None: there is nobody to talk to."""
         self._check(axis)
 
-    def announce(self, call: str, x: Tree) -> None:
+    def set_call_label(self, call: str, x: Tree) -> None:
         """Do nothing: there is nobody to disagree."""
 
-    def failure(self, error: RuntimeError, doing: str, axis: str) -> None:
+    def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> None:
         """Return None: nobody else can have failed."""
 
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
@@ -168,7 +168,7 @@ class TorchCollectives:
             )
         return self.groups[axis]
 
-    def announce(self, call: str, x: Tree) -> None:
+    def set_call_label(self, call: str, x: Tree) -> None:
         """Remember for which call the next reduction is."""
         if self.rank_status is not None:
             self._announced[:] = [(call, x)]
@@ -192,7 +192,7 @@ class TorchCollectives:
         bits = [number >> i & 1 for i in range(32)]
         return torch.tensor(bits + [1 - bit for bit in bits], dtype=x.dtype)
 
-    def failure(self, error: RuntimeError, doing: str, axis: str) -> RankFailedError | None:
+    def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> RankFailedError | None:
         """Return the error to raise for one that communication ended in; None for any other error."""
         ended_in_it = isinstance(error, dist.DistError) or "gloo/" in str(error)
         if self.rank_status is None or isinstance(error, FaccelError) or not ended_in_it:
@@ -210,7 +210,7 @@ class TorchCollectives:
         try:
             yield
         except RuntimeError as error:
-            failure = self.failure(error, op, axis)
+            failure = self.as_rank_error(error, op, axis)
             if failure is None:
                 raise
             raise failure from error

@@ -53,16 +53,16 @@ class DebugCollectives:
         """Return the process group of the axis."""
         return self.inner.group(axis)
 
-    def announce(self, call: str, x: Tree) -> None:
+    def set_call_label(self, call: str, x: Tree) -> None:
         """Remember for which call of the user's the next collective is."""
         named = zip(paths(x, "x"), flatten(x)[0], strict=True)
         self._announced[:] = [
             f"{call} of {', '.join(f'{name}: {describe([leaf])}' for name, leaf in named)}"
         ]
 
-    def failure(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
+    def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
         """Return the error to raise for one that communication ended in."""
-        return self.inner.failure(error, doing, axis)
+        return self.inner.as_rank_error(error, doing, axis)
 
     def close(self) -> None:
         """Refuse to communicate from now on."""
@@ -104,7 +104,7 @@ class DebugCollectives:
         try:
             got = self._verdict(op, x, axis)
         except dist.DistError as error:  # the store is gone, with the rank that served it
-            raise self.failure(error, op, axis) or error from error
+            raise self.as_rank_error(error, op, axis) or error from error
         if got != _SAME:
             raise DesyncError(
                 "ranks disagree about the next collective",

@@ -155,6 +155,6 @@ def all_to_all(x: Tree, ctx: DistContext, *, axis: str = WORLD) -> Tree:
         if leaf.ndim == 0 or leaf.shape[0] != size:
             raise reject(x, i, "`all_to_all` exchanges one row per rank", f"give it {size} rows")
     packed = pack(leaves, num_rows=size)
-    ctx.comm.announce("all_to_all", x)
+    ctx.comm.set_call_label("all_to_all", x)
     rows = ctx.comm.all_to_all(packed.row, axis)
     return rebuild([packed.read(rows, i).clone() for i in range(len(leaves))])

@@ -93,7 +93,7 @@ def gather(
             leaves = _pad_to_longest(leaves, is_row, count, ctx, axis)
     packed = pack([*leaves, torch.tensor([digest(leaves), count], device=ctx.device)])
     if not ragged:
-        ctx.comm.announce("gather", x)
+        ctx.comm.set_call_label("gather", x)
     rows = ctx.comm.all_gather(packed.row, axis)
     *parts, headers = [packed.read(rows, i) for i in range(len(leaves) + 1)]
     if not counts_rows:
@@ -203,7 +203,7 @@ def reduce(x: Tree, ctx: DistContext, *, op: str = "sum", axis: str = DATA) -> T
     size = ctx.comm.size(axis)
     wire = [_to_wire(leaf, op) for leaf in leaves]
     if leaves:
-        ctx.comm.announce(f"reduce({op})", x)
+        ctx.comm.set_call_label(f"reduce({op})", x)
     results: list[torch.Tensor] = list(leaves)
     for dtype in sorted({x.dtype for x in wire}, key=str):
         members = [i for i, x in enumerate(wire) if x.dtype == dtype]
@@ -257,7 +257,7 @@ def broadcast(x: Tree, ctx: DistContext, *, src: int = 0, axis: str = WORLD) -> 
     check_rank(src, ctx, axis)
     leaves, rebuild = tensor_leaves(x, ctx)
     mine = digest(leaves)
-    ctx.comm.announce(f"broadcast(src={src})", x)
+    ctx.comm.set_call_label(f"broadcast(src={src})", x)
     packed = pack([*leaves, torch.tensor([mine], device=ctx.device)])
     rows = ctx.comm.broadcast(packed.row, src, axis)[None]
     if ctx.device.type == "cpu":

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from faccel.context import DistContext
-from faccel.protocols import Run
+from faccel.protocols import RunMethod
 from faccel.training.precision import autocast
 from faccel.tree import Tree, map_leaves
 
@@ -32,7 +32,7 @@ def call_method(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> An
     return getattr(module, method)(*args, **kwargs)
 
 
-def with_precision(run: Run, ctx: DistContext) -> Run:
+def with_precision(run: RunMethod, ctx: DistContext) -> RunMethod:
     """Return `run` under autocast, with low-precision outputs brought back to fp32; `run` itself without."""
     if ctx.compute_dtype is None:
         return run

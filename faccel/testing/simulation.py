@@ -171,10 +171,10 @@ class _NoPeers:
     def size(self, axis: str) -> int:
         return self._world_size
 
-    def announce(self, call: str, x: Any) -> None:
+    def set_call_label(self, call: str, x: Any) -> None:
         pass  # nobody listens
 
-    def failure(self, error: RuntimeError, doing: str, axis: str) -> None:
+    def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> None:
         pass  # nobody else can have failed
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:

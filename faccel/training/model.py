@@ -16,7 +16,7 @@ from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError, ModelError, OptimizerError
 from faccel.plan import Plan
-from faccel.protocols import Parallelism, Run
+from faccel.protocols import Parallelism, RunMethod
 
 
 @attrs.frozen(eq=False)
@@ -37,7 +37,7 @@ class WrappedModel:
     engine: nn.Module = attrs.field(repr=False)
     parallelism: Parallelism = attrs.field(repr=False)
     ctx: DistContext = attrs.field(repr=False)
-    _run: Run = attrs.field(repr=False)
+    _run: RunMethod = attrs.field(repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run("forward", *args, **kwargs)
@@ -82,7 +82,7 @@ class WrappedModel:
         rank takes rank 0's, so that all of them evaluate one model.
         """
         if self.module.training and not mode:
-            self.parallelism.settle(self.engine, self.ctx)
+            self.parallelism.sync_buffers(self.engine, self.ctx)
         self.module.train(mode)
         return self
 
@@ -198,7 +198,7 @@ def grad_sync(model: WrappedModel, *, on: bool) -> AbstractContextManager[None]:
         >>> with grad_sync(model, on=False):
         ...     model(torch.zeros(3, 2)).sum().backward()
     """
-    return _wrapped(model).parallelism.sync(model.engine, on)
+    return _wrapped(model).parallelism.grad_sync(model.engine, on=on)
 
 
 @effectful(updates("opt"), COLLECTIVE)

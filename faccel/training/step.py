@@ -17,7 +17,7 @@ from faccel.data.order import Cursor
 from faccel.data.source import Batch
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError, DataError, ModelError
-from faccel.protocols import DATA, Limits
+from faccel.protocols import DATA, UpdateOptions
 from faccel.training.grad_clip import apply, check_limits, clip_, parameters_with_gradients
 from faccel.training.model import WrappedModel, grad_sync
 from faccel.training.precision import ScalerState, check_scaler, unscale_
@@ -229,7 +229,7 @@ def scaled_backward(
     try:
         torch.autograd.backward(loss if factor == 1.0 else loss * factor)
     except RuntimeError as error:
-        failure = ctx.comm.failure(error, "backward", DATA)
+        failure = ctx.comm.as_rank_error(error, "backward", DATA)
         if failure is None:
             raise
         raise failure from error
@@ -280,8 +280,8 @@ def pipeline_step(
         >>> losses.shape
         torch.Size([4])
     """
-    run_window = model.parallelism.run_window
-    if run_window is None:
+    forward_backward = model.parallelism.pipeline_forward_backward
+    if forward_backward is None:
         found: list[torch.Tensor] = []
         for micro in window:
             with grad_sync(model, on=micro.sync):
@@ -302,7 +302,9 @@ def pipeline_step(
 
         return run
 
-    losses = run_window(model.engine, [unscaled(micro.data) for micro in micros], factors, ctx)
+    losses = forward_backward(
+        model.engine, [unscaled(micro.data) for micro in micros], factors, ctx
+    )
     return losses, scaler.after_backward()
 
 
@@ -371,13 +373,15 @@ def optimizer_step(
         (tensor(3.), False, None)
     """
     check_scaler(scaler)
-    update = ctx.parallelism.update
+    update = ctx.parallelism.optimizer_step
     params = parameters_with_gradients(opt, ctx) if update is None else []
     scale = scaler.scale_of_gradients(opt)
     check_limits(clip_norm, clip_value)
     schedulers = () if scheduler is None else _schedulers(scheduler)
-    limits = Limits(clip_norm, clip_value, scale, scaler.enabled or skip_nonfinite)
-    norm, finite = _update(opt, params, limits, ctx) if update is None else update(opt, limits, ctx)
+    options = UpdateOptions(clip_norm, clip_value, scale, scaler.enabled or skip_nonfinite)
+    norm, finite = (
+        _update(opt, params, options, ctx) if update is None else update(opt, options, ctx)
+    )
     if finite:
         for each in schedulers:
             each.step()
@@ -385,14 +389,14 @@ def optimizer_step(
 
 
 def _update(
-    opt: Optimizer, params: list[torch.Tensor], limits: Limits, ctx: DistContext
+    opt: Optimizer, params: list[torch.Tensor], options: UpdateOptions, ctx: DistContext
 ) -> tuple[torch.Tensor | None, bool]:
     """Clip and step with the gradients that are in `.grad` of `params`; return their norm, and whether it stepped."""
     finite, norm = True, None
-    if limits.skip_nonfinite:
-        finite = unscale_([p.grad for p in params if p.grad is not None], limits.scale, ctx)
-    if limits.norm is not None or limits.value is not None:
-        norm = clip_(params, limits.norm, limits.value, ctx)
+    if options.skip_nonfinite:
+        finite = unscale_([p.grad for p in params if p.grad is not None], options.grad_scale, ctx)
+    if options.clip_norm is not None or options.clip_value is not None:
+        norm = clip_(params, options.clip_norm, options.clip_value, ctx)
     if finite:
         apply(opt)
     for p in (

@@ -40,7 +40,7 @@ def wrap(module, plan, ctx):
 
 
 @contextmanager
-def sync(engine, on):
+def grad_sync(engine, *, on):
     before, engine.syncs = engine.syncs, on
     try:
         yield
@@ -48,13 +48,15 @@ def sync(engine, on):
         engine.syncs = before
 
 
-def settle(engine, ctx):
+def sync_buffers(engine, ctx):
     for buffer in engine.buffers():
         buffer.copy_(faccel.broadcast(buffer, ctx, axis="data"))
 
 
 BACKEND = Backend(
-    parallelism=Parallelism("averaging", wrap, lambda opt, engine, ctx: opt, sync, settle),
+    parallelism=Parallelism(
+        "averaging", wrap, lambda opt, engine, ctx: opt, grad_sync, sync_buffers
+    ),
     serves=lambda spec: spec.size == spec.dp_replicate,
     probe=lambda env: None,
     tested_on="CPU",

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from faccel.backends.deepspeed.availability import imported, place_if_missing, surroundings
-from faccel.backends.deepspeed.optimizer import ZeroOptimizer, check_optimizer, update
+from faccel.backends.deepspeed.optimizer import ZeroOptimizer, check_optimizer, step_engine
 from faccel.backends.deepspeed.partition import Place, places_of, shards_of, write_back
 from faccel.backends.deepspeed.settings import dtype_of, is_untested_allowed, settings_of, stage_of
 from faccel.backends.deepspeed.zero_init import join_world, spread
@@ -24,7 +24,7 @@ from faccel.parallel.forward import Methods, call_method, to_fp32, with_precisio
 from faccel.parallel.materialize import Values
 from faccel.parallel.sync_states import check_same, take_rank_0s
 from faccel.plan import Plan
-from faccel.protocols import DATA, Parallelism, Run, StateIO
+from faccel.protocols import DATA, Parallelism, RunMethod, StateIO
 from faccel.tree import Tree, map_leaves
 
 
@@ -83,7 +83,7 @@ def _exact(module: nn.Module, ctx: DistContext) -> dict[int, torch.Tensor]:
     }
 
 
-def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, Run]:
+def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     if ctx.topology.source == "simulated" and ctx.world_size > 1:
         fix = "run the ranks as processes, with `faccel launch` or `faccel.launch`"
         raise BackendError(
@@ -134,7 +134,7 @@ def _check_dtypes(module: nn.Module, ctx: DistContext) -> None:
         )
 
 
-def _runner(holder: Holder, ctx: DistContext) -> Run:
+def _runner(holder: Holder, ctx: DistContext) -> RunMethod:
     module, dtype = holder.module, dtype_of(ctx)
     plain = with_precision(
         lambda method, *args, **kwargs: call_method(module, method, *args, **kwargs), ctx
@@ -153,7 +153,7 @@ def _runner(holder: Holder, ctx: DistContext) -> Run:
             with place_if_missing(ctx):
                 out = holder.tied.engine(method, *args, **kwargs)
         except RuntimeError as error:  # parameters are gathered here
-            failure = ctx.comm.failure(error, "forward", DATA)
+            failure = ctx.comm.as_rank_error(error, "forward", DATA)
             if failure is None:
                 raise
             raise failure from error
@@ -188,11 +188,11 @@ def _wrap_optimizer(opt: Optimizer, engine: Any, ctx: DistContext) -> Optimizer:
 
 
 @contextmanager
-def _sync(engine: nn.Module, on: bool) -> Generator[None]:  # noqa: FBT001 (Parallelism.sync)
+def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
     yield  # ZeRO-1 reduces in the step, ZeRO-2 and 3 keep no whole gradients: they add up what each backward reduced
 
 
-def _settle(engine: Any, ctx: DistContext) -> None:
+def _sync_buffers(engine: Any, ctx: DistContext) -> None:
     buffers = dict(engine.module.named_buffers())
     if buffers:
         take_rank_0s(buffers, ctx, DATA)
@@ -227,10 +227,10 @@ DEEPSPEED = Parallelism(
     "deepspeed",
     _wrap,
     _wrap_optimizer,
-    _sync,
-    _settle,
+    _grad_sync,
+    _sync_buffers,
     _no_join,
     state=StateIO(_export, _restore),
-    update=update,
-    is_whole=False,
+    optimizer_step=step_engine,
+    is_replicated=False,
 )

@@ -13,7 +13,7 @@ from faccel.backends.deepspeed.partition import Place
 from faccel.context import DistContext
 from faccel.errors import ConfigError, OptimizerError
 from faccel.flat_shard import FlatShard
-from faccel.protocols import Limits
+from faccel.protocols import UpdateOptions
 
 ELEMENTWISE = (
     "ASGD",
@@ -179,8 +179,10 @@ def _is_flat(value: Any, place: Place) -> bool:
     )
 
 
-def update(opt: Optimizer, limits: Limits, ctx: DistContext) -> tuple[torch.Tensor | None, bool]:
-    """Clip and step through the engine; `Parallelism.update`."""
+def step_engine(
+    opt: Optimizer, options: UpdateOptions, ctx: DistContext
+) -> tuple[torch.Tensor | None, bool]:
+    """Clip and step through the engine; `Parallelism.optimizer_step`."""
     if not isinstance(opt, ZeroOptimizer):
         fix = "write `opt = faccel.wrap_optimizer(opt, model, ctx)`"
         raise OptimizerError(
@@ -192,29 +194,29 @@ def update(opt: Optimizer, limits: Limits, ctx: DistContext) -> tuple[torch.Tens
             "no gradient has reached a parameter of this optimizer", got="no backward", fix=fix
         )
     zero = opt.engine.optimizer
-    zero.clip_grad = _limit(limits, opt.limit)
-    zero.loss_scale, zero.check_grad_overflow = limits.scale, limits.skip_nonfinite
+    zero.clip_grad = _limit(options, opt.limit)
+    zero.loss_scale, zero.check_grad_overflow = options.grad_scale, options.skip_nonfinite
     opt.step()
     zero.loss_scale = 1.0
     norm = None
-    if limits.norm is not None:
+    if options.clip_norm is not None:
         norm = torch.as_tensor(zero._global_grad_norm, dtype=torch.float32, device=ctx.device)
     return norm, not zero.overflow
 
 
-def _limit(limits: Limits, configured: float) -> float:
-    if limits.value is not None:
+def _limit(options: UpdateOptions, configured: float) -> float:
+    if options.clip_value is not None:
         fix = "leave `clip_value` out, and use `clip_norm`"
         raise ConfigError(
             "DeepSpeed clips gradients by their norm only",
-            got=f"clip_value={limits.value}",
+            got=f"clip_value={options.clip_value}",
             fix=fix,
         )
-    if limits.norm is not None and configured and limits.norm != configured:
-        got = f"clip_norm={limits.norm}, and `gradient_clipping` {configured} of the DeepSpeed settings"
+    if options.clip_norm is not None and configured and options.clip_norm != configured:
+        got = f"clip_norm={options.clip_norm}, and `gradient_clipping` {configured} of the DeepSpeed settings"
         raise ConfigError(
             "two limits of the gradients contradict each other",
             got=got,
             fix="leave one of them out",
         )
-    return configured if limits.norm is None else limits.norm
+    return configured if options.clip_norm is None else options.clip_norm
