@@ -1,4 +1,4 @@
-"""Where each rank is and what it does there, for the messages of errors."""
+"""The user's line that is being executed, for error messages."""
 
 from __future__ import annotations
 
@@ -10,62 +10,74 @@ from contextlib import contextmanager
 
 import torch
 
-_INSIDE = tuple(
-    os.path.dirname(os.path.abspath(file)) + os.sep
-    for file in (torch.__file__, __file__, threading.__file__)
+
+def _folder_of(file: str) -> str:
+    return os.path.join(os.path.dirname(os.path.abspath(file)), "")
+
+
+# Frames of these folders are not the user's: torch, faccel, and Python's own library.
+_LIBRARY_FOLDERS = (
+    _folder_of(torch.__file__),
+    _folder_of(__file__),
+    _folder_of(threading.__file__),
 )
 
+# Paths are relative to where the process started: short, and equal on all ranks.
+_START_FOLDER = os.path.join(os.path.abspath(os.curdir), "")
 
-_FOLDER = os.path.join(
-    os.path.abspath(os.curdir), ""
-)  # where the process began: names are short, and alike on all ranks
-_here = threading.local()
+_override = threading.local()
 
 
 @contextmanager
-def standing_at(site: str) -> Generator[None]:
-    """Let `call_site` of this thread be `site` in the body, for what happens at another line than it was asked at."""
-    before = getattr(_here, "site", None)
-    _here.site = site
+def override_call_site(site: str) -> Generator[None]:
+    """Let `call_site` of this thread return `site` in the body.
+
+    For a collective that runs at the end of a `with` block, but is called where the block begins.
+    """
+    previous = getattr(_override, "site", None)
+    _override.site = site
     try:
         yield
     finally:
-        _here.site = before
+        _override.site = previous
 
 
 def call_site() -> str:
-    """Return `file:line` of the innermost frame that is the user's: neither torch's nor faccel's.
+    """Return `file:line` of the innermost frame that belongs to neither torch nor faccel.
 
     Effects: pure.
     """
-    if getattr(_here, "site", None) is not None:
-        return _here.site
+    site = getattr(_override, "site", None)
+    if site is not None:
+        return site
     frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(_INSIDE) and not name.startswith("<frozen"):
-            return f"{name.removeprefix(_FOLDER)}:{frame.f_lineno}"
+        path = frame.f_code.co_filename
+        if not path.startswith(_LIBRARY_FOLDERS) and not path.startswith("<frozen"):
+            return f"{path.removeprefix(_START_FOLDER)}:{frame.f_lineno}"
         frame = frame.f_back
     return "unknown"
 
 
-def roll(doing: Mapping[int, str]) -> str:
-    """Say what each rank is doing, ranks that do the same in one clause.
+def describe_ranks(actions: Mapping[int, str]) -> str:
+    """Return one line with the action of each rank; ranks with the same action form one clause.
 
     Effects: pure.
 
     Examples:
-        >>> roll({0: "barrier at train.py:4", 1: "returned", 2: "returned"})
+        >>> describe_ranks({0: "barrier at train.py:4", 1: "returned", 2: "returned"})
         'rank 0: barrier at train.py:4, ranks 1 to 2: returned'
     """
-    groups: dict[str, list[int]] = {}
-    for rank, what in doing.items():
-        groups.setdefault(what, []).append(rank)
-    return ", ".join(f"{_span(ranks)}: {what}" for what, ranks in groups.items())
+    ranks_by_action: dict[str, list[int]] = {}
+    for rank, action in actions.items():
+        ranks_by_action.setdefault(action, []).append(rank)
+    clauses = [f"{_join(ranks)}: {action}" for action, ranks in ranks_by_action.items()]
+    return ", ".join(clauses)
 
 
-def _span(ranks: list[int]) -> str:
+def _join(ranks: list[int]) -> str:
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
-    is_run = ranks[-1] - ranks[0] == len(ranks) - 1
-    return f"ranks {ranks[0]} to {ranks[-1]}" if is_run else f"ranks {', '.join(map(str, ranks))}"
+    if ranks[-1] - ranks[0] == len(ranks) - 1:  # without a gap: `actions` is in order of rank
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"ranks {', '.join(map(str, ranks))}"

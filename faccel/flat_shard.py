@@ -1,160 +1,208 @@
-"""Tensors of which each rank holds a run of elements: how engines lie that flatten a model before they share it."""
+"""A tensor of which each rank stores a contiguous range of elements, in row-major order.
+
+DeepSpeed flattens all parameters into one buffer and gives each rank a slice of it, so a shard is
+in general not a slice along one dim, as a DTensor's shards are.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
 
 from faccel.errors import ModelError
 
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem
+
 
 @attrs.frozen
-class Box:
-    """A part of a tensor that is a product of ranges.
+class Chunk:
+    """A hyperrectangle of a tensor, the unit that `torch.distributed.checkpoint` stores.
 
     Args:
-        offsets: Where it begins.
-        sizes: How far it reaches, in each dim.
-        start: Which element of the run it begins with.
+        offsets: Index of its first element, one number per dim.
+        sizes: Its size in each dim.
+        position: Where it begins in the range of elements that it is a chunk of.
     """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    start: int
+    position: int
 
 
-def boxes(shape: Sequence[int], first: int, count: int) -> list[Box]:
-    """Cut a run of elements, counted in row-major order, into parts that are products of ranges, in order.
+def split_range(shape: Sequence[int], start: int, count: int) -> list[Chunk]:
+    """Split a range of elements, in row-major order, into hyperrectangles.
 
-    Effects: pure. At most `2 * len(shape) - 1` of them.
+    Effects: pure. At most `2 * len(shape) - 1` chunks, in the order of the elements.
 
     Args:
-        shape: Of the tensor.
-        first: Number of the first element.
-        count: How many.
+        shape: Shape of the tensor.
+        start: Flat index of the first element.
+        count: Number of elements.
 
     Examples:
-        >>> [(box.offsets, box.sizes) for box in boxes((4, 3), 2, 8)]
+        >>> [(chunk.offsets, chunk.sizes) for chunk in split_range((4, 3), 2, 8)]
         [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
     """
-    found: list[Box] = []
-    done = 0
-    while done < count:
-        at, left = first + done, count - done
-        dim = _outermost(shape, at, left)
-        inner = math.prod(shape[dim + 1 :])
-        offsets = [(at // math.prod(shape[i + 1 :])) % shape[i] for i in range(len(shape))]
-        rows = min(left // inner, shape[dim] - offsets[dim]) if shape else 1
-        sizes = [1] * dim + [rows] * bool(shape) + list(shape[dim + 1 :])
-        found.append(Box(tuple(offsets), tuple(sizes), done))
-        done += rows * inner
-    return found
+    chunks: list[Chunk] = []
+    position = 0
+    while position < count:
+        index = start + position
+        remaining = count - position
+        dim = _outermost_dim(shape, index, remaining)
+        row_size = math.prod(shape[dim + 1 :])
+        offsets = _unravel(index, shape)
+        sizes = [1] * dim + list(shape[dim:])
+        num_rows = 1
+        if shape:  # a 0-d tensor has one element and no dim to count rows in
+            num_rows = min(remaining // row_size, shape[dim] - offsets[dim])
+            sizes[dim] = num_rows
+        chunks.append(Chunk(offsets, tuple(sizes), position))
+        position += num_rows * row_size
+    return chunks
 
 
-def _outermost(shape: Sequence[int], at: int, left: int) -> int:
-    """Return the first dim in which a part that begins at element `at` may reach over several rows."""
+def _unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the index in each dim of flat index `index`, as `numpy.unravel_index` does."""
+    offsets: list[int] = []
+    for dim_size in reversed(shape):
+        index, offset = divmod(index, dim_size)
+        offsets.append(offset)
+    return tuple(reversed(offsets))
+
+
+def _outermost_dim(shape: Sequence[int], index: int, remaining: int) -> int:
+    """Return the first dim along which a chunk from flat index `index` can have several rows."""
     for dim in range(len(shape)):
-        inner = math.prod(shape[dim + 1 :])
-        if at % inner == 0 and left >= inner:
+        row_size = math.prod(shape[dim + 1 :])
+        if index % row_size == 0 and remaining >= row_size:
             return dim
     return max(0, len(shape) - 1)
 
 
 class FlatShard(torch.Tensor):
-    """A tensor of which this rank holds a run of elements, in row-major order.
+    """A tensor of which this rank stores a contiguous range of elements, in row-major order.
 
-    It has a shape and a dtype, and nothing can be computed with it: torch's distributed checkpoint asks it for its
-    parts, `full_tensor` gives the whole. Writing into `part` is writing into it.
+    It has the shape and dtype of the full tensor. `torch.distributed.checkpoint` can save and load
+    it, `to_local` and `full_tensor` are those of a DTensor, every other operator raises. It aliases
+    `local_tensor`.
 
     Args:
-        shape: Of the whole tensor.
-        part: `T[count]`, this rank's elements, where they are.
-        first: Number of the first of them.
-        add_up: `add_up(x)`: the sum of every rank's `x`; collective.
-        owner: What tensors that are one have in common.
+        shape: Shape of the full tensor.
+        local_tensor: `T[count]`, this rank's elements.
+        start: Flat index of the first of them in the full tensor.
+        all_reduce: `all_reduce(x)` returns the sum of every rank's `x`; collective.
+        param: The parameter that it is a shard of; the same object under each of its tied names.
     """
 
-    part: torch.Tensor
-    first: int
-    add_up: Callable[[torch.Tensor], torch.Tensor]
-    owner: object
+    local_tensor: torch.Tensor
+    start: int
+    all_reduce: Callable[[torch.Tensor], torch.Tensor]
+    param: object
 
     @staticmethod
     def __new__(
         cls: type[FlatShard],
         shape: Sequence[int],
-        part: torch.Tensor,
-        first: int,
-        add_up: Callable[[torch.Tensor], torch.Tensor],
-        owner: object = None,
+        local_tensor: torch.Tensor,
+        start: int,
+        all_reduce: Callable[[torch.Tensor], torch.Tensor],
+        param: object = None,
     ) -> FlatShard:
-        make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
-        new = make(cls, tuple(shape), dtype=part.dtype, device=part.device)
-        new.part, new.first, new.add_up, new.owner = part, first, add_up, owner
-        return new
+        # A wrapper subclass has a shape and no storage; every operator goes to
+        # `__torch_dispatch__`.
+        shard = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, tuple(shape), dtype=local_tensor.dtype, device=local_tensor.device
+        )
+        shard.local_tensor = local_tensor
+        shard.start = start
+        shard.all_reduce = all_reduce
+        shard.param = param
+        return shard
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return args[0].like(args[0].part)
+    def __torch_dispatch__(
+        cls,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if args and isinstance(args[0], FlatShard):
+            if func is torch.ops.aten.detach.default:
+                return args[0].with_local(args[0].local_tensor)
+            if func is torch.ops.aten.empty_like.default:
+                return args[0].with_local(func(args[0].local_tensor, **(kwargs or {})))
         raise ModelError(
-            "this rank holds a part of the tensor, so nothing can be computed with it",
-            got=f"`{func}`",
+            f"`{func}` cannot compute with a `FlatShard`",
+            got="a tensor of which this rank stores only a range of elements",
             fix="call `.full_tensor()` on every rank first",
         )
 
-    def __repr__(self, **kwargs: Any) -> str:
-        return f"FlatShard({list(self.shape)}, {self.dtype}, {self.part.numel()} elements from {self.first})"
+    def __repr__(self, **kwargs: object) -> str:
+        count = self.local_tensor.numel()
+        return f"FlatShard({list(self.shape)}, {self.dtype}, {count} elements from {self.start})"
 
-    def like(self, part: torch.Tensor) -> FlatShard:
-        """Return a tensor that lies on the ranks as this one does, with other elements."""
-        return FlatShard(self.shape, part, self.first, self.add_up, self.owner)
+    def with_local(self, local_tensor: torch.Tensor) -> FlatShard:
+        """Return a tensor of the same layout with other elements, `T[count]`, which it aliases."""
+        return FlatShard(self.shape, local_tensor, self.start, self.all_reduce, self.param)
+
+    def to_local(self) -> torch.Tensor:
+        """Return this rank's elements, `T[count]`; aliases the tensor."""
+        return self.local_tensor
 
     def full_tensor(self) -> torch.Tensor:
-        """Return the whole tensor, fresh, on every rank. Collective."""
+        """Return the full tensor on every rank; a copy. Collective."""
         flat = torch.zeros(self.numel(), dtype=self.dtype, device=self.device)
-        flat[self.first : self.first + self.part.numel()] = self.part
-        return self.add_up(flat).reshape(self.shape)
+        self._local_range(flat).copy_(self.local_tensor)
+        return self.all_reduce(flat).reshape(self.shape)
 
-    def assign(self, whole: torch.Tensor) -> None:
-        """Write this rank's part of `whole`. Updates the tensor."""
-        if isinstance(whole, FlatShard):
-            self.part.copy_(whole.part)
+    def assign(self, value: torch.Tensor) -> None:
+        """Copy this rank's elements of a full tensor, or of a shard of the same layout."""
+        if isinstance(value, FlatShard):
+            self.local_tensor.copy_(value.local_tensor)
         else:
-            self.part.copy_(whole.reshape(-1)[self.first : self.first + self.part.numel()])
+            self.local_tensor.copy_(self._local_range(value.reshape(-1)))
 
-    def _boxes(self) -> list[Box]:
-        return boxes(self.shape, self.first, self.part.numel())
+    def _local_range(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat[self.start : self.start + self.local_tensor.numel()]
 
-    def __create_write_items__(self, fqn: str, tensor: Any) -> list[Any]:
+    def _chunks(self) -> list[Chunk]:
+        return split_range(self.shape, self.start, self.local_tensor.numel())
+
+    # The three methods by which torch.distributed.checkpoint (`planner_helpers.py`) asks a tensor
+    # subclass for its shards. A range of elements is up to `2 * ndim - 1` chunks.
+
+    def __create_write_items__(self, fqn: str, tensor: object) -> list[WriteItem]:
         from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
         properties = TensorProperties(dtype=self.dtype)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, torch.Size(box.offsets)),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=_chunk(box), properties=properties, size=self.shape
-                ),
-            )
-            for box in self._boxes()
-        ]
+        items: list[WriteItem] = []
+        for chunk in self._chunks():
+            index = MetadataIndex(fqn, torch.Size(chunk.offsets))
+            data = TensorWriteData(_storage_metadata(chunk), properties, self.shape)
+            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        return items
 
-    def __create_chunk_list__(self) -> list[Any]:
-        return [_chunk(box) for box in self._boxes()]
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [_storage_metadata(chunk) for chunk in self._chunks()]
 
-    def __get_tensor_shard__(self, index: Any) -> torch.Tensor:
-        box = next(each for each in self._boxes() if torch.Size(each.offsets) == index.offset)
-        return self.part[box.start : box.start + math.prod(box.sizes)].view(box.sizes)
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        by_offset = {torch.Size(chunk.offsets): chunk for chunk in self._chunks()}
+        assert index.offset is not None
+        chunk = by_offset[index.offset]
+        count = math.prod(chunk.sizes)
+        return self.local_tensor[chunk.position : chunk.position + count].view(chunk.sizes)
 
 
-def _chunk(box: Box) -> Any:
+def _storage_metadata(chunk: Chunk) -> ChunkStorageMetadata:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-    return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.sizes))
+    return ChunkStorageMetadata(offsets=torch.Size(chunk.offsets), sizes=torch.Size(chunk.sizes))

@@ -22,7 +22,7 @@ from faccel.plan import PipelineConfig, Plan
 from faccel.protocols import WORLD, Parallelism, RunMethod
 from faccel.random.generators import seeded
 from faccel.random.hashing import mix
-from faccel.tree import Tree, local, map_leaves, whole
+from faccel.tree import Tree, full_tensor, local_tensor, map_leaves
 
 Loss = Callable[[Callable[..., Any]], torch.Tensor]
 
@@ -264,7 +264,7 @@ def _forward_backward(
             )
 
         loss = seeded(ask, None, mix(seed, number))
-        found[number] = whole(loss.detach())
+        found[number] = full_tensor(loss.detach())
         return loss * factors[number]
 
     schedule = run(engine.stages(asked[0], trains=True), count, loss_of)
@@ -319,7 +319,7 @@ def _add_shared(engine: Engine, before: Sequence[torch.Tensor | None]) -> None:
     for each, old in zip(engine.shared, before, strict=True):
         p = engine_parameter(engine, each.name)
         if p.grad is not None:
-            dist.all_reduce(local(p.grad), group=each.group)
+            dist.all_reduce(local_tensor(p.grad), group=each.group)
         if old is not None:
             p.grad = old if p.grad is None else p.grad + old
 

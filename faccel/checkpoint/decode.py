@@ -31,7 +31,7 @@ from faccel.context import DistContext
 from faccel.errors import CheckpointError, nearest
 from faccel.random.seeding import RngState
 from faccel.training.model import WrappedModel
-from faccel.tree import empty_like, is_tensordict
+from faccel.tree import is_tensordict
 
 Finish = Callable[[], Any]
 """Gives a value once all tensors have been read; writes what has identity."""
@@ -138,7 +138,7 @@ class Decoder:
     def _new_tensor(self, path: str, into: Any = None) -> torch.Tensor:
         stored = self._at(path)
         if isinstance(into, torch.Tensor) and into.shape == stored.shape:
-            new = empty_like(into, stored.dtype)
+            new = torch.empty_like(into.detach(), dtype=stored.dtype)
         else:
             new = torch.empty(stored.shape, dtype=stored.dtype)
         self.destinations[path] = new

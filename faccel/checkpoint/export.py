@@ -25,7 +25,7 @@ from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import CheckpointError, ConfigError
 from faccel.flat_shard import FlatShard
 from faccel.training.model import WrappedModel
-from faccel.tree import local, whole
+from faccel.tree import full_tensor, local_tensor
 
 _INDEX = "model.safetensors.index.json"
 _OURS = re.compile(
@@ -72,8 +72,8 @@ def _module(model: Any) -> nn.Module:
 def _place_of(x: torch.Tensor) -> tuple[Any, ...]:
     """Return what two names of one tensor have in common."""
     if isinstance(x, FlatShard):
-        return (id(x.owner),)
-    mine = local(x)
+        return (id(x.param),)
+    mine = local_tensor(x)
     return mine.untyped_storage().data_ptr(), mine.storage_offset(), x.shape, mine.stride(), x.dtype
 
 
@@ -202,9 +202,13 @@ def export_model(
     def one(name: str) -> torch.Tensor:
         owner, shape, dtype = owners[name]
         if ctx.mesh.spec.pp == 1:
-            return whole(kept[name])
+            return full_tensor(kept[name])
         is_mine = owner == ctx.comm.rank("pp")
-        mine = whole(kept[name]) if is_mine else torch.empty(shape, dtype=dtype, device=ctx.device)
+        mine = (
+            full_tensor(kept[name])
+            if is_mine
+            else torch.empty(shape, dtype=dtype, device=ctx.device)
+        )
         return ctx.comm.broadcast(mine.to(ctx.device), owner, "pp")
 
     if adapter is not None:

@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 import attrs
 import torch
 
-from faccel.call_site import call_site, standing_at
+from faccel.call_site import call_site, override_call_site
 from faccel.comm.objects import gather_objects
 from faccel.comm.pack import check_rank
 from faccel.context import DistContext
@@ -148,10 +148,10 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
             problem = f"{type(error).__name__}: {error}"
             raise
         finally:
-            with standing_at(site):
+            with override_call_site(site):
                 gather_objects(problem, ctx, axis=WORLD)
         return
-    with standing_at(site):
+    with override_call_site(site):
         problems = gather_objects("", ctx, axis=WORLD)
     failed = [(rank, problem) for rank, problem in enumerate(problems) if problem]
     if failed:

@@ -10,7 +10,7 @@ import attrs
 import torch
 import torch.distributed as dist
 
-from faccel.call_site import call_site, roll
+from faccel.call_site import call_site, describe_ranks
 from faccel.comm.collectives import TorchCollectives
 from faccel.comm.pack import describe
 from faccel.errors import DesyncError
@@ -129,7 +129,9 @@ class DebugCollectives:
         if me == ranks[0]:
             self._wait(keys, ranks)
             doing = self._read(keys, ranks)
-            self.store.set(verdict, _SAME if len(set(doing.values())) == 1 else roll(doing))
+            self.store.set(
+                verdict, _SAME if len(set(doing.values())) == 1 else describe_ranks(doing)
+            )
             for key in (*keys, verdict):  # those of the last call, which everybody has read
                 self.store.delete_key(key.replace(f"/{number}/", f"/{number - 1}/"))
         else:
@@ -137,7 +139,7 @@ class DebugCollectives:
         return (
             self.store.get(verdict).decode()
             if self.store.check([verdict])
-            else roll(self._read(keys, ranks))
+            else describe_ranks(self._read(keys, ranks))
         )
 
     def _wait(self, keys: Sequence[str], ranks: Sequence[int]) -> None:

@@ -8,14 +8,14 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from faccel.call_site import roll
+from faccel.call_site import describe_ranks
 from faccel.errors import FaccelError
 
 _POLL_S = 0.02
 
 
 class RankStatus:
-    """One rank's place on the roll. Nothing is sent until something has gone wrong, or a rank leaves.
+    """One rank's place on the describe_ranks. Nothing is sent until something has gone wrong, or a rank leaves.
 
     Args:
         store: Of the world. It may be gone together with the process that serves it: then nobody is heard of.
@@ -36,7 +36,7 @@ class RankStatus:
         self._has_told = False
 
     def _key(self, rank: int) -> str:
-        return f"roll/{self._generation}/{rank}"
+        return f"describe_ranks/{self._generation}/{rank}"
 
     def _post(self, doing: str) -> None:
         self._has_told = True
@@ -63,7 +63,7 @@ class RankStatus:
         """Tell the others that this rank fails in `doing`; say what is known of each of `ranks`."""
         self._post(doing)
         deadline = time.monotonic() + self._patience_s
-        return roll(
+        return describe_ranks(
             {rank: doing if rank == self._rank else self._ask(rank, deadline) for rank in ranks}
         )
 

@@ -15,7 +15,7 @@ from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DataError
 from faccel.protocols import DATA, WORLD
-from faccel.tree import Tree, reject
+from faccel.tree import Tree, leaf_error
 
 
 def split(xs: Any, ctx: DistContext, *, pad: bool = False, axis: str = DATA) -> Any:
@@ -153,7 +153,9 @@ def all_to_all(x: Tree, ctx: DistContext, *, axis: str = WORLD) -> Tree:
     size = ctx.comm.size(axis)
     for i, leaf in enumerate(leaves):
         if leaf.ndim == 0 or leaf.shape[0] != size:
-            raise reject(x, i, "`all_to_all` exchanges one row per rank", f"give it {size} rows")
+            raise leaf_error(
+                x, i, "`all_to_all` exchanges one row per rank", f"give it {size} rows"
+            )
     packed = pack(leaves, num_rows=size)
     ctx.comm.set_call_label("all_to_all", x)
     rows = ctx.comm.all_to_all(packed.row, axis)

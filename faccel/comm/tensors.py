@@ -12,7 +12,7 @@ from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, DataError, DesyncError, nearest
 from faccel.protocols import DATA, WORLD
-from faccel.tree import Tree, flatten, reject
+from faccel.tree import Tree, flatten, leaf_error
 
 REDUCE_OPS = ("sum", "mean", "min", "max", "prod")
 
@@ -24,14 +24,14 @@ def tensor_leaves(
     leaves, rebuild = flatten(tree)
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
-            raise reject(
+            raise leaf_error(
                 tree,
                 i,
                 "only tensors travel in this collective",
                 "use `gather_objects` for anything else",
             )
         if leaf.layout != torch.strided:
-            raise reject(
+            raise leaf_error(
                 tree, i, f"a {leaf.layout} tensor cannot be packed", "call `.to_dense()` on it"
             )
         leaves[i] = leaf.detach().to(ctx.device).resolve_conj().resolve_neg().contiguous()
@@ -144,7 +144,7 @@ def _num_rows(x: Tree, leaves: list[torch.Tensor], is_row: list[bool]) -> int:
     num_rows = leaves[sized[0]].shape[0]
     for i in sized:
         if leaves[i].shape[0] != num_rows:
-            error = reject(
+            error = leaf_error(
                 x,
                 i,
                 f"every leaf must have the same {num_rows} rows",

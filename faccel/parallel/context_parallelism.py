@@ -19,7 +19,7 @@ from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, DataError, ModelError, nearest
 from faccel.protocols import Collectives
-from faccel.tree import Tree, flatten, is_dtensor, paths, reject
+from faccel.tree import Tree, flatten, is_dtensor, leaf_error, paths
 
 _AXIS = "cp"
 
@@ -65,7 +65,7 @@ def split_sequence(x: Tree, ctx: DistContext, *, dim: int = 1) -> Tree:
     leaves, rebuild = flatten(x)
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
-            raise reject(x, i, "`split_sequence` splits tensors", "pass the tensors only")
+            raise leaf_error(x, i, "`split_sequence` splits tensors", "pass the tensors only")
     _check_divides(leaves, paths(x), dim, size)
     return rebuild([leaf.tensor_split(size, dim)[_place(ctx)] for leaf in leaves])
 
@@ -273,7 +273,7 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
         node: Any, q: Tensor, kv: Tensor, ctx: DistContext, is_causal: bool, scale: float
-    ) -> Tensor:  # noqa: FBT001
+    ) -> Tensor:
         kv, comm, place = kv.contiguous(), ctx.comm, _place(ctx)
         with torch.autocast(q.device.type, enabled=False):
             queries = _fold(q, kv.shape[1])

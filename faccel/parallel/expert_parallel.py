@@ -12,7 +12,7 @@ from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
 from faccel.mesh import MeshSpec
 from faccel.parallel.moe import MoE
-from faccel.tree import local
+from faccel.tree import local_tensor
 
 
 def moes_of(module: nn.Module, spec: MeshSpec) -> dict[str, MoE]:
@@ -79,7 +79,7 @@ def shard_experts(
     ):  # a number is one of all ranks, of which there are fewer here
         reshard = True
     inner: dict[str, Any] = {**options, "mesh": sharing, "reshard_after_forward": reshard}
-    inner["shard_placement_fn"] = lambda p: Shard(_dim(local(p).shape, size))
+    inner["shard_placement_fn"] = lambda p: Shard(_dim(local_tensor(p).shape, size))
     for name, moe in moes.items():
         for key, p in list(moe.experts.named_parameters()):
             part = distribute_tensor(p.detach(), mesh["ep"], [Shard(0)], src_data_rank=None)

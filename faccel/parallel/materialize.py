@@ -13,7 +13,7 @@ from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
 from faccel.errors import ModelError
 from faccel.parallel.sync_states import take_rank_0s
-from faccel.tree import is_dtensor, local
+from faccel.tree import is_dtensor, local_tensor
 
 
 @attrs.frozen
@@ -76,7 +76,9 @@ def _take(part: Any, whole: torch.Tensor) -> None:
     shape, offset = compute_local_shape_and_global_offset(
         whole.shape, part.device_mesh, part.placements
     )
-    local(part).copy_(whole[tuple(slice(at, at + n) for at, n in zip(offset, shape, strict=True))])
+    local_tensor(part).copy_(
+        whole[tuple(slice(at, at + n) for at, n in zip(offset, shape, strict=True))]
+    )
 
 
 def ties_of(module: nn.Module) -> list[list[str]]:

@@ -13,7 +13,7 @@ from faccel.context import DistContext
 from faccel.effects import effectful, updates
 from faccel.errors import ConfigError
 from faccel.protocols import Collectives
-from faccel.tree import local
+from faccel.tree import local_tensor
 
 
 class Experts(nn.Module):
@@ -40,7 +40,7 @@ class Experts(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Return `T[experts, n, width]` from each expert's own `T[experts, n, width]`, for the experts held here."""
-        return F.gelu(rows @ local(self.up).mT) @ local(self.down).mT
+        return F.gelu(rows @ local_tensor(self.up).mT) @ local_tensor(self.down).mT
 
 
 class _Exchange(torch.autograd.Function):

@@ -7,7 +7,7 @@ import zlib
 import torch
 from torch import nn
 
-from faccel.call_site import roll
+from faccel.call_site import describe_ranks
 from faccel.comm.objects import gather_objects
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
@@ -28,7 +28,7 @@ def check_same(module: nn.Module, ctx: DistContext, axis: str) -> None:
         }
         raise ModelError(
             "ranks have built different models",
-            got=f"{roll(numbers)}; this rank's has {len(own)} parameters, the first `{own[0][0]}` {list(own[0][1])}",
+            got=f"{describe_ranks(numbers)}; this rank's has {len(own)} parameters, the first `{own[0][0]}` {list(own[0][1])}",
             fix="build the same model, with the same parameters frozen, on every rank",
         )
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed.distributed_c10d as c10d
 
-from faccel.call_site import roll
+from faccel.call_site import describe_ranks
 from faccel.errors import DesyncError, RankFailedError
 from faccel.random.generators import Generators
 
@@ -217,4 +217,4 @@ class Scheduler:
 
     def report(self) -> str:
         """Say what each rank is doing, ranks that do the same in one clause."""
-        return roll({number: rank.doing for number, rank in enumerate(self.ranks)})
+        return describe_ranks({number: rank.doing for number, rank in enumerate(self.ranks)})

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from faccel.context import DistContext
 from faccel.errors import ConfigError, OptimizerError
-from faccel.tree import is_dtensor, local
+from faccel.tree import is_dtensor, local_tensor
 
 
 def parameters_with_gradients(opt: Optimizer, ctx: DistContext) -> list[torch.Tensor]:
@@ -85,7 +85,7 @@ def clip_(
     if ctx.is_replicated:
         return _clip(params, norm, value, get_total_norm)
     counted = [p.grad for p in params if p.grad is not None and not hasattr(p, "_faccel_name")]
-    parts: Any = [_Part(local(p.grad)) for p in params if p.grad is not None]
+    parts: Any = [_Part(local_tensor(p.grad)) for p in params if p.grad is not None]
     return _clip(parts, norm, value, lambda _: total_norm(counted, ctx))
 
 
@@ -112,7 +112,7 @@ def total_norm(grads: Sequence[torch.Tensor], ctx: DistContext) -> torch.Tensor:
     """
     groups: dict[tuple[str, ...], list[torch.Tensor]] = {}
     for grad in grads:
-        groups.setdefault(_spread_over(grad), []).append(local(grad))
+        groups.setdefault(_spread_over(grad), []).append(local_tensor(grad))
     if not groups:  # a stage of a pipeline in which nothing is trained
         squares = torch.zeros(1, dtype=torch.float64, device=ctx.device)
     else:

@@ -13,7 +13,7 @@ from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError
 from faccel.training.model import WrappedModel, unwrap
-from faccel.tree import reject
+from faccel.tree import leaf_error
 
 
 @attrs.frozen
@@ -78,7 +78,7 @@ def _buckets(
     leaves, _ = tensor_leaves(by_name, ctx)
     for i, leaf in enumerate(leaves):
         if not (leaf.is_floating_point() or leaf.is_complex()):
-            raise reject(
+            raise leaf_error(
                 by_name, i, "only floating point tensors have a mean of their dtype", "leave it out"
             )
     named = dict(zip(by_name, leaves, strict=True))

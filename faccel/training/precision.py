@@ -13,7 +13,7 @@ import torch
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ScalerError
 from faccel.protocols import WORLD
-from faccel.tree import local
+from faccel.tree import local_tensor
 
 
 class Stepped:
@@ -189,7 +189,7 @@ def unscale_(grads: Iterable[torch.Tensor], scale: float, ctx: DistContext) -> b
     """
     groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for each in grads:
-        grad = local(each)
+        grad = local_tensor(each)
         if grad.is_sparse:
             grad = grad._values()  # type: ignore[attr-defined]  # its numbers; scaling them in place scales it
         groups.setdefault((grad.device, grad.dtype), []).append(grad)

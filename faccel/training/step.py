@@ -21,7 +21,7 @@ from faccel.protocols import DATA, UpdateOptions
 from faccel.training.grad_clip import apply, check_limits, clip_, parameters_with_gradients
 from faccel.training.model import WrappedModel, grad_sync
 from faccel.training.precision import ScalerState, check_scaler, unscale_
-from faccel.tree import Tree, whole
+from faccel.tree import Tree, full_tensor
 
 Weight = Callable[[Batch], int | float | torch.Tensor]
 """What a micro-batch counts: its rows, its tokens, ...; a number or a 0-d tensor, 0 allowed."""
@@ -287,7 +287,7 @@ def pipeline_step(
             with grad_sync(model, on=micro.sync):
                 loss = loss_fn(model, micro.data)
                 scaler = scaled_backward(loss, scaler, ctx, scale=micro.scale)
-            found.append(whole(loss.detach()))
+            found.append(full_tensor(loss.detach()))
         return torch.stack(found), scaler
     check_scaler(scaler)
     micros = list(window)

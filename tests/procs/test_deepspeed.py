@@ -48,7 +48,9 @@ def rows(number, count=12, width=5):
 
 
 def whole(state):
-    return {name: faccel.tree.whole(value).detach().clone().cpu() for name, value in state.items()}
+    return {
+        name: faccel.tree.full_tensor(value).detach().clone().cpu() for name, value in state.items()
+    }
 
 
 def prepared(ctx, net=None, plan=None, lr=0.05):
@@ -291,7 +293,9 @@ def meta(ctx):
             net = Net()
     model, opt = prepared(ctx, net)
     sizes = sum(
-        value.part.numel() for value in model.state_dict().values() if hasattr(value, "part")
+        value.to_local().numel()
+        for value in model.state_dict().values()
+        if hasattr(value, "to_local")
     )
     train(ctx, model, opt, 0, 2)
     return sizes, whole(model.state_dict())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from faccel.errors import TreeError
-from faccel.tree import flatten, map_leaves, paths, reject
+from faccel.tree import flatten, leaf_error, map_leaves, paths
 
 Pair = collections.namedtuple("Pair", "a b")
 
@@ -71,7 +71,7 @@ def test_tensordicts_are_walked_and_take_the_new_batch_size():
 
 
 def test_an_error_names_the_path_type_and_shape():
-    error = reject({"a": [1, torch.zeros(2, 3)]}, 1, "no", "do")
+    error = leaf_error({"a": [1, torch.zeros(2, 3)]}, 1, "no", "do")
     assert isinstance(error, TreeError)
     assert "['a'][1]" in error.got
     assert "(2, 3)" in error.got
