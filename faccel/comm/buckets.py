@@ -45,6 +45,21 @@ def check_cap(bucket_cap_mb: float) -> None:
         )
 
 
+def check_replicas(ctx: DistContext, alternative: str) -> None:
+    """Raise unless every rank has a full copy of the model.
+
+    Args:
+        ctx: The context whose mesh is checked.
+        alternative: What else to do on this mesh, the last part of the fix; starts with a verb.
+    """
+    if not ctx.is_replicated:
+        raise ConfigError(
+            "the mesh must have replicas only, because every rank needs a full copy of the model",
+            got=str(ctx.mesh.spec),
+            fix=f"use `mesh=faccel.MeshSpec(dp_replicate={ctx.world_size})`, or {alternative}",
+        )
+
+
 def summed_buckets(
     named: dict[str, torch.Tensor],
     ctx: DistContext,

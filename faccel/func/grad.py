@@ -9,7 +9,7 @@ import attrs
 import torch
 from tensordict import TensorDict
 
-from faccel.comm.buckets import check_cap, summed_buckets
+from faccel.comm.buckets import check_cap, check_replicas, summed_buckets
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, DataError, ModelError
@@ -18,7 +18,6 @@ from faccel.func.micro_batches import micro_batches, stacked
 from faccel.func.purity import found_pure
 from faccel.func.rng_streams import Stream
 from faccel.func.tensordicts import check_like, foreach, named, tensordict
-from faccel.training.local_sgd import check_replicas
 from faccel.training.precision import autocast
 from faccel.tree import Tree, flatten, map_leaves
 

@@ -9,8 +9,8 @@ import attrs
 import torch
 from tensordict import TensorDict
 
+import faccel.func.formulas as formulas
 from faccel.errors import ConfigError, OptimizerError
-from faccel.func import formulas
 from faccel.func.gradient_transformation import GradientTransformation, Updates, is_traced
 from faccel.func.tensordicts import check_like, foreach, named, tensordict
 from faccel.func.transforms import Schedule, at, zero_count

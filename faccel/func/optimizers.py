@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+import faccel.func.formulas as formulas
 from faccel.errors import ConfigError, OptimizerError, nearest
-from faccel.func import formulas
 from faccel.func.gradient_transformation import GradientTransformation
 from faccel.func.optimizer_factory import Rule, Slots, optimizer
 from faccel.func.transforms import Schedule

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import nn
 from torch.utils._pytree import register_pytree_node
 
-from faccel.comm.buckets import BUCKET_CAP_MB, packed
+from faccel.comm.buckets import BUCKET_CAP_MB, check_replicas, packed
 from faccel.comm.tensors import broadcast, reduce
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
@@ -20,7 +20,6 @@ from faccel.errors import DesyncError, DonatedError, ModelError
 from faccel.func.gradient_transformation import GradientTransformation, check_transformation
 from faccel.func.purity import digest
 from faccel.func.tensordicts import plain, tensordict
-from faccel.training.local_sgd import check_replicas
 from faccel.training.precision import ScalerState, init_scaler
 
 

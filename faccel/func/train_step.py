@@ -9,6 +9,7 @@ import attrs
 import torch
 from tensordict import TensorDict
 
+from faccel.comm.buckets import check_replicas
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, OptimizerError
@@ -23,7 +24,6 @@ from faccel.func.gradient_transformation import (
 from faccel.func.rng_streams import NoStream, Stream, seeded
 from faccel.func.tensordicts import leaves, tensordict
 from faccel.func.train_state import TrainState, check_state, donate
-from faccel.training.local_sgd import check_replicas
 from faccel.training.precision import ScalerState
 from faccel.tree import Tree, map_leaves
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import attrs
 import torch
 
-from faccel.comm.buckets import check_cap, summed_buckets
+from faccel.comm.buckets import check_cap, check_replicas, summed_buckets
 from faccel.comm.tensors import tensor_leaves
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
@@ -70,7 +70,7 @@ def _buckets(
     params: Mapping[str, torch.Tensor], ctx: DistContext, bucket_cap_mb: float
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the means bucket by bucket, as views of what was reduced, in the same order on every rank."""
-    check_replicas(ctx)
+    check_replicas(ctx, "train without `local_sgd`")
     check_cap(bucket_cap_mb)
     by_name = {
         name: params[name] for name in sorted(params)
@@ -84,16 +84,6 @@ def _buckets(
     named = dict(zip(by_name, leaves, strict=True))
     for sums in summed_buckets(named, ctx, bucket_cap_mb=bucket_cap_mb, call="local_sgd"):
         yield {name: total.div_(ctx.data_world_size) for name, total in sums.items()}
-
-
-def check_replicas(ctx: DistContext, or_else: str = "train without `local_sgd`") -> None:
-    """Refuse a mesh whose ranks share parameters or work."""
-    if not ctx.is_replicated:
-        raise ConfigError(
-            "this needs replicas, and this mesh shares parameters or work between its ranks",
-            got=str(ctx.mesh.spec),
-            fix=f"use `mesh=faccel.MeshSpec(dp_replicate={ctx.world_size})`, or {or_else}",
-        )
 
 
 @effectful(updates("model"), COLLECTIVE)
@@ -136,7 +126,7 @@ def local_sgd(
         SyncInfo(synced=True, num_bytes=0)
     """
     params = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
-    check_replicas(ctx)
+    check_replicas(ctx, "train without `local_sgd`")
     for name, value in (("step", step), ("every", every)):
         if value < 1:
             fix = (
