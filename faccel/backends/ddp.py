@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
 from faccel.parallel.activation_checkpoint import prepare
@@ -38,10 +39,10 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
             except (
                 RuntimeError
             ) as error:  # buffers are broadcast here, and the last backward is looked at
-                failure = _unused(error) or ctx.comm.as_rank_error(error, "forward", DATA)
-                if failure is None:
-                    raise
-                raise failure from error
+                unused = _unused(error)
+                if unused is not None:
+                    raise unused from error
+                raise_naming_rank(error, "forward", DATA, ctx.comm)
         return call_method(module, method, *args, **kwargs)
 
     return engine, with_precision(run, ctx)

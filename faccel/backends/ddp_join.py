@@ -11,6 +11,7 @@ import torch
 from torch.distributed.algorithms.join import Join
 
 from faccel.comm.objects import broadcast_objects
+from faccel.comm.rank_errors import naming_failed_rank
 from faccel.context import DistContext
 from faccel.protocols import DATA
 from faccel.tree import Tree, map_leaves
@@ -22,14 +23,10 @@ def joining(engine: Any, states: Sequence[Any], ctx: DistContext) -> Generator[N
     before = engine._join_config
     join = Join([engine])
     try:
-        yield
-        with warnings.catch_warnings():  # whose filters it changes
-            join.__exit__(None, None, None)
-    except RuntimeError as error:
-        failure = ctx.comm.as_rank_error(error, "join", DATA)
-        if failure is None:
-            raise
-        raise failure from error
+        with naming_failed_rank("join", DATA, ctx.comm):
+            yield
+            with warnings.catch_warnings():  # whose filters it changes
+                join.__exit__(None, None, None)
     finally:
         engine._join_config = before  # torch would go on asking who has ended, in each forward
     last = engine._authoritative_rank

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.errors import ModelError
 from faccel.parallel.activation_checkpoint import (
@@ -198,10 +199,7 @@ def _runner(module: nn.Module, ctx: DistContext) -> RunMethod:
         try:
             out = call_method(module, method, *args, **kwargs)
         except RuntimeError as error:  # parameters are gathered here
-            failure = ctx.comm.as_rank_error(error, "forward", WORLD)
-            if failure is None:
-                raise
-            raise failure from error
+            raise_naming_rank(error, "forward", WORLD, ctx.comm)
         return out if ctx.compute_dtype is None else to_fp32(out)
 
     return run

@@ -12,7 +12,7 @@ from torch.optim import LBFGS, Optimizer
 
 from faccel.comm.all_or_error import all_or_error
 from faccel.context import DistContext
-from faccel.errors import OptimizerError
+from faccel.errors import CheckpointError, OptimizerError
 from faccel.protocols import DATA
 from faccel.tree import Tree, map_leaves
 
@@ -59,7 +59,10 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
         """Return the whole state, on the CPU. Collective."""
         mine = map_leaves(_to_cpu, self.optim.state_dict())
         self._all_state_dicts = all_or_error(
-            lambda: mine, self._ctx, "give its part of the state of an optimizer"
+            lambda: mine,
+            self._ctx,
+            "give its part of the state of an optimizer",
+            error=CheckpointError,
         )
         try:
             return super().state_dict()

@@ -19,7 +19,7 @@ import torch
 from faccel.checkpoint.files import FileEntry, Slice
 from faccel.checkpoint.policy import KeepPolicy
 from faccel.checkpoint.transaction import Begun
-from faccel.comm.all_or_error import all_or_error, as_checkpoint_error, failures
+from faccel.comm.all_or_error import all_or_error, as_faccel_error, raise_on_all_ranks
 from faccel.context import DistContext
 from faccel.errors import CheckpointError, FaccelError
 from faccel.protocols import WORLD
@@ -59,7 +59,7 @@ class Pending:
         self.patience_s = _GRACE_S
         error = self.outcome()
         if error is not None:
-            raise as_checkpoint_error(error, _WHAT)
+            raise as_faccel_error(error, _WHAT, CheckpointError)
 
 
 def settle(ctx: DistContext) -> None:
@@ -76,14 +76,14 @@ def settle(ctx: DistContext) -> None:
     first_s = 0.1 if ctx.is_main else None
     errors = [error for each in pending if (error := each.outcome(first_s)) is not None]
     try:
-        failures(errors[0] if errors else None, ctx, _WHAT)
+        raise_on_all_ranks(errors[0] if errors else None, ctx, _WHAT, error=CheckpointError)
     except FaccelError:
         for each in pending:
             each.patience_s = 0.0
             each.outcome()
         raise
     errors = [error for each in pending if (error := each.outcome()) is not None]
-    failures(errors[0] if errors else None, ctx, _WHAT)
+    raise_on_all_ranks(errors[0] if errors else None, ctx, _WHAT, error=CheckpointError)
 
 
 def staged(slices: Sequence[Slice]) -> list[Slice]:
@@ -110,7 +110,9 @@ def start(
     """
     copies: list[list[Slice]] = []
     try:
-        all_or_error(lambda: copies.append(staged(begun.slices)), ctx, "copy its part")
+        all_or_error(
+            lambda: copies.append(staged(begun.slices)), ctx, "copy its part", error=CheckpointError
+        )
     except BaseException:
         begun.end()
         raise

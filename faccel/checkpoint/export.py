@@ -225,6 +225,7 @@ def _export_adapter(
         lambda: write_adapter(module, adapter, state, path) if ctx.is_main else None,
         ctx,
         "write the adapter",
+        error=CheckpointError,
     )
     return told[0] or []
 
@@ -254,20 +255,32 @@ def write_export(
     Effects: ambient, collective.
     """
     opened = all_or_error(
-        lambda: _Writer(path, shards, ties) if ctx.is_main else None, ctx, "begin an export"
+        lambda: _Writer(path, shards, ties) if ctx.is_main else None,
+        ctx,
+        "begin an export",
+        error=CheckpointError,
     )
     writer = opened[0] if ctx.is_main else None
     try:
         for number, names in enumerate(shards):
             tensors = fetch(names)
             all_or_error(
-                lambda n=number, t=tensors: writer and writer.write(n, t), ctx, "write the export"
+                lambda n=number, t=tensors: writer and writer.write(n, t),
+                ctx,
+                "write the export",
+                error=CheckpointError,
             )
-        all_or_error(lambda: writer and writer.finish(module), ctx, "finish the export")
+        all_or_error(
+            lambda: writer and writer.finish(module),
+            ctx,
+            "finish the export",
+            error=CheckpointError,
+        )
         files = all_or_error(
             lambda: sorted(set(writer.weight_map.values())) if writer else None,
             ctx,
             "end the export",
+            error=CheckpointError,
         )[0]
         return files or []
     finally:
@@ -326,10 +339,10 @@ def load_model(
         _refuse(unknown, "not the model's")
         _refuse(wrong, "of another shape")
 
-    all_or_error(plan, ctx, "find the weights of the model")
-    all_or_error(lambda: readers[0].read(kept), ctx, "read the weights")
+    all_or_error(plan, ctx, "find the weights of the model", error=CheckpointError)
+    all_or_error(lambda: readers[0].read(kept), ctx, "read the weights", error=CheckpointError)
     all_or_error(
-        lambda: model.load_state_dict(state), ctx, "load the weights"
+        lambda: model.load_state_dict(state), ctx, "load the weights", error=CheckpointError
     )  # for modules that give copies away
 
 
@@ -403,4 +416,9 @@ def save_object(obj: Any, path: str | os.PathLike[str], ctx: DistContext) -> Non
                 os.unlink(os.path.join(folder, temporary))
         sync_directory(folder)
 
-    all_or_error(lambda: write() if ctx.is_main else None, ctx, f"write `{os.fspath(path)}`")
+    all_or_error(
+        lambda: write() if ctx.is_main else None,
+        ctx,
+        f"write `{os.fspath(path)}`",
+        error=CheckpointError,
+    )

@@ -36,7 +36,10 @@ def latest(path: str | os.PathLike[str], ctx: DistContext) -> Checkpoint | None:
 
 def _found(path: str | os.PathLike[str], ctx: DistContext) -> list[Checkpoint]:
     looked = all_or_error(
-        lambda: checkpoints(path) if ctx.is_main else None, ctx, f"look into `{os.fspath(path)}`"
+        lambda: checkpoints(path) if ctx.is_main else None,
+        ctx,
+        f"look into `{os.fspath(path)}`",
+        error=CheckpointError,
     )
     return looked[0] or []
 
@@ -116,7 +119,12 @@ def _verify(checkpoint: Checkpoint, ctx: DistContext) -> str | None:
 
     try:
         return next(
-            (problem for part in all_or_error(mine, ctx, "verify") for problem in part), None
+            (
+                problem
+                for part in all_or_error(mine, ctx, "verify", error=CheckpointError)
+                for problem in part
+            ),
+            None,
         )
     except CheckpointError as error:
         return error.got
@@ -131,9 +139,11 @@ def _load(checkpoint: Checkpoint, state: Any, ctx: DistContext) -> Any:
         planned.append((reader, decoder, finish))
 
     planned: list[Any] = []
-    all_or_error(plan, ctx, "find a place for everything in the checkpoint")
+    all_or_error(plan, ctx, "find a place for everything in the checkpoint", error=CheckpointError)
     reader, decoder, finish = planned[0]
-    all_or_error(lambda: reader.read(decoder.destinations), ctx, "read the checkpoint")
+    all_or_error(
+        lambda: reader.read(decoder.destinations), ctx, "read the checkpoint", error=CheckpointError
+    )
     loaded: list[Any] = []
-    all_or_error(lambda: loaded.append(finish()), ctx, "load the checkpoint")
+    all_or_error(lambda: loaded.append(finish()), ctx, "load the checkpoint", error=CheckpointError)
     return loaded[0]

@@ -13,6 +13,7 @@ from faccel.checkpoint.transaction import begin
 from faccel.comm.all_or_error import all_or_error
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
+from faccel.errors import CheckpointError
 
 
 @effectful(AMBIENT, COLLECTIVE)
@@ -82,11 +83,16 @@ def save(
         return Checkpoint(begun.target.final, step, ctx.world_size, problem="still being written")
     try:
         files = [
-            entry for part in all_or_error(begun.write, ctx, "write its part") for entry in part
+            entry
+            for part in all_or_error(begun.write, ctx, "write its part", error=CheckpointError)
+            for entry in part
         ]
         manifest = begun.manifest(files, metadata, ctx)
         done = all_or_error(
-            lambda: begun.commit(manifest, policy) if ctx.is_main else None, ctx, "commit"
+            lambda: begun.commit(manifest, policy) if ctx.is_main else None,
+            ctx,
+            "commit",
+            error=CheckpointError,
         )[0]
         assert done is not None
         return done

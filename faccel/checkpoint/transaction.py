@@ -170,7 +170,7 @@ def begin(
         return own["target"], plan, asked, own["node"] if is_part else None
 
     try:
-        offers = all_or_error(offer, ctx, "begin a checkpoint")
+        offers = all_or_error(offer, ctx, "begin a checkpoint", error=CheckpointError)
         _check_same(offers)
         target = offers[0][0]
         assert target is not None

@@ -1,92 +1,168 @@
-"""Doing something on every rank of which all must know whether it went well."""
+"""An exception on one rank is an exception on every rank, so that no rank waits for one that gave up."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+from weakref import WeakSet
+
+import attrs
 
 from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
-from faccel.errors import CheckpointError, FaccelError
+from faccel.errors import FaccelError, RankFailedError
 from faccel.protocols import WORLD
 
 T = TypeVar("T")
 
 
-def all_or_error(fn: Callable[[], T], ctx: DistContext, what: str) -> list[T]:
-    """Run `fn` on every rank and return all results in order; where one fails, every rank raises.
+@attrs.frozen
+class Failure:
+    """Summary of an exception on one rank, for the other ranks. It is picklable, whatever the exception is.
 
-    Effects: collective. `fn` may call `together` itself: an error on a rank that has not come so far ends that call
-    on the others, and this one on all.
+    Args:
+        rank: Rank of the world on which it was raised.
+        got: Its type and message.
+        fix: What to do, possibly empty.
+    """
+
+    rank: int
+    got: str
+    fix: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException, ctx: DistContext) -> Failure:
+        """Summarize an exception of this rank."""
+        got, fix = _got_and_fix(error)
+        return cls(ctx.rank, got, fix)
+
+
+def _got_and_fix(error: BaseException) -> tuple[str, str]:
+    if isinstance(error, FaccelError):
+        return f"{error.problem}. {error.got}".strip(), error.fix
+    fix = ""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "free disk space"
+    return f"{type(error).__name__}: {error}", fix
+
+
+# Errors that every rank has raised already. An outer `all_or_error` lets them pass, because the
+# other ranks are not waiting in its collective: they are raising, too.
+_raised_on_all_ranks: WeakSet[FaccelError] = WeakSet()
+
+
+def all_or_error(
+    fn: Callable[[], T],
+    ctx: DistContext,
+    doing: str,
+    *,
+    error: type[FaccelError] = RankFailedError,
+    axis: str = WORLD,
+) -> list[T]:
+    """Run `fn` on every rank, return all results in rank order; if one rank fails, all raise.
+
+    Effects: collective. `fn` may itself call `all_or_error`.
+
+    Args:
+        fn: What to run. Its result must be picklable.
+        ctx: The world.
+        doing: What `fn` does, as the end of the sentence "rank 1 could not ...".
+        error: Class of the error that is raised on the other ranks.
+        axis: Over which ranks.
 
     Raises:
-        CheckpointError: Rank r could not do `what`; the rank itself has its own error as the cause.
+        FaccelError: A rank failed. That rank raises its own error if it is a `FaccelError`, else one
+            of class `error` with its own as the cause.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> all_or_error(lambda: 3, fake_context(0, 1), "count")
+        [3]
+        >>> all_or_error(lambda: 1 / 0, fake_context(0, 1), "divide")
+        Traceback (most recent call last):
+        faccel.errors.RankFailedError: this rank could not divide. Got ZeroDivisionError: division by zero.
     """
-    own: Exception | None = None
+    own_error: Exception | None = None
+    failure: Failure | None = None
     result: T | None = None
     try:
         result = fn()
-    except (
-        Exception
-    ) as error:  # whatever it is, the others must hear of it, unless they have in a call inside
-        if getattr(error, _KNOWN, False):
+    except Exception as caught:  # of any kind: the other ranks wait in the gather below
+        if caught in _raised_on_all_ranks:
             raise
-        own = error
-    told = (own is None, result if own is None else _tell(own))
-    outcomes = gather_objects(told, ctx, axis=WORLD)
-    _raise_first(own, outcomes, ctx, what)
-    return [result for _, result in outcomes]  # type: ignore[misc]
+        own_error, failure = caught, Failure.of(caught, ctx)
+    outcomes = gather_objects((result, failure), ctx, axis=axis)
+    failures = [failure for _, failure in outcomes]
+    raise_first(failures, own_error, ctx, doing, error=error)
+    return [result for result, _ in outcomes]  # type: ignore[misc]
 
 
-def failures(own: BaseException | None, ctx: DistContext, what: str) -> None:
-    """Raise on every rank where a rank has an error of its own.
+def raise_on_all_ranks(
+    own_error: BaseException | None,
+    ctx: DistContext,
+    doing: str,
+    *,
+    error: type[FaccelError] = RankFailedError,
+    axis: str = WORLD,
+) -> None:
+    """Raise on every rank if any rank passes an error.
 
     Effects: collective.
+
+    Args:
+        own_error: The error of this rank, None if it has succeeded.
+        ctx: See `all_or_error`.
+        doing: See `all_or_error`.
+        error: See `all_or_error`.
+        axis: See `all_or_error`.
     """
-    _raise_first(
-        own,
-        gather_objects((own is None, None if own is None else _tell(own)), ctx, axis=WORLD),
-        ctx,
-        what,
-    )
+    failure = None
+    if own_error is not None:
+        failure = Failure.of(own_error, ctx)
+    failures = gather_objects(failure, ctx, axis=axis)
+    raise_first(failures, own_error, ctx, doing, error=error)
 
 
-def _raise_first(
-    own: BaseException | None, outcomes: list[tuple[bool, Any]], ctx: DistContext, what: str
+def raise_first(
+    failures: Iterable[Failure | None],
+    own_error: BaseException | None,
+    ctx: DistContext,
+    doing: str,
+    *,
+    error: type[FaccelError] = RankFailedError,
 ) -> None:
-    failed = [(rank, told) for rank, (fine, told) in enumerate(outcomes) if not fine]
-    if not failed:
+    """Raise the first of the failures that all ranks have exchanged; return if there is none.
+
+    Effects: pure. Every rank must call it, with the same failures.
+
+    Args:
+        failures: One per rank, None for a rank that has succeeded.
+        own_error: The error of this rank, if it has one.
+        ctx: See `all_or_error`.
+        doing: See `all_or_error`.
+        error: See `all_or_error`.
+    """
+    first = next((failure for failure in failures if failure is not None), None)
+    if first is None:
         return
-    if isinstance(own, FaccelError):
-        raise _known(own)
-    if own is not None and ctx.world_size == 1:
-        raise _known(as_checkpoint_error(own, what))
-    rank, (got, fix) = failed[0]
-    raise _known(CheckpointError(f"rank {rank} could not {what}", got=got, fix=fix)) from own
+    if own_error is not None and (ctx.world_size == 1 or isinstance(own_error, FaccelError)):
+        raised = as_faccel_error(own_error, doing, error)
+    else:
+        raised = error(f"rank {first.rank} could not {doing}", got=first.got, fix=first.fix)
+        raised.__cause__ = own_error
+    _raised_on_all_ranks.add(raised)
+    raise raised
 
 
-def _known(error: FaccelError) -> FaccelError:
-    """Mark an error that every rank raises."""
-    setattr(error, _KNOWN, True)
-    return error
+def as_faccel_error(own_error: BaseException, doing: str, error: type[FaccelError]) -> FaccelError:
+    """Return a `FaccelError` of this rank itself, and any other exception as the cause of an `error`.
 
-
-_KNOWN = "_faccel_is_known_to_all"
-
-
-def as_checkpoint_error(error: BaseException, what: str) -> FaccelError:
-    """Return an error of this rank as one of faccel, with the error itself as its cause."""
-    if isinstance(error, FaccelError):
-        return error
-    got, fix = _tell(error)
-    wrapped = CheckpointError(f"this rank could not {what}", got=got, fix=fix)
-    wrapped.__cause__ = error
+    Effects: pure.
+    """
+    if isinstance(own_error, FaccelError):
+        return own_error
+    got, fix = _got_and_fix(own_error)
+    wrapped = error(f"this rank could not {doing}", got=got, fix=fix)
+    wrapped.__cause__ = own_error
     return wrapped
-
-
-def _tell(error: BaseException) -> tuple[str, str]:
-    if isinstance(error, FaccelError):
-        return f"{error.problem}. {error.got}".strip(), error.fix
-    fix = "make room" if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) else ""
-    return f"{type(error).__name__}: {error}", fix

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from faccel.call_site import call_site
 from faccel.comm.pack import describe
+from faccel.comm.rank_errors import naming_failed_rank
 from faccel.comm.rank_status import RankStatus
 from faccel.errors import (
     ConfigError,
@@ -35,9 +36,7 @@ _OPS = {
 }
 _OPS_IN_GRAPHS = {"sum": "sum", "min": "min", "max": "max", "prod": "product"}
 # torch 2.13 renamed it and warns on the old name, which is the only one that 2.9 has
-_all_gather_single = getattr(dist, "all_gather_single", None) or getattr(
-    dist, "all_gather_into_tensor"
-)  # noqa: B009
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def _is_held(alias: torch.Tensor) -> bool:
@@ -207,13 +206,8 @@ class TorchCollectives:
 
     @contextmanager
     def _waiting_in(self, op: str, axis: str) -> Generator[None]:
-        try:
+        with naming_failed_rank(op, axis, self):
             yield
-        except RuntimeError as error:
-            failure = self.as_rank_error(error, op, axis)
-            if failure is None:
-                raise
-            raise failure from error
         self._let_go()
 
     def size(self, axis: str) -> int:

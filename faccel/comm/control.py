@@ -12,11 +12,12 @@ import attrs
 import torch
 
 from faccel.call_site import call_site, override_call_site
+from faccel.comm.all_or_error import Failure, raise_on_all_ranks
 from faccel.comm.objects import gather_objects
 from faccel.comm.pack import check_rank
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
-from faccel.errors import ConfigError, DesyncError, RankFailedError, nearest
+from faccel.errors import ConfigError, DesyncError, nearest
 from faccel.protocols import WORLD
 
 P = ParamSpec("P")
@@ -140,25 +141,20 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
     """
     site = call_site()
     if ctx.is_local_main if local else ctx.is_main:
-        problem = "it left the body"  # by `return`, `break` or an exit that is not an Exception
+        # a `return`, a `break` or a SystemExit leaves the body without an Exception
+        failure: Failure | None = Failure(ctx.rank, "a body that was left early")
         try:
             yield
-            problem = ""
+            failure = None
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
+            failure = Failure.of(error, ctx)
             raise
         finally:
             with override_call_site(site):
-                gather_objects(problem, ctx, axis=WORLD)
+                gather_objects(failure, ctx, axis=WORLD)
         return
     with override_call_site(site):
-        problems = gather_objects("", ctx, axis=WORLD)
-    failed = [(rank, problem) for rank, problem in enumerate(problems) if problem]
-    if failed:
-        rank, problem = failed[0]
-        raise RankFailedError(
-            f"rank {rank} failed in `main_first`", got=problem, fix=f"mend the error of rank {rank}"
-        )
+        raise_on_all_ranks(None, ctx, "finish the body of `main_first`")
     yield
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from faccel.call_site import call_site, describe_ranks
 from faccel.comm.collectives import TorchCollectives
 from faccel.comm.pack import describe
+from faccel.comm.rank_errors import raise_naming_rank
 from faccel.errors import DesyncError
 from faccel.tree import Tree, flatten, paths
 
@@ -104,7 +105,7 @@ class DebugCollectives:
         try:
             got = self._verdict(op, x, axis)
         except dist.DistError as error:  # the store is gone, with the rank that served it
-            raise self.as_rank_error(error, op, axis) or error from error
+            raise_naming_rank(error, op, axis, self)
         if got != _SAME:
             raise DesyncError(
                 "ranks disagree about the next collective",

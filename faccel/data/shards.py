@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import attrs
 from torch.utils.data import DataLoader
 
-from faccel.comm.objects import gather_objects
+from faccel.comm.all_or_error import all_or_error
 from faccel.context import DistContext
 from faccel.data.fetch import Walk, collated, inner_loader
 from faccel.data.order import Cursor
 from faccel.data.rounds import Deal, Part
 from faccel.data.source import Batch
-from faccel.errors import DataError, FaccelError, RankFailedError
+from faccel.errors import DataError
+from faccel.protocols import DATA
 from faccel.random.hashing import mix
 from faccel.tree import Tree
 
@@ -26,12 +28,10 @@ class _Told:
     Args:
         num_units: How many units it has; 0 at the end.
         place: `(consumed, mark)` after it, as in `Part`.
-        error: What went wrong there.
     """
 
     num_units: int = 0
     place: Any = None
-    error: FaccelError | None = None
 
 
 @attrs.frozen(eq=False)
@@ -99,23 +99,16 @@ class ShardsSource:
 
     def _take(self, parts: Iterator[Part]) -> tuple[Part | None, list[_Told]]:
         """Return this rank's next part, and what every rank has. Collective."""
-        part, told = None, _Told()
-        try:
-            part = next(parts, None)
-            told = told if part is None else _Told(len(part.units), (part.consumed, part.mark))
-        except Exception as error:  # the others wait for this rank
-            got = f"{type(error).__name__}: {error}"
-            failed = RankFailedError(
-                f"rank {self.ctx.rank} failed while it read the data",
-                got=got,
-                fix="mend its data set",
-            )
-            told = _Told(error=error if isinstance(error, FaccelError) else failed)
-        all_told = gather_objects(told, self.ctx)
-        for each in all_told:
-            if each.error is not None:
-                raise each.error
-        return part, all_told
+        own: list[Part] = []
+
+        def read() -> _Told:
+            for part in islice(parts, 1):
+                own.append(part)
+                return _Told(len(part.units), (part.consumed, part.mark))
+            return _Told()
+
+        told = all_or_error(read, self.ctx, "read the data", axis=DATA)
+        return (own[0] if own else None), told
 
     def _is_over(self, told: list[_Told]) -> bool:
         sizes = [each.num_units for each in told]

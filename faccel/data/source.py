@@ -10,14 +10,17 @@ import attrs
 import torch
 from torch.utils.data import DataLoader
 
+from faccel.comm.all_or_error import Failure, raise_first
 from faccel.comm.objects import scatter_objects
 from faccel.context import DistContext
 from faccel.data.fetch import Reader, Row, Walk, collated, inner_loader, walk
 from faccel.data.order import Cursor, Order, ShardPlan
 from faccel.data.rounds import Deal, Part, rounds
-from faccel.errors import DataError, FaccelError, RankFailedError
+from faccel.errors import DataError
 from faccel.random.hashing import mix
 from faccel.tree import Tree, flatten
+
+_END = "end"
 
 
 @attrs.frozen(eq=False)
@@ -303,13 +306,22 @@ class StreamSource:
             return
         parts = self._walk(cursor, None) if self.ctx.data_rank == 0 else None
         while True:
-            sent = None if parts is None else _next_or_error(parts, self.ctx.data_world_size)
-            part = scatter_objects(sent, self.ctx)
-            if isinstance(part, FaccelError):
-                raise part
-            if part == "end":
+            sent, error = None, None
+            if parts is not None:
+                sent, error = self._next_parts(parts)
+            part, failure = scatter_objects(sent, self.ctx)
+            raise_first([failure], error, self.ctx, "read the data")
+            if part == _END:
                 return
             yield part
+
+    def _next_parts(self, parts: Iterator[Any]) -> tuple[list[Any], Exception | None]:
+        """Return `(part, failure)` for each rank, and the error of this rank."""
+        world_size = self.ctx.data_world_size
+        try:
+            return [(part, None) for part in next(parts, [_END] * world_size)], None
+        except Exception as error:  # the other ranks wait for their parts
+            return [(None, Failure.of(error, self.ctx))] * world_size, error
 
     def _read(self, cursor: Cursor) -> Iterator[tuple[Part, Tree]]:
         for part in self._parts(cursor):
@@ -332,16 +344,3 @@ class StreamSource:
         is_batch = getattr(self.loader, "batch_size", None) is None
         rows_of = _rows_of_data if is_batch else lambda part, data: part.num_valid
         return _batches_of(self._read(cursor), cursor.epoch, self.name, rows_of)
-
-
-def _next_or_error(parts: Iterator[Any], world_size: int) -> list[Any]:
-    """Return what each rank is sent: its part, `"end"`, or an error, which must reach the ranks that wait."""
-    try:
-        return next(parts, ["end"] * world_size)
-    except Exception as error:
-        seen = RankFailedError(
-            "rank 0 failed while it read the data",
-            got=f"{type(error).__name__}: {error}",
-            fix="mend its data set",
-        )
-        return [error if isinstance(error, FaccelError) else seen] * world_size

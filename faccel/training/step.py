@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.data.loader import ShardedLoader, batches
 from faccel.data.order import Cursor
@@ -229,10 +230,7 @@ def scaled_backward(
     try:
         torch.autograd.backward(loss if factor == 1.0 else loss * factor)
     except RuntimeError as error:
-        failure = ctx.comm.as_rank_error(error, "backward", DATA)
-        if failure is None:
-            raise
-        raise failure from error
+        raise_naming_rank(error, "backward", DATA, ctx.comm)
     return scaler.after_backward()
 
 

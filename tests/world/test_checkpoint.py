@@ -822,7 +822,7 @@ def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(tmp_path, backgr
                     {"x": torch.ones(10**6)}, disk / "runs", ctx, step=2, background=background
                 )
                 faccel.latest(disk / "runs", ctx)
-            assert caught.value.fix == "make room"
+            assert caught.value.fix == "free disk space"
             return faccel.load({"x": None}, disk / "runs", ctx)["x"].shape
 
         assert simulate(fn, 2) == (torch.Size([10]),) * 2

@@ -16,6 +16,7 @@ from faccel.backends.deepspeed.optimizer import ZeroOptimizer, check_optimizer, 
 from faccel.backends.deepspeed.partition import Place, places_of, shards_of, write_back
 from faccel.backends.deepspeed.settings import dtype_of, is_untested_allowed, settings_of, stage_of
 from faccel.backends.deepspeed.zero_init import join_world, spread
+from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.errors import BackendError, ConfigError, ModelError, OptimizerError
 from faccel.flat_shard import FlatShard
@@ -153,10 +154,7 @@ def _runner(holder: Holder, ctx: DistContext) -> RunMethod:
             with place_if_missing(ctx):
                 out = holder.tied.engine(method, *args, **kwargs)
         except RuntimeError as error:  # parameters are gathered here
-            failure = ctx.comm.as_rank_error(error, "forward", DATA)
-            if failure is None:
-                raise
-            raise failure from error
+            raise_naming_rank(error, "forward", DATA, ctx.comm)
         return out if ctx.compute_dtype is None else to_fp32(out)
 
     return run
