@@ -414,7 +414,8 @@ def _to_all(chunks: Any, rows: int, engine: Engine, ctx: DistContext) -> Tree:
     if chunks is not None:
         pieces = [to_fp32(chunk) if ctx.compute_dtype else chunk for chunk in chunks]
         rows_of = [
-            tuple(map(full_tensor, piece if isinstance(piece, tuple) else (piece,))) for piece in pieces
+            tuple(map(full_tensor, piece if isinstance(piece, tuple) else (piece,)))
+            for piece in pieces
         ]
         columns = [torch.cat(column)[:rows] for column in zip(*rows_of, strict=True)]
     last = engine.size - 1
