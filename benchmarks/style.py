@@ -2,7 +2,8 @@
 
     python benchmarks/style.py [package ...]
 
-Prints one column for each package that is installed. `--files faccel/data` prints one row for each file instead.
+Prints one column for each package that is installed. `--files faccel/data` prints one row for each
+file instead.
 """
 
 import argparse
@@ -16,10 +17,34 @@ from collections import Counter
 
 # Names that do not state what a value is. As local names they are replaced by what the value is.
 PRONOUNS = frozenset(
-    """
-    each found own mine ours theirs held told given made place places part parts whole rest meant named said heard
-    asked wanted taken kept gone here there thing things somebody nobody
-    """.split()
+    {
+        *(
+            "each",
+            "found",
+            "own",
+            "mine",
+            "ours",
+            "theirs",
+            "held",
+            "told",
+            "given",
+            "made",
+            "place",
+        ),
+        *("places", "part", "parts", "whole", "rest", "meant", "named", "said", "heard", "asked"),
+        *(
+            "wanted",
+            "taken",
+            "kept",
+            "gone",
+            "here",
+            "there",
+            "thing",
+            "things",
+            "somebody",
+            "nobody",
+        ),
+    }
 )
 LIMITS = {
     "pronoun-like names": 0.5,
@@ -52,7 +77,7 @@ def sources(package):
 
 
 def bound_names(tree):
-    """Yield every name that a function or a module binds: assignments, loops, arguments, `with` and `except`."""
+    """Yield every name that is bound: assignments, loops, arguments, `with` and `except`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
@@ -66,43 +91,52 @@ def docstring_lines(tree):
     """Return the numbers of all lines that belong to a docstring."""
     numbers = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            if isinstance(node.value.value, str):
-                numbers.update(range(node.lineno, node.end_lineno + 1))
+        if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+            continue
+        if isinstance(node.value.value, str):
+            numbers.update(range(node.lineno, node.end_lineno + 1))
     return numbers
+
+
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def num_private(node):
+    """Return how many names with a leading underscore an import takes from another module."""
+    if not isinstance(node, ast.ImportFrom) or node.module == "__future__":
+        return 0
+    names = [alias.name for alias in node.names]
+    return sum(name.startswith("_") and not name.endswith("__") for name in names)
+
+
+def count_nodes(tree):
+    """Count the constructs that the syntax tree shows."""
+    counts = Counter()
+    for node in ast.walk(tree):
+        counts["conditional expressions"] += isinstance(node, ast.IfExp)
+        counts["comprehensions"] += isinstance(node, COMPREHENSIONS)
+        counts["Any"] += isinstance(node, ast.Name) and node.id == "Any"
+        counts["private names imported"] += num_private(node)
+    counts["pronoun-like names"] = sum(name in PRONOUNS for name in bound_names(tree))
+    return counts
 
 
 def count(text):
     """Count the constructs of one file."""
     tree = ast.parse(text)
-    counts = Counter(lines=len(text.splitlines()))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.IfExp):
-            counts["conditional expressions"] += 1
-        elif isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
-            counts["comprehensions"] += 1
-        elif isinstance(node, ast.Name) and node.id == "Any":
-            counts["Any"] += 1
-        elif isinstance(node, ast.ImportFrom):
-            is_future = node.module == "__future__"
-            private = [
-                a for a in node.names if a.name.startswith("_") and not a.name.endswith("__")
-            ]
-            counts["private names imported"] += 0 if is_future else len(private)
-    counts["pronoun-like names"] = sum(name in PRONOUNS for name in bound_names(tree))
-    documentation = docstring_lines(tree)
+    counts = count_nodes(tree)
     code = set()
     comments = set()
-    skipped = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    layout = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            if not re.match(r"#\s*(noqa|type:|pyright:|fmt:)", token.string):
-                comments.add(token.start[0])
-        elif token.type == tokenize.NAME and token.string == "elif":
-            counts["elif"] += 1
-        if token.type != tokenize.COMMENT and token.type not in skipped:
+        is_comment = token.type == tokenize.COMMENT
+        if is_comment and not re.match(r"#\s*(noqa|type:|pyright:|fmt:)", token.string):
+            comments.add(token.start[0])
+        if not is_comment and token.type not in layout:
             code.update(range(token.start[0], token.end[0] + 1))
-    counts["code lines"] = len(code - documentation)
+        counts["elif"] += token.type == tokenize.NAME and token.string == "elif"
+    counts["lines"] = len(text.splitlines())
+    counts["code lines"] = len(code - docstring_lines(tree))
     counts["comments"] = len(comments)
     counts["lines over 100 characters"] = sum(len(line) > 100 for line in text.splitlines())
     return counts
@@ -149,7 +183,10 @@ def num_cycles(graph):
 
 
 def num_upward(package, graph, layers):
-    """Return how many imports go from a layer to one above it or beside it; `layers` is top first."""
+    """Return how many imports go from a layer to one above it or beside it.
+
+    `layers` lists the rows, top first.
+    """
     row_of = {name: i for i, row in enumerate(layers) for name in row}
     upward = 0
     for module, targets in graph.items():
@@ -162,7 +199,10 @@ def num_upward(package, graph, layers):
 
 
 def measure(package, layers=()):
-    """Return the figures of a package: per 1000 lines, comments per 100 lines of code; None if not installed."""
+    """Return the figures of a package; None if it is not installed.
+
+    Counts are per 1000 lines, comments per 100 lines of code.
+    """
     files = sources(package)
     if not files:
         return None
@@ -193,33 +233,22 @@ def layers_of_faccel():
 
 
 def print_files(paths):
-    """Print the raw counts of each file, largest first."""
-    names = [
-        "pronoun-like names",
-        "Any",
-        "conditional expressions",
-        "comprehensions",
-        "elif",
-        "lines over 100 characters",
-    ]
-    print(
-        f"{'file':48} {'lines':>6} {'code':>5} {'#':>4} "
-        + " ".join(f"{name[:9]:>9}" for name in names)
-    )
+    """Print the raw counts of each file, and the rates of all together."""
+    names = [name for name in LIMITS if "import" not in name]
+    header = " ".join(f"{name[:9]:>9}" for name in names)
+    print(f"{'file':48} {'lines':>6} {'code':>5} {'#':>4} {header}")
     total = Counter()
     for path in paths:
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             counts = count(file.read_text())
             total += counts
             cells = " ".join(f"{counts[name]:9d}" for name in names)
-            print(
-                f"{file!s:48} {counts['lines']:6d} {counts['code lines']:5d} {counts['comments']:4d} {cells}"
-            )
+            numbers = f"{counts['lines']:6d} {counts['code lines']:5d} {counts['comments']:4d}"
+            print(f"{file!s:48} {numbers} {cells}")
     rates = " ".join(f"{1000 * total[name] / max(1, total['lines']):9.1f}" for name in names)
     share = 100 * total["comments"] / max(1, total["code lines"])
-    print(
-        f"{'per 1000 lines; comments per 100 lines of code':48} {total['lines']:6d} {total['code lines']:5d} {share:4.1f} {rates}"
-    )
+    title = "per 1000 lines; comments per 100 lines of code"
+    print(f"{title:48} {total['lines']:6d} {total['code lines']:5d} {share:4.1f} {rates}")
 
 
 def main():

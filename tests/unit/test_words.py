@@ -8,18 +8,18 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDERS = ("faccel", "tests", "examples", "benchmarks", "docs")
 
-# A pattern, and what to write instead. `_` counts as a space, so names of functions and tests are read too.
+# A pattern, and what to write instead. `_` counts as a space: names of functions and tests are read.
 BANNED = {
     r"machines?\b(?! learning)": "node",
     r"data sets?": "dataset",
     r"(go|goes|going|went|gone) on": "continue, resume",
     r"(some|no|every|any)body": "a rank, each rank, the other ranks",
     r"whoever|whatever it is": "the rank that ...",
-    r"say|says|said|saying|tell|tells|told|telling|hear|hears|heard": "raise, report, print, log, return",
+    r"say|says|said|saying|tell|tells|told|telling|hear|hears|heard": "raise, report, print, log",
     r"knows|wants|wanted|wishes": "stores, expects, requires",
     r"saw": "got",
     r"mend|mends|mended": "fix",
-    r"of (ours|theirs|yours|its own|your own|their own|a rank's own)": "the library's, the user's, own",
+    r"of (ours|theirs|yours|its own|your own|their own|a rank's own)": "the library's, the user's",
     r"(torch|pytorch|ddp|gloo|fsdp|fsdp2|deepspeed)'s own": "PyTorch's",
     r"recompute[sd]?|computed again|computes again": "activation checkpointing",
     r"whereabouts": "call site",
