@@ -11,6 +11,7 @@ import torch
 
 from faccel.config import Config
 from faccel.errors import TopologyError
+from faccel.lifetime import Lifetime
 from faccel.mesh import MeshSpec
 from faccel.protocols import Collectives, Parallelism
 
@@ -114,17 +115,9 @@ class DistContext:
     comm: Collectives = attrs.field(repr=False)
     parallelism: Parallelism = attrs.field(repr=False)
     _close: Callable[[DistContext, BaseException | None], None] = attrs.field(
-        default=lambda ctx, error: ctx.finish(), repr=False, alias="close"
+        default=lambda ctx, error: ctx.lifetime.close(), repr=False, alias="close"
     )
-    uneven_iterations: list[object] = attrs.field(factory=list, init=False, repr=False)
-    """A token for each `tail="uneven"` loader that is being iterated: training on one would hang, so
-    `scaled_backward` refuses while there is any."""
-
-    open_joins: list[object] = attrs.field(factory=list, init=False, repr=False)
-    """A token for each `join` that is entered: inside of one, ranks may train on such loaders."""
-
-    unfinished: list[Callable[[], None]] = attrs.field(factory=list, init=False, repr=False)
-    """What goes on in the background; each waits for its end, and raises its error."""
+    lifetime: Lifetime = attrs.field(factory=Lifetime, repr=False)
 
     rank: int = attrs.field(init=False)
     world_size: int = attrs.field(init=False)
@@ -196,18 +189,6 @@ class DistContext:
             if error is None:
                 raise
             error.add_note(f"and while the context was closed: {late}")
-
-    def finish(self) -> None:
-        """Wait for what goes on in the background, and raise the first error. Effects: ambient."""
-        waiting, self.unfinished[:] = self.unfinished[::-1], []  # the last one first
-        errors: list[Exception] = []
-        for each in waiting:
-            try:
-                each()
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
 
 
 _DTYPES: dict[str, Any] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -67,11 +67,12 @@ def settle(ctx: DistContext) -> None:
 
     Effects: ambient, collective.
     """
-    pending = [each for each in ctx.unfinished if isinstance(each, Pending)]
+    pending = ctx.lifetime.callbacks(Pending)
     if not pending:
         return
     ctx.comm.barrier(WORLD)  # every rank has started its thread: in a simulation nobody else would
-    ctx.unfinished[:] = [each for each in ctx.unfinished if each not in pending]
+    for save in pending:
+        ctx.lifetime.cancel(save)
     # Rank 0 waits for the others' parts, so it hears of them first; where it has failed itself, they failed after it.
     first_s = 0.1 if ctx.is_main else None
     errors = [error for each in pending if (error := each.outcome(first_s)) is not None]
@@ -128,7 +129,7 @@ def start(
         finally:
             begun.end()
 
-    ctx.unfinished.append(Pending(work))
+    ctx.lifetime.on_close(Pending(work))
 
 
 def _written(begun: Begun) -> dict[str, Any]:

@@ -71,5 +71,5 @@ def preemption(ctx: DistContext) -> Preemption:
     told = Preemption()
     if threading.current_thread() is threading.main_thread():
         told._listen()  # pyright: ignore[reportPrivateUsage]
-        ctx.unfinished.append(told.close)
+        ctx.lifetime.on_close(told.close)
     return told

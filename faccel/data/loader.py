@@ -108,7 +108,7 @@ class ShardedLoader:
         """Yield `items`; while they come from an uneven tail, the context knows."""
         if self.source.tail != "uneven" or self.ctx.data_world_size == 1:
             return items
-        return _while_uneven(items, self.ctx.uneven_iterations)
+        return _while_uneven(items, self.ctx)
 
 
 def _check_cursor(cursor: Any, name: str) -> None:
@@ -127,13 +127,9 @@ def _check_cursor(cursor: Any, name: str) -> None:
         )
 
 
-def _while_uneven(items: Iterator[Any], open_iterations: list[object]) -> Iterator[Any]:
-    token = object()
-    open_iterations.append(token)
-    try:
+def _while_uneven(items: Iterator[Any], ctx: DistContext) -> Iterator[Any]:
+    with ctx.lifetime.uneven_iteration():
         yield from items
-    finally:
-        open_iterations.remove(token)
 
 
 @effectful(AMBIENT)

@@ -377,7 +377,7 @@ def _at_exit(ctx: DistContext) -> None:
 
 def _leave(ctx: DistContext, error: BaseException | None) -> None:
     try:
-        ctx.finish()
+        ctx.lifetime.close()
     finally:
         _except_hook.leave(id(ctx), error)
         _default_group.leave(id(ctx), error)

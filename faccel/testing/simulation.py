@@ -156,7 +156,7 @@ def simulate(
     contexts: list[DistContext] = []
     results = Results(baton.run(body, timeout_s))
     for ctx in contexts:
-        ctx.finish()
+        ctx.lifetime.close()
     world.check_done()
     results.trace = tuple(world.trace)
     return results

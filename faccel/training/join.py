@@ -69,10 +69,5 @@ def join(
 
 @contextmanager
 def _joining(context: AbstractContextManager[None], ctx: DistContext) -> Generator[None]:
-    token = object()
-    with context:
-        ctx.open_joins.append(token)
-        try:
-            yield
-        finally:
-            ctx.open_joins.remove(token)
+    with context, ctx.lifetime.join():
+        yield

@@ -215,7 +215,7 @@ def scaled_backward(
         >>> w.grad
         tensor(1.5000)
     """
-    if ctx.uneven_iterations and not ctx.open_joins:
+    if ctx.lifetime.has_uneven_iteration and not ctx.lifetime.has_join:
         raise _uneven(
             ", or train inside of `with faccel.parallel.join(model, opt, ctx)`, without `windows`"
         )

@@ -678,7 +678,7 @@ def test_the_right_to_write_is_given_back_though_a_forked_worker_holds_a_copy(tm
 def test_preemption_on_one_rank_alone_is_no_collective(tmp_path):
     def fn(ctx):
         if ctx.is_main:
-            ctx.unfinished.append(lambda: None)  # as `preemption` does on a main thread
+            ctx.lifetime.on_close(lambda: None)  # as `preemption` does on a main thread
         faccel.save({"x": 1}, tmp_path, ctx, step=1)
         return faccel.latest(tmp_path, ctx).step
 

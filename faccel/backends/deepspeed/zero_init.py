@@ -23,7 +23,7 @@ def join_world(ctx: DistContext) -> None:
         return
     backend = "gloo" if ctx.device.type == "cpu" else None
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    ctx.unfinished.append(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+    ctx.lifetime.on_close(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
 
 
 def spread(

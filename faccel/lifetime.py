@@ -1,0 +1,99 @@
+"""What is open in a context and what its end waits for: the mutable part of a `DistContext`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TypeVar
+
+C = TypeVar("C", bound=Callable[[], None])
+
+
+class Lifetime:
+    """Callbacks for the end of a context, and its open uneven iterations and `join` contexts.
+
+    Background saves and signal handlers register a callback. Thread-safe.
+
+    Examples:
+        >>> lifetime = Lifetime()
+        >>> lifetime.on_close(lambda: print("wait for the background save"))
+        >>> lifetime.on_close(lambda: print("restore the signal handlers"))
+        >>> lifetime.close()
+        restore the signal handlers
+        wait for the background save
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], None]] = []
+        # Sets of tokens and not counters: a generator that the garbage collector closes removes its
+        # token in the middle of any other statement, and `add` and `discard` are atomic.
+        self._uneven_iterations: set[object] = set()
+        self._joins: set[object] = set()
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Register a function for `close`: it waits for background work and raises its error."""
+        with self._lock:
+            self._callbacks.append(callback)
+
+    def cancel(self, callback: Callable[[], None]) -> None:
+        """Remove a callback; does nothing where it is not registered."""
+        with self._lock:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
+    def callbacks(self, cls: type[C]) -> list[C]:
+        """Return the registered callbacks of a class, oldest first."""
+        with self._lock:
+            return [callback for callback in self._callbacks if isinstance(callback, cls)]
+
+    def close(self) -> None:
+        """Call every callback once, newest first, and raise the first error after the last call.
+
+        Effects: ambient.
+        """
+        with self._lock:
+            callbacks = self._callbacks[::-1]
+            self._callbacks.clear()
+        errors: list[Exception] = []
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    @contextmanager
+    def uneven_iteration(self) -> Generator[None]:
+        """Mark the body as an iteration over a loader with `tail="uneven"`."""
+        token = object()
+        self._uneven_iterations.add(token)
+        try:
+            yield
+        finally:
+            self._uneven_iterations.discard(token)
+
+    @contextmanager
+    def join(self) -> Generator[None]:
+        """Mark the body as one in which ranks may train for different numbers of steps."""
+        token = object()
+        self._joins.add(token)
+        try:
+            yield
+        finally:
+            self._joins.discard(token)
+
+    @property
+    def has_uneven_iteration(self) -> bool:
+        """Whether a loader with `tail="uneven"` is being iterated.
+
+        Outside of `join`, training on it would hang.
+        """
+        return bool(self._uneven_iterations)
+
+    @property
+    def has_join(self) -> bool:
+        """Whether a `join` context is open."""
+        return bool(self._joins)
