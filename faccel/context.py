@@ -1,10 +1,10 @@
-"""Where this process stands, what it was asked to do, and how it talks: the value that every function takes."""
+"""The context: which process this is, its configuration, its device, and how it communicates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -18,23 +18,25 @@ from faccel.protocols import Collectives, Parallelism
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh  # noqa: TID251 (a name for the type checker)
 
+_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @attrs.frozen
 class Topology:
-    """Which process of how many this is.
+    """The position of this process among all processes of the run.
 
     Args:
         rank: Number of this process, `0 <= rank < world_size`.
-        world_size: How many processes there are.
-        local_rank: Number of this process on its machine.
-        local_world_size: How many processes this machine runs.
-        node_rank: Number of the machine.
-        num_nodes: How many machines there are.
-        source: What said so: `"torchrun"`, `"single"`, `"simulated"`, ...
+        world_size: Number of processes.
+        local_rank: Number of this process on its node.
+        local_world_size: Number of processes on this node.
+        node_rank: Number of this node.
+        num_nodes: Number of nodes.
+        source: Where the values come from: `"torchrun"`, `"single"`, `"simulated"`, ...
         main_address: Host of the rendezvous store, empty for a single process.
-        main_port: Its port.
-        attempt: How often an elastic launcher has restarted this world.
-        store_is_hosted: Whether the launcher serves the store; otherwise rank 0 does.
+        main_port: Port of the rendezvous store.
+        attempt: Number of restarts by an elastic launcher.
+        store_is_hosted: Whether the launcher hosts the store; otherwise rank 0 does.
     """
 
     rank: int = 0
@@ -50,18 +52,21 @@ class Topology:
     store_is_hosted: bool = False
 
     def __attrs_post_init__(self) -> None:
-        pairs = (
-            ("rank", "world_size"),
-            ("local_rank", "local_world_size"),
-            ("node_rank", "num_nodes"),
+        self._check_below("rank", "world_size")
+        self._check_below("local_rank", "local_world_size")
+        self._check_below("node_rank", "num_nodes")
+
+    def _check_below(self, rank_name: str, size_name: str) -> None:
+        rank = getattr(self, rank_name)
+        size = getattr(self, size_name)
+        if 0 <= rank < size:
+            return
+        raise TopologyError(
+            f"`{rank_name}` must be between 0 and `{size_name} - 1`",
+            got=f"{rank_name}={rank}, {size_name}={size} from {self.source}",
+            fix="start every process with the same launcher, and remove these values wherever you "
+            "set them yourself",
         )
-        for part, whole in pairs:
-            if not 0 <= getattr(self, part) < getattr(self, whole):
-                raise TopologyError(
-                    f"{self.source} says `{part}` of a world in which it must be below `{whole}`",
-                    got=f"{part}={getattr(self, part)}, {whole}={getattr(self, whole)}",
-                    fix="start every process with the same launcher, and set these by hand in no other place",
-                )
 
 
 @attrs.frozen(eq=False)
@@ -69,43 +74,53 @@ class Mesh:
     """The mesh of a context.
 
     Args:
-        spec: Ranks per axis, filled: `spec.size == world_size`.
-        make_device_mesh: Makes torch's own mesh of named extents. Collective.
+        spec: Ranks per axis, without -1: `spec.size == world_size`.
+        make_device_mesh: Makes a `DeviceMesh` from extents by axis. Collective.
     """
 
     spec: MeshSpec
     make_device_mesh: Callable[[Mapping[str, int]], DeviceMesh] = attrs.field(repr=False)
-    _made: dict[tuple[tuple[str, int], ...], DeviceMesh] = attrs.field(
+    # A cache, not state: making a mesh creates process groups, which are never freed.
+    _device_meshes: dict[tuple[tuple[str, int], ...], DeviceMesh] = attrs.field(
         factory=dict, init=False, repr=False
     )
 
     @property
     def device_mesh(self) -> DeviceMesh:
-        """torch's `DeviceMesh` of the axes with more than one rank, made at the first use, which is collective."""
-        return self.device_mesh_of({axis: n for axis, n in self.spec.extents.items() if n > 1})
+        """The `DeviceMesh` of the axes with more than one rank. The first access is collective."""
+        extents = self.spec.extents
+        return self.device_mesh_of({axis: size for axis, size in extents.items() if size > 1})
 
     def device_mesh_of(self, extents: Mapping[str, int]) -> DeviceMesh:
-        """Return torch's mesh of these extents, whose product is the world, made at the first use. Collective."""
+        """Return the `DeviceMesh` of these extents, whose product is the world size.
+
+        The first call for the same extents is collective.
+        """
         key = tuple(extents.items())
-        if key not in self._made:
-            self._made[key] = self.make_device_mesh(extents)
-        return self._made[key]
+        if key not in self._device_meshes:
+            self._device_meshes[key] = self.make_device_mesh(extents)
+        return self._device_meshes[key]
+
+
+def _close_lifetime(ctx: DistContext, error: BaseException | None) -> None:
+    ctx.lifetime.close()
 
 
 @attrs.frozen(eq=False)
 class DistContext:
-    """An immutable description of the distributed world, passed to every function.
+    """The distributed world as an immutable value, which every function takes.
 
-    Made by `faccel.init`, or by `faccel.testing.simulate` and `fake_context`. As a context manager it ends with
-    `faccel.shutdown`.
+    `faccel.init` returns one, and so do `faccel.testing.simulate` and `fake_context`. At the end of
+    `with faccel.init() as ctx:` it is shut down.
 
     Args:
-        topology: Which process of how many this is.
-        config: What was asked for.
-        device: Where this process computes.
-        mesh: `mesh.spec` the record, `mesh.device_mesh` torch's own.
-        comm: How it talks to the other ranks.
-        parallelism: How the mesh runs a model.
+        topology: Which of the processes this is.
+        config: The configuration, with the source of each value.
+        device: The device on which this process computes.
+        mesh: `mesh.spec` is the record, `mesh.device_mesh` PyTorch's.
+        comm: The collectives of this process.
+        parallelism: The strategy that runs a model on the mesh.
+        lifetime: What must be closed before the context: background saves, signal handlers.
     """
 
     topology: Topology
@@ -115,61 +130,64 @@ class DistContext:
     comm: Collectives = attrs.field(repr=False)
     parallelism: Parallelism = attrs.field(repr=False)
     _close: Callable[[DistContext, BaseException | None], None] = attrs.field(
-        default=lambda ctx, error: ctx.lifetime.close(), repr=False, alias="close"
+        default=_close_lifetime, repr=False, alias="close"
     )
     lifetime: Lifetime = attrs.field(factory=Lifetime, repr=False)
 
+    # Stored and not computed at each access: the step reads them several times.
     rank: int = attrs.field(init=False)
     world_size: int = attrs.field(init=False)
     data_rank: int = attrs.field(init=False)
     data_world_size: int = attrs.field(init=False)
     is_replicated: bool = attrs.field(init=False, repr=False)
-    """Whether every rank has whole models and gradients: one process, or replicas."""
+    """Whether every rank has a full copy of models and gradients: one process, or DDP."""
 
     def __attrs_post_init__(self) -> None:
-        spec, rank = self.mesh.spec, self.topology.rank
-        for name, value in (
-            ("rank", rank),
-            ("world_size", self.topology.world_size),
-            ("data_rank", spec.data_rank(rank)),
-            ("data_world_size", spec.data_world_size),
-            ("is_replicated", spec.size == spec.dp_replicate and self.parallelism.is_replicated),
-        ):
-            object.__setattr__(self, name, value)
+        spec = self.mesh.spec
+        is_mesh_replicated = spec.size == spec.dp_replicate
+        derived = {
+            "rank": self.topology.rank,
+            "world_size": self.topology.world_size,
+            "data_rank": spec.data_rank(self.topology.rank),
+            "data_world_size": spec.data_world_size,
+            "is_replicated": is_mesh_replicated and self.parallelism.is_replicated,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)  # as attrs does in a frozen class
 
     @property
     def local_rank(self) -> int:
-        """Number of this process on its machine."""
+        """Number of this process on its node."""
         return self.topology.local_rank
 
     @property
     def local_world_size(self) -> int:
-        """How many processes this machine runs."""
+        """Number of processes on this node."""
         return self.topology.local_world_size
 
     @property
     def node_rank(self) -> int:
-        """Number of this machine."""
+        """Number of this node."""
         return self.topology.node_rank
 
     @property
     def num_nodes(self) -> int:
-        """How many machines there are."""
+        """Number of nodes."""
         return self.topology.num_nodes
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0 of the world."""
+        """Whether this is rank 0."""
         return self.topology.rank == 0
 
     @property
     def is_local_main(self) -> bool:
-        """Whether this is the first process of its machine."""
+        """Whether this is the first process of its node."""
         return self.topology.local_rank == 0
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        """The dtype that forward passes are autocast to; None where they are not."""
+        """The dtype of autocast in forward; None for `mixed_precision="no"`."""
         return _DTYPES[self.config.mixed_precision]
 
     def __enter__(self) -> DistContext:
@@ -177,18 +195,15 @@ class DistContext:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
-        at: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         if error is not None and self.world_size > 1:
             error.add_note(f"on rank {self.rank} of {self.world_size}")
         try:
             self._close(self, error)
-        except Exception as late:
+        except Exception as close_error:
             if error is None:
                 raise
-            error.add_note(f"and while the context was closed: {late}")
-
-
-_DTYPES: dict[str, Any] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+            error.add_note(f"closing the context failed too: {close_error}")

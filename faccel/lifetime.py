@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TypeVar
 
-C = TypeVar("C", bound=Callable[[], None])
+T = TypeVar("T")
 
 
 class Lifetime:
@@ -43,7 +43,7 @@ class Lifetime:
             if callback in self._callbacks:
                 self._callbacks.remove(callback)
 
-    def callbacks(self, cls: type[C]) -> list[C]:
+    def callbacks(self, cls: type[T]) -> list[T]:
         """Return the registered callbacks of a class, oldest first."""
         with self._lock:
             return [callback for callback in self._callbacks if isinstance(callback, cls)]
