@@ -1,4 +1,4 @@
-"""Run your own PyTorch training loop on anything: functions over an explicit, immutable `DistContext`."""
+"""Run a plain PyTorch training loop on any hardware, with an explicit, immutable context."""
 
 from __future__ import annotations
 
@@ -92,8 +92,30 @@ _NAMES = {
         "MicroBatch", "StepInfo", "Window", "optimizer_step", "scaled_backward", "windows",
     ),
 }  # fmt: skip
+_NAMESPACES = (
+    "backends", "checkpoint", "comm", "data", "errors", "func", "parallel", "random", "testing",
+    "tracking",
+)  # fmt: skip
+
+# Names of Accelerate and Lightning Fabric that have no similar name here, for the error message.
+_HINTS = {
+    "Accelerator": "`ctx = faccel.init()`",
+    "AcceleratorState": "`ctx = faccel.init()`",
+    "Fabric": "`ctx = faccel.init()`",
+    "PartialState": "`ctx = faccel.init()`",
+    "accumulate": "`faccel.windows(loader, ctx, size=4)`",
+    "backward": "`scaler = faccel.scaled_backward(loss, scaler, ctx)`",
+    "clip_grad_norm_": "`faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)`",
+    "gather_for_metrics": "`faccel.gather(x, ctx, num_valid=batch.num_valid)`",
+    "is_main_process": "`ctx.is_main`",
+    "prepare": "`faccel.wrap`, `faccel.wrap_optimizer` and `faccel.shard`",
+    "set_seed": "`faccel.seed_everything(seed, ctx)`",
+    "setup": "`faccel.wrap` and `faccel.wrap_optimizer`",
+    "setup_dataloaders": "`faccel.shard(loader, ctx)`",
+    "wait_for_everyone": "`faccel.barrier(ctx)`",
+}
+
 __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy(  # pyright: ignore[reportUnsupportedDunderAll]
-    __name__, _NAMES,
-    ("backends", "checkpoint", "comm", "data", "errors", "func", "parallel", "random", "testing", "tracking"),
-)  # fmt: skip
+    __name__, _NAMES, _NAMESPACES, _HINTS
+)

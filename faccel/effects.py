@@ -1,8 +1,13 @@
-"""Labels that say what a public function does besides returning a value.
+"""Labels for what a public function does besides returning a value.
 
-A label is a set of words: `collective` (every rank of the axis must call it), `ambient` (reads or writes process
-state), `updates x` (writes into the argument `x`, which stays yours), `consumes x` (`x` must not be used again). The
-empty set is `pure`. The docstring's `Effects:` line repeats the label, and a test holds both together.
+A label is a set of words:
+
+- `collective`: every rank of the axis must call it;
+- `ambient`: reads or writes state of the process, such as files, environment, random generators;
+- `updates x`: writes into the argument `x`, which stays usable;
+- `consumes x`: `x` must not be used afterwards.
+
+The empty set is `pure`. The docstring's `Effects:` line repeats the label; a test compares the two.
 """
 
 from __future__ import annotations
@@ -27,15 +32,15 @@ def consumes(argument: str) -> str:
 
 
 def effectful(*labels: str) -> Callable[[F], F]:
-    """Label a function with its effects; without labels it is pure."""
+    """Return a decorator that labels a function with its effects."""
 
-    def mark(fn: F) -> F:
+    def decorate(fn: F) -> F:
         fn.__effects__ = frozenset(labels)  # type: ignore[attr-defined]
         return fn
 
-    return mark
+    return decorate
 
 
 def effects_of(fn: object) -> frozenset[str]:
-    """Return the labels of `fn`; the empty set (pure) where it has none."""
+    """Return the labels of `fn`; the empty set for a pure function."""
     return getattr(fn, "__effects__", frozenset())

@@ -1,19 +1,39 @@
-"""Every exception of faccel: one class per cause, each with what happened, what was seen and the fix as data."""
+"""The exceptions of faccel: one class per cause, with problem, value and fix as attributes."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DesyncError",
+    "DeviceError",
+    "DonatedError",
+    "FaccelError",
+    "JoinError",
+    "LaunchError",
+    "ModelError",
+    "OptimizerError",
+    "PurityError",
+    "RankFailedError",
+    "ScalerError",
+    "TopologyError",
+    "TreeError",
+    "WorldError",
+]
 
 
 class FaccelError(Exception):
-    """The root of all errors that faccel raises on purpose.
+    """The base class of the errors that faccel raises on purpose.
 
     Attributes:
-        problem: What is wrong, one clause that names the value.
-        got: The value itself, possibly empty.
-        fix: What to do, starting with a verb, possibly empty.
+        problem: What is wrong with the value, in one clause that names it.
+        got: The value, or an empty string.
+        fix: What to do, starting with a verb, or an empty string.
     """
 
     def __init__(self, problem: str, *, got: str = "", fix: str = "") -> None:
@@ -25,9 +45,10 @@ class FaccelError(Exception):
             message += f" Got {got}."
         if fix:
             message += f"\nTo fix: {fix}."
-        Exception.__init__(self, message)  # not `super()`, which torch.compile cannot see through
+        Exception.__init__(self, message)  # torch.compile cannot trace `super().__init__` here
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    # `Exception.__reduce__` calls the class with the message alone, which is not its signature.
+    def __reduce__(self) -> tuple[Callable[..., FaccelError], tuple[object, ...]]:
         return _rebuild, (type(self), self.problem, self.got, self.fix)
 
 
@@ -36,79 +57,85 @@ def _rebuild(cls: type[FaccelError], problem: str, got: str, fix: str) -> Faccel
 
 
 class ConfigError(FaccelError, ValueError):
-    """A configuration value is unknown, of the wrong type or impossible."""
+    """A configuration value or an argument is unknown, of the wrong type or out of range."""
 
 
 class TopologyError(FaccelError, RuntimeError):
-    """The environment describes a world that cannot be."""
+    """The environment variables of the launcher are missing or contradict each other."""
 
 
 class LaunchError(FaccelError, ValueError):
-    """A launch cannot be, or what it should start is not there."""
+    """A launch is invalid, or the script or function to launch is missing."""
 
 
 class JoinError(FaccelError, RuntimeError):
-    """Machines of a launch did not come together, or lost each other."""
+    """The nodes of a launch did not all reach the rendezvous, or lost the connection."""
 
 
 class WorldError(FaccelError, RuntimeError):
-    """The processes could not be joined into the world that was asked for, or it is gone."""
+    """The process group could not be created, or has been destroyed."""
 
 
 class DeviceError(FaccelError, RuntimeError):
-    """The device that was asked for is not there."""
+    """The requested device is unavailable."""
 
 
 class BackendError(FaccelError, RuntimeError):
-    """No strategy can do what the mesh and the plan ask for."""
+    """No strategy supports the combination of mesh and plan."""
 
 
 class DesyncError(FaccelError, RuntimeError):
-    """Ranks disagree about the next collective; names what each rank was doing and where."""
+    """Ranks disagree about the next collective; lists the call and the call site of each rank."""
 
 
 class RankFailedError(FaccelError, RuntimeError):
-    """Another rank raised while this one waited for it."""
+    """Another rank raised while this one waited for it in a collective."""
 
 
 class TreeError(FaccelError, TypeError):
-    """A nested value has a leaf that the function cannot handle; names the leaf."""
+    """A nested value has a leaf of an unsupported type or shape; names the leaf."""
 
 
 class DataError(FaccelError, ValueError):
-    """A loader, a cursor or a batch does not fit."""
+    """A loader, a cursor or a batch is invalid."""
 
 
 class ModelError(FaccelError, ValueError):
-    """A model does not fit."""
+    """A model is invalid or unsupported."""
 
 
 class OptimizerError(FaccelError, ValueError):
-    """An optimizer does not fit the model, or a step has nothing to apply."""
+    """An optimizer does not belong to the model, or a step has no gradients."""
 
 
 class CheckpointError(FaccelError, RuntimeError):
-    """A checkpoint cannot be written, is incomplete or corrupt, or does not fit the state that it is loaded into."""
+    """A checkpoint cannot be written, is incomplete or corrupt, or does not match the state."""
 
 
 class PurityError(FaccelError, RuntimeError):
-    """A function that must be pure wrote to an argument, or drew random numbers that nobody gave it."""
+    """A pure function wrote to an argument, or drew from a process-wide random generator."""
 
 
 class DonatedError(FaccelError, RuntimeError):
-    """A state whose storage was given to a step is used again."""
+    """A state is used again after a step has consumed it."""
 
 
 class ScalerError(FaccelError, RuntimeError):
-    """A `ScalerState` was not threaded through the loop."""
+    """A `ScalerState` is missing, outdated, or has no `scaled_backward` since the last step."""
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """Return a hint that lists `allowed`, with the nearest to `word` first named.
+    """Return a fix that lists `allowed`, with the nearest to `word` first.
 
     Effects: pure.
+
+    Examples:
+        >>> nearest("sun", ["sum", "mean"])
+        'use `sum` (allowed: `mean`, `sum`)'
     """
     names = sorted(allowed)
-    close = difflib.get_close_matches(word, names, n=1)
     listed = ", ".join(f"`{name}`" for name in names)
-    return f"use `{close[0]}` (allowed: {listed})" if close else f"use one of {listed}"
+    matches = difflib.get_close_matches(word, names, n=1)
+    if not matches:
+        return f"use one of {listed}"
+    return f"use `{matches[0]}` (allowed: {listed})"

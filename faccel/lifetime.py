@@ -46,7 +46,8 @@ class Lifetime:
     def callbacks(self, cls: type[T]) -> list[T]:
         """Return the registered callbacks of a class, oldest first."""
         with self._lock:
-            return [callback for callback in self._callbacks if isinstance(callback, cls)]
+            callbacks: list[object] = list(self._callbacks)
+        return [callback for callback in callbacks if isinstance(callback, cls)]
 
     def close(self) -> None:
         """Call every callback once, newest first, and raise the first error after the last call.

@@ -6,6 +6,8 @@ import inspect
 import pathlib
 import pickle
 import re
+import subprocess
+import sys
 
 import attrs
 import pytest
@@ -34,8 +36,43 @@ def test_all_is_sorted_and_every_name_is_a_function_a_record_or_a_layer():
         assert names == sorted(names), namespace
     assert {*FUNCTIONS, *RECORDS, *LAYERS, *TUPLES} == set(PUBLIC)
     assert set(dir(faccel)) >= set(faccel.__all__)
-    with pytest.raises(AttributeError, match="nothing"):
-        _ = faccel.nothing
+
+
+UNKNOWN_NAMES = {
+    ("", "export_model"): "use `faccel.checkpoint.export_model`",
+    ("", "adamw"): "use `faccel.func.adamw`",
+    ("", "ConfigError"): "use `faccel.errors.ConfigError`",
+    ("", "Accelerator"): "use `ctx = faccel.init()`",
+    ("", "accelerator"): "use `ctx = faccel.init()`",
+    ("", "optimiser_step"): "use `faccel.optimizer_step`",
+    ("", "distcontext"): "use `faccel.DistContext`",
+    ("checkpoint", "keep_last"): "use `faccel.checkpoint.keep_latest`",
+    ("checkpoint", "windows"): "use `faccel.windows`",
+    ("tracking", "init_tracker"): "use `faccel.tracking.init_trackers`",
+}
+
+
+@pytest.mark.parametrize(("namespace", "name"), UNKNOWN_NAMES, ids=lambda part: part or "faccel")
+def test_an_unknown_name_suggests_the_nearest_public_name(namespace, name):
+    package = importlib.import_module(f"faccel.{namespace}".rstrip("."))
+    with pytest.raises(AttributeError) as error:
+        getattr(package, name)
+    fix = UNKNOWN_NAMES[namespace, name]
+    assert str(error.value) == (
+        f"module `{package.__name__}` has no attribute `{name}`.\nTo fix: {fix}."
+    )
+
+
+def test_a_name_far_from_every_public_name_has_no_suggestion():
+    with pytest.raises(AttributeError) as error:
+        _ = faccel.xyzzy
+    assert str(error.value) == "module `faccel` has no attribute `xyzzy`"
+
+
+def test_python_protocol_names_and_modules_do_not_import_every_namespace():
+    code = "import sys, faccel; hasattr(faccel, '__wrapped__'); from faccel import mesh; "
+    code += "assert 'faccel.func' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 LAZY = ("", "backends", "checkpoint", "comm", "parallel", "random", "testing", "tracking")
