@@ -1,4 +1,4 @@
-"""`python -m faccel`."""
+"""Entry point of `python -m faccel`."""
 
 from faccel.cli.commands import main
 

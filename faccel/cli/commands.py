@@ -1,23 +1,31 @@
-"""The command line; the only place that prints. torch is imported by the commands that need it."""
+"""The command group `faccel` and its small commands.
+
+Only this package prints. Each command imports what it needs, so that `--help` does not import
+torch, which takes seconds.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from faccel.cli.config_command import config
 from faccel.cli.launch_command import launch, test
-from faccel.cli.output import explained, json_option, present
+from faccel.cli.output import explain_rows, json_option, present
+
+if TYPE_CHECKING:
+    from faccel.checkpoint.manifest import Checkpoint
+    from faccel.context import DistContext
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="faccel")
 def main() -> None:
-    """Run your own PyTorch training loop on anything."""
+    """Run a PyTorch training loop on any device and any number of processes."""
 
 
 main.add_command(config)
@@ -29,67 +37,83 @@ main.add_command(test)
 @click.argument("directory", type=click.Path(exists=True, file_okay=False))
 @json_option
 def checkpoints(directory: str, *, as_json: bool) -> None:
-    """List the checkpoints of DIRECTORY, and compare every file with its hash.
+    """List the checkpoints in DIRECTORY and verify the hash of every file.
 
-    Exits with 1 where one of them is not as it was written.
+    The exit code is 1 if a checkpoint is incomplete or corrupt.
     """
-    from faccel.checkpoint.manifest import check_hash, read_manifest
-    from faccel.checkpoint.manifest import checkpoints as look
+    from faccel.checkpoint.manifest import checkpoints as list_checkpoints
 
-    found: list[dict[str, Any]] = []
-    for each in look(directory):
-        problem = each.problem
-        if problem is None:
-            files = read_manifest(each.path).files
-            problem = next(
-                (said for entry in files if (said := check_hash(each.path, entry))), None
-            )
-        found.append(
-            {"step": each.step, "path": each.path, "problem": problem, "num_bytes": each.num_bytes,
-             "world_size": each.world_size, "created_s": each.created_s, "metadata": dict(each.metadata)}
-        )  # fmt: skip
-    rows = [(f"step {one['step']}", _state_of(one), one["path"]) for one in found]
-    present(found, rows, as_json=as_json)
-    if any(one["problem"] is not None for one in found):
+    documents: list[dict[str, object]] = []
+    rows: list[tuple[str, str, str]] = []
+    is_corrupt = False
+    for checkpoint in list_checkpoints(directory):
+        problem = _verify(checkpoint)
+        status = f"{checkpoint.num_bytes / 1e6:.1f} MB from {checkpoint.world_size} ranks"
+        if problem is not None:
+            is_corrupt = True
+            status = f"CORRUPT: {problem}"
+        rows.append((f"step {checkpoint.step}", status, checkpoint.path))
+        documents.append(
+            {
+                "step": checkpoint.step,
+                "path": checkpoint.path,
+                "problem": problem,
+                "num_bytes": checkpoint.num_bytes,
+                "world_size": checkpoint.world_size,
+                "created_s": checkpoint.created_s,
+                "metadata": dict(checkpoint.metadata),
+            }
+        )
+    present(documents, rows, as_json=as_json)
+    if is_corrupt:
         sys.exit(1)
 
 
-def _state_of(checkpoint: dict[str, Any]) -> str:
-    if checkpoint["problem"] is not None:
-        return f"CORRUPT: {checkpoint['problem']}"
-    return f"{checkpoint['num_bytes'] / 1e6:.1f} MB from {checkpoint['world_size']} ranks"
+def _verify(checkpoint: Checkpoint) -> str | None:
+    """Return what is wrong with a checkpoint: its manifest, or the first file with another hash."""
+    from faccel.checkpoint.manifest import check_hash, read_manifest
+
+    if checkpoint.problem is not None:
+        return checkpoint.problem
+    for entry in read_manifest(checkpoint.path).files:
+        problem = check_hash(checkpoint.path, entry)
+        if problem is not None:
+            return problem
+    return None
 
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False))
 @click.argument("out", type=click.Path(file_okay=False))
-@click.option("--model", "name", help="Which model, where the state holds several.")
-@click.option("--max-shard-size", default="5GB", show_default=True, help="The largest file.")
+@click.option("--model", "name", help="Name of the model, if the state holds several.")
+@click.option(
+    "--max-shard-size", default="5GB", show_default=True, help="Size of the largest file."
+)
 @json_option
 def merge(
     checkpoint: str, out: str, *, name: str | None, max_shard_size: str, as_json: bool
 ) -> None:
-    """Make one export of the model in CHECKPOINT, as `from_pretrained` loads it, in the directory OUT."""
+    """Export the model in CHECKPOINT to the directory OUT, in the format of `from_pretrained`."""
     import faccel
-    from faccel.checkpoint.merge import merge as make
+    from faccel.checkpoint.merge import merge as merge_checkpoint
 
     try:
+        # An empty environment: the export runs on one process, whatever launched this command.
         with faccel.init(env={}) as ctx:
-            files = make(checkpoint, out, ctx, name=name, max_shard_size=max_shard_size)
+            files = merge_checkpoint(checkpoint, out, ctx, name=name, max_shard_size=max_shard_size)
             present(list(files), [(file,) for file in files], as_json=as_json)
     except faccel.errors.FaccelError as error:
         raise click.ClickException(str(error)) from None
 
 
 @main.command()
-@click.option(
-    "--explain",
-    is_flag=True,
-    help="For each field of the configuration its value and where it came from.",
-)
+@click.option("--explain", is_flag=True, help="Print each configuration field and its source.")
 @json_option
 def env(*, explain: bool, as_json: bool) -> None:
-    """Show versions, devices, the place in the world and, with --explain, where each value came from."""
+    """Print versions, devices and the rank of this process.
+
+    With --explain, also print each field of the configuration and its source.
+    """
     import faccel
     from faccel.cli.environment import as_rows, describe
     from faccel.config import resolve
@@ -97,21 +121,30 @@ def env(*, explain: bool, as_json: bool) -> None:
 
     try:
         reference = find(os.environ)
-        config = resolve(env=os.environ, file=None if reference is None else read(reference))
+        file = None
+        if reference is not None:
+            file = read(reference)
+        config = resolve(env=os.environ, file=file)
         with ExitStack() as stack:
-            problem, ctx = None, None
-            try:
-                ctx = stack.enter_context(faccel.init())
-            except faccel.errors.FaccelError as error:
-                problem = str(error)
-            document = describe(config, ctx) | ({"problem": problem} if problem else {})
-            rows = [
-                ("file", reference or "none"),
-                *as_rows(document),
-                *(explained(config) if explain else []),
-            ]
+            ctx, problem = _try_init(stack)
+            document = describe(config, ctx)
+            if problem is not None:
+                document["problem"] = problem
+            rows: list[tuple[str, ...]] = [("file", reference or "none"), *as_rows(ctx)]
+            if explain:
+                rows += explain_rows(config)
             present(document, rows, as_json=as_json)
     except faccel.errors.FaccelError as error:
         raise click.ClickException(str(error)) from None
-    if problem:
+    if problem is not None:
         raise click.ClickException(problem)
+
+
+def _try_init(stack: ExitStack) -> tuple[DistContext | None, str | None]:
+    """Return the context, or the problem: versions and devices are printed even if `init` fails."""
+    import faccel
+
+    try:
+        return stack.enter_context(faccel.init()), None
+    except faccel.errors.FaccelError as error:
+        return None, str(error)

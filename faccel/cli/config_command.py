@@ -1,127 +1,163 @@
-"""`faccel config`: the user's own configuration file."""
+"""`faccel config`: create, print, change and check the user's configuration file."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from faccel.cli.flags import UsageError
-from faccel.cli.output import explained, fields_document, json_option, present
+from faccel.cli.output import explain_rows, fields_document, json_option, present
 from faccel.errors import ConfigError, FaccelError, nearest
 
 
 @click.group(invoke_without_command=True)
 @click.pass_context
 def config(context: click.Context) -> None:
-    """Make, show, check and import configuration files; without a COMMAND, ask for each field in the terminal."""
+    """Create, print, check and import configuration files.
+
+    Without a COMMAND, asks for each field in the terminal.
+    """
     if context.invoked_subcommand is None:
         _questionnaire()
 
 
-def _suited() -> dict[str, Any]:
-    """Return what suits this machine: fields, and the number of processes."""
+@contextmanager
+def _errors_as_messages() -> Generator[None]:
+    """Print an error of faccel as a message with exit code 1, without a traceback."""
+    try:
+        yield
+    except FaccelError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _recommended() -> tuple[dict[str, Any], int]:
+    """Return the fields that are recommended for this node, and the number of processes."""
     import torch
 
-    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    is_fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return {"nproc": max(1, count)} | ({"mixed_precision": "bf16"} if is_fast else {})
+    num_processes = 1
+    if torch.accelerator.is_available():
+        num_processes = max(1, torch.accelerator.device_count())
+    values: dict[str, Any] = {}
+    # PyTorch also counts GPUs that emulate bf16, on which it is slower than fp32.
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        values["mixed_precision"] = "bf16"
+    return values, num_processes
 
 
 def _questionnaire() -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        fix = "use `faccel config default`, then `faccel config set key=value`"
         raise UsageError(
             ConfigError(
-                "the questions need a terminal", got="input or output that is none", fix=fix
+                "`faccel config` without a command needs a terminal",
+                got="redirected input or output",
+                fix="use `faccel config default`, then `faccel config set key=value`",
             )
         )
     from faccel.cli.questions import ask
     from faccel.config import resolve
-    from faccel.config_file import ConfigFile, read
+    from faccel.config_file import ConfigFile
 
-    file = _own()
+    file = _user_file()
     try:
-        there = dict(read(file).values) if os.path.exists(file) else {}
-        resolve(file=ConfigFile(file, there))
-        values, nproc = ask(there, _suited())
-    except FaccelError as error:
-        raise click.ClickException(str(error)) from None
+        with _errors_as_messages():
+            current = _values_of(file)
+            resolve(
+                file=ConfigFile(file, current)
+            )  # an invalid file fails before the first question
+            recommended, num_processes = _recommended()
+            values, nproc = ask(current, recommended, num_processes)
     except KeyboardInterrupt:
         raise click.ClickException("interrupted; nothing was written") from None
     _write(file, values)
-    words = ["faccel", "launch", *([] if nproc == 1 else ["--nproc", str(nproc)]), "script.py"]
-    print(f"{file}\nstart with: {' '.join(words)}")
+    command = "faccel launch script.py"
+    if nproc != 1:
+        command = f"faccel launch --nproc {nproc} script.py"
+    print(f"{file}\nstart with: {command}")
+
+
+def _values_of(file: str) -> dict[str, Any]:
+    """Return the fields in a file, none if it does not exist."""
+    from faccel.config_file import read
+
+    if not os.path.exists(file):
+        return {}
+    return dict(read(file).values)
 
 
 def _reference() -> str:
+    """Return the configuration file that applies by default, as `path` or `path#section`."""
     from faccel.config_file import VARIABLE, default_path
 
-    named = os.environ.get(VARIABLE) or default_path(os.environ)
-    if named is None:
-        raise click.ClickException(
-            "there is no home directory. To fix: set FACCEL_CONFIG to a file"
-        )
-    return named
+    reference = os.environ.get(VARIABLE) or default_path(os.environ)
+    if reference is None:
+        raise click.ClickException("no home directory. To fix: set FACCEL_CONFIG to a file")
+    return reference
 
 
-def _own() -> str:
-    """Return the file that is written; a section of a file of the user's is not ours to write."""
+def _user_file() -> str:
+    """Return the path of the user's configuration file, which the commands may write.
+
+    A section of a larger file is never written: the rest of that file belongs to the user.
+    """
     file, mark, section = _reference().partition("#")
     if mark:
-        got = f"section `{section}` of `{file}`"
-        fix = f"edit `{file}` by hand, or set FACCEL_CONFIG to a file of its own"
         raise UsageError(
-            ConfigError("only a file that holds nothing else can be written", got=got, fix=fix)
+            ConfigError(
+                "a section of a larger file is never written",
+                got=f"section `{section}` of `{file}`",
+                fix=f"edit `{file}` by hand, or set FACCEL_CONFIG to a separate file",
+            )
         )
     return file
 
 
-def _write(path: str, values: dict[str, Any], comment: str = "") -> None:
+def _check_new(file: str, *, force: bool, fix: str) -> None:
+    if os.path.exists(file) and not force:
+        raise click.ClickException(f"`{file}` already exists. To fix: add `--force`, or {fix}")
+
+
+def _write(path: str, values: Mapping[str, Any], comment: str = "") -> None:
     from faccel.config_file import write
 
-    try:
+    with _errors_as_messages():
         write(path, values, comment)
-    except FaccelError as error:
-        raise click.ClickException(str(error)) from None
 
 
 @config.command()
 def path() -> None:
-    """Print which file counts where none is named."""
+    """Print the path of the default configuration file."""
     print(_reference())
 
 
 @config.command()
 @json_option
 def show(*, as_json: bool) -> None:
-    """Print each field, its value and where it came from."""
+    """Print the value and the source of each field."""
     from faccel.config import resolve
     from faccel.config_file import find, read
 
-    try:
+    with _errors_as_messages():
         reference = find(os.environ)
-        file = None if reference is None else read(reference)
-        found = resolve(env=os.environ, file=file)
-    except FaccelError as error:
-        raise click.ClickException(str(error)) from None
-    rows = [(f"file: {reference or 'none'}", ""), *explained(found)]
-    present({"file": reference, "fields": fields_document(found)}, rows, as_json=as_json)
+        file = None
+        if reference is not None:
+            file = read(reference)
+        resolved = resolve(env=os.environ, file=file)
+    rows = [(f"file: {reference or 'none'}", ""), *explain_rows(resolved)]
+    present({"file": reference, "fields": fields_document(resolved)}, rows, as_json=as_json)
 
 
 @config.command()
-@click.option("--force", is_flag=True, help="Replace the file that is there.")
-def default(force: bool) -> None:  # noqa: FBT001
-    """Write a file with what suits this machine."""
-    file = _own()
-    if os.path.exists(file) and not force:
-        raise click.ClickException(
-            f"`{file}` is there already. To fix: add `--force`, or change it with `faccel config set`"
-        )
-    values = _suited()
-    del values["nproc"]
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+def default(*, force: bool) -> None:
+    """Write a file with the settings that are recommended for this node."""
+    file = _user_file()
+    _check_new(file, force=force, fix="change it with `faccel config set`")
+    values, _ = _recommended()
     _write(file, values)
     print(file)
 
@@ -130,39 +166,47 @@ def default(force: bool) -> None:  # noqa: FBT001
 @click.argument("pairs", nargs=-1, required=True, metavar="KEY=VALUE...")
 def set_(pairs: tuple[str, ...]) -> None:
     """Change fields in the file."""
-    from faccel.config import config_fields, resolve, unreadable
-    from faccel.config_file import ConfigFile, read
+    from faccel.config import resolve
+    from faccel.config_file import ConfigFile
 
-    fields = {field.name: field for field in config_fields()}
-    file = _own()
+    file = _user_file()
     try:
-        values = dict(read(file).values) if os.path.exists(file) else {}
+        values = _values_of(file)
         for pair in pairs:
-            name, mark, text = pair.partition("=")
-            if not mark:
-                raise ConfigError(
-                    "a field is changed as `key=value`", got=f"`{pair}`", fix=f"write `{name}=...`"
-                )
-            if name not in fields:
-                raise ConfigError(
-                    f"`{name}` is not a field of the configuration", fix=nearest(name, fields)
-                )
-            try:
-                values[name] = fields[name].metadata["parse"](text)
-            except ValueError as error:
-                raise unreadable(f"`{name}`", fields[name], text, error) from None
-        resolve(file=ConfigFile(file, values))
+            name, value = _parse_pair(pair)
+            values[name] = value
+        resolve(file=ConfigFile(file, values))  # validates all fields before the file is written
     except FaccelError as error:
         raise UsageError(error) from None
     _write(file, values)
     print(file)
 
 
+def _parse_pair(pair: str) -> tuple[str, Any]:
+    """Parse `KEY=VALUE` into the name and the value of a field."""
+    from faccel.config import config_fields, unreadable
+
+    name, mark, text = pair.partition("=")
+    if not mark:
+        raise ConfigError(
+            "`faccel config set` expects `key=value`", got=f"`{pair}`", fix=f"write `{name}=...`"
+        )
+    fields = {field.name: field for field in config_fields()}
+    if name not in fields:
+        raise ConfigError(
+            f"`{name}` is not a field of the configuration", fix=nearest(name, fields)
+        )
+    try:
+        return name, fields[name].metadata["parse"](text)
+    except ValueError as error:
+        raise unreadable(f"`{name}`", fields[name], text, error) from None
+
+
 @config.command()
 @click.argument("file")
 @json_option
 def check(file: str, *, as_json: bool) -> None:
-    """Read FILE (or FILE#SECTION), and say what is wrong with it."""
+    """Check FILE (or FILE#SECTION) and report the first error in it."""
     from faccel.config import resolve
     from faccel.config_file import read
 
@@ -171,46 +215,38 @@ def check(file: str, *, as_json: bool) -> None:
     except FaccelError as error:
         if not as_json:
             raise click.ClickException(str(error)) from None
-        present(
-            {"file": file, "problem": error.problem, "got": error.got, "fix": error.fix},
-            [],
-            as_json=True,
-        )
+        document = {"file": file, "problem": error.problem, "got": error.got, "fix": error.fix}
+        present(document, [], as_json=True)
         sys.exit(1)
-    present({"file": file, "problem": None}, [(f"{file}: fine",)], as_json=as_json)
+    present({"file": file, "problem": None}, [(f"{file}: valid",)], as_json=as_json)
 
 
 @config.command(name="import")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
-@click.option("-o", "--out", help="Where to; the user's own file, if nothing is said.")
-@click.option("--force", is_flag=True, help="Replace the file that is there.")
+@click.option("-o", "--out", help="File to write. Default: the user's configuration file.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
 @json_option
 def import_(file: str, out: str | None, *, force: bool, as_json: bool) -> None:
-    """Turn FILE, a configuration of Accelerate, into one of faccel, and list what has no equal."""
+    """Convert FILE, a configuration of Accelerate, and list the keys without an equivalent."""
     from faccel.config import resolve
     from faccel.config_file import ConfigFile, read
     from faccel.launching.import_accelerate import from_accelerate
 
-    target = out or _own()
-    if os.path.exists(target) and not force:
-        raise click.ClickException(
-            f"`{target}` is there already. To fix: add `--force`, or name another with `-o`"
-        )
-    try:
-        imported = from_accelerate(read(file).values)
-        resolve(file=ConfigFile(target, imported.values))
-    except FaccelError as error:
-        raise click.ClickException(str(error)) from None
-    command = " ".join(["faccel", "launch", *imported.options, "script.py"])
-    _write(
-        target, dict(imported.values), f"# from {os.path.basename(file)}; start with: {command}\n"
-    )
-    document = {"file": target, "command": command, "values": dict(imported.values)}
-    missing = dict(imported.without_equal)
-    present(
-        document | {"without_equal": missing},
-        [(target,), (f"start with: {command}",)],
-        as_json=as_json,
-    )
-    for key, value in missing.items() if not as_json else ():
-        sys.stderr.write(f"no equal in this version: {key}: {value}\n")
+    target = out or _user_file()
+    _check_new(target, force=force, fix="choose another file with `-o`")
+    with _errors_as_messages():
+        converted = from_accelerate(read(file).values)
+        resolve(file=ConfigFile(target, converted.values))
+    command = " ".join(["faccel", "launch", *converted.options, "script.py"])
+    comment = f"# from {os.path.basename(file)}; start with: {command}\n"
+    _write(target, converted.values, comment)
+    document = {
+        "file": target,
+        "command": command,
+        "values": dict(converted.values),
+        "without_equivalent": dict(converted.without_equivalent),
+    }
+    present(document, [(target,), (f"start with: {command}",)], as_json=as_json)
+    if not as_json:
+        for key, value in converted.without_equivalent.items():
+            sys.stderr.write(f"no equivalent in this version: {key}: {value}\n")

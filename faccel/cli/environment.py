@@ -1,11 +1,11 @@
-"""What `faccel env` finds: versions, devices, the place in the world and the configuration."""
+"""What `faccel env` reports: versions, devices, the rank of this process and the configuration."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
-from typing import Any
+from collections.abc import Mapping
 
 import attrs
 
@@ -13,93 +13,162 @@ from faccel.cli.output import fields_document
 from faccel.config import Config
 from faccel.context import DistContext
 
-_PACKAGES = ("faccel", "torch", "numpy", "safetensors", "tensordict", "transformers", "datasets", "deepspeed",
-             "torchao", "torch-xla")  # fmt: skip
+_PACKAGES = (
+    "faccel",
+    "torch",
+    "numpy",
+    "safetensors",
+    "tensordict",
+    "transformers",
+    "datasets",
+    "deepspeed",
+    "torchao",
+    "torch-xla",
+)
 
 
-def describe(config: Config, ctx: DistContext | None) -> dict[str, Any]:
-    """Return it as a document that JSON can hold; what is not there is left out."""
-    return {
-        "versions": {"python": platform.python_version(), **_versions()},
-        "platform": platform.platform(),
-        "devices": {"cpu_cores": os.cpu_count(), "memory_bytes": _memory(), **_accelerators()},
-        **(
-            {}
-            if ctx is None
-            else {"device": str(ctx.device), "topology": attrs.asdict(ctx.topology)}
-        ),
-        "config": fields_document(config),
+@attrs.frozen
+class _Devices:
+    """The hardware of this node.
+
+    Args:
+        cpu_cores: Number of CPU cores.
+        memory_bytes: Physical memory; None if the system does not report it.
+        accelerators: Kind, name and memory of each accelerator.
+        libraries: Versions of the libraries that drive the accelerators.
+    """
+
+    cpu_cores: int | None
+    memory_bytes: int | None
+    accelerators: tuple[_Accelerator, ...] = ()
+    libraries: Mapping[str, str] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class _Accelerator:
+    kind: str
+    name: str
+    memory_bytes: int
+
+
+def describe(config: Config, ctx: DistContext | None) -> dict[str, object]:
+    """Return the report as a JSON document; `ctx` is None if `init` failed.
+
+    Effects: ambient. Asks the operating system for the hardware.
+    """
+    devices = _devices()
+    hardware: dict[str, object] = {
+        "cpu_cores": devices.cpu_cores,
+        "memory_bytes": devices.memory_bytes,
     }
+    if devices.accelerators:
+        hardware["accelerators"] = [attrs.asdict(card) for card in devices.accelerators]
+    if devices.libraries:
+        hardware["libraries"] = dict(devices.libraries)
+    document: dict[str, object] = {
+        "versions": _versions(),
+        "platform": platform.platform(),
+        "devices": hardware,
+    }
+    if ctx is not None:
+        document["device"] = str(ctx.device)
+        document["topology"] = attrs.asdict(ctx.topology)
+    return document | {"config": fields_document(config)}
 
 
-def as_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the document for people, without the configuration."""
-    devices = document["devices"]
-    cards = devices.get("accelerators", [])
-    memory = devices["memory_bytes"]
+def as_rows(ctx: DistContext | None) -> list[tuple[str, str]]:
+    """Return the report as rows of a table, without the configuration.
+
+    Effects: ambient. Asks the operating system for the hardware.
+    """
+    devices = _devices()
+    cpu = f"{devices.cpu_cores} cores"
+    if devices.memory_bytes is not None:
+        cpu += f", {devices.memory_bytes / 2**30:.1f} GiB"
     rows = [
-        ("versions", ", ".join(f"{name} {version}" for name, version in document["versions"].items())),
-        ("platform", document["platform"]),
-        ("cpu", f"{devices['cpu_cores']} cores" + (f", {memory / 2**30:.1f} GiB" if memory else "")),
-        *((f"{card['kind']}:{i}", f"{card['name']}, {card['memory_bytes'] / 2**30:.1f} GiB")
-          for i, card in enumerate(cards)),
-        *(_place(document["device"], document["topology"]) if "topology" in document else ()),
-    ]  # fmt: skip
-    libraries = ", ".join(
-        f"{name} {version}" for name, version in devices.get("libraries", {}).items()
-    )
-    return [*rows, *([("libraries", libraries)] if libraries else [])]
+        ("versions", _listed(_versions())),
+        ("platform", platform.platform()),
+        ("cpu", cpu),
+    ]
+    for index, card in enumerate(devices.accelerators):
+        memory = f"{card.memory_bytes / 2**30:.1f} GiB"
+        rows.append((f"{card.kind}:{index}", f"{card.name}, {memory}"))
+    if ctx is not None:
+        rows += _process_rows(ctx)
+    if devices.libraries:
+        rows.append(("libraries", _listed(devices.libraries)))
+    return rows
 
 
-def _place(device: str, topology: dict[str, Any]) -> list[tuple[str, str]]:
-    pairs = (("rank", "rank", "world_size"), ("local", "local_rank", "local_world_size"),
-             ("machine", "node_rank", "num_nodes"))  # fmt: skip
-    place = ", ".join(
-        f"{name} {topology[part]} of {topology[whole]}" for name, part, whole in pairs
+def _process_rows(ctx: DistContext) -> list[tuple[str, str]]:
+    topology = ctx.topology
+    process = (
+        f"rank {topology.rank} of {topology.world_size}, "
+        f"local rank {topology.local_rank} of {topology.local_world_size}, "
+        f"node {topology.node_rank} of {topology.num_nodes}"
     )
-    address = topology["main_address"]
-    meeting = f", meeting at {address}:{topology['main_port']}" if address else ""
-    return [("device", device), ("place", place), ("said by", topology["source"] + meeting)]
+    launcher = topology.source
+    if topology.main_address:
+        launcher += f", rendezvous at {topology.main_address}:{topology.main_port}"
+    return [("device", str(ctx.device)), ("process", process), ("launcher", launcher)]
+
+
+def _listed(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _versions() -> dict[str, str]:
-    found: dict[str, str] = {}
+    versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def _memory() -> int | None:
+def _memory_bytes() -> int | None:
+    # `sysconf` is POSIX, and the two names exist on Linux and most Unixes only
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
 
 
-def _accelerators() -> dict[str, Any]:
+def _devices() -> _Devices:
     import torch
 
+    cpu_cores, memory_bytes = os.cpu_count(), _memory_bytes()
     if not torch.accelerator.is_available():
-        return {}
-    kind = torch.accelerator.current_accelerator()
-    found: dict[str, Any] = {"accelerators": []}
-    if kind is not None and kind.type == "cuda":
-        from torch.cuda import nccl
+        return _Devices(cpu_cores, memory_bytes)
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return _Devices(cpu_cores, memory_bytes)
+    if accelerator.type == "cuda":
+        return _Devices(cpu_cores, memory_bytes, _cuda_cards(), _cuda_libraries())
+    # PyTorch reports name and memory of CUDA and ROCm devices only
+    card = _Accelerator(accelerator.type, accelerator.type, 0)
+    return _Devices(cpu_cores, memory_bytes, (card,) * torch.accelerator.device_count())
 
-        every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        found["accelerators"] = [
-            {"kind": "cuda", "name": p.name, "memory_bytes": p.total_memory} for p in every
-        ]
-        version = nccl.version() if torch.distributed.is_nccl_available() else ()
-        found["libraries"] = {
-            "CUDA": str(torch.version.cuda or torch.version.hip),
-            "NCCL": ".".join(map(str, version)),
-        }
-    elif kind is not None:
-        found["accelerators"] = [{"kind": kind.type, "name": kind.type, "memory_bytes": 0}] * (
-            torch.accelerator.device_count()
-        )
-    return found
+
+def _cuda_cards() -> tuple[_Accelerator, ...]:
+    import torch
+
+    cards: list[_Accelerator] = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        cards.append(_Accelerator("cuda", properties.name, properties.total_memory))
+    return tuple(cards)
+
+
+def _cuda_libraries() -> dict[str, str]:
+    import torch
+    from torch.cuda import nccl
+
+    version = ()
+    if torch.distributed.is_nccl_available():
+        version = nccl.version()
+    return {
+        "CUDA": str(torch.version.cuda or torch.version.hip),
+        "NCCL": ".".join(map(str, version)),
+    }

@@ -1,18 +1,20 @@
-"""Flags that are the fields of `Config`, made from the record itself, so that the two cannot drift."""
+"""A flag for each field of `Config`, derived from the record, so that the two always agree."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import click
 
 from faccel.config import Config, config_fields, flag_of, unreadable
 from faccel.errors import ConfigError, FaccelError
 
+CommandT = TypeVar("CommandT", bound=Callable[..., None] | click.Command)
+
 
 class UsageError(click.ClickException):
-    """An error of faccel about how it was called: exit code 2, and no traceback."""
+    """A wrong command line: prints the message without a traceback and exits with code 2."""
 
     exit_code = 2
 
@@ -20,38 +22,47 @@ class UsageError(click.ClickException):
         super().__init__(str(error))
 
 
-def config_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command a flag for each field of `Config`."""
+def config_flags(command: CommandT) -> CommandT:
+    """Add a flag for each field of `Config` to a command.
+
+    Effects: pure.
+    """
+    # click lists options in the reverse of the order in which they are added
     for field in reversed(config_fields()):
-        flag, doc = flag_of(field.name), str(field.metadata["doc"])
+        flag = flag_of(field.name)
+        doc = str(field.metadata["doc"])
         if isinstance(field.default, bool):
+            # None instead of False: a flag that is absent must not override other sources
             option = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=doc)
         else:
-            option = click.option(
-                flag, field.name, default=None, metavar="VALUE", help=f"{doc} [{field.default}]"
-            )
+            doc = f"{doc} [{field.default}]"
+            option = click.option(flag, field.name, default=None, metavar="VALUE", help=doc)
         command = option(command)
     return command
 
 
-def given_fields(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that were given as flags, parsed and checked.
+def parse_flags(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that are set on the command line, parsed and validated.
+
+    Effects: pure.
 
     Raises:
-        UsageError: One is not what the field takes.
+        UsageError: A value is invalid for its field.
     """
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for field in config_fields():
         text = options[field.name]
         if text is None:
             continue
         try:
-            given[field.name] = text if isinstance(text, bool) else field.metadata["parse"](text)
-            Config(**{field.name: given[field.name]})
+            value = text
+            if not isinstance(text, bool):
+                value = field.metadata["parse"](text)
+            Config(**{field.name: value})  # validates
         except ConfigError as error:
             raise UsageError(error) from None
         except ValueError as error:
-            raise UsageError(
-                unreadable(f"`{flag_of(field.name)}`", field, str(text), error)
-            ) from None
-    return given
+            name = f"`{flag_of(field.name)}`"
+            raise UsageError(unreadable(name, field, str(text), error)) from None
+        values[field.name] = value
+    return values

@@ -1,24 +1,44 @@
-"""`faccel launch`."""
+"""`faccel launch` and `faccel test`."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from faccel.cli.flags import UsageError, config_flags, given_fields
+from faccel.cli.flags import UsageError, config_flags, parse_flags
 from faccel.cli.output import json_option
 from faccel.errors import FaccelError, LaunchError
 
-_NPROC = ("auto", "cpu", "gpu")
-_NPROC_HELP = "Processes on this machine; auto is one per GPU, else one."
+if TYPE_CHECKING:
+    from faccel.launching.spec import LaunchSpec
+
+CommandT = TypeVar("CommandT", bound=Callable[..., None])
+_AUTOMATIC = ("auto", "cpu", "gpu")
+# Options of the command line that are fields of `LaunchSpec` under the same name.
+_SPEC_FIELDS = (
+    "nnodes",
+    "node_rank",
+    "main_address",
+    "main_port",
+    "rdzv_endpoint",
+    "rdzv_id",
+    "join_timeout_s",
+    "max_restarts",
+    "log_dir",
+    "tee",
+    "config",
+)
 
 
-def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that say what is started where, and a flag for each field of `Config`."""
+def launch_options(command: CommandT) -> CommandT:
+    """Add the options of a launch, and a flag for each field of `Config`, to a command.
+
+    Effects: pure.
+    """
     command = config_flags(command)
     for option in reversed(_OPTIONS):
         command = option(command)
@@ -27,22 +47,30 @@ def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 _OPTIONS = (
     click.option(
-        "--nproc", default="auto", metavar="N|auto|cpu|gpu", show_default=True, help=_NPROC_HELP
+        "--nproc",
+        default="auto",
+        metavar="N|auto|cpu|gpu",
+        show_default=True,
+        help="Processes per node. auto: one per GPU, or one without GPUs.",
     ),
-    click.option("--cpu", is_flag=True, help="Compute on the CPU: `--device cpu`."),
-    click.option("--nnodes", default="1", show_default=True, metavar="N|MIN:MAX", help="Machines."),
-    click.option("--node-rank", type=int, help="Number of this machine, from 0."),
-    click.option("--main-address", metavar="HOST", help="The machine that the others meet at."),
+    click.option("--cpu", is_flag=True, help="Run on the CPU: short for `--device cpu`."),
+    click.option(
+        "--nnodes", default="1", show_default=True, metavar="N|MIN:MAX", help="Number of nodes."
+    ),
+    click.option("--node-rank", type=int, help="Rank of this node, starting at 0."),
+    click.option("--main-address", metavar="HOST", help="Host of node 0."),
     click.option(
         "--main-port",
         type=click.IntRange(1, 65535),
-        help="Its port; a free one on a single machine.",
+        help="Port on node 0. Default: a free port for one node, 29500 for several.",
     ),
     click.option(
-        "--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet that may come and go."
+        "--rdzv-endpoint",
+        metavar="HOST:PORT",
+        help="Elastic rendezvous, instead of --main-address.",
     ),
     click.option(
-        "--rdzv-id", default="faccel", show_default=True, help="Name of the run at that place."
+        "--rdzv-id", default="faccel", show_default=True, help="Name of the run at the rendezvous."
     ),
     click.option(
         "--join-timeout",
@@ -51,40 +79,39 @@ _OPTIONS = (
         default=600,
         show_default=True,
         metavar="SECONDS",
-        help="How long machines wait for each other.",
+        help="Seconds that nodes wait for each other.",
     ),
     click.option(
         "--max-restarts",
         type=click.IntRange(0),
         default=0,
         show_default=True,
-        help="Starts after a failure.",
+        help="Restarts of all processes after a failure.",
     ),
-    click.option("--log-dir", metavar="DIR", help="Keep what each process prints."),
-    click.option("--tee", is_flag=True, help="With --log-dir: print it too."),
-    click.option(
-        "--config", metavar="FILE[#SECTION]", help="Configuration file, or a section of yours."
-    ),
+    click.option("--log-dir", metavar="DIR", help="Write the output of each process to DIR."),
+    click.option("--tee", is_flag=True, help="With --log-dir: also print the output."),
+    click.option("--config", metavar="FILE[#SECTION]", help="Configuration file or section."),
 )
 
 
 @click.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
 @launch_options
-@click.option("-m", "--module", is_flag=True, help="SCRIPT is a module.")
-@click.option("--no-python", is_flag=True, help="SCRIPT is a program.")
+@click.option("-m", "--module", is_flag=True, help="SCRIPT is a Python module.")
+@click.option("--no-python", is_flag=True, help="SCRIPT is an executable.")
 @click.option(
     "--print",
     "rendering",
     type=click.Choice(("mpirun", "slurm", "torchrun")),
-    help="Write it for that.",
+    help="Print the launch for another launcher, and start nothing.",
 )
 @click.argument("script")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 def launch(script: str, args: tuple[str, ...], **options: Any) -> None:
-    """Run SCRIPT with its ARGS on every process that is asked for.
+    """Run SCRIPT with ARGS in one or more processes.
 
-    All options come before SCRIPT; what follows it is the script's own. Fields of the configuration given here are
-    stronger than the environment and a file, and must not contradict what the script gives to `faccel.init`.
+    Options come before SCRIPT; everything after it is passed to the script. Configuration flags
+    override the environment and the configuration file. A flag that contradicts an argument of
+    `faccel.init` is an error.
     """
     _launch((script, *args), options)
 
@@ -93,12 +120,15 @@ def launch(script: str, args: tuple[str, ...], **options: Any) -> None:
 @launch_options
 @json_option
 def test(*, as_json: bool, **options: Any) -> None:
-    """Start the ranks and check what they compute: collectives, data order, training, a checkpoint, bandwidth."""
-    words = ("faccel.testing.selftest", *(["--json"] if as_json else []))
-    _launch(words, options | {"module": True, "no_python": False, "rendering": None})
+    """Check collectives, data order, training, checkpoints and bandwidth on these processes."""
+    command = ["faccel.testing.selftest"]
+    if as_json:
+        command.append("--json")
+    options |= {"module": True, "no_python": False, "rendering": None}
+    _launch(tuple(command), options)
 
 
-def _launch(command: tuple[str, ...], options: dict[str, Any]) -> None:
+def _launch(command: tuple[str, ...], options: Mapping[str, Any]) -> None:
     from faccel.launching.run import run
 
     try:
@@ -108,7 +138,7 @@ def _launch(command: tuple[str, ...], options: dict[str, Any]) -> None:
 
             print(RENDERINGS[options["rendering"]](spec), end="")
             return
-        _check(spec)
+        _check_config(spec)
     except FaccelError as error:
         raise UsageError(error) from None
     try:
@@ -120,91 +150,109 @@ def _launch(command: tuple[str, ...], options: dict[str, Any]) -> None:
     sys.exit(code)
 
 
-def _check(spec: Any) -> None:
-    """Find here what each rank would find in the configuration."""
+def _check_config(spec: LaunchSpec) -> None:
+    """Raise once, before a process starts, what each rank would raise for its configuration."""
     from faccel.config import resolve
     from faccel.config_file import find, read
-    from faccel.launching.spec import additions
+    from faccel.launching.spec import environment_of
 
-    env = {**os.environ, **additions(spec, os.environ, 1)}
-    file = find(env)
-    config = resolve(env=env, file=None if file is None else read(file))
-    if (
-        config.mesh is not None
-        and spec.nnodes.isdecimal()
-        and (spec.nproc > 1 or spec.nnodes != "1")
-    ):
+    env = {**os.environ, **environment_of(spec, os.environ, 1)}
+    reference = find(env)
+    file = None
+    if reference is not None:
+        file = read(reference)
+    config = resolve(env=env, file=file)
+    # With a range of nodes the world size is unknown, and one process here may be a task of many
+    is_counted = spec.nnodes.isdecimal() and (spec.nproc > 1 or spec.nnodes != "1")
+    if config.mesh is not None and is_counted:
         config.mesh.fill(spec.nproc * int(spec.nnodes))
 
 
-def _spec(command: tuple[str, ...], options: dict[str, Any]) -> Any:
+def _spec(command: tuple[str, ...], options: Mapping[str, Any]) -> LaunchSpec:
+    """Convert the options of the command line to a `LaunchSpec`."""
     from faccel.launching.slurm import within_slurm
     from faccel.launching.spec import LaunchSpec
 
-    flags = given_fields(options)
+    flags = parse_flags(options)
     if options["cpu"]:
         if flags.get("device", "cpu") != "cpu":
             raise LaunchError(
-                "`--cpu` is `--device cpu`",
-                got=f"--device {flags['device']} too",
-                fix="leave one out",
+                "`--cpu` contradicts `--device`",
+                got=f"`--cpu` and `--device {flags['device']}`",
+                fix="remove one of the two options",
             )
         flags["device"] = "cpu"
-    if options["module"] and options["no_python"]:
-        raise LaunchError(
-            "SCRIPT is a module or a program", got="`-m` and `--no-python`", fix="leave one out"
-        )
-    kind = "module" if options["module"] else "executable" if options["no_python"] else "script"
-    same = ("nnodes", "node_rank", "main_address", "main_port", "rdzv_endpoint", "rdzv_id", "join_timeout_s",
-            "max_restarts", "log_dir", "tee", "config")  # fmt: skip
     spec = LaunchSpec(
         command=command,
-        kind=kind,
-        nproc=_processes(options["nproc"], str(flags.get("device") or "")),
+        kind=_kind(options),
+        nproc=_num_processes(options["nproc"], str(flags.get("device") or "")),
         flags=flags,
-        **{name: options[name] for name in same},
+        **{name: options[name] for name in _SPEC_FIELDS},
     )
-    return (
-        spec
-        if options["rendering"]
-        else within_slurm(spec, os.environ, is_counted=options["nproc"] != "auto")
-    )
+    if options["rendering"]:
+        return spec  # a text for another node must not depend on the SLURM job of this one
+    return within_slurm(spec, os.environ, has_nproc=options["nproc"] != "auto")
 
 
-def _processes(nproc: str, device: str) -> int:
-    if nproc not in _NPROC and not (nproc.isdecimal() and int(nproc) > 0):
+def _kind(options: Mapping[str, Any]) -> str:
+    if options["module"] and options["no_python"]:
         raise LaunchError(
-            "`--nproc` is a number of processes",
-            got=nproc,
-            fix=f"use 1, 2, ... or {', '.join(_NPROC)}",
+            "SCRIPT is either a module or an executable",
+            got="`-m` and `--no-python`",
+            fix="remove one of the two options",
+        )
+    if options["module"]:
+        return "module"
+    if options["no_python"]:
+        return "executable"
+    return "script"
+
+
+def _num_processes(nproc: str, device: str) -> int:
+    """Return the number of processes for `--nproc` and `--device`.
+
+    PyTorch is imported only if the number depends on the accelerators.
+    """
+    is_number = nproc.isdecimal() and int(nproc) > 0
+    if nproc not in _AUTOMATIC and not is_number:
+        raise LaunchError(
+            "`--nproc` must be a number of processes, or one of auto, cpu, gpu",
+            got=f"--nproc {nproc}",
+            fix="write for example `--nproc 2`",
         )
     if nproc == "cpu":
         return os.cpu_count() or 1
-    if device.startswith("cpu") and nproc != "gpu":
-        return 1 if nproc == "auto" else int(nproc)
     if nproc == "1":
         return 1
-    return _on_devices(nproc, device)
+    if device.startswith("cpu") and nproc == "auto":
+        return 1
+    if device.startswith("cpu") and is_number:
+        return int(nproc)
+    return _num_processes_on_devices(nproc, device)
 
 
-def _on_devices(nproc: str, device: str) -> int:
+def _num_processes_on_devices(nproc: str, device: str) -> int:
+    """Return the number of processes, at most one per accelerator if there are accelerators."""
     import torch
 
-    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    if not count and (device or nproc == "gpu"):
-        asked = f"`--device {device}`" if device else "`--nproc gpu`"
+    num_devices = 0
+    if torch.accelerator.is_available():
+        num_devices = torch.accelerator.device_count()
+    if num_devices == 0 and (device or nproc == "gpu"):
+        option = "`--nproc gpu`"
+        if device:
+            option = f"`--device {device}`"
         raise LaunchError(
-            f"there is no GPU or other device for {asked}",
+            f"{option} needs a GPU or another accelerator",
             got="no accelerator",
             fix="write `--cpu --nproc 2`",
         )
-    if nproc in _NPROC:
-        return max(1, count)
-    if count and int(nproc) > count:
-        fix = f"use `--nproc {count}`, or `--cpu`"
+    if nproc in _AUTOMATIC:
+        return max(1, num_devices)
+    if num_devices and int(nproc) > num_devices:
         raise LaunchError(
-            "each process needs a device of its own",
-            got=f"{nproc} processes, {count} devices",
-            fix=fix,
+            "`--nproc` is larger than the number of devices",
+            got=f"{nproc} processes, {num_devices} devices",
+            fix=f"use `--nproc {num_devices}`, or `--cpu`",
         )
     return int(nproc)

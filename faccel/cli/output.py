@@ -1,55 +1,70 @@
-"""How a command shows what it found: JSON for machines, rich on a terminal, plain lines anywhere else."""
+"""How commands print results: JSON, a table on a terminal, or plain lines."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import attrs
 import click
 
 from faccel.config import Config, config_fields
 
-json_option = click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 
 
-def present(document: Any, rows: Iterable[Sequence[str]], *, as_json: bool) -> None:
-    """Print `document` as JSON, or `rows` as a table on a terminal and as lines with two spaces between cells."""
+def present(document: object, rows: Iterable[Sequence[str]], *, as_json: bool) -> None:
+    """Print `document` as JSON, or `rows` as a table.
+
+    On a terminal the table has columns and colours. Otherwise a row is a line, with two spaces
+    between its cells.
+
+    Effects: ambient. Writes to standard output.
+    """
     if as_json:
         print(json.dumps(document))
-    elif not sys.stdout.isatty():
-        print("\n".join("  ".join(filter(None, row)) for row in rows))
-    else:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=None, show_header=False, pad_edge=False)
+        return
+    if not sys.stdout.isatty():
         for row in rows:
-            table.add_row(
-                *(Text(cell, style=style) for cell, style in zip(row, _styles(row), strict=True))
-            )
-        Console().print(table)
+            print("  ".join(filter(None, row)))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for row in rows:
+        # `Text`, not `str`: rich would read square brackets in a path as markup
+        table.add_row(*(Text(cell, style=_style(i, cell)) for i, cell in enumerate(row)))
+    Console().print(table)
 
 
-def fields_document(config: Config) -> dict[str, Any]:
-    """Return each field's value and source, as JSON can hold them."""
-    values = {field.name: getattr(config, field.name) for field in config_fields()}
-    return {
-        name: {
-            "value": attrs.asdict(value) if attrs.has(type(value)) else value,
-            "source": config.sources[name],
-        }
-        for name, value in values.items()
-    }
+def _style(column: int, cell: str) -> str:
+    if column == 0:
+        return "bold"
+    if cell.startswith("CORRUPT"):
+        return "red"
+    return ""
 
 
-def explained(config: Config) -> list[tuple[str, ...]]:
-    """Return each field's value and source as rows."""
+def fields_document(config: Config) -> dict[str, dict[str, object]]:
+    """Return the value and the source of each field, as JSON values.
+
+    Effects: pure.
+    """
+    document: dict[str, dict[str, object]] = {}
+    for field in config_fields():
+        value = getattr(config, field.name)
+        if attrs.has(type(value)):
+            value = attrs.asdict(value)
+        document[field.name] = {"value": value, "source": config.sources[field.name]}
+    return document
+
+
+def explain_rows(config: Config) -> list[tuple[str, ...]]:
+    """Return the value and the source of each field, as rows of a table.
+
+    Effects: pure.
+    """
     return [tuple(line.split("  ", 1)) for line in config.explain().splitlines()]
-
-
-def _styles(row: Sequence[str]) -> list[str]:
-    return ["bold", *["red" if cell.startswith("CORRUPT") else "" for cell in row[1:]]]

@@ -1,4 +1,4 @@
-"""The questions of `faccel config`, in a terminal: each explained, each with what suits this machine as its answer."""
+"""The questions of `faccel config` on a terminal, each with an explanation and a default."""
 
 from __future__ import annotations
 
@@ -10,74 +10,98 @@ import click
 from faccel.config import PRECISIONS, Config, config_fields
 from faccel.errors import ConfigError
 
-_WHY: Mapping[str, str] = {
-    "mixed_precision": "bf16 halves time and memory where the device has it, parameters stay fp32; fp16 is for older "
-    "GPUs and scales the loss; no computes in fp32.",
-    "grad_accum": "Gradients of this many micro-batches make one update: a larger batch than memory holds.",
-    "seed": "The same seed gives the same order of the data, and the same run again.",
-    "device": "Empty takes the best that is there when the script starts.",
-    "mesh": "Which parallelism takes how many ranks, as in dp_shard=4,tp=2. Empty: each rank has a whole model (DDP).",
-    "run_dir": "Where trackers put their folders.",
-    "timeout_s": "After this many seconds a rank that waits in vain for another ends with an error.",
+# Fields without an entry here are not asked for: few users change them.
+_EXPLANATIONS: Mapping[str, str] = {
+    "mixed_precision": (
+        "bf16 roughly halves time and memory on devices that support it; parameters stay fp32. "
+        "fp16 is for older GPUs and scales the loss. no computes in fp32."
+    ),
+    "grad_accum": "Micro-batches per optimizer update: a larger batch than fits into memory.",
+    "seed": "The same seed gives the same data order and a reproducible run.",
+    "device": "Leave empty to use the best available device when the script starts.",
+    "mesh": (
+        "Ranks per axis of parallelism, as in dp_shard=4,tp=2. "
+        "Leave empty to replicate the model on each rank (DDP)."
+    ),
+    "run_dir": "Folder in which trackers create their folders.",
+    "timeout_s": "Seconds after which a rank that waits for another rank raises an error.",
 }
 
 
-def ask(present: Mapping[str, Any], suited: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    """Ask for the fields, and for the number of processes of a machine, which a file does not hold.
+def ask(
+    current: Mapping[str, Any], recommended: Mapping[str, Any], num_processes: int
+) -> tuple[dict[str, Any], int]:
+    """Ask for each field, and for the number of processes per node.
 
     Effects: ambient. Reads the terminal.
 
     Args:
-        present: What the file says now; fields that are not asked for stay as they are.
-        suited: What suits this machine, and `nproc`.
+        current: Values in the file. Fields that are not asked for keep their values.
+        recommended: Defaults for this node.
+        num_processes: Default number of processes.
 
     Returns:
-        The values that are not the defaults, and the number of processes.
+        The values that differ from the defaults of `Config`, and the number of processes, which
+        is an option of `faccel launch` and not part of the file.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; nothing was written.
+        KeyboardInterrupt: The user pressed Ctrl-C.
     """
     import questionary
 
-    values = dict(present)
+    values = dict(current)
     for field in config_fields():
-        if field.name not in _WHY:
+        if field.name not in _EXPLANATIONS:
             continue
-        proposal = present.get(field.name, suited.get(field.name, field.default))
-        click.echo(f"\n{_WHY[field.name]}")
+        proposal = current.get(field.name, recommended.get(field.name, field.default))
+        click.echo(f"\n{_EXPLANATIONS[field.name]}")
         if field.name == "mixed_precision":
-            answer: Any = questionary.select(
+            answer = questionary.select(
                 field.name, choices=list(PRECISIONS), default=str(proposal)
             ).unsafe_ask()
         else:
-            text = "" if proposal is None else str(proposal)
-            check = _checker(field.name, field.metadata["parse"])
-            answer = questionary.text(field.name, default=text, validate=check).unsafe_ask().strip()
-            answer = field.metadata["parse"](answer) if answer else field.default
+            answer = _ask_text(field.name, proposal, field.metadata["parse"], field.default)
         values.pop(field.name, None)
         if answer != field.default:
             values[field.name] = answer
-    click.echo("\nOne process per GPU is usual; on a CPU, 2 show what changes with several.")
+    click.echo("\nUse one process per GPU. On a CPU, 2 processes show how a parallel run behaves.")
     count = questionary.text(
-        "processes on this machine", default=str(suited["nproc"]), validate=_is_count
+        "processes per node", default=str(num_processes), validate=_check_count
     ).unsafe_ask()
     return values, int(count)
 
 
-def _checker(name: str, parse: Callable[[str], Any]) -> Callable[[str], bool | str]:
-    def check(text: str) -> bool | str:
+def _ask_text(name: str, proposal: object, parse: Callable[[str], Any], default: object) -> Any:
+    """Return the parsed answer; an empty answer is the default."""
+    import questionary
+
+    text = ""
+    if proposal is not None:
+        text = str(proposal)
+    answer = questionary.text(name, default=text, validate=_validator(name, parse)).unsafe_ask()
+    if not answer.strip():
+        return default
+    return parse(answer.strip())
+
+
+def _validator(name: str, parse: Callable[[str], Any]) -> Callable[[str], bool | str]:
+    """Return a validator for questionary: True, or the message to print below the prompt."""
+
+    def validate(text: str) -> bool | str:
         if not text.strip():
             return True
         try:
             Config(**{name: parse(text.strip())})
         except ConfigError as error:
-            return str(error).replace("\n", " ")
+            return str(error).replace("\n", " ")  # the prompt has one line for a message
         except ValueError as error:
             return str(error)
         return True
 
-    return check
+    return validate
 
 
-def _is_count(text: str) -> bool | str:
-    return (text.isdecimal() and int(text) > 0) or "a number of processes: 1, 2, ..."
+def _check_count(text: str) -> bool | str:
+    if text.isdecimal() and int(text) > 0:
+        return True
+    return "expected a number of processes: 1, 2, ..."

@@ -1,4 +1,8 @@
-"""torch's elastic agent, with signals that reach the ranks and failures that are told before a restart."""
+"""PyTorch's elastic agent, extended: forwards signals to the ranks and reports each failure.
+
+PyTorch's agent ends all ranks 30 seconds after the first one ends, exits with 128 + signal
+whatever the exit codes of the ranks were, and terminates on SIGUSR1.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from types import FrameType
 
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
@@ -15,108 +19,139 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerState,
 )
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.launcher.api import LaunchConfig
 
 from faccel.checkpoint.preemption import Preemption
 
-_ENDS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
-)
-_PASSED_ON = tuple(
-    getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-)
-_TELL_TORCH = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
-Failures = Mapping[int, Any]
+def _existing(*names: str) -> tuple[signal.Signals, ...]:
+    return tuple(signal.Signals[name] for name in names if name in signal.Signals.__members__)
+
+
+# Windows has neither SIGHUP nor the two user signals.
+_END_SIGNALS = _existing("SIGTERM", "SIGINT", "SIGHUP")
+_USER_SIGNALS = _existing("SIGUSR1", "SIGUSR2")
+_TORCH_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+
+Failures = Mapping[int, ProcessFailure]
+"""The failure of each rank that failed, by its rank in the world."""
+OnRestart = Callable[[Failures, int], None]
+"""`on_restart(failures, num_restarts_left)`, called before all ranks are restarted."""
 
 
 def is_preemption(failures: Failures) -> bool:
-    """Whether ranks ended because they were told to and had saved; the agent ends those that are a moment later.
+    """Whether ranks saved a checkpoint and exited because a signal asked them to.
 
     Effects: pure.
     """
     codes = {failure.exitcode for failure in failures.values()}
+    # The agent sends SIGTERM to ranks that end a moment after the first one.
     return Preemption.exit_code in codes and codes <= {Preemption.exit_code, -signal.SIGTERM}
 
 
 class Agent(LocalElasticAgent):
-    """Passes signals on to its ranks and waits for them, however long they save; a second one ends them.
+    """Forwards signals to its ranks, and waits for them while they save.
 
-    torch's own ends all ranks 30 seconds after the first, says 128 + signal whatever they said, and dies of SIGUSR1.
+    A second signal of the kind that ends a process ends the ranks immediately.
 
     Args:
-        spec: What torch's agent starts.
-        tell: Called with the failures of an attempt that is followed by another one.
-        **options: As torch's agent takes them.
+        spec: What to start.
+        logs_specs: Where the output of the ranks goes.
+        start_method: `"spawn"` or `"fork"`, for functions.
+        on_restart: Called with the failures of an attempt before the next one starts.
     """
 
     def __init__(
-        self, spec: WorkerSpec, tell: Callable[[Failures, int], None], **options: Any
+        self, spec: WorkerSpec, logs_specs: LogsSpecs, start_method: str, on_restart: OnRestart
     ) -> None:
-        super().__init__(spec, **options)
-        self.tell = tell
-        self.asked: int | None = None
+        super().__init__(spec, logs_specs=logs_specs, start_method=start_method)
+        self._on_restart = on_restart
+        self.end_signal: int | None = None
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # type: ignore[override]
-        if (
-            self.asked is not None and self._is_any_running()
-        ):  # torch would end the rest with the first that has ended
+        # After a signal the first exit is not a failure: the other ranks may still be saving.
+        if self.end_signal is not None and self._is_any_running():
             return RunResult(state=WorkerState.HEALTHY)
         result: RunResult = super()._monitor_workers(worker_group)  # type: ignore[call-arg, assignment]
-        if result.state == WorkerState.FAILED:
-            if self.asked is not None or is_preemption(result.failures):
-                self._remaining_restarts = 0
-            elif self._remaining_restarts > 0:
-                self.tell(result.failures, self._remaining_restarts)
+        if result.state != WorkerState.FAILED:
+            return result
+        if self.end_signal is not None or is_preemption(result.failures):
+            self._remaining_restarts = 0
+        elif self._remaining_restarts > 0:
+            self._on_restart(result.failures, self._remaining_restarts - 1)
         return result
 
     def _is_any_running(self) -> bool:
         processes = getattr(self._pcontext, "subprocess_handlers", {}).values()
-        return any(each.proc.poll() is None for each in processes)
+        return any(process.proc.poll() is None for process in processes)
 
-    def on_signal(self, number: int, _: object) -> None:
-        """Pass a signal on; the second that asks for the end, or one without ranks, ends the agent as well."""
-        ranks = list(self._pcontext.pids().values()) if self._pcontext else []
-        if number in _ENDS and (self.asked is not None or not ranks):
-            raise SignalException(f"ended by signal {number}", sigval=signal.Signals(number))
-        if number in _ENDS:
-            self.asked = number
-        for pid in ranks:
-            with suppress(ProcessLookupError):
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Forward a signal to the ranks.
+
+        Raises:
+            SignalException: This is the second signal that ends a process, or no rank runs.
+        """
+        pids: list[int] = []
+        if self._pcontext:
+            pids = list(self._pcontext.pids().values())
+        if number in _END_SIGNALS:
+            if self.end_signal is not None or not pids:
+                raise SignalException(f"ended by signal {number}", sigval=signal.Signals(number))
+            self.end_signal = number
+        for pid in pids:
+            with suppress(ProcessLookupError):  # it has just ended
                 os.kill(pid, number)
 
 
 @contextmanager
-def _handling(agent: Agent) -> Generator[None]:
-    before = {number: signal.signal(number, agent.on_signal) for number in (*_ENDS, *_PASSED_ON)}
-    told = os.environ.get(_TELL_TORCH)
-    os.environ[_TELL_TORCH] = "SIGQUIT"
+def _signal_handlers(agent: Agent) -> Generator[None]:
+    """Handle signals in the body by `agent.on_signal`."""
+    previous = {
+        number: signal.signal(number, agent.on_signal) for number in (*_END_SIGNALS, *_USER_SIGNALS)
+    }
+    # PyTorch's agent installs handlers for the signals in this variable. SIGQUIT is one that
+    # `on_signal` does not handle, so that none of the handlers above is replaced.
+    torch_signals = os.environ.get(_TORCH_SIGNALS)
+    os.environ[_TORCH_SIGNALS] = "SIGQUIT"
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-        os.environ.pop(_TELL_TORCH)
-        if told is not None:
-            os.environ[_TELL_TORCH] = told
+        del os.environ[_TORCH_SIGNALS]
+        if torch_signals is not None:
+            os.environ[_TORCH_SIGNALS] = torch_signals
 
 
 def supervise(
-    config: LaunchConfig, entrypoint: Any, args: list[str], tell: Callable[[Failures, int], None]
+    config: LaunchConfig,
+    entrypoint: Callable[..., object] | str,
+    args: list[str],
+    on_restart: OnRestart,
 ) -> tuple[Failures, int | None]:
-    """Start the ranks and wait for their end; return the failures by rank, and the signal that asked for the end.
+    """Start the ranks and wait until all have ended.
 
-    Effects: ambient. Starts processes; handles signals meanwhile.
+    Effects: ambient. Starts processes, and handles signals until they end.
+
+    Args:
+        config: Number of processes, rendezvous, restarts and logs.
+        entrypoint: A function, or the path of an executable.
+        args: Arguments of the entry point.
+        on_restart: Called with the failures of an attempt before the next one starts.
+
+    Returns:
+        The failures by rank, and the signal that ended the launch, if one did.
 
     Raises:
-        SignalException: A second signal, or one before there were ranks.
-        RendezvousError: The machines did not come together.
+        SignalException: A second signal, or one before the ranks started.
+        RendezvousError: The nodes lost each other.
     """
-    host, _, port = config.rdzv_endpoint.rpartition(":")
-    meeting = RendezvousParameters(
+    rendezvous = RendezvousParameters(
         backend=config.rdzv_backend,
         endpoint=config.rdzv_endpoint,
         run_id=config.run_id,
@@ -125,27 +160,32 @@ def supervise(
         local_addr=config.local_addr,
         **config.rdzv_configs,
     )
-    is_static = config.rdzv_backend == "static"
+    host, port = None, None
+    if config.rdzv_backend == "static":
+        # Only here the address of the rendezvous is also that of the ranks' store.
+        host, _, text = config.rdzv_endpoint.rpartition(":")
+        port = int(text)
     spec = WorkerSpec(
         role=config.role,
         local_world_size=config.nproc_per_node,
         entrypoint=entrypoint,
         args=tuple(args),
-        rdzv_handler=get_rendezvous_handler(meeting),
+        rdzv_handler=get_rendezvous_handler(rendezvous),
         max_restarts=config.max_restarts,
         monitor_interval=config.monitor_interval,
-        master_addr=host if is_static else None,
-        master_port=int(port) if is_static else None,
+        master_addr=host,
+        master_port=port,
         local_addr=config.local_addr,
     )
-    agent = Agent(spec, tell, logs_specs=config.logs_specs, start_method=config.start_method)
-    with _handling(agent):
+    assert config.logs_specs is not None
+    agent = Agent(spec, config.logs_specs, config.start_method, on_restart)
+    with _signal_handlers(agent):
         try:
             result: RunResult = agent.run()  # pyright: ignore[reportAssignmentType]
         except SignalException:
-            raise  # the meeting place stays open: other machines may go on
+            raise  # the rendezvous stays open: the other nodes may continue
         except BaseException:
             spec.rdzv_handler.shutdown()
             raise
         spec.rdzv_handler.shutdown()
-    return result.failures, agent.asked
+    return result.failures, agent.end_signal

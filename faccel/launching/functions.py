@@ -1,4 +1,4 @@
-"""Running a function on every process, from inside of a script or a notebook."""
+"""`launch` and `notebook_launch`: run a function in several processes from a script or notebook."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Mapping
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -21,188 +21,206 @@ from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError, LaunchError, RankFailedError
 from faccel.runtime.initialize import init
 
-T = TypeVar("T")
-_ConfigLike = Config | Mapping[str, Any] | str | None
-
-
-def _entry(fn: Callable[..., T], args: tuple[Any, ...], config: _ConfigLike) -> T | None:
-    try:
-        with init(config) as ctx:
-            result = fn(ctx, *args)
-            if ctx.world_size > 1:
-                _check_travels(
-                    result,
-                    f"the result of rank {ctx.rank}",
-                    "return tensors, numbers, text, lists or dicts",
-                )
-            return result
-    except SystemExit as ended:
-        if ended.code in (None, 0):
-            return None
-        raise RankFailedError(
-            "the function called `sys.exit`", got=f"`sys.exit({ended.code!r})`"
-        ) from None
-
-
-def _check_travels(value: object, what: str, fix: str) -> None:
-    """Refuse what cannot be sent to another process."""
-    try:
-        ForkingPickler.dumps(value)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise LaunchError(
-            f"{what} cannot be sent to another process", got=str(error), fix=fix
-        ) from None
-
-
-def _check(fn: Callable[..., T], args: tuple[Any, ...], config: _ConfigLike, method: str) -> None:
-    """Find here what would fail in every process."""
-    if not callable(fn):
-        raise LaunchError(
-            "a function is launched",
-            got=repr(fn),
-            fix="write `faccel.launch(train, num_processes=2)`",
-        )
-    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-        raise LaunchError(
-            "this process is one of several already",
-            got="`RANK` in the environment",
-            fix="call the function itself",
-        )
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise LaunchError(
-            "a launched process would launch again while it imports the script",
-            got="`faccel.launch` at the top level",
-            fix='put the call below `if __name__ == "__main__":`',
-        )
-    if method == "spawn":
-        _check_travels(
-            (fn, args),
-            "the function or one of its arguments",
-            "define it at the top level of a module",
-        )
-    reference = config if isinstance(config, str) else find(os.environ)
-    file = None if reference is None else read(reference)
-    resolve(None if isinstance(config, str) else config, env=os.environ, file=file)
-
-
-def _number(num_processes: int | None) -> int:
-    if num_processes is None:
-        return max(1, torch.accelerator.device_count()) if torch.accelerator.is_available() else 1
-    if not isinstance(num_processes, int) or isinstance(num_processes, bool) or num_processes < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        got = repr(num_processes)
-        raise ConfigError(
-            "`num_processes` is a number of processes", got=got, fix="write `num_processes=2`"
-        )
-    return num_processes
-
-
-def _run(
-    fn: Callable[..., T], args: tuple[Any, ...], config: _ConfigLike, count: int, method: str
-) -> list[T]:
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
-    _check(fn, args, config, "fork" if count == 1 else method)
-    if count == 1:
-        return [_entry(fn, args, config)]  # type: ignore[list-item]
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they say is said below
-    with tempfile.TemporaryDirectory(prefix="faccel-launch-") as folder:
-        spec = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            start_method=method,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-        )
-        results = _start(spec, fn, args, config)
-    return [results[rank] for rank in range(count)]
-
-
-def _start(
-    spec: Any, fn: Callable[..., T], args: tuple[Any, ...], config: _ConfigLike
-) -> dict[int, T]:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
-
-    try:
-        return elastic_launch(spec, _entry)(fn, args, config)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        told: Any = failure.message
-        details = (
-            told.get("extraInfo", {}).get("py_callstack", "") if isinstance(told, dict) else ""
-        )
-        got = details.strip() or f"exit code {failure.exitcode}"
-        what = f"rank {rank} of {spec.nproc_per_node} failed"
-        raise RankFailedError(what, got=got, fix="mend its error") from None
+T = TypeVar("T")
+_ConfigLike = Config | Mapping[str, Any] | str | None
 
 
 @effectful(AMBIENT)
 def launch(
     fn: Callable[..., T], *args: Any, config: _ConfigLike = None, num_processes: int | None = None
 ) -> list[T]:
-    """Run `fn(ctx, *args)` on every process of a world on this machine, and return the results by rank.
+    """Run `fn(ctx, *args)` in several processes on this node, and return the results by rank.
 
-    Effects: ambient. Starts processes, by torch's elastic launcher. They import the script again, so that the call
-    belongs under `if __name__ == "__main__":`, and `fn` to a module.
+    The processes are spawned and import the script again. Call `launch` below
+    `if __name__ == "__main__":`, and define `fn` at the top level of a module.
+
+    Effects: ambient. Starts processes with PyTorch's elastic launcher.
 
     Args:
-        fn: Takes a `DistContext` first. It, its arguments and results are pickled.
-        *args: Passed on.
+        fn: Takes a `DistContext` first. The function, its arguments and results are pickled.
+        *args: Further arguments of `fn`, the same for each rank.
         config: As for `init`.
-        num_processes: How many; None is one per accelerator, else one.
+        num_processes: Number of processes; None is one per accelerator, or one without them.
 
     Raises:
-        RankFailedError: A process failed; holds the first one's traceback.
-        ConfigError: The configuration is wrong; found before anything starts.
-        LaunchError: This process was started by a launcher itself, or the function, an argument or a result cannot be
-            sent to another process.
+        RankFailedError: A process failed. The message contains the traceback of the first one.
+        ConfigError: The configuration is invalid; raised before a process starts.
+        LaunchError: A launcher started this process, or the function, an argument or a result
+            cannot be pickled.
 
     Examples:
         >>> launch(lambda ctx: ctx.world_size, num_processes=1)
         [1]
     """
-    return _run(fn, args, config, _number(num_processes), "spawn")
+    return _run(fn, args, config, _count(num_processes), "spawn")
 
 
 @effectful(AMBIENT)
 def notebook_launch(
     fn: Callable[..., T], *args: Any, config: _ConfigLike = None, num_processes: int | None = None
 ) -> list[T]:
-    """Do what `launch` does from a notebook, whose functions no other process can import: processes are forked.
+    """Run `fn(ctx, *args)` in several processes from a notebook, and return the results by rank.
 
-    Effects: ambient.
+    The processes are forked, because another process cannot import a function from a cell.
+
+    Effects: ambient. Starts processes with PyTorch's elastic launcher.
 
     Args:
-        fn: Takes a `DistContext` first; a function of a cell will do.
-        *args: Passed on.
+        fn: Takes a `DistContext` first. It may be defined in a cell.
+        *args: Further arguments of `fn`, the same for each rank.
         config: As for `init`.
-        num_processes: How many; None is one per accelerator, else one.
+        num_processes: Number of processes; None is one per accelerator, or one without them.
 
     Raises:
-        LaunchError: CUDA is initialised already: a forked process could not use it.
-        RankFailedError: A process failed; holds the first one's traceback.
+        LaunchError: CUDA is initialized in this process, so that a fork could not use it.
+        RankFailedError: A process failed. The message contains the traceback of the first one.
 
     Examples:
         >>> notebook_launch(lambda ctx: ctx.rank, num_processes=1)
         [0]
     """
-    count = _number(num_processes)
+    count = _count(num_processes)
     if count > 1 and torch.cuda.is_initialized():
         raise LaunchError(
-            "CUDA is initialised in this notebook, and a forked process could not use it",
+            "CUDA is initialized in this notebook, and a forked process cannot use it",
             got="a tensor or model on the GPU, or a call of `torch.cuda`",
-            fix="restart the kernel, and make everything inside of the function that is launched",
+            fix="restart the kernel, and create tensors and models inside the launched function",
         )
-    threads = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, threads)
-        torch.set_num_threads(
-            1
-        )  # a fork has no threads but one, and would wait for those that computed before
+        stack.callback(torch.set_num_threads, num_threads)
+        # A fork copies the state of the OpenMP pool but not its threads, so that the first
+        # parallel region of a child would wait for them forever.
+        torch.set_num_threads(1)
         return _run(fn, args, config, count, "fork")
+
+
+def _count(num_processes: int | None) -> int:
+    if num_processes is None:
+        if not torch.accelerator.is_available():
+            return 1
+        return max(1, torch.accelerator.device_count())
+    is_int = isinstance(num_processes, int) and not isinstance(num_processes, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not is_int or num_processes < 1:
+        raise ConfigError(
+            "`num_processes` must be a positive int",
+            got=repr(num_processes),
+            fix="write `num_processes=2`",
+        )
+    return num_processes
+
+
+def _run(
+    fn: Callable[..., T],
+    args: tuple[object, ...],
+    config: _ConfigLike,
+    num_processes: int,
+    start_method: str,
+) -> list[T]:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    _check(fn, config)
+    if num_processes == 1:
+        return [_call(fn, args, config)]
+    if start_method == "spawn":
+        fix = "define the function at the top level of a module"
+        _check_pickles((fn, args), "the function or one of its arguments", fix)
+    # Both log each failure as a table or a traceback; `_start` raises it instead.
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="faccel-launch-") as folder:
+        spec = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            start_method=start_method,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        results = _start(spec, fn, args, config)
+    return [results[rank] for rank in range(num_processes)]
+
+
+def _check(fn: Callable[..., object], config: _ConfigLike) -> None:
+    """Raise once, before a process starts, what each process would raise."""
+    if not callable(fn):
+        raise LaunchError(
+            "`fn` must be a function",
+            got=repr(fn),
+            fix="write `faccel.launch(train, num_processes=2)`",
+        )
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        raise LaunchError(
+            "`faccel.launch` was called in a process that a launcher started",
+            got="`RANK` or `WORLD_SIZE` in the environment",
+            fix="call the function directly: `fn(faccel.init())`",
+        )
+    # multiprocessing sets this attribute while a spawned process imports the main module
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise LaunchError(
+            "a launched process calls `faccel.launch` again while it imports the script",
+            got="`faccel.launch` at the top level",
+            fix='put the call below `if __name__ == "__main__":`',
+        )
+    if isinstance(config, str):
+        resolve(env=os.environ, file=read(config))
+        return
+    reference = find(os.environ)
+    file = None
+    if reference is not None:
+        file = read(reference)
+    resolve(config, env=os.environ, file=file)
+
+
+def _check_pickles(value: object, description: str, fix: str) -> None:
+    try:
+        ForkingPickler.dumps(value)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise LaunchError(f"{description} cannot be pickled", got=str(error), fix=fix) from None
+
+
+def _call(fn: Callable[..., T], args: tuple[object, ...], config: _ConfigLike) -> T:
+    """Run the function in this process; the entry point of each launched process."""
+    try:
+        with init(config) as ctx:
+            result = fn(ctx, *args)
+            if ctx.world_size > 1:
+                # Checked here, because a pickling error in the agent's pipe names no rank.
+                description = f"the result of rank {ctx.rank}"
+                _check_pickles(result, description, "return tensors, numbers, text, lists or dicts")
+            return result
+    except SystemExit as exit:
+        if exit.code in (None, 0):
+            return None  # type: ignore[return-value]  # the function ended without a result
+        raise RankFailedError(
+            "the function called `sys.exit`", got=f"`sys.exit({exit.code!r})`"
+        ) from None
+
+
+def _start(
+    spec: LaunchConfig, fn: Callable[..., T], args: tuple[object, ...], config: _ConfigLike
+) -> dict[int, T]:
+    """Start the processes, and return the results by rank or raise the first failure."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    try:
+        return elastic_launch(spec, _call)(fn, args, config)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        message: object = failure.message
+        got = ""
+        if isinstance(message, dict):  # otherwise the process left no traceback
+            got = message.get("extraInfo", {}).get("py_callstack", "").strip()
+        raise RankFailedError(
+            f"rank {rank} of {spec.nproc_per_node} failed",
+            got=got or f"exit code {failure.exitcode}",
+            fix="fix the error in the traceback above",
+        ) from None

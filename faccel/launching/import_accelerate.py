@@ -1,4 +1,4 @@
-"""A configuration file of Accelerate, of any version, as one of faccel and a command line."""
+"""Converts a configuration file of Accelerate, of any version, to fields and launch options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import attrs
 
 from faccel.errors import ConfigError
 
-_NOT_NEEDED = (  # what faccel finds out itself, does always, or has no use for
+_Keys = dict[str, Any]
+# Keys without a field or option, because faccel detects the value or has no use for it.
+_NOT_NEEDED = (
     "same_network",
     "main_training_function",
     "use_cpu",
@@ -18,8 +20,16 @@ _NOT_NEEDED = (  # what faccel finds out itself, does always, or has no use for
     "tpu_use_sudo",
     "downcast_bf16",
 )
-_SECTIONS = ("deepspeed_config", "fsdp_config", "fp8_config", "megatron_lm_config", "parallelism_config",
-             "mpirun_config", "dynamo_config")  # fmt: skip
+_SECTIONS = (
+    "deepspeed_config",
+    "fsdp_config",
+    "fp8_config",
+    "megatron_lm_config",
+    "parallelism_config",
+    "mpirun_config",
+    "dynamo_config",
+)
+# Values of `distributed_type` that name an engine, and the section with its options.
 _ENGINES = {
     "DEEPSPEED": "deepspeed_config",
     "MEGATRON_LM": "megatron_lm_config",
@@ -35,140 +45,171 @@ _AXES = {
 
 
 @attrs.frozen
-class Imported:
-    """What became of a file.
+class ImportedConfig:
+    """A converted configuration file.
 
     Args:
         values: Fields of `Config`.
-        options: Options of `faccel launch`, which a configuration file does not hold because machines differ in them.
-        without_equal: What this version of faccel has nothing for, by key.
+        options: Options of `faccel launch`. The configuration file does not hold them, because they
+            differ between nodes.
+        without_equivalent: Keys that this version of faccel does not support, and their values.
     """
 
     values: Mapping[str, Any]
     options: tuple[str, ...]
-    without_equal: Mapping[str, Any]
+    without_equivalent: Mapping[str, Any]
 
 
-def from_accelerate(given: Mapping[str, Any]) -> Imported:
-    """Translate the keys of Accelerate's `ClusterConfig`, those of its older versions included.
+def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
+    """Convert the keys of Accelerate's `ClusterConfig`, those of its older versions included.
 
     Effects: pure.
 
     Raises:
-        ConfigError: It is no file of Accelerate's.
+        ConfigError: The mapping is not a configuration of Accelerate, or a value is invalid.
 
     Examples:
-        >>> out = from_accelerate({"distributed_type": "MULTI_CPU", "num_processes": 4, "use_cpu": True, "fp16": False})
-        >>> out.values, out.options
+        >>> imported = from_accelerate({"distributed_type": "MULTI_CPU", "num_processes": 4})
+        >>> imported.values, imported.options
         ({'device': 'cpu'}, ('--nproc', '4'))
     """
-    if "distributed_type" not in given and "compute_environment" not in given:
-        fix = "name a file that `accelerate config` wrote"
+    if "distributed_type" not in config and "compute_environment" not in config:
         raise ConfigError(
-            "this is no configuration of Accelerate",
-            got=", ".join(map(str, given)) or "nothing",
-            fix=fix,
+            "the file is not a configuration of Accelerate",
+            got=", ".join(map(str, config)) or "an empty file",
+            fix="use a file that `accelerate config` wrote",
         )
-    left = {key: dict(value) if isinstance(value, Mapping) else value
-            for key, value in given.items() if value not in (None, {}, [], "")}  # fmt: skip
-    kind = str(left.pop("distributed_type", "NO"))
-    values: dict[str, Any] = {}
-    _precision(left, values)
-    if left.pop("use_cpu", False) or kind == "MULTI_CPU":
+    # Each function below removes the keys that it converts; those that remain are unsupported.
+    remaining = _copy(config)
+    kind = str(remaining.pop("distributed_type", "NO"))
+    values: _Keys = {}
+    _convert_precision(remaining, values)
+    if remaining.pop("use_cpu", False) or kind == "MULTI_CPU":
         values["device"] = "cpu"
-    if left.pop("debug", False):
+    if remaining.pop("debug", False):
         values["debug"] = True
-    _accumulation(_section(left, "deepspeed_config"), values)
-    mesh = _mesh(left, kind)
+    _convert_accumulation(_section(remaining, "deepspeed_config"), values)
+    mesh = _convert_mesh(remaining, kind)
     if mesh:
         values["mesh"] = mesh
-    options = _options(left)
-    if left.get("compute_environment") == "LOCAL_MACHINE":
-        del left["compute_environment"]
+    options = _convert_launch(remaining)
+    if remaining.get("compute_environment") == "LOCAL_MACHINE":
+        del remaining["compute_environment"]
     for key in _NOT_NEEDED:
-        left.pop(key, None)
-    if kind in _ENGINES and not _section(left, _ENGINES[kind]):
-        left["distributed_type"] = kind  # its section would have said so
-    flat = {
-        f"{key}.{name}": each for key in _SECTIONS for name, each in _section(left, key).items()
-    }
-    kept = {key: value for key, value in left.items() if key not in _SECTIONS}
-    return Imported(values, options, {**kept, **flat})
+        remaining.pop(key, None)
+    if kind in _ENGINES and not _section(remaining, _ENGINES[kind]):
+        # an engine without a section would disappear from the report
+        remaining["distributed_type"] = kind
+    return ImportedConfig(values, options, _flatten(remaining))
 
 
-def _section(left: dict[str, Any], key: str) -> dict[str, Any]:
-    section = left.get(key) or {}
+def _copy(config: Mapping[str, Any]) -> _Keys:
+    """Copy a mapping and its sections, without empty values."""
+    copied: _Keys = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            copied[key] = dict(value)
+        elif value not in (None, {}, [], ""):
+            copied[key] = value
+    return copied
+
+
+def _flatten(remaining: Mapping[str, Any]) -> _Keys:
+    """Return the keys of all sections as `section.key`, after the keys outside of sections."""
+    flat = {key: value for key, value in remaining.items() if key not in _SECTIONS}
+    for name in _SECTIONS:
+        for key, value in _section(remaining, name).items():
+            flat[f"{name}.{key}"] = value
+    return flat
+
+
+def _section(remaining: Mapping[str, Any], key: str) -> _Keys:
+    section = remaining.get(key) or {}
     if not isinstance(section, dict):
-        fix = "write its keys below it"
         raise ConfigError(
-            f"section `{key}` of the file is not a mapping", got=repr(section), fix=fix
+            f"section `{key}` of the file must be a mapping",
+            got=repr(section),
+            fix=f"write the keys of `{key}` on indented lines below it",
         )
     return section
 
 
-def _count(name: str, value: Any) -> int:
+def _int(name: str, value: Any) -> int:
     try:
         return int(value)
     except (TypeError, ValueError):
-        fix = f"write `{name}: 1`"
         raise ConfigError(
-            f"`{name}` of the file must be a number", got=repr(value), fix=fix
+            f"`{name}` of the file must be a whole number",
+            got=repr(value),
+            fix=f"write `{name}: 1`",
         ) from None
 
 
-def _accumulation(section: dict[str, Any], values: dict[str, Any]) -> None:
-    steps = section.get("gradient_accumulation_steps")
-    if isinstance(steps, int) and steps > 0:  # not "auto"
-        del section["gradient_accumulation_steps"]
-        values |= {"grad_accum": steps} if steps > 1 else {}
+def _convert_accumulation(section: _Keys, values: _Keys) -> None:
+    num_steps = section.get("gradient_accumulation_steps")
+    if not isinstance(num_steps, int) or num_steps < 1:  # "auto" has no equivalent
+        return
+    del section["gradient_accumulation_steps"]
+    if num_steps > 1:
+        values["grad_accum"] = num_steps
 
 
-def _precision(left: dict[str, Any], values: dict[str, Any]) -> None:
-    old = "fp16" if left.pop("fp16", False) else "no"  # versions before 0.12
-    precision = left.pop("mixed_precision", old)
-    precision = "no" if precision is False else str(precision).lower()  # what YAML takes `no` for
+def _convert_precision(remaining: _Keys, values: _Keys) -> None:
+    default = "no"
+    if remaining.pop("fp16", False):  # Accelerate before 0.12
+        default = "fp16"
+    precision = remaining.pop("mixed_precision", default)
+    if precision is False:  # YAML reads an unquoted `no` as False
+        precision = "no"
+    precision = str(precision).lower()
     if precision in ("fp16", "bf16"):
         values["mixed_precision"] = precision
     elif precision != "no":
-        left["mixed_precision"] = precision
+        remaining["mixed_precision"] = precision
 
 
-def _mesh(left: dict[str, Any], kind: str) -> dict[str, int]:
-    parallel = _section(left, "parallelism_config")
-    left.pop("parallelism_config", None)
-    mesh = {
-        axis: _count(key, parallel.pop(key))
-        for key, axis in _AXES.items()
-        if parallel.get(key) not in (None, 1)
-    }
-    for key in _AXES:
-        parallel.pop(key, None)
-    if parallel:
-        left["parallelism_config"] = parallel
-    strategy = str(_section(left, "fsdp_config").get("fsdp_sharding_strategy", "FULL_SHARD"))
+def _convert_mesh(remaining: _Keys, kind: str) -> dict[str, int]:
+    sizes = _section(remaining, "parallelism_config")
+    remaining.pop("parallelism_config", None)
+    mesh: dict[str, int] = {}
+    for key, axis in _AXES.items():
+        size = sizes.pop(key, None)
+        if size not in (None, 1):
+            mesh[axis] = _int(key, size)
+    if sizes:
+        remaining["parallelism_config"] = sizes
+    strategy = str(_section(remaining, "fsdp_config").get("fsdp_sharding_strategy", "FULL_SHARD"))
+    # 3 is NO_SHARD in Accelerate's numbering
     if kind == "FSDP" and "dp_shard" not in mesh and strategy not in ("NO_SHARD", "3"):
         mesh["dp_shard"] = -1
     return mesh
 
 
-def _options(left: dict[str, Any]) -> tuple[str, ...]:
-    machines = max(1, _count("num_machines", left.pop("num_machines", 1) or 1))
-    processes = max(1, _count("num_processes", left.pop("num_processes", 1) or 1))
-    if processes % machines:
-        fix = f"write `num_processes: {-(-processes // machines) * machines}`"
-        got = f"{processes} processes on {machines} machines"
-        raise ConfigError("each machine runs as many processes as the others", got=got, fix=fix)
-    rank, host, port = (
-        left.pop(key, None) for key in ("machine_rank", "main_process_ip", "main_process_port")
-    )
-    rendezvous = left.pop("rdzv_backend", "static")
-    options: list[str] = ["--nproc", str(processes // machines)] if processes != 1 else []
-    if machines > 1:
-        options += ["--nnodes", str(machines)]
-    if machines > 1 and rendezvous == "c10d":
-        options += ["--rdzv-endpoint", f"{host or 'HOST'}:{port or 29400}"]
-    elif machines > 1:
-        options += ["--node-rank", str(rank or 0), "--main-address", str(host or "HOST")]
-    if port and not (machines > 1 and rendezvous == "c10d"):
+def _convert_launch(remaining: _Keys) -> tuple[str, ...]:
+    """Return the options of `faccel launch`. `num_processes` of Accelerate counts all nodes."""
+    # Accelerate accepts 0 and null, and runs one process on one node.
+    num_nodes = max(1, _int("num_machines", remaining.pop("num_machines", None) or 1))
+    num_processes = max(1, _int("num_processes", remaining.pop("num_processes", None) or 1))
+    if num_processes % num_nodes:
+        valid = -(-num_processes // num_nodes) * num_nodes
+        raise ConfigError(
+            "`num_processes` of the file must be a multiple of `num_machines`",
+            got=f"{num_processes} processes on {num_nodes} nodes",
+            fix=f"write `num_processes: {valid}`",
+        )
+    node_rank = remaining.pop("machine_rank", None)
+    host = remaining.pop("main_process_ip", None)
+    port = remaining.pop("main_process_port", None)
+    is_elastic = remaining.pop("rdzv_backend", "static") == "c10d"
+    options: list[str] = []
+    if num_processes != 1:
+        options += ["--nproc", str(num_processes // num_nodes)]
+    if num_nodes > 1:
+        options += ["--nnodes", str(num_nodes)]
+        if is_elastic:
+            endpoint = f"{host or 'HOST'}:{port or 29400}"
+            return (*options, "--rdzv-endpoint", endpoint)
+        options += ["--node-rank", str(node_rank or 0), "--main-address", str(host or "HOST")]
+    if port:
         options += ["--main-port", str(port)]
     return tuple(options)

@@ -1,111 +1,156 @@
-"""Machines that meet before a launch: who is here, and who is missed."""
+"""The rendezvous of the nodes of a launch, which reports the nodes that are missing.
+
+It runs before torchrun's rendezvous, which waits without a message.
+"""
 
 from __future__ import annotations
 
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING
 
 from faccel.errors import JoinError, LaunchError
-from faccel.launching.spec import LaunchSpec, meeting_place
+from faccel.launching.spec import LaunchSpec, rendezvous_address
 
-_PATIENCE_S = 5.0  # until a line says what is waited for
-_PAUSE_S = 0.1
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+_REPORT_AFTER_S = 5.0  # nodes that start together usually join within this time
+_POLL_S = 0.1
 
 
-def join(spec: LaunchSpec) -> Any:
-    """Wait until all machines of `spec` are here, or the smallest number of a range; the last one lets all go on.
+def join_nodes(spec: LaunchSpec) -> TCPStore:
+    """Wait until the nodes of `spec` have joined, or the smallest number of a range.
 
-    Effects: ambient, collective over the machines. Connects to the meeting place, or opens it where that is this
-    machine; what is returned keeps it open, and torch's own rendezvous shares it within the process.
+    Connects to the store at the rendezvous address, or serves it if the address is this node's.
+
+    Effects: ambient, collective over the nodes.
+
+    Returns:
+        The store. Keep it while the launch runs: torchrun's rendezvous uses the same server.
 
     Raises:
-        JoinError: Too few came within `spec.join_timeout_s`: says how many of how many, and who.
-        LaunchError: Two machines have the same `--node-rank`.
+        JoinError: Too few nodes joined within `spec.join_timeout_s`; lists the missing ones.
+        LaunchError: Two nodes have the same `--node-rank`.
     """
     import torch.distributed as dist
 
-    host, port = meeting_place(spec)
-    wanted = int(spec.nnodes.partition(":")[0])
-    store = _open(spec, host, port)
-    me = socket.gethostname()
-    base = f"faccel/joining/{spec.rdzv_id}/"
-    mine = spec.node_rank if spec.node_rank is not None else store.add(f"{base}count", 1) - 1
-    taken = store.compare_set(f"{base}{mine}", "", me).decode()
-    if taken != me:
-        got = f"--node-rank {mine} on {me}, and on {taken}"
-        raise LaunchError(
-            "each machine has a number of its own", got=got, fix="number them 0, 1, ..."
-        )
-    keys = [f"{base}{node}" for node in range(wanted)]
+    host, port = rendezvous_address(spec)
+    num_nodes = int(spec.nnodes.partition(":")[0])
+    store = _open_store(spec, host, port)
+    prefix = f"faccel/joining/{spec.rdzv_id}/"
+    _register(spec, store, prefix)
+    keys = [f"{prefix}{node}" for node in range(num_nodes)]
     try:
-        if not _until(lambda: store.check(keys), min(_PATIENCE_S, spec.join_timeout_s)):
-            _wait_on(spec, store, keys, f" at {host}:{port}")
+        if not _poll(lambda: store.check(keys), min(_REPORT_AFTER_S, spec.join_timeout_s)):
+            _wait_with_report(spec, store, keys, f"at {host}:{port}")
     except dist.DistError as error:
-        fix = "look at what that machine says, and start all again"
-        what = "the machine that all meet at has gone"
-        raise JoinError(what, got=f"{host}:{port}: {str(error).splitlines()[0]}", fix=fix) from None
+        raise JoinError(
+            "the node that serves the rendezvous has gone",
+            got=f"{host}:{port}: {str(error).splitlines()[0]}",
+            fix=f"read the output on `{host}`, and start all nodes again",
+        ) from None
     return store
 
 
-def _wait_on(spec: LaunchSpec, store: Any, keys: Sequence[str], where: str) -> None:
-    rest = spec.join_timeout_s - _PATIENCE_S
-    if rest > 0:
-        sys.stderr.write(f"{_who(store, keys)}{where}; waiting for the rest\n")
-    if not _until(lambda: store.check(keys), rest):
-        fix = f"start the rest with the same `--nnodes {spec.nnodes}` and meeting place, or raise `--join-timeout`"
-        what = f"the machines did not come together within {spec.join_timeout_s:g} s"
-        raise JoinError(what, got=f"{_who(store, keys)}{where}", fix=fix)
+def _register(spec: LaunchSpec, store: TCPStore, prefix: str) -> None:
+    """Store the host name of this node under its rank."""
+    hostname = socket.gethostname()
+    node_rank = spec.node_rank
+    if node_rank is None:
+        node_rank = store.add(f"{prefix}count", 1) - 1
+    # compare_set returns the value that is stored: an earlier one if two nodes claim one rank
+    owner = store.compare_set(f"{prefix}{node_rank}", "", hostname).decode()
+    if owner != hostname:
+        raise LaunchError(
+            "two nodes have the same `--node-rank`",
+            got=f"--node-rank {node_rank} on {hostname} and on {owner}",
+            fix="number the nodes 0, 1, ...",
+        )
 
 
-def _until(fine: Callable[[], bool], seconds: float) -> bool:
-    """Ask until it is `fine` or the time is over. torch's own waiting prints C++ stack traces where it ends in vain."""
-    deadline = time.monotonic() + seconds
-    while not fine():
+def _wait_with_report(spec: LaunchSpec, store: TCPStore, keys: list[str], address: str) -> None:
+    """Print which nodes are missing, and wait for the rest of the timeout."""
+    remaining_s = spec.join_timeout_s - _REPORT_AFTER_S
+    if remaining_s > 0:
+        sys.stderr.write(f"{_joined(store, keys)} {address}; waiting for the missing nodes\n")
+    if _poll(lambda: store.check(keys), remaining_s):
+        return
+    raise JoinError(
+        f"not all nodes joined within {spec.join_timeout_s:g} s",
+        got=f"{_joined(store, keys)} {address}",
+        fix=(
+            f"start the missing nodes with the same `--nnodes {spec.nnodes}` and rendezvous "
+            "address, or increase `--join-timeout`"
+        ),
+    )
+
+
+def _poll(is_ready: Callable[[], bool], timeout_s: float) -> bool:
+    """Return whether `is_ready()` becomes true in time.
+
+    This does not use `store.wait`, which prints a C++ stack trace when it times out.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not is_ready():
         if time.monotonic() > deadline:
             return False
-        time.sleep(_PAUSE_S)
+        time.sleep(_POLL_S)
     return True
 
 
-def _answers(host: str, port: int) -> bool:
+def _accepts_connections(host: str, port: int) -> bool:
     try:
-        socket.create_connection((host, port), timeout=_PATIENCE_S).close()
+        socket.create_connection((host, port), timeout=_REPORT_AFTER_S).close()
     except OSError:
         return False
     return True
 
 
-def _open(spec: LaunchSpec, host: str, port: int) -> Any:
+def _open_store(spec: LaunchSpec, host: str, port: int) -> TCPStore:
+    """Serve the store if the rendezvous address is this node's, otherwise connect to it."""
     import torch.distributed as dist
 
-    is_host = spec.node_rank == 0 if spec.node_rank is not None else is_here(host)
-    for hosts in (True, False) if is_host else (False,):
-        if not hosts and not _until(lambda: _answers(host, port), spec.join_timeout_s):
-            break
-        with suppress(
-            dist.DistNetworkError
-        ):  # another launcher on this machine was first, or it has just gone
-            return dist.TCPStore(
-                host, port, is_master=hosts, wait_for_workers=False, multi_tenant=True
-            )
-    got = f"nobody answers at {host}:{port} after {spec.join_timeout_s:g} s; of {spec.nnodes} machines this one is here"
-    who = (
-        "the machine with `--node-rank 0`"
-        if spec.node_rank is not None
-        else f"the machine `{host}`"
+    if spec.node_rank is None:
+        is_server = is_local_address(host)
+        server = f"`{host}`"
+    else:
+        is_server = spec.node_rank == 0
+        server = "with `--node-rank 0`"
+    if is_server:
+        # Another launcher on this node may serve the port already: then connect to it.
+        with suppress(dist.DistNetworkError):
+            return _tcp_store(host, port, is_server=True)
+    if _poll(lambda: _accepts_connections(host, port), spec.join_timeout_s):
+        with suppress(dist.DistNetworkError):  # the server has just ended
+            return _tcp_store(host, port, is_server=False)
+    raise JoinError(
+        "the rendezvous of the nodes is unreachable",
+        got=(
+            f"no answer from {host}:{port} within {spec.join_timeout_s:g} s, "
+            f"and only this node of {spec.nnodes}"
+        ),
+        fix=(
+            f"start the node {server}, and check that this node ({socket.gethostname()}) "
+            f"can connect to port {port}"
+        ),
     )
-    fix = f"start {who}, and see that this one ({socket.gethostname()}) reaches that port"
-    raise JoinError("the meeting place of the machines cannot be reached", got=got, fix=fix)
 
 
-def is_here(host: str) -> bool:
-    """Whether `host` is an address of this machine.
+def _tcp_store(host: str, port: int, *, is_server: bool) -> TCPStore:
+    import torch.distributed as dist
 
-    Effects: ambient. Asks the resolver, and binds a port for a moment.
+    # multi_tenant: torchrun opens the same port in this process and then shares the server
+    return dist.TCPStore(host, port, is_master=is_server, wait_for_workers=False, multi_tenant=True)
+
+
+def is_local_address(host: str) -> bool:
+    """Whether `host` is an address of this node.
+
+    Effects: ambient. Resolves the name, and binds a port for a moment.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
@@ -116,8 +161,16 @@ def is_here(host: str) -> bool:
     return True
 
 
-def _who(store: Any, keys: Sequence[str]) -> str:
-    here = {node: store.get(key).decode() for node, key in enumerate(keys) if store.check([key])}
-    names = ", ".join(f"{node} ({name})" for node, name in here.items())
-    missing = ", ".join(str(node) for node in range(len(keys)) if node not in here)
-    return f"{len(here)} of {len(keys)} machines are here: {names}; missing: {missing}"
+def _joined(store: TCPStore, keys: list[str]) -> str:
+    """Return which nodes have joined and which are missing."""
+    joined: list[str] = []
+    missing: list[str] = []
+    for node, key in enumerate(keys):
+        if store.check([key]):
+            joined.append(f"{node} ({store.get(key).decode()})")
+        else:
+            missing.append(str(node))
+    return (
+        f"{len(joined)} of {len(keys)} nodes joined: {', '.join(joined)}; "
+        f"missing: {', '.join(missing)}"
+    )

@@ -1,4 +1,4 @@
-"""Running a launch: by torch.distributed.run, in this process; the first failure is shown once."""
+"""Runs a launch with `torch.distributed.run` in this process, and reports the first failure."""
 
 from __future__ import annotations
 
@@ -14,93 +14,131 @@ import tempfile
 import tokenize
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from faccel.errors import JoinError, LaunchError
-from faccel.launching.node_rendezvous import join
-from faccel.launching.spec import LaunchSpec, additions, arguments, check_meeting
+from faccel.launching.node_rendezvous import join_nodes
+from faccel.launching.spec import LaunchSpec, check_complete, environment_of, torchrun_arguments
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from faccel.launching.agent import Failures
+
+_PYTHON: Mapping[str, tuple[str, ...]] = {
+    "script": (sys.executable,),
+    "module": (sys.executable, "-m"),
+    "executable": (),
+}
+# Errors that a rank raises because another rank failed.
+_CONSEQUENCES = re.compile(
+    "RankFailedError|gloo/transport|Dist(Network|Store|Backend)Error|nccl(Remote|System)Error"
+)
 
 
 def run(spec: LaunchSpec, env: Mapping[str, str]) -> int:
-    """Run the command of `spec` on every process that it asks for; return the exit code.
+    """Run the command of `spec` in its processes and return the exit code.
 
-    Effects: ambient. Starts processes. The code is that of the first process that failed, 128 and the signal where one
-    ended it. Where there is a single process, it takes the place of this one.
+    A single process replaces this one.
+
+    Effects: ambient. Starts processes.
+
+    Returns:
+        0, or the exit code of the process that failed first; 128 + signal if a signal ended it.
 
     Raises:
-        LaunchError: The command is not there, or its port is taken.
-        JoinError: Several machines did not come together.
+        LaunchError: The command does not exist, or its port is in use.
+        JoinError: The nodes did not complete their rendezvous.
     """
-    check_meeting(spec)
+    check_complete(spec)
     _check(spec)
-    env = {**env, **additions(spec, env, os.cpu_count() or 1)}
+    env = {**env, **environment_of(spec, env, os.cpu_count() or 1)}
     if spec.is_single_process:
-        _become(spec, env)
-    os.environ.update(env)
+        _replace_process(spec, env)
+    os.environ.update(env)  # the agent copies it for the ranks
     return _supervise(spec)
 
 
 def _check(spec: LaunchSpec) -> None:
-    first = spec.command[0]
-    if spec.kind == "script" and not os.path.isfile(first):
-        fix = "name a script, `-m` and a module, or `--no-python` and a program"
-        raise LaunchError("the script is not there", got=f"`{first}`", fix=fix)
+    """Raise once what each rank would raise."""
+    command = spec.command[0]
     if spec.kind == "script":
-        _check_parses(first)
-    if spec.kind == "executable" and shutil.which(first) is None:
+        if not os.path.isfile(command):
+            raise LaunchError(
+                "the script does not exist",
+                got=f"`{command}`",
+                fix="name a script, `-m` and a module, or `--no-python` and an executable",
+            )
+        _check_syntax(command)
+    if spec.kind == "executable" and shutil.which(command) is None:
         raise LaunchError(
-            "the program is not there", got=f"`{first}`", fix="name one that is on the PATH"
+            "the executable does not exist", got=f"`{command}`", fix="name one on the PATH"
         )
     if spec.log_dir is not None:
-        try:
-            os.makedirs(spec.log_dir, exist_ok=True)
-        except OSError as error:
-            got = f"--log-dir {spec.log_dir}: {error.strerror}"
-            raise LaunchError(
-                "logs cannot be kept there", got=got, fix="name a folder that can be made"
-            ) from None
+        _check_log_dir(spec.log_dir)
+    # only node 0 serves the port; on one node the rank is None
     if spec.main_port is not None and not spec.node_rank:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", spec.main_port))
-            except OSError as error:
-                got = f"--main-port {spec.main_port}: {error.strerror}"
-                raise LaunchError(
-                    "the port cannot be used", got=got, fix="name another, or none on one machine"
-                ) from None
+        _check_port(spec.main_port)
 
 
-def _check_parses(script: str) -> None:
-    """Refuse a script that python cannot read, once instead of on every rank."""
+def _check_log_dir(path: str) -> None:
     try:
-        with tokenize.open(script) as file:
-            ast.parse(file.read(), script)
-    except SyntaxError as error:
-        got = f"{error.msg} at {error.filename or script}:{error.lineno}"
-        raise LaunchError("the script is not Python", got=got, fix="mend that line") from None
+        os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise LaunchError(
-            "the script cannot be read", got=f"`{script}`: {error.strerror}", fix="name another"
+            "the folder for logs cannot be created",
+            got=f"--log-dir {path}: {error.strerror}",
+            fix="name a folder in a writable place",
         ) from None
 
 
-def _become(spec: LaunchSpec, env: Mapping[str, str]) -> NoReturn:
-    prefix = {"script": [sys.executable], "module": [sys.executable, "-m"], "executable": []}[
-        spec.kind
-    ]
-    words = [*prefix, *spec.command]
-    sys.stdout.flush()
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        # without the option a port is blocked for a minute after the previous launch
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise LaunchError(
+                "the port is unavailable",
+                got=f"--main-port {port}: {error.strerror}",
+                fix="name another port; on one node, remove `--main-port`",
+            ) from None
+
+
+def _check_syntax(script: str) -> None:
+    try:
+        with tokenize.open(script) as file:  # decodes as Python does
+            ast.parse(file.read(), script)
+    except SyntaxError as error:
+        raise LaunchError(
+            "the script has a syntax error",
+            got=f"{error.msg} at {error.filename or script}:{error.lineno}",
+            fix="fix that line",
+        ) from None
+    except OSError as error:
+        raise LaunchError(
+            "the script cannot be read",
+            got=f"`{script}`: {error.strerror}",
+            fix="check its path and permissions",
+        ) from None
+
+
+def _replace_process(spec: LaunchSpec, env: Mapping[str, str]) -> NoReturn:
+    words = [*_PYTHON[spec.kind], *spec.command]
+    sys.stdout.flush()  # `exec` drops buffered output
     sys.stderr.flush()
     try:
         os.execvpe(words[0], words, dict(env))
     except OSError as error:
-        raise _cannot_start(spec, error) from None
+        raise _start_error(spec, error) from None
 
 
-def _cannot_start(spec: LaunchSpec, error: OSError) -> LaunchError:
+def _start_error(spec: LaunchSpec, error: OSError) -> LaunchError:
     return LaunchError(
-        "it cannot be started", got=f"`{spec.command[0]}`: {error.strerror}", fix="mend the program"
+        "the command cannot be started",
+        got=f"`{spec.command[0]}`: {error.strerror}",
+        fix="check that the file is executable on this node",
     )
 
 
@@ -111,92 +149,89 @@ def _supervise(spec: LaunchSpec) -> int:
 
     from faccel.launching.agent import supervise
 
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # what it says is said below
-    given = torchrun.parse_args(arguments(spec))
-    if given.standalone:
-        given.rdzv_backend, given.rdzv_endpoint, given.rdzv_id = (
-            "c10d",
-            "localhost:0",
-            f"faccel-{os.getpid()}",
-        )
+    # torchrun logs each failure as a table; `_exit_code` prints the first one instead
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    arguments = torchrun.parse_args(torchrun_arguments(spec))
+    if arguments.standalone:
+        # `torchrun.run` sets these three for `--standalone`; `config_from_args` does not
+        arguments.rdzv_backend = "c10d"
+        arguments.rdzv_endpoint = "localhost:0"
+        arguments.rdzv_id = f"faccel-{os.getpid()}"
     with ExitStack() as stack:
-        if given.log_dir is None:
-            given.log_dir = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="faccel-launch-")
-            )
-        config, command, rest = torchrun.config_from_args(given)
-        meeting = (
-            join(spec) if spec.nnodes != "1" else None
-        )  # kept: this may be the machine that all meet at
+        if arguments.log_dir is None:
+            # torchrun would leave its temporary folder
+            folder = tempfile.TemporaryDirectory(prefix="faccel-launch-")
+            arguments.log_dir = stack.enter_context(folder)
+        config, command, args = torchrun.config_from_args(arguments)
+        store = None
+        if spec.nnodes != "1":
+            store = join_nodes(spec)
         try:
-            failures, asked = supervise(config, command, rest, _tell)
+            failures, end_signal = supervise(config, command, args, _report_restart)
         except SignalException as error:
             return 128 + int(error.sigval)
         except OSError as error:
-            raise _cannot_start(spec, error) from None
+            raise _start_error(spec, error) from None
         except RendezvousError as error:
-            got, fix = (
-                f"{type(error).__name__}: {error}",
-                "look at the other machines, and start again",
-            )
-            raise JoinError("the machines lost each other", got=got, fix=fix) from None
+            raise JoinError(
+                "the nodes lost each other",
+                got=f"{type(error).__name__}: {error}",
+                fix="read the output of the other nodes, and start all nodes again",
+            ) from None
         finally:
-            del meeting
-        return _verdict(failures, asked, is_alone=spec.nnodes == "1")
+            del store  # until here: this node may serve the rendezvous
+        return _exit_code(failures, end_signal, is_single_node=spec.nnodes == "1")
 
 
-def _verdict(failures: Mapping[int, Any], asked: int | None, *, is_alone: bool) -> int:
-    """Say how it ended where that was not well; return the exit code."""
+def _exit_code(failures: Failures, end_signal: int | None, *, is_single_node: bool) -> int:
+    """Return the exit code, and print the reason if it is not 0."""
     from faccel.launching.agent import is_preemption
 
     if not failures:
         return 0
+    codes = {failure.exitcode for failure in failures.values()}
     if is_preemption(failures):
-        code = next(each.exitcode for each in failures.values() if each.exitcode > 0)
+        code = max(codes)  # the other codes are negative: signals of the agent
         sys.stderr.write(
-            f"preempted; what was saved is whole, and the same command goes on (exit code {code})\n"
+            f"preempted: a checkpoint is saved; run the same command to resume (exit code {code})\n"
         )
         return code
-    if asked is not None and all(
-        each.exitcode in (-asked, 128 + asked) for each in failures.values()
-    ):
-        return 128 + asked
-    text, code = _first(failures, is_alone=is_alone)
+    if end_signal is not None and codes <= {-end_signal, 128 + end_signal}:
+        return 128 + end_signal
+    text, code = _describe_first(failures, is_single_node=is_single_node)
     sys.stderr.write(f"\n{text}\n")
     return code
 
 
-def _tell(failures: Mapping[int, Any], num_left: int) -> None:
-    text, _ = _first(failures, is_alone=False)
-    sys.stderr.write(f"\n{text}\nstarting again; {num_left - 1} more restarts are left\n")
+def _report_restart(failures: Failures, num_restarts_left: int) -> None:
+    text, _ = _describe_first(failures, is_single_node=False)
+    sys.stderr.write(f"\n{text}\nrestarting all ranks; restarts left: {num_restarts_left}\n")
 
 
-_FOLLOWS = re.compile(
-    "RankFailedError|gloo/transport|Dist(Network|Store|Backend)Error|nccl(Remote|System)Error"
-)
+def _is_consequence(failure: ProcessFailure) -> bool:
+    """Whether a process failed because another one had failed."""
+    if failure.exitcode == -signal.SIGTERM:  # sent by the agent
+        return True
+    message: object = failure.message
+    if not isinstance(message, dict):
+        return False
+    return _CONSEQUENCES.search(str(message.get("message", ""))) is not None
 
 
-def _follows(failure: Any) -> bool:
-    """Whether a process failed because another one had."""
-    told = failure.message
-    is_ended = failure.exitcode == -signal.SIGTERM  # by the agent
-    return is_ended or (
-        isinstance(told, dict) and bool(_FOLLOWS.search(str(told.get("message", ""))))
-    )
-
-
-def _first(failures: Mapping[int, Any], *, is_alone: bool) -> tuple[str, int]:
-    """Return what to say of the failure that the others follow from, and its exit code."""
-    rank, failure = min(failures.items(), key=lambda each: (_follows(each[1]), each[1].timestamp))
-    code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
-    how = f"exit code {code}" if failure.exitcode >= 0 else f"signal {-failure.exitcode}"
-    told = failure.message
-    details = told.get("extraInfo", {}).get("py_callstack", "") if isinstance(told, dict) else ""
-    order = (
-        "failed first"
-        if is_alone or not _follows(failure)
-        else "failed after a rank of another machine"
-    )
-    return f"rank {rank} on {socket.gethostname()} {order} ({how})\n{details}".rstrip("\n"), code
+def _describe_first(failures: Failures, *, is_single_node: bool) -> tuple[str, int]:
+    """Return a report of the failure that caused the others, and its exit code."""
+    rank = min(failures, key=lambda r: (_is_consequence(failures[r]), failures[r].timestamp))
+    failure = failures[rank]
+    code, reason = failure.exitcode, f"exit code {failure.exitcode}"
+    if code < 0:
+        # as a shell reports it
+        code, reason = 128 - failure.exitcode, f"signal {-failure.exitcode}"
+    order = "failed first"
+    if not is_single_node and _is_consequence(failure):
+        order = "failed after a rank of another node"
+    message: object = failure.message
+    traceback = ""
+    if isinstance(message, dict):
+        traceback = message.get("extraInfo", {}).get("py_callstack", "")
+    report = f"rank {rank} on {socket.gethostname()} {order} ({reason})\n{traceback}"
+    return report.rstrip("\n"), code

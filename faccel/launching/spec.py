@@ -1,38 +1,49 @@
-"""A launch as values: what is started, how often and where; the arguments and environment that follow from it."""
+"""A launch as a value, the arguments of torchrun and the environment that follow from it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import attrs
 
+from faccel.checks import one_of
 from faccel.config import LAUNCH
 from faccel.config_file import VARIABLE, absolute
 from faccel.errors import LaunchError
 
+_KIND_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "script": (),
+    "module": ("--module",),
+    "executable": ("--no-python",),
+}
+_STATIC_PORT = 29500  # the default ports of torchrun
+_ELASTIC_PORT = 29400
+
 
 @attrs.frozen(kw_only=True)
 class LaunchSpec:
-    """What `faccel launch` was asked for.
+    """What `faccel launch` starts, how often and where.
 
     Args:
         command: A script, module or executable, and its arguments.
         kind: `"script"`, `"module"` or `"executable"`: what the first word of `command` is.
-        nproc: Processes on this machine.
-        nnodes: Machines, or a range of them as in `"1:4"`.
-        node_rank: Number of this machine, where several meet at `main_address`.
-        main_address: The machine that the others meet at.
-        main_port: Its port; None takes a free one on a single machine.
+        nproc: Processes on this node.
+        nnodes: Number of nodes, or a range as in `"1:4"`.
+        node_rank: Rank of this node; required with `main_address`.
+        main_address: Host of node 0, where the nodes rendezvous.
+        main_port: Port on node 0; None takes a free port if there is one node.
         rdzv_endpoint: `host:port` of an elastic rendezvous, instead of `main_address`.
-        rdzv_id: Name of the run, the same on all machines of a rendezvous.
-        join_timeout_s: Seconds until machines that do not come together are an error.
-        max_restarts: How often all processes are started again after one has failed.
-        log_dir: Where what each process prints is kept.
-        tee: Whether it is printed too.
-        flags: Fields of `Config` that were given as flags.
-        config: The configuration file that was named.
+        rdzv_id: Name of the run, the same on all nodes of an elastic rendezvous.
+        join_timeout_s: Seconds that nodes wait for each other before they raise an error.
+        max_restarts: How often all processes are restarted after a failure.
+        log_dir: Folder for the output of each process.
+        tee: Whether the output is also printed.
+        flags: Fields of `Config` that were set by flags.
+        config: Configuration file, as `path` or `path#section`.
+
+    Raises:
+        LaunchError: The fields contradict each other.
     """
 
     command: tuple[str, ...]
@@ -48,152 +59,178 @@ class LaunchSpec:
     max_restarts: int = 0
     log_dir: str | None = None
     tee: bool = False
-    flags: Mapping[str, Any] = attrs.field(factory=dict)
+    flags: Mapping[str, object] = attrs.field(factory=dict)
     config: str | None = None
 
     def __attrs_post_init__(self) -> None:
-        low, _, high = self.nnodes.partition(":")
-        if not all(n.isdecimal() and int(n) > 0 for n in (low, high or low)) or int(
-            high or low
-        ) < int(low):
-            fix = "write `--nnodes 2`, or `--nnodes 1:4`"
-            raise LaunchError(
-                "`--nnodes` is a number of machines or a range",
-                got=f"--nnodes {self.nnodes}",
-                fix=fix,
-            )
-        if (
-            ":" not in self.nnodes
-            and self.node_rank is not None
-            and not 0 <= self.node_rank < int(low)
-        ):
-            got = f"--node-rank {self.node_rank} of {low}"
-            raise LaunchError(
-                "machines are numbered from 0", got=got, fix=f"use 0 to {int(low) - 1}"
-            )
+        one_of("kind", self.kind, _KIND_OPTIONS, LaunchError)
+        _check_nnodes(self)
         if self.tee and self.log_dir is None:
-            fix = "add `--log-dir DIR`, or leave it out"
-            raise LaunchError("`--tee` prints what goes to a log", got="no `--log-dir`", fix=fix)
-        meeting_place(self)
-        if ":" in self.nnodes and self.rdzv_endpoint is None:
-            fix = "add `--rdzv-endpoint HOST:PORT`"
             raise LaunchError(
-                "a range of machines needs an elastic rendezvous",
-                got=f"--nnodes {self.nnodes}",
-                fix=fix,
+                "`--tee` needs a folder for the logs",
+                got="no `--log-dir`",
+                fix="add `--log-dir DIR`, or remove `--tee`",
             )
-        if self.rdzv_endpoint is not None and (self.main_address or self.node_rank is not None):
-            raise LaunchError(
-                "machines meet at a rendezvous or at a main address",
-                got="`--rdzv-endpoint` beside `--main-address` or `--node-rank`",
-                fix="leave one of them out",
-            )
+        _check_rendezvous(self)
 
     @property
     def is_single_process(self) -> bool:
-        """Whether nothing has to be supervised: the command is simply run."""
+        """Whether the command needs no supervision, so that it can replace this process."""
         is_alone = self.nproc == 1 and self.nnodes == "1" and self.rdzv_endpoint is None
         return is_alone and self.max_restarts == 0 and self.log_dir is None
 
 
-def check_meeting(spec: LaunchSpec) -> None:
-    """Refuse several machines that do not know where they meet; SLURM and mpirun know it by themselves.
-
-    Effects: pure.
-
-    Raises:
-        LaunchError: Neither a main address nor a rendezvous was named.
-    """
-    if (
-        spec.nnodes != "1"
-        and spec.rdzv_endpoint is None
-        and (spec.main_address is None or spec.node_rank is None)
-    ):
+def _check_nnodes(spec: LaunchSpec) -> None:
+    low, _, high = spec.nnodes.partition(":")
+    bounds = (low, high or low)
+    is_range = all(bound.isdecimal() and int(bound) > 0 for bound in bounds)
+    if not is_range or int(bounds[0]) > int(bounds[1]):
         raise LaunchError(
-            "several machines have to know where they meet",
+            "`--nnodes` must be a number of nodes or a range MIN:MAX",
             got=f"--nnodes {spec.nnodes}",
-            fix="give each `--node-rank R --main-address HOST --main-port P`, or all `--rdzv-endpoint HOST:PORT`",
+            fix="write `--nnodes 2`, or `--nnodes 1:4`",
+        )
+    if high or spec.node_rank is None:
+        return
+    if not 0 <= spec.node_rank < int(low):
+        raise LaunchError(
+            "`--node-rank` must be less than `--nnodes`",
+            got=f"--node-rank {spec.node_rank} with --nnodes {low}",
+            fix=f"use 0 to {int(low) - 1}",
         )
 
 
-def arguments(spec: LaunchSpec) -> list[str]:
-    """Return the arguments of `torch.distributed.run`, which is torchrun.
-
-    Effects: pure.
-
-    Examples:
-        >>> arguments(LaunchSpec(command=("train.py", "--lr", "1"), nproc=2, main_port=29500))[:3]
-        ['--nnodes', '1', '--nproc-per-node']
-    """
-    check_meeting(spec)
-    given = [
-        "--nnodes",
-        spec.nnodes,
-        "--nproc-per-node",
-        str(spec.nproc),
-        "--max-restarts",
-        str(spec.max_restarts),
-    ]
-    given += _meeting(spec)
-    if spec.log_dir is not None:
-        given += ["--log-dir", spec.log_dir, "--redirects" if not spec.tee else "--tee", "3"]
-    given += {"script": [], "module": ["--module"], "executable": ["--no-python"]}[spec.kind]
-    return [*given, "--", *spec.command]
+def _check_rendezvous(spec: LaunchSpec) -> None:
+    rendezvous_address(spec)  # raises if the port is not a number
+    if ":" in spec.nnodes and spec.rdzv_endpoint is None:
+        raise LaunchError(
+            "a range of nodes needs an elastic rendezvous",
+            got=f"--nnodes {spec.nnodes} without `--rdzv-endpoint`",
+            fix="add `--rdzv-endpoint HOST:PORT`",
+        )
+    is_static = spec.main_address is not None or spec.node_rank is not None
+    if spec.rdzv_endpoint is not None and is_static:
+        raise LaunchError(
+            "`--rdzv-endpoint` excludes `--main-address` and `--node-rank`",
+            got="both kinds of rendezvous",
+            fix="remove `--rdzv-endpoint`, or the other two options",
+        )
 
 
-def meeting_place(spec: LaunchSpec) -> tuple[str, int]:
-    """Return the host and port at which the machines of a launch meet.
+def check_complete(spec: LaunchSpec) -> None:
+    """Raise if several nodes have no rendezvous.
+
+    This is not part of the checks of `LaunchSpec`: under SLURM and mpirun the address comes from
+    the environment.
 
     Effects: pure.
 
     Raises:
-        LaunchError: The port of the rendezvous is not a number.
+        LaunchError: Neither a main address nor an elastic rendezvous is set.
+    """
+    if spec.nnodes == "1" or spec.rdzv_endpoint is not None:
+        return
+    if spec.main_address is None or spec.node_rank is None:
+        raise LaunchError(
+            "several nodes need the address of a rendezvous",
+            got=f"--nnodes {spec.nnodes}",
+            fix=(
+                "add `--node-rank R --main-address HOST --main-port P` on each node, "
+                "or `--rdzv-endpoint HOST:PORT` on all"
+            ),
+        )
+
+
+def rendezvous_address(spec: LaunchSpec) -> tuple[str, int]:
+    """Return the host and the port of the rendezvous of the nodes.
+
+    Effects: pure.
+
+    Raises:
+        LaunchError: The port of `rdzv_endpoint` is not a number.
+
+    Examples:
+        >>> rendezvous_address(LaunchSpec(command=("train.py",), rdzv_endpoint="head"))
+        ('head', 29400)
     """
     if spec.rdzv_endpoint is None:
-        return spec.main_address or "127.0.0.1", 29500 if spec.main_port is None else spec.main_port
-    host, _, port = (
-        spec.rdzv_endpoint.rpartition(":")
-        if ":" in spec.rdzv_endpoint
-        else (spec.rdzv_endpoint, "", "")
-    )
-    if port and not port.isdecimal():
-        got = f"--rdzv-endpoint {spec.rdzv_endpoint}"
+        port = _STATIC_PORT
+        if spec.main_port is not None:
+            port = spec.main_port
+        return spec.main_address or "127.0.0.1", port
+    host, mark, text = spec.rdzv_endpoint.rpartition(":")
+    if not mark:
+        return spec.rdzv_endpoint, _ELASTIC_PORT
+    if text and not text.isdecimal():
         raise LaunchError(
-            "a rendezvous is a host and a port", got=got, fix="write `--rdzv-endpoint host:29400`"
+            "`--rdzv-endpoint` must be a host and a port",
+            got=f"--rdzv-endpoint {spec.rdzv_endpoint}",
+            fix="write `--rdzv-endpoint host:29400`",
         )
-    return host, int(port or 29400)
+    return host, int(text or _ELASTIC_PORT)
 
 
-def _meeting(spec: LaunchSpec) -> list[str]:
-    if spec.rdzv_endpoint is not None:
-        return [
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            spec.rdzv_endpoint,
-            "--rdzv-id",
-            spec.rdzv_id,
-        ]
-    if spec.nnodes == "1" and spec.main_port is None:
-        return ["--standalone"]  # a port that is free
-    node = [] if spec.node_rank is None else ["--node-rank", str(spec.node_rank)]
-    host, port = meeting_place(spec)
-    return [*node, "--master-addr", host, "--master-port", str(port)]
-
-
-def additions(spec: LaunchSpec, env: Mapping[str, str], num_cores: int) -> dict[str, str]:
-    """Return what the processes find in their environment besides `env`, of which nothing is changed.
+def torchrun_arguments(spec: LaunchSpec) -> list[str]:
+    """Return the arguments of `torchrun` (`torch.distributed.run`).
 
     Effects: pure.
 
+    Raises:
+        LaunchError: Several nodes have no rendezvous.
+
     Examples:
-        >>> additions(LaunchSpec(command=("x.py",), nproc=2, flags={"seed": 3}), {"FACCEL_SEED": "1"}, 8)
+        >>> torchrun_arguments(LaunchSpec(command=("train.py", "--lr", "1"), nproc=2))[:3]
+        ['--nnodes', '1', '--nproc-per-node']
+    """
+    check_complete(spec)
+    arguments = ["--nnodes", spec.nnodes, "--nproc-per-node", str(spec.nproc)]
+    arguments += ["--max-restarts", str(spec.max_restarts)]
+    arguments += _rendezvous_arguments(spec)
+    if spec.log_dir is not None:
+        output = "--redirects"
+        if spec.tee:
+            output = "--tee"
+        arguments += ["--log-dir", spec.log_dir, output, "3"]  # 3: stdout and stderr
+    arguments += _KIND_OPTIONS[spec.kind]
+    return [*arguments, "--", *spec.command]
+
+
+def _rendezvous_arguments(spec: LaunchSpec) -> list[str]:
+    if spec.rdzv_endpoint is not None:
+        arguments = ["--rdzv-backend", "c10d", "--rdzv-endpoint", spec.rdzv_endpoint]
+        return [*arguments, "--rdzv-id", spec.rdzv_id]
+    if spec.nnodes == "1" and spec.main_port is None:
+        return ["--standalone"]  # torchrun takes a free port
+    arguments = []
+    if spec.node_rank is not None:
+        arguments = ["--node-rank", str(spec.node_rank)]
+    host, port = rendezvous_address(spec)
+    return [*arguments, "--master-addr", host, "--master-port", str(port)]
+
+
+def environment_of(spec: LaunchSpec, env: Mapping[str, str], num_cores: int) -> dict[str, str]:
+    """Return the variables that a launch adds to the environment of its processes.
+
+    Effects: pure.
+
+    Args:
+        spec: The launch.
+        env: The environment of the launcher. None of its variables is changed, so that
+            `FACCEL_SEED=1 faccel launch --seed 3` can report both values.
+        num_cores: Number of CPU cores, which the processes share.
+
+    Examples:
+        >>> spec = LaunchSpec(command=("x.py",), nproc=2, flags={"seed": 3})
+        >>> environment_of(spec, {"FACCEL_SEED": "1"}, 8)
         {'FACCEL_LAUNCH': '{"seed": 3}', 'OMP_NUM_THREADS': '4'}
     """
-    more = {LAUNCH: json.dumps(dict(spec.flags))}
+    flags = dict(spec.flags)
+    variables: dict[str, str] = {}
     if spec.config is not None:
-        more[VARIABLE] = absolute(spec.config)
-        more[LAUNCH] = json.dumps({**spec.flags, "config": more[VARIABLE]})
+        variables[VARIABLE] = absolute(spec.config)
+        flags["config"] = variables[VARIABLE]
+    variables[LAUNCH] = json.dumps(flags)
     if "OMP_NUM_THREADS" not in env and spec.nproc > 1:
-        more["OMP_NUM_THREADS"] = str(max(1, num_cores // spec.nproc))
-    return more
+        # torchrun would set 1 and log a warning
+        variables["OMP_NUM_THREADS"] = str(max(1, num_cores // spec.nproc))
+    return variables

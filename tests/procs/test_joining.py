@@ -65,12 +65,12 @@ def test_who_is_here_and_who_is_missed_where_nobody_else_comes(script, port):
     for out, said, code in (two, one):
         assert (out, code, "Traceback" in said) == ("", 1, False), said
         assert (
-            f"2 of 3 machines are here: 0 ({me}), 2 ({me}); missing: 1 at 127.0.0.1:{port}" in said
+            f"2 of 3 nodes joined: 0 ({me}), 2 ({me}); missing: 1 at 127.0.0.1:{port}" in said
         )
     missing = ("--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{port}", "--join-timeout", "3")
     (out, said, code), = ends(start(*missing, script))  # fmt: skip
     assert (out, code, said.count("\n")) == ("", 1, 2), said
-    assert f"1 of 2 machines are here: 0 ({me}); missing: 1" in said
+    assert f"1 of 2 nodes joined: 0 ({me}); missing: 1" in said
 
 
 def test_nobody_answers_where_they_meet(script, port):
@@ -86,7 +86,7 @@ def test_nobody_answers_where_they_meet(script, port):
     )
     (out, said, code), = ends(start(*meeting, "--join-timeout", "2", script))  # fmt: skip
     assert (out, code, said.count("\n")) == ("", 1, 2), said
-    assert f"nobody answers at 127.0.0.1:{port} after 2 s" in said
+    assert f"no answer from 127.0.0.1:{port} within 2 s" in said
 
 
 def test_machines_of_a_rendezvous_join_and_train_together(script, port):
@@ -114,27 +114,27 @@ def test_a_task_of_slurm_per_machine_is_a_launcher_of_its_machine(script):
 
 def test_what_a_task_of_slurm_starts():
     asked = LaunchSpec(command=("x.py",), nproc=4)
-    found = within_slurm(asked, slurm(1), is_counted=True)
+    found = within_slurm(asked, slurm(1), has_nproc=True)
     assert (found.nnodes, found.node_rank, found.main_address, found.nproc) == (
         "2",
         1,
         "localhost",
         4,
     )
-    assert found.main_port == within_slurm(asked, slurm(0), is_counted=True).main_port
+    assert found.main_port == within_slurm(asked, slurm(0), has_nproc=True).main_port
     several = slurm(0, tasks="2(x2)", count=4)
-    assert within_slurm(asked, several, is_counted=False) == LaunchSpec(command=("x.py",), nproc=1)
+    assert within_slurm(asked, several, has_nproc=False) == LaunchSpec(command=("x.py",), nproc=1)
     with pytest.raises(LaunchError, match="--ntasks-per-node=1"):
-        within_slurm(asked, several, is_counted=True)
-    assert within_slurm(asked, {"SLURM_STEP_NUM_TASKS": "1"}, is_counted=True) == asked
-    assert within_slurm(asked, {}, is_counted=True) == asked
+        within_slurm(asked, several, has_nproc=True)
+    assert within_slurm(asked, {"SLURM_STEP_NUM_TASKS": "1"}, has_nproc=True) == asked
+    assert within_slurm(asked, {}, has_nproc=True) == asked
 
 
 @pytest.mark.parametrize(("words", "said"), [
     (("--nnodes", "0"), "--nnodes 0"), (("--nnodes", "4:1", "--rdzv-endpoint", "h:1"), "--nnodes 4:1"),
     (("--nnodes", "2", "--main-address", "h", "--node-rank", "2"), "use 0 to 1"),
     (("--nnodes", "2", "--rdzv-endpoint", "h:x"), "write `--rdzv-endpoint host:29400`"),
-    (("--nnodes", "2", "--rdzv-endpoint", "h:1", "--node-rank", "1"), "leave one of them out"),
+    (("--nnodes", "2", "--rdzv-endpoint", "h:1", "--node-rank", "1"), "excludes `--main-address`"),
     (("--nnodes", "1:2", "--main-address", "h", "--node-rank", "1"), "add `--rdzv-endpoint HOST:PORT`"),
 ])  # fmt: skip
 def test_what_cannot_be_asked_for(words, said, script):

@@ -127,7 +127,7 @@ def test_signals_reach_the_ranks_which_save_and_are_not_started_again(waiting, s
     assert (process.returncode, out) == (75, ""), errors
     assert (
         errors
-        == "preempted; what was saved is whole, and the same command goes on (exit code 75)\n"
+        == "preempted: a checkpoint is saved; run the same command to resume (exit code 75)\n"
     )
 
 
@@ -170,7 +170,7 @@ def test_a_failure_before_a_restart_is_told_and_is_in_the_log(script, tmp_path):
     assert out.returncode == 0, out.stderr
     assert out.stderr.count("ValueError: bad sample") == 1
     assert "failed first (exit code 1)" in out.stderr
-    assert "starting again; 0 more restarts are left" in out.stderr
+    assert "restarting all ranks; restarts left: 0" in out.stderr
     kept = "".join(path.read_text() for path in (tmp_path / "logs").rglob("stderr.log"))
     assert kept.count("[rank1]: ValueError: bad sample") == 1
 
@@ -214,7 +214,7 @@ def test_a_port_that_is_taken_is_an_error_before_anything_starts(script):
         other.listen()
         out = launch("--cpu", "--nproc", "2", "--main-port", str(other.getsockname()[1]), script)
     assert out.returncode == 2
-    assert "port cannot be used" in out.stderr
+    assert "port is unavailable" in out.stderr
     assert out.stdout == ""
 
 

@@ -1,4 +1,4 @@
-"""`faccel config`, and files of Accelerate of every age."""
+"""`faccel config`, and configuration files of all versions of Accelerate."""
 
 import os
 
@@ -17,7 +17,7 @@ def call(tmp_path):
     return lambda *words: CliRunner(env=env).invoke(main, ["config", *words])
 
 
-def test_the_file_is_made_changed_shown_and_checked(call, tmp_path):
+def test_the_commands_create_change_print_and_check_the_file(call, tmp_path):
     file = tmp_path / ".config" / "faccel" / "config.yaml"
     assert call("path").output == f"{file}\n"
     assert call("show").output.startswith("file: none\nmixed_precision = no  (default)")
@@ -28,7 +28,7 @@ def test_the_file_is_made_changed_shown_and_checked(call, tmp_path):
     assert call("set", "seed=3", "debug=yes", "mesh=dp_replicate=2").exit_code == 0
     assert yaml.safe_load(file.read_text()) == {"seed": 3, "debug": True, "mesh": "dp_replicate=2"}
     assert f"seed = 3  (file {file}, over default 0)" in call("show").output
-    assert call("check", str(file)).output == f"{file}: fine\n"
+    assert call("check", str(file)).output == f"{file}: valid\n"
     file.write_text("sed: 3\n")
     out = call("check", str(file))
     assert (out.exit_code, "`seed`" in out.output) == (1, True)
@@ -39,7 +39,7 @@ def test_the_file_is_made_changed_shown_and_checked(call, tmp_path):
 @pytest.mark.parametrize(
     "words", [["seed"], ["sed=1"], ["seed=x"], ["seed=-1"], ["mesh=dp=2"]], ids=str
 )
-def test_what_cannot_be_set_changes_nothing(call, tmp_path, words):
+def test_an_invalid_value_leaves_the_file_unchanged(call, tmp_path, words):
     call("set", "seed=1")
     file = tmp_path / ".config" / "faccel" / "config.yaml"
     before = file.read_text()
@@ -49,19 +49,19 @@ def test_what_cannot_be_set_changes_nothing(call, tmp_path, words):
 
 
 BEFORE = {
-    "own.yaml": "# mine\nseed: 1  # the usual\n\nrun_dir: 'here'\n",
-    "own.toml": '# mine\nseed = 1  # the usual\n\nrun_dir = "here"\n',
+    "own.yaml": "# comment\nseed: 1  # the usual\n\nrun_dir: 'here'\n",
+    "own.toml": '# comment\nseed = 1  # the usual\n\nrun_dir = "here"\n',
     "own.json": '{"seed": 1, "run_dir": "here"}',
 }
 AFTER = {
-    "own.yaml": "# mine\nseed: 2  # the usual\n\nrun_dir: 'here'\ndebug: true\n",
-    "own.toml": '# mine\nseed = 2  # the usual\n\nrun_dir = "here"\ndebug = true\n',
+    "own.yaml": "# comment\nseed: 2  # the usual\n\nrun_dir: 'here'\ndebug: true\n",
+    "own.toml": '# comment\nseed = 2  # the usual\n\nrun_dir = "here"\ndebug = true\n',
     "own.json": '{\n  "seed": 2,\n  "run_dir": "here",\n  "debug": true\n}\n',
 }
 
 
 @pytest.mark.parametrize("name", BEFORE)
-def test_a_change_keeps_comments_form_links_and_mode(tmp_path, name):
+def test_a_change_keeps_comments_order_links_and_mode(tmp_path, name):
     target = tmp_path / f"kept-{name}"
     target.write_text(BEFORE[name])
     target.chmod(0o600)
@@ -73,16 +73,16 @@ def test_a_change_keeps_comments_form_links_and_mode(tmp_path, name):
     assert (tmp_path / name).is_symlink()
     assert target.stat().st_mode & 0o777 == 0o600
     assert CliRunner().invoke(main, ["config", "check", str(tmp_path / name)]).exit_code == 0
-    made = tmp_path / f"new-{name}"
-    given = tmp_path / "a.yaml"
-    given.write_text("distributed_type: FSDP\nmixed_precision: bf16\nnum_processes: 2\n")
-    out = CliRunner().invoke(main, ["config", "import", str(given), "-o", str(made)])
+    converted = tmp_path / f"new-{name}"
+    source = tmp_path / "a.yaml"
+    source.write_text("distributed_type: FSDP\nmixed_precision: bf16\nnum_processes: 2\n")
+    out = CliRunner().invoke(main, ["config", "import", str(source), "-o", str(converted)])
     assert out.exit_code == 0, out.output
-    assert CliRunner().invoke(main, ["config", "check", str(made)]).exit_code == 0
+    assert CliRunner().invoke(main, ["config", "check", str(converted)]).exit_code == 0
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_what_is_not_ours_is_not_written(tmp_path):
+def test_a_file_of_the_user_is_never_written(tmp_path):
     file = tmp_path / "training.yaml"
     file.write_text("model: big\nfaccel:\n  seed: 1\n")
     before = file.read_text()
@@ -102,7 +102,7 @@ def test_what_is_not_ours_is_not_written(tmp_path):
     assert (out.exit_code, "cannot be written" in out.output) == (1, True)
 
 
-# The keys that each version writes; values are ours.
+# The keys that each version of Accelerate writes, with values of this test.
 FILES = {
     "0.11": (
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nfp16: true\nmachine_rank: 0\n"
@@ -155,7 +155,7 @@ FILES = {
 
 @pytest.mark.parametrize("version", FILES)
 def test_files_of_accelerate_are_imported(call, tmp_path, version):
-    text, values, options, without_equal = FILES[version]
+    text, values, options, unsupported = FILES[version]
     source = tmp_path / "accelerate.yaml"
     source.write_text(text)
     out = call("import", str(source), "-o", str(tmp_path / "out.yaml"))
@@ -163,19 +163,19 @@ def test_files_of_accelerate_are_imported(call, tmp_path, version):
     assert (yaml.safe_load((tmp_path / "out.yaml").read_text()) or {}) == values
     assert f"start with: faccel launch {options}".strip() in out.output.replace(" script.py", "")
     listed = [
-        line.split(": ")[1] for line in out.stderr.splitlines() if line.startswith("no equal")
+        line.split(": ")[1] for line in out.stderr.splitlines() if line.startswith("no equivalent")
     ]
-    assert sorted(listed) == without_equal
+    assert sorted(listed) == unsupported
     assert call("import", str(source), "-o", str(tmp_path / "out.yaml")).exit_code == 1
 
 
-def test_what_is_no_file_of_accelerates_is_an_error():
+def test_a_file_of_another_program_is_an_error():
     with pytest.raises(ConfigError):
         from_accelerate({"seed": 1})
     assert "FACCEL_LAUNCH" not in os.environ
 
 
-@pytest.mark.parametrize(("given", "values", "options", "lost"), [
+@pytest.mark.parametrize(("config", "values", "options", "unsupported"), [
     ({"distributed_type": "DEEPSPEED", "deepspeed_config": {}}, {}, "", {"distributed_type": "DEEPSPEED"}),
     ({"distributed_type": "MEGATRON_LM"}, {}, "", {"distributed_type": "MEGATRON_LM"}),
     ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_sharding_strategy": "NO_SHARD"}}, {}, "",
@@ -187,22 +187,22 @@ def test_what_is_no_file_of_accelerates_is_an_error():
     ({"distributed_type": "MULTI_GPU", "num_processes": 8, "num_machines": 2, "main_process_ip": "h"}, {},
      "--nproc 4 --nnodes 2 --node-rank 0 --main-address h", {}),
 ])  # fmt: skip
-def test_nothing_of_a_file_is_lost_in_silence_nor_changed(given, values, options, lost):
-    before = str(given)
+def test_unsupported_keys_are_reported_and_the_argument_is_unchanged(
+    config, values, options, unsupported
+):
+    before = str(config)
     for _ in range(2):
-        found = from_accelerate(given)
-        assert (dict(found.values), " ".join(found.options), dict(found.without_equal)) == (
-            values,
-            options,
-            lost,
-        )
-    assert str(given) == before
+        imported = from_accelerate(config)
+        assert dict(imported.values) == values
+        assert " ".join(imported.options) == options
+        assert dict(imported.without_equivalent) == unsupported
+    assert str(config) == before
 
 
-@pytest.mark.parametrize("wrong", [{"num_processes": "many"}, {"num_processes": 5, "num_machines": 2},
+@pytest.mark.parametrize("values", [{"num_processes": "many"}, {"num_processes": 5, "num_machines": 2},
                                    {"fsdp_config": True}, {"deepspeed_config": "ds.json"},
                                    {"parallelism_config": {"parallelism_config_tp_size": "two"}}], ids=str)  # fmt: skip
-def test_a_file_with_values_of_a_wrong_kind_is_refused(wrong):
+def test_a_value_of_the_wrong_type_is_an_error_with_a_fix(values):
     with pytest.raises(ConfigError) as caught:
-        from_accelerate({"distributed_type": "MULTI_GPU", **wrong})
+        from_accelerate({"distributed_type": "MULTI_GPU", **values})
     assert caught.value.fix

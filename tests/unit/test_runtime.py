@@ -115,7 +115,9 @@ def test_the_command_line_shows_where_each_value_comes_from():
     from faccel.cli.commands import main
 
     result = CliRunner().invoke(main, ["env", "--explain"], env={"FACCEL_GRAD_ACCUM": "8"})
-    assert "place  rank 0 of 1, local 0 of 1, machine 0 of 1\nsaid by  single\n" in result.output
+    assert (
+        "process  rank 0 of 1, local rank 0 of 1, node 0 of 1\nlauncher  single\n" in result.output
+    )
     assert f"torch {torch.__version__}" in result.output
     assert "grad_accum = 8  (environment FACCEL_GRAD_ACCUM, over default 1)" in result.output
     result = CliRunner().invoke(main, ["env"], env={"FACCEL_GRAD_ACUM": "8"})

@@ -40,7 +40,8 @@ BANNED = {
     r"hands? (over|out|down)": "passes",
     r"walks? (over|through)": "iterates",
 }
-ALLOWED = ("platform.machine",)  # names of other libraries
+# Names of other libraries.
+ALLOWED = ("platform.machine", "num_machines", "machine_rank", "LOCAL_MACHINE")
 
 
 def texts():
