@@ -161,7 +161,8 @@ def supervise(
         **config.rdzv_configs,
     )
     host, port = None, None
-    if config.rdzv_backend == "static":
+    is_static = config.rdzv_backend == "static"
+    if is_static:
         # Only here the address of the rendezvous is also that of the ranks' store.
         host, _, text = config.rdzv_endpoint.rpartition(":")
         port = int(text)

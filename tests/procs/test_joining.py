@@ -64,9 +64,7 @@ def test_who_is_here_and_who_is_missed_where_nobody_else_comes(script, port):
     me = socket.gethostname()
     for out, said, code in (two, one):
         assert (out, code, "Traceback" in said) == ("", 1, False), said
-        assert (
-            f"2 of 3 nodes joined: 0 ({me}), 2 ({me}); missing: 1 at 127.0.0.1:{port}" in said
-        )
+        assert f"2 of 3 nodes joined: 0 ({me}), 2 ({me}); missing: 1 at 127.0.0.1:{port}" in said
     missing = ("--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{port}", "--join-timeout", "3")
     (out, said, code), = ends(start(*missing, script))  # fmt: skip
     assert (out, code, said.count("\n")) == ("", 1, 2), said
