@@ -1,4 +1,4 @@
-"""Replicas with averaged gradients: torch's DistributedDataParallel."""
+"""Replicas with averaged gradients: PyTorch's DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -20,93 +20,99 @@ from faccel.parallel.activation_checkpoint import prepare
 from faccel.parallel.forward import Methods, call_method, with_precision
 from faccel.parallel.sync_states import check_same, take_rank_0s
 from faccel.plan import DdpConfig, Plan
-from faccel.protocols import DATA, Parallelism, RunMethod
+from faccel.protocols import DATA, Parallelism, RunMethod, Stateful
+
+
+class DdpEngine(DistributedDataParallel):
+    """DistributedDataParallel with the options that only faccel reads.
+
+    Attributes:
+        shards_optimizer: Whether `wrap_optimizer` shards the states of the optimizer (ZeRO-1).
+    """
+
+    shards_optimizer: bool = False
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     check_same(module, ctx, DATA)
-    if not any(p.requires_grad for p in module.parameters()):
+    if not any(param.requires_grad for param in module.parameters()):
         return _wrap_frozen(module, ctx)
     prepare(module, plan)
-    engine = _engine(module, plan.ddp, ctx)
+    engine = _make_engine(module, plan.ddp, ctx)
 
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
-        # Without gradients nothing is to be reduced, and torch would still broadcast buffers: ranks may evaluate
-        # different numbers of batches.
-        if torch.is_grad_enabled():
-            try:
-                return engine(method, *args, **kwargs)
-            except (
-                RuntimeError
-            ) as error:  # buffers are broadcast here, and the last backward is looked at
-                unused = _unused(error)
-                if unused is not None:
-                    raise unused from error
-                raise_naming_rank(error, "forward", DATA, ctx.comm)
-        return call_method(module, method, *args, **kwargs)
+        # Without gradients there is nothing to reduce, and DDP would still broadcast buffers. Called
+        # directly, the module lets ranks evaluate different numbers of batches.
+        if not torch.is_grad_enabled():
+            return call_method(module, method, *args, **kwargs)
+        try:
+            return engine(method, *args, **kwargs)
+        except RuntimeError as error:
+            # DDP's forward broadcasts buffers, and checks that the last backward was complete.
+            unused = _unused_parameters_error(error)
+            if unused is not None:
+                raise unused from error
+            raise_naming_rank(error, "forward", DATA, ctx.comm)
 
     return engine, with_precision(run, ctx)
 
 
-def _unused(error: RuntimeError) -> ModelError | None:
-    if "Expected to have finished reduction" not in str(error):
+def _unused_parameters_error(error: RuntimeError) -> ModelError | None:
+    """Return an error with a fix if `error` is DDP's complaint about parameters without gradient."""
+    message = str(error)
+    if "Expected to have finished reduction" not in message:
         return None
+    got = "no indices"
+    for line in message.split("\n"):
+        if "Parameter indices" in line:
+            got = line.strip()
     return ModelError(
         "some parameters took no part in the last loss, so DDP waits for their gradients",
-        got=next(
-            (line for line in str(error).split("\n") if "Parameter indices" in line),
-            "torch names none",
-        ).strip(),
-        fix="use their outputs in the loss, or write "
-        "`faccel.wrap(model, ctx, plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(find_unused_parameters=True)))`",
+        got=got,
+        fix="use their outputs in the loss, or write `faccel.wrap(model, ctx, plan=faccel.Plan("
+        "ddp=faccel.parallel.DdpConfig(find_unused_parameters=True)))`",
     )
 
 
-def _engine(module: nn.Module, options: DdpConfig, ctx: DistContext) -> DistributedDataParallel:
+# Options of `DdpConfig` that are no arguments of DistributedDataParallel.
+_NOT_ARGUMENTS = ("comm_hook", "powersgd", "forward_sync_buffers", "shard_optimizer")
+_DEFAULTS = DdpConfig()
+
+
+def _make_engine(module: nn.Module, options: DdpConfig, ctx: DistContext) -> DdpEngine:
     group = ctx.comm.group(DATA)
     assert group is not None
-    given = {
-        name: value
-        for name, value in attrs.asdict(options, recurse=False).items()
-        if name not in _OURS
-    }
-    given = {
-        name: value for name, value in given.items() if value != getattr(_DEFAULTS, name)
-    }  # torch 2.9 lacks some
+    arguments: dict[str, Any] = {"gradient_as_bucket_view": True}  # torch's default is False
+    for name, value in attrs.asdict(options, recurse=False).items():
+        # Defaults are left to torch: torch 2.9 lacks some of these arguments.
+        if name not in _NOT_ARGUMENTS and value != getattr(_DEFAULTS, name):
+            arguments[name] = value
     if not options.forward_sync_buffers:
-        given |= _without_buffers(module, ctx)
-    engine = DistributedDataParallel(Methods(module), process_group=group, **_NOT_TORCHS | given)
-    setattr(engine, _SHARDS_OPTIMIZER, options.shard_optimizer)  # for `_wrap_optimizer`
+        arguments |= _without_buffer_sync(module, ctx)
+    engine = DdpEngine(Methods(module), process_group=group, **arguments)
+    engine.shards_optimizer = options.shard_optimizer
     if options.comm_hook is not None:
-        from faccel.backends.ddp_comm_hooks import register  # torch's hooks take long to import
+        from faccel.backends.ddp_comm_hooks import register  # torch's hooks are slow to import
 
         register(engine, options, group)
     return engine
 
 
-_OURS = ("comm_hook", "powersgd", "forward_sync_buffers", "shard_optimizer")
-_SHARDS_OPTIMIZER = "_faccel_shard_optimizer"
-_DEFAULTS = DdpConfig()
-_NOT_TORCHS: dict[str, Any] = {
-    "gradient_as_bucket_view": True
-}  # where our default is another than torch's
-
-
-def _without_buffers(module: nn.Module, ctx: DistContext) -> dict[str, Any]:
+def _without_buffer_sync(module: nn.Module, ctx: DistContext) -> dict[str, bool]:
+    """Return the arguments that turn off the broadcast of buffers in forward."""
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
         return {"forward_sync_buffers": False}
-    take_rank_0s(
-        dict(module.named_buffers()), ctx, DATA
-    )  # torch before 2.13 leaves them out of its first one, too
+    # Before torch 2.13, `broadcast_buffers=False` also skips the first broadcast, at construction.
+    take_rank_0s(dict(module.named_buffers()), ctx, DATA)
     return {"broadcast_buffers": False}
 
 
 def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
-    """Share rank 0's values of a model that DDP refuses because nothing in it is trained."""
+    """Wrap a model without trainable parameters, which DDP refuses."""
     take_rank_0s({**dict(module.named_parameters()), **dict(module.named_buffers())}, ctx, DATA)
 
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+        if torch.is_grad_enabled() and any(param.requires_grad for param in module.parameters()):
             raise ModelError(
                 "this model was frozen when it was wrapped, so its gradients would not be reduced",
                 got="a parameter that requires gradients now",
@@ -118,22 +124,22 @@ def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, RunMet
 
 
 def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:
-    if not getattr(engine, _SHARDS_OPTIMIZER, False):
+    if not isinstance(engine, DdpEngine) or not engine.shards_optimizer:
         return opt
-    from faccel.backends.zero1 import shard_optimizer  # torch's takes long to import
+    from faccel.backends.zero1 import shard_optimizer  # ZeroRedundancyOptimizer is slow to import
 
     return shard_optimizer(opt, ctx)
 
 
 @contextmanager
 def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
-    if not isinstance(engine, DistributedDataParallel):  # frozen: there is nothing to reduce
+    if not isinstance(engine, DdpEngine):  # a frozen model has no gradients to reduce
         yield
         return
     before = engine.require_backward_grad_sync
-    # the first backward of a static graph records it, and torch asserts that it also reduces
-    on = on or (engine.static_graph and not engine._static_graph_delay_allreduce_enqueued)  # type: ignore[assignment]
-    engine.require_backward_grad_sync = on  # type: ignore[assignment]
+    # The first backward of a static graph records it, and torch asserts that it also reduces.
+    records_graph = engine.static_graph and not engine._static_graph_delay_allreduce_enqueued
+    engine.require_backward_grad_sync = bool(on or records_graph)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -142,24 +148,24 @@ def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
 
 def _sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
     buffers = dict(engine.named_buffers())
-    if buffers and isinstance(engine, DistributedDataParallel):
+    if buffers and isinstance(engine, DdpEngine):
         take_rank_0s(buffers, ctx, DATA)
 
 
 def _join(
-    engine: nn.Module, states: Sequence[Any], ctx: DistContext
+    engine: nn.Module, states: Sequence[Stateful], ctx: DistContext
 ) -> AbstractContextManager[None]:
-    if not isinstance(engine, DistributedDataParallel):  # frozen: nobody waits for anybody
+    if not isinstance(engine, DdpEngine):  # a frozen model communicates nothing
         return nullcontext()
-    if getattr(engine, _SHARDS_OPTIMIZER, False):
+    if engine.shards_optimizer:
         raise ConfigError(
-            "a rank that has ended has no gradients to step its share of the parameters with",
+            "with `shard_optimizer` ranks cannot end at different updates: each steps its shard",
             got="shard_optimizer=True",
             fix='leave `shard_optimizer` out, or write `tail="pad"`',
         )
-    from faccel.backends.ddp_join import joining
+    from faccel.backends.ddp_join import join_uneven
 
-    return joining(engine, states, ctx)
+    return join_uneven(engine, states, ctx)
 
 
 DDP = Parallelism("ddp", _wrap, _wrap_optimizer, _grad_sync, _sync_buffers, _join)

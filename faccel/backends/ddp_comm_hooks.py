@@ -1,6 +1,6 @@
-"""How DDP's gradients are compressed on their way: torch's own hooks, chosen by name."""
+"""How DDP compresses gradients before it reduces them: PyTorch's hooks, chosen by name."""
 
-# no `from __future__ import annotations`: DDP compares a hook's annotations with the classes themselves
+# No `from __future__ import annotations`: DDP compares a hook's annotations with the classes.
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,10 @@ Hook = Callable[[Any, dist.GradBucket], torch.futures.Future[torch.Tensor]]
 
 
 def _renamed(hook: Hook) -> Hook:
-    """Return `hook` under another name: by its name DDP refuses bf16 without NCCL, also on gloo, where it works."""
+    """Return `hook` under another name.
+
+    DDP refuses a hook named `bf16_compress_hook` without NCCL. On gloo it works.
+    """
 
     def run(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         return hook(state, bucket)
@@ -24,7 +27,7 @@ def _renamed(hook: Hook) -> Hook:
     return run
 
 
-_BY_NAME: dict[str, Hook] = {
+_HOOKS: dict[str, Hook] = {
     "fp16": default_hooks.fp16_compress_hook,
     "bf16": _renamed(default_hooks.bf16_compress_hook),
     "powersgd": powerSGD_hook.powerSGD_hook,
@@ -34,9 +37,11 @@ _BY_NAME: dict[str, Hook] = {
 
 
 def register(engine: DistributedDataParallel, options: DdpConfig, group: dist.ProcessGroup) -> None:
-    """Give `engine` the hook that `options` name."""
-    state: Any = group
-    if "powersgd" in str(options.comm_hook):
+    """Register the hook that `options.comm_hook` names. Updates `engine`."""
+    name = str(options.comm_hook)
+    state: object = group
+    if "powersgd" in name:
+        # Vogels, Karimireddy and Jaggi 2019 (arXiv:1905.13727)
         powersgd = options.powersgd
         state = powerSGD_hook.PowerSGDState(
             group,
@@ -47,4 +52,4 @@ def register(engine: DistributedDataParallel, options: DdpConfig, group: dist.Pr
             warm_start=powersgd.warm_start,
             random_seed=powersgd.seed,
         )
-    engine.register_comm_hook(state, _BY_NAME[str(options.comm_hook)])
+    engine.register_comm_hook(state, _HOOKS[name])

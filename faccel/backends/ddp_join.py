@@ -1,42 +1,44 @@
-"""Training replicas on uneven inputs: torch's `Join`, and what it leaves out."""
+"""Training replicas on uneven inputs: PyTorch's `Join`, and the states that it leaves out."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-import torch
 from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel
 
+from faccel.backends.param_groups import to_cpu
 from faccel.comm.objects import broadcast_objects
 from faccel.comm.rank_errors import naming_failed_rank
 from faccel.context import DistContext
-from faccel.protocols import DATA
-from faccel.tree import Tree, map_leaves
+from faccel.protocols import DATA, Stateful
 
 
 @contextmanager
-def joining(engine: Any, states: Sequence[Any], ctx: DistContext) -> Generator[None]:
-    """Let ranks leave the body after different numbers of updates; then all take model and `states` of the last one."""
-    before = engine._join_config
+def join_uneven(
+    engine: DistributedDataParallel, states: Sequence[Stateful], ctx: DistContext
+) -> Generator[None]:
+    """Let ranks leave the body after different numbers of updates.
+
+    Afterwards every rank has the model and the `states` of a rank that stepped to the end. Updates
+    `engine` and `states`; collective.
+    """
+    config = engine._join_config
     join = Join([engine])
     try:
         with naming_failed_rank("join", DATA, ctx.comm):
             yield
-            with warnings.catch_warnings():  # whose filters it changes
+            with warnings.catch_warnings():  # Join changes the process's warning filters
                 join.__exit__(None, None, None)
     finally:
-        engine._join_config = before  # torch would go on asking who has ended, in each forward
-    last = engine._authoritative_rank
-    for each in states:  # torch: a rank that ended has not stepped its optimizer since
-        (state,) = broadcast_objects(
-            [map_leaves(_to_cpu, each.state_dict())], ctx, src=last, axis=DATA
-        )
-        if ctx.data_rank != last:
-            each.load_state_dict(state)
-
-
-def _to_cpu(leaf: Tree) -> Tree:
-    return leaf.detach().cpu() if isinstance(leaf, torch.Tensor) else leaf
+        # Join leaves its configuration: each later forward would ask which ranks have ended.
+        engine._join_config = config
+    # DDP has broadcast the parameters from this rank. A rank that ended earlier has not stepped its
+    # optimizer and schedulers since.
+    last_rank = engine._authoritative_rank  # type: ignore[attr-defined]
+    for stateful in states:
+        (state,) = broadcast_objects([to_cpu(stateful.state_dict())], ctx, src=last_rank, axis=DATA)
+        if ctx.data_rank != last_rank:
+            stateful.load_state_dict(state)

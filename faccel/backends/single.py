@@ -1,11 +1,10 @@
-"""One process: the model is its own engine."""
+"""One process: the user's module is its own engine."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -14,7 +13,7 @@ from faccel.context import DistContext
 from faccel.parallel.activation_checkpoint import prepare
 from faccel.parallel.forward import call_method, with_precision
 from faccel.plan import Plan
-from faccel.protocols import Parallelism, RunMethod
+from faccel.protocols import Parallelism, RunMethod, Stateful
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
@@ -31,11 +30,11 @@ def _grad_sync(engine: nn.Module, *, on: bool) -> AbstractContextManager[None]:
 
 
 def _sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
-    pass  # one process agrees with itself
+    pass  # one process has no other buffers
 
 
 def _join(
-    engine: nn.Module, states: Sequence[Any], ctx: DistContext
+    engine: nn.Module, states: Sequence[Stateful], ctx: DistContext
 ) -> AbstractContextManager[None]:
     return nullcontext()
 

@@ -1,7 +1,8 @@
-"""Every way to run a model, one row each; for authors of backends."""
+"""The table of backends: every way to run a model, one row each; for authors of backends."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -9,12 +10,7 @@ from types import MappingProxyType
 import attrs
 import torch.distributed as dist
 
-from faccel.backends.ddp import DDP
 from faccel.backends.deepspeed import availability as deepspeed
-from faccel.backends.deepspeed.engine import DEEPSPEED
-from faccel.backends.fsdp import FSDP
-from faccel.backends.pipeline import PIPELINE
-from faccel.backends.single import SINGLE
 from faccel.config import Config
 from faccel.context import DistContext
 from faccel.errors import BackendError, ConfigError
@@ -22,148 +18,237 @@ from faccel.mesh import MeshSpec
 from faccel.protocols import Parallelism
 
 
+def _refuse_nothing(config: Config, device_type: str) -> str | None:
+    return None
+
+
+def _no_replacement(config: Config, spec: MeshSpec) -> str | None:
+    return None
+
+
 @attrs.frozen(eq=False)
 class Backend:
     """A row of the table.
 
     Args:
-        parallelism: How it runs a model.
-        serves: Whether it is the one for a mesh.
-        probe: Why it cannot run in an environment; None if it can.
-        tested_on: What it has been run on by us.
-        written_for: What it has been written for, and not been run on by us.
-        needs: What has to be installed for it, for people.
-        fix: What to do where it cannot run.
-        refuse: `refuse(config, device_type)`: why it cannot do what a configuration asks for; None if it can.
-        is_asked_for: Whether it runs only where `strategy` names it.
-        instead: `instead(config, spec)`: the row that runs what this one leaves to another; None if it runs it itself.
+        parallelism: How the backend runs a model: the record, or `"module:attribute"`, which is
+            imported when the row is chosen.
+        serves: Whether the backend can run a mesh.
+        probe: Returns why the backend cannot run in an environment, or None if it can.
+        tested_on: The hardware on which this version was tested.
+        written_for: Other hardware, on which it was not tested.
+        needs: What must be installed, for the documentation.
+        fix: What to do where `probe` returns a reason.
+        refuse: `refuse(config, device_type)` returns why the backend cannot run a configuration,
+            or None if it can.
+        is_opt_in: Whether the row is chosen only if `strategy` names it, never by the mesh.
+        replacement: `replacement(config, spec)` returns the name of the row that runs this
+            configuration instead, or None.
     """
 
-    parallelism: Parallelism
+    parallelism: Parallelism | str
     serves: Callable[[MeshSpec], bool]
     probe: Callable[[Mapping[str, str]], str | None]
     tested_on: str
     written_for: str = ""
     needs: str = "torch"
     fix: str = "use another mesh"
-    refuse: Callable[[Config, str], str | None] = lambda config, device_type: None
-    is_asked_for: bool = False
-    instead: Callable[[Config, MeshSpec], str | None] = lambda config, spec: None
+    refuse: Callable[[Config, str], str | None] = _refuse_nothing
+    is_opt_in: bool = False
+    replacement: Callable[[Config, MeshSpec], str | None] = _no_replacement
+
+    def load(self) -> Parallelism:
+        """Return `parallelism`, imported if the row has only its name.
+
+        Effects: ambient. Imports the module.
+        """
+        if isinstance(self.parallelism, Parallelism):
+            return self.parallelism
+        module, _, attribute = self.parallelism.partition(":")
+        return getattr(importlib.import_module(module), attribute)
 
 
-def _probe(env: Mapping[str, str]) -> str | None:
-    return None if dist.is_available() else "this torch was built without torch.distributed"
+def _always_runs(env: Mapping[str, str]) -> str | None:
+    return None
 
 
-def _replicas(config: Config, spec: MeshSpec) -> str | None:
-    """ZeRO-0 shares nothing: its replicas are torch's."""
-    return ("ddp" if spec.size > 1 else "single") if config.zero == 0 else None
+def _probe_distributed(env: Mapping[str, str]) -> str | None:
+    if dist.is_available():
+        return None
+    return "this torch was built without torch.distributed"
 
 
-_GLOO, _NCCL = "CPU (gloo), simulated", "CUDA (NCCL), XPU"
+def _replace_zero_0(config: Config, spec: MeshSpec) -> str | None:
+    """ZeRO-0 shards nothing: torch's replicas do the same without an engine."""
+    if config.zero != 0:
+        return None
+    if spec.size > 1:
+        return "ddp"
+    return "single"
+
+
+_GLOO = "CPU (gloo), simulated"
+_NCCL = "CUDA (NCCL), XPU"
+
+# A row names its record as text: importing FSDP2, pipelining and the DeepSpeed engine takes longer
+# than the rest of faccel, and a process runs one of them.
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         "single": Backend(
-            SINGLE, lambda spec: spec.size == 1, lambda env: None, "CPU", "CUDA, XPU, MPS"
+            "faccel.backends.single:SINGLE",
+            serves=lambda spec: spec.size == 1,
+            probe=_always_runs,
+            tested_on="CPU",
+            written_for="CUDA, XPU, MPS",
         ),
-        "ddp": Backend(DDP, lambda spec: spec.size == spec.dp_replicate > 1, _probe, _GLOO, _NCCL),
-        "pipeline": Backend(PIPELINE, lambda spec: spec.pp > 1, _probe, _GLOO, _NCCL),
+        "ddp": Backend(
+            "faccel.backends.ddp:DDP",
+            serves=lambda spec: spec.size == spec.dp_replicate > 1,
+            probe=_probe_distributed,
+            tested_on=_GLOO,
+            written_for=_NCCL,
+        ),
+        "pipeline": Backend(
+            "faccel.backends.pipeline:PIPELINE",
+            serves=lambda spec: spec.pp > 1,
+            probe=_probe_distributed,
+            tested_on=_GLOO,
+            written_for=_NCCL,
+        ),
         "deepspeed": Backend(
-            DEEPSPEED,
-            lambda spec: spec.size == spec.dp_replicate,
-            deepspeed.probe,
-            "CPU (gloo)",
-            "CUDA (NCCL), fp16 there",
-            needs=f"`deepspeed{deepspeed.WANTED}`, a C++ compiler",
-            fix=deepspeed.HOW,
+            "faccel.backends.deepspeed.engine:DEEPSPEED",
+            serves=lambda spec: spec.size == spec.dp_replicate,
+            probe=deepspeed.probe,
+            tested_on="CPU (gloo)",
+            written_for="CUDA (NCCL), fp16 there",
+            needs=f"`deepspeed{deepspeed.SUPPORTED}`, a C++ compiler",
+            fix=deepspeed.INSTALL,
             refuse=deepspeed.refuse,
-            is_asked_for=True,
-            instead=_replicas,
+            is_opt_in=True,
+            replacement=_replace_zero_0,
         ),
-        "sharded": Backend(FSDP, lambda spec: True, _probe, _GLOO, _NCCL),
+        "sharded": Backend(
+            "faccel.backends.fsdp:FSDP",
+            serves=lambda spec: True,
+            probe=_probe_distributed,
+            tested_on=_GLOO,
+            written_for=_NCCL,
+        ),
     }
 )
-"""The row that `strategy` names, or the first other one that serves a mesh, runs its models."""
+"""The models of a mesh run on the row that `strategy` names, else on the first that serves it."""
 
 
 def choose(spec: MeshSpec, env: Mapping[str, str], config: Config, device_type: str) -> Parallelism:
-    """Return how models are run.
+    """Return how models run on a mesh.
 
-    Effects: pure.
+    Effects: ambient. Imports the module of the chosen row.
 
     Args:
         spec: The mesh, filled.
         env: The environment.
-        config: What was asked for.
-        device_type: Of the device of this process.
+        config: The configuration; `strategy` names a row, None takes the first that serves the mesh.
+        device_type: Type of this process's device.
 
     Raises:
-        BackendError: No row serves the mesh, or the one that does cannot run here, or not so.
-        ConfigError: A stage of an engine, and no engine.
+        BackendError: No row serves the mesh, or the row cannot run here or with this configuration.
+        ConfigError: `zero` is set without a strategy.
     """
-    name = config.strategy
-    if name is None and config.zero is not None:
-        got = f"zero={config.zero}, from the {config.sources.get('zero', 'argument').partition(',')[0]}"
-        raise ConfigError(
-            "`zero` is a stage of an engine", got=got, fix='write `strategy="deepspeed"` too'
-        )
-    if name is None:
-        name = next(
-            (each for each, row in BACKENDS.items() if row.serves(spec) and not row.is_asked_for),
-            None,
-        )
-    if name is None or not BACKENDS[name].serves(spec):
-        what = (
-            "no strategy of this version runs this mesh"
-            if name is None
-            else f"`{name}` does not run this mesh"
-        )
-        raise BackendError(what, got=str(spec), fix=f"use `dp_replicate={spec.size}`")
+    if config.strategy is None:
+        _check_no_zero(config)
+        name = _first_that_serves(spec)
+    else:
+        name = config.strategy
+        _check_serves(name, spec)
     row = BACKENDS[name]
+    _check_runs(name, row, env)
+    reason = row.refuse(config, device_type)
+    if reason:
+        raise BackendError(
+            f"the strategy `{name}` does not support this configuration",
+            got=reason,
+            fix="use another `mixed_precision`, device or strategy",
+        )
+    replacement = row.replacement(config, spec)
+    if replacement is not None:
+        row = BACKENDS[replacement]
+    return row.load()
+
+
+def _check_no_zero(config: Config) -> None:
+    if config.zero is None:
+        return
+    source = config.sources.get("zero", "argument").partition(",")[0]
+    raise ConfigError(
+        "`zero` is set without `strategy`",
+        got=f"zero={config.zero}, from the {source}",
+        fix='write `strategy="deepspeed"` too',
+    )
+
+
+def _first_that_serves(spec: MeshSpec) -> str:
+    for name, row in BACKENDS.items():
+        if row.serves(spec) and not row.is_opt_in:
+            return name
+    raise BackendError(
+        "no strategy of this version runs this mesh",
+        got=str(spec),
+        fix=f"use `dp_replicate={spec.size}`",
+    )
+
+
+def _check_serves(name: str, spec: MeshSpec) -> None:
+    if not BACKENDS[name].serves(spec):
+        raise BackendError(
+            f"the strategy `{name}` does not run this mesh",
+            got=str(spec),
+            fix=f"use `dp_replicate={spec.size}`",
+        )
+
+
+def _check_runs(name: str, row: Backend, env: Mapping[str, str]) -> None:
     reason = row.probe(env)
     if reason:
         raise BackendError(f"the strategy `{name}` cannot run here", got=reason, fix=row.fix)
-    reason = row.refuse(config, device_type)
-    if reason:
-        fix = "use another `mixed_precision`, device or strategy"
-        raise BackendError(f"the strategy `{name}` cannot do this", got=reason, fix=fix)
-    return BACKENDS[row.instead(config, spec) or name].parallelism
 
 
 def table() -> str:
-    """Return what runs where as a Markdown table.
+    """Return the strategies and their requirements as a Markdown table.
 
-    Effects: pure, but for a look at what is installed.
+    Effects: pure.
     """
-    head = "| strategy | chosen by | runs where there is | tested on | written for, not run on hardware by us |"
-    asked = {
-        name: f"`--strategy {name}`" if row.is_asked_for else "the mesh"
-        for name, row in BACKENDS.items()
-    }
-    rows = [
-        f"| `{name}` | {asked[name]} | {row.needs} | {row.tested_on} | {row.written_for} |"
-        for name, row in BACKENDS.items()
+    lines = [
+        "| strategy | chosen by | runs where there is | tested on "
+        "| written for, not run on hardware by us |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    return "\n".join([head, "| --- | --- | --- | --- | --- |", *rows])
+    for name, row in BACKENDS.items():
+        chosen_by = "the mesh"
+        if row.is_opt_in:
+            chosen_by = f"`--strategy {name}`"
+        cells = (f"`{name}`", chosen_by, row.needs, row.tested_on, row.written_for)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def use(ctx: DistContext, backend: Backend) -> DistContext:
-    """Return the context with a backend of your own, which need not stand in the table.
+    """Return the context with another backend, which may be missing from the table.
 
-    Effects: pure.
+    Effects: ambient. Imports the module of a backend that is given as `"module:attribute"`.
 
     Args:
         ctx: From `init` or `simulate`.
         backend: How models are run.
 
     Raises:
-        BackendError: It does not serve the mesh, or cannot run here.
+        BackendError: The backend does not serve the mesh, or cannot run here.
     """
-    reason = None if backend.serves(ctx.mesh.spec) else f"it does not serve {ctx.mesh.spec}"
-    reason = reason or backend.probe(os.environ)
+    parallelism = backend.load()
+    reason = backend.probe(os.environ)
+    if not backend.serves(ctx.mesh.spec):
+        reason = f"it does not serve {ctx.mesh.spec}"
     if reason:
-        name = backend.parallelism.name
         raise BackendError(
-            f"the strategy `{name}` cannot run here", got=reason, fix="use another mesh"
+            f"the strategy `{parallelism.name}` cannot run here", got=reason, fix=backend.fix
         )
-    return attrs.evolve(ctx, parallelism=backend.parallelism)
+    return attrs.evolve(ctx, parallelism=parallelism)

@@ -1,4 +1,4 @@
-"""Optimizer states spread over the data ranks (ZeRO-1): torch's ZeroRedundancyOptimizer."""
+"""Optimizer states sharded over the data ranks (ZeRO-1): PyTorch's ZeroRedundancyOptimizer."""
 
 from __future__ import annotations
 
@@ -7,61 +7,77 @@ from collections import defaultdict
 from typing import Any
 
 import attrs
-import torch
 from torch.optim import LBFGS, Optimizer
 
+from faccel.backends.param_groups import (
+    ParamGroups,
+    check_no_scheduler,
+    check_same_sizes,
+    copy_options,
+    params_of,
+    to_cpu,
+)
 from faccel.comm.all_or_error import all_or_error
 from faccel.context import DistContext
 from faccel.errors import CheckpointError, OptimizerError
 from faccel.protocols import DATA
-from faccel.tree import Tree, map_leaves
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of its functional optimizers
+    # Importing it deprecates torch's functional optimizers, which are not used here.
+    warnings.simplefilter("ignore", DeprecationWarning)
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
 
 def shard_optimizer(opt: Optimizer, ctx: DistContext) -> Optimizer:
-    """Return an optimizer that steps as `opt` does, each data rank for its share of the parameters."""
+    """Return an optimizer that steps as `opt` does, each data rank for its shard of the parameters.
+
+    Raises:
+        OptimizerError: `opt` needs all parameters at once, or a scheduler was made for it.
+    """
     if isinstance(opt, LBFGS):
         raise OptimizerError(
-            "this optimizer looks at all parameters at once, so its states cannot be spread over ranks",
+            "LBFGS computes one direction from all parameters, so its states cannot be sharded",
             got="an LBFGS",
-            fix="leave `shard_optimizer` out, or use one that treats each parameter on its own, as AdamW does",
+            fix="leave `shard_optimizer` out, or use an element-wise optimizer such as AdamW",
         )
+    # Schedule-free optimizers (Defazio et al. 2024, arXiv:2405.15682) swap all parameters between
+    # their training and evaluation values; each rank would swap its shard only.
     if callable(getattr(opt, "train", None)) and callable(getattr(opt, "eval", None)):
         raise OptimizerError(
-            "this optimizer exchanges the parameters of training and of evaluation itself, on all of them at once",
-            got=f"a {type(opt).__name__} with `train()` and `eval()`",
-            fix='leave `shard_optimizer` out, or write `faccel.init(mesh="dp_shard=-1")`, which shares its states too',
-        )
-    if hasattr(opt.step, "_wrapped_by_lr_sched"):
-        raise OptimizerError(
-            "a scheduler holds this optimizer already, and would not move the one that steps",
+            "this optimizer swaps all parameters in `train()` and `eval()`, so its states cannot "
+            "be sharded",
             got=f"a {type(opt).__name__}",
-            fix="call `faccel.wrap_optimizer` first, and make the scheduler from what it returns",
+            fix='leave `shard_optimizer` out, or write `faccel.init(mesh="dp_shard=-1")`, which '
+            "shards its states too",
         )
+    check_no_scheduler(opt)
     return ShardedOptimizer(opt, ctx)
 
 
 class ShardedOptimizer(ZeroRedundancyOptimizer):
-    """A ZeroRedundancyOptimizer around any optimizer that treats each parameter on its own.
+    """A ZeroRedundancyOptimizer around any optimizer that treats each parameter separately.
 
-    Its state is that of the optimizer it was made from, whole on every rank, so that either loads the other's.
+    Its state is the full state of the optimizer that it was made from, so that each loads the
+    other's.
     """
 
     def __init__(self, opt: Optimizer, ctx: DistContext) -> None:
-        groups, constructor = [dict(group) for group in opt.param_groups], _Part(opt)
+        groups = [dict(group) for group in opt.param_groups]
         self._ctx = ctx
-        super().__init__(groups, constructor, ctx.comm.group(DATA), **opt.defaults)  # pyright: ignore[reportArgumentType]
+        super().__init__(
+            groups,
+            _CopyForShard(opt),  # pyright: ignore[reportArgumentType]
+            ctx.comm.group(DATA),
+            **opt.defaults,
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the whole state, on the CPU. Collective."""
-        mine = map_leaves(_to_cpu, self.optim.state_dict())
+        """Return the full state, on the CPU. Collective."""
+        state = to_cpu(self.optim.state_dict())
         self._all_state_dicts = all_or_error(
-            lambda: mine,
+            lambda: state,
             self._ctx,
-            "give its part of the state of an optimizer",
+            "collect its shard of the state of an optimizer",
             error=CheckpointError,
         )
         try:
@@ -70,63 +86,43 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
             self._all_state_dicts = []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take this rank's part of a whole state."""
-        saved: list[dict[str, Any]] = state_dict["param_groups"]
-        sizes = [
-            [len(group["params"]) for group in groups] for groups in (saved, self.param_groups)
-        ]
-        if sizes[0] != sizes[1]:
-            raise OptimizerError(
-                "this state is of an optimizer with other groups of parameters",
-                got=f"groups of {sizes[0]}, for groups of {sizes[1]}",
-                fix="make the optimizer from the model that the state belongs to, in the same groups",
-            )
-        number_of = {
-            id(p): number
-            for p, number in zip(_params(self.param_groups), _params(saved), strict=True)
-        }
-        own = self.optim.state_dict()["param_groups"]
-        numbers = {
-            number_of[id(p)]: i
-            for i, p in zip(_params(own), _params(self.optim.param_groups), strict=True)
-        }
-        state = {
-            numbers[number]: each
-            for number, each in state_dict["state"].items()
-            if number in numbers
-        }
-        packed = [
-            group | {"params": mine["params"]} for group, mine in zip(saved, own, strict=True)
-        ]
-        self.optim.load_state_dict({"state": state, "param_groups": packed})
-        _copy_options(self.optim.param_groups, self.param_groups)
-
-
-def _params(groups: list[dict[str, Any]]) -> list[Any]:
-    return [p for group in groups for p in group["params"]]
-
-
-def _copy_options(source: list[dict[str, Any]], target: list[dict[str, Any]]) -> None:
-    for mine, other in zip(source, target, strict=True):
-        other.update({name: value for name, value in mine.items() if name != "params"})
-
-
-def _to_cpu(leaf: Tree) -> Tree:
-    return leaf.detach().cpu() if isinstance(leaf, torch.Tensor) else leaf
+        """Load this rank's shard of a full state."""
+        saved_groups: ParamGroups = state_dict["param_groups"]
+        check_same_sizes(saved_groups, self.param_groups)
+        # A state numbers parameters in the order of the groups; the shard has its own numbers.
+        saved_numbers: dict[int, int] = {}
+        for param, number in zip(
+            params_of(self.param_groups), params_of(saved_groups), strict=True
+        ):
+            saved_numbers[id(param)] = number
+        shard_groups = self.optim.state_dict()["param_groups"]
+        shard_state: dict[int, Any] = {}
+        for number, param in zip(
+            params_of(shard_groups), params_of(self.optim.param_groups), strict=True
+        ):
+            saved_number = saved_numbers[id(param)]
+            if saved_number in state_dict["state"]:
+                shard_state[number] = state_dict["state"][saved_number]
+        copy_options(saved_groups, shard_groups)
+        self.optim.load_state_dict({"state": shard_state, "param_groups": shard_groups})
+        copy_options(self.optim.param_groups, self.param_groups)
 
 
 @attrs.frozen(eq=False)
-class _Part:
-    """Makes a copy of `opt` for a part of its parameters; no constructor does: AdamW's refuses its own `defaults`."""
+class _CopyForShard:
+    """Copies `opt` for some of its parameters, as ZeroRedundancyOptimizer's `optimizer_class`.
+
+    No constructor is called: AdamW's, for example, refuses its own `defaults`.
+    """
 
     opt: Optimizer
 
     def __call__(self, groups: list[dict[str, Any]], **defaults: Any) -> Optimizer:
-        own = {id(p) for p in _params(groups)}
-        part = object.__new__(type(self.opt))
-        part.__dict__.update(self.opt.__dict__)
-        part.param_groups = groups
-        part.state = defaultdict(
-            dict, {p: state for p, state in self.opt.state.items() if id(p) in own}
-        )
-        return part
+        shard = object.__new__(type(self.opt))
+        shard.__dict__.update(self.opt.__dict__)
+        shard.param_groups = groups
+        shard.state = defaultdict(dict)
+        for param in params_of(groups):
+            if param in self.opt.state:
+                shard.state[param] = self.opt.state[param]
+        return shard

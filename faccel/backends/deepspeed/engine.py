@@ -11,7 +11,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from faccel.backends.deepspeed.availability import imported, place_if_missing, surroundings
+from faccel.backends.deepspeed.availability import (
+    import_deepspeed,
+    rank_environment_if_missing,
+    setup_environment,
+)
 from faccel.backends.deepspeed.optimizer import ZeroOptimizer, check_optimizer, step_engine
 from faccel.backends.deepspeed.partition import Place, places_of, shards_of, write_back
 from faccel.backends.deepspeed.settings import dtype_of, is_untested_allowed, settings_of, stage_of
@@ -61,8 +65,8 @@ class Holder(nn.Module):
         ctx, module = self.ctx, self.module
         settings = settings_of(module, opt, self.plan, ctx)
         exact = _exact(module, ctx)
-        with surroundings(ctx):
-            deepspeed = imported(ctx)
+        with setup_environment(ctx):
+            deepspeed = import_deepspeed(ctx)
             join_world(ctx)
             engine = deepspeed.initialize(model=Methods(module), optimizer=opt, config=settings)[0]
         places = places_of(module, engine.optimizer, ctx)
@@ -90,8 +94,8 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
         raise BackendError(
             "DeepSpeed keeps its state in the process, so ranks cannot be threads", fix=fix
         )
-    with surroundings(ctx):
-        imported(ctx)
+    with setup_environment(ctx):
+        import_deepspeed(ctx)
         # what is wrong with the settings is told before anything is moved
         settings = settings_of(module, None, plan, ctx)
     _check_dtypes(module, ctx)
@@ -151,7 +155,7 @@ def _runner(holder: Holder, ctx: DistContext) -> RunMethod:
         if ctx.compute_dtype is not None:
             args, kwargs = map_leaves(cast, args), map_leaves(cast, kwargs)
         try:
-            with place_if_missing(ctx):
+            with rank_environment_if_missing(ctx):
                 out = holder.tied.engine(method, *args, **kwargs)
         except RuntimeError as error:  # parameters are gathered here
             raise_naming_rank(error, "forward", DATA, ctx.comm)

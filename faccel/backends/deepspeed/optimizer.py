@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from faccel.backends.deepspeed.availability import place_if_missing
+from faccel.backends.deepspeed.availability import rank_environment_if_missing
 from faccel.backends.deepspeed.partition import Place
 from faccel.context import DistContext
 from faccel.errors import ConfigError, OptimizerError
@@ -94,7 +94,7 @@ class ZeroOptimizer(Optimizer):
             )
         for mine, other in zip(self.param_groups, self.base.param_groups, strict=True):
             other.update({name: value for name, value in mine.items() if name != "params"})
-        with place_if_missing(self._ctx):
+        with rank_environment_if_missing(self._ctx):
             self.engine.step()
         self.has_gradients = False
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from faccel.backends.deepspeed.availability import imported, surroundings
+from faccel.backends.deepspeed.availability import import_deepspeed, setup_environment
 from faccel.backends.deepspeed.settings import dtype_of
 from faccel.context import DistContext
 from faccel.parallel.materialize import Values, tie
@@ -33,8 +33,8 @@ def spread(
 
     Updates `module`: its parameters are new ones; collective.
     """
-    with surroundings(ctx):
-        deepspeed = imported(ctx)
+    with setup_environment(ctx):
+        deepspeed = import_deepspeed(ctx)
         join_world(ctx)
         deepspeed.init_distributed()
         init = deepspeed.zero.Init(config_dict_or_path=dict(settings), mem_efficient_linear=False)
