@@ -1,42 +1,50 @@
-"""What an update does to the gradients of one optimizer before it applies them."""
+"""Gradient clipping, and the checks before an optimizer steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import attrs
 import torch
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from faccel.checks import positive
 from faccel.context import DistContext
-from faccel.errors import ConfigError, OptimizerError
+from faccel.errors import OptimizerError
 from faccel.tree import is_dtensor, local_tensor
 
 
 def parameters_with_gradients(opt: Optimizer, ctx: DistContext) -> list[torch.Tensor]:
-    """Return the parameters of `opt` that a gradient has reached.
+    """Return the parameters of `opt` whose `.grad` is not None.
 
     Raises:
-        OptimizerError: There is none; a stage of a pipeline may have none.
+        OptimizerError: No parameter has a gradient. Not raised for a pipeline, where all
+            parameters of a stage may be frozen.
     """
-    found = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
-    if not found and ctx.mesh.spec.pp == 1:
+    params = [
+        param
+        for group in opt.param_groups
+        for param in group["params"]
+        if param.grad is not None
+    ]
+    if not params and ctx.mesh.spec.pp == 1:
+        num_params = sum(len(group["params"]) for group in opt.param_groups)
         raise OptimizerError(
-            "no gradient has reached a parameter of this optimizer",
-            got=f"{sum(len(g['params']) for g in opt.param_groups)} parameters, all with `.grad` None",
-            fix="call `scaled_backward` on a loss of its model first, and make the optimizer from `model.parameters()` "
-            "of what `faccel.wrap` returned",
+            "`opt` has no parameter with a gradient",
+            got=f"{num_params} parameters, all with `.grad` None",
+            fix="call `scaled_backward` on a loss of its model first, and make the optimizer from "
+            "`model.parameters()` after `faccel.wrap`",
         )
-    return found
+    return params
 
 
-def apply(opt: Optimizer) -> None:
+def step_optimizer(opt: Optimizer) -> None:
     """Step `opt`, without a closure.
 
     Raises:
-        OptimizerError: It needs one.
+        OptimizerError: Its `step` needs a closure.
     """
     try:
         opt.step()
@@ -44,96 +52,113 @@ def apply(opt: Optimizer) -> None:
         if "closure" not in str(error):
             raise
         raise OptimizerError(
-            "this optimizer evaluates the loss itself, through a closure",
+            "`optimizer_step` does not support an optimizer that needs a closure",
             got=f"a {type(opt).__name__}",
             fix="call `opt.step(closure)` yourself, with `scaled_backward` in the closure",
         ) from error
 
 
-def check_limits(norm: float | None, value: float | None) -> None:
-    """Refuse a limit that is not positive."""
-    for name, limit in (("clip_norm", norm), ("clip_value", value)):
-        if limit is not None and not limit > 0:
-            raise ConfigError(
-                f"`{name}` must be positive", got=str(limit), fix="leave it out to clip nothing"
-            )
+def check_limits(clip_norm: float | None, clip_value: float | None) -> None:
+    """Raise unless the limits are positive or None.
+
+    Raises:
+        ConfigError: One is not positive.
+    """
+    if clip_norm is not None:
+        positive("clip_norm", clip_norm)
+    if clip_value is not None:
+        positive("clip_value", clip_value)
 
 
 @attrs.frozen(eq=False)
-class _Part:
-    """What torch's clipping takes for a parameter: this rank's part of its gradient."""
+class _LocalGrad:
+    """Stands for a parameter in torch's clipping functions: `.grad` is this rank's shard."""
 
     grad: torch.Tensor
 
 
 def clip_(
-    params: Sequence[torch.Tensor], norm: float | None, value: float | None, ctx: DistContext
+    params: Sequence[torch.Tensor],
+    clip_norm: float | None,
+    clip_value: float | None,
+    ctx: DistContext,
+    *,
+    tied_copies: Mapping[int, str],
 ) -> torch.Tensor | None:
     """Clip the gradients of `params` in place, by their total norm, then by value.
 
-    Neither waits for the device. Collective over the ranks that hold different parts of the gradients.
+    Neither waits for the device. Collective over the ranks that have different shards.
 
     Args:
         params: Parameters with gradients.
-        norm: The largest 2-norm of all gradients together; `float("inf")` measures without clipping.
-        value: The largest magnitude of an element.
-        ctx: The world.
+        clip_norm: The largest 2-norm of all gradients together; `float("inf")` only measures.
+        clip_value: The largest magnitude of an element.
+        ctx: The context.
+        tied_copies: As in `Parallelism.tied_copies`: parameters that another rank counts.
 
     Returns:
-        The norm from before clipping, 0-d; None where `norm` is.
+        The norm before clipping, 0-d; None without `clip_norm`.
     """
     if ctx.is_replicated:
-        return _clip(params, norm, value, get_total_norm)
-    counted = [p.grad for p in params if p.grad is not None and not hasattr(p, "_faccel_name")]
-    parts: Any = [_Part(local_tensor(p.grad)) for p in params if p.grad is not None]
-    return _clip(parts, norm, value, lambda _: total_norm(counted, ctx))
+        return _clip(params, clip_norm, clip_value, get_total_norm)
+    # torch clips what has `.grad`. It gets local shards, because its functions fail where DTensors
+    # of several meshes are mixed.
+    shards = [_LocalGrad(local_tensor(param.grad)) for param in params if param.grad is not None]
+    counted = [
+        param.grad
+        for param in params
+        if param.grad is not None and id(param) not in tied_copies
+    ]
+    stand_ins = cast("Sequence[torch.Tensor]", shards)
+    return _clip(stand_ins, clip_norm, clip_value, lambda _: total_norm(counted, ctx))
 
 
 def _clip(
-    params: Any,
-    norm: float | None,
-    value: float | None,
+    params: Sequence[torch.Tensor],
+    clip_norm: float | None,
+    clip_value: float | None,
     measure: Callable[[list[torch.Tensor]], torch.Tensor],
 ) -> torch.Tensor | None:
-    total = None
-    if norm is not None:
-        total = measure([p.grad for p in params if p.grad is not None])
-        clip_grads_with_norm_(params, norm, total)
-    if value is not None:
-        clip_grad_value_(params, value)
-    return total
+    norm = None
+    if clip_norm is not None:
+        norm = measure([param.grad for param in params if param.grad is not None])
+        clip_grads_with_norm_(params, clip_norm, norm)
+    if clip_value is not None:
+        clip_grad_value_(params, clip_value)
+    return norm
 
 
 def total_norm(grads: Sequence[torch.Tensor], ctx: DistContext) -> torch.Tensor:
-    """Return the 2-norm of all gradients together, 0-d; of those that are spread over ranks all parts count, once.
+    """Return the 2-norm of all gradients together, 0-d. Each shard counts once.
 
-    torch's own is wrong or fails where gradients lie on several meshes. One all-reduce of a few numbers for each axis
-    over which some gradient is spread.
+    torch's `get_total_norm` is wrong or fails where gradients are on several meshes. One
+    all-reduce of a few numbers for each axis over which a gradient is sharded.
     """
-    groups: dict[tuple[str, ...], list[torch.Tensor]] = {}
+    by_axes: dict[tuple[str, ...], list[torch.Tensor]] = {}
     for grad in grads:
-        groups.setdefault(_spread_over(grad), []).append(local_tensor(grad))
-    if not groups:  # a stage of a pipeline in which nothing is trained
+        by_axes.setdefault(_sharded_axes(grad), []).append(local_tensor(grad))
+    # squares[i] is the sum of squares of the shards here whose axes are the i-th key of `by_axes`
+    if by_axes:
+        norms = [get_total_norm(shards).to(ctx.device) for shards in by_axes.values()]
+        squares = torch.stack(norms).square()
+    else:  # a pipeline stage without trainable parameters
         squares = torch.zeros(1, dtype=torch.float64, device=ctx.device)
-    else:
-        squares = torch.stack(
-            [get_total_norm(parts).to(ctx.device).square() for parts in groups.values()]
-        )
-    for axis in sorted({axis for axes in groups for axis in axes}):
-        here = [i for i, axes in enumerate(groups) if axis in axes]
-        squares[here] = ctx.comm.all_reduce(squares[here], "sum", axis)
-    square = squares.sum()
+    all_axes = {axis for axes in by_axes for axis in axes}
+    for axis in sorted(all_axes):
+        indices = [index for index, axes in enumerate(by_axes) if axis in axes]
+        squares[indices] = ctx.comm.all_reduce(squares[indices], "sum", axis)
+    total = squares.sum()
     if ctx.mesh.spec.pp > 1:
-        square = ctx.comm.all_reduce(square.double(), "sum", "pp").to(square.dtype)
-    return square.sqrt()
+        # In double, because stages may have gradients of different dtypes.
+        total = ctx.comm.all_reduce(total.double(), "sum", "pp").to(total.dtype)
+    return total.sqrt()
 
 
-def _spread_over(grad: Any) -> tuple[str, ...]:
-    """Return the axes on which ranks hold different parts of a gradient."""
+def _sharded_axes(grad: torch.Tensor) -> tuple[str, ...]:
+    """Return the mesh axes on which ranks have different shards of a gradient."""
     if not is_dtensor(grad):
         return ()
-    # `is_shard` is False for the strided shards of FSDP over tensor parallel
-    names = grad.device_mesh.mesh_dim_names
-    return tuple(
-        name for name, place in zip(names, grad.placements, strict=True) if not place.is_replicate()
-    )
+    # Not `is_shard()`: it is False for the strided shards of FSDP over tensor parallel.
+    names: tuple[str, ...] = grad.device_mesh.mesh_dim_names  # type: ignore[attr-defined]
+    placements = zip(names, grad.placements, strict=True)  # type: ignore[attr-defined]
+    return tuple(name for name, placement in placements if not placement.is_replicate())

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError
-from faccel.training.model import WrappedModel, unwrap
+from faccel.training.model import WrappedModel, check_context, check_wrapped
 
 
 @effectful(updates("model"), updates("opt"), COLLECTIVE)
@@ -22,27 +22,30 @@ def join(
     *,
     scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
 ) -> AbstractContextManager[None]:
-    """Make a context in which ranks may train for different numbers of updates, as on `tail="uneven"`.
+    """Return a context in which ranks may make different numbers of updates (`tail="uneven"`).
 
-    Effects: updates model, updates opt, collective. A rank that has no batch left leaves the context, and takes part in
-    the updates of the others with gradients of zero until all have left. Then every rank takes the model, the state of
-    `opt` and that of `scheduler` from a rank that stepped to the end, so that training can go on.
+    Effects: updates model, updates opt, collective. At the end all ranks have the same state.
 
-    A gradient is the sum over the ranks that still train, divided by the number of *all* data ranks: the last updates
-    are smaller. Inside, do nothing else that is collective, such as `reduce` or `save`, and train no other model; one
-    backward is one update, without `windows`. Random states, cursors and counts stay each rank's own.
+    A rank without batches leaves the context. It then takes part in the updates of the other ranks
+    with zero gradients, until all ranks have left. Afterwards every rank copies the model and the
+    states of `opt` and `scheduler` from a rank that made the last update.
+
+    A gradient is the sum over the ranks that still train, divided by the number of *all* data
+    ranks: the last updates are smaller. Inside, call nothing else that is collective, such as
+    `reduce` or `save`, and train no other model. One backward is one update, without `windows`.
+    Random states, cursors and counters are not synchronized.
 
     Args:
         model: From `wrap`.
         opt: From `wrap_optimizer`, the one that steps inside.
-        ctx: The world; its mesh has replicas only.
-        scheduler: One or several, those that are moved inside.
+        ctx: The context; its mesh has replicas only.
+        scheduler: One scheduler or several, those that step inside.
 
     Raises:
-        ConfigError: The mesh shares parameters between ranks, the precision is fp16, whose loss scales would come to
-            differ, or states of optimizers are spread over ranks.
-        ModelError: `model` is not wrapped.
-        RankFailedError: Another rank left, or failed before its end; names it.
+        ConfigError: The mesh or the engine shards parameters or optimizer states. Or the precision
+            is fp16: loss scales of the ranks would differ.
+        ModelError: `model` is not wrapped, or was wrapped with another context.
+        RankFailedError: Another rank left or failed; names it.
 
     Examples:
         >>> import torch
@@ -56,14 +59,20 @@ def join(
         ...         model(x).sum().backward()
         ...         opt.step()
     """
-    unwrap(model)
+    check_wrapped(model)
+    check_context(model, ctx)
     if ctx.data_world_size > 1 and ctx.config.mixed_precision == "fp16":
         raise ConfigError(
-            "ranks that end at different updates would scale their losses differently",
+            "`join` does not support fp16: ranks that end early would have other loss scales",
             got='mixed_precision="fp16"',
             fix='use `mixed_precision="bf16"`, or `tail="pad"`',
         )
-    schedulers = (scheduler,) if isinstance(scheduler, LRScheduler) else tuple(scheduler or ())
+    if scheduler is None:
+        schedulers: Sequence[LRScheduler] = ()
+    elif isinstance(scheduler, Sequence):
+        schedulers = scheduler
+    else:
+        schedulers = (scheduler,)
     return _joining(model.parallelism.join(model.engine, (opt, *schedulers), ctx), ctx)
 
 

@@ -1,4 +1,4 @@
-"""Local SGD: replicas that train on their own and are averaged now and then (Stich, 2019)."""
+"""Local SGD: replicas train independently and average their parameters periodically (Stich, 2019)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Iterator, Mapping
 import attrs
 import torch
 
+from faccel.checks import positive
 from faccel.comm.buckets import check_cap, check_replicas, summed_buckets
 from faccel.comm.tensors import tensor_leaves
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
-from faccel.errors import ConfigError
-from faccel.training.model import WrappedModel, unwrap
+from faccel.training.model import WrappedModel, check_context, unwrap
 from faccel.tree import leaf_error
 
 
 @attrs.frozen
 class SyncInfo:
-    """What one `local_sgd` did.
+    """The result of one `local_sgd`.
 
     Args:
-        synced: Whether parameters were averaged, so that all data ranks hold the same now.
-        num_bytes: How much this rank put into all-reduces; 0 on one process.
+        synced: Whether parameters were averaged, so that they are equal on all data ranks now.
+        num_bytes: Bytes that this rank sent into all-reduces; 0 on one process.
     """
 
     synced: bool
@@ -33,22 +33,24 @@ class SyncInfo:
 def averaged(
     params: Mapping[str, torch.Tensor], ctx: DistContext, *, bucket_cap_mb: float = 25.0
 ) -> dict[str, torch.Tensor]:
-    """Return the mean of every data rank's `params`.
+    """Return the mean of `params` over the data ranks.
 
-    Effects: collective. Every rank must call it, with the same names, shapes and dtypes. One all-reduce per bucket.
+    Effects: collective. Every rank must call it, with the same names, shapes and dtypes. One
+    all-reduce per bucket.
 
     Args:
-        params: Floating point tensors by name: this replica's.
-        ctx: The world; its mesh has replicas only.
-        bucket_cap_mb: Size of the buckets in which tensors of one dtype travel, in MB; a larger tensor has its own.
+        params: Floating point tensors by name, of this replica.
+        ctx: The context; its mesh has replicas only.
+        bucket_cap_mb: Size of a bucket in MB. Tensors of one dtype are reduced together in
+            buckets; a larger tensor is a bucket by itself.
 
     Returns:
-        The same names, shapes and dtypes, equal on every rank. Always fresh: `params` are neither written nor aliased,
-        even when there is one rank.
+        The same names, shapes and dtypes, equal on every rank. The tensors are new: they never
+        alias `params`, also on one process.
 
     Raises:
-        ConfigError: The mesh shares parameters between ranks, or `bucket_cap_mb` is not positive.
-        DesyncError: Ranks sent other tensors (on the CPU; see `reduce`).
+        ConfigError: The mesh shards parameters, or `bucket_cap_mb` is not positive.
+        DesyncError: Ranks passed different tensors (on the CPU; see `reduce`).
         TreeError: A value is not a dense floating point tensor; names it.
 
     Examples:
@@ -56,33 +58,28 @@ def averaged(
         >>> simulate(lambda ctx: averaged({"w": torch.tensor([1.0, ctx.rank])}, ctx), 2)[0]
         {'w': tensor([1.0000, 0.5000])}
     """
-    means = {
-        name: mean
-        for bucket in _buckets(params, ctx, bucket_cap_mb)
-        for name, mean in bucket.items()
-    }
-    return {
-        name: means[name].clone() for name in params
-    }  # of their own: none keeps a whole bucket alive
+    means: dict[str, torch.Tensor] = {}
+    for bucket in _averaged_buckets(params, ctx, bucket_cap_mb):
+        means |= bucket
+    # Clones, because a view would keep the memory of its whole bucket alive.
+    return {name: means[name].clone() for name in params}
 
 
-def _buckets(
+def _averaged_buckets(
     params: Mapping[str, torch.Tensor], ctx: DistContext, bucket_cap_mb: float
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the means bucket by bucket, as views of what was reduced, in the same order on every rank."""
+    """Yield the means bucket by bucket, as views of the reduced bucket; same order on every rank."""
     check_replicas(ctx, "train without `local_sgd`")
     check_cap(bucket_cap_mb)
-    by_name = {
-        name: params[name] for name in sorted(params)
-    }  # ranks may have filled a mapping in another order
-    leaves, _ = tensor_leaves(by_name, ctx)
-    for i, leaf in enumerate(leaves):
+    # Sorted, because ranks may have filled the mapping in different orders.
+    sorted_params = {name: params[name] for name in sorted(params)}
+    leaves, _ = tensor_leaves(sorted_params, ctx)
+    for index, leaf in enumerate(leaves):
         if not (leaf.is_floating_point() or leaf.is_complex()):
-            raise leaf_error(
-                by_name, i, "only floating point tensors have a mean of their dtype", "leave it out"
-            )
-    named = dict(zip(by_name, leaves, strict=True))
-    for sums in summed_buckets(named, ctx, bucket_cap_mb=bucket_cap_mb, call="local_sgd"):
+            problem = "`averaged` expects floating point tensors"
+            raise leaf_error(sorted_params, index, problem, "leave it out")
+    by_name = dict(zip(sorted_params, leaves, strict=True))
+    for sums in summed_buckets(by_name, ctx, bucket_cap_mb=bucket_cap_mb, call="local_sgd"):
         yield {name: total.div_(ctx.data_world_size) for name, total in sums.items()}
 
 
@@ -90,25 +87,26 @@ def _buckets(
 def local_sgd(
     model: WrappedModel, ctx: DistContext, *, step: int, every: int, bucket_cap_mb: float = 25.0
 ) -> SyncInfo:
-    """Average the parameters of `model` over the data ranks where `step` is a multiple of `every`.
+    """Average the parameters of `model` over the data ranks if `step` is a multiple of `every`.
 
-    Effects: updates model, collective. On other steps it communicates nothing and changes nothing. Every rank must call
-    it with the same `step` and `every`.
+    Effects: updates model, collective. On other steps it communicates and changes nothing. Every
+    rank must call it with the same `step` and `every`.
 
-    Between two averages each rank trains on its own: put forward and backward into `grad_sync(model, on=False)`.
-    Parameters that require no gradient are left out, as are buffers and the states of optimizers, which stay each
-    rank's own. Evaluate and save after an average: before it, ranks hold different models.
+    Run forward and backward inside `grad_sync(model, on=False)`, so that ranks train independently
+    between two averages. Frozen parameters, buffers and optimizer states are not averaged.
+    Evaluate and save after an average; at other steps ranks have different models.
 
     Args:
         model: From `wrap`.
-        ctx: The world; its mesh has replicas only.
-        step: How many updates are done; 1 after the first.
-        every: Updates from one average to the next. 1 with plain SGD is what DDP computes.
+        ctx: The context; its mesh has replicas only.
+        step: The number of updates made so far; 1 after the first.
+        every: The number of updates between two averages. 1 with plain SGD is equivalent to DDP.
         bucket_cap_mb: As in `averaged`.
 
     Raises:
-        ConfigError: The mesh shares parameters between ranks, or `step`, `every` or `bucket_cap_mb` is not positive.
-        ModelError: `model` is not wrapped.
+        ConfigError: The mesh shards parameters, or `step`, `every` or `bucket_cap_mb` is not
+            positive.
+        ModelError: `model` is not wrapped, or was wrapped with another context.
         DesyncError: As in `averaged`.
 
     Examples:
@@ -125,21 +123,20 @@ def local_sgd(
         >>> info
         SyncInfo(synced=True, num_bytes=0)
     """
-    params = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
+    trainable = {
+        name: param for name, param in unwrap(model).named_parameters() if param.requires_grad
+    }
+    check_context(model, ctx)
     check_replicas(ctx, "train without `local_sgd`")
-    for name, value in (("step", step), ("every", every)):
-        if value < 1:
-            fix = (
-                "count updates that are done, from 1 on"
-                if name == "step"
-                else "write `every=1` or more"
-            )
-            raise ConfigError(f"`{name}` must be positive", got=f"{name}={value}", fix=fix)
+    positive("step", step)
+    positive("every", every)
     if step % every:
         return SyncInfo(synced=False, num_bytes=0)
     with torch.no_grad():
-        for bucket in _buckets(params, ctx, bucket_cap_mb):
+        for bucket in _averaged_buckets(trainable, ctx, bucket_cap_mb):
             for name, mean in bucket.items():
-                params[name].copy_(mean)
-    is_sent = ctx.data_world_size > 1
-    return SyncInfo(synced=True, num_bytes=sum(p.nbytes for p in params.values()) if is_sent else 0)
+                trainable[name].copy_(mean)
+    num_bytes = 0
+    if ctx.data_world_size > 1:
+        num_bytes = sum(param.nbytes for param in trainable.values())
+    return SyncInfo(synced=True, num_bytes=num_bytes)

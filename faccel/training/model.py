@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import attrs
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from faccel.checks import instance_of, shown
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
-from faccel.errors import ConfigError, ModelError, OptimizerError
+from faccel.errors import ModelError, OptimizerError
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, RunMethod
 
 
 @attrs.frozen(eq=False)
 class WrappedModel:
-    """A model that runs on the ranks of a mesh; made by `wrap`.
+    """A model that runs on the ranks of a mesh; `wrap` returns it.
 
-    Calling it, or a method of the user's class, runs with the strategy's hooks and the configured precision; floating
-    point outputs come back as fp32. Any other attribute is the user's module's.
+    `model(...)` runs `forward`, and `model.call("generate", ...)` any other method, with the
+    strategy's hooks and the configured precision. Floating point outputs are returned as fp32.
+
+    Reading any other attribute returns the attribute of the user's module as it is. A method read
+    this way runs without hooks and precision: use it for what does not compute with parameters.
 
     Args:
         module: The user's module.
-        engine: What torch's engine made of it; the module itself on one process.
-        parallelism: How it runs.
-        ctx: Where.
+        engine: The module that the strategy runs, such as DDP's; `module` itself on one process.
+        parallelism: The strategy.
+        ctx: The context that the model was wrapped with.
     """
 
     module: nn.Module
@@ -42,8 +46,21 @@ class WrappedModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run("forward", *args, **kwargs)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run `forward` as calling the model does, with the strategy's hooks and precision."""
+        return self._run("forward", *args, **kwargs)
+
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method other than `forward`, such as `"generate"`, with the same hooks and precision."""
+        """Run a method of the user's module with the strategy's hooks and precision.
+
+        Args:
+            method: Its name, such as `"generate"`.
+            *args: Its arguments.
+            **kwargs: Its keyword arguments.
+
+        Raises:
+            ModelError: The module has no such method.
+        """
         if not callable(getattr(self.module, method, None)):
             raise ModelError(
                 f"`{method}` is not a method of the model",
@@ -60,26 +77,28 @@ class WrappedModel:
         """Yield the parameters under the user's names."""
         return self.module.named_parameters()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return parameters and buffers under the user's names, as they lie on the ranks."""
-        state = self.parallelism.state
-        return self.module.state_dict() if state is None else state.export(self.engine)
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return parameters and buffers under the user's names; sharded ones stay sharded."""
+        state_io = self.parallelism.state
+        if state_io is None:
+            return self.module.state_dict()
+        return state_io.export(self.engine)
 
-    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        """Take parameters and buffers as `state_dict` gives them, all unless not `strict`.
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], *, strict: bool = True) -> None:
+        """Restore parameters and buffers in place, from what `state_dict` returned.
 
-        Updates the model; collective where an engine shares it.
+        Updates the model. Collective where the engine shards parameters.
         """
         if self.parallelism.state is None:
             self.module.load_state_dict(state, strict=strict)
         else:
             self.parallelism.state.restore(self.engine, state)
 
-    def train(self, mode: bool = True) -> WrappedModel:  # noqa: FBT001, FBT002 (torch's own signature)
+    def train(self, mode: bool = True) -> WrappedModel:  # noqa: FBT001, FBT002 (torch's signature)
         """Set training mode. Updates the model and returns it, as torch does.
 
-        Collective where training mode ends and there are buffers, such as the statistics of batch norm: every data
-        rank takes rank 0's, so that all of them evaluate one model.
+        Collective where training mode ends and the model has buffers, such as the statistics of
+        batch norm: all data ranks copy those of rank 0, so that they evaluate the same model.
         """
         if self.module.training and not mode:
             self.parallelism.sync_buffers(self.engine, self.ctx)
@@ -90,38 +109,31 @@ class WrappedModel:
         """Set evaluation mode: `train(False)`."""
         return self.train(False)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "module":
-            raise AttributeError(name)
-        value = getattr(self.module, name)
-        if not inspect.ismethod(value):
-            return value
-        if name == "forward" or not hasattr(nn.Module, name):
-            return functools.partial(self.call, name)
+    if not TYPE_CHECKING:
 
-        def torchs_own(*args: Any, **kwargs: Any) -> Any:
-            out = value(
-                *args, **kwargs
-            )  # `to`, `requires_grad_`, ...: those that return the module return this
-            return self if out is self.module else out
-
-        return torchs_own
+        def __getattr__(self, name: str) -> Any:
+            # `module` is missing while `copy` and `pickle` build a record: do not recurse then.
+            if name.startswith("__") or name == "module":
+                raise AttributeError(name)
+            return getattr(self.module, name)
 
 
 @effectful(updates("model"), COLLECTIVE)
 def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> WrappedModel:
     """Return `model` as it runs on the ranks of the mesh.
 
-    Effects: updates model, collective. Moves it to `ctx.device` (unless `device_placement` is off) and gives every
-    data rank rank 0's parameters and buffers. Gradients are averaged over the data ranks in backward.
+    Effects: updates model, collective. Moves it to `ctx.device` (unless `device_placement` is off)
+    and copies rank 0's parameters and buffers to every data rank.
+
+    Gradients are averaged over the data ranks in backward. Any number of models can be wrapped.
 
     Args:
-        model: The user's module; stays theirs, and is what `unwrap` returns.
-        ctx: The world.
+        model: The user's module; `unwrap` returns it.
+        ctx: The context.
         plan: How the model is run; None is `Plan()`.
 
     Returns:
-        A callable record. Any number of models can be wrapped.
+        A callable record.
 
     Raises:
         ModelError: `model` is not a module, is wrapped already or has no parameters.
@@ -135,33 +147,34 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
     """
     if isinstance(model, WrappedModel):
         raise ModelError(
-            "this model is wrapped already", fix="wrap it once, and use what `wrap` returned"
+            "`model` is wrapped already", got=repr(model), fix="use the `WrappedModel` you have"
         )
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ModelError(
-            "`wrap` takes a torch module", got=f"a {type(model).__name__}", fix="pass an nn.Module"
+            "`wrap` expects a `torch.nn.Module`", got=shown(model), fix="pass an `nn.Module`"
         )
     if next(model.parameters(), None) is None:
         raise ModelError(
-            "this model has no parameters",
-            got=type(model).__name__,
-            fix="use it as it is: there is nothing to train",
+            "`model` has no parameters",
+            got=f"a {type(model).__name__}",
+            fix="call it without `wrap`: it has nothing to train",
         )
-    plan = Plan() if plan is None else plan
-    if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(
-            "`plan` takes a `Plan`", got=repr(plan), fix="write `plan=faccel.Plan(...)`"
-        )
-    if ctx.config.device_placement and not any(p.is_meta for p in model.parameters()):
+    if plan is None:
+        plan = Plan()
+    instance_of("plan", plan, Plan, fix="write `plan=faccel.Plan(...)`")
+    if ctx.config.device_placement and not any(param.is_meta for param in model.parameters()):
         model.to(ctx.device)
     engine, run = ctx.parallelism.wrap(model, plan, ctx)
     return WrappedModel(model, engine, ctx.parallelism, ctx, run)
 
 
 def unwrap(model: WrappedModel) -> nn.Module:
-    """Return the user's own module, which shares its parameters with `model`.
+    """Return the user's module; it and `model` have the same parameters.
 
     Effects: pure.
+
+    Raises:
+        ModelError: `model` is not wrapped.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -169,28 +182,37 @@ def unwrap(model: WrappedModel) -> nn.Module:
         >>> unwrap(wrap(net, fake_context(0, 1))) is net
         True
     """
-    return _wrapped(model).module
+    check_wrapped(model)
+    return model.module
 
 
-def _wrapped(model: Any) -> WrappedModel:
+def check_wrapped(model: object) -> None:
+    """Raise unless `model` is a `WrappedModel`.
+
+    Raises:
+        ModelError: It is not.
+    """
     if not isinstance(model, WrappedModel):
         raise ModelError(
-            "this takes what `faccel.wrap` returned",
-            got=f"a {type(model).__name__}",
-            fix="wrap the model first",
+            "`model` must be a `WrappedModel`",
+            got=shown(model),
+            fix="write `model = faccel.wrap(net, ctx)` first",
         )
-    return model
 
 
 @effectful(updates("model"))
 def grad_sync(model: WrappedModel, *, on: bool) -> AbstractContextManager[None]:
-    """Make a context in which gradients are reduced over the data ranks in backward (`on`), or only accumulated.
+    """Return a context in which backward reduces gradients over the data ranks, or accumulates.
 
-    Effects: updates model, until the context is left; then it is as before, in both directions.
+    Effects: updates model. Leaving the context restores the previous setting.
 
     Args:
-        model: From `wrap`. Forward and backward must both be inside.
-        on: `MicroBatch.sync`: True for the last micro-batch of a window.
+        model: From `wrap`. Run both forward and backward inside.
+        on: True reduces, False only accumulates. `MicroBatch.sync` is True for the last
+            micro-batch of a window.
+
+    Raises:
+        ModelError: `model` is not wrapped.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -198,30 +220,49 @@ def grad_sync(model: WrappedModel, *, on: bool) -> AbstractContextManager[None]:
         >>> with grad_sync(model, on=False):
         ...     model(torch.zeros(3, 2)).sum().backward()
     """
-    return _wrapped(model).parallelism.grad_sync(model.engine, on=on)
+    check_wrapped(model)
+    return model.parallelism.grad_sync(model.engine, on=on)
+
+
+@attrs.frozen(eq=False)
+class OptimizerBinding:
+    """The facts that `optimizer_step` needs about the model of an optimizer.
+
+    Args:
+        ctx: The context that the model was wrapped with.
+        tied_copies: As in `Parallelism.tied_copies`.
+    """
+
+    ctx: DistContext
+    tied_copies: Mapping[int, str]
+
+
+# `optimizer_step` receives the optimizer but not the model. A table of weak keys, because nothing
+# may be set on the user's optimizer, nor keep it alive. It has no engine, which may hold the key.
+_BINDINGS: WeakKeyDictionary[Optimizer, OptimizerBinding] = WeakKeyDictionary()
 
 
 @effectful(updates("opt"), COLLECTIVE)
-def wrap_optimizer(
-    opt: torch.optim.Optimizer, model: WrappedModel, ctx: DistContext
-) -> torch.optim.Optimizer:
-    """Tie `opt` to the engine that runs `model`.
+def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Optimizer:
+    """Connect `opt` to the engine that runs `model`.
 
-    Effects: updates opt, collective. Where the strategy has nothing to tie (one process, DDP) `opt` itself comes back
-    as it was, so that one script moves to any strategy. With `DdpConfig(shard_optimizer=True)` another one comes back,
-    which shares the options and the states that `opt` had: make schedulers from that.
+    Effects: updates opt, collective. One process, DDP and FSDP2 return `opt` itself.
+
+    `DdpConfig(shard_optimizer=True)` and DeepSpeed return another optimizer, which takes over the
+    options and the state of `opt`: make schedulers from the returned one.
 
     Args:
-        opt: Made from the parameters of `model`, after `wrap`.
+        opt: Made from `model.parameters()`, after `wrap`.
         model: From `wrap`.
-        ctx: The world.
+        ctx: The context that `model` was wrapped with.
 
     Returns:
         The optimizer to step with.
 
     Raises:
-        OptimizerError: No parameter of `opt` belongs to `model`: it was made before `wrap`, or for another model. Or
-            its states are to be spread over ranks, and it looks at all parameters at once, or has a scheduler already.
+        ModelError: `model` is not wrapped, or was wrapped with another context.
+        OptimizerError: No parameter of `opt` belongs to `model`. Or its state has to be sharded,
+            and it needs all parameters at once or has a scheduler already.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -229,11 +270,68 @@ def wrap_optimizer(
         >>> model = wrap(torch.nn.Linear(2, 1), ctx)
         >>> opt = wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
     """
-    own = {id(p) for p in _wrapped(model).parameters()}
-    if not any(id(p) in own for group in opt.param_groups for p in group["params"]):
-        raise OptimizerError(
-            "no parameter of this optimizer belongs to the wrapped model",
-            got=f"a {type(opt).__name__} made before `wrap`, or for another model",
-            fix="write `model = faccel.wrap(net, ctx)` first, then make the optimizer from `model.parameters()`",
+    check_wrapped(model)
+    check_context(model, ctx)
+    check_owns_parameters(opt, model)
+    connected = model.parallelism.wrap_optimizer(opt, model.engine, ctx)
+    tied_copies = model.parallelism.tied_copies(model.engine)
+    _BINDINGS[connected] = OptimizerBinding(model.ctx, tied_copies)
+    return connected
+
+
+def check_owns_parameters(opt: Optimizer, model: WrappedModel) -> None:
+    """Raise unless `opt` steps at least one parameter of `model`.
+
+    Raises:
+        OptimizerError: It steps none.
+    """
+    model_params = {id(param) for param in model.parameters()}
+    for group in opt.param_groups:
+        for param in group["params"]:
+            if id(param) in model_params:
+                return
+    raise OptimizerError(
+        "`opt` has no parameter of the wrapped model",
+        got=f"a {type(opt).__name__} made before `wrap`, or for another model",
+        fix="write `model = faccel.wrap(net, ctx)` first, then make the optimizer from "
+        "`model.parameters()`",
+    )
+
+
+def check_context(model: WrappedModel, ctx: DistContext) -> None:
+    """Raise unless `ctx` is the context that `model` was wrapped with.
+
+    Raises:
+        ModelError: It is another one.
+    """
+    if ctx is not model.ctx and not _is_same_world(ctx, model.ctx):
+        raise ModelError(
+            "`ctx` is not the context that `model` was wrapped with",
+            got=f"{_described(ctx)}, for a model of {_described(model.ctx)}",
+            fix="pass the `ctx` that you passed to `faccel.wrap`",
         )
-    return model.parallelism.wrap_optimizer(opt, model.engine, ctx)
+
+
+def binding_of(opt: Optimizer, ctx: DistContext) -> OptimizerBinding | None:
+    """Return the binding of an optimizer; None for one that `wrap_optimizer` did not return.
+
+    Raises:
+        OptimizerError: `ctx` is not the context of its model.
+    """
+    binding = _BINDINGS.get(opt)
+    if binding is None or binding.ctx is ctx or _is_same_world(ctx, binding.ctx):
+        return binding
+    raise OptimizerError(
+        "`ctx` is not the context that the model of `opt` was wrapped with",
+        got=f"{_described(ctx)}, for an optimizer of {_described(binding.ctx)}",
+        fix="pass the `ctx` that you passed to `faccel.wrap` and `faccel.wrap_optimizer`",
+    )
+
+
+def _is_same_world(ctx: DistContext, other: DistContext) -> bool:
+    # `attrs.evolve(ctx, config=...)` makes another record of the same world.
+    return ctx.comm is other.comm and ctx.parallelism is other.parallelism
+
+
+def _described(ctx: DistContext) -> str:
+    return f"rank {ctx.rank} of {ctx.world_size} ({ctx.parallelism.name})"

@@ -1,8 +1,8 @@
-"""Steps inside of backward: each parameter moves as soon as its gradient is there, which is then freed."""
+"""Optimizer steps inside backward: each parameter is updated as soon as its gradient is ready."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -11,28 +11,32 @@ from torch.optim import Optimizer
 
 from faccel.context import DistContext
 from faccel.effects import effectful, updates
-from faccel.errors import ConfigError, OptimizerError
-from faccel.training.model import WrappedModel
+from faccel.errors import ConfigError
+from faccel.training.model import WrappedModel, check_context, check_owns_parameters, check_wrapped
 
 
 @effectful(updates("model"), updates("opt"))
 def step_in_backward(
     opt: Optimizer, model: WrappedModel, ctx: DistContext
 ) -> AbstractContextManager[None]:
-    """Make a context in whose backward `opt` steps, parameter by parameter; gradients of all are never there at once.
+    """Return a context in which backward steps `opt`, parameter by parameter.
 
-    There is no `optimizer_step` then, hence no clipping, no loss scale and no skipped update. Put the last micro-batch
-    of a window inside, the others before it. States and options are those of `opt`: schedulers and checkpoints work.
+    Effects: updates model, updates opt. Each `scaled_backward` inside steps and frees gradients.
 
-    Effects: updates model, updates opt. In each `scaled_backward` inside.
+    A gradient is freed after its parameter is updated, so memory never holds all gradients. There
+    is no `optimizer_step`: no clipping, no loss scale and no skipped update. Run only the last
+    micro-batch of a window inside. State and options are those of `opt`, so schedulers and
+    checkpoints work.
 
     Args:
         opt: From `wrap_optimizer`.
         model: From `wrap`.
-        ctx: The world: one process, or a mesh that shares parameters (FSDP2).
+        ctx: One process, or a mesh that shards parameters (FSDP2).
 
     Raises:
-        ConfigError: fp16, whose gradients are looked at together; or replicas (DDP), whose gradients live in buckets.
+        ConfigError: The precision is fp16, which decides about an update from all gradients. Or
+            the mesh has replicas (DDP), which keeps gradients in buckets, or a pipeline.
+        ModelError: `model` is not wrapped, or was wrapped with another context.
         OptimizerError: `opt` has no parameter of `model`.
 
     Examples:
@@ -48,49 +52,54 @@ def step_in_backward(
         >>> model.weight.grad is None
         True
     """
+    check_wrapped(model)
+    check_context(model, ctx)
     spec = ctx.mesh.spec
     if ctx.config.mixed_precision == "fp16":
-        fix = 'use `mixed_precision="bf16"`, or `faccel.optimizer_step`'
         raise ConfigError(
-            "fp16 decides about an update when it has seen all gradients", got="fp16", fix=fix
+            "`step_in_backward` does not support fp16, whose loss scale needs all gradients at once",
+            got='mixed_precision="fp16"',
+            fix='use `mixed_precision="bf16"`, or `faccel.optimizer_step`',
         )
     if spec.size > 1 and (spec.pp > 1 or ctx.is_replicated):
-        fix = "use a mesh with `dp_shard`, or `faccel.optimizer_step`"
         raise ConfigError(
-            "this mesh has no gradients of single parameters in backward", got=str(spec), fix=fix
+            "`step_in_backward` does not support this mesh: backward has no single gradients",
+            got=str(spec),
+            fix="use a mesh with `dp_shard`, or `faccel.optimizer_step`",
         )
-    own = {id(p) for p in model.parameters()}
-    if not any(id(p) in own for group in opt.param_groups for p in group["params"]):
-        fix = "make it from `model.parameters()`"
-        raise OptimizerError(
-            "no parameter of this optimizer belongs to the model", got=type(opt).__name__, fix=fix
-        )
+    check_owns_parameters(opt, model)
     return _stepping(opt)
 
 
 @contextmanager
 def _stepping(opt: Optimizer) -> Generator[None]:
-    # a scheduler has put a `step` of this very optimizer in place of the class's
-    own = {name: value for name, value in opt.__dict__.items() if name != "step"}
-
-    def hook_of(group: dict[str, Any]) -> Any:
-        def step(p: torch.Tensor) -> None:
-            one = object.__new__(type(opt))  # shares the states; its group has this parameter alone
-            one.__dict__.update(own)
-            one.param_groups = [{**group, "params": [p]}]
-            one.step()
-            p.grad = None
-
-        return step
-
     handles = [
-        p.register_post_accumulate_grad_hook(hook_of(group))
+        param.register_post_accumulate_grad_hook(_step_hook(opt, group))
         for group in opt.param_groups
-        for p in group["params"]
-        if p.requires_grad
+        for param in group["params"]
+        if param.requires_grad
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _step_hook(opt: Optimizer, group: dict[str, Any]) -> Callable[[torch.Tensor], None]:
+    """Return a hook that steps one parameter of `group` with the state of `opt`.
+
+    It steps a copy of `opt` that has the same state and one parameter. The copy is made without
+    its constructor, which would make new state.
+    """
+    # A scheduler sets a `step` that is bound to `opt` on the instance; the copy needs its own.
+    attributes = {name: value for name, value in vars(opt).items() if name != "step"}
+
+    def step(param: torch.Tensor) -> None:
+        one_param = object.__new__(type(opt))
+        one_param.__dict__.update(attributes)
+        one_param.param_groups = [{**group, "params": [param]}]
+        one_param.step()
+        param.grad = None
+
+    return step

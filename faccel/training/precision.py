@@ -3,54 +3,60 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import attrs
 import torch
 
+from faccel.checks import shown
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ScalerError
 from faccel.protocols import WORLD
 from faccel.tree import local_tensor
 
+_OPTIONS = ("scale", "growth_factor", "backoff_factor", "growth_interval")
+
 
 class Stepped:
-    """That an optimizer has stepped. It does not keep the optimizer alive, and forgets it when it is pickled.
+    """A weak reference to an optimizer that has stepped; a pickled copy refers to none.
 
     Args:
-        opt: Which one; None is none that is known here.
+        opt: The optimizer; None is an optimizer of another process.
     """
 
     def __init__(self, opt: object = None) -> None:
-        self._opt = (lambda: None) if opt is None else weakref.ref(opt)
+        self._ref: Callable[[], object] | None = None
+        if opt is not None:
+            self._ref = weakref.ref(opt)
 
-    def is_of(self, opt: object) -> bool:
-        """Whether it was `opt`."""
-        return self._opt() is opt
+    def refers_to(self, opt: object) -> bool:
+        """Whether `opt` is the optimizer."""
+        return self._ref is not None and self._ref() is opt
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[Stepped], tuple[()]]:
         return Stepped, ()
 
 
 @attrs.frozen
 class ScalerState:
-    """The loss scale of fp16, threaded through the loop; the identity for other precisions.
+    """The loss scale of fp16; it does nothing in other precisions.
 
-    Dynamic loss scaling after Micikevicius et al. 2018 (arXiv:1710.03740), with the constants of torch's GradScaler.
-    Optimizers that share one must step after the same backward: a scale that changes while another optimizer is still
-    accumulating would mix two scales in its gradients (give that one a scaler of its own).
+    Dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740), with the constants of
+    torch's GradScaler. Optimizers that use one scaler must step after the same backward. If one
+    accumulates while another changes the scale, its gradients would mix two scales: give it a
+    scaler of its own.
 
     Args:
-        enabled: Whether losses are scaled at all.
-        scale: What the next `scaled_backward` multiplies by.
-        grad_scale: What the gradients that are there now were multiplied by; None before the first backward.
-        stepped: Which optimizers have stepped with them, so that several share one verdict and none steps twice.
-        num_good_steps: Finite updates since the scale last changed.
-        num_skipped: Updates skipped so far.
-        growth_factor: The scale is multiplied by it after `growth_interval` finite updates.
-        backoff_factor: The scale is multiplied by it after one that is not finite.
+        enabled: Whether losses are scaled.
+        scale: The factor of the next `scaled_backward`.
+        grad_scale: The factor of the present gradients; None before the first backward.
+        stepped: The optimizers that have stepped with the present gradients. Together they count
+            as one update, and none steps twice.
+        num_good_steps: The number of finite updates since the scale last changed.
+        num_skipped: The number of updates skipped so far.
+        growth_factor: Multiplies the scale after `growth_interval` finite updates.
+        backoff_factor: Multiplies the scale after an update that is not finite.
         growth_interval: See `growth_factor`.
     """
 
@@ -65,84 +71,101 @@ class ScalerState:
     growth_interval: int = 2000
 
     def __attrs_post_init__(self) -> None:
-        fits = (
-            self.scale > 0
-            and self.growth_factor >= 1
-            and 0 < self.backoff_factor <= 1
-            and self.growth_interval >= 1
+        invalid = (
+            not self.scale > 0
+            or not self.growth_factor >= 1
+            or not 0 < self.backoff_factor <= 1
+            or not self.growth_interval >= 1
         )
-        if not fits:
+        if invalid:
             raise ConfigError(
-                "a loss scale is positive, grows by a factor of at least 1 and backs off by one of at most 1",
-                got=str(self),
-                fix="write `faccel.init_scaler(ctx, scale=65536.0, growth_factor=2.0, backoff_factor=0.5)`",
+                "`scale` must be positive, `growth_factor` and `growth_interval` at least 1, and "
+                "`backoff_factor` above 0 and at most 1",
+                got=", ".join(f"{name}={getattr(self, name)}" for name in _OPTIONS),
+                fix="write `faccel.init_scaler(ctx, scale=65536.0, growth_factor=2.0, "
+                "backoff_factor=0.5)`",
             )
 
     def after_backward(self) -> ScalerState:
-        """Return the state in which gradients of the current scale are there."""
+        """Return the state after a backward with the current scale."""
         if self.grad_scale == self.scale and not self.stepped:
             return self
         return attrs.evolve(self, grad_scale=self.scale, stepped=())
 
     def after_step(self, opt: object, *, finite: bool) -> ScalerState:
-        """Return the state after one optimizer has stepped, or skipped, with the gradients that are there.
+        """Return the state after `opt` stepped (`finite`) or skipped the update.
 
-        Several optimizers that step after one backward count as one update, and one overflow among them is enough.
+        Several optimizers that step after one backward count as one update. It counts as not
+        finite if the gradients of one optimizer are not finite.
         """
         if not self.enabled:
-            return self if finite else attrs.evolve(self, num_skipped=self.num_skipped + 1)
+            if finite:
+                return self
+            return attrs.evolve(self, num_skipped=self.num_skipped + 1)
         stepped = (*self.stepped, Stepped(opt))
         if not finite:
             scale = self.scale_of_gradients(opt) * self.backoff_factor
+            num_skipped = self.num_skipped + 1
             return attrs.evolve(
-                self,
-                scale=scale,
-                stepped=stepped,
-                num_good_steps=0,
-                num_skipped=self.num_skipped + 1,
+                self, scale=scale, stepped=stepped, num_good_steps=0, num_skipped=num_skipped
             )
-        if self.stepped:
+        if self.stepped:  # another optimizer counted this update already
             return attrs.evolve(self, stepped=stepped)
-        if self.num_good_steps + 1 < self.growth_interval:
-            return attrs.evolve(self, stepped=stepped, num_good_steps=self.num_good_steps + 1)
-        return attrs.evolve(
-            self, scale=self.scale * self.growth_factor, stepped=stepped, num_good_steps=0
-        )
+        num_good_steps = self.num_good_steps + 1
+        if num_good_steps < self.growth_interval:
+            return attrs.evolve(self, stepped=stepped, num_good_steps=num_good_steps)
+        scale = self.scale * self.growth_factor
+        return attrs.evolve(self, scale=scale, stepped=stepped, num_good_steps=0)
 
     def scale_of_gradients(self, opt: object) -> float:
-        """Return what the gradients of `opt` that are there were multiplied by.
+        """Return the factor of the present gradients of `opt`.
 
         Raises:
-            ScalerError: This state has seen no backward, or none since `opt` stepped last.
+            ScalerError: No backward returned this state, or none since `opt` last stepped.
         """
-        if self.grad_scale is None or any(each.is_of(opt) for each in self.stepped):
-            raise ScalerError(
-                "this step has seen no `scaled_backward`",
-                got="a scaler that no `scaled_backward` returned"
-                + " since the last step" * bool(self.stepped),
-                fix="write `scaler = faccel.scaled_backward(loss, scaler, ctx)` instead of `loss.backward()`",
-            )
+        if self.grad_scale is None:
+            raise _not_threaded("a `ScalerState` before its first `scaled_backward`")
+        for reference in self.stepped:
+            if reference.refers_to(opt):
+                raise _not_threaded("a `ScalerState` from before the last step of this optimizer")
         return self.grad_scale
 
 
-def check_scaler(scaler: Any) -> None:
-    """Refuse what is not a `ScalerState`."""
+def _not_threaded(got: str) -> ScalerError:
+    return ScalerError(
+        "`scaler` was not returned by `scaled_backward` for these gradients",
+        got=got,
+        fix="write `scaler = faccel.scaled_backward(loss, scaler, ctx)` instead of "
+        "`loss.backward()`",
+    )
+
+
+def check_scaler(scaler: object) -> None:
+    """Raise unless `scaler` is a `ScalerState`.
+
+    Raises:
+        ScalerError: It is not.
+    """
     if not isinstance(scaler, ScalerState):
         raise ScalerError(
-            "the loop threads a `ScalerState` through its steps",
-            got=repr(scaler),
-            fix="start with `scaler = faccel.init_scaler(ctx)`, go on with `info, scaler = faccel.optimizer_step(...)`",
+            "`scaler` must be a `ScalerState`",
+            got=shown(scaler),
+            fix="start with `scaler = faccel.init_scaler(ctx)`, and continue with "
+            "`info, scaler = faccel.optimizer_step(opt, scaler, ctx)`",
         )
 
 
 def init_scaler(ctx: DistContext, **options: float) -> ScalerState:
-    """Return the loss scale to start with: 65536 under fp16, the identity for other precisions.
+    """Return the initial loss scale: 65536 in fp16, disabled in other precisions.
 
     Effects: pure.
 
     Args:
         ctx: Its configuration chooses the precision.
         **options: `scale`, `growth_factor`, `backoff_factor`, `growth_interval`.
+
+    Raises:
+        ConfigError: An option is unknown or out of range.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -151,12 +174,12 @@ def init_scaler(ctx: DistContext, **options: float) -> ScalerState:
         >>> init_scaler(fake_context(0, 1)).enabled
         False
     """
-    allowed = ("scale", "growth_factor", "backoff_factor", "growth_interval")
     for name in options:
-        if name not in allowed:
+        if name not in _OPTIONS:
             raise ConfigError(
-                f"`{name}` is not an option of the loss scale",
-                fix=f"use one of {', '.join(allowed)}",
+                f"`{name}` is not an option of `init_scaler`",
+                got=f"{name}={options[name]!r}",
+                fix=f"use one of {', '.join(_OPTIONS)}",
             )
     if ctx.config.mixed_precision != "fp16":
         return ScalerState()
@@ -164,7 +187,7 @@ def init_scaler(ctx: DistContext, **options: float) -> ScalerState:
 
 
 def autocast(ctx: DistContext) -> AbstractContextManager[object]:
-    """Make a context that computes in the configured precision, for what is outside a wrapped model.
+    """Return a context that computes in the configured precision, for code outside of the model.
 
     Effects: pure. Inside, torch's autocast of this thread is on.
 
@@ -181,29 +204,30 @@ def autocast(ctx: DistContext) -> AbstractContextManager[object]:
 
 
 def unscale_(grads: Iterable[torch.Tensor], scale: float, ctx: DistContext) -> bool:
-    """Divide gradients by `scale` in place and return whether all of them are finite, on any rank.
+    """Divide gradients by `scale` in place, and return whether all are finite on all ranks.
 
-    Collective where ranks hold different gradients: under DDP all have the same.
+    Collective where ranks have different gradients. DDP's replicas have the same ones. It uses the
+    kernel of torch's GradScaler and, like it, waits for the device once.
 
-    Waits for the device once, as torch's GradScaler does, whose kernel this is.
+    Args:
+        grads: Gradients of any dtypes and devices; DTensors and sparse ones, too.
+        scale: The loss scale that they were multiplied by.
+        ctx: The context.
     """
+    # The kernel takes tensors of one device and dtype.
     groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for each in grads:
-        grad = local_tensor(each)
-        if grad.is_sparse:
-            grad = grad._values()  # type: ignore[attr-defined]  # its numbers; scaling them in place scales it
-        groups.setdefault((grad.device, grad.dtype), []).append(grad)
-    overflows: list[torch.Tensor] = []
-    for (device, _), members in groups.items():
-        found = torch.zeros((), dtype=torch.float32, device=device)
+    for grad in grads:
+        values = local_tensor(grad)
+        if values.is_sparse:
+            # A view: `_values()` of an uncoalesced gradient works, `values()` raises.
+            values = values._values()  # type: ignore[attr-defined]
+        groups.setdefault((values.device, values.dtype), []).append(values)
+    overflow = torch.zeros((), dtype=torch.float32, device=ctx.device)
+    for (device, _), values in groups.items():
+        group_overflow = torch.zeros((), dtype=torch.float32, device=device)
         inverse = torch.full((), 1.0 / scale, dtype=torch.float32, device=device)
-        torch._amp_foreach_non_finite_check_and_unscale_(members, found, inverse)  # pyright: ignore[reportPrivateUsage]
-        overflows.append(found)
-    found = (
-        torch.stack([each.to(ctx.device) for each in overflows]).amax()
-        if overflows
-        else torch.zeros(())
-    )
+        torch._amp_foreach_non_finite_check_and_unscale_(values, group_overflow, inverse)  # pyright: ignore[reportPrivateUsage]
+        overflow = torch.maximum(overflow, group_overflow.to(ctx.device))
     if not ctx.is_replicated:
-        found = ctx.comm.all_reduce(found.to(ctx.device), "max", WORLD)
-    return not found.item()
+        overflow = ctx.comm.all_reduce(overflow, "max", WORLD)
+    return not overflow.item()

@@ -1,10 +1,9 @@
-"""One update: windows of micro-batches, the backward of each, the step at the end."""
+"""One update: backward for each micro-batch, then the optimizer step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import attrs
 import torch
@@ -13,172 +12,41 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
-from faccel.data.loader import ShardedLoader, batches
-from faccel.data.order import Cursor
-from faccel.data.source import Batch
-from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
-from faccel.errors import ConfigError, DataError, ModelError
-from faccel.protocols import DATA, UpdateOptions
-from faccel.training.grad_clip import apply, check_limits, clip_, parameters_with_gradients
-from faccel.training.model import WrappedModel, grad_sync
+from faccel.effects import COLLECTIVE, effectful, updates
+from faccel.errors import ConfigError, ModelError, OptimizerError
+from faccel.protocols import DATA, MicroBatchLoss, UpdateOptions
+from faccel.training.grad_clip import (
+    check_limits,
+    clip_,
+    parameters_with_gradients,
+    step_optimizer,
+)
+from faccel.training.model import (
+    OptimizerBinding,
+    WrappedModel,
+    binding_of,
+    check_context,
+    check_wrapped,
+    grad_sync,
+)
 from faccel.training.precision import ScalerState, check_scaler, unscale_
+from faccel.training.windows import Window, uneven_tail_error
 from faccel.tree import Tree, full_tensor
 
-Weight = Callable[[Batch], int | float | torch.Tensor]
-"""What a micro-batch counts: its rows, its tokens, ...; a number or a 0-d tensor, 0 allowed."""
 
-
-@attrs.frozen(eq=False)
-class MicroBatch:
-    """One micro-batch of a window.
-
-    Args:
-        data: As in `Batch`.
-        num_valid: As in `Batch`.
-        scale: What its loss is to be multiplied by, for `scaled_backward`: a number or a 0-d tensor.
-        sync: Whether gradients are reduced in its backward, for `grad_sync`: the last one of the window.
-    """
-
-    data: Tree
-    num_valid: int
-    scale: float | torch.Tensor
-    sync: bool
-
-
-@attrs.frozen(eq=False)
-class Window:
-    """The micro-batches of one update; iterate it once.
-
-    Args:
-        batches: They, as they were read.
-        scale: What each loss is to be multiplied by.
-        cursor: The place to resume after this update. No partial gradient is ever part of a state.
-    """
-
-    batches: Sequence[Batch] = attrs.field(repr=False)
-    scale: float | torch.Tensor
-    cursor: Cursor
-    _read_ahead: Callable[[], None] = attrs.field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        last = len(self.batches) - 1
-        for i, batch in enumerate(self.batches):
-            yield MicroBatch(batch.data, batch.num_valid, self.scale, i == last)
-            self._read_ahead()
-
-
-@effectful(AMBIENT, COLLECTIVE)
-def windows(
-    loader: ShardedLoader,
-    ctx: DistContext,
-    *,
-    size: int | None = None,
-    weight: Weight | None = None,
-) -> Iterator[Window]:
-    """Group a loader's batches into the micro-batches of one update each; the last window may be short.
-
-    Effects: ambient, collective. Reads the data set; with `weight` one all-reduce of a number per window, for which
-    the host does not wait. Batches are read one window ahead, one for each that is consumed.
-
-    Without `weight` the loss is a mean over the rows of a micro-batch, and `scale = 1 / len(window)`. With it the loss
-    is a *sum* over the valid rows, and `scale = data_world_size * cp / total`, where `total` is the weight of the
-    window over all data ranks: the gradient is that of the mean over everything that was counted, whatever the lengths.
-    A window that counts nothing has scale 0.
-
-    Args:
-        loader: From `shard`, placed in an epoch.
-        ctx: The world.
-        size: MicroBatch-batches per update; None takes the configuration's `grad_accum`.
-        weight: What a micro-batch counts on this rank, of whole sequences where ranks share them (`cp`); see
-            `Batch.num_valid` for what not to count.
-
-    Raises:
-        ConfigError: `size` is not positive.
-        DataError: A loader with an uneven tail: its ranks would disagree about the number of updates.
-
-    Examples:
-        >>> from torch.utils.data import DataLoader
-        >>> from faccel.data.loader import shard
-        >>> from faccel.testing import fake_context
-        >>> ctx = fake_context(0, 1)
-        >>> loader = shard(DataLoader(range(5), batch_size=1), ctx)
-        >>> [(len(w), [m.sync for m in w], w.scale) for w in windows(loader, ctx, size=3)]
-        [(3, [False, False, True], 0.3333333333333333), (2, [False, True], 0.5)]
-    """
-    if not isinstance(loader, ShardedLoader):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise DataError(
-            "windows are made of a loader from `faccel.shard`",
-            got=f"a {type(loader).__name__}",
-            fix="write `faccel.windows(faccel.shard(loader, ctx).at(epoch), ctx)`",
-        )
-    num_micro_batches = ctx.config.grad_accum if size is None else size
-    if num_micro_batches < 1:
-        raise ConfigError(
-            "a window has at least one micro-batch", got=f"size={size}", fix="use `size=1` or more"
-        )
-    if loader.source.tail == "uneven" and ctx.data_world_size > 1:
-        raise _uneven()
-    return _windows(loader, ctx, num_micro_batches, weight)
-
-
-def _windows(
-    loader: ShardedLoader, ctx: DistContext, size: int, weight: Weight | None
-) -> Iterator[Window]:
-    source = batches(loader)
-    current = list(islice(source, size))
-    while current:
-        ahead: list[Batch] = []
-        room = [
-            size
-        ]  # none, once the next window is there: whoever still walks this one reads nothing
-
-        def read_ahead(ahead: list[Batch] = ahead, room: list[int] = room) -> None:
-            ahead.extend(islice(source, max(0, min(1, room[0] - len(ahead)))))
-
-        scale = 1 / len(current) if weight is None else _scale(current, weight, ctx)
-        yield Window(tuple(current), scale, current[-1].cursor, read_ahead)
-        room[0] = 0
-        current = ahead + list(islice(source, size - len(ahead)))
-
-
-def _scale(window: list[Batch], weight: Weight, ctx: DistContext) -> torch.Tensor:
-    dtype = (
-        torch.float32 if ctx.device.type == "mps" else torch.float64
-    )  # counts stay exact up to 2**53
-    counts = [weight(batch) for batch in window]
-    numbers = sum(n for n in counts if not isinstance(n, torch.Tensor))
-    mine = torch.full((), numbers, dtype=dtype, device=ctx.device)
-    for count in counts:
-        if isinstance(count, torch.Tensor):
-            mine = mine + count.detach().to(mine)
-    total = ctx.comm.all_reduce(mine, "sum", DATA)
-    spec = ctx.mesh.spec  # losses, hence gradients, are averaged over the ranks of a sequence, too
-    return torch.where(total > 0, spec.data_world_size * spec.cp / total, 0.0)
-
-
-def _uneven(or_else: str = "") -> DataError:
-    return DataError(
-        'a loader with `tail="uneven"` gives some ranks fewer batches, so training on it would hang',
-        got="a backward while such a loader is being read",
-        fix='write `faccel.shard(loader, ctx, tail="pad")` or `tail="drop"` for training' + or_else,
-    )
-
-
-def _is_loss(loss: Any) -> bool:
+def _is_loss(loss: object) -> TypeGuard[torch.Tensor]:
     return isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.requires_grad
 
 
-def _no_loss(loss: Any) -> ModelError:
+def _loss_error(loss: object) -> ModelError:
     got = f"a {type(loss).__name__}"
     if isinstance(loss, torch.Tensor):
         got = f"a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
     return ModelError(
-        "a loss is a scalar tensor that depends on parameters",
+        "`loss` must be a scalar tensor that depends on parameters",
         got=got,
-        fix="pass the tensor, not its `.item()`, reduce it, as in `loss.mean()`, and compute it with gradients on",
+        fix="pass the tensor instead of its `.item()`, reduce it, as in `loss.mean()`, and compute "
+        "it with gradients enabled",
     )
 
 
@@ -193,19 +61,19 @@ def scaled_backward(
 
     Args:
         loss: A scalar that depends on parameters.
-        scaler: From `init_scaler`, or the last function that returned it.
-        ctx: The world.
+        scaler: From `init_scaler`, or from the last function that returned it.
+        ctx: The context.
         scale: `MicroBatch.scale` of a window.
 
     Returns:
-        The scaler to go on with.
+        The new scaler.
 
     Raises:
         ModelError: The loss is not a scalar, or depends on no parameter.
-        ScalerError: `scaler` is none.
-        DataError: A loader with an uneven tail is being read outside of `join`: ranks with fewer batches would leave
-            the others waiting.
-        RankFailedError: Another rank left, or failed before its backward; names it.
+        ScalerError: `scaler` is not a `ScalerState`.
+        DataError: A loader with an uneven tail is iterated outside of `join`: the other ranks
+            would wait for those with fewer batches.
+        RankFailedError: Another rank left or failed before its backward; names it.
 
     Examples:
         >>> from faccel.training.precision import init_scaler
@@ -216,19 +84,21 @@ def scaled_backward(
         tensor(1.5000)
     """
     if ctx.lifetime.has_uneven_iteration and not ctx.lifetime.has_join:
-        raise _uneven(
-            ", or train inside of `with faccel.parallel.join(model, opt, ctx)`, without `windows`"
+        raise uneven_tail_error(
+            ", or train inside `with faccel.parallel.join(model, opt, ctx)`, without `windows`"
         )
     if not _is_loss(loss):
-        raise _no_loss(loss)
+        raise _loss_error(loss)
     check_scaler(scaler)
     factor = scaler.scale
     if isinstance(scale, torch.Tensor):
         loss = loss * scale.to(loss.dtype)
     else:
         factor = factor * scale
+    if factor != 1.0:
+        loss = loss * factor
     try:
-        torch.autograd.backward(loss if factor == 1.0 else loss * factor)
+        torch.autograd.backward(loss)
     except RuntimeError as error:
         raise_naming_rank(error, "backward", DATA, ctx.comm)
     return scaler.after_backward()
@@ -242,79 +112,100 @@ def pipeline_step(
     scaler: ScalerState,
     ctx: DistContext,
 ) -> tuple[torch.Tensor, ScalerState]:
-    """Run forward and backward of all micro-batches of a window, through a pipeline where the mesh has one.
+    """Run forward and backward of all micro-batches of a window, on any mesh.
 
-    Without one the micro-batches are taken one by one, so that one loop serves every mesh.
+    Effects: updates .grad, collective. As `scaled_backward` for each micro-batch; gradients are
+    reduced once.
 
-    Effects: updates .grad, collective. As `scaled_backward` for each micro-batch, with gradients reduced once.
+    Where the mesh has pipeline stages, micro-batches run through the pipeline. On other meshes
+    they run one by one.
 
     Args:
-        loss_fn: `loss_fn(model, data)` calls `model` once and returns a scalar; on a pipeline `model` gives the output
-            of the last stage there, and what it is called with is the input of the first stage.
+        loss_fn: `loss_fn(model, data)` calls `model` once and returns a scalar. On a pipeline the
+            arguments of that call are the input of the first stage, and its result is the output
+            of the last stage.
         model: From `wrap`.
-        window: From `windows`; a pipeline needs as many micro-batches as ranks, all of the same shapes.
-        scaler: From `init_scaler`, or the last function that returned it.
-        ctx: The world.
+        window: From `windows`. A pipeline needs as many micro-batches as ranks, of equal shapes.
+        scaler: From `init_scaler`, or from the last function that returned it.
+        ctx: The context.
 
     Returns:
-        The loss of each micro-batch as `T[len(window)]`, without its `scale`, the same on all ranks of a pipeline; and
-        the scaler to go on with.
+        The loss of each micro-batch as `T[len(window)]`, without its `scale`, equal on all ranks
+        of a pipeline; and the new scaler.
 
     Raises:
-        ModelError: A loss is not a scalar, or `loss_fn` does not call its model.
-        ConfigError: Too few micro-batches for the schedule.
+        ModelError: A loss is not a scalar, `loss_fn` does not call its model, or `model` is not
+            wrapped with `ctx`.
+        ConfigError: The window has too few micro-batches for the schedule.
 
     Examples:
         >>> from torch.utils.data import DataLoader
         >>> from faccel.data.loader import shard
         >>> from faccel.training.model import wrap
         >>> from faccel.training.precision import init_scaler
+        >>> from faccel.training.windows import windows
         >>> from faccel.testing import fake_context
         >>> ctx = fake_context(0, 1)
         >>> model = wrap(torch.nn.Linear(1, 1), ctx)
         >>> loader = shard(DataLoader(torch.ones(4, 1), batch_size=1), ctx)
         >>> window = next(windows(loader, ctx, size=4))
-        >>> losses, scaler = pipeline_step(lambda model, x: model(x).mean(), model, window, init_scaler(ctx), ctx)
+        >>> loss_fn = lambda model, x: model(x).mean()
+        >>> losses, scaler = pipeline_step(loss_fn, model, window, init_scaler(ctx), ctx)
         >>> losses.shape
         torch.Size([4])
     """
+    check_wrapped(model)
+    check_context(model, ctx)
     forward_backward = model.parallelism.pipeline_forward_backward
     if forward_backward is None:
-        found: list[torch.Tensor] = []
-        for micro in window:
-            with grad_sync(model, on=micro.sync):
-                loss = loss_fn(model, micro.data)
-                scaler = scaled_backward(loss, scaler, ctx, scale=micro.scale)
-            found.append(full_tensor(loss.detach()))
-        return torch.stack(found), scaler
+        return _one_by_one(loss_fn, model, window, scaler, ctx)
     check_scaler(scaler)
-    micros = list(window)
-    factors = [micro.scale * scaler.scale for micro in micros]
+    micro_batches = list(window)
+    losses = [_bind_loss(loss_fn, micro_batch.data) for micro_batch in micro_batches]
+    factors = [micro_batch.scale * scaler.scale for micro_batch in micro_batches]
+    values = forward_backward(model.engine, losses, factors, ctx)
+    return values, scaler.after_backward()
 
-    def unscaled(data: Tree) -> Callable[[Callable[..., Any]], torch.Tensor]:
-        def run(call: Callable[..., Any]) -> torch.Tensor:
-            loss = loss_fn(call, data)
-            if not _is_loss(loss):
-                raise _no_loss(loss)
-            return loss
 
-        return run
+def _one_by_one(
+    loss_fn: Callable[[Callable[..., Any], Tree], torch.Tensor],
+    model: WrappedModel,
+    window: Window,
+    scaler: ScalerState,
+    ctx: DistContext,
+) -> tuple[torch.Tensor, ScalerState]:
+    values: list[torch.Tensor] = []
+    for micro_batch in window:
+        with grad_sync(model, on=micro_batch.sync):
+            loss = loss_fn(model, micro_batch.data)
+            scaler = scaled_backward(loss, scaler, ctx, scale=micro_batch.scale)
+        values.append(full_tensor(loss.detach()))
+    return torch.stack(values), scaler
 
-    losses = forward_backward(
-        model.engine, [unscaled(micro.data) for micro in micros], factors, ctx
-    )
-    return losses, scaler.after_backward()
+
+def _bind_loss(
+    loss_fn: Callable[[Callable[..., Any], Tree], torch.Tensor], data: Tree
+) -> MicroBatchLoss:
+    """Return a function from a callable model to the checked loss of one micro-batch."""
+
+    def loss_of(model: Callable[..., Any]) -> torch.Tensor:
+        loss = loss_fn(model, data)
+        if not _is_loss(loss):
+            raise _loss_error(loss)
+        return loss
+
+    return loss_of
 
 
 @attrs.frozen(eq=False)
 class StepInfo:
-    """What one update did.
+    """The result of one `optimizer_step`.
 
     Args:
-        grad_norm: 2-norm of all gradients of the optimizer from before clipping, 0-d; None without `clip_norm`
-            (`clip_norm=float("inf")` measures it and clips nothing).
-        skipped: Whether the update was left out because a gradient was not finite.
-        scale: The loss scale that was taken out of the gradients.
+        grad_norm: 2-norm of all gradients of the optimizer before clipping, 0-d; None without
+            `clip_norm` (`clip_norm=float("inf")` measures it and clips nothing).
+        skipped: Whether the update was skipped because a gradient was not finite.
+        scale: The loss scale that the gradients were divided by.
     """
 
     grad_norm: torch.Tensor | None
@@ -333,32 +224,36 @@ def optimizer_step(
     scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
     skip_nonfinite: bool = False,
 ) -> tuple[StepInfo, ScalerState]:
-    """Clip, step, and set this optimizer's gradients to None.
+    """Clip the gradients, step, and set this optimizer's gradients to None.
 
-    Effects: updates opt, collective. Its parameters and gradients, and `scheduler`. Under DDP every rank holds the
-    same gradients, so that nothing is communicated.
+    Effects: updates opt, collective. Also its parameters, their gradients and `scheduler`. Under
+    DDP nothing is communicated: every rank has the same gradients.
 
-    Under fp16 the gradients are unscaled first, and an update with one that is not finite is left out; other
-    precisions neither inspect gradients nor wait for the device, unless `skip_nonfinite`. A changed loss scale takes
-    effect at the next `scaled_backward`, so that several optimizers share one scaler.
+    In fp16 the gradients are unscaled first, and an update with a gradient that is not finite is
+    skipped. Other precisions neither inspect gradients nor wait for the device, unless
+    `skip_nonfinite`. A changed loss scale applies from the next `scaled_backward`, so several
+    optimizers can use one scaler.
 
     Args:
         opt: From `wrap_optimizer`.
         scaler: From `scaled_backward`.
-        ctx: The world.
+        ctx: The context that the model of `opt` was wrapped with.
         clip_norm: The largest 2-norm of all gradients together.
         clip_value: The largest magnitude of an element, applied after `clip_norm`.
-        scheduler: One or several, moved once per update, not on a skipped one. One that moves per epoch, or on a
-            metric, you step yourself.
-        skip_nonfinite: Whether an update with a gradient that is not finite is left out in any precision.
+        scheduler: One scheduler or several, stepped once per update and not on a skipped one.
+            Step a scheduler that moves per epoch or needs a metric yourself.
+        skip_nonfinite: Whether to skip an update with a gradient that is not finite, in any
+            precision.
 
     Returns:
-        What happened, and the scaler to go on with.
+        The result, and the new scaler.
 
     Raises:
-        OptimizerError: No gradient has reached a parameter of `opt`, or its step needs a closure.
-        ScalerError: `scaler` has seen no `scaled_backward` (under fp16: none since `opt` stepped last).
-        ConfigError: A limit that is not positive, or a scheduler that needs a metric.
+        OptimizerError: No parameter of `opt` has a gradient, its step needs a closure, or `ctx` is
+            not the context of its model.
+        ScalerError: `scaler` was not returned by `scaled_backward` (in fp16: since the last step
+            of `opt`).
+        ConfigError: A limit is not positive, or a scheduler needs a metric.
 
     Examples:
         >>> from faccel.training.precision import init_scaler
@@ -371,46 +266,81 @@ def optimizer_step(
         (tensor(3.), False, None)
     """
     check_scaler(scaler)
-    update = ctx.parallelism.optimizer_step
-    params = parameters_with_gradients(opt, ctx) if update is None else []
-    scale = scaler.scale_of_gradients(opt)
+    binding = binding_of(opt, ctx)
+    engine_step = ctx.parallelism.optimizer_step
+    params: list[torch.Tensor] = []
+    if engine_step is None:
+        params = parameters_with_gradients(opt, ctx)
+    # Everything is checked before a gradient changes: an error leaves the gradients as they were.
+    grad_scale = scaler.scale_of_gradients(opt)
     check_limits(clip_norm, clip_value)
-    schedulers = () if scheduler is None else _schedulers(scheduler)
-    options = UpdateOptions(clip_norm, clip_value, scale, scaler.enabled or skip_nonfinite)
-    norm, finite = (
-        _update(opt, params, options, ctx) if update is None else update(opt, options, ctx)
-    )
+    schedulers = _schedulers(scheduler)
+    options = UpdateOptions(clip_norm, clip_value, grad_scale, scaler.enabled or skip_nonfinite)
+    if engine_step is None:
+        grad_norm, finite = _update(opt, params, options, ctx, binding)
+    else:
+        grad_norm, finite = engine_step(opt, options, ctx)
     if finite:
-        for each in schedulers:
-            each.step()
-    return StepInfo(norm, not finite, scale), scaler.after_step(opt, finite=finite)
+        for one_scheduler in schedulers:
+            one_scheduler.step()
+    return StepInfo(grad_norm, not finite, grad_scale), scaler.after_step(opt, finite=finite)
 
 
 def _update(
-    opt: Optimizer, params: list[torch.Tensor], options: UpdateOptions, ctx: DistContext
+    opt: Optimizer,
+    params: Sequence[torch.Tensor],
+    options: UpdateOptions,
+    ctx: DistContext,
+    binding: OptimizerBinding | None,
 ) -> tuple[torch.Tensor | None, bool]:
-    """Clip and step with the gradients that are in `.grad` of `params`; return their norm, and whether it stepped."""
-    finite, norm = True, None
+    """Unscale, clip and step with the gradients in `.grad` of `params`, then drop them.
+
+    Returns:
+        The norm of the gradients, and whether they were finite and `opt` stepped.
+    """
+    finite = True
+    grad_norm = None
     if options.skip_nonfinite:
-        finite = unscale_([p.grad for p in params if p.grad is not None], options.grad_scale, ctx)
+        grads = [param.grad for param in params if param.grad is not None]
+        finite = unscale_(grads, options.grad_scale, ctx)
     if options.clip_norm is not None or options.clip_value is not None:
-        norm = clip_(params, options.clip_norm, options.clip_value, ctx)
+        tied_copies = _tied_copies(opt, binding, ctx)
+        grad_norm = clip_(
+            params, options.clip_norm, options.clip_value, ctx, tied_copies=tied_copies
+        )
     if finite:
-        apply(opt)
-    for p in (
-        params
-    ):  # what `zero_grad` does, without its profiler range: 9 us that a small step would notice
-        p.grad = None
-    return norm, finite
+        step_optimizer(opt)
+    # Not `opt.zero_grad()`: its profiler range costs 9 us, which a small step would notice.
+    for param in params:
+        param.grad = None
+    return grad_norm, finite
 
 
-def _schedulers(scheduler: Any) -> Sequence[LRScheduler]:
-    several: Sequence[Any] = scheduler if isinstance(scheduler, Sequence) else (scheduler,)
-    for each in several:
-        if isinstance(each, ReduceLROnPlateau) or not hasattr(each, "step"):
+def _tied_copies(
+    opt: Optimizer, binding: OptimizerBinding | None, ctx: DistContext
+) -> Mapping[int, str]:
+    if binding is not None:
+        return binding.tied_copies
+    if ctx.mesh.spec.pp > 1:
+        raise OptimizerError(
+            "`opt` was not returned by `wrap_optimizer`, so tied parameters would count twice",
+            got=f"a {type(opt).__name__}",
+            fix="write `opt = faccel.wrap_optimizer(opt, model, ctx)` first",
+        )
+    return {}
+
+
+def _schedulers(
+    scheduler: LRScheduler | Sequence[LRScheduler] | None,
+) -> Sequence[LRScheduler]:
+    if scheduler is None:
+        return ()
+    schedulers = scheduler if isinstance(scheduler, Sequence) else (scheduler,)
+    for one_scheduler in schedulers:
+        if isinstance(one_scheduler, ReduceLROnPlateau) or not hasattr(one_scheduler, "step"):
             raise ConfigError(
-                "`scheduler` takes those that move once per update",
-                got=f"a {type(each).__name__}",
+                "`scheduler` must be a scheduler whose `step` needs no metric",
+                got=f"a {type(one_scheduler).__name__}",
                 fix="step a ReduceLROnPlateau yourself, as in `plateau.step(metric)`",
             )
-    return several
+    return schedulers

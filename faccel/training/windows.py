@@ -1,0 +1,184 @@
+"""Windows: the micro-batches of one update, for gradient accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+
+import attrs
+import torch
+
+from faccel.checks import instance_of, positive
+from faccel.context import DistContext
+from faccel.data.loader import ShardedLoader, batches
+from faccel.data.order import Cursor
+from faccel.data.source import Batch
+from faccel.effects import AMBIENT, COLLECTIVE, effectful
+from faccel.errors import DataError
+from faccel.protocols import DATA
+from faccel.tree import Tree
+
+Weight = Callable[[Batch], int | float | torch.Tensor]
+"""Counts a micro-batch, in rows or tokens: a number or a 0-d tensor, 0 allowed."""
+
+
+@attrs.frozen(eq=False)
+class MicroBatch:
+    """One micro-batch of a window.
+
+    Args:
+        data: As in `Batch`.
+        num_valid: As in `Batch`.
+        scale: The factor of its loss, for `scaled_backward`: a number or a 0-d tensor.
+        sync: Whether its backward reduces gradients, for `grad_sync`; True for the last one.
+    """
+
+    data: Tree
+    num_valid: int
+    scale: float | torch.Tensor
+    sync: bool
+
+
+@attrs.frozen(eq=False)
+class Window:
+    """The micro-batches of one update; iterate it once.
+
+    Args:
+        batches: The batches of the loader.
+        scale: The factor of each loss.
+        cursor: The position to resume from after this update. A saved state never contains
+            partial gradients.
+    """
+
+    batches: Sequence[Batch] = attrs.field(repr=False)
+    scale: float | torch.Tensor
+    cursor: Cursor
+    _read_ahead: Callable[[], None] = attrs.field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        last = len(self.batches) - 1
+        for index, batch in enumerate(self.batches):
+            yield MicroBatch(batch.data, batch.num_valid, self.scale, index == last)
+            self._read_ahead()
+
+
+@effectful(AMBIENT, COLLECTIVE)
+def windows(
+    loader: ShardedLoader,
+    ctx: DistContext,
+    *,
+    size: int | None = None,
+    weight: Weight | None = None,
+) -> Iterator[Window]:
+    """Group a loader's batches into windows: the micro-batches of one update each.
+
+    Effects: ambient, collective. Reads the dataset. With `weight`, one all-reduce of a number per
+    window, for which the host does not wait.
+
+    The last window of an epoch may be shorter. While a window is iterated, the batches of the next
+    one are read, one for each micro-batch.
+
+    Without `weight` the loss must be the mean over the rows of a micro-batch, and
+    `scale = 1 / len(window)`. With `weight` the loss must be the *sum* over the valid rows, and
+    `scale = data_world_size * cp / total`. `total` is the weight of the window over all data
+    ranks: the gradient is that of the mean over everything counted, for any lengths. A window of
+    weight 0 has scale 0.
+
+    Args:
+        loader: From `shard`, at an epoch.
+        ctx: The context.
+        size: Micro-batches per update; None is the configuration's `grad_accum`.
+        weight: Counts a micro-batch of this rank; full sequences where the mesh has `cp`.
+            `Batch.num_valid` is the number of rows to count.
+
+    Raises:
+        ConfigError: `size` is not positive.
+        DataError: `loader` is not from `shard`, or has an uneven tail: its ranks would make
+            different numbers of updates.
+
+    Examples:
+        >>> from torch.utils.data import DataLoader
+        >>> from faccel.data.loader import shard
+        >>> from faccel.testing import fake_context
+        >>> ctx = fake_context(0, 1)
+        >>> loader = shard(DataLoader(range(5), batch_size=1), ctx)
+        >>> [(len(w), [m.sync for m in w], w.scale) for w in windows(loader, ctx, size=3)]
+        [(3, [False, False, True], 0.3333333333333333), (2, [False, True], 0.5)]
+    """
+    fix = "write `faccel.windows(faccel.shard(loader, ctx).at(epoch), ctx)`"
+    instance_of("loader", loader, ShardedLoader, fix=fix, error=DataError)
+    if size is None:
+        num_micro_batches = ctx.config.grad_accum
+    else:
+        num_micro_batches = positive("size", size)
+    if loader.source.tail == "uneven" and ctx.data_world_size > 1:
+        raise uneven_tail_error()
+    return _windows(loader, ctx, num_micro_batches, weight)
+
+
+def _windows(
+    loader: ShardedLoader, ctx: DistContext, num_micro_batches: int, weight: Weight | None
+) -> Iterator[Window]:
+    source = batches(loader)
+    current = list(islice(source, num_micro_batches))
+    while current:
+        ahead = _ReadAhead(source, num_micro_batches)
+        if weight is None:
+            scale: float | torch.Tensor = 1 / len(current)
+        else:
+            scale = _scale(current, weight, ctx)
+        yield Window(tuple(current), scale, current[-1].cursor, ahead.read)
+        current = ahead.finish()
+
+
+class _ReadAhead:
+    """Reads the batches of the next window, one at a time."""
+
+    def __init__(self, source: Iterator[Batch], num_batches: int) -> None:
+        self._source = source
+        self._num_missing = num_batches
+        self._batches: list[Batch] = []
+
+    def read(self) -> None:
+        """Read one batch, unless the next window has all of its batches."""
+        self._read(min(1, self._num_missing))
+
+    def finish(self) -> list[Batch]:
+        """Return the batches of the next window; `read` does nothing afterwards."""
+        self._read(self._num_missing)
+        return self._batches
+
+    def _read(self, num_batches: int) -> None:
+        self._batches.extend(islice(self._source, num_batches))
+        self._num_missing -= num_batches
+
+
+def _scale(window: Sequence[Batch], weight: Weight, ctx: DistContext) -> torch.Tensor:
+    # Counts in double are exact up to 2**53; MPS has no double.
+    dtype = torch.float64
+    if ctx.device.type == "mps":
+        dtype = torch.float32
+    weights = [weight(batch) for batch in window]
+    # Numbers are added on the host, so that only tensors cost a kernel each.
+    host_sum = sum(value for value in weights if not isinstance(value, torch.Tensor))
+    local_sum = torch.full((), host_sum, dtype=dtype, device=ctx.device)
+    for value in weights:
+        if isinstance(value, torch.Tensor):
+            local_sum = local_sum + value.detach().to(local_sum)
+    total = ctx.comm.all_reduce(local_sum, "sum", DATA)
+    # Backward averages gradients over the data ranks and the ranks of `cp`: multiply them again.
+    num_averaged = ctx.mesh.spec.data_world_size * ctx.mesh.spec.cp
+    return torch.where(total > 0, num_averaged / total, 0.0)
+
+
+def uneven_tail_error(more_fix: str = "") -> DataError:
+    """Return the error for training on a loader that gives some ranks fewer batches."""
+    return DataError(
+        'training on a loader with `tail="uneven"` would hang: some ranks have fewer batches',
+        got="a backward while such a loader is iterated",
+        fix='write `faccel.shard(loader, ctx, tail="pad")` or `tail="drop"` for training'
+        + more_fix,
+    )
