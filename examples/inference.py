@@ -35,7 +35,7 @@ def main(ctx):
     # Each process takes its slice; `pad=True` would even them out with repeats.
     mine = faccel.split(PROMPTS, ctx)
     with torch.no_grad():
-        codes = model.generate(mine)
+        codes = model.call("generate", mine)
 
     # Slices differ in rows, answers in length: pad the length, gather whatever number of rows there is.
     codes = faccel.comm.pad_across(codes, ctx, dim=1)

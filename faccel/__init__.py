@@ -60,12 +60,12 @@ if TYPE_CHECKING:
     from faccel.training.precision import ScalerState as ScalerState
     from faccel.training.precision import autocast as autocast
     from faccel.training.precision import init_scaler as init_scaler
-    from faccel.training.step import MicroBatch as MicroBatch
     from faccel.training.step import StepInfo as StepInfo
-    from faccel.training.step import Window as Window
     from faccel.training.step import optimizer_step as optimizer_step
     from faccel.training.step import scaled_backward as scaled_backward
-    from faccel.training.step import windows as windows
+    from faccel.training.windows import MicroBatch as MicroBatch
+    from faccel.training.windows import Window as Window
+    from faccel.training.windows import windows as windows
 
 _NAMES = {
     "faccel.checkpoint.load": ("latest", "load"),
@@ -88,9 +88,8 @@ _NAMES = {
     "faccel.tracking.console": ("get_logger", "print", "progress"),
     "faccel.training.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
     "faccel.training.precision": ("ScalerState", "autocast", "init_scaler"),
-    "faccel.training.step": (
-        "MicroBatch", "StepInfo", "Window", "optimizer_step", "scaled_backward", "windows",
-    ),
+    "faccel.training.step": ("StepInfo", "optimizer_step", "scaled_backward"),
+    "faccel.training.windows": ("MicroBatch", "Window", "windows"),
 }  # fmt: skip
 _NAMESPACES = (
     "backends", "checkpoint", "comm", "data", "errors", "func", "parallel", "random", "testing",

@@ -188,6 +188,22 @@ def no_join(engine: torch.nn.Module, states: Sequence[Stateful], ctx: DistContex
     )
 
 
+class TiedCopies(Protocol):
+    """Lists the parameters of this rank that are copies of a tied parameter of another rank."""
+
+    def __call__(self, engine: torch.nn.Module) -> Mapping[int, str]:
+        """Return the name of the first copy, on the other rank, by `id` of the parameter here.
+
+        A norm counts the first copy only, and a checkpoint stores state under its name.
+        """
+        ...
+
+
+def no_tied_copies(engine: torch.nn.Module) -> Mapping[int, str]:
+    """Return an empty mapping: `Parallelism.tied_copies` where ranks have the same modules."""
+    return {}
+
+
 class ExportState(Protocol):
     """Reads the state of an engine."""
 
@@ -253,6 +269,7 @@ class Parallelism:
         state: How the engine is saved and loaded; None where the user's module holds everything.
         optimizer_step: The engine's own step; None where gradients are in `.grad` and the
             optimizer is torch's.
+        tied_copies: Lists copies of tied parameters, where ranks have different modules.
         is_replicated: Whether every rank of a mesh of replicas has full parameters and gradients.
     """
 
@@ -265,4 +282,5 @@ class Parallelism:
     pipeline_forward_backward: PipelineForwardBackward | None = None
     state: StateIO | None = None
     optimizer_step: EngineOptimizerStep | None = None
+    tied_copies: TiedCopies = no_tied_copies
     is_replicated: bool = True

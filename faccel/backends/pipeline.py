@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -34,10 +34,12 @@ class Shared:
     Args:
         name: Its name on this rank.
         group: The ranks that have it.
+        copy_of: The name of its first copy, if that is on another rank.
     """
 
     name: str
     group: dist.ProcessGroup
+    copy_of: str | None
 
 
 class Engine(nn.Module):
@@ -226,7 +228,7 @@ def _check_units(stages: Sequence[Sequence[str]], layout: Layout) -> None:
 
 
 def _groups(module: nn.Module, shared: Sequence[dict[int, str]], ctx: DistContext) -> list[Shared]:
-    """Make the group of the ranks that share each parameter; mark those that the norm counts elsewhere. Collective."""
+    """Make the group of the ranks that have each tied parameter. Collective."""
     place, size = ctx.comm.rank("pp"), ctx.comm.size("pp")
     column = ctx.mesh.spec.peers(ctx.rank, "pp")
     found: list[Shared] = []
@@ -236,12 +238,8 @@ def _groups(module: nn.Module, shared: Sequence[dict[int, str]], ctx: DistContex
             continue
         ranks = [column[owner] for owner in sorted(owners)]
         group: Any = dist.new_group(ranks, use_local_synchronization=True, group_desc="shared")
-        found.append(Shared(owners[place], group))
-        if place != min(owners):
-            copy: Any = module.get_parameter(owners[place])
-            copy._faccel_name = names[
-                min(names)
-            ]  # the norm counts it there, and a checkpoint names it so
+        is_copy = place != min(owners)
+        found.append(Shared(owners[place], group, names[min(names)] if is_copy else None))
     return found
 
 
@@ -434,6 +432,12 @@ def _grad_sync(engine: nn.Module, *, on: bool) -> Any:
     )
 
 
+def _tied_copies(engine: nn.Module) -> Mapping[int, str]:
+    assert isinstance(engine, Engine)
+    copies = [(tied.name, tied.copy_of) for tied in engine.shared if tied.copy_of is not None]
+    return {id(engine_parameter(engine, name)): copy_of for name, copy_of in copies}
+
+
 PIPELINE = Parallelism(
     "pipeline",
     _wrap,
@@ -441,4 +445,5 @@ PIPELINE = Parallelism(
     _grad_sync,
     sync_buffers,
     pipeline_forward_backward=_forward_backward,
+    tied_copies=_tied_copies,
 )

@@ -80,11 +80,11 @@ def is_stateful(value: Any) -> bool:
 def parameter_names(state: Any, path: str = "") -> dict[int, str]:
     """Return the name of each parameter of each model in `state`, by identity: an optimizer's state is kept by it."""
     if isinstance(state, (WrappedModel, nn.Module)):
-        # of a parameter that two stages of a pipeline have, one name counts
-        return {
-            id(p): join(path, getattr(p, "_faccel_name", name))
-            for name, p in state.named_parameters()
-        }
+        names = {id(param): name for name, param in state.named_parameters()}
+        if isinstance(state, WrappedModel):
+            # Two pipeline stages that have a tied parameter store its state under one name.
+            names |= state.parallelism.tied_copies(state.engine)
+        return {key: join(path, name) for key, name in names.items()}
     if isinstance(state, Mapping):
         children: Iterator[tuple[Any, Any]] = iter(state.items())
     elif isinstance(state, (list, tuple)):

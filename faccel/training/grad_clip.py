@@ -24,10 +24,7 @@ def parameters_with_gradients(opt: Optimizer, ctx: DistContext) -> list[torch.Te
             parameters of a stage may be frozen.
     """
     params = [
-        param
-        for group in opt.param_groups
-        for param in group["params"]
-        if param.grad is not None
+        param for group in opt.param_groups for param in group["params"] if param.grad is not None
     ]
     if not params and ctx.mesh.spec.pp == 1:
         num_params = sum(len(group["params"]) for group in opt.param_groups)
@@ -105,9 +102,7 @@ def clip_(
     # of several meshes are mixed.
     shards = [_LocalGrad(local_tensor(param.grad)) for param in params if param.grad is not None]
     counted = [
-        param.grad
-        for param in params
-        if param.grad is not None and id(param) not in tied_copies
+        param.grad for param in params if param.grad is not None and id(param) not in tied_copies
     ]
     stand_ins = cast("Sequence[torch.Tensor]", shards)
     return _clip(stand_ins, clip_norm, clip_value, lambda _: total_norm(counted, ctx))

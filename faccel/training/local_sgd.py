@@ -1,4 +1,4 @@
-"""Local SGD: replicas train independently and average their parameters periodically (Stich, 2019)."""
+"""Local SGD: replicas train independently, with averages in between (Stich, 2019)."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def averaged(
 def _averaged_buckets(
     params: Mapping[str, torch.Tensor], ctx: DistContext, bucket_cap_mb: float
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the means bucket by bucket, as views of the reduced bucket; same order on every rank."""
+    """Yield the means by bucket, as views of the reduced bucket, in one order on all ranks."""
     check_replicas(ctx, "train without `local_sgd`")
     check_cap(bucket_cap_mb)
     # Sorted, because ranks may have filled the mapping in different orders.

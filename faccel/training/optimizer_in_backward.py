@@ -57,7 +57,7 @@ def step_in_backward(
     spec = ctx.mesh.spec
     if ctx.config.mixed_precision == "fp16":
         raise ConfigError(
-            "`step_in_backward` does not support fp16, whose loss scale needs all gradients at once",
+            "`step_in_backward` does not support fp16: its loss scale needs all gradients at once",
             got='mixed_precision="fp16"',
             fix='use `mixed_precision="bf16"`, or `faccel.optimizer_step`',
         )

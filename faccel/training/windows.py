@@ -111,9 +111,8 @@ def windows(
     fix = "write `faccel.windows(faccel.shard(loader, ctx).at(epoch), ctx)`"
     instance_of("loader", loader, ShardedLoader, fix=fix, error=DataError)
     if size is None:
-        num_micro_batches = ctx.config.grad_accum
-    else:
-        num_micro_batches = positive("size", size)
+        size = ctx.config.grad_accum
+    num_micro_batches = positive("size", size)
     if loader.source.tail == "uneven" and ctx.data_world_size > 1:
         raise uneven_tail_error()
     return _windows(loader, ctx, num_micro_batches, weight)

@@ -159,7 +159,6 @@ def test_generate_runs_with_the_hooks_of_every_strategy(name, mesh):
         }
         with torch.no_grad():
             out = model.call("generate", ids, **options)
-            assert torch.equal(model.generate(ids, **options), out)
         return faccel.gather(out, ctx)
 
     (one,) = simulate(generate, 1)

@@ -1,4 +1,6 @@
+import gc
 import itertools
+import weakref
 
 import attrs
 import pytest
@@ -292,3 +294,30 @@ def test_optimizers_of_any_make_step(ctx):
         else:
             faccel.optimizer_step(opt, scaler, ctx)
             assert torch.allclose(model.weight, before - 0.5)
+
+
+def test_a_context_that_is_not_the_models_is_an_error_that_names_it():
+    other = fake_context(0, 1, config={"mixed_precision": "fp16"})
+    model = faccel.wrap(net(), ONE)
+    opt = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(ModelError, match="`ctx` is not the context that `model` was wrapped with"):
+        faccel.wrap_optimizer(opt, model, other)
+    opt = faccel.wrap_optimizer(opt, model, ONE)
+    scaler = faccel.scaled_backward(model(torch.ones(2, 3)).sum(), faccel.init_scaler(ONE), ONE)
+    with pytest.raises(OptimizerError, match="`ctx` is not the context") as caught:
+        faccel.optimizer_step(opt, scaler, other)
+    assert "faccel.wrap_optimizer" in caught.value.fix
+    assert model.weight.grad is not None
+    same_world = attrs.evolve(ONE, device=torch.device("cpu"))
+    info, _ = faccel.optimizer_step(opt, scaler, same_world)
+    assert not info.skipped
+
+
+def test_the_record_of_an_optimizer_does_not_keep_it_alive():
+    model = faccel.wrap(net(), ONE)
+    opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=1.0), model, ONE)
+    assert not [name for name in vars(opt) if "faccel" in name]
+    alive = weakref.ref(opt)
+    del opt
+    gc.collect()
+    assert alive() is None

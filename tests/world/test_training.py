@@ -180,21 +180,21 @@ def test_every_rank_evaluates_the_same_statistics():
     assert torch.equal(a[1], b[1])
 
 
-def test_a_users_method_called_by_its_name_is_reduced_and_cast():
+def test_a_method_through_call_reduces_gradients_and_casts_its_output():
     class Encoder(nn.Linear):
         def encode(self, x):
             return self(x)
 
     def fn(ctx):
         model = faccel.wrap(Encoder(1, 1, bias=False), ctx)
-        out = model.encode(torch.full((1, 1), float(ctx.rank)))
+        assert model.encode == model.module.encode  # reading returns the plain attribute
+        out = model.call("encode", torch.full((1, 1), float(ctx.rank)))
         faccel.scaled_backward(out.sum(), faccel.init_scaler(ctx), ctx)
         model.zero_grad()
         faccel.scaled_backward(
             model.forward(torch.full((1, 1), float(ctx.rank))).sum(), faccel.init_scaler(ctx), ctx
         )
-        assert model.to("cpu") is model
-        assert model.requires_grad_(True) is model
+        assert model.to("cpu") is model.module
         return model.weight.grad.item(), out.dtype
 
     assert simulate(fn, 2) == ((0.5, torch.float32),) * 2
