@@ -138,7 +138,7 @@ def test_blocks_are_computed_again_in_backward_and_learn_the_same(name, mesh, ch
     once = len(calls)
     calls.clear()
     world_size = size_of(mesh) if mesh else 1
-    for ours in simulate(fn, world_size, {"checkpoint": checkpoint}, mesh=mesh):
+    for ours in simulate(fn, world_size, {"activation_checkpoint": checkpoint}, mesh=mesh):
         assert_trained_alike(ours, one)
     assert len(calls) == world_size * (once + (1 if checkpoint == 2 else once))
 
