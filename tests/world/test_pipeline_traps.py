@@ -92,7 +92,7 @@ def test_a_stage_without_trained_parameters_or_with_a_copy_alone():
         net.embed.requires_grad_(not freeze)
         plan = faccel.Plan(pipeline=faccel.parallel.PipelineConfig(chain=CHAIN, split=split))
         wrapped, scaler = faccel.wrap(net, ctx, plan=plan), faccel.init_scaler(ctx)
-        opt = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        opt = faccel.wrap_optimizer(torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, ctx)
         window = next(faccel.windows(loader_of(ctx, tokens(8), 2), ctx, size=4))
         _, scaler = faccel.parallel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
         info, _ = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
