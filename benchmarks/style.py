@@ -228,7 +228,8 @@ def layers_of_faccel():
 
     root = pathlib.Path(__file__).parents[1]
     config = tomllib.loads((root / "pyproject.toml").read_text())
-    (contract,) = config["tool"]["importlinter"]["contracts"]
+    contracts = config["tool"]["importlinter"]["contracts"]
+    (contract,) = [entry for entry in contracts if entry["type"] == "layers"]
     return [[name.strip() for name in row.split("|")] for row in contract["layers"]]
 
 

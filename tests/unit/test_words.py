@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDERS = ("faccel", "tests", "examples", "benchmarks", "docs")
 
-# A pattern, and what to write instead. `_` counts as a space: names of functions and tests are read.
+# A pattern, and what to write instead. `_` counts as a space: names of tests are read, too.
 BANNED = {
     r"machines?\b(?! learning)": "node",
     r"data sets?": "dataset",
