@@ -20,7 +20,7 @@ from faccel.parallel.pipeline_stages import Part, remove_others, shared_between,
 from faccel.parallel.sync_states import check_same
 from faccel.plan import PipelineConfig, Plan
 from faccel.protocols import WORLD, Parallelism, RunMethod
-from faccel.random.generators import seeded
+from faccel.random.generators import call_seeded
 from faccel.random.hashing import mix
 from faccel.tree import Tree, full_tensor, local_tensor, map_leaves
 
@@ -252,7 +252,7 @@ def _forward_backward(
     count = len(losses)
     run = SCHEDULES[_schedule_of(engine, count)]
     seed = _common_seed(ctx)
-    asked = [seeded(_inputs, loss, mix(seed, i)) for i, loss in enumerate(losses)]
+    asked = [call_seeded(_inputs, loss, mix(seed, i)) for i, loss in enumerate(losses)]
     found: dict[int, torch.Tensor] = {}
 
     def loss_of(out: Any, number: int) -> torch.Tensor:
@@ -261,7 +261,7 @@ def _forward_backward(
                 lambda *args, **kwargs: to_fp32(out) if ctx.compute_dtype else out
             )
 
-        loss = seeded(ask, None, mix(seed, number))
+        loss = call_seeded(ask, None, mix(seed, number))
         found[number] = full_tensor(loss.detach())
         return loss * factors[number]
 

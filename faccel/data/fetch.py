@@ -23,7 +23,7 @@ from torch.utils.data import (
 )
 
 from faccel.data.rounds import Deal, Part, rounds
-from faccel.random.generators import Generators, seed_all, seeded, under, watched
+from faccel.random.generators import Generators, call_seeded, seed_all, using
 from faccel.random.hashing import mix
 from faccel.tree import is_tensordict
 
@@ -39,14 +39,11 @@ class Fetch(Dataset[Any]):
         dataset: The user's.
         collate: The user's `collate_fn`.
         is_single: Whether one item of the data set is a batch already.
-        draws: Whether a batch has been seen that draws random numbers; only then are generators seeded for each, which
-            takes longer than watching that none is drawn. The first one that draws is read twice.
     """
 
     dataset: Any
     collate: Callable[[Any], Any]
     is_single: bool = False
-    draws: bool = attrs.field(default=False, init=False)
 
     def __getitem__(self, row: Row) -> Any:
         key, samples = row
@@ -64,11 +61,7 @@ class Fetch(Dataset[Any]):
         if get_worker_info() is not None:
             seed_all(mix(*key))
             return self._collated(indices)
-        if not self.draws:
-            batch, self.draws = watched(self._collated, indices)
-            if not self.draws:
-                return batch
-        return seeded(self._collated, indices, mix(*key))
+        return call_seeded(self._collated, indices, mix(*key))
 
     def _collated(self, indices: list[Any]) -> Any:
         if self.is_single:
@@ -156,7 +149,7 @@ def _under(items: Iterator[Any], seed: int) -> Iterator[Any]:
     """Walk `items` under seeded generators of their own; the process's are put back between them."""
     state, end = Generators.seeded(seed), object()
     while True:
-        with under(state):
+        with using(state):
             item = next(items, end)
         if item is end:
             return
@@ -166,7 +159,7 @@ def _under(items: Iterator[Any], seed: int) -> Iterator[Any]:
 def walk(items: Iterable[Any], seed: int) -> Iterator[Any]:
     """Yield the items of the user's iterable, which draws from generators of its own that follow from `seed`."""
     if hasattr(items, "__len__"):
-        with under(Generators.seeded(seed)):
+        with using(Generators.seeded(seed)):
             return iter(list(items))
     return _under(iter(items), seed)
 
@@ -250,5 +243,9 @@ def collated(part: Part, loader: Any, seed: int) -> Any:
     """Return the batch of a part of an iterable data set, as the loader would collate it."""
     collate = getattr(loader, "collate_fn", identity)
     if getattr(loader, "batch_size", None) is None:
-        return seeded(collate, part.units[0], seed)
-    return collate(part.units) if collate is default_collate else seeded(collate, part.units, seed)
+        return call_seeded(collate, part.units[0], seed)
+    return (
+        collate(part.units)
+        if collate is default_collate
+        else call_seeded(collate, part.units, seed)
+    )

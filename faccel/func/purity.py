@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from faccel.context import DistContext
 from faccel.errors import PurityError
 from faccel.func.rng_streams import device_state
-from faccel.random.generators import watched
+from faccel.random.generators import detect_draws
 from faccel.tree import flatten, paths
 
 R = TypeVar("R")
@@ -52,14 +52,16 @@ def found_pure(
         run: Calls the user's function.
         arguments: What it was given, by name.
         ctx: Where it runs.
-        by_value: Whether arguments are compared by the value of every element: a pass over all of them.
+        by_value: Whether arguments are compared by the value of every element, a pass over all of
+            them, and the generators of NumPy and Python, too.
 
     Raises:
         PurityError: It wrote to an argument, whose leaf is named, or drew from a generator of the process.
     """
     before = dict(_digests(arguments)) if by_value else {}
     on_device = device_state(ctx)
-    result, drew = watched(lambda _: run(), None)
+    # Python's and NumPy's generators take longer to compare than a small step: with `by_value` only
+    result, drew = detect_draws(run, torch_only=not by_value)
     if drew or (on_device is not None and not torch.equal(on_device, device_state(ctx))):
         raise PurityError(
             "the function drew random numbers from a generator of the process, so that no step could be repeated",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from faccel.random.generators import Generators, seed_all, seeded, under, watched
+from faccel.random.generators import Generators, call_seeded, detect_draws, seed_all, using
 
 
 def draws(_=None):
@@ -12,13 +12,13 @@ def draws(_=None):
 
 
 def test_seeded_calls_repeat_and_depend_on_the_seed_alone():
-    first = seeded(draws, None, 5)
+    first = call_seeded(draws, None, 5)
     draws()
-    assert seeded(draws, None, 5) == first != seeded(draws, None, 6)
+    assert call_seeded(draws, None, 5) == first != call_seeded(draws, None, 6)
 
 
 @pytest.mark.parametrize("between", [0, 1, 2, 623, 624, 625, 1500])
-def test_the_processes_own_go_on_as_if_nothing_had_happened(between):
+def test_the_draws_of_the_process_are_the_same_with_and_without_seeded_calls(between):
     seed_all(3)
     expected = [
         [random.getrandbits(32) for _ in range(between)] + [random.gauss(0, 1), draws()]
@@ -27,8 +27,8 @@ def test_the_processes_own_go_on_as_if_nothing_had_happened(between):
     seed_all(3)
     got = []
     for number in range(4):
-        seeded(draws, None, number)
-        seeded(draws, None, number)
+        call_seeded(draws, None, number)
+        call_seeded(draws, None, number)
         got.append([random.getrandbits(32) for _ in range(between)] + [random.gauss(0, 1), draws()])
     assert got == expected
 
@@ -36,21 +36,21 @@ def test_the_processes_own_go_on_as_if_nothing_had_happened(between):
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda _: torch.rand(1),
-        lambda _: random.random(),
-        lambda _: np.random.rand(),
-        lambda _: np.random.seed(0),
+        lambda: torch.rand(1),
+        lambda: random.random(),
+        lambda: np.random.rand(),
+        lambda: np.random.seed(0),
     ],
 )
-def test_watching_sees_whoever_draws_and_leaves_nothing_behind(draw):
+def test_a_draw_from_any_generator_is_detected_and_undone(draw):
     seed_all(3)
     expected = [draws() for _ in range(4)]
     seed_all(3)
     got = []
     for number in range(4):
-        assert watched(lambda x: x + 1, number) == (number + 1, False)
-        assert watched(draw, None)[1]
-        assert watched(lambda x: x, number) == (number, False)
+        assert detect_draws(lambda value=number: value) == (number, False)
+        assert detect_draws(draw)[1]
+        assert detect_draws(lambda: None, torch_only=True) == (None, False)
         got.append(draws())
     assert got == expected
 
@@ -61,21 +61,21 @@ def test_the_second_of_a_pair_of_normals_comes_once():
     seed_all(3)
     got = []
     for number in range(6):
-        seeded(draws, None, number)
+        call_seeded(draws, None, number)
         got.append(random.gauss(0, 1))
     assert got == expected
 
 
-def test_they_are_put_back_after_an_error():
+def test_generators_are_restored_after_an_error():
     seed_all(1)
     expected = draws()
     seed_all(1)
     with pytest.raises(ZeroDivisionError):
-        seeded(lambda _: 1 / 0, None, 9)
+        call_seeded(lambda _: 1 / 0, None, 9)
     assert draws() == expected
 
 
-def test_a_state_moves_on_under_it_and_the_own_stay():
+def test_using_updates_the_state_and_restores_the_generators_of_the_process():
     seed_all(1)
     expected = [draws(), draws()]
     seed_all(2)
@@ -84,7 +84,17 @@ def test_a_state_moves_on_under_it_and_the_own_stay():
     state = Generators.seeded(1)
     got = []
     for _ in range(2):
-        with under(state):
+        with using(state):
             got.append(draws())
     assert got == expected
     assert draws() == own
+
+
+def test_seeded_calls_may_be_nested_and_overlap():
+    outer = call_seeded(lambda _: (call_seeded(draws, None, 6), draws()), None, 5)
+    assert outer == (call_seeded(draws, None, 6), call_seeded(draws, None, 5))
+
+
+def test_a_draw_of_torch_is_detected_without_comparing_the_others():
+    assert detect_draws(lambda: torch.rand(1).numel(), torch_only=True) == (1, True)
+    assert detect_draws(lambda: random.getrandbits(1) * 0, torch_only=True) == (0, False)

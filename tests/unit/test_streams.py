@@ -381,3 +381,16 @@ def test_a_sequential_sampler_without_a_batch_size_needs_no_epoch():
         fake_context(0, 1),
     )
     assert [int(x[0]) for x in loader] == [0, 1, 2]
+
+
+def test_a_dataset_that_draws_random_numbers_is_read_once():
+    indices = []
+
+    class Counting(Rows):
+        def __getitem__(self, i):
+            indices.append(i)
+            return super().__getitem__(i)
+
+    loader = faccel.shard(DataLoader(Counting(12), 4), fake_context(0, 1))
+    assert [ids(data) for data in loader] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert indices == list(range(12))
