@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
-from faccel.parallel.activation_checkpoint import prepare
+from faccel.parallel.activation_checkpoint import checkpoint_and_compile
 from faccel.parallel.forward import Methods, call_method, with_precision
-from faccel.parallel.sync_states import check_same, take_rank_0s
+from faccel.parallel.sync_states import check_same_structure, broadcast_from_rank_0
 from faccel.plan import DdpConfig, Plan
 from faccel.protocols import DATA, Parallelism, RunMethod, Stateful
 
@@ -34,10 +34,10 @@ class DdpEngine(DistributedDataParallel):
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
-    check_same(module, ctx, DATA)
+    check_same_structure(module, ctx, DATA)
     if not any(param.requires_grad for param in module.parameters()):
         return _wrap_frozen(module, ctx)
-    prepare(module, plan)
+    checkpoint_and_compile(module, plan)
     engine = _make_engine(module, plan.ddp, ctx)
 
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
@@ -103,13 +103,15 @@ def _without_buffer_sync(module: nn.Module, ctx: DistContext) -> dict[str, bool]
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
         return {"forward_sync_buffers": False}
     # Before torch 2.13, `broadcast_buffers=False` also skips the first broadcast, at construction.
-    take_rank_0s(dict(module.named_buffers()), ctx, DATA)
+    broadcast_from_rank_0(dict(module.named_buffers()), ctx, DATA)
     return {"broadcast_buffers": False}
 
 
 def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     """Wrap a model without trainable parameters, which DDP refuses."""
-    take_rank_0s({**dict(module.named_parameters()), **dict(module.named_buffers())}, ctx, DATA)
+    broadcast_from_rank_0(
+        {**dict(module.named_parameters()), **dict(module.named_buffers())}, ctx, DATA
+    )
 
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and any(param.requires_grad for param in module.parameters()):
@@ -149,7 +151,7 @@ def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
 def _sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
     buffers = dict(engine.named_buffers())
     if buffers and isinstance(engine, DdpEngine):
-        take_rank_0s(buffers, ctx, DATA)
+        broadcast_from_rank_0(buffers, ctx, DATA)
 
 
 def _join(

@@ -21,20 +21,20 @@ from faccel.errors import ModelError
 from faccel.parallel.activation_checkpoint import (
     apply_checkpointing,
     apply_compile,
-    check_recomputed,
+    check_has_units,
 )
 from faccel.parallel.expert_parallel import moes_of, shard_experts
 from faccel.parallel.forward import call_method, to_fp32
-from faccel.parallel.materialize import Values
+from faccel.parallel.materialize import InitialValues
 from faccel.parallel.moe import MoE
-from faccel.parallel.sync_states import check_same, take_rank_0s
+from faccel.parallel.sync_states import check_same_structure, broadcast_from_rank_0
 from faccel.parallel.units import matching, units_of
 from faccel.plan import Plan
 from faccel.protocols import WORLD, Parallelism, RunMethod
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
-    check_same(module, ctx, WORLD)
+    check_same_structure(module, ctx, WORLD)
     shard_module(module, plan, Layout.of(module, plan, ctx), ctx)
     _forgets(module, module)
     return module, _runner(module, ctx)
@@ -73,7 +73,7 @@ class Layout:
             for n in matching(pattern, named, "parameter")
         }
         ignored = (name for name, p in named.items() if id(p) in meant)  # under each of its names
-        check_recomputed(units, plan.activation_checkpoint)
+        check_has_units(units, plan.activation_checkpoint)
         for name, p in named.items():
             if p.ndim == 0 and id(p) not in meant:
                 fix = "give it the shape [1], or name it in `fsdp=faccel.parallel.FsdpConfig(ignored=...)`"
@@ -99,11 +99,11 @@ class Layout:
 
 def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext) -> None:
     """Shard `module`, which the ranks of a stage have alike. Updates `module`; collective over the stage."""
-    values = Values.of(module, ctx, "stage")
+    values = InitialValues.of(module, ctx, "stage")
     if layout.cuts:
-        from faccel.parallel.tensor_parallel import cut
+        from faccel.parallel.tensor_parallel import apply_tensor_parallel
 
-        cut(module, layout.cuts, mesh_of(ctx)["tp"])
+        apply_tensor_parallel(module, layout.cuts, mesh_of(ctx)["tp"])
     apply_checkpointing(module, layout.units, plan.activation_checkpoint)
     apply_compile(module, layout.units, plan)
     _fully_shard(module, layout, plan, ctx)
@@ -113,9 +113,9 @@ def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext
 def _cuts(module: nn.Module, plan: Plan, ctx: DistContext) -> Mapping[str, str]:
     if ctx.mesh.spec.tp == 1:
         return {}
-    from faccel.parallel.tensor_parallel import cuts_of
+    from faccel.parallel.tensor_parallel import styles_of
 
-    return cuts_of(module, plan, ctx.mesh.spec.tp)
+    return styles_of(module, plan, ctx.mesh.spec.tp)
 
 
 def mesh_of(ctx: DistContext) -> DeviceMesh:
@@ -254,7 +254,7 @@ def sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
     """Give every rank of a stage the buffers of its first one."""
     buffers = dict(engine.named_buffers())
     if buffers:
-        take_rank_0s(buffers, ctx, "stage")
+        broadcast_from_rank_0(buffers, ctx, "stage")
 
 
 FSDP = Parallelism("sharded", _wrap, same_optimizer, _grad_sync, sync_buffers)

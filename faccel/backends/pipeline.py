@@ -16,8 +16,8 @@ from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
 from faccel.parallel.forward import to_fp32
-from faccel.parallel.pipeline_stages import Part, remove_others, shared_between, stages_of
-from faccel.parallel.sync_states import check_same
+from faccel.parallel.pipeline_stages import StageModule, remove_other_stages, stages_of, tied_params
+from faccel.parallel.sync_states import check_same_structure
 from faccel.plan import PipelineConfig, Plan
 from faccel.protocols import WORLD, Parallelism, RunMethod
 from faccel.random.generators import call_seeded
@@ -54,7 +54,7 @@ class Engine(nn.Module):
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[StageModule],
         plan: PipelineConfig,
         shared: Sequence[Shared],
         ctx: DistContext,
@@ -179,7 +179,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
             got=str(ctx.mesh.spec),
             fix=fix,
         )
-    check_same(module, ctx, WORLD)
+    check_same_structure(module, ctx, WORLD)
     if any(p.is_meta for p in module.parameters()):
         raise ModelError(
             "a pipeline is cut from a model with values", got="meta", fix="build it on the CPU"
@@ -187,15 +187,15 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     place, size = ctx.comm.rank("pp"), ctx.comm.size("pp")
     stages = stages_of(module, plan.pipeline, size * plan.pipeline.stages_per_rank)
     layout = Layout.of(module, plan, ctx)
-    shared = shared_between(module, stages)
+    shared = tied_params(module, stages)
     _check_alike(shared, layout, size)
     _check_units(stages, layout)
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.copy_(broadcast(tensor.detach(), ctx, axis=WORLD))
     own = stages[place::size]
-    parts = [Part(module, names, is_first=names is stages[0]) for names in own]
-    remove_others(module, stages, [name for names in own for name in names])
+    parts = [StageModule(module, names, is_first=names is stages[0]) for names in own]
+    remove_other_stages(module, stages, [name for names in own for name in names])
     for part, names in zip(parts, own, strict=True):
         shard_module(part, plan, layout.below(names), ctx)
     engine = Engine(parts, plan.pipeline, _groups(module, shared, ctx), ctx)

@@ -10,14 +10,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from faccel.context import DistContext
-from faccel.parallel.activation_checkpoint import prepare
+from faccel.parallel.activation_checkpoint import checkpoint_and_compile
 from faccel.parallel.forward import call_method, with_precision
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, RunMethod, Stateful
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
-    prepare(module, plan)
+    checkpoint_and_compile(module, plan)
     return module, with_precision(functools.partial(call_method, module), ctx)
 
 

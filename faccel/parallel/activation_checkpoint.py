@@ -19,16 +19,16 @@ from faccel.parallel.units import units_of
 from faccel.plan import ActivationCheckpointing, Plan
 
 
-def prepare(module: nn.Module, plan: Plan) -> None:
+def checkpoint_and_compile(module: nn.Module, plan: Plan) -> None:
     """Checkpoint and compile what the plan says, for a strategy that has no other use for units. Updates `module`."""
     if plan.activation_checkpoint is not None or plan.compile is not None:
         units = units_of(module, plan)
-        check_recomputed(units, plan.activation_checkpoint)
+        check_has_units(units, plan.activation_checkpoint)
         apply_checkpointing(module, units, plan.activation_checkpoint)
         apply_compile(module, units, plan)
 
 
-def check_recomputed(
+def check_has_units(
     units: Mapping[str, nn.Module], options: ActivationCheckpointing | None
 ) -> None:
     """Refuse activation checkpointing of a model without units."""

@@ -87,7 +87,7 @@ def shard_experts(
         fully_shard(
             moe.experts, mp_policy=policy(f"{name}.experts" if name else "experts"), **inner
         )
-        moe.tie(ctx)
+        moe.connect(ctx)
 
 
 def _dim(shape: Sequence[int], size: int) -> int:

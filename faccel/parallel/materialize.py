@@ -12,12 +12,12 @@ from torch import nn
 from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
 from faccel.errors import ModelError
-from faccel.parallel.sync_states import take_rank_0s
+from faccel.parallel.sync_states import broadcast_from_rank_0
 from faccel.tree import is_dtensor, local_tensor
 
 
 @attrs.frozen
-class Values:
+class InitialValues:
     """What a model held before it was sharded.
 
     Args:
@@ -31,18 +31,18 @@ class Values:
     ties: Sequence[Sequence[str]]
 
     @classmethod
-    def of(cls, module: nn.Module, ctx: DistContext, holders: str) -> Values:
+    def of(cls, module: nn.Module, ctx: DistContext, holders: str) -> InitialValues:
         """Look at the values; without meta every rank has rank 0's afterwards. Updates `module`, collective."""
         mine = any(t.is_meta for t in _tensors(module).values())
         metas = gather_objects(mine, ctx, axis=holders)
         if not any(metas):
-            take_rank_0s(_tensors(module), ctx, holders)
+            broadcast_from_rank_0(_tensors(module), ctx, holders)
             return cls(False, {}, ())
         is_first = ctx.comm.rank(holders) == 0
-        ties = ties_of(module)
+        ties = tied_names(module)
         if is_first and mine:
             _initialise(module)
-            tie(module, ties)
+            tie_parameters(module, ties)
         full = {name: t.detach() for name, t in _tensors(module).items()} if is_first else {}
         return cls(True, full, ties)
 
@@ -54,7 +54,7 @@ class Values:
             module.to_empty(device=ctx.device)
         else:
             module.to(ctx.device)
-        tie(module, self.ties)
+        tie_parameters(module, self.ties)
         with torch.no_grad():
             for name, part in _tensors(module).items():
                 mine = self.full.get(name)
@@ -81,7 +81,7 @@ def _take(part: Any, whole: torch.Tensor) -> None:
     )
 
 
-def ties_of(module: nn.Module) -> list[list[str]]:
+def tied_names(module: nn.Module) -> list[list[str]]:
     """Return the names of each parameter that has several."""
     names: dict[int, list[str]] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
@@ -89,7 +89,7 @@ def ties_of(module: nn.Module) -> list[list[str]]:
     return [each for each in names.values() if len(each) > 1]
 
 
-def tie(module: nn.Module, ties: Sequence[Sequence[str]]) -> None:
+def tie_parameters(module: nn.Module, ties: Sequence[Sequence[str]]) -> None:
     """Make the parameters of these names one again: the first of each. Updates `module`."""
     for first, *others in ties:
         for other in others:

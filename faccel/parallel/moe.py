@@ -120,7 +120,7 @@ class MoE(nn.Module):
         self._comm: Collectives | None = None
 
     @effectful(updates("self"))
-    def tie(self, ctx: DistContext) -> None:
+    def connect(self, ctx: DistContext) -> None:
         """Let tokens travel over the axis `ep` of `ctx`, each of whose ranks holds its part of `experts` from now on.
 
         Effects: updates self. `faccel.wrap` calls it.

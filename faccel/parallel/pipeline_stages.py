@@ -109,7 +109,7 @@ def balanced(sizes: Sequence[int], count: int) -> list[int]:
     return best[len(sizes), count][2]
 
 
-class Part(nn.Module):
+class StageModule(nn.Module):
     """One stage: modules of the user's, under their own names, one after the other.
 
     Args:
@@ -153,14 +153,16 @@ class Elsewhere(nn.Module):
         raise ModelError("this part of the model is on another rank of the pipeline", fix=fix)
 
 
-def remove_others(module: nn.Module, stages: Sequence[Sequence[str]], own: Sequence[str]) -> None:
+def remove_other_stages(
+    module: nn.Module, stages: Sequence[Sequence[str]], own: Sequence[str]
+) -> None:
     """Replace the modules of the stages that are not this rank's. Updates `module`."""
     for name in (name for stage in stages for name in stage if name not in own):
         parent, _, leaf = name.rpartition(".")
         module.get_submodule(parent)._modules[leaf] = Elsewhere()  # pyright: ignore[reportPrivateUsage]
 
 
-def shared_between(module: nn.Module, stages: Sequence[Sequence[str]]) -> list[dict[int, str]]:
+def tied_params(module: nn.Module, stages: Sequence[Sequence[str]]) -> list[dict[int, str]]:
     """Return for each parameter that several stages have its name in each, by the number of the stage."""
     owners: dict[int, dict[int, str]] = {}
     for number, stage in enumerate(stages):

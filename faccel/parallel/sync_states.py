@@ -14,7 +14,7 @@ from faccel.context import DistContext
 from faccel.errors import ModelError
 
 
-def check_same(module: nn.Module, ctx: DistContext, axis: str) -> None:
+def check_same_structure(module: nn.Module, ctx: DistContext, axis: str) -> None:
     """Raise on every rank of the axis where ranks have built different models. Collective."""
     own = [
         (name, tuple(p.shape), str(p.dtype), p.requires_grad)
@@ -33,7 +33,7 @@ def check_same(module: nn.Module, ctx: DistContext, axis: str) -> None:
         )
 
 
-def take_rank_0s(values: dict[str, torch.Tensor], ctx: DistContext, axis: str) -> None:
+def broadcast_from_rank_0(values: dict[str, torch.Tensor], ctx: DistContext, axis: str) -> None:
     """Overwrite `values` with those of the axis's rank 0. Collective."""
     with torch.no_grad():
         for name, value in broadcast(values, ctx, axis=axis).items():

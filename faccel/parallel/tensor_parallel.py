@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
 
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
-from faccel.parallel.materialize import tie, ties_of
+from faccel.parallel.materialize import tie_parameters, tied_names
 from faccel.parallel.units import matching
 from faccel.plan import Plan
 
@@ -51,7 +51,7 @@ _HEAD_WIDTHS = ("head_dim", "attention_head_size")
 _WHOLE = ("heads", "replicate", "sequence")  # a rank has all of such a module's parameters
 
 
-def cuts_of(module: nn.Module, plan: Plan, size: int) -> dict[str, str]:
+def styles_of(module: nn.Module, plan: Plan, size: int) -> dict[str, str]:
     """Return the style of each module that the plan cuts, by name.
 
     Raises:
@@ -76,7 +76,7 @@ def cuts_of(module: nn.Module, plan: Plan, size: int) -> dict[str, str]:
                 )
             found[name] = style
             _check(name, named, style, size)
-    for names in ties_of(module):
+    for names in tied_names(module):
         if len({_dim(named, name, found) for name in names}) > 1:
             got = ", ".join(
                 f"`{name}` {found.get(name.rpartition('.')[0], 'not cut')}" for name in names
@@ -139,16 +139,16 @@ def _check_heads(name: str, parent: nn.Module | None, columns: int, size: int) -
             raise ModelError(f"tp={size} does not divide the heads of attention", got=got, fix=fix)
 
 
-def cut(module: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh) -> None:
+def apply_tensor_parallel(module: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh) -> None:
     """Cut the modules. Updates `module`; nothing is communicated, because ranks hold the same values."""
     from torch.distributed.tensor.parallel import parallelize_module
 
-    ties = ties_of(module)
+    ties = tied_names(module)
     for name, style in styles.items():
         made: Any = _STYLES[style]()
         if made is not None:
             parallelize_module(module.get_submodule(name), mesh, made, src_data_rank=None)
-    tie(module, ties)  # which torch unties
+    tie_parameters(module, ties)  # which torch unties
 
 
 def loss_parallel(ctx: DistContext) -> AbstractContextManager[None]:

@@ -24,10 +24,10 @@ from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.errors import BackendError, ConfigError, ModelError, OptimizerError
 from faccel.flat_shard import FlatShard
-from faccel.parallel.activation_checkpoint import prepare
+from faccel.parallel.activation_checkpoint import checkpoint_and_compile
 from faccel.parallel.forward import Methods, call_method, to_fp32, with_precision
-from faccel.parallel.materialize import Values
-from faccel.parallel.sync_states import check_same, take_rank_0s
+from faccel.parallel.materialize import InitialValues
+from faccel.parallel.sync_states import check_same_structure, broadcast_from_rank_0
 from faccel.plan import Plan
 from faccel.protocols import DATA, Parallelism, RunMethod, StateIO
 from faccel.tree import Tree, map_leaves
@@ -99,13 +99,13 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
         # what is wrong with the settings is told before anything is moved
         settings = settings_of(module, None, plan, ctx)
     _check_dtypes(module, ctx)
-    check_same(module, ctx, DATA)
-    values = Values.of(module, ctx, DATA)
+    check_same_structure(module, ctx, DATA)
+    values = InitialValues.of(module, ctx, DATA)
     if values.is_meta and stage_of(ctx) == 3:
         spread(module, values, settings, ctx)
     else:
         values.fill(module, ctx, DATA)
-    prepare(module, plan)
+    checkpoint_and_compile(module, plan)
     holder = Holder(module, plan, ctx)
     if stage_of(ctx) == 3 and not any(p.requires_grad for p in module.parameters()):
         holder.tie(None)
@@ -197,7 +197,7 @@ def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
 def _sync_buffers(engine: Any, ctx: DistContext) -> None:
     buffers = dict(engine.module.named_buffers())
     if buffers:
-        take_rank_0s(buffers, ctx, DATA)
+        broadcast_from_rank_0(buffers, ctx, DATA)
 
 
 def _export(engine: Any) -> dict[str, Any]:

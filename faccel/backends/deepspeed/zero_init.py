@@ -12,8 +12,8 @@ from torch import nn
 from faccel.backends.deepspeed.availability import import_deepspeed, setup_environment
 from faccel.backends.deepspeed.settings import dtype_of
 from faccel.context import DistContext
-from faccel.parallel.materialize import Values, tie
-from faccel.parallel.sync_states import take_rank_0s
+from faccel.parallel.materialize import InitialValues, tie_parameters
+from faccel.parallel.sync_states import broadcast_from_rank_0
 from faccel.protocols import DATA
 
 
@@ -27,7 +27,7 @@ def join_world(ctx: DistContext) -> None:
 
 
 def spread(
-    module: nn.Module, values: Values, settings: Mapping[str, Any], ctx: DistContext
+    module: nn.Module, values: InitialValues, settings: Mapping[str, Any], ctx: DistContext
 ) -> None:
     """Give each rank its part of rank 0's values, for a model that is on meta on some ranks.
 
@@ -48,12 +48,12 @@ def spread(
     for name, buffer in list(module.named_buffers()):
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, _whole(name, buffer, values, buffer.dtype, ctx))
-    tie(module, values.ties)
-    take_rank_0s(dict(module.named_buffers()), ctx, DATA)
+    tie_parameters(module, values.ties)
+    broadcast_from_rank_0(dict(module.named_buffers()), ctx, DATA)
 
 
 def _whole(
-    name: str, like: torch.Tensor, values: Values, dtype: torch.dtype, ctx: DistContext
+    name: str, like: torch.Tensor, values: InitialValues, dtype: torch.dtype, ctx: DistContext
 ) -> torch.Tensor:
     """Return the value on rank 0, memory for it elsewhere."""
     dtype = dtype if like.is_floating_point() else like.dtype
