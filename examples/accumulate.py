@@ -1,10 +1,10 @@
-"""Accumulate gradients of a language model so that every token counts once, whatever the lengths of the lines.
+"""Accumulate gradients of a language model so that every token counts once.
 
 python examples/accumulate.py
 torchrun --nproc-per-node 2 examples/accumulate.py
 """
 
-from pydoc_data.topics import topics  # real English in every Python
+from pydoc_data.topics import topics  # English text that is part of every Python
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,17 @@ PAD = -100  # label of a position that is not a token
 
 def lines():
     text = topics["assert"] + topics["del"] + topics["pass"]
-    return [line.strip() for line in text.splitlines() if len(line.strip()) > 1]
+    stripped = [line.strip() for line in text.splitlines()]
+    return [line for line in stripped if len(line) > 1]
 
 
 def collate(batch):
-    """Characters in, next characters out; short lines are padded and do not count."""
+    """Return characters and the next characters; short lines are padded with labels `PAD`."""
     codes = [torch.tensor(list(line.encode())) for line in batch]
-    x = nn.utils.rnn.pad_sequence([c[:-1] for c in codes], batch_first=True)
-    labels = nn.utils.rnn.pad_sequence([c[1:] for c in codes], batch_first=True, padding_value=PAD)
+    x = nn.utils.rnn.pad_sequence([line[:-1] for line in codes], batch_first=True)
+    labels = nn.utils.rnn.pad_sequence(
+        [line[1:] for line in codes], batch_first=True, padding_value=PAD
+    )
     return {"x": x, "labels": labels}
 
 
@@ -46,12 +49,13 @@ class Model(nn.Module):
 
 
 def num_tokens(batch):
-    """What a micro-batch counts: its tokens, without the rows that only fill up the last step."""
+    """Count the tokens of a micro-batch, without the rows that pad the last step."""
     return (batch.data["labels"][: batch.num_valid] != PAD).sum()
 
 
-def token_losses(model, data, num_valid):
-    logits, labels = model(data["x"])[:num_valid], data["labels"][:num_valid]
+def summed_loss(model, micro):
+    logits = model(micro.data["x"])[: micro.num_valid]
+    labels = micro.data["labels"][: micro.num_valid]
     return F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=PAD, reduction="sum"
     )
@@ -65,19 +69,18 @@ def main(ctx):
     opt = faccel.wrap_optimizer(torch.optim.Adam(model.parameters(), lr=LEARNING_RATE), model, ctx)
     scaler = faccel.init_scaler(ctx)
 
-    for epoch, part in train.epochs(EPOCHS):
-        seen = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
-        for window in faccel.windows(part, ctx, size=ACCUMULATE, weight=num_tokens):
+    for epoch, epoch_loader in train.epochs(EPOCHS):
+        sums = torch.zeros(2, dtype=torch.float64)  # loss and tokens of this epoch and rank
+        for window in faccel.windows(epoch_loader, ctx, size=ACCUMULATE, weight=num_tokens):
             for micro in window:
-                # Gradients are reduced once per update; `scale` makes their sum the mean over all tokens.
+                # Gradients are reduced once per update. `scale` turns the sum into the mean over
+                # all tokens of the window, on all ranks.
                 with faccel.grad_sync(model, on=micro.sync):
-                    loss = token_losses(model, micro.data, micro.num_valid)
+                    loss = summed_loss(model, micro)
                     scaler = faccel.scaled_backward(loss, scaler, ctx, scale=micro.scale)
-                seen += torch.stack(
-                    [loss.detach(), (micro.data["labels"][: micro.num_valid] != PAD).sum()]
-                )
+                sums += torch.stack([loss.detach(), num_tokens(micro)])
             _, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
-        total, tokens = faccel.reduce(seen, ctx).tolist()
+        total, tokens = faccel.reduce(sums, ctx).tolist()
         if epoch % 10 == 9:
             faccel.print(f"epoch {epoch:2d}  loss per token {total / tokens:.4f}", ctx=ctx)
     faccel.print(f"loss {total / tokens:.4f}", ctx=ctx)

@@ -1,16 +1,16 @@
-"""A small character model and its text, for the examples of parallelism: not an example itself."""
+"""The character model and the text of the examples of parallelism; not a script."""
 
-from pydoc_data.topics import topics  # real English in every Python
+from pydoc_data.topics import topics  # English text that is part of every Python
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-LENGTH = 64
-WIDTH = 64
+LENGTH = 64  # characters of a sequence
+WIDTH = 64  # features of a token
 HEADS = 4
-DEPTH = 4
+DEPTH = 4  # blocks
 
 
 class Attention(nn.Module):
@@ -20,14 +20,13 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
 
     def forward(self, x):
-        # -1 heads: under tensor parallel each rank has its own part of them
-        q, k, v = (
-            part(x).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2)
-            for part in (self.q, self.k, self.v)
-        )
-        return self.o(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        )
+        q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(x.transpose(1, 2).flatten(2))
+
+    def heads(self, x):
+        # The number of heads is -1: under tensor parallel each rank has some of them.
+        return x.unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -48,9 +47,8 @@ class Embed(nn.Module):
         self.token, self.position = nn.Embedding(256, WIDTH), nn.Embedding(LENGTH, WIDTH)
 
     def forward(self, tokens):
-        return self.token(tokens) + self.position(
-            torch.arange(tokens.shape[1], device=tokens.device)
-        )
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.token(tokens) + self.position(positions)
 
 
 class CharModel(nn.Module):
@@ -69,7 +67,7 @@ class CharModel(nn.Module):
 
 
 class Text(Dataset):
-    """Pieces of the text, `T[LENGTH + 1]` bytes each."""
+    """Sequences of `int64[LENGTH + 1]` bytes: inputs, and the same shifted by one as labels."""
 
     def __init__(self):
         text = "".join(topics[name] for name in sorted(topics)).encode()
@@ -78,10 +76,10 @@ class Text(Dataset):
     def __len__(self):
         return (len(self.bytes) - 1) // LENGTH
 
-    def __getitem__(self, number):
-        return self.bytes[number * LENGTH :][: LENGTH + 1]
+    def __getitem__(self, index):
+        return self.bytes[index * LENGTH :][: LENGTH + 1]
 
 
 def loss_fn(model, tokens):
-    """How well the model guesses each next character."""
+    """Return the mean cross-entropy of each next character."""
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())

@@ -1,4 +1,4 @@
-"""Train a small convolutional net on scikit-learn's handwritten digits: the same script on 1 process or 1,000.
+"""Train a small network on handwritten digits: the same script on any number of processes.
 
 python examples/digits.py
 torchrun --nproc-per-node 2 examples/digits.py
@@ -14,9 +14,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import faccel
 
 EPOCHS = 12
-GLOBAL_BATCH = 64  # samples per update over all processes, so that any number of them trains alike
+GLOBAL_BATCH = (
+    64  # samples per update over all processes: every number of processes trains the same
+)
 LEARNING_RATE = 3e-3
 CLIP_NORM = 1.0
+NUM_TEST = 360  # images for evaluation, of 1797
 SEED = 0
 
 
@@ -33,23 +36,24 @@ class Net(nn.Module):
 
 
 def datasets():
-    # 1797 images of 8 x 8 pixels, values 0 to 16; every process makes the same split.
-    images, labels = load_digits(return_X_y=True)
+    """Return the training set and the test set; the split is the same on every process."""
+    images, labels = load_digits(return_X_y=True)  # 8 x 8 pixels with values 0 to 16
     x = torch.from_numpy(images).float().view(-1, 1, 8, 8) / 16
     y = torch.from_numpy(labels)
     order = torch.from_numpy(np.random.default_rng(SEED).permutation(len(y)))
-    train, test = order[:-360], order[-360:]
+    train, test = order[:-NUM_TEST], order[-NUM_TEST:]
     return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
 
 
 def main(ctx):
     train_set, test_set = datasets()
 
-    # The batch size is the global one, and each process reads its part of every batch.
+    # The batch size is the global one: each process reads its part of every batch.
     train = faccel.shard(DataLoader(train_set, GLOBAL_BATCH, shuffle=True), ctx, split_batches=True)
     test = faccel.shard(DataLoader(test_set, 256), ctx)
 
-    # The same weights everywhere; averaged gradients; the optimizer is made from the wrapped model.
+    # All processes have the same weights, and gradients are averaged.
+    # Build the optimizer after `wrap`.
     faccel.seed_everything(SEED, ctx)
     model = faccel.wrap(Net(), ctx)
     opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), model, ctx)
@@ -68,16 +72,17 @@ def main(ctx):
             f"epoch {epoch:2d}  loss {mean:.4f}  gradient norm {info.grad_norm:.3f}", ctx=ctx
         )
 
-    # Every process evaluates its part; the padding of the last batch is dropped, so each image counts once.
+    # Each process evaluates its part. `gather` drops padded rows, so each image counts once.
     model.eval()
-    hits = []
+    correct = []
     with torch.no_grad():
         for batch in faccel.batches(test):
             x, y = batch.data
-            hits.append(faccel.gather(model(x).argmax(-1) == y, ctx, num_valid=batch.num_valid))
-    hits = torch.cat(hits)
-    assert len(hits) == len(test_set)
-    faccel.print(f"accuracy {hits.float().mean():.4f}", ctx=ctx)
+            is_correct = model(x).argmax(-1) == y
+            correct.append(faccel.gather(is_correct, ctx, num_valid=batch.num_valid))
+    correct = torch.cat(correct)
+    assert len(correct) == len(test_set)
+    faccel.print(f"accuracy {correct.float().mean():.4f}", ctx=ctx)
 
 
 if __name__ == "__main__":

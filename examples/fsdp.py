@@ -1,4 +1,4 @@
-"""Share the parameters of a model among the processes (FSDP2), and keep activations of every second block only.
+"""Shard the parameters of a model over the processes (FSDP2), with activation checkpointing.
 
 python examples/fsdp.py --steps 50
 faccel launch --cpu --nproc 2 --mesh dp_shard=2 examples/fsdp.py --steps 50
@@ -14,19 +14,25 @@ from torch.utils.data import DataLoader
 
 import faccel
 
-GLOBAL_BATCH = 32
-PLAN = faccel.Plan(units="Block", activation_checkpoint=2)
+GLOBAL_BATCH = 32  # sequences per update over all processes
+LEARNING_RATE = 3e-3
+PLAN = faccel.Plan(units="Block", activation_checkpoint=2)  # every second block
+
+
+def build(ctx):
+    """Return the model; on a mesh with shards only rank 0 allocates memory for its values."""
+    if ctx.is_main or ctx.mesh.spec.dp_shard == 1:
+        return CharModel()
+    with torch.device("meta"):  # `wrap` sends each rank its shards of rank 0's values
+        return CharModel()
 
 
 def main(ctx, steps):
     loader = faccel.shard(DataLoader(Text(), GLOBAL_BATCH, shuffle=True), ctx, split_batches=True)
 
-    # Only rank 0 builds the model with values; the others get their parts of them.
     faccel.seed_everything(0, ctx)
-    with torch.device("cpu" if ctx.is_main or ctx.mesh.spec.dp_shard == 1 else "meta"):
-        net = CharModel()
-    model = faccel.wrap(net, ctx, plan=PLAN)
-    opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=3e-3), model, ctx)
+    model = faccel.wrap(build(ctx), ctx, plan=PLAN)
+    opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), model, ctx)
     scaler = faccel.init_scaler(ctx)
 
     for step, tokens in enumerate(islice(loader.at(0), steps), start=1):
@@ -35,15 +41,14 @@ def main(ctx, steps):
         info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
         mean = faccel.reduce(loss.detach(), ctx, op="mean")
         if step % 10 == 0:
-            faccel.print(
-                f"step {step:3d}  loss {mean:.4f}  gradient norm {info.grad_norm:.3f}", ctx=ctx
-            )
+            line = f"step {step:3d}  loss {mean:.4f}  gradient norm {info.grad_norm:.3f}"
+            faccel.print(line, ctx=ctx)
     faccel.print(f"loss {mean:.4f}", ctx=ctx)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=50)
-    options = parser.parse_args()
+    args = parser.parse_args()
     with faccel.init() as ctx:
-        main(ctx, options.steps)
+        main(ctx, args.steps)

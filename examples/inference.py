@@ -1,4 +1,4 @@
-"""Answer a list of prompts on every process, and put the answers back in order.
+"""Answer a list of prompts on all processes, and collect the answers in order.
 
 python examples/inference.py
 torchrun --nproc-per-node 2 examples/inference.py
@@ -9,12 +9,15 @@ from torch import nn
 
 import faccel
 
-PROMPTS = [f"{a}+{b}=" for a in range(7) for b in range(7)]  # 49: divides by nothing
-LENGTH = 5  # characters of an answer, longest case
+PROMPTS = [f"{a}+{b}=" for a in range(7) for b in range(7)]  # 49: not divisible by 2 or 3 ranks
+
+
+def solution(prompt):
+    return eval(prompt.rstrip("="))
 
 
 class Model(nn.Module):
-    """Stands for one that generates: its answers have different lengths."""
+    """Stands for a language model: its answers have different lengths."""
 
     def __init__(self):
         super().__init__()
@@ -22,34 +25,34 @@ class Model(nn.Module):
 
     def generate(self, prompts):
         """Return `int64[n, longest]` character codes, padded with 0."""
-        answers = [str(int(eval(p.rstrip("=")) * self.weight)) for p in prompts]
-        return nn.utils.rnn.pad_sequence(
-            [torch.tensor(list(a.encode())) for a in answers], batch_first=True
-        )
+        answers = [str(int(solution(prompt) * self.weight)) for prompt in prompts]
+        codes = [torch.tensor(list(answer.encode())) for answer in answers]
+        return nn.utils.rnn.pad_sequence(codes, batch_first=True)
 
 
 def main(ctx):
     model = faccel.wrap(Model(), ctx)
     model.eval()
 
-    # Each process takes its slice; `pad=True` would even them out with repeats.
-    mine = faccel.split(PROMPTS, ctx)
+    # Each process takes its slice of the prompts. `pad=True` would make all slices equally long.
+    prompts = faccel.split(PROMPTS, ctx)
     with torch.no_grad():
-        codes = model.call("generate", mine)
+        codes = model.call("generate", prompts)
 
-    # Slices differ in rows, answers in length: pad the length, gather whatever number of rows there is.
+    # The slices differ in rows, the answers in length: pad the length, then gather the rows.
     codes = faccel.comm.pad_across(codes, ctx, dim=1)
-    everything = faccel.gather(codes, ctx, ragged=True)
-    answers = [bytes(row[row > 0].tolist()).decode() for row in everything]
+    all_codes = faccel.gather(codes, ctx, ragged=True)
+    answers = [bytes(row[row > 0].tolist()).decode() for row in all_codes]
 
-    # Text needs no tensor at all.
-    told = faccel.gather_objects([f"process {ctx.rank} answered {len(mine)}"], ctx)
-    for (line,) in told:
-        faccel.print(line, ctx=ctx)
-    right = sum(
-        answer == str(eval(p.rstrip("="))) for p, answer in zip(PROMPTS, answers, strict=True)
-    )
-    faccel.print(f"accuracy {right / len(PROMPTS):.4f}", ctx=ctx)
+    # Python objects travel without tensors.
+    reports = faccel.gather_objects(f"process {ctx.rank} answered {len(prompts)}", ctx)
+    for report in reports:
+        faccel.print(report, ctx=ctx)
+
+    num_correct = 0
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        num_correct += answer == str(solution(prompt))
+    faccel.print(f"accuracy {num_correct / len(PROMPTS):.4f}", ctx=ctx)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The same training in fp32, bf16 and fp16, on any number of processes: one word changes.
+"""Train in fp32, bf16 and fp16, on any number of processes: one argument of `init` changes.
 
 python examples/mixed_precision.py
 torchrun --nproc-per-node 2 examples/mixed_precision.py
@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import faccel
 
 EPOCHS = 6
-GLOBAL_BATCH = 64
+GLOBAL_BATCH = 64  # samples per update over all processes
 LEARNING_RATE = 2e-3
+SCALER_OPTIONS = {"fp16": {"growth_interval": 50}}  # a short run: try to grow the scale earlier
 
 
 def digits():
@@ -23,32 +24,32 @@ def digits():
 
 
 def train(ctx):
-    data = digits()
-    loader = faccel.shard(DataLoader(data, GLOBAL_BATCH, shuffle=True), ctx, split_batches=True)
+    precision = ctx.config.mixed_precision
+    loader = DataLoader(digits(), GLOBAL_BATCH, shuffle=True)
+    loader = faccel.shard(loader, ctx, split_batches=True)
     faccel.seed_everything(0, ctx)
     model = faccel.wrap(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)), ctx)
     opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), model, ctx)
 
-    # fp16 multiplies the loss so that small gradients survive, and skips an update that overflows; the scale is a
-    # value that goes round the loop. For fp32 and bf16 it is 1 and costs nothing.
-    scaler = faccel.init_scaler(
-        ctx, **({"growth_interval": 50} if ctx.config.mixed_precision == "fp16" else {})
-    )
-    for _epoch, part in loader.epochs(EPOCHS):
-        for x, y in part:
-            logits = model(x)  # computed in the precision asked for, returned in fp32
+    # fp16 multiplies the loss so that small gradients do not underflow, and leaves out an update
+    # that overflows. In fp32 and bf16 the scale is 1 and costs nothing.
+    scaler = faccel.init_scaler(ctx, **SCALER_OPTIONS.get(precision, {}))
+    for _, epoch_loader in loader.epochs(EPOCHS):
+        for x, y in epoch_loader:
+            logits = model(x)  # computed in the configured precision, returned in fp32
             scaler = faccel.scaled_backward(F.cross_entropy(logits, y), scaler, ctx)
             info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
 
     model.eval()
+    correct = []
     with torch.no_grad():
-        hits = [
-            faccel.gather(model(b.data[0]).argmax(-1) == b.data[1], ctx, num_valid=b.num_valid)
-            for b in faccel.batches(loader.at(0))
-        ]
-    accuracy = torch.cat(hits).float().mean().item()
+        for batch in faccel.batches(loader.at(0)):
+            x, y = batch.data
+            is_correct = model(x).argmax(-1) == y
+            correct.append(faccel.gather(is_correct, ctx, num_valid=batch.num_valid))
+    accuracy = torch.cat(correct).float().mean().item()
     faccel.print(
-        f"{ctx.config.mixed_precision:4}  accuracy {accuracy:.4f}  loss scale {info.scale:g}  "
+        f"{precision:4}  accuracy {accuracy:.4f}  loss scale {info.scale:g}  "
         f"updates skipped {scaler.num_skipped}",
         ctx=ctx,
     )
@@ -56,7 +57,7 @@ def train(ctx):
 
 
 if __name__ == "__main__":
-    # Three contexts in one process, each with a configuration of its own; they share the process group.
+    # Three contexts with different configurations in one process; they use one process group.
     accuracies = []
     for precision in ("no", "bf16", "fp16"):
         ctx = faccel.init(mixed_precision=precision)

@@ -1,4 +1,4 @@
-"""Cut the matrices of a model over the processes (tensor parallel), alone or inside of replicas and shards.
+"""Split the matrices of a model over the processes (tensor parallel).
 
 python examples/tensor_parallel.py --steps 50
 faccel launch --cpu --nproc 2 --mesh tp=2 examples/tensor_parallel.py --steps 50
@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 
 import faccel
 
-GLOBAL_BATCH = 32
+GLOBAL_BATCH = 32  # sequences per update over all processes
+LEARNING_RATE = 3e-3
 PLAN = faccel.Plan(
     units="Block",
-    tensor={
+    tensor={  # a "colwise" layer splits its outputs, the next "rowwise" layer its inputs
         "blocks.*.attention.q": "colwise",
         "blocks.*.attention.k": "colwise",
         "blocks.*.attention.v": "colwise",
@@ -29,11 +30,11 @@ PLAN = faccel.Plan(
 
 
 def main(ctx, steps):
-    # Processes that share matrices read the same rows.
+    # The ranks of one tensor-parallel group read the same rows.
     loader = faccel.shard(DataLoader(Text(), GLOBAL_BATCH, shuffle=True), ctx, split_batches=True)
     faccel.seed_everything(0, ctx)
     model = faccel.wrap(CharModel(), ctx, plan=PLAN)
-    opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=3e-3), model, ctx)
+    opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), model, ctx)
     scaler = faccel.init_scaler(ctx)
 
     losses = []
@@ -43,11 +44,13 @@ def main(ctx, steps):
         scaler = faccel.scaled_backward(loss, scaler, ctx)
         _, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
     means = faccel.reduce(torch.stack(losses), ctx, op="mean")
-    faccel.print(f"from {means[0]:.4f}\nloss {means[-1]:.4f}", ctx=ctx)
+    faccel.print(f"first loss {means[0]:.4f}", ctx=ctx)
+    faccel.print(f"loss {means[-1]:.4f}", ctx=ctx)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=50)
+    args = parser.parse_args()
     with faccel.init() as ctx:
-        main(ctx, parser.parse_args().steps)
+        main(ctx, args.steps)

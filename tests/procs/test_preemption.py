@@ -136,7 +136,7 @@ def test_the_script_exits_with_its_code_and_the_same_command_goes_on(tmp_path):
         "stopped\n",
     ), stopped.stderr
     again = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert again.stdout.splitlines() == ["going on after step 3", whole.stdout.strip()]
+    assert again.stdout.splitlines() == ["resumed after step 3", whole.stdout.strip()]
 
 
 def test_the_handlers_are_put_back_and_what_goes_on_goes_on():
