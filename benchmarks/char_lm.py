@@ -1,8 +1,8 @@
-"""The losses of `examples/char_lm.py` under every strategy, on 2 processes and on one: the table of the README.
+"""Losses of `examples/char_lm.py` under every strategy, for the table in docs/deepspeed.md.
 
     python benchmarks/char_lm.py
 
-Needs `pip install transformers`, and DeepSpeed for its rows. It measures no time.
+Needs `pip install transformers`, and DeepSpeed for its rows. No time is measured.
 """
 
 import json
@@ -28,7 +28,7 @@ ROWS = {
 
 
 def loss_of(flags, steps=STEPS, more=()):
-    """Run the example; return the number in its last line."""
+    """Run the example; return the loss that it prints in its last line."""
     command = [
         sys.executable,
         "-m",
@@ -54,8 +54,11 @@ def loss_of(flags, steps=STEPS, more=()):
 
 
 def table(result):
-    """The Markdown of a result."""
-    head = "| strategy | `faccel launch --cpu ... examples/char_lm.py --steps 50` | loss |\n| --- | --- | --: |"
+    """Return the result as a Markdown table."""
+    head = (
+        "| strategy | `faccel launch --cpu ... examples/char_lm.py --steps 50` | loss |\n"
+        "| --- | --- | --: |"
+    )
     rows = [f"| {name} | `{ROWS[name]}` | {loss:.4f} |" for name, loss in result["losses"].items()]
     return "\n".join([head, *rows])
 
@@ -70,7 +73,7 @@ def main():
         "losses": losses,
         "largest_difference": max(losses.values()) - min(losses.values()),
         "steps": STEPS,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in packages},

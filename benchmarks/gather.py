@@ -1,7 +1,7 @@
-"""Time of gathering a dict of 20 small tensors from 2 gloo processes, in one launch.
+"""Time to gather a dict of 20 small tensors from 2 gloo processes.
 
-`faccel.gather` beside `accelerate.utils.gather`, `Fabric.all_gather` and torch's own collective once per tensor; all
-four on the same process group.
+`faccel.gather`, `accelerate.utils.gather`, `Fabric.all_gather`, and PyTorch's collective once per
+tensor, all on the same process group and in one launch.
 
 torchrun --nproc-per-node 2 benchmarks/gather.py
 """
@@ -20,7 +20,7 @@ SHAPE = (32, 8)
 CALLS = 20  # per round and contender
 ROUNDS = 40
 
-# torch 2.13 renamed it and warns on the old name
+# torch 2.13 renamed the function and warns about the old name
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -41,7 +41,7 @@ def repeat(gather, tree):
 
 
 def main(ctx):
-    Accelerator(cpu=True)  # adopts the process group that faccel.init made; so does Fabric
+    Accelerator(cpu=True)  # uses the process group that faccel.init created; so does Fabric
     fabric = Fabric(accelerator="cpu", devices=ctx.world_size, strategy="ddp")
     fabric.launch()
     tree = {f"leaf_{i:02}": torch.full(SHAPE, 100.0 * i + ctx.rank) for i in range(NUM_LEAVES)}
@@ -56,10 +56,8 @@ def main(ctx):
             expected = torch.stack(
                 [torch.full(SHAPE, 100.0 * i + rank) for rank in range(ctx.world_size)]
             )
-            assert torch.equal(value.reshape(expected.shape), expected), (
-                name,
-                i,
-            )  # Fabric alone keeps the ranks apart
+            # Fabric returns a separate dimension for the ranks, the others concatenate.
+            assert torch.equal(value.reshape(expected.shape), expected), (name, i)
 
     contenders = {name: repeat(gather, tree) for name, gather in gathers.items()}
     seconds = alternate(contenders, ROUNDS, before=lambda: faccel.barrier(ctx))

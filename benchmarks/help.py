@@ -1,6 +1,6 @@
-"""How long the command line takes to answer `--help`, against `python -c pass`, beside Accelerate's.
+"""Time of `faccel --help` and `accelerate --help`, against `python -c pass`.
 
-What is asked for: at most 8 times an interpreter that does nothing.
+Target: at most 8 times an interpreter that does nothing.
 
 python benchmarks/help.py
 """
@@ -27,7 +27,7 @@ def call(words):
 
 def main():
     seconds = alternate({name: call(words) for name, words in COMMANDS.items()}, ROUNDS, warmup=1)
-    results = table("time to answer", seconds, "python -c pass", unit="ms")
+    results = table("time of --help", seconds, "python -c pass", unit="ms")
     targets = [
         target(
             f"{name} / python -c pass",

@@ -1,7 +1,7 @@
-"""What the benchmarks share: turns, ratios with their spread, a result file that names the machine.
+"""Alternating measurements, ratios with their spread, and a result file that names the hardware.
 
-Contenders run A, B, C, A, B, C, ...: what disturbs the machine disturbs all of them. A ratio is taken within one round
-and the median over the rounds is reported, with the quartiles as its spread.
+Contenders run A, B, C, A, B, C, ..., so that a disturbance affects all of them. A ratio is computed
+within one round; the median over the rounds is reported, with the quartiles as its spread.
 """
 
 import datetime
@@ -19,16 +19,16 @@ PACKAGES = ("torch", "numpy", "attrs", "faccel", "accelerate", "lightning-fabric
 
 
 def alternate(contenders, rounds, *, warmup=2, before=lambda: None):
-    """Call each of `contenders` (name -> function) once per round, in turn; return name -> seconds of each round.
+    """Call each contender once per round, in turn; return the seconds of each round by name.
 
-    `before` runs ahead of each call and is not timed (a barrier, where there are several processes).
+    `before` runs before each call and is not timed (a barrier, if there are several processes).
     """
     seconds = {name: [] for name in contenders}
     gc.collect()
-    gc.freeze()  # so that the collections below do not walk all that was imported
+    gc.freeze()  # the collections below skip everything that was imported
     for number in range(-warmup, rounds):
         for name, run in contenders.items():
-            gc.collect()  # nobody pays for what another one left behind
+            gc.collect()  # a contender does not pay for the garbage of another one
             before()
             start = time.perf_counter()
             run()
@@ -49,7 +49,10 @@ def ratios(seconds, contender, baseline):
 
 
 def table(title, seconds, baseline, *, calls=1, unit="us"):
-    """Print a row per contender, time of one of the `calls` of a round and ratio to the baseline; return a record."""
+    """Print one row per contender: the time of one call and the ratio to the baseline.
+
+    `calls` is the number of calls in a round. Returns the same figures as a record.
+    """
     factor = {"us": 1e6, "ms": 1e3, "s": 1.0}[unit] / calls
     print(f"\n{title}")
     rows = {}
@@ -75,19 +78,18 @@ def target(text, value, *, at_most=None, at_least=None):
 def report(name, settings, results, targets):
     """Print PASS or FAIL for each target, and write everything to `results/<name>.json`."""
     print()
-    for each in targets:
-        print(
-            f"{'PASS' if each['holds'] else 'FAIL'}  {each['target']} (measured {each['measured']:.3g})"
-        )
+    for record in targets:
+        verdict = "PASS" if record["holds"] else "FAIL"
+        print(f"{verdict}  {record['target']} (measured {record['measured']:.3g})")
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     record = {
         "name": name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        "hardware": hardware(),
         "versions": {
             "python": platform.python_version(),
-            **{each: metadata.version(each) for each in PACKAGES},
+            **{package: metadata.version(package) for package in PACKAGES},
         },
         "settings": settings,
         "results": results,
@@ -97,8 +99,8 @@ def report(name, settings, results, targets):
     print(f"written to {path}")
 
 
-def machine():
-    """Return what this runs on; the load average tells whether it ran alone."""
+def hardware():
+    """Return the hardware and the load average, which shows whether the benchmark ran alone."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [
         line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")
@@ -113,7 +115,7 @@ def machine():
 
 def _rounded(value):
     if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
+        return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_rounded(each) for each in value]
+        return [_rounded(item) for item in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -1,7 +1,8 @@
-"""The order of a billion samples: time and memory to the first batch, and the cost of a batch in a world of 512.
+"""Time and memory to the first batch of a billion shuffled samples, and one batch's cost.
 
-A shuffled loader over 10**9 virtual samples, at the start of an epoch and resumed at 99 % of it; for comparison torch's
-RandomSampler, which makes the order as a whole, over 10**7. Then the same loader as rank 0 of 1 and as rank 255 of 512.
+The loader starts at the beginning of an epoch and at 99 % of it. PyTorch's RandomSampler, which
+allocates the full order, runs over 10**7 samples. Then the loader runs as rank 0 of 1 and as rank
+255 of 512.
 
 python benchmarks/order.py
 """
@@ -53,7 +54,7 @@ def first_batch_of_torch():
 
 
 def python_peak(run):
-    """Peak of what python and numpy allocate while `run` runs, in megabytes."""
+    """Return the peak of what python and numpy allocate in `run`, in megabytes."""
     tracemalloc.start()
     run()
     peak = tracemalloc.get_traced_memory()[1]
@@ -62,7 +63,7 @@ def python_peak(run):
 
 
 def process_growth(run):
-    """How much the peak of the whole process grows while `run` runs, in megabytes."""
+    """Return by how much `run` raises the peak memory of the process, in megabytes."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / MEGABYTE
@@ -88,9 +89,8 @@ def make_rows(rank, world_size):
     )
 
     def run():
-        for _ in itertools.islice(
-            loader.plan.batches(loader.at(next(epochs)).order, 0), NUM_BATCHES
-        ):
+        order = loader.source.order(next(epochs))
+        for _ in itertools.islice(loader.source.plan.batches(order, 0), NUM_BATCHES):
             pass
 
     return run
@@ -109,7 +109,7 @@ if __name__ == "__main__":
     start, late = lambda: first_batch(0.0), lambda: first_batch(0.99)
     start_name, late_name = "faccel 1e9, epoch start", "faccel 1e9, resumed at 99 %"
     torch_name = "torch 1e7, epoch start"
-    memory = {  # the process first, before anything else has raised its peak
+    memory = {  # the process first: a peak never falls
         start_name: {
             "process growth MB": process_growth(start),
             "python peak MB": python_peak(start),
@@ -121,12 +121,11 @@ if __name__ == "__main__":
     slow = alternate({torch_name: first_batch_of_torch}, 3, warmup=0)
     first = table("time to the first batch", seconds, start_name, unit="ms")
     first |= table("the same with torch's RandomSampler", slow, torch_name, unit="ms")
-    print(
-        "  (linear in the number of samples: 100 times that for 1e9, in time and in memory; not run)"
-    )
+    print("  (linear in the number of samples: 100 times that for 1e9, in time and memory; not run)")
     print("\nextra memory to the first batch")
-    for name, each in memory.items():
-        print(f"  {name:<28}" + "   ".join(f"{what} {value:.1f}" for what, value in each.items()))
+    for name, figures in memory.items():
+        text = "   ".join(f"{title} {value:.1f}" for title, value in figures.items())
+        print(f"  {name:<28}{text}")
 
     batches, batches_ratio = compare_worlds("time per batch, whole loader", read_batches)
     rows, rows_ratio = compare_worlds("time per batch, sample numbers alone", make_rows)

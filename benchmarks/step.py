@@ -1,7 +1,8 @@
-"""Time of one training step of a tiny model, whole loop: loader, forward, backward, optimizer step. One process.
+"""Time of one training step of a tiny model on one process: loader, forward, backward, optimizer.
 
-The same loop in raw torch, faccel, Accelerate and Lightning Fabric, over a data set that is read item by item and over
-a TensorDataset, both shuffled. The model is so small that everything but the framework's own work is nearly nothing.
+The same loop in plain PyTorch, faccel, Accelerate and Lightning Fabric, over a dataset that is read
+item by item and over a TensorDataset, both shuffled. The model is so small that the overhead of the
+framework dominates.
 
 python benchmarks/step.py
 """
@@ -68,7 +69,7 @@ def with_faccel(dataset):
 
     def epoch():
         nonlocal scaler
-        for x, y in train.at(next(epochs)):  # a new order every time, as in raw torch
+        for x, y in train.at(next(epochs)):  # a new order every time, as in plain PyTorch
             loss = F.cross_entropy(model(x), y)
             scaler = faccel.scaled_backward(loss, scaler, ctx)
             _, scaler = faccel.optimizer_step(opt, scaler, ctx)
