@@ -121,7 +121,9 @@ if __name__ == "__main__":
     slow = alternate({torch_name: first_batch_of_torch}, 3, warmup=0)
     first = table("time to the first batch", seconds, start_name, unit="ms")
     first |= table("the same with torch's RandomSampler", slow, torch_name, unit="ms")
-    print("  (linear in the number of samples: 100 times that for 1e9, in time and memory; not run)")
+    print(
+        "  (linear in the number of samples: 100 times that for 1e9, in time and memory; not run)"
+    )
     print("\nextra memory to the first batch")
     for name, figures in memory.items():
         text = "   ".join(f"{title} {value:.1f}" for title, value in figures.items())
