@@ -1,1 +1,1 @@
-"""`init` and `shutdown`: detection of the environment, devices and process groups."""
+"""`init` and `shutdown`: the launcher, the device, the process groups and the excepthook."""

@@ -1,4 +1,8 @@
-"""How a process ends that an exception or Ctrl-C stopped while it had contexts."""
+"""How a process with open contexts ends after an uncaught exception or Ctrl-C.
+
+While contexts are open, `sys.excepthook` is replaced. This is a process-wide effect, which `init`
+declares. It is restored when the last context closes.
+"""
 
 from __future__ import annotations
 
@@ -10,100 +14,114 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from faccel.config import LAUNCH
 from faccel.errors import RankFailedError
 
+# A rank waits this long after the failure of another one: the launcher must see the cause first.
 _GRACE_S = 3.0
 
 
 class _Hook:
-    """One installation of `sys.excepthook`; passes everything on once it is retired.
+    """One installation of `sys.excepthook`. Once retired, it calls the previous hook only.
 
-    Ctrl-C is one line of rank 0 instead of a traceback of each; anything else goes on to the hook that was there.
+    Ctrl-C prints one line on rank 0 instead of a traceback on each rank. Any other exception is
+    recorded for the launcher and passed to the previous hook.
     """
 
     def __init__(self, rank: int, world_size: int, env: Mapping[str, str]) -> None:
-        self.before: Any = sys.excepthook
-        self.error_file = env.get(
-            "TORCHELASTIC_ERROR_FILE"
-        )  # where an agent of torch's reads what became of its ranks
-        self.is_launched = (
-            bool(self.error_file) and LAUNCH in env
-        )  # `faccel launch` shows the first failure of all
-        folder = os.path.dirname(self.error_file or "")
-        self.is_logged = os.path.exists(
-            os.path.join(folder, "stderr.log")
-        )  # `--log-dir`: this rank has one of its own
-        self.rank, self.world_size = rank, world_size
+        self.previous: Callable[
+            [type[BaseException], BaseException, TracebackType | None], object
+        ] = sys.excepthook
+        self.world_size = world_size
         self.is_retired = False
+        self._rank = rank
+        # PyTorch's elastic agent reads the failures of its ranks from this file.
+        self._error_file = env.get("TORCHELASTIC_ERROR_FILE")
+        # `faccel launch` prints the first failure of all ranks, so a rank prints its traceback only
+        # to its own log, which exists with `--log-dir`.
+        is_launched = bool(self._error_file) and LAUNCH in env
+        folder = os.path.dirname(self._error_file or "")
+        has_log = os.path.exists(os.path.join(folder, "stderr.log"))
+        self._prints_traceback = not is_launched or has_log
 
     def __call__(
-        self, kind: type[BaseException], error: BaseException, at: TracebackType | None
+        self,
+        error_type: type[BaseException],
+        error: BaseException,
+        tb: TracebackType | None,
     ) -> None:
         if self.is_retired:
-            self.before(kind, error, at)
+            self.previous(error_type, error, tb)
             return
-        interrupted = issubclass(kind, KeyboardInterrupt)
-        if not interrupted:
-            if self.error_file:
-                _record(error, self.error_file)
-            if not self.is_launched or self.is_logged:
-                self.before(kind, error, at)
-        elif self.rank == 0:
-            sys.stderr.write("interrupted\n")
-        if self.error_file and isinstance(error, RankFailedError):
-            time.sleep(
-                _GRACE_S
-            )  # whose failure it follows from ends first, and the agent ends this one
-        is_prompt = sys.flags.inspect or hasattr(sys, "ps1")
-        if (
-            self.world_size > 1
-            and not is_prompt
-            and threading.current_thread() is threading.main_thread()
-        ):
-            _end(signal.SIGINT if interrupted else None)
+        if issubclass(error_type, KeyboardInterrupt):
+            if self._rank == 0:
+                sys.stderr.write("interrupted\n")
+            self._end_process(signal.SIGINT)
+            return
+        if self._error_file:
+            _write_error_file(error, self._error_file)
+        if self._prints_traceback:
+            self.previous(error_type, error, tb)
+        if self._error_file and isinstance(error, RankFailedError):
+            # The rank that caused this error ends first, and then the agent ends this one.
+            time.sleep(_GRACE_S)
+        self._end_process(None)
+
+    def _end_process(self, end_signal: signal.Signals | None) -> None:
+        """End this process, unless it is alone, a thread failed, or a prompt would return."""
+        is_interactive = bool(sys.flags.inspect) or hasattr(sys, "ps1")
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        if self.world_size > 1 and is_main_thread and not is_interactive:
+            _exit_without_finalizing(end_signal)
 
 
 class ExceptHook:
-    """Keeps a hook for as long as there are contexts."""
+    """Keeps a hook installed while there are open contexts."""
 
     def __init__(self) -> None:
-        self.users: set[int] = set()
-        self.hook: _Hook | None = None
+        self._context_ids: set[int] = set()
+        self._hook: _Hook | None = None
 
-    def enter(self, user: int, rank: int, world_size: int, env: Mapping[str, str]) -> None:
-        """Take the hook's place, for the first context and for one of a larger world."""
-        if (
-            self.hook is None
-            or self.hook.world_size < world_size
-            or sys.excepthook is not self.hook
-        ):
+    def install(self, context_id: int, rank: int, world_size: int, env: Mapping[str, str]) -> None:
+        """Install a hook for the first context, and a new one for a context of a larger world.
+
+        Effects: ambient. Replaces `sys.excepthook`.
+        """
+        is_current = self._hook is not None and sys.excepthook is self._hook
+        if self._hook is None or not is_current or self._hook.world_size < world_size:
             self._retire()
-            self.hook = sys.excepthook = _Hook(rank, world_size, env)
-        self.users.add(user)
+            self._hook = _Hook(rank, world_size, env)
+            sys.excepthook = self._hook
+        self._context_ids.add(context_id)
 
-    def leave(self, user: int, error: BaseException | None) -> None:
-        """Give it back with the last context, but not while `error` is on its way up through a `with` block."""
-        self.users.discard(user)
-        if not self.users and error is None:
+    def uninstall(self, context_id: int, error: BaseException | None) -> None:
+        """Restore the previous hook with the last context.
+
+        The hook stays if `error` is an exception that is about to end the process.
+
+        Effects: ambient. Replaces `sys.excepthook`.
+        """
+        self._context_ids.discard(context_id)
+        if not self._context_ids and error is None:
             self._retire()
 
     def _retire(self) -> None:
-        if self.hook is None:
+        if self._hook is None:
             return
-        self.hook.is_retired = True
-        if sys.excepthook is self.hook:
-            sys.excepthook = self.hook.before
-        self.hook = None
+        # Another library may have installed a hook that calls this one: it stays callable.
+        self._hook.is_retired = True
+        if sys.excepthook is self._hook:
+            sys.excepthook = self._hook.previous
+        self._hook = None
 
 
-def _record(error: BaseException, path: str) -> None:
-    """Leave word of an error for the agent of torch that started this process, in the form that it reads."""
+def _write_error_file(error: BaseException, path: str) -> None:
+    """Record an error in the JSON format of PyTorch's elastic agent."""
     lines = "".join(traceback.format_exception(error))
     details = {"py_callstack": lines, "timestamp": str(int(time.time()))}
     message = {"message": f"{type(error).__name__}: {error}", "extraInfo": details}
@@ -111,19 +129,21 @@ def _record(error: BaseException, path: str) -> None:
         json.dump({"message": message}, file)
 
 
-def _end(by: signal.Signals | None) -> NoReturn:
-    """End this process as the interpreter does, exit handlers and all, but do not take the interpreter apart.
+def _exit_without_finalizing(end_signal: signal.Signals | None) -> NoReturn:
+    """End this process with all exit handlers, but do not finalize the interpreter.
 
-    gloo's threads still hold what the interrupted collective was given. They let go of it when their group is
-    destroyed, which needs the interpreter; without it the process aborts (5 of 30 here) with a message and code of C++.
+    Threads of gloo may still hold tensors of the interrupted collective. They release them when
+    their group is destroyed, which needs the interpreter. During finalization the process would
+    abort with a C++ message and exit code (5 of 30 runs).
     """
-    if by is not None:
-        signal.signal(by, signal.SIG_DFL)  # another one does not wait for the rest
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are not daemons
+    if end_signal is not None:
+        signal.signal(end_signal, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
+    # The two steps of the interpreter's exit: join threads that are not daemons, run the handlers.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # closed, or a pipe that nobody reads
+        with suppress(OSError, ValueError):  # closed, or a pipe without a reader
             stream.flush()
-    if by is not None:
-        os.kill(os.getpid(), by)
+    if end_signal is not None:
+        os.kill(os.getpid(), end_signal)  # so that the shell sees the signal
     os._exit(1)

@@ -1,4 +1,4 @@
-"""A name for this start of a world, on which its ranks agree through a store that has seen earlier starts."""
+"""Agreement of all ranks on a name for one start of a world, through a store with older entries."""
 
 from __future__ import annotations
 
@@ -9,49 +9,77 @@ import time
 import torch.distributed as dist
 
 _POLL_S = 0.01
+_NAME_KEY = "faccel/name"
 
 
-def agreed_name(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
-    """Return the same name on every rank, another one for every start.
+def agree_on_name(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
+    """Return a name that is the same on every rank, and new at every start.
 
-    Agents of several machines count restarts apart: one that only joins again has counted none. So a rank shows a word
-    of its own, and goes by the name in which rank 0 repeats that very word; rank 0 repeats what it sees until all have
-    said that they have read theirs.
+    The store outlives the ranks: after a restart it still holds the entries of earlier starts, and
+    the agents of several nodes count restarts separately. So each rank publishes a random token.
+    Rank 0 publishes its token, the name, together with the tokens that it read. A rank accepts the
+    name if its own token is among them, and confirms it. Rank 0 repeats this until all confirmed.
 
     Effects: ambient, collective.
 
+    Args:
+        store: A store that all ranks share.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        timeout_s: Seconds to wait for the other ranks.
+
     Raises:
-        dist.DistNetworkError: Not all ranks came in time; says which did.
+        dist.DistNetworkError: A rank is missing after the timeout; lists those that started.
     """
-    word = secrets.token_hex(8)
+    token = secrets.token_hex(8)
     deadline = time.monotonic() + timeout_s
-    if rank:
-        return _follow(store, rank, word, deadline)
-    others, seen = range(1, world_size), {}
+    if rank > 0:
+        return _accept_name(store, rank, token, deadline)
+    other_ranks = range(1, world_size)
+    published: dict[str, str | None] | None = None
     while time.monotonic() < deadline:
-        if all(store.check([f"faccel/read/{word}/{other}"]) for other in others):
-            return word
-        heard = {str(other): _get(store, f"faccel/here/{other}") for other in others}
-        if heard != seen:
-            store.set("faccel/name", json.dumps({"name": word, "words": heard}))
-            seen = heard
+        if all(_is_confirmed(store, token, other) for other in other_ranks):
+            return token
+        tokens = {str(other): _get(store, _token_key(other)) for other in other_ranks}
+        if tokens != published:
+            store.set(_NAME_KEY, json.dumps({"name": token, "tokens": tokens}))
+            published = tokens
         time.sleep(_POLL_S)
-    came = [0, *(other for other in others if store.check([f"faccel/read/{word}/{other}"]))]
+    confirmed = [str(other) for other in other_ranks if _is_confirmed(store, token, other)]
+    started = ["0", *confirmed]
     raise dist.DistNetworkError(
-        f"{len(came)} of {world_size} ranks came: {', '.join(map(str, came))}"
+        f"{len(started)} of {world_size} ranks started: {', '.join(started)}"
     )
 
 
-def _follow(store: dist.Store, rank: int, word: str, deadline: float) -> str:
-    store.set(f"faccel/here/{rank}", word)
+def _accept_name(store: dist.Store, rank: int, token: str, deadline: float) -> str:
+    """Return the name that rank 0 published for this start."""
+    store.set(_token_key(rank), token)
     while time.monotonic() < deadline:
-        told = json.loads(_get(store, "faccel/name") or "{}")
-        if told.get("words", {}).get(str(rank)) == word:
-            store.set(f"faccel/read/{told['name']}/{rank}", "yes")
-            return str(told["name"])
+        message = json.loads(_get(store, _NAME_KEY) or "{}")
+        # An entry of an earlier start holds an earlier token of this rank.
+        if message.get("tokens", {}).get(str(rank)) == token:
+            name = str(message["name"])
+            store.set(_confirmation_key(name, rank), "confirmed")
+            return name
         time.sleep(_POLL_S)
-    raise dist.DistNetworkError("rank 0 did not come")
+    raise dist.DistNetworkError("rank 0 did not start")
+
+
+def _token_key(rank: int) -> str:
+    return f"faccel/token/{rank}"
+
+
+def _confirmation_key(name: str, rank: int) -> str:
+    return f"faccel/confirmed/{name}/{rank}"
+
+
+def _is_confirmed(store: dist.Store, name: str, rank: int) -> bool:
+    return store.check([_confirmation_key(name, rank)])
 
 
 def _get(store: dist.Store, key: str) -> str | None:
-    return store.get(key).decode() if store.check([key]) else None
+    # `get` alone would block until the key exists
+    if not store.check([key]):
+        return None
+    return store.get(key).decode()

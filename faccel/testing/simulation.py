@@ -17,7 +17,11 @@ from faccel.errors import ConfigError, WorldError
 from faccel.mesh import MeshSpec
 from faccel.protocols import Collectives
 from faccel.random.hashing import mix
-from faccel.runtime.initialize import collectives, device_mesh, groups_of
+from faccel.runtime.process_groups import (
+    create_axis_groups,
+    create_collectives,
+    create_device_mesh,
+)
 from faccel.testing.assertions import (
     assert_all_finite,
     assert_pure,
@@ -78,7 +82,7 @@ def _context(
         ),
         config=resolved,
         device=torch.device("cpu"),
-        mesh=Mesh(spec, functools.partial(device_mesh, "cpu")),
+        mesh=Mesh(spec, functools.partial(create_device_mesh, "cpu")),
         comm=comm(spec),
         parallelism=choose(spec, {}, resolved, "cpu"),
     )
@@ -146,8 +150,8 @@ def simulate(
                 world_size=world_size,
                 pg_options=Endpoint(world, rank),
             )
-            return collectives(
-                groups_of(spec, rank, is_named=True), resolve(config), world.stores[-1]
+            return create_collectives(
+                create_axis_groups(spec, rank, share=False), resolve(config), world.stores[-1]
             )
 
         contexts.append(_context(rank, world_size, config, mesh, comm))

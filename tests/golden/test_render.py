@@ -12,10 +12,25 @@ from faccel.cli.commands import main
 HERE = pathlib.Path(__file__).parent
 LAUNCHES = {
     "one-node": ["--cpu", "--nproc", "2", "--seed", "3", "train.py", "--name", "a b"],
-    "two-nodes": ["--cpu", "--nproc", "4", "--nnodes", "2", "--node-rank", "0", "--main-address", "head",
-                     "--mixed-precision", "bf16", "--config", "CONFIG", "-m", "package.train"],
+    "two-nodes": [
+        "--cpu",
+        "--nproc",
+        "4",
+        "--nnodes",
+        "2",
+        "--node-rank",
+        "0",
+        "--main-address",
+        "head",
+        "--mixed-precision",
+        "bf16",
+        "--config",
+        "CONFIG",
+        "-m",
+        "package.train",
+    ],
     "an-executable": ["--nproc", "1", "--no-python", "./run.sh"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rendering", ["torchrun", "slurm", "mpirun"])

@@ -119,4 +119,4 @@ def test_a_busy_port_is_an_error_on_every_rank(tmp_path):
     assert [rank.returncode for rank in ranks] == [1, 1]
     assert all("WorldError: rank" in error and "free `MASTER_PORT`" in error for error in errors)
     assert "address already in use" in errors[0]
-    assert "does not answer as a store does" in errors[1]
+    assert "is not a PyTorch store" in errors[1]

@@ -105,52 +105,71 @@ def test_a_file_of_the_user_is_never_written(tmp_path):
 # The keys that each version of Accelerate writes, with values of this test.
 FILES = {
     "0.11": (
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nfp16: true\nmachine_rank: 0\n"
-        "main_process_ip: null\nmain_process_port: null\nmain_training_function: main\nnum_machines: 1\n"
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nfp16: true\n"
+        "machine_rank: 0\n"
+        "main_process_ip: null\nmain_process_port: null\nmain_training_function: main\n"
+        "num_machines: 1\n"
         "num_processes: 2\ndeepspeed_config: {}\nfsdp_config: {}\nuse_cpu: false\n",
         {"mixed_precision": "fp16"},
         "--nproc 2",
         [],
     ),
     "0.12": (
-        "compute_environment: LOCAL_MACHINE\ndeepspeed_config: {}\ndistributed_type: 'NO'\ndowncast_bf16: 'no'\n"
+        "compute_environment: LOCAL_MACHINE\ndeepspeed_config: {}\ndistributed_type: 'NO'\n"
+        "downcast_bf16: 'no'\n"
         "fsdp_config: {}\nmachine_rank: 0\nmain_process_ip: null\nmain_process_port: null\n"
-        "main_training_function: main\nmixed_precision: 'no'\nnum_machines: 1\nnum_processes: 1\nuse_cpu: true\n",
+        "main_training_function: main\nmixed_precision: 'no'\nnum_machines: 1\n"
+        "num_processes: 1\nuse_cpu: true\n",
         {"device": "cpu"},
         "",
         [],
     ),
     "0.28": (
-        "compute_environment: LOCAL_MACHINE\ndebug: true\ndistributed_type: MULTI_CPU\ndowncast_bf16: 'no'\n"
-        "ipex_config: {ipex: true}\nmachine_rank: 0\nmain_process_ip: 127.0.0.1\nmain_process_port: 29500\n"
+        "compute_environment: LOCAL_MACHINE\ndebug: true\ndistributed_type: MULTI_CPU\n"
+        "downcast_bf16: 'no'\n"
+        "ipex_config: {ipex: true}\nmachine_rank: 0\nmain_process_ip: 127.0.0.1\n"
+        "main_process_port: 29500\n"
         "main_training_function: main\nmixed_precision: bf16\n"
         "mpirun_config: {mpirun_ccl: '1', mpirun_hostfile: hosts}\n"
-        "num_machines: 4\nnum_processes: 16\nrdzv_backend: static\nsame_network: true\ntpu_env: []\n"
+        "num_machines: 4\nnum_processes: 16\nrdzv_backend: static\nsame_network: true\n"
+        "tpu_env: []\n"
         "tpu_use_cluster: false\ntpu_use_sudo: false\nuse_cpu: true\n",
         {"mixed_precision": "bf16", "device": "cpu", "debug": True},
         "--nproc 4 --nnodes 4 --node-rank 0 --main-address 127.0.0.1 --main-port 29500",
         ["ipex_config", "mpirun_config.mpirun_ccl", "mpirun_config.mpirun_hostfile"],
     ),
     "0.34": (
-        "compute_environment: LOCAL_MACHINE\ndebug: false\ndistributed_type: DEEPSPEED\ndeepspeed_config:\n"
-        "  gradient_accumulation_steps: 4\n  zero_stage: 2\ndynamo_config: {dynamo_backend: INDUCTOR}\n"
-        "fp8_config: {backend: TE, fp8_format: E4M3}\nmixed_precision: fp8\nnum_machines: 2\nnum_processes: 16\n"
-        "machine_rank: 1\nmain_process_ip: head\nmain_process_port: 1234\nrdzv_backend: c10d\nuse_cpu: false\n",
+        "compute_environment: LOCAL_MACHINE\ndebug: false\ndistributed_type: DEEPSPEED\n"
+        "deepspeed_config:\n"
+        "  gradient_accumulation_steps: 4\n  zero_stage: 2\n"
+        "dynamo_config: {dynamo_backend: INDUCTOR}\n"
+        "fp8_config: {backend: TE, fp8_format: E4M3}\nmixed_precision: fp8\n"
+        "num_machines: 2\nnum_processes: 16\n"
+        "machine_rank: 1\nmain_process_ip: head\nmain_process_port: 1234\n"
+        "rdzv_backend: c10d\nuse_cpu: false\n",
         {"grad_accum": 4},
         "--nproc 8 --nnodes 2 --rdzv-endpoint head:1234",
-        ["deepspeed_config.zero_stage", "dynamo_config.dynamo_backend", "fp8_config.backend", "fp8_config.fp8_format",
-         "mixed_precision"],
+        [
+            "deepspeed_config.zero_stage",
+            "dynamo_config.dynamo_backend",
+            "fp8_config.backend",
+            "fp8_config.fp8_format",
+            "mixed_precision",
+        ],
     ),
     "latest": (
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nenable_cpu_affinity: false\nfsdp_config:\n"
-        "  fsdp_version: 2\n  fsdp_reshard_after_forward: true\nmixed_precision: bf16\nnum_machines: 1\n"
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n"
+        "enable_cpu_affinity: false\nfsdp_config:\n"
+        "  fsdp_version: 2\n  fsdp_reshard_after_forward: true\nmixed_precision: bf16\n"
+        "num_machines: 1\n"
         "num_processes: 8\nparallelism_config:\n  parallelism_config_dp_replicate_size: 2\n"
-        "  parallelism_config_dp_shard_size: 4\n  parallelism_config_tp_size: 1\nuse_cpu: false\n",
+        "  parallelism_config_dp_shard_size: 4\n  parallelism_config_tp_size: 1\n"
+        "use_cpu: false\n",
         {"mixed_precision": "bf16", "mesh": {"dp_replicate": 2, "dp_shard": 4}},
         "--nproc 8",
         ["fsdp_config.fsdp_reshard_after_forward", "fsdp_config.fsdp_version"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("version", FILES)
@@ -175,18 +194,51 @@ def test_a_file_of_another_program_is_an_error():
     assert "FACCEL_LAUNCH" not in os.environ
 
 
-@pytest.mark.parametrize(("config", "values", "options", "unsupported"), [
-    ({"distributed_type": "DEEPSPEED", "deepspeed_config": {}}, {}, "", {"distributed_type": "DEEPSPEED"}),
-    ({"distributed_type": "MEGATRON_LM"}, {}, "", {"distributed_type": "MEGATRON_LM"}),
-    ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_sharding_strategy": "NO_SHARD"}}, {}, "",
-     {"fsdp_config.fsdp_sharding_strategy": "NO_SHARD"}),
-    ({"distributed_type": "NO", "mixed_precision": False}, {}, "", {}),
-    ({"compute_environment": "AMAZON_SAGEMAKER"}, {}, "", {"compute_environment": "AMAZON_SAGEMAKER"}),
-    ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"gradient_accumulation_steps": "auto"}}, {}, "",
-     {"deepspeed_config.gradient_accumulation_steps": "auto"}),
-    ({"distributed_type": "MULTI_GPU", "num_processes": 8, "num_machines": 2, "main_process_ip": "h"}, {},
-     "--nproc 4 --nnodes 2 --node-rank 0 --main-address h", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "values", "options", "unsupported"),
+    [
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {}},
+            {},
+            "",
+            {"distributed_type": "DEEPSPEED"},
+        ),
+        ({"distributed_type": "MEGATRON_LM"}, {}, "", {"distributed_type": "MEGATRON_LM"}),
+        (
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_sharding_strategy": "NO_SHARD"}},
+            {},
+            "",
+            {"fsdp_config.fsdp_sharding_strategy": "NO_SHARD"},
+        ),
+        ({"distributed_type": "NO", "mixed_precision": False}, {}, "", {}),
+        (
+            {"compute_environment": "AMAZON_SAGEMAKER"},
+            {},
+            "",
+            {"compute_environment": "AMAZON_SAGEMAKER"},
+        ),
+        (
+            {
+                "distributed_type": "DEEPSPEED",
+                "deepspeed_config": {"gradient_accumulation_steps": "auto"},
+            },
+            {},
+            "",
+            {"deepspeed_config.gradient_accumulation_steps": "auto"},
+        ),
+        (
+            {
+                "distributed_type": "MULTI_GPU",
+                "num_processes": 8,
+                "num_machines": 2,
+                "main_process_ip": "h",
+            },
+            {},
+            "--nproc 4 --nnodes 2 --node-rank 0 --main-address h",
+            {},
+        ),
+    ],
+)
 def test_unsupported_keys_are_reported_and_the_argument_is_unchanged(
     config, values, options, unsupported
 ):
@@ -199,9 +251,17 @@ def test_unsupported_keys_are_reported_and_the_argument_is_unchanged(
     assert str(config) == before
 
 
-@pytest.mark.parametrize("values", [{"num_processes": "many"}, {"num_processes": 5, "num_machines": 2},
-                                   {"fsdp_config": True}, {"deepspeed_config": "ds.json"},
-                                   {"parallelism_config": {"parallelism_config_tp_size": "two"}}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_processes": "many"},
+        {"num_processes": 5, "num_machines": 2},
+        {"fsdp_config": True},
+        {"deepspeed_config": "ds.json"},
+        {"parallelism_config": {"parallelism_config_tp_size": "two"}},
+    ],
+    ids=str,
+)
 def test_a_value_of_the_wrong_type_is_an_error_with_a_fix(values):
     with pytest.raises(ConfigError) as caught:
         from_accelerate({"distributed_type": "MULTI_GPU", **values})

@@ -1,3 +1,5 @@
+"""Detection of the launcher from the environment."""
+
 import pytest
 
 from faccel.errors import TopologyError
@@ -60,7 +62,8 @@ def without(env, *keys):
     return {k: v for k, v in env.items() if k not in keys}
 
 
-# environment -> source, rank, world size, local rank, local world size, node, nodes, address (None: not looked at)
+# environment -> source, rank, world size, local rank, local world size, node rank, num nodes,
+# address
 WORLDS = {
     "nothing": ({}, ("single", 0, 1, 0, 1, 0, 1, "")),
     "unrelated": ({"PATH": "/bin", "SLURM_CONF": "x"}, ("single", 0, 1, 0, 1, 0, 1, "")),
@@ -70,8 +73,15 @@ WORLDS = {
         ("torchrun", 3, 4, 1, 2, 1, 2, "host"),
     ),
     "torchrun of one": (
-        TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-                    "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"},
+        TORCHRUN
+        | {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "GROUP_RANK": "0",
+            "GROUP_WORLD_SIZE": "1",
+        },
         ("torchrun", 0, 1, 0, 1, 0, 1, "host"),
     ),
     "srun": (SLURM, ("SLURM", 5, 7, 1, 3, 1, 2, "gpu03")),
@@ -83,10 +93,18 @@ WORLDS = {
         SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_STEP_NUM_TASKS": "8"},
         ("SLURM", 5, 8, 1, 4, 1, 2, "gpu03"),
     ),
-    "srun, own address": (SLURM | FAR, ("SLURM", 5, 7, 1, 3, 1, 2, "head")),
+    "srun with an address": (SLURM | FAR, ("SLURM", 5, 7, 1, 3, 1, 2, "head")),
     "srun -n1": (
-        SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "1",
-                 "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_STEP_NODELIST": "n7"},
+        SLURM
+        | {
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+            "SLURM_NODEID": "0",
+            "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_STEP_NUM_NODES": "1",
+            "SLURM_STEP_TASKS_PER_NODE": "1",
+            "SLURM_STEP_NODELIST": "n7",
+        },
         ("SLURM", 0, 1, 0, 1, 0, 1, "n7"),
     ),
     "salloc, outside a step": (
@@ -94,12 +112,18 @@ WORLDS = {
         ("single", 0, 1, 0, 1, 0, 1, ""),
     ),
     "batch script itself": (
-        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
+        {
+            "SLURM_JOB_ID": "1",
+            "SLURM_NTASKS": "4",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+            "SLURM_NODEID": "0",
+        },
         ("single", 0, 1, 0, 1, 0, 1, ""),
     ),
     "srun --mpi=pmix": (SLURM | {"PMIX_RANK": "5"}, ("SLURM", 5, 7, 1, 3, 1, 2, "gpu03")),
-    "mpirun, one machine": (OMPI, ("Open MPI", 1, 2, 1, 2, 0, 1, "127.0.0.1")),
-    "mpirun, two machines": (OMPI_FAR, ("Open MPI", 3, 4, 1, 2, 1, 2, "head")),
+    "mpirun, one node": (OMPI, ("Open MPI", 1, 2, 1, 2, 0, 1, "127.0.0.1")),
+    "mpirun, two nodes": (OMPI_FAR, ("Open MPI", 3, 4, 1, 2, 1, 2, "head")),
     "Open MPI 5": (OMPI | {"PMIX_RANK": "1"}, ("Open MPI", 1, 2, 1, 2, 0, 1, "127.0.0.1")),
     "MPICH": (PMI, ("PMI", 0, 2, 0, 2, 0, 1, "127.0.0.1")),
     "MVAPICH": (MV2, ("MVAPICH", 2, 3, 2, 3, 0, 1, "127.0.0.1")),
@@ -108,24 +132,46 @@ WORLDS = {
     "LSF outside jsrun": ({"LSB_JOBID": "9"}, ("single", 0, 1, 0, 1, 0, 1, "")),
     "Kubeflow": (KUBEFLOW, ("Kubeflow", 1, 3, 0, 1, 1, 3, "m")),
     "a pod without a job": ({"KUBERNETES_PORT": "x"}, ("single", 0, 1, 0, 1, 0, 1, "")),
-    "torchrun in a pod": (TORCHRUN | {"KUBERNETES_PORT": "x"}, ("torchrun", 3, 4, 1, 2, 1, 2, "host")),
+    "torchrun in a pod": (
+        TORCHRUN | {"KUBERNETES_PORT": "x"},
+        ("torchrun", 3, 4, 1, 2, 1, 2, "host"),
+    ),
     "TPU pod": (TPU, ("XLA", 1, 2, 0, 1, 1, 2, "t0")),
-    "srun torchrun, one per machine": (
-        TORCHRUN | SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
-                            "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+    "srun torchrun, one per node": (
+        TORCHRUN
+        | SLURM
+        | {
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_PROCID": "1",
+            "SLURM_LOCALID": "0",
+            "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        },
         ("torchrun", 3, 4, 1, 2, 1, 2, "host"),
     ),
     "srun -n1 torchrun": (
-        TORCHRUN | SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
-                            "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "1"},
+        TORCHRUN
+        | SLURM
+        | {
+            "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+            "SLURM_NODEID": "0",
+            "SLURM_STEP_TASKS_PER_NODE": "1",
+        },
         ("torchrun", 3, 4, 1, 2, 1, 2, "host"),
     ),
     "mpirun in a SLURM job": (
-        OMPI_FAR | SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
-                            "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+        OMPI_FAR
+        | SLURM
+        | {
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_PROCID": "1",
+            "SLURM_LOCALID": "0",
+            "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        },
         ("Open MPI", 3, 4, 1, 2, 1, 2, "head"),
     ),
-    "mpirun torchrun, one per machine": (
+    "mpirun torchrun, one per node": (
         TORCHRUN | OMPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
         ("torchrun", 3, 4, 1, 2, 1, 2, "host"),
     ),
@@ -133,11 +179,11 @@ WORLDS = {
         TORCHRUN | PMI | {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"},
         ("torchrun", 3, 4, 1, 2, 1, 2, "host"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_a_world_is_read_from_its_environment(name):
+def test_the_environment_of_a_launcher_determines_the_topology(name):
     env, expected = WORLDS[name]
     t = detect(env)
     got = (
@@ -153,7 +199,7 @@ def test_a_world_is_read_from_its_environment(name):
     assert got == expected
 
 
-# environment -> words of the error
+# environment -> parts of the error message
 BROKEN = {
     **{
         f"torchrun, no {key}": (without(TORCHRUN, key), [f"`{key}`", "torchrun"])
@@ -162,15 +208,15 @@ BROKEN = {
     "torchrun, no address": (without(TORCHRUN, "MASTER_ADDR"), ["`MASTER_ADDR`"]),
     "torchrun, no port": (without(TORCHRUN, "MASTER_PORT"), ["`MASTER_PORT`"]),
     "WORLD_SIZE alone": ({"WORLD_SIZE": "2"}, ["`RANK`", "WORLD_SIZE=2"]),
-    "rank behind the end": (TORCHRUN | {"RANK": "4"}, ["rank=4"]),
+    "rank too large": (TORCHRUN | {"RANK": "4"}, ["rank=4"]),
     "a negative rank": (TORCHRUN | {"RANK": "-1"}, ["rank=-1"]),
-    "local rank behind the end": (TORCHRUN | {"LOCAL_RANK": "2"}, ["local_rank=2"]),
+    "local rank too large": (TORCHRUN | {"LOCAL_RANK": "2"}, ["local_rank=2"]),
     "not a number": (TORCHRUN | {"WORLD_SIZE": "two"}, ["`WORLD_SIZE`", "'two'"]),
     "an empty port": (TORCHRUN | {"MASTER_PORT": ""}, ["`MASTER_PORT`"]),
     "half a step": (without(SLURM, "SLURM_PROCID"), ["`SLURM_PROCID`", "srun"]),
     "a node without tasks": (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4"}, ["tasks per node"]),
     "half of Open MPI": (without(OMPI, "OMPI_COMM_WORLD_SIZE"), ["`OMPI_COMM_WORLD_SIZE`"]),
-    "machines that cannot meet": (OMPI | {"OMPI_COMM_WORLD_SIZE": "4"}, ["mpirun -x MASTER_ADDR"]),
+    "nodes without an address": (OMPI | {"OMPI_COMM_WORLD_SIZE": "4"}, ["mpirun -x MASTER_ADDR"]),
     "PMIx alone": ({"PMIX_RANK": "1"}, ["PMIX_RANK=1", "torchrun"]),
     "half of Kubeflow": (without(KUBEFLOW, "WORLD_SIZE"), ["`WORLD_SIZE`", "Kubeflow"]),
     "half of a TPU pod": ({"TPU_WORKER_ID": "1"}, ["`TPU_WORKER_HOSTNAMES`"]),
@@ -190,14 +236,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_environment_is_an_error_that_says_what_is_wrong(name):
+def test_an_incomplete_environment_is_an_error_that_names_the_variables(name):
     env, words = BROKEN[name]
     with pytest.raises(TopologyError) as error:
         detect(env)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_ranks_of_one_job_meet_at_one_port_and_jobs_at_others():
+def test_ranks_of_a_job_use_one_port_and_other_jobs_use_others():
     ports = {detect(SLURM | {"SLURM_STEP_ID": str(step)}).main_port for step in range(50)}
     assert len(ports) > 45
     assert (
@@ -206,7 +252,7 @@ def test_ranks_of_one_job_meet_at_one_port_and_jobs_at_others():
     )
 
 
-def test_ranks_of_an_mpich_job_meet_although_each_has_a_descriptor_of_its_own():
+def test_ranks_of_an_mpich_job_use_one_port_although_their_descriptors_differ():
     first, second = (
         detect(PMI | {"PMI_RANK": r, "MPI_LOCALRANKID": r, "PMI_FD": f})
         for r, f in (("0", "7"), ("1", "9"))
@@ -214,7 +260,7 @@ def test_ranks_of_an_mpich_job_meet_although_each_has_a_descriptor_of_its_own():
     assert first.main_port == second.main_port
 
 
-def test_an_elastic_restart_is_counted():
+def test_the_attempt_is_the_restart_count_of_torchrun():
     t = detect(
         TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     )

@@ -1,4 +1,4 @@
-"""Hooks for exceptions, one over the other, as other libraries and later worlds put them."""
+"""`sys.excepthook` with several contexts, and with hooks of other libraries."""
 
 import sys
 
@@ -9,51 +9,51 @@ from faccel.runtime.excepthook import ExceptHook
 
 @pytest.fixture
 def hooks():
-    """The hook of the process is put back whatever a test does."""
-    before, calls = sys.excepthook, []
-    sys.excepthook = lambda kind, error, at: calls.append(kind)
+    """An `ExceptHook`, and the exception types that reached the hook that it replaces."""
+    previous, calls = sys.excepthook, []
+    sys.excepthook = lambda error_type, error, traceback: calls.append(error_type)
     yield ExceptHook(), calls
-    sys.excepthook = before
+    sys.excepthook = previous
 
 
-def chained():
-    """What torch and others do: a hook that calls the one before it."""
-    before = sys.excepthook
-    sys.excepthook = lambda kind, error, at: before(kind, error, at)
+def install_wrapping_hook():
+    """Install a hook that calls the previous one, as torch and other libraries do."""
+    previous = sys.excepthook
+    sys.excepthook = lambda error_type, error, traceback: previous(error_type, error, traceback)
 
 
-def test_the_hook_is_given_back_with_the_last_context(hooks):
+def test_the_last_context_restores_the_previous_hook(hooks):
     hook, _ = hooks
-    own = sys.excepthook
-    hook.enter(1, 0, 1, {})
-    hook.enter(2, 0, 1, {})
-    hook.leave(1, None)
-    assert sys.excepthook is not own
-    hook.leave(2, None)
-    assert sys.excepthook is own
+    previous = sys.excepthook
+    hook.install(1, 0, 1, {})
+    hook.install(2, 0, 1, {})
+    hook.uninstall(1, None)
+    assert sys.excepthook is not previous
+    hook.uninstall(2, None)
+    assert sys.excepthook is previous
 
 
 @pytest.mark.parametrize("error", [None, ValueError()])
-def test_hooks_over_hooks_never_call_each_other_in_a_circle(hooks, error):
+def test_wrapped_hooks_never_call_each_other_in_a_circle(hooks, error):
     hook, calls = hooks
     for _ in range(3):
-        hook.enter(1, 0, 1, {})
-        chained()
-        hook.enter(2, 0, 1, {})
-        hook.leave(1, error)
-        chained()
-        hook.leave(2, error)
-    hook.enter(3, 0, 1, {})
+        hook.install(1, 0, 1, {})
+        install_wrapping_hook()
+        hook.install(2, 0, 1, {})
+        hook.uninstall(1, error)
+        install_wrapping_hook()
+        hook.uninstall(2, error)
+    hook.install(3, 0, 1, {})
     sys.excepthook(ValueError, ValueError(), None)
     assert calls == [ValueError]
 
 
-def test_a_single_process_says_one_line_and_goes_on(hooks, capsys):
+def test_ctrl_c_in_a_single_process_prints_one_line_and_returns(hooks, capsys):
     hook, calls = hooks
-    hook.enter(1, 0, 1, {})
+    hook.install(1, 0, 1, {})
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr().err == "interrupted\n"
     assert calls == []
-    hook.leave(1, None)
+    hook.uninstall(1, None)
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert calls == [KeyboardInterrupt]

@@ -1,4 +1,4 @@
-"""Ranks that start again and again agree on a name, though the store remembers every earlier start."""
+"""Agreement on a name for each start, through a store that keeps the entries of earlier starts."""
 
 import random
 import threading
@@ -6,25 +6,23 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from faccel.runtime.rendezvous import agreed_name
+from faccel.runtime.rendezvous import agree_on_name
 
 
-def start(store, world_size, missing=(), timeout_s=20.0):
-    """One start of a world: its ranks come in any order, some before the others have left."""
+def start(store, world_size, missing=(), timeout_s=600.0):
+    """Start a world once; its ranks arrive in random order. Return the name or error of each."""
     names = {}
 
     def run(rank):
+        # Not for synchronization: a random delay varies the order of arrival.
         threading.Event().wait(random.Random(rank * 7 + len(names)).random() * 0.05)
         try:
-            names[rank] = agreed_name(store, rank, world_size, timeout_s)
+            names[rank] = agree_on_name(store, rank, world_size, timeout_s)
         except dist.DistNetworkError as error:
             names[rank] = error
 
-    threads = [
-        threading.Thread(target=run, args=(rank,))
-        for rank in range(world_size)
-        if rank not in missing
-    ]
+    ranks = [rank for rank in range(world_size) if rank not in missing]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -33,18 +31,20 @@ def start(store, world_size, missing=(), timeout_s=20.0):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_every_start_has_a_name_of_its_own_that_all_ranks_know(world_size):
-    store, seen = dist.HashStore(), set()
+def test_all_ranks_agree_on_a_new_name_at_every_start(world_size):
+    store = dist.HashStore()
+    all_names = set()
     for _ in range(8):
-        names = start(store, world_size)
-        assert len(set(names.values())) == 1, names
-        seen |= set(names.values())
-    assert len(seen) == 8
+        names = set(start(store, world_size).values())
+        assert len(names) == 1, names
+        all_names |= names
+    assert len(all_names) == 8
 
 
-def test_ranks_that_do_not_come_are_told_from_those_that_did():
+def test_the_error_lists_the_ranks_that_started():
     store = dist.HashStore()
     start(store, 3)
-    names = start(store, 3, missing=[2], timeout_s=0.5)
-    assert "2 of 3 ranks came: 0, 1" in str(names[0])
-    assert "rank 0 did not come" in str(start(dist.HashStore(), 2, missing=[0], timeout_s=0.2)[1])
+    names = start(store, 3, missing=[2], timeout_s=2)
+    assert "2 of 3 ranks started: 0, 1" in str(names[0])
+    names = start(dist.HashStore(), 2, missing=[0], timeout_s=0.2)
+    assert "rank 0 did not start" in str(names[1])

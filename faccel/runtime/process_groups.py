@@ -1,0 +1,280 @@
+"""PyTorch's default process group, its store, the groups of the mesh axes and the device mesh."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+from faccel.comm.collectives import TorchCollectives
+from faccel.comm.debug import DebugCollectives
+from faccel.comm.rank_status import RankStatus
+from faccel.config import Config
+from faccel.context import Topology
+from faccel.errors import WorldError
+from faccel.mesh import VIEWS, MeshSpec
+from faccel.protocols import WORLD
+from faccel.runtime.devices import c10d_backend
+from faccel.runtime.rendezvous import agree_on_name
+
+_Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
+# A store that accepts a connection answers at once; this allows for a busy node.
+_STORE_REPLY_S = 5.0
+
+
+class DefaultGroup:
+    """PyTorch's default process group, which all contexts of a process share.
+
+    The first context of more than one process creates it, or adopts the user's. The last context
+    destroys it if faccel created it.
+    """
+
+    def __init__(self) -> None:
+        self.num_contexts = 0  # of this process so far: a number for each, equal on all ranks
+        self._close_fns: dict[int, Callable[[], None]] = {}  # by the context's id
+        self._is_created = False
+        self._num_created = 0
+        self._num_generations = 0
+        self._hooks: tuple[_Hook, _Hook] | None = None  # `sys.excepthook` before and after c10d
+        self._rank_status: RankStatus | None = None
+
+    def acquire(
+        self, topology: Topology, device: torch.device, timeout_s: float
+    ) -> tuple[dist.Store, RankStatus]:
+        """Return the store of the world and the status of its ranks.
+
+        The first call creates the group. Collective then.
+
+        Raises:
+            WorldError: The processes did not connect, or this process is in another world.
+        """
+        if dist.is_initialized():
+            _check_same_world(topology)
+        else:
+            self._create(topology, device, timedelta(seconds=timeout_s))
+        # The private function is the only way to the store of an adopted group.
+        store = c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+        self.num_contexts += 1
+        if self._rank_status is None:
+            # A new generation: what ranks reported to earlier contexts must not be read again.
+            self._num_generations += 1
+            self._rank_status = RankStatus(store, topology.rank, self._num_generations)
+        return store, self._rank_status
+
+    def add_context(self, context_id: int, close: Callable[[], None]) -> None:
+        """Keep the group until `release(context_id)`, which calls `close`."""
+        self._close_fns[context_id] = close
+
+    def release(self, context_id: int, error: BaseException | None) -> None:
+        """Close the communication of a context; the last one destroys the group.
+
+        Args:
+            context_id: Identity of the context. A second call for the same one does nothing.
+            error: The exception that ended the context, for the messages on the other ranks.
+        """
+        close = self._close_fns.pop(context_id, None)
+        if close is None:
+            return
+        close()
+        if self._close_fns:
+            return
+        if self._rank_status is not None:
+            self._rank_status.leave(error)
+            self._rank_status = None
+        if self._is_created:
+            self._destroy()
+
+    def _create(self, topology: Topology, device: torch.device, timeout: timedelta) -> None:
+        previous_hook = sys.excepthook
+        try:
+            store = _open_store(topology, timeout)
+            dist.init_process_group(
+                c10d_backend(device),
+                store=dist.PrefixStore(self._prefix(store, topology, timeout), store),
+                rank=topology.rank,
+                world_size=topology.world_size,
+                timeout=timeout,
+                # With it NCCL connects now and not in the first collective.
+                device_id=device if device.type == "cuda" else None,
+            )
+        except (dist.DistError, RuntimeError, TypeError) as error:
+            sys.excepthook = previous_hook
+            address = f"{topology.main_address}:{topology.main_port}"
+            raise WorldError(
+                f"rank {topology.rank} could not connect to the {topology.world_size} processes "
+                f"at {address}",
+                got=str(error).strip().split("\n")[0],
+                fix="start all of them, with the same `MASTER_ADDR` and a free `MASTER_PORT`",
+            ) from error
+        # `init_process_group` replaces `sys.excepthook`, and `destroy_process_group` leaves it.
+        self._hooks = (previous_hook, sys.excepthook)
+        # A failed attempt is not counted: the other ranks may not have tried yet.
+        self._num_created += 1
+        self._is_created = True
+
+    def _prefix(self, store: dist.Store, topology: Topology, timeout: timedelta) -> str:
+        """Return a prefix of the store's keys that no earlier world used.
+
+        Otherwise a restarted rank, or a second world, would read the addresses of an earlier one.
+        """
+        if topology.num_nodes == 1:
+            return f"faccel/attempt_{topology.attempt}/world_{self._num_created}"
+        # The agents of several nodes count restarts separately, so the ranks agree on a name.
+        rank, world_size = topology.rank, topology.world_size
+        return f"faccel/{agree_on_name(store, rank, world_size, timeout.total_seconds())}"
+
+    def _destroy(self) -> None:
+        self._is_created = False
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if self._hooks is None:
+            return
+        previous_hook, c10d_hook = self._hooks
+        if sys.excepthook is c10d_hook:  # otherwise the user has replaced it since
+            sys.excepthook = previous_hook
+
+
+def _check_same_world(topology: Topology) -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if (rank, world_size) == (topology.rank, topology.world_size):
+        return
+    raise WorldError(
+        "this process is already a rank of another world",
+        got=f"rank {rank} of {world_size} before, "
+        f"rank {topology.rank} of {topology.world_size} now",
+        fix="call `faccel.shutdown(ctx)` before `faccel.init()` for another world",
+    )
+
+
+def _accepts_connections(address: str, port: int) -> bool:
+    try:
+        with socket.create_connection((address, port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def _open_store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
+    """Serve the store on rank 0, or connect to it.
+
+    The client of `TCPStore` waits without a timeout for a server that accepts the connection but is
+    not a store (an HTTP server on the port, for example). So it runs in a thread.
+
+    Raises:
+        dist.DistError: The port is in use, or no store answers within the timeout.
+    """
+    outcome: list[dist.TCPStore | BaseException] = []
+
+    def connect() -> None:
+        try:
+            outcome.append(
+                dist.TCPStore(
+                    topology.main_address,
+                    topology.main_port,
+                    topology.world_size,
+                    is_master=topology.rank == 0 and not topology.store_is_hosted,
+                    timeout=timeout,
+                    multi_tenant=True,
+                    wait_for_workers=False,
+                )
+            )
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=connect, name="faccel-store", daemon=True)
+    thread.start()
+    thread.join(min(_STORE_REPLY_S, timeout.total_seconds()))
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not outcome and time.monotonic() < deadline:
+        # Without a server, rank 0 may still start. With a server, a store would have answered.
+        is_open = _accepts_connections(topology.main_address, topology.main_port)
+        thread.join(_STORE_REPLY_S)
+        if is_open and not outcome:
+            raise dist.DistNetworkError("the server on this port is not a PyTorch store")
+    if not outcome:
+        raise dist.DistNetworkError(f"no answer within {timeout.total_seconds():g} s")
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def create_axis_groups(
+    spec: MeshSpec, rank: int, *, share: bool = True
+) -> dict[str, dist.ProcessGroup]:
+    """Create the process group of each mesh axis and view. Collective.
+
+    An axis of one rank has no group. A view (`"data"`, for example) always has one, so that the
+    same script gathers over the data ranks of any mesh.
+
+    Effects: collective.
+
+    Args:
+        spec: The mesh.
+        rank: Rank of this process in the world.
+        share: Whether axes with the same ranks share a group. Otherwise each group has the name of
+            its axis, which a trace shows.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    names = [axis for axis, size in spec.extents.items() if size > 1]
+    names += VIEWS
+    if spec.ep > 1:
+        names += ["ep", "ep_storage"]
+    groups: dict[str, dist.ProcessGroup] = {WORLD: world}
+    by_ranks: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    if share:
+        by_ranks[tuple(range(spec.size))] = world
+    for name in names:
+        ranks = spec.peers(rank, name)
+        if not share or ranks not in by_ranks:
+            # Local synchronization: ranks outside of the group do not take part.
+            by_ranks[ranks] = dist.new_group(  # type: ignore[assignment]
+                list(ranks), use_local_synchronization=True, group_desc=name
+            )
+        groups[name] = by_ranks[ranks]
+    return groups
+
+
+def create_collectives(
+    groups: Mapping[str, dist.ProcessGroup],
+    config: Config,
+    store: dist.Store,
+    rank_status: RankStatus | None = None,
+    context_number: int = 0,
+) -> TorchCollectives | DebugCollectives:
+    """Return the collectives over the groups of a world, with checks if `config.debug` is set.
+
+    Effects: pure.
+    """
+    comm = TorchCollectives(dict(groups), rank_status)
+    if config.debug:
+        return DebugCollectives(comm, store, config.timeout_s, context_number)
+    return comm
+
+
+def create_device_mesh(device_type: str, extents: Mapping[str, int]) -> dist.DeviceMesh:
+    """Create a `DeviceMesh` from the extent of each axis. Collective.
+
+    Effects: collective.
+
+    Raises:
+        WorldError: No axis has more than one rank.
+    """
+    # A slow import, which a run without a device mesh does not need.
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if not extents:
+        raise WorldError(
+            "a single process has no device mesh",
+            got="world_size=1",
+            fix="start several processes, or use `ctx.mesh.spec`",
+        )
+    return init_device_mesh(device_type, tuple(extents.values()), mesh_dim_names=tuple(extents))
