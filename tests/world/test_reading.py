@@ -1,3 +1,5 @@
+"""Gathered batches are the dataset, for every small dataset, batch size, tail and world size."""
+
 import itertools
 
 import numpy as np
@@ -9,61 +11,88 @@ import faccel
 from faccel.testing import simulate
 
 TAILS = ("pad", "drop", "uneven")
+MAX_WORLD_SIZE = 8
+CASES = list(itertools.product(range(40), range(1, 6), TAILS, (False, True)))
+WORLDS = list(itertools.product(range(1, MAX_WORLD_SIZE + 1), (False, True)))
 
 
-def read_everything(ctx, shuffle):
-    """Every data set below 40 samples, batch size below 6 and tail, split or not: what the ranks see together."""
-    w = ctx.data_world_size
-    for n, b, tail, split in itertools.product(range(40), range(1, 6), TAILS, (False, True)):
-        if n == 0 and shuffle:
-            continue  # torch's own RandomSampler refuses an empty data set
-        data = DataLoader(TensorDataset(torch.arange(n)), b * w if split else b, shuffle=shuffle)
-        loader = faccel.shard(data, ctx, tail=tail, split_batches=split).at(1)
-        order = loader.order.samples(np.arange(n)).tolist()
-        mine, valid = [], []
-        for batch in faccel.batches(loader):
-            (ids,) = batch.data
-            assert len(ids) == b or tail == "uneven"
-            mine.append(ids)
-            valid.append(batch.num_valid)
-        assert len(mine) == len(loader)
-        if tail == "uneven":
-            flat = torch.cat(mine) if mine else torch.zeros(0, dtype=torch.int64)
-            seen = faccel.gather(flat, ctx, ragged=True).tolist()
-            expected = [order[p] for r in range(w) for p in range(n) if p // b % w == r]
-        else:
-            assert len(set(faccel.gather_objects(len(mine), ctx))) == 1
-            seen = [
-                x
-                for ids, k in zip(mine, valid, strict=True)
-                for x in faccel.gather(ids, ctx, num_valid=k).tolist()
-            ]
-            expected = order[: n // (b * w) * b * w] if tail == "drop" else order
-        assert seen == expected, (n, b, tail, split)
+def read(ctx, num_samples, batch_size, tail, split_batches, shuffle):
+    """The batches of this rank, and the samples that all ranks read, in order."""
+    dataset = TensorDataset(torch.arange(num_samples))
+    size = batch_size * ctx.data_world_size if split_batches else batch_size
+    data = DataLoader(dataset, size, shuffle=shuffle)
+    loader = faccel.shard(data, ctx, tail=tail, split_batches=split_batches).at(1)
+    order = loader.order.samples(np.arange(num_samples)).tolist()
+    batches = list(faccel.batches(loader))
+    assert len(batches) == len(loader)
+    rows = [batch.data[0] for batch in batches]
+    assert tail == "uneven" or all(len(ids) == batch_size for ids in rows)
+    if tail == "uneven":  # ranks have different numbers of batches: one gather at the end
+        own = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+        return len(batches), order, faccel.gather(own, ctx, ragged=True).tolist()
+    seen = []
+    for ids, batch in zip(rows, batches, strict=True):
+        seen += faccel.gather(ids, ctx, num_valid=batch.num_valid).tolist()
+    return len(batches), order, seen
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("world_size", range(1, 9))
-def test_gathered_batches_are_the_data_set_exactly_once_in_order(world_size, shuffle):
-    simulate(read_everything, world_size, shuffle, timeout_s=120)
+def expected(order, num_samples, batch_size, tail, world_size):
+    if tail == "drop":
+        global_batch_size = batch_size * world_size
+        return order[: num_samples // global_batch_size * global_batch_size]
+    if tail == "pad":
+        return order
+    return [
+        order[position]
+        for rank in range(world_size)
+        for position in range(num_samples)
+        if position // batch_size % world_size == rank
+    ]
 
 
-def test_a_run_stopped_on_four_ranks_goes_on_on_three():
-    rows = TensorDataset(torch.arange(103))
+def check(cases, world_size, shuffle):
+    if shuffle:  # torch's RandomSampler refuses an empty dataset
+        cases = [case for case in cases if case[0] > 0]
+    results = simulate(
+        lambda ctx: [read(ctx, *case, shuffle) for case in cases], world_size, timeout_s=300
+    )
+    for case, per_rank in zip(cases, zip(*results, strict=True), strict=True):
+        num_samples, batch_size, tail, _ = case
+        lengths = {length for length, _, _ in per_rank}
+        assert tail == "uneven" or len(lengths) == 1, case
+        for _, order, seen in per_rank:
+            assert seen == expected(order, num_samples, batch_size, tail, world_size), case
+
+
+@pytest.mark.parametrize(("world_size", "shuffle"), WORLDS)
+def test_gathered_batches_are_the_dataset_exactly_once_in_order(world_size, shuffle):
+    """16 of 17 cases, each on one of the 16 worlds; the slow test has every case on every world."""
+    first = WORLDS.index((world_size, shuffle))
+    check(CASES[first :: len(WORLDS) + 1], world_size, shuffle)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "shuffle"), WORLDS)
+def test_every_case_on_every_world(world_size, shuffle):
+    check(CASES, world_size, shuffle)
+
+
+def test_a_run_stopped_on_four_ranks_resumes_on_three():
+    dataset = TensorDataset(torch.arange(103))
 
     def fn(ctx, cursor, stop):
-        loader = faccel.shard(DataLoader(rows, 5, shuffle=True), ctx)
+        loader = faccel.shard(DataLoader(dataset, 5, shuffle=True), ctx)
         seen = []
-        for _, part in loader.epochs(2, start=cursor):
-            for batch in faccel.batches(part):
+        for _, epoch in loader.epochs(2, start=cursor):
+            for batch in faccel.batches(epoch):
                 seen += faccel.gather(batch.data[0], ctx, num_valid=batch.num_valid).tolist()
                 if len(seen) >= stop:
                     return seen, batch.cursor
         return seen, None
 
-    whole, _ = simulate(fn, 1, faccel.Cursor(), 10**6)[0]
+    uninterrupted, _ = simulate(fn, 1, faccel.Cursor(), 10**6)[0]
     for stop in (1, 50, 103, 150):
-        first, cursor = simulate(fn, 4, faccel.Cursor(), stop)[0]
-        rest, _ = simulate(fn, 3, cursor, 10**6)[2]
-        assert first + rest == whole
-        assert sorted(first + rest) == sorted(list(range(103)) * 2)
+        before, cursor = simulate(fn, 4, faccel.Cursor(), stop)[0]
+        after, _ = simulate(fn, 3, cursor, 10**6)[2]
+        assert before + after == uninterrupted
+        assert sorted(before + after) == sorted(list(range(103)) * 2)
