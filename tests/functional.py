@@ -77,7 +77,7 @@ def run(ctx, num_steps=5, options=None, **model_options):
     for i in range(num_steps):
         metrics, state = step(state, batch_of(i, ctx))
         losses.append(metrics["loss"])
-    return func.tensordicts.leaves(func.train_state.leaves_of(state)), torch.stack(losses)
+    return func.tensordicts.named_leaves(func.train_state.state_to_dict(state)), torch.stack(losses)
 
 
 def run_uneven(ctx, num_steps=3):
@@ -97,7 +97,7 @@ def run_uneven(ctx, num_steps=3):
     for i in range(num_steps):
         x, y = batch_of(i, faccel.testing.fake_context(0, 1))
         metrics, state = step(state, (x[part], y[part]))
-    return func.tensordicts.leaves(func.train_state.leaves_of(state)), metrics["loss"]
+    return func.tensordicts.named_leaves(func.train_state.state_to_dict(state)), metrics["loss"]
 
 
 def module_path(ctx, num_steps=5, **model_options):

@@ -7,15 +7,15 @@ from faccel.func.functional_call import functional_call
 from faccel.func.grad import value_and_grad
 from faccel.func.gradient_transformation import (
     GradientTransformation,
+    Role,
     Updates,
     apply_updates,
     chain,
-    frozen,
-    masked,
-    partition,
 )
 from faccel.func.maml import adapt, maml
-from faccel.func.optimizers import adafactor, adagrad, adam, adamw, muon, rmsprop, sgd
+from faccel.func.masking import frozen, masked, partition
+from faccel.func.matrix_optimizers import adafactor, muon
+from faccel.func.optimizers import adagrad, adam, adamw, rmsprop, sgd
 from faccel.func.per_sample import clip_per_sample, dp_sgd, per_sample_grads
 from faccel.func.rollback import History, is_nonfinite, rollback
 from faccel.func.schedules import cosine, exponential, join_schedules, linear
@@ -35,6 +35,7 @@ from faccel.func.transforms import (
 __all__ = [
     "GradientTransformation",
     "History",
+    "Role",
     "TrainState",
     "Updates",
     "accumulate",

@@ -1,14 +1,15 @@
-"""A step as one compiled graph."""
+"""A training step as one compiled graph."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
-from faccel.func.rng_streams import InGraph, drawing_from, seeded
+from faccel.func.rng_streams import GraphGenerator, as_default_generator, reseed
 from faccel.func.train_state import TrainState, check_state
 from faccel.func.train_step import Metrics, Step
 from faccel.tree import Tree
@@ -16,20 +17,21 @@ from faccel.tree import Tree
 
 @effectful(COLLECTIVE)
 def compiled(step: Step, ctx: DistContext, **options: Any) -> Step:
-    """Return `torch.compile(step, fullgraph=True)` that may draw random numbers, too.
+    """Return `torch.compile(step, fullgraph=True)` for a step that may draw random numbers.
 
-    A graph of torch's can only draw from the generator of the process; this seeds it from the state for each step, and
-    puts it back. The numbers are others than those of the eager step, and as repeatable.
+    A compiled graph can only draw from the default generator. The returned step seeds it from the
+    state before each call and restores it afterwards. The numbers differ from those of the eager
+    step, and they are as repeatable.
 
-    Effects: collective. What is returned is, as `step` is.
+    Effects: collective. The returned step has the effects of `step`.
 
     Args:
-        step: From `make_step`, `ensemble`, `sam` and their like.
-        ctx: The world.
-        **options: Of `torch.compile`: `mode`, `backend`, ...
+        step: From `make_step`, `ensemble`, `sam`, `dp_sgd`.
+        ctx: The context.
+        **options: Options of `torch.compile`: `mode`, `backend`, ...
 
     Returns:
-        `step(state, batch) -> (metrics, state)`, compiled at its first call for each shape of a batch.
+        `step(state, batch) -> (metrics, state)`, compiled at its first call for each batch shape.
 
     Examples:
         >>> from faccel.func import compiled, init_state, make_step, sgd
@@ -42,12 +44,19 @@ def compiled(step: Step, ctx: DistContext, **options: Any) -> Step:
         >>> int(state.step)
         1
     """
-    graph: Any = torch.compile(step, fullgraph=True, **options)
-    own, in_graph = torch.Generator(ctx.device), InGraph()
+    graph: Callable[..., tuple[Metrics, TrainState]] = torch.compile(
+        step, fullgraph=True, **options
+    )
+    step_generator = torch.Generator(ctx.device)
+    graph_generator = GraphGenerator()
 
-    def run(state: TrainState, batch: Tree) -> tuple[Metrics, TrainState]:
+    def run(
+        state: TrainState, batch: Tree, generator: torch.Generator | None = None
+    ) -> tuple[Metrics, TrainState]:
         check_state(state)
-        with drawing_from(seeded(own, state.seed, state.step, ctx)):
-            return graph(state, batch, in_graph)
+        if generator is None:
+            generator = reseed(step_generator, state.seed, state.step, ctx)
+        with as_default_generator(generator):
+            return graph(state, batch, graph_generator)
 
     return run

@@ -1,65 +1,84 @@
-"""Second derivatives: products with the Hessian, the sharpness of a minimum, and a step that looks for flat ones."""
+"""Second derivatives: Hessian-vector products, sharpness, and sharpness-aware minimization."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from tensordict import TensorDict
 
+from faccel.checks import positive
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
-from faccel.errors import ConfigError
-from faccel.func.grad import Differentiate, LossSpec, Outcome, Task, Weight, gradient
+from faccel.func.grad import (
+    Differentiate,
+    GradInputs,
+    LossAndGrads,
+    RunLoss,
+    mean_gradient,
+)
 from faccel.func.gradient_transformation import GradientTransformation
-from faccel.func.rng_streams import Stream, again
-from faccel.func.tensordicts import check_like, named, tensordict
-from faccel.func.train_step import Step, step_along
+from faccel.func.loss import LossFunction, LossOptions, Weight
+from faccel.func.rng_streams import RandomSource, clone_generator
+from faccel.func.tensordicts import (
+    NamedTensors,
+    check_same_structure,
+    flat_dict,
+    to_tensordict,
+)
+from faccel.func.train_step import Step, build_step
 from faccel.func.transforms import global_norm
 from faccel.tree import Tree
 
 
-def _along(vector: Mapping[str, torch.Tensor]) -> Differentiate:
-    """Return what differentiates a loss twice: the gradient of its derivative along `vector`."""
+def _hessian_along(vector: Mapping[str, torch.Tensor]) -> Differentiate:
+    """Return the function that differentiates a loss twice: H v = d/dp (dL/dp . v)."""
 
-    def differentiate(
-        run: Callable[[Mapping[str, torch.Tensor]], Any], params: dict[str, torch.Tensor]
-    ) -> Any:
-        def slope(tracked: dict[str, torch.Tensor]) -> Any:
-            grads, loss = torch.func.grad(lambda p: (run(p)[0],) * 2, has_aux=True)(tracked)
-            total = sum(
-                ((grads[name] * vector[name]).sum() for name in tracked), torch.zeros(()).to(loss)
-            )
+    def differentiate(run: RunLoss, params: NamedTensors) -> Tree:
+        def loss_twice(tracked: NamedTensors) -> Tree:
+            loss = run(tracked)[0]
+            return loss, loss  # the value as auxiliary output, too
+
+        def directional_derivative(tracked: NamedTensors) -> Tree:
+            grads, loss = torch.func.grad(loss_twice, has_aux=True)(tracked)
+            total = torch.zeros((), dtype=loss.dtype, device=loss.device)
+            for name, grad in grads.items():
+                total = total + (grad * vector[name]).sum()
             return total, loss
 
-        products, loss = torch.func.grad(slope, has_aux=True)(params)
-        return loss.detach(), (None, None), {name: each.detach() for name, each in products.items()}
+        products, loss = torch.func.grad(directional_derivative, has_aux=True)(params)
+        no_extra = (None, None)
+        return loss.detach(), no_extra, {name: p.detach() for name, p in products.items()}
 
     return differentiate
 
 
 @effectful(COLLECTIVE)
 def hessian_vector_product(
-    loss_fn: Callable[..., torch.Tensor],
+    loss_fn: LossFunction,
     ctx: DistContext,
     *,
     weight: Weight | None = None,
     num_micro_batches: int = 1,
-) -> Callable[[TensorDict, TensorDict, Tree, Stream], TensorDict]:
+) -> Callable[[TensorDict, TensorDict, Tree, RandomSource], TensorDict]:
     """Return the function that multiplies the Hessian of a loss with a vector (Pearlmutter, 1994).
 
-    Effects: collective. What is returned is: the product is that of the mean loss of all data ranks.
+    The Hessian is never stored. A product costs about as much as two gradients.
+
+    Effects: collective. The returned function is, too; its result is equal on all ranks.
 
     Args:
-        loss_fn: As in `value_and_grad`, likewise the others.
-        ctx: The world.
-        weight: What a batch counts on this rank; the loss is then a sum.
-        num_micro_batches: MicroBatch-batches of a batch.
+        loss_fn: As in `value_and_grad`.
+        ctx: The context.
+        weight: Returns the number of rows or tokens of this rank's batch; the loss is then a sum.
+        num_micro_batches: How many micro-batches a batch is cut into.
 
     Returns:
-        `fn(params, vector, batch, generator) -> product`, TensorDicts of one structure. The Hessian is never made: it
-        costs about two gradients.
+        `fn(params, vector, batch, generator) -> product`, with the Hessian of the mean loss of all
+        data ranks. The vector and the product have the names, shapes and dtypes of the parameters.
+
+    Raises:
+        TreeError: In the returned function: vector and parameters differ; names the leaf.
 
     Examples:
         >>> from faccel.func import hessian_vector_product
@@ -70,40 +89,46 @@ def hessian_vector_product(
         >>> hessian_vector_product(loss_fn, fake_context(0, 1))(w, w, batch, torch.Generator())["w"]
         tensor([2., 6.])
     """
-    spec = LossSpec(loss_fn, weight=weight, num_micro_batches=num_micro_batches)
+    options = LossOptions(loss_fn, weight=weight, num_micro_batches=num_micro_batches)
 
-    def run(params: TensorDict, vector: TensorDict, batch: Tree, generator: Stream) -> TensorDict:
-        check_like(params, vector, "vector")
-        way = _along(named(vector))
-        return tensordict(
-            gradient(Task(spec, ctx, params, batch, generator), differentiate=way).grads
-        )
+    def run(
+        params: TensorDict, vector: TensorDict, batch: Tree, generator: RandomSource
+    ) -> TensorDict:
+        check_same_structure(params, vector, "vector")
+        inputs = GradInputs(options, ctx, params, batch, generator)
+        result = mean_gradient(inputs, differentiate=_hessian_along(flat_dict(vector)))
+        return to_tensordict(result.grads)
 
     return run
 
 
 @effectful(COLLECTIVE)
 def sharpness(
-    loss_fn: Callable[..., torch.Tensor],
+    loss_fn: LossFunction,
     ctx: DistContext,
     *,
     num_iterations: int = 20,
     weight: Weight | None = None,
     num_micro_batches: int = 1,
-) -> Callable[[TensorDict, Tree, Stream], torch.Tensor]:
-    """Return the function that estimates the eigenvalue of the Hessian of largest magnitude, by power iteration.
+) -> Callable[[TensorDict, Tree, RandomSource], torch.Tensor]:
+    """Return the function that estimates the eigenvalue of the Hessian of largest magnitude.
 
-    Effects: collective. What is returned is.
+    It uses power iteration: v is replaced by H v / |v|, and v . H v tends to the eigenvalue.
+
+    Effects: collective. The returned function is, too.
 
     Args:
-        loss_fn: As in `value_and_grad`, likewise `weight` and `num_micro_batches`.
-        ctx: The world.
+        loss_fn: As in `value_and_grad`.
+        ctx: The context.
         num_iterations: Products with the Hessian, each with the same random numbers.
-        weight: What a batch counts on this rank; the loss is then a sum.
-        num_micro_batches: MicroBatch-batches of a batch.
+        weight: Returns the number of rows or tokens of this rank's batch; the loss is then a sum.
+        num_micro_batches: How many micro-batches a batch is cut into.
 
     Returns:
-        `fn(params, batch, generator) -> T[]`, the same on every rank.
+        `fn(params, batch, generator) -> T[]`, equal on all ranks.
+
+    Raises:
+        ConfigError: `num_iterations` is not positive.
 
     Examples:
         >>> from faccel.func import sharpness
@@ -114,38 +139,37 @@ def sharpness(
         >>> sharpness(loss_fn, fake_context(0, 1))(w, batch, torch.Generator())
         tensor(6.)
     """
-    if num_iterations < 1:
-        raise ConfigError("at least one iteration is made", got=str(num_iterations), fix="use 20")
+    positive("num_iterations", num_iterations)
     product = hessian_vector_product(
         loss_fn, ctx, weight=weight, num_micro_batches=num_micro_batches
     )
 
-    def run(params: TensorDict, batch: Tree, generator: Stream) -> torch.Tensor:
-        start = torch.Generator(ctx.device).manual_seed(0)  # one direction on every rank
-        vector = tensordict(
-            {
-                n: torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=start)
-                for n, p in named(params).items()
-            }
-        )
-        value = torch.zeros(())
+    def run(params: TensorDict, batch: Tree, generator: RandomSource) -> torch.Tensor:
+        vector = _random_like(params, torch.Generator(ctx.device).manual_seed(0))
+        eigenvalue = torch.zeros(())
         for _ in range(num_iterations):
-            vector = _scaled(vector, 1.0 / global_norm(vector).clamp(min=1e-30))
-            image = product(params, vector, batch, again(generator))
-            value = torch.stack([(vector[name] * each).sum() for name, each in image.items()]).sum()
-            vector = image
-        return value
+            # a Hessian of 0 maps every vector to 0
+            scale = 1.0 / global_norm(vector).clamp(min=1e-30)
+            unit = to_tensordict({name: v * scale for name, v in vector.items()})
+            vector = product(params, unit, batch, clone_generator(generator))
+            dots = [(unit[name] * v).sum() for name, v in vector.items()]
+            eigenvalue = torch.stack(dots).sum()
+        return eigenvalue
 
     return run
 
 
-def _scaled(tree: TensorDict, factor: torch.Tensor) -> TensorDict:
-    return tensordict({name: each * factor for name, each in tree.items()})
+def _random_like(params: TensorDict, generator: torch.Generator) -> TensorDict:
+    """Return Gaussian noise in the shapes of the parameters; from one seed equal on all ranks."""
+    noise: NamedTensors = {}
+    for name, p in flat_dict(params).items():
+        noise[name] = torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
+    return to_tensordict(noise)
 
 
 @effectful(COLLECTIVE)
 def sam(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFunction,
     transformation: GradientTransformation,
     ctx: DistContext,
     *,
@@ -156,19 +180,20 @@ def sam(
     num_micro_batches: int = 1,
     donate: bool = False,
 ) -> Step:
-    """Return the sharpness-aware step (Foret et al., 2021, arXiv:2010.01412), which costs two gradients.
+    """Return the step of sharpness-aware minimization (Foret et al., 2021, arXiv:2010.01412).
 
-    The gradient is taken where the loss is about the highest within `rho` of the parameters. Uphill is the direction of
-    the gradient of all data ranks, so that any number of them trains alike; loss and new buffers are those of the
-    parameters themselves, and both gradients see the same random numbers.
+    It applies the gradient at `params + rho * g / |g|`, where `g` is the gradient at `params`, so
+    it costs two gradients. `g` is averaged over all data ranks: the result does not depend on
+    their number. Loss and new buffers are those at `params`, and both gradients use the same
+    random numbers.
 
-    Effects: collective. What is returned is, as in `make_step`.
+    Effects: collective. The returned step has the effects of the one of `make_step`.
 
     Args:
-        loss_fn: As in `make_step`, likewise all but `rho`.
-        transformation: The optimizer, or a chain with one.
-        ctx: The world.
-        rho: How far uphill, as 2-norm over all parameters.
+        loss_fn: As in `make_step`.
+        transformation: An optimizer, or a chain with one.
+        ctx: The context.
+        rho: Distance of the second gradient, as 2-norm over all parameters.
         has_aux: As in `make_step`.
         has_buffers: As in `make_step`.
         weight: As in `make_step`.
@@ -186,20 +211,24 @@ def sam(
         ...     return functional_call(model, params, batch).square().mean()
         >>> step = sam(loss_fn, sgd(0.1), ctx, rho=0.05)
         >>> metrics, state = step(init_state(model, sgd(0.1), ctx, seed=0), torch.ones(4, 2))
+        >>> int(state.step)
+        1
     """
-    if not rho > 0:
-        raise ConfigError("`rho` must be positive", got=str(rho), fix="use `make_step` for none")
+    positive("rho", rho)
 
-    def direction(task: Task) -> Outcome:
-        same = again(task.generator)
-        here = gradient(task)
-        factor = rho / (global_norm(tensordict(here.grads)) + 1e-12)
-        there = tensordict(
-            {name: param + factor * here.grads[name] for name, param in named(task.params).items()}
+    def gradient_fn(inputs: GradInputs) -> LossAndGrads:
+        generator = clone_generator(inputs.generator)  # before the first gradient draws
+        ascent = mean_gradient(inputs)
+        # 1e-12 as in the paper's code: no division by a norm of 0
+        factor = rho / (global_norm(to_tensordict(ascent.grads)) + 1e-12)
+        perturbed: NamedTensors = {}
+        for name, param in flat_dict(inputs.params).items():
+            perturbed[name] = param + factor * ascent.grads[name]
+        # the first call has already checked for writes
+        inputs = inputs._replace(
+            params=to_tensordict(perturbed), generator=generator, check_writes=False
         )
-        return here._replace(
-            grads=gradient(task._replace(params=there, generator=same, by_value=False)).grads
-        )
+        return ascent._replace(grads=mean_gradient(inputs).grads)
 
-    spec = LossSpec(loss_fn, has_buffers, has_aux, weight, num_micro_batches)
-    return step_along(direction, spec, transformation, ctx, donating=donate)
+    options = LossOptions(loss_fn, has_buffers, has_aux, weight, num_micro_batches)
+    return build_step(gradient_fn, options, transformation, ctx, donate=donate)

@@ -1,9 +1,8 @@
-"""Several models in one step: states stacked along a new dim 0."""
+"""Several models trained by one step: states stacked along a new dim 0."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -11,20 +10,21 @@ from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, ModelError
 from faccel.func.gradient_transformation import is_traced
-from faccel.func.rng_streams import Stream, seeded
-from faccel.func.tensordicts import leaves
-from faccel.func.train_state import TrainState, check_state, leaves_of, state_of
+from faccel.func.rng_streams import RandomSource, reseed
+from faccel.func.tensordicts import NamedTensors, describe, named_leaves
+from faccel.func.train_state import TrainState, check_state, state_from_dict, state_to_dict
 from faccel.func.train_step import Metrics, Step
 from faccel.tree import Tree, map_leaves
 
 
 def stack(states: Sequence[TrainState]) -> TrainState:
-    """Return one state that holds several, each tensor `T[k, ...]`.
+    """Return one state with the tensors of `k` states stacked: `T[k, ...]`.
 
-    Effects: pure. Always fresh.
+    Effects: pure. The result aliases none of them.
 
     Raises:
-        ModelError: The states have other leaves or shapes; names the leaf.
+        DonatedError: A state was donated.
+        ModelError: The states differ in names, shapes or dtypes; names the leaf.
 
     Examples:
         >>> from faccel.func import init_state, sgd, stack
@@ -36,113 +36,131 @@ def stack(states: Sequence[TrainState]) -> TrainState:
     """
     if not states:
         raise ModelError(
-            "an ensemble has at least one state", fix="write `stack([init_state(...), ...])`"
+            "`states` must have at least one state",
+            got="none",
+            fix="write `stack([init_state(...), ...])`",
         )
-    for each in states:
-        check_state(each)
-    named = [leaves(leaves_of(each)) for each in states]
-    for other in named[1:]:
-        for name in named[0].keys() ^ other.keys():
-            raise ModelError(
-                "these states are not of one model",
-                got=f"`{name}` in some only",
-                fix="stack equal models",
-            )
-        for name, leaf in named[0].items():
-            if other[name].shape != leaf.shape or other[name].dtype != leaf.dtype:
-                got = f"`{name}`: {tuple(leaf.shape)} {leaf.dtype} and {tuple(other[name].shape)} {other[name].dtype}"
-                raise ModelError(
-                    "these states are not of one model", got=got, fix="stack equal models"
-                )
-    return state_of(_zipped([leaves_of(each) for each in states]), states[0].scaler, [len(states)])
+    trees: list[Tree] = []
+    for state in states:
+        check_state(state)
+        trees.append(state_to_dict(state))
+    first = named_leaves(trees[0])
+    for tree in trees[1:]:
+        _check_same_leaves(first, named_leaves(tree))
+    return state_from_dict(_stack_trees(trees), states[0].scaler, [len(states)])
 
 
-def _zipped(trees: list[Any]) -> Any:
+def _check_same_leaves(first: NamedTensors, other: NamedTensors) -> None:
+    for name in first.keys() ^ other.keys():
+        raise _different_models_error(f"`{name}` in some states only")
+    for name, leaf in first.items():
+        if describe(other[name]) != describe(leaf):
+            difference = f"`{name}`: {describe(leaf)} and {describe(other[name])}"
+            raise _different_models_error(difference)
+
+
+def _different_models_error(got: str) -> ModelError:
+    return ModelError(
+        "the states belong to different models",
+        got=got,
+        fix="stack states of models with equal parameters, and of one optimizer",
+    )
+
+
+def _stack_trees(trees: list[Tree]) -> Tree:
     if isinstance(trees[0], torch.Tensor):
         return torch.stack(trees)
-    return {name: _zipped([tree[name] for tree in trees]) for name in trees[0]}
+    return {name: _stack_trees([tree[name] for tree in trees]) for name in trees[0]}
 
 
 def unstack(states: TrainState) -> list[TrainState]:
-    """Return the states of an ensemble.
+    """Return the states of a stacked state.
 
-    Effects: pure. They alias the ensemble.
+    Effects: pure. The results alias it.
+
+    Raises:
+        DonatedError: The state was donated.
+        ModelError: The state is not stacked.
 
     Examples:
         >>> from faccel.func import init_state, sgd, stack, unstack
         >>> from faccel.testing import fake_context
         >>> state = init_state(torch.nn.Linear(2, 1), sgd(0.1), fake_context(0, 1), seed=7)
-        >>> [int(each.seed) for each in unstack(stack([state, state]))]
+        >>> [int(state.seed) for state in unstack(stack([state, state]))]
         [7, 7]
     """
     check_state(states)
     if not states.seed.ndim:
         raise ModelError(
-            "this state is a single one",
-            got="no stacked tensors",
-            fix="unstack what `stack` returned",
+            "`states` must be a stacked state",
+            got="one state",
+            fix="unstack the result of `stack`",
         )
-    held = leaves_of(states)
-    return [
-        state_of(map_leaves(lambda x, i=i: x[i], held), states.scaler)
-        for i in range(states.seed.numel())
-    ]
+    tensors = state_to_dict(states)
+    unstacked: list[TrainState] = []
+    for i in range(states.seed.numel()):
+        row = map_leaves(lambda tensor, i=i: tensor[i], tensors)
+        unstacked.append(state_from_dict(row, states.scaler))
+    return unstacked
 
 
 @effectful(COLLECTIVE)
 def ensemble(step: Step, ctx: DistContext, *, batch_dim: int | None = None) -> Step:
-    """Return the step that trains all models of a stacked state at once, as one batched computation.
+    """Return the step that trains all models of a stacked state in one batched computation.
 
-    Effects: collective. What is returned is, as `step` is, which must not donate. One all-reduce per bucket carries the
-    gradients of all models.
+    Effects: collective. The returned step has the effects of `step`. One all-reduce per bucket has
+    the gradients of all models.
 
     Args:
-        step: From `make_step` and its like.
-        ctx: The world.
-        batch_dim: Dim of the batch's tensors along which each model has a batch of its own; None gives all of them the
-            same.
+        step: From `make_step`, `sam` or `dp_sgd`, without `donate`.
+        ctx: The context.
+        batch_dim: Dim of the batch's tensors that indexes the models, if each model has its own
+            batch; None if all have the same.
 
     Returns:
-        `step(states, batch) -> (metrics, states)` on what `stack` returned; metrics are `T[k]`. Random numbers of the
-        models differ. Compiled, it is several times faster than one model after the other.
+        `step(states, batch) -> (metrics, states)` for the result of `stack`; metrics are `T[k]`.
+        Each model draws its own random numbers. Compiled, it is several times faster than one
+        model after the other.
 
     Raises:
-        ConfigError: `states` is not stacked.
+        ConfigError: In the returned step: `states` is not stacked, or `step` donates.
 
     Examples:
         >>> from faccel.func import functional_call, ensemble, init_state, make_step, sgd, stack
         >>> from faccel.testing import fake_context
-        >>> ctx, models = fake_context(0, 1), [torch.nn.Linear(2, 1) for _ in range(3)]
+        >>> ctx, net = fake_context(0, 1), torch.nn.Linear(2, 1)
         >>> def loss_fn(params, batch, generator):
-        ...     return functional_call(models[0], params, batch).square().mean()
-        >>> states = stack([init_state(model, sgd(0.1), ctx, seed=i) for i, model in enumerate(models)])
-        >>> metrics, states = ensemble(make_step(loss_fn, sgd(0.1), ctx), ctx)(states, torch.ones(4, 2))
+        ...     return functional_call(net, params, batch).square().mean()
+        >>> states = stack([init_state(net, sgd(0.1), ctx, seed=i) for i in range(3)])
+        >>> step = ensemble(make_step(loss_fn, sgd(0.1), ctx), ctx)
+        >>> metrics, states = step(states, torch.ones(4, 2))
         >>> metrics["loss"].shape
         torch.Size([3])
     """
-
-    own = torch.Generator(ctx.device)
+    ensemble_generator = torch.Generator(ctx.device)
 
     def run(
-        states: TrainState, batch: Tree, generator: Stream | None = None
+        states: TrainState, batch: Tree, generator: RandomSource | None = None, /
     ) -> tuple[Metrics, TrainState]:
         check_state(states)
         if states.seed.ndim != 1:
             raise ConfigError(
-                "an ensemble steps several states at once",
+                "the step of an ensemble expects stacked states",
                 got="one state",
                 fix="write `states = faccel.func.stack([state_a, state_b])`",
             )
         if generator is None and not is_traced():
-            generator = seeded(own, states.seed, states.step, ctx)
+            generator = reseed(ensemble_generator, states.seed, states.step, ctx)
         scaler = states.scaler
 
-        def one(held: Any, batch: Tree) -> Any:
-            metrics, new = step(state_of(held, scaler), batch, generator)
-            return metrics, leaves_of(new)
+        # vmap accepts dicts of tensors; a TrainState holds the scaler, which is not one
+        def step_one(tensors: dict[str, Tree], batch: Tree) -> tuple[Metrics, dict[str, Tree]]:
+            call: Tree = step  # the public type of a step does not mention `NoGenerator`
+            metrics, new_state = call(state_from_dict(tensors, scaler), batch, generator)
+            return metrics, state_to_dict(new_state)
 
-        mapped = torch.vmap(one, in_dims=(0, batch_dim), randomness="different")
-        metrics, held = mapped(leaves_of(states), batch)
-        return metrics, state_of(held, scaler, [states.seed.numel()])
+        step_all = torch.vmap(step_one, in_dims=(0, batch_dim), randomness="different")
+        metrics, tensors = step_all(state_to_dict(states), batch)
+        return metrics, state_from_dict(tensors, scaler, [states.seed.numel()])
 
     return run

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -12,8 +13,9 @@ from torch import nn
 from faccel.effects import effectful, updates
 from faccel.errors import ModelError, PurityError
 from faccel.func.gradient_transformation import is_traced
-from faccel.func.rng_streams import NoStream, Stream, drawing_from
-from faccel.func.tensordicts import named, tensordict
+from faccel.func.rng_streams import NoGenerator, RandomSource, as_default_generator
+from faccel.func.tensordicts import NamedTensors, flat_dict, to_tensordict
+from faccel.tree import Tree
 
 
 @effectful(updates("generator"))
@@ -21,142 +23,196 @@ def functional_call(
     model: nn.Module,
     params: TensorDict,
     *args: Any,
-    generator: Stream | None = None,
+    generator: RandomSource | None = None,
     buffers: TensorDict | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Run `model(*args, **kwargs)` with these parameters, as a function: the model itself is never changed.
+    """Return `model(*args, **kwargs)` computed with these parameters. The model is not changed.
 
-    Effects: updates generator. It moves on; without one it is pure.
+    Effects: updates generator. It advances by what the model draws; without one this is pure.
 
     Args:
-        model: Any module of torch's; it gives the code, and what is not passed: constants.
-        params: `state.params`, or what a loss function was given.
-        *args: Of its `forward`.
-        generator: What its dropout draws from: the one that a loss function was given. Without one, drawing is an
-            error of the step.
-        buffers: The buffers to start from, for layers that write to theirs, such as batch norm in training mode.
-        **kwargs: Of its `forward`.
+        model: Any `torch.nn.Module`. It provides the code, and every tensor that is not passed.
+        params: `state.params`, or the parameters that a loss function receives.
+        *args: Arguments of its `forward`.
+        generator: Source of random numbers for dropout: the one that a loss function receives.
+            Without it, drawing raises PurityError in a step.
+        buffers: Buffers to start from, for layers that write to theirs, such as batch norm in
+            training mode.
+        **kwargs: Keyword arguments of its `forward`.
 
     Returns:
-        What the model returned; with `buffers` that and the new buffers.
+        The output of the model; with `buffers` the output and the new buffers.
 
     Raises:
-        ModelError: A name that the model does not have.
-        PurityError: It writes to a buffer that was not passed; names it. Or a generator cannot be had here: inside of
-            `torch.compile`, `vmap` and `grad` of your own.
+        ModelError: The model has no tensor of a name in `params` or `buffers`.
+        PurityError: The model writes to a buffer that was not passed; names it. Or it draws random
+            numbers under `torch.compile`, `vmap` or `grad`.
 
     Examples:
         >>> from faccel.func import functional_call, init_state, sgd
         >>> from faccel.testing import fake_context
-        >>> model = torch.nn.BatchNorm1d(2)
+        >>> model, x = torch.nn.BatchNorm1d(2), torch.ones(4, 2)
         >>> state = init_state(model, sgd(0.1), fake_context(0, 1), seed=0)
-        >>> out, buffers = functional_call(model, state.params, torch.ones(4, 2), buffers=state.buffers)
+        >>> out, buffers = functional_call(model, state.params, x, buffers=state.buffers)
         >>> int(buffers["num_batches_tracked"]), int(model.num_batches_tracked)
         (1, 0)
     """
-    held = named(params)
-    passed = (
-        {} if buffers is None else {name: each.clone() for name, each in named(buffers).items()}
-    )
+    passed_buffers: NamedTensors = {}
+    if buffers is not None:
+        # layers write to their buffers in place
+        passed_buffers = {name: buffer.clone() for name, buffer in flat_dict(buffers).items()}
+    tensors = flat_dict(params) | passed_buffers
     if is_traced():
-        if not isinstance(generator, torch.Generator):
-            (generator or NoStream()).check(model)
-        tensors = held | passed
-        with _drawing(generator):
-            result = torch.func.functional_call(
-                model, tensors, args, kwargs
-            )  # which updates what it was given
-        return (
-            result
-            if buffers is None
-            else (result, tensordict({name: tensors[name] for name in passed}))
+        output = _call_traced(model, tensors, generator, args, kwargs)
+        new_buffers = tensors  # torch.func.functional_call replaced its entries
+    else:
+        output, new_buffers = _call_eager(
+            model, tensors, generator, args, kwargs, protect=buffers is None
         )
-    places, has_buffers = _places(model)
-    kept: dict[str, torch.Tensor] = {}
-    if (
-        has_buffers and buffers is None
-    ):  # the model's own: copied where layers may well write to them
-        copies = model.training
-        kept = {name: b.detach().clone() if copies else b for name, b in model.named_buffers()}
-    versions = {name: (id(each), each._version) for name, each in kept.items()}
-    own = dict(model.named_buffers()) if kept and model.training else {}
-    result, after = _run(model, places, held | passed | kept, generator, args, kwargs)
-    written = sorted(
-        name
-        for name in kept
-        if versions[name] != (id(after[name]), after[name]._version)
-        or _differs(after[name], own.get(name))
-    )
+    if buffers is None:
+        return output
+    return output, to_tensordict({name: new_buffers[name] for name in passed_buffers})
+
+
+def _call_traced(
+    model: nn.Module,
+    tensors: NamedTensors,
+    generator: RandomSource | None,
+    args: tuple[Tree, ...],
+    kwargs: dict[str, Tree],
+) -> Tree:
+    """Call the model under a transform. Replaces buffers in `tensors` that the model replaced."""
+    if not isinstance(generator, torch.Generator):
+        (generator or NoGenerator()).check_model(model)
+    with _drawing_from(generator):
+        return torch.func.functional_call(model, tensors, args, kwargs)
+
+
+def _call_eager(
+    model: nn.Module,
+    tensors: NamedTensors,
+    generator: RandomSource | None,
+    args: tuple[Tree, ...],
+    kwargs: dict[str, Tree],
+    *,
+    protect: bool,
+) -> tuple[Tree, NamedTensors]:
+    """Return output and tensors after the call.
+
+    Args:
+        model: The module.
+        tensors: Its parameters and buffers for this call.
+        generator: Source of random numbers.
+        args: Arguments of its `forward`.
+        kwargs: Keyword arguments of its `forward`.
+        protect: Whether writes to the module's own buffers are an error.
+    """
+    slots, has_buffers = _tensor_slots(model)
+    if not (protect and has_buffers):
+        return _call_swapped(model, slots, tensors, generator, args, kwargs)
+    # The model would write to its own buffers. In training mode, where layers do that, it runs on
+    # copies, so that the module stays as it was even though this raises.
+    own_buffers: NamedTensors = dict(model.named_buffers())
+    call_buffers = own_buffers
+    if model.training:
+        call_buffers = {name: buffer.detach().clone() for name, buffer in own_buffers.items()}
+    versions = {name: (id(b), b._version) for name, b in call_buffers.items()}
+    output, after = _call_swapped(model, slots, tensors | call_buffers, generator, args, kwargs)
+    written: list[str] = []
+    for name, version in versions.items():
+        buffer = after[name]
+        is_written = version != (id(buffer), buffer._version)
+        if is_written or (model.training and _differs(buffer, own_buffers[name])):
+            written.append(name)
     if written:
         raise PurityError(
             "the model writes to its buffers, which were not passed",
-            got=", ".join(f"`{name}`" for name in written),
+            got=", ".join(f"`{name}`" for name in sorted(written)),
             fix="write `loss_fn(params, batch, generator, buffers)` with "
-            "`out, buffers = functional_call(model, params, x, buffers=buffers)` that returns `(loss, buffers)`, and "
-            "`make_step(..., has_buffers=True)`; or call `model.eval()`",
+            "`out, buffers = functional_call(model, params, x, buffers=buffers)` that returns "
+            "`(loss, buffers)`, and `make_step(..., has_buffers=True)`; or call `model.eval()`",
         )
-    return (
-        result if buffers is None else (result, tensordict({name: after[name] for name in passed}))
-    )
+    return output, after
 
 
-def _differs(copied: torch.Tensor, own: torch.Tensor | None) -> bool:
-    """Whether a copy was written to as batch norm does it, which no version tells; looked for on the CPU only."""
-    return own is not None and own.device.type == "cpu" and not torch.equal(copied, own)
+def _differs(copy: torch.Tensor, original: torch.Tensor) -> bool:
+    """Return whether a copy was written to without a new version, as batch norm does.
+
+    Compares values, on the CPU only: on a device it would wait.
+    """
+    return original.device.type == "cpu" and not torch.equal(copy, original)
 
 
-_Places = dict[str, list[tuple[dict[str, Any], str]]]
+class _Slot(NamedTuple):
+    """An entry of a module's table of parameters or buffers."""
+
+    table: dict[str, Tree]
+    key: str
 
 
-def _places(model: nn.Module) -> tuple[_Places, bool]:
-    """Return where each tensor of a model stands, tied ones in several places, and whether there are buffers."""
-    places: _Places = {}
-    names: dict[int, str] = {}
+_Slots = dict[str, list[_Slot]]
+"""The entries of each tensor by its first name; a tied parameter has several."""
+
+
+def _tensor_slots(model: nn.Module) -> tuple[_Slots, bool]:
+    """Return the entries of all tensors of a model, and whether it has buffers."""
+    slots: _Slots = {}
+    names: dict[int, str] = {}  # of tensors by identity: tied ones have the first name
     has_buffers = False
     for prefix, module in model.named_modules():
-        start = f"{prefix}." if prefix else ""
-        for table in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
-            for leaf, tensor in table.items():
-                if tensor is not None:
-                    places.setdefault(names.setdefault(id(tensor), start + leaf), []).append(
-                        (table, leaf)
-                    )
-        has_buffers = has_buffers or bool(module._buffers)  # pyright: ignore[reportPrivateUsage]
-    return places, has_buffers
+        dotted = f"{prefix}." if prefix else ""
+        # `named_parameters` would list a tied tensor once
+        params: Tree = module._parameters  # pyright: ignore[reportPrivateUsage]
+        buffers: Tree = module._buffers  # pyright: ignore[reportPrivateUsage]
+        has_buffers = has_buffers or bool(buffers)
+        for table in (params, buffers):
+            for key, tensor in table.items():
+                if tensor is None:
+                    continue
+                name = names.setdefault(id(tensor), dotted + key)
+                slots.setdefault(name, []).append(_Slot(table, key))
+    return slots, has_buffers
 
 
-def _run(
+def _call_swapped(
     model: nn.Module,
-    places: _Places,
-    tensors: dict[str, torch.Tensor],
-    generator: Any,
-    args: Any,
-    kwargs: Any,
-) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Return what the model gives with `tensors` in place of its own, which are put back, and what stands there then.
+    slots: _Slots,
+    tensors: Mapping[str, torch.Tensor],
+    generator: RandomSource | None,
+    args: tuple[Tree, ...],
+    kwargs: dict[str, Tree],
+) -> tuple[Tree, NamedTensors]:
+    """Return the output of the model with `tensors` swapped in, and these after the call.
 
-    `torch.func.functional_call` does the same in four walks over the model, a tenth of a small step.
+    The model's own tensors are restored. `torch.func.functional_call` does the same in four passes
+    over the modules, which take a tenth of a small step.
     """
-    own: list[tuple[dict[str, Any], str, Any]] = []
+    originals: list[tuple[_Slot, Tree]] = []
     try:
         for name, tensor in tensors.items():
-            if name not in places:
+            if name not in slots:
                 raise ModelError(
-                    "the model has no such tensor",
+                    "the model has no parameter or buffer of this name",
                     got=f"`{name}`",
-                    fix="pass the model of this state",
+                    fix="pass the model that `init_state` made the state of",
                 )
-            for table, leaf in places[name]:
-                own.append((table, leaf, table[leaf]))
-                table[leaf] = tensor
-        with _drawing(generator):
-            result = model(*args, **kwargs)
-        return result, {name: places[name][0][0][places[name][0][1]] for name in tensors}
+            for slot in slots[name]:
+                originals.append((slot, slot.table[slot.key]))
+                slot.table[slot.key] = tensor
+        with _drawing_from(generator):
+            output = model(*args, **kwargs)
+        after: NamedTensors = {}
+        for name in tensors:
+            slot = slots[name][0]
+            after[name] = slot.table[slot.key]
+        return output, after
     finally:
-        for table, leaf, tensor in own:
-            table[leaf] = tensor
+        for slot, tensor in originals:
+            slot.table[slot.key] = tensor
 
 
-def _drawing(generator: Any) -> AbstractContextManager[object]:
-    return drawing_from(generator) if isinstance(generator, torch.Generator) else nullcontext()
+def _drawing_from(generator: RandomSource | None) -> AbstractContextManager[object]:
+    if isinstance(generator, torch.Generator):
+        return as_default_generator(generator)
+    return nullcontext()

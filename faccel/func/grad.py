@@ -3,376 +3,382 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import attrs
 import torch
 from tensordict import TensorDict
 
-from faccel.comm.buckets import check_cap, check_replicas, summed_buckets
+from faccel.comm.buckets import BUCKET_CAP_MB, check_replicas, summed_buckets
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
-from faccel.errors import ConfigError, DataError, ModelError
+from faccel.errors import DataError, ModelError
 from faccel.func.gradient_transformation import is_traced
-from faccel.func.micro_batches import micro_batches, stacked
-from faccel.func.purity import found_pure
-from faccel.func.rng_streams import Stream
-from faccel.func.tensordicts import check_like, foreach, named, tensordict
-from faccel.training.precision import autocast
+from faccel.func.loss import LossFunction, LossOptions, Weight, call_loss, describe_type
+from faccel.func.micro_batches import split_batch, stack_outputs
+from faccel.func.purity import call_pure
+from faccel.func.rng_streams import RandomSource
+from faccel.func.tensordicts import NamedTensors, flat_dict, foreach, to_tensordict
 from faccel.tree import Tree, flatten, map_leaves
 
-Weight = Callable[[Tree], int | float | torch.Tensor]
-"""What a batch counts on this rank: its rows, its tokens; a number or a 0-d tensor, 0 allowed."""
+RunLoss = Callable[[Mapping[str, torch.Tensor]], Tree]
+"""`run(params) -> (loss, (buffers, aux))`."""
 
-_Named = dict[str, torch.Tensor]
-Differentiate = Callable[[Callable[[Mapping[str, torch.Tensor]], Any], _Named], Any]
-"""`differentiate(run, params) -> (loss, rest, grads)` of `run(params) -> (loss, rest)`."""
+Differentiate = Callable[[RunLoss, NamedTensors], Tree]
+"""`differentiate(run, params) -> (loss, (buffers, aux), grads)`."""
 
 
-@attrs.frozen(eq=False)
-class LossSpec:
-    """A loss function and how it is to be called.
+class GradInputs(NamedTuple):
+    """What a gradient is computed of.
 
     Args:
-        loss_fn: `loss_fn(params, batch, generator)`, with `buffers` behind them where `has_buffers`.
-        has_buffers: Whether it takes buffers, and returns new ones behind the loss.
-        has_aux: Whether it returns anything else last.
-        weight: What a batch counts; None where the loss is a mean.
-        num_micro_batches: MicroBatch-batches of a batch.
-        bucket_cap_mb: Size of the buckets in which gradients travel, in MB.
+        options: The loss function.
+        ctx: The context.
+        params: Argument of the loss function, as the next three.
+        batch: This rank's batch.
+        generator: Source of random numbers.
+        buffers: The model's buffers; None without `has_buffers`.
+        loss_scale: Factor of the loss in the backward pass, for fp16.
+        check_writes: Whether to check that the loss function does not write to its arguments.
     """
 
-    loss_fn: Callable[..., Any]
-    has_buffers: bool = False
-    has_aux: bool = False
-    weight: Weight | None = None
-    num_micro_batches: int = 1
-    bucket_cap_mb: float = 25.0
-
-    def __attrs_post_init__(self) -> None:
-        check_cap(self.bucket_cap_mb)
-        if self.num_micro_batches < 1:
-            raise ConfigError(
-                "a batch has at least one micro-batch",
-                got=str(self.num_micro_batches),
-                fix="use `num_micro_batches=1`",
-            )
-
-
-class Outcome(NamedTuple):
-    """What a loss function gave, averaged over the data ranks.
-
-    Args:
-        loss: The mean, 0-d.
-        grads: Of the mean, by name; nobody else holds them.
-        buffers: The new buffers, averaged over the data ranks; None without `has_buffers`.
-        aux: What else it returned on this rank; of several micro-batches stacked. None without `has_aux`.
-    """
-
-    loss: torch.Tensor
-    grads: _Named
-    buffers: _Named | None
-    aux: Any
-
-
-class Parts(NamedTuple):
-    """The same before it is averaged: sums over micro-batches."""
-
-    loss: torch.Tensor
-    grads: _Named
-    count: Any
-    buffers: _Named | None
-    aux: Any
-
-
-class Task(NamedTuple):
-    """What a step is to find a direction for.
-
-    Args:
-        spec: The loss.
-        ctx: The world.
-        params: Where.
-        batch: As the loss takes it.
-        generator: Likewise.
-        buffers: Likewise; None without `has_buffers`.
-        loss_scale: What the loss is multiplied by while it is differentiated.
-        by_value: Whether writes to arguments are looked for.
-    """
-
-    spec: LossSpec
+    options: LossOptions
     ctx: DistContext
     params: TensorDict
     batch: Tree
-    generator: Stream
+    generator: RandomSource
     buffers: TensorDict | None = None
     loss_scale: float = 1.0
-    by_value: bool = False
+    check_writes: bool = False
 
 
-def gradient(task: Task, *, differentiate: Differentiate | None = None) -> Outcome:
-    """Return value and gradients of a loss, averaged over micro-batches and data ranks. Collective.
+class LossAndGrads(NamedTuple):
+    """Loss and gradients, averaged over the data ranks.
 
     Args:
-        task: Of which loss, where.
-        differentiate: What is computed of each micro-batch, where that is not the gradient.
+        loss: The mean, 0-d.
+        grads: Gradients of the mean, by name. Nothing aliases them, so they can be overwritten.
+        buffers: New buffers, averaged over the data ranks; None without `has_buffers`.
+        aux: What else this rank's loss function returned; of several micro-batches stacked.
     """
-    way = differentiate or (_transformed if is_traced(task.params) else _by_autograd)
-    return outcome(task, lambda task: _local(task, way))
+
+    loss: torch.Tensor
+    grads: NamedTensors
+    buffers: NamedTensors | None
+    aux: Tree
 
 
-def outcome(task: Task, local: Callable[[Task], Parts]) -> Outcome:
-    """Return what `local` finds on each data rank, averaged over all; it is watched, where nobody else looks on."""
-    if is_traced(task.params):
-        return _averaged(task, local(task), traced=True)
-    arguments = {"params": task.params, "batch": task.batch, "buffers": task.buffers}
-    by_value = task.by_value or task.ctx.config.debug
-    return _averaged(
-        task, found_pure(lambda: local(task), arguments, task.ctx, by_value=by_value), traced=False
-    )
+class LossSums(NamedTuple):
+    """Loss and gradients before averaging: sums over micro-batches, then over ranks.
+
+    Args:
+        loss: 0-d.
+        grads: Gradients of `loss`, multiplied by the loss scale.
+        weight: Sum of the weights; None if the loss is a mean.
+        buffers: Buffers after the last micro-batch.
+        aux: As in `LossAndGrads`.
+    """
+
+    loss: torch.Tensor
+    grads: NamedTensors
+    weight: int | float | torch.Tensor | None
+    buffers: NamedTensors | None
+    aux: Tree
 
 
-def scalar_loss(
-    spec: LossSpec,
-    params: Mapping[str, torch.Tensor],
-    batch: Tree,
-    generator: Stream,
-    buffers: Any,
-    ctx: DistContext,
-) -> tuple[torch.Tensor, tuple[Any, Any]]:
-    """Return `(loss, (buffers, aux))` of one call of the loss function, whatever it returns."""
-    extra = (buffers,) if spec.has_buffers else ()
-    if ctx.compute_dtype is None:
-        out = spec.loss_fn(tensordict(params), batch, generator, *extra)
-    else:
-        with autocast(ctx):
-            out = spec.loss_fn(tensordict(params), batch, generator, *extra)
-    num_more = spec.has_buffers + spec.has_aux
-    if num_more and not (isinstance(out, tuple) and len(out) == 1 + num_more):
-        wanted = ", ".join(["loss"] + ["buffers"] * spec.has_buffers + ["aux"] * spec.has_aux)
-        raise ModelError(
-            f"the loss function must return `({wanted})`",
-            got=_kind(out),
-            fix=f"write `return {wanted}`",
-        )
-    loss, *more = out if num_more else (out,)
-    if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.is_floating_point():
-        raise ModelError(
-            "a loss is a 0-d tensor of floating point",
-            got=_kind(loss),
-            fix="reduce it, as in `loss.mean()`"
-            + (
-                ", or pass `has_aux=True` where more is returned" if isinstance(loss, tuple) else ""
-            ),
-        )
-    new = more.pop(0) if spec.has_buffers else None
-    if new is not None:
-        check_like(buffers, new, "buffers")
-    return loss, (
-        None if new is None else {k: v.detach() for k, v in new.items()},
-        more[0] if more else None,
-    )
+def mean_gradient(
+    inputs: GradInputs, *, differentiate: Differentiate | None = None
+) -> LossAndGrads:
+    """Return loss and gradients, averaged over micro-batches and data ranks. Collective.
+
+    Args:
+        inputs: The loss function and its arguments.
+        differentiate: What to compute for each micro-batch instead of the gradient.
+    """
+    if differentiate is None:
+        differentiate = _functorch_grad if is_traced(inputs.params) else _autograd_grad
+    return mean_over_ranks(inputs, lambda inputs: _sum_micro_batches(inputs, differentiate))
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    if isinstance(value, tuple):
-        return f"a tuple of {len(value)}"
-    return f"a {type(value).__name__}"
+def mean_over_ranks(
+    inputs: GradInputs, local_sums: Callable[[GradInputs], LossSums]
+) -> LossAndGrads:
+    """Return the mean over the data ranks of what `local_sums` returns on each. Collective.
+
+    Raises:
+        PurityError: Outside of transforms: the loss function drew from a default generator, or
+            wrote to an argument.
+    """
+    if is_traced(inputs.params):
+        # Tensors have no values to compare, and a transform rejects most impure functions itself.
+        return _mean_of_sums(inputs, local_sums(inputs), traced=True)
+    arguments = {"params": inputs.params, "batch": inputs.batch, "buffers": inputs.buffers}
+    check_writes = inputs.check_writes or inputs.ctx.config.debug
+    sums = call_pure(lambda: local_sums(inputs), arguments, inputs.ctx, check_writes=check_writes)
+    return _mean_of_sums(inputs, sums, traced=False)
 
 
-def _by_autograd(run: Callable[[Mapping[str, torch.Tensor]], Any], params: _Named) -> Any:
-    """Return value and gradients, by torch's plain autograd: the fastest way, and the one with the least memory."""
-    tracked = {name: param.detach().requires_grad_() for name, param in params.items()}
+def _autograd_grad(run: RunLoss, params: NamedTensors) -> Tree:
+    """Differentiate by `torch.autograd.grad`, which needs less time and memory than functorch."""
+    leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
     with torch.enable_grad():
-        loss, rest = run(tracked)
+        loss, extra = run(leaves)
     if not loss.requires_grad:
         raise ModelError(
             "the loss does not depend on the parameters",
-            got=_kind(loss),
-            fix="compute it from `params`, as in `functional_call(model, params, x)`, with gradients on and without `.item()`",
+            got=describe_type(loss),
+            fix="compute it from `params`, as in `functional_call(model, params, x)`, "
+            "with gradients enabled and without `.item()`",
         )
     grads = torch.autograd.grad(
-        loss, list(tracked.values()), allow_unused=True, materialize_grads=True
+        loss, list(leaves.values()), allow_unused=True, materialize_grads=True
     )
-    return loss.detach(), rest, dict(zip(tracked, grads, strict=True))
+    return loss.detach(), extra, dict(zip(leaves, grads, strict=True))
 
 
-def _owned(grads: _Named, others: Iterable[torch.Tensor]) -> _Named:
-    """Return gradients of which each has memory of its own, so that they can be written into.
+def _functorch_grad(run: RunLoss, params: NamedTensors) -> Tree:
+    """Differentiate by `torch.func.grad`, which other transforms can trace."""
+    # `torch.func.grad` accepts only tensors as auxiliary output. Other leaves leave by this list.
+    captured: list[Tree] = []
 
-    A backward may give one tensor to two parameters, or what it was given itself.
+    def run_for_grad(tracked: NamedTensors) -> Tree:
+        loss, extra = run(tracked)
+        leaves, rebuild = flatten(extra)
+        tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+        captured[:] = [leaves, rebuild]
+        return loss, (loss, tensors)
+
+    grads, (loss, tensors) = torch.func.grad(run_for_grad, has_aux=True)(params)
+    leaves, rebuild = captured
+    extra = rebuild([tensors.get(i, leaf) for i, leaf in enumerate(leaves)])
+    return loss, extra, grads
+
+
+def _without_aliases(grads: NamedTensors, inputs: Iterable[torch.Tensor]) -> NamedTensors:
+    """Return gradients that alias neither each other nor `inputs`, so they can be overwritten.
+
+    A backward pass may return one tensor for two parameters, an input of the loss function, or a
+    tensor that an autograd node still holds. Such gradients are copied.
     """
-    seen = {other.data_ptr() for other in others if other.layout == torch.strided}
-    owned: _Named = {}
+    addresses = {tensor.data_ptr() for tensor in inputs if tensor.layout == torch.strided}
+    unaliased: NamedTensors = {}
     for name, grad in grads.items():
         if grad.layout != torch.strided:
             raise ModelError(
-                "gradients of a functional step are dense",
+                "gradients of a functional step must be dense",
                 got=f"`{name}`, {grad.layout}",
                 fix="build its layer without `sparse=True`",
             )
-        place = grad.data_ptr()
-        is_shared = place in seen or not grad.is_contiguous() or grad._use_count() > 1  # type: ignore[attr-defined]
-        seen.add(place)
-        owned[name] = grad.clone() if is_shared else grad
-    return owned
+        address = grad.data_ptr()
+        is_referenced = grad._use_count() > 1  # type: ignore[attr-defined]
+        is_aliased = address in addresses or not grad.is_contiguous() or is_referenced
+        addresses.add(address)
+        unaliased[name] = grad.clone() if is_aliased else grad
+    return unaliased
 
 
-def _transformed(run: Callable[[Mapping[str, torch.Tensor]], Any], params: _Named) -> Any:
-    """Return value and gradients in a way that torch's transforms can see through."""
-    kept: list[Any] = []
-
-    def loss_first(tracked: _Named) -> Any:
-        loss, rest = run(tracked)
-        leaves, rebuild = flatten(rest)
-        tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
-        kept[:] = [leaves, rebuild]  # of what else is returned, torch takes tensors only
-        return loss, (loss, tensors)
-
-    grads, (loss, tensors) = torch.func.grad(loss_first, has_aux=True)(params)
-    leaves, rebuild = kept
-    return loss, rebuild([tensors.get(i, leaf) for i, leaf in enumerate(leaves)]), grads
-
-
-def _local(task: Task, differentiate: Differentiate) -> Parts:
+def _sum_micro_batches(inputs: GradInputs, differentiate: Differentiate) -> LossSums:
     """Return the sums over the micro-batches of this rank, one of which is in memory at a time."""
-    spec, scale, tensors = task.spec, task.loss_scale, named(task.params)
-    total: Parts | None = None
-    outputs: list[Any] = []
-    for micro in micro_batches(task.batch, spec.num_micro_batches, is_mean=spec.weight is None):
-        before = task.buffers if total is None else tensordict(total.buffers or {})
-
-        def run(
-            tracked: Mapping[str, torch.Tensor], micro: Tree = micro, held: Any = before
-        ) -> Any:
-            loss, rest = scalar_loss(spec, tracked, micro, task.generator, held, task.ctx)
-            return loss * scale if scale != 1.0 else loss, rest
-
-        loss, (new, aux), grads = differentiate(run, tensors)
-        if differentiate is _by_autograd:
-            given = [leaf for leaf in flatten(micro)[0] if isinstance(leaf, torch.Tensor)]
-            grads = _owned(grads, [*given, *tensors.values()])
-        count = None if spec.weight is None else _count(spec.weight(micro))
-        outputs.append(aux if aux is None else map_leaves(_detached, aux))
-        total = _added(
-            total, Parts(loss, grads, count, new, None), in_place=differentiate is _by_autograd
-        )
-        del grads, loss  # while the next ones are computed
+    options = inputs.options
+    params = flat_dict(inputs.params)
+    is_eager = differentiate is _autograd_grad
+    total: LossSums | None = None
+    outputs: list[Tree] = []
+    is_mean = options.weight is None
+    for micro_batch in split_batch(inputs.batch, options.num_micro_batches, is_mean=is_mean):
+        buffers = inputs.buffers
+        if total is not None:
+            buffers = to_tensordict(total.buffers or {})
+        run = _bind_loss(inputs, micro_batch, buffers)
+        loss, (new_buffers, aux), grads = differentiate(run, params)
+        if is_eager:
+            leaves = flatten(micro_batch)[0]
+            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            grads = _without_aliases(grads, [*tensors, *params.values()])
+        weight = None
+        if options.weight is not None:
+            weight = _checked_weight(options.weight(micro_batch))
+        outputs.append(map_leaves(_detach, aux) if options.has_aux else None)
+        sums = LossSums(loss, grads, weight, new_buffers, None)
+        total = sums if total is None else _add(total, sums, in_place=is_eager)
+        # Release this micro-batch's gradients before the next ones are computed.
+        del grads, loss, sums
     assert total is not None
-    return total._replace(aux=outputs[0] if len(outputs) == 1 else stacked(outputs))
+    aux = outputs[0] if len(outputs) == 1 else stack_outputs(outputs)
+    return total._replace(aux=aux)
 
 
-def _detached(leaf: Any) -> Any:
+def _bind_loss(inputs: GradInputs, micro_batch: Tree, buffers: TensorDict | None) -> RunLoss:
+    """Return the scaled loss of one micro-batch as a function of the parameters."""
+
+    def run(params: Mapping[str, torch.Tensor]) -> Tree:
+        loss, extra = call_loss(
+            inputs.options, params, micro_batch, inputs.generator, buffers, inputs.ctx
+        )
+        if inputs.loss_scale != 1.0:
+            loss = loss * inputs.loss_scale
+        return loss, extra
+
+    return run
+
+
+def _detach(leaf: Tree) -> Tree:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
-def _count(weight: Any) -> Any:
-    if not isinstance(weight, (int, float, torch.Tensor)) or (
-        isinstance(weight, torch.Tensor) and weight.ndim
-    ):
+def _checked_weight(weight: Tree) -> int | float | torch.Tensor:
+    is_number = isinstance(weight, int | float)
+    is_scalar = isinstance(weight, torch.Tensor) and not weight.ndim
+    if not is_number and not is_scalar:
         raise DataError(
-            "a weight is a number or a 0-d tensor",
-            got=_kind(weight),
-            fix="return what the batch counts",
+            "`weight` must return a number or a 0-d tensor",
+            got=describe_type(weight),
+            fix="return the number of rows or tokens, as in `weight=lambda batch: len(batch[0])`",
         )
     return weight
 
 
-def _added(total: Parts | None, part: Parts, *, in_place: bool) -> Parts:
-    if total is None:
-        return part
+def _add(total: LossSums, sums: LossSums, *, in_place: bool) -> LossSums:
+    """Return the sum of two; `in_place` overwrites the gradients of the first."""
+    grads = total.grads
     if in_place:
-        foreach._foreach_add_(list(total.grads.values()), list(part.grads.values()))
-        grads = total.grads
+        foreach._foreach_add_(list(grads.values()), list(sums.grads.values()))
     else:
-        grads = {name: grad + part.grads[name] for name, grad in total.grads.items()}
-    count = None if part.count is None else total.count + part.count
-    return Parts(total.loss + part.loss, grads, count, part.buffers, None)
+        grads = {name: grad + sums.grads[name] for name, grad in grads.items()}
+    weight = None
+    if total.weight is not None and sums.weight is not None:
+        weight = total.weight + sums.weight
+    return LossSums(total.loss + sums.loss, grads, weight, sums.buffers, None)
 
 
-def _averaged(task: Task, parts: Parts, *, traced: bool) -> Outcome:
-    """Return the means over the data ranks; all that travels shares the buckets of the gradients."""
-    spec, ctx, loss_scale = task.spec, task.ctx, task.loss_scale
-    loss, count = parts.loss, parts.count
-    is_double = any(g.dtype in (torch.float64, torch.complex128) for g in parts.grads.values())
-    wide = torch.float64 if is_double else torch.float32
-    if count is not None:
-        tensor = isinstance(count, torch.Tensor)
-        count = (
-            count.detach().to(loss.device, wide)
-            if tensor
-            else torch.full((), count, dtype=wide, device=loss.device)
-        )
-    grads, buffers = parts.grads, parts.buffers
+def _mean_of_sums(inputs: GradInputs, sums: LossSums, *, traced: bool) -> LossAndGrads:
+    """Return the means over all data ranks of this rank's sums. Collective."""
+    options, ctx = inputs.options, inputs.ctx
+    wide_dtype = _wide_dtype(sums.grads)
+    weight = sums.weight
+    if isinstance(weight, torch.Tensor):
+        weight = weight.detach().to(sums.loss.device, wide_dtype)
+    elif weight is not None:
+        weight = torch.full((), weight, dtype=wide_dtype, device=sums.loss.device)
+    sums = sums._replace(weight=weight)
     if ctx.data_world_size > 1:
-        names = list(grads)
-        travels: _Named = {f"g{name}": grads.pop(name) for name in names} | {"loss": loss.to(wide)}
-        travels |= {} if count is None else {"count": count}
-        moving = {name: b for name, b in (buffers or {}).items() if b.is_floating_point()}
-        travels |= {f"b{name}": b for name, b in moving.items()}
-        arrived: _Named = {}
-        for sums in summed_buckets(
-            travels, ctx, bucket_cap_mb=spec.bucket_cap_mb, call="value_and_grad", is_traced=traced
-        ):
-            arrived |= sums
-        grads = {name: arrived[f"g{name}"] for name in names}
-        loss, count = arrived["loss"].to(loss.dtype), arrived.get("count")
-        if buffers is not None:
-            buffers = buffers | {name: arrived[f"b{name}"] / ctx.data_world_size for name in moving}
-    factor: Any = 1.0 / (ctx.data_world_size * spec.num_micro_batches * loss_scale)
-    if count is not None:
-        factor = torch.where(count > 0, 1.0 / (count * loss_scale), 0.0)
+        sums = _all_reduce(inputs, sums, wide_dtype, traced=traced)
+    loss, grads, weight, buffers, aux = sums
+    # Without weights each of the W ranks sums the means of M micro-batches: divide by W * M.
+    factor: Tree = 1.0 / (ctx.data_world_size * options.num_micro_batches * inputs.loss_scale)
+    if isinstance(weight, torch.Tensor):
+        # With weights: divide by the number of rows or tokens of all ranks, which may be 0.
+        factor = torch.where(weight > 0, 1.0 / (weight * inputs.loss_scale), 0.0)
     if isinstance(factor, torch.Tensor) or factor != 1.0:
         loss = loss * factor
         if traced:
             grads = {name: grad * factor for name, grad in grads.items()}
         else:
             foreach._foreach_mul_(list(grads.values()), factor)
-    return Outcome(loss, grads, buffers, parts.aux)
+    return LossAndGrads(loss, grads, buffers, aux)
 
 
-ValueAndGrad = Callable[..., tuple[Any, TensorDict]]
+def _wide_dtype(grads: NamedTensors) -> torch.dtype:
+    """Return the dtype in which losses and counts are summed over ranks."""
+    dtypes = {grad.dtype for grad in grads.values()}
+    if torch.float64 in dtypes or torch.complex128 in dtypes:
+        return torch.float64
+    return torch.float32
+
+
+def _all_reduce(
+    inputs: GradInputs, sums: LossSums, wide_dtype: torch.dtype, *, traced: bool
+) -> LossSums:
+    """Return the sums over the data ranks, and the means of the buffers. Collective.
+
+    Loss, weight and buffers are in the buckets of the gradients: there is no further all-reduce.
+    Empties `sums.grads`, so that each gradient is released as soon as it is copied to a bucket.
+    """
+    options, ctx = inputs.options, inputs.ctx
+    names = list(sums.grads)
+    packed: NamedTensors = {}
+    for name in names:
+        packed[f"grad.{name}"] = sums.grads.pop(name)
+    packed["loss"] = sums.loss.to(wide_dtype)
+    if isinstance(sums.weight, torch.Tensor):
+        packed["weight"] = sums.weight
+    averaged_buffers: list[str] = []
+    for name, buffer in (sums.buffers or {}).items():
+        # integer buffers, such as `num_batches_tracked`, are equal on all ranks
+        if buffer.is_floating_point():
+            packed[f"buffer.{name}"] = buffer
+            averaged_buffers.append(name)
+    totals: NamedTensors = {}
+    buckets = summed_buckets(
+        packed,
+        ctx,
+        bucket_cap_mb=options.bucket_cap_mb,
+        call="value_and_grad",
+        is_traced=traced,
+    )
+    for bucket in buckets:
+        totals |= bucket
+    buffers = sums.buffers
+    if buffers is not None:
+        buffers = dict(buffers)
+        for name in averaged_buffers:
+            buffers[name] = totals[f"buffer.{name}"] / ctx.data_world_size
+    return sums._replace(
+        loss=totals["loss"].to(sums.loss.dtype),
+        grads={name: totals[f"grad.{name}"] for name in names},
+        weight=totals.get("weight"),
+        buffers=buffers,
+    )
+
+
+ValueAndGrad = Callable[..., tuple[Tree, TensorDict]]
+"""`fn(params, batch, generator) -> (loss, grads)`."""
 
 
 @effectful(COLLECTIVE)
 def value_and_grad(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFunction,
     ctx: DistContext,
     *,
     has_aux: bool = False,
     has_buffers: bool = False,
     weight: Weight | None = None,
     num_micro_batches: int = 1,
-    bucket_cap_mb: float = 25.0,
+    bucket_cap_mb: float = BUCKET_CAP_MB,
 ) -> ValueAndGrad:
-    """Return the function that gives the value of a loss and its gradients, averaged over all data ranks.
+    """Return the function that computes a loss and its gradients, averaged over all data ranks.
 
-    Effects: collective. What is returned is: one packed all-reduce per bucket, in which the loss travels, too.
+    Effects: collective. The returned function is, too: one all-reduce per bucket of gradients,
+    which also carries the loss.
 
     Args:
-        loss_fn: `loss_fn(params, batch, generator) -> loss`, a 0-d tensor; it must be pure. It runs in the precision
-            of the context.
-        ctx: The world; its mesh has replicas only.
-        has_aux: Whether it returns `(loss, aux)`. `aux` is this rank's, detached; of several micro-batches stacked.
-        has_buffers: Whether it is `loss_fn(params, batch, generator, buffers)` that returns new buffers behind the
-            loss. Those of floating point are averaged over the data ranks.
-        weight: What a batch counts on this rank (rows, tokens), as in `windows`. The loss is then a *sum* over what is
-            counted, and value and gradients are those of the mean over all ranks, whatever each of them counted; 0
-            where nothing was. Without it the loss is a mean, and every rank counts alike.
-        num_micro_batches: How many micro-batches a batch is cut into along dim 0; memory is that of one.
-        bucket_cap_mb: Size of the buckets in which gradients of one dtype travel, in MB.
+        loss_fn: `loss_fn(params, batch, generator) -> loss`, a 0-d tensor. It must be pure. It
+            runs in the precision of the context.
+        ctx: The context; its mesh must have replicas only.
+        has_aux: Whether it returns `(loss, aux)`. `aux` is this rank's, detached; of several
+            micro-batches its tensors are stacked.
+        has_buffers: Whether it is `loss_fn(params, batch, generator, buffers)` and returns new
+            buffers after the loss. Floating-point buffers are averaged over the data ranks.
+        weight: Returns the number of rows or tokens of this rank's batch, as in `windows`; it may
+            be 0. The loss must then be a *sum* over them. Value and gradients are those of the
+            mean over all ranks, exact for any numbers. Without it the loss must be a mean, and
+            all ranks have equal weight.
+        num_micro_batches: How many micro-batches a batch is cut into along dim 0. Activations
+            of one micro-batch are in memory at a time.
+        bucket_cap_mb: Size of the buckets in which gradients of one dtype are reduced, in MiB.
 
     Returns:
-        `fn(params, batch, generator)` that returns `(loss, grads)`, with `has_aux` `((loss, aux), grads)`; with
-        `has_buffers` it takes `buffers` last, and the first of both is `(loss, buffers)` or `(loss, buffers, aux)`.
+        `fn(params, batch, generator)` that returns `(loss, grads)`, equal on all ranks. With
+        `has_aux` it returns `((loss, aux), grads)`. With `has_buffers` it takes `buffers` last
+        and returns `(loss, buffers)` or `(loss, buffers, aux)` first.
 
     Raises:
-        ConfigError: The mesh shares parameters or work between its ranks.
-        DataError: Later: a batch cannot be cut into that many.
-        ModelError: Later: the loss is no 0-d tensor, or does not depend on the parameters.
-        PurityError: Later: the loss function wrote to an argument (looked for in debug mode, and by steps at their
-            first call), or drew from a generator of the process.
+        ConfigError: The mesh shards parameters or work, or a number is not positive.
+        DataError: In the returned function: a batch cannot be cut into so many micro-batches.
+        ModelError: In the returned function: the loss is no 0-d tensor, or does not depend on the
+            parameters.
+        PurityError: In the returned function: the loss function drew from a default generator, or
+            wrote to an argument. Writes are detected in debug mode, and by the first call of a
+            step.
 
     Examples:
         >>> from faccel.func import value_and_grad
@@ -380,7 +386,7 @@ def value_and_grad(
         >>> params = TensorDict({"w": torch.tensor(2.0)})
         >>> def loss_fn(params, batch, generator):
         ...     return (params["w"] * batch).sum()
-        >>> def run(ctx):  # rank 0 counts one row, rank 1 two
+        >>> def run(ctx):  # rank 0 has one row, rank 1 has two
         ...     batch = torch.arange(1.0 + ctx.rank)
         ...     return value_and_grad(loss_fn, ctx, weight=len)(params, batch, torch.Generator())
         >>> loss, grads = simulate(run, 2)[0]
@@ -388,13 +394,21 @@ def value_and_grad(
         (tensor(0.6667), tensor(0.3333))
     """
     check_replicas(ctx, "use `faccel.wrap` and `faccel.scaled_backward`")
-    spec = LossSpec(loss_fn, has_buffers, has_aux, weight, num_micro_batches, bucket_cap_mb)
+    options = LossOptions(loss_fn, has_buffers, has_aux, weight, num_micro_batches, bucket_cap_mb)
 
     def run(
-        params: TensorDict, batch: Tree, generator: Stream, buffers: TensorDict | None = None
-    ) -> Any:
-        out = gradient(Task(spec, ctx, params, batch, generator, buffers))
-        more = [tensordict(out.buffers or {})] * has_buffers + [out.aux] * has_aux
-        return (out.loss, *more) if more else out.loss, tensordict(out.grads)
+        params: TensorDict,
+        batch: Tree,
+        generator: RandomSource,
+        buffers: TensorDict | None = None,
+    ) -> tuple[Tree, TensorDict]:
+        result = mean_gradient(GradInputs(options, ctx, params, batch, generator, buffers))
+        values: list[Tree] = [result.loss]
+        if has_buffers:
+            values.append(to_tensordict(result.buffers or {}))
+        if has_aux:
+            values.append(result.aux)
+        value = tuple(values) if len(values) > 1 else result.loss
+        return value, to_tensordict(result.grads)
 
     return run

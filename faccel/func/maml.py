@@ -1,62 +1,67 @@
-"""Learning to learn: losses that are those of what a few steps of training lead to."""
+"""Meta-learning: losses after a few steps of training, differentiated through these steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from tensordict import TensorDict
 
-from faccel.errors import ConfigError, OptimizerError
-from faccel.func.gradient_transformation import GradientTransformation, apply_updates
-from faccel.func.rng_streams import Stream
-from faccel.func.tensordicts import named, tensordict
+from faccel.checks import positive
+from faccel.errors import OptimizerError
+from faccel.func.gradient_transformation import GradientTransformation, Role, apply_updates
+from faccel.func.rng_streams import RandomSource
+from faccel.func.tensordicts import NamedTensors, flat_dict, to_tensordict
 from faccel.tree import Tree
 
-Loss = Callable[[TensorDict, Any, Any], torch.Tensor]
+Loss = Callable[[TensorDict, Tree, RandomSource], torch.Tensor]
 
 
 def adapt(
     loss_fn: Loss, transformation: GradientTransformation, *, num_steps: int
-) -> Callable[[TensorDict, Tree, Stream], TensorDict]:
-    """Return the function that makes `num_steps` steps of training on one batch.
+) -> Callable[[TensorDict, Tree, RandomSource], TensorDict]:
+    """Return the function that makes `num_steps` training steps on one batch.
 
-    Effects: pure. It can be differentiated, as `maml` does.
+    `torch.func.grad` can differentiate it, as `maml` does.
+
+    Effects: pure.
 
     Args:
         loss_fn: `loss_fn(params, batch, generator) -> loss`.
-        transformation: The optimizer of these steps; it starts afresh.
-        num_steps: How many.
+        transformation: The optimizer of these steps, with a new state at each call.
+        num_steps: At least 1.
 
     Returns:
         `fn(params, batch, generator) -> params`.
+
+    Raises:
+        ConfigError: `num_steps` is not positive.
+        OptimizerError: `transformation` has no optimizer.
 
     Examples:
         >>> from faccel.func import adapt, sgd
         >>> def loss_fn(params, batch, generator):
         ...     return (params["w"] - batch).square()
-        >>> params = TensorDict({"w": torch.zeros(())})
-        >>> adapt(loss_fn, sgd(0.25), num_steps=2)(params, torch.tensor(1.0), torch.Generator())["w"]
+        >>> params, batch = TensorDict({"w": torch.zeros(())}), torch.tensor(1.0)
+        >>> adapt(loss_fn, sgd(0.25), num_steps=2)(params, batch, torch.Generator())["w"]
         tensor(0.7500)
     """
-    if num_steps < 1:
-        raise ConfigError(
-            "at least one step is made", got=f"num_steps={num_steps}", fix="use 1 or more"
-        )
-    if not transformation.makes_params:
+    positive("num_steps", num_steps)
+    if transformation.role is not Role.OPTIMIZER:
         raise OptimizerError(
-            "steps need an optimizer", got=f"`{transformation.name}`", fix="write `sgd(0.1)`"
+            "`transformation` must be an optimizer, or a chain with one",
+            got=f"`{transformation.name}`",
+            fix="write `sgd(0.1)`",
         )
 
-    def run(params: TensorDict, batch: Tree, generator: Stream) -> TensorDict:
+    def run(params: TensorDict, batch: Tree, generator: RandomSource) -> TensorDict:
+        def batch_loss(tensors: NamedTensors) -> torch.Tensor:
+            return loss_fn(to_tensordict(tensors), batch, generator)
+
+        grad_fn = torch.func.grad(batch_loss)
         opt = transformation.init(params)
         for _ in range(num_steps):
-
-            def loss_of(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-                return loss_fn(tensordict(tensors), batch, generator)
-
-            grads = tensordict(torch.func.grad(loss_of)(named(params)))
+            grads = to_tensordict(grad_fn(flat_dict(params)))
             updates, opt = transformation.update(grads, opt, params)
             params = apply_updates(params, updates)
         return params
@@ -65,21 +70,26 @@ def adapt(
 
 
 def maml(loss_fn: Loss, transformation: GradientTransformation, *, num_steps: int) -> Loss:
-    """Return the loss whose minimum is a good place to start from: MAML (Finn, Abbeel and Levine, 2017).
+    """Return the meta-loss of MAML (Finn, Abbeel and Levine, 2017, arXiv:1703.03400).
 
-    It is a loss function like any other, for `make_step`: of each task it makes `num_steps` steps on the first half of
-    the batch, and is the mean loss of the second half then. Gradients pass through these steps.
+    For each task it makes `num_steps` steps on the support set, and returns the mean loss on the
+    query set afterwards. Gradients pass through these steps, so that minimizing it finds
+    parameters from which few steps lead far. It is a loss function for `make_step`.
 
     Effects: pure.
 
     Args:
         loss_fn: `loss_fn(params, batch, generator) -> loss` of one task.
         transformation: The optimizer of the inner steps.
-        num_steps: How many inner steps.
+        num_steps: Inner steps, at least 1.
 
     Returns:
-        `meta_loss(params, (support, query), generator)`, where both are batches of tasks: tensors `T[tasks, ...]`.
-        Tasks are computed together; of several data ranks each takes its own.
+        `meta_loss(params, (support, query), generator)`. Both are batches of tasks, with tensors
+        `T[tasks, ...]`, computed in one batch. Each data rank has its own tasks.
+
+    Raises:
+        ConfigError: `num_steps` is not positive.
+        OptimizerError: `transformation` has no optimizer.
 
     Examples:
         >>> from faccel.func import adam, init_state, functional_call, make_step, maml, sgd
@@ -91,17 +101,19 @@ def maml(loss_fn: Loss, transformation: GradientTransformation, *, num_steps: in
         >>> step = make_step(maml(loss_fn, sgd(0.1), num_steps=3), adam(1e-3), ctx)
         >>> tasks = torch.randn(4, 10, 1), torch.randn(4, 10, 1)
         >>> metrics, state = step(init_state(model, adam(1e-3), ctx, seed=0), (tasks, tasks))
+        >>> int(state.step)
+        1
     """
-    learn = adapt(loss_fn, transformation, num_steps=num_steps)
+    inner_steps = adapt(loss_fn, transformation, num_steps=num_steps)
 
-    def meta_loss(params: TensorDict, batch: Tree, generator: Stream) -> torch.Tensor:
-        def of_task(tensors: dict[str, torch.Tensor], support: Tree, query: Tree) -> torch.Tensor:
-            return loss_fn(learn(tensordict(tensors), support, generator), query, generator)
+    def meta_loss(params: TensorDict, batch: Tree, generator: RandomSource) -> torch.Tensor:
+        def task_loss(tensors: NamedTensors, support: Tree, query: Tree) -> torch.Tensor:
+            adapted = inner_steps(to_tensordict(tensors), support, generator)
+            return loss_fn(adapted, query, generator)
 
         support, query = batch
-        losses = torch.vmap(of_task, in_dims=(None, 0, 0), randomness="different")(
-            named(params), support, query
-        )
-        return losses.mean()
+        # one set of parameters, many tasks
+        batched = torch.vmap(task_loss, in_dims=(None, 0, 0), randomness="different")
+        return batched(flat_dict(params), support, query).mean()
 
     return meta_loss

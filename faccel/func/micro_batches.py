@@ -1,4 +1,4 @@
-"""Batches cut into micro-batches, and what they gave put together."""
+"""Batches split into micro-batches, and the outputs of several micro-batches stacked."""
 
 from __future__ import annotations
 
@@ -12,49 +12,65 @@ from faccel.errors import DataError
 from faccel.tree import Tree, flatten
 
 
-def stacked(outputs: list[Tree]) -> Tree:
-    """Return one tree for those of several micro-batches: tensors stacked along a new dim 0, all else in lists."""
-    leaves, rebuild = flatten(outputs[0])
-    others = [flatten(each)[0] for each in outputs]
-    return rebuild(
-        [
-            torch.stack([each[i] for each in others])
-            if isinstance(leaf, torch.Tensor)
-            else [each[i] for each in others]
-            for i, leaf in enumerate(leaves)
-        ]
-    )
+def stack_outputs(outputs: list[Tree]) -> Tree:
+    """Return one tree for those of several micro-batches.
+
+    Tensors are stacked along a new dim 0, all other leaves are collected in lists.
+    """
+    _, rebuild = flatten(outputs[0])
+    all_leaves = [flatten(output)[0] for output in outputs]
+    stacked: list[Tree] = []
+    for leaves in zip(*all_leaves, strict=True):
+        if isinstance(leaves[0], torch.Tensor):
+            stacked.append(torch.stack(leaves))
+        else:
+            stacked.append(list(leaves))
+    return rebuild(stacked)
 
 
-def micro_batches(batch: Tree, num_micro_batches: int, *, is_mean: bool) -> list[Tree]:
-    """Return a batch cut along dim 0 of its tensors; into equal parts where the loss is a mean."""
+def _has_rows(leaf: Tree) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.ndim > 0
+
+
+def split_batch(batch: Tree, num_micro_batches: int, *, is_mean: bool) -> list[Tree]:
+    """Return the micro-batches of a batch, cut along dim 0 of its tensors.
+
+    Args:
+        batch: A tree of tensors `T[n, ...]`, or a `Batch` with one. Other leaves, such as 0-d
+            tensors, are repeated in each micro-batch.
+        num_micro_batches: How many micro-batches.
+        is_mean: Whether the loss is a mean over rows: then the sizes must be equal.
+
+    Raises:
+        DataError: Tensors differ in length, or `num_micro_batches` does not fit it.
+    """
     if num_micro_batches == 1:
         return [batch]
     data = batch.data if isinstance(batch, Batch) else batch
     leaves, rebuild = flatten(data)
-    rows = {len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim}
-    if len(rows) != 1:
+    lengths = {len(leaf) for leaf in leaves if _has_rows(leaf)}
+    if len(lengths) != 1:
         raise DataError(
-            "a batch is cut along dim 0 of its tensors, which must have one length",
-            got=f"rows {sorted(rows)}",
+            "the tensors of a batch must have one length along dim 0 to be cut into micro-batches",
+            got=f"lengths {sorted(lengths)}",
             fix="use `num_micro_batches=1`",
         )
-    (num_rows,) = rows
+    (num_rows,) = lengths
+    # The mean of the means of micro-batches is the mean over the rows only if they are equal.
     if num_rows < num_micro_batches or (is_mean and num_rows % num_micro_batches):
         raise DataError(
-            "a batch is cut into micro-batches of equal length, or their mean would not be that of its rows",
+            "`num_micro_batches` must divide the number of rows of the batch",
             got=f"{num_rows} rows, num_micro_batches={num_micro_batches}",
             fix="choose a divisor, or pass `weight=` with a loss that is a sum",
         )
     cuts = [num_rows * i // num_micro_batches for i in range(num_micro_batches + 1)]
-    found: list[Tree] = []
+    micro_batches: list[Tree] = []
     for start, end in pairwise(cuts):
-        part = rebuild(
-            [x[start:end] if isinstance(x, torch.Tensor) and x.ndim else x for x in leaves]
-        )
+        rows = [leaf[start:end] if _has_rows(leaf) else leaf for leaf in leaves]
+        micro_batch = rebuild(rows)
         if isinstance(batch, Batch):
-            part = attrs.evolve(
-                batch, data=part, num_valid=min(max(batch.num_valid - start, 0), end - start)
-            )
-        found.append(part)
-    return found
+            # padding is at the end of a batch
+            num_valid = min(max(batch.num_valid - start, 0), end - start)
+            micro_batch = attrs.evolve(batch, data=micro_batch, num_valid=num_valid)
+        micro_batches.append(micro_batch)
+    return micro_batches

@@ -1,190 +1,287 @@
-"""How an optimizer is made of one of torch's functional kernels, and of the formula of the same algorithm."""
+"""How an optimizer is made of a PyTorch kernel and of the formula of the same algorithm.
+
+Two implementations of one algorithm are needed where they are not bit-equal:
+
+- A kernel of `torch.optim` rounds as the class of that name does (`lerp_`, `addcdiv_`, `alpha=`),
+  runs over lists of tensors (`foreach`, `fused`), and writes into its arguments, so that a
+  donated state needs no second copy. It reads the number of steps and the learning rate as Python
+  numbers, which a tensor under `vmap`, `grad` or `torch.compile` does not have.
+- A formula can be traced. Its operations round at other places.
+
+An algorithm whose formula is bit-equal to the kernel has no kernel here (Muon).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import attrs
 import torch
 from tensordict import TensorDict
 
-import faccel.func.formulas as formulas
 from faccel.errors import ConfigError, OptimizerError
-from faccel.func.gradient_transformation import GradientTransformation, Updates, is_traced
-from faccel.func.tensordicts import check_like, foreach, named, tensordict
-from faccel.func.transforms import Schedule, at, zero_count
+from faccel.func.formulas import Formula, Rate, Slots, scalar_like
+from faccel.func.gradient_transformation import (
+    GradientTransformation,
+    Role,
+    Updates,
+    is_traced,
+    state_error,
+)
+from faccel.func.schedules import Schedule
+from faccel.func.tensordicts import (
+    NamedTensors,
+    check_same_structure,
+    flat_dict,
+    foreach,
+    to_tensordict,
+)
+from faccel.func.transforms import initial_count, schedule_value
+from faccel.tree import Tree
 
-Slots = dict[str, torch.Tensor]
+SlotDicts = dict[str, TensorDict]
+"""For each slot, as `exp_avg`, a TensorDict with the names of the parameters."""
+
+
+class KernelArguments(NamedTuple):
+    """Arguments of a kernel, with one entry per parameter in each list.
+
+    Args:
+        params: Parameters, written in place.
+        grads: Gradients.
+        slots: By name a list of tensors, written in place; None for a parameter without this slot.
+        steps: Number of completed updates, float32[]; PyTorch's kernels store one per parameter.
+        lr: Learning rate.
+        is_first: Whether this is the first update.
+    """
+
+    params: list[torch.Tensor]
+    grads: list[torch.Tensor]
+    slots: Mapping[str, Tree]
+    steps: list[torch.Tensor]
+    lr: float
+    is_first: bool
 
 
 @attrs.frozen(eq=False)
-class Rule:
-    """One algorithm.
+class Algorithm:
+    """One optimization algorithm.
 
     Args:
-        slots: `slots(param) -> {name: tensor}`: what is kept for a parameter.
-        kernel: `kernel(params, grads, slots, steps, lr)` writes into lists of tensors; a slot that a parameter lacks is
-            None.
+        init_slots: `init_slots(param) -> {name: tensor}`: what is stored for a parameter.
         formula: `formula(param, grad, slots, count, lr) -> (param, slots)`, pure.
+        kernel: Writes the update into its arguments; None if the formula is bit-equal to
+            PyTorch's kernel.
         has_own_shapes: Whether slots have other shapes than their parameter.
+        steps_on_device: Whether the kernel needs the number of steps on the device.
         writes_grads: Whether the kernel may write into the gradients.
-        on_device: Whether the kernel wants the number of steps on the device.
     """
 
-    slots: Callable[[torch.Tensor], Slots]
-    kernel: Callable[..., None]
-    formula: Callable[..., tuple[torch.Tensor, Slots]]
+    init_slots: Callable[[torch.Tensor], Slots]
+    formula: Formula
+    kernel: Callable[[KernelArguments], None] | None = None
     has_own_shapes: bool = False
-    on_device: bool = False
+    steps_on_device: bool = False
     writes_grads: bool = False
 
+    def slot_names(self) -> set[str]:
+        """Return the names of the slots of all parameters."""
+        names = set(self.init_slots(torch.zeros(2, 2)))
+        if self.has_own_shapes:
+            names |= set(self.init_slots(torch.zeros(2)))
+        return names
 
-_NOT_NEGATIVE = (
-    "eps",
-    "eps1",
-    "eps2",
-    "weight_decay",
-    "momentum",
-    "lr_decay",
-    "initial_accumulator_value",
-    "alpha",
-)
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(_NOT_NEGATIVE, (0.0, float("inf"))),
-    **dict.fromkeys(("beta1", "beta2"), (0.0, 1.0 - 1e-12)),
-    "d": (1.0, float("inf")),
-    "beta2_decay": (-float("inf"), 0.0),
-    "ns_steps": (1, 99),
+
+class _Range(NamedTuple):
+    text: str
+    low: float
+    high: float
+
+
+_NON_NEGATIVE = _Range("at least 0", 0.0, math.inf)
+_BELOW_ONE = _Range("at least 0 and below 1", 0.0, math.nextafter(1.0, 0.0))
+# the ranges that the classes of `torch.optim` accept
+_RANGES = {
+    "alpha": _NON_NEGATIVE,
+    "beta1": _BELOW_ONE,
+    "beta2": _BELOW_ONE,
+    "beta2_decay": _Range("at most 0", -math.inf, 0.0),
+    "d": _Range("at least 1", 1.0, math.inf),
+    "eps": _NON_NEGATIVE,
+    "eps1": _NON_NEGATIVE,
+    "eps2": _NON_NEGATIVE,
+    "initial_accumulator_value": _NON_NEGATIVE,
+    "lr_decay": _NON_NEGATIVE,
+    "momentum": _NON_NEGATIVE,
+    "ns_steps": _Range("from 1 to 99", 1, 99),
+    "weight_decay": _NON_NEGATIVE,
 }
 
 
-def _check_ranges(name: str, lr: float | Schedule, options: dict[str, Any]) -> None:
+def _check_ranges(name: str, lr: float | Schedule, options: Mapping[str, Tree]) -> None:
     if not callable(lr) and not lr >= 0:
-        raise ConfigError(
-            "a learning rate is not negative", got=f"lr={lr}", fix=f"write `{name}(1e-3)`"
-        )
+        raise ConfigError("`lr` must be at least 0", got=f"lr={lr}", fix=f"write `{name}(1e-3)`")
     for option, value in options.items():
-        low, high = _RANGES.get(option, (None, None))
-        if low is not None and high is not None and value is not None and not low <= value <= high:
-            limits = " and ".join(
-                [f"at least {low:g}"] * (low > -high) + [f"at most {high}"] * (high < float("inf"))
-            )
+        if option not in _RANGES or value is None:
+            continue
+        text, low, high = _RANGES[option]
+        if not low <= value <= high:
             raise ConfigError(
-                f"`{option}` of `{name}` must be {limits}",
-                got=str(value),
-                fix="leave it out for torch's",
+                f"`{option}` of `{name}` must be {text}",
+                got=f"{option}={value}",
+                fix="leave it out for the default of PyTorch",
             )
 
 
-def optimizer(
-    name: str, lr: float | Schedule, rule: Rule, **options: Any
+def make_optimizer(
+    name: str, lr: float | Schedule, algorithm: Algorithm, options: Mapping[str, Tree]
 ) -> GradientTransformation:
-    """Return the gradient transformation of an algorithm, whose state is `count` and a TensorDict for each slot."""
-    _check_ranges(name, lr, options)
-    known = set(rule.slots(torch.zeros(2, 2)))
-    known |= set(rule.slots(torch.zeros(2))) if rule.has_own_shapes else set()
+    """Return the gradient transformation of an algorithm.
 
-    def init(params: TensorDict) -> TensorDict:
-        state: dict[str, Any] = {"count": zero_count()}
-        for leaf, param in named(params).items():
-            for slot, value in rule.slots(param).items():
-                state.setdefault(slot, {})[leaf] = value
-        return tensordict(state)
+    Its state is `count`, int64[], and for each slot a TensorDict with the names of the parameters.
+
+    Args:
+        name: Name of the optimizer, for messages and as the name of its state in a chain.
+        lr: Learning rate, or a schedule of it.
+        algorithm: The algorithm.
+        options: Numbers that are checked against their ranges.
+    """
+    _check_ranges(name, lr, options)
+    slot_names = algorithm.slot_names()
+
+    def init(params: TensorDict, /) -> TensorDict:
+        slots: dict[str, NamedTensors] = {}
+        for param_name, param in flat_dict(params).items():
+            for slot, tensor in algorithm.init_slots(param).items():
+                slots.setdefault(slot, {})[param_name] = tensor
+        return to_tensordict({"count": initial_count(), **slots})
 
     def update(
-        updates: Updates, state: TensorDict, params: TensorDict
+        updates: Updates, state: TensorDict, params: TensorDict, /
     ) -> tuple[Updates, TensorDict]:
-        rate = at(lr, state["count"]) * updates.lr_scale
-        slots = {slot: each for slot, each in state.items() if slot != "count"}
-        _check_slots(name, slots, known, params, rule)
-        run: Any = (
-            _by_formula if is_traced(params) or isinstance(rate, torch.Tensor) else _by_kernel
-        )
-        new_params, new_slots = run(rule, updates, slots, state["count"], params, rate)
-        return updates._replace(params=new_params), tensordict(
-            {"count": state["count"] + 1, **new_slots}
-        )
+        count: torch.Tensor = state["count"]
+        rate: Rate = schedule_value(lr, count) * updates.lr_scale
+        slots: dict[str, Tree] = dict(state.items())
+        slots.pop("count", None)
+        _check_slots(name, slots, slot_names, params, algorithm)
+        traced = is_traced(params)
+        if algorithm.kernel is None or traced or isinstance(rate, torch.Tensor):
+            new_params, new_slots = _run_formula(algorithm, updates, slots, count, params, rate)
+            if updates.donate and not traced:
+                _overwrite(params, new_params)
+                for slot, tensors in new_slots.items():
+                    _overwrite(slots[slot], tensors)
+                new_params, new_slots = params, slots
+        else:
+            new_params, new_slots = _run_kernel(algorithm, updates, slots, count, params, rate)
+        new_state = to_tensordict({"count": count + 1, **new_slots})
+        return updates._replace(params=new_params), new_state
 
-    return GradientTransformation(name, init, update, makes_params=True)
+    return GradientTransformation(name, init, update, Role.OPTIMIZER)
 
 
 def _check_slots(
-    name: str, slots: dict[str, Any], known: set[str], params: TensorDict, rule: Rule
+    name: str, slots: SlotDicts, slot_names: set[str], params: TensorDict, algorithm: Algorithm
 ) -> None:
-    if not slots.keys() <= known or (slots.keys() != known and not rule.has_own_shapes):
-        raise OptimizerError(
-            f"this is not the state of `{name}`",
-            got=f"`{'`, `'.join(sorted(slots))}` where `{'`, `'.join(sorted(known))}` belong",
-            fix="make state and step with the same transformation",
-        )
-    if rule.has_own_shapes:
+    if algorithm.has_own_shapes:
+        # which slots there are depends on the shapes of the parameters
+        if not slots.keys() <= slot_names:
+            raise state_error(name, list(slots), list(slot_names))
         return
-    for slot, each in slots.items():
-        check_like(params, each, f"`{slot}` of {name}")
+    if slots.keys() != slot_names:
+        raise state_error(name, list(slots), list(slot_names))
+    for slot, tensors in slots.items():
+        check_same_structure(params, tensors, f"`{slot}` of {name}")
 
 
-def _by_kernel(
-    rule: Rule,
+def _run_kernel(
+    algorithm: Algorithm,
     updates: Updates,
-    slots: dict[str, Any],
+    slots: SlotDicts,
     count: torch.Tensor,
     params: TensorDict,
     rate: float,
-) -> tuple[TensorDict, dict[str, Any]]:
-    names, by_name = list(named(params)), named(updates.grads)
-    grads = [by_name[name] for name in names]
-    new_params, new_slots = params, slots
+) -> tuple[TensorDict, SlotDicts]:
+    """Return the new parameters and slots, computed by a kernel on copies of the old ones.
+
+    With `updates.donate` the kernel writes into the old ones.
+    """
+    assert algorithm.kernel is not None
+    names = list(flat_dict(params))
+    grads_by_name = flat_dict(updates.grads)
+    grads = [grads_by_name[name] for name in names]
     if not updates.donate:
-        grads = foreach._foreach_clone(grads) if rule.writes_grads else grads
-        new_params, *copies = _cloned([params, *slots.values()])
-        new_slots = dict(zip(slots, copies, strict=True))
-    device = params[names[0]].device if rule.on_device else count.device
-    done = int(count)
-    steps = list(
-        torch.full((len(names),), float(done), device=device).unbind()
-    )  # torch keeps one a parameter
-    lists: dict[str, list[Any]] = {}
-    for slot, each in new_slots.items():
-        held = dict(each.items())
-        lists[slot] = [held.get(name) for name in names]
+        if algorithm.writes_grads:
+            grads = foreach._foreach_clone(grads)
+        params, *slot_copies = _clone([params, *slots.values()])
+        slots = dict(zip(slots, slot_copies, strict=True))
+    num_steps = int(count)
+    device = params[names[0]].device if algorithm.steps_on_device else count.device
+    # one allocation for all of them
+    steps = list(torch.full((len(names),), float(num_steps), device=device).unbind())
+    slot_lists: dict[str, Tree] = {}
+    for slot, tensors in slots.items():
+        by_name: Tree = dict(tensors.items())
+        slot_lists[slot] = [by_name.get(name) for name in names]
     with torch.no_grad():
-        rule.kernel(list(new_params.values()), grads, lists, steps, rate, is_first=done == 0)
-    return new_params, new_slots
+        algorithm.kernel(
+            KernelArguments(
+                list(flat_dict(params).values()), grads, slot_lists, steps, rate, num_steps == 0
+            )
+        )
+    return params, slots
 
 
-def _where(rate: Any, param: torch.Tensor) -> Any:
-    """Return a learning rate where a parameter is, where it is a tensor."""
-    return formulas.like(rate, param) if isinstance(rate, torch.Tensor) else rate
-
-
-def _cloned(trees: list[TensorDict]) -> list[TensorDict]:
+def _clone(trees: list[TensorDict]) -> list[TensorDict]:
     """Return copies of flat TensorDicts, all made in one call."""
-    parts = [named(tree) for tree in trees]
-    copies = iter(foreach._foreach_clone([tensor for part in parts for tensor in part.values()]))
-    return [tensordict({name: next(copies) for name in part}) for part in parts]
+    flat_trees = [flat_dict(tree) for tree in trees]
+    tensors: list[torch.Tensor] = []
+    for tree in flat_trees:
+        tensors.extend(tree.values())
+    copies = iter(foreach._foreach_clone(tensors))
+    return [to_tensordict({name: next(copies) for name in tree}) for tree in flat_trees]
 
 
-def _by_formula(
-    rule: Rule,
+def _overwrite(tree: TensorDict, values: TensorDict) -> None:
+    """Copy `values` into the tensors of `tree`."""
+    new_tensors = flat_dict(values)
+    for name, tensor in flat_dict(tree).items():
+        tensor.copy_(new_tensors[name])
+
+
+def _run_formula(
+    algorithm: Algorithm,
     updates: Updates,
-    slots: dict[str, Any],
+    slots: SlotDicts,
     count: torch.Tensor,
     params: TensorDict,
-    rate: Any,
-) -> tuple[TensorDict, dict[str, Any]]:
-    new_params: dict[str, torch.Tensor] = {}
-    new_slots: dict[str, dict[str, torch.Tensor]] = {slot: {} for slot in slots}
-    for name, param in named(params).items():
+    rate: Rate,
+) -> tuple[TensorDict, SlotDicts]:
+    """Return the new parameters and slots, computed by the formula, parameter by parameter."""
+    new_params: NamedTensors = {}
+    new_slots: dict[str, NamedTensors] = {slot: {} for slot in slots}
+    slots_by_name = {slot: flat_dict(tensors) for slot, tensors in slots.items()}
+    for name, param in flat_dict(params).items():
+        # PyTorch's kernels compute with the real view of a complex parameter
         if param.is_complex():
             raise OptimizerError(
-                "under a transform of torch's, optimizers are for real parameters",
+                f"`{name}` is complex, and optimizers update real parameters only under transforms",
                 got=f"`{name}`, {param.dtype}",
-                fix="train outside of `vmap` and `torch.compile`, or keep its `torch.view_as_real`",
+                fix="train outside of `vmap` and `torch.compile`, or store `torch.view_as_real`",
             )
-        mine = {slot: each[name] for slot, each in slots.items() if name in each.keys()}  # noqa: SIM118
-        made, new = rule.formula(param, updates.grads[name], mine, count, _where(rate, param))
-        new_params[name] = made.to(param.dtype)
-        for slot, value in new.items():
+        param_slots: Slots = {}
+        for slot, tensors in slots_by_name.items():
+            if name in tensors:
+                param_slots[slot] = tensors[name]
+        param_rate = scalar_like(rate, param) if isinstance(rate, torch.Tensor) else rate
+        new_param, values = algorithm.formula(
+            param, updates.grads[name], param_slots, count, param_rate
+        )
+        # 0-d float64 tensors may have promoted the result
+        new_params[name] = new_param.to(param.dtype)
+        for slot, value in values.items():
             new_slots[slot][name] = value.to(param.dtype)
-    return tensordict(new_params), {slot: tensordict(each) for slot, each in new_slots.items()}
+    slot_dicts = {slot: to_tensordict(tensors) for slot, tensors in new_slots.items()}
+    return to_tensordict(new_params), slot_dicts

@@ -1,7 +1,8 @@
-"""Optimizers as gradient transformations, on the functional kernels that torch's own optimizers run.
+"""Optimizers as gradient transformations: `torch.optim` classes as pure functions.
 
-Eagerly each of them is, bit for bit, the class of torch of that name. Where a transform looks on (`vmap`, `grad`,
-`torch.compile`), kernels that read numbers from tensors cannot be used: there the same algorithm is a formula.
+Eagerly each of them equals the class of that name bit for bit. Under `vmap`, `grad` and
+`torch.compile` the same algorithm is a formula; see `optimizer_factory`. Options that are not
+described have the meaning and default that they have in `torch.optim`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ from typing import Any
 import torch
 
 import faccel.func.formulas as formulas
-from faccel.errors import ConfigError, OptimizerError, nearest
+from faccel.errors import ConfigError
+from faccel.func.formulas import Slots
 from faccel.func.gradient_transformation import GradientTransformation
-from faccel.func.optimizer_factory import Rule, Slots, optimizer
-from faccel.func.transforms import Schedule
+from faccel.func.optimizer_factory import Algorithm, KernelArguments, make_optimizer
+from faccel.func.schedules import Schedule
 
 
 def _zeros(*names: str) -> Callable[[torch.Tensor], Slots]:
+    """Return the function that makes zeros of the shape of a parameter under each name."""
     return lambda param: {name: torch.zeros_like(param) for name in names}
+
+
+def _has_complex(params: list[torch.Tensor]) -> bool:
+    return any(param.is_complex() for param in params)
 
 
 def sgd(
@@ -39,7 +46,16 @@ def sgd(
 
     Args:
         lr: Learning rate, or a schedule of it over the number of updates.
-        momentum: As in torch, likewise the others.
+        momentum: Momentum factor; with 0 the state has no momentum buffers.
+        dampening: Fraction of a gradient that is not added to the momentum buffer.
+        weight_decay: L2 penalty, added to the gradient.
+        nesterov: Whether to use Nesterov momentum.
+        maximize: Whether to maximize the loss.
+        foreach: Whether to use the kernel over lists of tensors; None lets PyTorch choose.
+        fused: Whether to use the fused kernel.
+
+    Raises:
+        ConfigError: An option is out of range, or `nesterov` without momentum.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -51,56 +67,89 @@ def sgd(
     """
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ConfigError(
-            "Nesterov momentum needs a momentum and no dampening",
+            "`nesterov=True` needs a positive `momentum` and no `dampening`",
             got=f"momentum={momentum}, dampening={dampening}",
             fix="write `sgd(lr, momentum=0.9, nesterov=True)`",
         )
     options: dict[str, Any] = {
-        "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov,
+        "momentum": momentum,
+        "dampening": dampening,
+        "weight_decay": weight_decay,
+        "nesterov": nesterov,
         "maximize": maximize,
-    }  # fmt: skip
+    }
 
-    def kernel(ps: Any, gs: Any, slots: Any, steps: Any, rate: float, *, is_first: bool) -> None:
-        from torch.optim.sgd import sgd as run
+    def kernel(args: KernelArguments) -> None:
+        from torch.optim.sgd import sgd as torch_sgd
 
-        buffers: list[Any] = slots.get("momentum_buffer") or [None] * len(ps)
-        if (
-            is_first and dampening
-        ):  # the first gradient is not dampened; torch says so by having no buffer yet
-            made: list[Any] = [None] * len(ps)
-            run(ps, gs, made, foreach=foreach, fused=fused, lr=rate, **options)
-            for buffer, first in zip(buffers, made, strict=True):
-                buffer.copy_(first)
-            return
-        run(ps, gs, buffers, foreach=foreach, fused=fused, lr=rate, **options)
+        no_buffers: list[torch.Tensor | None] = [None] * len(args.params)
+        buffers = args.slots.get("momentum_buffer", no_buffers)
+        # PyTorch does not dampen the first gradient: it creates the buffer from it, where it
+        # finds None. The state here has buffers from the start, so copy the new ones into them.
+        creates_buffers = args.is_first and dampening != 0
+        kernel_buffers = no_buffers if creates_buffers else buffers
+        torch_sgd(
+            args.params,
+            args.grads,
+            kernel_buffers,
+            foreach=foreach,
+            fused=fused,
+            lr=args.lr,
+            **options,
+        )
+        if creates_buffers and momentum:
+            for buffer, created in zip(buffers, kernel_buffers, strict=True):
+                buffer.copy_(created)
 
-    slots = _zeros("momentum_buffer") if momentum else _zeros()
-    rule = Rule(slots, kernel, formulas.sgd(**options), writes_grads=nesterov)
-    return optimizer("sgd", lr, rule, **options)
+    algorithm = Algorithm(
+        init_slots=_zeros("momentum_buffer") if momentum else _zeros(),
+        formula=formulas.sgd(**options),
+        kernel=kernel,
+        writes_grads=nesterov,  # the foreach kernel adds the momentum to the gradient in place
+    )
+    return make_optimizer("sgd", lr, algorithm, options)
 
 
 def _adam(
-    name: str, lr: float | Schedule, *, decoupled: bool, **options: Any
+    name: str,
+    lr: float | Schedule,
+    options: dict[str, Any],
+    *,
+    betas: tuple[float, float],
+    decoupled: bool,
+    foreach: bool | None,
+    fused: bool | None,
 ) -> GradientTransformation:
-    fused = options.pop("fused")
-    foreach = options.pop("foreach")
-    beta1, beta2 = options.pop("betas")
-    options |= {"beta1": beta1, "beta2": beta2}
+    options = {**options, "beta1": betas[0], "beta2": betas[1]}
 
-    def kernel(ps: Any, gs: Any, slots: Any, steps: Any, rate: float, *, is_first: bool) -> None:
-        from torch.optim.adam import adam as run
+    def kernel(args: KernelArguments) -> None:
+        from torch.optim.adam import adam as torch_adam
 
-        run(
-            ps, gs, slots["exp_avg"], slots["exp_avg_sq"], slots.get("max_exp_avg_sq") or [], steps, foreach=foreach,
-            fused=fused, has_complex=any(p.is_complex() for p in ps), decoupled_weight_decay=decoupled, lr=rate,
+        torch_adam(
+            args.params,
+            args.grads,
+            args.slots["exp_avg"],
+            args.slots["exp_avg_sq"],
+            args.slots.get("max_exp_avg_sq", []),
+            args.steps,
+            foreach=foreach,
+            fused=fused,
+            has_complex=_has_complex(args.params),
+            decoupled_weight_decay=decoupled,
+            lr=args.lr,
             **options,
-        )  # fmt: skip
+        )
 
-    names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if options["amsgrad"] else ()))
-    rule = Rule(
-        _zeros(*names), kernel, formulas.adam(decoupled=decoupled, **options), on_device=bool(fused)
+    names = ["exp_avg", "exp_avg_sq"]
+    if options["amsgrad"]:
+        names.append("max_exp_avg_sq")
+    algorithm = Algorithm(
+        init_slots=_zeros(*names),
+        formula=formulas.adam(decoupled=decoupled, **options),
+        kernel=kernel,
+        steps_on_device=bool(fused),
     )
-    return optimizer(name, lr, rule, **options)
+    return make_optimizer(name, lr, algorithm, options)
 
 
 def adam(
@@ -120,7 +169,16 @@ def adam(
 
     Args:
         lr: Learning rate, or a schedule of it over the number of updates.
-        betas: As in torch, likewise the others.
+        betas: Decay rates of the first and second moments, each at least 0 and below 1.
+        eps: Added to the denominator.
+        weight_decay: L2 penalty, added to the gradient.
+        amsgrad: Whether to divide by the largest second moment so far (Reddi et al., 2018).
+        maximize: Whether to maximize the loss.
+        foreach: Whether to use the kernel over lists of tensors; None lets PyTorch choose.
+        fused: Whether to use the fused kernel.
+
+    Raises:
+        ConfigError: An option is out of range.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -128,10 +186,8 @@ def adam(
         >>> sorted(adam(1e-3).init(TensorDict({"w": torch.ones(2)})).keys())
         ['count', 'exp_avg', 'exp_avg_sq']
     """
-    return _adam(
-        "adam", lr, decoupled=False, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
-        maximize=maximize, foreach=foreach, fused=fused,
-    )  # fmt: skip
+    options = {"eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize}
+    return _adam("adam", lr, options, betas=betas, decoupled=False, foreach=foreach, fused=fused)
 
 
 def adamw(
@@ -151,16 +207,27 @@ def adamw(
 
     Args:
         lr: Learning rate, or a schedule of it over the number of updates.
-        betas: As in torch, likewise the others.
+        betas: As in `adam`.
+        eps: As in `adam`.
+        weight_decay: Parameters are multiplied by `1 - lr * weight_decay` before each update.
+        amsgrad: As in `adam`.
+        maximize: As in `adam`.
+        foreach: As in `adam`.
+        fused: As in `adam`.
+
+    Raises:
+        ConfigError: An option is out of range.
 
     Examples:
-        >>> from faccel.func import adamw, chain, clip_by_global_norm
-        >>> optimizer = chain(clip_by_global_norm(1.0), adamw(1e-3, weight_decay=0.1))
+        >>> from tensordict import TensorDict
+        >>> from faccel.func import adamw, apply_updates
+        >>> optimizer, params = adamw(0.1), TensorDict({"w": torch.ones(())})
+        >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+        >>> apply_updates(params, updates)["w"]
+        tensor(0.8990)
     """
-    return _adam(
-        "adamw", lr, decoupled=True, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
-        maximize=maximize, foreach=foreach, fused=fused,
-    )  # fmt: skip
+    options = {"eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize}
+    return _adam("adamw", lr, options, betas=betas, decoupled=True, foreach=foreach, fused=fused)
 
 
 def adagrad(
@@ -180,12 +247,22 @@ def adagrad(
 
     Args:
         lr: Learning rate, or a schedule of it over the number of updates.
-        lr_decay: As in torch, likewise the others.
+        lr_decay: The rate of update `t`, from 0, is `lr / (1 + t * lr_decay)`.
+        weight_decay: L2 penalty, added to the gradient.
+        initial_accumulator_value: Where the sums of squared gradients start.
+        eps: Added to the denominator.
+        maximize: Whether to maximize the loss.
+        foreach: Whether to use the kernel over lists of tensors; None lets PyTorch choose.
+        fused: Whether to use the fused kernel.
+
+    Raises:
+        ConfigError: An option is out of range.
 
     Examples:
         >>> from tensordict import TensorDict
         >>> from faccel.func import adagrad
-        >>> adagrad(initial_accumulator_value=0.1).init(TensorDict({"w": torch.ones(1)}))["sum"]["w"]
+        >>> state = adagrad(initial_accumulator_value=0.1).init(TensorDict({"w": torch.ones(1)}))
+        >>> state["sum"]["w"]
         tensor([0.1000])
     """
     options: dict[str, Any] = {
@@ -195,32 +272,32 @@ def adagrad(
         "maximize": maximize,
     }
 
-    def slots(param: torch.Tensor) -> Slots:
-        start = initial_accumulator_value
-        return {
-            "sum": torch.full_like(param, complex(start, start) if param.is_complex() else start)
-        }
+    def init_slots(param: torch.Tensor) -> Slots:
+        start: complex = initial_accumulator_value
+        if param.is_complex():
+            start = complex(start, start)  # real and imaginary parts are updated separately
+        return {"sum": torch.full_like(param, start)}
 
-    def kernel(ps: Any, gs: Any, slots: Any, steps: Any, rate: float, *, is_first: bool) -> None:
-        from torch.optim.adagrad import adagrad as run
+    def kernel(args: KernelArguments) -> None:
+        from torch.optim.adagrad import adagrad as torch_adagrad
 
-        has_complex = any(p.is_complex() for p in ps)
-        run(
-            ps,
-            gs,
-            slots["sum"],
-            steps,
+        torch_adagrad(
+            args.params,
+            args.grads,
+            args.slots["sum"],
+            args.steps,
             foreach=foreach,
             fused=fused,
-            has_complex=has_complex,
-            lr=rate,
+            has_complex=_has_complex(args.params),
+            lr=args.lr,
             **options,
         )
 
-    rule = Rule(slots, kernel, formulas.adagrad(**options), on_device=bool(fused))
-    return optimizer(
-        "adagrad", lr, rule, initial_accumulator_value=initial_accumulator_value, **options
+    algorithm = Algorithm(
+        init_slots, formulas.adagrad(**options), kernel, steps_on_device=bool(fused)
     )
+    checked = {**options, "initial_accumulator_value": initial_accumulator_value}
+    return make_optimizer("adagrad", lr, algorithm, checked)
 
 
 def rmsprop(
@@ -240,7 +317,16 @@ def rmsprop(
 
     Args:
         lr: Learning rate, or a schedule of it over the number of updates.
-        alpha: As in torch, likewise the others.
+        alpha: Decay rate of the second moments.
+        eps: Added to the denominator.
+        weight_decay: L2 penalty, added to the gradient.
+        momentum: Momentum factor; with 0 the state has no momentum buffers.
+        centered: Whether to divide by the estimated standard deviation (Graves, 2013).
+        maximize: Whether to maximize the loss.
+        foreach: Whether to use the kernel over lists of tensors; None lets PyTorch choose.
+
+    Raises:
+        ConfigError: An option is out of range.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -249,130 +335,34 @@ def rmsprop(
         ['count', 'momentum_buffer', 'square_avg']
     """
     options: dict[str, Any] = {
-        "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum, "centered": centered,
+        "alpha": alpha,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "momentum": momentum,
+        "centered": centered,
         "maximize": maximize,
-    }  # fmt: skip
+    }
 
-    def kernel(ps: Any, gs: Any, slots: Any, steps: Any, rate: float, *, is_first: bool) -> None:
-        from torch.optim.rmsprop import rmsprop as run
+    def kernel(args: KernelArguments) -> None:
+        from torch.optim.rmsprop import rmsprop as torch_rmsprop
 
-        averages, buffers = slots.get("grad_avg") or [], slots.get("momentum_buffer") or []
-        has_complex = any(p.is_complex() for p in ps)
-        run(ps, gs, slots["square_avg"], averages, buffers, steps, foreach=foreach, has_complex=has_complex, lr=rate,
-            **options)  # fmt: skip
-
-    names = (
-        "square_avg",
-        *(("momentum_buffer",) if momentum else ()),
-        *(("grad_avg",) if centered else ()),
-    )
-    return optimizer(
-        "rmsprop", lr, Rule(_zeros(*names), kernel, formulas.rmsprop(**options)), **options
-    )
-
-
-def adafactor(
-    lr: float | Schedule = 1e-2,
-    *,
-    beta2_decay: float = -0.8,
-    eps: tuple[float | None, float] = (None, 1e-3),
-    d: float = 1.0,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-    foreach: bool | None = None,
-) -> GradientTransformation:
-    """Adafactor (Shazeer and Stern, 2018): `torch.optim.Adafactor`; second moments of matrices as rows and columns.
-
-    Effects: pure.
-
-    Args:
-        lr: Learning rate, or a schedule of it over the number of updates.
-        beta2_decay: As in torch, likewise the others.
-
-    Examples:
-        >>> from tensordict import TensorDict
-        >>> from faccel.func import adafactor
-        >>> state = adafactor().init(TensorDict({"w": torch.ones(2, 3), "b": torch.ones(3)}))
-        >>> state["row_var"]["w"].shape, state["col_var"]["w"].shape, state["variance"]["b"].shape
-        (torch.Size([2, 1]), torch.Size([1, 3]), torch.Size([3]))
-    """
-    options: dict[str, Any] = {
-        "beta2_decay": beta2_decay, "eps1": eps[0], "eps2": eps[1], "d": d, "weight_decay": weight_decay,
-        "maximize": maximize,
-    }  # fmt: skip
-
-    def slots(param: torch.Tensor) -> Slots:
-        if param.is_complex():
-            raise OptimizerError(
-                "Adafactor is for real parameters", got="a complex one", fix="use `adamw`"
-            )
-        if param.ndim < 2:
-            return {"variance": torch.zeros_like(param)}
-        *rest, rows, columns = param.shape
-        return {
-            "row_var": param.new_zeros(*rest, rows, 1),
-            "col_var": param.new_zeros(*rest, 1, columns),
-        }
-
-    def kernel(ps: Any, gs: Any, slots: Any, steps: Any, rate: float, *, is_first: bool) -> None:
-        from torch.optim._adafactor import adafactor as run
-
-        rows, columns, variances = (
-            slots.get(slot, [None] * len(ps)) for slot in ("row_var", "col_var", "variance")
+        torch_rmsprop(
+            args.params,
+            args.grads,
+            args.slots["square_avg"],
+            args.slots.get("grad_avg", []),
+            args.slots.get("momentum_buffer", []),
+            args.steps,
+            foreach=foreach,
+            has_complex=_has_complex(args.params),
+            lr=args.lr,
+            **options,
         )
-        run(ps, gs, rows, columns, variances, steps, foreach=foreach, lr=rate, **options)
 
-    rule = Rule(slots, kernel, formulas.adafactor(**options), has_own_shapes=True)
-    return optimizer("adafactor", lr, rule, **options)
-
-
-def muon(
-    lr: float | Schedule = 1e-3,
-    *,
-    weight_decay: float = 0.1,
-    momentum: float = 0.95,
-    nesterov: bool = True,
-    ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
-    eps: float = 1e-7,
-    ns_steps: int = 5,
-    adjust_lr_fn: str | None = None,
-) -> GradientTransformation:
-    """Muon (Jordan et al., 2024): `torch.optim.Muon`, for matrices; give the rest of a model another by `partition`.
-
-    Effects: pure.
-
-    Args:
-        lr: Learning rate, or a schedule of it over the number of updates.
-        weight_decay: As in torch, likewise the others.
-
-    Raises:
-        OptimizerError: Later, in `init`: a parameter is no matrix.
-
-    Examples:
-        >>> from faccel.func import adamw, muon, partition
-        >>> parts = {"matrices": muon(2e-2), "rest": adamw(1e-3)}
-        >>> optimizer = partition(parts, lambda name, param: "matrices" if param.ndim == 2 else "rest")
-    """
-    if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
-        fix = nearest(str(adjust_lr_fn), ("original", "match_rms_adamw"))
-        raise ConfigError("`adjust_lr_fn` names no adjustment", got=repr(adjust_lr_fn), fix=fix)
-    options: dict[str, Any] = {
-        "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov, "ns_coefficients": ns_coefficients,
-        "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
-    }  # fmt: skip
-
-    def slots(param: torch.Tensor) -> Slots:
-        if param.ndim != 2 or param.is_complex():
-            raise OptimizerError(
-                "Muon is for real matrices",
-                got=f"a parameter of shape {tuple(param.shape)}, {param.dtype}",
-                fix='write `partition({"matrices": muon(2e-2), "rest": adamw(1e-3)}, lambda name, param: ...)`',
-            )
-        return {"momentum_buffer": torch.zeros_like(param)}
-
-    def kernel(ps: Any, gs: Any, slots: Any, steps: Any, rate: float, *, is_first: bool) -> None:
-        from torch.optim._muon import muon as run
-
-        run(ps, gs, slots["momentum_buffer"], lr=rate, has_complex=False, **options)
-
-    return optimizer("muon", lr, Rule(slots, kernel, formulas.muon(**options)), **options)
+    names = ["square_avg"]
+    if momentum:
+        names.append("momentum_buffer")
+    if centered:
+        names.append("grad_avg")
+    algorithm = Algorithm(_zeros(*names), formulas.rmsprop(**options), kernel)
+    return make_optimizer("rmsprop", lr, algorithm, options)

@@ -1,40 +1,44 @@
-"""Gradients of each sample of a batch, and the step of differential privacy that is made of them."""
+"""Gradients of each sample of a batch, and differentially private training with them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from tensordict import TensorDict
 
+from faccel.checks import positive
 from faccel.context import DistContext
 from faccel.data.source import Batch
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError
-from faccel.func.grad import LossSpec, Outcome, Parts, Task, outcome, scalar_loss
+from faccel.func.grad import GradInputs, LossAndGrads, LossSums, mean_over_ranks
 from faccel.func.gradient_transformation import GradientTransformation, is_traced
-from faccel.func.micro_batches import micro_batches
-from faccel.func.rng_streams import Stream
-from faccel.func.tensordicts import named, tensordict
-from faccel.func.train_step import Step, step_along
+from faccel.func.loss import LossFunction, LossOptions, call_loss
+from faccel.func.micro_batches import split_batch
+from faccel.func.rng_streams import RandomSource
+from faccel.func.tensordicts import NamedTensors, flat_dict, to_tensordict
+from faccel.func.train_step import Step, build_step
 from faccel.tree import Tree, flatten
 
 
 def per_sample_grads(
-    loss_fn: Callable[..., torch.Tensor], ctx: DistContext
-) -> Callable[[TensorDict, Tree, Stream], tuple[torch.Tensor, TensorDict]]:
-    """Return the function that gives the loss and the gradient of each sample of this rank's batch.
+    loss_fn: LossFunction, ctx: DistContext
+) -> Callable[[TensorDict, Tree, RandomSource], tuple[torch.Tensor, TensorDict]]:
+    """Return the function that computes loss and gradient of each sample of this rank's batch.
 
-    Effects: pure. One batched computation (`vmap` over `grad`), not one after the other.
+    It is one batched computation, `vmap` over `grad`.
+
+    Effects: pure.
 
     Args:
-        loss_fn: `loss_fn(params, batch, generator) -> loss`, as for `make_step`; here it sees batches of one row.
-        ctx: The world, for the precision.
+        loss_fn: `loss_fn(params, batch, generator) -> loss`, as in `make_step`. It is called with
+            batches of one row.
+        ctx: The context, for its precision.
 
     Returns:
-        `fn(params, batch, generator) -> (losses, grads)`: `T[n]`, and `T[n, ...]` for each parameter. Random numbers of
-        the samples differ.
+        `fn(params, batch, generator) -> (losses, grads)`: `T[n]`, and `T[n, ...]` for each
+        parameter. Each sample draws its own random numbers.
 
     Examples:
         >>> from faccel.func import per_sample_grads
@@ -42,29 +46,34 @@ def per_sample_grads(
         >>> def loss_fn(params, batch, generator):
         ...     return (params["w"] * batch).square().mean()
         >>> params, batch = TensorDict({"w": torch.tensor(1.0)}), torch.tensor([1.0, 2.0])
-        >>> losses, grads = per_sample_grads(loss_fn, fake_context(0, 1))(params, batch, torch.Generator())
+        >>> grad_fn = per_sample_grads(loss_fn, fake_context(0, 1))
+        >>> losses, grads = grad_fn(params, batch, torch.Generator())
         >>> losses, grads["w"]
         (tensor([1., 4.]), tensor([2., 8.]))
     """
-    spec = LossSpec(loss_fn)
+    options = LossOptions(loss_fn)
 
-    def run(params: TensorDict, batch: Tree, generator: Stream) -> tuple[torch.Tensor, TensorDict]:
+    def run(
+        params: TensorDict, batch: Tree, generator: RandomSource
+    ) -> tuple[torch.Tensor, TensorDict]:
         leaves, rebuild = flatten(batch)
-        rows = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+        # leaves without dim 0 are the same for all samples
+        rows = {i: leaf for i, leaf in enumerate(leaves) if torch.is_tensor(leaf) and leaf.ndim}
 
-        def loss_of(tracked: dict[str, torch.Tensor], sample: list[torch.Tensor]) -> Any:
-            row = dict(zip(rows, sample, strict=True))
-            one = rebuild([row[i][None] if i in row else leaf for i, leaf in enumerate(leaves)])
-            loss = scalar_loss(spec, tracked, one, generator, None, ctx)[0]
+        def sample_loss(tracked: NamedTensors, sample: dict[int, torch.Tensor]) -> Tree:
+            sample_leaves = list(leaves)
+            for i, row in sample.items():
+                sample_leaves[i] = row[None]  # vmap removed dim 0
+            sample_batch = rebuild(sample_leaves)
+            loss = call_loss(options, tracked, sample_batch, generator, None, ctx)[0]
             return loss, loss
 
-        batched = torch.vmap(
-            torch.func.grad(loss_of, has_aux=True), in_dims=(None, 0), randomness="different"
-        )
-        grads, losses = batched(named(params), [leaves[i] for i in rows])
-        return losses.detach() if not is_traced(params) else losses, tensordict(
-            grads, [len(losses)]
-        )
+        grad_fn = torch.func.grad(sample_loss, has_aux=True)
+        batched = torch.vmap(grad_fn, in_dims=(None, 0), randomness="different")
+        grads, losses = batched(flat_dict(params), rows)
+        if not is_traced(params):
+            losses = losses.detach()
+        return losses, to_tensordict(grads, [len(losses)])
 
     return run
 
@@ -76,7 +85,7 @@ def clip_per_sample(grads: TensorDict, max_norm: float) -> TensorDict:
 
     Args:
         grads: `T[n, ...]` for each parameter, from `per_sample_grads`.
-        max_norm: The largest 2-norm of one sample's gradient.
+        max_norm: Largest 2-norm of the gradient of one sample.
 
     Examples:
         >>> from faccel.func import clip_per_sample
@@ -84,22 +93,21 @@ def clip_per_sample(grads: TensorDict, max_norm: float) -> TensorDict:
         tensor([[0.6000, 0.8000],
                 [0.3000, 0.4000]])
     """
-    norms = torch.stack(
-        [
-            grad.flatten(1).norm(dim=1) if grad.ndim > 1 else grad.abs()
-            for grad in named(grads).values()
-        ]
-    ).norm(dim=0)
+    # [n, numel] of each parameter: its norms, then the norm over all parameters
+    rows = [grad.reshape(len(grad), -1) for grad in flat_dict(grads).values()]
+    norms = torch.stack([row.norm(dim=1) for row in rows]).norm(dim=0)
+    # the smallest normal number: a gradient of 0 stays 0
     factors = (max_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
-    clipped = {
-        n: g * factors.to(g.dtype).view(-1, *[1] * (g.ndim - 1)) for n, g in named(grads).items()
-    }
-    return tensordict(clipped, grads.batch_size)
+    clipped: NamedTensors = {}
+    for name, grad in flat_dict(grads).items():
+        row_factors = factors.to(grad.dtype).view(-1, *[1] * (grad.ndim - 1))
+        clipped[name] = grad * row_factors
+    return to_tensordict(clipped, grads.batch_size)
 
 
 @effectful(COLLECTIVE)
 def dp_sgd(
-    loss_fn: Callable[..., torch.Tensor],
+    loss_fn: LossFunction,
     transformation: GradientTransformation,
     ctx: DistContext,
     *,
@@ -110,25 +118,28 @@ def dp_sgd(
 ) -> Step:
     """Return the step of differentially private training (Abadi et al., 2016, arXiv:1607.00133).
 
-    Each sample's gradient is clipped to `clip_norm`; to their sum over all ranks comes Gaussian noise of standard
-    deviation `noise_multiplier * clip_norm`, of which each rank adds its part from its own stream; the result is
-    divided by the number of samples. Rows that are padding (`Batch.num_valid`) do not count. What privacy that gives
-    over a whole run is computed by an accountant, such as Opacus's, from `noise_multiplier`, the sampling rate and the
-    number of steps; the guarantee supposes that batches are sampled at random.
+    The gradient of each sample is clipped to `clip_norm`. To their sum over all ranks the step
+    adds Gaussian noise of standard deviation `noise_multiplier * clip_norm`, and divides by the
+    number of samples. Rows that are padding (beyond `Batch.num_valid`) do not count.
 
-    Effects: collective. What is returned is, as in `make_step`.
+    An accountant, such as Opacus's, computes the privacy of a whole run from `noise_multiplier`,
+    the sampling rate and the number of steps. Its guarantee requires batches that are sampled at
+    random.
+
+    Effects: collective. The returned step has the effects of the one of `make_step`.
 
     Args:
         loss_fn: As in `per_sample_grads`.
         transformation: As in `make_step`.
-        ctx: The world.
-        clip_norm: The largest 2-norm of one sample's gradient.
+        ctx: The context.
+        clip_norm: Largest 2-norm of the gradient of one sample.
         noise_multiplier: Standard deviation of the noise, in units of `clip_norm`; 0 is no privacy.
-        num_micro_batches: MicroBatch-batches of a batch: the gradients of one of them are in memory at a time.
+        num_micro_batches: How many micro-batches a batch is cut into. Per-sample gradients of one
+            micro-batch are in memory at a time.
         donate: As in `make_step`.
 
     Raises:
-        ConfigError: A limit that is not positive, or a negative noise.
+        ConfigError: `clip_norm` is not positive, or `noise_multiplier` is negative.
 
     Examples:
         >>> from faccel.func import functional_call, dp_sgd, init_state, sgd
@@ -138,45 +149,54 @@ def dp_sgd(
         ...     return functional_call(model, params, batch).square().mean()
         >>> step = dp_sgd(loss_fn, sgd(0.1), ctx, clip_norm=1.0, noise_multiplier=1.1)
         >>> metrics, state = step(init_state(model, sgd(0.1), ctx, seed=0), torch.ones(4, 2))
+        >>> int(state.step)
+        1
     """
-    if not clip_norm > 0 or not noise_multiplier >= 0:
-        got = f"clip_norm={clip_norm}, noise_multiplier={noise_multiplier}"
+    positive("clip_norm", clip_norm)
+    if not noise_multiplier >= 0:
         raise ConfigError(
-            "clipping is to a positive norm, and noise is not negative", got=got, fix="mend them"
+            "`noise_multiplier` must be at least 0",
+            got=f"noise_multiplier={noise_multiplier}",
+            fix="use `noise_multiplier=1.0`, or 0.0 for no privacy",
         )
-    grads_of = per_sample_grads(loss_fn, ctx)
+    sample_grads = per_sample_grads(loss_fn, ctx)
+    # W ranks add independent noise: variances add up, so each has 1/W of the variance.
+    noise_std = noise_multiplier * clip_norm / ctx.data_world_size**0.5
 
-    def local(task: Task) -> Parts:
-        total, losses, count = (
-            {n: torch.zeros_like(p) for n, p in named(task.params).items()},
-            torch.zeros(()),
-            0,
-        )
-        for micro in micro_batches(task.batch, num_micro_batches, is_mean=False):
-            data = micro.data if isinstance(micro, Batch) else micro
-            each, grads = grads_of(task.params, data, task.generator)
-            num_valid = micro.num_valid if isinstance(micro, Batch) else len(each)
+    def local_sums(inputs: GradInputs) -> LossSums:
+        params = flat_dict(inputs.params)
+        grad_sums = {name: torch.zeros_like(param) for name, param in params.items()}
+        loss_sum = torch.zeros(())
+        count = 0
+        for micro_batch in split_batch(inputs.batch, num_micro_batches, is_mean=False):
+            is_padded = isinstance(micro_batch, Batch)
+            data = micro_batch.data if is_padded else micro_batch
+            losses, grads = sample_grads(inputs.params, data, inputs.generator)
+            num_valid = micro_batch.num_valid if is_padded else len(losses)
             clipped = clip_per_sample(grads, clip_norm)
-            total = {name: held + clipped[name][:num_valid].sum(0) for name, held in total.items()}
-            losses, count = losses.to(each) + each[:num_valid].sum(), count + num_valid
-        scale = noise_multiplier * clip_norm / ctx.data_world_size**0.5
-        if scale:
-            total = {
-                name: held + _noise(held, task.generator) * scale for name, held in total.items()
-            }
-        return Parts(losses, total, count, None, None)
+            for name in grad_sums:
+                grad_sums[name] = grad_sums[name] + clipped[name][:num_valid].sum(0)
+            loss_sum = loss_sum.to(losses) + losses[:num_valid].sum()
+            count += num_valid
+        if noise_std:
+            for name, grad_sum in grad_sums.items():
+                noise = _noise_like(grad_sum, inputs.generator)
+                grad_sums[name] = grad_sum + noise_std * noise
+        return LossSums(loss_sum, grad_sums, count, None, None)
 
-    def direction(task: Task) -> Outcome:
-        return outcome(
-            task._replace(loss_scale=1.0), local
-        )  # nothing is scaled: gradients are clipped one by one
+    def gradient_fn(inputs: GradInputs) -> LossAndGrads:
+        # Clipping needs true norms, so the loss is not scaled.
+        return mean_over_ranks(inputs._replace(loss_scale=1.0), local_sums)
 
-    spec = LossSpec(loss_fn, weight=len, num_micro_batches=num_micro_batches)
-    return step_along(direction, spec, transformation, ctx, donating=donate)
+    options = LossOptions(loss_fn, weight=len, num_micro_batches=num_micro_batches)
+    return build_step(gradient_fn, options, transformation, ctx, donate=donate)
 
 
-def _noise(like: torch.Tensor, generator: Stream) -> torch.Tensor:
+def _noise_like(tensor: torch.Tensor, generator: RandomSource) -> torch.Tensor:
+    """Return Gaussian noise of standard deviation 1 in the shape of a tensor."""
     if isinstance(generator, torch.Generator):
-        return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-    generator.draw("Gaussian noise")
-    return torch.randn_like(like)
+        return torch.randn(
+            tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=generator
+        )
+    generator.check_draw("Gaussian noise")
+    return torch.randn_like(tensor)

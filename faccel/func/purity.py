@@ -1,9 +1,9 @@
-"""Functions that must be pure are watched: what they write into their arguments is found by value."""
+"""Detection of impure functions: writes to arguments, and draws from default generators."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,69 +12,92 @@ from tensordict import TensorDict
 
 from faccel.context import DistContext
 from faccel.errors import PurityError
-from faccel.func.rng_streams import device_state
+from faccel.func.rng_streams import device_rng_state
 from faccel.random.generators import detect_draws
-from faccel.tree import flatten, paths
+from faccel.tree import Tree, flatten, paths
 
 R = TypeVar("R")
 
 
-def digest(leaf: Any) -> int:
-    """Return a number for the bits of a leaf, 0 for what has none; without a copy where it is dense and on the CPU."""
+def digest(leaf: Tree) -> int:
+    """Return a 64-bit hash of the bytes of a tensor or an array, 0 for any other leaf.
+
+    Tensors that are sparse, quantized or on the meta device have hash 0, too. Dense tensors on
+    the CPU are not copied.
+    """
     if isinstance(leaf, torch.Tensor):
         if leaf.layout != torch.strided or leaf.is_meta:
             return 0
         leaf = leaf.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
         if leaf.is_quantized or not leaf.numel():
             return 0
-        leaf = leaf.view(torch.uint8).numpy()
+        leaf = leaf.view(torch.uint8).numpy()  # numpy has no bfloat16
     if not isinstance(leaf, np.ndarray):
         return 0
-    array: Any = np.ascontiguousarray(leaf)
+    array: Tree = np.ascontiguousarray(leaf)
     return xxhash.xxh3_64_intdigest(array)
 
 
-def _digests(named: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    for name, tree in named.items():
+def _digests(arguments: Mapping[str, Tree]) -> Iterator[tuple[str, int]]:
+    """Yield path and hash of every leaf."""
+    for name, tree in arguments.items():
         if isinstance(tree, TensorDict):
-            yield from ((f"{name}[{key!r}]", digest(leaf)) for key, leaf in tree.items(True, True))
+            for key, leaf in tree.items(True, True):
+                yield f"{name}[{key!r}]", digest(leaf)
         else:
             for path, leaf in zip(paths(tree, name), flatten(tree)[0], strict=True):
                 yield path, digest(leaf)
 
 
-def found_pure(
-    run: Callable[[], R], arguments: dict[str, Any], ctx: DistContext, *, by_value: bool
+def call_pure(
+    function: Callable[[], R],
+    arguments: Mapping[str, Tree],
+    ctx: DistContext,
+    *,
+    check_writes: bool,
 ) -> R:
-    """Return `run()`, and refuse what it did besides.
+    """Return `function()`; raise if it was not pure.
 
     Args:
-        run: Calls the user's function.
-        arguments: What it was given, by name.
-        ctx: Where it runs.
-        by_value: Whether arguments are compared by the value of every element, a pass over all of
-            them, and the generators of NumPy and Python, too.
+        function: Calls the user's function.
+        arguments: The arguments that it must not write to, by name.
+        ctx: The context.
+        check_writes: Whether to hash every leaf of `arguments` before and after, a pass over all
+            of their values, and to check the generators of Python and NumPy, too. PyTorch's
+            default generators are always checked.
 
     Raises:
-        PurityError: It wrote to an argument, whose leaf is named, or drew from a generator of the process.
+        PurityError: It wrote to an argument, whose leaf is named, or drew from a default generator.
     """
-    before = dict(_digests(arguments)) if by_value else {}
-    on_device = device_state(ctx)
-    # Python's and NumPy's generators take longer to compare than a small step: with `by_value` only
-    result, drew = detect_draws(run, torch_only=not by_value)
-    if drew or (on_device is not None and not torch.equal(on_device, device_state(ctx))):
+    before: dict[str, int] = {}
+    if check_writes:
+        before = dict(_digests(arguments))
+    device_state = device_rng_state(ctx)
+    # The generators of Python and NumPy take longer to compare than a small step takes.
+    result, has_drawn = detect_draws(function, torch_only=not check_writes)
+    if device_state is not None:
+        state_after = device_rng_state(ctx)
+        has_drawn = has_drawn or state_after is None or not torch.equal(device_state, state_after)
+    if has_drawn:
         raise PurityError(
-            "the function drew random numbers from a generator of the process, so that no step could be repeated",
+            "the loss function drew random numbers from a default generator, "
+            "so the step could not be repeated",
             got="draws that did not come from its `generator`",
-            fix="write `functional_call(model, params, x, generator=generator)` for a model with dropout, and "
-            "`torch.rand(..., generator=generator)`",
+            fix="write `functional_call(model, params, x, generator=generator)` for a model with "
+            "dropout, and `torch.rand(..., generator=generator)`",
         )
-    after = dict(_digests(arguments)) if by_value else {}
-    for name in [*before, *(after.keys() - before.keys())]:
-        if name not in after or name not in before or after[name] != before[name]:
-            raise PurityError(
-                "the function wrote to its argument",
-                got=f"another value of `{name}`",
-                fix="compute new tensors: `x * 2` instead of `x.mul_(2)`, `x.clone()` before a write",
-            )
+    if check_writes:
+        _check_unchanged(before, dict(_digests(arguments)))
     return result
+
+
+def _check_unchanged(before: Mapping[str, int], after: Mapping[str, int]) -> None:
+    # A leaf that was added or removed is a write, too: hashes are at least 0, so -1 differs.
+    for name in [*before, *(after.keys() - before.keys())]:
+        if before.get(name, -1) != after.get(name, -1):
+            raise PurityError(
+                "the loss function wrote to its argument",
+                got=f"another value of `{name}`",
+                fix="compute new tensors: `x * 2` instead of `x.mul_(2)`, "
+                "`x.clone()` before a write",
+            )

@@ -1,10 +1,13 @@
-"""Randomness of a step: a generator made of numbers in the state, and what says that somebody drew from another."""
+"""Random numbers of a step: a generator seeded from the state, and its stand-ins under transforms.
+
+A step draws from a `torch.Generator` that depends on the seed and the step of the state and on the
+data rank. PyTorch's transforms cannot trace a generator: there a `NoGenerator` takes its place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +15,9 @@ from torch import nn
 from faccel.context import DistContext
 from faccel.errors import PurityError
 from faccel.random.hashing import mix
+from faccel.tree import Tree
 
-_DROPOUTS = (
+_DROPOUT_LAYERS = (
     nn.Dropout,
     nn.Dropout1d,
     nn.Dropout2d,
@@ -24,88 +28,104 @@ _DROPOUTS = (
 )
 
 
-def _draws(layer: nn.Module) -> bool:
+def _is_random(layer: nn.Module) -> bool:
+    """Return whether a layer of PyTorch's draws random numbers in its current mode."""
     if not layer.training:
         return False
-    rate = (
-        getattr(layer, "p", 1.0) if isinstance(layer, _DROPOUTS) else getattr(layer, "dropout", 0.0)
-    )
-    return (
-        isinstance(rate, float) and rate > 0
-    )  # attention and recurrent layers have a number of that name
+    if isinstance(layer, _DROPOUT_LAYERS):
+        rate = getattr(layer, "p", 1.0)  # RReLU has no `p` and always draws
+    else:
+        # Attention and recurrent layers store a number; other modules may store a layer there.
+        rate = getattr(layer, "dropout", 0.0)
+    return isinstance(rate, float) and rate > 0
 
 
-class NoStream:
-    """Stands where a generator would, inside of a transform of torch's that cannot have one; drawing is an error."""
+class NoGenerator:
+    """Takes the place of a generator under a PyTorch transform, where drawing is an error."""
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse a model that would draw."""
-        drawing = (type(each).__name__ for each in model.modules() if _draws(each))
-        name = next((each for each in drawing), None)
-        if name is not None:
-            self.draw(f"a {name} in training mode")
+    def check_model(self, model: nn.Module) -> None:
+        """Raise PurityError if a layer of `model` would draw."""
+        for module in model.modules():
+            if _is_random(module):
+                self.check_draw(f"a {type(module).__name__} in training mode")
 
-    def draw(self, got: str) -> None:
-        """Refuse a draw."""
+    def check_draw(self, description: str) -> None:
+        """Raise PurityError: nothing may be drawn here."""
         raise PurityError(
-            "torch.compile and vmap cannot see through a generator, so that nothing random may happen in here",
-            got=got,
-            fix="write `compiled(step, ctx)` instead of `torch.compile(step)`, `ensemble(step, ctx)` instead of "
-            "`vmap`, or pass a generator: `step(state, batch, generator)`",
+            "the loss function draws random numbers under a PyTorch transform, "
+            "which cannot trace a generator",
+            got=description,
+            fix="write `compiled(step, ctx)` instead of `torch.compile(step)`, "
+            "`ensemble(step, ctx)` instead of `torch.vmap(step)`, or pass a generator: "
+            "`step(state, batch, generator)`",
         )
 
 
-class InGraph(NoStream):
-    """Stands where a generator would, inside of a graph whose caller has seeded what the graph draws from."""
+class GraphGenerator(NoGenerator):
+    """Takes the place of a generator in a compiled graph that draws from the default generator.
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse nothing."""
+    Drawing is allowed, because `compiled` seeds the default generator before each call.
+    """
 
-    def draw(self, got: str) -> None:
-        """Refuse nothing."""
+    def check_model(self, model: nn.Module) -> None:
+        """Accept any model."""
+
+    def check_draw(self, description: str) -> None:
+        """Accept any draw."""
 
 
-Stream = torch.Generator | NoStream
+RandomSource = torch.Generator | NoGenerator
 
 
-def seeded(
+def reseed(
     generator: torch.Generator, seed: torch.Tensor, step: torch.Tensor, ctx: DistContext
 ) -> torch.Generator:
-    """Let a generator begin anew, from the numbers of a state (of an ensemble the first one's) and the data rank."""
+    """Seed a generator in place from the seed and step of a state and the data rank; return it.
+
+    Of stacked states, `int64[k]`, the first one's numbers are used.
+    """
     if seed.ndim:
-        seed, step = seed[0], step[0]
+        seed = seed[0]
+        step = step[0]
     return generator.manual_seed(mix(int(seed), ctx.data_rank, int(step)))
 
 
-def again(generator: Stream) -> Stream:
-    """Return a generator that will give what this one is about to give."""
-    return generator.clone_state() if isinstance(generator, torch.Generator) else generator
+def clone_generator(generator: RandomSource) -> RandomSource:
+    """Return a generator that will return the same numbers as this one."""
+    if isinstance(generator, torch.Generator):
+        return generator.clone_state()
+    return generator
 
 
-def _default(device: torch.device) -> torch.Generator:
+def _default_generator(device: torch.device) -> torch.Generator:
     if device.type == "cpu":
         return torch.default_generator
-    generators: Any = getattr(torch, device.type).default_generators
+    generators: Tree = getattr(torch, device.type).default_generators
     return generators[device.index or 0]
 
 
 @contextmanager
-def drawing_from(generator: torch.Generator) -> Generator[None]:
-    """Let layers that draw from the process's generator draw from this one; the process's own is put back."""
-    default = _default(generator.device)
-    own = default.get_state()
+def as_default_generator(generator: torch.Generator) -> Generator[None]:
+    """Run the body with the default generator of the device in the state of `generator`.
+
+    Layers such as dropout draw from the default generator only. `generator` advances as if they
+    had drawn from it; the state of the default generator is restored.
+    """
+    default = _default_generator(generator.device)
+    saved_state = default.get_state()
     default.set_state(generator.get_state())
     try:
         yield
     finally:
         generator.set_state(default.get_state())
-        default.set_state(own)
+        default.set_state(saved_state)
 
 
-def device_state(ctx: DistContext) -> Any:
-    """Return the state of the process's generator of the device; None on a CPU, whose own is watched elsewhere."""
-    return (
-        None
-        if ctx.device.type == "cpu"
-        else getattr(torch, ctx.device.type).get_rng_state(ctx.device)
-    )
+def device_rng_state(ctx: DistContext) -> torch.Tensor | None:
+    """Return the state of the default generator of the device; None on a CPU.
+
+    The CPU's is compared by `faccel.random.generators`, without a copy.
+    """
+    if ctx.device.type == "cpu":
+        return None
+    return getattr(torch, ctx.device.type).get_rng_state(ctx.device)

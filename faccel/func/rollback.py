@@ -1,15 +1,14 @@
-"""The last few states, kept by reference: a poisoned batch costs one step and nothing else."""
+"""A step that skips batches with a non-finite loss, and returns to an earlier state if needed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import attrs
 import torch
 
+from faccel.checks import positive
 from faccel.effects import COLLECTIVE, effectful
-from faccel.errors import ConfigError
 from faccel.func.train_state import TrainState, check_state
 from faccel.func.train_step import Metrics, Step
 from faccel.tree import Tree
@@ -17,12 +16,12 @@ from faccel.tree import Tree
 
 @attrs.frozen(eq=False)
 class History:
-    """States of one run, for `rollback`.
+    """The last states of one training run, for `rollback`.
 
     Args:
-        states: The oldest first; the last one is to be gone on with.
-        num_skipped: How many batches were left out.
-        is_in_doubt: Whether the last batch was one of them.
+        states: Oldest first; the last one is the current state.
+        num_skipped: Number of batches that were skipped.
+        is_in_doubt: Whether the last batch was skipped, so that the current state may be bad.
     """
 
     states: tuple[TrainState, ...]
@@ -31,12 +30,14 @@ class History:
 
     @property
     def state(self) -> TrainState:
-        """The state to go on with."""
+        """The current state."""
         return self.states[-1]
 
 
-def is_nonfinite(metrics: Mapping[str, Any]) -> bool:
-    """Whether the loss, or the norm of the gradients where it was measured, is not finite. Waits for the device.
+def is_nonfinite(metrics: Mapping[str, Tree]) -> bool:
+    """Return whether the loss, or the norm of the gradients if measured, is not finite.
+
+    Waits for the device.
 
     Effects: pure.
 
@@ -45,35 +46,37 @@ def is_nonfinite(metrics: Mapping[str, Any]) -> bool:
         >>> is_nonfinite({"loss": torch.tensor(float("nan"))})
         True
     """
-    found = [metrics[name] for name in ("loss", "grad_norm") if name in metrics]
-    return not bool(torch.stack([each.isfinite() for each in found]).all())
+    # stacked, so that the host waits once
+    checks = [metrics[name].isfinite() for name in ("loss", "grad_norm") if name in metrics]
+    return not bool(torch.stack(checks).all())
 
 
 @effectful(COLLECTIVE)
 def rollback(
     step: Step, *, keep: int = 2, is_poisoned: Callable[[Metrics], bool] = is_nonfinite
 ) -> Callable[[History | TrainState, Tree], tuple[Metrics, History]]:
-    """Return the step that leaves a poisoned batch out and keeps the last states.
+    """Return the step that skips poisoned batches and stores the last states.
 
-    After one poisoned batch the state from before it goes on. After a second one in a row that state itself is in
-    doubt, and the one before it goes on, and so on, as far back as states are kept. States are values, so that keeping
-    one costs the memory of its tensors and no copy.
+    After one poisoned batch the current state stays. After a second one in a row that state itself
+    may be the cause, so the state before it becomes current, and so on, down to the oldest one.
+    States are values: storing one costs the memory of its tensors and no copy.
 
-    Effects: collective. What is returned is, as `step` is, which must not donate. All ranks have the same metrics, so
-    that they agree.
+    Effects: collective. The returned step has the effects of `step`. All ranks have the same
+    metrics, so that they agree.
 
     Args:
-        step: From `make_step` and its like.
-        keep: How many states are kept, the current one included.
-        is_poisoned: What is asked of the metrics of a step.
+        step: From `make_step`, `sam` or `dp_sgd`, without `donate`.
+        keep: Number of states to store, the current one included.
+        is_poisoned: Returns from the metrics of a step whether to skip its batch.
 
     Returns:
-        `run(history, batch) -> (metrics, history)`, which takes a state to begin with. `history.state` is the current
-        state, `metrics["skipped"]` says that the batch was left out.
+        `run(history, batch) -> (metrics, history)`. The first call takes a state instead of a
+        history. `history.state` is the current state; `metrics["skipped"]` is true if the batch was
+        skipped.
 
     Raises:
         ConfigError: `keep` is not positive.
-        DonatedError: Later: the step donates.
+        DonatedError: In the returned step: `step` donates.
 
     Examples:
         >>> from faccel.func import functional_call, init_state, make_step, rollback, sgd
@@ -87,21 +90,21 @@ def rollback(
         >>> int(history.state.step), history.num_skipped
         (1, 1)
     """
-    if keep < 1:
-        raise ConfigError(
-            "at least the current state is kept", got=f"keep={keep}", fix="use 1 or more"
-        )
+    positive("keep", keep)
 
     def run(history: History | TrainState, batch: Tree) -> tuple[Metrics, History]:
-        past = history if isinstance(history, History) else History((history,))
-        metrics, new = step(past.state, batch)
-        check_state(past.state)
+        if isinstance(history, TrainState):
+            history = History((history,))
+        metrics, new_state = step(history.state, batch)
+        check_state(history.state)  # a donating step has overwritten it
         if not is_poisoned(metrics):
-            return metrics, History((*past.states, new)[-keep:], past.num_skipped)
-        back = past.states[:-1] if past.is_in_doubt and len(past.states) > 1 else past.states
+            states = (*history.states, new_state)[-keep:]
+            return metrics, History(states, history.num_skipped)
+        states = history.states
+        if history.is_in_doubt and len(states) > 1:
+            states = states[:-1]
         skipped = metrics["loss"].new_ones((), dtype=torch.bool)
-        return {**metrics, "skipped": skipped}, History(
-            back, past.num_skipped + 1, is_in_doubt=True
-        )
+        new_history = History(states, history.num_skipped + 1, is_in_doubt=True)
+        return {**metrics, "skipped": skipped}, new_history
 
     return run

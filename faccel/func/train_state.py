@@ -1,10 +1,10 @@
-"""What training is, as one value: parameters, buffers, the optimizer's state and the seed, in TensorDicts."""
+"""A training run as one value: parameters, buffers, optimizer state and seed, in TensorDicts."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NoReturn
 
 import attrs
 import torch
@@ -19,55 +19,62 @@ from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DesyncError, DonatedError, ModelError
 from faccel.func.gradient_transformation import GradientTransformation, check_transformation
 from faccel.func.purity import digest
-from faccel.func.tensordicts import plain, tensordict
+from faccel.func.tensordicts import NamedTensors, to_dict, to_tensordict
 from faccel.training.precision import ScalerState, init_scaler
+from faccel.tree import Tree
+
+_TENSORDICT_FIELDS = ("params", "buffers", "opt")
 
 
 class _Donated:
-    """Stands where a state had what it gave away; any use of it is an error.
+    """Replaces a TensorDict of a donated state; any use of it raises DonatedError.
 
     Args:
-        name: Which field of the state it was.
+        name: Name of the field.
     """
 
     def __init__(self, name: str) -> None:
         self.__dict__["name"] = name
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def raise_error(self, *args: object, **kwargs: object) -> NoReturn:
         raise DonatedError(
-            "this state was donated to a step, which has written the next state into its storage",
+            "this state was donated to a step, which has overwritten its tensors",
             got=f"`state.{self.__dict__['name']}` of the old state",
-            fix="go on with the state that the step returned, as in `metrics, state = step(state, batch)`, or make the "
-            "step with `donate=False`",
+            fix="use the state that the step returned, as in "
+            "`metrics, state = step(state, batch)`, or make the step with `donate=False`",
         )
 
     def __repr__(self) -> str:
         return "<donated>"
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__"):  # what Python itself asks of any object
+    def __getattr__(self, name: str) -> NoReturn:
+        # Python looks up special methods on any object, for instance to copy or print it.
+        if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
-        return self._refuse()
+        self.raise_error()
 
+    # Special methods are looked up on the class, not by `__getattr__`.
     __getitem__ = __setitem__ = __iter__ = __len__ = __contains__ = __deepcopy__ = __reduce__ = (
-        _refuse  # type: ignore[assignment]
+        raise_error  # type: ignore[assignment]
     )
 
 
 @attrs.frozen(eq=False, init=False, slots=False)
 class TrainState:
-    """A training run at one moment, as a value; `init_state` makes the first one, each step a new one.
+    """A training run between two steps, as a value.
 
-    `faccel.save` and `faccel.load` take it as it is, and `merge` makes a module of it. torch's `vmap` and `grad` take
-    it, too: it is a pytree of its tensors.
+    `init_state` makes the first one, and each step returns the next one. `faccel.save` and
+    `faccel.load` accept it, and `merge` makes a module of it. It is a pytree of its tensors, so
+    `torch.vmap` and `torch.func.grad` accept it, too.
 
     Args:
-        params: What is trained: a TensorDict of `T[...]` under torch's names, as in `state.params["conv.weight"]`.
+        params: Trained parameters: a TensorDict of `T[...]` under the names that they have in the
+            module, as in `state.params["conv.weight"]`.
         buffers: The model's buffers under their names, such as running means.
         opt: State of the gradient transformation.
-        scaler: The loss scale of fp16; the identity for the other precisions.
-        step: How many steps have been made, int64[].
-        seed: What the random streams of the steps are made from, int64[].
+        scaler: Loss scale of fp16; the identity for other precisions.
+        step: Number of completed steps, int64[].
+        seed: Seed of the random numbers of all steps, int64[].
     """
 
     params: TensorDict
@@ -86,7 +93,7 @@ class TrainState:
         step: torch.Tensor,
         seed: torch.Tensor,
     ) -> None:
-        # written out, because torch.compile cannot see through the `__init__` that attrs makes for a frozen class
+        # Written out, because torch.compile cannot trace the `__init__` of a frozen attrs class.
         object.__setattr__(self, "params", params)
         object.__setattr__(self, "buffers", buffers)
         object.__setattr__(self, "opt", opt)
@@ -95,101 +102,103 @@ class TrainState:
         object.__setattr__(self, "seed", seed)
 
 
-def leaves_of(state: TrainState) -> dict[str, Any]:
-    """Return the tensors of a state as nested dicts, for torch's transforms."""
+def state_to_dict(state: TrainState) -> dict[str, Tree]:
+    """Return the tensors of a state as nested dicts, which PyTorch's transforms accept."""
     return {
-        "params": plain(state.params),
-        "buffers": plain(state.buffers),
-        "opt": plain(state.opt),
+        "params": to_dict(state.params),
+        "buffers": to_dict(state.buffers),
+        "opt": to_dict(state.opt),
         "step": state.step,
         "seed": state.seed,
     }
 
 
-def state_of(
-    leaves: Mapping[str, Any], scaler: ScalerState, batch_size: Sequence[int] = ()
+def state_from_dict(
+    tensors: Mapping[str, Tree], scaler: ScalerState, batch_size: Sequence[int] = ()
 ) -> TrainState:
-    """Return the state with these tensors; of several stacked ones, `batch_size` is how many."""
+    """Return the state with these tensors, `batch_size` of them stacked along dim 0."""
     return TrainState(
-        tensordict(leaves["params"], batch_size),
-        tensordict(leaves["buffers"], batch_size),
-        tensordict(leaves["opt"], batch_size),
+        to_tensordict(tensors["params"], batch_size),
+        to_tensordict(tensors["buffers"], batch_size),
+        to_tensordict(tensors["opt"], batch_size),
         scaler,
-        leaves["step"],
-        leaves["seed"],
+        tensors["step"],
+        tensors["seed"],
     )
 
 
-def _flatten(state: TrainState) -> tuple[list[Any], tuple[Any, ...]]:
-    leaves = leaves_of(state)
-    return list(leaves.values()), (tuple(leaves), state.scaler)
+def _flatten(state: TrainState) -> tuple[list[Tree], tuple[tuple[str, ...], ScalerState]]:
+    tensors = state_to_dict(state)
+    return list(tensors.values()), (tuple(tensors), state.scaler)
 
 
-def _unflatten(values: Any, context: tuple[Any, ...]) -> TrainState:
+def _unflatten(values: Iterable[Tree], context: tuple[tuple[str, ...], ScalerState]) -> TrainState:
     names, scaler = context
-    return state_of(dict(zip(names, values, strict=True)), scaler)
+    return state_from_dict(dict(zip(names, values, strict=True)), scaler)
 
 
-register_pytree_node(TrainState, _flatten, _unflatten)
+register_pytree_node(TrainState, _flatten, _unflatten)  # type: ignore[arg-type]
 
 
-def check_state(state: Any) -> None:
-    """Refuse what is no state, and one that was donated."""
+def check_state(state: object) -> None:
+    """Raise unless `state` is a TrainState that was not donated."""
     if not isinstance(state, TrainState):
         raise ModelError(
-            "a step takes a `TrainState`",
+            "`state` must be a `TrainState`",
             got=f"a {type(state).__name__}",
             fix="write `state = faccel.func.init_state(model, transformation, ctx, seed=0)`",
         )
-    for name in ("params", "buffers", "opt"):
-        part = getattr(state, name)
-        if isinstance(part, _Donated):
-            part._refuse()  # pyright: ignore[reportPrivateUsage]
+    for name in _TENSORDICT_FIELDS:
+        value = getattr(state, name)
+        if isinstance(value, _Donated):
+            value.raise_error()
 
 
-def donate(state: TrainState) -> None:
+def mark_donated(state: TrainState) -> None:
     """Make every later use of `state` an error."""
-    for name in ("params", "buffers", "opt"):
+    for name in _TENSORDICT_FIELDS:
         object.__setattr__(state, name, _Donated(name))
 
 
-def _copied(named: Any, ctx: DistContext) -> dict[str, torch.Tensor]:
-    copied: dict[str, torch.Tensor] = {}
-    for name, tensor in named:
+def _copy_to_device(tensors: Iterable[tuple[str, torch.Tensor]], ctx: DistContext) -> NamedTensors:
+    copies: NamedTensors = {}
+    for name, tensor in tensors:
         if tensor.is_meta:
             raise ModelError(
-                "a state is made of values, and this model has none yet",
+                "the model is on the meta device and has no values to make a state of",
                 got=f"`{name}` on the meta device",
-                fix="build the model on a real device, or materialize it first: `model.to_empty(device=ctx.device)`",
+                fix="build the model on a real device, or materialize it first: "
+                "`model.to_empty(device=ctx.device)`",
             )
-        copied[name] = tensor.detach().to(ctx.device, copy=True)
-    return copied
+        copies[name] = tensor.detach().to(ctx.device, copy=True)
+    return copies
 
 
 @effectful(COLLECTIVE)
 def init_state(
     model: nn.Module, optimizer: GradientTransformation, ctx: DistContext, *, seed: int
 ) -> TrainState:
-    """Return the state to start from: rank 0's values of the parameters and buffers of `model`, and a fresh optimizer.
+    """Return the first state: rank 0's parameters and buffers, and a new optimizer state.
 
     Effects: collective. The model is neither changed nor aliased.
 
-    Parameters that require no gradient are constants: they stay in the model, and are no part of the state. So are the
-    buffers, for a loss function that takes none. They must be the same on every rank, and on its device.
+    Parameters that require no gradient are constants: they stay in the model and are not part of
+    the state. So are the buffers, for a loss function without `has_buffers`. Constants must be
+    equal on all ranks, and on the model's device.
 
     Args:
-        model: Any module of torch's, with values.
+        model: Any `torch.nn.Module` with values.
         optimizer: A gradient transformation, such as `adamw(1e-3)` or a `chain` that ends in one.
-        ctx: The world; its mesh has replicas only.
-        seed: What the random streams of all steps are made from: dropout masks, noise.
+        ctx: The context; its mesh must have replicas only.
+        seed: Seed of the random numbers of all steps: dropout masks, noise.
 
     Returns:
         A state on the device of `ctx`, equal on every rank.
 
     Raises:
-        ConfigError: The mesh shares parameters or work between its ranks.
+        ConfigError: The mesh shards parameters or work.
         DesyncError: A constant of the model differs between ranks; names it.
-        ModelError: Nothing in the model is trained, or it has no values yet.
+        ModelError: The model has no parameter that requires a gradient, or has no values yet.
         OptimizerError: `optimizer` is no gradient transformation.
 
     Examples:
@@ -201,42 +210,55 @@ def init_state(
     """
     check_replicas(ctx, "use `faccel.wrap` and `faccel.optimizer_step`, which train on every mesh")
     check_transformation(optimizer)
-    params = _copied(((name, p) for name, p in model.named_parameters() if p.requires_grad), ctx)
-    if not params:
+    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    if not trainable:
         raise ModelError(
-            "nothing in this model is trained",
-            got=f"a {type(model).__name__} without a parameter that requires a gradient",
-            fix="pass a model with parameters, and set `requires_grad_()` on those to be trained",
+            "the model has no parameter that requires a gradient",
+            got=f"a {type(model).__name__} without trainable parameters",
+            fix="pass a model with parameters, and call `requires_grad_()` on those to train",
         )
-    buffers = _copied(model.named_buffers(), ctx)
+    params = _copy_to_device(trainable, ctx)
+    buffers = _copy_to_device(model.named_buffers(), ctx)
     if ctx.data_world_size > 1:
         _check_constants(model, ctx)
-        for each in (params, buffers):
-            for names in packed(each, BUCKET_CAP_MB):
-                each.update(broadcast({name: each[name] for name in names}, ctx))
-    held = tensordict(params)
+        _broadcast_in_place(params, ctx)
+        _broadcast_in_place(buffers, ctx)
+    params_dict = to_tensordict(params)
     return TrainState(
-        held,
-        tensordict(buffers),
-        optimizer.init(held),
+        params_dict,
+        to_tensordict(buffers),
+        optimizer.init(params_dict),
         init_scaler(ctx),
         torch.zeros((), dtype=torch.int64),
         torch.tensor(seed % 2**63, dtype=torch.int64),
     )
 
 
+def _broadcast_in_place(tensors: NamedTensors, ctx: DistContext) -> None:
+    """Replace all values by those of rank 0, bucket by bucket to limit the memory. Collective."""
+    for names in packed(tensors, BUCKET_CAP_MB):
+        tensors.update(broadcast({name: tensors[name] for name in names}, ctx))
+
+
 def _check_constants(model: nn.Module, ctx: DistContext) -> None:
-    """Refuse constants that differ between ranks, whose losses would then be those of several models."""
-    constants = {n: p for n, p in model.named_parameters() if not p.requires_grad} | dict(
-        model.named_buffers()
-    )
+    """Raise if a constant differs between ranks: each rank would train another model. Collective.
+
+    Raises:
+        DesyncError: One differs; names it.
+    """
+    constants: NamedTensors = dict(model.named_buffers())
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            constants[name] = param
     if not constants:
         return
-    digests = torch.tensor([digest(each) % 2**62 for each in constants.values()], device=ctx.device)
+    hashes = [digest(tensor) % 2**62 for tensor in constants.values()]
+    digests = torch.tensor(hashes, device=ctx.device)
+    # max(x) = -min(-x), so that one all-reduce finds both extremes
     extremes = reduce({"low": digests, "high": -digests}, ctx, op="min")
-    for name, low, high in zip(
-        constants, extremes["low"].tolist(), extremes["high"].tolist(), strict=True
-    ):
+    lows: list[int] = extremes["low"].tolist()
+    highs: list[int] = extremes["high"].tolist()
+    for name, low, high in zip(constants, lows, highs, strict=True):
         if low != -high:
             raise DesyncError(
                 "a constant of the model differs between ranks",
@@ -248,14 +270,15 @@ def _check_constants(model: nn.Module, ctx: DistContext) -> None:
 def merge(model: nn.Module, state: TrainState) -> nn.Module:
     """Return a copy of `model` with the parameters and buffers of `state`.
 
-    Effects: pure. Neither the model nor the state is changed or aliased. The copy is on the device of the state.
+    Effects: pure. The result aliases neither of them. It is on the device of the state.
 
     Args:
         model: The module that the state was made of.
-        state: Any state of its run.
+        state: Any state of its training run.
 
     Raises:
-        ModelError: They do not fit; names the leaf.
+        DonatedError: `state` was donated.
+        ModelError: Names or shapes of the two differ; names the leaf.
 
     Examples:
         >>> from faccel.func import init_state, merge, sgd
@@ -267,22 +290,28 @@ def merge(model: nn.Module, state: TrainState) -> nn.Module:
     """
     check_state(state)
     merged = copy.deepcopy(model)
-    own = {name: p for name, p in merged.named_parameters() if p.requires_grad}
-    values = plain(state.params) | plain(state.buffers)
-    own |= dict(merged.named_buffers())
-    for name in own.keys() ^ values.keys():
-        where = "the model" if name in own else "the state"
-        raise ModelError(
-            "the state is not one of this model",
-            got=f"`{name}` only in {where}",
-            fix="pass the model it was made of",
-        )
-    for name, mine in own.items():
-        if mine.shape != values[name].shape:
-            raise ModelError(
-                "the state is not one of this model",
-                got=f"`{name}`: {tuple(mine.shape)} in the model, {tuple(values[name].shape)} in the state",
-                fix="pass the model it was made of",
-            )
-        mine.data = values[name].detach().clone()
+    targets: NamedTensors = {}
+    for name, param in merged.named_parameters():
+        if param.requires_grad:
+            targets[name] = param
+    targets |= dict(merged.named_buffers())
+    values = to_dict(state.params) | to_dict(state.buffers)
+    for name in targets.keys() ^ values.keys():
+        owner = "the model" if name in targets else "the state"
+        raise _other_model_error(f"`{name}` only in {owner}")
+    for name, target in targets.items():
+        value: torch.Tensor = values[name]
+        if target.shape != value.shape:
+            shapes = f"{tuple(target.shape)} in the model, {tuple(value.shape)} in the state"
+            raise _other_model_error(f"`{name}`: {shapes}")
+        # `data`, because a state may be on another device than the model
+        target.data = value.detach().clone()
     return merged
+
+
+def _other_model_error(got: str) -> ModelError:
+    return ModelError(
+        "the state belongs to another model",
+        got=got,
+        fix="pass the model that `init_state` made the state of",
+    )

@@ -3,42 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import attrs
 import torch
 from tensordict import TensorDict
 
-from faccel.comm.buckets import check_replicas
+from faccel.comm.buckets import BUCKET_CAP_MB, check_replicas
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, OptimizerError
-from faccel.func.grad import LossSpec, Outcome, Task, Weight, gradient
+from faccel.func.grad import GradInputs, LossAndGrads, mean_gradient
 from faccel.func.gradient_transformation import (
     GradientTransformation,
+    Role,
     Updates,
     apply_updates,
     check_transformation,
     is_traced,
 )
-from faccel.func.rng_streams import NoStream, Stream, seeded
-from faccel.func.tensordicts import leaves, tensordict
-from faccel.func.train_state import TrainState, check_state, donate
+from faccel.func.loss import LossFunction, LossOptions, Weight
+from faccel.func.rng_streams import NoGenerator, RandomSource, reseed
+from faccel.func.tensordicts import named_leaves, to_tensordict
+from faccel.func.train_state import TrainState, check_state, mark_donated
 from faccel.training.precision import ScalerState
 from faccel.tree import Tree, map_leaves
 
-Metrics = dict[str, Any]
-Step = Callable[..., tuple[Metrics, TrainState]]
-"""`step(state, batch) -> (metrics, state)`."""
+Metrics = dict[str, Tree]
+
+GradientFn = Callable[[GradInputs], LossAndGrads]
+"""Computes the loss and the gradient that a step applies, averaged over data ranks; collective."""
 
 
-Direction = Callable[[Task], Outcome]
-"""What a step moves along: what a loss gives, averaged over the data ranks; collective."""
+class Step(Protocol):
+    """A training step: `step(state, batch) -> (metrics, state)`."""
+
+    def __call__(
+        self, state: TrainState, batch: Tree, generator: torch.Generator | None = None, /
+    ) -> tuple[Metrics, TrainState]: ...
 
 
 @effectful(COLLECTIVE)
 def make_step(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFunction,
     transformation: GradientTransformation,
     ctx: DistContext,
     *,
@@ -46,39 +53,47 @@ def make_step(
     has_buffers: bool = False,
     weight: Weight | None = None,
     num_micro_batches: int = 1,
-    bucket_cap_mb: float = 25.0,
+    bucket_cap_mb: float = BUCKET_CAP_MB,
     donate: bool = False,
 ) -> Step:
     """Return the function that makes one training step.
 
-    Effects: collective. What is returned is: one packed all-reduce per bucket of gradients. It is pure, unless
-    `donate`: neither the state nor the batch is written to, and what it returns depends on them and on the rank alone.
+    Effects: collective. The returned step is, too: one all-reduce per bucket of gradients. Without
+    `donate` it is pure: it writes neither to the state nor to the batch, and its result depends on
+    them and on the data rank only.
 
     Args:
-        loss_fn: As in `value_and_grad`, likewise the next four.
-        transformation: An optimizer such as `adamw(1e-3)`, or a `chain` with one; the one that the state was made with.
-        ctx: The world; its mesh has replicas only.
-        has_aux: Puts what the loss function returns last into `metrics["aux"]`.
+        loss_fn: As in `value_and_grad`.
+        transformation: An optimizer such as `adamw(1e-3)`, or a `chain` with one: the one that
+            `init_state` made the state for.
+        ctx: The context; its mesh must have replicas only.
+        has_aux: Whether the loss function returns more; it becomes `metrics["aux"]`.
         has_buffers: Whether the loss function takes buffers and returns new ones.
-        weight: What a batch counts on this rank; the loss is then a sum.
-        num_micro_batches: MicroBatch-batches of a batch.
-        bucket_cap_mb: Size of the buckets in which gradients travel, in MB.
-        donate: Whether the next state is written into the storage of the old one, as an optimizer of torch's does.
-            The old state then raises `DonatedError`. What shares tensors with it changes, too: what `unstack` gave, a
-            state before or after an update that was left out, tensors that you took from it.
+        weight: Returns the number of rows or tokens of this rank's batch; the loss is then a sum.
+        num_micro_batches: How many micro-batches a batch is cut into.
+        bucket_cap_mb: Size of the buckets in which gradients are reduced, in MiB.
+        donate: Whether the next state overwrites the tensors of the old one, as the classes of
+            `torch.optim` do. Using the old state then raises `DonatedError`. Tensors that alias
+            it change: results of `unstack`, states before or after a skipped update, tensors that
+            you read from it.
 
     Returns:
-        `step(state, batch, generator=None) -> (metrics, state)`. `metrics` is a dict with `loss`, the mean over all
-        ranks, and what the transformation tells (`grad_norm`, `skipped`), 0-d tensors that nobody has waited for. The
-        generator of the loss function depends on the state's seed and step and on the data rank, so that a step can be
-        repeated; another may be given. `torch.compile(step)`, `torch.vmap` and `torch.func.grad` go through it; on
-        several ranks a derivative of what it returns is this rank's part, and their mean the derivative. A graph draws
-        from the process's generator: `compiled` seeds it where a loss function draws.
+        `step(state, batch, generator=None) -> (metrics, state)`.
+
+        `metrics` is a dict of 0-d tensors, not yet synchronized with the host: `loss`, the mean
+        over all ranks, and those of the transformation, `grad_norm` and `skipped`.
+
+        The generator of the loss function is seeded from the seed and step of the state and the
+        data rank, so that a step can be repeated. You can pass another one.
+
+        `torch.compile`, `torch.vmap` and `torch.func.grad` can trace the step. On several ranks,
+        the derivative of its result is this rank's contribution; the mean over ranks is the
+        derivative. Use `compiled` if the loss function draws random numbers.
 
     Raises:
-        ConfigError: The mesh shares parameters or work between its ranks.
-        OptimizerError: `transformation` holds no optimizer.
-        DonatedError: Later: the state was donated before.
+        ConfigError: The mesh shards parameters or work, or a number is not positive.
+        OptimizerError: `transformation` has no optimizer.
+        DonatedError: In the step: the state was donated before.
 
     Examples:
         >>> import torch
@@ -88,132 +103,155 @@ def make_step(
         >>> def loss_fn(params, batch, generator):
         ...     return functional_call(model, params, batch).square().mean()
         >>> state = init_state(model, sgd(0.1), ctx, seed=0)
-        >>> metrics, after = make_step(loss_fn, sgd(0.1), ctx)(state, torch.ones(4, 2))
-        >>> int(state.step), int(after.step), sorted(metrics)
+        >>> metrics, new_state = make_step(loss_fn, sgd(0.1), ctx)(state, torch.ones(4, 2))
+        >>> int(state.step), int(new_state.step), sorted(metrics)
         (0, 1, ['loss'])
     """
-    spec = LossSpec(loss_fn, has_buffers, has_aux, weight, num_micro_batches, bucket_cap_mb)
-    return step_along(gradient, spec, transformation, ctx, donating=donate)
+    options = LossOptions(loss_fn, has_buffers, has_aux, weight, num_micro_batches, bucket_cap_mb)
+    return build_step(mean_gradient, options, transformation, ctx, donate=donate)
 
 
-def step_along(
-    direction: Direction,
-    spec: LossSpec,
+def build_step(
+    gradient_fn: GradientFn,
+    options: LossOptions,
     transformation: GradientTransformation,
     ctx: DistContext,
     *,
-    donating: bool,
+    donate: bool,
 ) -> Step:
-    """Return the step that moves along what `direction` gives; see `make_step`."""
+    """Return the step that applies what `gradient_fn` returns; see `make_step`."""
     check_replicas(ctx, "use `faccel.wrap` and `faccel.optimizer_step`, which train on every mesh")
     check_transformation(transformation)
-    if not transformation.makes_params:
+    if transformation.role is not Role.OPTIMIZER:
         raise OptimizerError(
-            "a step needs an optimizer, or nothing would be trained",
+            "`transformation` must be an optimizer, or a chain with one",
             got=f"`{transformation.name}`, which only changes gradients",
             fix=f"write `chain({transformation.name}(...), adamw(1e-3))`",
         )
-    own = torch.Generator(
-        ctx.device
-    )  # seeded anew for every step: making one takes longer than that
-    unchecked = [
-        True
-    ]  # the first call looks for writes by value; it would cost a pass over all values at every step
+    # Seeded again for every step: making a generator takes longer than that.
+    step_generator = torch.Generator(ctx.device)
+    # Only the first call checks for writes: it is a pass over all values.
+    has_checked_writes: list[bool] = []
 
     def step(
-        state: TrainState, batch: Tree, generator: Stream | None = None
+        state: TrainState, batch: Tree, generator: RandomSource | None = None, /
     ) -> tuple[Metrics, TrainState]:
         check_state(state)
         traced = is_traced(state.params)
-        _check_call(state, donating=donating, traced=traced)
+        _check_call(state, donate=donate, traced=traced)
         if generator is None:
-            generator = NoStream() if traced else seeded(own, state.seed, state.step, ctx)
-        scaler = state.scaler
-        if traced and scaler.enabled:
-            raise _no_scaling()
-        buffers = state.buffers if spec.has_buffers else None
-        by_value = not traced and unchecked[0]
-        task = Task(spec, ctx, state.params, batch, generator, buffers, scaler.scale, by_value)
-        found = direction(task)
-        if by_value:
-            unchecked[0] = False
-        metrics = _metrics(found, has_aux=spec.has_aux, copied=donating)
-        updates, opt, scaler = _updated(
-            transformation, found, state, donate=donating and not traced
+            generator = _generator_for(state, step_generator, ctx, traced=traced)
+        check_writes = not traced and not has_checked_writes
+        inputs = GradInputs(
+            options,
+            ctx,
+            state.params,
+            batch,
+            generator,
+            state.buffers if options.has_buffers else None,
+            state.scaler.scale,
+            check_writes,
         )
-        held = (
-            state.buffers
-            if found.buffers is None
-            else tensordict(dict(state.buffers.items()) | found.buffers)
+        result = gradient_fn(inputs)
+        if check_writes:
+            has_checked_writes.append(True)
+        metrics = _metrics_of(result, has_aux=options.has_aux, copy=donate)
+        updates, opt, scaler = _update(transformation, result, state, donate=donate and not traced)
+        buffers = state.buffers
+        if result.buffers is not None:
+            buffers = to_tensordict(dict(buffers.items()) | result.buffers)
+        new_state = TrainState(
+            apply_updates(state.params, updates),
+            buffers,
+            opt,
+            scaler,
+            state.step + 1,
+            state.seed,
         )
-        new = TrainState(
-            apply_updates(state.params, updates), held, opt, scaler, state.step + 1, state.seed
-        )
-        if donating:
-            new = _into(state, new) if traced else new
-            donate(state)
-        return metrics | dict(updates.metrics), new
+        if donate:
+            if traced:
+                new_state = _overwrite(state, new_state)
+            mark_donated(state)
+        return metrics | dict(updates.metrics), new_state
 
     return step
 
 
-def _metrics(found: Outcome, *, has_aux: bool, copied: bool) -> Metrics:
-    metrics: Metrics = {"loss": found.loss} | ({"aux": found.aux} if has_aux else {})
-    if not copied:
+def _generator_for(
+    state: TrainState, generator: torch.Generator, ctx: DistContext, *, traced: bool
+) -> RandomSource:
+    """Return the source of random numbers of one step."""
+    if traced:
+        return NoGenerator()
+    return reseed(generator, state.seed, state.step, ctx)
+
+
+def _metrics_of(result: LossAndGrads, *, has_aux: bool, copy: bool) -> Metrics:
+    metrics: Metrics = {"loss": result.loss}
+    if has_aux:
+        metrics["aux"] = result.aux
+    if not copy:
         return metrics
-    # a loss, or what else is returned, may be a parameter itself
+    # A donated step overwrites parameters, and a loss or an aux output may be one of them.
     return map_leaves(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, metrics)
 
 
-def _updated(
-    transformation: GradientTransformation, found: Outcome, state: TrainState, *, donate: bool
+def _update(
+    transformation: GradientTransformation, result: LossAndGrads, state: TrainState, *, donate: bool
 ) -> tuple[Updates, TensorDict, ScalerState]:
-    """Return updates and the state of the optimizer behind them; an update that overflowed in fp16 is left out."""
-    scaler, updates = state.scaler, Updates(tensordict(found.grads), donate=donate)
+    """Return the updates, the optimizer state and the scaler after them.
+
+    With fp16 an update whose gradients overflowed is skipped.
+    """
+    scaler = state.scaler
+    updates = Updates(to_tensordict(result.grads), donate=donate)
     if not scaler.enabled:
-        return (*transformation.update(updates, state.opt, state.params), scaler)
-    finite = _all_finite(found)
+        updates, opt = transformation.update(updates, state.opt, state.params)
+        return updates, opt, scaler
+    finite = _all_finite(result)
     scaler = scaler.after_backward().after_step(transformation, finite=finite)
-    skipped = {"skipped": found.loss.new_full((), not finite, dtype=torch.bool)}
+    skipped = {"skipped": result.loss.new_full((), not finite, dtype=torch.bool)}
     if not finite:
         return updates._replace(metrics=skipped), state.opt, scaler
     updates, opt = transformation.update(updates, state.opt, state.params)
     return updates._replace(metrics=skipped | dict(updates.metrics)), opt, scaler
 
 
-def _check_call(state: TrainState, *, donating: bool, traced: bool) -> None:
-    if traced and donating and not torch.compiler.is_compiling():
+def _check_call(state: TrainState, *, donate: bool, traced: bool) -> None:
+    """Raise if this step cannot run on this state under the active transforms."""
+    if traced and state.scaler.enabled:
         raise ConfigError(
-            "a step that donates cannot be vmapped or differentiated: it would write into what is outside",
+            "fp16 is unsupported in a compiled or vmapped step, "
+            "because the host chooses the loss scale from values",
+            got="mixed_precision=fp16 under a transform",
+            fix='use `mixed_precision="bf16"`',
+        )
+    # torch.compile is different: the graph may write to its inputs
+    if traced and donate and not torch.compiler.is_compiling():
+        raise ConfigError(
+            "a step with `donate=True` cannot be vmapped or differentiated, "
+            "because it would overwrite tensors outside of the transform",
             got="`donate=True` under a transform",
             fix="write `make_step(..., donate=False)`",
         )
     if not traced and state.seed.ndim:
         raise ConfigError(
-            "a step takes one state",
+            "a step expects one state, not stacked ones",
             got=f"{state.seed.numel()} states, stacked",
             fix="write `ensemble(step, ctx)(states, batch)`",
         )
 
 
-def _all_finite(found: Outcome) -> bool:
-    """Whether every gradient is finite. Waits for the device, as torch's GradScaler does."""
-    return bool(torch.stack([grad.isfinite().all() for grad in found.grads.values()]).all())
+def _all_finite(result: LossAndGrads) -> bool:
+    """Return whether every gradient is finite. Waits for the device, as PyTorch's GradScaler."""
+    return bool(torch.stack([grad.isfinite().all() for grad in result.grads.values()]).all())
 
 
-def _into(old: TrainState, new: TrainState) -> TrainState:
-    """Return `new` in the storage of `old`, inside of a compiled step."""
+def _overwrite(old: TrainState, new: TrainState) -> TrainState:
+    """Return `new` in the tensors of `old`, inside of a compiled step."""
     for name in ("params", "buffers", "opt"):
-        there = leaves(getattr(old, name))
-        for path, value in leaves(getattr(new, name)).items():
-            if there[path] is not value:
-                there[path].copy_(value)
+        targets = named_leaves(getattr(old, name))
+        for path, value in named_leaves(getattr(new, name)).items():
+            if targets[path] is not value:
+                targets[path].copy_(value)
     return attrs.evolve(new, params=old.params, buffers=old.buffers, opt=old.opt)
-
-
-def _no_scaling() -> ConfigError:
-    return ConfigError(
-        "the loss scale of fp16 is a decision of the host, which a compiled or vmapped step cannot make",
-        got="mixed_precision=fp16 under a transform",
-        fix='use `mixed_precision="bf16"`',
-    )

@@ -100,13 +100,13 @@ def test_under_vmap_each_model_is_trained_as_alone(ours, theirs, options):
     alone = [draw(ours, i, dtype) for i in range(3)]
     states = [optimizer.init(params) for params in alone]
     together = _stacked([dict(params.items()) for params in alone])
-    together_state = _stacked([func.tensordicts.plain(state) for state in states])
+    together_state = _stacked([func.tensordicts.to_dict(state) for state in states])
 
     def one(params, grads, state):
         updates, state = optimizer.update(
-            TensorDict(grads), func.tensordicts.tensordict(state), TensorDict(params)
+            TensorDict(grads), func.tensordicts.to_tensordict(state), TensorDict(params)
         )
-        return dict(updates.params.items()), func.tensordicts.plain(state)
+        return dict(updates.params.items()), func.tensordicts.to_dict(state)
 
     for i in range(5):
         grads = [draw(ours, 10 * i + j, dtype) for j in range(3)]

@@ -225,11 +225,11 @@ def test_under_vmap_and_compile_a_chain_does_what_it_does_eagerly(make):
 
     def one(params, grad, state):
         updates, new = optimizer.update(
-            TensorDict(grad), func.tensordicts.tensordict(state), TensorDict(params)
+            TensorDict(grad), func.tensordicts.to_tensordict(state), TensorDict(params)
         )
-        return func.tensordicts.plain(
+        return func.tensordicts.to_dict(
             func.apply_updates(TensorDict(params), updates)
-        ), func.tensordicts.plain(new)
+        ), func.tensordicts.to_dict(new)
 
     batched = lambda *args: torch.vmap(one)(*args)  # noqa: E731
     for run, extra in (
@@ -239,15 +239,15 @@ def test_under_vmap_and_compile_a_chain_does_what_it_does_eagerly(make):
         lift = (lambda t: torch.stack([t, t])) if extra else (lambda t: t)
         params, held = (
             _map(lift, dict(draw(0).items())),
-            _map(lift, func.tensordicts.plain(optimizer.init(draw(0)))),
+            _map(lift, func.tensordicts.to_dict(optimizer.init(draw(0)))),
         )
         for grad in grads:
             params, held = run(params, _map(lift, dict(grad.items())), held)
         for name, value in expected.items():
             got = params[name][1] if extra else params[name]
             assert torch.allclose(got, value, atol=1e-6), name
-        for name, value in func.tensordicts.leaves(state).items():
-            got = func.tensordicts.leaves(held)[name]
+        for name, value in func.tensordicts.named_leaves(state).items():
+            got = func.tensordicts.named_leaves(held)[name]
             assert torch.allclose(got[1] if extra else got, value, atol=1e-6), name
 
 

@@ -243,7 +243,7 @@ def test_a_state_goes_through_a_checkpoint_bit_for_bit(tmp_path):
             if i == 2:
                 faccel.save({"state": state}, tmp_path, ctx, step=i)
             _, state = step(state, batch_of(i, ctx))
-        return func.tensordicts.leaves(func.train_state.leaves_of(state))
+        return func.tensordicts.named_leaves(func.train_state.state_to_dict(state))
 
     def after(ctx):
         model, optimizer = net(dropout=0.3), transformation()
@@ -253,7 +253,7 @@ def test_a_state_goes_through_a_checkpoint_bit_for_bit(tmp_path):
         assert isinstance(state, func.TrainState)
         for i in range(int(state.step), 4):
             _, state = step(state, batch_of(i, ctx))
-        return func.tensordicts.leaves(func.train_state.leaves_of(state))
+        return func.tensordicts.named_leaves(func.train_state.state_to_dict(state))
 
     expected = simulate(before, 2)
     for a, b in zip(expected, simulate(after, 2), strict=True):

@@ -25,7 +25,7 @@ def run_ensemble(ctx, num_steps=3):
     states = func.stack(states_of(ctx, optimizer))
     for i in range(num_steps):
         metrics, states = step(states, batch_of(i, ctx))
-    return func.tensordicts.leaves(func.train_state.leaves_of(states)), metrics["loss"]
+    return func.tensordicts.named_leaves(func.train_state.state_to_dict(states)), metrics["loss"]
 
 
 def test_an_ensemble_is_each_of_its_models_alone():
@@ -35,7 +35,7 @@ def test_an_ensemble_is_each_of_its_models_alone():
     for number, state in enumerate(states_of(CTX, optimizer)):
         for i in range(3):
             metrics, state = step(state, batch_of(i, CTX))
-        alone = func.tensordicts.leaves(func.train_state.leaves_of(state))
+        alone = func.tensordicts.named_leaves(func.train_state.state_to_dict(state))
         close(alone, {name: each[number] for name, each in together.items()})
         assert torch.allclose(metrics["loss"], losses[number])
 
@@ -382,7 +382,7 @@ def test_a_step_compiles_into_one_graph_for_each_shape(donate):
                 before.params["out.bias"]
     assert num_graphs() <= 2
     close(
-        *(func.tensordicts.leaves(func.train_state.leaves_of(each)) for each in (ours, state)), 1e-8
+        *(func.tensordicts.named_leaves(func.train_state.state_to_dict(each)) for each in (ours, state)), 1e-8
     )
 
 
