@@ -382,7 +382,11 @@ def test_a_step_compiles_into_one_graph_for_each_shape(donate):
                 before.params["out.bias"]
     assert num_graphs() <= 2
     close(
-        *(func.tensordicts.named_leaves(func.train_state.state_to_dict(each)) for each in (ours, state)), 1e-8
+        *(
+            func.tensordicts.named_leaves(func.train_state.state_to_dict(each))
+            for each in (ours, state)
+        ),
+        1e-8,
     )
 
 
