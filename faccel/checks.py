@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import TypeVar
 
@@ -39,7 +40,7 @@ def one_of(
 
 
 def positive(name: str, value: Number, error: type[FaccelError] = ConfigError) -> Number:
-    """Return `value`, which must be above 0.
+    """Return `value`, which must be a number above 0.
 
     Effects: pure.
 
@@ -49,11 +50,57 @@ def positive(name: str, value: Number, error: type[FaccelError] = ConfigError) -
         faccel.errors.ConfigError: `every` must be positive. Got every=0.
         To fix: use `every=1` or more.
     """
-    if value > 0:
+    # the annotation of the user's argument is not checked at run time
+    if isinstance(value, int | float) and value > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
         return value
-    smallest = "1` or more" if isinstance(value, int) else "1.0`, or any number above 0"
+    fix = f"use `{name}=1` or more"
+    if isinstance(value, float):
+        fix = f"use `{name}=1.0`, or any number above 0"
+    raise error(f"`{name}` must be positive", got=f"{name}={value!r}", fix=fix)
+
+
+def integer(
+    name: str, value: object, *, at_least: int, error: type[FaccelError] = ConfigError
+) -> int:
+    """Return `value`, which must be an int and not a bool.
+
+    Effects: pure.
+
+    Examples:
+        >>> integer("grad_accum", 0, at_least=1)
+        Traceback (most recent call last):
+        faccel.errors.ConfigError: `grad_accum` must be an int of at least 1. Got grad_accum=0.
+        To fix: use `grad_accum=1` or more.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= at_least:
+        return value
     raise error(
-        f"`{name}` must be positive", got=f"{name}={value!r}", fix=f"use `{name}={smallest}"
+        f"`{name}` must be an int of at least {at_least}",
+        got=f"{name}={value!r}",
+        fix=f"use `{name}={at_least}` or more",
+    )
+
+
+def finite(
+    name: str, value: object, *, at_least: float, error: type[FaccelError] = ConfigError
+) -> float:
+    """Return `value`, which must be a finite number and not a bool.
+
+    Effects: pure.
+
+    Examples:
+        >>> finite("wait_s", float("inf"), at_least=1)
+        Traceback (most recent call last):
+        faccel.errors.ConfigError: `wait_s` must be a finite number of at least 1. Got wait_s=inf.
+        To fix: use `wait_s=1` or more.
+    """
+    is_bool = isinstance(value, bool)
+    if isinstance(value, int | float) and not is_bool and at_least <= value < math.inf:
+        return value
+    raise error(
+        f"`{name}` must be a finite number of at least {at_least}",
+        got=f"{name}={value!r}",
+        fix=f"use `{name}={at_least}` or more",
     )
 
 
@@ -105,8 +152,14 @@ def instance_of(
     if isinstance(value, expected):
         return
     classes = expected if isinstance(expected, tuple) else (expected,)
-    names = " or a ".join(cls.__name__ for cls in classes)
-    raise error(f"`{name}` must be a {names}", got=shown(value), fix=fix)
+    names = " or ".join(_with_article(cls.__name__) for cls in classes)
+    raise error(f"`{name}` must be {names}", got=shown(value), fix=fix)
+
+
+def _with_article(noun: str) -> str:
+    if noun[0].lower() in "aeiou":
+        return f"an {noun}"
+    return f"a {noun}"
 
 
 def shown(value: object, limit: int = 80) -> str:

@@ -1,22 +1,20 @@
-"""The mesh as arithmetic: how many ranks each parallelism takes, and where a rank stands. Integers only."""
+"""The mesh as arithmetic: the number of ranks per axis, and the coordinates of a rank."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 import attrs
 
 from faccel.errors import ConfigError, nearest
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-"""The axes of a mesh from the slowest to the fastest varying; `ep` is a view of `dp_shard` and `cp`."""
+"""The axes of a mesh, slowest varying first; `ep` is a view of `dp_shard` and `cp`."""
 
 DATA_AXES = ("dp_replicate", "dp_shard")
-"""The axes whose ranks read different samples."""
-
+"""The axes along which ranks read different samples."""
 
 VIEWS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -26,73 +24,89 @@ VIEWS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "stage": (*DATA_AXES, "cp", "tp"),
     }
 )
-"""Several axes as one: who reads other samples, whose losses and gradients are averaged, who shares the parameters, who
-has the same stage of a pipeline."""
+"""Several axes as one.
+
+`"data"` are the ranks that read different samples, `"loss"` those whose losses and gradients are
+averaged, `"storage"` those over which parameters are sharded, `"stage"` those with the same stage
+of a pipeline.
+"""
 
 
-def _is_extent(_: Any, attribute: attrs.Attribute[int], value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
-        raise ConfigError(
-            f"mesh axis `{attribute.name}` must be a positive number, or -1 to fill the world",
-            got=repr(value),
-            fix=f"write `{attribute.name}=1` to leave the axis out",
-        )
+def _check_extent(mesh: object, attribute: attrs.Attribute[int], value: object) -> None:
+    if isinstance(value, int) and not isinstance(value, bool) and (value >= 1 or value == -1):
+        return
+    raise ConfigError(
+        f"`{attribute.name}` must be an int of at least 1, or -1 to fill the world",
+        got=f"{attribute.name}={value!r}",
+        fix=f"write `{attribute.name}=1` to leave the axis out",
+    )
+
+
+def _axis_field() -> int:
+    return attrs.field(default=1, validator=_check_extent)
 
 
 @attrs.frozen
 class MeshSpec:
-    """How many ranks each axis takes; their product is the world size.
+    """The number of ranks along each axis; their product is the world size.
 
     Args:
-        dp_replicate: Replicas that hold whole parameters (DDP); -1 fills the world, as for the others.
-        dp_shard: Ranks that share the parameters among them (FSDP2).
-        cp: Context parallel: ranks that share one sequence.
-        tp: Tensor parallel: ranks that share one matrix.
-        pp: PipelineConfig parallel: ranks that share the depth.
-        ep: Expert parallel: a view of the ranks of `dp_shard` and `cp`, it does not count in the product.
+        dp_replicate: Data parallel with replicated parameters (DDP). -1 fills the world, here and
+            in the other axes.
+        dp_shard: Data parallel with sharded parameters (FSDP2).
+        cp: Context parallel: each rank has a chunk of every sequence.
+        tp: Tensor parallel: each rank has a shard of every large matrix.
+        pp: Pipeline parallel: each rank has some of the layers.
+        ep: Expert parallel: each rank has some of the experts. A view of the ranks of `dp_shard`
+            and `cp`, so it is not a factor of the product.
 
     Examples:
         >>> MeshSpec(dp_replicate=-1, tp=2).fill(8)
         MeshSpec(dp_replicate=4, dp_shard=1, cp=1, tp=2, pp=1, ep=1)
     """
 
-    dp_replicate: int = attrs.field(default=1, validator=_is_extent)
-    dp_shard: int = attrs.field(default=1, validator=_is_extent)
-    cp: int = attrs.field(default=1, validator=_is_extent)
-    tp: int = attrs.field(default=1, validator=_is_extent)
-    pp: int = attrs.field(default=1, validator=_is_extent)
-    ep: int = attrs.field(default=1, validator=_is_extent)
+    dp_replicate: int = _axis_field()
+    dp_shard: int = _axis_field()
+    cp: int = _axis_field()
+    tp: int = _axis_field()
+    pp: int = _axis_field()
+    ep: int = _axis_field()
 
     @classmethod
     def parse(cls, text: str) -> MeshSpec:
-        """Read `"dp_shard=2,tp=2"`."""
-        pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-        try:
-            return cls.of({key.strip(): int(value) for key, _, value in pairs})
-        except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(
-                "a mesh is written as `axis=number,...`",
-                got=repr(text),
-                fix='write it like `"dp_shard=2,tp=2"`',
-            ) from None
+        """Return the mesh that a text like `"dp_shard=2,tp=2"` stands for."""
+        extents: dict[str, int] = {}
+        for item in text.split(","):
+            axis, _, extent = item.partition("=")
+            if not item.strip():
+                continue
+            try:
+                extents[axis.strip()] = int(extent)
+            except ValueError:
+                raise ConfigError(
+                    "`mesh` must have the form `axis=number,...`",
+                    got=repr(text),
+                    fix='write `mesh="dp_shard=2,tp=2"`',
+                ) from None
+        return cls.of(extents)
 
     @classmethod
     def of(cls, value: MeshSpec | Mapping[str, int] | str) -> MeshSpec:
-        """Take a `MeshSpec`, a mapping of its fields, or its text."""
+        """Return the mesh for a `MeshSpec`, a mapping of its fields, or a text."""
         if isinstance(value, MeshSpec):
             return value
         if isinstance(value, str):
             return cls.parse(value)
         if not isinstance(value, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-            fix = 'write `mesh="dp_shard=2,tp=2"`'
-            raise ConfigError("a mesh is a `MeshSpec`, a mapping or text", got=repr(value), fix=fix)
-        for key in value:
-            if key not in attrs.fields_dict(cls):
-                raise ConfigError(
-                    f"`{key}` is not an axis of a mesh", fix=nearest(key, attrs.fields_dict(cls))
-                )
+            raise ConfigError(
+                "`mesh` must be a `MeshSpec`, a mapping or a str",
+                got=repr(value),
+                fix='write `mesh="dp_shard=2,tp=2"`',
+            )
+        fields = attrs.fields_dict(cls)
+        for axis in value:
+            if axis not in fields:
+                raise ConfigError(f"`{axis}` is not an axis of a mesh", fix=nearest(axis, fields))
         return cls(**value)
 
     @property
@@ -102,85 +116,113 @@ class MeshSpec:
 
     @property
     def extents(self) -> dict[str, int]:
-        """Extent of each axis, slowest first."""
+        """The number of ranks along each axis, slowest axis first."""
         return {axis: getattr(self, axis) for axis in AXES}
 
     def fill(self, world_size: int) -> MeshSpec:
-        """Return the mesh with its -1 replaced, for exactly `world_size` ranks.
+        """Return the mesh for exactly `world_size` ranks, with -1 replaced.
 
         Raises:
-            ConfigError: It does not fit; names a mesh that would.
+            ConfigError: The mesh does not fit; the message suggests one that does.
         """
         extents = self.extents
-        free = [axis for axis, n in extents.items() if n == -1]
-        known = math.prod(n for n in extents.values() if n != -1)
-        if len(free) > 1:
+        free_axes = [axis for axis, extent in extents.items() if extent == -1]
+        if len(free_axes) > 1:
             raise ConfigError(
-                "only one axis of a mesh can be -1", got=str(self), fix="name the others"
+                "only one axis of a mesh can be -1",
+                got=str(self),
+                fix="write the number of ranks of the others",
             )
-        if free and world_size % known == 0:
-            return attrs.evolve(self, **{free[0]: world_size // known})._with_experts()
-        if not free and known == world_size:
-            return self._with_experts()
-        would = "axes whose product divides it"
-        for axis in free or sorted(
-            extents, key=lambda axis: extents[axis] == 1 and axis != "dp_replicate"
-        ):
-            rest = known if free else known // extents[axis]
-            if world_size % rest == 0:
-                would = f"`{axis}={world_size // rest}`"
-                break
+        num_ranks = abs(math.prod(extents.values()))  # without the -1
+        if free_axes and world_size % num_ranks == 0:
+            filled = attrs.evolve(self, **{free_axes[0]: world_size // num_ranks})
+            return filled._with_expert_axis()
+        if not free_axes and world_size == num_ranks:
+            return self._with_expert_axis()
         raise ConfigError(
             f"the mesh does not fit {world_size} processes",
-            got=f"{self}, {known} ranks",
-            fix=f"use {would}, or start {known} processes",
+            got=f"{self}, {num_ranks} ranks",
+            fix=f"use {self._fitting_extent(world_size)}, or start {num_ranks} processes",
         )
 
-    def _with_experts(self) -> MeshSpec:
-        holders = self.dp_shard * self.cp
+    def _fitting_extent(self, world_size: int) -> str:
+        """Return an `axis=number` with which the mesh fits, if changing one axis is enough."""
+        num_ranks = abs(self.size)
+        for axis in self._axes_to_change():
+            num_others = num_ranks // abs(getattr(self, axis))
+            if world_size % num_others == 0:
+                return f"`{axis}={world_size // num_others}`"
+        return "axes whose product divides it"
+
+    def _axes_to_change(self) -> list[str]:
+        """Return the axes to try: the free one, else `dp_replicate` and those in use first."""
+        extents = self.extents
+        free_axes = [axis for axis, extent in extents.items() if extent == -1]
+        if free_axes:
+            return free_axes
+        used = [axis for axis in AXES if extents[axis] > 1 or axis == "dp_replicate"]
+        unused = [axis for axis in AXES if axis not in used]
+        return used + unused
+
+    def _with_expert_axis(self) -> MeshSpec:
+        """Return the mesh with `ep` checked, and -1 replaced by `dp_shard * cp`."""
+        num_storage_ranks = self.dp_shard * self.cp
         if self.ep == -1:
-            return attrs.evolve(self, ep=holders)
-        if holders % self.ep:
-            raise ConfigError(
-                "`ep` divides the ranks that share the parameters, `dp_shard * cp`",
-                got=f"ep={self.ep} of {holders}",
-                fix=f"use `ep={math.gcd(holders, self.ep)}`, or `dp_shard={self.ep}`",
-            )
-        return self
+            return attrs.evolve(self, ep=num_storage_ranks)
+        if num_storage_ranks % self.ep == 0:
+            return self
+        raise ConfigError(
+            "`ep` must divide `dp_shard * cp`",
+            got=f"ep={self.ep}, dp_shard * cp = {num_storage_ranks}",
+            fix=f"use `ep={math.gcd(num_storage_ranks, self.ep)}`, or `dp_shard={self.ep}`",
+        )
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Return where `rank` stands on each axis; the last axis of `AXES` varies fastest."""
-        place: dict[str, int] = {}
+        """Return the index of `rank` along each axis; the last axis of `AXES` varies fastest."""
+        coordinates: dict[str, int] = {}
         for axis in reversed(AXES):
-            rank, place[axis] = divmod(rank, getattr(self, axis))
-        return place
+            rank, coordinates[axis] = divmod(rank, getattr(self, axis))
+        return coordinates
 
     def peers(self, rank: int, view: str) -> tuple[int, ...]:
-        """Return the ranks that an axis or a view of `VIEWS` spans from `rank` on, in order; `rank` is one of them.
+        """Return the ranks of an axis or a view of `VIEWS` that contain `rank`, in order.
 
-        `"ep"` are blocks of the ranks of the view `"storage"`, and `"ep_storage"` those that hold the same experts.
+        `"ep"` are blocks of the ranks of the view `"storage"`; `"ep_storage"` those with the same
+        experts.
 
         Examples:
-            >>> MeshSpec(dp_shard=2, tp=2).peers(1, "dp_shard"), MeshSpec(dp_shard=2, cp=2, ep=2).peers(1, "ep_storage")
-            ((1, 3), (1, 3))
+            >>> MeshSpec(dp_shard=2, tp=2).peers(1, "dp_shard")
+            (1, 3)
+            >>> MeshSpec(dp_shard=2, cp=2, ep=2).peers(1, "ep_storage")
+            (1, 3)
         """
         if view in ("ep", "ep_storage"):
-            holders = self.peers(rank, "storage")
-            block, place = divmod(holders.index(rank), self.ep)
-            return (
-                holders[block * self.ep :][: self.ep] if view == "ep" else holders[place :: self.ep]
-            )
-        place, ranks, stride = self.coordinates(rank), [rank], 1
-        for axis in reversed(AXES):  # the fastest varying first
+            return self._expert_peers(rank, view)
+        # The ranks are `rank` with every combination of coordinates along the axes of the view.
+        # Built axis by axis, the fastest first, so that they come out sorted; the other axes cost
+        # nothing.
+        axes = VIEWS.get(view, (view,))
+        coordinates = self.coordinates(rank)
+        ranks = [rank]
+        stride = 1
+        for axis in reversed(AXES):
             extent = getattr(self, axis)
-            if axis in VIEWS.get(view, (view,)):
-                first = place[axis] * stride
-                ranks = [r - first + i * stride for i in range(extent) for r in ranks]
+            if axis in axes:
+                origin = coordinates[axis] * stride
+                ranks = [r - origin + i * stride for i in range(extent) for r in ranks]
             stride *= extent
         return tuple(ranks)
 
+    def _expert_peers(self, rank: int, view: str) -> tuple[int, ...]:
+        storage_ranks = self.peers(rank, "storage")
+        block, expert_rank = divmod(storage_ranks.index(rank), self.ep)
+        if view == "ep":
+            start = block * self.ep
+            return storage_ranks[start : start + self.ep]
+        return storage_ranks[expert_rank :: self.ep]
+
     def table(self) -> str:
-        """Return each axis and view with its extent and the groups of ranks that it joins, a line each.
+        """Return a line for each axis and view: its size and its groups of ranks.
 
         Examples:
             >>> print(MeshSpec(dp_shard=2, tp=2).table())
@@ -191,16 +233,16 @@ class MeshSpec:
             storage   2  (0 2) (1 3)
             stage     4  (0 1 2 3)
         """
-        names = [axis for axis in (*AXES, "ep") if getattr(self, axis) > 1]
-        rows: list[str] = []
-        for name in [*names, *VIEWS]:
+        axes = [axis for axis in (*AXES, "ep") if getattr(self, axis) > 1]
+        lines: list[str] = []
+        for name in [*axes, *VIEWS]:
             groups = sorted({self.peers(rank, name) for rank in range(self.size)})
-            joined = " ".join(f"({' '.join(map(str, group))})" for group in groups)
-            rows.append(f"{name:<8}  {len(groups[0])}  {joined}")
-        return "\n".join(rows)
+            listed = " ".join(f"({' '.join(map(str, group))})" for group in groups)
+            lines.append(f"{name:<8}  {len(groups[0])}  {listed}")
+        return "\n".join(lines)
 
     def picture(self) -> str:
-        """Return the ranks as a picture: a row for each data rank, a column for each other coordinate.
+        """Return the ranks as a picture: one row per data rank, one column per other coordinate.
 
         Examples:
             >>> print(MeshSpec(dp_shard=2, tp=2).picture())
@@ -208,40 +250,34 @@ class MeshSpec:
             dp_shard=0                0     1
             dp_shard=1                2     3
         """
-        rows: dict[str, dict[str, int]] = {}
+        rank_by_cell: dict[str, dict[str, int]] = {}
         for rank in range(self.size):
-            place = {
-                axis: at for axis, at in self.coordinates(rank).items() if getattr(self, axis) > 1
-            }
-            row = (
-                " ".join(f"{axis}={at}" for axis, at in place.items() if axis in DATA_AXES)
-                or "data=0"
-            )
-            column = (
-                " ".join(f"{axis}={at}" for axis, at in place.items() if axis not in DATA_AXES)
-                or "rank"
-            )
-            rows.setdefault(row, {})[column] = rank
-        columns = list(next(iter(rows.values())))
-        lines = [
-            "".join(
-                [
-                    f"{'':<21}",
-                    *(f"{column:>6}" if len(column) < 5 else f"  {column}" for column in columns),
-                ]
-            )
-        ]
-        for row, ranks in rows.items():
-            cells = [f"{ranks[column]:>{max(6, len(column) + 2)}}" for column in columns]
-            lines.append("".join([f"{row:<21}", *cells]))
+            row = self._coordinate_label(rank, is_data=True) or "data=0"
+            column = self._coordinate_label(rank, is_data=False) or "rank"
+            rank_by_cell.setdefault(row, {})[column] = rank
+        columns = list(next(iter(rank_by_cell.values())))
+        widths = {column: max(6, len(column) + 2) for column in columns}
+        header = "".join(f"{column:>{widths[column]}}" for column in columns)
+        lines = [f"{'':<21}{header}"]
+        for row, ranks in rank_by_cell.items():
+            cells = "".join(f"{ranks[column]:>{widths[column]}}" for column in columns)
+            lines.append(f"{row:<21}{cells}")
         return "\n".join(lines)
+
+    def _coordinate_label(self, rank: int, *, is_data: bool) -> str:
+        """Return `axis=index ...` of a rank along the data axes, or along the other axes."""
+        labels: list[str] = []
+        for axis, index in self.coordinates(rank).items():
+            if getattr(self, axis) > 1 and (axis in DATA_AXES) == is_data:
+                labels.append(f"{axis}={index}")
+        return " ".join(labels)
 
     @property
     def data_world_size(self) -> int:
-        """How many different parts a batch has."""
+        """Number of ranks that read different samples."""
         return self.dp_replicate * self.dp_shard
 
     def data_rank(self, rank: int) -> int:
-        """Which part of a batch `rank` reads."""
-        place = self.coordinates(rank)
-        return place["dp_replicate"] * self.dp_shard + place["dp_shard"]
+        """Return the number of `rank` among those that read different samples."""
+        coordinates = self.coordinates(rank)
+        return coordinates["dp_replicate"] * self.dp_shard + coordinates["dp_shard"]

@@ -1,0 +1,86 @@
+"""Validators for the fields of attrs records, made from `faccel.checks`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from faccel.checks import finite, instance_of, integer, one_of, positive
+from faccel.errors import ConfigError
+
+Validator = Callable[[object, "attrs.Attribute[Any]", Any], None]
+
+
+def _validator(check: Callable[[str, Any], object], *, optional: bool) -> Validator:
+    def validate(record: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if value is None and optional:
+            return
+        check(attribute.name, value)
+
+    return validate
+
+
+def choice(*allowed: object, optional: bool = False) -> Validator:
+    """Return a validator for a field that must be one of `allowed`, or None if it is `optional`.
+
+    Effects: pure.
+    """
+    return _validator(lambda name, value: one_of(name, value, allowed), optional=optional)
+
+
+def positive_number(*, optional: bool = False) -> Validator:
+    """Return a validator for a field that must be a number above 0.
+
+    Effects: pure.
+    """
+    return _validator(lambda name, value: positive(name, value), optional=optional)
+
+
+def int_at_least(minimum: int) -> Validator:
+    """Return a validator for a field that must be an int.
+
+    Effects: pure.
+    """
+    return _validator(lambda name, value: integer(name, value, at_least=minimum), optional=False)
+
+
+def float_at_least(minimum: float) -> Validator:
+    """Return a validator for a field that must be a finite number.
+
+    Effects: pure.
+    """
+    return _validator(lambda name, value: finite(name, value, at_least=minimum), optional=False)
+
+
+def boolean() -> Validator:
+    """Return a validator for a field that must be a bool.
+
+    Effects: pure.
+    """
+
+    def check(name: str, value: object) -> None:
+        instance_of(name, value, bool, fix=f"write `{name}=True` or `{name}=False`")
+
+    return _validator(check, optional=False)
+
+
+def text(example: str, *, optional: bool = False) -> Validator:
+    """Return a validator for a field that must be a non-empty str.
+
+    Effects: pure.
+
+    Args:
+        example: A value for the fix of the error.
+        optional: Whether None is valid.
+    """
+
+    def check(name: str, value: object) -> None:
+        instance_of(name, value, str, fix=f'write `{name}="{example}"`')
+        if not value:
+            raise ConfigError(
+                f"`{name}` must not be empty", got="''", fix=f'write `{name}="{example}"`'
+            )
+
+    return _validator(check, optional=optional)
