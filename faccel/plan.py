@@ -1,305 +1,307 @@
-"""How a model is run on its mesh: frozen records of plain values, given to `wrap`."""
+"""How a model runs on its mesh: frozen records of plain values, passed to `wrap`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TypeVar
 
 import attrs
 
-from faccel.errors import ConfigError, nearest
+from faccel.checks import instance_of, one_of, shown
+from faccel.errors import ConfigError
+from faccel.validators import boolean, choice, positive_number
+
+R = TypeVar("R")
 
 HOOKS = ("bf16", "bf16_powersgd", "fp16", "fp16_powersgd", "powersgd")
-"""How gradients may be compressed on their way between the ranks."""
+"""Compressions of the gradients that DDP reduces."""
+
+STYLES = (
+    "colwise", "colwise_gather", "colwise_loss", "heads", "replicate", "rowwise",
+    "rowwise_embedding", "rowwise_split", "sequence", "sequence_colwise",
+    "sequence_colwise_gather", "sequence_colwise_loss", "sequence_embedding", "sequence_rowwise",
+)  # fmt: skip
+"""Ways to shard a module in tensor parallelism; see `Plan.tensor`."""
+
+SCHEDULES = ("1f1b", "gpipe", "interleaved")
+"""Pipeline schedules, under PyTorch's names."""
 
 
-def _hook(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None and value not in HOOKS:
-        raise ConfigError(f"`{attribute.name}` is not a compression of gradients", got=repr(value),
-                          fix=nearest(str(value), HOOKS))  # fmt: skip
+def _patterns(value: object) -> tuple[str, ...]:
+    """Return a tuple of patterns for one pattern or several."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, Iterable):
+        return tuple(value)
+    raise ConfigError(
+        "a pattern of names must be a str, or several in a tuple",
+        got=shown(value),
+        fix='write `"blocks.*"` or `("blocks.*", "head")`',
+    )
 
 
-def _positive(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None and not (isinstance(value, (int, float)) and value > 0):
-        raise ConfigError(
-            f"`{attribute.name}` must be positive",
-            got=repr(value),
-            fix=f"write `{attribute.name}=1`",
-        )
+def _bool_field(*, default: bool) -> bool:
+    return attrs.field(default=default, validator=boolean())
 
 
-def _flag(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if not isinstance(value, bool):
-        fix = f"write `{attribute.name}=True`"
-        raise ConfigError(f"`{attribute.name}` must be True or False", got=repr(value), fix=fix)
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _option(default: bool) -> bool:  # noqa: FBT001
-    return attrs.field(default=default, validator=_flag)
+def _construct(cls: Callable[..., R], fields: Mapping[str, object]) -> R:
+    """Return a record from its fields; for `__reduce__`: a `MappingProxyType` has no pickle."""
+    return cls(**fields)
 
 
 @attrs.frozen(kw_only=True)
 class PowerSgdConfig:
-    """PowerSGD: gradients travel as two thin matrices (Vogels, Karimireddy and Jaggi, 2019).
+    """The options of PowerSGD, which reduces each gradient as two low-rank matrices.
+
+    Vogels, Karimireddy, Jaggi: PowerSGD, 2019 (https://arxiv.org/abs/1905.13727).
 
     Args:
-        rank: Columns of the thin matrices; more of them are more exact.
-        start_step: Updates that are reduced exactly before compression begins; at least 2 with error feedback or a warm
-            start.
-        min_compression_rate: A matrix is compressed where that saves at least this factor.
-        use_error_feedback: Whether what compression lost is added to the next gradient.
-        warm_start: Whether a matrix starts from that of the last update.
-        seed: Of the first matrices.
+        rank: Number of columns of the two matrices. More are more exact and slower.
+        start_step: Number of steps with exact gradients before compression begins. At least 2 with
+            error feedback or warm start.
+        min_compression_rate: Gradients are compressed if that makes them smaller by at least this
+            factor.
+        use_error_feedback: Whether the error of the compression is added to the next gradient.
+        warm_start: Whether each step starts from the matrices of the step before.
+        seed: Seed of the first matrices.
     """
 
-    rank: int = attrs.field(default=1, validator=_positive)
-    start_step: int = attrs.field(default=1000, validator=_positive)
-    min_compression_rate: float = attrs.field(default=2, validator=_positive)
-    use_error_feedback: bool = _option(True)
-    warm_start: bool = _option(True)
+    rank: int = attrs.field(default=1, validator=positive_number())
+    start_step: int = attrs.field(default=1000, validator=positive_number())
+    min_compression_rate: float = attrs.field(default=2, validator=positive_number())
+    use_error_feedback: bool = _bool_field(default=True)
+    warm_start: bool = _bool_field(default=True)
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
-        if self.start_step < 2 and (self.use_error_feedback or self.warm_start):
+        needs_exact_steps = self.use_error_feedback or self.warm_start
+        if needs_exact_steps and self.start_step < 2:  # PyTorch's hook raises in the first step
             raise ConfigError(
-                "error feedback and a warm start need updates that are reduced exactly before them",
+                "`start_step` must be at least 2 with error feedback or warm start",
                 got=f"start_step={self.start_step}",
-                fix="write `start_step=2` or more, or leave both out",
+                fix="write `start_step=2`, or `use_error_feedback=False, warm_start=False`",
             )
 
 
 @attrs.frozen(kw_only=True)
 class DdpConfig:
-    """The options of torch's `DistributedDataParallel`, under its names.
+    """The options of `torch.nn.parallel.DistributedDataParallel`, under its names.
 
     Args:
-        find_unused_parameters: Whether an update may leave out parameters that require gradients; costs a walk over the
-            graph in each forward.
-        static_graph: Whether every update uses the same parameters in the same order; allows activation checkpointing
-            of parameters that are used twice.
-        forward_sync_buffers: Whether each training forward starts from rank 0's buffers.
-        bucket_cap_mb: Size of the buckets in which gradients travel, in MB; None is torch's choice.
-        gradient_as_bucket_view: Whether gradients live in the buckets, which saves a copy.
-        skip_all_reduce_unused_params: Whether unused parameters are not reduced; they must be the same on all ranks.
-        comm_hook: `"fp16"` or `"bf16"`: gradients travel in that dtype. `"powersgd"`: as thin matrices;
-            `"fp16_powersgd"`, `"bf16_powersgd"`: both. None: as they are.
-        powersgd: How PowerSGD compresses.
-        shard_optimizer: Whether the states of optimizers are spread over the data ranks (ZeRO-1), by torch's
-            `ZeroRedundancyOptimizer`: each rank steps for its share of the parameters and sends them to the others.
-            `state_dict` of what `wrap_optimizer` returns is collective then, and whole on every rank.
+        find_unused_parameters: Whether a step may leave out parameters that require gradients. DDP
+            then traverses the autograd graph after each forward.
+        static_graph: Whether every step uses the same parameters in the same order. Allows
+            activation checkpointing of parameters that are used twice.
+        forward_sync_buffers: Whether each training forward starts with the buffers of rank 0.
+        bucket_cap_mb: Size in MB of the buckets that are reduced together; None is DDP's default.
+        gradient_as_bucket_view: Whether `.grad` aliases the buckets, which saves a copy of the
+            gradients.
+        skip_all_reduce_unused_params: Whether unused parameters are not reduced. They must be the
+            same on all ranks.
+        comm_hook: `"fp16"` or `"bf16"` reduce gradients in that dtype, `"powersgd"` as low-rank
+            matrices, `"fp16_powersgd"` and `"bf16_powersgd"` both. None does not compress.
+        powersgd: Options of PowerSGD.
+        shard_optimizer: Whether optimizer states are sharded over the data ranks (ZeRO-1), with
+            `ZeroRedundancyOptimizer`. Each rank steps its shard of the parameters and broadcasts
+            them. `state_dict` of the optimizer that `wrap_optimizer` returns is then collective,
+            and returns full states on every rank.
     """
 
-    find_unused_parameters: bool = _option(False)
-    static_graph: bool = _option(False)
-    forward_sync_buffers: bool = _option(True)
-    bucket_cap_mb: float | None = attrs.field(default=None, validator=_positive)
-    gradient_as_bucket_view: bool = _option(True)
-    skip_all_reduce_unused_params: bool = _option(False)
-    comm_hook: str | None = attrs.field(default=None, validator=_hook)
+    find_unused_parameters: bool = _bool_field(default=False)
+    static_graph: bool = _bool_field(default=False)
+    forward_sync_buffers: bool = _bool_field(default=True)
+    bucket_cap_mb: float | None = attrs.field(
+        default=None, validator=positive_number(optional=True)
+    )
+    gradient_as_bucket_view: bool = _bool_field(default=True)
+    skip_all_reduce_unused_params: bool = _bool_field(default=False)
+    comm_hook: str | None = attrs.field(default=None, validator=choice(*HOOKS, optional=True))
     powersgd: PowerSgdConfig = PowerSgdConfig()
-    shard_optimizer: bool = _option(False)
+    shard_optimizer: bool = _bool_field(default=False)
 
 
 @attrs.frozen(kw_only=True)
 class FsdpConfig:
-    """The options of torch's FSDP2 (`fully_shard`), for a mesh with `dp_shard`, `cp` or `tp`.
+    """The options of FSDP2 (`fully_shard`), for a mesh with `dp_shard`, `cp` or `tp`.
 
     Args:
-        reshard_after_forward: Whether a unit gives its gathered parameters up between forward and backward (ZeRO-3);
-            False keeps them (ZeRO-2); a number keeps them spread over that many ranks; None is True but for the root.
-        ignored: Patterns of the names of parameters that stay whole on every rank; their gradients are not reduced.
-        prefetch: How many units ahead are gathered, in forward and backward; None is torch's choice.
-        fp32_units: Patterns of the names of units that compute in fp32 whatever the configured precision.
+        reshard_after_forward: Whether a unit frees its gathered parameters between forward and
+            backward (ZeRO-3). False keeps them (ZeRO-2). A number keeps them sharded over that many
+            ranks. None is True for all but the root.
+        ignored: Patterns of the names of parameters that are not sharded. Their gradients are not
+            reduced.
+        prefetch: Number of units to gather ahead, in forward and backward; None is PyTorch's
+            default.
+        fp32_units: Patterns of the names of units that compute in fp32, whatever the mixed
+            precision.
     """
 
     reshard_after_forward: bool | int | None = None
-    ignored: tuple[str, ...] = attrs.field(default=(), converter=_names)
-    prefetch: int | None = attrs.field(default=None, validator=_positive)
-    fp32_units: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    ignored: tuple[str, ...] = attrs.field(default=(), converter=_patterns)
+    prefetch: int | None = attrs.field(default=None, validator=positive_number(optional=True))
+    fp32_units: tuple[str, ...] = attrs.field(default=(), converter=_patterns)
 
 
-_PLACES = ("cpu",)
-
-
-def _place(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None and value not in _PLACES:
-        fix = nearest(str(value), _PLACES)
-        raise ConfigError(
-            f"`{attribute.name}` says where something lives", got=repr(value), fix=fix
-        )
-
-
-def _settings(value: Any) -> Any:
+def _settings(value: object) -> str | Mapping[str, object] | None:
     if isinstance(value, Mapping):
         return MappingProxyType(dict(value))
     if value is None or isinstance(value, str):
         return value
-    fix = 'write `settings="ds_config.json"`, or a mapping of what would stand in it'
-    raise ConfigError("`settings` is a DeepSpeed configuration", got=repr(value), fix=fix)
+    raise ConfigError(
+        "`settings` must be the path of a DeepSpeed configuration, or its content as a mapping",
+        got=repr(value),
+        fix='write `settings="ds_config.json"`',
+    )
 
 
 @attrs.frozen(kw_only=True)
 class DeepSpeedConfig:
-    """The options of DeepSpeed, for `strategy="deepspeed"`; the stage is `Config.zero`.
+    """The options of DeepSpeed, for `strategy="deepspeed"`; the ZeRO stage is `Config.zero`.
 
     Args:
-        settings: A file of DeepSpeed's JSON, or a mapping of what stands in one. `"auto"` is filled in from the
-            `Config` and the model; what contradicts them is an error.
-        offload_optimizer: `"cpu"`: where the states of the optimizer live; None is the device.
-        offload_params: `"cpu"`: where parameters live that are not needed now (stage 3); None is the device.
+        settings: Path of a DeepSpeed JSON file, or its content as a mapping. `"auto"` takes the
+            value from the `Config` and the model; a value that contradicts them raises.
+        offload_optimizer: `"cpu"` keeps optimizer states in the memory of the host; None on the
+            device.
+        offload_params: `"cpu"` keeps parameters that are not in use in the memory of the host
+            (stage 3); None on the device.
     """
 
-    settings: str | Mapping[str, Any] | None = attrs.field(default=None, converter=_settings)
-    offload_optimizer: str | None = attrs.field(default=None, validator=_place)
-    offload_params: str | None = attrs.field(default=None, validator=_place)
+    settings: str | Mapping[str, object] | None = attrs.field(default=None, converter=_settings)
+    offload_optimizer: str | None = attrs.field(
+        default=None, validator=choice("cpu", optional=True)
+    )
+    offload_params: str | None = attrs.field(default=None, validator=choice("cpu", optional=True))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[..., DeepSpeedConfig], tuple[object, ...]]:
         fields = attrs.asdict(self, recurse=False)
-        plain = (
-            fields["settings"]
-            if isinstance(self.settings, (str, type(None)))
-            else dict(self.settings)
-        )
-        return _deepspeed, (fields | {"settings": plain},)
-
-
-def _deepspeed(fields: dict[str, Any]) -> DeepSpeedConfig:
-    return DeepSpeedConfig(**fields)
+        if isinstance(self.settings, Mapping):
+            fields["settings"] = dict(self.settings)
+        return _construct, (DeepSpeedConfig, fields)
 
 
 @attrs.frozen(kw_only=True)
 class ActivationCheckpointing:
-    """Activation checkpointing: what forward computed is computed again in backward instead of being kept.
+    """Activation checkpointing: activations are not kept for backward, but computed a second time.
 
     Args:
-        every: Each `every`-th unit is checkpointed; 1 is all of them.
-        save_ops: Names of operators whose results are kept, as in `"aten.mm.default"` (selective checkpointing).
-        memory_budget: Between 0 (keep nothing) and 1 (keep all): the compiler chooses what is kept; needs `compile`.
+        every: Every `every`-th unit is checkpointed; 1 is all of them.
+        save_ops: Names of operators whose results are kept, such as `"aten.mm.default"` (selective
+            checkpointing).
+        memory_budget: From 0 (keep nothing) to 1 (keep everything): the compiler chooses. Needs
+            `Plan(compile=...)`.
     """
 
-    every: int = attrs.field(default=1, validator=_positive)
-    save_ops: tuple[str, ...] = attrs.field(default=(), converter=_names)
-    memory_budget: float | None = attrs.field(default=None, validator=_positive)
+    every: int = attrs.field(default=1, validator=positive_number())
+    save_ops: tuple[str, ...] = attrs.field(default=(), converter=_patterns)
+    memory_budget: float | None = attrs.field(
+        default=None, validator=positive_number(optional=True)
+    )
 
 
-def _checkpointing(value: Any) -> Any:
+def _activation_checkpoint(value: object) -> ActivationCheckpointing | None:
     if value is None or isinstance(value, ActivationCheckpointing):
         return value
     if value == "full":
         return ActivationCheckpointing()
     if isinstance(value, int) and not isinstance(value, bool):
         return ActivationCheckpointing(every=value)
-    fix = 'write `activation_checkpoint="full"`, a number for each n-th unit, or a `faccel.parallel.ActivationCheckpointing(...)`'
     raise ConfigError(
-        "`checkpoint` says which units are computed again in backward", got=repr(value), fix=fix
+        "`activation_checkpoint` must be 'full', an int or an `ActivationCheckpointing`",
+        got=repr(value),
+        fix='write `activation_checkpoint="full"`, or `activation_checkpoint=2` for every second '
+        "unit",
     )
 
 
-STYLES = ("colwise", "colwise_gather", "colwise_loss", "heads", "replicate", "rowwise", "rowwise_embedding",
-          "rowwise_split", "sequence", "sequence_colwise", "sequence_colwise_gather", "sequence_colwise_loss",
-          "sequence_embedding", "sequence_rowwise")  # fmt: skip
-"""How a module may be cut by tensor parallelism; see `Plan.tensor`."""
-
-
-def _styles(value: Any) -> Mapping[str, str]:
+def _tensor_styles(value: object) -> Mapping[str, str]:
     if not isinstance(value, Mapping):
-        raise ConfigError("`tensor` is a mapping of name patterns to styles", got=repr(value),
-                          fix='write `tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}`')  # fmt: skip
+        raise ConfigError(
+            "`tensor` must be a mapping from name patterns to styles",
+            got=repr(value),
+            fix='write `tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}`',
+        )
     for pattern, style in value.items():
-        if style not in STYLES:
-            raise ConfigError(
-                f"the style of `{pattern}` is none",
-                got=repr(style),
-                fix=nearest(str(style), STYLES),
-            )
+        one_of(f'tensor["{pattern}"]', style, STYLES)
     return MappingProxyType(dict(value))
 
 
-def _units(value: Any) -> Any:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+def _units(value: object) -> tuple[str, ...] | int | None:
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    if isinstance(value, (str, tuple, list)) and all(isinstance(each, str) for each in value):
-        return _names(value)
-    fix = 'write `units="Block"`, `units=("blocks.*",)`, or a number of parameters'
-    raise ConfigError("`units` names classes or modules, or gives a size", got=repr(value), fix=fix)
-
-
-SCHEDULES = ("1f1b", "gpipe", "interleaved")
-
-
-def _schedule(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value not in SCHEDULES:
-        raise ConfigError(
-            "the schedule of a pipeline is unknown",
-            got=repr(value),
-            fix=nearest(str(value), SCHEDULES),
-        )
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, tuple | list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise ConfigError(
+        "`units` must be names of classes or modules, or a number of parameters",
+        got=repr(value),
+        fix='write `units="Block"`, `units=("blocks.*",)` or `units=1_000_000`',
+    )
 
 
 @attrs.frozen(kw_only=True)
 class PipelineConfig:
-    """How a model is cut into the stages of a pipeline, for a mesh with `pp`.
+    """How a model is split into pipeline stages, for a mesh with `pp`.
 
     Args:
-        chain: Patterns of module names that the input passes one after the other, as in `("embed", "blocks.*", "norm",
-            "head")`: each takes what the one before returned. All parameters belong to them.
-        split: Names of the modules of the chain at which a new stage begins; None balances the parameters.
-        schedule: `"1f1b"`, `"gpipe"` or `"interleaved"`, torch's own.
-        stages_per_rank: Stages of each rank, more than one for `"interleaved"`.
+        chain: Patterns of the names of modules that the input passes through in order, such as
+            `("embed", "blocks.*", "norm", "head")`. Each takes the output of the one before.
+            Together they have all parameters.
+        split: Names of the modules of the chain at which a new stage begins; None balances the
+            number of parameters.
+        schedule: `"1f1b"`, `"gpipe"` or `"interleaved"`, PyTorch's schedules.
+        stages_per_rank: Number of stages of each rank; more than one for `"interleaved"` only.
 
-    A module that is shared by several calls of the chain, or takes more than the module before it returns, cannot be in
-    it. Outside of training, tensors with as many rows as the first input are cut with the batch.
+    A module that is called several times, or takes other inputs than the output of the module
+    before it, cannot be in the chain. In evaluation, tensors with as many rows as the first input
+    are split with the batch.
     """
 
-    chain: tuple[str, ...] = attrs.field(converter=_names)
+    chain: tuple[str, ...] = attrs.field(converter=_patterns)
     split: tuple[str, ...] | None = attrs.field(
-        default=None, converter=attrs.converters.optional(_names)
+        default=None, converter=attrs.converters.optional(_patterns)
     )
-    schedule: str = attrs.field(default="1f1b", validator=_schedule)
-    stages_per_rank: int = attrs.field(default=1, validator=_positive)
+    schedule: str = attrs.field(default="1f1b", validator=choice(*SCHEDULES))
+    stages_per_rank: int = attrs.field(default=1, validator=positive_number())
 
     def __attrs_post_init__(self) -> None:
         if self.stages_per_rank > 1 and self.schedule != "interleaved":
-            got = f"stages_per_rank={self.stages_per_rank}, schedule={self.schedule!r}"
-            fix = 'write `schedule="interleaved"`'
-            raise ConfigError("this schedule runs one stage on each rank", got=got, fix=fix)
-
-
-_COMPILE = ("whole", "units")
-
-
-def _compile(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None and value not in _COMPILE:
-        fix = nearest(str(value), _COMPILE)
-        raise ConfigError("`compile` says what `torch.compile` gets", got=repr(value), fix=fix)
+            raise ConfigError(
+                f"`stages_per_rank` must be 1 with the schedule {self.schedule!r}",
+                got=f"stages_per_rank={self.stages_per_rank}",
+                fix='write `schedule="interleaved"`',
+            )
 
 
 @attrs.frozen(kw_only=True)
 class Plan:
-    """How `wrap` runs one model; what concerns another strategy than the mesh's is left alone.
+    """How `wrap` runs one model. Options of a strategy that the mesh does not use have no effect.
 
     Args:
         ddp: Options of DDP.
         fsdp: Options of FSDP2.
         deepspeed: Options of DeepSpeed.
-        units: What is gathered, checkpointed and compiled as one: names of classes (`"Block"`) or patterns of module
-            names (`"blocks.*"`), or a number: modules with at least so many parameters. None takes the model's
-            `_no_split_modules`, else the members of its `ModuleList`s; what is left over belongs to the root.
-        tensor: For a mesh with `tp`: patterns of module names, and how each is cut. `"colwise"` and `"rowwise"` linear
-            layers (or embeddings) come in pairs; `"colwise_gather"` gives its whole output to every rank;
-            `"colwise_loss"` leaves the logits cut, for `faccel.parallel.loss_parallel`; `"rowwise_embedding"` cuts a vocabulary;
-            `"rowwise_split"` takes an input that is whole; `"heads"` is a norm on each rank's own heads of attention;
-            `"sequence"` is a norm on a part of the sequence, and `"sequence_colwise"`, `"sequence_rowwise"`,
-            `"sequence_embedding"` are those that lie between such parts. All other modules are the same on each rank.
-        pipeline: For a mesh with `pp`: how the model is cut into stages.
-        activation_checkpoint: `"full"`, a number for each n-th unit, or a `ActivationCheckpointing`.
-        compile: `"whole"` or `"units"`: what `torch.compile` gets; None compiles nothing.
-        offload: Whether sharded parameters, gradients and optimizer states live in the memory of the host.
+        units: The modules that are sharded, checkpointed and compiled as one unit: names of classes
+            (`"Block"`), patterns of module names (`"blocks.*"`), or a number: modules with at least
+            so many parameters. None takes the model's `_no_split_modules`, else the members of its
+            `ModuleList`s. The root is a unit of what remains.
+        tensor: For a mesh with `tp`: how to shard the modules that match each name pattern.
+            `"colwise"` and `"rowwise"` linear layers or embeddings come in pairs.
+            `"colwise_gather"` gathers its output on every rank. `"colwise_loss"` leaves the logits
+            sharded, for `faccel.parallel.loss_parallel`. `"rowwise_embedding"` shards the
+            vocabulary. `"rowwise_split"` takes a replicated input. `"heads"` is a norm over each
+            rank's attention heads. `"sequence"` is a norm over a chunk of the sequence;
+            `"sequence_colwise"`, `"sequence_rowwise"` and `"sequence_embedding"` have such chunks
+            as input or output. Other modules are replicated.
+        pipeline: For a mesh with `pp`: how to split the model into stages.
+        activation_checkpoint: `"full"`, `n` for every n-th unit, or an `ActivationCheckpointing`.
+        compile: `"whole"` compiles the model, `"units"` each unit; None does not compile.
+        offload: Whether parameters, gradients and optimizer states are kept in the memory of the
+            host.
 
     Examples:
         >>> Plan(ddp=DdpConfig(find_unused_parameters=True, comm_hook="fp16")).ddp.comm_hook
@@ -312,39 +314,46 @@ class Plan:
     fsdp: FsdpConfig = FsdpConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     units: tuple[str, ...] | int | None = attrs.field(default=None, converter=_units)
-    tensor: Mapping[str, str] = attrs.field(factory=dict, converter=_styles)
+    tensor: Mapping[str, str] = attrs.field(factory=dict, converter=_tensor_styles)
     pipeline: PipelineConfig | None = None
     activation_checkpoint: ActivationCheckpointing | None = attrs.field(
-        default=None, converter=_checkpointing
+        default=None, converter=_activation_checkpoint
     )
-    compile: str | None = attrs.field(default=None, validator=_compile)
-    offload: bool = _option(False)
+    compile: str | None = attrs.field(
+        default=None, validator=choice("whole", "units", optional=True)
+    )
+    offload: bool = _bool_field(default=False)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[..., Plan], tuple[object, ...]]:
         fields = attrs.asdict(self, recurse=False)
-        return _plan, (
-            fields | {"tensor": dict(self.tensor)},
-        )  # which no one can change, and no one can pickle
+        fields["tensor"] = dict(self.tensor)
+        return _construct, (Plan, fields)
 
     def __attrs_post_init__(self) -> None:
-        kinds = {
-            "ddp": DdpConfig,
-            "fsdp": FsdpConfig,
-            "deepspeed": DeepSpeedConfig,
-            "pipeline": PipelineConfig,
-        }
-        for name, kind in kinds.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind) and (name != "pipeline" or value is not None):
-                fix = f"write `{name}=faccel.{kind.__name__}(...)`"
-                raise ConfigError(f"`{name}` takes a `{kind.__name__}`", got=repr(value), fix=fix)
-        budget = self.activation_checkpoint.memory_budget if self.activation_checkpoint else None
-        if budget is not None and (self.compile is None or budget > 1):
-            fix = 'write `compile="units"` too, and a budget of at most 1'
+        self._check_class("ddp", DdpConfig)
+        self._check_class("fsdp", FsdpConfig)
+        self._check_class("deepspeed", DeepSpeedConfig)
+        if self.pipeline is not None:
+            self._check_class("pipeline", PipelineConfig)
+        if self.activation_checkpoint is not None:
+            self._check_memory_budget(self.activation_checkpoint.memory_budget)
+
+    def _check_class(self, name: str, cls: type) -> None:
+        fix = f"write `{name}=faccel.parallel.{cls.__name__}(...)`"
+        instance_of(name, getattr(self, name), cls, fix=fix)
+
+    def _check_memory_budget(self, budget: float | None) -> None:
+        if budget is None:
+            return
+        if budget > 1:
             raise ConfigError(
-                "a memory budget is kept by the compiler", got=f"memory_budget={budget}", fix=fix
+                "`memory_budget` must be at most 1",
+                got=f"memory_budget={budget}",
+                fix="write `memory_budget=0.5` to keep half of the activations",
             )
-
-
-def _plan(fields: dict[str, Any]) -> Plan:
-    return Plan(**fields)
+        if self.compile is None:
+            raise ConfigError(
+                "`memory_budget` needs `compile`, because the compiler chooses what to keep",
+                got="compile=None",
+                fix='write `compile="units"`, too',
+            )
