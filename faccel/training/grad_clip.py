@@ -31,8 +31,8 @@ def parameters_with_gradients(opt: Optimizer, ctx: DistContext) -> list[torch.Te
         raise OptimizerError(
             "`opt` has no parameter with a gradient",
             got=f"{num_params} parameters, all with `.grad` None",
-            fix="call `scaled_backward` on a loss of its model first, and make the optimizer from "
-            "`model.parameters()` after `faccel.wrap`",
+            fix="write `scaler = faccel.scaled_backward(loss, scaler, ctx)` first, and make the "
+            "optimizer from `model.parameters()` after `faccel.wrap`",
         )
     return params
 

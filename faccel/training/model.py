@@ -151,7 +151,9 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
         )
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ModelError(
-            "`wrap` expects a `torch.nn.Module`", got=shown(model), fix="pass an `nn.Module`"
+            "`model` must be a `torch.nn.Module`",
+            got=shown(model),
+            fix="write `faccel.wrap(model, ctx)`",
         )
     if next(model.parameters(), None) is None:
         raise ModelError(
@@ -161,7 +163,7 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
         )
     if plan is None:
         plan = Plan()
-    instance_of("plan", plan, Plan, fix="write `plan=faccel.Plan(...)`")
+    instance_of("plan", plan, Plan, fix="write `plan=faccel.Plan()`, with the options as arguments")
     if ctx.config.device_placement and not any(param.is_meta for param in model.parameters()):
         model.to(ctx.device)
     engine, run = ctx.parallelism.wrap(model, plan, ctx)
@@ -261,8 +263,9 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
 
     Raises:
         ModelError: `model` is not wrapped, or was wrapped with another context.
-        OptimizerError: No parameter of `opt` belongs to `model`. Or its state has to be sharded,
-            and it needs all parameters at once or has a scheduler already.
+        OptimizerError: `opt` is not an optimizer, or none of its parameters belongs to `model`.
+            Or its state has to be sharded, and it needs all parameters at once or has a scheduler
+            already.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -270,6 +273,13 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
         >>> model = wrap(torch.nn.Linear(2, 1), ctx)
         >>> opt = wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
     """
+    instance_of(
+        "opt",
+        opt,
+        torch.optim.Optimizer,
+        fix="write `faccel.wrap_optimizer(opt, model, ctx)`",
+        error=OptimizerError,
+    )
     check_wrapped(model)
     check_context(model, ctx)
     check_owns_parameters(opt, model)

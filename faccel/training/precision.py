@@ -11,7 +11,7 @@ import torch
 
 from faccel.checks import shown
 from faccel.context import DistContext
-from faccel.errors import ConfigError, ScalerError
+from faccel.errors import ConfigError, ScalerError, nearest
 from faccel.protocols import WORLD
 from faccel.tree import local_tensor
 
@@ -151,7 +151,7 @@ def check_scaler(scaler: object) -> None:
             "`scaler` must be a `ScalerState`",
             got=shown(scaler),
             fix="start with `scaler = faccel.init_scaler(ctx)`, and continue with "
-            "`info, scaler = faccel.optimizer_step(opt, scaler, ctx)`",
+            "`scaler = faccel.scaled_backward(loss, scaler, ctx)`",
         )
 
 
@@ -179,7 +179,7 @@ def init_scaler(ctx: DistContext, **options: float) -> ScalerState:
             raise ConfigError(
                 f"`{name}` is not an option of `init_scaler`",
                 got=f"{name}={options[name]!r}",
-                fix=f"use one of {', '.join(_OPTIONS)}",
+                fix=nearest(name, _OPTIONS),
             )
     if ctx.config.mixed_precision != "fp16":
         return ScalerState()

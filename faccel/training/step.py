@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from faccel.checks import shown
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
@@ -39,14 +40,21 @@ def _is_loss(loss: object) -> TypeGuard[torch.Tensor]:
 
 
 def _loss_error(loss: object) -> ModelError:
-    got = f"a {type(loss).__name__}"
-    if isinstance(loss, torch.Tensor):
-        got = f"a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+    if not isinstance(loss, torch.Tensor):
+        return ModelError(
+            "`loss` must be a scalar tensor that depends on parameters",
+            got=shown(loss),
+            fix="pass the tensor: `loss` instead of `loss.item()`",
+        )
+    if loss.numel() != 1:
+        fix = "reduce it, as in `loss.mean()`"
+    else:
+        fix = "compute it from parameters, and outside of `torch.no_grad()` or inside of "
+        fix += "`torch.enable_grad()`"
     return ModelError(
         "`loss` must be a scalar tensor that depends on parameters",
-        got=got,
-        fix="pass the tensor instead of its `.item()`, reduce it, as in `loss.mean()`, and compute "
-        "it with gradients enabled",
+        got=f"a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}",
+        fix=fix,
     )
 
 
@@ -83,13 +91,13 @@ def scaled_backward(
         >>> w.grad
         tensor(1.5000)
     """
+    if not _is_loss(loss):
+        raise _loss_error(loss)
+    check_scaler(scaler)
     if ctx.lifetime.has_uneven_iteration and not ctx.lifetime.has_join:
         raise uneven_tail_error(
             ", or train inside `with faccel.parallel.join(model, opt, ctx)`, without `windows`"
         )
-    if not _is_loss(loss):
-        raise _loss_error(loss)
-    check_scaler(scaler)
     factor = scaler.scale
     if isinstance(scale, torch.Tensor):
         loss = loss * scale.to(loss.dtype)
