@@ -1,4 +1,4 @@
-"""For tests of user code: a world of any size in one process, faults and assertions."""
+"""Tests of user code: simulated worlds in one process, faults and assertions."""
 
 from __future__ import annotations
 
@@ -25,4 +25,5 @@ _NAMES = {
     "faccel.testing.simulation": ("Results", "fake_context", "simulate"),
     "faccel.testing.world": ("Fault", "InjectedError", "TraceEvent"),
 }  # fmt: skip
-__getattr__, __dir__, __all__ = lazy(__name__, _NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
+# pyright: reportUnsupportedDunderAll=false
+__getattr__, __dir__, __all__ = lazy(__name__, _NAMES)

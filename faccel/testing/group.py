@@ -1,301 +1,326 @@
-"""The simulated world's communicator: a c10d process group whose ranks are threads that take turns."""
+"""The process group of a simulated world: collectives between ranks that are threads.
+
+The last rank that calls a collective computes it for all ranks. The other ranks wait in the
+scheduler until it is done.
+"""
 
 # pyright: reportIncompatibleMethodOverride=false, reportCallIssue=false
-# c10d's stubs list overloads under other names; these are the methods that it calls.
+# The stubs of c10d list overloads under other names; these are the methods that c10d calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from datetime import timedelta
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import attrs
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
-from torch._C._distributed_c10d import Work  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
-from torch.futures import Future
 
 from faccel.call_site import call_site
 from faccel.comm.pack import describe
 from faccel.errors import DesyncError, WorldError
-from faccel.testing.world import InjectedError, Slot, TraceEvent, World
+from faccel.testing.work import SimulatedWork, join_works
+from faccel.testing.world import Channel, InjectedError, OpenCollective, TraceEvent, World
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import (
+        AllgatherOptions,
+        AllreduceOptions,
+        AllToAllOptions,
+        BarrierOptions,
+        BroadcastOptions,
+        GatherOptions,
+        ReduceOptions,
+        ReduceScatterOptions,
+        ScatterOptions,
+    )
 
 BACKEND = "faccel_simulated"
+T = TypeVar("T")
+_Tensors = list[torch.Tensor]
+_Rows = list[list[torch.Tensor]]
+_ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 
 
-class _Work(Work):
-    """A handle that lets other ranks run until the result is there."""
+class _GroupOptions(Protocol):
+    """The fields of c10d's `_DistributedBackendOptions` that are read here."""
 
-    def __init__(self, wait: Callable[[], None], outputs: Any) -> None:
-        super().__init__()
-        self._wait = wait
-        self._outputs = outputs
-
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        self._wait()
-        return True
-
-    def get_future(self) -> Future[Any]:
-        self._wait()
-        future: Future[Any] = Future()
-        future.set_result(self._outputs)
-        return future
-
-    def is_completed(self) -> bool:
-        self._wait()  # the others run until it is: nobody can poll here
-        return True
+    group_id: str
+    group_size: int
+    group_rank: int
+    global_ranks_in_group: list[int]
 
 
-def _mean(x: torch.Tensor) -> torch.Tensor:
-    return x.sum(0) / x.shape[0]
-
-
-_REDUCTIONS: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {
+# Each takes the inputs of all ranks, stacked in dimension 0. Sums keep the dtype of their input, as
+# those of c10d do.
+_REDUCTIONS: dict[object, Callable[[torch.Tensor], torch.Tensor]] = {
     dist.ReduceOp.SUM: lambda x: x.sum(0, dtype=x.dtype),
-    dist.ReduceOp.AVG: _mean,
+    dist.ReduceOp.AVG: lambda x: x.sum(0) / x.shape[0],
     dist.ReduceOp.PRODUCT: lambda x: x.prod(0, dtype=x.dtype),
     dist.ReduceOp.MIN: lambda x: x.amin(0),
     dist.ReduceOp.MAX: lambda x: x.amax(0),
 }
 
 
-def _reduce(tensors: Sequence[torch.Tensor], op: Any) -> torch.Tensor:
+def _reduce(tensors: Sequence[torch.Tensor], op: _ReduceOp) -> torch.Tensor:
+    # c10d passes either the enum or an object that wraps it
     reduction = _REDUCTIONS.get(getattr(op, "op", op))
     if reduction is None:
-        raise ValueError(f"the simulated world cannot reduce with {op}")
-    return reduction(torch.stack([t.detach() for t in tensors]))
+        raise ValueError(f"a simulated world does not support the reduction {op}")
+    return reduction(torch.stack([tensor.detach() for tensor in tensors]))
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    # Both may be parameters, on which in-place writes with autograd are errors.
+    target.detach().copy_(source.detach())
+
+
+def _op_name(op: _ReduceOp) -> str:
+    return str(getattr(op, "op", op)).rpartition(".")[2].lower()
 
 
 class SimulatedGroup(dist.ProcessGroup):
-    """The process group of some ranks of a simulated world.
+    """The process group of some ranks of a simulated world, as one of them uses it.
 
     Args:
         world: The simulation.
-        key: The same for all its ranks, another for any other group.
-        ranks: Its members, as ranks of the world.
-        rank: This rank's place among them.
+        key: Identity of the group, equal on all its ranks.
+        ranks: The ranks of the group, as ranks of the world.
+        rank: This rank, as a rank of the group.
     """
 
-    def __init__(self, world: World, key: Any, ranks: Sequence[int], rank: int) -> None:
+    def __init__(self, world: World, key: Hashable, ranks: Sequence[int], rank: int) -> None:
         super().__init__(rank, len(ranks))
-        self._world, self._key, self._ranks, self._here = world, key, tuple(ranks), rank
+        self._world = world
+        self._key = key
+        self._ranks = tuple(ranks)
+        self._group_rank = rank
         self._num_calls = 0
 
     def size(self) -> int:
         return len(self._ranks)
 
     def rank(self) -> int:
-        return self._here
+        return self._group_rank
 
-    def getBackendName(self) -> str:  # noqa: N802 (c10d's name)
+    def getBackendName(self) -> str:  # noqa: N802 (a name of c10d)
         return BACKEND
 
     @property
+    def endpoint(self) -> Endpoint:
+        """The simulation and this rank of its world."""
+        return Endpoint(self._world, self._world_rank)
+
+    @property
     def group_name(self) -> str:
-        """Its name in torch's registry; C++ gives it to groups with a C++ backend only."""
+        """Its name in PyTorch's registry, which C++ sets only for groups with a C++ backend."""
         return c10d._world.pg_names[self]  # pyright: ignore[reportPrivateUsage]
 
     @property
     def axis(self) -> str:
-        """Its name in the trace: that of the axis, or torch's description."""
-        return "world" if self.group_desc == "default_pg" else self.group_desc.removeprefix("mesh_")
+        """Its name in the trace: the mesh axis, or PyTorch's description of the group."""
+        if self.group_desc == "default_pg":
+            return "world"
+        return self.group_desc.removeprefix("mesh_")
+
+    @property
+    def _world_rank(self) -> int:
+        return self._ranks[self._group_rank]
 
     def _record(self, op: str, tensors: Sequence[torch.Tensor]) -> str:
-        if self._world.baton.finished.is_set():
+        """Add a call to the trace and inject its fault; return the call site."""
+        if self._world.scheduler.is_finished:
             raise WorldError(
-                "the simulated world of this context has ended",
+                "the simulation of this context has ended",
                 got=f"{op} after `simulate` returned",
-                fix="communicate inside of the function that `simulate` runs",
+                fix="call it inside the function that `simulate` runs",
             )
         site = call_site()
-        self._world.trace.append(
-            TraceEvent(
-                self._ranks[self._here],
-                op,
-                self.axis,
-                sum(t.numel() * t.element_size() for t in tensors),
-                site,
-            )
-        )
-        self._go_wrong(op, tensors, site)
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        event = TraceEvent(self._world_rank, op, self.axis, num_bytes, site)
+        self._world.trace.append(event)
+        self._inject_fault(op, tensors, site)
         return site
 
-    def _go_wrong(self, op: str, tensors: Sequence[torch.Tensor], site: str) -> None:
-        """Let the fault of this call happen, if there is one."""
-        me = self._ranks[self._here]
-        number = self._world.num_calls.get(me, 0)
-        self._world.num_calls[me] = number + 1
-        fault = self._world.faults.get((me, number))
+    def _inject_fault(self, op: str, tensors: Sequence[torch.Tensor], site: str) -> None:
+        rank = self._world_rank
+        index = self._world.num_calls.get(rank, 0)
+        self._world.num_calls[rank] = index + 1
+        fault = self._world.faults.get((rank, index))
         if fault is None:
             return
         if fault.kind == "raise":
-            raise InjectedError(f"rank {me}, collective {number}: {op} at {site}")
+            raise InjectedError(f"rank {rank}, collective {index}: {op} at {site}")
         if fault.kind == "stall":
-            self._world.baton.wait(me, lambda: False, f"stalled before {op} at {site}")
+            # Raises as soon as no other rank can run.
+            self._world.scheduler.wait(rank, lambda: False, f"stalled before {op} at {site}")
         for tensor in tensors[:1]:
-            first = tensor.detach().reshape(-1)[:1]
-            first.copy_(
-                torch.full_like(first, float("nan")) if first.is_floating_point() else ~first
-            )
+            _corrupt(tensor)
 
-    def _meet(
+    def _collective(
         self,
         op: str,
         detail: str,
-        inputs: Sequence[torch.Tensor],
-        part: Any,
-        finish: Callable[[list[Any]], None],
-        outputs: Any = None,
-    ) -> _Work:
-        """Bring `part` to this group's next collective; the last rank to come runs `finish(parts)`."""
-        world, me = self._world, self._ranks[self._here]
-        site = self._record(op, inputs)
-        what = f"{op}({detail})" if detail else op
-        call = (self._key, self._num_calls)
+        tensors: Sequence[torch.Tensor],
+        value: T,
+        compute: Callable[[list[T]], None],
+        outputs: object = None,
+    ) -> SimulatedWork:
+        """Join this group's next collective.
+
+        Args:
+            op: Name of the operation, for the trace.
+            detail: What must agree between ranks besides the operation, as text.
+            tensors: The inputs of this rank.
+            value: What `compute` needs from this rank, usually outputs and inputs.
+            compute: Called once, by the last rank, with the values in the order of group ranks.
+            outputs: The value of the future.
+
+        Raises:
+            DesyncError: Ranks call different operations, or with different details.
+        """
+        world, rank = self._world, self._world_rank
+        site = self._record(op, tensors)
+        signature = op
+        if detail:
+            signature = f"{op}({detail})"
+        key = (self._key, self._num_calls)
         self._num_calls += 1
-        slot = world.slots.setdefault(call, Slot(what, site, me))
-        if slot.what != what:
-            world.baton.ranks[me].doing = f"{what} at {site}"
-            raise world.baton.fail(
-                DesyncError(
-                    "ranks disagree about the next collective",
-                    got=world.baton.report(),
-                    fix="call the same collective with the same shapes and dtypes on every rank",
-                )
+        opened = OpenCollective[object](signature, site, rank)
+        collective = cast("OpenCollective[T]", world.collectives.setdefault(key, opened))
+        if collective.signature != signature:
+            raise world.scheduler.fail_at(
+                rank,
+                f"{signature} at {site}",
+                problem="ranks disagree about the next collective",
+                fix="call the same collective with the same shapes and dtypes on every rank",
             )
-        slot.parts[self._here] = part
-        if len(slot.parts) == len(self._ranks):
-            del world.slots[call]
+        collective.inputs[self._group_rank] = value
+        if len(collective.inputs) == self.size():
+            del world.collectives[key]
             with torch.no_grad():
-                finish([slot.parts[r] for r in range(len(self._ranks))])
-            slot.is_done = True
-        return _Work(
-            lambda: world.baton.wait(me, lambda: slot.is_done, f"{what} at {site}"), outputs
-        )
+                compute([collective.inputs[r] for r in range(self.size())])
+            collective.is_done = True
 
-    def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> _Work:
-        op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
+        def wait() -> None:
+            world.scheduler.wait(rank, lambda: collective.is_done, f"{signature} at {site}")
 
-        def finish(parts: list[list[torch.Tensor]]) -> None:
-            for same in zip(*parts, strict=True):
-                result = _reduce(same, op)
-                for tensor in same:
-                    tensor.detach().copy_(result)
+        return SimulatedWork(wait, outputs)
 
-        return self._meet(
-            "all_reduce", f"{_name(op)}, {describe(tensors)}", tensors, tensors, finish, tensors
-        )
+    def allreduce(self, tensors: _Tensors, opts: AllreduceOptions | None = None) -> SimulatedWork:
+        op: _ReduceOp = dist.ReduceOp.SUM
+        if opts is not None:
+            op = opts.reduceOp
 
-    def allreduce_coalesced(self, tensors: list[torch.Tensor], opts: Any = None) -> _Work:
+        def compute(inputs: list[_Tensors]) -> None:
+            for tensors_of_ranks in zip(*inputs, strict=True):
+                result = _reduce(tensors_of_ranks, op)
+                for tensor in tensors_of_ranks:
+                    _copy(tensor, result)
+
+        detail = f"{_op_name(op)}, {describe(tensors)}"
+        return self._collective("all_reduce", detail, tensors, tensors, compute, tensors)
+
+    def allreduce_coalesced(
+        self, tensors: _Tensors, opts: AllreduceOptions | None = None
+    ) -> SimulatedWork:
         return self.allreduce(tensors, opts)
 
-    def reduce(self, tensors: list[torch.Tensor], opts: Any) -> _Work:
-        def finish(parts: list[list[torch.Tensor]]) -> None:
-            result = _reduce([part[0] for part in parts], opts.reduceOp)
-            parts[opts.rootRank][0].detach().copy_(result)
+    def reduce(self, tensors: _Tensors, opts: ReduceOptions) -> SimulatedWork:
+        def compute(inputs: list[_Tensors]) -> None:
+            result = _reduce([tensors[0] for tensors in inputs], opts.reduceOp)
+            _copy(inputs[opts.rootRank][0], result)
 
-        detail = f"{_name(opts.reduceOp)}, to {opts.rootRank}, {describe(tensors)}"
-        return self._meet("reduce", detail, tensors, tensors, finish, tensors)
+        detail = f"{_op_name(opts.reduceOp)}, to {opts.rootRank}, {describe(tensors)}"
+        return self._collective("reduce", detail, tensors, tensors, compute, tensors)
 
-    def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> _Work:
-        def finish(parts: list[list[torch.Tensor]]) -> None:
-            for part in parts:
-                for tensor, source in zip(part, parts[opts.rootRank], strict=True):
-                    if tensor is not source:
-                        tensor.detach().copy_(source.detach())
+    def broadcast(self, tensors: _Tensors, opts: BroadcastOptions) -> SimulatedWork:
+        def compute(inputs: list[_Tensors]) -> None:
+            sources = inputs[opts.rootRank]
+            for targets in inputs:
+                for target, source in zip(targets, sources, strict=True):
+                    if target is not source:
+                        _copy(target, source)
 
         detail = f"from {opts.rootRank}, {describe(tensors)}"
-        return self._meet("broadcast", detail, tensors, tensors, finish, tensors)
+        return self._collective("broadcast", detail, tensors, tensors, compute, tensors)
 
     def allgather(
-        self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None
-    ) -> _Work:
-        def finish(parts: list[tuple[list[list[torch.Tensor]], list[torch.Tensor]]]) -> None:
-            for out, _ in parts:
-                for i, row in enumerate(out):
-                    for target, (_, source) in zip(row, parts, strict=True):
-                        target.detach().copy_(source[i].detach())
+        self, outputs: _Rows, inputs: _Tensors, opts: AllgatherOptions | None = None
+    ) -> SimulatedWork:
+        def compute(values: list[tuple[_Rows, _Tensors]]) -> None:
+            for targets_of_rank, _ in values:
+                for i, targets in enumerate(targets_of_rank):
+                    for target, (_, sources) in zip(targets, values, strict=True):
+                        _copy(target, sources[i])
 
-        return self._meet(
-            "all_gather", describe(inputs), inputs, (outputs, inputs), finish, outputs
-        )
+        value = (outputs, inputs)
+        return self._collective("all_gather", describe(inputs), inputs, value, compute, outputs)
 
     def all_gather_single(
-        self, output: torch.Tensor, input: torch.Tensor, opts: Any = None
-    ) -> _Work:
-        def finish(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-            joined = torch.cat([source.detach().reshape(-1) for _, source in parts])
-            for out, _ in parts:
-                out.detach().copy_(joined.view(out.shape))
+        self, output: torch.Tensor, input: torch.Tensor, opts: AllgatherOptions | None = None
+    ) -> SimulatedWork:
+        def compute(values: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+            joined = torch.cat([source.detach().reshape(-1) for _, source in values])
+            for target, _ in values:
+                _copy(target, joined.view(target.shape))
 
-        return self._meet("all_gather", describe([input]), [input], (output, input), finish, output)
+        value = (output, input)
+        return self._collective("all_gather", describe([input]), [input], value, compute, output)
 
     def all_gather_single_coalesced(
-        self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
-    ) -> _Work:
-        return _all(
-            [self.all_gather_single(o, i, opts) for o, i in zip(outputs, inputs, strict=True)],
-            outputs,
-        )
+        self, outputs: _Tensors, inputs: _Tensors, opts: AllgatherOptions | None = None
+    ) -> SimulatedWork:
+        pairs = zip(outputs, inputs, strict=True)
+        works = [self.all_gather_single(output, input, opts) for output, input in pairs]
+        return join_works(works, outputs)
 
-    def gather(
-        self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any
-    ) -> _Work:
-        def finish(parts: list[tuple[list[list[torch.Tensor]], list[torch.Tensor]]]) -> None:
-            for target, (_, source) in zip(parts[opts.rootRank][0][0], parts, strict=True):
-                target.detach().copy_(source[0].detach())
+    def gather(self, outputs: _Rows, inputs: _Tensors, opts: GatherOptions) -> SimulatedWork:
+        def compute(values: list[tuple[_Rows, _Tensors]]) -> None:
+            targets = values[opts.rootRank][0][0]
+            for target, (_, sources) in zip(targets, values, strict=True):
+                _copy(target, sources[0])
 
-        return self._meet(
-            "gather",
-            f"to {opts.rootRank}, {describe(inputs)}",
-            inputs,
-            (outputs, inputs),
-            finish,
-            outputs,
-        )
+        detail = f"to {opts.rootRank}, {describe(inputs)}"
+        return self._collective("gather", detail, inputs, (outputs, inputs), compute, outputs)
 
-    def scatter(
-        self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any
-    ) -> _Work:
-        def finish(parts: list[tuple[list[torch.Tensor], list[list[torch.Tensor]]]]) -> None:
-            for (out, _), source in zip(parts, parts[opts.rootRank][1][0], strict=True):
-                out[0].detach().copy_(source.detach())
+    def scatter(self, outputs: _Tensors, inputs: _Rows, opts: ScatterOptions) -> SimulatedWork:
+        def compute(values: list[tuple[_Tensors, _Rows]]) -> None:
+            sources = values[opts.rootRank][1][0]
+            for (targets, _), source in zip(values, sources, strict=True):
+                _copy(targets[0], source)
 
-        sent = inputs[0] if inputs else []
-        return self._meet(
-            "scatter",
-            f"from {opts.rootRank}, {describe(outputs)}",
-            sent,
-            (outputs, inputs),
-            finish,
-            outputs,
-        )
+        sent: _Tensors = []
+        if inputs:  # only on the root
+            sent = inputs[0]
+        detail = f"from {opts.rootRank}, {describe(outputs)}"
+        return self._collective("scatter", detail, sent, (outputs, inputs), compute, outputs)
 
     def reduce_scatter(
-        self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any
-    ) -> _Work:
-        def finish(parts: list[tuple[list[torch.Tensor], list[list[torch.Tensor]]]]) -> None:
-            for here, (out, _) in enumerate(parts):
-                out[0].detach().copy_(
-                    _reduce([source[0][here] for _, source in parts], opts.reduceOp)
-                )
+        self, outputs: _Tensors, inputs: _Rows, opts: ReduceScatterOptions
+    ) -> SimulatedWork:
+        def compute(values: list[tuple[_Tensors, _Rows]]) -> None:
+            for rank, (targets, _) in enumerate(values):
+                rows = [rows_of_rank[0][rank] for _, rows_of_rank in values]
+                _copy(targets[0], _reduce(rows, opts.reduceOp))
 
-        detail = f"{_name(opts.reduceOp)}, {describe(inputs[0])}"
-        return self._meet("reduce_scatter", detail, inputs[0], (outputs, inputs), finish, outputs)
+        detail = f"{_op_name(opts.reduceOp)}, {describe(inputs[0])}"
+        value = (outputs, inputs)
+        return self._collective("reduce_scatter", detail, inputs[0], value, compute, outputs)
 
-    def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any) -> _Work:
-        return self.reduce_scatter(
-            [output], [list(input.reshape(self.size(), *output.shape))], opts
-        )
+    def reduce_scatter_single(
+        self, output: torch.Tensor, input: torch.Tensor, opts: ReduceScatterOptions
+    ) -> SimulatedWork:
+        rows = list(input.reshape(self.size(), *output.shape))
+        return self.reduce_scatter([output], [rows], opts)
 
     def reduce_scatter_single_coalesced(
-        self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any
-    ) -> _Work:
-        return _all(
-            [self.reduce_scatter_single(o, i, opts) for o, i in zip(outputs, inputs, strict=True)],
-            outputs,
-        )
+        self, outputs: _Tensors, inputs: _Tensors, opts: ReduceScatterOptions
+    ) -> SimulatedWork:
+        pairs = zip(outputs, inputs, strict=True)
+        works = [self.reduce_scatter_single(output, input, opts) for output, input in pairs]
+        return join_works(works, outputs)
 
     def all_to_all_single(
         self,
@@ -303,93 +328,100 @@ class SimulatedGroup(dist.ProcessGroup):
         input: torch.Tensor,
         output_sizes: list[int] | None,
         input_sizes: list[int] | None,
-        opts: Any = None,
-    ) -> _Work:
-        def rows(tensor: torch.Tensor, sizes: list[int] | None) -> list[torch.Tensor]:
-            return list(
-                tensor.detach().split(sizes) if sizes else tensor.detach().chunk(self.size())
-            )
+        opts: AllToAllOptions | None = None,
+    ) -> SimulatedWork:
+        outputs = self._split(output, output_sizes)
+        return self._exchange(outputs, self._split(input, input_sizes), output)
 
-        return self._exchange(rows(output, output_sizes), rows(input, input_sizes), output)
+    def _split(self, tensor: torch.Tensor, sizes: list[int] | None) -> _Tensors:
+        """Return views of a tensor's rows for each rank; equally many without `sizes`."""
+        if sizes:
+            return list(tensor.detach().split(sizes))
+        return list(tensor.detach().chunk(self.size()))
 
     def alltoall(
-        self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
-    ) -> _Work:
+        self, outputs: _Tensors, inputs: _Tensors, opts: AllToAllOptions | None = None
+    ) -> SimulatedWork:
         return self._exchange(outputs, inputs, outputs)
 
-    def _exchange(
-        self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], result: Any
-    ) -> _Work:
-        def finish(parts: list[tuple[list[torch.Tensor], list[torch.Tensor]]]) -> None:
-            for here, (out, _) in enumerate(parts):
-                for target, (_, sent) in zip(out, parts, strict=True):
-                    target.detach().copy_(sent[here].detach())
+    def _exchange(self, outputs: _Tensors, inputs: _Tensors, result: object) -> SimulatedWork:
+        def compute(values: list[tuple[_Tensors, _Tensors]]) -> None:
+            for rank, (targets, _) in enumerate(values):
+                for target, (_, sources) in zip(targets, values, strict=True):
+                    _copy(target, sources[rank])
 
-        dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in inputs}))
-        return self._meet("all_to_all", dtypes, inputs, (outputs, inputs), finish, result)
+        # Shapes may differ between ranks here; dtypes may not.
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in inputs}
+        detail = ", ".join(sorted(dtypes))
+        return self._collective("all_to_all", detail, inputs, (outputs, inputs), compute, result)
 
-    def barrier(self, opts: Any = None) -> _Work:
-        return self._meet("barrier", "", [], None, lambda parts: None)
+    def barrier(self, opts: BarrierOptions | None = None) -> SimulatedWork:
+        return self._collective("barrier", "", [], None, lambda values: None)
 
-    def send(self, tensors: list[torch.Tensor], dst: int, tag: int = 0) -> _Work:
+    def send(self, tensors: _Tensors, dst: int, tag: int = 0) -> SimulatedWork:
         self._record("send", tensors)
-        box = (self._key, self._here, dst, tag)
-        self._world.mail.setdefault(box, []).append(tensors[0].detach().clone())
-        return _Work(lambda: None, tensors)
+        channel = Channel(self._key, self._group_rank, dst, tag)
+        # A copy: the sender may change its tensor before the receiver reads it.
+        self._world.messages.setdefault(channel, []).append(tensors[0].detach().clone())
+        return SimulatedWork(lambda: None, tensors)
 
-    def recv(self, tensors: list[torch.Tensor], src: int, tag: int = 0) -> _Work:
-        world, me = self._world, self._ranks[self._here]
+    def recv(self, tensors: _Tensors, src: int, tag: int = 0) -> SimulatedWork:
+        scheduler, rank = self._world.scheduler, self._world_rank
         site = self._record("recv", [])
-        mail = world.mail.setdefault((self._key, src, self._here, tag), [])
-        done: list[bool] = []
+        channel = Channel(self._key, src, self._group_rank, tag)
+        messages = self._world.messages.setdefault(channel, [])
+        source = self._ranks[src]
+        is_received = False
 
         def wait() -> None:
-            if not done:
-                world.baton.wait(me, lambda: bool(mail), f"recv from {self._ranks[src]} at {site}")
-                done.append(True)
-                got = mail.pop(0)
-                if describe([got]) != describe(tensors):
-                    raise world.baton.fail(
-                        DesyncError(
-                            "a message does not fit the tensor that receives it",
-                            got=f"{describe([got])} from rank {self._ranks[src]}, {describe(tensors)} at {site}",
-                            fix="send and receive the same shape and dtype",
-                        )
+            nonlocal is_received
+            if is_received:  # `wait` may be called again
+                return
+            scheduler.wait(rank, lambda: bool(messages), f"recv from {source} at {site}")
+            is_received = True
+            message = messages.pop(0)
+            if describe([message]) != describe(tensors):
+                raise scheduler.fail(
+                    DesyncError(
+                        "the shape or dtype of a message differs from the receiver's tensor",
+                        got=f"{describe([message])} from rank {source}, "
+                        f"{describe(tensors)} on rank {rank} at {site}",
+                        fix="send and receive the same shape and dtype",
                     )
-                tensors[0].detach().copy_(got)
+                )
+            _copy(tensors[0], message)
 
-        return _Work(wait, tensors)
-
-
-def _name(op: Any) -> str:
-    return str(getattr(op, "op", op)).rpartition(".")[2].lower()
+        return SimulatedWork(wait, tensors)
 
 
-def _all(works: list[_Work], outputs: Any) -> _Work:
-    def wait() -> None:
-        for work in works:
-            work.wait()
-
-    return _Work(wait, outputs)
+def _corrupt(tensor: torch.Tensor) -> None:
+    """Set the first element to NaN; flip all its bits if it is an integer."""
+    first = tensor.detach().reshape(-1)[:1]
+    if first.is_floating_point():
+        first.fill_(float("nan"))
+    else:
+        first.copy_(~first)
 
 
 @attrs.frozen(eq=False)
 class Endpoint:
-    """What torch's group factory needs to know; travels as the `pg_options` of `init_process_group`."""
+    """A rank of a simulation; the `pg_options` of `init_process_group`."""
 
     world: World
     rank: int
 
 
-def _create(options: Any, endpoint: Endpoint | None) -> SimulatedGroup:
-    """Make a group for torch: `init_process_group`, `new_group` and `init_device_mesh` come here."""
-    if endpoint is None:  # a sub-group: the rank's default group knows the world
+def _create(options: _GroupOptions, endpoint: Endpoint | None) -> SimulatedGroup:
+    """Create a group for `init_process_group`, `new_group` or `init_device_mesh`."""
+    if endpoint is None:
+        # `new_group` passes no options: take the simulation of the default group.
         default = dist.group.WORLD
         assert isinstance(default, SimulatedGroup)
-        endpoint = Endpoint(default._world, default._ranks[default._here])  # pyright: ignore[reportPrivateUsage]
+        endpoint = default.endpoint
     ranks = tuple(options.global_ranks_in_group) or tuple(range(options.group_size))
-    return SimulatedGroup(endpoint.world, (options.group_id, ranks), ranks, options.group_rank)
+    key = (options.group_id, ranks)
+    return SimulatedGroup(endpoint.world, key, ranks, options.group_rank)
 
 
-if not hasattr(dist.Backend, BACKEND.upper()):
+if not hasattr(dist.Backend, BACKEND.upper()):  # this module may be reloaded
     dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu"])

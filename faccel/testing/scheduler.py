@@ -1,220 +1,282 @@
-"""Ranks as threads of which exactly one runs: a rank that waits hands the baton on.
+"""Runs the ranks of a simulation as threads, of which exactly one runs at a time.
 
-At each hand-over the process-wide generators of torch, numpy and python and torch's table of process groups are
-swapped, so that each rank has its own, as a process would. "Somebody waits and nobody can run" is the whole detector
-of hangs.
+A rank runs until it waits for another one; then the scheduler switches to the next rank that can
+run. At each switch it exchanges the process-wide generators of torch, numpy and Python, and c10d's
+table of process groups, so that each rank has its own, as separate processes have.
+
+A hang is detected without a timeout: some ranks wait, and no rank can run.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
+import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from faccel.call_site import describe_ranks
 from faccel.errors import DesyncError, RankFailedError
 from faccel.random.generators import Generators
 
+T = TypeVar("T")
+
 
 class _GroupTable:
-    """The fields of c10d's process-wide table of groups, one table per rank."""
+    """The fields of `c10d._World`, the process-wide table of groups. Each rank has its own."""
 
     def __init__(self) -> None:
-        self.default_pg: Any = None
-        self.pg_map: dict[Any, Any] = {}
-        self.pg_names: dict[Any, Any] = {}
-        self.pg_group_ranks: dict[Any, Any] = {}
-        self.pg_backend_config: dict[Any, Any] = {}
+        self.default_pg: dist.ProcessGroup | None = None
+        self.pg_map: dict[dist.ProcessGroup, tuple[str, dist.Store]] = {}
+        self.pg_names: dict[dist.ProcessGroup, str] = {}
+        self.pg_group_ranks: dict[dist.ProcessGroup, dict[int, int]] = {}
+        self.pg_backend_config: dict[dist.ProcessGroup, str] = {}
         self.group_count = 0
-        self.tags_to_pg: dict[str, list[Any]] = {}
-        self.pg_to_tag: dict[Any, str] = {}
-        self.pg_coalesce_state: dict[Any, list[Any]] = {}
-        self.comms: list[Any] = []
+        self.tags_to_pg: dict[str, list[dist.ProcessGroup]] = {}
+        self.pg_to_tag: dict[dist.ProcessGroup, str] = {}
+        self.pg_coalesce_state: dict[dist.ProcessGroup, list[object]] = {}
+        self.comms: list[object] = []
 
 
 class _Globals:
-    """What a process has one of."""
+    """The process-wide state that a rank must have for itself."""
 
-    def __init__(self, generators: Generators, groups: Any) -> None:
-        self.generators = generators
-        self.groups = groups
+    def __init__(self, generators: Generators, groups: object) -> None:
+        self._generators = generators
+        self._groups = groups
 
     @classmethod
     def current(cls) -> _Globals:
         return cls(Generators.current(), c10d._world)  # pyright: ignore[reportPrivateUsage]
 
     def restore(self) -> None:
-        self.generators.restore()
-        c10d._world = self.groups  # pyright: ignore[reportPrivateUsage]
+        self._generators.restore()
+        c10d._world = self._groups  # pyright: ignore[reportPrivateUsage]
 
 
 class _Rank:
+    """The thread of one rank."""
+
     def __init__(self, globals_: _Globals) -> None:
         self.globals = globals_
-        self.turn = threading.Semaphore(0)
-        self.ready: Callable[[], bool] | None = None  # None: can run
-        self.doing = "starting"
+        self.turn = threading.Semaphore(0)  # released when the rank may run
+        self.is_ready: Callable[[], bool] | None = None  # None: the rank can run
+        self.action = "starting"  # for messages
         self.is_done = False
         self.result: Any = None
-        self.error: BaseException | None = None
 
 
-class _Isolation:
-    """torch's registry of group names, one per thread while a simulation runs; simulations nest."""
+class _GroupNameIsolation:
+    """Makes PyTorch's registry of group names thread-local while a simulation runs.
+
+    It counts, because simulations may be nested.
+    """
 
     def __init__(self) -> None:
-        self.depth = 0
+        self._num_simulations = 0
 
-    def enter(self, change: int) -> None:
-        self.depth += change
-        sys.modules["torch._C._distributed_c10d"]._set_thread_isolation_mode(self.depth > 0)
-
-
-_isolation = _Isolation()
+    def add(self, change: int) -> None:
+        self._num_simulations += change
+        module = sys.modules["torch._C._distributed_c10d"]
+        module._set_thread_isolation_mode(self._num_simulations > 0)
 
 
-class _GivenUp(BaseException):
-    """Ends the thread of a rank whose simulation nobody waits for any more."""
+_isolation = _GroupNameIsolation()
+
+
+class _AbandonedError(BaseException):
+    """Ends the thread of a rank after the simulation was interrupted or timed out."""
 
 
 class Scheduler:
     """Runs one function per rank, one rank at a time, in a fixed order.
 
     Args:
-        seeds: A seed for the process-wide generators of each rank.
+        seeds: Seed of the process-wide generators, for each rank.
     """
 
     def __init__(self, seeds: list[int]) -> None:
-        self.ranks = [_Rank(_Globals(Generators.seeded(seed), _GroupTable())) for seed in seeds]
-        self.failure: DesyncError | None = None
-        self.errors: list[BaseException] = []  # in the order in which they were raised
-        self.finished = threading.Event()
-        self.is_given_up = False
+        self._ranks = [_Rank(_Globals(Generators.seeded(seed), _GroupTable())) for seed in seeds]
+        self._failure: DesyncError | None = None
+        self._errors: list[BaseException] = []  # in the order in which they were raised
+        self._finished = threading.Event()
+        self._is_abandoned = False
+        self._num_switches = 0
 
-    def run(self, fn: Callable[[int], Any], timeout_s: float) -> tuple[Any, ...]:
-        """Run `fn(rank)` for every rank and return the results in order; raise what the first failing rank raised."""
-        before, hook = _Globals.current(), sys.excepthook
-        _isolation.enter(1)
+    @property
+    def is_finished(self) -> bool:
+        """Whether all ranks have returned or raised."""
+        return self._finished.is_set()
+
+    def run(self, fn: Callable[[int], T], timeout_s: float) -> tuple[T, ...]:
+        """Run `fn(rank)` for every rank, and return the results in rank order.
+
+        Args:
+            fn: The function of a rank.
+            timeout_s: Seconds without progress (a switch to another rank) before it gives up.
+
+        Raises:
+            TimeoutError: No progress was made; shows the line that runs.
+            BaseException: The exception of the rank that failed first.
+        """
+        previous_globals = _Globals.current()
+        previous_hook = sys.excepthook  # `init_process_group` of a rank replaces it
+        _isolation.add(1)
         threads = [
-            threading.Thread(target=self._body, args=(r, fn), daemon=True)
-            for r in range(len(self.ranks))
+            threading.Thread(target=self._run_rank, args=(rank, fn), daemon=True)
+            for rank in range(len(self._ranks))
         ]
         try:
             for thread in threads:
                 thread.start()
-            self.ranks[0].turn.release()
-            if not self.finished.wait(timeout_s):
-                raise TimeoutError(
-                    f"the simulated world has not finished in {timeout_s} s:\n{self._where(threads)}"
-                )
+            self._ranks[0].turn.release()
+            self._wait_until_finished(threads, timeout_s)
             for thread in threads:
                 thread.join()
-        except BaseException:  # a timeout, Ctrl-C
-            self.is_given_up = True  # whoever still runs hands the baton to nobody
+        except BaseException:  # a timeout or Ctrl-C
+            # A rank that still runs ends at its next wait, and no other rank runs again.
+            self._is_abandoned = True
             raise
         finally:
-            _isolation.enter(-1)
-            before.restore()
-            sys.excepthook = hook
-        if self.errors:
-            causes = [
-                error
-                for error in self.errors
-                if not isinstance(error, (DesyncError, RankFailedError))
-            ]
-            raise (causes or self.errors)[0]
-        return tuple(rank.result for rank in self.ranks)
+            _isolation.add(-1)
+            previous_globals.restore()
+            sys.excepthook = previous_hook
+        if self._errors:
+            raise self._first_cause()
+        return tuple(rank.result for rank in self._ranks)
 
-    def _where(self, threads: list[threading.Thread]) -> str:
-        import traceback
+    def _wait_until_finished(self, threads: list[threading.Thread], timeout_s: float) -> None:
+        if timeout_s == math.inf:
+            self._finished.wait()
+            return
+        num_switches = -1
+        # A slow node makes slow progress: only an interval without any ends the simulation.
+        while not self._finished.wait(timeout_s):
+            if self._num_switches == num_switches:
+                raise TimeoutError(
+                    f"the simulation made no progress for {timeout_s:g} s:\n"
+                    f"{self._running_stack(threads)}"
+                )
+            num_switches = self._num_switches
 
+    def _running_stack(self, threads: list[threading.Thread]) -> str:
+        """Return the innermost lines of the rank that runs."""
         frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]
-        running = [
-            r for r, rank in enumerate(self.ranks) if not rank.is_done and rank.ready is None
-        ]
-        stacks = [
-            traceback.format_stack(frames[i])[-3:]
-            for r in running
-            if (i := threads[r].ident) in frames
-        ]
-        return "\n".join("".join(stack) for stack in stacks[:1]) or self.report()
+        for rank, thread in zip(self._ranks, threads, strict=True):
+            is_running = not rank.is_done and rank.is_ready is None
+            if is_running and thread.ident in frames:
+                return "".join(traceback.format_stack(frames[thread.ident])[-3:])
+        return self.report()
 
-    def _body(self, number: int, fn: Callable[[int], Any]) -> None:
-        rank = self.ranks[number]
+    def _first_cause(self) -> BaseException:
+        """Return the first exception that does not follow from the failure of another rank."""
+        for error in self._errors:
+            if not isinstance(error, (DesyncError, RankFailedError)):
+                return error
+        return self._errors[0]
+
+    def _run_rank(self, number: int, fn: Callable[[int], object]) -> None:
+        """The body of a rank's thread."""
+        rank = self._ranks[number]
         rank.turn.acquire()
-        if self.is_given_up:
+        if self._is_abandoned:
             return
         rank.globals.restore()
         try:
+            # Backward must run in this thread: another one would not have the rank's globals.
             with torch.autograd.set_multithreading_enabled(False):
-                rank.doing = "running"
+                rank.action = "running"
                 rank.result = fn(number)
-            rank.doing = "returned"
-        except _GivenUp:
+            rank.action = "returned"
+        except _AbandonedError:
             return
         except BaseException as error:
-            rank.error = error
-            rank.doing = f"raised {type(error).__name__}"
-            self.errors.append(error)
+            rank.action = f"raised {type(error).__name__}"
+            if not isinstance(error, DesyncError):  # whose message names the ranks
+                error.add_note(f"raised on rank {number} of {len(self._ranks)} of a simulation")
+            self._errors.append(error)
         rank.is_done = True
-        self._pass_on(number)
+        self._switch(number)
 
-    def wait(self, number: int, ready: Callable[[], bool], doing: str) -> None:
-        """Hand the baton on until `ready()`.
+    def wait(self, number: int, is_ready: Callable[[], bool], action: str) -> None:
+        """Let other ranks run until `is_ready()` is true.
+
+        Args:
+            number: The rank that waits.
+            is_ready: Called whenever another rank waits or ends.
+            action: What the rank does and where, for messages.
 
         Raises:
-            DesyncError: Nobody can run any more.
+            DesyncError: No rank can run any more.
         """
-        rank = self.ranks[number]
-        if self.failure is None and not ready():
-            rank.doing, rank.ready = doing, ready
+        rank = self._ranks[number]
+        if self._failure is None and not is_ready():
+            rank.action = action
+            rank.is_ready = is_ready
             rank.globals = _Globals.current()
-            if self._pass_on(number) is not rank:
+            if self._switch(number) is not rank:
                 rank.turn.acquire()
-                if self.is_given_up:
-                    raise _GivenUp
+                if self._is_abandoned:
+                    raise _AbandonedError
                 rank.globals.restore()
-            rank.ready = None
-        if self.failure is not None:
-            raise self.fail(self.failure)
-        rank.doing = "running"
+            rank.is_ready = None
+        if self._failure is not None:
+            raise self.fail(self._failure)
+        rank.action = "running"
+
+    def fail_at(self, number: int, action: str, problem: str, fix: str) -> DesyncError:
+        """Make every rank fail, because this rank's `action` contradicts those of the others."""
+        self._ranks[number].action = action
+        return self.fail(DesyncError(problem, got=self.report(), fix=fix))
 
     def fail(self, error: DesyncError) -> DesyncError:
-        """Make every rank fail with `error` at its next wait; return one of its own for the rank that asks."""
-        self.failure = self.failure or error
-        return DesyncError(self.failure.problem, got=self.failure.got, fix=self.failure.fix)
+        """Make every rank fail with `error` at its next wait; return a copy to raise in this one.
 
-    def _pass_on(self, number: int) -> _Rank | None:
-        if self.is_given_up:
+        Ranks need copies, because `raise` adds a traceback to its exception.
+        """
+        if self._failure is None:
+            self._failure = error
+        failure = self._failure
+        return DesyncError(failure.problem, got=failure.got, fix=failure.fix)
+
+    def _switch(self, number: int) -> _Rank | None:
+        """Let the next rank run; return it, or None if none is left."""
+        self._num_switches += 1
+        if self._is_abandoned:
             return None
-        chosen = self._next(number)
-        if chosen is None and not all(rank.is_done for rank in self.ranks):
-            self.fail(DesyncError(
-                "ranks disagree about the next collective",
-                got=self.report(),
-                fix="call it on every rank; look for an `if ctx.is_main`, an early return or a loop of another length",
-            ))  # fmt: skip
-            chosen = self._next(number)
-        if chosen is None:
-            self.finished.set()
-        elif chosen is not self.ranks[number]:
-            chosen.turn.release()
-        return chosen
+        next_rank = self._next(number)
+        if next_rank is None and not all(rank.is_done for rank in self._ranks):
+            self.fail(
+                DesyncError(
+                    "ranks disagree about the next collective",
+                    got=self.report(),
+                    fix="call it on every rank; look for an `if ctx.is_main`, an early return or "
+                    "a loop of another length",
+                )
+            )
+            next_rank = self._next(number)
+        if next_rank is None:
+            self._finished.set()
+        elif next_rank is not self._ranks[number]:
+            next_rank.turn.release()
+        return next_rank
 
     def _next(self, number: int) -> _Rank | None:
-        count = len(self.ranks)
-        for i in range(1, count + 1):
-            rank = self.ranks[(number + i) % count]
-            if not rank.is_done and (
-                self.failure is not None or rank.ready is None or rank.ready()
-            ):
+        """Return the next rank after `number`, in round-robin order, that can run."""
+        count = len(self._ranks)
+        for offset in range(1, count + 1):
+            rank = self._ranks[(number + offset) % count]
+            if rank.is_done:
+                continue
+            if self._failure is not None or rank.is_ready is None or rank.is_ready():
                 return rank
         return None
 
     def report(self) -> str:
-        """Say what each rank is doing, ranks that do the same in one clause."""
-        return describe_ranks({number: rank.doing for number, rank in enumerate(self.ranks)})
+        """Return the current action of each rank, equal ones in one clause."""
+        return describe_ranks({number: rank.action for number, rank in enumerate(self._ranks)})

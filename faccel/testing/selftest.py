@@ -1,4 +1,4 @@
-"""What `faccel test` runs on every rank: does this machine, with these options, compute what it should?"""
+"""The checks of `faccel test`, which run on every rank: do these processes compute correctly?"""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import attrs
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,144 +26,214 @@ from faccel.errors import FaccelError
 from faccel.random.seeding import generator
 from faccel.runtime.initialize import init
 from faccel.testing.simulation import fake_context
-from faccel.tracking.console import print as print_once
+from faccel.tracking.console import print as print_on_main
 from faccel.training.model import wrap, wrap_optimizer
 from faccel.training.precision import init_scaler
 from faccel.training.step import optimizer_step, scaled_backward
 
+# Divisible by most world sizes, so that each rank gets equally many samples of a global batch.
+_GLOBAL_BATCH = 48
+_NUM_SAMPLES = 1009  # a prime number: the last global batch is incomplete on every world size
+
 
 class CheckFailedError(AssertionError):
-    """A check did not find what it should."""
+    """A check computed a wrong result."""
 
 
-def _expect(fine: bool, what: str) -> None:  # noqa: FBT001
-    if not fine:
-        raise CheckFailedError(what)
+@attrs.frozen
+class CheckResult:
+    """The outcome of a check on one rank.
+
+    Args:
+        is_passed: Whether it passed on every rank.
+        message: What was checked, or what is wrong.
+        failed_rank: The first rank on which it failed; None if it passed.
+    """
+
+    is_passed: bool
+    message: str
+    failed_rank: int | None
 
 
-def _collectives(ctx: DistContext) -> str:
-    n, r = ctx.world_size, ctx.rank
-    x = {"a": torch.full((2,), float(r)), "b": torch.tensor([r])}
-    found = {  # all of them first: a rank that stopped at the first wrong one would leave the others waiting
-        "gather": gather(x, ctx, axis="world")["b"].tolist() == list(range(n)),
-        "reduce": reduce(x, ctx, axis="world")["a"].tolist() == [n * (n - 1) / 2] * 2,
-        "broadcast": broadcast(x, ctx, src=n - 1)["b"].item() == n - 1,
-        "all_to_all": all_to_all(10 * r + torch.arange(n), ctx).tolist()
-        == [10 * i + r for i in range(n)],
+def _check_collectives(ctx: DistContext) -> str:
+    size, rank = ctx.world_size, ctx.rank
+    x = {"a": torch.full((2,), float(rank)), "b": torch.tensor([rank])}
+    # All collectives before the first comparison: a rank that stopped would block the others.
+    gathered = gather(x, ctx, axis="world")["b"].tolist()
+    reduced = reduce(x, ctx, axis="world")["a"].tolist()
+    received = broadcast(x, ctx, src=size - 1)["b"].item()
+    exchanged = all_to_all(10 * rank + torch.arange(size), ctx).tolist()
+    is_correct = {
+        "gather": gathered == list(range(size)),
+        "reduce": reduced == [size * (size - 1) / 2] * 2,
+        "broadcast": received == size - 1,
+        "all_to_all": exchanged == [10 * source + rank for source in range(size)],
     }
-    wrong = [name for name, fine in found.items() if not fine]
-    _expect(not wrong, f"{', '.join(wrong)} of rank {r}")
-    return ", ".join(found)
+    wrong = [name for name in is_correct if not is_correct[name]]
+    if wrong:
+        raise CheckFailedError(f"wrong result of {', '.join(wrong)} on rank {rank}")
+    return ", ".join(is_correct)
 
 
-def _data_order(ctx: DistContext) -> str:
-    loader = shard(DataLoader(range(1009), 7, shuffle=True), ctx)  # type: ignore[arg-type]
-    seen = [gather(batch.data, ctx, num_valid=batch.num_valid) for batch in batches(loader.at(1))]
-    _expect(sorted(torch.cat(seen).tolist()) == list(range(1009)), "each sample once")
-    return "1009 samples, each once"
+def _check_data_order(ctx: DistContext) -> str:
+    loader = shard(DataLoader(range(_NUM_SAMPLES), 7, shuffle=True), ctx)  # type: ignore[arg-type]
+    samples: list[int] = []
+    for batch in batches(loader.at(1)):
+        samples += gather(batch.data, ctx, num_valid=batch.num_valid).tolist()
+    if sorted(samples) != list(range(_NUM_SAMPLES)):
+        raise CheckFailedError("a sample is missing or repeated")
+    return f"{_NUM_SAMPLES} samples, each once"
 
 
-def _train(ctx: DistContext) -> torch.Tensor:
-    rng = generator(0)
-    inputs = torch.randn(96, 8, generator=rng)
-    data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
-    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=rng) / 4)
-    wrapped = wrap(model, ctx)
-    opt = wrap_optimizer(torch.optim.SGD(wrapped.parameters(), lr=0.05), wrapped, ctx)
-    scaler = init_scaler(ctx)
-    loader = shard(DataLoader(data, 48 // ctx.data_world_size, shuffle=True), ctx, tail="drop")
-    for _, part in loader.epochs(5):
-        for x, y in part:
-            scaler = scaled_backward((wrapped(x) - y).square().mean(), scaler, ctx)
-            _, scaler = optimizer_step(opt, scaler, ctx)
-    return torch.cat([p.detach().flatten().float().cpu() for p in model.parameters()])
-
-
-def _training(ctx: DistContext) -> str:
-    if 48 % ctx.data_world_size:
-        return f"not compared: 48 samples cannot be shared by {ctx.data_world_size} ranks"
+def _check_training(ctx: DistContext) -> str:
+    if _GLOBAL_BATCH % ctx.data_world_size:
+        return f"skipped: {_GLOBAL_BATCH} is not divisible by {ctx.data_world_size} ranks"
     config = {name: getattr(ctx.config, name) for name in ("mixed_precision", "seed", "grad_accum")}
-    difference = (_train(ctx) - _train(fake_context(0, 1, config=config))).abs().max().item()
-    limit = 1e-4 if config["mixed_precision"] == "no" else 0.05
-    _expect(difference < limit, f"differs from one process by {difference:.1e}")
+    expected = _train(fake_context(0, 1, config=config))
+    difference = (_train(ctx) - expected).abs().max().item()
+    # In low precision the order of summation changes more digits.
+    tolerance = 0.05
+    if config["mixed_precision"] == "no":
+        tolerance = 1e-4
+    if not difference < tolerance:  # also a NaN
+        raise CheckFailedError(f"differs from one process by {difference:.1e}")
     return f"differs from one process by {difference:.0e}"
 
 
-def _checkpoint(ctx: DistContext) -> str:
-    folder = broadcast_objects(
-        [tempfile.mkdtemp(prefix="faccel-test-")] if ctx.is_main else [], ctx
-    )[0]
+def _train(ctx: DistContext) -> torch.Tensor:
+    """Train a small model; return its parameters as `float32[n]`."""
+    rng = generator(0)
+    inputs = torch.randn(2 * _GLOBAL_BATCH, 8, generator=rng)
+    dataset = TensorDataset(inputs, inputs.sum(1, keepdim=True))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    # Not the default initialization, which draws from the process-wide generator.
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape, generator=rng) / 4)
+    wrapped = wrap(model, ctx)
+    opt = wrap_optimizer(torch.optim.SGD(wrapped.parameters(), lr=0.05), wrapped, ctx)
+    scaler = init_scaler(ctx)
+    batch_size = _GLOBAL_BATCH // ctx.data_world_size
+    loader = shard(DataLoader(dataset, batch_size, shuffle=True), ctx, tail="drop")
+    for _, epoch in loader.epochs(5):
+        for x, y in epoch:
+            scaler = scaled_backward((wrapped(x) - y).square().mean(), scaler, ctx)
+            _, scaler = optimizer_step(opt, scaler, ctx)
+    return torch.cat([param.detach().flatten().float().cpu() for param in model.parameters()])
+
+
+def _check_checkpoint(ctx: DistContext) -> str:
+    folders: list[str] = []
+    if ctx.is_main:
+        folders.append(tempfile.mkdtemp(prefix="faccel-test-"))
+    folder = broadcast_objects(folders, ctx)[0]
     try:
         if agree(ctx, missing=not os.path.isdir(folder)).missing:
-            return f"not checked: the machines do not share {os.path.dirname(folder)}; set TMPDIR to a folder they do"
-        return _round_trip(folder, ctx)
+            parent = os.path.dirname(folder)
+            return f"skipped: {parent} is not on all nodes; set TMPDIR to a common folder"
+        return _save_and_load(folder, ctx)
     finally:
         if ctx.is_main:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _round_trip(folder: str, ctx: DistContext) -> str:
+def _save_and_load(folder: str, ctx: DistContext) -> str:
     x = torch.randn(1000, generator=generator(1))
     save({"x": x, "n": 3}, folder, ctx, step=1)
     problem = ""
     try:
-        back = load({"x": None, "n": None}, folder, ctx)
-        problem = "" if torch.equal(back["x"], x) and back["n"] == 3 else "not what was saved"
+        loaded = load({"x": None, "n": None}, folder, ctx)
+        if not torch.equal(loaded["x"], x) or loaded["n"] != 3:
+            problem = "the loaded values differ from the saved ones"
     except FaccelError as error:
         problem = str(error)
-    told = agree(ctx, failed=bool(problem))  # nobody deletes it while another one reads
-    _expect(not told.failed, problem or f"rank {told.raised_by['failed']} could not load it")
+    # All ranks leave together: rank 0 deletes the folder, which another rank may still read.
+    agreed = agree(ctx, failed=bool(problem))
+    if problem:
+        raise CheckFailedError(problem)
+    if agreed.failed:
+        raise CheckFailedError(f"rank {agreed.raised_by['failed']} could not load the checkpoint")
     return "saved and loaded, every byte verified"
 
 
-def _bandwidth(ctx: DistContext) -> str:
+def _check_bandwidth(ctx: DistContext) -> str:
     x = torch.ones(1 << 22, device=ctx.device)
-    reduce(x, ctx, axis="world")
+    reduce(x, ctx, axis="world")  # the first call connects the ranks
     barrier(ctx)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(3):
         reduce(x, ctx, axis="world")
     barrier(ctx)
-    seconds = (time.perf_counter() - began) / 3
+    seconds = (time.perf_counter() - start) / 3
     return f"reduce of {x.nbytes / 1e6:.0f} MB in {seconds * 1e3:.0f} ms"
 
 
-CHECKS: dict[str, Callable[[DistContext], str]] = {
-    "collectives": _collectives,
-    "data order": _data_order,
-    "training": _training,
-    "checkpoint": _checkpoint,
-    "bandwidth": _bandwidth,
+CHECKS: Mapping[str, Callable[[DistContext], str]] = {
+    "collectives": _check_collectives,
+    "data order": _check_data_order,
+    "training": _check_training,
+    "checkpoint": _check_checkpoint,
+    "bandwidth": _check_bandwidth,
 }
 
 
 def run(ctx: DistContext, *, as_json: bool = False) -> int:
-    """Run every check and print a line for each on rank 0; return how many failed on any rank."""
-    results: dict[str, dict[str, object]] = {}
+    """Run every check, and print a line for each on rank 0.
+
+    Effects: collective.
+
+    Returns:
+        The number of checks that failed on any rank.
+    """
+    results: dict[str, CheckResult] = {}
     for name, check in CHECKS.items():
-        try:
-            said, fine = check(ctx), True
-        except (CheckFailedError, FaccelError, RuntimeError) as error:
-            said, fine = f"{type(error).__name__}: {error}", False
-        told = agree(ctx, failed=not fine)
-        by = told.raised_by["failed"]
-        results[name] = {"passed": not told.failed, "said": said, "rank": by}
-        where = "" if fine or not told.failed else f" (rank {by})"
+        results[name] = _run_check(check, ctx)
         if not as_json:
-            print_once(f"{name:<12} {'FAILED' if told.failed else 'ok':<7} {said}{where}", ctx=ctx)
-    failed = sum(not each["passed"] for each in results.values())
-    where = f"{ctx.world_size} ranks on {ctx.device.type}"
+            print_on_main(_line(name, results[name]), ctx=ctx)
+    num_failed = sum(not result.is_passed for result in results.values())
+    world = f"{ctx.world_size} ranks on {ctx.device.type}"
     if as_json:
-        print_once(json.dumps({"checks": results, "failed": failed, "where": where}), ctx=ctx)
-    else:
-        verdict = f"{failed} of {len(CHECKS)} checks FAILED" if failed else "all checks passed"
-        print_once(f"{verdict} on {where}", ctx=ctx)
-    return failed
+        print_on_main(_to_json(results, num_failed, world), ctx=ctx)
+        return num_failed
+    summary = "all checks passed"
+    if num_failed:
+        summary = f"{num_failed} of {len(CHECKS)} checks FAILED"
+    print_on_main(f"{summary} on {world}", ctx=ctx)
+    return num_failed
+
+
+def _run_check(check: Callable[[DistContext], str], ctx: DistContext) -> CheckResult:
+    is_failed = False
+    try:
+        message = check(ctx)
+    except (CheckFailedError, FaccelError, RuntimeError) as error:
+        is_failed = True
+        message = f"{type(error).__name__}: {error}"
+    agreed = agree(ctx, failed=is_failed)
+    failed_rank = agreed.raised_by["failed"]
+    if agreed.failed and not is_failed:
+        message = f"passed on rank {ctx.rank}, failed on another"
+    return CheckResult(not agreed.failed, message, failed_rank)
+
+
+def _line(name: str, result: CheckResult) -> str:
+    if result.is_passed:
+        return f"{name:<12} {'ok':<7} {result.message}"
+    return f"{name:<12} {'FAILED':<7} {result.message} (first on rank {result.failed_rank})"
+
+
+def _to_json(results: Mapping[str, CheckResult], num_failed: int, world: str) -> str:
+    checks: dict[str, dict[str, object]] = {}
+    for name, result in results.items():
+        checks[name] = {
+            "passed": result.is_passed,
+            "message": result.message,
+            "rank": result.failed_rank,
+        }
+    return json.dumps({"checks": checks, "failed": num_failed, "where": world})
 
 
 if __name__ == "__main__":
     with init() as context:
-        sys.exit(1 if run(context, as_json="--json" in sys.argv) else 0)
+        num_failed = run(context, as_json="--json" in sys.argv)
+    sys.exit(min(num_failed, 1))

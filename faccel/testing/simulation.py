@@ -1,19 +1,20 @@
-"""For tests of user code: a world of any size inside one process, and a context with no peers."""
+"""`simulate` runs a world of any size in one process; `fake_context` is one rank without peers."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from faccel.backends.table import choose
+from faccel.checks import positive
 from faccel.comm.collectives import SingleCollectives
 from faccel.config import Config, resolve
 from faccel.context import DistContext, Mesh, Topology
-from faccel.errors import ConfigError, WorldError
+from faccel.errors import WorldError
 from faccel.mesh import MeshSpec
 from faccel.protocols import Collectives
 from faccel.random.hashing import mix
@@ -29,6 +30,7 @@ from faccel.testing.assertions import (
     equal_to_single_process,
 )
 from faccel.testing.group import BACKEND, Endpoint
+from faccel.testing.limits import LIMITS
 from faccel.testing.scheduler import Scheduler
 from faccel.testing.store import SimulatedStore
 from faccel.testing.world import Fault, InjectedError, TraceEvent, World
@@ -52,40 +54,13 @@ _MeshLike = MeshSpec | Mapping[str, int] | str | None
 
 
 class Results(tuple[T, ...], Generic[T]):
-    """What each rank returned, in rank order.
+    """The return value of each rank, in rank order.
 
     Attributes:
-        trace: Every call of a collective, in the order in which they were made.
+        trace: Every call of a collective, in the order of the calls.
     """
 
     trace: tuple[TraceEvent, ...]
-
-
-def _context(
-    rank: int,
-    world_size: int,
-    config: _ConfigLike,
-    mesh: _MeshLike,
-    comm: Callable[[MeshSpec], Collectives],
-) -> DistContext:
-    resolved = resolve(
-        config, overrides={"device": "cpu"} | ({} if mesh is None else {"mesh": mesh})
-    )
-    spec = (resolved.mesh or MeshSpec(dp_replicate=-1)).fill(world_size)
-    return DistContext(
-        topology=Topology(
-            rank=rank,
-            world_size=world_size,
-            local_rank=rank,
-            local_world_size=world_size,
-            source="simulated",
-        ),
-        config=resolved,
-        device=torch.device("cpu"),
-        mesh=Mesh(spec, functools.partial(create_device_mesh, "cpu")),
-        comm=comm(spec),
-        parallelism=choose(spec, {}, resolved, "cpu"),
-    )
 
 
 def simulate(
@@ -96,34 +71,38 @@ def simulate(
     mesh: _MeshLike = None,
     seed: int = 0,
     faults: Sequence[Fault] | None = None,
-    timeout_s: float = 30.0,
+    timeout_s: float | None = None,
 ) -> Results[T]:
     """Run `fn(ctx, *args)` on every rank of a world inside this process.
 
-    Ranks are threads of which exactly one runs at a time, in a fixed order: runs are deterministic. Each has its own
-    process-wide generators of torch, numpy and python and its own table of process groups, so that `torch.manual_seed`,
-    dropout and `torch.distributed` do what they would in its own process. The communicator is a c10d process group
-    with collectives, send and receive, on which torch's own DDP runs.
+    Ranks are threads, of which exactly one runs at a time, in a fixed order. So runs are
+    deterministic, and a hang raises `DesyncError` at once. Each rank has its own process-wide
+    generators of torch, numpy and Python, and its own c10d process groups. So `torch.manual_seed`,
+    dropout and `torch.distributed` work as in separate processes, and so do DDP and FSDP2.
 
-    Effects: pure, as far as `fn` is: the generators of this process are put back.
+    Effects: pure, as far as `fn` is. The generators of this process are restored.
 
     Args:
-        fn: What a rank does; it gets its context first.
-        world_size: How many ranks.
-        *args: Passed on; shared between the ranks.
-        config: As for `faccel.init`, without the environment.
+        fn: The function of a rank; takes its context first.
+        world_size: Number of ranks.
+        *args: Further arguments of `fn`, shared between the ranks.
+        config: As for `faccel.init`. The environment is not read.
         mesh: As in `Config`.
-        seed: Ranks start with process-wide generators seeded from it, each with others.
-        faults: What goes wrong at which call of a collective, for tests of what happens then.
-        timeout_s: Seconds of wall time until the simulation is given up.
+        seed: Seed of the process-wide generators, which differ between ranks.
+        faults: Faults to inject, each into one call of a collective.
+        timeout_s: Seconds without progress, that is without a switch to another rank, before the
+            simulation raises. The limit ends endless loops; hangs are detected without it. It does
+            not limit the whole run, so it holds on slow and loaded nodes. `math.inf` turns it off.
+            None is the pytest ini option `simulate_timeout_s`, or 30 seconds.
 
     Returns:
-        The results in rank order, a tuple that has `.trace`.
+        The results in rank order: a tuple with the attribute `trace`.
 
     Raises:
-        DesyncError: Ranks disagree about the next collective, or one waits for ever; names what each was doing, and
-            at which line.
-        BaseException: What the first failing rank raised, not what that made others raise.
+        DesyncError: Ranks disagree about the next collective, or a rank waits forever. The message
+            contains what each rank was doing, and its call site.
+        TimeoutError: A rank ran for `timeout_s` without a collective; shows the line.
+        BaseException: The exception of the rank that failed first. A note names the rank.
 
     Examples:
         >>> import faccel
@@ -131,43 +110,104 @@ def simulate(
         >>> out[0], out.trace[0].op, out.trace[0].num_bytes
         (tensor(6), 'all_reduce', 8)
     """
-    if world_size < 1:
-        raise ConfigError(
-            "a world has at least one rank", got=f"world_size={world_size}", fix="use 1 or more"
-        )
-    baton = Scheduler([mix(seed, rank) for rank in range(world_size)])
-    world = World(baton, faults or ())
-
-    def body(rank: int) -> T:
-        def comm(spec: MeshSpec) -> Collectives:
-            if world_size == 1:
-                return SingleCollectives()
-            world.stores.append(SimulatedStore(world, rank))
-            dist.init_process_group(
-                BACKEND,
-                store=world.stores[-1],
-                rank=rank,
-                world_size=world_size,
-                pg_options=Endpoint(world, rank),
-            )
-            return create_collectives(
-                create_axis_groups(spec, rank, share=False), resolve(config), world.stores[-1]
-            )
-
-        contexts.append(_context(rank, world_size, config, mesh, comm))
-        return fn(contexts[-1], *args)
-
+    positive("world_size", world_size)
+    if timeout_s is None:
+        timeout_s = LIMITS.timeout_s
+    scheduler = Scheduler([mix(seed, rank) for rank in range(world_size)])
+    world = World(scheduler, faults or ())
     contexts: list[DistContext] = []
-    results = Results(baton.run(body, timeout_s))
+
+    def run_rank(rank: int) -> T:
+        connect = functools.partial(_connect, world, rank, world_size, config)
+        ctx = _context(rank, world_size, config, mesh, connect)
+        contexts.append(ctx)
+        return fn(ctx, *args)
+
+    results = Results(scheduler.run(run_rank, timeout_s))
     for ctx in contexts:
         ctx.lifetime.close()
-    world.check_done()
+    world.check_complete()
     results.trace = tuple(world.trace)
     return results
 
 
+def fake_context(
+    rank: int, world_size: int, *, mesh: _MeshLike = None, config: _ConfigLike = None
+) -> DistContext:
+    """Return the context of one rank without peers, for functions that do not communicate.
+
+    Effects: pure.
+
+    Args:
+        rank: The rank.
+        world_size: Number of ranks.
+        mesh: As in `Config`.
+        config: As for `faccel.init`. The environment is not read.
+
+    Returns:
+        A context. Its collectives raise `WorldError`, unless `world_size` is 1.
+
+    Examples:
+        >>> fake_context(3, 8, mesh="dp_replicate=8").data_rank
+        3
+    """
+    comm: Collectives = SingleCollectives()
+    if world_size > 1:
+        comm = cast("Collectives", _NoPeers(world_size))
+    return _context(rank, world_size, config, mesh, lambda spec: comm)
+
+
+def _context(
+    rank: int,
+    world_size: int,
+    config: _ConfigLike,
+    mesh: _MeshLike,
+    connect: Callable[[MeshSpec], Collectives],
+) -> DistContext:
+    overrides: dict[str, object] = {"device": "cpu"}
+    if mesh is not None:
+        overrides["mesh"] = mesh
+    resolved = resolve(config, overrides=overrides)
+    spec = (resolved.mesh or MeshSpec(dp_replicate=-1)).fill(world_size)
+    topology = Topology(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        source="simulated",
+    )
+    return DistContext(
+        topology=topology,
+        config=resolved,
+        device=torch.device("cpu"),
+        mesh=Mesh(spec, functools.partial(create_device_mesh, "cpu")),
+        comm=connect(spec),
+        parallelism=choose(spec, {}, resolved, "cpu"),
+    )
+
+
+def _connect(
+    world: World, rank: int, world_size: int, config: _ConfigLike, spec: MeshSpec
+) -> Collectives:
+    """Create the process groups of a simulated rank."""
+    if world_size == 1:
+        return SingleCollectives()
+    store = SimulatedStore(world, rank)
+    world.stores.append(store)
+    dist.init_process_group(
+        BACKEND,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        pg_options=Endpoint(world, rank),
+    )
+    # One group per axis, so that the trace names the axis.
+    groups = create_axis_groups(spec, rank, share=False)
+    return create_collectives(groups, resolve(config), store)
+
+
 class _NoPeers:
-    """The communication of a context that has none."""
+    """The collectives of a fake context: every one raises."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
@@ -175,41 +215,18 @@ class _NoPeers:
     def size(self, axis: str) -> int:
         return self._world_size
 
-    def set_call_label(self, call: str, x: Any) -> None:
-        pass  # nobody listens
+    def set_call_label(self, call: str, x: object) -> None:
+        """Do nothing: labels are for the checks of debug mode."""
 
-    def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> None:
-        pass  # nobody else can have failed
+    def as_rank_error(self, error: RuntimeError, action: str, axis: str) -> None:
+        """Return None: the error was not raised by a collective."""
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
-        def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        def refuse(*args: object, **kwargs: object) -> NoReturn:
             raise WorldError(
-                f"a fake context has no peers, so `{name}` cannot be done",
-                fix="write `faccel.testing.simulate(fn, world_size)` for functions that communicate",
+                f"a fake context has no peers, so it does not support `{name}`",
+                got=f"`fake_context` of a world of {self._world_size}",
+                fix="write `faccel.testing.simulate(fn, world_size)`",
             )
 
         return refuse
-
-
-def fake_context(
-    rank: int, world_size: int, *, mesh: _MeshLike = None, config: _ConfigLike = None
-) -> DistContext:
-    """Return the context of one rank that has no peers, for functions that do not communicate.
-
-    Effects: pure.
-
-    Args:
-        rank: Which rank.
-        world_size: Of how many.
-        mesh: As in `Config`.
-        config: As for `faccel.init`, without the environment.
-
-    Raises:
-        WorldError: Later, when a function tries to communicate (a world of one can).
-
-    Examples:
-        >>> fake_context(3, 8, mesh="dp_replicate=8").data_rank
-        3
-    """
-    comm: Any = SingleCollectives() if world_size == 1 else _NoPeers(world_size)
-    return _context(rank, world_size, config, mesh, lambda spec: comm)

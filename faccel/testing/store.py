@@ -1,12 +1,11 @@
-"""The simulated world's store, which torch's own groups and meshes meet in."""
+"""The store of a simulated world, which PyTorch's groups and meshes use for their rendezvous."""
 
 # pyright: reportIncompatibleMethodOverride=false
-# c10d's stubs name some arguments otherwise; these are the methods that it calls.
+# The stubs of c10d give some arguments other names; these are the methods that c10d calls.
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
@@ -15,19 +14,20 @@ from faccel.testing.world import World
 
 
 class SimulatedStore(dist.Store):
-    """The store of a simulated world, as one rank sees it: a rank that waits for a key lets the others run.
+    """The store of a simulated world for one rank. While it waits for a key, other ranks run.
 
     Args:
         world: The simulation.
-        rank: Whose view it is.
+        rank: The rank that uses this object.
     """
 
     def __init__(self, world: World, rank: int) -> None:
         super().__init__()
-        self._world, self._rank = world, rank
+        self._world = world
+        self._rank = rank
 
-    def set(self, key: str, value: Any) -> None:
-        self._world.keys[key] = value.encode() if isinstance(value, str) else bytes(value)
+    def set(self, key: str, value: str | bytes) -> None:
+        self._world.keys[key] = _bytes(value)
 
     def get(self, key: str) -> bytes:
         self.wait([key])
@@ -39,20 +39,19 @@ class SimulatedStore(dist.Store):
         return total
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        there = self._world.keys
-        site = call_site()
-        self._world.baton.wait(
-            self._rank, lambda: all(k in there for k in keys), f"waiting in the store at {site}"
-        )
+        action = f"waiting for a key of the store at {call_site()}"
+        self._world.scheduler.wait(self._rank, lambda: self.check(keys), action)
 
     def check(self, keys: list[str]) -> bool:
         return all(key in self._world.keys for key in keys)
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        have = self._world.keys.get(key)
-        if (have is None and expected == "") or (have is not None and have == _bytes(expected)):
-            self._world.keys[key] = have = _bytes(desired)
-        return have if have is not None else _bytes(expected)
+        current = self._world.keys.get(key)
+        if current is None and expected:  # as c10d's stores: nothing is set
+            return _bytes(expected)
+        if current is None or current == _bytes(expected):
+            self._world.keys[key] = _bytes(desired)
+        return self._world.keys[key]
 
     def delete_key(self, key: str) -> bool:
         return self._world.keys.pop(key, None) is not None
@@ -61,8 +60,10 @@ class SimulatedStore(dist.Store):
         return len(self._world.keys)
 
     def set_timeout(self, timeout: timedelta) -> None:
-        pass  # nobody waits for time here: a wait that cannot end fails at once
+        """Do nothing: a wait that can never end raises at once."""
 
 
-def _bytes(value: Any) -> bytes:
-    return value.encode() if isinstance(value, str) else bytes(value)
+def _bytes(value: str | bytes) -> bytes:
+    if isinstance(value, str):
+        return value.encode()
+    return bytes(value)

@@ -1,9 +1,9 @@
-"""What the ranks of a simulation share: where they meet, what is on its way, what goes wrong, what happened."""
+"""The state that the ranks of a simulation share: open collectives, messages, faults, the trace."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Generic, TypeVar
 
 import attrs
 import torch
@@ -12,17 +12,19 @@ import torch.distributed as dist
 from faccel.errors import DesyncError
 from faccel.testing.scheduler import Scheduler
 
+T = TypeVar("T")
+
 
 @attrs.frozen
 class TraceEvent:
     """One call of a collective by one rank.
 
     Args:
-        rank: Who, in the world.
-        op: What: `"all_reduce"`, `"all_gather"`, `"broadcast"`, `"send"`, ...
-        axis: Over which axis, or the description of the group.
-        num_bytes: How much this rank put in.
-        site: `file:line` of the user's code that led to it.
+        rank: The rank in the world.
+        op: `"all_reduce"`, `"all_gather"`, `"broadcast"`, `"send"`, ...
+        axis: The mesh axis, or the description of the group.
+        num_bytes: Size of this rank's input.
+        site: `file:line` of the call in the user's code.
     """
 
     rank: int
@@ -34,13 +36,13 @@ class TraceEvent:
 
 @attrs.frozen
 class Fault:
-    """Something that goes wrong at one call of a collective.
+    """A fault that a simulation injects into one call of a collective.
 
     Args:
-        rank: At which rank of the world.
-        collective: At which of its calls, counted from 0 over all groups.
-        kind: `"raise"`: the call raises `InjectedError`. `"stall"`: the rank never comes. `"corrupt"`: the first
-            element that it puts in becomes NaN (of integers, all bits flip).
+        rank: Rank of the world that makes the call.
+        collective: Index of the call among all calls of this rank, starting at 0.
+        kind: `"raise"`: the call raises `InjectedError`. `"stall"`: the rank waits forever.
+            `"corrupt"`: the first element of the input becomes NaN (of integers, all bits flip).
     """
 
     rank: int
@@ -49,49 +51,79 @@ class Fault:
 
 
 class InjectedError(RuntimeError):
-    """What a `Fault` of kind `"raise"` raises."""
+    """The exception of a `Fault` of kind `"raise"`."""
+
+
+class OpenCollective(Generic[T]):
+    """A collective of one group that not all ranks have called yet.
+
+    Args:
+        signature: Operation, shapes and dtypes, which must be equal on all ranks.
+        site: Call site of the first rank.
+        rank: The first rank, in the world.
+    """
+
+    def __init__(self, signature: str, site: str, rank: int) -> None:
+        self.signature = signature
+        self.site = site
+        self.rank = rank
+        self.inputs: dict[int, T] = {}  # by rank in the group
+        self.is_done = False
+
+
+@attrs.frozen
+class Channel:
+    """Identifies the messages from one rank to another.
+
+    Args:
+        group: Identity of the process group.
+        source: Sender, as a rank of the group.
+        target: Receiver, as a rank of the group.
+        tag: The tag of `send` and `recv`.
+    """
+
+    group: Hashable
+    source: int
+    target: int
+    tag: int
 
 
 class World:
-    """What the ranks of one simulation share.
+    """The state that the ranks of one simulation share.
 
     Args:
-        baton: Who runs.
-        faults: What goes wrong.
+        scheduler: Runs the ranks one at a time.
+        faults: Faults to inject.
     """
 
-    def __init__(self, baton: Scheduler, faults: Sequence[Fault] = ()) -> None:
-        self.baton = baton
+    def __init__(self, scheduler: Scheduler, faults: Sequence[Fault] = ()) -> None:
+        self.scheduler = scheduler
         self.faults = {(fault.rank, fault.collective): fault for fault in faults}
-        self.num_calls: dict[int, int] = {}
-        self.slots: dict[Any, Slot] = {}
-        self.mail: dict[Any, list[torch.Tensor]] = {}
+        self.num_calls: dict[int, int] = {}  # of each rank
+        # The key of a collective is its group and the number of the call on this group.
+        self.collectives: dict[tuple[Hashable, int], OpenCollective[object]] = {}
+        self.messages: dict[Channel, list[torch.Tensor]] = {}
         self.keys: dict[str, bytes] = {}
         self.trace: list[TraceEvent] = []
-        self.stores: list[dist.Store] = []  # torch keeps only the C++ half of a store alive
+        # c10d keeps only the C++ half of a store alive, so the Python half is kept here.
+        self.stores: list[dist.Store] = []
 
-    def check_done(self) -> None:
-        """Raise where something was begun that nobody finished."""
-        open_calls = [
-            f"rank {slot.rank}: {slot.what} at {slot.site}" for slot in self.slots.values()
+    def check_complete(self) -> None:
+        """Raise if a collective was not completed or a message was not received.
+
+        Raises:
+            DesyncError: Names the rank and the call site.
+        """
+        incomplete = [
+            f"rank {opened.rank}: {opened.signature} at {opened.site}"
+            for opened in self.collectives.values()
         ]
-        unread = [
-            f"rank {box[1]} to rank {box[2]}: a message"
-            for box, letters in self.mail.items()
-            if letters
-        ]
-        if open_calls or unread:
+        for channel, messages in self.messages.items():
+            if messages:
+                incomplete.append(f"rank {channel.source} to rank {channel.target}: a message")
+        if incomplete:
             raise DesyncError(
-                "the ranks returned while a collective was open",
-                got=", ".join(open_calls + unread),
-                fix="call it on every rank, and receive every message",
+                "the ranks returned before a collective or a message was complete",
+                got=", ".join(incomplete),
+                fix="call the collective on every rank, and receive every message",
             )
-
-
-class Slot:
-    """One collective of one group: where its ranks meet."""
-
-    def __init__(self, what: str, site: str, rank: int) -> None:
-        self.what, self.site, self.rank = what, site, rank
-        self.parts: dict[int, Any] = {}
-        self.is_done = False

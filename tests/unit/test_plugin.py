@@ -1,37 +1,41 @@
+"""The pytest plugin, in a separate pytest process."""
+
+import math
 import subprocess
 import sys
 
-
-def run(tmp_path, source):
-    (tmp_path / "test_it.py").write_text("import pytest\n" + source)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        str(tmp_path),
-    ]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path).stdout
+from faccel.testing.limits import LIMITS
 
 
-def test_a_marked_test_fails_in_the_world_in_which_it_fails(tmp_path):
-    out = run(
-        tmp_path, "@pytest.mark.world_size(1, 2)\ndef test_a(ctx): assert ctx.world_size == 1\n"
+def run_pytest(folder):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    return subprocess.run(
+        [*command, str(folder)], capture_output=True, text=True, check=False, cwd=folder
+    ).stdout
+
+
+def test_a_marked_test_runs_in_each_world_and_a_wrong_mark_is_an_error(tmp_path):
+    (tmp_path / "test_marked.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.world_size(1, 2)\ndef test_a(ctx): assert ctx.world_size == 1\n"
     )
+    out = run_pytest(tmp_path)
     assert "1 failed, 1 passed" in out
     assert "test_a[world2]" in out
+    (tmp_path / "test_marked.py").unlink()
+    wrong = {
+        "no_ctx": "@pytest.mark.world_size(2)\ndef test_a(): pass\n",
+        "no_size": "@pytest.mark.world_size()\ndef test_a(ctx): pass\n",
+        "a_list": "@pytest.mark.world_size([1, 2])\ndef test_a(ctx): pass\n",
+    }
+    for name, source in wrong.items():
+        (tmp_path / f"test_{name}.py").write_text("import pytest\n" + source)
+    out = run_pytest(tmp_path)
+    for name in wrong:
+        assert f"test_{name}.py::test_a: `world_size` expects ints" in out
+    assert "takes `ctx`" in out
+    assert "passed" not in out
 
 
-def test_a_marked_test_that_could_not_fail_is_an_error(tmp_path):
-    for source in (
-        "@pytest.mark.world_size(2)\ndef test_a(): pass\n",
-        "@pytest.mark.world_size()\ndef test_a(ctx): pass\n",
-        "@pytest.mark.world_size([1, 2])\ndef test_a(ctx): pass\n",
-    ):
-        out = run(tmp_path, source)
-        assert "takes `ctx`" in out
-        assert "passed" not in out
+def test_the_suite_runs_without_a_wall_time_limit():
+    assert LIMITS.timeout_s == math.inf
