@@ -61,7 +61,10 @@ def boolean() -> Validator:
     """
 
     def check(name: str, value: object) -> None:
-        instance_of(name, value, bool, fix=f"write `{name}=True` or `{name}=False`")
+        if not isinstance(value, bool):
+            raise ConfigError(
+                f"`{name}` must be True or False", got=repr(value), fix=f"write `{name}=True`"
+            )
 
     return _validator(check, optional=False)
 
