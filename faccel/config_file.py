@@ -1,4 +1,4 @@
-"""A configuration in a file: YAML, TOML or JSON of its own, or a section of the user's."""
+"""Configuration files: a YAML, TOML or JSON file, or a section of the user's own file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import attrs
 
@@ -19,11 +19,11 @@ _SUFFIXES = (".json", ".toml", ".yaml", ".yml")
 
 @attrs.frozen
 class ConfigFile:
-    """What a file says.
+    """The content of a configuration file.
 
     Args:
-        name: As people name it: `training.yaml#faccel`.
-        values: Its keys, as they were written.
+        name: Path and section, for messages: `training.yaml#faccel`.
+        values: Values by key, as the file contains them.
     """
 
     name: str
@@ -31,96 +31,128 @@ class ConfigFile:
 
 
 def default_path(env: Mapping[str, str]) -> str | None:
-    """Return where the user's own file is kept: in `$XDG_CONFIG_HOME`, else in `~/.config`; None without a home.
+    """Return the path of the user's configuration: in `$XDG_CONFIG_HOME`, else in `~/.config`.
 
-    Effects: pure.
+    Effects: pure. None if the environment has neither `XDG_CONFIG_HOME` nor `HOME`.
     """
-    base = env.get("XDG_CONFIG_HOME") or (
-        os.path.join(env["HOME"], ".config") if env.get("HOME") else None
-    )
-    return base and os.path.join(base, "faccel", "config.yaml")
+    folder = env.get("XDG_CONFIG_HOME")
+    if not folder and env.get("HOME"):
+        folder = os.path.join(env["HOME"], ".config")
+    if not folder:
+        return None
+    return os.path.join(folder, "faccel", "config.yaml")
 
 
 def absolute(reference: str) -> str:
-    """Return `path#section` with the path from the root, so that it means the same in another folder.
+    """Return `path#section` with an absolute path, for a process in another folder.
 
-    Effects: ambient. Asks for the current folder.
+    Effects: ambient. Reads the current folder.
     """
     path, mark, section = reference.partition("#")
     return os.path.abspath(path) + mark + section
 
 
 def find(env: Mapping[str, str]) -> str | None:
-    """Return the file that counts where none is named: `$FACCEL_CONFIG`, else the user's own if there is one.
+    """Return the configuration file of the environment: `$FACCEL_CONFIG`, else `default_path`.
 
-    Effects: ambient. Looks whether a file is there.
+    Effects: ambient. None if the variable is unset and the default file is missing.
     """
-    named = env.get(VARIABLE)
-    default = default_path(env)
-    return named or (default if default and os.path.isfile(default) else None)
+    if env.get(VARIABLE):
+        return env[VARIABLE]
+    path = default_path(env)
+    if path is not None and os.path.isfile(path):
+        return path
+    return None
 
 
 def read(reference: str) -> ConfigFile:
-    """Read `path` or `path#section`; a section may be nested, as in `path#train.faccel`.
+    """Read `path` or `path#section`; a section can be nested, as in `path#train.faccel`.
 
     Effects: ambient. Reads the file.
 
     Raises:
-        ConfigError: There is no such file or section, or it is not a mapping; names it.
+        ConfigError: The file or the section is missing, or is not a mapping.
     """
     path, _, section = reference.partition("#")
     values = _parse(path)
-    for key in section.split(".") if section else ():
-        if not isinstance(values, Mapping) or key not in values:
-            known = sorted(map(str, values)) if isinstance(values, Mapping) else []
-            raise ConfigError(f"`{path}` has no section `{section}`", fix=nearest(key, known))
-        values = values[key]
-    if values is None:
+    description = f"`{path}`"
+    if section:
+        description = f"section `{section}` of `{path}`"
+        for key in section.split("."):
+            values = _section(values, key, path, section)
+    if values is None:  # an empty file or section
         values = {}
     if not isinstance(values, Mapping):
-        what = f"section `{section}` of `{path}`" if section else f"`{path}`"
         raise ConfigError(
-            f"{what} is not a mapping",
+            f"{description} is not a mapping",
             got=f"a {type(values).__name__}",
-            fix="write `mixed_precision: bf16`, a key a line",
+            fix="write one `key: value` per line, such as `mixed_precision: bf16`",
         )
     return ConfigFile(reference, {str(key): value for key, value in values.items()})
 
 
-def write(path: str, values: Mapping[str, Any], comment: str = "") -> None:
-    """Write `values` as the file's suffix says; of a file that is there, comments and order of the lines stay.
+def _section(values: object, key: str, path: str, section: str) -> object:
+    known: list[str] = []
+    if isinstance(values, Mapping):
+        if key in values:
+            return values[key]
+        known = sorted(map(str, values))
+    raise ConfigError(f"`{path}` has no section `{section}`", fix=nearest(key, known))
 
-    Effects: ambient. The file is whole at every moment: old or new.
+
+def write(path: str, values: Mapping[str, Any], comment: str = "") -> None:
+    """Write `values` in the format of the suffix.
+
+    Comments and line order of an existing file are kept.
+
+    Effects: ambient. Atomic: a reader gets the old file or the new one.
+
+    Args:
+        path: File to write.
+        values: All values that the file has afterwards.
+        comment: First lines. The file is then written anew.
 
     Raises:
-        ConfigError: The suffix is unknown, the file cannot be written, or not be changed without losing its form.
+        ConfigError: The suffix is unknown, the file is not writable, or one of its values spans
+            several lines.
     """
-    target = os.path.realpath(path)  # a link stays a link
+    target = os.path.realpath(path)  # of a symbolic link, the file is replaced and not the link
     suffix = _suffix(path)
     try:
-        before = _read_text(target)
-        note = comment if suffix != ".json" else ""  # which has no comments
-        text = (
-            note + _RENDERERS[suffix](values)
-            if comment or before is None
-            else _edited(before, suffix, values)
-        )
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=os.path.dirname(target), prefix=".faccel-", delete=False
-        ) as file:
-            file.write(text)
-        os.chmod(file.name, 0o644 if before is None else os.stat(target).st_mode)
-        try:
-            os.replace(file.name, target)
-        except OSError:
-            os.unlink(file.name)
-            raise
+        previous = _read_text(target)
+        if previous is None or comment:
+            text = _FORMATS[suffix].dump(values)
+            if suffix != ".json":  # JSON has no comments
+                text = comment + text
+        else:
+            text = _edited(previous, suffix, values)
+        _replace(target, text, is_new=previous is None)
     except OSError as error:
-        got = error.strerror or str(error)
-        raise ConfigError(
-            f"the configuration `{path}` cannot be written", got=got, fix="name another"
-        ) from None
+        _raise_os_error("written", path, error, "write to another path")
+
+
+def _replace(target: str, text: str, *, is_new: bool) -> None:
+    folder = os.path.dirname(target)
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".faccel-", delete=False) as file:
+        file.write(text)
+    mode = 0o644  # a temporary file is readable by its owner only
+    if not is_new:
+        mode = os.stat(target).st_mode
+    os.chmod(file.name, mode)
+    try:
+        os.replace(file.name, target)
+    except OSError:
+        os.unlink(file.name)
+        raise
+
+
+def _raise_os_error(action: str, path: str, error: OSError, fix: str) -> NoReturn:
+    raise ConfigError(
+        f"the configuration file `{path}` cannot be {action}",
+        got=error.strerror or str(error),
+        fix=fix,
+    ) from None
 
 
 def _read_text(path: str) -> str | None:
@@ -132,78 +164,109 @@ def _read_text(path: str) -> str | None:
 
 
 def _edited(text: str, suffix: str, values: Mapping[str, Any]) -> str:
-    """Return `text` with the lines of its keys changed, so that it says `values`, and nothing else in it."""
+    """Return `text` with only the lines of changed keys edited, so that it parses to `values`."""
     if suffix == ".json":
         return _to_json(values)
-    before = _PARSERS[suffix](text) or {}
-    mark = "=" if suffix == ".toml" else ":"
-    lines = [] if text.strip() == "{}" else text.splitlines()
-    for key in {**before, **values}:
-        if key in before and before[key] == values.get(key, before):
-            continue
-        new = (
-            [f"{key}{' ' if mark == '=' else ''}{mark} {json.dumps(values[key])}"]
-            if key in values
-            else []
-        )
-        at = [
-            i
-            for i, line in enumerate(lines)
-            if re.match(rf"[\"']?{re.escape(key)}[\"']?\s*{mark}", line)
-        ]
-        if at:
-            note = re.search(r"\s+#.*$", lines[at[0]]) if new else None
-            lines[at[0] : at[0] + 1] = [new[0] + (note[0] if note else "")] if new else []
-        else:
-            lines += new
-    result = "".join(f"{line}\n" for line in lines) if values else "{}\n" if mark == ":" else ""
-    try:
-        says = _PARSERS[suffix](result) or {}
-    except Exception:  # each parser has errors of its own
-        says = None
-    if says != dict(values):  # a value of several lines, for instance
+    previous = _FORMATS[suffix].load(text) or {}
+    lines: list[str] = []
+    if text.strip() != "{}":
+        lines = text.splitlines()
+    for key in {**previous, **values}:
+        if key not in values:
+            _remove_key(lines, key, suffix)
+        elif key not in previous or previous[key] != values[key]:
+            _set_key(lines, key, values[key], suffix)
+    result = "".join(f"{line}\n" for line in lines)
+    if not values and suffix != ".toml":
+        result = "{}\n"  # an empty YAML file is null, not a mapping
+    if not _parses_to(values, result, suffix):
         raise ConfigError(
-            "the file cannot be changed line by line", got=f"`{suffix}`", fix="change it by hand"
+            "the configuration file cannot be edited line by line",
+            got=f"a `{suffix}` file with other values than one per line",
+            fix="edit it by hand",
         )
     return result
 
 
+def _parses_to(values: Mapping[str, Any], text: str, suffix: str) -> bool:
+    # A value over several lines, for example, breaks an edit by line: check instead of guessing.
+    try:
+        return (_FORMATS[suffix].load(text) or {}) == dict(values)
+    except Exception:  # each parser has its own errors
+        return False
+
+
+def _set_key(lines: list[str], key: str, value: object, suffix: str) -> None:
+    separator = ": "
+    if suffix == ".toml":
+        separator = " = "
+    line = f"{key}{separator}{json.dumps(value)}"
+    index = _line_of(lines, key, suffix)
+    if index is None:
+        lines.append(line)
+        return
+    comment = re.search(r"\s+#.*$", lines[index])
+    if comment:
+        line += comment[0]
+    lines[index] = line
+
+
+def _remove_key(lines: list[str], key: str, suffix: str) -> None:
+    index = _line_of(lines, key, suffix)
+    if index is not None:
+        del lines[index]
+
+
+def _line_of(lines: list[str], key: str, suffix: str) -> int | None:
+    mark = ":"
+    if suffix == ".toml":
+        mark = "="
+    pattern = re.compile(rf"[\"']?{re.escape(key)}[\"']?\s*{mark}")
+    for index, line in enumerate(lines):
+        if pattern.match(line):
+            return index
+    return None
+
+
 def _suffix(path: str) -> str:
     suffix = os.path.splitext(path)[1]
-    if suffix not in _SUFFIXES:
-        got = suffix or "no suffix"
-        raise ConfigError(
-            f"`{path}` is of no kind that can be read", got=got, fix=nearest(suffix, _SUFFIXES)
-        )
-    return suffix
+    if suffix in _SUFFIXES:
+        return suffix
+    raise ConfigError(
+        f"`{path}` must end with one of {', '.join(_SUFFIXES)}",
+        got=suffix or "no suffix",
+        fix=nearest(suffix, _SUFFIXES),
+    )
 
 
-def _parse(path: str) -> Any:
+def _parse(path: str) -> object:
     suffix = _suffix(path)
     try:
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:
-        fix = "name another, or make it with `faccel config default`"
-        raise ConfigError(
-            f"the configuration `{path}` cannot be read", got=error.strerror or str(error), fix=fix
-        ) from None
+        fix = "name an existing file, or create one with `faccel config default`"
+        _raise_os_error("read", path, error, fix)
     try:
-        return _PARSERS[suffix](data.decode())
-    except Exception as error:  # each parser has errors of its own
-        got = " ".join(str(error).split())
+        return _FORMATS[suffix].load(data.decode())
+    except Exception as error:  # each parser has its own errors
         raise ConfigError(
-            f"`{path}` is not {suffix[1:].upper()}", got=got, fix="mend that line"
+            f"`{path}` is not {suffix[1:].upper()}",
+            got=" ".join(str(error).split()),
+            fix="correct that line",
         ) from None
 
 
-def _yaml(text: str) -> Any:
+# Parsers are imported where they are used: most runs have no configuration file.
+
+
+def _load_yaml(text: str) -> Any:
     import yaml
 
     return yaml.safe_load(text)
 
 
-def _toml(text: str) -> Any:
+def _load_toml(text: str) -> Any:
     import tomllib
 
     return tomllib.loads(text)
@@ -212,7 +275,9 @@ def _toml(text: str) -> Any:
 def _to_yaml(values: Mapping[str, Any]) -> str:
     import yaml
 
-    return yaml.safe_dump(dict(values), sort_keys=False) if values else "{}\n"
+    if not values:
+        return "{}\n"
+    return yaml.safe_dump(dict(values), sort_keys=False)
 
 
 def _to_json(values: Mapping[str, Any]) -> str:
@@ -220,20 +285,26 @@ def _to_json(values: Mapping[str, Any]) -> str:
 
 
 def _to_toml(values: Mapping[str, Any]) -> str:
-    flat = {f"{key}.{name}": one for key, each in values.items() for name, one in _pairs(each)}
-    return "".join(
-        f"{key.removesuffix('.')} = {json.dumps(value)}\n" for key, value in flat.items()
-    )
+    # A mesh is the only nested value; TOML writes it as dotted keys: `mesh.tp = 2`.
+    lines: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines += [f"{key}.{name} = {json.dumps(item)}\n" for name, item in value.items()]
+        else:
+            lines.append(f"{key} = {json.dumps(value)}\n")
+    return "".join(lines)
 
 
-def _pairs(value: Any) -> list[tuple[str, Any]]:
-    return list(value.items()) if isinstance(value, Mapping) else [("", value)]
+@attrs.frozen
+class _Format:
+    load: Callable[[str], Any]
+    dump: Callable[[Mapping[str, Any]], str]
 
 
-_RENDERERS: Mapping[str, Any] = {
-    ".json": _to_json,
-    ".toml": _to_toml,
-    ".yaml": _to_yaml,
-    ".yml": _to_yaml,
+_YAML = _Format(_load_yaml, _to_yaml)
+_FORMATS: Mapping[str, _Format] = {
+    ".json": _Format(json.loads, _to_json),
+    ".toml": _Format(_load_toml, _to_toml),
+    ".yaml": _YAML,
+    ".yml": _YAML,
 }
-_PARSERS: Mapping[str, Any] = {".json": json.loads, ".toml": _toml, ".yaml": _yaml, ".yml": _yaml}
