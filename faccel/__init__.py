@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from faccel.data.loader import batches as batches
     from faccel.data.loader import shard as shard
     from faccel.data.order import Cursor as Cursor
-    from faccel.data.source import Batch as Batch
+    from faccel.data.batch import Batch as Batch
     from faccel.launching.functions import launch as launch
     from faccel.launching.functions import notebook_launch as notebook_launch
     from faccel.mesh import MeshSpec as MeshSpec
@@ -79,7 +79,7 @@ _NAMES = {
     "faccel.context": ("DistContext", "Topology"),
     "faccel.data.loader": ("ShardedLoader", "batches", "shard"),
     "faccel.data.order": ("Cursor",),
-    "faccel.data.source": ("Batch",),
+    "faccel.data.batch": ("Batch",),
     "faccel.launching.functions": ("launch", "notebook_launch"),
     "faccel.mesh": ("MeshSpec",),
     "faccel.plan": ("Plan",),

@@ -1,13 +1,12 @@
-"""Reading batches, in the loader's workers or in this process: what is fetched does not depend on where.
+"""Reading batches in the loader's worker processes, or in this one, with the same result.
 
-Random augmentation is reproducible: each batch is fetched under process-wide generators that follow from
-`(seed, epoch, place of the batch)`, and the process's own are put back.
+Random augmentation is reproducible: each batch is read under process-wide generators that are seeded
+by `(seed, epoch, position of the batch)`; afterwards the process's own are restored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import attrs
 import numpy as np
@@ -22,131 +21,141 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from faccel.data.rounds import Deal, Part, rounds
+from faccel.data.stream_plan import GlobalBatch, RankBatch, StreamPlan, global_batches
 from faccel.random.generators import Generators, call_seeded, seed_all, using
 from faccel.random.hashing import mix
-from faccel.tree import is_tensordict
+from faccel.tree import Tree, is_tensordict
 
-Row = tuple[tuple[int, ...], Any]
-"""What a batch's seed is folded from, and its samples: `int64[n]`, or a list of what the user's sampler gave."""
+Row = tuple[tuple[int, ...], Sequence[Tree] | np.ndarray]
+"""The integers that seed a batch, and its indices: `int64[n]`, or a list of the user's sampler."""
 
 
 @attrs.define(eq=False)
-class Fetch(Dataset[Any]):
-    """A data set whose item is a whole batch.
+class BatchDataset(Dataset[Tree]):
+    """A dataset whose item is a whole batch.
 
     Args:
         dataset: The user's.
         collate: The user's `collate_fn`.
-        is_single: Whether one item of the data set is a batch already.
+        is_single: Whether one item of the dataset is a batch already.
     """
 
-    dataset: Any
-    collate: Callable[[Any], Any]
+    dataset: Tree
+    collate: Callable[[Tree], Tree]
     is_single: bool = False
 
-    def __getitem__(self, row: Row) -> Any:
-        key, samples = row
+    def __getitem__(self, row: Row) -> Tree:
+        """Read, seed and collate one batch."""
+        key, indices = row
         if is_tensordict(self.dataset):
-            batch = self.dataset[torch.as_tensor(samples)]
-            return batch if self.collate is default_collate else self.collate(batch)
-        if (
-            type(self.dataset) is TensorDataset
-            and self.collate is default_collate
-            and not self.is_single
-        ):
-            index = torch.as_tensor(samples)
+            batch = self.dataset[torch.as_tensor(indices)]
+            if self.collate is default_collate:
+                return batch
+            return self.collate(batch)
+        if self._is_plain_tensors():
+            index = torch.as_tensor(indices)
             return [tensor[index] for tensor in self.dataset.tensors]
-        indices: list[Any] = samples.tolist() if isinstance(samples, np.ndarray) else samples
-        if get_worker_info() is not None:
-            seed_all(mix(*key))
-            return self._collated(indices)
-        return call_seeded(self._collated, indices, mix(*key))
+        if isinstance(indices, np.ndarray):
+            indices = indices.tolist()
+        seed = mix(*key)
+        if get_worker_info() is None:
+            return call_seeded(self._read, indices, seed)
+        seed_all(seed)  # nothing else in a worker process draws
+        return self._read(indices)
 
-    def _collated(self, indices: list[Any]) -> Any:
+    def _is_plain_tensors(self) -> bool:
+        is_default = self.collate is default_collate and not self.is_single
+        return is_default and type(self.dataset) is TensorDataset
+
+    def _read(self, indices: Sequence[Tree]) -> Tree:
         if self.is_single:
             return self.collate(self.dataset[indices[0]])
-        many = getattr(self.dataset, "__getitems__", None)
-        return self.collate(many(indices) if many else [self.dataset[i] for i in indices])
+        get_many = getattr(self.dataset, "__getitems__", None)
+        if get_many is not None:
+            return self.collate(get_many(indices))
+        return self.collate([self.dataset[index] for index in indices])
 
 
 @attrs.frozen(eq=False)
-class Walk(IterableDataset[Any]):
-    """The rounds of an iterable data set, walked from the beginning or from its own state.
+class StreamDataset(IterableDataset[Tree]):
+    """The batches of an `IterableDataset`, from its beginning or from its own state.
 
-    Every worker of every rank walks the whole stream under the same generators, so that each sample is there once and
-    random augmentation is the same for any number of workers; a worker hands on every `num_workers`-th round.
+    Every worker of every rank iterates the whole stream under the same generators. So each sample
+    is read once, and random augmentation is the same for any number of workers. A worker yields
+    every `num_workers`-th batch.
 
     Args:
         dataset: The user's.
-        deal: How its units are dealt.
-        seed: Of the generators.
-        start: What is to be passed over.
-        state: The data set's own state to go on from, instead of passing over.
-        rank: Whose part is handed on; None for those of all ranks.
+        plan: How its samples are split over ranks.
+        seed: Seed of the generators.
+        start: What is read and skipped.
+        state: The dataset's own state to resume from, instead of skipping.
+        rank: Yields the `RankBatch` of this rank; None yields a list with that of each rank.
     """
 
-    dataset: Any
-    deal: Deal
+    dataset: Tree
+    plan: StreamPlan
     seed: int
     start: int
-    state: Any
+    state: Tree
     rank: int | None
 
-    def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
-        if info is not None:
-            seed_all(self.seed)
-            _hide_worker_info()  # the data set is walked whole, also one that would split itself among workers
-        number, of = (info.id, info.num_workers) if info else (0, 1)
-        for step, each in enumerate(self._rounds() if info else _under(self._rounds(), self.seed)):
-            if step % of == number:
-                yield (
-                    each.part(self.rank)
-                    if self.rank is not None
-                    else [each.part(r) for r in range(self.deal.world_size)]
-                )
+    def __iter__(self) -> Iterator[RankBatch | list[RankBatch | None] | None]:
+        """Yield the batches of this rank, or of all ranks."""
+        worker = get_worker_info()
+        if worker is None:
+            yield from map(self._select, _iterate_seeded(self._global_batches(), self.seed))
+            return
+        seed_all(self.seed)
+        _hide_worker_info()
+        for step, batch in enumerate(self._global_batches()):
+            if step % worker.num_workers == worker.id:
+                yield self._select(batch)
 
-    def _rounds(self) -> Iterator[Any]:
-        can_tell = hasattr(self.dataset, "state_dict") and hasattr(self.dataset, "load_state_dict")
-        can_tell = can_tell and not _shuffles_in_a_buffer(self.dataset)
-        resumes = self.state is not None
-        if resumes:
-            self.dataset.load_state_dict(self.state)
-        return rounds(
-            self.dataset,
-            self.deal,
-            start=0 if resumes else self.start,
-            passed=self.start if resumes else 0,
-            mark=self.dataset.state_dict if can_tell else lambda: None,
-        )
+    def _select(self, batch: GlobalBatch) -> RankBatch | list[RankBatch | None] | None:
+        if self.rank is not None:
+            return batch.rank_batch(self.rank)
+        return [batch.rank_batch(rank) for rank in range(self.plan.world_size)]
+
+    def _global_batches(self) -> Iterator[GlobalBatch]:
+        dataset = self.dataset
+        options: dict[str, Tree] = {"start": self.start}
+        if self.state is not None:
+            dataset.load_state_dict(self.state)
+            options = {"skipped": self.start}
+        is_stateful = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
+        if is_stateful and not _has_shuffle_buffer(dataset):
+            options["get_state"] = dataset.state_dict
+        return global_batches(dataset, self.plan, **options)
 
 
-def _shuffles_in_a_buffer(dataset: Any) -> bool:
-    """Whether the `datasets` library shuffles this stream in a buffer, which is not in its state: what is in the buffer
-    would be lost in a resume, so that such a stream is passed over instead.
+def _has_shuffle_buffer(dataset: Tree) -> bool:
+    """Return whether a stream of the `datasets` library is shuffled in a buffer.
+
+    Its state leaves out the buffer, whose samples would be lost in a resume: such a stream is
+    read from its beginning instead.
     """
-    stages: list[Any] = [getattr(dataset, "_ex_iterable", None)]
+    stages = [getattr(dataset, "_ex_iterable", None)]
     while stages:
         stage = stages.pop()
         if hasattr(stage, "buffer_size"):
             return True
-        stages += (
-            [stage.ex_iterable]
-            if hasattr(stage, "ex_iterable")
-            else getattr(stage, "ex_iterables", ())
-        )
+        stages += getattr(stage, "ex_iterables", ())
+        if hasattr(stage, "ex_iterable"):
+            stages.append(stage.ex_iterable)
     return False
 
 
 def _hide_worker_info() -> None:
+    # A dataset that splits itself among workers, as PyTorch's documentation advises, would leave
+    # samples out: here each worker needs the whole stream.
     import torch.utils.data._utils.worker as worker
 
     worker._worker_info = None  # pyright: ignore[reportPrivateUsage]
 
 
-def _under(items: Iterator[Any], seed: int) -> Iterator[Any]:
-    """Walk `items` under seeded generators of their own; the process's are put back between them."""
+def _iterate_seeded(items: Iterator[Tree], seed: int) -> Iterator[Tree]:
+    """Yield `items`, which draw from seeded generators; those of the process are restored between."""
     state, end = Generators.seeded(seed), object()
     while True:
         with using(state):
@@ -156,32 +165,36 @@ def _under(items: Iterator[Any], seed: int) -> Iterator[Any]:
         yield item
 
 
-def walk(items: Iterable[Any], seed: int) -> Iterator[Any]:
-    """Yield the items of the user's iterable, which draws from generators of its own that follow from `seed`."""
-    if hasattr(items, "__len__"):
-        with using(Generators.seeded(seed)):
-            return iter(list(items))
-    return _under(iter(items), seed)
+def iterate_seeded(items: Iterable[Tree], seed: int) -> Iterator[Tree]:
+    """Iterate over the user's iterable, which draws from generators that are seeded with `seed`."""
+    if not hasattr(items, "__len__"):  # it may have no end
+        return _iterate_seeded(iter(items), seed)
+    with using(Generators.seeded(seed)):
+        return iter(list(items))
 
 
-def identity(batch: Any) -> Any:
-    """Return the batch: it is collated already."""
+def identity(batch: Tree) -> Tree:
+    """Return a batch that is collated already."""
     return batch
 
 
-class _Rows(Sampler[Any]):
-    """The rows of one iteration; a reader with persistent workers is given new ones."""
+class _RowSampler(Sampler[Row]):
+    """The rows of one iteration; persistent workers get new ones in each."""
 
-    def __init__(self) -> None:
-        self.current: Iterable[Row] = ()
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = rows
 
     def __iter__(self) -> Iterator[Row]:
-        return iter(self.current)
+        return iter(self.rows)
 
 
-def inner_loader(user: DataLoader[Any], dataset: Any, seed: int, **options: Any) -> DataLoader[Any]:
-    """Return a loader with the user's workers, pinning and prefetching, that draws its base seed from a generator of
-    its own (torch's would take it from the process's, and a resume would shift every later dropout mask).
+def inner_loader(
+    user: DataLoader[Tree], dataset: Dataset[Tree], seed: int, **options: Tree
+) -> DataLoader[Tree]:
+    """Return a loader over whole batches, with the workers, pinning and prefetching of `user`.
+
+    Its base seed comes from its own generator. PyTorch would draw it from the process's, and a resume would
+    shift every later dropout mask.
     """
     return DataLoader(
         dataset,
@@ -199,53 +212,52 @@ def inner_loader(user: DataLoader[Any], dataset: Any, seed: int, **options: Any)
 
 
 class Reader:
-    """Reads rows of a map-style data set as the user's loader would.
+    """Reads batches of a map-style dataset as the user's loader would.
 
-    Persistent workers are started once and shared by every record of one `shard`; a second iteration that is alive at
-    the same time gets workers of its own.
+    Persistent workers start once, for all records of one `shard`. A second iteration at the same
+    time gets its own workers.
     """
 
-    def __init__(self, loader: DataLoader[Any], seed: int, *, is_single: bool) -> None:
+    def __init__(self, loader: DataLoader[Tree], seed: int, *, is_single: bool) -> None:
         self.is_single = is_single
         self._loader = loader
         self._seed = seed
-        self._fetch = Fetch(loader.dataset, loader.collate_fn, is_single)
-        self._shared: tuple[DataLoader[Any], _Rows] | None = None
-        self._is_lent = False
+        self._dataset = BatchDataset(loader.dataset, loader.collate_fn, is_single)
+        self._persistent: tuple[DataLoader[Tree], _RowSampler] | None = None
+        self._is_in_use = False
 
-    def read(self, rows: Iterable[Row], epoch: int, start: int) -> Iterator[Any]:
-        """Yield the batch of each of `rows`; nothing is drawn from the process's generators."""
+    def read(self, rows: Iterable[Row], epoch: int, start: int) -> Iterator[Tree]:
+        """Yield the batch of each of `rows`; draws nothing from the process's generators."""
         if self._loader.num_workers == 0 and not self._loader.pin_memory:
-            yield from map(self._fetch.__getitem__, rows)
+            yield from map(self._dataset.__getitem__, rows)
             return
-        if not self._loader.persistent_workers or self._is_lent:
-            yield from self._make(rows, epoch, start)[0]
+        if not self._loader.persistent_workers or self._is_in_use:
+            yield from self._new_loader(rows, epoch, start)[0]
             return
-        self._is_lent = True
+        self._is_in_use = True
         try:
-            if self._shared is None:
-                self._shared = self._make(rows, epoch, start)
-            loader, slot = self._shared
-            slot.current = rows
+            if self._persistent is None:
+                self._persistent = self._new_loader(rows, epoch, start)
+            loader, sampler = self._persistent
+            sampler.rows = rows
             yield from loader
         finally:
-            self._is_lent = False
+            self._is_in_use = False
 
-    def _make(self, rows: Iterable[Row], epoch: int, start: int) -> tuple[DataLoader[Any], _Rows]:
-        slot = _Rows()
-        slot.current = rows
+    def _new_loader(
+        self, rows: Iterable[Row], epoch: int, start: int
+    ) -> tuple[DataLoader[Tree], _RowSampler]:
+        sampler = _RowSampler(rows)
         seed = mix(self._seed, epoch, start)
-        options = {"sampler": slot, "persistent_workers": self._loader.persistent_workers}
-        return inner_loader(self._loader, self._fetch, seed, **options), slot
+        options = {"sampler": sampler, "persistent_workers": self._loader.persistent_workers}
+        return inner_loader(self._loader, self._dataset, seed, **options), sampler
 
 
-def collated(part: Part, loader: Any, seed: int) -> Any:
-    """Return the batch of a part of an iterable data set, as the loader would collate it."""
+def collate_units(units: list[Tree], loader: Iterable[Tree], seed: int) -> Tree:
+    """Return a batch of samples of a stream, collated as `loader` would; whole batches as they are."""
     collate = getattr(loader, "collate_fn", identity)
     if getattr(loader, "batch_size", None) is None:
-        return call_seeded(collate, part.units[0], seed)
-    return (
-        collate(part.units)
-        if collate is default_collate
-        else call_seeded(collate, part.units, seed)
-    )
+        return call_seeded(collate, units[0], seed)
+    if collate is default_collate:  # draws nothing
+        return collate(units)
+    return call_seeded(collate, units, seed)

@@ -1,22 +1,23 @@
 """The order of an epoch as pure arithmetic on integers: no tensor, no file, no state.
 
-`N` samples, `B` rows per batch and rank, `W` ranks that read different data, `G = B * W`. An epoch has one global
-order of the samples; position `p` of it is a sample. Starting at `c` samples, step `s` of rank `r` reads the positions
-`c + s*G + r*B ... c + s*G + (r+1)*B - 1`.
+`N` samples, `B` rows per batch and rank, `W` ranks that read different data, `G = B * W`. An epoch
+has one global order, which maps each position to a sample. Starting at `c` samples, step `s` of rank
+`r` reads the positions `c + s*G + r*B ... c + s*G + (r+1)*B - 1`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import attrs
 import numpy as np
 import numpy.typing as npt
 
+from faccel.checks import one_of
 from faccel.errors import DataError
 from faccel.random.hashing import mix
+from faccel.tree import Tree
 
 Ints = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
@@ -24,10 +25,12 @@ _Words = npt.NDArray[np.uint64]
 TAILS = ("drop", "pad", "uneven")
 
 SMALL = 1 << 16
-"""Below this many samples the order is a table: a Feistel network is biased on small domains."""
+"""Below this many samples the order is a table: a Feistel network is biased on a small domain."""
 
 NUM_ROUNDS = 10
-_CHUNK = 4096  # indices computed at a time: below, numpy's overhead per call shows; above, the cache does
+# Indices computed at a time: fewer, and NumPy's overhead per call dominates; more, and they leave the
+# CPU's cache.
+_CHUNK = 4096
 
 
 def _scramble(x: _Words) -> _Words:
@@ -45,14 +48,14 @@ def _keys(seed: int, epoch: int, count: int) -> _Words:
 
 @functools.lru_cache(maxsize=8)
 def _table(num_samples: int, seed: int, epoch: int) -> Ints:
-    """Return a true permutation `int64[num_samples]`: the order of keyed 64-bit hashes."""
+    """Return a permutation `int64[num_samples]`: the argsort of keyed 64-bit hashes."""
     first, second = _keys(seed, epoch, 2)
     hashes = _scramble(_scramble(np.arange(num_samples, dtype=np.uint64) + first) ^ second)
     return np.argsort(hashes, kind="stable").astype(np.int64)
 
 
 def _feistel(x: _Words, bits: int, keys: _Words) -> _Words:
-    """Permute `range(2**bits)`: an alternating, unbalanced Feistel network, one round per key.
+    """Permute `range(2**bits)` with an alternating, unbalanced Feistel network, one round per key.
 
     Source: Luby and Rackoff 1988; Schneier and Kelsey 1996 for the unbalanced form.
     """
@@ -70,10 +73,10 @@ def _feistel(x: _Words, bits: int, keys: _Words) -> _Words:
 
 
 def permute(positions: Ints, num_samples: int, seed: int, epoch: int) -> Ints:
-    """Return the samples that stand at `positions` of one epoch's shuffled order.
+    """Return the samples at `positions` of one epoch's shuffled order.
 
-    Effects: pure. Constant time and memory per position from 2**16 samples on (Feistel network with cycle walking,
-    Black and Rogaway 2002), so that any place of any order is reached at once; below, a table is made and kept.
+    Effects: pure. From 2**16 samples on, constant time and memory per position: a Feistel network
+    with cycle walking (Black and Rogaway 2002). Below, a table is computed and cached.
 
     Args:
         positions: `int64[n]`, each in `range(num_samples)`.
@@ -95,34 +98,37 @@ def permute(positions: Ints, num_samples: int, seed: int, epoch: int) -> Ints:
     limit = np.uint64(num_samples)
     out = _feistel(positions.astype(np.uint64), bits, keys)
     outside = np.flatnonzero(out >= limit)
-    while outside.size:  # walk the cycle until it is back inside: under two steps each on average
-        walked = _feistel(out[outside], bits, keys)
-        out[outside] = walked
-        outside = outside[walked >= limit]
+    # Cycle walking: `limit > 2**(bits - 1)`, so each index needs less than two more steps on average.
+    while outside.size:
+        permuted = _feistel(out[outside], bits, keys)
+        out[outside] = permuted
+        outside = outside[permuted >= limit]
     return out.astype(np.int64)
 
 
 @attrs.frozen
 class Cursor:
-    """A place in the data: the same on every rank, and for every world size.
+    """A position in the data: the same on every rank, and valid for every world size.
 
     Args:
         epoch: The epoch.
-        samples_consumed: How many samples of its order have been read, by all ranks together (batches, of a loader
-            that yields whole ones).
-        state: What `state_dict` of an iterable data set gave there; None for any other.
-        of: Which order it is a place of, in words that `resume` compares; None is a place of any.
+        samples_consumed: How many samples of its order all ranks together have read (batches, if the
+            loader yields whole ones).
+        state: What `state_dict` of an iterable dataset returned there; None for any other dataset.
+        of: Name of the order that it is a position of, which `resume` compares; None fits any order.
     """
 
     epoch: int = 0
     samples_consumed: int = 0
-    state: Any = attrs.field(default=None, eq=False, repr=False)
+    state: Tree = attrs.field(default=None, eq=False, repr=False)
     of: str | None = attrs.field(default=None, eq=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if self.epoch < 0 or self.samples_consumed < 0:
             raise DataError(
-                "a cursor counts from 0", got=str(self), fix="use `batch.cursor` or `window.cursor`"
+                "`epoch` and `samples_consumed` of a cursor must be at least 0",
+                got=str(self),
+                fix="use `batch.cursor` or `window.cursor`",
             )
 
 
@@ -134,7 +140,7 @@ class Order:
         num_samples: `N`.
         seed: Together with `epoch` chooses the order of a shuffled loader.
         epoch: See `seed`.
-        shuffle: False for the order of the data set.
+        shuffle: False for the order of the dataset.
 
     Examples:
         >>> order = Order(num_samples=10**12, seed=0, epoch=3, shuffle=True)
@@ -149,24 +155,23 @@ class Order:
 
     def samples(self, positions: Ints) -> Ints:
         """Return the samples `int64[n]` at `positions`, `int64[n]` in `range(num_samples)`."""
-        return (
-            permute(positions, self.num_samples, self.seed, self.epoch)
-            if self.shuffle
-            else positions
-        )
+        if not self.shuffle:
+            return positions
+        return permute(positions, self.num_samples, self.seed, self.epoch)
 
 
 @attrs.frozen
 class ShardPlan:
-    """How one rank reads an epoch; everything about steps follows from it.
+    """How one rank reads an epoch, as arithmetic.
 
     Args:
         num_samples: `N`.
         batch_size: `B`, rows per batch on this rank.
         rank: `r`, this rank among those that read different data.
         world_size: `W`.
-        tail: What the last step does with fewer than `G` samples left: `"pad"` wraps around to the start of the
-            order, `"drop"` leaves them out, `"uneven"` gives some ranks fewer rows or none.
+        tail: What the last step does with fewer than `G` samples left. `"pad"` repeats samples from
+            the start of the order, `"drop"` leaves the step out, `"uneven"` gives some ranks fewer
+            rows or none.
     """
 
     num_samples: int
@@ -181,27 +186,39 @@ class ShardPlan:
         return self.batch_size * self.world_size
 
     def num_steps(self, start: int) -> int:
-        """Return how many batches this rank reads from `start` samples on."""
-        left = max(0, self.num_samples - start)
+        """Return the number of batches of this rank from `start` samples on."""
+        num_left = max(0, self.num_samples - start)
         if self.tail == "drop":
-            return left // self.global_batch_size
+            return num_left // self.global_batch_size
         if self.tail == "uneven":
-            left = max(0, left - self.rank * self.batch_size)
-        return -(-left // self.global_batch_size)
+            num_left = max(0, num_left - self.rank * self.batch_size)
+        return -(-num_left // self.global_batch_size)
 
     def first_position(self, start: int, step: int) -> int:
         """Return the position of the first row of batch `step`."""
         return start + step * self.global_batch_size + self.rank * self.batch_size
 
     def num_valid(self, start: int, step: int) -> int:
-        """Return how many rows of batch `step` are not repeats."""
+        """Return the number of rows of batch `step` that are not repeats."""
         return min(max(0, self.num_samples - self.first_position(start, step)), self.batch_size)
 
+    def consumed(self, start: int, step: int) -> int:
+        """Return the samples that all ranks have consumed after batch `step`, repeats included."""
+        return start + (step + 1) * self.global_batch_size
+
+    def is_end(self, consumed: int) -> bool:
+        """Return whether the epoch has no step after `consumed` samples, on any rank."""
+        smallest_step = 1
+        if self.tail == "drop":
+            smallest_step = self.global_batch_size
+        return consumed + smallest_step > self.num_samples
+
     def cursor(self, epoch: int, start: int, step: int, of: str | None = None) -> Cursor:
-        """Return the place after batch `step`; the start of the next epoch after the last one of any rank."""
-        consumed = start + (step + 1) * self.global_batch_size
-        ended = consumed + (self.global_batch_size if self.tail == "drop" else 1) > self.num_samples
-        return Cursor(epoch + 1, 0, None, of) if ended else Cursor(epoch, consumed, None, of)
+        """Return the position after batch `step`; after the last, the start of the next epoch."""
+        consumed = self.consumed(start, step)
+        if self.is_end(consumed):
+            return Cursor(epoch + 1, of=of)
+        return Cursor(epoch, consumed, of=of)
 
     def batches(self, order: Order, start: int) -> Iterator[Ints]:
         """Yield the samples `int64[<= B]` of each batch; thousands are computed at a time."""
@@ -209,22 +226,20 @@ class ShardPlan:
         steps_at_once = max(1, _CHUNK // size)
         for first in range(0, num_steps, steps_at_once):
             steps = np.arange(first, min(first + steps_at_once, num_steps), dtype=np.int64)
-            positions = (steps * self.global_batch_size + self.first_position(start, 0))[
-                :, None
-            ] + np.arange(size)
+            first_positions = self.first_position(start, 0) + steps * self.global_batch_size
+            positions = first_positions[:, None] + np.arange(size)
             if self.tail == "pad":
                 positions %= self.num_samples
-            samples = order.samples(
-                np.minimum(positions, self.num_samples - 1).reshape(-1)
-            ).reshape(-1, size)
+            # rows after the end of the order, which the tail "uneven" cuts off below
+            positions = np.minimum(positions, self.num_samples - 1)
+            samples = order.samples(positions.reshape(-1)).reshape(-1, size)
             for step, row in zip(steps.tolist(), samples, strict=True):
-                yield row if self.tail == "pad" else row[: self.num_valid(start, step)]
+                if self.tail == "pad":
+                    yield row
+                else:
+                    yield row[: self.num_valid(start, step)]
 
 
-def check_tail(tail: Any) -> None:
-    """Refuse what is not one of `TAILS`."""
-    if tail not in TAILS:
-        listed = ", ".join(f'`"{name}"`' for name in TAILS)
-        raise DataError(
-            "`tail` says what the last step does", got=repr(tail), fix=f"use one of {listed}"
-        )
+def check_tail(tail: str) -> None:
+    """Raise unless `tail` is one of `TAILS`."""
+    one_of("tail", tail, TAILS, DataError)

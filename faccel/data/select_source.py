@@ -2,141 +2,175 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sized
 
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
+from faccel.checks import one_of, shown
 from faccel.context import DistContext
+from faccel.data.batch import Source
 from faccel.data.fetch import Reader
+from faccel.data.file_shards import FileShardsSource
 from faccel.data.order import ShardPlan
-from faccel.data.rounds import Deal
-from faccel.data.shards import ShardsSource
-from faccel.data.source import OrderedSource, SampledSource, Source, StreamSource
-from faccel.errors import DataError, nearest
+from faccel.data.sources import OrderedSource, SamplerSource, StreamSource
+from faccel.data.stream_plan import StreamPlan
+from faccel.errors import DataError
+from faccel.tree import Tree
 
 MODES = ("auto", "dispatch", "shards", "split")
 
 
-def pick_source(
-    loader: Iterable[Any], ctx: DistContext, *, tail: str, mode: str, seed: int, split_batches: bool
+def select_source(
+    loader: Iterable[Tree],
+    ctx: DistContext,
+    *,
+    tail: str,
+    mode: str,
+    seed: int,
+    split_batches: bool,
 ) -> tuple[Source, bool]:
-    """Return the source of a loader, and whether it stands in an epoch already, because every epoch is the same.
+    """Return the source of a loader, and whether it needs no epoch because all epochs are the same.
+
+    Effects: pure.
 
     Raises:
         DataError: No source reads it.
     """
     _check(loader, mode)
     world_size = ctx.data_world_size
+    is_dispatched = mode == "dispatch"
     if mode == "shards":
-        return _shards_source(loader, ctx, tail, seed, split_batches=split_batches), True
+        return _file_shards(loader, ctx, tail, seed, split_batches=split_batches), True
     if not isinstance(loader, DataLoader):
-        _per_rank(None if split_batches else 1, 1)
-        return StreamSource(loader, ctx, Deal(1, world_size, tail), seed, mode == "dispatch"), True
-    tail = "drop" if loader.drop_last else tail
-    size = _per_rank(loader.batch_size, world_size) if split_batches else loader.batch_size
+        if split_batches:
+            raise _no_batch_size()
+        return StreamSource(loader, ctx, StreamPlan(1, world_size, tail), seed, is_dispatched), True
+    tail, size = _tail_and_size(loader, world_size, tail, split_batches=split_batches)
     if isinstance(loader.dataset, IterableDataset):
-        return StreamSource(
-            loader, ctx, Deal(size or 1, world_size, tail), seed, mode == "dispatch"
-        ), True
-    if mode == "dispatch":
+        plan = StreamPlan(size or 1, world_size, tail)
+        return StreamSource(loader, ctx, plan, seed, is_dispatched), True
+    if is_dispatched:
         raise DataError(
-            '`mode="dispatch"` is for streams',
+            '`mode="dispatch"` expects a loader over an `IterableDataset`, or an iterable of batches',
             got=f"a map-style {type(loader.dataset).__name__}",
-            fix="leave it out",
+            fix="leave `mode` out",
         )
-    own_batches = loader.batch_size is None and loader.batch_sampler is not None
-    reader = Reader(loader, seed, is_single=loader.batch_size is None and not own_batches)
-    if not own_batches and _is_ours(loader.sampler):
-        shuffle = type(loader.sampler) is RandomSampler
-        num_samples = len(loader.dataset)  # type: ignore[arg-type]
-        if loader.batch_size is not None:
-            plan = ShardPlan(num_samples, size or 1, ctx.data_rank, world_size, tail)
-            return OrderedSource(plan, seed, shuffle, reader), not shuffle
-    if own_batches:
-        deal = Deal(1, world_size, tail, len)
-        return SampledSource(loader.batch_sampler, deal, ctx.data_rank, seed, reader, True), False  # type: ignore[arg-type]
-    deal = Deal(size or 1, world_size, tail)
-    is_placed = type(loader.sampler) is SequentialSampler
-    return SampledSource(loader.sampler, deal, ctx.data_rank, seed, reader, False), is_placed
+    return _map_style(loader, ctx, tail, size, seed)
 
 
-def _shards_source(
-    loader: Any, ctx: DistContext, tail: str, seed: int, *, split_batches: bool
-) -> ShardsSource:
+def _map_style(
+    loader: DataLoader[Tree], ctx: DistContext, tail: str, size: int | None, seed: int
+) -> tuple[Source, bool]:
+    rank, world_size = ctx.data_rank, ctx.data_world_size
+    if loader.batch_size is None and loader.batch_sampler is not None:
+        reader = Reader(loader, seed, is_single=False)
+        plan = StreamPlan(1, world_size, tail, count=len)
+        return SamplerSource(loader.batch_sampler, plan, rank, seed, reader, True), False
+    sampler = loader.sampler
+    if size is not None and _is_own_order(sampler):
+        reader = Reader(loader, seed, is_single=False)
+        assert isinstance(loader.dataset, Sized)
+        order_plan = ShardPlan(len(loader.dataset), size, rank, world_size, tail)
+        shuffle = type(sampler) is RandomSampler
+        return OrderedSource(order_plan, seed, shuffle, reader), not shuffle
+    reader = Reader(loader, seed, is_single=size is None)
+    plan = StreamPlan(size or 1, world_size, tail)
+    is_sequential = type(sampler) is SequentialSampler
+    return SamplerSource(sampler, plan, rank, seed, reader, False), is_sequential
+
+
+def _file_shards(
+    loader: Iterable[Tree], ctx: DistContext, tail: str, seed: int, *, split_batches: bool
+) -> FileShardsSource:
     dataset = getattr(loader, "dataset", loader)
-    if (
-        not isinstance(loader, DataLoader)
-        or not isinstance(dataset, IterableDataset)
-        or loader.batch_size is None
-    ):
-        what = (
-            "a loader without a `batch_size`"
-            if isinstance(loader, DataLoader)
-            else f"a {type(loader).__name__}"
-        )
-        got = what if isinstance(dataset, IterableDataset) else f"a {type(dataset).__name__}"
-        fix = 'pass a `DataLoader(stream, batch_size=...)`, or write `mode="split"`'
-        raise DataError('`mode="shards"` is for streams that are batched here', got=got, fix=fix)
-    count = getattr(dataset, "num_shards", 0) if callable(getattr(dataset, "shard", None)) else 0
-    if count < ctx.data_world_size:
-        got = f"{count} shards of a {type(dataset).__name__}, for {ctx.data_world_size} ranks that read data"
-        fix = 'write `mode="split"`, or spread the data over more files'
-        raise DataError('`mode="shards"` gives each rank shards of its own', got=got, fix=fix)
-    tail = "drop" if loader.drop_last else tail
-    if tail == "uneven":
-        fix = 'write `tail="pad"`, whose repeats `batch.num_valid` tells apart'
+    got = ""
+    if not isinstance(dataset, IterableDataset):
+        got = f"a {type(dataset).__name__}"
+    elif not isinstance(loader, DataLoader):
+        got = f"a {type(loader).__name__}"
+    elif loader.batch_size is None:
+        got = "a loader without a `batch_size`"
+    if got or not isinstance(loader, DataLoader):
         raise DataError(
-            "ranks that read shards of their own end together", got='tail="uneven"', fix=fix
+            '`mode="shards"` expects a `DataLoader` with a `batch_size` over an `IterableDataset`',
+            got=got,
+            fix='pass a `DataLoader(stream, batch_size=...)`, or write `mode="split"`',
         )
-    size = _per_rank(loader.batch_size, ctx.data_world_size) if split_batches else loader.batch_size
-    return ShardsSource(loader, ctx, size, tail, seed)
+    world_size = ctx.data_world_size
+    num_shards = 0
+    if callable(getattr(dataset, "shard", None)):
+        num_shards = getattr(dataset, "num_shards", 0)
+    if num_shards < world_size:
+        kind = type(dataset).__name__
+        raise DataError(
+            '`mode="shards"` needs at least one shard of the dataset per rank',
+            got=f"{num_shards} shards of a {kind}, for {world_size} ranks that read data",
+            fix='write `mode="split"`, or split the data into more files',
+        )
+    tail, size = _tail_and_size(loader, world_size, tail, split_batches=split_batches)
+    if tail == "uneven":
+        # the ranks exchange their progress before each step, so all must take part in it
+        raise DataError(
+            '`tail` must be "pad" or "drop" with `mode="shards"`',
+            got='tail="uneven"',
+            fix='write `tail="pad"` and use `batch.num_valid`, which counts the rows without repeats',
+        )
+    assert size is not None
+    return FileShardsSource(loader, ctx, size, tail, seed)
 
 
-def _is_ours(sampler: Any) -> bool:
-    """Whether the order is one that faccel makes itself: the data set's, or a shuffle of all of it."""
-    return type(sampler) is SequentialSampler or (
-        type(sampler) is RandomSampler
-        and not sampler.replacement
-        and sampler.num_samples == len(sampler.data_source)
+def _is_own_order(sampler: object) -> bool:
+    """Return whether faccel computes this order: that of the dataset, or a shuffle of all of it."""
+    if type(sampler) is SequentialSampler:
+        return True
+    if type(sampler) is not RandomSampler or sampler.replacement:
+        return False
+    return sampler.num_samples == len(sampler.data_source)
+
+
+def _tail_and_size(
+    loader: DataLoader[Tree], world_size: int, tail: str, *, split_batches: bool
+) -> tuple[str, int | None]:
+    """Return the tail and the batch size per rank; None for a loader without a batch size."""
+    if loader.drop_last:
+        tail = "drop"
+    size = loader.batch_size
+    if not split_batches:
+        return tail, size
+    if size is None:
+        raise _no_batch_size()
+    if size % world_size:
+        nearest_size = -(-size // world_size) * world_size
+        raise DataError(
+            "`split_batches` needs a batch size that the number of ranks divides",
+            got=f"a batch size of {size} for {world_size} ranks",
+            fix=f"write `DataLoader(dataset, batch_size={nearest_size})`",
+        )
+    return tail, size // world_size
+
+
+def _no_batch_size() -> DataError:
+    return DataError(
+        "`split_batches` divides the loader's batch size, and this loader has none",
+        got="a loader that yields its own batches",
+        fix="pass a `batch_size` to the loader, or leave `split_batches` out",
     )
 
 
-def _per_rank(batch_size: int | None, world_size: int) -> int:
-    if batch_size is None:
-        raise DataError(
-            "`split_batches` divides the loader's batch size, and this one has none",
-            got="a loader that yields its own batches",
-            fix="give the loader a `batch_size`, or leave `split_batches` out",
-        )
-    if batch_size % world_size:
-        raise DataError(
-            "`split_batches` divides the loader's batch size among the ranks",
-            got=f"a batch size of {batch_size} for {world_size} ranks",
-            fix=f"use a batch size of {-(-batch_size // world_size) * world_size}",
-        )
-    return batch_size // world_size
-
-
-def _check(loader: Any, mode: str) -> None:
-    if mode not in MODES:
-        raise DataError(
-            "`mode` says how a stream is shared", got=repr(mode), fix=nearest(str(mode), MODES)
-        )
+def _check(loader: Iterable[Tree], mode: str) -> None:
+    one_of("mode", mode, MODES, DataError)
     if not isinstance(loader, Iterable):
         raise DataError(
-            "`shard` takes a `DataLoader` or an iterable of batches",
-            got=f"a {type(loader).__name__}",
+            "`loader` must be a `DataLoader` or an iterable of batches",
+            got=shown(loader),
             fix="write `faccel.shard(DataLoader(dataset, batch_size=32), ctx)`",
         )
-    samplers = (
-        getattr(loader, "sampler", None),
-        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
-    )
-    if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
-        raise DataError(
-            "`shard` splits the data itself",
-            got="a loader with a DistributedSampler",
-            fix="leave the sampler out and write `shuffle=True` or `shuffle=False`",
-        )
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for sampler in (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None)):
+        if isinstance(sampler, DistributedSampler):
+            raise DataError(
+                "`loader` must not have a DistributedSampler: `shard` splits the data over ranks",
+                got="a loader with a DistributedSampler",
+                fix="leave the sampler out and write `shuffle=True` or `shuffle=False`",
+            )

@@ -7,7 +7,7 @@ from itertools import pairwise
 import attrs
 import torch
 
-from faccel.data.source import Batch
+from faccel.data.batch import Batch
 from faccel.errors import DataError
 from faccel.tree import Tree, flatten
 

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 
 from faccel.checks import positive
 from faccel.context import DistContext
-from faccel.data.source import Batch
+from faccel.data.batch import Batch
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError
 from faccel.func.grad import GradInputs, LossAndGrads, LossSums, mean_over_ranks

@@ -12,7 +12,7 @@ from faccel.checks import instance_of, positive
 from faccel.context import DistContext
 from faccel.data.loader import ShardedLoader, batches
 from faccel.data.order import Cursor
-from faccel.data.source import Batch
+from faccel.data.batch import Batch
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import DataError
 from faccel.protocols import DATA

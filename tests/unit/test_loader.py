@@ -139,7 +139,7 @@ def test_drop_last_of_the_users_loader_is_kept():
 def test_split_batches_divides_the_batch_size():
     loader = faccel.shard(DataLoader(Squares(12), 6), fake_context(1, 2), split_batches=True)
     assert ids(loader) == [[3, 4, 5], [9, 10, 11]]
-    with pytest.raises(DataError, match="batch size of 8"):
+    with pytest.raises(DataError, match="batch_size=8"):
         faccel.shard(DataLoader(Squares(12), 6), fake_context(1, 4), split_batches=True)
 
 

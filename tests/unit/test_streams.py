@@ -17,7 +17,7 @@ from torch.utils.data import (
 
 import faccel
 from faccel.data.order import Cursor, Order, ShardPlan
-from faccel.data.rounds import Deal, rounds
+from faccel.data.stream_plan import StreamPlan, global_batches
 from faccel.errors import DataError
 from faccel.testing import fake_context, simulate
 
@@ -137,15 +137,20 @@ def test_dealing_a_stream_is_the_same_as_the_arithmetic():
                 )
                 for s, x in enumerate(plan.batches(order, start))
             ]
-            deal = Deal(b, w, tail)
-            parts = [p for each in rounds(range(n), deal, start=start) if (p := each.part(r))]
+            stream_plan = StreamPlan(b, w, tail)
+            batches = [
+                rank_batch
+                for batch in global_batches(range(n), stream_plan, start=start)
+                if (rank_batch := batch.rank_batch(r))
+            ]
+            infos = [batch.info for batch in batches]
             got = [
-                (p.units, p.num_valid, Cursor(1) if p.is_end else Cursor(0, p.consumed), p.is_last)
-                for p in parts
+                (batch.units, batch.info.num_valid, batch.info.cursor(0, ""), batch.info.is_last)
+                for batch in batches
             ]
             assert got == want
-            assert deal.num_steps(n - start, r) == len(want)
-            assert [p.step for p in parts] == [start // (b * w) + s for s in range(len(want))]
+            assert stream_plan.num_steps(n - start, r) == len(want)
+            assert [info.step for info in infos] == [start // (b * w) + s for s in range(len(want))]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -367,7 +372,7 @@ def test_an_error_while_rank_0_reads_reaches_every_rank():
 def test_a_mode_that_does_not_fit_is_an_error():
     with pytest.raises(DataError, match="dispatch"):
         faccel.shard([1], fake_context(0, 1), mode="dispach")
-    with pytest.raises(DataError, match="streams"):
+    with pytest.raises(DataError, match="`IterableDataset`"):
         faccel.shard(DataLoader(Rows(3), 1), fake_context(0, 1), mode="dispatch")
     with pytest.raises(DataError, match="has none"):
         faccel.shard(

@@ -1,0 +1,83 @@
+"""What is known about a batch: its number of valid rows, its step, and the cursor after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import attrs
+
+from faccel.data.order import Cursor
+from faccel.tree import Tree
+
+
+@attrs.frozen(eq=False)
+class Batch:
+    """One rank's batch of one step.
+
+    Args:
+        data: What the loader's `collate_fn` returned, on the device of the context.
+        num_valid: Number of rows that are not repeats, `0 <= num_valid <= rows`: the first ones.
+        step: Index of the batch in its epoch.
+        is_last: Whether it is this rank's last batch of the epoch.
+        cursor: The position after it: save it to resume with the next batch.
+    """
+
+    data: Tree
+    num_valid: int
+    step: int
+    is_last: bool
+    cursor: Cursor
+
+
+@attrs.frozen(eq=False)
+class BatchInfo:
+    """What a source reports with the data of a batch.
+
+    Args:
+        num_valid: See `Batch`.
+        step: See `Batch`.
+        is_last: See `Batch`.
+        is_end: Whether the epoch ends on every rank with this step.
+        consumed: What all ranks together have consumed of the epoch after this step.
+        state: The dataset's own state at that position, if it has one.
+    """
+
+    num_valid: int
+    step: int
+    is_last: bool
+    is_end: bool
+    consumed: int
+    state: object = None
+
+    def cursor(self, epoch: int, name: str) -> Cursor:
+        """Return the position after the batch: in this epoch, or at the start of the next one."""
+        if self.is_end:
+            return Cursor(epoch + 1, of=name)
+        return Cursor(epoch, self.consumed, self.state, name)
+
+
+class Source(Protocol):
+    """How one rank finds its batches in an epoch; everything else about a loader is in `ShardedLoader`."""
+
+    @property
+    def name(self) -> str:
+        """What cursors are positions of: resuming in a source of another name is an error."""
+        ...
+
+    @property
+    def tail(self) -> str:
+        """As in `shard`."""
+        ...
+
+    def num_steps(self, start: int) -> int:
+        """Return the number of this rank's batches from `start` on; TypeError if it is unknown."""
+        ...
+
+    def start_of(self, step: int) -> int:
+        """Return how much of the epoch all ranks have consumed before step `step`."""
+        ...
+
+    def read(self, cursor: Cursor) -> Iterator[tuple[BatchInfo, Tree]]:
+        """Yield each batch of this rank from `cursor` on, collated, on the CPU."""
+        ...

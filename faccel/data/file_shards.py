@@ -1,0 +1,151 @@
+"""A stream in files: each rank iterates its own, and the ranks exchange how far they have come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import attrs
+from torch.utils.data import DataLoader
+
+from faccel.comm.all_or_error import all_or_error
+from faccel.context import DistContext
+from faccel.data.batch import BatchInfo
+from faccel.data.fetch import collate_units
+from faccel.data.order import Cursor
+from faccel.data.sources import iterate_stream, no_step_error
+from faccel.data.stream_plan import RankBatch, StreamPlan, repeat_to
+from faccel.errors import DataError
+from faccel.protocols import DATA
+from faccel.random.hashing import mix
+from faccel.tree import Tree
+
+# `(consumed, state)` in one rank's shards, as in `BatchInfo`. A plain tuple, because a cursor with the
+# positions of all ranks is saved in checkpoints.
+_Position = tuple[int, Tree]
+_START: _Position = (0, None)
+
+
+@attrs.frozen
+class _Progress:
+    """What a rank reports to the others of its next batch.
+
+    Args:
+        num_units: Its number of units, 0 after the last batch.
+        position: The position after it, None after the last batch.
+    """
+
+    num_units: int
+    position: _Position | None
+
+
+@attrs.frozen(eq=False)
+class FileShardsSource:
+    """An iterable dataset with `.shard(num_shards=, index=)`, of which each rank reads its shards.
+
+    Args:
+        loader: The user's.
+        ctx: The world.
+        batch_size: Samples per rank and step.
+        tail: `"pad"`, which repeats the first samples of a rank's own shards, or `"drop"`.
+        seed: Seed of the generators under which they are iterated.
+    """
+
+    loader: DataLoader[Tree] = attrs.field(repr=False)
+    ctx: DistContext
+    batch_size: int
+    tail: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """See `Source`."""
+        return "a stream in shards"
+
+    def num_steps(self, start: int) -> int:
+        """Raise TypeError: the length of a shard is unknown."""
+        raise TypeError("the number of batches of a stream in shards is unknown")
+
+    def start_of(self, step: int) -> int:
+        """Return 0, the start of an epoch; raise for any other step."""
+        if step:
+            raise no_step_error(step, self.name)
+        return 0
+
+    def read(self, cursor: Cursor) -> Iterator[tuple[BatchInfo, Tree]]:
+        """See `Source`. Collective: one small gather per step, and one more."""
+        epoch, consumed = cursor.epoch, cursor.samples_consumed
+        batches = self._iterate(epoch, self._positions(cursor)[self.ctx.data_rank])
+        step = consumed // (self.batch_size * self.ctx.data_world_size)
+        batch, progress = self._next(batches)
+        while not self._is_over(progress):
+            # one step ahead, because only all ranks together find out which step is the last
+            ahead, progress_ahead = self._next(batches)
+            consumed += sum(rank.num_units for rank in progress)
+            is_end = self._is_over(progress_ahead)
+            positions = tuple(rank.position for rank in progress)
+            units = batch.units if batch else []
+            info = BatchInfo(len(units), step, is_end, is_end, consumed, positions)
+            seed = mix(self.seed, epoch, consumed, self.ctx.data_rank)
+            yield info, collate_units(self._padded(units, epoch), self.loader, seed)
+            batch, progress = ahead, progress_ahead
+            step += 1
+
+    def _iterate(self, epoch: int, position: _Position | None) -> Iterator[RankBatch]:
+        """Yield the batches of this rank's shards from a position on."""
+        if position is None:
+            return iter(())
+        dataset: Tree = self.loader.dataset
+        shard = dataset.shard(num_shards=self.ctx.data_world_size, index=self.ctx.data_rank)
+        plan = StreamPlan(self.batch_size, 1, "uneven")
+        seed = mix(self.seed, epoch, self.ctx.data_rank)
+        consumed, state = position
+        cursor = Cursor(epoch, consumed, state)
+        return iterate_stream(self.loader, shard, plan, seed, cursor, 0)
+
+    def _positions(self, cursor: Cursor) -> tuple[_Position | None, ...]:
+        """Return the position of each rank, None for one that has read all of its shards."""
+        world_size = self.ctx.data_world_size
+        if not cursor.samples_consumed:
+            return (_START,) * world_size
+        positions = cursor.state or ()
+        if len(positions) != world_size:
+            raise DataError(
+                "the cursor of a stream in shards must have a position for each rank",
+                got=f"{len(positions)} positions, for {world_size} ranks that read data",
+                fix='resume on as many ranks, or read it with `mode="split"`',
+            )
+        return tuple(positions)
+
+    def _next(self, batches: Iterator[RankBatch]) -> tuple[RankBatch | None, list[_Progress]]:
+        """Return this rank's next batch, None at its end, and the progress of each rank. Collective."""
+        current: list[RankBatch] = []
+
+        def read_one() -> _Progress:
+            current.extend(islice(batches, 1))
+            if not current:
+                return _Progress(0, None)
+            info = current[0].info
+            return _Progress(len(current[0].units), (info.consumed, info.state))
+
+        progress = all_or_error(read_one, self.ctx, "read the data", axis=DATA)
+        return (current[0] if current else None), progress
+
+    def _is_over(self, progress: list[_Progress]) -> bool:
+        sizes = [rank.num_units for rank in progress]
+        if self.tail == "drop":
+            return min(sizes) < self.batch_size
+        return max(sizes) == 0
+
+    def _padded(self, units: list[Tree], epoch: int) -> list[Tree]:
+        if len(units) == self.batch_size:
+            return units
+        # read again: after a resume the first samples are not in memory
+        first = next(self._iterate(epoch, _START), None)
+        if first is None:
+            raise DataError(
+                f"rank {self.ctx.rank} has no samples to repeat",
+                got="shards without any sample",
+                fix='write `tail="drop"`, or read the stream with `mode="split"`',
+            )
+        return repeat_to(units, first.units, self.batch_size)

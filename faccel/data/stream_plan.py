@@ -1,0 +1,187 @@
+"""Splitting a stream over ranks, for data whose order is the user's own and has to be iterated.
+
+A stream is any iterable that yields the same units on every rank: the indices of a sampler, the
+index lists of a batch sampler, the samples of an `IterableDataset`, or whole batches. A global batch
+is `batch_size` units for each of `W` ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+import attrs
+
+from faccel.data.batch import BatchInfo
+from faccel.errors import DataError
+from faccel.tree import Tree
+
+
+def _one(unit: Tree) -> int:
+    return 1
+
+
+@attrs.frozen
+class StreamPlan:
+    """How the units of a stream are split over ranks.
+
+    Args:
+        batch_size: Units per rank and step.
+        world_size: `W`, the number of ranks that read different data.
+        tail: As in `shard`; padding repeats the first units of the stream.
+        count: How much a unit counts in a cursor: 1, or the samples of an index list.
+    """
+
+    batch_size: int
+    world_size: int
+    tail: str
+    count: Callable[[Tree], int] = _one
+
+    @property
+    def global_batch_size(self) -> int:
+        """Units per step over all ranks."""
+        return self.batch_size * self.world_size
+
+    def num_steps(self, num_units: int, rank: int) -> int:
+        """Return the number of batches of a rank in a stream of `num_units`."""
+        if self.tail == "drop":
+            return num_units // self.global_batch_size
+        if self.tail == "uneven":
+            num_units = max(0, num_units - rank * self.batch_size)
+        return -(-num_units // self.global_batch_size)
+
+
+def repeat_to(units: list[Tree], first: list[Tree], size: int, offset: int = 0) -> list[Tree]:
+    """Return `units`, filled up to `size` with those of `first` from `offset` on, cyclically.
+
+    Effects: pure.
+
+    Examples:
+        >>> repeat_to([8], [0, 1, 2], size=4, offset=2)
+        [8, 2, 0, 1]
+    """
+    missing = size - len(units)
+    return units + [first[(offset + i) % len(first)] for i in range(missing)]
+
+
+@attrs.frozen(eq=False)
+class RankBatch:
+    """One rank's units of a global batch; `units` includes the repeats of the tail `"pad"`."""
+
+    units: list[Tree]
+    info: BatchInfo
+
+
+@attrs.frozen(eq=False)
+class GlobalBatch:
+    """The units of one step for all ranks.
+
+    Args:
+        plan: How they are split.
+        units: `global_batch_size` units, or those that are left at the end of the stream.
+        first: The first units of the stream, for padding.
+        num_ahead: Number of units of the next step.
+        consumed: See `BatchInfo`.
+        state: See `BatchInfo`.
+        step: See `BatchInfo`.
+    """
+
+    plan: StreamPlan
+    units: list[Tree]
+    first: list[Tree]
+    num_ahead: int
+    consumed: int
+    state: object
+    step: int
+
+    def rank_batch(self, rank: int) -> RankBatch | None:
+        """Return the units of a rank; None if an uneven tail leaves it without any."""
+        size, tail = self.plan.batch_size, self.plan.tail
+        begin = rank * size
+        units = self.units[begin : begin + size]
+        num_valid = len(units)
+        if tail == "pad" and num_valid < size:
+            # position `p` of the step repeats unit `p - len(self.units)` of the stream
+            offset = begin + num_valid - len(self.units)
+            units = repeat_to(units, self.first, size, offset)
+        if not units:
+            return None
+        is_end = self.num_ahead == 0
+        if tail == "drop":
+            is_end = self.num_ahead < self.plan.global_batch_size
+        is_last = is_end
+        if tail == "uneven":
+            is_last = self.num_ahead <= begin
+        info = BatchInfo(num_valid, self.step, is_last, is_end, self.consumed, self.state)
+        return RankBatch(units, info)
+
+
+def _no_state() -> None:
+    return None
+
+
+def global_batches(
+    stream: Iterable[Tree],
+    plan: StreamPlan,
+    *,
+    start: int = 0,
+    skipped: int = 0,
+    get_state: Callable[[], object] = _no_state,
+) -> Iterator[GlobalBatch]:
+    """Yield the global batches of a stream.
+
+    Effects: pure, as far as the stream is. Reads one step ahead, to find out which is the last.
+
+    Args:
+        stream: The same units on every rank.
+        plan: How they are split.
+        start: What has been consumed already: as many units are read and skipped.
+        skipped: What the stream itself has skipped already; counts in `consumed`.
+        get_state: Called after each step is read, before the next one.
+
+    Raises:
+        DataError: `start` lies inside a unit or after the end of the stream.
+
+    Examples:
+        >>> plan = StreamPlan(batch_size=2, world_size=2, tail="pad")
+        >>> batches = [batch.rank_batch(1) for batch in global_batches(range(7), plan)]
+        >>> [(batch.units, batch.info.num_valid) for batch in batches]
+        [([2, 3], 2), ([6, 0], 1)]
+    """
+    size = plan.global_batch_size
+    units = iter(stream)
+    first, consumed, num_units = _skip(units, plan, start)
+    consumed += skipped
+    step = (num_units + skipped) // size
+    current = list(islice(units, size))
+    state = get_state()
+    while current and not (plan.tail == "drop" and len(current) < size):
+        first += current[: size - len(first)]
+        ahead = list(islice(units, size))
+        state_ahead = get_state()
+        consumed += sum(map(plan.count, current))
+        yield GlobalBatch(plan, current, first, len(ahead), consumed, state, step)
+        current, state = ahead, state_ahead
+        step += 1
+
+
+def _skip(units: Iterator[Tree], plan: StreamPlan, start: int) -> tuple[list[Tree], int, int]:
+    """Read `start` samples; return the first units of the stream, the samples and units read."""
+    first: list[Tree] = []
+    consumed = num_units = 0
+    while consumed < start:
+        try:
+            unit = next(units)
+        except StopIteration:
+            break
+        if len(first) < plan.global_batch_size:
+            first.append(unit)
+        consumed += plan.count(unit)
+        num_units += 1
+    if consumed != start:
+        raise DataError(
+            "the cursor does not lie between two batches of this loader",
+            got=f"samples_consumed={start}; the nearest position after it is {consumed}",
+            fix="resume with the loader that the cursor was taken from",
+        )
+    return first, consumed, num_units
