@@ -1,165 +1,126 @@
-"""Parameters shared by the ranks, gathered unit by unit: torch's FSDP2, with replicas (HSDP) and tensor parallel.
+"""Sharded parameters, gathered unit by unit: PyTorch's FSDP2, with replicas and tensor parallel.
 
-The order is that of torch's composition: tensor parallel, activation checkpointing, compilation, sharding.
+The order is that of PyTorch's composition, as in torchtitan: tensor parallel, activation
+checkpointing, compilation, sharding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-import attrs
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from faccel.backends.fsdp_layout import Layout, data_mesh, engine_mesh
+from faccel.backends.fsdp_unreduced import UnreducedGrads
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
-from faccel.errors import ModelError
-from faccel.parallel.activation_checkpoint import (
-    apply_checkpointing,
-    apply_compile,
-    check_has_units,
-)
-from faccel.parallel.expert_parallel import moes_of, shard_experts
+from faccel.parallel.activation_checkpoint import apply_checkpointing, apply_compile
+from faccel.parallel.expert_parallel import shard_experts
 from faccel.parallel.forward import call_method, to_fp32
 from faccel.parallel.materialize import InitialValues
-from faccel.parallel.moe import MoE
-from faccel.parallel.sync_states import check_same_structure, broadcast_from_rank_0
-from faccel.parallel.units import matching, units_of
+from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import Plan
 from faccel.protocols import WORLD, Parallelism, RunMethod
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+
+
+class FsdpEngine(nn.Module):
+    """A sharded model, and the facts about it that FSDP2 does not keep.
+
+    Args:
+        module: The user's module, which `shard_module` has sharded.
+        ctx: The context.
+
+    Attributes:
+        reduces_grads: Whether the next backward reduces gradients.
+        unreduced: The gradients of backwards that did not.
+    """
+
+    def __init__(self, module: nn.Module, ctx: DistContext) -> None:
+        super().__init__()
+        self.module = module
+        self.ctx = ctx
+        self.reduces_grads = True
+        self.unreduced = UnreducedGrads(module)
+        self._methods = {"forward"}
+
+    def set_reduces_grads(self, *, on: bool) -> None:
+        """Let backward reduce gradients, or only accumulate them."""
+        self.reduces_grads = on
+        cast("FSDPModule", self.module).set_requires_gradient_sync(on)
+
+    def run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the module, with FSDP2's hooks; outputs are fp32."""
+        self._register(method)
+        try:
+            output = call_method(self.module, method, *args, **kwargs)
+        except RuntimeError as error:  # forward gathers parameters
+            raise_naming_rank(error, "forward", WORLD, self.ctx.comm)
+        if torch.is_grad_enabled():
+            self.unreduced.watch_backward(output, reduces=self.reduces_grads)
+        if self.ctx.compute_dtype is None:
+            return output
+        return to_fp32(output)
+
+    def _register(self, method: str) -> None:
+        """Let `method` gather parameters, as `forward` does."""
+        if method not in self._methods:
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(self.module, method)
+            self._methods.add(method)
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     check_same_structure(module, ctx, WORLD)
-    shard_module(module, plan, Layout.of(module, plan, ctx), ctx)
-    _forgets(module, module)
-    return module, _runner(module, ctx)
-
-
-@attrs.frozen(eq=False)
-class Layout:
-    """What a plan means for one model, found and checked before anything is moved.
-
-    Args:
-        units: Sharding units by name, inner ones first.
-        cuts: Style of tensor parallelism by module name.
-        ignored: Names of parameters that are left whole.
-        exact: Names of units that compute in fp32.
-        moes: Mixtures of experts by name, whose experts are spread over the axis `ep`.
-    """
-
-    units: Mapping[str, nn.Module]
-    cuts: Mapping[str, str]
-    ignored: frozenset[str]
-    exact: frozenset[str]
-    moes: Mapping[str, MoE]
-
-    @classmethod
-    def of(cls, module: nn.Module, plan: Plan, ctx: DistContext) -> Layout:
-        """Read `plan` for a whole model."""
-        moes = moes_of(module, ctx.mesh.spec)
-        within = {id(moe.experts) for moe in moes.values()}  # they are units of their own
-        units = {
-            name: unit for name, unit in units_of(module, plan).items() if id(unit) not in within
-        }
-        named = dict(module.named_parameters(remove_duplicate=False))
-        meant = {
-            id(named[n])
-            for pattern in plan.fsdp.ignored
-            for n in matching(pattern, named, "parameter")
-        }
-        ignored = (name for name, p in named.items() if id(p) in meant)  # under each of its names
-        check_has_units(units, plan.activation_checkpoint)
-        for name, p in named.items():
-            if p.ndim == 0 and id(p) not in meant:
-                fix = "give it the shape [1], or name it in `fsdp=faccel.parallel.FsdpConfig(ignored=...)`"
-                raise ModelError(
-                    "a parameter that is a scalar cannot be shared", got=f"`{name}`", fix=fix
-                )
-        exact = (
-            name for pattern in plan.fsdp.fp32_units for name in matching(pattern, units, "unit")
-        )
-        return cls(units, _cuts(module, plan, ctx), frozenset(ignored), frozenset(exact), moes)
-
-    def below(self, names: Sequence[str]) -> Layout:
-        """Return what concerns the modules of these names and those inside of them."""
-
-        def inside(name: str) -> bool:
-            return any(name == each or name.startswith(f"{each}.") for each in names)
-
-        units = {name: unit for name, unit in self.units.items() if inside(name)}
-        cuts = {name: style for name, style in self.cuts.items() if inside(name)}
-        moes = {name: moe for name, moe in self.moes.items() if inside(name)}
-        return attrs.evolve(self, units=units, cuts=cuts, moes=moes)
+    shard_module(module, plan, Layout.from_plan(module, plan, ctx), ctx)
+    engine = FsdpEngine(module, ctx)
+    return engine, engine.run
 
 
 def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext) -> None:
-    """Shard `module`, which the ranks of a stage have alike. Updates `module`; collective over the stage."""
+    """Shard `module`, which is the same on all ranks of a stage.
+
+    Updates `module`; collective over the stage.
+    """
     values = InitialValues.of(module, ctx, "stage")
-    if layout.cuts:
+    if layout.tp_styles:
         from faccel.parallel.tensor_parallel import apply_tensor_parallel
 
-        apply_tensor_parallel(module, layout.cuts, mesh_of(ctx)["tp"])
+        apply_tensor_parallel(module, layout.tp_styles, engine_mesh(ctx)["tp"])
     apply_checkpointing(module, layout.units, plan.activation_checkpoint)
     apply_compile(module, layout.units, plan)
     _fully_shard(module, layout, plan, ctx)
     values.fill(module, ctx, "stage")
 
 
-def _cuts(module: nn.Module, plan: Plan, ctx: DistContext) -> Mapping[str, str]:
-    if ctx.mesh.spec.tp == 1:
-        return {}
-    from faccel.parallel.tensor_parallel import styles_of
-
-    return styles_of(module, plan, ctx.mesh.spec.tp)
-
-
-def mesh_of(ctx: DistContext) -> DeviceMesh:
-    """Return torch's mesh that engines use: the ranks that share parameters are one axis, whatever else they share.
-
-    With experts they are two: `ep`, and `ep_storage`, those that hold the same ones.
-    """
-    spec = ctx.mesh.spec
-    return _mesh(
-        ctx,
-        {"ep_storage": spec.dp_shard * spec.cp // spec.ep, "ep": spec.ep} if spec.ep > 1 else None,
-    )
-
-
-def data_mesh(ctx: DistContext) -> DeviceMesh:
-    """Return the part of it over which parameters are sharded, and replicated where there are several replicas."""
-    mesh = _mesh(
-        ctx
-    )  # with experts, of its own: torch is about to forget how dims of one are joined
-    return mesh["dp_replicate", "storage"] if ctx.mesh.spec.dp_replicate > 1 else mesh["storage"]
-
-
-def _mesh(ctx: DistContext, storage: Mapping[str, int] | None = None) -> DeviceMesh:
-    spec = ctx.mesh.spec
-    storage = storage or {"storage": spec.dp_shard * spec.cp}
-    outer, inner = {"pp": spec.pp} if spec.pp > 1 else {}, {"tp": spec.tp} if spec.tp > 1 else {}
-    return ctx.mesh.device_mesh_of({**outer, "dp_replicate": spec.dp_replicate, **storage, **inner})
-
-
 def _fully_shard(module: nn.Module, layout: Layout, plan: Plan, ctx: DistContext) -> None:
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
-    low, high = ctx.compute_dtype, None if ctx.compute_dtype is None else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=high)
-    in_fp32 = MixedPrecisionPolicy(
-        param_dtype=high, reduce_dtype=high
-    )  # its inputs are brought there, too
-    units = layout.units
+    policy_of = _mixed_precision(layout, ctx)
+    options = _options(plan, ctx)
+    if layout.moes:
+        shard_experts(layout.moes, policy_of, options, engine_mesh(ctx), ctx)
+    if layout.ignored:
+        params = dict(module.named_parameters(remove_duplicate=False))
+        options["ignored_params"] = {params[name] for name in layout.ignored}
+    # Inner units first: an outer one takes the parameters that no inner one has.
+    for name, unit in layout.units.items():
+        fully_shard(unit, mp_policy=policy_of(name), **options)
+    fully_shard(module, mp_policy=policy_of(""), **options)
+    if plan.fsdp.prefetch is not None:
+        _set_prefetch(_units_in_order(module, layout), plan.fsdp.prefetch)
 
-    def policy_of(name: str) -> MixedPrecisionPolicy:
-        inside = [each for each in units if name == each or name.startswith(f"{each}.")]
-        return (
-            in_fp32 if layout.exact.intersection(inside[:1]) else policy
-        )  # inner units come first
+
+def _options(plan: Plan, ctx: DistContext) -> dict[str, Any]:
+    """Return the arguments of `fully_shard` that are the same for all units."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
 
     options: dict[str, Any] = {
         "mesh": data_mesh(ctx),
@@ -167,91 +128,64 @@ def _fully_shard(module: nn.Module, layout: Layout, plan: Plan, ctx: DistContext
     }
     if plan.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=ctx.device.type == "cuda")
-    if layout.moes:
-        shard_experts(layout.moes, policy_of, options, mesh_of(ctx), ctx)
-    if layout.ignored:
-        options["ignored_params"] = {
-            p for name, p in module.named_parameters() if name in layout.ignored
-        }
-    for name, unit in units.items():
-        fully_shard(unit, mp_policy=policy_of(name), **options)
-    fully_shard(module, mp_policy=policy, **options)
-    if plan.fsdp.prefetch is not None:
-        chosen = {id(unit) for unit in units.values()}
-        _prefetch([each for each in module.modules() if id(each) in chosen], plan.fsdp.prefetch)
+    return options
 
 
-def _prefetch(units: list[Any], count: int) -> None:
-    for i, unit in enumerate(units):
-        unit.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + count])
-        unit.set_modules_to_backward_prefetch(units[max(0, i - count) : i][::-1])
+def _mixed_precision(layout: Layout, ctx: DistContext) -> Callable[[str], MixedPrecisionPolicy]:
+    """Return a function from the name of a module to its precision. Gradients reduce in fp32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if ctx.compute_dtype is None:
+        full_precision = MixedPrecisionPolicy()
+        return lambda name: full_precision
+    low = MixedPrecisionPolicy(param_dtype=ctx.compute_dtype, reduce_dtype=torch.float32)
+    # FSDP2 casts the inputs of a unit to its `param_dtype`, so a unit in fp32 gets fp32 inputs.
+    high = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+
+    def policy_of(name: str) -> MixedPrecisionPolicy:
+        if layout.computes_in_fp32(name):
+            return high
+        return low
+
+    return policy_of
 
 
-def _runner(module: nn.Module, ctx: DistContext) -> RunMethod:
-    registered: set[str] = set()
+def _units_in_order(module: nn.Module, layout: Layout) -> list[nn.Module]:
+    """Return the units in the order of `module.modules()`, which is usually that of forward."""
+    units = {id(unit) for unit in layout.units.values()}
+    return [submodule for submodule in module.modules() if id(submodule) in units]
 
-    def run(method: str, *args: Any, **kwargs: Any) -> Any:
-        if method != "forward" and method not in registered:
-            from torch.distributed.fsdp import register_fsdp_forward_method
 
-            register_fsdp_forward_method(module, method)
-            registered.add(method)
-        try:
-            out = call_method(module, method, *args, **kwargs)
-        except RuntimeError as error:  # parameters are gathered here
-            raise_naming_rank(error, "forward", WORLD, ctx.comm)
-        return out if ctx.compute_dtype is None else to_fp32(out)
-
-    return run
+def _set_prefetch(units: Sequence[nn.Module], count: int) -> None:
+    """Let each unit start to gather the next `count` units, in forward and in backward."""
+    fsdp_units = cast("Sequence[FSDPModule]", units)
+    for i, unit in enumerate(fsdp_units):
+        following = list(fsdp_units[i + 1 : i + 1 + count])
+        preceding = list(fsdp_units[max(0, i - count) : i])
+        unit.set_modules_to_forward_prefetch(following)
+        unit.set_modules_to_backward_prefetch(preceding[::-1])
 
 
 def same_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:
-    """Return `opt`, whose `zero_grad` now also forgets what FSDP has accumulated without sync, and keeps to itself."""
-    _forgets(opt, engine)
+    """Return `opt`: FSDP2 shards parameters in place, so optimizers need no engine."""
     return opt
 
 
-def _forgets(owner: nn.Module | Optimizer, engine: nn.Module) -> None:
-    plain = owner.zero_grad
-
-    def zero_grad(set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 (torch's own signature)
-        plain(set_to_none)
-        forget(engine)
-
-    owner.zero_grad = zero_grad  # type: ignore[method-assign]
-
-
-def forget(engine: nn.Module) -> None:
-    """Drop the gradients that micro-batches without sync have left in the units of `engine`."""
-    for module in engine.modules():
-        state = getattr(module, "_get_fsdp_state", lambda: None)()
-        for group in getattr(state, "_fsdp_param_groups", ()):
-            for each in group.fsdp_params:
-                each.unsharded_accumulated_grad = None
-                if getattr(each, "_unsharded_param", None) is not None:
-                    each._unsharded_param.grad = None
-
-
-_SYNC = "_faccel_sync"
-
-
 @contextmanager
-def _grad_sync(engine: Any, *, on: bool) -> Generator[None]:
-    before = engine.__dict__.get(_SYNC, True)
-    _set_sync(engine, on=on)
+def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
+    assert isinstance(engine, FsdpEngine)
+    before = engine.reduces_grads
+    engine.set_reduces_grads(on=on)
     try:
         yield
     finally:
-        _set_sync(engine, on=before)
-
-
-def _set_sync(engine: Any, *, on: bool) -> None:
-    engine.__dict__[_SYNC] = on  # torch does not tell
-    engine.set_requires_gradient_sync(on)
+        engine.set_reduces_grads(on=before)
+        if not on:
+            engine.unreduced.add_placeholders()
 
 
 def sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
-    """Give every rank of a stage the buffers of its first one."""
+    """Overwrite the buffers with those of the first rank of the stage. Collective."""
     buffers = dict(engine.named_buffers())
     if buffers:
         broadcast_from_rank_0(buffers, ctx, "stage")

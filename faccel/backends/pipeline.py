@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from faccel.backends.fsdp import Layout, same_optimizer, shard_module, sync_buffers
+from faccel.backends.fsdp import same_optimizer, shard_module, sync_buffers
+from faccel.backends.fsdp_layout import Layout
 from faccel.comm.objects import broadcast_objects
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
@@ -186,7 +187,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
         )
     place, size = ctx.comm.rank("pp"), ctx.comm.size("pp")
     stages = stages_of(module, plan.pipeline, size * plan.pipeline.stages_per_rank)
-    layout = Layout.of(module, plan, ctx)
+    layout = Layout.from_plan(module, plan, ctx)
     shared = tied_params(module, stages)
     _check_alike(shared, layout, size)
     _check_units(stages, layout)
@@ -206,7 +207,7 @@ def _check_alike(shared: Sequence[dict[int, str]], layout: Layout, size: int) ->
     """Refuse a parameter that two stages have otherwise, or two stages of one rank: gradients could not be added."""
     for names in shared:
         got = ", ".join(f"`{name}`" for name in names.values())
-        if len({layout.cuts.get(name.rpartition(".")[0]) for name in names.values()}) > 1:
+        if len({layout.tp_styles.get(name.rpartition(".")[0]) for name in names.values()}) > 1:
             fix = "leave both out of `tensor`, or untie them"
             raise ModelError(
                 "a parameter that two stages share is cut in one of them only", got=got, fix=fix

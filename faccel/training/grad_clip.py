@@ -26,15 +26,32 @@ def parameters_with_gradients(opt: Optimizer, ctx: DistContext) -> list[torch.Te
     params = [
         param for group in opt.param_groups for param in group["params"] if param.grad is not None
     ]
+    if not ctx.is_replicated:
+        params = [param for param in params if not is_unreduced(param.grad)]
     if not params and ctx.mesh.spec.pp == 1:
         num_params = sum(len(group["params"]) for group in opt.param_groups)
         raise OptimizerError(
             "`opt` has no parameter with a gradient",
-            got=f"{num_params} parameters, all with `.grad` None",
-            fix="write `scaler = faccel.scaled_backward(loss, scaler, ctx)` first, and make the "
-            "optimizer from `model.parameters()` after `faccel.wrap`",
+            got=f"{num_params} parameters, all with `.grad` None or not reduced yet",
+            fix="write `scaler = faccel.scaled_backward(loss, scaler, ctx)` first, the last one with "
+            "`grad_sync(model, on=True)`, and make the optimizer from `model.parameters()` after "
+            "`faccel.wrap`",
         )
     return params
+
+
+def mark_unreduced(grad: torch.Tensor) -> None:
+    """Mark a gradient of a sharded parameter as a placeholder for one that is not reduced yet.
+
+    Updates `grad`, a tensor of the library's; writing into it removes the mark.
+    """
+    grad.unreduced_version = local_tensor(grad)._version  # type: ignore[attr-defined]
+
+
+def is_unreduced(grad: torch.Tensor) -> bool:
+    """Whether `grad` is a placeholder that has not been written since `mark_unreduced`."""
+    version = getattr(grad, "unreduced_version", None)
+    return version is not None and version == local_tensor(grad)._version
 
 
 def step_optimizer(opt: Optimizer) -> None:

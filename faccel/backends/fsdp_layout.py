@@ -1,0 +1,154 @@
+"""How a plan applies to one model under FSDP2, checked before any parameter is moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import attrs
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from faccel.context import DistContext
+from faccel.errors import ModelError
+from faccel.parallel.activation_checkpoint import check_has_units
+from faccel.parallel.expert_parallel import moes_of
+from faccel.parallel.moe import MoE
+from faccel.parallel.units import matching, units_of
+from faccel.plan import Plan
+
+
+@attrs.frozen(eq=False)
+class Layout:
+    """The modules and parameters that the patterns of a plan match in one model.
+
+    Args:
+        units: Sharding units by name, inner ones first.
+        tp_styles: Tensor-parallel style by module name.
+        ignored: Names of parameters that stay replicated.
+        fp32_units: Names of units that compute in fp32.
+        moes: `MoE` modules by name, whose experts are sharded over the axis `ep`.
+    """
+
+    units: Mapping[str, nn.Module]
+    tp_styles: Mapping[str, str]
+    ignored: frozenset[str]
+    fp32_units: frozenset[str]
+    moes: Mapping[str, MoE]
+
+    @classmethod
+    def from_plan(cls, module: nn.Module, plan: Plan, ctx: DistContext) -> Layout:
+        """Match the patterns of `plan` against `module`.
+
+        Raises:
+            ConfigError: A pattern matches nothing.
+            ModelError: A parameter cannot be sharded as planned.
+        """
+        moes = moes_of(module, ctx.mesh.spec)
+        units = _units_without_experts(module, plan, moes)
+        check_has_units(units, plan.activation_checkpoint)
+        ignored = _ignored_names(module, plan)
+        _check_no_scalar(module, ignored)
+        fp32_units: set[str] = set()
+        for pattern in plan.fsdp.fp32_units:
+            fp32_units.update(matching(pattern, units, "unit"))
+        return cls(units, _tp_styles(module, plan, ctx), ignored, frozenset(fp32_units), moes)
+
+    def below(self, names: Sequence[str]) -> Layout:
+        """Return the layout of the modules of these names and of the modules inside them."""
+
+        def is_below(name: str) -> bool:
+            return any(contains(outer, name) for outer in names)
+
+        return attrs.evolve(
+            self,
+            units={name: unit for name, unit in self.units.items() if is_below(name)},
+            tp_styles={name: style for name, style in self.tp_styles.items() if is_below(name)},
+            moes={name: moe for name, moe in self.moes.items() if is_below(name)},
+        )
+
+    def computes_in_fp32(self, name: str) -> bool:
+        """Return whether the innermost unit that contains the module `name` computes in fp32."""
+        for unit in self.units:  # inner ones come first
+            if contains(unit, name):
+                return unit in self.fp32_units
+        return False
+
+
+def contains(outer: str, name: str) -> bool:
+    """Return whether the module `outer` is the module `name` or contains it.
+
+    Examples:
+        >>> contains("blocks.1", "blocks.1.up"), contains("blocks.1", "blocks.10")
+        (True, False)
+    """
+    return name == outer or name.startswith(f"{outer}.")
+
+
+def _units_without_experts(
+    module: nn.Module, plan: Plan, moes: Mapping[str, MoE]
+) -> dict[str, nn.Module]:
+    # Experts are sharded over another mesh, so `shard_experts` makes units of them.
+    experts = {id(moe.experts) for moe in moes.values()}
+    return {name: unit for name, unit in units_of(module, plan).items() if id(unit) not in experts}
+
+
+def _ignored_names(module: nn.Module, plan: Plan) -> frozenset[str]:
+    """Return the names of the ignored parameters; a tied parameter has several."""
+    params = dict(module.named_parameters(remove_duplicate=False))
+    ignored: set[int] = set()
+    for pattern in plan.fsdp.ignored:
+        for name in matching(pattern, params, "parameter"):
+            ignored.add(id(params[name]))
+    return frozenset(name for name, param in params.items() if id(param) in ignored)
+
+
+def _check_no_scalar(module: nn.Module, ignored: Iterable[str]) -> None:
+    """Refuse 0-d parameters: FSDP2 shards along the first dim."""
+    for name, param in module.named_parameters(remove_duplicate=False):
+        if param.ndim == 0 and name not in ignored:
+            raise ModelError(
+                "a scalar parameter cannot be sharded",
+                got=f"`{name}`",
+                fix="give it the shape [1], or name it in "
+                "`fsdp=faccel.parallel.FsdpConfig(ignored=...)`",
+            )
+
+
+def _tp_styles(module: nn.Module, plan: Plan, ctx: DistContext) -> Mapping[str, str]:
+    if ctx.mesh.spec.tp == 1:
+        return {}
+    from faccel.parallel.tensor_parallel import styles_of
+
+    return styles_of(module, plan, ctx.mesh.spec.tp)
+
+
+def engine_mesh(ctx: DistContext) -> DeviceMesh:
+    """Return the mesh of FSDP2. `dp_shard` and `cp` are one axis: both shard parameters.
+
+    With experts that axis is two: `ep`, and `ep_storage` of the ranks with the same experts.
+    """
+    spec = ctx.mesh.spec
+    if spec.ep == 1:
+        return _mesh(ctx, {"storage": spec.dp_shard * spec.cp})
+    return _mesh(ctx, {"ep_storage": spec.dp_shard * spec.cp // spec.ep, "ep": spec.ep})
+
+
+def data_mesh(ctx: DistContext) -> DeviceMesh:
+    """Return the axes over which parameters are sharded, and replicated if there are replicas."""
+    # Not sliced from `engine_mesh` where that has experts: torch deprecates flattened sub-meshes.
+    mesh = _mesh(ctx, {"storage": ctx.mesh.spec.dp_shard * ctx.mesh.spec.cp})
+    if ctx.mesh.spec.dp_replicate > 1:
+        return mesh["dp_replicate", "storage"]
+    return mesh["storage"]
+
+
+def _mesh(ctx: DistContext, storage: Mapping[str, int]) -> DeviceMesh:
+    spec = ctx.mesh.spec
+    extents: dict[str, int] = {}
+    if spec.pp > 1:
+        extents["pp"] = spec.pp
+    extents["dp_replicate"] = spec.dp_replicate
+    extents.update(storage)
+    if spec.tp > 1:
+        extents["tp"] = spec.tp
+    return ctx.mesh.device_mesh_of(extents)

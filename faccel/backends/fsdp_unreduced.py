@@ -1,0 +1,119 @@
+"""Gradients that FSDP2 accumulates without reducing them, and how `zero_grad` drops them.
+
+With `set_requires_gradient_sync(False)` FSDP2 accumulates full gradients inside its modules, and
+adds them to those of the next backward that reduces. PyTorch's `zero_grad` does not reach them: it
+clears `.grad` of the sharded parameters, which is None until gradients are reduced (torch 2.13).
+
+So that `zero_grad` of the model or the optimizer drops them as on one process, `.grad` of a sharded
+parameter is a placeholder, a shard of zeros, while a full gradient is accumulated. At the start of
+the next backward a missing placeholder means that gradients were cleared: the accumulated one is
+dropped, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import attrs
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from faccel.training.grad_clip import is_unreduced, mark_unreduced
+from faccel.tree import Tree, flatten, local_tensor
+
+
+class _FsdpParam(Protocol):
+    """The attributes of FSDP2's private `FSDPParam` that are used here."""
+
+    sharded_param: nn.Parameter
+    unsharded_accumulated_grad: torch.Tensor | None
+
+    def to_sharded_dtensor(self, tensor: torch.Tensor) -> DTensor: ...
+
+
+@attrs.frozen(eq=False)
+class UnreducedGrads:
+    """The accumulated gradients of one model.
+
+    Args:
+        module: The model that FSDP2 has sharded.
+    """
+
+    module: nn.Module
+    _placeholders: dict[_FsdpParam, torch.Tensor | None] = attrs.field(factory=dict, init=False)
+    """The placeholder of each parameter; None where `.grad` had a reduced gradient already."""
+
+    def add_placeholders(self) -> None:
+        """Set the placeholders, after a backward that did not reduce. Updates `.grad`."""
+        for fsdp_param in _fsdp_params(self.module):
+            if fsdp_param in self._placeholders or not _has_accumulated(fsdp_param):
+                continue
+            placeholder = None
+            param = fsdp_param.sharded_param
+            if param.grad is None:
+                zeros = torch.zeros_like(local_tensor(param))
+                placeholder = fsdp_param.to_sharded_dtensor(zeros)
+                mark_unreduced(placeholder)
+                param.grad = placeholder
+            self._placeholders[fsdp_param] = placeholder
+
+    def watch_backward(self, output: Tree, *, reduces: bool) -> None:
+        """Call `drop_cleared` at the start of the backward through `output`. Updates `output`."""
+        if not self._placeholders:
+            return
+
+        def before_backward(grad: torch.Tensor) -> None:
+            self.drop_cleared(reduces=reduces)
+
+        for leaf in flatten(output)[0]:
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(before_backward)
+
+    def drop_cleared(self, *, reduces: bool) -> None:
+        """Drop the accumulated gradients of parameters whose `.grad` was cleared.
+
+        Updates the model. Before a backward that reduces, it also removes the placeholders: FSDP2
+        then stores the reduced gradient instead of adding it to zeros.
+        """
+        for fsdp_param, placeholder in list(self._placeholders.items()):
+            param = fsdp_param.sharded_param
+            is_cleared = param.grad is None
+            if placeholder is not None and param.grad is placeholder:
+                is_cleared = not is_unreduced(placeholder)  # by `zero_grad(set_to_none=False)`
+            if is_cleared:
+                _drop_accumulated(fsdp_param)
+            if reduces and placeholder is not None and param.grad is placeholder:
+                param.grad = None
+            if reduces or is_cleared:
+                del self._placeholders[fsdp_param]
+
+
+def _fsdp_params(module: nn.Module) -> Iterator[_FsdpParam]:
+    """Yield FSDP2's records of the parameters of `module`."""
+    for submodule in module.modules():
+        get_state = getattr(submodule, "_get_fsdp_state", None)
+        if get_state is None:
+            continue
+        for group in get_state()._fsdp_param_groups:
+            yield from group.fsdp_params
+
+
+def _unsharded_param(fsdp_param: _FsdpParam) -> nn.Parameter | None:
+    """Return the gathered parameter; FSDP2 makes it in the first forward."""
+    return getattr(fsdp_param, "_unsharded_param", None)
+
+
+def _has_accumulated(fsdp_param: _FsdpParam) -> bool:
+    if fsdp_param.unsharded_accumulated_grad is not None:
+        return True
+    unsharded_param = _unsharded_param(fsdp_param)
+    return unsharded_param is not None and unsharded_param.grad is not None
+
+
+def _drop_accumulated(fsdp_param: _FsdpParam) -> None:
+    fsdp_param.unsharded_accumulated_grad = None
+    unsharded_param = _unsharded_param(fsdp_param)
+    if unsharded_param is not None:
+        unsharded_param.grad = None
