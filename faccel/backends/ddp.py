@@ -18,7 +18,7 @@ from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
 from faccel.parallel.activation_checkpoint import checkpoint_and_compile
 from faccel.parallel.forward import Methods, call_method, with_precision
-from faccel.parallel.sync_states import check_same_structure, broadcast_from_rank_0
+from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import DdpConfig, Plan
 from faccel.protocols import DATA, Parallelism, RunMethod, Stateful
 
@@ -139,9 +139,11 @@ def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
         yield
         return
     before = engine.require_backward_grad_sync
-    # The first backward of a static graph records it, and torch asserts that it also reduces.
-    records_graph = engine.static_graph and not engine._static_graph_delay_allreduce_enqueued
-    engine.require_backward_grad_sync = bool(on or records_graph)  # type: ignore[assignment]
+    if engine.static_graph:
+        # The first backward of a static graph records it, and torch asserts that it also reduces.
+        is_recorded = engine._static_graph_delay_allreduce_enqueued  # pyright: ignore[reportPrivateUsage]
+        on = on or not is_recorded
+    engine.require_backward_grad_sync = on  # type: ignore[assignment]
     try:
         yield
     finally:

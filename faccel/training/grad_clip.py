@@ -43,15 +43,20 @@ def parameters_with_gradients(opt: Optimizer, ctx: DistContext) -> list[torch.Te
 def mark_unreduced(grad: torch.Tensor) -> None:
     """Mark a gradient of a sharded parameter as a placeholder for one that is not reduced yet.
 
-    Updates `grad`, a tensor of the library's; writing into it removes the mark.
+    Updates `grad`, a tensor of the library; writing into it removes the mark.
     """
-    grad.unreduced_version = local_tensor(grad)._version  # type: ignore[attr-defined]
+    grad.unreduced_version = _version(grad)  # type: ignore[attr-defined]
 
 
-def is_unreduced(grad: torch.Tensor) -> bool:
-    """Whether `grad` is a placeholder that has not been written since `mark_unreduced`."""
+def is_unreduced(grad: torch.Tensor | None) -> bool:
+    """Return whether `grad` is a placeholder that was not written since `mark_unreduced`."""
     version = getattr(grad, "unreduced_version", None)
-    return version is not None and version == local_tensor(grad)._version
+    return grad is not None and version is not None and version == _version(grad)
+
+
+def _version(grad: torch.Tensor) -> int:
+    # An operation on a DTensor changes its version only; FSDP2 writes into the local tensor.
+    return grad._version + local_tensor(grad)._version
 
 
 def step_optimizer(opt: Optimizer) -> None:

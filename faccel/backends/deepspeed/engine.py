@@ -27,7 +27,7 @@ from faccel.flat_shard import FlatShard
 from faccel.parallel.activation_checkpoint import checkpoint_and_compile
 from faccel.parallel.forward import Methods, call_method, to_fp32, with_precision
 from faccel.parallel.materialize import InitialValues
-from faccel.parallel.sync_states import check_same_structure, broadcast_from_rank_0
+from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import Plan
 from faccel.protocols import DATA, Parallelism, RunMethod, StateIO
 from faccel.tree import Tree, map_leaves
