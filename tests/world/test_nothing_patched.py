@@ -12,11 +12,9 @@ from faccel.testing import simulate
 PYTORCH_MODULE = {
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_fsdp_use_orig_params", "_is_fsdp_managed_module",
-    "_load_state_dict_pre_hooks", "_modules", "_parameters", "_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks", "_load_state_dict_pre_hooks", "_modules", "_parameters", "_state_dict_pre_hooks",
 }  # fmt: skip
-PYTORCH_PREFIX = (
-    "__composable_api_state_key"  # where FSDP2 stores its state; a random suffix follows
-)
+PYTORCH_PREFIX = "__composable_api_state_key"  # FSDP2 stores its state there
 PYTORCH_OPTIMIZER = {"state", "param_groups"}
 
 
@@ -107,7 +105,7 @@ def test_a_step_without_a_reduced_gradient_is_an_error():
 @pytest.mark.parametrize("num_cleared", [1, 2])
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_gradients_without_sync_are_cleared_after_any_micro_batch(num_cleared, set_to_none):
-    """`num_cleared` micro-batches are accumulated and cleared, then two are accumulated and reduced."""
+    """`num_cleared` micro-batches are accumulated and cleared, then two are reduced."""
 
     def fn(ctx):
         torch.manual_seed(0)
