@@ -1,6 +1,7 @@
-"""A checkpoint that is written while training goes on: copied at once, written by a thread, committed in two phases.
+"""Background saves: the state is copied at once and written by a thread on each rank while training continues.
 
-The threads do not communicate: each rank leaves word of its part in the folder, and rank 0 commits when all have.
+The threads use no collectives, which would interleave with those of the training loop. Instead, each rank leaves a
+marker file with its result in the temporary folder, and rank 0 commits after it has read the markers of all ranks.
 """
 
 from __future__ import annotations
@@ -14,177 +15,211 @@ from contextlib import suppress
 from typing import Any
 
 import attrs
-import torch
 
-from faccel.checkpoint.files import FileEntry, Slice
+from faccel.checkpoint.files import FileEntry
 from faccel.checkpoint.policy import KeepPolicy
-from faccel.checkpoint.transaction import Begun
-from faccel.comm.all_or_error import all_or_error, as_faccel_error, raise_on_all_ranks
+from faccel.checkpoint.rank_calls import on_all_ranks
+from faccel.checkpoint.transaction import SaveTransaction
+from faccel.comm.all_or_error import as_faccel_error, raise_on_all_ranks
 from faccel.context import DistContext
 from faccel.errors import CheckpointError, FaccelError
 from faccel.protocols import WORLD
 
-_POLL_S = 0.005
-_WHAT = "finish the checkpoint that was written in the background"
-_GRACE_S = 30.0
+_POLL_INTERVAL_S = 0.005
+_DOING = "finish the background save"
+_SHUTDOWN_TIMEOUT_S = 30.0
 
 
-class Pending:
-    """A checkpoint that a thread of this rank is writing.
+class PendingSave:
+    """A background save of this rank. Creating it starts its thread.
 
     Args:
-        work: What the thread does.
+        work: What the thread runs.
+        discard: Called after a failure, when the threads of all ranks have ended.
     """
 
-    def __init__(self, work: Callable[[Pending], None]) -> None:
+    def __init__(
+        self,
+        work: Callable[[PendingSave], None],
+        discard: Callable[[], None] = lambda: None,
+    ) -> None:
         self._work = work
+        self.discard = discard
         self._error: BaseException | None = None
-        self.patience_s: float | None = None  # None: as long as the configuration says
+        # How long rank 0 waits for a rank that writes nothing; None is the `timeout_s` of the configuration.
+        self.stall_timeout_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="faccel-save", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
             self._work(self)
-        except BaseException as error:  # told to the next call
+        except BaseException as error:  # raised by the next call that saves or loads
             self._error = error
 
-    def outcome(self, timeout_s: float | None = None) -> BaseException | None:
-        """Wait for the thread, for so long at most; return its error."""
+    def error(self, timeout_s: float | None = None) -> BaseException | None:
+        """Wait up to `timeout_s` for the thread; return the error that it raised, if any."""
         self._thread.join(timeout_s)
         return self._error
 
     def __call__(self) -> None:
-        """Wait for the thread, but for ranks that make no progress only a while; raise its error. For `shutdown`."""
-        self.patience_s = _GRACE_S
-        error = self.outcome()
+        """Wait for the thread and raise its error. `shutdown` calls it, possibly when other ranks are dead."""
+        self.stall_timeout_s = _SHUTDOWN_TIMEOUT_S
+        error = self.error()
         if error is not None:
-            raise as_faccel_error(error, _WHAT, CheckpointError)
+            raise as_faccel_error(error, _DOING, CheckpointError)
 
 
-def settle(ctx: DistContext) -> None:
-    """Wait for the checkpoint that is being written in the background; where a rank failed, every rank raises.
+def wait_for_pending_saves(ctx: DistContext) -> None:
+    """Wait until no checkpoint is being written in the background.
 
     Effects: ambient, collective.
+
+    Raises:
+        CheckpointError: It failed on a rank; on every rank.
     """
-    pending = ctx.lifetime.callbacks(Pending)
+    pending = ctx.lifetime.callbacks(PendingSave)
     if not pending:
         return
-    ctx.comm.barrier(WORLD)  # every rank has started its thread: in a simulation nobody else would
+    # In a simulation only one rank runs at a time: none may block before all have started their threads.
+    ctx.comm.barrier(WORLD)
     for save in pending:
         ctx.lifetime.cancel(save)
-    # Rank 0 waits for the others' parts, so it hears of them first; where it has failed itself, they failed after it.
-    first_s = 0.1 if ctx.is_main else None
-    errors = [error for each in pending if (error := each.outcome(first_s)) is not None]
+    # Rank 0's thread waits for the markers of the other ranks. A rank may have failed without one. Its error then
+    # ends the wait: so rank 0 joins the exchange of errors without waiting for its own thread.
+    first_timeout_s = 0.1 if ctx.is_main else None
     try:
-        raise_on_all_ranks(errors[0] if errors else None, ctx, _WHAT, error=CheckpointError)
+        _raise_first(pending, ctx, first_timeout_s)
     except FaccelError:
-        for each in pending:
-            each.patience_s = 0.0
-            each.outcome()
+        for save in pending:
+            save.stall_timeout_s = 0.0
+            save.error()
+        ctx.comm.barrier(WORLD)
+        for save in pending:
+            save.discard()
         raise
-    errors = [error for each in pending if (error := each.outcome()) is not None]
-    raise_on_all_ranks(errors[0] if errors else None, ctx, _WHAT, error=CheckpointError)
+    _raise_first(pending, ctx, None)
 
 
-def staged(slices: Sequence[Slice]) -> list[Slice]:
-    """Copy slices into the memory of the host, so that a later update does not reach them."""
-    copies: list[Slice] = []
-    for each in slices:
-        if each.tensor.device.type == "cpu":
-            copy = each.tensor.clone()
-        else:
-            copy = torch.empty(each.tensor.shape, dtype=each.tensor.dtype, pin_memory=True)
-            copy.copy_(each.tensor, non_blocking=True)
-        copies.append(attrs.evolve(each, tensor=copy))
-    if any(each.tensor.device.type != "cpu" for each in slices):
-        torch.accelerator.synchronize()
-    return copies
+def _raise_first(saves: Sequence[PendingSave], ctx: DistContext, timeout_s: float | None) -> None:
+    first: BaseException | None = None
+    for save in saves:
+        error = save.error(timeout_s)
+        if first is None:
+            first = error
+    raise_on_all_ranks(first, ctx, _DOING, error=CheckpointError)
 
 
-def start(
-    begun: Begun, ctx: DistContext, metadata: Mapping[str, Any] | None, policy: KeepPolicy | None
+def start_background_save(
+    transaction: SaveTransaction,
+    ctx: DistContext,
+    metadata: Mapping[str, Any] | None,
+    policy: KeepPolicy | None,
 ) -> None:
-    """Copy this rank's part, and write it on a thread.
+    """Copy the slices of this rank; write and commit them on a thread, which closes the transaction.
 
     Effects: ambient, collective.
+
+    Args:
+        transaction: After `plan`.
+        ctx: The world.
+        metadata: See `save`.
+        policy: See `SaveTransaction.commit`.
     """
-    copies: list[list[Slice]] = []
-    try:
-        all_or_error(
-            lambda: copies.append(staged(begun.slices)), ctx, "copy its part", error=CheckpointError
-        )
-    except BaseException:
-        begun.end()
-        raise
-    begun = attrs.evolve(begun, slices=copies[0])
-    world_size, timeout_s = ctx.world_size, ctx.config.timeout_s
+    on_all_ranks(transaction.copy_to_host, ctx, "copy its shards")
+    folder, timeout_s = transaction.destination.temporary, ctx.config.timeout_s
 
-    def work(pending: Pending) -> None:
+    def work(pending: PendingSave) -> None:
         try:
-            _leave_word(begun, _written(begun))
-            if begun.rank == 0:
-                files = _wait_for_words(begun.target.temporary, world_size, timeout_s, pending)
-                begun.commit(begun.manifest(files, metadata, ctx), policy)
+            _write_with_marker(transaction)
+            if transaction.rank == 0:
+                files = wait_for_markers(folder, transaction.world_size, timeout_s, pending)
+                transaction.commit(files, metadata, policy)
         finally:
-            begun.end()
+            transaction.close()
 
-    ctx.lifetime.on_close(Pending(work))
+    ctx.lifetime.on_close(PendingSave(work, transaction.close))
 
 
-def _written(begun: Begun) -> dict[str, Any]:
+def _write_with_marker(transaction: SaveTransaction) -> None:
+    """Write the slices of this rank, then its marker with the files or the error."""
     try:
-        return {"files": [attrs.asdict(entry) for entry in begun.write()]}
+        files = transaction.write()
     except Exception as error:
-        with suppress(
-            OSError
-        ):  # a disk that is full takes no word either; rank 0 hears of it from the next call
-            _leave_word(begun, {"error": f"{type(error).__name__}: {error}"})
+        with suppress(OSError):  # a full disk has no room for the marker either
+            _write_marker(transaction, {"error": f"{type(error).__name__}: {error}"})
         raise
+    _write_marker(transaction, {"files": [attrs.asdict(entry) for entry in files]})
 
 
-def _word(folder: str, rank: int) -> str:
+def _marker_path(folder: str, rank: int) -> str:
     return os.path.join(folder, f"rank-{rank:05d}.json")
 
 
-def _leave_word(begun: Begun, word: Mapping[str, Any]) -> None:
-    path = _word(begun.target.temporary, begun.rank)
+def _write_marker(transaction: SaveTransaction, marker: Mapping[str, Any]) -> None:
+    path = _marker_path(transaction.destination.temporary, transaction.rank)
     with open(f"{path}.new", "w") as file:
-        json.dump(word, file)
-    os.rename(f"{path}.new", path)  # whole, or not there
+        json.dump(marker, file)
+    os.rename(f"{path}.new", path)  # atomic: rank 0 never reads half of it
 
 
-def _bytes_in(folder: str) -> int:
-    size = 0
-    with os.scandir(folder) as entries:
-        for each in entries:
-            with suppress(FileNotFoundError):  # a word gets its name just now
-                size += each.stat().st_size
-    return size
-
-
-def _wait_for_words(
-    folder: str, world_size: int, timeout_s: float, pending: Pending
+def wait_for_markers(
+    folder: str, world_size: int, timeout_s: float, pending: PendingSave
 ) -> list[FileEntry]:
+    """Wait for the markers of all ranks, remove them, and return the files that the ranks have written.
+
+    Effects: ambient.
+
+    Args:
+        folder: The temporary folder of the save.
+        world_size: Number of ranks.
+        timeout_s: How long to wait while the size of the folder does not change.
+        pending: Its `stall_timeout_s` replaces `timeout_s`, also while this waits.
+
+    Raises:
+        CheckpointError: A rank has failed, or writes nothing.
+    """
     files: list[FileEntry] = []
-    moved_at, moved = time.monotonic(), -1
+    changed_at_s, size = time.monotonic(), -1
     for rank in range(world_size):
-        path = _word(folder, rank)
+        path = _marker_path(folder, rank)
         while not os.path.exists(path):
-            size = _bytes_in(folder)
-            if size != moved:  # somebody writes
-                moved_at, moved = time.monotonic(), size
-            patience_s = timeout_s if pending.patience_s is None else pending.patience_s
-            if time.monotonic() > moved_at + patience_s:
-                what = f"rank {rank} has not written its part"
-                raise CheckpointError(what, got="no word of it", fix="look at its log")
-            time.sleep(_POLL_S)
-        with open(path) as file:
-            word = json.load(file)
-        if "error" in word:
-            raise CheckpointError(
-                f"rank {rank} could not write its part", got=word["error"], fix="mend that"
-            )
-        files += [FileEntry(**each) for each in word["files"]]
+            current_size = folder_size(folder)
+            if current_size != size:  # a rank is writing: slow is not stalled
+                changed_at_s, size = time.monotonic(), current_size
+            limit_s = timeout_s if pending.stall_timeout_s is None else pending.stall_timeout_s
+            if time.monotonic() > changed_at_s + limit_s:
+                raise CheckpointError(
+                    f"rank {rank} has not written its shards",
+                    got=f"no change in `{folder}` for {limit_s:g} s",
+                    fix="look at the log of that rank",
+                )
+            time.sleep(_POLL_INTERVAL_S)
+        files += _read_marker(path, rank)
         os.unlink(path)
     return files
+
+
+def _read_marker(path: str, rank: int) -> list[FileEntry]:
+    with open(path) as file:
+        marker = json.load(file)
+    if "error" in marker:
+        raise CheckpointError(
+            f"rank {rank} could not write its shards",
+            got=marker["error"],
+            fix="look at the log of that rank",
+        )
+    return [FileEntry(**entry) for entry in marker["files"]]
+
+
+def folder_size(folder: str) -> int:
+    """Return the size of the files in a folder, in bytes.
+
+    Effects: ambient.
+    """
+    size = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # a marker is being renamed
+                size += entry.stat().st_size
+    return size

@@ -1,4 +1,4 @@
-"""Files that last: written whole, hashed while they are written, on the disk before anything depends on them."""
+"""Durable files: hashed while they are written, and on the disk before anything refers to them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import attrs
 import torch
@@ -16,8 +15,8 @@ import xxhash
 
 from faccel.errors import CheckpointError
 
-_CHUNK = 1 << 22  # bytes; what is hashed is still in the cache when it is written
-_DTYPES = {
+_CHUNK_BYTES = 1 << 22  # small enough that a chunk is still in the cache when it is written after hashing
+_SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -42,7 +41,7 @@ class FileEntry:
     """A file of a checkpoint.
 
     Args:
-        name: In its directory.
+        name: Its name in the folder.
         size: In bytes.
         xxh3: 128-bit XXH3 of its bytes, in hexadecimal.
     """
@@ -54,12 +53,12 @@ class FileEntry:
 
 @attrs.frozen(eq=False)
 class Slice:
-    """A tensor to write: one part of a larger one.
+    """A contiguous block of a tensor, to be written by one rank.
 
     Args:
-        key: Its name.
-        tensor: `T[...]`, on any device.
-        offsets: Where it begins in the larger tensor.
+        key: Name of the tensor.
+        tensor: `T[...]`, the block, on any device.
+        offsets: Index of its first element in the full tensor.
     """
 
     key: str
@@ -67,76 +66,106 @@ class Slice:
     offsets: Sequence[int]
 
 
-def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+def _byte_chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if flat.numel():
-        data = memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
-        for start in range(0, len(data), _CHUNK):
-            yield data[start : start + _CHUNK]
+    if flat.numel() == 0:
+        return
+    buffer = memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+    for start in range(0, len(buffer), _CHUNK_BYTES):
+        yield buffer[start : start + _CHUNK_BYTES]
 
 
 def _header(slices: Sequence[Slice], metadata: Mapping[str, str] | None) -> bytes:
-    header: dict[str, Any] = {}
+    """Return the header of a safetensors file: its length as a little-endian uint64, then JSON."""
+    header: dict[str, object] = {}
     end = 0
-    for each in slices:
-        if each.tensor.dtype not in _DTYPES:
+    for piece in slices:
+        dtype = piece.tensor.dtype
+        if dtype not in _SAFETENSORS_DTYPES:
             raise CheckpointError(
-                "this dtype cannot be stored",
-                got=f"`{each.key}`, {each.tensor.dtype}",
-                fix="cast it",
+                f"`{piece.key}` has a dtype that safetensors cannot store",
+                got=str(dtype),
+                fix="cast it, for example with `.float()`",
             )
-        begin, end = end, end + each.tensor.numel() * each.tensor.dtype.itemsize
-        shape = list(each.tensor.shape)
-        header[each.key] = {
-            "dtype": _DTYPES[each.tensor.dtype],
-            "shape": shape,
-            "data_offsets": [begin, end],
+        start, end = end, end + piece.tensor.numel() * dtype.itemsize
+        header[piece.key] = {
+            "dtype": _SAFETENSORS_DTYPES[dtype],
+            "shape": list(piece.tensor.shape),
+            "data_offsets": [start, end],
         }
     if metadata is None:
-        sharding = json.dumps({each.key: {"saved_offsets": list(each.offsets)} for each in slices})
-        metadata = {"format": "pt", "DCP_SHARDING_INFO": sharding, "DCP_VERSION": "1.0"}
+        # The keys that PyTorch's HuggingFaceStorageReader looks for, to put shards together.
+        sharding = {piece.key: {"saved_offsets": list(piece.offsets)} for piece in slices}
+        metadata = {
+            "format": "pt",
+            "DCP_SHARDING_INFO": json.dumps(sharding),
+            "DCP_VERSION": "1.0",
+        }
     header["__metadata__"] = dict(metadata)
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the data after the header is aligned to 8 bytes
     return struct.pack("<Q", len(text)) + text
 
 
 def write_safetensors(
     directory: str, name: str, slices: Iterable[Slice], metadata: Mapping[str, str] | None = None
 ) -> FileEntry:
-    """Write slices of tensors in the format of safetensors, as torch's `HuggingFaceStorageReader` reads them.
+    """Write slices of tensors as a safetensors file.
 
-    Needs the memory of one slice where it has to be copied from a device, and none where it is on the CPU.
+    Effects: ambient. A slice on another device is copied to the CPU, one at a time. Tensors on the CPU are not copied.
 
     Args:
-        directory: Where to.
-        name: Of the file.
-        slices: What.
-        metadata: For the header; None says where each slice begins.
+        directory: The folder.
+        name: Name of the file.
+        slices: One for each tensor in the file.
+        metadata: For the header; None stores the offsets of each slice.
     """
-    ordered = sorted(slices, key=lambda s: -s.tensor.dtype.itemsize)  # every one is aligned
+    # Larger elements first: then each tensor is aligned to the size of its elements.
+    ordered = sorted(slices, key=lambda piece: -piece.tensor.dtype.itemsize)
 
     def chunks() -> Iterator[bytes | memoryview]:
         yield _header(ordered, metadata)
-        for each in ordered:
-            yield from _bytes_of(each.tensor)
+        for piece in ordered:
+            yield from _byte_chunks(piece.tensor)
 
     return write_file(directory, name, chunks())
 
 
+def write_shards(directory: str, rank: int, slices: Iterable[Slice]) -> list[FileEntry]:
+    """Write the slices of one rank as safetensors files; return the files.
+
+    Effects: ambient. A name is in a safetensors file only once. So a second slice of a tensor goes to a second file.
+    """
+    files: list[dict[str, Slice]] = []
+    for piece in slices:
+        for file in files:
+            if piece.key not in file:
+                file[piece.key] = piece
+                break
+        else:
+            files.append({piece.key: piece})
+    entries: list[FileEntry] = []
+    for number, file in enumerate(files, start=1):
+        name = f"shard-{rank + 1:05d}-model-{number:05d}-of-{len(files):05d}.safetensors"
+        entries.append(write_safetensors(directory, name, file.values()))
+    return entries
+
+
 def write_file(directory: str, name: str, chunks: Iterable[bytes | memoryview]) -> FileEntry:
-    """Write a new file; it is on the disk when this returns."""
+    """Write a new file. Its bytes are on the disk when this returns; its name is after `sync_directory`.
+
+    Effects: ambient.
+    """
     digest, size = xxhash.xxh3_128(), 0
-    fd = os.open(
-        os.path.join(directory, name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
-    )
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = os.open(os.path.join(directory, name), flags, 0o644)
     try:
         for chunk in chunks:
             digest.update(chunk)
             size += len(chunk)
-            left = memoryview(chunk)
-            while left:
-                left = left[os.write(fd, left) :]
+            remaining = memoryview(chunk)
+            while remaining:  # `os.write` may write fewer bytes
+                remaining = remaining[os.write(fd, remaining) :]
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -144,16 +173,31 @@ def write_file(directory: str, name: str, chunks: Iterable[bytes | memoryview]) 
 
 
 def hash_file(path: str) -> str:
-    """Return the 128-bit XXH3 of a file."""
+    """Return the 128-bit XXH3 of a file, in hexadecimal.
+
+    Effects: ambient.
+    """
     digest = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
 
 
+def sync_file(path: str) -> None:
+    """Write the bytes of a file that another library has written to the disk.
+
+    Effects: ambient.
+    """
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_directory(path: str) -> None:
-    """Put the names in a directory on the disk."""
+    """Write the names in a directory to the disk: a new or renamed file is durable only after that.
+
+    Effects: ambient.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -161,41 +205,52 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def lock(directory: str) -> int:
-    """Return a file descriptor that holds the one right to write into a directory of checkpoints until it is closed.
-
-    The system closes it for a process that dies.
-
-    Raises:
-        CheckpointError: Another writer holds it.
-    """
-    fd = os.open(os.path.join(directory, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        raise CheckpointError(
-            "another writer is saving into this directory",
-            got=directory,
-            fix="give each run a directory of its own",
-        ) from None
-    return fd
-
-
-def unlock(fd: int) -> None:
-    """Give the right back, also where a process that was forked meanwhile holds a copy of the descriptor."""
-    fcntl.flock(fd, fcntl.LOCK_UN)
-    os.close(fd)
-
-
 def make_directory(path: str) -> None:
-    """Make a directory and those above it; their names are on the disk when this returns."""
+    """Make a directory and its missing parents; their names are on the disk when this returns.
+
+    Effects: ambient.
+    """
     missing: list[str] = []
     while not os.path.isdir(path):
         missing.append(path)
         path = os.path.dirname(path)
-    for each in reversed(missing):
-        os.makedirs(each, exist_ok=True)
-        sync_directory(os.path.dirname(each))
+    for directory in reversed(missing):
+        os.makedirs(directory, exist_ok=True)
+        sync_directory(os.path.dirname(directory))
+
+
+class DirectoryLock:
+    """The exclusive right to write into a directory of checkpoints, across processes.
+
+    A lock of the operating system on the file `.lock`: it is released when the process dies.
+
+    Args:
+        directory: The directory.
+
+    Raises:
+        CheckpointError: Another writer has it.
+    """
+
+    def __init__(self, directory: str) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._fd: int | None = os.open(os.path.join(directory, ".lock"), flags, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise CheckpointError(
+                "another writer is saving into this directory",
+                got=directory,
+                fix="use a different directory for each run",
+            ) from None
+
+    def release(self) -> None:
+        """Release it; a second call does nothing."""
+        if self._fd is None:
+            return
+        # Closing is not enough: a forked worker of a DataLoader has a copy of the descriptor.
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        os.close(self._fd)
+        self._fd = None

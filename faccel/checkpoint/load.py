@@ -1,71 +1,73 @@
-"""Loading: everything that will be read is verified on some rank before any rank writes anything."""
+"""`load`: every file is verified on some rank before any rank changes the state."""
 
 from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from collections.abc import Callable, Mapping
 
-from faccel.checkpoint.background import settle
+import torch
+
+from faccel.checkpoint.arguments import path_argument
+from faccel.checkpoint.background import wait_for_pending_saves
+from faccel.checkpoint.codecs import decoder_for
 from faccel.checkpoint.dcp import Reader
-from faccel.checkpoint.decode import Decoder
-from faccel.checkpoint.manifest import Checkpoint, Manifest, check_hash, checkpoints, read_manifest
-from faccel.comm.all_or_error import all_or_error
+from faccel.checkpoint.manifest import Checkpoint, check_hash, checkpoints, read_manifest
+from faccel.checkpoint.rank_calls import on_all_ranks, on_rank_0
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import CheckpointError
+from faccel.tree import Tree
 
 _logger = logging.getLogger(__name__)
 
 
 @effectful(AMBIENT, COLLECTIVE)
 def latest(path: str | os.PathLike[str], ctx: DistContext) -> Checkpoint | None:
-    """Return the newest committed checkpoint of a directory, the same on every rank; None where there is none.
+    """Return the newest committed checkpoint of a directory, equal on every rank; None if there is none.
 
-    Effects: ambient, collective. Rank 0 looks at manifests and sizes; `load` compares hashes too.
+    Effects: ambient, collective. Rank 0 reads manifests and sizes of files; `load` compares hashes too.
 
     Examples:
         >>> from faccel.testing import fake_context
-        >>> latest("no/such/place", fake_context(0, 1)) is None
+        >>> latest("missing/directory", fake_context(0, 1)) is None
         True
     """
-    settle(ctx)
-    found = _found(path, ctx)
-    return next((each for each in found if each.problem is None), None)
+    wait_for_pending_saves(ctx)
+    for checkpoint in _list(os.path.abspath(path), ctx):
+        if checkpoint.problem is None:
+            return checkpoint
+    return None
 
 
-def _found(path: str | os.PathLike[str], ctx: DistContext) -> list[Checkpoint]:
-    looked = all_or_error(
-        lambda: checkpoints(path) if ctx.is_main else None,
-        ctx,
-        f"look into `{os.fspath(path)}`",
-        error=CheckpointError,
-    )
-    return looked[0] or []
+def _list(path: str, ctx: DistContext) -> list[Checkpoint]:
+    """Return rank 0's list, on every rank: another rank may see the directory a moment later."""
+    return on_rank_0(lambda: checkpoints(path), ctx, f"list the checkpoints in `{path}`")
 
 
 @effectful(AMBIENT, COLLECTIVE, updates("state"))
 def load(
-    state: Any, path: str | os.PathLike[str], ctx: DistContext, *, step: int | None = None
-) -> Any:
+    state: Tree, path: str | os.PathLike[str], ctx: DistContext, *, step: int | None = None
+) -> Tree:
     """Load the newest valid checkpoint of a directory into `state`.
 
-    Effects: updates state, ambient, collective. Reads files, and executes nothing that is in them. What has identity
-    (models, optimizers, schedulers, objects with `load_state_dict`) is written in place, after everything that is read
-    was verified on all ranks; every value (scaler, cursor, random states, numbers, tensors) is returned new.
+    Effects: updates state, ambient, collective. Reads files and executes no code from them. Models, optimizers,
+    schedulers and other objects with `load_state_dict` are updated in place, after all files were verified on all
+    ranks. All values (scaler, cursor, random states, numbers, tensors) are returned new.
 
     Args:
-        state: Of the structure that was saved, or a part of it: a dict may leave out keys.
+        state: Has the structure that was saved, or a part of it: a dict may leave out keys.
         path: A directory of checkpoints.
-        ctx: The world. Its size and layout may differ from those that saved.
-        step: Which checkpoint; None takes the newest that is as it was written.
+        ctx: The world. Its size and mesh may differ from those that saved.
+        step: Which checkpoint to load; None loads the newest valid one.
 
     Returns:
         The state, with the same objects and new values.
 
     Raises:
-        CheckpointError: There is none, the one of `step` is not as it was written, none is, or it does not fit `state`;
-            on every rank, and nothing has been written.
+        CheckpointError: There is no checkpoint, the one of `step` is corrupt, all are, or it does not fit `state`; on
+            every rank. The state is unchanged.
+        ConfigError: `state` and `path` are swapped.
 
     Examples:
         >>> import tempfile
@@ -78,72 +80,101 @@ def load(
         ...     load({"step": 0, "x": None}, path, ctx)
         {'step': 3, 'x': tensor([1., 1.])}
     """
-    settle(ctx)
-    found = _found(path, ctx)
-    candidates = found if step is None else [each for each in found if each.step == step]
+    directory = path_argument("state", state, path, "faccel.load(state, path, ctx)")
+    wait_for_pending_saves(ctx)
+    existing = _list(directory, ctx)
+    candidates = existing
+    if step is not None:
+        candidates = [checkpoint for checkpoint in existing if checkpoint.step == step]
     if not candidates:
-        there = ", ".join(str(each.step) for each in found) or "nothing"
-        raise CheckpointError(
-            f"there is no checkpoint{'' if step is None else f' of step {step}'} in `{os.fspath(path)}`",
-            got=f"steps: {there}" if found else there,
-            fix="ask `faccel.latest(path, ctx)` first, which is None where there is none",
-        )
+        raise _nothing_to_load(directory, step, existing)
     problems: list[str] = []
-    for each in candidates:
-        problem = each.problem or _verify(each, ctx)
+    for checkpoint in candidates:
+        problem = checkpoint.problem or _verify(checkpoint, ctx)
         if problem is None:
-            return _load(each, state, ctx)
-        problems.append(f"step {each.step}: {problem}")
+            return _load_verified(checkpoint, state, ctx)
+        problems.append(f"step {checkpoint.step}: {problem}")
         if ctx.is_main:
-            _logger.warning(
-                "checkpoint `%s` is not as it was written, so an older one is tried: %s",
-                each.path,
-                problem,
-            )
-    raise CheckpointError(
-        f"no checkpoint{'' if step is None else f' of step {step}'} in `{os.fspath(path)}` is as it was written",
-        got="; ".join(problems),
-        fix="restore it from a copy"
-        if step is None
-        else "load another step, or none in particular",
+            message = "checkpoint `%s` is corrupt, trying an older one: %s"
+            _logger.warning(message, checkpoint.path, problem)
+    raise _all_corrupt(directory, step, problems)
+
+
+def _nothing_to_load(
+    directory: str, step: int | None, existing: list[Checkpoint]
+) -> CheckpointError:
+    wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
+    steps = ", ".join(str(checkpoint.step) for checkpoint in existing) or "none"
+    return CheckpointError(
+        f"`{directory}` does not contain {wanted}",
+        got=f"steps: {steps}",
+        fix="call `faccel.latest(path, ctx)` first, which returns None if there is none",
     )
+
+
+def _all_corrupt(directory: str, step: int | None, problems: list[str]) -> CheckpointError:
+    if step is None:
+        problem, fix = f"all checkpoints in `{directory}` are corrupt", "restore one from a copy"
+    else:
+        problem = f"the checkpoint of step {step} in `{directory}` is corrupt"
+        fix = "load another step, or pass `step=None` for the newest valid one"
+    return CheckpointError(problem, got="; ".join(problems), fix=fix)
 
 
 def _verify(checkpoint: Checkpoint, ctx: DistContext) -> str | None:
-    """Compare the hash of every file, each on one rank; return what is wrong."""
+    """Compare the hash of every file on one rank; return the first problem, equal on every rank."""
 
-    def mine() -> list[str]:
+    def problems_on_this_rank() -> list[str]:
         manifest = read_manifest(checkpoint.path)
-        files = manifest.files[ctx.rank :: ctx.world_size]
-        return [problem for entry in files if (problem := check_hash(checkpoint.path, entry))]
+        problems: list[str] = []
+        for entry in manifest.files[ctx.rank :: ctx.world_size]:
+            problem = check_hash(checkpoint.path, entry)
+            if problem is not None:
+                problems.append(problem)
+        return problems
 
     try:
-        return next(
-            (
-                problem
-                for part in all_or_error(mine, ctx, "verify", error=CheckpointError)
-                for problem in part
-            ),
-            None,
-        )
-    except CheckpointError as error:
+        by_rank = on_all_ranks(problems_on_this_rank, ctx, "verify")
+    except CheckpointError as error:  # the folder is not readable on a rank
         return error.got
+    for problems in by_rank:
+        if problems:
+            return problems[0]
+    return None
 
 
-def _load(checkpoint: Checkpoint, state: Any, ctx: DistContext) -> Any:
-    def plan() -> Any:
-        manifest: Manifest = read_manifest(checkpoint.path)
-        reader = Reader(checkpoint.path, [each.name for each in manifest.files])
-        decoder = Decoder(state, reader.stored(), ctx)
-        finish = decoder.decode(manifest.state, state)
-        planned.append((reader, decoder, finish))
+def _load_verified(checkpoint: Checkpoint, state: Tree, ctx: DistContext) -> Tree:
+    load_plan = _LoadPlan(checkpoint, state, ctx)
+    # Three phases: no rank changes its state before all ranks have a plan.
+    on_all_ranks(load_plan.make, ctx, "fit the checkpoint to the state")
+    on_all_ranks(load_plan.read, ctx, "read the checkpoint")
+    on_all_ranks(load_plan.restore, ctx, "load the checkpoint")
+    return load_plan.result
 
-    planned: list[Any] = []
-    all_or_error(plan, ctx, "find a place for everything in the checkpoint", error=CheckpointError)
-    reader, decoder, finish = planned[0]
-    all_or_error(
-        lambda: reader.read(decoder.destinations), ctx, "read the checkpoint", error=CheckpointError
-    )
-    loaded: list[Any] = []
-    all_or_error(lambda: loaded.append(finish()), ctx, "load the checkpoint", error=CheckpointError)
-    return loaded[0]
+
+class _LoadPlan:
+    """Where the tensors of a checkpoint are read to on this rank, and how the state is restored from them."""
+
+    def __init__(self, checkpoint: Checkpoint, state: Tree, ctx: DistContext) -> None:
+        self._checkpoint = checkpoint
+        self._state = state
+        self._ctx = ctx
+        self._reader: Reader | None = None
+        self._destinations: Mapping[str, torch.Tensor] = {}
+        self._restore: Callable[[], Tree] | None = None
+        self.result: Tree = None
+
+    def make(self) -> None:
+        manifest = read_manifest(self._checkpoint.path)
+        reader = Reader(self._checkpoint.path, [entry.name for entry in manifest.files])
+        decoder = decoder_for(self._state, reader.stored(), self._ctx)
+        self._restore = decoder.decode(manifest.state, self._state)
+        self._reader, self._destinations = reader, decoder.destinations
+
+    def read(self) -> None:
+        assert self._reader is not None
+        self._reader.read(self._destinations)
+
+    def restore(self) -> None:
+        assert self._restore is not None
+        self.result = self._restore()

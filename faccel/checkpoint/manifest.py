@@ -1,4 +1,4 @@
-"""What a directory of checkpoints holds: one folder each, with a manifest that says what belongs to it."""
+"""The manifest of a checkpoint, and what a directory of checkpoints contains."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 import attrs
 import xxhash
 
+from faccel.checkpoint.codec import Node
 from faccel.checkpoint.files import FileEntry, hash_file
 from faccel.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-TEMPORARY = ".tmp-step-"
+TEMPORARY_PREFIX = ".tmp-step-"
 _VERSION = 1
-_NAME = re.compile(r"step-(\d{9,})(?:-(\d+))?")
-_SAFE_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_FOLDER_NAME = re.compile(r"step-(\d{9,})(?:-(\d+))?")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @attrs.frozen
@@ -26,13 +27,13 @@ class Checkpoint:
     """One checkpoint of a directory.
 
     Args:
-        path: Its own folder.
+        path: Its folder.
         step: The step that it was saved at.
-        world_size: How many ranks saved it.
+        world_size: Number of ranks that saved it.
         num_bytes: Size of its files together.
         created_s: When it was saved, in seconds since 1970.
-        metadata: What the user gave to `save`, for policies and people.
-        problem: Why it cannot be loaded; None for a committed one. Hashes are compared by `load`.
+        metadata: The `metadata` argument of `save`.
+        problem: Why it cannot be loaded; None for a committed one. Only `load` compares hashes.
     """
 
     path: str
@@ -46,14 +47,16 @@ class Checkpoint:
 
 @attrs.frozen
 class Manifest:
-    """What belongs to a checkpoint; written last, so that it tells a whole one from a part of one.
+    """The description of a checkpoint. It is written last: a folder without it is not a checkpoint.
+
+    The names of the fields are those in the file.
 
     Args:
-        step: As in `Checkpoint`.
-        world_size: As in `Checkpoint`.
+        step: See `Checkpoint`.
+        world_size: See `Checkpoint`.
         mesh: Ranks per axis of the world that saved it.
-        created_s: As in `Checkpoint`.
-        metadata: As in `Checkpoint`.
+        created_s: See `Checkpoint`.
+        metadata: See `Checkpoint`.
         files: Its other files.
         state: The node of the state.
     """
@@ -64,49 +67,61 @@ class Manifest:
     created_s: float
     metadata: Mapping[str, Any]
     files: tuple[FileEntry, ...]
-    state: Any = attrs.field(repr=False)
+    state: Node = attrs.field(repr=False)
 
     def to_bytes(self) -> bytes:
-        """Return a first line with version and hash, and JSON behind it."""
-        body = (
-            json.dumps(attrs.asdict(self), separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        )
-        return f"faccel checkpoint {_VERSION} {xxhash.xxh3_128(body).hexdigest()}\n".encode() + body
+        """Return a first line with version and hash, and a second line of JSON."""
+        text = json.dumps(attrs.asdict(self), separators=(",", ":"), allow_nan=False)
+        body = text.encode() + b"\n"
+        digest = xxhash.xxh3_128(body).hexdigest()
+        return f"faccel checkpoint {_VERSION} {digest}\n".encode() + body
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """Read one.
+        """Read what `to_bytes` returned.
 
         Raises:
-            ValueError: It is none, or not as it was written.
+            ValueError: It is not a manifest, or its bytes have changed.
         """
-        head, _, body = data.partition(b"\n")
-        words = head.split(b" ")
+        first_line, _, body = data.partition(b"\n")
+        words = first_line.split(b" ")
         if words[:2] != [b"faccel", b"checkpoint"] or len(words) != 4:
-            raise ValueError("the manifest is not one of faccel's")
-        if words[3] != xxhash.xxh3_128(body).hexdigest().encode():
-            raise ValueError("the manifest is not as it was written")
-        if words[2] != str(_VERSION).encode():
-            raise ValueError(
-                f"version {words[2].decode(errors='replace')} of the format, this faccel reads {_VERSION}"
-            )
+            raise ValueError("the manifest is not faccel's")
+        version, digest = words[2:]
+        # The hash first: a flipped bit in the version must not be reported as another version.
+        if digest != xxhash.xxh3_128(body).hexdigest().encode():
+            raise ValueError("the manifest is corrupt: its hash differs")
+        if version != str(_VERSION).encode():
+            text = version.decode(errors="replace")
+            raise ValueError(f"version {text} of the format, this faccel reads {_VERSION}")
         fields = json.loads(body)
-        files = tuple(FileEntry(**each) for each in fields.pop("files"))
-        if any(not _SAFE_FILE.fullmatch(each.name) for each in files):
-            raise ValueError("the manifest names a file outside of its folder")
+        files = tuple(FileEntry(**entry) for entry in fields.pop("files"))
+        for file in files:  # a name such as `../x` would read outside the folder
+            if not _FILE_NAME.fullmatch(file.name):
+                raise ValueError("the manifest names a file outside its folder")
         return cls(files=files, **fields)
 
 
 def folder_name(step: int, attempt: int = 0) -> str:
-    """Return the name of a checkpoint's folder; of a later attempt where an earlier one of the step is there."""
-    return f"step-{step:09d}" + (f"-{attempt}" if attempt else "")
+    """Return the name of a checkpoint's folder.
+
+    Effects: pure.
+
+    Args:
+        step: The step.
+        attempt: Above 0 if folders of earlier attempts at this step exist.
+    """
+    name = f"step-{step:09d}"
+    return f"{name}-{attempt}" if attempt else name
 
 
 def read_manifest(folder: str) -> Manifest:
-    """Read the manifest of a folder and compare what does not take long: which files are there, and their sizes.
+    """Read the manifest of a folder, and check that its files exist and have the right sizes.
+
+    Effects: ambient.
 
     Raises:
-        ValueError: Something is missing, additional or of another size; names it.
+        ValueError: A file is missing, additional or of another size; the message names it.
     """
     try:
         with open(os.path.join(folder, MANIFEST), "rb") as file:
@@ -115,72 +130,118 @@ def read_manifest(folder: str) -> Manifest:
         raise ValueError(f"no manifest ({error.strerror})") from error
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"the manifest cannot be read: {error}") from error
-    try:
-        with os.scandir(folder) as entries:
-            sizes = {
-                each.name: each.stat().st_size
-                for each in entries
-                if each.is_file(follow_symlinks=False)
-            }
-    except OSError as error:  # another process removes it
-        raise ValueError(f"its files cannot be read ({error.strerror})") from error
-    for each in manifest.files:
-        if each.name not in sizes:
-            raise ValueError(f"`{each.name}` is missing")
-        if sizes[each.name] != each.size:
-            raise ValueError(f"`{each.name}` has {sizes[each.name]} bytes instead of {each.size}")
-    unknown = {n for n in sizes if n.endswith(".safetensors")} - {
-        each.name for each in manifest.files
-    }
+    sizes = _file_sizes(folder)
+    for entry in manifest.files:
+        if entry.name not in sizes:
+            raise ValueError(f"`{entry.name}` is missing")
+        size = sizes.pop(entry.name)
+        if size != entry.size:
+            raise ValueError(f"`{entry.name}` has {size} bytes instead of {entry.size}")
+    unknown = [name for name in sizes if name.endswith(".safetensors")]
     if unknown:
         raise ValueError(f"`{min(unknown)}` does not belong to it")
     return manifest
 
 
-def check_hash(folder: str, entry: FileEntry) -> str | None:
-    """Return what is wrong with a file; None if it is as it was written."""
+def _file_sizes(folder: str) -> dict[str, int]:
+    """Return the sizes of the files in a folder; links are no files, because they lead elsewhere."""
+    sizes: dict[str, int] = {}
     try:
-        same = hash_file(os.path.join(folder, entry.name)) == entry.xxh3
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_file(follow_symlinks=False):
+                    sizes[entry.name] = entry.stat().st_size
+    except OSError as error:  # another process is removing the folder
+        raise ValueError(f"its files cannot be read ({error.strerror})") from error
+    return sizes
+
+
+def check_hash(folder: str, entry: FileEntry) -> str | None:
+    """Return what is wrong with a file; None if its hash is that of the manifest.
+
+    Effects: ambient.
+    """
+    try:
+        digest = hash_file(os.path.join(folder, entry.name))
     except OSError as error:
         return f"`{entry.name}` cannot be read ({error.strerror})"
-    return None if same else f"`{entry.name}` is not as it was written"
+    if digest != entry.xxh3:
+        return f"`{entry.name}` is corrupt: its hash differs"
+    return None
+
+
+def first_corrupt_file(folder: str, manifest: Manifest) -> str | None:
+    """Compare the hashes of all files; return what is wrong with the first corrupt one, None if all are valid.
+
+    Effects: ambient.
+    """
+    for entry in manifest.files:
+        problem = check_hash(folder, entry)
+        if problem is not None:
+            return problem
+    return None
 
 
 def checkpoints(path: str | os.PathLike[str]) -> list[Checkpoint]:
-    """Return what a directory holds, the newest first, with what is wrong with those that cannot be loaded.
+    """Return the checkpoints of a directory, newest first, with the problem of each one that cannot be loaded.
 
-    Effects: pure. Looks at manifests and sizes, on this machine; `load` compares hashes too.
+    Effects: pure. Reads manifests and sizes of files on this node; `load` compares hashes too.
 
     Examples:
-        >>> checkpoints("no/such/place")
+        >>> checkpoints("missing/directory")
         []
     """
     path = os.path.abspath(path)
     try:
-        names = [each.name for each in os.scandir(path) if each.is_dir(follow_symlinks=False)]
+        names = [entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return []
     except NotADirectoryError:
         raise CheckpointError(
-            "checkpoints are kept in a directory", got=f"`{path}`, a file", fix="name another"
+            "`path` must be a directory of checkpoints",
+            got=f"`{path}`, a file",
+            fix="pass a directory, as in `path='runs/first'`",
         ) from None
-    found = [(int(m[1]), int(m[2] or 0), m[0]) for name in names if (m := _NAME.fullmatch(name))]
-    return [_look(os.path.join(path, name), step) for step, _, name in sorted(found, reverse=True)]
+    folders: list[tuple[int, int, str]] = []
+    for name in names:
+        match = _FOLDER_NAME.fullmatch(name)
+        if match is not None:
+            folders.append((int(match[1]), int(match[2] or 0), name))
+    folders.sort(reverse=True)
+    return [_checkpoint_at(os.path.join(path, name), step) for step, _, name in folders]
 
 
-def _look(folder: str, step: int) -> Checkpoint:
+def newest_valid(path: str | os.PathLike[str]) -> Checkpoint | None:
+    """Return the newest checkpoint of a directory that has no problem; None if there is none.
+
+    Effects: ambient.
+    """
+    for checkpoint in checkpoints(path):
+        if checkpoint.problem is None:
+            return checkpoint
+    return None
+
+
+def _checkpoint_at(folder: str, step: int) -> Checkpoint:
     try:
         manifest = read_manifest(folder)
         if manifest.step != step:
-            raise ValueError(f"the manifest is that of step {manifest.step}")
+            raise ValueError(f"the manifest is of step {manifest.step}")
     except ValueError as error:
         return Checkpoint(folder, step, problem=str(error))
     return checkpoint_of(folder, manifest)
 
 
 def checkpoint_of(folder: str, manifest: Manifest) -> Checkpoint:
-    """Return the record of a committed checkpoint."""
-    num_bytes = sum(each.size for each in manifest.files)
+    """Return the record of a committed checkpoint.
+
+    Effects: pure.
+    """
     return Checkpoint(
-        folder, manifest.step, manifest.world_size, num_bytes, manifest.created_s, manifest.metadata
+        path=folder,
+        step=manifest.step,
+        world_size=manifest.world_size,
+        num_bytes=sum(entry.size for entry in manifest.files),
+        created_s=manifest.created_s,
+        metadata=manifest.metadata,
     )

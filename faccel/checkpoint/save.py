@@ -1,24 +1,26 @@
-"""Saving a state: at once, or in the background."""
+"""`save`: a checkpoint of the state, in the foreground or in the background."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
-from faccel.checkpoint.background import settle, start
+from faccel.checkpoint.arguments import path_argument
+from faccel.checkpoint.background import start_background_save, wait_for_pending_saves
 from faccel.checkpoint.manifest import Checkpoint
 from faccel.checkpoint.policy import KeepPolicy, keep_policy
-from faccel.checkpoint.transaction import begin
-from faccel.comm.all_or_error import all_or_error
+from faccel.checkpoint.rank_calls import on_all_ranks, on_rank_0
+from faccel.checkpoint.transaction import SaveRequest, SaveTransaction
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
-from faccel.errors import CheckpointError
+from faccel.tree import Tree
 
 
 @effectful(AMBIENT, COLLECTIVE)
 def save(
-    state: Any,
+    state: Tree,
     path: str | os.PathLike[str],
     ctx: DistContext,
     *,
@@ -29,72 +31,60 @@ def save(
     trained_only: bool = False,
     metadata: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Save `state` as the checkpoint of `step`: when this returns it is on the disk, or it did not happen.
+    """Save `state` as the checkpoint of `step`, atomically and durably.
 
-    Effects: ambient, collective. Writes files; every rank of the world must call it with a state of the same structure,
-    on a file system that all of them see. Each rank writes its part (replicas are shared out), rank 0 commits.
+    Effects: ambient, collective. Writes files. Every rank must call it with a state of the same structure, on a file
+    system that all ranks can access. Each rank writes its shards and a part of the replicated tensors; rank 0 commits.
 
     Args:
         state: Any nesting of wrapped models, modules, optimizers, schedulers, scalers, cursors, random states,
             TensorDicts, tensors, arrays, numbers, strings, records, and objects with `state_dict` and
-            `load_state_dict`. Random states differ between ranks, of everything else that is no tensor rank 0's counts.
-        path: A directory of checkpoints, which is made where it is missing. One run writes into it at a time.
+            `load_state_dict`. Random states and shards are stored for each rank. Of replicated tensors and of all
+            other values, rank 0's are stored.
+        path: A directory of checkpoints, created if it is missing. Only one run may write into it at a time.
         ctx: The world.
-        step: Must be above the newest committed checkpoint's.
-        keep: How many checkpoints stay, or a policy; None keeps all. Those that go, go after this one is committed.
-        overwrite: Whether `step` may be at or below the newest: those at and above it are dropped, once this one is
-            committed.
-        background: Whether to return as soon as the state is copied; threads write it, never two at once. A failure is
-            raised by the next call that saves or loads, or by `shutdown`.
-        trained_only: Whether the parameters of models that require no gradients are left out, as those below adapters
-            (LoRA): `load` leaves them as they are, so build the model with them first.
-        metadata: Numbers and strings for policies and people, as in `{"accuracy": 0.97}`; found in `Checkpoint`.
+        step: Must be above the step of the newest committed checkpoint.
+        keep: How many checkpoints to keep, or a policy; None keeps all. Old ones are deleted after the commit.
+        overwrite: Whether `step` may be at or below the newest. Then the checkpoints at and above it are deleted
+            after the commit.
+        background: Whether to return after copying the state to the host. A thread writes it; the next save waits
+            for it. The next call that saves or loads, or `shutdown`, raises its error.
+        trained_only: Whether to leave out frozen parameters, such as the base model of a LoRA adapter. `load` does not
+            change them, so build the model with them first.
+        metadata: Numbers and strings for policies and for you, as in `{"accuracy": 0.97}`; stored in `Checkpoint`.
 
     Returns:
-        The checkpoint, the same on every rank, which can be loaded at once; with `background` its `problem` says that
-        it is still being written.
+        The checkpoint, equal on every rank. With `background`, its `problem` is "still being written".
 
     Raises:
-        CheckpointError: `step` is not above the newest, another writer is at work, the disk is full, ...; on every
-            rank, and the older checkpoints are as they were.
+        CheckpointError: `step` is not above the newest, another run is writing, the disk is full, ...; on every rank.
+            Older checkpoints are unchanged.
+        ConfigError: `state` and `path` are swapped, or an argument is invalid.
 
     Examples:
         >>> import tempfile
         >>> from faccel.testing import fake_context
         >>> ctx = fake_context(0, 1)
         >>> with tempfile.TemporaryDirectory() as path:
-        ...     at = save({"step": 3}, path, ctx, step=3)
-        ...     at.step, at.problem
+        ...     checkpoint = save({"step": 3}, path, ctx, step=3)
+        >>> checkpoint.step, checkpoint.problem
         (3, None)
     """
+    directory = path_argument("state", state, path, "faccel.save(state, path, ctx, step=step)")
     policy = keep_policy(keep)
-    settle(ctx)
-    begun = begin(
-        os.path.abspath(path),
-        state,
-        ctx,
-        step,
-        overwrite=overwrite,
-        background=background,
-        trained_only=trained_only,
-    )
-    if background:
-        start(begun, ctx, metadata, policy)
-        return Checkpoint(begun.target.final, step, ctx.world_size, problem="still being written")
+    wait_for_pending_saves(ctx)
+    request = SaveRequest(directory, step, overwrite, background, trained_only)
+    transaction = SaveTransaction(request, ctx)
+    is_thread_running = False
     try:
-        files = [
-            entry
-            for part in all_or_error(begun.write, ctx, "write its part", error=CheckpointError)
-            for entry in part
-        ]
-        manifest = begun.manifest(files, metadata, ctx)
-        done = all_or_error(
-            lambda: begun.commit(manifest, policy) if ctx.is_main else None,
-            ctx,
-            "commit",
-            error=CheckpointError,
-        )[0]
-        assert done is not None
-        return done
+        transaction.plan(state)
+        if background:
+            start_background_save(transaction, ctx, metadata, policy)
+            is_thread_running = True
+            final = transaction.destination.final
+            return Checkpoint(final, step, ctx.world_size, problem="still being written")
+        files = chain.from_iterable(on_all_ranks(transaction.write, ctx, "write its shards"))
+        return on_rank_0(lambda: transaction.commit(files, metadata, policy), ctx, "commit")
     finally:
-        begun.end()
+        if not is_thread_running:  # else the thread closes it
+            transaction.close()

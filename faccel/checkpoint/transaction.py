@@ -1,4 +1,8 @@
-"""Writing a checkpoint: everything is on the disk before the name that makes it one is, and only then older ones go."""
+"""`SaveTransaction`: how one checkpoint is planned, written and committed, so that a crash at any point loses nothing.
+
+All files are written and fsynced in a temporary folder. Renaming the folder commits the checkpoint. Only after that
+older checkpoints are deleted.
+"""
 
 from __future__ import annotations
 
@@ -7,241 +11,307 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan
 
-from faccel.checkpoint.dcp import StreamingWriter, global_save_plan, local_save_plan, slice_of
-from faccel.checkpoint.encode import Encoder
+from faccel.checkpoint.arguments import check_step
+from faccel.checkpoint.codec import Node
+from faccel.checkpoint.codecs import encoder_for
+from faccel.checkpoint.dcp import global_save_plan, local_save_plan, planned_slices
 from faccel.checkpoint.files import (
+    DirectoryLock,
     FileEntry,
     Slice,
-    lock,
     make_directory,
     sync_directory,
-    unlock,
     write_file,
+    write_shards,
 )
 from faccel.checkpoint.manifest import (
     MANIFEST,
-    TEMPORARY,
+    TEMPORARY_PREFIX,
     Checkpoint,
     Manifest,
-    check_hash,
     checkpoint_of,
     checkpoints,
+    first_corrupt_file,
     folder_name,
     read_manifest,
 )
-from faccel.checkpoint.merge_pipeline import merged
+from faccel.checkpoint.merge_pipeline import merge_stages
 from faccel.checkpoint.policy import KeepPolicy
-from faccel.comm.all_or_error import all_or_error
+from faccel.checkpoint.rank_calls import on_all_ranks
 from faccel.context import DistContext
-from faccel.errors import CheckpointError, ConfigError
+from faccel.errors import CheckpointError
+from faccel.tree import Tree
 
 _logger = logging.getLogger(__name__)
 
 
-@attrs.frozen(eq=False)
-class Target:
-    """Where rank 0 writes one checkpoint to.
+@attrs.frozen
+class SaveRequest:
+    """Arguments of `save` that must be equal on all ranks.
 
     Args:
-        path: The directory of checkpoints.
-        temporary: The folder that is written.
-        final: The name that it gets.
-        corrupt: Those at or above its step that cannot be loaded; they are moved aside.
+        path: The directory of checkpoints, absolute.
+        step: See `save`.
+        overwrite: See `save`.
+        background: See `save`.
+        trained_only: See `save`.
     """
 
     path: str
+    step: int
+    overwrite: bool
+    background: bool
+    trained_only: bool
+
+
+@attrs.frozen
+class Destination:
+    """The folders of one save, chosen by rank 0.
+
+    Args:
+        temporary: Where all ranks write.
+        final: The name that the folder gets when it is committed.
+        corrupt: Corrupt checkpoints at or above the step, which are renamed, so that they do not hide the new one.
+    """
+
     temporary: str
     final: str
     corrupt: tuple[str, ...] = ()
 
 
 @attrs.frozen(eq=False)
-class Begun:
-    """One rank's part of a checkpoint that is being written.
+class _Proposal:
+    """What each rank sends to all ranks before anything is written."""
+
+    request: SaveRequest
+    destination: Destination | None
+    plan: SavePlan
+    node: Node
+
+
+class SaveTransaction:
+    """One checkpoint that is being written. Call `plan`, `write`, `commit`, and always `close`.
 
     Args:
-        target: Where rank 0 makes it.
-        node: Of the state.
-        slices: What this rank writes.
-        rank: This rank.
-        step: Of the checkpoint.
-        overwrite: As in `save`.
-        held: The lock, on rank 0.
+        request: What to save where.
+        ctx: The world.
     """
 
-    target: Target
-    node: Any
-    slices: list[Slice]
-    rank: int
-    step: int
-    overwrite: bool
-    held: list[int]
+    def __init__(self, request: SaveRequest, ctx: DistContext) -> None:
+        self.request = request
+        self.rank = ctx.rank
+        self.world_size = ctx.world_size
+        self._ctx = ctx
+        self._lock: DirectoryLock | None = None
+        self._destination: Destination | None = None
+        self._planner: DefaultSavePlanner | None = None
+        self._node: Node = None
+        self._slices: list[Slice] = []
+
+    @property
+    def destination(self) -> Destination:
+        """The folders of this save; known after `plan`."""
+        assert self._destination is not None
+        return self._destination
+
+    def plan(self, state: Tree) -> None:
+        """Encode the state, make the folder on rank 0, and decide what each rank writes.
+
+        Effects: ambient, collective.
+
+        Raises:
+            CheckpointError: On every rank; nothing was written.
+        """
+        proposals = on_all_ranks(lambda: self._propose(state), self._ctx, "begin a checkpoint")
+        _check_equal_requests([proposal.request for proposal in proposals])
+        self._destination = proposals[0].destination
+        plans = global_save_plan([proposal.plan for proposal in proposals])
+        assert self._planner is not None
+        self._slices = planned_slices(plans[self.rank], self._planner)
+        spec = self._ctx.mesh.spec
+        if spec.pp > 1:
+            stages = [proposals[rank].node for rank in spec.peers(0, "pp")]
+            self._node = merge_stages(stages)
+
+    def _propose(self, state: Tree) -> _Proposal:
+        check_step(self.request.step)
+        encoder = encoder_for(state, self._ctx, trained_only=self.request.trained_only)
+        self._node = encoder.encode(state)
+        self._planner, plan = local_save_plan(encoder.tensors, self.rank)
+        if self._ctx.is_main:
+            self._destination = self._open()
+        # A rank of a pipeline has some of the modules; elsewhere rank 0 has the node of the full state.
+        node = self._node if self._ctx.mesh.spec.pp > 1 else None
+        return _Proposal(self.request, self._destination, plan, node)
+
+    def _open(self) -> Destination:
+        """Lock the directory, remove what crashed writers left, and make the temporary folder. On rank 0."""
+        path, step = self.request.path, self.request.step
+        make_directory(path)
+        self._lock = DirectoryLock(path)
+        for entry in os.scandir(path):
+            if entry.name.startswith(TEMPORARY_PREFIX):
+                shutil.rmtree(entry.path, ignore_errors=True)
+        existing = checkpoints(path)
+        corrupt: list[str] = []
+        for checkpoint in existing:
+            # Hashing all checkpoints would be slow; those below the step are not touched.
+            if checkpoint.step >= step and _is_corrupt(checkpoint):
+                corrupt.append(checkpoint.path)
+        if not self.request.overwrite:
+            _check_newest(step, [item for item in existing if item.path not in corrupt])
+        temporary = os.path.join(path, f"{TEMPORARY_PREFIX}{step}-{secrets.token_hex(4)}")
+        os.mkdir(temporary)
+        final = os.path.join(path, _unused_name(step, existing))
+        return Destination(temporary, final, tuple(corrupt))
+
+    def copy_to_host(self) -> None:
+        """Copy the slices of this rank into memory of the host, so that later updates do not change them.
+
+        Effects: ambient.
+        """
+        copies: list[Slice] = []
+        is_on_device = False
+        for piece in self._slices:
+            if piece.tensor.device.type == "cpu":
+                copy = piece.tensor.clone()
+            else:
+                # pinned memory: the copies of all slices overlap, and one synchronization waits for them
+                copy = torch.empty(piece.tensor.shape, dtype=piece.tensor.dtype, pin_memory=True)
+                copy.copy_(piece.tensor, non_blocking=True)
+                is_on_device = True
+            copies.append(attrs.evolve(piece, tensor=copy))
+        if is_on_device:
+            torch.accelerator.synchronize()
+        self._slices = copies
 
     def write(self) -> list[FileEntry]:
-        """Write this rank's part."""
-        writer = StreamingWriter(self.target.temporary, self.rank)
-        writer.write(self.slices)
-        return writer.entries
+        """Write the slices of this rank; return the files.
 
-    def manifest(
-        self, files: Sequence[FileEntry], metadata: Mapping[str, Any] | None, ctx: DistContext
-    ) -> Manifest:
-        """Return what says that these files are the checkpoint."""
-        mesh = attrs.asdict(ctx.mesh.spec)
-        return Manifest(
-            self.step,
-            ctx.world_size,
-            mesh,
-            time.time(),
-            dict(metadata or {}),
-            tuple(files),
-            self.node,
+        Effects: ambient.
+        """
+        return write_shards(self.destination.temporary, self.rank, self._slices)
+
+    def commit(
+        self,
+        files: Iterable[FileEntry],
+        metadata: Mapping[str, Any] | None,
+        policy: KeepPolicy | None,
+    ) -> Checkpoint:
+        """Turn the temporary folder into a checkpoint, then delete older ones. On rank 0.
+
+        Effects: ambient.
+
+        Args:
+            files: The files of all ranks.
+            metadata: See `save`.
+            policy: Which checkpoints to keep; None keeps all.
+        """
+        manifest = Manifest(
+            step=self.request.step,
+            world_size=self.world_size,
+            mesh=attrs.asdict(self._ctx.mesh.spec),
+            created_s=time.time(),
+            metadata=dict(metadata or {}),
+            files=tuple(files),
+            state=self._node,
         )
-
-    def commit(self, manifest: Manifest, policy: KeepPolicy | None) -> Checkpoint:
-        """Make the folder a checkpoint, then drop what `overwrite` and `policy` say. On rank 0."""
-        path, temporary, final = self.target.path, self.target.temporary, self.target.final
-        done = checkpoint_of(final, manifest)
-        before = [each for each in checkpoints(path) if each.path not in self.target.corrupt]
-        gone = self._superseded(done, [each for each in before if each.problem is None], policy)
+        path, temporary, final = self.request.path, self.destination.temporary, self.destination.final
+        new = checkpoint_of(final, manifest)
+        # The policy is the user's code: it runs before the commit, so that its error leaves everything unchanged.
+        obsolete = self._obsolete(new, policy)
         write_file(temporary, MANIFEST, [manifest.to_bytes()])
         sync_directory(temporary)
         os.rename(temporary, final)
         sync_directory(path)
         try:
-            for folder in self.target.corrupt:
+            for folder in self.destination.corrupt:
                 os.rename(folder, f"{folder}.corrupt-{secrets.token_hex(4)}")
-            for each in gone:
-                _discard(each.path)
-        except OSError as error:  # the checkpoint is there: this is no reason to say that it is not
-            _logger.warning("checkpoints that are not to be kept could not be removed: %s", error)
-        return done
+            for checkpoint in obsolete:
+                _delete(checkpoint.path)
+        except OSError as error:  # the checkpoint is committed, so `save` has succeeded
+            _logger.warning("old checkpoints could not be deleted: %s", error)
+        return new
 
-    def _superseded(
-        self, done: Checkpoint, committed: list[Checkpoint], policy: KeepPolicy | None
-    ) -> list[Checkpoint]:
-        """Return those that go once `done` is there, oldest first: until the last one has gone, it is the newest."""
-        stay = [done, *(each for each in committed if each.step < self.step)]
-        kept = {each.step for each in stay} if policy is None else policy(stay)
-        gone = [each for each in committed if each.step >= self.step or each.step not in kept]
-        return sorted(gone, key=lambda each: each.step)
+    def _obsolete(self, new: Checkpoint, policy: KeepPolicy | None) -> list[Checkpoint]:
+        """Return the checkpoints to delete after the commit, oldest first."""
+        committed: list[Checkpoint] = []
+        for checkpoint in checkpoints(self.request.path):
+            if checkpoint.problem is None and checkpoint.path not in self.destination.corrupt:
+                committed.append(checkpoint)
+        older = [checkpoint for checkpoint in committed if checkpoint.step < new.step]
+        steps = {checkpoint.step for checkpoint in older}
+        if policy is not None:
+            steps &= policy([new, *older])
+        obsolete = [checkpoint for checkpoint in committed if checkpoint.step not in steps]
+        # With `overwrite`, after a crash in between, the newest one is still the newest of before, not a middle one.
+        return sorted(obsolete, key=lambda checkpoint: checkpoint.step)
 
-    def end(self) -> None:
-        """Remove what was not committed, and let the next writer in. On rank 0."""
-        if self.held:
-            shutil.rmtree(self.target.temporary, ignore_errors=True)
-            unlock(self.held.pop())
+    def close(self) -> None:
+        """Delete what was not committed, and release the directory for the next writer.
 
-
-def begin(
-    path: str,
-    state: Any,
-    ctx: DistContext,
-    step: int,
-    *,
-    overwrite: bool,
-    background: bool,
-    trained_only: bool = False,
-) -> Begun:
-    """Make the folder on rank 0, and plan on every rank what it writes.
-
-    Effects: ambient, collective.
-    """
-    encoder, held, own = (
-        Encoder(state, ctx, trained_only=trained_only),
-        list[int](),
-        dict[str, Any](),
-    )
-
-    is_part = ctx.mesh.spec.pp > 1
-    asked = {"path": path, "step": step, "overwrite": overwrite, "background": background}
-    asked["trained_only"] = trained_only
-
-    def offer() -> tuple[Target | None, Any, dict[str, Any], Any]:
-        _check_step(step)
-        own["node"] = encoder.encode(state)
-        own["planner"], plan = local_save_plan(encoder.tensors, ctx.rank)
-        own["target"] = _open(path, step, held, overwrite=overwrite) if ctx.is_main else None
-        return own["target"], plan, asked, own["node"] if is_part else None
-
-    try:
-        offers = all_or_error(offer, ctx, "begin a checkpoint", error=CheckpointError)
-        _check_same(offers)
-        target = offers[0][0]
-        assert target is not None
-        mine = global_save_plan([plan for _, plan, _, _ in offers])[ctx.rank]
-        slices = [slice_of(item, own["planner"]) for item in mine.items]
-        node = (
-            merged([offers[r][3] for r in ctx.mesh.spec.peers(0, "pp")]) if is_part else own["node"]
-        )
-        return Begun(target, node, slices, ctx.rank, step, overwrite, held)
-    except BaseException:
-        if own.get("target") is not None:
-            shutil.rmtree(own["target"].temporary, ignore_errors=True)
-        for fd in held:
-            unlock(fd)
-        raise
+        Effects: ambient. Only rank 0 has something to do.
+        """
+        if self._lock is None:
+            return
+        if self._destination is not None:
+            shutil.rmtree(self._destination.temporary, ignore_errors=True)
+        self._lock.release()
 
 
-def _check_same(offers: list[tuple[Target | None, Any, dict[str, Any], Any]]) -> None:
-    """Raise on every rank where they have not asked for the same."""
-    first = offers[0][2]
-    for rank, (_, _, asked, _) in enumerate(offers):
-        for name, value in asked.items():
+def _check_equal_requests(requests: Sequence[SaveRequest]) -> None:
+    first = attrs.asdict(requests[0])
+    for rank, request in enumerate(requests):
+        for name, value in attrs.asdict(request).items():
             if value != first[name]:
                 raise CheckpointError(
-                    f"ranks save with another `{name}`",
+                    f"`{name}` differs between ranks",
                     got=f"rank 0: {first[name]!r}, rank {rank}: {value!r}",
-                    fix="decide on one rank, and tell the others with `faccel.agree` or `faccel.broadcast_objects`",
+                    fix="decide on one rank, and send the decision to the others "
+                    "with `faccel.agree` or `faccel.broadcast_objects`",
                 )
 
 
-def _open(path: str, step: int, held: list[int], *, overwrite: bool) -> Target:
-    """Take the directory, remove what dead writers left, and make a folder to write into. On rank 0."""
-    make_directory(path)
-    held.append(lock(path))
-    for each in os.scandir(path):
-        if each.name.startswith(TEMPORARY):
-            shutil.rmtree(each.path, ignore_errors=True)
-    found = checkpoints(path)
-    corrupt = tuple(each.path for each in found if each.step >= step and _is_corrupt(each))
-    newest = next(
-        (each for each in found if each.problem is None and each.path not in corrupt), None
-    )
-    if newest is not None and step <= newest.step and not overwrite:
-        raise CheckpointError(
-            f"step {step} is not above the newest checkpoint, which a later save would prune",
-            got=f"step {newest.step} at `{newest.path}`",
-            fix=f"load it and go on from step {newest.step + 1}, save elsewhere, or pass `overwrite=True` to drop it",
-        )
-    taken = {os.path.basename(each.path) for each in found}
-    attempt = next(n for n in range(len(taken) + 1) if folder_name(step, n) not in taken)
-    temporary = os.path.join(path, f"{TEMPORARY}{step}-{secrets.token_hex(4)}")
-    os.mkdir(temporary)
-    return Target(path, temporary, os.path.join(path, folder_name(step, attempt)), corrupt)
+def _check_newest(step: int, existing: Sequence[Checkpoint]) -> None:
+    """Raise unless `step` is above all steps that can be loaded: a later save would delete it as an old one."""
+    for checkpoint in existing:  # newest first
+        if checkpoint.problem is not None:
+            continue
+        if step <= checkpoint.step:
+            raise CheckpointError(
+                f"`step` must be above the newest checkpoint's, got step {step}",
+                got=f"step {checkpoint.step} at `{checkpoint.path}`",
+                fix=f"load it and continue from step {checkpoint.step + 1}, use another `path`, "
+                "or pass `overwrite=True` to delete it",
+            )
+        return
 
 
-def _is_corrupt(found: Checkpoint) -> bool:
-    """Whether a checkpoint cannot be loaded. It stands in the way of a run that has gone on from an older one."""
-    if found.problem is not None:
+def _unused_name(step: int, existing: Sequence[Checkpoint]) -> str:
+    used = {os.path.basename(checkpoint.path) for checkpoint in existing}
+    attempt = 0
+    while folder_name(step, attempt) in used:
+        attempt += 1
+    return folder_name(step, attempt)
+
+
+def _is_corrupt(checkpoint: Checkpoint) -> bool:
+    if checkpoint.problem is not None:
         return True
-    return any(check_hash(found.path, entry) for entry in read_manifest(found.path).files)
+    return first_corrupt_file(checkpoint.path, read_manifest(checkpoint.path)) is not None
 
 
-def _discard(folder: str) -> None:
-    """Remove a checkpoint so that no part of it is ever taken for one."""
-    gone = os.path.join(os.path.dirname(folder), f"{TEMPORARY}old-{secrets.token_hex(4)}")
-    os.rename(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def _check_step(step: Any) -> None:
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise ConfigError(
-            "`step` counts updates from 0", got=repr(step), fix="pass an int, as in `step=step`"
-        )
+def _delete(folder: str) -> None:
+    """Delete a checkpoint. The rename first makes that atomic: a folder with missing files is never a checkpoint."""
+    name = f"{TEMPORARY_PREFIX}old-{secrets.token_hex(4)}"
+    renamed = os.path.join(os.path.dirname(folder), name)
+    os.rename(folder, renamed)
+    shutil.rmtree(renamed, ignore_errors=True)

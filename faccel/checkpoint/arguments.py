@@ -1,0 +1,57 @@
+"""Checks of the arguments of `save`, `load` and the exports."""
+
+from __future__ import annotations
+
+import os
+
+from faccel.checks import shown
+from faccel.errors import ConfigError
+
+
+def path_argument(name: str, value: object, path: object, call: str) -> str:
+    """Return `path` as an absolute path, for a function whose arguments are `(value, path, ctx)`.
+
+    Effects: ambient. Reads the current directory.
+
+    Args:
+        name: Name of the first argument, for the message.
+        value: The first argument.
+        path: The second argument.
+        call: The correct call, for the message.
+
+    Raises:
+        ConfigError: `path` is not a path, for example because both arguments are swapped.
+
+    Examples:
+        >>> path_argument("state", "runs", {"step": 3}, "faccel.load(state, path, ctx)")
+        Traceback (most recent call last):
+        faccel.errors.ConfigError: `state` and `path` are swapped. Got state='runs', path=<dict>.
+        To fix: write `faccel.load(state, path, ctx)`.
+    """
+    if isinstance(path, (str, os.PathLike)):
+        return os.path.abspath(path)
+    if isinstance(value, (str, os.PathLike)):
+        raise ConfigError(
+            f"`{name}` and `path` are swapped",
+            got=f"{name}={os.fspath(value)!r}, path=<{type(path).__name__}>",
+            fix=f"write `{call}`",
+        )
+    raise ConfigError(
+        "`path` must be a str or an os.PathLike", got=shown(path), fix=f"write `{call}`"
+    )
+
+
+def check_step(step: object) -> None:
+    """Raise unless `step` is an int of at least 0.
+
+    Effects: pure.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ConfigError(
+            "`step` must be an int of at least 0",
+            got=repr(step),
+            fix="pass the number of updates so far, as in `step=100`",
+        )

@@ -1,0 +1,250 @@
+"""A codec stores one kind of value; an `Encoder` and a `Decoder` apply a table of codecs to a state.
+
+This is the only traversal of a state. It works on JSON values (nodes) for the manifest and on named tensors for the
+safetensors files. Nodes are data: decoding executes no code of the checkpoint and imports no class that it names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, Protocol, TypeVar
+
+import attrs
+import torch
+
+from faccel.checkpoint.tensor_names import parameter_names, parameters_by_name
+from faccel.context import DistContext
+from faccel.errors import CheckpointError
+from faccel.tree import Tree
+
+Node = Any
+"""A JSON value in the manifest. A dict with a key `"!"` is a value of the kind that this key names. Any other value
+is stored as itself: a dict with string keys, a list, a string, a bool, an int, a finite float or None."""
+
+Restore = Callable[[], Tree]
+"""Returns the decoded value; called after all tensors were read. Models, optimizers and other objects with
+`load_state_dict` are updated in place, every other value is new."""
+
+V = TypeVar("V")
+V_contra = TypeVar("V_contra", contravariant=True)
+
+
+class Encode(Protocol[V_contra]):
+    """Returns the node of a value, and adds its tensors to `encoder.tensors`, as they are, without a copy."""
+
+    def __call__(self, value: V_contra, path: str, encoder: Encoder, /) -> Node: ...
+
+
+class Decode(Protocol):
+    """Plans to restore a node: checks it against `target`, the value in the user's state, and writes nothing.
+
+    Raises:
+        CheckpointError: The node does not fit `target`.
+    """
+
+    def __call__(self, node: Node, target: Tree, path: str, decoder: Decoder, /) -> Restore: ...
+
+
+@attrs.frozen
+class Codec(Generic[V]):
+    """How one kind of value is stored.
+
+    Args:
+        kinds: The kinds of nodes that it decodes.
+        matches: Whether it encodes a value.
+        encode: From a value to a node.
+        decode: From a node to a value.
+        is_strict: Whether a value of this kind in the state can only be loaded from a node of `kinds`.
+        is_in_place: Whether loading updates the object in the state instead of returning a new value.
+    """
+
+    kinds: tuple[str, ...]
+    matches: Callable[[object], bool]
+    encode: Encode[V]
+    decode: Decode
+    is_strict: bool = False
+    is_in_place: bool = False
+
+
+@attrs.frozen
+class StoredTensor:
+    """A tensor of a checkpoint.
+
+    Args:
+        shape: Of the full tensor, however many ranks wrote it.
+        dtype: As stored.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class Encoder:
+    """Encodes a state.
+
+    Args:
+        codecs: The first one that matches a value encodes it.
+        state: The full state, for the names of parameters.
+        ctx: This rank; each rank stores its own random state.
+        trained_only: Whether frozen parameters of models are left out.
+    """
+
+    def __init__(
+        self,
+        codecs: Sequence[Codec[Any]],
+        state: Tree,
+        ctx: DistContext,
+        *,
+        trained_only: bool = False,
+    ) -> None:
+        self.ctx = ctx
+        self.trained_only = trained_only
+        self.parameter_names = parameter_names(state)
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.is_inside_stateful = False
+        self._codecs = codecs
+        self._tensor_paths: set[str] = set()
+
+    def encode(self, value: Tree, path: str = "") -> Node:
+        """Return the node of `value`; afterwards its tensors are in `tensors`."""
+        for codec in self._codecs:
+            if codec.matches(value):
+                return codec.encode(value, path, self)
+        cls = type(value)
+        raise CheckpointError(
+            f"`{path}` has a type that cannot be stored without code",
+            got=f"an object of type {cls.__module__}.{cls.__qualname__}",
+            fix="give it `state_dict` and `load_state_dict`, store its tensors and numbers, "
+            "or leave it out",
+        )
+
+    def reserve(self, path: str) -> None:
+        """Reserve a name for a tensor.
+
+        Raises:
+            CheckpointError: Another tensor has the name.
+        """
+        if path in self._tensor_paths:
+            raise CheckpointError(
+                f"two tensors have the name `{path}`", got="both of them", fix="rename one of them"
+            )
+        self._tensor_paths.add(path)
+
+    @contextmanager
+    def inside_stateful(self) -> Iterator[None]:
+        """Encode what an object's `state_dict` returned, whose records have no target when it is loaded."""
+        outer = self.is_inside_stateful
+        self.is_inside_stateful = True
+        try:
+            yield
+        finally:
+            self.is_inside_stateful = outer
+
+
+class Decoder:
+    """Decodes a state in two phases: `decode` plans and checks, the `Restore` that it returns updates the state.
+
+    Args:
+        codecs: The table that encoded the state.
+        state: The user's state, which is loaded into.
+        stored: The tensors of the checkpoint by name.
+        ctx: This rank.
+    """
+
+    def __init__(
+        self,
+        codecs: Sequence[Codec[Any]],
+        state: Tree,
+        stored: Mapping[str, StoredTensor],
+        ctx: DistContext,
+    ) -> None:
+        self.ctx = ctx
+        self.destinations: dict[str, torch.Tensor] = {}
+        # A rank of a pipeline has the modules of its stages, so it loads a subset of a model.
+        self.is_pipeline = ctx.mesh.spec.pp > 1
+        self.parameter_names = parameter_names(state)
+        self.parameters = parameters_by_name(state, self.parameter_names)
+        self._stored = stored
+        self._codecs = codecs
+        self._by_kind: dict[str, Codec[Any]] = {}
+        for codec in codecs:
+            self._by_kind |= dict.fromkeys(codec.kinds, codec)
+
+    def decode(self, node: Node, target: Tree, path: str = "") -> Restore:
+        """Plan to restore `node` to where the state has `target`."""
+        kind = kind_of(node)
+        required = self._codec_of(target)
+        if required is not None and required.is_strict and kind not in required.kinds:
+            raise mismatch(
+                path,
+                f"no {required.kinds[0]} in the checkpoint, a {type(target).__name__} in the state",
+                "load the kind of value that was saved, or leave it out",
+            )
+        codec = self._by_kind.get(kind)
+        if codec is None:
+            raise mismatch(path, f"a value of the unknown kind `{kind}`", "update faccel")
+        return codec.decode(node, target, path, self)
+
+    def stored(self, path: str) -> StoredTensor:
+        """Return the description of the tensor named `path`."""
+        if path not in self._stored:
+            raise mismatch(path, "its tensor is in no file of the checkpoint", "save it again")
+        return self._stored[path]
+
+    def new_tensor(self, path: str, like: Tree = None) -> torch.Tensor:
+        """Return memory that the tensor named `path` will be read into.
+
+        Args:
+            path: Its name.
+            like: A tensor of the same shape whose device and layout it gets; anything else gives a CPU tensor.
+        """
+        stored = self.stored(path)
+        if isinstance(like, torch.Tensor) and like.shape == stored.shape:
+            tensor = torch.empty_like(like.detach(), dtype=stored.dtype)
+        else:
+            tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        self.destinations[path] = tensor
+        return tensor
+
+    def has_in_place(self, target: Tree) -> bool:
+        """Return whether an object that is updated in place is inside `target`."""
+        codec = self._codec_of(target)
+        if codec is not None and codec.is_in_place:
+            return True
+        if isinstance(target, Mapping):
+            return any(self.has_in_place(child) for child in target.values())
+        if isinstance(target, (list, tuple)):
+            return any(self.has_in_place(child) for child in target)
+        return False
+
+    def _codec_of(self, target: Tree) -> Codec[Any] | None:
+        for codec in self._codecs:
+            if codec.matches(target):
+                return codec
+        return None
+
+
+def kind_of(node: Node) -> str:
+    """Return the kind of a node: the key of its codec in the table.
+
+    Effects: pure.
+
+    Examples:
+        >>> kind_of({"!": "tensor"}), kind_of({"lr": 0.1}), kind_of([1, 2]), kind_of(0.1)
+        ('tensor', 'dict', 'list', 'plain')
+    """
+    if isinstance(node, dict):
+        return node.get("!", "dict")
+    if isinstance(node, list):
+        return "list"
+    return "plain"
+
+
+def mismatch(
+    path: str, got: str, fix: str = "load into the state that was saved, or into a part of it"
+) -> CheckpointError:
+    """Return the error for a node that does not fit the value of the state at `path`."""
+    return CheckpointError(
+        "the checkpoint does not fit the state", got=f"`{path or 'state'}`: {got}", fix=fix
+    )

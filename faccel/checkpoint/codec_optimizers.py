@@ -1,0 +1,132 @@
+"""Codec of optimizers: states by the names of parameters, so that neither their order nor the layout matters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore, mismatch
+from faccel.checkpoint.codec_modules import name_difference
+from faccel.checkpoint.codec_values import mapping_nodes
+from faccel.checkpoint.tensor_names import child_name, optimizer_parameter_names
+from faccel.tree import Tree
+
+# The options of a parameter group, as `Optimizer.state_dict` returns them: `lr`, `params` and others.
+Group = dict[str, Any]
+
+
+def _is_optimizer(value: object) -> bool:
+    return isinstance(value, Optimizer)
+
+
+def _encode_optimizer(value: Optimizer, path: str, encoder: Encoder) -> Node:
+    names = optimizer_parameter_names(value, encoder.parameter_names)
+    state_dict = dict(value.state_dict())
+    # A state can also be under a key that is no parameter: it keeps its key.
+    state = {names.get(index, index): entry for index, entry in state_dict.pop("state").items()}
+    groups: list[Group] = []
+    for group in state_dict.pop("param_groups"):
+        groups.append(group | {"params": [names[index] for index in group["params"]]})
+    content = {"state": state, "param_groups": groups, "rest": state_dict}
+    return {"!": "optimizer", "v": encoder.encode(content, path)}
+
+
+def _decode_optimizer(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
+    if not isinstance(target, Optimizer):
+        got = f"an optimizer in the checkpoint, {type(target).__name__} in the state"
+        raise mismatch(path, got)
+    content = node["v"]
+    names = optimizer_parameter_names(target, decoder.parameter_names)
+    indices = {name: index for index, name in names.items()}
+    groups: list[list[str]] = []
+    for group in target.state_dict()["param_groups"]:
+        groups.append([names[index] for index in group["params"]])
+    _check_groups(content["param_groups"], groups, path, decoder)
+    restore_groups = decoder.decode(content["param_groups"], None, child_name(path, "param_groups"))
+    restore_extras = decoder.decode(content["rest"], None, child_name(path, "rest"))
+    restore_state = _decode_state(content["state"], indices, child_name(path, "state"), decoder)
+
+    def restore() -> Tree:
+        stored_groups: list[Group] = restore_groups()
+        if not decoder.is_pipeline:  # stages store the groups in one order
+            stored_groups = _in_order(stored_groups, groups)
+        packed: list[Group] = []
+        for group, options in zip(groups, stored_groups, strict=True):
+            packed.append(_with_indices(options, group, indices))
+        target.load_state_dict(
+            {"state": restore_state(), "param_groups": packed} | restore_extras()
+        )
+        return target
+
+    return restore
+
+
+def _check_groups(
+    stored_groups: Sequence[Node], groups: list[list[str]], path: str, decoder: Decoder
+) -> None:
+    """Check that the parameters are grouped as they were saved, in any order."""
+    stored: list[list[str]] = [group["params"] for group in stored_groups]
+    if decoder.is_pipeline:
+        # each rank has the parameters of its stages, a subset of each group
+        same_length = len(stored) == len(groups)
+        fits = same_length and all(set(a) <= set(b) for a, b in zip(groups, stored, strict=True))
+    else:
+        fits = sorted(map(sorted, stored)) == sorted(map(sorted, groups))
+    if fits:
+        return
+    difference = name_difference(set[str]().union(*stored), set[str]().union(*groups))
+    raise mismatch(
+        path,
+        difference or "other groups of parameters",
+        "make the optimizer from the model that is loaded too, with the same parameter groups",
+    )
+
+
+def _decode_state(
+    node: Node, indices: Mapping[str, int], path: str, decoder: Decoder
+) -> Restore:
+    restores: dict[object, Restore] = {}
+    for key, entry in mapping_nodes(node, decoder).items():
+        index = indices.get(key) if isinstance(key, str) else None
+        if index is None and decoder.is_pipeline:
+            continue  # the parameter of another stage
+        target: dict[str, torch.Tensor | None] | None = None
+        if isinstance(entry, dict) and "!" not in entry:
+            # a tensor with the shape of the parameter, such as a momentum, gets the layout of the parameter
+            target = dict.fromkeys(entry, decoder.parameters.get(str(key)))
+        restore_entry = decoder.decode(entry, target, child_name(path, key))
+        restores[key if index is None else index] = restore_entry
+    return lambda: {key: restore_entry() for key, restore_entry in restores.items()}
+
+
+def _in_order(stored_groups: Sequence[Group], groups: list[list[str]]) -> list[Group]:
+    """Return for each group of the state the stored group with the same parameters."""
+    remaining = list(stored_groups)
+    ordered: list[Group] = []
+    for names in groups:
+        match = next(group for group in remaining if sorted(group["params"]) == sorted(names))
+        remaining.remove(match)
+        ordered.append(match)
+    return ordered
+
+
+def _with_indices(options: Group, names: list[str], indices: Mapping[str, int]) -> Group:
+    """Return the options of a group for the parameters in the order of the optimizer in the state."""
+    group = options | {"params": [indices[name] for name in names]}
+    if options.get("param_names"):
+        user_names = dict(zip(options["params"], options["param_names"], strict=True))
+        group["param_names"] = [user_names[name] for name in names]
+    return group
+
+
+OPTIMIZER = Codec(
+    ("optimizer",),
+    _is_optimizer,
+    _encode_optimizer,
+    _decode_optimizer,
+    is_strict=True,
+    is_in_place=True,
+)

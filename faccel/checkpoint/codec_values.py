@@ -1,0 +1,309 @@
+"""Codecs of numbers, strings, containers and records."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+
+import attrs
+import numpy as np
+import torch
+
+from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore, kind_of, mismatch
+from faccel.checkpoint.codec_modules import is_stateful
+from faccel.checkpoint.tensor_names import child_name, item_name
+from faccel.data.order import Cursor
+from faccel.errors import CheckpointError, nearest
+from faccel.training.precision import ScalerState
+from faccel.tree import Tree
+
+_PLAIN = (type(None), bool, int, str)
+_MAPPINGS: dict[str, Callable[[dict[object, Tree]], Tree]] = {
+    "dict": dict,
+    "OrderedDict": OrderedDict,
+    "Counter": Counter,
+}
+_SEQUENCES: dict[str, Callable[[list[Tree]], Tree]] = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "Size": torch.Size,
+}
+_FACCEL_RECORDS: dict[str, type] = {"Cursor": Cursor, "ScalerState": ScalerState}
+_TRANSIENT_FIELDS = {"ScalerState": ("stepped",)}
+
+
+# Plain values are JSON values. A subclass of int or str (an enum, say) would come back as another type: no codec.
+
+
+def _is_plain(value: object) -> bool:
+    return type(value) in _PLAIN
+
+
+def _encode_plain(value: Node, path: str, encoder: Encoder) -> Node:
+    return value
+
+
+def _decode_plain(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
+    return lambda: node
+
+
+PLAIN = Codec(("plain",), _is_plain, _encode_plain, _decode_plain)
+
+
+# JSON has no infinities and no NaN.
+
+
+def _is_float(value: object) -> bool:
+    return type(value) is float
+
+
+def _encode_float(value: float, path: str, encoder: Encoder) -> Node:
+    return value if math.isfinite(value) else {"!": "float", "v": str(value)}
+
+
+def _decode_float(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
+    return lambda: float(node["v"])
+
+
+FLOAT = Codec(("float",), _is_float, _encode_float, _decode_float)
+
+
+def _is_bytes(value: object) -> bool:
+    return isinstance(value, bytes)
+
+
+def _encode_bytes(value: bytes, path: str, encoder: Encoder) -> Node:
+    return {"!": "bytes", "v": base64.b64encode(value).decode()}
+
+
+def _decode_bytes(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
+    return lambda: base64.b64decode(node["v"])
+
+
+BYTES = Codec(("bytes",), _is_bytes, _encode_bytes, _decode_bytes)
+
+
+# Hexadecimal floats are exact and include infinities and NaN.
+
+
+def _is_complex(value: object) -> bool:
+    return isinstance(value, complex)
+
+
+def _encode_complex(value: complex, path: str, encoder: Encoder) -> Node:
+    return {"!": "complex number", "v": [value.real.hex(), value.imag.hex()]}
+
+
+def _decode_complex(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
+    real, imag = node["v"]
+    return lambda: complex(float.fromhex(real), float.fromhex(imag))
+
+
+COMPLEX = Codec(("complex number",), _is_complex, _encode_complex, _decode_complex)
+
+
+def _is_dtype(value: object) -> bool:
+    return isinstance(value, torch.dtype)
+
+
+def _encode_dtype(value: torch.dtype, path: str, encoder: Encoder) -> Node:
+    return {"!": "dtype", "v": str(value).removeprefix("torch.")}
+
+
+def _decode_dtype(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
+    dtype = getattr(torch, node["v"], None)
+    if not isinstance(dtype, torch.dtype):  # the manifest must not name other attributes of torch
+        raise mismatch(path, f"the unknown dtype `{node['v']}`", "update torch")
+    return lambda: dtype
+
+
+DTYPE = Codec(("dtype",), _is_dtype, _encode_dtype, _decode_dtype)
+
+
+def _is_device(value: object) -> bool:
+    return isinstance(value, torch.device)
+
+
+def _encode_device(value: torch.device, path: str, encoder: Encoder) -> Node:
+    return {"!": "device", "v": str(value)}
+
+
+def _decode_device(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
+    return lambda: torch.device(node["v"])
+
+
+DEVICE = Codec(("device",), _is_device, _encode_device, _decode_device)
+
+
+# A list is a JSON list; the other sequences state their class.
+
+
+def _is_sequence(value: object) -> bool:
+    return type(value) in _SEQUENCES.values()  # a subclass would come back as another class
+
+
+def _encode_sequence(value: Sequence[Tree], path: str, encoder: Encoder) -> Node:
+    nodes = [encoder.encode(item, item_name(path, index)) for index, item in enumerate(value)]
+    if isinstance(value, list):
+        return nodes
+    return {"!": type(value).__name__, "v": nodes}
+
+
+def _decode_sequence(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
+    nodes: list[Node] = node["v"] if isinstance(node, dict) else node
+    targets: Sequence[Tree] = ()
+    if isinstance(target, (list, tuple)) and field_values(target) is None:
+        targets = target
+    if len(targets) != len(nodes):
+        if any(decoder.has_in_place(item) for item in targets):
+            got = f"{len(nodes)} items in the checkpoint, {len(targets)} in the state"
+            raise mismatch(path, got)
+        # The items of a list of values have one structure, and the list may have grown since: a history of losses.
+        example = targets[0] if targets else None
+        targets = [example] * len(nodes)
+    restores: list[Restore] = []
+    for index, (item, item_target) in enumerate(zip(nodes, targets, strict=True)):
+        restores.append(decoder.decode(item, item_target, item_name(path, index)))
+    build = _SEQUENCES[kind_of(node)]
+    return lambda: build([restore() for restore in restores])
+
+
+SEQUENCE = Codec(tuple(_SEQUENCES), _is_sequence, _encode_sequence, _decode_sequence)
+
+
+# A dict with string keys is a JSON object; any other mapping states its class and lists its keys.
+
+
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _encode_mapping(value: Mapping[object, Tree], path: str, encoder: Encoder) -> Node:
+    kind = type(value).__name__
+    if kind not in _MAPPINGS:
+        kind = "dict"
+    nodes = [encoder.encode(child, child_name(path, key)) for key, child in value.items()]
+    if kind == "dict" and all(type(key) is str and not key.startswith("!") for key in value):
+        return dict(zip(value, nodes, strict=True))
+    return {"!": kind, "k": [_encode_key(key, path, encoder) for key in value], "v": nodes}
+
+
+def _encode_key(key: object, path: str, encoder: Encoder) -> Node:
+    if isinstance(key, np.generic):
+        key = key.item()
+    items: Sequence[object] = (key,)
+    if type(key) is tuple:
+        items = key
+    if not all(isinstance(item, (*_PLAIN, float, bytes, torch.dtype)) for item in items):
+        raise CheckpointError(
+            f"`{path}` has a key that cannot be stored",
+            got=f"a key of type {type(key).__name__}",
+            fix="use numbers, strings or tuples of them as keys",
+        )
+    return encoder.encode(key, path)
+
+
+def _decode_mapping(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
+    nodes = mapping_nodes(node, decoder)
+    targets: Mapping[object, Tree] = {}
+    if isinstance(target, Mapping) and not is_stateful(target):
+        targets = target
+    for key in targets:
+        if key not in nodes:
+            fix = f"leave it out, or {nearest(str(key), map(str, nodes))}"
+            raise mismatch(child_name(path, key), "not in the checkpoint", fix)
+    # The keys of the state select what is loaded. Below the top level a dict without keys selects everything.
+    selected = nodes if path and not targets else targets
+    restores: dict[object, Restore] = {}
+    for key in selected:
+        restores[key] = decoder.decode(nodes[key], targets.get(key), child_name(path, key))
+    build = _MAPPINGS[kind_of(node)]
+    return lambda: build({key: restore() for key, restore in restores.items()})
+
+
+def mapping_nodes(node: Node, decoder: Decoder) -> dict[object, Node]:
+    """Return the nodes of the values of a mapping by their keys."""
+    if "!" not in node:
+        return node
+    keys = [decoder.decode(key, None)() for key in node["k"]]
+    return dict(zip(keys, node["v"], strict=True))
+
+
+MAPPING = Codec(tuple(_MAPPINGS), _is_mapping, _encode_mapping, _decode_mapping)
+
+
+# Records: attrs classes, dataclasses and named tuples. A checkpoint cannot name a class to import, because that would
+# execute code. So the class is the target's, except for faccel's own records.
+
+
+def field_values(record: object) -> dict[str, Tree] | None:
+    """Return the fields of an attrs record, a dataclass or a named tuple by name; None for any other value.
+
+    Effects: pure.
+    """
+    cls = type(record)
+    if attrs.has(cls):
+        names = [field.name for field in attrs.fields(cls) if field.init]
+    elif dataclasses.is_dataclass(cls):
+        names = [field.name for field in dataclasses.fields(cls) if field.init]
+    elif isinstance(record, tuple):
+        names = getattr(cls, "_fields", None)
+    else:
+        names = None
+    if names is None:
+        return None
+    return {name: getattr(record, name) for name in names}
+
+
+def _is_record(value: object) -> bool:
+    return field_values(value) is not None
+
+
+def _encode_record(value: object, path: str, encoder: Encoder) -> Node:
+    name = type(value).__name__
+    is_faccel, is_tuple = _FACCEL_RECORDS.get(name) is type(value), isinstance(value, tuple)
+    if encoder.is_inside_stateful and not is_faccel and not is_tuple:
+        raise CheckpointError(
+            f"`{path}` is a record inside a `state_dict`, whose class is unknown when it is loaded",
+            got=f"an object of type {name}",
+            fix="return its fields as a dict from that object's `state_dict`",
+        )
+    nodes: dict[str, Node] = {}
+    for field, child in (field_values(value) or {}).items():
+        if not is_faccel or field not in _TRANSIENT_FIELDS.get(name, ()):
+            nodes[field] = encoder.encode(child, child_name(path, field))
+    return {"!": "record", "class": name, "own": is_faccel, "tuple": is_tuple, "v": nodes}
+
+
+def _decode_record(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
+    cls = _FACCEL_RECORDS[node["class"]] if node.get("own") else type(target)
+    targets = field_values(target) or {}
+    restores: dict[str, Restore] = {}
+    for field, child in node["v"].items():
+        restores[field] = decoder.decode(child, targets.get(field), child_name(path, field))
+    if cls.__name__ == node["class"]:
+        return lambda: _build_record(cls, restores)
+    if node.get("tuple"):  # without its class, a named tuple becomes an equal tuple
+        return lambda: tuple(restore() for restore in restores.values())
+    raise mismatch(
+        path,
+        f"a {node['class']} in the checkpoint, a {cls.__name__} in the state",
+        f"put a {node['class']} into the state, so that its class is known",
+    )
+
+
+def _build_record(cls: type, restores: Mapping[str, Restore]) -> object:
+    # attrs strips leading underscores from the names of arguments
+    aliases: dict[str, str] = {}
+    if attrs.has(cls):
+        aliases = {field.name: field.alias for field in attrs.fields(cls)}
+    arguments = {aliases.get(name, name): restore() for name, restore in restores.items()}
+    return cls(**arguments)
+
+
+RECORD = Codec(("record",), _is_record, _encode_record, _decode_record)

@@ -1,0 +1,59 @@
+"""The table of codecs: every kind of value that a checkpoint stores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from faccel.checkpoint.codec import Codec, Decoder, Encoder, StoredTensor
+from faccel.checkpoint.codec_modules import MODULE, STATEFUL
+from faccel.checkpoint.codec_optimizers import OPTIMIZER
+from faccel.checkpoint.codec_random import RNG_STATE
+from faccel.checkpoint.codec_tensors import ARRAY, TENSOR, TENSORDICT
+from faccel.checkpoint.codec_values import (
+    BYTES,
+    COMPLEX,
+    DEVICE,
+    DTYPE,
+    FLOAT,
+    MAPPING,
+    PLAIN,
+    RECORD,
+    SEQUENCE,
+)
+from faccel.context import DistContext
+from faccel.tree import Tree
+
+CODECS: tuple[Codec[Any], ...] = (
+    PLAIN,
+    FLOAT,
+    TENSOR,
+    MODULE,
+    OPTIMIZER,
+    RNG_STATE,
+    TENSORDICT,
+    STATEFUL,
+    RECORD,
+    MAPPING,
+    SEQUENCE,
+    ARRAY,
+    BYTES,
+    COMPLEX,
+    DTYPE,
+    DEVICE,
+)
+"""The first codec that matches a value encodes it. So models, optimizers and TensorDicts are above the objects with
+`state_dict`, which they are too; named tuples, as records, are above tuples; and a numpy float, which is a float to
+Python, is above complex numbers."""
+
+
+def encoder_for(state: Tree, ctx: DistContext, *, trained_only: bool = False) -> Encoder:
+    """Return an encoder of `state` with all codecs."""
+    return Encoder(CODECS, state, ctx, trained_only=trained_only)
+
+
+def decoder_for(
+    state: Tree, stored: Mapping[str, StoredTensor], ctx: DistContext
+) -> Decoder:
+    """Return a decoder into `state` with all codecs."""
+    return Decoder(CODECS, state, stored, ctx)

@@ -1,0 +1,121 @@
+"""Names in a checkpoint: of the tensors of a state, and of the parameters that optimizers refer to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from urllib.parse import quote
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from faccel.training.model import WrappedModel
+from faccel.tree import Tree
+
+_SAFE_CHARACTERS = " .:,;@+=()[]-_"
+
+
+def child_name(parent: str, key: object) -> str:
+    """Return the name of the value under `key` of a mapping or a record.
+
+    Effects: pure. Two different keys of one parent have different names.
+
+    Examples:
+        >>> child_name("model", "layers.0.weight"), child_name("x", "a/b"), child_name("x", 1)
+        ('model/layers.0.weight', 'x/a%2Fb', 'x/#1')
+    """
+    if isinstance(key, str):
+        name = quote(key, safe=_SAFE_CHARACTERS)
+    else:
+        name = f"#{quote(repr(key), safe=_SAFE_CHARACTERS)}"
+    if name in ("", "__metadata__"):  # safetensors reserves `__metadata__` in the header of a file
+        name = f"%{name}"
+    return f"{parent}/{name}" if parent else name
+
+
+def item_name(parent: str, index: int) -> str:
+    """Return the name of an item of a sequence.
+
+    Effects: pure.
+    """
+    return f"{parent}/{index}" if parent else str(index)
+
+
+def named_children(state: Tree, path: str) -> Iterable[tuple[str, Tree]]:
+    """Return the children of a mapping, list or tuple with their names; nothing for any other value.
+
+    Effects: pure.
+    """
+    if isinstance(state, Mapping):
+        return [(child_name(path, key), child) for key, child in state.items()]
+    if isinstance(state, (list, tuple)):
+        return [(item_name(path, index), child) for index, child in enumerate(state)]
+    return ()
+
+
+def parameter_names(state: Tree, path: str = "") -> dict[int, str]:
+    """Return the name of each parameter of each model in `state`, by `id(param)`.
+
+    Effects: pure. Optimizer states are stored under these names, so that they do not depend on the order of parameters.
+    """
+    names: dict[int, str] = {}
+    if isinstance(state, (WrappedModel, nn.Module)):
+        for name, param in state.named_parameters():
+            # Pipeline stages that hold copies of a tied parameter store it under one name.
+            names[id(param)] = child_name(path, getattr(param, "_faccel_name", name))
+        return names
+    for child_path, child in named_children(state, path):
+        names |= parameter_names(child, child_path)
+    return names
+
+
+def parameters_by_name(state: Tree, names: Mapping[int, str]) -> dict[str, torch.Tensor]:
+    """Return the parameters of all models in `state` by their names, in the layout that each rank has.
+
+    Effects: pure.
+    """
+    params: dict[str, torch.Tensor] = {}
+    if isinstance(state, (WrappedModel, nn.Module)):
+        # An engine may flatten parameters: then the tensors of `state_dict` have the layout.
+        layouts: Mapping[str, torch.Tensor] = {}
+        if isinstance(state, WrappedModel):
+            layouts = state.state_dict()
+        for name, param in state.named_parameters():
+            params[names[id(param)]] = layouts.get(name, param)
+        return params
+    for _, child in named_children(state, ""):
+        params |= parameters_by_name(child, names)
+    return params
+
+
+def optimizer_parameter_names(opt: Optimizer, names: Mapping[int, str]) -> dict[int, str]:
+    """Return the name of each parameter of an optimizer by its index in `opt.state_dict()`.
+
+    Effects: pure. A parameter that no model of the state has is named by its index.
+
+    Args:
+        opt: The optimizer.
+        names: The result of `parameter_names`.
+    """
+    by_index: dict[int, str] = {}
+    named: set[int] = set()
+    start = 0
+    for group in opt.param_groups:
+        for index, param in enumerate(group["params"], start):
+            if id(param) not in named:  # `state_dict` counts a repeated parameter once
+                named.add(id(param))
+                by_index[index] = names.get(id(param), str(index))
+        start += len(group["params"])
+    return by_index
+
+
+def trainable_entries(module: nn.Module, state: Mapping[str, Tree]) -> dict[str, Tree]:
+    """Return the entries of `state`, a module's `state_dict`, without its frozen parameters.
+
+    Effects: pure. Parameters that require gradients, buffers and extra states stay.
+    """
+    frozen: set[str] = set()
+    for name, param in module.named_parameters(remove_duplicate=False):
+        if not param.requires_grad:
+            frozen.add(name)
+    return {name: value for name, value in state.items() if name not in frozen}
