@@ -33,4 +33,4 @@ _NAMES = {
     ),
     "faccel.checkpoint.preemption": ("Preemption",),
 }  # fmt: skip
-__getattr__, __dir__, __all__ = lazy(__name__, _NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__, __all__ = lazy(__name__, _NAMES)  # pyright: ignore

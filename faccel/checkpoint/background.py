@@ -1,7 +1,8 @@
-"""Background saves: the state is copied at once and written by a thread on each rank while training continues.
+"""Background saves: a thread on each rank writes a copy of the state while training continues.
 
-The threads use no collectives, which would interleave with those of the training loop. Instead, each rank leaves a
-marker file with its result in the temporary folder, and rank 0 commits after it has read the markers of all ranks.
+The threads use no collectives, which would interleave with those of the training loop. Instead,
+each rank leaves a marker file with its result in the temporary folder, and rank 0 commits after it
+has read the markers of all ranks.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class PendingSave:
         self._work = work
         self.discard = discard
         self._error: BaseException | None = None
-        # How long rank 0 waits for a rank that writes nothing; None is the `timeout_s` of the configuration.
+        # How long rank 0 waits for a rank that writes nothing; None is the `timeout_s` of the
+        # configuration.
         self.stall_timeout_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="faccel-save", daemon=True)
         self._thread.start()
@@ -63,7 +65,7 @@ class PendingSave:
         return self._error
 
     def __call__(self) -> None:
-        """Wait for the thread and raise its error. `shutdown` calls it, possibly when other ranks are dead."""
+        """Wait for the thread and raise its error; for `shutdown`, when other ranks may be dead."""
         self.stall_timeout_s = _SHUTDOWN_TIMEOUT_S
         error = self.error()
         if error is not None:
@@ -81,12 +83,14 @@ def wait_for_pending_saves(ctx: DistContext) -> None:
     pending = ctx.lifetime.callbacks(PendingSave)
     if not pending:
         return
-    # In a simulation only one rank runs at a time: none may block before all have started their threads.
+    # In a simulation only one rank runs at a time: none may block before all have started their
+    # threads.
     ctx.comm.barrier(WORLD)
     for save in pending:
         ctx.lifetime.cancel(save)
-    # Rank 0's thread waits for the markers of the other ranks. A rank may have failed without one. Its error then
-    # ends the wait: so rank 0 joins the exchange of errors without waiting for its own thread.
+    # Rank 0's thread waits for the markers of the other ranks. A rank may have failed without one.
+    # Its error then ends the wait: so rank 0 joins the exchange of errors without waiting for its
+    # own thread.
     first_timeout_s = 0.1 if ctx.is_main else None
     try:
         _raise_first(pending, ctx, first_timeout_s)
@@ -116,9 +120,9 @@ def start_background_save(
     metadata: Mapping[str, Any] | None,
     policy: KeepPolicy | None,
 ) -> None:
-    """Copy the slices of this rank; write and commit them on a thread, which closes the transaction.
+    """Copy the slices of this rank, and start a thread that writes and commits them.
 
-    Effects: ambient, collective.
+    Effects: ambient, collective. The thread closes the transaction.
 
     Args:
         transaction: After `plan`.
@@ -166,7 +170,7 @@ def _write_marker(transaction: SaveTransaction, marker: Mapping[str, Any]) -> No
 def wait_for_markers(
     folder: str, world_size: int, timeout_s: float, pending: PendingSave
 ) -> list[FileEntry]:
-    """Wait for the markers of all ranks, remove them, and return the files that the ranks have written.
+    """Wait for the markers of all ranks, remove them, and return the files of all ranks.
 
     Effects: ambient.
 

@@ -1,7 +1,8 @@
-"""A codec stores one kind of value; an `Encoder` and a `Decoder` apply a table of codecs to a state.
+"""`Codec` stores one kind of value; `Encoder` and `Decoder` apply a table of codecs to a state.
 
-This is the only traversal of a state. It works on JSON values (nodes) for the manifest and on named tensors for the
-safetensors files. Nodes are data: decoding executes no code of the checkpoint and imports no class that it names.
+This is the only traversal of a state. It works on JSON values (nodes) for the manifest and on named
+tensors for the safetensors files. Nodes are data: decoding executes no code of the checkpoint and
+imports no class that it names.
 """
 
 from __future__ import annotations
@@ -19,25 +20,28 @@ from faccel.errors import CheckpointError
 from faccel.tree import Tree
 
 Node = Any
-"""A JSON value in the manifest. A dict with a key `"!"` is a value of the kind that this key names. Any other value
-is stored as itself: a dict with string keys, a list, a string, a bool, an int, a finite float or None."""
+"""A JSON value in the manifest. A dict with a key `"!"` is a value of the kind that this key names.
+Any other value stands for itself: a dict with string keys, a list, a string, a bool, an int, a
+finite float or None."""
 
 Restore = Callable[[], Tree]
-"""Returns the decoded value; called after all tensors were read. Models, optimizers and other objects with
-`load_state_dict` are updated in place, every other value is new."""
+"""Returns the decoded value; called after all tensors were read. Models, optimizers and other objects
+with `load_state_dict` are updated in place, every other value is new."""
 
 V = TypeVar("V")
 V_contra = TypeVar("V_contra", contravariant=True)
 
 
 class Encode(Protocol[V_contra]):
-    """Returns the node of a value, and adds its tensors to `encoder.tensors`, as they are, without a copy."""
+    """Returns the node of a value, and adds its tensors to `encoder.tensors` without a copy."""
 
     def __call__(self, value: V_contra, path: str, encoder: Encoder, /) -> Node: ...
 
 
 class Decode(Protocol):
-    """Plans to restore a node: checks it against `target`, the value in the user's state, and writes nothing.
+    """Checks a node against `target`, the value in the user's state, and plans to restore it.
+
+    Writes nothing.
 
     Raises:
         CheckpointError: The node does not fit `target`.
@@ -55,8 +59,10 @@ class Codec(Generic[V]):
         matches: Whether it encodes a value.
         encode: From a value to a node.
         decode: From a node to a value.
-        is_strict: Whether a value of this kind in the state can only be loaded from a node of `kinds`.
-        is_in_place: Whether loading updates the object in the state instead of returning a new value.
+        is_strict: Whether a value of this kind in the state can only be loaded from a node of
+            `kinds`.
+        is_in_place: Whether loading updates the object in the state instead of returning a new
+            value.
     """
 
     kinds: tuple[str, ...]
@@ -133,7 +139,7 @@ class Encoder:
 
     @contextmanager
     def inside_stateful(self) -> Iterator[None]:
-        """Encode what an object's `state_dict` returned, whose records have no target when it is loaded."""
+        """Encode the result of a `state_dict`, whose records have no target when it is loaded."""
         outer = self.is_inside_stateful
         self.is_inside_stateful = True
         try:
@@ -143,7 +149,9 @@ class Encoder:
 
 
 class Decoder:
-    """Decodes a state in two phases: `decode` plans and checks, the `Restore` that it returns updates the state.
+    """Decodes a state in two phases.
+
+    `decode` checks and plans; the `Restore` that it returns updates the state.
 
     Args:
         codecs: The table that encoded the state.
@@ -197,7 +205,8 @@ class Decoder:
 
         Args:
             path: Its name.
-            like: A tensor of the same shape whose device and layout it gets; anything else gives a CPU tensor.
+            like: A tensor of the same shape whose device and layout it gets; anything else gives a
+                CPU tensor.
         """
         stored = self.stored(path)
         if isinstance(like, torch.Tensor) and like.shape == stored.shape:

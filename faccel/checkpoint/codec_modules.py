@@ -1,4 +1,4 @@
-"""Codecs of modules and of objects with `state_dict` and `load_state_dict`: both are updated in place."""
+"""Codecs of modules and other objects with `load_state_dict`, which are updated in place."""
 
 from __future__ import annotations
 

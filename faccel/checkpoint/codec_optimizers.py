@@ -1,4 +1,4 @@
-"""Codec of optimizers: states by the names of parameters, so that neither their order nor the layout matters."""
+"""Codec of optimizers: states are stored by the names of parameters, independent of their order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from faccel.checkpoint.codec_values import mapping_nodes
 from faccel.checkpoint.tensor_names import child_name, optimizer_parameter_names
 from faccel.tree import Tree
 
-# The options of a parameter group, as `Optimizer.state_dict` returns them: `lr`, `params` and others.
+# The options of a parameter group, as `Optimizer.state_dict` returns them: `lr`, `params` and
+# others.
 Group = dict[str, Any]
 
 
@@ -85,9 +86,7 @@ def _check_groups(
     )
 
 
-def _decode_state(
-    node: Node, indices: Mapping[str, int], path: str, decoder: Decoder
-) -> Restore:
+def _decode_state(node: Node, indices: Mapping[str, int], path: str, decoder: Decoder) -> Restore:
     restores: dict[object, Restore] = {}
     for key, entry in mapping_nodes(node, decoder).items():
         index = indices.get(key) if isinstance(key, str) else None
@@ -95,7 +94,8 @@ def _decode_state(
             continue  # the parameter of another stage
         target: dict[str, torch.Tensor | None] | None = None
         if isinstance(entry, dict) and "!" not in entry:
-            # a tensor with the shape of the parameter, such as a momentum, gets the layout of the parameter
+            # a tensor with the shape of the parameter, such as a momentum, gets the layout of the
+            # parameter
             target = dict.fromkeys(entry, decoder.parameters.get(str(key)))
         restore_entry = decoder.decode(entry, target, child_name(path, key))
         restores[key if index is None else index] = restore_entry
@@ -114,7 +114,7 @@ def _in_order(stored_groups: Sequence[Group], groups: list[list[str]]) -> list[G
 
 
 def _with_indices(options: Group, names: list[str], indices: Mapping[str, int]) -> Group:
-    """Return the options of a group for the parameters in the order of the optimizer in the state."""
+    """Return the options of a group, with its parameters in the order of the loading optimizer."""
     group = options | {"params": [indices[name] for name in names]}
     if options.get("param_names"):
         user_names = dict(zip(options["params"], options["param_names"], strict=True))

@@ -91,7 +91,10 @@ def _from_tensors(tensors: Mapping[str, torch.Tensor]) -> RngState:
 
 
 def _derive(state: RngState, rank: int) -> RngState:
-    """Return generators for a rank that the saved world did not have: different on each rank, equal on each load."""
+    """Return generators for a rank that the saved world did not have.
+
+    They differ between ranks, and are equal on each load.
+    """
     checksum = zlib.crc32(state.torch.numpy().tobytes())
     generators = Generators.seeded(mix(checksum, rank))
     return RngState(generators.torch, generators.numpy, generators.python, None)

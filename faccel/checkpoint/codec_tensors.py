@@ -10,8 +10,8 @@ from faccel.checkpoint.tensor_names import child_name
 from faccel.errors import CheckpointError
 from faccel.tree import Tree, is_sharded, is_tensordict
 
-# Tensors. safetensors files that PyTorch's readers understand have no complex dtypes: those are stored as pairs of real
-# numbers, in a last dim of size 2.
+# Tensors. safetensors files that PyTorch's readers understand have no complex dtypes: those are
+# stored as pairs of real numbers, in a last dim of size 2.
 
 
 def _is_tensor(value: object) -> bool:
@@ -28,7 +28,8 @@ def encode_tensor(value: torch.Tensor, path: str, encoder: Encoder) -> Node:
         )
     encoder.reserve(path)
     is_complex = value.dtype.is_complex
-    # Replicas may differ by rounding, so all that is stored of a replicated tensor is the first data rank's.
+    # Replicas may differ by rounding, so all that is stored of a replicated tensor is the first
+    # data rank's.
     if encoder.ctx.data_rank == 0 or is_sharded(value):
         encoder.tensors[path] = _stored_form(value)
     return {"!": "complex" if is_complex else "tensor"}
@@ -55,7 +56,8 @@ def _decode_tensor(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
 TENSOR = Codec(("tensor", "complex"), _is_tensor, encode_tensor, _decode_tensor)
 
 
-# Arrays and scalars of numpy. The dtype is in the node, because torch has fewer dtypes and one byte order.
+# Arrays and scalars of numpy. The dtype is in the node, because torch has fewer dtypes and one byte
+# order.
 
 
 def _is_array(value: object) -> bool:

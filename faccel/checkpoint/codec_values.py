@@ -37,7 +37,8 @@ _FACCEL_RECORDS: dict[str, type] = {"Cursor": Cursor, "ScalerState": ScalerState
 _TRANSIENT_FIELDS = {"ScalerState": ("stepped",)}
 
 
-# Plain values are JSON values. A subclass of int or str (an enum, say) would come back as another type: no codec.
+# Plain values are JSON values. A subclass of int or str (an enum, say) would come back as another
+# type: no codec.
 
 
 def _is_plain(value: object) -> bool:
@@ -163,7 +164,8 @@ def _decode_sequence(node: Node, target: Tree, path: str, decoder: Decoder) -> R
         if any(decoder.has_in_place(item) for item in targets):
             got = f"{len(nodes)} items in the checkpoint, {len(targets)} in the state"
             raise mismatch(path, got)
-        # The items of a list of values have one structure, and the list may have grown since: a history of losses.
+        # The items of a list of values have one structure, and the list may have grown since: a
+        # history of losses.
         example = targets[0] if targets else None
         targets = [example] * len(nodes)
     restores: list[Restore] = []
@@ -217,7 +219,8 @@ def _decode_mapping(node: Node, target: Tree, path: str, decoder: Decoder) -> Re
         if key not in nodes:
             fix = f"leave it out, or {nearest(str(key), map(str, nodes))}"
             raise mismatch(child_name(path, key), "not in the checkpoint", fix)
-    # The keys of the state select what is loaded. Below the top level a dict without keys selects everything.
+    # The keys of the state select what is loaded. Below the top level a dict without keys selects
+    # everything.
     selected = nodes if path and not targets else targets
     restores: dict[object, Restore] = {}
     for key in selected:
@@ -237,12 +240,12 @@ def mapping_nodes(node: Node, decoder: Decoder) -> dict[object, Node]:
 MAPPING = Codec(tuple(_MAPPINGS), _is_mapping, _encode_mapping, _decode_mapping)
 
 
-# Records: attrs classes, dataclasses and named tuples. A checkpoint cannot name a class to import, because that would
-# execute code. So the class is the target's, except for faccel's own records.
+# Records: attrs classes, dataclasses and named tuples. A checkpoint cannot name a class to import,
+# because that would execute code. So the class is the target's, except for faccel's own records.
 
 
 def field_values(record: object) -> dict[str, Tree] | None:
-    """Return the fields of an attrs record, a dataclass or a named tuple by name; None for any other value.
+    """Return the fields of an attrs record, dataclass or named tuple; None for any other value.
 
     Effects: pure.
     """

@@ -42,9 +42,11 @@ CODECS: tuple[Codec[Any], ...] = (
     DTYPE,
     DEVICE,
 )
-"""The first codec that matches a value encodes it. So models, optimizers and TensorDicts are above the objects with
-`state_dict`, which they are too; named tuples, as records, are above tuples; and a numpy float, which is a float to
-Python, is above complex numbers."""
+"""The first codec that matches a value encodes it.
+
+So models, optimizers and TensorDicts are above the objects with
+`state_dict`, which they are too; named tuples, as records, are above tuples; and a numpy float,
+which is a float to Python, is above complex numbers."""
 
 
 def encoder_for(state: Tree, ctx: DistContext, *, trained_only: bool = False) -> Encoder:
@@ -52,8 +54,6 @@ def encoder_for(state: Tree, ctx: DistContext, *, trained_only: bool = False) ->
     return Encoder(CODECS, state, ctx, trained_only=trained_only)
 
 
-def decoder_for(
-    state: Tree, stored: Mapping[str, StoredTensor], ctx: DistContext
-) -> Decoder:
+def decoder_for(state: Tree, stored: Mapping[str, StoredTensor], ctx: DistContext) -> Decoder:
     """Return a decoder into `state` with all codecs."""
     return Decoder(CODECS, state, stored, ctx)

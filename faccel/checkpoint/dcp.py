@@ -1,4 +1,4 @@
-"""Planning and reading with PyTorch's distributed checkpoint (DCP): its planners decide who writes and reads what."""
+"""PyTorch's distributed checkpoint (DCP): its planners decide what each rank writes and reads."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ class Reader:
     def __init__(self, folder: str, files: Sequence[str] | None = None) -> None:
         self._reader = HuggingFaceStorageReader(folder)
         if files is not None:
-            # The reader opens every safetensors file that the folder lists: those of another export, too.
+            # The reader opens every safetensors file that the folder lists: those of another
+            # export, too.
             paths = [os.path.join(folder, name) for name in files]
             file_system = _FilteredFileSystem(self._reader.fs, paths)
             self._reader.fs = file_system  # type: ignore[assignment]
@@ -88,12 +89,13 @@ class Reader:
         return tensors
 
     def read(self, destinations: Mapping[str, torch.Tensor]) -> None:
-        """Write the stored values into `destinations`; of a sharded tensor only the local shard is read.
+        """Write the stored values into `destinations`, which it updates.
 
-        Updates the tensors in `destinations`.
+        Of a sharded tensor only the local shard is read.
         """
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        # Each rank reads for itself, without the collectives of `dcp.load`, so each one is a coordinator.
+        # Each rank reads for itself, without the collectives of `dcp.load`, so each one is a
+        # coordinator.
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         planner.set_up_planner(dict(destinations), self._metadata, is_coordinator=True)
         plan = planner.finish_plan(self._reader.prepare_local_plan(planner.create_local_plan()))

@@ -15,7 +15,9 @@ import xxhash
 
 from faccel.errors import CheckpointError
 
-_CHUNK_BYTES = 1 << 22  # small enough that a chunk is still in the cache when it is written after hashing
+_CHUNK_BYTES = (
+    1 << 22
+)  # small enough that a chunk is still in the cache when it is written after hashing
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -112,7 +114,8 @@ def write_safetensors(
 ) -> FileEntry:
     """Write slices of tensors as a safetensors file.
 
-    Effects: ambient. A slice on another device is copied to the CPU, one at a time. Tensors on the CPU are not copied.
+    Effects: ambient. A slice on another device is copied to the CPU, one at a time. Tensors on the
+    CPU are not copied.
 
     Args:
         directory: The folder.
@@ -134,7 +137,8 @@ def write_safetensors(
 def write_shards(directory: str, rank: int, slices: Iterable[Slice]) -> list[FileEntry]:
     """Write the slices of one rank as safetensors files; return the files.
 
-    Effects: ambient. A name is in a safetensors file only once. So a second slice of a tensor goes to a second file.
+    Effects: ambient. A name is in a safetensors file only once. So a second slice of a tensor goes
+    to a second file.
     """
     files: list[dict[str, Slice]] = []
     for piece in slices:
@@ -152,9 +156,9 @@ def write_shards(directory: str, rank: int, slices: Iterable[Slice]) -> list[Fil
 
 
 def write_file(directory: str, name: str, chunks: Iterable[bytes | memoryview]) -> FileEntry:
-    """Write a new file. Its bytes are on the disk when this returns; its name is after `sync_directory`.
+    """Write a new file; its bytes are on the disk when this returns.
 
-    Effects: ambient.
+    Effects: ambient. Its name is on the disk after `sync_directory`.
     """
     digest, size = xxhash.xxh3_128(), 0
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

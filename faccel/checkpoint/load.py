@@ -24,9 +24,10 @@ _logger = logging.getLogger(__name__)
 
 @effectful(AMBIENT, COLLECTIVE)
 def latest(path: str | os.PathLike[str], ctx: DistContext) -> Checkpoint | None:
-    """Return the newest committed checkpoint of a directory, equal on every rank; None if there is none.
+    """Return the newest committed checkpoint of a directory; None if there is none.
 
-    Effects: ambient, collective. Rank 0 reads manifests and sizes of files; `load` compares hashes too.
+    Effects: ambient, collective. The result is equal on every rank. Rank 0 reads manifests and
+    sizes of files; `load` compares hashes too.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -51,9 +52,10 @@ def load(
 ) -> Tree:
     """Load the newest valid checkpoint of a directory into `state`.
 
-    Effects: updates state, ambient, collective. Reads files and executes no code from them. Models, optimizers,
-    schedulers and other objects with `load_state_dict` are updated in place, after all files were verified on all
-    ranks. All values (scaler, cursor, random states, numbers, tensors) are returned new.
+    Effects: updates state, ambient, collective. Reads files and executes no code from them. Models,
+    optimizers, schedulers and other objects with `load_state_dict` are updated in place, after all
+    files were verified on all ranks. All values (scaler, cursor, random states, numbers, tensors)
+    are returned new.
 
     Args:
         state: Has the structure that was saved, or a part of it: a dict may leave out keys.
@@ -65,8 +67,8 @@ def load(
         The state, with the same objects and new values.
 
     Raises:
-        CheckpointError: There is no checkpoint, the one of `step` is corrupt, all are, or it does not fit `state`; on
-            every rank. The state is unchanged.
+        CheckpointError: There is no checkpoint, the one of `step` is corrupt, all are, or it does
+            not fit `state`; on every rank. The state is unchanged.
         ConfigError: `state` and `path` are swapped.
 
     Examples:
@@ -153,7 +155,7 @@ def _load_verified(checkpoint: Checkpoint, state: Tree, ctx: DistContext) -> Tre
 
 
 class _LoadPlan:
-    """Where the tensors of a checkpoint are read to on this rank, and how the state is restored from them."""
+    """How this rank loads a checkpoint: what is read where, and how the state is restored."""
 
     def __init__(self, checkpoint: Checkpoint, state: Tree, ctx: DistContext) -> None:
         self._checkpoint = checkpoint

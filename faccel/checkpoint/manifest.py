@@ -144,7 +144,7 @@ def read_manifest(folder: str) -> Manifest:
 
 
 def _file_sizes(folder: str) -> dict[str, int]:
-    """Return the sizes of the files in a folder; links are no files, because they lead elsewhere."""
+    """Return the sizes of the files in a folder, without links, because they lead elsewhere."""
     sizes: dict[str, int] = {}
     try:
         with os.scandir(folder) as entries:
@@ -171,7 +171,7 @@ def check_hash(folder: str, entry: FileEntry) -> str | None:
 
 
 def first_corrupt_file(folder: str, manifest: Manifest) -> str | None:
-    """Compare the hashes of all files; return what is wrong with the first corrupt one, None if all are valid.
+    """Compare the hashes of all files; return the first problem, None if all are valid.
 
     Effects: ambient.
     """
@@ -183,7 +183,7 @@ def first_corrupt_file(folder: str, manifest: Manifest) -> str | None:
 
 
 def checkpoints(path: str | os.PathLike[str]) -> list[Checkpoint]:
-    """Return the checkpoints of a directory, newest first, with the problem of each one that cannot be loaded.
+    """Return the checkpoints of a directory, newest first, with the problems of invalid ones.
 
     Effects: pure. Reads manifests and sizes of files on this node; `load` compares hashes too.
 

@@ -1,16 +1,25 @@
-"""An export of the model in a checkpoint, without the program that made it."""
+"""`merge`: an export of the model in a checkpoint, without the program that saved it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 
+import attrs
 import torch
 
+from faccel.checkpoint.codec import Node, kind_of
+from faccel.checkpoint.codec_modules import first_names
 from faccel.checkpoint.dcp import Reader
-from faccel.checkpoint.encode import join
-from faccel.checkpoint.export import num_bytes, shards_of, write_export
-from faccel.checkpoint.manifest import MANIFEST, Checkpoint, check_hash, checkpoints, read_manifest
+from faccel.checkpoint.export import parse_size, split_into_shards, write_export
+from faccel.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    first_corrupt_file,
+    newest_valid,
+    read_manifest,
+)
+from faccel.checkpoint.tensor_names import child_name
 from faccel.context import DistContext
 from faccel.errors import CheckpointError
 
@@ -23,80 +32,99 @@ def merge(
     name: str | None = None,
     max_shard_size: str | int = "5GB",
 ) -> list[str]:
-    """Make an export of the model in a checkpoint, without the program that made it.
+    """Write an export of the model in a checkpoint.
 
     Effects: ambient. Reads and writes files.
 
     Args:
-        path: A checkpoint, or a directory of them, of which the newest committed one is taken.
-        out: Where the export goes.
+        path: A checkpoint, or a directory of checkpoints, whose newest committed one is used.
+        out: The directory of the export.
         ctx: A world of one process.
-        name: Which model, where the state holds several: its key.
-        max_shard_size: As for `export_model`.
+        name: Which model, if the state has several: its key in the state.
+        max_shard_size: See `export_model`.
 
     Returns:
-        The names of the files.
+        The names of the files with weights.
 
     Raises:
-        CheckpointError: There is no such model.
+        CheckpointError: There is no such model, or the checkpoint is corrupt.
     """
-    folder = _newest(path).path
     if os.path.exists(os.path.join(out, MANIFEST)):
         raise CheckpointError(
-            "an export would spoil this checkpoint", got=f"`{out}`", fix="name another directory"
+            "the export would overwrite files of a checkpoint",
+            got=f"`{out}`",
+            fix="pass another output directory",
         )
-    manifest = read_manifest(folder)
-    problem = next((said for entry in manifest.files if (said := check_hash(folder, entry))), None)
+    folder, manifest = _checkpoint_at(path)
+    problem = first_corrupt_file(folder, manifest)
     if problem is not None:
         raise CheckpointError(
-            "the checkpoint is not as it was written", got=problem, fix="merge another one"
+            f"the checkpoint `{folder}` is corrupt", got=problem, fix="merge another one"
         )
-    state = manifest.state if isinstance(manifest.state, dict) else {}
-    models = {
-        key: node["v"]
-        for key, node in state.items()
-        if isinstance(node, dict) and node.get("!") == "module"
-    }
-    if name is None and len(models) == 1:
-        name = min(models)
-    if name is None or name not in models:
-        listed = ", ".join(f"`{each}`" for each in sorted(models)) or "none"
-        got = f"{name}; there are {listed}"
-        raise CheckpointError("name a model of the checkpoint", got=got, fix="pass `--model NAME`")
-    reader = Reader(folder, [each.name for each in manifest.files])
-    stored, weights = reader.stored(), dict[str, tuple[str, bool]]()
-    for key, node in models[name].items():
-        kind = node.get("!") if isinstance(node, dict) else None  # an extra state is no weight
-        if kind in ("tensor", "complex"):
-            weights[key] = join(join("", name), key), kind == "complex"
-    sizes = {
-        key: stored[at].shape.numel() * stored[at].dtype.itemsize
-        for key, (at, _) in weights.items()
-    }
-    shards = shards_of(sizes, num_bytes(max_shard_size))
+    reader = Reader(folder, [entry.name for entry in manifest.files])
+    weights = _weights(manifest.state, name)
+    stored = reader.stored()
+    sizes: dict[str, int] = {}
+    for key, weight in weights.items():
+        sizes[key] = stored[weight.path].shape.numel() * stored[weight.path].dtype.itemsize
+    shards = split_into_shards(sizes, parse_size(max_shard_size))
 
     def fetch(names: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        places = {key: weights[key] for key in names}
-        tensors = {
-            at: torch.empty(stored[at].shape, dtype=stored[at].dtype) for at, _ in places.values()
-        }
+        tensors: dict[str, torch.Tensor] = {}
+        for key in names:
+            tensor = stored[weights[key].path]
+            tensors[weights[key].path] = torch.empty(tensor.shape, dtype=tensor.dtype)
         reader.read(tensors)
-        return {
-            key: torch.view_as_complex(tensors[at]) if is_complex else tensors[at]
-            for key, (at, is_complex) in places.items()
-        }
+        return {key: weights[key].from_stored(tensors) for key in names}
 
     return write_export(os.path.abspath(out), shards, {}, fetch, ctx)
 
 
-def _newest(path: str) -> Checkpoint:
+def _checkpoint_at(path: str) -> tuple[str, Manifest]:
+    """Return a checkpoint's folder and manifest: of `path` itself, or of the newest one in it."""
     try:
-        read_manifest(path)
-        return Checkpoint(path, 0)
+        return path, read_manifest(path)
     except ValueError:
-        found = next((each for each in checkpoints(path) if each.problem is None), None)
-    if found is None:
+        newest = newest_valid(path)
+    if newest is None:
         raise CheckpointError(
-            "there is no checkpoint", got=f"`{path}`", fix="name one, or the directory of a run"
+            f"`{path}` does not contain a checkpoint",
+            got="no committed checkpoint",
+            fix="pass a checkpoint, or the `path` that was passed to `faccel.save`",
         )
-    return found
+    return newest.path, read_manifest(newest.path)
+
+
+@attrs.frozen
+class _Weight:
+    """A tensor in the files of a checkpoint; a complex one is stored as pairs of real numbers."""
+
+    path: str
+    is_complex: bool
+
+    def from_stored(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        tensor = tensors[self.path]
+        return torch.view_as_complex(tensor) if self.is_complex else tensor
+
+
+def _weights(state: Node, name: str | None) -> dict[str, _Weight]:
+    """Return the weights of a model by their keys in its `state_dict`."""
+    models: dict[str, Node] = {}
+    if isinstance(state, dict):
+        for key, node in state.items():
+            if kind_of(node) == "module":
+                models[key] = node["v"]
+    if name is None and len(models) == 1:
+        name = min(models)
+    if name is None or name not in models:
+        raise CheckpointError(
+            "`--model` must name a model of the checkpoint",
+            got=f"{name}; models: {first_names(models.keys(), limit=20) or 'none'}",
+            fix="pass `--model NAME`",
+        )
+    weights: dict[str, _Weight] = {}
+    for key, node in models[name].items():
+        kind = kind_of(node)
+        if kind in ("tensor", "complex"):  # an extra state of a module is not a weight
+            weights[key] = _Weight(child_name(child_name("", name), key), kind == "complex")
+    return weights

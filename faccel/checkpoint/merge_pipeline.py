@@ -1,4 +1,4 @@
-"""Pipeline parallel: the nodes of all stages of a model are merged into the node of the full state."""
+"""Pipeline parallel: the nodes of all stages are merged into the node of the full state."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from faccel.checkpoint.codec import Node, kind_of
 
 
 def merge_stages(nodes: Sequence[Node]) -> Node:
-    """Return the node of the full state from those of the ranks of a pipeline, in the order of the stages.
+    """Return the node of the full state from those of the ranks of a pipeline.
 
-    Effects: pure. Entries of modules, and states and groups of optimizers are united. Any other value is the first
-    rank's.
+    Effects: pure. `nodes` are in the order of the stages. Entries of modules, and states and groups
+    of optimizers are united. Any other value is the first rank's.
 
     Examples:
         >>> first = {"!": "module", "v": {"x": {"!": "tensor"}}, "versions": {}}

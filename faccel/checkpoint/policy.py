@@ -1,26 +1,27 @@
-"""When to save and which checkpoints to keep, as pure predicates that combine with `|` and `&`."""
+"""When to save and which checkpoints to keep: pure predicates that combine with `|` and `&`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import attrs
 
 from faccel.checkpoint.manifest import Checkpoint
+from faccel.checks import instance_of, one_of, positive
 from faccel.errors import ConfigError
 
 
 @attrs.frozen
 class SaveEvent:
-    """What a `SavePolicy` looks at; the caller counts.
+    """The situation in which a `SavePolicy` decides; the training loop builds one after each step.
 
     Args:
-        step: The step that has ended.
-        seconds_since_save: Since the last checkpoint. Ranks measure differently: decide with `agree`.
-        metric: The metric of now, None where none was measured.
-        best: The best that was saved so far, None where none was.
-        preempted: Whether the run is to end.
+        step: The step that has just ended.
+        seconds_since_save: Time since the last checkpoint. It differs between ranks: decide with
+            `agree`.
+        metric: The current metric; None if there is none.
+        best: The best metric saved so far; None if there is none.
+        preempted: Whether the run is about to end.
     """
 
     step: int
@@ -45,14 +46,14 @@ class SavePolicy:
 
     is_due: Callable[[SaveEvent], bool]
 
-    def __call__(self, moment: SaveEvent) -> bool:
-        return self.is_due(moment)
+    def __call__(self, event: SaveEvent) -> bool:
+        return self.is_due(event)
 
     def __or__(self, other: SavePolicy) -> SavePolicy:
-        return SavePolicy(lambda moment: self(moment) or other(moment))
+        return SavePolicy(lambda event: self(event) or other(event))
 
     def __and__(self, other: SavePolicy) -> SavePolicy:
-        return SavePolicy(lambda moment: self(moment) and other(moment))
+        return SavePolicy(lambda event: self(event) and other(event))
 
 
 def every_steps(n: int) -> SavePolicy:
@@ -64,12 +65,12 @@ def every_steps(n: int) -> SavePolicy:
         >>> [step for step in range(1, 8) if every_steps(3)(SaveEvent(step))]
         [3, 6]
     """
-    _check_positive("every_steps", n, int)
-    return SavePolicy(lambda moment: moment.step % n == 0)
+    _check_count(n, "faccel.checkpoint.every_steps(100)")
+    return SavePolicy(lambda event: event.step % n == 0)
 
 
 def every_seconds(t: float) -> SavePolicy:
-    """Save where the last checkpoint is at least `t` seconds old.
+    """Save when the last checkpoint is at least `t` seconds old.
 
     Effects: pure.
 
@@ -77,34 +78,37 @@ def every_seconds(t: float) -> SavePolicy:
         >>> every_seconds(600)(SaveEvent(step=1, seconds_since_save=601))
         True
     """
-    _check_positive("every_seconds", t)
-    return SavePolicy(lambda moment: moment.seconds_since_save >= t)
+    instance_of("t", t, (int, float), fix="write `faccel.checkpoint.every_seconds(600)`")
+    positive("t", t)
+    return SavePolicy(lambda event: event.seconds_since_save >= t)
 
 
 def at_best(*, mode: str = "max") -> SavePolicy:
-    """Save where the metric is better than the best so far.
+    """Save when the metric is better than the best so far.
 
     Effects: pure.
 
     Args:
-        mode: `"max"` where more is better, else `"min"`.
+        mode: `"max"` if larger is better, `"min"` if smaller is.
 
     Examples:
-        >>> at_best()(SaveEvent(step=1, metric=0.9, best=0.8)), at_best(mode="min")(SaveEvent(step=1, metric=0.9, best=0.8))
-        (True, False)
+        >>> at_best()(SaveEvent(step=1, metric=0.9, best=0.8))
+        True
+        >>> at_best(mode="min")(SaveEvent(step=1, metric=0.9, best=0.8))
+        False
     """
     sign = _sign(mode)
 
-    def is_best(moment: SaveEvent) -> bool:
-        return moment.metric is not None and (
-            moment.best is None or sign * moment.metric > sign * moment.best
-        )
+    def is_best(event: SaveEvent) -> bool:
+        if event.metric is None:
+            return False
+        return event.best is None or sign * event.metric > sign * event.best
 
     return SavePolicy(is_best)
 
 
 def on_preemption() -> SavePolicy:
-    """Save where the run is to end.
+    """Save when the run is about to end.
 
     Effects: pure.
 
@@ -112,33 +116,40 @@ def on_preemption() -> SavePolicy:
         >>> on_preemption()(SaveEvent(step=1, preempted=True))
         True
     """
-    return SavePolicy(lambda moment: moment.preempted)
+    return SavePolicy(lambda event: event.preempted)
 
 
 @attrs.frozen
 class KeepPolicy:
-    """Which of the committed checkpoints stay. `|` keeps what either keeps, `&` what both do; the newest always stays.
+    """Which committed checkpoints to keep. `|` keeps what either policy keeps, `&` what both keep.
+
+    The newest is always kept.
 
     Args:
-        choose: Returns the steps that stay of checkpoints given newest first.
+        choose: Returns the steps to keep from checkpoints, newest first.
 
     Examples:
-        >>> found = [Checkpoint("", step, metadata={"loss": step % 4}) for step in (7, 6, 5, 4, 3)]
-        >>> sorted((keep_latest(1) | keep_best(1, "loss", mode="min"))(found))
+        >>> steps = (7, 6, 5, 4, 3)
+        >>> existing = [Checkpoint("", step, metadata={"loss": step % 4}) for step in steps]
+        >>> sorted((keep_latest(1) | keep_best(1, "loss", mode="min"))(existing))
         [4, 7]
     """
 
     choose: Callable[[Sequence[Checkpoint]], frozenset[int]]
 
-    def __call__(self, found: Sequence[Checkpoint]) -> frozenset[int]:
-        """Return the steps that stay of checkpoints given newest first."""
-        return self.choose(found) | {each.step for each in found[:1]}
+    def __call__(self, checkpoints: Sequence[Checkpoint]) -> frozenset[int]:
+        """Return the steps to keep from checkpoints, newest first."""
+        return self.choose(checkpoints) | _steps(checkpoints[:1])
 
     def __or__(self, other: KeepPolicy) -> KeepPolicy:
-        return KeepPolicy(lambda found: self.choose(found) | other.choose(found))
+        return KeepPolicy(lambda checkpoints: self.choose(checkpoints) | other.choose(checkpoints))
 
     def __and__(self, other: KeepPolicy) -> KeepPolicy:
-        return KeepPolicy(lambda found: self.choose(found) & other.choose(found))
+        return KeepPolicy(lambda checkpoints: self.choose(checkpoints) & other.choose(checkpoints))
+
+
+def _steps(checkpoints: Sequence[Checkpoint]) -> frozenset[int]:
+    return frozenset(checkpoint.step for checkpoint in checkpoints)
 
 
 def keep_latest(n: int) -> KeepPolicy:
@@ -150,32 +161,37 @@ def keep_latest(n: int) -> KeepPolicy:
         >>> sorted(keep_latest(2)([Checkpoint("", step) for step in (3, 2, 1)]))
         [2, 3]
     """
-    _check_positive("keep_latest", n, int)
-    return KeepPolicy(lambda found: frozenset(each.step for each in found[:n]))
+    _check_count(n, "faccel.checkpoint.keep_latest(3)")
+    return KeepPolicy(lambda checkpoints: _steps(checkpoints[:n]))
 
 
 def keep_best(n: int, metric: str, *, mode: str = "max") -> KeepPolicy:
-    """Keep the `n` best by a number in `Checkpoint.metadata`; one without it is worse than any with it.
+    """Keep the `n` best by a number in `Checkpoint.metadata`.
 
-    Effects: pure.
+    Effects: pure. A checkpoint without the number is worse than any with it.
 
     Args:
-        n: How many.
-        metric: Its key in the `metadata` that `save` was given.
-        mode: `"max"` where more is better, else `"min"`.
+        n: How many to keep.
+        metric: Key of the number in the `metadata` passed to `save`.
+        mode: `"max"` if larger is better, `"min"` if smaller is.
 
     Examples:
-        >>> found = [Checkpoint("", s, metadata={"accuracy": a}) for s, a in ((3, 0.1), (2, 0.9), (1, 0.5))]
-        >>> sorted(keep_best(1, "accuracy")(found))
-        [2, 3]
+        >>> first = Checkpoint("", 1, metadata={"accuracy": 0.9})
+        >>> second = Checkpoint("", 2, metadata={"accuracy": 0.5})
+        >>> sorted(keep_best(1, "accuracy")([Checkpoint("", 3), second, first]))
+        [1, 3]
     """
-    _check_positive("keep_best", n, int)
+    _check_count(n, 'faccel.checkpoint.keep_best(1, "accuracy")')
     sign = _sign(mode)
 
-    def choose(found: Sequence[Checkpoint]) -> frozenset[int]:
-        measured = [each for each in found if isinstance(each.metadata.get(metric), (int, float))]
-        ranked = sorted(measured, key=lambda each: -sign * each.metadata[metric])
-        return frozenset(each.step for each in ranked[:n])
+    def choose(checkpoints: Sequence[Checkpoint]) -> frozenset[int]:
+        measured: list[Checkpoint] = []
+        for checkpoint in checkpoints:
+            if isinstance(checkpoint.metadata.get(metric), (int, float)):
+                measured.append(checkpoint)
+        # `sorted` is stable, so the newest of equals comes first
+        ranked = sorted(measured, key=lambda checkpoint: -sign * checkpoint.metadata[metric])
+        return _steps(ranked[:n])
 
     return KeepPolicy(choose)
 
@@ -189,36 +205,37 @@ def keep_every(n: int) -> KeepPolicy:
         >>> sorted(keep_every(10)([Checkpoint("", step) for step in (25, 20, 15, 10)]))
         [10, 20, 25]
     """
-    _check_positive("keep_every", n, int)
-    return KeepPolicy(lambda found: frozenset(each.step for each in found if each.step % n == 0))
+    _check_count(n, "faccel.checkpoint.keep_every(1000)")
+    return KeepPolicy(
+        lambda checkpoints: frozenset(step for step in _steps(checkpoints) if step % n == 0)
+    )
 
 
-def keep_policy(keep: Any) -> KeepPolicy | None:
-    """Return the policy that `save` was given: a number keeps so many, None keeps all.
+def keep_policy(keep: object) -> KeepPolicy | None:
+    """Return the policy for the argument `keep`: a number keeps that many, None keeps all.
 
     Effects: pure.
+
+    Raises:
+        ConfigError: It is something else.
     """
     if keep is None or isinstance(keep, KeepPolicy):
         return keep
     if isinstance(keep, int) and not isinstance(keep, bool):
         return keep_latest(keep)
     raise ConfigError(
-        "`keep` is a number, a policy or None",
+        "`keep` must be a positive int, a KeepPolicy or None",
         got=repr(keep),
-        fix="write `keep=faccel.checkpoint.keep_latest(3)`",
+        fix="write `keep=3` or `keep=faccel.checkpoint.keep_best(1, 'accuracy')`",
     )
 
 
-def _check_positive(name: str, n: Any, kind: type = float) -> None:
-    if isinstance(n, bool) or not isinstance(n, (int, kind)) or n <= 0:
-        raise ConfigError(
-            f"`{name}` takes a positive number", got=repr(n), fix=f"write `faccel.{name}(1)`"
-        )
+def _check_count(n: object, call: str) -> None:
+    """Raise unless `n` is a positive int; `call` is an example with a valid one."""
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ConfigError("`n` must be a positive int", got=repr(n), fix=f"write `{call}`")
 
 
 def _sign(mode: str) -> int:
-    if mode not in ("max", "min"):
-        raise ConfigError(
-            "`mode` says what is better", got=repr(mode), fix='use `"max"` or `"min"`'
-        )
+    one_of("mode", mode, ("max", "min"))
     return 1 if mode == "max" else -1

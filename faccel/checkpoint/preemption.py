@@ -1,4 +1,4 @@
-"""Being told that the run is to end: a flag, which the ranks look at together when they are ready to save."""
+"""Preemption: a signal that announces the end of a run sets a flag, and the ranks agree on it."""
 
 from __future__ import annotations
 
@@ -13,63 +13,76 @@ from faccel.context import DistContext
 from faccel.effects import AMBIENT, effectful
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What launchers and clusters send: SIGTERM; SIGUSR1 where SLURM is asked for it (`#SBATCH --signal=USR1@120`)."""
+"""Launchers and clusters send SIGTERM. SLURM sends SIGUSR1 with `#SBATCH --signal=USR1@120`."""
 
 
 @attrs.frozen(eq=False)
 class Preemption:
-    """Whether this process was told to end; made by `preemption`.
+    """Whether this process has received a signal to end; returned by `preemption`.
 
-    A script that has saved exits with `Preemption.exit_code`, 75 (EX_TEMPFAIL): the same command goes on.
+    A script that has saved exits with `Preemption.exit_code`, 75 (EX_TEMPFAIL): run the same
+    command again to resume.
 
     Args:
-        heard: The signals that have come so far.
+        received: The numbers of the signals received so far.
     """
 
     exit_code: ClassVar[int] = 75
 
-    heard: list[int] = attrs.field(factory=list)
-    _before: dict[signal.Signals, Any] = attrs.field(factory=dict, init=False, repr=False)
+    received: list[int] = attrs.field(factory=list)
+    # `signal.getsignal` returns a function, a number or None
+    _previous_handlers: dict[signal.Signals, Any] = attrs.field(
+        factory=dict, init=False, repr=False
+    )
 
     @property
     def requested(self) -> bool:
-        """Whether one has. Ranks hear at different times: `faccel.agree(ctx, preempted=told.requested)`."""
-        return bool(self.heard)
+        """Whether this rank has received one.
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.heard.append(number)  # and nothing else: whatever was going on goes on
+        Ranks receive signals at different times: `faccel.agree(ctx, stop=preempted.requested)`.
+        """
+        return bool(self.received)
 
-    def _listen(self) -> None:
-        self._before.update({each: signal.signal(each, self._note) for each in SIGNALS})
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Record a signal, and nothing else: a collective or save in progress is not interrupted."""
+        self.received.append(number)
+
+    def install(self) -> None:
+        """Install the signal handlers. Effects: ambient; on the main thread."""
+        for number in SIGNALS:
+            self._previous_handlers[number] = signal.signal(number, self.handle)
 
     def close(self) -> None:
-        """Put the handlers back that were there before."""
-        for each, before in self._before.items():
-            if signal.getsignal(each) == self._note:
-                signal.signal(each, signal.SIG_DFL if before is None else before)
-        self._before.clear()
+        """Restore the previous signal handlers. Effects: ambient."""
+        for number, handler in self._previous_handlers.items():
+            if signal.getsignal(number) != self.handle:
+                continue  # replaced since by the user
+            # None is a handler that was not installed from Python: it cannot be restored
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous_handlers.clear()
 
 
 @effectful(AMBIENT)
 def preemption(ctx: DistContext) -> Preemption:
-    """Listen for SIGTERM and SIGUSR1 from now on, until the context is shut down.
+    """Handle SIGTERM and SIGUSR1 from now on, until the context is shut down.
 
-    Effects: ambient. Sets the handlers of the two signals, which only note that one has come. Off the main thread, as
-    in a simulated world, there is nothing to set: a test appends to `heard`.
+    Effects: ambient. Installs handlers of the two signals, which only record them. Python allows
+    that on the main thread only. On other threads, as in a simulated world, a test appends to
+    `received` instead.
 
     Args:
-        ctx: Whose end puts the handlers back.
+        ctx: `shutdown` of this context restores the previous handlers.
 
     Examples:
         >>> from faccel.testing import fake_context
         >>> ctx = fake_context(0, 1)
-        >>> told = preemption(ctx)
-        >>> told.requested, told.exit_code
+        >>> preempted = preemption(ctx)
+        >>> preempted.requested, preempted.exit_code
         (False, 75)
-        >>> told.close()
+        >>> preempted.close()
     """
-    told = Preemption()
+    preempted = Preemption()
     if threading.current_thread() is threading.main_thread():
-        told._listen()  # pyright: ignore[reportPrivateUsage]
-        ctx.lifetime.on_close(told.close)
-    return told
+        preempted.install()
+        ctx.lifetime.on_close(preempted.close)
+    return preempted

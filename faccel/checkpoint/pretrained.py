@@ -1,4 +1,4 @@
-"""What a model says of itself beside its weights: the files from which `from_pretrained` builds it."""
+"""The files beside the weights that `from_pretrained` of transformers and PEFT reads."""
 
 from __future__ import annotations
 
@@ -8,103 +8,124 @@ import secrets
 import shutil
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
-from faccel.checkpoint.files import sync_directory
+from faccel.checkpoint.files import sync_directory, sync_file
 from faccel.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def describe(module: nn.Module, folder: str) -> None:
-    """Write the configuration of a model whose class has one of its own, and what it generates with.
 
-    Effects: ambient. A model inside of another (an adapter's base, say) is not described: the weights are not its own.
+class PretrainedConfig(Protocol):
+    """The configuration of a transformers or diffusers model."""
+
+    architectures: list[str]
+    dtype: torch.dtype
+
+    def save_pretrained(self, save_directory: str) -> object: ...
+
+
+def write_config(module: nn.Module, folder: str) -> None:
+    """Write the configuration of a model, and its generation configuration, if it has them.
+
+    Effects: ambient. The model inside an adapter is not described: the weights are the adapter's.
 
     Args:
-        module: The user's; `config` fulfils its class's `config_class`, which has `save_pretrained`.
-        folder: Where the files go.
+        module: The user's module. It has a configuration if `module.config` is an instance of its
+            class's `config_class`.
+        folder: The directory of the files.
     """
-    kind: Any = type(module)
-    config: Any = getattr(module, "config", None)
-    if not isinstance(config, getattr(kind, "config_class", None) or ()) or not hasattr(
-        config, "save_pretrained"
-    ):
+    config = _config_of(module)
+    if config is None:
         return
-    config = copy.deepcopy(config)  # the user's stays as it is
-    config.architectures = [_users_class(kind).__name__]
-    config.dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
-    before = set(os.listdir(folder))
+    config = copy.deepcopy(config)  # the user's is not modified
+    config.architectures = [_user_class(type(module)).__name__]
+    config.dtype = next(param.dtype for param in module.parameters() if param.is_floating_point())
+    existing = set(os.listdir(folder))
     config.save_pretrained(folder)
-    generation: Any = getattr(module, "generation_config", None)
-    if hasattr(generation, "save_pretrained"):
-        generation.save_pretrained(folder)
-    for name in set(os.listdir(folder)) - before:
-        _sync(os.path.join(folder, name))
+    generation_config = getattr(module, "generation_config", None)
+    if hasattr(generation_config, "save_pretrained"):
+        generation_config.save_pretrained(folder)
+    for name in set(os.listdir(folder)) - existing:
+        sync_file(os.path.join(folder, name))
 
 
-def _users_class(kind: type) -> type:
-    """Return the class that the user made the model of, which FSDP has derived another from."""
+def _config_of(module: nn.Module) -> PretrainedConfig | None:
+    config = getattr(module, "config", None)
+    config_class = getattr(type(module), "config_class", None)
+    if config_class is None or not isinstance(config, config_class):
+        return None
+    return config if hasattr(config, "save_pretrained") else None
+
+
+def _user_class(cls: type) -> type:
+    """Return the user's class: FSDP2 replaces it by a subclass, whose name cannot be imported."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return next(
-        each for each in kind.__mro__ if fsdp is None or not issubclass(each, fsdp.FSDPModule)
-    )
+    if fsdp is None:
+        return cls
+    return next(base for base in cls.__mro__ if not issubclass(base, fsdp.FSDPModule))
 
 
-def adapter_of(module: Any) -> str | None:
-    """Return the name of the active adapter of a model of PEFT; None for any other model.
+def active_adapter(module: nn.Module) -> str | None:
+    """Return the name of the active adapter of a PEFT model; None for any other model.
+
+    Effects: pure.
 
     Raises:
-        CheckpointError: Several are active.
+        CheckpointError: Not exactly one adapter is active.
     """
     if not hasattr(module, "peft_config"):
         return None
-    names: Any = module.active_adapters
-    names = names() if callable(names) else names
+    # a property of PEFT models, a method of transformers models with adapters
+    adapters = getattr(module, "active_adapters", [])
+    names: list[str] = adapters() if callable(adapters) else adapters
     if len(names) != 1:
-        fix = "activate one with `set_adapter(name)`, and export them one after the other"
         raise CheckpointError(
-            "one adapter is exported at a time",
+            "exactly one adapter of the model must be active",
             got=f"active: {', '.join(names) or 'none'}",
-            fix=fix,
+            fix="activate one with `model.set_adapter(name)`, and export one after the other",
         )
     return names[0]
 
 
 def write_adapter(
-    module: Any, adapter: str, state: Mapping[str, torch.Tensor], path: str
+    module: nn.Module, adapter: str, state: Mapping[str, torch.Tensor], path: str
 ) -> list[str]:
-    """Let a model of PEFT write one adapter in its own format into `path`; return the name of the file with weights.
+    """Write one adapter of a PEFT model in PEFT's format; return the name of the file with weights.
 
-    Effects: ambient. What it would write besides, as a README, is left out.
+    Effects: ambient. PEFT writes the files; its `README.md` is left out.
 
     Args:
-        module: The model; its own tensors are not read.
-        adapter: The name of the adapter.
-        state: Whole tensors of the model on the CPU, the adapter's among them.
-        path: A directory, made where it is missing.
+        module: The model; its own tensors are not read, because they may be sharded.
+        adapter: Name of the adapter.
+        state: Full tensors of the model on the CPU, including the adapter's.
+        path: A directory, created if it is missing.
     """
     temporary = os.path.join(path, f".tmp-export-{secrets.token_hex(4)}")
     os.makedirs(temporary)
     try:
-        module.save_pretrained(
-            temporary, state_dict=state, selected_adapters=[adapter], save_embedding_layers=False
-        )
-        inside = os.path.join(temporary, adapter)
-        inside = (
-            inside if os.path.isdir(inside) else temporary
-        )  # the default one has no folder of its own
-        names = sorted(name for name in os.listdir(inside) if name.startswith("adapter_"))
+        _save_adapter(module, adapter, state, temporary)
+        # PEFT writes an adapter to a folder of its name, except the adapter named "default"
+        folder = os.path.join(temporary, adapter)
+        if not os.path.isdir(folder):
+            folder = temporary
+        names = sorted(name for name in os.listdir(folder) if name.startswith("adapter_"))
         for name in names:
-            _sync(os.path.join(inside, name))
-            os.replace(os.path.join(inside, name), os.path.join(path, name))
+            sync_file(os.path.join(folder, name))
+            os.replace(os.path.join(folder, name), os.path.join(path, name))
         sync_directory(path)
         return [name for name in names if name.endswith(".safetensors")]
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sync(path: str) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def _save_adapter(
+    module: PeftModel, adapter: str, state: Mapping[str, torch.Tensor], folder: str
+) -> None:
+    module.save_pretrained(
+        folder, state_dict=state, selected_adapters=[adapter], save_embedding_layers=False
+    )

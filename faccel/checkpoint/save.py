@@ -33,32 +33,38 @@ def save(
 ) -> Checkpoint:
     """Save `state` as the checkpoint of `step`, atomically and durably.
 
-    Effects: ambient, collective. Writes files. Every rank must call it with a state of the same structure, on a file
-    system that all ranks can access. Each rank writes its shards and a part of the replicated tensors; rank 0 commits.
+    Effects: ambient, collective. Writes files. Every rank must call it with a state of the same
+    structure, on a file system that all ranks can access. Each rank writes its shards and a part of
+    the replicated tensors; rank 0 commits.
 
     Args:
-        state: Any nesting of wrapped models, modules, optimizers, schedulers, scalers, cursors, random states,
-            TensorDicts, tensors, arrays, numbers, strings, records, and objects with `state_dict` and
-            `load_state_dict`. Random states and shards are stored for each rank. Of replicated tensors and of all
-            other values, rank 0's are stored.
-        path: A directory of checkpoints, created if it is missing. Only one run may write into it at a time.
+        state: Any nesting of wrapped models, modules, optimizers, schedulers, scalers, cursors,
+            random states, TensorDicts, tensors, arrays, numbers, strings, records, and objects with
+            `state_dict` and `load_state_dict`. Random states and shards are stored for each rank.
+            Of replicated tensors and of all other values, rank 0's are stored.
+        path: A directory of checkpoints, created if it is missing. Only one run may write into it
+            at a time.
         ctx: The world.
         step: Must be above the step of the newest committed checkpoint.
-        keep: How many checkpoints to keep, or a policy; None keeps all. Old ones are deleted after the commit.
-        overwrite: Whether `step` may be at or below the newest. Then the checkpoints at and above it are deleted
-            after the commit.
-        background: Whether to return after copying the state to the host. A thread writes it; the next save waits
-            for it. The next call that saves or loads, or `shutdown`, raises its error.
-        trained_only: Whether to leave out frozen parameters, such as the base model of a LoRA adapter. `load` does not
-            change them, so build the model with them first.
-        metadata: Numbers and strings for policies and for you, as in `{"accuracy": 0.97}`; stored in `Checkpoint`.
+        keep: How many checkpoints to keep, or a policy; None keeps all. Old ones are deleted after
+            the commit.
+        overwrite: Whether `step` may be at or below the newest. Then the checkpoints at and above
+            it are deleted after the commit.
+        background: Whether to return after copying the state to the host. A thread writes it; the
+            next save waits for it. The next call that saves or loads, or `shutdown`, raises its
+            error.
+        trained_only: Whether to leave out frozen parameters, such as the base model of a LoRA
+            adapter. `load` does not change them, so build the model with them first.
+        metadata: Numbers and strings for policies and for you, as in `{"accuracy": 0.97}`; stored
+            in `Checkpoint`.
 
     Returns:
-        The checkpoint, equal on every rank. With `background`, its `problem` is "still being written".
+        The checkpoint, equal on every rank. With `background`, its `problem` is "still being
+        written".
 
     Raises:
-        CheckpointError: `step` is not above the newest, another run is writing, the disk is full, ...; on every rank.
-            Older checkpoints are unchanged.
+        CheckpointError: `step` is not above the newest, another run is writing, the disk is full,
+            ...; on every rank. Older checkpoints are unchanged.
         ConfigError: `state` and `path` are swapped, or an argument is invalid.
 
     Examples:

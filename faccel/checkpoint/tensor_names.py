@@ -1,4 +1,4 @@
-"""Names in a checkpoint: of the tensors of a state, and of the parameters that optimizers refer to."""
+"""Names in a checkpoint: of tensors, and of the parameters of optimizers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def item_name(parent: str, index: int) -> str:
 
 
 def named_children(state: Tree, path: str) -> Iterable[tuple[str, Tree]]:
-    """Return the children of a mapping, list or tuple with their names; nothing for any other value.
+    """Return the children of a mapping, list or tuple with their names; otherwise nothing.
 
     Effects: pure.
     """
@@ -56,7 +56,8 @@ def named_children(state: Tree, path: str) -> Iterable[tuple[str, Tree]]:
 def parameter_names(state: Tree, path: str = "") -> dict[int, str]:
     """Return the name of each parameter of each model in `state`, by `id(param)`.
 
-    Effects: pure. Optimizer states are stored under these names, so that they do not depend on the order of parameters.
+    Effects: pure. Optimizer states are stored under these names, so that they do not depend on the
+    order of parameters.
     """
     names: dict[int, str] = {}
     if isinstance(state, (WrappedModel, nn.Module)):
@@ -70,7 +71,7 @@ def parameter_names(state: Tree, path: str = "") -> dict[int, str]:
 
 
 def parameters_by_name(state: Tree, names: Mapping[int, str]) -> dict[str, torch.Tensor]:
-    """Return the parameters of all models in `state` by their names, in the layout that each rank has.
+    """Return the parameters of all models in `state` by name, in the layout of this rank.
 
     Effects: pure.
     """

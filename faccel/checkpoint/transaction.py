@@ -1,7 +1,7 @@
-"""`SaveTransaction`: how one checkpoint is planned, written and committed, so that a crash at any point loses nothing.
+"""`SaveTransaction`: one checkpoint is planned, written and committed; a crash loses nothing.
 
-All files are written and fsynced in a temporary folder. Renaming the folder commits the checkpoint. Only after that
-older checkpoints are deleted.
+All files are written and fsynced in a temporary folder. Renaming the folder commits the checkpoint.
+Only after that older checkpoints are deleted.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Destination:
     Args:
         temporary: Where all ranks write.
         final: The name that the folder gets when it is committed.
-        corrupt: Corrupt checkpoints at or above the step, which are renamed, so that they do not hide the new one.
+        corrupt: Corrupt checkpoints at or above the step, which are renamed, so that they do not
+            hide the new one.
     """
 
     temporary: str
@@ -148,12 +149,16 @@ class SaveTransaction:
         self._planner, plan = local_save_plan(encoder.tensors, self.rank)
         if self._ctx.is_main:
             self._destination = self._open()
-        # A rank of a pipeline has some of the modules; elsewhere rank 0 has the node of the full state.
+        # A rank of a pipeline has some of the modules; elsewhere rank 0 has the node of the full
+        # state.
         node = self._node if self._ctx.mesh.spec.pp > 1 else None
         return _Proposal(self.request, self._destination, plan, node)
 
     def _open(self) -> Destination:
-        """Lock the directory, remove what crashed writers left, and make the temporary folder. On rank 0."""
+        """Lock the directory, delete what crashed writers left, make the temporary folder.
+
+        On rank 0.
+        """
         path, step = self.request.path, self.request.step
         make_directory(path)
         self._lock = DirectoryLock(path)
@@ -174,9 +179,9 @@ class SaveTransaction:
         return Destination(temporary, final, tuple(corrupt))
 
     def copy_to_host(self) -> None:
-        """Copy the slices of this rank into memory of the host, so that later updates do not change them.
+        """Copy the slices of this rank into memory of the host.
 
-        Effects: ambient.
+        Effects: ambient. Later updates of the parameters do not change the copies.
         """
         copies: list[Slice] = []
         is_on_device = False
@@ -184,7 +189,8 @@ class SaveTransaction:
             if piece.tensor.device.type == "cpu":
                 copy = piece.tensor.clone()
             else:
-                # pinned memory: the copies of all slices overlap, and one synchronization waits for them
+                # pinned memory: the copies of all slices overlap, and one synchronization waits for
+                # them
                 copy = torch.empty(piece.tensor.shape, dtype=piece.tensor.dtype, pin_memory=True)
                 copy.copy_(piece.tensor, non_blocking=True)
                 is_on_device = True
@@ -224,9 +230,14 @@ class SaveTransaction:
             files=tuple(files),
             state=self._node,
         )
-        path, temporary, final = self.request.path, self.destination.temporary, self.destination.final
+        path, temporary, final = (
+            self.request.path,
+            self.destination.temporary,
+            self.destination.final,
+        )
         new = checkpoint_of(final, manifest)
-        # The policy is the user's code: it runs before the commit, so that its error leaves everything unchanged.
+        # The policy is the user's code: it runs before the commit, so that its error leaves
+        # everything unchanged.
         obsolete = self._obsolete(new, policy)
         write_file(temporary, MANIFEST, [manifest.to_bytes()])
         sync_directory(temporary)
@@ -252,7 +263,8 @@ class SaveTransaction:
         if policy is not None:
             steps &= policy([new, *older])
         obsolete = [checkpoint for checkpoint in committed if checkpoint.step not in steps]
-        # With `overwrite`, after a crash in between, the newest one is still the newest of before, not a middle one.
+        # With `overwrite`, after a crash in between, the newest one is still the newest of before,
+        # not a middle one.
         return sorted(obsolete, key=lambda checkpoint: checkpoint.step)
 
     def close(self) -> None:
@@ -281,7 +293,7 @@ def _check_equal_requests(requests: Sequence[SaveRequest]) -> None:
 
 
 def _check_newest(step: int, existing: Sequence[Checkpoint]) -> None:
-    """Raise unless `step` is above all steps that can be loaded: a later save would delete it as an old one."""
+    """Raise unless `step` is the newest: otherwise `keep` could delete it as an old one."""
     for checkpoint in existing:  # newest first
         if checkpoint.problem is not None:
             continue
@@ -310,7 +322,7 @@ def _is_corrupt(checkpoint: Checkpoint) -> bool:
 
 
 def _delete(folder: str) -> None:
-    """Delete a checkpoint. The rename first makes that atomic: a folder with missing files is never a checkpoint."""
+    """Delete a checkpoint; renaming it first makes that atomic."""
     name = f"{TEMPORARY_PREFIX}old-{secrets.token_hex(4)}"
     renamed = os.path.join(os.path.dirname(folder), name)
     os.rename(folder, renamed)
