@@ -1,4 +1,4 @@
-"""Checkpoints and exports: save policies, what is kept, what is on disk."""
+"""Checkpoints and exports: when to save, what to keep, what is on disk."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from faccel.exports import lazy
 
 if TYPE_CHECKING:
     from faccel.checkpoint.export import export_model as export_model
-    from faccel.checkpoint.export import load_model as load_model
-    from faccel.checkpoint.export import save_object as save_object
+    from faccel.checkpoint.load_weights import load_model as load_model
     from faccel.checkpoint.manifest import Checkpoint as Checkpoint
     from faccel.checkpoint.manifest import checkpoints as checkpoints
+    from faccel.checkpoint.pickled import save_object as save_object
     from faccel.checkpoint.policy import KeepPolicy as KeepPolicy
     from faccel.checkpoint.policy import SaveEvent as SaveEvent
     from faccel.checkpoint.policy import SavePolicy as SavePolicy
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from faccel.checkpoint.preemption import Preemption as Preemption
 
 _NAMES = {
-    "faccel.checkpoint.export": ("export_model", "load_model", "save_object"),
+    "faccel.checkpoint.export": ("export_model",),
+    "faccel.checkpoint.load_weights": ("load_model",),
     "faccel.checkpoint.manifest": ("Checkpoint", "checkpoints"),
     "faccel.checkpoint.policy": (
         "KeepPolicy", "SaveEvent", "SavePolicy", "at_best", "every_seconds", "every_steps",
         "keep_best", "keep_every", "keep_latest", "on_preemption",
     ),
+    "faccel.checkpoint.pickled": ("save_object",),
     "faccel.checkpoint.preemption": ("Preemption",),
 }  # fmt: skip
 __getattr__, __dir__, __all__ = lazy(__name__, _NAMES)  # pyright: ignore

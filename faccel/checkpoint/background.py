@@ -91,7 +91,9 @@ def wait_for_pending_saves(ctx: DistContext) -> None:
     # Rank 0's thread waits for the markers of the other ranks. A rank may have failed without one.
     # Its error then ends the wait: so rank 0 joins the exchange of errors without waiting for its
     # own thread.
-    first_timeout_s = 0.1 if ctx.is_main else None
+    first_timeout_s = None
+    if ctx.is_main:
+        first_timeout_s = 0.1
     try:
         _raise_first(pending, ctx, first_timeout_s)
     except FaccelError:
@@ -163,7 +165,7 @@ def _marker_path(folder: str, rank: int) -> str:
 def _write_marker(transaction: SaveTransaction, marker: Mapping[str, Any]) -> None:
     path = _marker_path(transaction.destination.temporary, transaction.rank)
     with open(f"{path}.new", "w") as file:
-        json.dump(marker, file)
+        json.dump(marker, file)  # not fsynced: if the node crashes, the save has failed anyway
     os.rename(f"{path}.new", path)  # atomic: rank 0 never reads half of it
 
 
@@ -191,7 +193,10 @@ def wait_for_markers(
             current_size = folder_size(folder)
             if current_size != size:  # a rank is writing: slow is not stalled
                 changed_at_s, size = time.monotonic(), current_size
-            limit_s = timeout_s if pending.stall_timeout_s is None else pending.stall_timeout_s
+            # read again and again, because `shutdown` may lower it while this waits
+            limit_s = pending.stall_timeout_s
+            if limit_s is None:
+                limit_s = timeout_s
             if time.monotonic() > changed_at_s + limit_s:
                 raise CheckpointError(
                     f"rank {rank} has not written its shards",

@@ -7,7 +7,7 @@ imports no class that it names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -25,8 +25,8 @@ Any other value stands for itself: a dict with string keys, a list, a string, a 
 finite float or None."""
 
 Restore = Callable[[], Tree]
-"""Returns the decoded value; called after all tensors were read. Models, optimizers and other objects
-with `load_state_dict` are updated in place, every other value is new."""
+"""Returns the decoded value; called after all tensors were read. Models, optimizers and other
+objects with `load_state_dict` are updated in place, every other value is new."""
 
 V = TypeVar("V")
 V_contra = TypeVar("V_contra", contravariant=True)
@@ -110,6 +110,7 @@ class Encoder:
         self.tensors: dict[str, torch.Tensor] = {}
         self.is_inside_stateful = False
         self._codecs = codecs
+        # Also of tensors that another rank stores: all ranks must raise for the same state.
         self._tensor_paths: set[str] = set()
 
     def encode(self, value: Tree, path: str = "") -> Node:
@@ -182,6 +183,8 @@ class Decoder:
     def decode(self, node: Node, target: Tree, path: str = "") -> Restore:
         """Plan to restore `node` to where the state has `target`."""
         kind = kind_of(node)
+        # Only objects fix the kind: a value may have been None, a float or a list when it was
+        # saved.
         required = self._codec_of(target)
         if required is not None and required.is_strict and kind not in required.kinds:
             raise mismatch(
@@ -190,7 +193,7 @@ class Decoder:
                 "load the kind of value that was saved, or leave it out",
             )
         codec = self._by_kind.get(kind)
-        if codec is None:
+        if codec is None:  # written by a newer version
             raise mismatch(path, f"a value of the unknown kind `{kind}`", "update faccel")
         return codec.decode(node, target, path, self)
 
@@ -221,11 +224,12 @@ class Decoder:
         codec = self._codec_of(target)
         if codec is not None and codec.is_in_place:
             return True
+        children: Iterable[Tree] = ()
         if isinstance(target, Mapping):
-            return any(self.has_in_place(child) for child in target.values())
-        if isinstance(target, (list, tuple)):
-            return any(self.has_in_place(child) for child in target)
-        return False
+            children = target.values()
+        elif isinstance(target, (list, tuple)):
+            children = target
+        return any(self.has_in_place(child) for child in children)
 
     def _codec_of(self, target: Tree) -> Codec[Any] | None:
         for codec in self._codecs:

@@ -36,7 +36,7 @@ def _encode_module(value: WrappedModel | nn.Module, path: str, encoder: Encoder)
     if encoder.trained_only:
         entries = trainable_entries(_user_module(value), state)
     node = {"!": "module", "v": encoder.encode(entries, path), "versions": versions}
-    if len(entries) < len(state):
+    if len(entries) < len(state):  # only then may `load` accept a model with more parameters
         node["trained_only"] = True
     return node
 
@@ -45,6 +45,7 @@ def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
     if not isinstance(target, (WrappedModel, nn.Module)):
         got = f"a model in the checkpoint, {type(target).__name__} in the state"
         raise mismatch(path, got, "pass the model itself")
+    # A `state_dict` has string keys, so its node is a plain dict.
     nodes: Mapping[str, Node] = node["v"]
     state = dict(target.state_dict())
     _check_names(node, state, target, path, decoder)
@@ -59,6 +60,8 @@ def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
     def restore() -> Tree:
         loaded = _StateDict((name, restore_entry()) for name, restore_entry in restores.items())
         loaded._metadata = metadata
+        # Parameters are already read in place; this also calls hooks, and copies what is not a
+        # parameter.
         target.load_state_dict(loaded, strict=len(loaded) == len(state))
         return target
 
@@ -82,6 +85,7 @@ def _check_names(
     if node.get("trained_only"):  # frozen parameters keep their values
         required = trainable_entries(_user_module(target), state)
     is_complete = required.keys() <= node["v"].keys()
+    # In a pipeline, the checkpoint has the modules of all stages and the rank those of its own.
     is_known = decoder.is_pipeline or node["v"].keys() <= state.keys()
     if not (is_complete and is_known):
         got = name_difference(node["v"].keys(), required.keys())
@@ -97,7 +101,7 @@ def _decode_entry(node: Node, entry: Tree, path: str, decoder: Decoder) -> Resto
     _check_tensor(entry, decoder.stored(path), path, is_complex=is_complex)
     if is_complex:  # read as pairs of real numbers, which `load_state_dict` copies
         return decoder.decode(node, entry, path)
-    decoder.destinations[path] = entry
+    decoder.destinations[path] = entry  # no second copy of the parameter
     return lambda: entry
 
 
@@ -114,6 +118,7 @@ def _check_tensor(
             f"{entry.dtype} {list(entry.shape)} in the model",
             "build the model that was saved, in its dtype",
         )
+    # Reading into overlapping elements would leave the last value in all of them.
     for size, stride in zip(entry.shape, entry.stride(), strict=True):
         if size > 1 and stride == 0:
             got = "an expanded tensor, whose elements overlap in memory"

@@ -26,12 +26,13 @@ def _is_optimizer(value: object) -> bool:
 def _encode_optimizer(value: Optimizer, path: str, encoder: Encoder) -> Node:
     names = optimizer_parameter_names(value, encoder.parameter_names)
     state_dict = dict(value.state_dict())
-    # A state can also be under a key that is no parameter: it keeps its key.
-    state = {names.get(index, index): entry for index, entry in state_dict.pop("state").items()}
-    groups: list[Group] = []
-    for group in state_dict.pop("param_groups"):
-        groups.append(group | {"params": [names[index] for index in group["params"]]})
-    content = {"state": state, "param_groups": groups, "rest": state_dict}
+    state: dict[object, Tree] = {}
+    for index, entry in state_dict.pop("state").items():
+        state[names.get(index, index)] = entry  # a key that is no parameter stays
+    groups: list[Group] = state_dict.pop("param_groups")
+    named_groups = [group | {"params": _names(group, names)} for group in groups]
+    # What a subclass adds to its `state_dict` is under "rest".
+    content = {"state": state, "param_groups": named_groups, "rest": state_dict}
     return {"!": "optimizer", "v": encoder.encode(content, path)}
 
 
@@ -42,9 +43,7 @@ def _decode_optimizer(node: Node, target: Tree, path: str, decoder: Decoder) -> 
     content = node["v"]
     names = optimizer_parameter_names(target, decoder.parameter_names)
     indices = {name: index for index, name in names.items()}
-    groups: list[list[str]] = []
-    for group in target.state_dict()["param_groups"]:
-        groups.append([names[index] for index in group["params"]])
+    groups = [_names(group, names) for group in target.state_dict()["param_groups"]]
     _check_groups(content["param_groups"], groups, path, decoder)
     restore_groups = decoder.decode(content["param_groups"], None, child_name(path, "param_groups"))
     restore_extras = decoder.decode(content["rest"], None, child_name(path, "rest"))
@@ -65,15 +64,17 @@ def _decode_optimizer(node: Node, target: Tree, path: str, decoder: Decoder) -> 
     return restore
 
 
+def _names(group: Group, names: Mapping[int, str]) -> list[str]:
+    return [names[index] for index in group["params"]]
+
+
 def _check_groups(
     stored_groups: Sequence[Node], groups: list[list[str]], path: str, decoder: Decoder
 ) -> None:
     """Check that the parameters are grouped as they were saved, in any order."""
     stored: list[list[str]] = [group["params"] for group in stored_groups]
     if decoder.is_pipeline:
-        # each rank has the parameters of its stages, a subset of each group
-        same_length = len(stored) == len(groups)
-        fits = same_length and all(set(a) <= set(b) for a, b in zip(groups, stored, strict=True))
+        fits = _are_subsets(groups, stored)  # of the parameters of this rank's stages
     else:
         fits = sorted(map(sorted, stored)) == sorted(map(sorted, groups))
     if fits:
@@ -86,10 +87,18 @@ def _check_groups(
     )
 
 
+def _are_subsets(groups: list[list[str]], stored: list[list[str]]) -> bool:
+    if len(groups) != len(stored):
+        return False
+    return all(set(a) <= set(b) for a, b in zip(groups, stored, strict=True))
+
+
 def _decode_state(node: Node, indices: Mapping[str, int], path: str, decoder: Decoder) -> Restore:
     restores: dict[object, Restore] = {}
     for key, entry in mapping_nodes(node, decoder).items():
-        index = indices.get(key) if isinstance(key, str) else None
+        index: int | None = None
+        if isinstance(key, str):
+            index = indices.get(key)
         if index is None and decoder.is_pipeline:
             continue  # the parameter of another stage
         target: dict[str, torch.Tensor | None] | None = None
@@ -98,7 +107,10 @@ def _decode_state(node: Node, indices: Mapping[str, int], path: str, decoder: De
             # parameter
             target = dict.fromkeys(entry, decoder.parameters.get(str(key)))
         restore_entry = decoder.decode(entry, target, child_name(path, key))
-        restores[key if index is None else index] = restore_entry
+        if index is None:
+            restores[key] = restore_entry
+        else:
+            restores[index] = restore_entry
     return lambda: {key: restore_entry() for key, restore_entry in restores.items()}
 
 
@@ -107,6 +119,7 @@ def _in_order(stored_groups: Sequence[Group], groups: list[list[str]]) -> list[G
     remaining = list(stored_groups)
     ordered: list[Group] = []
     for names in groups:
+        # by their parameters, because groups have no names
         match = next(group for group in remaining if sorted(group["params"]) == sorted(names))
         remaining.remove(match)
         ordered.append(match)

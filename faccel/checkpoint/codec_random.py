@@ -31,8 +31,9 @@ def _encode_rng_state(value: RngState, path: str, encoder: Encoder) -> Node:
 
 def _decode_rng_state(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
     rank = decoder.ctx.rank
-    saved_rank = rank % node["ranks"]
+    saved_rank = rank % node["ranks"]  # a larger world derives its generators from the saved ones
     names = ["torch", "python", "numpy", "pairs"]
+    # A run that moves to a CPU has no generator for the stored state of a device.
     if node["device"] and decoder.ctx.device.type != "cpu":
         names.append("device")
     rank_path = child_name(path, f"rank-{saved_rank:05d}")
@@ -40,7 +41,9 @@ def _decode_rng_state(node: Node, target: Tree, path: str, decoder: Decoder) -> 
 
     def restore() -> RngState:
         state = _from_tensors(tensors)
-        return state if rank == saved_rank else _derive(state, rank)
+        if rank == saved_rank:
+            return state
+        return _derive(state, rank)
 
     return restore
 

@@ -32,14 +32,15 @@ def encode_tensor(value: torch.Tensor, path: str, encoder: Encoder) -> Node:
     # data rank's.
     if encoder.ctx.data_rank == 0 or is_sharded(value):
         encoder.tensors[path] = _stored_form(value)
-    return {"!": "complex" if is_complex else "tensor"}
+    if is_complex:
+        return {"!": "complex"}
+    return {"!": "tensor"}
 
 
 def _stored_form(value: torch.Tensor) -> torch.Tensor:
-    if is_sharded(value):
-        value = value.detach()
-    else:
-        value = value.detach().resolve_neg()
+    value = value.detach()
+    if not is_sharded(value):  # a lazy negation has other bytes in memory; a DTensor has none
+        value = value.resolve_neg()
     if value.dtype.is_complex:
         return torch.view_as_real(value.resolve_conj())
     return value
@@ -71,7 +72,7 @@ def _encode_array(value: np.ndarray | np.generic, path: str, encoder: Encoder) -
             got=f"dtype {value.dtype}",
             fix="use a list",
         )
-    array = np.ascontiguousarray(value).reshape(value.shape)
+    array = np.ascontiguousarray(value).reshape(value.shape)  # it turns 0 dims into 1
     node = encode_tensor(torch.from_numpy(array), path, encoder)
     is_scalar = isinstance(value, np.generic)
     return {"!": "array", "v": node, "dtype": value.dtype.str, "scalar": is_scalar}
@@ -83,7 +84,9 @@ def _decode_array(node: Node, target: Tree, path: str, decoder: Decoder) -> Rest
 
     def restore() -> np.ndarray | np.generic:
         array = restore_tensor().numpy().astype(dtype, copy=False)
-        return dtype.type(array[()]) if node["scalar"] else array
+        if node["scalar"]:
+            return dtype.type(array[()])
+        return array
 
     return restore
 
@@ -104,7 +107,9 @@ def _encode_tensordict(value: Tree, path: str, encoder: Encoder) -> Node:
 def _decode_tensordict(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
     from tensordict import TensorDict
 
-    targets: dict[str, Tree] = dict(target.items()) if is_tensordict(target) else {}
+    targets: dict[str, Tree] = {}
+    if is_tensordict(target):  # for the layouts of its tensors
+        targets = dict(target.items())
     restores: dict[str, Restore] = {}
     for key, child in node["v"].items():
         restores[key] = decoder.decode(child, targets.get(key), child_name(path, key))

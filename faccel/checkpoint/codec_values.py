@@ -6,7 +6,7 @@ import base64
 import dataclasses
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 import numpy as np
@@ -37,8 +37,8 @@ _FACCEL_RECORDS: dict[str, type] = {"Cursor": Cursor, "ScalerState": ScalerState
 _TRANSIENT_FIELDS = {"ScalerState": ("stepped",)}
 
 
-# Plain values are JSON values. A subclass of int or str (an enum, say) would come back as another
-# type: no codec.
+# Plain values are JSON values. A subclass of int or str, such as an enum, would come back as
+# another type, so it has no codec.
 
 
 def _is_plain(value: object) -> bool:
@@ -64,7 +64,9 @@ def _is_float(value: object) -> bool:
 
 
 def _encode_float(value: float, path: str, encoder: Encoder) -> Node:
-    return value if math.isfinite(value) else {"!": "float", "v": str(value)}
+    if math.isfinite(value):  # `json` writes the shortest text that reads back as the same float
+        return value
+    return {"!": "float", "v": str(value)}
 
 
 def _decode_float(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
@@ -187,16 +189,25 @@ def _is_mapping(value: object) -> bool:
 
 def _encode_mapping(value: Mapping[object, Tree], path: str, encoder: Encoder) -> Node:
     kind = type(value).__name__
-    if kind not in _MAPPINGS:
+    if kind not in _MAPPINGS:  # a subclass, such as a defaultdict, comes back as a dict
         kind = "dict"
-    nodes = [encoder.encode(child, child_name(path, key)) for key, child in value.items()]
-    if kind == "dict" and all(type(key) is str and not key.startswith("!") for key in value):
+    keys: list[Node] = []
+    nodes: list[Node] = []
+    for key, child in value.items():
+        keys.append(_encode_key(key, path, encoder))
+        nodes.append(encoder.encode(child, child_name(path, key)))
+    if kind == "dict" and _are_json_keys(value):
         return dict(zip(value, nodes, strict=True))
-    return {"!": kind, "k": [_encode_key(key, path, encoder) for key in value], "v": nodes}
+    return {"!": kind, "k": keys, "v": nodes}
+
+
+def _are_json_keys(keys: Iterable[object]) -> bool:
+    # A key `"!"` would make the dict a node of another kind.
+    return all(type(key) is str and not key.startswith("!") for key in keys)
 
 
 def _encode_key(key: object, path: str, encoder: Encoder) -> Node:
-    if isinstance(key, np.generic):
+    if isinstance(key, np.generic):  # equal to, and hashed as, the Python number
         key = key.item()
     items: Sequence[object] = (key,)
     if type(key) is tuple:
@@ -220,7 +231,7 @@ def _decode_mapping(node: Node, target: Tree, path: str, decoder: Decoder) -> Re
             fix = f"leave it out, or {nearest(str(key), map(str, nodes))}"
             raise mismatch(child_name(path, key), "not in the checkpoint", fix)
     # The keys of the state select what is loaded. Below the top level a dict without keys selects
-    # everything.
+    # everything: the state of a run begins with `{}` for its metrics.
     selected = nodes if path and not targets else targets
     restores: dict[object, Restore] = {}
     for key in selected:
@@ -233,6 +244,7 @@ def mapping_nodes(node: Node, decoder: Decoder) -> dict[object, Node]:
     """Return the nodes of the values of a mapping by their keys."""
     if "!" not in node:
         return node
+    # Keys are plain values or tuples of them, which need no tensors: they are restored at once.
     keys = [decoder.decode(key, None)() for key in node["k"]]
     return dict(zip(keys, node["v"], strict=True))
 
@@ -249,27 +261,31 @@ def field_values(record: object) -> dict[str, Tree] | None:
 
     Effects: pure.
     """
-    cls = type(record)
-    if attrs.has(cls):
-        names = [field.name for field in attrs.fields(cls) if field.init]
-    elif dataclasses.is_dataclass(cls):
-        names = [field.name for field in dataclasses.fields(cls) if field.init]
-    elif isinstance(record, tuple):
-        names = getattr(cls, "_fields", None)
-    else:
-        names = None
+    names = _field_names(type(record))
     if names is None:
         return None
     return {name: getattr(record, name) for name in names}
 
 
+def _field_names(cls: type) -> Sequence[str] | None:
+    # Fields that `__init__` does not accept are derived from the others.
+    if attrs.has(cls):
+        return [field.name for field in attrs.fields(cls) if field.init]
+    if dataclasses.is_dataclass(cls):
+        return [field.name for field in dataclasses.fields(cls) if field.init]
+    if issubclass(cls, tuple):
+        return getattr(cls, "_fields", None)
+    return None
+
+
 def _is_record(value: object) -> bool:
-    return field_values(value) is not None
+    return _field_names(type(value)) is not None
 
 
 def _encode_record(value: object, path: str, encoder: Encoder) -> Node:
     name = type(value).__name__
     is_faccel, is_tuple = _FACCEL_RECORDS.get(name) is type(value), isinstance(value, tuple)
+    # A named tuple can come back as a tuple; any other record needs its class.
     if encoder.is_inside_stateful and not is_faccel and not is_tuple:
         raise CheckpointError(
             f"`{path}` is a record inside a `state_dict`, whose class is unknown when it is loaded",
@@ -278,6 +294,7 @@ def _encode_record(value: object, path: str, encoder: Encoder) -> Node:
         )
     nodes: dict[str, Node] = {}
     for field, child in (field_values(value) or {}).items():
+        # a field that is transient belongs to the current step, which ends with the process
         if not is_faccel or field not in _TRANSIENT_FIELDS.get(name, ()):
             nodes[field] = encoder.encode(child, child_name(path, field))
     return {"!": "record", "class": name, "own": is_faccel, "tuple": is_tuple, "v": nodes}
@@ -301,11 +318,11 @@ def _decode_record(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
 
 
 def _build_record(cls: type, restores: Mapping[str, Restore]) -> object:
-    # attrs strips leading underscores from the names of arguments
-    aliases: dict[str, str] = {}
-    if attrs.has(cls):
-        aliases = {field.name: field.alias for field in attrs.fields(cls)}
-    arguments = {aliases.get(name, name): restore() for name, restore in restores.items()}
+    arguments = {name: restore() for name, restore in restores.items()}
+    if attrs.has(cls):  # it strips leading underscores from the names of arguments
+        for field in attrs.fields(cls):
+            if field.name in arguments:
+                arguments[field.alias] = arguments.pop(field.name)
     return cls(**arguments)
 
 

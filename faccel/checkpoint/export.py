@@ -1,8 +1,7 @@
-"""Exports: the weights of a model as safetensors files, as the Hugging Face ecosystem reads them."""
+"""`export_model`: the full weights of a model as safetensors files, for `from_pretrained`."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -16,23 +15,21 @@ import torch
 from torch import nn
 
 from faccel.checkpoint.arguments import path_argument
-from faccel.checkpoint.codec_modules import first_names
-from faccel.checkpoint.dcp import Reader
 from faccel.checkpoint.files import Slice, sync_directory, write_file, write_safetensors
 from faccel.checkpoint.pretrained import active_adapter, write_adapter, write_config
-from faccel.checkpoint.rank_calls import on_all_ranks, on_rank_0
+from faccel.checkpoint.rank_calls import on_rank_0
 from faccel.checkpoint.tensor_names import trainable_entries
 from faccel.checks import shown
 from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
-from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
+from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import CheckpointError, ConfigError
 from faccel.flat_shard import FlatShard
 from faccel.training.model import WrappedModel
 from faccel.tree import Tree, full_tensor, local_tensor
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 # Files with weights that an earlier export, also one of transformers, may have left.
 _STALE_FILE = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
@@ -76,7 +73,14 @@ def parse_size(size: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def _user_module(model: object) -> nn.Module:
+def user_module(model: object) -> nn.Module:
+    """Return the module of a wrapped model, or the module itself.
+
+    Effects: pure.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
     if isinstance(model, WrappedModel):
         return model.module
     if not isinstance(model, nn.Module):
@@ -98,7 +102,7 @@ def _memory_key(tensor: torch.Tensor) -> Hashable:
 
 
 @attrs.frozen(eq=False)
-class _Weights:
+class Weights:
     """The tensors of a model, without repetitions.
 
     Args:
@@ -110,18 +114,20 @@ class _Weights:
     ties: dict[str, str]
 
     @classmethod
-    def of(cls, model: WrappedModel | nn.Module, *, trained_only: bool) -> _Weights:
+    def of(cls, model: WrappedModel | nn.Module, *, trained_only: bool) -> Weights:
+        """Return the tensors of a model, with `trained_only` without its frozen parameters."""
         state: Mapping[str, Tree] = model.state_dict()
         if trained_only:
-            state = trainable_entries(_user_module(model), state)
+            state = trainable_entries(user_module(model), state)
         tensors: dict[str, torch.Tensor] = {}
         ties: dict[str, str] = {}
         first_names: dict[Hashable, str] = {}
         for name, tensor in state.items():
             if not isinstance(tensor, torch.Tensor):
                 continue  # an extra state of the user's module
-            # Empty tensors have no memory of their own: they all would be tied.
-            key = _memory_key(tensor) if tensor.numel() else name
+            key = _memory_key(tensor)
+            if tensor.numel() == 0:  # all empty tensors have the same address
+                key = name
             first_name = first_names.setdefault(key, name)
             if first_name == name:
                 tensors[name] = tensor.detach()
@@ -162,7 +168,7 @@ class _ExportWriter:
 
     def write(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write one shard."""
-        name = _WEIGHTS
+        name = WEIGHTS_FILE
         if self._num_shards > 1:
             name = f"model-{index + 1:05d}-of-{self._num_shards:05d}.safetensors"
         slices = [Slice(key, tensor, [0] * tensor.ndim) for key, tensor in tensors.items()]
@@ -179,15 +185,15 @@ class _ExportWriter:
         if self._num_shards > 1:
             index = {"metadata": {"total_size": self._num_bytes}, "weight_map": self._weight_map}
             text = json.dumps(index, indent=2, sort_keys=True)
-            write_file(self._temporary, _INDEX, [text.encode()])
+            write_file(self._temporary, INDEX_FILE, [text.encode()])
         if module is not None:
             write_config(module, self._temporary)
         # The old index goes first and the new one comes last: no loader ever reads a mixture of two
         # exports.
-        old_index = os.path.join(self._path, _INDEX)
+        old_index = os.path.join(self._path, INDEX_FILE)
         if os.path.exists(old_index):
             os.unlink(old_index)
-        names = sorted(os.listdir(self._temporary), key=lambda name: (name == _INDEX, name))
+        names = sorted(os.listdir(self._temporary), key=lambda name: (name == INDEX_FILE, name))
         for name in names:
             os.replace(os.path.join(self._temporary, name), os.path.join(self._path, name))
         for entry in os.scandir(self._path):
@@ -241,17 +247,22 @@ def export_model(
     """
     call = "faccel.checkpoint.export_model(model, path, ctx)"
     directory = path_argument("model", model, path, call)
-    module = _user_module(model)
-    weights = _Weights.of(model, trained_only=trained_only)
+    module = user_module(model)
+    weights = Weights.of(model, trained_only=trained_only)
     fetcher = _Fetcher(weights.tensors, ctx)
-    adapter = active_adapter(module) if trained_only else None
+    adapter = None
+    if trained_only:
+        adapter = active_adapter(module)
     if adapter is not None:
+        # Every rank gathers, rank 0 writes.
         state = fetcher.fetch(list(fetcher.sizes()))
         return on_rank_0(
             lambda: write_adapter(module, adapter, state, directory), ctx, "write the adapter"
         )
     shards = split_into_shards(fetcher.sizes(), parse_size(max_shard_size))
-    described = None if trained_only else module
+    described: nn.Module | None = module
+    if trained_only:  # `from_pretrained` could not build the model from a part of its weights
+        described = None
     return write_export(directory, shards, weights.ties, fetcher.fetch, ctx, described)
 
 
@@ -277,12 +288,15 @@ class _Fetcher:
         self._tensors = tensors
         self._ctx = ctx
         self._specs: dict[str, _TensorSpec] = {}
-        pp_rank = ctx.comm.rank("pp")
+        is_pipeline = ctx.mesh.spec.pp > 1
+        pp_rank = 0
+        if is_pipeline:
+            pp_rank = ctx.comm.rank("pp")
         specs: dict[str, _TensorSpec] = {}
         for name, tensor in tensors.items():
             specs[name] = _TensorSpec(pp_rank, tuple(tensor.shape), tensor.dtype)
         stages = [specs]
-        if ctx.mesh.spec.pp > 1:
+        if is_pipeline:
             stages = gather_objects(specs, ctx, axis="pp")
         for stage in stages:
             for name, spec in stage.items():
@@ -330,7 +344,7 @@ def write_export(
     Args:
         path: The directory.
         shards: The names of the tensors in each file.
-        ties: See `_Weights`.
+        ties: See `Weights`.
         fetch: Returns the tensors.
         ctx: The world.
         module: The module whose configuration is written, too.
@@ -354,154 +368,3 @@ def write_export(
     finally:
         for writer in writers:
             writer.close()
-
-
-@effectful(AMBIENT, COLLECTIVE, updates("model"))
-def load_model(
-    model: WrappedModel | nn.Module,
-    path: str | os.PathLike[str],
-    ctx: DistContext,
-    *,
-    trained_only: bool = False,
-) -> None:
-    """Load safetensors files, from `export_model` or from the Hugging Face ecosystem, into a model.
-
-    Effects: updates model, ambient, collective. Files are memory-mapped and each rank reads its
-    shards, so loading needs the memory of one tensor besides the model. Weights are cast to the
-    model's dtypes.
-
-    Args:
-        model: From `wrap`, or a module.
-        path: A directory with `model.safetensors` or an index, or one file.
-        ctx: The world.
-        trained_only: Whether the files are from `export_model(..., trained_only=True)`.
-
-    Raises:
-        CheckpointError: Names or shapes differ from the model's; the message names them. The model
-            is unchanged.
-
-    Examples:
-        >>> import tempfile
-        >>> from faccel.testing import fake_context
-        >>> ctx, net = fake_context(0, 1), torch.nn.Linear(2, 1)
-        >>> with tempfile.TemporaryDirectory() as path:
-        ...     _ = export_model(net, path, ctx)
-        ...     load_model(net, path, ctx)
-    """
-    call = "faccel.checkpoint.load_model(model, path, ctx)"
-    absolute = path_argument("model", model, path, call)
-    _user_module(model)
-    state = model.state_dict()
-    weights = _Weights.of(model, trained_only=trained_only)
-    readers: list[Reader] = []
-    destinations: dict[str, torch.Tensor] = {}
-
-    def plan() -> None:
-        folder, files = _files_with_weights(absolute)
-        readers.append(Reader(folder, files))
-        destinations.update(_destinations(weights, readers[0]))
-
-    on_all_ranks(plan, ctx, "find the weights of the model")
-    on_all_ranks(lambda: readers[0].read(destinations), ctx, "read the weights")
-    # Most modules' `state_dict` returns the parameters themselves, which have been read into; some
-    # return copies.
-    on_all_ranks(lambda: model.load_state_dict(state), ctx, "load the weights")
-
-
-def _destinations(weights: _Weights, reader: Reader) -> dict[str, torch.Tensor]:
-    """Return the model's tensors under the names in the files.
-
-    Raises:
-        CheckpointError: Names or shapes differ.
-    """
-    stored = reader.stored()
-    destinations = dict(weights.tensors)
-    for name, first_name in weights.ties.items():
-        # the files may contain a tied tensor under another of its names
-        if name in stored and first_name not in stored and first_name in destinations:
-            destinations[name] = destinations.pop(first_name)
-    missing = destinations.keys() - stored.keys()
-    unknown = stored.keys() - destinations.keys() - weights.ties.keys()
-    misshapen: set[str] = set()
-    for name, tensor in destinations.items():
-        if name in stored and stored[name].shape != tensor.shape:
-            misshapen.add(name)
-    _check_empty(missing, "missing in the files")
-    _check_empty(unknown, "unknown to the model")
-    _check_empty(misshapen, "of another shape")
-    return destinations
-
-
-def _check_empty(names: set[str], problem: str) -> None:
-    if names:
-        raise CheckpointError(
-            "the weights do not fit the model",
-            got=f"{first_names(names)}: {problem}",
-            fix="build the model that was exported; convert other formats with `from_pretrained`",
-        )
-
-
-def _files_with_weights(path: str) -> tuple[str, list[str]]:
-    """Return the folder and the names of the files of an export."""
-    if os.path.isfile(path):
-        return os.path.dirname(path), [os.path.basename(path)]
-    index = os.path.join(path, _INDEX)
-    if os.path.exists(index):
-        with open(index) as file:
-            names = sorted(set(json.load(file).get("weight_map", {}).values()))
-        # a name with a directory, such as `../secret`, would read outside the folder
-        if not names or any(os.path.basename(name) != name for name in names):
-            raise CheckpointError(
-                "the index names no files of its directory", got=f"`{index}`", fix="export it again"
-            )
-        return path, names
-    if os.path.exists(os.path.join(path, _WEIGHTS)):
-        return path, [_WEIGHTS]
-    raise CheckpointError(
-        f"`{path}` does not contain weights",
-        got=f"neither `{_WEIGHTS}` nor `{_INDEX}`",
-        fix="pass the directory that `export_model` has written",
-    )
-
-
-@effectful(AMBIENT, COLLECTIVE)
-def save_object(obj: object, path: str | os.PathLike[str], ctx: DistContext) -> None:
-    """Write rank 0's object with `torch.save`, atomically.
-
-    Effects: ambient, collective. To resume a run, use `save` instead: loading this file executes
-    pickled code.
-
-    Args:
-        obj: Any object that torch can pickle. Those of the other ranks are ignored.
-        path: The file.
-        ctx: The world.
-
-    Raises:
-        CheckpointError: It cannot be written; on every rank. An older file is unchanged.
-
-    Examples:
-        >>> import os, tempfile
-        >>> from faccel.testing import fake_context
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_object({"x": 1}, os.path.join(folder, "x.pt"), fake_context(0, 1))
-        ...     torch.load(os.path.join(folder, "x.pt"))
-        {'x': 1}
-    """
-    call = "faccel.checkpoint.save_object(obj, path, ctx)"
-    target = path_argument("obj", obj, path, call)
-    on_rank_0(lambda: _write_pickle(obj, target), ctx, f"write `{target}`")
-
-
-def _write_pickle(obj: object, path: str) -> None:
-    buffer = io.BytesIO()
-    torch.save(obj, buffer)
-    folder, name = os.path.split(path)
-    temporary_name = f".tmp-{name}-{secrets.token_hex(4)}"
-    temporary = os.path.join(folder, temporary_name)
-    try:
-        write_file(folder, temporary_name, [buffer.getbuffer()])
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-    sync_directory(folder)

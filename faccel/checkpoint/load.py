@@ -105,10 +105,12 @@ def load(
 def _nothing_to_load(
     directory: str, step: int | None, existing: list[Checkpoint]
 ) -> CheckpointError:
-    wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
+    missing = "a checkpoint"
+    if step is not None:
+        missing += f" of step {step}"
     steps = ", ".join(str(checkpoint.step) for checkpoint in existing) or "none"
     return CheckpointError(
-        f"`{directory}` does not contain {wanted}",
+        f"`{directory}` does not contain {missing}",
         got=f"steps: {steps}",
         fix="call `faccel.latest(path, ctx)` first, which returns None if there is none",
     )

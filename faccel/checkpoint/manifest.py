@@ -112,7 +112,9 @@ def folder_name(step: int, attempt: int = 0) -> str:
         attempt: Above 0 if folders of earlier attempts at this step exist.
     """
     name = f"step-{step:09d}"
-    return f"{name}-{attempt}" if attempt else name
+    if attempt:
+        name += f"-{attempt}"
+    return name
 
 
 def read_manifest(folder: str) -> Manifest:
@@ -157,7 +159,7 @@ def _file_sizes(folder: str) -> dict[str, int]:
 
 
 def check_hash(folder: str, entry: FileEntry) -> str | None:
-    """Return what is wrong with a file; None if its hash is that of the manifest.
+    """Return what is wrong with a file; None if its hash is unchanged.
 
     Effects: ambient.
     """

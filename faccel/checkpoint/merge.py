@@ -104,7 +104,9 @@ class _Weight:
 
     def from_stored(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         tensor = tensors[self.path]
-        return torch.view_as_complex(tensor) if self.is_complex else tensor
+        if self.is_complex:
+            return torch.view_as_complex(tensor)
+        return tensor
 
 
 def _weights(state: Node, name: str | None) -> dict[str, _Weight]:

@@ -22,39 +22,47 @@ def merge_stages(nodes: Sequence[Node]) -> Node:
         ['x', 'y']
     """
     merge = _MERGES.get(kind_of(nodes[0]))
-    return nodes[0] if merge is None else merge(nodes)
+    if merge is None:
+        return nodes[0]
+    return merge(nodes)
 
 
 def _merge_lists(nodes: Sequence[Node]) -> Node:
     first = nodes[0]
-    if not all(isinstance(node, list) and len(node) == len(first) for node in nodes):
-        return first
+    for node in nodes:
+        if not isinstance(node, list) or len(node) != len(first):
+            return first  # a list of values, such as a history: rank 0's is stored
     return [merge_stages(items) for items in zip(*nodes, strict=True)]
 
 
 def _merge_dicts(nodes: Sequence[Node]) -> Node:
     merged: dict[str, Node] = {}
     for key in nodes[0]:
-        merged[key] = merge_stages([node[key] for node in nodes if key in node])
+        merged[key] = merge_stages(_values(key, nodes))
     return merged
 
 
 def _merge_modules(nodes: Sequence[Node]) -> Node:
-    entries = _union([node["v"] for node in nodes])
-    versions = _union([node.get("versions", {}) for node in nodes])
+    entries = _union(_values("v", nodes))
+    versions = _union(_values("versions", nodes))
     return nodes[0] | {"v": entries, "versions": versions}
 
 
 def _merge_optimizers(nodes: Sequence[Node]) -> Node:
-    contents = [node["v"] for node in nodes]
+    contents = _values("v", nodes)
     groups: list[dict[str, Any]] = []
-    for stages in zip(*(content["param_groups"] for content in contents), strict=True):
+    # Each stage has the same groups, with the parameters of its modules.
+    for stages in zip(*_values("param_groups", contents), strict=True):
         names: dict[str, None] = {}  # a set that keeps the order
         for group in stages:
             names |= dict.fromkeys(group["params"])
         groups.append(stages[0] | {"params": list(names)})
-    state = _union([content["state"] for content in contents])
+    state = _union(_values("state", contents))
     return nodes[0] | {"v": contents[0] | {"state": state, "param_groups": groups}}
+
+
+def _values(key: str, nodes: Sequence[Node]) -> list[Node]:
+    return [node[key] for node in nodes if key in node]
 
 
 def _union(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

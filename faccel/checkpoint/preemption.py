@@ -44,7 +44,7 @@ class Preemption:
         return bool(self.received)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Record a signal, and nothing else: a collective or save in progress is not interrupted."""
+        """Record a signal, and nothing else: a save in progress is not interrupted."""
         self.received.append(number)
 
     def install(self) -> None:

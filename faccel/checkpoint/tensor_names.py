@@ -24,13 +24,14 @@ def child_name(parent: str, key: object) -> str:
         >>> child_name("model", "layers.0.weight"), child_name("x", "a/b"), child_name("x", 1)
         ('model/layers.0.weight', 'x/a%2Fb', 'x/#1')
     """
+    # `#` marks a key that is not a string: 1 and "1" are different keys.
     if isinstance(key, str):
         name = quote(key, safe=_SAFE_CHARACTERS)
     else:
         name = f"#{quote(repr(key), safe=_SAFE_CHARACTERS)}"
     if name in ("", "__metadata__"):  # safetensors reserves `__metadata__` in the header of a file
         name = f"%{name}"
-    return f"{parent}/{name}" if parent else name
+    return _join(parent, name)
 
 
 def item_name(parent: str, index: int) -> str:
@@ -38,7 +39,11 @@ def item_name(parent: str, index: int) -> str:
 
     Effects: pure.
     """
-    return f"{parent}/{index}" if parent else str(index)
+    return _join(parent, str(index))
+
+
+def _join(parent: str, name: str) -> str:
+    return f"{parent}/{name}" if parent else name
 
 
 def named_children(state: Tree, path: str) -> Iterable[tuple[str, Tree]]:
@@ -60,13 +65,16 @@ def parameter_names(state: Tree, path: str = "") -> dict[int, str]:
     order of parameters.
     """
     names: dict[int, str] = {}
-    if isinstance(state, (WrappedModel, nn.Module)):
-        for name, param in state.named_parameters():
-            # Pipeline stages that hold copies of a tied parameter store it under one name.
-            names[id(param)] = child_name(path, getattr(param, "_faccel_name", name))
+    if not isinstance(state, (WrappedModel, nn.Module)):
+        for child_path, child in named_children(state, path):
+            names |= parameter_names(child, child_path)
         return names
-    for child_path, child in named_children(state, path):
-        names |= parameter_names(child, child_path)
+    for name, param in state.named_parameters():
+        names[id(param)] = child_name(path, name)
+    if isinstance(state, WrappedModel):
+        # Two pipeline stages that have a tied parameter store its state under one name.
+        for key, name in state.parallelism.tied_copies(state.engine).items():
+            names[key] = child_name(path, name)
     return names
 
 
@@ -99,13 +107,14 @@ def optimizer_parameter_names(opt: Optimizer, names: Mapping[int, str]) -> dict[
         names: The result of `parameter_names`.
     """
     by_index: dict[int, str] = {}
-    named: set[int] = set()
+    seen: set[int] = set()
     start = 0
     for group in opt.param_groups:
         for index, param in enumerate(group["params"], start):
-            if id(param) not in named:  # `state_dict` counts a repeated parameter once
-                named.add(id(param))
-                by_index[index] = names.get(id(param), str(index))
+            if id(param) in seen:  # `state_dict` has a repeated parameter once
+                continue
+            seen.add(id(param))
+            by_index[index] = names.get(id(param), str(index))
         start += len(group["params"])
     return by_index
 
@@ -115,6 +124,7 @@ def trainable_entries(module: nn.Module, state: Mapping[str, Tree]) -> dict[str,
 
     Effects: pure. Parameters that require gradients, buffers and extra states stay.
     """
+    # `state_dict` has every name of a tied parameter, so the names are those with duplicates.
     frozen: set[str] = set()
     for name, param in module.named_parameters(remove_duplicate=False):
         if not param.requires_grad:

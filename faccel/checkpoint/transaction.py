@@ -111,7 +111,7 @@ class SaveTransaction:
         self.rank = ctx.rank
         self.world_size = ctx.world_size
         self._ctx = ctx
-        self._lock: DirectoryLock | None = None
+        self._lock: DirectoryLock | None = None  # on rank 0
         self._destination: Destination | None = None
         self._planner: DefaultSavePlanner | None = None
         self._node: Node = None
@@ -134,6 +134,8 @@ class SaveTransaction:
         proposals = on_all_ranks(lambda: self._propose(state), self._ctx, "begin a checkpoint")
         _check_equal_requests([proposal.request for proposal in proposals])
         self._destination = proposals[0].destination
+        # DCP's own `save` gathers plans and scatters the global one. The global plan is
+        # deterministic, so every rank computes it: one collective instead of two.
         plans = global_save_plan([proposal.plan for proposal in proposals])
         assert self._planner is not None
         self._slices = planned_slices(plans[self.rank], self._planner)
@@ -151,7 +153,9 @@ class SaveTransaction:
             self._destination = self._open()
         # A rank of a pipeline has some of the modules; elsewhere rank 0 has the node of the full
         # state.
-        node = self._node if self._ctx.mesh.spec.pp > 1 else None
+        node = None
+        if self._ctx.mesh.spec.pp > 1:
+            node = self._node
         return _Proposal(self.request, self._destination, plan, node)
 
     def _open(self) -> Destination:
@@ -166,6 +170,7 @@ class SaveTransaction:
             if entry.name.startswith(TEMPORARY_PREFIX):
                 shutil.rmtree(entry.path, ignore_errors=True)
         existing = checkpoints(path)
+        # A run that resumed from an older checkpoint saves the steps of corrupt ones again.
         corrupt: list[str] = []
         for checkpoint in existing:
             # Hashing all checkpoints would be slow; those below the step are not touched.
@@ -239,9 +244,11 @@ class SaveTransaction:
         # The policy is the user's code: it runs before the commit, so that its error leaves
         # everything unchanged.
         obsolete = self._obsolete(new, policy)
+        # The order is what makes a save atomic: all bytes and names are on the disk before the
+        # rename.
         write_file(temporary, MANIFEST, [manifest.to_bytes()])
         sync_directory(temporary)
-        os.rename(temporary, final)
+        os.rename(temporary, final)  # the commit
         sync_directory(path)
         try:
             for folder in self.destination.corrupt:

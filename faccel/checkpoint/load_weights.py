@@ -1,0 +1,128 @@
+"""`load_model`: weights from safetensors files, also of the Hugging Face ecosystem."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import torch
+from torch import nn
+
+from faccel.checkpoint.arguments import path_argument
+from faccel.checkpoint.codec_modules import first_names
+from faccel.checkpoint.dcp import Reader
+from faccel.checkpoint.export import INDEX_FILE, WEIGHTS_FILE, Weights, user_module
+from faccel.checkpoint.rank_calls import on_all_ranks
+from faccel.context import DistContext
+from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
+from faccel.errors import CheckpointError
+from faccel.training.model import WrappedModel
+
+
+@effectful(AMBIENT, COLLECTIVE, updates("model"))
+def load_model(
+    model: WrappedModel | nn.Module,
+    path: str | os.PathLike[str],
+    ctx: DistContext,
+    *,
+    trained_only: bool = False,
+) -> None:
+    """Load safetensors files, from `export_model` or from the Hugging Face ecosystem, into a model.
+
+    Effects: updates model, ambient, collective. Files are memory-mapped and each rank reads its
+    shards, so loading needs the memory of one tensor besides the model. Weights are cast to the
+    model's dtypes.
+
+    Args:
+        model: From `wrap`, or a module.
+        path: A directory with `model.safetensors` or an index, or one file.
+        ctx: The world.
+        trained_only: Whether the files are from `export_model(..., trained_only=True)`.
+
+    Raises:
+        CheckpointError: Names or shapes differ from the model's; the message names them. The model
+            is unchanged.
+
+    Examples:
+        >>> import tempfile
+        >>> from faccel.testing import fake_context
+        >>> from faccel.checkpoint import export_model
+        >>> ctx, net = fake_context(0, 1), torch.nn.Linear(2, 1)
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     _ = export_model(net, path, ctx)
+        ...     load_model(net, path, ctx)
+    """
+    call = "faccel.checkpoint.load_model(model, path, ctx)"
+    absolute = path_argument("model", model, path, call)
+    user_module(model)
+    state = model.state_dict()
+    weights = Weights.of(model, trained_only=trained_only)
+    readers: list[Reader] = []
+    destinations: dict[str, torch.Tensor] = {}
+
+    def plan() -> None:
+        folder, files = _files_with_weights(absolute)
+        readers.append(Reader(folder, files))
+        destinations.update(_destinations(weights, readers[0]))
+
+    on_all_ranks(plan, ctx, "find the weights of the model")
+    on_all_ranks(lambda: readers[0].read(destinations), ctx, "read the weights")
+    # Most modules' `state_dict` returns the parameters themselves, which have been read into; some
+    # return copies.
+    on_all_ranks(lambda: model.load_state_dict(state), ctx, "load the weights")
+
+
+def _destinations(weights: Weights, reader: Reader) -> dict[str, torch.Tensor]:
+    """Return the model's tensors under the names in the files.
+
+    Raises:
+        CheckpointError: Names or shapes differ.
+    """
+    stored = reader.stored()
+    destinations = dict(weights.tensors)
+    for name, first_name in weights.ties.items():
+        # the files may contain a tied tensor under another of its names
+        if name in stored and first_name not in stored and first_name in destinations:
+            destinations[name] = destinations.pop(first_name)
+    missing = destinations.keys() - stored.keys()
+    unknown = stored.keys() - destinations.keys() - weights.ties.keys()
+    misshapen: set[str] = set()
+    for name, tensor in destinations.items():
+        if name in stored and stored[name].shape != tensor.shape:
+            misshapen.add(name)
+    _check_empty(missing, "missing in the files")
+    _check_empty(unknown, "unknown to the model")
+    _check_empty(misshapen, "of another shape")
+    return destinations
+
+
+def _check_empty(names: set[str], problem: str) -> None:
+    if names:
+        raise CheckpointError(
+            "the weights do not fit the model",
+            got=f"{first_names(names)}: {problem}",
+            fix="build the model that was exported; convert other formats with `from_pretrained`",
+        )
+
+
+def _files_with_weights(path: str) -> tuple[str, list[str]]:
+    """Return the folder and the names of the files of an export."""
+    if os.path.isfile(path):
+        return os.path.dirname(path), [os.path.basename(path)]
+    index = os.path.join(path, INDEX_FILE)
+    if os.path.exists(index):
+        with open(index) as file:
+            names = sorted(set(json.load(file).get("weight_map", {}).values()))
+        # a name with a directory, such as `../secret`, would read outside the folder
+        if not names or any(os.path.basename(name) != name for name in names):
+            raise CheckpointError(
+                "the index names no files of its directory", got=f"`{index}`", fix="export it again"
+            )
+        return path, names
+    if os.path.exists(os.path.join(path, WEIGHTS_FILE)):
+        return path, [WEIGHTS_FILE]
+    raise CheckpointError(
+        f"`{path}` does not contain weights",
+        got=f"neither `{WEIGHTS_FILE}` nor `{INDEX_FILE}`",
+        fix="pass the directory that `export_model` has written",
+    )
