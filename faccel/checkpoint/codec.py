@@ -7,7 +7,7 @@ imports no class that it names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -139,7 +139,7 @@ class Encoder:
         self._tensor_paths.add(path)
 
     @contextmanager
-    def inside_stateful(self) -> Iterator[None]:
+    def inside_stateful(self) -> Generator[None]:
         """Encode the result of a `state_dict`, whose records have no target when it is loaded."""
         outer = self.is_inside_stateful
         self.is_inside_stateful = True

@@ -58,8 +58,8 @@ def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
         metadata[name] = {"version": version}
 
     def restore() -> Tree:
-        loaded = _StateDict((name, restore_entry()) for name, restore_entry in restores.items())
-        loaded._metadata = metadata
+        entries = {name: restore_entry() for name, restore_entry in restores.items()}
+        loaded = _StateDict(entries, metadata)
         # Parameters are already read in place; this also calls hooks, and copies what is not a
         # parameter.
         target.load_state_dict(loaded, strict=len(loaded) == len(state))
@@ -71,7 +71,11 @@ def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
 class _StateDict(OrderedDict[str, Any]):
     """A `state_dict` with the attribute in which PyTorch keeps the versions of modules."""
 
-    _metadata: Mapping[str, Mapping[str, int]]
+    def __init__(
+        self, entries: Mapping[str, Tree], metadata: Mapping[str, Mapping[str, int]] | None = None
+    ) -> None:
+        super().__init__(entries)
+        self._metadata = metadata or {}
 
 
 def _check_names(
@@ -85,7 +89,8 @@ def _check_names(
     if node.get("trained_only"):  # frozen parameters keep their values
         required = trainable_entries(_user_module(target), state)
     is_complete = required.keys() <= node["v"].keys()
-    # In a pipeline, the checkpoint has the modules of all stages and the rank those of its own.
+    # In a pipeline, the checkpoint has the modules of all stages and the rank has those of its
+    # stages.
     is_known = decoder.is_pipeline or node["v"].keys() <= state.keys()
     if not (is_complete and is_known):
         got = name_difference(node["v"].keys(), required.keys())

@@ -184,11 +184,11 @@ def keep_best(n: int, metric: str, *, mode: str = "max") -> KeepPolicy:
     _check_count(n, 'faccel.checkpoint.keep_best(1, "accuracy")')
     sign = _sign(mode)
 
+    def has_metric(checkpoint: Checkpoint) -> bool:
+        return isinstance(checkpoint.metadata.get(metric), (int, float))
+
     def choose(checkpoints: Sequence[Checkpoint]) -> frozenset[int]:
-        measured: list[Checkpoint] = []
-        for checkpoint in checkpoints:
-            if isinstance(checkpoint.metadata.get(metric), (int, float)):
-                measured.append(checkpoint)
+        measured = [checkpoint for checkpoint in checkpoints if has_metric(checkpoint)]
         # `sorted` is stable, so the newest of equals comes first
         ranked = sorted(measured, key=lambda checkpoint: -sign * checkpoint.metadata[metric])
         return _steps(ranked[:n])

@@ -8,16 +8,13 @@ import secrets
 import shutil
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from faccel.checkpoint.files import sync_directory, sync_file
 from faccel.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 class PretrainedConfig(Protocol):
@@ -48,8 +45,9 @@ def write_config(module: nn.Module, folder: str) -> None:
     existing = set(os.listdir(folder))
     config.save_pretrained(folder)
     generation_config = getattr(module, "generation_config", None)
-    if hasattr(generation_config, "save_pretrained"):
-        generation_config.save_pretrained(folder)
+    save_generation_config = getattr(generation_config, "save_pretrained", None)
+    if callable(save_generation_config):
+        save_generation_config(folder)
     for name in set(os.listdir(folder)) - existing:
         sync_file(os.path.join(folder, name))
 
@@ -80,9 +78,10 @@ def active_adapter(module: nn.Module) -> str | None:
     """
     if not hasattr(module, "peft_config"):
         return None
-    # a property of PEFT models, a method of transformers models with adapters
-    adapters = getattr(module, "active_adapters", [])
-    names: list[str] = adapters() if callable(adapters) else adapters
+    adapters: Any = getattr(module, "active_adapters", [])
+    if callable(adapters):  # a method of transformers models with adapters, a property of PEFT's
+        adapters = adapters()
+    names: list[str] = adapters
     if len(names) != 1:
         raise CheckpointError(
             "exactly one adapter of the model must be active",
@@ -124,7 +123,7 @@ def write_adapter(
 
 
 def _save_adapter(
-    module: PeftModel, adapter: str, state: Mapping[str, torch.Tensor], folder: str
+    module: Any, adapter: str, state: Mapping[str, torch.Tensor], folder: str
 ) -> None:
     module.save_pretrained(
         folder, state_dict=state, selected_adapters=[adapter], save_embedding_layers=False

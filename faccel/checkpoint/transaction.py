@@ -171,11 +171,9 @@ class SaveTransaction:
                 shutil.rmtree(entry.path, ignore_errors=True)
         existing = checkpoints(path)
         # A run that resumed from an older checkpoint saves the steps of corrupt ones again.
-        corrupt: list[str] = []
-        for checkpoint in existing:
-            # Hashing all checkpoints would be slow; those below the step are not touched.
-            if checkpoint.step >= step and _is_corrupt(checkpoint):
-                corrupt.append(checkpoint.path)
+        # Only those can hide the new one; hashing all checkpoints would be slow.
+        at_or_above = [checkpoint for checkpoint in existing if checkpoint.step >= step]
+        corrupt = [checkpoint.path for checkpoint in at_or_above if _is_corrupt(checkpoint)]
         if not self.request.overwrite:
             _check_newest(step, [item for item in existing if item.path not in corrupt])
         temporary = os.path.join(path, f"{TEMPORARY_PREFIX}{step}-{secrets.token_hex(4)}")
@@ -261,10 +259,8 @@ class SaveTransaction:
 
     def _obsolete(self, new: Checkpoint, policy: KeepPolicy | None) -> list[Checkpoint]:
         """Return the checkpoints to delete after the commit, oldest first."""
-        committed: list[Checkpoint] = []
-        for checkpoint in checkpoints(self.request.path):
-            if checkpoint.problem is None and checkpoint.path not in self.destination.corrupt:
-                committed.append(checkpoint)
+        existing = checkpoints(self.request.path)
+        committed = [checkpoint for checkpoint in existing if self._is_committed(checkpoint)]
         older = [checkpoint for checkpoint in committed if checkpoint.step < new.step]
         steps = {checkpoint.step for checkpoint in older}
         if policy is not None:
@@ -273,6 +269,9 @@ class SaveTransaction:
         # With `overwrite`, after a crash in between, the newest one is still the newest of before,
         # not a middle one.
         return sorted(obsolete, key=lambda checkpoint: checkpoint.step)
+
+    def _is_committed(self, checkpoint: Checkpoint) -> bool:
+        return checkpoint.problem is None and checkpoint.path not in self.destination.corrupt
 
     def close(self) -> None:
         """Delete what was not committed, and release the directory for the next writer.

@@ -1,7 +1,7 @@
-"""The format on disk: a checkpoint that an earlier version wrote loads, and today's version writes the same manifest.
+"""The format on disk: an older checkpoint loads, and its state gives the same manifest today.
 
-`checkpoint/` was written by `save_golden` on two simulated ranks. Write it again only for a new version of the format:
-python -m tests.golden.test_checkpoint_format
+`checkpoint/` was written by `save_golden` on two simulated ranks. Write it again only for a new
+version of the format: python -m tests.golden.test_checkpoint_format
 """
 
 import math

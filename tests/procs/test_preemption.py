@@ -1,4 +1,4 @@
-"""SIGTERM at any moment: one checkpoint at one step, and the resumed run is the run that was not interrupted."""
+"""SIGTERM at any time: all ranks save at one step, and the resumed run is the uninterrupted run."""
 
 import os
 import random
@@ -13,6 +13,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import faccel
+from examples import resume
+from faccel.testing import simulate
 from tests.ranks import SERVER, env_of, hosted_store
 
 NUM_STEPS = 60
@@ -21,7 +23,7 @@ NUM_STEPS = 60
 def train(ctx, folder, pipe=None):
     """Return the weights at the end, or the step at which the run was preempted."""
     torch.manual_seed(0)
-    told = faccel.preemption(ctx)
+    preemption = faccel.preemption(ctx)
     model = faccel.wrap(
         torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)),
         ctx,
@@ -41,8 +43,8 @@ def train(ctx, folder, pipe=None):
         state = faccel.load(state, folder, ctx)
     faccel.set_rng_state(state["rng"])
     scaler, step = state["scaler"], state["step"]
-    for _, part in loader.epochs(99, start=state["cursor"]):
-        for batch in faccel.batches(part):
+    for _, epoch_loader in loader.epochs(99, start=state["cursor"]):
+        for batch in faccel.batches(epoch_loader):
             scaler = faccel.scaled_backward(model(batch.data[0]).square().mean(), scaler, ctx)
             _, scaler = faccel.optimizer_step(opt, scaler, ctx)
             step += 1
@@ -50,7 +52,7 @@ def train(ctx, folder, pipe=None):
                 pipe.send("running")
             if step == NUM_STEPS:
                 return torch.cat([p.detach().flatten() for p in model.parameters()])
-            if faccel.agree(ctx, preempted=told.requested).preempted:
+            if faccel.agree(ctx, preempted=preemption.requested).preempted:
                 new = {
                     "scaler": scaler,
                     "cursor": batch.cursor,
@@ -62,11 +64,13 @@ def train(ctx, folder, pipe=None):
     return None
 
 
-def rank_of(rank, world_size, port, pipe, folder):
+def run_rank(rank, world_size, port, pipe, folder):
     torch.set_num_threads(1)
     with faccel.init(env=env_of(rank, world_size, port)) as ctx:
-        out = train(ctx, folder, pipe)
-        pipe.send(out.tolist() if isinstance(out, torch.Tensor) else out)
+        result = train(ctx, folder, pipe)
+        if isinstance(result, torch.Tensor):
+            result = result.tolist()
+        pipe.send(result)
     pipe.close()
     os._exit(0)
 
@@ -75,11 +79,11 @@ def run(folder, interrupt=None):
     """Run two ranks; `interrupt(processes)` is called when both have taken a step."""
     store, ranks = hosted_store(), []
     for rank in range(2):
-        ours, theirs = SERVER.Pipe()
-        process = SERVER.Process(target=rank_of, args=(rank, 2, store.port, theirs, folder))
+        pipe, child_pipe = SERVER.Pipe()
+        process = SERVER.Process(target=run_rank, args=(rank, 2, store.port, child_pipe, folder))
         process.start()
-        theirs.close()
-        ranks.append((process, ours))
+        child_pipe.close()
+        ranks.append((process, pipe))
     for _, pipe in ranks:
         assert pipe.recv() == "running"
     if interrupt is not None:
@@ -87,63 +91,56 @@ def run(folder, interrupt=None):
     results = [pipe.recv() for _, pipe in ranks]
     for process, _ in ranks:
         process.join()
-        assert process.exitcode in (
-            0,
-            -signal.SIGTERM,
-        )  # the signal may come when everything has ended
+        # the signal may arrive after the handlers were restored
+        assert process.exitcode in (0, -signal.SIGTERM)
     assert results[0] == results[1]
     return results[0]
 
 
 @pytest.mark.slow
-def test_sigterm_at_fifty_random_moments(tmp_path):
-    began = time.monotonic()
-    whole = run(str(tmp_path / "whole"))
-    length, draw, preempted = time.monotonic() - began, random.Random(0), 0
+def test_sigterm_at_fifty_random_times(tmp_path):
+    started_s = time.monotonic()
+    uninterrupted = run(str(tmp_path / "uninterrupted"))
+    duration_s = time.monotonic() - started_s
+    draw, num_preempted = random.Random(0), 0
     for number in range(50):
         folder = str(tmp_path / str(number))
 
         def interrupt(processes):
-            waited = threading.Event()
-            waited.wait(draw.random() * min(length, 0.25))
-            for process in draw.choice(
-                [processes, processes[:1], processes[1:]]
-            ):  # both, or one alone
+            threading.Event().wait(draw.random() * min(duration_s, 0.25))
+            for process in draw.choice([processes, processes[:1], processes[1:]]):
                 if process.is_alive():
                     os.kill(process.pid, signal.SIGTERM)
 
         first = run(folder, interrupt)
-        if isinstance(first, list):  # it had ended by then
-            assert first == whole
+        if isinstance(first, list):  # the signal arrived after the last step
+            assert first == uninterrupted
             continue
-        preempted += 1
-        assert [each.step for each in faccel.checkpoint.checkpoints(folder)] == [first]
-        assert run(folder) == whole
-    assert preempted >= 10
+        num_preempted += 1
+        (checkpoint,) = faccel.checkpoint.checkpoints(folder)
+        assert checkpoint.step == first
+        assert run(folder) == uninterrupted
+    assert num_preempted >= 10
 
 
-def test_the_script_exits_with_its_code_and_the_same_command_goes_on(tmp_path):
+def test_a_stopped_script_exits_with_its_code_and_the_same_command_resumes(tmp_path):
     command = [sys.executable, "examples/resume.py", str(tmp_path / "runs")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    whole = subprocess.run(
-        [*command[:2], str(tmp_path / "whole")], env=env, capture_output=True, text=True, check=True
-    )
     stopped = subprocess.run(
         [*command, "--stop-after", "3"], env=env, capture_output=True, text=True, check=False
     )
-    assert (stopped.returncode, stopped.stdout) == (
-        faccel.checkpoint.Preemption.exit_code,
-        "stopped\n",
-    ), stopped.stderr
-    again = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert again.stdout.splitlines() == ["resumed after step 3", whole.stdout.strip()]
+    exit_code = faccel.checkpoint.Preemption.exit_code
+    assert (stopped.returncode, stopped.stdout) == (exit_code, "stopped\n"), stopped.stderr
+    resumed = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    uninterrupted = simulate(resume.main, 1, str(tmp_path / "uninterrupted"), None, 0)[0]
+    assert resumed.stdout.splitlines() == ["resumed after step 3", f"digest {uninterrupted}"]
 
 
-def test_the_handlers_are_put_back_and_what_goes_on_goes_on():
-    before = signal.getsignal(signal.SIGUSR1)
+def test_shutdown_restores_the_signal_handlers():
+    original = signal.getsignal(signal.SIGUSR1)
     with faccel.init(env={}) as ctx:
-        told = faccel.preemption(ctx)
+        preemption = faccel.preemption(ctx)
         signal.raise_signal(signal.SIGUSR1)
-        assert told.requested
-        assert signal.getsignal(signal.SIGUSR1) != before
-    assert signal.getsignal(signal.SIGUSR1) == before
+        assert preemption.requested
+        assert signal.getsignal(signal.SIGUSR1) != original
+    assert signal.getsignal(signal.SIGUSR1) == original

@@ -1,4 +1,4 @@
-"""Checkpoints in simulated worlds: what is saved comes back, on any world size, and nothing is lost on the way."""
+"""Checkpoints in simulated worlds: a state loads on any world size, and a failure loses nothing."""
 
 import json
 import logging
@@ -60,7 +60,7 @@ def loader(ctx):
 
 
 def run(state, ctx, num_steps):
-    """Some steps from a state on; return the state that they lead to."""
+    """Train `num_steps` steps from a state; return the new state."""
     faccel.set_rng_state(state["rng"])
     scaler, step, opt = state["scaler"], state["step"], state["opt"]
     for _, batches in loader(ctx).epochs(100, start=state["cursor"]):
@@ -90,23 +90,24 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def interrupted(ctx, path, at, background):
-    whole = run(make(ctx), ctx, 6)
-    first = run(make(ctx), ctx, at)
+def resumes_equally(ctx, path, stop_after, background):
+    uninterrupted = run(make(ctx), ctx, 6)
+    first = run(make(ctx), ctx, stop_after)
     faccel.save(first, path, ctx, step=first["step"], background=background)
-    again = faccel.load(make(ctx, seed=7), path, ctx)
-    assert again["step"] == at
-    return equal(parameters(run(again, ctx, 6 - at)), parameters(whole))
+    resumed = faccel.load(make(ctx, seed=7), path, ctx)
+    assert resumed["step"] == stop_after
+    resumed = run(resumed, ctx, 6 - stop_after)
+    return equal(parameters(resumed), parameters(uninterrupted))
 
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("config", [None, {"mixed_precision": "fp16"}], ids=["fp32", "fp16"])
 def test_a_resumed_run_is_the_same_run(tmp_path, world_size, background, config):
-    assert all(simulate(interrupted, world_size, str(tmp_path), 3, background, config=config))
+    assert all(simulate(resumes_equally, world_size, str(tmp_path), 3, background, config=config))
 
 
-def saved(path, world_size=2, num_steps=2, **options):
+def save_trained(path, world_size=2, num_steps=2, **options):
     def fn(ctx):
         state = run(make(ctx), ctx, num_steps)
         return faccel.save(state, path, ctx, step=state["step"], **options), parameters(state)
@@ -114,8 +115,8 @@ def saved(path, world_size=2, num_steps=2, **options):
     return simulate(fn, world_size)[0]
 
 
-def test_any_world_size_loads_what_another_saved(tmp_path):
-    _, expected = saved(tmp_path, 4)
+def test_any_world_size_loads_the_checkpoint_of_another(tmp_path):
+    _, expected = save_trained(tmp_path, 4)
 
     def fn(ctx):
         state = faccel.load(make(ctx, seed=3), tmp_path, ctx)
@@ -127,12 +128,11 @@ def test_any_world_size_loads_what_another_saved(tmp_path):
         ranks = simulate(fn, world_size)
         assert all(equal(rank[0], expected) for rank in ranks)
         assert len({rank[1] for rank in ranks}) == 1
-        assert (
-            len({tuple(rank[2].tolist()) for rank in ranks}) == world_size
-        )  # generators of their own
+        # each rank has different generators
+        assert len({tuple(rank[2].tolist()) for rank in ranks}) == world_size
 
 
-def test_generators_come_back_for_each_rank(tmp_path):
+def test_random_states_of_each_rank_are_restored(tmp_path):
     import random
 
     def draw():
@@ -203,9 +203,10 @@ VALUES = {
     "strided": torch.arange(6.0).view(2, 3).T,
 }
 DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64, torch.complex128,
-    torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
+    torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2,
 ]  # fmt: skip
 
 
@@ -225,7 +226,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_values_of_every_kind_come_back(tmp_path, name):
+def test_values_of_every_kind_are_restored(tmp_path, name):
     value = VALUES[name]
     faccel.save({name: value, "more": [value]}, tmp_path, ONE, step=1)
     back = faccel.load({name: value, "more": [value]}, tmp_path, ONE)
@@ -234,7 +235,7 @@ def test_values_of_every_kind_come_back(tmp_path, name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tensors_of_every_dtype_come_back(tmp_path, dtype):
+def test_tensors_of_every_dtype_are_restored(tmp_path, dtype):
     x = torch.tensor([[0, 1], [2, 3]]).to(dtype)
     faccel.save([x, x[0, 1]], tmp_path, ONE, step=1)
     a, b = faccel.load([x, None], tmp_path, ONE)
@@ -243,7 +244,7 @@ def test_tensors_of_every_dtype_come_back(tmp_path, dtype):
     assert a.data_ptr() != x.data_ptr()
 
 
-def test_objects_that_know_their_state_keep_their_identity(tmp_path):
+def test_objects_with_a_state_dict_are_updated_in_place(tmp_path):
     counted, module = Counted(), nn.Linear(2, 2)
     counted.count = 5
     state = {"c": counted, "m": module, "t": torch.ones(2)}
@@ -259,7 +260,7 @@ def test_objects_that_know_their_state_keep_their_identity(tmp_path):
     assert torch.equal(module.weight, before)
 
 
-def test_tensordicts_come_back(tmp_path):
+def test_tensordicts_are_restored(tmp_path):
     from tensordict import TensorDict
 
     x = TensorDict({"a": torch.ones(2, 3), "b": {"c": torch.zeros(2)}}, batch_size=[2])
@@ -269,21 +270,23 @@ def test_tensordicts_come_back(tmp_path):
     assert back.batch_size == x.batch_size
 
 
-OPTIMIZERS = [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop,
-              torch.optim.Adadelta, torch.optim.NAdam, torch.optim.Adafactor]  # fmt: skip
+OPTIMIZERS = [
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad,
+    torch.optim.RMSprop, torch.optim.Adadelta, torch.optim.NAdam, torch.optim.Adafactor,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.__name__)
-def test_optimizers_go_on_as_they_were(tmp_path, optimizer):
+def test_optimizers_resume_with_equal_updates(tmp_path, optimizer):
     state = run(make(ONE, optimizer=optimizer), ONE, 3)
     faccel.save(state, tmp_path, ONE, step=3)
     expected = parameters(run(state, ONE, 2))
-    again = faccel.load(make(ONE, seed=5, optimizer=optimizer), tmp_path, ONE)
-    assert equal(parameters(run(again, ONE, 2)), expected)
+    resumed = faccel.load(make(ONE, seed=5, optimizer=optimizer), tmp_path, ONE)
+    assert equal(parameters(run(resumed, ONE, 2)), expected)
 
 
-def test_an_optimizer_is_kept_by_the_names_of_its_parameters(tmp_path):
-    """The order of the groups, and of the parameters in them, may be another in the program that loads."""
+def test_an_optimizer_is_stored_by_the_names_of_its_parameters(tmp_path):
+    """The loading program may have the groups, and the parameters in them, in another order."""
 
     def build(*, swapped):
         torch.manual_seed(0)
@@ -297,8 +300,10 @@ def test_an_optimizer_is_kept_by_the_names_of_its_parameters(tmp_path):
         return {"model": model, "opt": opt}
 
     first = build(swapped=False)
-    at = faccel.save(first, tmp_path, ONE, step=1)
-    manifest = json.loads(pathlib.Path(at.path, "manifest.json").read_bytes().split(b"\n")[1])
+    checkpoint = faccel.save(first, tmp_path, ONE, step=1)
+    manifest = json.loads(
+        pathlib.Path(checkpoint.path, "manifest.json").read_bytes().split(b"\n")[1]
+    )
     assert set(manifest["state"]["opt"]["v"]["state"]) == {"model/weight", "model/bias"}
     momentum = [
         first["opt"].state[p]["momentum_buffer"].clone() for p in first["model"].parameters()
@@ -310,9 +315,9 @@ def test_an_optimizer_is_kept_by_the_names_of_its_parameters(tmp_path):
     assert [group["lr"] for group in second["opt"].param_groups] == [0.2, 0.1]
 
 
-def test_nothing_is_pickled(tmp_path):
-    at, _ = saved(tmp_path)
-    for file in pathlib.Path(at.path).iterdir():
+def test_checkpoints_contain_no_pickled_data(tmp_path):
+    checkpoint, _ = save_trained(tmp_path)
+    for file in pathlib.Path(checkpoint.path).iterdir():
         data = file.read_bytes()
         assert not zipfile.is_zipfile(file)
         assert b"\x80\x02}" not in data[:100]
@@ -324,15 +329,10 @@ class Malicious:
         return os.system, ("touch /tmp/faccel-was-executed",)
 
 
-def test_nothing_in_a_checkpoint_is_executed_or_escapes_it(tmp_path):
-    at, _ = saved(tmp_path / "runs")
-    folder = pathlib.Path(at.path)
-    for name in (
-        ".metadata",
-        "model.bin",
-        "rank-00000.json",
-        "x.pkl",
-    ):  # unknown files are never opened
+def test_loading_executes_nothing_and_opens_no_unknown_file(tmp_path):
+    checkpoint, _ = save_trained(tmp_path / "runs")
+    folder = pathlib.Path(checkpoint.path)
+    for name in (".metadata", "model.bin", "rank-00000.json", "x.pkl"):
         (folder / name).write_bytes(pickle.dumps(Malicious()))
     assert faccel.load(make(ONE), tmp_path / "runs", ONE)["step"] == 2
     assert not os.path.exists("/tmp/faccel-was-executed")
@@ -341,21 +341,21 @@ def test_nothing_in_a_checkpoint_is_executed_or_escapes_it(tmp_path):
         faccel.load(make(ONE), tmp_path / "runs", ONE)
 
 
-def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path):
+def test_a_manifest_that_names_files_outside_its_folder_is_invalid(tmp_path):
     from faccel.checkpoint.manifest import Manifest, read_manifest
 
-    at, _ = saved(tmp_path)
-    manifest = read_manifest(at.path)
+    checkpoint, _ = save_trained(tmp_path)
+    manifest = read_manifest(checkpoint.path)
     for name in ("../../etc/passwd", "/etc/passwd", "a/../b", ".."):
         files = (attrs.evolve(manifest.files[0], name=name),)
-        pathlib.Path(at.path, "manifest.json").write_bytes(
+        pathlib.Path(checkpoint.path, "manifest.json").write_bytes(
             attrs.evolve(manifest, files=files).to_bytes()
         )
         assert "outside" in faccel.checkpoint.checkpoints(tmp_path)[0].problem
     assert isinstance(manifest, Manifest)
 
 
-def test_what_cannot_be_stored_is_named(tmp_path):
+def test_an_error_names_the_value_that_cannot_be_stored(tmp_path):
     for value in (lambda: 0, object(), torch.eye(2).to_sparse(), np.array(["a"]), {"f": print}):
         with pytest.raises(CheckpointError, match="deep/bad"):
             faccel.save({"deep": {"bad": value}}, tmp_path, ONE, step=1)
@@ -384,27 +384,28 @@ class Wider(Net):
         )
 
 
-@pytest.mark.parametrize("what", MISFITS)
-def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, what):
-    saved(tmp_path, 1)
-    state = MISFITS[what](make(ONE, seed=5))
+@pytest.mark.parametrize("message", MISFITS)
+def test_a_state_that_does_not_fit_raises_before_it_is_changed(tmp_path, message):
+    save_trained(tmp_path, 1)
+    state = MISFITS[message](make(ONE, seed=5))
     before = repr(state["opt"].state_dict()) if state["opt"] else ""
     weights = parameters(state) if hasattr(state["model"], "state_dict") else {}
-    with pytest.raises(CheckpointError, match=what):
+    with pytest.raises(CheckpointError, match=message):
         faccel.load(state, tmp_path, ONE)
     assert weights == {} or equal(parameters(state), weights)
     assert before == (repr(state["opt"].state_dict()) if state["opt"] else "")
 
 
-def test_a_part_of_a_state_can_be_loaded(tmp_path):
-    _, expected = saved(tmp_path)
+def test_a_part_of_a_state_is_loaded(tmp_path):
+    _, expected = save_trained(tmp_path)
     state = faccel.load({"model": make(ONE, seed=9)["model"], "step": None}, tmp_path, ONE)
     assert state["step"] == 2
     assert equal(parameters(state), expected)
 
 
 def steps(path):
-    return [each.step for each in faccel.checkpoint.checkpoints(path) if each.problem is None]
+    existing = faccel.checkpoint.checkpoints(path)
+    return [checkpoint.step for checkpoint in existing if checkpoint.problem is None]
 
 
 def test_a_step_must_be_above_the_newest(tmp_path):
@@ -417,7 +418,7 @@ def test_a_step_must_be_above_the_newest(tmp_path):
     assert faccel.load({"x": 0}, tmp_path, ONE) == {"x": 1}
 
 
-def test_overwriting_drops_the_newer_ones_after_the_new_one_is_there(tmp_path):
+def test_overwriting_deletes_newer_checkpoints_after_the_commit(tmp_path):
     for step in (1, 2, 3, 4):
         faccel.save({"x": step}, tmp_path, ONE, step=step)
     faccel.save({"x": 20}, tmp_path, ONE, step=2, overwrite=True)
@@ -427,7 +428,7 @@ def test_overwriting_drops_the_newer_ones_after_the_new_one_is_there(tmp_path):
     assert steps(tmp_path) == [3, 2, 1]
 
 
-def test_policies_choose_what_stays(tmp_path):
+def test_policies_choose_the_checkpoints_to_keep(tmp_path):
     keep = (
         faccel.checkpoint.keep_latest(2)
         | faccel.checkpoint.keep_best(1, "accuracy")
@@ -444,7 +445,7 @@ def test_policies_choose_what_stays(tmp_path):
         faccel.save({"x": 8}, tmp_path, ONE, step=9, keep=0)
 
 
-def test_only_committed_checkpoints_count_when_older_ones_are_dropped(tmp_path):
+def test_only_committed_checkpoints_count_when_older_ones_are_deleted(tmp_path):
     for step in (1, 2, 3):
         faccel.save({"x": torch.ones(step)}, tmp_path, ONE, step=step)
     for step in (2, 3):  # broken by a disk
@@ -453,7 +454,7 @@ def test_only_committed_checkpoints_count_when_older_ones_are_dropped(tmp_path):
     assert steps(tmp_path) == [4, 1]
 
 
-def test_a_corrupt_checkpoint_is_moved_aside_when_its_step_is_saved_again(tmp_path):
+def test_a_corrupt_checkpoint_is_renamed_when_its_step_is_saved_again(tmp_path):
     faccel.save({"x": torch.ones(1)}, tmp_path, ONE, step=1)
     os.truncate(next(pathlib.Path(tmp_path, "step-000000001").glob("*.safetensors")), 3)
     assert faccel.latest(tmp_path, ONE) is None
@@ -463,7 +464,7 @@ def test_a_corrupt_checkpoint_is_moved_aside_when_its_step_is_saved_again(tmp_pa
     assert faccel.load({"x": None}, tmp_path, ONE)["x"].shape == (2,)
 
 
-def test_what_dead_writers_left_is_removed_by_the_next_save(tmp_path):
+def test_the_next_save_deletes_the_files_of_a_crashed_one(tmp_path):
     dead = tmp_path / ".tmp-step-000000009-abcd"
     dead.mkdir()
     (dead / "shard.safetensors").write_bytes(b"half")
@@ -471,21 +472,21 @@ def test_what_dead_writers_left_is_removed_by_the_next_save(tmp_path):
     assert not dead.exists()
 
 
-def test_two_writers_are_an_error(tmp_path):
-    from faccel.checkpoint.files import lock
+def test_a_second_writer_raises(tmp_path):
+    from faccel.checkpoint.files import DirectoryLock
 
     faccel.save({"x": 1}, tmp_path, ONE, step=1)
-    held = lock(tmp_path)
+    lock = DirectoryLock(tmp_path)
     try:
         with pytest.raises(CheckpointError, match="another writer"):
             faccel.save({"x": 2}, tmp_path, ONE, step=2)
     finally:
-        os.close(held)
+        lock.release()
     assert steps(tmp_path) == [1]
     faccel.save({"x": 2}, tmp_path, ONE, step=2)
 
 
-def test_an_error_on_one_rank_is_an_error_on_every_rank_and_the_older_one_stays(tmp_path):
+def test_an_error_on_one_rank_raises_on_every_rank_and_keeps_the_older_checkpoint(tmp_path):
     def fn(ctx):
         faccel.save({"x": ctx.rank}, tmp_path, ctx, step=1)
         with pytest.raises(CheckpointError) as caught:
@@ -499,7 +500,7 @@ def test_an_error_on_one_rank_is_an_error_on_every_rank_and_the_older_one_stays(
     assert steps(tmp_path) == [1]
 
 
-def test_a_directory_that_cannot_be_written_is_an_error(tmp_path):
+def test_a_directory_that_is_not_writable_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="could not begin"):
         faccel.save({}, tmp_path / "file" / "runs", ONE, step=1)
@@ -509,7 +510,7 @@ def test_a_directory_that_cannot_be_written_is_an_error(tmp_path):
         faccel.checkpoint.checkpoints(tmp_path / "file")
 
 
-def test_none_at_all_is_an_error_and_latest_is_none(tmp_path):
+def test_without_a_checkpoint_load_raises_and_latest_returns_none(tmp_path):
     assert simulate(lambda ctx: faccel.latest(tmp_path, ctx), 2) == (None, None)
     with pytest.raises(CheckpointError, match=r"faccel.latest"):
         faccel.load({}, tmp_path, ONE)
@@ -518,13 +519,13 @@ def test_none_at_all_is_an_error_and_latest_is_none(tmp_path):
         faccel.load({}, tmp_path, ONE, step=2)
 
 
-def test_a_later_update_does_not_reach_what_is_written_in_the_background(tmp_path):
+def test_a_later_update_does_not_change_a_background_save(tmp_path):
     def fn(ctx):
         x = torch.zeros(2_000_000)
         for step in (1, 2, 3):
             x.fill_(step)
-            at = faccel.save({"x": x}, tmp_path, ctx, step=step, background=True)
-            assert "still" in at.problem
+            checkpoint = faccel.save({"x": x}, tmp_path, ctx, step=step, background=True)
+            assert "still" in checkpoint.problem
             x.fill_(-1)
         assert faccel.latest(tmp_path, ctx).step == 3
         return [
@@ -535,7 +536,7 @@ def test_a_later_update_does_not_reach_what_is_written_in_the_background(tmp_pat
     assert simulate(fn, 2) == ([[1.0], [2.0], [3.0]],) * 2
 
 
-def test_an_error_in_the_background_surfaces_at_the_next_call_on_every_rank(tmp_path):
+def test_an_error_in_the_background_is_raised_by_the_next_call_on_every_rank(tmp_path):
     def fn(ctx):
         faccel.save({"x": 1}, tmp_path, ctx, step=1, background=True)
         faccel.save({"x": torch.ones(3)}, tmp_path, ctx, step=2)
@@ -550,12 +551,12 @@ def test_an_error_in_the_background_surfaces_at_the_next_call_on_every_rank(tmp_
     assert steps(tmp_path) == [4, 2, 1]
 
 
-def test_an_error_in_the_background_surfaces_at_shutdown(tmp_path):
+def test_an_error_in_the_background_is_raised_by_shutdown(tmp_path):
     with pytest.raises(CheckpointError, match="TypeError"), faccel.init(env={}) as ctx:
         faccel.save({"x": 1}, tmp_path, ctx, step=1, background=True, metadata={"bad": object()})
 
 
-def test_the_report_of_what_was_wrong_with_the_others(tmp_path, caplog):
+def test_a_warning_reports_each_corrupt_checkpoint_that_was_skipped(tmp_path, caplog):
     for step in (1, 2, 3):
         faccel.save({"x": torch.full((3,), step)}, tmp_path, ONE, step=step)
     for step, flip in ((3, 1000), (2, None)):
@@ -566,23 +567,23 @@ def test_the_report_of_what_was_wrong_with_the_others(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert faccel.load({"x": None}, tmp_path, ONE)["x"].tolist() == [1, 1, 1]
     assert "step-000000003" in caplog.text
-    assert "not as it was written" in caplog.text
+    assert "is corrupt: its hash differs" in caplog.text
     assert "bytes instead of" in caplog.text
     with pytest.raises(CheckpointError, match="step 3"):
         faccel.load({"x": None}, tmp_path, ONE, step=3)
 
 
-def test_torchs_own_reader_and_safetensors_read_the_files(tmp_path):
+def test_dcp_and_safetensors_read_the_files(tmp_path):
     import torch.distributed.checkpoint as dcp
     from safetensors.torch import load_file
 
-    at, expected = saved(tmp_path, 1)
-    files = [load_file(file) for file in pathlib.Path(at.path).glob("*.safetensors")]
+    checkpoint, expected = save_trained(tmp_path, 1)
+    files = [load_file(file) for file in pathlib.Path(checkpoint.path).glob("*.safetensors")]
     assert torch.equal(files[0]["model/layers.0.weight"], expected["layers.0.weight"])
-    into = {"model/layers.0.weight": torch.zeros(8, 4)}
+    target = {"model/layers.0.weight": torch.zeros(8, 4)}
     with pytest.warns(UserWarning):
-        dcp.load(into, storage_reader=dcp.HuggingFaceStorageReader(at.path))
-    assert torch.equal(into["model/layers.0.weight"], expected["layers.0.weight"])
+        dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(checkpoint.path))
+    assert torch.equal(target["model/layers.0.weight"], expected["layers.0.weight"])
 
 
 class Versioned(nn.Linear):
@@ -596,7 +597,7 @@ class Versioned(nn.Linear):
         super()._load_from_state_dict(state, prefix, local_metadata, *args)
 
 
-def test_a_module_hears_which_version_wrote_its_state(tmp_path):
+def test_a_module_gets_the_version_that_saved_its_state(tmp_path):
     net = Versioned(1, 1)
     weight = net.weight.item()
     faccel.save({"net": net}, tmp_path, ONE, step=1)
@@ -604,7 +605,7 @@ def test_a_module_hears_which_version_wrote_its_state(tmp_path):
     assert net.weight.item() == weight
 
 
-def test_keys_of_any_kind_keep_their_tensors_apart(tmp_path):
+def test_tensors_under_similar_keys_have_different_names(tmp_path):
     tensors = {
         1: torch.tensor(10.0),
         "1": torch.tensor(20.0),
@@ -623,7 +624,7 @@ def test_keys_of_any_kind_keep_their_tensors_apart(tmp_path):
     assert back["n"] == {1: "a", 2: "b"}
 
 
-def test_values_grow_and_shrink_and_models_do_not(tmp_path):
+def test_lists_of_values_change_their_length_and_lists_of_models_do_not(tmp_path):
     net = nn.Linear(1, 1)
     state = {
         "history": [Pair(1, torch.ones(())), Pair(2, torch.ones(()))],
@@ -643,7 +644,7 @@ def test_values_grow_and_shrink_and_models_do_not(tmp_path):
             faccel.load(wrong, tmp_path, ONE)
 
 
-def test_an_error_of_any_kind_on_one_rank_reaches_the_others(tmp_path):
+def test_an_error_of_any_type_on_one_rank_raises_on_every_rank(tmp_path):
     class Broken(Counted):
         def state_dict(self):
             raise KeyError("mine")
@@ -666,7 +667,7 @@ def test_an_error_of_any_kind_on_one_rank_reaches_the_others(tmp_path):
     assert simulate(fn, 2) == (1, 1)
 
 
-def test_the_right_to_write_is_given_back_though_a_forked_worker_holds_a_copy(tmp_path):
+def test_the_lock_is_released_although_a_forked_worker_has_a_copy(tmp_path):
     faccel.save({"x": torch.zeros(4_000_000)}, tmp_path, ONE, step=1, background=True)
     loader = DataLoader(range(4), num_workers=1, persistent_workers=True)
     iterator = iter(loader)  # forks while the lock is held
@@ -675,7 +676,7 @@ def test_the_right_to_write_is_given_back_though_a_forked_worker_holds_a_copy(tm
     assert steps(tmp_path) == [2, 1]
 
 
-def test_preemption_on_one_rank_alone_is_no_collective(tmp_path):
+def test_preemption_on_one_rank_is_not_collective(tmp_path):
     def fn(ctx):
         if ctx.is_main:
             ctx.lifetime.on_close(lambda: None)  # as `preemption` does on a main thread
@@ -686,8 +687,8 @@ def test_preemption_on_one_rank_alone_is_no_collective(tmp_path):
 
 
 def test_shutdown_waits_for_a_rank_that_is_still_writing(tmp_path):
-    """The threads' patience is with those that make no progress, not with those that are slow."""
-    from faccel.checkpoint.background import Pending, _wait_for_words
+    """The time limit is for a rank that writes nothing, not for a slow one."""
+    from faccel.checkpoint.background import PendingSave, wait_for_markers
 
     (tmp_path / "shard").write_bytes(b"")
 
@@ -699,19 +700,23 @@ def test_shutdown_waits_for_a_rank_that_is_still_writing(tmp_path):
         (tmp_path / "rank-00000.json").write_text('{"files": []}')
 
     def wait(pending):
-        pending.patience_s = 0.2
-        assert _wait_for_words(str(tmp_path), 1, 60, pending) == []
+        pending.stall_timeout_s = 0.2
+        assert wait_for_markers(str(tmp_path), 1, 60, pending) == []
 
-    writer, reader = Pending(slow), Pending(wait)
-    assert writer.outcome() is None
-    assert reader.outcome() is None
+    writer, reader = PendingSave(slow), PendingSave(wait)
+    assert writer.error() is None
+    assert reader.error() is None
 
 
-def test_a_policy_that_fails_leaves_everything_as_it_was(tmp_path):
+def test_a_policy_that_raises_leaves_all_checkpoints_unchanged(tmp_path):
     faccel.save({"x": 1}, tmp_path, ONE, step=1)
     with pytest.raises(CheckpointError, match="ZeroDivisionError"):
         faccel.save(
-            {"x": 2}, tmp_path, ONE, step=2, keep=faccel.checkpoint.KeepPolicy(lambda found: 1 / 0)
+            {"x": 2},
+            tmp_path,
+            ONE,
+            step=2,
+            keep=faccel.checkpoint.KeepPolicy(lambda existing: 1 / 0),
         )
     assert steps(tmp_path) == [1]
     with pytest.raises(ConfigError):
@@ -727,21 +732,21 @@ def test_a_policy_that_fails_leaves_everything_as_it_was(tmp_path):
     assert steps(tmp_path) == [2]
 
 
-def test_a_file_that_is_a_link_to_somewhere_else_is_not_read(tmp_path):
+def test_links_to_other_files_are_not_read(tmp_path):
     faccel.save({"x": torch.zeros(3)}, tmp_path / "a", ONE, step=1)
     other = faccel.save({"x": torch.full((3,), 666.0)}, tmp_path / "b", ONE, step=1)
-    at = faccel.checkpoint.checkpoints(tmp_path / "a")[0].path
+    folder = faccel.checkpoint.checkpoints(tmp_path / "a")[0].path
     shard = next(pathlib.Path(other.path).glob("*.safetensors"))
-    os.symlink(shard, pathlib.Path(at, "zz.safetensors"))
+    os.symlink(shard, pathlib.Path(folder, "zz.safetensors"))
     assert faccel.load({"x": None}, tmp_path / "a", ONE)["x"].tolist() == [0, 0, 0]
-    own = next(pathlib.Path(at).glob("shard*"))
-    own.unlink()
-    os.symlink(shard, own)
+    original = next(pathlib.Path(folder).glob("shard*"))
+    original.unlink()
+    os.symlink(shard, original)
     with pytest.raises(CheckpointError, match="missing"):
         faccel.load({"x": None}, tmp_path / "a", ONE)
 
 
-def test_optimizers_with_strange_states_come_back(tmp_path):
+def test_optimizers_with_unusual_states_are_restored(tmp_path):
     net = nn.Linear(2, 1)
     opt = torch.optim.SGD(
         [{"params": []}, {"params": list(net.parameters())}, {"params": [], "lr": 7.0}], lr=0.1
@@ -749,18 +754,18 @@ def test_optimizers_with_strange_states_come_back(tmp_path):
     opt.state["count"] = {"n": 3}
     opt.state[net.weight] = {"seen": 5, "x": torch.ones(1, 2)}
     faccel.save({"net": net, "opt": opt}, tmp_path, ONE, step=1)
-    again = torch.optim.SGD(
+    loaded = torch.optim.SGD(
         [{"params": []}, {"params": list(net.parameters())}, {"params": []}], lr=0.3
     )
-    faccel.load({"net": net, "opt": again}, tmp_path, ONE)
-    assert [group["lr"] for group in again.param_groups] == [0.1, 0.1, 7.0]
-    assert again.state["count"] == {"n": 3}
-    assert again.state[net.weight]["seen"] == 5
-    assert again.state[net.weight]["x"].tolist() == [[1, 1]]
+    faccel.load({"net": net, "opt": loaded}, tmp_path, ONE)
+    assert [group["lr"] for group in loaded.param_groups] == [0.1, 0.1, 7.0]
+    assert loaded.state["count"] == {"n": 3}
+    assert loaded.state[net.weight]["seen"] == 5
+    assert loaded.state[net.weight]["x"].tolist() == [[1, 1]]
 
 
-def test_generators_of_a_rank_that_was_not_there_are_its_own_and_the_same_on_every_load(tmp_path):
-    saved(tmp_path, 2)
+def test_additional_ranks_get_different_random_states_that_are_equal_on_every_load(tmp_path):
+    save_trained(tmp_path, 2)
 
     def fn(ctx):
         faccel.set_rng_state(faccel.load({"rng": None}, tmp_path, ctx)["rng"])
@@ -771,7 +776,7 @@ def test_generators_of_a_rank_that_was_not_there_are_its_own_and_the_same_on_eve
     assert len({tuple(draw) for draw in first}) == 5
 
 
-def test_a_run_goes_on_from_an_older_one_past_one_with_a_flipped_bit(tmp_path):
+def test_a_run_resumes_from_an_older_checkpoint_if_newer_ones_have_flipped_bits(tmp_path):
     for step in (1, 2, 3):
         faccel.save({"x": torch.full((3,), float(step))}, tmp_path, ONE, step=step)
     for step in (2, 3):
@@ -784,19 +789,19 @@ def test_a_run_goes_on_from_an_older_one_past_one_with_a_flipped_bit(tmp_path):
     assert faccel.load({"x": None}, tmp_path, ONE)["x"].tolist() == [20, 20, 20]
 
 
-@pytest.mark.parametrize("what", ["step", "path", "background", "overwrite"])
-def test_ranks_that_ask_for_something_else_are_an_error_on_each(tmp_path, what):
+@pytest.mark.parametrize("name", ["step", "path", "background", "overwrite"])
+def test_an_argument_that_differs_between_ranks_raises_on_every_rank(tmp_path, name):
     def fn(ctx):
-        asked = {"step": 1, "path": tmp_path, "background": False, "overwrite": False}
+        arguments = {"step": 1, "path": tmp_path, "background": False, "overwrite": False}
         if ctx.rank:
-            asked[what] = {
+            arguments[name] = {
                 "step": 2,
                 "path": tmp_path / "b",
                 "background": True,
                 "overwrite": True,
-            }[what]
-        with pytest.raises(CheckpointError, match=f"another `{what}`"):
-            faccel.save({"x": 1}, asked.pop("path"), ctx, **asked)
+            }[name]
+        with pytest.raises(CheckpointError, match=f"`{name}` differs between ranks"):
+            faccel.save({"x": 1}, arguments.pop("path"), ctx, **arguments)
         return faccel.latest(tmp_path, ctx)
 
     assert simulate(fn, 2) == (None, None)
@@ -806,7 +811,7 @@ def test_ranks_that_ask_for_something_else_are_an_error_on_each(tmp_path, what):
     os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root to mount a small disk"
 )
 @pytest.mark.parametrize("background", [False, True])
-def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(tmp_path, background):
+def test_a_full_disk_raises_and_keeps_the_older_checkpoint(tmp_path, background):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
@@ -835,15 +840,20 @@ def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(tmp_path, backgr
 @pytest.mark.parametrize(
     "saved_value", [None, 1, "x", {"weight": torch.ones(1)}, [1], torch.ones(1)], ids=str
 )
-def test_a_value_where_an_object_is_to_be_loaded_is_refused(tmp_path, saved_value):
+def test_a_stored_value_does_not_fit_an_object(tmp_path, saved_value):
     faccel.save({"x": saved_value, "n": 1}, tmp_path, ONE, step=1)
     net = nn.Linear(1, 1)
-    for into in (net, torch.optim.SGD(net.parameters(), lr=1.0), Counted(), faccel.rng_state(ONE)):
+    for target in (
+        net,
+        torch.optim.SGD(net.parameters(), lr=1.0),
+        Counted(),
+        faccel.rng_state(ONE),
+    ):
         with pytest.raises(CheckpointError, match="does not fit"):
-            faccel.load({"x": into}, tmp_path, ONE)
+            faccel.load({"x": target}, tmp_path, ONE)
 
 
-def test_a_part_below_the_top_can_be_loaded_too(tmp_path):
+def test_a_nested_part_of_a_state_is_loaded(tmp_path):
     net = nn.Linear(1, 1)
     faccel.save({"a": {"net": net, "n": 1}, "t": {"x": 1, "y": 2}}, tmp_path, ONE, step=1)
     assert faccel.load({"a": {"n": 0}, "t": {"x": 0}}, tmp_path, ONE) == {
@@ -854,8 +864,8 @@ def test_a_part_below_the_top_can_be_loaded_too(tmp_path):
     assert faccel.load({}, tmp_path, ONE) == {}
 
 
-def test_files_that_get_their_names_while_they_are_counted_do_no_harm(tmp_path):
-    from faccel.checkpoint.background import _bytes_in
+def test_the_size_of_a_folder_is_read_while_files_are_renamed(tmp_path):
+    from faccel.checkpoint.background import folder_size
 
     stop = threading.Event()
 
@@ -866,7 +876,19 @@ def test_files_that_get_their_names_while_they_are_counted_do_no_harm(tmp_path):
 
     thread = threading.Thread(target=rename)
     thread.start()
-    sizes = {_bytes_in(str(tmp_path)) for _ in range(3000)}
+    sizes = {folder_size(str(tmp_path)) for _ in range(3000)}
     stop.set()
     thread.join()
     assert sizes <= {0, 1, 2}
+
+
+def test_swapped_arguments_raise_an_error_with_the_correct_call(tmp_path):
+    for call, function in (("faccel.save", faccel.save), ("faccel.load", faccel.load)):
+        with pytest.raises(ConfigError, match="`state` and `path` are swapped") as caught:
+            function(tmp_path, {"x": 1}, ONE, step=1)
+        assert f"{call}(state, path, ctx" in caught.value.fix
+    with pytest.raises(ConfigError, match="`path` must be a str"):
+        faccel.load({"x": 1}, None, ONE)
+    with pytest.raises(ConfigError, match="`model` and `path` are swapped"):
+        faccel.checkpoint.export_model(tmp_path, nn.Linear(1, 1), ONE)
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Weights for others: what the ecosystem's loaders read, from any layout, without what an older export left."""
+"""Exports from any mesh: Hugging Face libraries read them, and files of older ones are deleted."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_shards_have_an_index_and_load_again(tmp_path, size, num_files):
     assert other.head.weight is other.embed.weight
 
 
-def test_tied_weights_are_stored_once_and_named(tmp_path):
+def test_tied_weights_are_stored_once_and_their_names_are_in_the_metadata(tmp_path):
     faccel.checkpoint.export_model(Tied(), tmp_path, ONE)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert "head.weight" not in file.keys()  # noqa: SIM118
@@ -72,7 +72,7 @@ def test_tied_weights_are_stored_once_and_named(tmp_path):
     assert load_model(Tied(), tmp_path / "model.safetensors") == (set(), [])
 
 
-def test_what_an_older_export_left_is_gone_and_nothing_else(tmp_path):
+def test_only_the_files_of_an_older_export_are_deleted(tmp_path):
     for name in (
         "config.json",
         "pytorch_model.bin",
@@ -88,25 +88,25 @@ def test_what_an_older_export_left_is_gone_and_nothing_else(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_weights_that_do_not_fit_are_named_before_anything_is_written(tmp_path):
+def test_weights_that_do_not_fit_are_named_before_the_model_is_changed(tmp_path):
     faccel.checkpoint.export_model(nn.Linear(3, 2), tmp_path, ONE)
-    for model, what in (
-        (nn.Linear(3, 2, bias=False), "`bias`: not the model's"),
+    for model, problem in (
+        (nn.Linear(3, 2, bias=False), "`bias`: unknown to the model"),
         (nn.Bilinear(3, 3, 2), "`weight`: of another shape"),
         (nn.Sequential(nn.Linear(3, 2)), "`0.bias`, `0.weight`: missing"),
     ):
         before = {k: v.clone() for k, v in model.state_dict().items()}
         with pytest.raises(CheckpointError) as caught:
             faccel.checkpoint.load_model(model, tmp_path, ONE)
-        assert what in caught.value.got
+        assert problem in caught.value.got
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    with pytest.raises(CheckpointError, match="no weights"):
+    with pytest.raises(CheckpointError, match="does not contain weights"):
         faccel.checkpoint.load_model(nn.Linear(1, 1), tmp_path / "nothing", ONE)
     with pytest.raises(ConfigError):
         faccel.checkpoint.export_model(nn.Linear(1, 1), tmp_path, ONE, max_shard_size="much")
 
 
-def test_weights_are_cast_to_the_models_dtype_and_one_file_can_be_named(tmp_path):
+def test_weights_of_one_file_are_cast_to_the_models_dtype(tmp_path):
     net = nn.Linear(3, 2)
     faccel.checkpoint.export_model(net, tmp_path, ONE)
     low = nn.Linear(3, 2).bfloat16()
@@ -115,7 +115,7 @@ def test_weights_are_cast_to_the_models_dtype_and_one_file_can_be_named(tmp_path
 
 
 def sharded(ctx, seed):
-    """A model whose weight is spread over the ranks of the mesh."""
+    """Return a model whose weight is sharded over the ranks of the mesh."""
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     torch.manual_seed(seed)
@@ -128,7 +128,7 @@ def sharded(ctx, seed):
     return net
 
 
-def whole(net):
+def full_parameters(net):
     return [
         p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach().clone()
         for p in net.parameters()
@@ -136,17 +136,17 @@ def whole(net):
 
 
 def test_sharded_tensors_are_saved_by_their_ranks_and_read_in_any_layout(tmp_path):
-    expected = whole(sharded(ONE, 1))
+    expected = full_parameters(sharded(ONE, 1))
 
     def save(ctx):
         net = sharded(ctx, 1)
-        at = faccel.save({"net": net}, tmp_path, ctx, step=1)
+        checkpoint = faccel.save({"net": net}, tmp_path, ctx, step=1)
         faccel.checkpoint.export_model(net, tmp_path / "export", ctx)
-        return at
+        return checkpoint
 
-    at = simulate(save, 4)[0]
+    checkpoint = simulate(save, 4)[0]
     stored = {
-        rank: load_file(f"{at.path}/shard-{rank + 1:05d}-model-00001-of-00001.safetensors")
+        rank: load_file(f"{checkpoint.path}/shard-{rank + 1:05d}-model-00001-of-00001.safetensors")
         for rank in range(4)
     }
     assert [len(stored[rank]["net/weight"]) for rank in range(4)] == [2, 2, 2, 1]
@@ -157,12 +157,12 @@ def test_sharded_tensors_are_saved_by_their_ranks_and_read_in_any_layout(tmp_pat
             faccel.load({"net": net}, tmp_path, ctx)
         else:
             faccel.checkpoint.load_model(net, tmp_path / "export", ctx)
-        return whole(net)
+        return full_parameters(net)
 
     for world_size in (1, 2, 3, 4):
         for how in ("load", "load_model"):
-            for got in simulate(load, world_size, how):
-                assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+            for loaded in simulate(load, world_size, how):
+                assert all(torch.equal(a, b) for a, b in zip(loaded, expected, strict=True))
 
 
 def test_the_command_line_merges_and_lists(tmp_path):
@@ -194,7 +194,7 @@ def test_the_command_line_merges_and_lists(tmp_path):
 
 
 class Copies(nn.Module):
-    """A module whose state is a copy, with something in it that is no weight."""
+    """A module whose `state_dict` returns copies, and an extra state that is not a weight."""
 
     def __init__(self, value):
         super().__init__()
@@ -212,7 +212,7 @@ class Copies(nn.Module):
         pass
 
 
-def test_modules_that_give_copies_away_and_complex_numbers_are_merged_and_loaded(tmp_path):
+def test_modules_that_return_copies_and_complex_numbers_are_merged_and_loaded(tmp_path):
     faccel.save({"a/b é": Copies(2.0)}, tmp_path / "runs", ONE, step=1)
     out = CliRunner().invoke(main, ["merge", str(tmp_path / "runs"), str(tmp_path / "out")])
     assert out.exit_code == 0, out.output
@@ -232,17 +232,17 @@ def test_modules_that_give_copies_away_and_complex_numbers_are_merged_and_loaded
         faccel.checkpoint.load_model(copies, tmp_path / "x", ONE)
 
 
-def test_a_corrupt_checkpoint_is_not_merged_and_none_is_spoiled(tmp_path):
-    at = faccel.save({"net": nn.Linear(2, 2)}, tmp_path, ONE, step=1)
-    out = CliRunner().invoke(main, ["merge", str(tmp_path), at.path])
-    assert (out.exit_code, "spoil" in out.output) == (1, True)
+def test_merge_raises_for_a_corrupt_checkpoint_and_overwrites_none(tmp_path):
+    checkpoint = faccel.save({"net": nn.Linear(2, 2)}, tmp_path, ONE, step=1)
+    out = CliRunner().invoke(main, ["merge", str(tmp_path), checkpoint.path])
+    assert (out.exit_code, "overwrite" in out.output) == (1, True)
     file = next(tmp_path.glob("*/*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"\7")
     out = CliRunner().invoke(main, ["merge", str(tmp_path), str(tmp_path / "out")])
-    assert (out.exit_code, "not as it was written" in out.output) == (1, True)
+    assert (out.exit_code, "is corrupt" in out.output) == (1, True)
 
 
-def test_an_index_that_leads_elsewhere_is_refused(tmp_path):
+def test_an_index_that_names_files_outside_its_directory_raises(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(
         '{"weight_map": {"weight": "../secret.safetensors"}}'
     )
@@ -250,7 +250,7 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path):
         faccel.checkpoint.load_model(nn.Linear(1, 1), tmp_path, ONE)
 
 
-def test_an_object_is_written_whole_by_rank_0(tmp_path):
+def test_rank_0_writes_an_object_atomically(tmp_path):
     def fn(ctx):
         faccel.checkpoint.save_object(
             {"rank": ctx.rank, "x": torch.ones(2)}, tmp_path / "x.pt", ctx

@@ -1,4 +1,4 @@
-"""`examples/resume.py`: interrupted anywhere and gone on with, it is the same run."""
+"""`examples/resume.py`: interrupted and resumed after any step, it is the same run."""
 
 import pytest
 import torch
@@ -17,21 +17,28 @@ def run(ctx, folder, stop_after=None, workers=0):
     return resume.main(ctx, folder, stop_after, workers)
 
 
+def check_interrupted_run(tmp_path, stops, world_size, config):
+    """Check that a run that is stopped after each of `stops` ends as one that is not."""
+    uninterrupted = simulate(run, world_size, tmp_path / "uninterrupted", config=config)
+    assert len(set(uninterrupted)) == 1
+    folder = tmp_path / "interrupted"
+    for stop_after in stops:
+        stopped = simulate(run, world_size, folder, stop_after, config=config)
+        assert stopped == (None,) * world_size
+    assert simulate(run, world_size, folder, config=config) == uninterrupted
+
+
+def test_a_run_interrupted_in_both_epochs_is_the_same_run(tmp_path):
+    check_interrupted_run(tmp_path, (3, 5, 8), 2, FP16)  # 5 is the end of the first epoch
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [None, FP16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_interrupted_after_every_single_step(tmp_path, world_size, config):
-    whole = simulate(run, world_size, tmp_path / "whole", config=config)
-    assert len(set(whole)) == 1
-    for stop_after in range(1, NUM_STEPS):  # once, at each step
-        folder = tmp_path / f"at-{stop_after}"
-        assert simulate(run, world_size, folder, stop_after, config=config) == (None,) * world_size
-        assert simulate(run, world_size, folder, config=config) == whole
-    for stop_after in range(1, NUM_STEPS):  # one run, after every step of it
-        assert (
-            simulate(run, world_size, tmp_path / "all", stop_after, config=config)
-            == (None,) * world_size
-        )
-    assert simulate(run, world_size, tmp_path / "all", config=config) == whole
+def test_a_run_interrupted_after_every_step_is_the_same_run(tmp_path, world_size, config):
+    check_interrupted_run(tmp_path / "every", range(1, NUM_STEPS), world_size, config)
+    for stop_after in range(1, NUM_STEPS):
+        check_interrupted_run(tmp_path / str(stop_after), [stop_after], world_size, config)
 
 
 def start(ctx, folder, stop_after=None):
@@ -40,24 +47,25 @@ def start(ctx, folder, stop_after=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_interrupted_in_processes_with_workers(tmp_path, world_size):
+def test_a_run_interrupted_in_processes_with_workers_is_the_same_run(tmp_path, world_size):
     options = {"mixed_precision": "fp16"}
-    whole = run_ranks(start, world_size, str(tmp_path / "whole"), **options)
-    assert whole == list(simulate(run, world_size, tmp_path / "simulated", config=FP16))
+    uninterrupted = run_ranks(start, world_size, str(tmp_path / "uninterrupted"), **options)
+    assert uninterrupted == list(simulate(run, world_size, tmp_path / "simulated", config=FP16))
     for stop_after in (1, 4, 5, 8, 9):
-        run_ranks(start, world_size, str(tmp_path / "all"), stop_after, **options)
-    assert run_ranks(start, world_size, str(tmp_path / "all"), **options) == whole
+        run_ranks(start, world_size, str(tmp_path / "interrupted"), stop_after, **options)
+    resumed = run_ranks(start, world_size, str(tmp_path / "interrupted"), **options)
+    assert resumed == uninterrupted
 
 
-def test_four_then_two_then_three_ranks_see_each_sample_once(tmp_path):
+def test_four_then_two_then_three_ranks_read_each_sample_once(tmp_path):
     def fn(ctx, stop):
         loader = faccel.shard(DataLoader(range(100), 24 // ctx.data_world_size, shuffle=True), ctx)
         state = {"cursor": faccel.Cursor(), "step": 0}
         if faccel.latest(tmp_path, ctx):
             state = faccel.load(state, tmp_path, ctx)
         step, seen = state["step"], []
-        for _, part in loader.epochs(1, start=state["cursor"]):
-            for batch in faccel.batches(part):
+        for _, epoch_loader in loader.epochs(1, start=state["cursor"]):
+            for batch in faccel.batches(epoch_loader):
                 seen += batch.data[: batch.num_valid].tolist()
                 step += 1
                 if step == stop:
@@ -65,17 +73,15 @@ def test_four_then_two_then_three_ranks_see_each_sample_once(tmp_path):
                     return seen
         return seen
 
-    samples = [
-        x
-        for world_size, stop in ((4, 1), (2, 3), (3, 99))
-        for part in simulate(fn, world_size, stop)
-        for x in part
-    ]
+    samples = []
+    for world_size, stop in ((4, 1), (2, 3), (3, 99)):
+        for seen in simulate(fn, world_size, stop):
+            samples += seen
     assert sorted(samples) == list(range(100))
 
 
-def test_on_another_world_size_the_run_differs_by_rounding_alone(tmp_path):
-    """The global batch is the same, so are samples and their order; gradients are summed in another order."""
+def test_on_another_world_size_the_run_differs_by_rounding_only(tmp_path):
+    """Global batches and their order are equal, but gradients are summed in another order."""
 
     def weights(ctx, folder, stop_after=None):
         torch.set_default_dtype(torch.float32)
@@ -93,8 +99,8 @@ def test_on_another_world_size_the_run_differs_by_rounding_alone(tmp_path):
         if faccel.latest(folder, ctx):
             state = faccel.load(state, folder, ctx)
         scaler, step = state["scaler"], state["step"]
-        for _, part in loader.epochs(2, start=state["cursor"]):
-            for batch in faccel.batches(part):
+        for _, epoch_loader in loader.epochs(2, start=state["cursor"]):
+            for batch in faccel.batches(epoch_loader):
                 scaler = faccel.scaled_backward(model(batch.data).square().mean(), scaler, ctx)
                 _, scaler = faccel.optimizer_step(opt, scaler, ctx)
                 step += 1
@@ -105,8 +111,8 @@ def test_on_another_world_size_the_run_differs_by_rounding_alone(tmp_path):
         return model.weight.detach().clone()
 
     torch.manual_seed(0)
-    whole = simulate(weights, 1, tmp_path / "whole", seed=3)[0]
-    simulate(weights, 4, tmp_path / "parts", 5, seed=3)
-    simulate(weights, 2, tmp_path / "parts", 9)
-    resumed = simulate(weights, 3, tmp_path / "parts")
-    assert all((w - whole).abs().max() < 1e-13 for w in resumed)
+    expected = simulate(weights, 1, tmp_path / "one rank", seed=3)[0]
+    simulate(weights, 4, tmp_path / "resumed", 5, seed=3)
+    simulate(weights, 2, tmp_path / "resumed", 9)
+    for weight in simulate(weights, 3, tmp_path / "resumed"):
+        assert (weight - expected).abs().max() < 1e-13
