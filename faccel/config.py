@@ -220,7 +220,9 @@ def _environment_settings(env: Mapping[str, str]) -> dict[str, _Setting]:
             continue
         if variable not in fields:
             raise ConfigError(
-                f"the environment variable `{variable}` is unknown", fix=nearest(variable, fields)
+                f"the environment variable `{variable}` is unknown",
+                got=f"{variable}={env[variable]!r}",
+                fix=nearest(variable, fields),
             )
         field = fields[variable]
         try:
@@ -332,7 +334,7 @@ def resolve(
     )
     for layer in layers:
         for name, setting in layer.items():
-            _check_name(name, setting.source, values)
+            _check_name(name, setting, values)
             if name in flags and setting.source.startswith("argument"):
                 _check_agreement(name, flags[name], setting)
             weaker = sources[name].partition(",")[0]
@@ -344,13 +346,13 @@ def resolve(
         raise _with_source(error, sources) from None
 
 
-def _check_name(name: str, source: str, fields: Mapping[str, object]) -> None:
+def _check_name(name: str, setting: _Setting, fields: Mapping[str, object]) -> None:
     if name in fields:
         return
     problem = f"`{name}` is not a field of the configuration"
-    if not source.startswith("argument"):
-        problem += f" ({source})"
-    raise ConfigError(problem, fix=nearest(name, fields))
+    if not setting.source.startswith("argument"):
+        problem += f" ({setting.source})"
+    raise ConfigError(problem, got=f"{name}={setting.value!r}", fix=nearest(name, fields))
 
 
 def _check_agreement(name: str, flag: _Setting, argument: _Setting) -> None:

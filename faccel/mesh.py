@@ -106,7 +106,11 @@ class MeshSpec:
         fields = attrs.fields_dict(cls)
         for axis in value:
             if axis not in fields:
-                raise ConfigError(f"`{axis}` is not an axis of a mesh", fix=nearest(axis, fields))
+                raise ConfigError(
+                    f"`mesh` has the unknown axis `{axis}`",
+                    got=f"{axis}={value[axis]!r}",
+                    fix=nearest(axis, fields),
+                )
         return cls(**value)
 
     @property
@@ -140,7 +144,7 @@ class MeshSpec:
         if not free_axes and world_size == num_ranks:
             return self._with_expert_axis()
         raise ConfigError(
-            f"the mesh does not fit {world_size} processes",
+            f"`mesh` does not fit {world_size} processes",
             got=f"{self}, {num_ranks} ranks",
             fix=f"use {self._fitting_extent(world_size)}, or start {num_ranks} processes",
         )

@@ -176,13 +176,13 @@ def where(flag: torch.Tensor, if_true: Tree, if_false: Tree) -> TensorDict:
     return to_tensordict(selected)
 
 
-def check_transformation(value: object) -> None:
-    """Raise OptimizerError unless `value` is a gradient transformation."""
+def check_transformation(value: object, name: str = "transformation") -> None:
+    """Raise OptimizerError unless the argument `name` is a gradient transformation."""
     instance_of(
-        "transformation",
+        name,
         value,
         GradientTransformation,
-        fix="write `faccel.func.adamw(1e-3)`, or `chain(clip_by_global_norm(1.0), adamw(1e-3))`",
+        fix="write `func.adamw(1e-3)`, or `func.chain(func.clip_by_global_norm(1.0), ...)`",
         error=OptimizerError,
     )
 

@@ -209,7 +209,7 @@ def init_state(
         (['bias', 'weight'], 0)
     """
     check_replicas(ctx, "use `faccel.wrap` and `faccel.optimizer_step`, which train on every mesh")
-    check_transformation(optimizer)
+    check_transformation(optimizer, "optimizer")
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not trainable:
         raise ModelError(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from faccel.errors import DesyncError
 from faccel.testing.scheduler import Scheduler
+from faccel.validators import choice
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ class Fault:
 
     rank: int
     collective: int
-    kind: str = attrs.field(validator=attrs.validators.in_(("raise", "stall", "corrupt")))
+    kind: str = attrs.field(validator=choice("raise", "stall", "corrupt"))
 
 
 class InjectedError(RuntimeError):

@@ -1,0 +1,378 @@
+"""Mistakes of a newcomer: each error names the argument, the value and a fix, and the fix works."""
+
+import re
+
+import attrs
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import faccel
+from faccel import errors
+
+
+@attrs.frozen
+class Mistake:
+    """One mistake, the error that it raises, and the fix that the message suggests.
+
+    Args:
+        code: What the newcomer writes.
+        error: The class of the error.
+        argument: The name that the message has in backticks.
+        got: The value that the message repeats.
+        fix: Code that the message suggests, in backticks.
+        wrong: The part of `code` that `fix` replaces.
+        fixed: The code after the fix, where `fix` is only a part of it.
+    """
+
+    code: str
+    error: type[Exception]
+    argument: str
+    got: str
+    fix: str
+    wrong: str | None = None
+    fixed: str | None = None
+
+    def fixed_code(self):
+        """Return the code after the fix."""
+        if self.fixed is not None:
+            assert self.fix in self.fixed
+            return self.fixed
+        assert self.code.count(self.wrong) == 1
+        return self.code.replace(self.wrong, self.fix)
+
+
+CONFIG, DATA, MODEL = errors.ConfigError, errors.DataError, errors.ModelError
+OPTIMIZER, SCALER = errors.OptimizerError, errors.ScalerError
+CHECKPOINT, TREE = errors.CheckpointError, errors.TreeError
+
+MISTAKES = [
+    # Data
+    Mistake("faccel.shard(loader, ctx, tail='padding')", DATA, "tail", "padding", "pad", "padding"),
+    Mistake(
+        "faccel.shard([x], ctx, mode='dispach')", DATA, "mode", "dispach", "dispatch", "dispach"
+    ),
+    Mistake(
+        "for window in faccel.windows(loader, ctx): pass",
+        DATA,
+        "loader",
+        "DataLoader",
+        "faccel.windows(faccel.shard(loader, ctx).at(epoch), ctx)",
+        "faccel.windows(loader, ctx)",
+    ),
+    Mistake(
+        "list(faccel.windows(train.at(0), ctx, size=0))", CONFIG, "size", "0", "size=1", "size=0"
+    ),
+    # Models and optimizers
+    Mistake(
+        "faccel.wrap(ctx, net)",
+        MODEL,
+        "model",
+        "DistContext",
+        "faccel.wrap(model, ctx)",
+        fixed="model = net\nfaccel.wrap(model, ctx)",
+    ),
+    Mistake(
+        "faccel.wrap(net, ctx, plan={'units': 'Linear'})",
+        CONFIG,
+        "plan",
+        "dict",
+        "plan=faccel.Plan()",
+        "plan={'units': 'Linear'}",
+    ),
+    Mistake(
+        "faccel.grad_sync(net, on=True)",
+        MODEL,
+        "model",
+        "Linear",
+        "model = faccel.wrap(net, ctx)",
+        fixed="model = faccel.wrap(net, ctx)\nfaccel.grad_sync(model, on=True)",
+    ),
+    Mistake(
+        "faccel.wrap_optimizer(torch.optim.SGD(net.parameters(), lr=0.1), model, ctx)",
+        OPTIMIZER,
+        "opt",
+        "SGD",
+        "model.parameters()",
+        "net.parameters()",
+    ),
+    Mistake(
+        "faccel.wrap_optimizer(model, opt, ctx)",
+        OPTIMIZER,
+        "opt",
+        "WrappedModel",
+        "faccel.wrap_optimizer(opt, model, ctx)",
+        "faccel.wrap_optimizer(model, opt, ctx)",
+    ),
+    # One update
+    Mistake(
+        "loss = F.cross_entropy(model(x), y, reduction='none')\n"
+        "faccel.scaled_backward(loss, scaler, ctx)",
+        MODEL,
+        "loss",
+        "shape (8,)",
+        "loss.mean()",
+        fixed="loss = F.cross_entropy(model(x), y, reduction='none')\n"
+        "faccel.scaled_backward(loss.mean(), scaler, ctx)",
+    ),
+    Mistake(
+        "faccel.scaled_backward(loss.item(), scaler, ctx)",
+        MODEL,
+        "loss",
+        "float",
+        "loss",
+        "loss.item()",
+    ),
+    Mistake(
+        "with torch.no_grad():\n    loss = model(x).mean()\n"
+        "faccel.scaled_backward(loss, scaler, ctx)",
+        MODEL,
+        "loss",
+        "requires_grad=False",
+        "torch.enable_grad()",
+        "torch.no_grad()",
+    ),
+    Mistake(
+        "faccel.scaled_backward(loss, ctx, scaler)",
+        SCALER,
+        "scaler",
+        "DistContext",
+        "scaler = faccel.scaled_backward(loss, scaler, ctx)",
+        "faccel.scaled_backward(loss, ctx, scaler)",
+    ),
+    Mistake(
+        "faccel.optimizer_step(opt, scaler, ctx)",
+        OPTIMIZER,
+        "opt",
+        "`.grad`",
+        "scaler = faccel.scaled_backward(loss, scaler, ctx)",
+        fixed="scaler = faccel.scaled_backward(loss, scaler, ctx)\n"
+        "faccel.optimizer_step(opt, scaler, ctx)",
+    ),
+    Mistake(
+        "loss.backward()\nfaccel.optimizer_step(opt, scaler, ctx)",
+        SCALER,
+        "scaler",
+        "ScalerState",
+        "scaler = faccel.scaled_backward(loss, scaler, ctx)",
+        "loss.backward()",
+    ),
+    Mistake(
+        "scaler = faccel.scaled_backward(loss, scaler, ctx)\n"
+        "faccel.optimizer_step(opt, scaler, ctx, clip_norm=-1.0)",
+        CONFIG,
+        "clip_norm",
+        "-1.0",
+        "clip_norm=1.0",
+        "clip_norm=-1.0",
+    ),
+    Mistake(
+        "plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(opt)\nmetric = 0.5\n"
+        "scaler = faccel.scaled_backward(loss, scaler, ctx)\n"
+        "faccel.optimizer_step(opt, scaler, ctx, scheduler=plateau)",
+        CONFIG,
+        "scheduler",
+        "ReduceLROnPlateau",
+        "plateau.step(metric)",
+        fixed="plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(opt)\nmetric = 0.5\n"
+        "scaler = faccel.scaled_backward(loss, scaler, ctx)\n"
+        "faccel.optimizer_step(opt, scaler, ctx)\nplateau.step(metric)",
+    ),
+    Mistake(
+        "faccel.init_scaler(ctx, growth=2.0)", CONFIG, "growth", "2.0", "growth_factor", "growth"
+    ),
+    # Configuration
+    Mistake(
+        "faccel.init(mixed_precision='fp8', env={})",
+        CONFIG,
+        "mixed_precision",
+        "fp8",
+        "bf16",
+        "fp8",
+    ),
+    Mistake(
+        "faccel.init(grad_acum=4, env={})", CONFIG, "grad_acum", "4", "grad_accum", "grad_acum"
+    ),
+    Mistake("faccel.init(mesh='dp=1', env={})", CONFIG, "mesh", "dp=1", "dp_replicate", "dp"),
+    Mistake("faccel.init(mesh='tp=4', env={})", CONFIG, "mesh", "tp=4", "tp=1", "tp=4"),
+    Mistake("faccel.init(device='gpu', env={})", errors.DeviceError, "device", "gpu", "cpu", "gpu"),
+    Mistake(
+        "faccel.init(env={'FACCEL_MIXED_PRECISION': 'half'})",
+        CONFIG,
+        "mixed_precision",
+        "half",
+        "fp16",
+        "half",
+    ),
+    Mistake(
+        "faccel.init(env={'FACCEL_SEEDS': '1'})",
+        CONFIG,
+        "FACCEL_SEEDS",
+        "1",
+        "FACCEL_SEED",
+        "FACCEL_SEEDS",
+    ),
+    Mistake(
+        "faccel.init(zero=2, env={})",
+        CONFIG,
+        "zero",
+        "2",
+        'strategy="deepspeed"',
+        fixed='faccel.Config(zero=2, strategy="deepspeed")',
+    ),
+    # Plans
+    Mistake(
+        "faccel.Plan(activation_checkpoint='all')",
+        CONFIG,
+        "activation_checkpoint",
+        "all",
+        'activation_checkpoint="full"',
+        "activation_checkpoint='all'",
+    ),
+    Mistake(
+        "faccel.Plan(tensor={'up': 'column'})",
+        CONFIG,
+        'tensor["up"]',
+        "column",
+        "colwise",
+        "column",
+    ),
+    Mistake(
+        "faccel.parallel.DdpConfig(comm_hook='fp8')", CONFIG, "comm_hook", "fp8", "fp16", "fp8"
+    ),
+    Mistake(
+        "faccel.parallel.PipelineConfig(chain=('0',), schedule='1F1B')",
+        CONFIG,
+        "schedule",
+        "1F1B",
+        "1f1b",
+        "1F1B",
+    ),
+    # Collectives
+    Mistake("faccel.reduce(x, ctx, op='avg')", CONFIG, "op", "avg", "mean", "avg"),
+    # Checkpoints
+    Mistake(
+        "faccel.checkpoint.keep_best(1, 'accuracy', mode='maximum')",
+        CONFIG,
+        "mode",
+        "maximum",
+        "max",
+        "maximum",
+    ),
+    # The rest of the library
+    Mistake(
+        "faccel.launch('train.py')",
+        errors.LaunchError,
+        "fn",
+        "train.py",
+        "faccel.launch(train, num_processes=2)",
+        fixed="def train(ctx): return 0\n"
+        "faccel.launch(train, num_processes=1) # as in faccel.launch(train, num_processes=2)",
+    ),
+    Mistake(
+        "faccel.testing.simulate(lambda ctx: 0, 0)",
+        CONFIG,
+        "world_size",
+        "0",
+        "world_size=1",
+        fixed="faccel.testing.simulate(lambda ctx: 0, world_size=1)",
+    ),
+    Mistake(
+        "faccel.testing.Fault(rank=0, collective=0, kind='crash')",
+        CONFIG,
+        "kind",
+        "crash",
+        "raise",
+        "crash",
+    ),
+    Mistake(
+        "func.init_state(net, opt, ctx, seed=0)",
+        OPTIMIZER,
+        "optimizer",
+        "SGD",
+        "func.adamw(1e-3)",
+        "opt",
+    ),
+    Mistake("func.adamw(-1.0)", CONFIG, "lr", "-1.0", "adamw(1e-3)", "adamw(-1.0)"),
+    Mistake(
+        "faccel.Accelerator()",
+        AttributeError,
+        "Accelerator",
+        "",
+        "ctx = faccel.init()",
+        "faccel.Accelerator()",
+    ),
+]
+
+
+def scene(tmp_path):
+    """Return the names that the code of the mistakes uses."""
+    x, y = torch.randn(8, 4), torch.randint(2, (8,))
+    dataset = TensorDataset(x, y)
+    loader = DataLoader(dataset, 4, shuffle=True)
+    ctx = faccel.init(device="cpu", env={})
+    model = faccel.wrap(torch.nn.Linear(4, 2), ctx)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    return {
+        "F": F,
+        "DataLoader": DataLoader,
+        "ctx": ctx,
+        "dataset": dataset,
+        "epoch": 0,
+        "faccel": faccel,
+        "func": faccel.func,
+        "loader": loader,
+        "loss": F.cross_entropy(model(x), y),
+        "model": model,
+        "net": torch.nn.Linear(4, 2),
+        "opt": faccel.wrap_optimizer(opt, model, ctx),
+        "path": str(tmp_path / "runs"),
+        "scaler": faccel.init_scaler(ctx),
+        "state": {"model": model, "step": 0},
+        "step": 1,
+        "torch": torch,
+        "train": faccel.shard(loader, ctx),
+        "x": x,
+        "y": y,
+    }
+
+
+def message_parts(error):
+    """Return the problem, the value and the fix of an error."""
+    if isinstance(error, errors.FaccelError):
+        return error.problem, error.got, error.fix
+    problem, _, fix = str(error).partition("\nTo fix: ")
+    return problem, "", fix
+
+
+def unquoted(code):
+    match = re.fullmatch(r"'(.*)'|\"(.*)\"", code)
+    return (match[1] or match[2]) if match else code
+
+
+def check_message(mistake, error):
+    problem, got, fix = message_parts(error)
+    assert f"`{mistake.argument}`" in problem, "the problem names the argument"
+    assert mistake.got in got, "the message repeats the value"
+    suggestions = [unquoted(code) for code in re.findall(r"`([^`]+)`", fix)]
+    assert mistake.fix in suggestions, "the message suggests the fix"
+    assert re.match(r"[a-z]", fix), "a fix starts with a verb"
+
+
+def test_there_are_at_least_twenty():
+    assert len(MISTAKES) >= 20
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.code.splitlines()[-1])
+def test_the_error_names_argument_value_and_fix(mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(mistake.error) as caught:
+        exec(mistake.code, scene(tmp_path))
+    check_message(mistake, caught.value)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.code.splitlines()[-1])
+def test_the_fix_works(mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(mistake.fixed_code(), scene(tmp_path))
