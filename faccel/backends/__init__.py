@@ -15,4 +15,6 @@ if TYPE_CHECKING:
 _NAMES = {
     "faccel.backends.table": ("BACKENDS", "Backend", "choose", "use"),
 }  # fmt: skip
-__getattr__, __dir__, __all__ = lazy(__name__, _NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__, __all__ = lazy(  # pyright: ignore[reportUnsupportedDunderAll]
+    __name__, _NAMES
+)

@@ -35,4 +35,6 @@ _NAMES = {
     "faccel.checkpoint.pickled": ("save_object",),
     "faccel.checkpoint.preemption": ("Preemption",),
 }  # fmt: skip
-__getattr__, __dir__, __all__ = lazy(__name__, _NAMES)  # pyright: ignore
+__getattr__, __dir__, __all__ = lazy(  # pyright: ignore[reportUnsupportedDunderAll]
+    __name__, _NAMES
+)

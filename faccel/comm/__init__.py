@@ -17,4 +17,6 @@ _NAMES = {
     "faccel.comm.objects": ("scatter_objects",),
     "faccel.comm.shapes": ("all_to_all", "pad_across"),
 }  # fmt: skip
-__getattr__, __dir__, __all__ = lazy(__name__, _NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__, __all__ = lazy(  # pyright: ignore[reportUnsupportedDunderAll]
+    __name__, _NAMES
+)

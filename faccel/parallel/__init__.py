@@ -39,4 +39,6 @@ _NAMES = {
     "faccel.training.optimizer_in_backward": ("step_in_backward",),
     "faccel.training.step": ("pipeline_step",),
 }  # fmt: skip
-__getattr__, __dir__, __all__ = lazy(__name__, _NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__, __all__ = lazy(  # pyright: ignore[reportUnsupportedDunderAll]
+    __name__, _NAMES
+)

@@ -13,4 +13,6 @@ if TYPE_CHECKING:
 _NAMES = {
     "faccel.random.seeding": ("RngState", "generator"),
 }  # fmt: skip
-__getattr__, __dir__, __all__ = lazy(__name__, _NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__, __all__ = lazy(  # pyright: ignore[reportUnsupportedDunderAll]
+    __name__, _NAMES
+)

@@ -1,4 +1,4 @@
-"""The process-wide generators of torch (CPU), NumPy and Python: read, seeded and restored together."""
+"""The process-wide generators of torch (CPU), NumPy and Python, as one state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import numpy as np
+import numpy as np  # which imports `numpy.random`, 10 ms, at its first use
 import torch
 
 A = TypeVar("A")
@@ -46,7 +46,8 @@ class Generators:
         """Return the state of generators that were seeded with `seed`, as `seed_all` would."""
         torch_state = torch.Generator().manual_seed(seed).get_state()
         numpy_state = np.random.RandomState(seed % 2**32).get_state()
-        return cls(torch_state, numpy_state, random.Random(seed).getstate())  # type: ignore[arg-type]
+        python_state = random.Random(seed).getstate()
+        return cls(torch_state, numpy_state, python_state)  # type: ignore[arg-type]
 
     def restore(self) -> None:
         """Set the process's generators to this state."""
@@ -72,14 +73,14 @@ def using(state: Generators) -> Generator[None]:
 
     Effects: ambient. Updates `state`, so that the next body continues where this one ended.
     """
-    own = Generators.current()
+    process_state = Generators.current()
     state.restore()
     try:
         yield
     finally:
         after = Generators.current()
         state.torch, state.numpy, state.python = after.torch, after.numpy, after.python
-        own.restore()
+        process_state.restore()
 
 
 def seed_all(seed: int) -> None:
@@ -94,11 +95,17 @@ def seed_all(seed: int) -> None:
 _spare_bit_generators: list[np.random.MT19937] = []
 
 
+def _spare_bit_generator() -> np.random.MT19937:
+    if _spare_bit_generators:
+        return _spare_bit_generators.pop()
+    return np.random.MT19937(0)
+
+
 def call_seeded(fn: Callable[[A], R], argument: A, seed: int) -> R:
     """Return `fn(argument)`, computed with the generators seeded; then restore the process's own.
 
-    Effects: ambient. Takes 30 µs besides `fn`. NumPy's legacy normals are drawn in pairs: the second
-    one of a pair whose first was drawn before this call is discarded.
+    Effects: ambient. Takes 30 µs besides `fn`. NumPy's legacy normals are drawn in pairs: the
+    second one of a pair whose first was drawn before this call is discarded.
 
     Args:
         fn: What to call.
@@ -112,7 +119,7 @@ def call_seeded(fn: Callable[[A], R], argument: A, seed: int) -> R:
     torch_state = torch.default_generator.get_state()
     python_state = random.getstate()
     own_bits = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    bits = _spare_bit_generators.pop() if _spare_bit_generators else np.random.MT19937(0)
+    bits = _spare_bit_generator()
     np.random.set_bit_generator(bits)  # type: ignore[attr-defined]
     try:
         seed_all(seed)

@@ -1,8 +1,8 @@
-"""Random streams: process-wide generators seeded by rule, and generators derived by folding integers into a seed."""
+"""Random streams: seeding the process-wide generators, and deriving generators from integers."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -12,15 +12,18 @@ from faccel.effects import AMBIENT, effectful
 from faccel.random.generators import Generators, seed_all
 from faccel.random.hashing import mix
 
+if TYPE_CHECKING:
+    from faccel.random.generators import NumpyState, PythonState
+
 
 def generator(seed: int, *ints: int) -> torch.Generator:
-    """Return a CPU generator whose stream depends on all the integers, and on nothing else.
+    """Return a CPU generator whose stream depends on the integers only.
 
     Effects: pure.
 
     Args:
         seed: Any integer.
-        *ints: More: an epoch, a step, a rank, ...
+        *ints: Further integers: an epoch, a step, a rank, ...
 
     Examples:
         >>> import torch
@@ -33,18 +36,17 @@ def generator(seed: int, *ints: int) -> torch.Generator:
 
 @effectful(AMBIENT)
 def seed_everything(seed: int, ctx: DistContext, *, per_data_rank: bool = False) -> None:
-    """Seed the process-wide generators of torch (every device), numpy and python.
+    """Seed the process-wide generators of torch (on every device), NumPy and Python.
 
-    Effects: ambient.
-
-    Call it before the models are built: the same streams on every rank. Call it again with `per_data_rank=True` when
-    they are wrapped: from then on ranks that read different data draw different dropout masks, and ranks that share
-    data (tensor and pipeline parallel) draw the same.
+    Effects: ambient. Call it before the models are created: every rank initializes them equally.
+    Call it again with `per_data_rank=True` after `wrap`: ranks that read different samples then
+    draw different dropout masks. Ranks of one data rank (tensor and pipeline parallel) draw the
+    same.
 
     Args:
         seed: Any integer.
-        ctx: The world.
-        per_data_rank: Whether `ctx.data_rank` is folded in.
+        ctx: The context.
+        per_data_rank: Whether to fold in `ctx.data_rank`.
 
     Examples:
         >>> import torch
@@ -55,26 +57,33 @@ def seed_everything(seed: int, ctx: DistContext, *, per_data_rank: bool = False)
         >>> len(set(simulate(draw, 3, False))), len(set(simulate(draw, 3, True)))
         (1, 3)
     """
-    number = mix(seed, ctx.data_rank + 1) if per_data_rank else seed % 2**64
-    seed_all(number)
-    torch.manual_seed(number)  # the devices' too
+    seed = seed % 2**64  # `torch.manual_seed` raises on larger ones
+    if per_data_rank:
+        seed = mix(seed, ctx.data_rank + 1)
+    seed_all(seed)
+    torch.manual_seed(seed)  # of the devices, too
 
 
 @attrs.frozen(eq=False)
 class RngState:
-    """The process-wide generators at one moment, to be saved and set again.
+    """The state of the process-wide generators, to be saved and restored.
 
     Args:
-        torch: State of torch's CPU generator, uint8.
-        numpy: State of numpy's.
-        python: State of python's.
-        device: State of the device's generator, uint8; None on a CPU.
+        torch: `uint8[n]`, state of torch's CPU generator.
+        numpy: State of NumPy's generator, as `np.random.get_state` returns it.
+        python: State of Python's generator, as `random.getstate` returns it.
+        device: `uint8[n]`, state of the device's generator; None on a CPU.
     """
 
     torch: torch.Tensor = attrs.field(repr=False)
-    numpy: Any = attrs.field(repr=False)
-    python: Any = attrs.field(repr=False)
+    numpy: NumpyState = attrs.field(repr=False)
+    python: PythonState = attrs.field(repr=False)
     device: torch.Tensor | None = attrs.field(repr=False)
+
+
+def _device_module(device_type: str) -> Any:
+    # `torch.cuda`, `torch.xpu`, `torch.mps`, ...: each has its own get_rng_state and set_rng_state
+    return getattr(torch, device_type)
 
 
 @effectful(AMBIENT)
@@ -91,17 +100,18 @@ def rng_state(ctx: DistContext) -> RngState:
         >>> bool(torch.rand(()) == first)
         True
     """
-    now = Generators.current()
-    kind = ctx.device.type
-    device = None if kind == "cpu" else getattr(torch, kind).get_rng_state(ctx.device)
-    return RngState(now.torch, now.numpy, now.python, device)
+    host = Generators.current()
+    device_state = None
+    if ctx.device.type != "cpu":
+        device_state = _device_module(ctx.device.type).get_rng_state(ctx.device)
+    return RngState(host.torch, host.numpy, host.python, device_state)
 
 
 @effectful(AMBIENT)
 def set_rng_state(state: RngState) -> None:
-    """Make the process-wide generators go on from `state`.
+    """Set the process-wide generators to `state`, from which they continue.
 
-    Effects: ambient. Writes them, and those of the current device where the state has them.
+    Effects: ambient. Writes them, and the generator of the current device if the state has one.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -111,4 +121,4 @@ def set_rng_state(state: RngState) -> None:
     if state.device is not None:
         accelerator = torch.accelerator.current_accelerator()
         assert accelerator is not None
-        getattr(torch, accelerator.type).set_rng_state(state.device)
+        _device_module(accelerator.type).set_rng_state(state.device)

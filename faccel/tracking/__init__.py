@@ -1,4 +1,4 @@
-"""Loggers, progress and experiment trackers."""
+"""Loggers, progress bars and experiment trackers."""
 
 from __future__ import annotations
 
@@ -16,4 +16,6 @@ if TYPE_CHECKING:
 _NAMES = {
     "faccel.tracking.trackers": ("Tracker", "Trackers", "finish", "init_trackers", "log"),
 }  # fmt: skip
-__getattr__, __dir__, __all__ = lazy(__name__, _NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__, __all__ = lazy(  # pyright: ignore[reportUnsupportedDunderAll]
+    __name__, _NAMES
+)

@@ -1,4 +1,4 @@
-"""Experiment trackers: what a run tells the outside, written once, by rank 0."""
+"""Experiment trackers: rank 0 records the metrics of a run in files or with a service."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import attrs
 import torch
 
+from faccel.checks import one_of
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, effectful, updates
-from faccel.errors import ConfigError, FaccelError, nearest
+from faccel.errors import ConfigError, FaccelError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+RunConfig = Mapping[str, object]
 
 
 @attrs.frozen(eq=False)
@@ -24,53 +30,71 @@ class Tracker:
     """One way to record a run, as three functions.
 
     Args:
-        open: `open(folder, config) -> state`: begins a run in a folder that is there.
+        open: `open(folder, config) -> state`: starts or continues a run in an existing folder.
         log: `log(state, values, step)`: records numbers.
-        close: `close(state)`: ends the run; everything is on disk afterwards.
+        close: `close(state)`: ends the run. Afterwards everything is on disk.
     """
 
-    open: Callable[[Path, Mapping[str, Any]], Any]
+    # The type of `state` is known to the tracker only.
+    open: Callable[[Path, RunConfig], Any]
     log: Callable[[Any, Mapping[str, float], int], None]
     close: Callable[[Any], None]
 
 
 @attrs.frozen(eq=False)
 class Trackers:
-    """The trackers of a run; empty on every rank but 0.
+    """The trackers of a run; empty on every rank except 0.
 
     Args:
         opened: Name, tracker and state of each.
     """
 
-    opened: Sequence[tuple[str, Tracker, Any]] = ()
-    _silent: set[str] = attrs.field(
-        factory=set, init=False, repr=False
-    )  # those that have failed, and said so
+    opened: Sequence[tuple[str, Tracker, object]] = ()
+    # Trackers whose failure is logged already: a broken service must not flood the log.
+    _failed: set[str] = attrs.field(factory=set, init=False, repr=False)
+
+    def report_failure(self, name: str, error: Exception) -> None:
+        """Log the first failure of a tracker; ignore later ones.
+
+        Effects: ambient. Training continues: a tracker is never worth a lost run.
+        """
+        if name in self._failed:
+            return
+        self._failed.add(name)
+        logging.getLogger("faccel").error(
+            "the tracker `%s` failed; its later failures are not logged: %r", name, error
+        )
 
 
-def _open_jsonl(folder: Path, config: Mapping[str, Any]) -> Any:
-    (folder / "config.json").write_text(json.dumps(dict(config), indent=2, default=str) + "\n")
+def _to_json(values: Mapping[str, object], indent: int | None = None) -> str:
+    return json.dumps(dict(values), indent=indent, default=str)
+
+
+def _open_jsonl(folder: Path, config: RunConfig) -> TextIO:
+    (folder / "config.json").write_text(_to_json(config, indent=2) + "\n")
     return (folder / "metrics.jsonl").open("a")
 
 
-def _log_jsonl(file: Any, values: Mapping[str, float], step: int) -> None:
-    file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+def _log_jsonl(file: TextIO, values: Mapping[str, float], step: int) -> None:
+    file.write(_to_json({"step": step, "time": time.time(), **values}) + "\n")
     file.flush()
 
 
-def _open_csv(folder: Path, config: Mapping[str, Any]) -> Any:
-    file = (folder / "metrics.csv").open("a", newline="")
-    if not file.tell():
+def _open_csv(folder: Path, config: RunConfig) -> TextIO:
+    path = folder / "metrics.csv"
+    is_new = not path.exists() or path.stat().st_size == 0
+    file = path.open("a", newline="")
+    if is_new:
         csv.writer(file).writerow(("step", "name", "value"))
     return file
 
 
-def _log_csv(file: Any, values: Mapping[str, float], step: int) -> None:
+def _log_csv(file: TextIO, values: Mapping[str, float], step: int) -> None:
     csv.writer(file).writerows((step, name, value) for name, value in values.items())
     file.flush()
 
 
-def _open_tensorboard(folder: Path, config: Mapping[str, Any]) -> Any:
+def _open_tensorboard(folder: Path, config: RunConfig) -> SummaryWriter:
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError as error:
@@ -80,16 +104,16 @@ def _open_tensorboard(folder: Path, config: Mapping[str, Any]) -> Any:
             fix='run `pip install "faccel[track]"`',
         ) from None
     writer = SummaryWriter(str(folder))
-    writer.add_text("config", json.dumps(dict(config), indent=2, default=str))
+    writer.add_text("config", _to_json(config, indent=2))
     return writer
 
 
-def _log_tensorboard(writer: Any, values: Mapping[str, float], step: int) -> None:
+def _log_tensorboard(writer: SummaryWriter, values: Mapping[str, float], step: int) -> None:
     for name, value in values.items():
         writer.add_scalar(name, value, step)
 
 
-def _close(file: Any) -> None:
+def _close(file: TextIO | SummaryWriter) -> None:
     file.close()
 
 
@@ -100,7 +124,7 @@ TRACKERS: Mapping[str, Tracker] = MappingProxyType(
         "tensorboard": Tracker(_open_tensorboard, _log_tensorboard, _close),
     }
 )
-"""Those that faccel has; a `Tracker` of your own goes beside their names."""
+"""The built-in trackers by name. For another service, pass a `Tracker` to `init_trackers`."""
 
 
 @effectful(AMBIENT)
@@ -109,23 +133,23 @@ def init_trackers(
     ctx: DistContext,
     *,
     trackers: Sequence[str | Tracker] = ("jsonl",),
-    config: Mapping[str, Any] | None = None,
+    config: RunConfig | None = None,
 ) -> Trackers:
-    """Begin to record a run in `ctx.config.run_dir / run`.
+    """Start to record a run in the folder `ctx.config.run_dir / run`.
 
-    Effects: ambient. Rank 0 makes the folder and opens the trackers; a run that is there already is gone on with.
+    Effects: ambient. Rank 0 creates the folder and opens the trackers. A run that exists continues.
 
     Args:
         run: Name of the run.
-        ctx: The world.
-        trackers: `"jsonl"`, `"csv"`, `"tensorboard"`, or a `Tracker` of your own.
-        config: What to remember about the run.
+        ctx: The context.
+        trackers: `"jsonl"`, `"csv"`, `"tensorboard"`, or a `Tracker`.
+        config: What to store about the run.
 
     Returns:
-        For `log` and `finish`.
+        The trackers, for `log` and `finish`.
 
     Raises:
-        ConfigError: An unknown tracker, or one that is not installed.
+        ConfigError: A tracker is unknown or not installed.
 
     Examples:
         >>> import tempfile
@@ -135,38 +159,40 @@ def init_trackers(
         >>> log({"loss": 2.5}, trackers, step=1)
         >>> finish(trackers)
     """
-    chosen: list[tuple[str, Tracker]] = []
-    for each in trackers:
-        if isinstance(each, str) and each not in TRACKERS:
-            raise ConfigError(f"`{each}` is not a tracker", fix=nearest(each, TRACKERS))
-        chosen.append(
-            (each, TRACKERS[each]) if isinstance(each, str) else (type(each).__name__, each)
-        )
+    by_name = [_named_tracker(tracker) for tracker in trackers]  # every rank raises on a wrong name
     if not ctx.is_main:
         return Trackers()
     folder = Path(ctx.config.run_dir) / run
     folder.mkdir(parents=True, exist_ok=True)
-    opened: list[tuple[str, Tracker, Any]] = []
-    for name, tracker in chosen:
+    opened: list[tuple[str, Tracker, object]] = []
+    for name, tracker in by_name:
         try:
             opened.append((name, tracker, tracker.open(folder, config or {})))
-        except FaccelError:  # it was asked for by name and is not there
+        except FaccelError:  # a requested tracker is not installed
             raise
         except Exception as error:
-            _say_once(Trackers(), name, error)
+            Trackers().report_failure(name, error)
     return Trackers(opened)
+
+
+def _named_tracker(tracker: str | Tracker) -> tuple[str, Tracker]:
+    if isinstance(tracker, Tracker):
+        return "Tracker", tracker
+    one_of("trackers", tracker, TRACKERS)
+    return tracker, TRACKERS[tracker]
 
 
 @effectful(AMBIENT, updates("trackers"))
 def log(values: Mapping[str, float | torch.Tensor], trackers: Trackers, *, step: int) -> None:
-    """Record numbers. A tracker that fails says so once, in the log of `faccel`, and never stops the training.
+    """Record numbers.
 
-    Effects: ambient, updates trackers. On rank 0 the host waits for tensors on a device.
+    Effects: ambient, updates trackers. On rank 0 the host waits for tensors on a device. A tracker
+    that fails never stops the training: its first failure is logged by the logger `faccel`.
 
     Args:
-        values: Name to number or 0-d tensor.
+        values: Numbers or 0-d tensors by name.
         trackers: From `init_trackers`.
-        step: Which step they belong to.
+        step: The step that they belong to.
 
     Examples:
         >>> log({"loss": 2.5}, Trackers(), step=1)
@@ -176,15 +202,18 @@ def log(values: Mapping[str, float | torch.Tensor], trackers: Trackers, *, step:
     try:
         numbers = {name: float(value) for name, value in values.items()}
     except (TypeError, ValueError) as error:
-        _say_once(trackers, "of values that are no numbers", error)
+        trackers.report_failure("with values that are not numbers", error)
         return
     for name, tracker, state in trackers.opened:
-        _guarded(trackers, name, tracker.log, state, numbers, step)
+        try:
+            tracker.log(state, numbers, step)
+        except Exception as error:
+            trackers.report_failure(name, error)
 
 
 @effectful(AMBIENT, updates("trackers"))
 def finish(trackers: Trackers) -> None:
-    """End the recording; everything is on disk afterwards.
+    """End the recording. Afterwards everything is on disk.
 
     Effects: ambient, updates trackers.
 
@@ -192,20 +221,7 @@ def finish(trackers: Trackers) -> None:
         >>> finish(Trackers())
     """
     for name, tracker, state in trackers.opened:
-        _guarded(trackers, name, tracker.close, state)
-
-
-def _guarded(trackers: Trackers, name: str, call: Callable[..., None], *args: Any) -> None:
-    try:
-        call(*args)
-    except Exception as error:
-        _say_once(trackers, name, error)
-
-
-def _say_once(trackers: Trackers, name: str, error: Exception) -> None:
-    silent = trackers._silent  # pyright: ignore[reportPrivateUsage]
-    if name not in silent:
-        silent.add(name)
-        logging.getLogger("faccel").error(
-            "the tracker `%s` failed, and will not say so again: %r", name, error
-        )
+        try:
+            tracker.close(state)
+        except Exception as error:
+            trackers.report_failure(name, error)

@@ -1,3 +1,5 @@
+"""`faccel.random.generators`: what it draws, and what it leaves of the process's generators."""
+
 import random
 
 import numpy as np
@@ -79,7 +81,7 @@ def test_using_updates_the_state_and_restores_the_generators_of_the_process():
     seed_all(1)
     expected = [draws(), draws()]
     seed_all(2)
-    own = draws()
+    process_draws = draws()
     seed_all(2)
     state = Generators.seeded(1)
     got = []
@@ -87,7 +89,7 @@ def test_using_updates_the_state_and_restores_the_generators_of_the_process():
         with using(state):
             got.append(draws())
     assert got == expected
-    assert draws() == own
+    assert draws() == process_draws
 
 
 def test_seeded_calls_may_be_nested_and_overlap():
