@@ -1,9 +1,9 @@
-"""Time of a functional step against the plain loop of torch, on one process: the digits model, and eight small ones.
+"""Measure a functional step against a plain PyTorch loop, on one process.
 
-Both do the same work: forward, backward and AdamW on the same model and batch. The plain loop reads
-`loss.backward(); opt.step(); opt.zero_grad()`.
+Both run forward, backward and AdamW on the same model and batch: the digits model, then eight small
+models. The plain loop is `loss.backward(); opt.step(); opt.zero_grad()`.
 
-python benchmarks/functional.py
+    python benchmarks/functional.py
 """
 
 import importlib.util
@@ -19,14 +19,14 @@ import faccel
 from faccel import func
 
 ROUNDS = 60
-STEPS = 20  # per round and contender
+STEPS = 20  # of each contender in a round
 MODELS = 8
 BATCH = 64
 SEED = 0
 
 
 def digits():
-    """The example as a module that the compiler finds by name."""
+    """Return the example as a module that `torch.compile` can import by name."""
     path = Path(__file__).parents[1] / "examples" / "digits.py"
     spec = importlib.util.spec_from_file_location("digits", path)
     module = importlib.util.module_from_spec(spec)
@@ -50,11 +50,11 @@ def plain(models, batch):
 
 
 def functional(step, state, batch):
-    held = [state]
+    current = [state]
 
     def run():
         for _ in range(STEPS):
-            _, held[0] = step(held[0], batch)
+            _, current[0] = step(current[0], batch)
 
     return run
 

@@ -1,4 +1,4 @@
-"""Train digits with differential privacy: each sample's gradient is clipped, and noise hides what is left of it.
+"""Train digits with differential privacy: clip the gradient of each sample, add noise to their sum.
 
 python examples/dp_sgd.py
 faccel launch --cpu --nproc 2 examples/dp_sgd.py --noise 2.0
@@ -16,8 +16,8 @@ import faccel
 from faccel import func
 
 EPOCHS = 15
-GLOBAL_BATCH = 256  # large batches drown the noise
-MICRO_BATCHES = 2  # gradients of so many samples at a time are in memory: batch / 2
+GLOBAL_BATCH = 256  # the noise is added once per batch, so large batches have less of it
+NUM_MICRO_BATCHES = 2  # per-sample gradients of half a batch are in memory at a time
 LEARNING_RATE = 2.0
 CLIP_NORM = 0.5
 
@@ -29,7 +29,7 @@ def main(ctx, noise):
     faccel.seed_everything(SEED, ctx)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 
-    # The same loss function as for any other step; here it is called for one sample at a time, by vmap.
+    # The same loss function as for any other step. `dp_sgd` maps it over single samples with vmap.
     def loss_fn(params, batch, generator):
         x, y = batch
         return F.cross_entropy(func.functional_call(net, params, x, generator=generator), y)
@@ -42,7 +42,7 @@ def main(ctx, noise):
         ctx,
         clip_norm=CLIP_NORM,
         noise_multiplier=noise,
-        num_micro_batches=MICRO_BATCHES,
+        num_micro_batches=NUM_MICRO_BATCHES,
     )
     for epoch, loader in train.epochs(EPOCHS):
         for x, y in loader:

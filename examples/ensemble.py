@@ -22,7 +22,7 @@ LEARNING_RATE = 3e-3
 
 
 def make(seed):
-    # each model from a seed of its own; the process's generator is put back
+    # each model has its own seed; the state of the default generator is restored
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(
@@ -30,7 +30,7 @@ def make(seed):
         )
 
 
-def main(ctx, compiles):
+def main(ctx, use_compile):
     train_set, test_set = datasets()
     train = faccel.shard(DataLoader(train_set, GLOBAL_BATCH, shuffle=True), ctx, split_batches=True)
     net = make(0)
@@ -39,15 +39,16 @@ def main(ctx, compiles):
         x, y = batch
         return F.cross_entropy(func.functional_call(net, params, x, generator=generator), y)
 
-    # Eight states, stacked: every tensor of them has a first dim of eight.
+    # Eight states, stacked: every tensor has a first dim of eight.
     optimizer = func.adamw(LEARNING_RATE)
     states = func.stack(
         [func.init_state(make(SEED + i), optimizer, ctx, seed=SEED + i) for i in range(MODELS)]
     )
 
-    # The step for one model, mapped over them. Each draws dropout masks of its own; compiled, it is the fastest.
+    # The step of one model, mapped over all. Each model draws its own dropout masks. `--compile`
+    # makes it several times faster.
     step = func.ensemble(func.make_step(loss_fn, optimizer, ctx), ctx)
-    if compiles:
+    if use_compile:
         step = func.compiled(step, ctx)
     for _, loader in train.epochs(EPOCHS):
         for batch in loader:
@@ -55,7 +56,7 @@ def main(ctx, compiles):
     losses = " ".join(f"{loss:.3f}" for loss in metrics["loss"])
     faccel.print(f"losses {losses}", ctx=ctx)
 
-    # Each alone, and all together.
+    # The accuracy of each model, then of the mean of their predictions.
     net.eval()
     x, y = test_set.tensors
     with torch.no_grad():

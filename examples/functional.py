@@ -1,4 +1,4 @@
-"""Train digits with a step that is a pure function: the state is a value that can be kept, compared and gone back to.
+"""Train digits with a pure step, and return to an earlier state after a bad batch.
 
 python examples/functional.py
 faccel launch --cpu --nproc 2 examples/functional.py
@@ -13,7 +13,7 @@ import faccel
 from faccel import func
 
 CLIP_NORM = 1.0
-POISONED = 40  # the step whose batch is not a number
+POISONED = 40  # the step whose batch is all NaN
 
 
 def main(ctx):
@@ -21,7 +21,7 @@ def main(ctx):
     train = faccel.shard(DataLoader(train_set, GLOBAL_BATCH, shuffle=True), ctx, split_batches=True)
     test = faccel.shard(DataLoader(test_set, 256), ctx)
 
-    # The module is code; what is trained is the state. Nothing below changes either.
+    # The module provides the code, the state the parameters. Nothing below changes either.
     faccel.seed_everything(SEED, ctx)
     net = Net()
 
@@ -29,7 +29,8 @@ def main(ctx):
         x, y = batch
         return F.cross_entropy(func.functional_call(net, params, x, generator=generator), y)
 
-    # An optimizer is a value, too: torch's AdamW, bit for bit, behind a clipping, on a cosine, with averaged weights.
+    # The optimizer is a value, too: clip, scale the rate by a cosine, PyTorch's AdamW bit for bit,
+    # then average the weights.
     optimizer = func.chain(
         func.clip_by_global_norm(CLIP_NORM),
         func.scale_by_schedule(func.cosine(EPOCHS * len(train))),
@@ -38,7 +39,8 @@ def main(ctx):
     )
     first = func.init_state(net, optimizer, ctx, seed=SEED)
 
-    # A step takes a state and gives the next. So a poisoned batch costs nothing: the state from before is still there.
+    # A step takes a state and returns the next one. The state before a poisoned batch still
+    # exists, so `rollback` can skip that batch.
     step = func.rollback(func.make_step(loss_fn, optimizer, ctx), keep=2)
     history = first
     for epoch, loader in train.epochs(EPOCHS):
@@ -46,7 +48,8 @@ def main(ctx):
             x = x * float("nan") if number == POISONED else x
             metrics, history = step(history, (x, y))
         faccel.print(
-            f"epoch {epoch:2d}  loss {metrics['loss']:.4f}  gradient norm {metrics['grad_norm']:.3f}",
+            f"epoch {epoch:2d}  loss {metrics['loss']:.4f}  "
+            f"gradient norm {metrics['grad_norm']:.3f}",
             ctx=ctx,
         )
     state = history.state
@@ -56,7 +59,7 @@ def main(ctx):
         1,
     )
 
-    # Evaluate the averaged weights; any weights can be evaluated, at any time.
+    # Evaluate the averaged weights: they are an argument of the model.
     averaged = func.ema_params(state.opt)
     hits = []
     with torch.no_grad():

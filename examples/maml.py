@@ -1,4 +1,4 @@
-"""Learn where to start from: after meta-training, five examples and five steps are enough for a new sine wave.
+"""Learn initial parameters from which five examples and five steps suffice for a new sine wave.
 
 python examples/maml.py
 faccel launch --cpu --nproc 2 examples/maml.py
@@ -21,14 +21,15 @@ SEED = 0
 
 
 def tasks(ctx, step):
-    # Sine waves of random amplitude and phase: five points to learn from, twenty to be judged by. Each rank its own.
+    # Sine waves of random amplitude and phase: five points to train on, twenty to evaluate.
+    # Each rank has its own tasks.
     generator = faccel.random.generator(SEED, step)
     amplitude = torch.rand(TASKS, 1, 1, generator=generator) * 4.9 + 0.1
     phase = torch.rand(TASKS, 1, 1, generator=generator) * torch.pi
     x = torch.rand(TASKS, SHOTS + 20, 1, generator=generator) * 10 - 5
     y = amplitude * torch.sin(x + phase)
-    mine = faccel.split({"x": x, "y": y}, ctx)
-    x, y = mine["x"].to(ctx.device), mine["y"].to(ctx.device)
+    local = faccel.split({"x": x, "y": y}, ctx)
+    x, y = local["x"].to(ctx.device), local["y"].to(ctx.device)
     return (x[:, :SHOTS], y[:, :SHOTS]), (x[:, SHOTS:], y[:, SHOTS:])
 
 
@@ -42,7 +43,8 @@ def main(ctx, num_steps):
         x, y = batch
         return (func.functional_call(net, params, x) - y).square().mean()
 
-    # A loss function again: that of what five steps on a task lead to. Its gradient passes through these steps.
+    # The meta-loss is a loss function, too: the loss after five steps on a task. Its gradient
+    # passes through these steps.
     inner = func.sgd(INNER_RATE)
     meta_loss = func.maml(loss_fn, inner, num_steps=INNER_STEPS)
 
@@ -56,7 +58,7 @@ def main(ctx, num_steps):
                 f"step {number:4d}  loss after {INNER_STEPS} steps {metrics['loss']:.4f}", ctx=ctx
             )
 
-    # New tasks, from what was learned.
+    # Evaluate on new tasks, before and after the inner steps.
     support, query = tasks(ctx, num_steps)
     evaluate = func.value_and_grad(func.maml(loss_fn, inner, num_steps=INNER_STEPS), ctx)
     after, _ = evaluate(state.params, (support, query), torch.Generator())

@@ -1,4 +1,7 @@
-"""Models, losses and runs for the tests of `faccel.func`; a module, so that processes and compilers find it by name."""
+"""Helpers for the tests of `faccel.func`: models, losses and training runs.
+
+A module, so that other processes and `torch.compile` can import them by name.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +14,7 @@ GLOBAL_BATCH = 8
 
 
 class Net(nn.Module):
-    """Convolution, batch norm, dropout and tied weights, as asked for."""
+    """Three linear layers, optionally with batch norm, dropout and tied weights."""
 
     def __init__(self, norm=False, dropout=0.0, tied=False):
         super().__init__()
@@ -36,13 +39,13 @@ def net(seed=0, dtype=torch.float64, **options):
 
 
 def batch_of(step, ctx, dtype=torch.float64, rows=GLOBAL_BATCH):
-    """This rank's rows of the batch of a step."""
+    """Return this rank's rows of the batch of a step."""
     generator = faccel.random.generator(1, step)
     x = torch.randn(rows, 6, generator=generator, dtype=torch.float64).to(dtype)
     y = torch.randint(0, 3, (rows,), generator=generator)
-    mine = rows // ctx.data_world_size
-    part = slice(ctx.data_rank * mine, (ctx.data_rank + 1) * mine)
-    return x[part], y[part]
+    num_local = rows // ctx.data_world_size
+    local_rows = slice(ctx.data_rank * num_local, (ctx.data_rank + 1) * num_local)
+    return x[local_rows], y[local_rows]
 
 
 def loss_of(model, reduction="mean"):
@@ -81,10 +84,10 @@ def run(ctx, num_steps=5, options=None, **model_options):
 
 
 def run_uneven(ctx, num_steps=3):
-    """Ranks have different numbers of the rows of each batch; `weight` counts them."""
+    """Train on different numbers of rows per rank, counted by `weight`."""
     model, optimizer = net(), transformation()
     state = func.init_state(model, optimizer, ctx, seed=3)
-    num_micro_batches = 1 if ctx.data_world_size == 4 else 2  # of a single row nothing can be cut
+    num_micro_batches = 1 if ctx.data_world_size == 4 else 2  # a single row cannot be split
     step = func.make_step(
         loss_of(model, "sum"),
         optimizer,
@@ -93,15 +96,15 @@ def run_uneven(ctx, num_steps=3):
         num_micro_batches=num_micro_batches,
     )
     cuts = {1: [0, 8], 2: [0, 3, 8], 4: [0, 2, 4, 5, 8]}[ctx.data_world_size]
-    part = slice(cuts[ctx.data_rank], cuts[ctx.data_rank + 1])
+    rows = slice(cuts[ctx.data_rank], cuts[ctx.data_rank + 1])
     for i in range(num_steps):
         x, y = batch_of(i, faccel.testing.fake_context(0, 1))
-        metrics, state = step(state, (x[part], y[part]))
+        metrics, state = step(state, (x[rows], y[rows]))
     return func.tensordicts.named_leaves(func.train_state.state_to_dict(state)), metrics["loss"]
 
 
 def module_path(ctx, num_steps=5, **model_options):
-    """The same training by `wrap` and `optimizer_step`."""
+    """Run the same training with `wrap` and `optimizer_step`; return the parameters."""
     torch.manual_seed(0)
     model = faccel.wrap(net(**model_options), ctx)
     opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, ctx)

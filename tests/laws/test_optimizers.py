@@ -1,4 +1,4 @@
-"""Laws of every optimizer of `faccel.func`: it is torch's, bit for bit, and its formula is its kernel."""
+"""Laws of every optimizer of `faccel.func`: equal to `torch.optim` bit for bit, and traceable."""
 
 import pytest
 import torch
@@ -36,56 +36,56 @@ CASES = [
     (func.muon, torch.optim.Muon, {}),
     (func.muon, torch.optim.Muon, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}),
 ]
-IDS = [f"{ours.__name__}-{'-'.join(options) or 'plain'}" for ours, _, options in CASES]
+IDS = [f"{make.__name__}-{'-'.join(options) or 'plain'}" for make, _, options in CASES]
 LR = 0.01
 
 
-def draw(ours, seed, dtype=torch.float32):
-    names = MATRICES if ours is func.muon else SHAPES
+def draw(make, seed, dtype=torch.float32):
+    names = MATRICES if make is func.muon else SHAPES
     generator = torch.Generator().manual_seed(seed)
     return TensorDict(
         {name: torch.randn(SHAPES[name], generator=generator, dtype=dtype) for name in names}
     )
 
 
-def trained(ours, options, num_steps=100, scheduled=False, donate=False):
-    optimizer = ours(LR, **options)
+def trained(make, options, num_steps=100, scheduled=False, donate=False):
+    optimizer = make(LR, **options)
     if scheduled:
         optimizer = func.chain(func.scale_by_schedule(lambda count: 0.97**count), optimizer)
-    params = draw(ours, 0)
+    params = draw(make, 0)
     state = optimizer.init(params)
     for i in range(num_steps):
-        updates, state = optimizer.update(Updates(draw(ours, i + 1), donate=donate), state, params)
+        updates, state = optimizer.update(Updates(draw(make, i + 1), donate=donate), state, params)
         params = func.apply_updates(params, updates)
     return params
 
 
-def trained_by_torch(ours, theirs, options, num_steps=100, scheduled=False):
-    params = {name: nn.Parameter(value) for name, value in draw(ours, 0).items()}
-    optimizer = theirs(params.values(), lr=LR, **options)
+def trained_by_torch(make, torch_class, options, num_steps=100, scheduled=False):
+    params = {name: nn.Parameter(value) for name, value in draw(make, 0).items()}
+    optimizer = torch_class(params.values(), lr=LR, **options)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda count: 0.97**count if scheduled else 1.0
     )
     for i in range(num_steps):
-        for name, grad in draw(ours, i + 1).items():
+        for name, grad in draw(make, i + 1).items():
             params[name].grad = grad
         optimizer.step()
         scheduler.step()
     return params
 
 
-@pytest.mark.parametrize(("ours", "theirs", "options"), CASES, ids=IDS)
+@pytest.mark.parametrize(("make", "torch_class", "options"), CASES, ids=IDS)
 @pytest.mark.parametrize("how", ["plain", "scheduled", "donated"])
-def test_a_hundred_steps_are_torchs_bit_for_bit(ours, theirs, options, how):
-    got = trained(ours, options, scheduled=how == "scheduled", donate=how == "donated")
-    want = trained_by_torch(ours, theirs, options, scheduled=how == "scheduled")
+def test_a_hundred_steps_equal_pytorch_bit_for_bit(make, torch_class, options, how):
+    got = trained(make, options, scheduled=how == "scheduled", donate=how == "donated")
+    want = trained_by_torch(make, torch_class, options, scheduled=how == "scheduled")
     for name, value in want.items():
         assert torch.equal(got[name], value), name
 
 
-@pytest.mark.parametrize(("ours", "theirs", "options"), CASES, ids=IDS)
-def test_an_update_writes_nothing_that_it_was_given(ours, theirs, options):
-    optimizer, params, grads = ours(LR, **options), draw(ours, 0), draw(ours, 1)
+@pytest.mark.parametrize(("make", "torch_class", "options"), CASES, ids=IDS)
+def test_an_update_does_not_write_to_its_arguments(make, torch_class, options):
+    optimizer, params, grads = make(LR, **options), draw(make, 0), draw(make, 1)
     _, state = optimizer.update(grads, optimizer.init(params), params)
     before = params.clone(), grads.clone(), state.clone()
     optimizer.update(grads, state, params)
@@ -93,11 +93,11 @@ def test_an_update_writes_nothing_that_it_was_given(ours, theirs, options):
         assert (old == new).all()
 
 
-@pytest.mark.parametrize(("ours", "theirs", "options"), CASES, ids=IDS)
-def test_under_vmap_each_model_is_trained_as_alone(ours, theirs, options):
-    optimizer, dtype = ours(LR, **options), torch.float64
-    tolerance = 2e-2 if ours is func.muon else 1e-12  # Muon multiplies in bfloat16
-    alone = [draw(ours, i, dtype) for i in range(3)]
+@pytest.mark.parametrize(("make", "torch_class", "options"), CASES, ids=IDS)
+def test_a_vmapped_update_equals_separate_ones(make, torch_class, options):
+    optimizer, dtype = make(LR, **options), torch.float64
+    tolerance = 2e-2 if make is func.muon else 1e-12  # Muon multiplies in bfloat16
+    alone = [draw(make, i, dtype) for i in range(3)]
     states = [optimizer.init(params) for params in alone]
     together = _stacked([dict(params.items()) for params in alone])
     together_state = _stacked([func.tensordicts.to_dict(state) for state in states])
@@ -109,8 +109,8 @@ def test_under_vmap_each_model_is_trained_as_alone(ours, theirs, options):
         return dict(updates.params.items()), func.tensordicts.to_dict(state)
 
     for i in range(5):
-        grads = [draw(ours, 10 * i + j, dtype) for j in range(3)]
-        batch = _stacked([dict(each.items()) for each in grads])
+        grads = [draw(make, 10 * i + j, dtype) for j in range(3)]
+        batch = _stacked([dict(grad.items()) for grad in grads])
         together, together_state = torch.vmap(one)(together, batch, together_state)
         for j in range(3):
             updates, states[j] = optimizer.update(grads[j], states[j], alone[j])
@@ -126,26 +126,26 @@ def _stacked(trees):
     return {name: _stacked([tree[name] for tree in trees]) for name in trees[0]}
 
 
-@pytest.mark.parametrize(("ours", "theirs", "options"), CASES, ids=IDS)
-def test_gradients_pass_through_an_update(ours, theirs, options):
+@pytest.mark.parametrize(("make", "torch_class", "options"), CASES, ids=IDS)
+def test_gradients_pass_through_an_update(make, torch_class, options):
     optimizer, params, grads = (
-        ours(LR, **options),
-        draw(ours, 0, torch.float64),
-        draw(ours, 1, torch.float64),
+        make(LR, **options),
+        draw(make, 0, torch.float64),
+        draw(make, 1, torch.float64),
     )
     state = optimizer.init(params)
 
-    def length(named):
-        updates, _ = optimizer.update(grads, state, TensorDict(named))
-        return sum(each.square().sum() for each in updates.params.values())
+    def length(params):
+        updates, _ = optimizer.update(grads, state, TensorDict(params))
+        return sum(param.square().sum() for param in updates.params.values())
 
     slope = torch.func.grad(length)(dict(params.items()))
     for name, value in slope.items():
         step = 1e-5 * torch.ones_like(value)
-        named = dict(params.items())
-        if ours is not func.muon and ours is not func.adafactor:  # bfloat16; a minimum of two rates
-            rise = length(named | {name: named[name] + step}) - length(
-                named | {name: named[name] - step}
+        values = dict(params.items())
+        if make is not func.muon and make is not func.adafactor:  # bfloat16; a minimum of two rates
+            rise = length(values | {name: values[name] + step}) - length(
+                values | {name: values[name] - step}
             )
             assert torch.isclose(rise / 2e-5, value.sum(), rtol=1e-4, atol=1e-6), name
         assert value.isfinite().all()

@@ -1,4 +1,4 @@
-"""The functional core in real processes: equal to one process, within the memory of the module path, from a script."""
+"""The functional core in real processes: results equal one process, memory equals `wrap`."""
 
 import gc
 
@@ -14,10 +14,10 @@ from tests.ranks import run_ranks
 
 
 def trained(ctx):
-    return {name: each.tolist() for name, each in functional.run(ctx)[0].items()}
+    return {name: tensor.tolist() for name, tensor in functional.run(ctx)[0].items()}
 
 
-def private(ctx):
+def ensemble(ctx):
     model, optimizer = functional.net(), func.sgd(0.5)
     state = func.init_state(model, optimizer, ctx, seed=0)
     step = func.ensemble(func.make_step(functional.loss_of(model), optimizer, ctx), ctx)
@@ -26,36 +26,36 @@ def private(ctx):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_over_gloo_a_step_equals_the_one_of_a_single_process(world_size):
+def test_over_gloo_a_step_equals_one_process(world_size):
     expected = trained(fake_context(0, 1))
-    for found in run_ranks(trained, world_size):
+    for tensors in run_ranks(trained, world_size):
         for name, value in expected.items():
             assert torch.allclose(
-                torch.tensor(found[name]), torch.tensor(value), rtol=0, atol=1e-12
+                torch.tensor(tensors[name]), torch.tensor(value), rtol=0, atol=1e-12
             ), name
 
 
-def test_over_gloo_an_ensemble_equals_the_one_of_a_single_process():
-    expected = torch.tensor(private(fake_context(0, 1)))
-    for found in run_ranks(private, 2):
-        assert torch.allclose(torch.tensor(found), expected, rtol=0, atol=1e-12)
+def test_over_gloo_an_ensemble_equals_one_process():
+    expected = torch.tensor(ensemble(fake_context(0, 1)))
+    for weight in run_ranks(ensemble, 2):
+        assert torch.allclose(torch.tensor(weight), expected, rtol=0, atol=1e-12)
 
 
 def compiled(ctx):
     model, optimizer = functional.net(), functional.transformation()
     step = func.make_step(functional.loss_of(model), optimizer, ctx)
     graph = torch.compile(step, fullgraph=True, backend="aot_eager")
-    state = ours = func.init_state(model, optimizer, ctx, seed=3)
+    state = eager_state = func.init_state(model, optimizer, ctx, seed=3)
     for i in range(3):
         _, state = graph(state, functional.batch_of(i, ctx))
-        _, ours = step(ours, functional.batch_of(i, ctx))
+        _, eager_state = step(eager_state, functional.batch_of(i, ctx))
     return max(
         (p - q).abs().max().item()
-        for p, q in zip(state.params.values(), ours.params.values(), strict=True)
+        for p, q in zip(state.params.values(), eager_state.params.values(), strict=True)
     )
 
 
-def test_over_gloo_a_compiled_step_reduces_inside_of_its_graph():
+def test_over_gloo_a_compiled_step_equals_the_eager_one():
     assert max(run_ranks(compiled, 2)) < 1e-12
 
 
@@ -79,7 +79,7 @@ def train_functionally(model, ctx, x, *, donate, steps=2):
 
 
 def peak(ctx, how):
-    """The most that a process holds while it trains, in sizes of the parameters, beyond what it held before."""
+    """Return the peak memory of training beyond that before it, in sizes of the parameters."""
     x = torch.ones(2, WIDTH)
     small = torch.nn.Linear(WIDTH, 4)
     train(faccel.wrap(small, ctx), ctx, x)
@@ -101,7 +101,7 @@ def peak(ctx, how):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_donated_step_holds_what_the_module_path_holds(world_size):
+def test_a_donated_step_needs_the_memory_of_the_module_path(world_size):
     module, donated, pure = (
         max(run_ranks(peak, world_size, how)) for how in ("module", "donated", "pure")
     )

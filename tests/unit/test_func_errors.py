@@ -1,4 +1,4 @@
-"""What is wrong is said with the name of the leaf."""
+"""Errors of `faccel.func`: each names the leaf, the argument and a fix."""
 
 import numpy as np
 import pytest
@@ -40,13 +40,13 @@ def params(**shapes):
 @pytest.mark.parametrize(
     "optimizer", [func.sgd(0.1), func.chain(func.clip_by_global_norm(1.0), func.adamw(1e-3))]
 )
-def test_gradients_of_another_structure_shape_or_dtype_are_named(optimizer, grads, message):
+def test_gradients_with_other_names_shapes_or_dtypes_raise(optimizer, grads, message):
     with pytest.raises(TreeError) as caught:
         optimizer.update(TensorDict(grads), optimizer.init(params()), params())
     assert message in caught.value.got
 
 
-def test_a_state_of_another_model_is_named():
+def test_an_optimizer_state_of_another_model_raises():
     optimizer = func.adamw(1e-3)
     state = optimizer.init(params(w=(3,)))
     with pytest.raises(TreeError) as caught:
@@ -54,7 +54,7 @@ def test_a_state_of_another_model_is_named():
     assert "`w`: float32[3] in the `exp_avg` of adamw" in caught.value.got
 
 
-def test_a_state_of_another_transformation_is_named():
+def test_an_optimizer_state_of_another_transformation_raises():
     model = net()
     state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
     with pytest.raises(OptimizerError, match="`adamw`") as caught:
@@ -85,7 +85,7 @@ def test_a_state_of_another_transformation_is_named():
         ),
     ],
 )
-def test_a_loss_function_that_is_wrong_or_not_pure_is_named(loss_fn, error, got):
+def test_an_invalid_or_impure_loss_function_raises(loss_fn, error, got):
     optimizer = func.sgd(0.1)
     state = func.init_state(_Vector(), optimizer, CTX, seed=0)
     with pytest.raises(error) as caught:
@@ -99,14 +99,14 @@ class _Vector(nn.Module):
         self.w = nn.Parameter(torch.ones(2))
 
 
-def test_what_a_loss_function_must_return_is_said():
+def test_a_missing_aux_output_raises():
     state = func.init_state(_Vector(), func.sgd(0.1), CTX, seed=0)
     step = func.make_step(lambda p, b, g: p["w"].sum(), func.sgd(0.1), CTX, has_aux=True)
     with pytest.raises(ModelError, match=r"must return `\(loss, aux\)`"):
         step(state, None)
 
 
-def test_in_debug_mode_writes_are_found_at_every_step():
+def test_writes_are_detected_at_every_step_in_debug_mode():
     calls = []
 
     def loss_fn(p, b, g):
@@ -115,21 +115,21 @@ def test_in_debug_mode_writes_are_found_at_every_step():
             b.add_(1)
         return (p["w"] * b).sum()
 
-    for debug, finds in ((False, False), (True, True)):
+    for debug, raises in ((False, False), (True, True)):
         calls.clear()
         ctx = fake_context(0, 1, config={"debug": debug})
         state = func.init_state(_Vector(), func.sgd(0.1), ctx, seed=0)
         step = func.make_step(loss_fn, func.sgd(0.1), ctx)
-        found = False
+        has_raised = False
         try:
             for _ in range(4):
                 _, state = step(state, torch.ones(2))
         except PurityError:
-            found = True
-        assert found == finds
+            has_raised = True
+        assert has_raised == raises
 
 
-def test_a_model_that_writes_to_buffers_that_were_not_passed_is_named_and_left_alone():
+def test_a_write_to_buffers_that_were_not_passed_raises_and_leaves_the_model_unchanged():
     model = net(norm=True)
     before = model.norm.running_mean.clone()
     state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
@@ -139,7 +139,7 @@ def test_a_model_that_writes_to_buffers_that_were_not_passed_is_named_and_left_a
     assert torch.equal(model.norm.running_mean, before)
 
 
-def test_dropout_without_a_generator_is_an_error():
+def test_dropout_without_a_generator_raises():
     model = net(dropout=0.5)
     state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
 
@@ -156,9 +156,9 @@ def donated():
     model, optimizer = net(), func.adamw(1e-2)
     old = func.init_state(model, optimizer, CTX, seed=0)
     step = func.make_step(loss_of(model), optimizer, CTX, donate=True)
-    place = old.params["out.bias"].data_ptr()
+    address = old.params["out.bias"].data_ptr()
     _, new = step(old, batch_of(0, CTX))
-    assert new.params["out.bias"].data_ptr() == place
+    assert new.params["out.bias"].data_ptr() == address
     return model, step, old, new
 
 
@@ -173,7 +173,7 @@ def donated():
         lambda model, step, state: func.stack([state]),
     ],
 )
-def test_a_donated_state_is_an_error_wherever_it_is_used(use):
+def test_every_use_of_a_donated_state_raises(use):
     model, step, old, new = donated()
     with pytest.raises(DonatedError) as caught:
         use(model, step, old)
@@ -199,7 +199,7 @@ def test_a_donated_state_is_an_error_wherever_it_is_used(use):
         (lambda: func.muon(0.1).init(params(w=(2, 2, 2))), "shape (2, 2, 2)"),
     ],
 )
-def test_chains_that_could_not_do_what_they_say_are_refused(make, got):
+def test_an_invalid_order_of_a_chain_raises(make, got):
     with pytest.raises(OptimizerError) as caught:
         make()
     assert got in caught.value.got
@@ -233,13 +233,13 @@ def test_chains_that_could_not_do_what_they_say_are_refused(make, got):
         (lambda: func.rollback(lambda s, b: (s, b), keep=0), "keep=1` or more"),
     ],
 )
-def test_values_that_cannot_be_are_refused_with_the_fix(make, fix):
+def test_invalid_values_raise_with_a_fix(make, fix):
     with pytest.raises(ConfigError) as caught:
         make()
     assert fix in caught.value.fix
 
 
-def test_models_without_values_or_parameters_are_refused():
+def test_models_without_values_or_parameters_raise():
     with pytest.raises(ModelError, match="materialize"):
         func.init_state(nn.Linear(2, 2, device="meta"), func.sgd(0.1), CTX, seed=0)
     with pytest.raises(ModelError, match="no parameter that requires a gradient"):
@@ -270,7 +270,7 @@ def test_an_error_leaves_the_state_usable():
     assert int(step(state, batch_of(0, CTX))[1].step) == 1
 
 
-def test_updates_are_told_apart_from_gradients():
+def test_update_accepts_gradients_and_updates():
     optimizer = func.sgd(0.1)
     updates, _ = optimizer.update(params(), optimizer.init(params()), params())
     assert isinstance(updates, Updates)
@@ -280,16 +280,16 @@ def test_updates_are_told_apart_from_gradients():
 
 
 class _Counting(nn.Module):
-    """Writes to a buffer in place, or puts another in its place."""
+    """Counts its calls in a buffer, in place or by a new tensor."""
 
-    def __init__(self, how):
+    def __init__(self, write):
         super().__init__()
         self.w = nn.Parameter(torch.ones(()))
         self.register_buffer("n", torch.zeros(()))
-        self.how = how
+        self.write = write
 
     def forward(self, x):
-        if self.how == "in place":
+        if self.write == "in place":
             self.n += 1
         else:
             self.n = self.n + 1
@@ -297,9 +297,9 @@ class _Counting(nn.Module):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("how", ["in place", "anew"])
-def test_buffers_that_are_written_or_replaced_are_returned_or_an_error(how, training):
-    model = _Counting(how).train(training)
+@pytest.mark.parametrize("write", ["in place", "replace"])
+def test_written_or_replaced_buffers_are_returned_or_raise(write, training):
+    model = _Counting(write).train(training)
     state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
     for run in (
         lambda *args: func.functional_call(model, *args, buffers=state.buffers),
@@ -313,11 +313,11 @@ def test_buffers_that_are_written_or_replaced_are_returned_or_an_error(how, trai
         assert (buffers["n"], state.buffers["n"], model.n) == (1, 0, 0)
     with pytest.raises(PurityError, match="`n`"):
         func.functional_call(model, state.params, torch.ones(()))
-    assert model.n == (0 if training or how == "anew" else 1)
+    assert model.n == (0 if training or write == "replace" else 1)
 
 
 @pytest.mark.parametrize("write", [lambda b: b.pop("x"), lambda b: b.update(z=torch.ones(1))])
-def test_another_structure_of_a_batch_is_a_write(write):
+def test_adding_or_removing_a_leaf_of_a_batch_is_a_write(write):
     def loss_fn(p, b, g):
         loss = (p["w"] * b["x"]).sum()
         write(b)
@@ -328,7 +328,7 @@ def test_another_structure_of_a_batch_is_a_write(write):
         func.make_step(loss_fn, func.sgd(0.1), CTX)(state, {"x": torch.ones(2)})
 
 
-class _Given(torch.autograd.Function):
+class _BatchAsGradient(torch.autograd.Function):
     """The product with a batch, whose gradient is the batch itself."""
 
     @staticmethod
@@ -342,14 +342,14 @@ class _Given(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
-def test_a_gradient_that_is_the_batch_itself_is_not_written_to(num_micro_batches):
+def test_a_gradient_that_aliases_the_batch_is_copied(num_micro_batches):
     optimizer = func.chain(func.clip_by_global_norm(0.1), func.sgd(0.1))
     state, batch = (
         func.init_state(_Vector(), optimizer, CTX, seed=0),
         torch.ones(num_micro_batches, 2),
     )
     step = func.make_step(
-        lambda p, b, g: _Given.apply(p["w"], b[0]),
+        lambda p, b, g: _BatchAsGradient.apply(p["w"], b[0]),
         optimizer,
         CTX,
         donate=True,
@@ -360,7 +360,7 @@ def test_a_gradient_that_is_the_batch_itself_is_not_written_to(num_micro_batches
     assert batch.tolist() == [[1, 1]] * num_micro_batches
 
 
-def test_metrics_of_a_donating_step_stay_as_they_were():
+def test_metrics_of_a_donating_step_do_not_alias_parameters():
     state = func.init_state(_Vector(), func.sgd(0.5), CTX, seed=0)
     step = func.make_step(
         lambda p, b, g: (p["w"].sum(), p["w"]), func.sgd(0.5), CTX, donate=True, has_aux=True
@@ -369,7 +369,7 @@ def test_metrics_of_a_donating_step_stay_as_they_were():
     assert metrics["aux"].tolist() == [1, 1]
 
 
-def test_a_donating_step_is_neither_vmapped_nor_gone_back_from():
+def test_a_donating_step_cannot_be_vmapped():
     step = func.make_step(loss_of(net()), func.sgd(0.1), CTX, donate=True)
     states = func.stack([func.init_state(net(), func.sgd(0.1), CTX, seed=0)] * 2)
     before = states.params["out.bias"].clone()
@@ -381,14 +381,14 @@ def test_a_donating_step_is_neither_vmapped_nor_gone_back_from():
 
 
 @pytest.mark.parametrize("weight", [None, torch.ones(2), "8"])
-def test_a_weight_that_is_no_number_is_refused(weight):
+def test_a_weight_that_is_not_a_number_raises(weight):
     state = func.init_state(_Vector(), func.sgd(0.1), CTX, seed=0)
     step = func.make_step(lambda p, b, g: p["w"].sum(), func.sgd(0.1), CTX, weight=lambda b: weight)
     with pytest.raises(DataError, match="0-d tensor"):
         step(state, None)
 
 
-def test_sparse_gradients_are_refused_by_name():
+def test_sparse_gradients_raise():
     model = nn.Embedding(4, 2, sparse=True)
     state = func.init_state(model, func.sgd(0.1), CTX, seed=0)
     step = func.make_step(
@@ -398,7 +398,7 @@ def test_sparse_gradients_are_refused_by_name():
         step(state, torch.tensor([1, 2]))
 
 
-def test_constants_that_differ_between_ranks_are_named():
+def test_constants_that_differ_between_ranks_raise():
     def make(ctx):
         model = net()
         model.first.requires_grad_(False)
@@ -413,6 +413,6 @@ def test_constants_that_differ_between_ranks_are_named():
 @pytest.mark.parametrize(
     "layer", [nn.MultiheadAttention(6, 1, dropout=0.5), nn.LSTM(6, 6, 2, dropout=0.5)]
 )
-def test_layers_that_draw_are_known_where_no_generator_can_be(layer):
+def test_random_layers_raise_without_a_generator(layer):
     with pytest.raises(PurityError, match="training mode"):
         NoGenerator().check_model(nn.Sequential(layer))

@@ -1,4 +1,4 @@
-"""What combines gradient transformations, and the schedules."""
+"""Combinations of gradient transformations, and schedules, compared with PyTorch."""
 
 import pytest
 import torch
@@ -44,24 +44,24 @@ def by_torch(make, num_steps=5, clip=None, grads=None):
     return params
 
 
-def same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert torch.equal(ours[name], value), name
+def equal_dicts(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
 
 
-def equal(ours, theirs):
-    same(dict(ours.items()), dict(theirs.items()))
+def equal(actual, expected):
+    equal_dicts(dict(actual.items()), dict(expected.items()))
 
 
 @pytest.mark.parametrize("donate", [False, True])
-def test_clipping_by_the_global_norm_is_torchs(donate):
+def test_clip_by_global_norm_equals_pytorch(donate):
     optimizer = func.chain(func.clip_by_global_norm(0.5), func.sgd(0.1))
     params, _, _ = walk(optimizer, donate=donate)
     equal(params, by_torch(lambda p: torch.optim.SGD(p.values(), lr=0.1), clip=0.5))
 
 
-def test_param_groups_are_torchs():
+def test_partition_equals_parameter_groups_of_pytorch():
     groups = {
         "decay": func.adamw(1e-2, weight_decay=0.3),
         "rest": func.adamw(1e-3, weight_decay=0.0),
@@ -79,30 +79,30 @@ def test_param_groups_are_torchs():
     equal(params, by_torch(make))
 
 
-def test_muon_and_adamw_share_a_model():
+def test_partition_with_muon_and_adamw_equals_two_optimizers():
     groups = {"matrices": func.muon(1e-2), "rest": func.adamw(1e-3)}
     optimizer = func.chain(
         func.clip_by_global_norm(1.0),
         func.partition(groups, {n: "rest" if "bias" in n else "matrices" for n in SHAPES}),
     )
     params, state, _ = walk(optimizer)
-    theirs = {name: nn.Parameter(value) for name, value in draw(0).items()}
-    muon = torch.optim.Muon([p for n, p in theirs.items() if "bias" not in n], lr=1e-2)
-    adamw = torch.optim.AdamW([theirs["a.bias"]], lr=1e-3)
+    expected = {name: nn.Parameter(value) for name, value in draw(0).items()}
+    muon = torch.optim.Muon([p for n, p in expected.items() if "bias" not in n], lr=1e-2)
+    adamw = torch.optim.AdamW([expected["a.bias"]], lr=1e-3)
     for i in range(5):
         for name, grad in draw(i + 1).items():
-            theirs[name].grad = grad
-        torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
+            expected[name].grad = grad
+        torch.nn.utils.clip_grad_norm_(expected.values(), 1.0)
         muon.step()
         adamw.step()
-    equal(params, theirs)
+    equal(params, expected)
     assert sorted(state["partition"]["rest"]["exp_avg"].keys()) == ["a.bias"]
 
 
 @pytest.mark.parametrize(
     "mask", [("a.*",), {n: n.startswith("a") for n in SHAPES}, lambda n, p: n.startswith("a")]
 )
-def test_a_mask_leaves_the_others_as_they_are(mask):
+def test_masked_leaves_other_parameters_unchanged(mask):
     params, _, _ = walk(func.masked(func.sgd(0.1), mask))
     assert torch.equal(params["b.weight"], draw(0)["b.weight"])
     assert not torch.equal(params["a.weight"], draw(0)["a.weight"])
@@ -112,23 +112,23 @@ def test_a_mask_leaves_the_others_as_they_are(mask):
     assert updates.grads["a.weight"].norm() < 1e-3
 
 
-def test_frozen_parts_and_two_optimizers_by_masks():
-    both = func.partition(
+def test_partition_with_frozen_equals_masked():
+    combined = func.partition(
         {"on": func.sgd(0.1), "off": func.frozen()}, lambda n, p: "on" if n[0] == "a" else "off"
     )
-    equal(walk(both)[0], walk(func.masked(func.sgd(0.1), ("a.*",)))[0])
+    equal(walk(combined)[0], walk(func.masked(func.sgd(0.1), ("a.*",)))[0])
 
 
 @pytest.mark.parametrize("donate", [False, True])
-def test_accumulated_steps_are_those_of_the_mean_gradient(donate):
+def test_accumulate_equals_steps_with_the_mean_gradient(donate):
     optimizer = func.chain(
         func.accumulate(3), func.clip_by_global_norm(0.5), func.adamw(1e-2), func.ema(0.5)
     )
     _, state, seen = walk(optimizer, num_steps=6, donate=donate)
     means = []
     for i in (1, 4):
-        parts = [draw(i), draw(i + 1), draw(i + 2)]
-        means.append(TensorDict({n: (parts[0][n] + parts[1][n] + parts[2][n]) / 3 for n in SHAPES}))
+        grads = [draw(i), draw(i + 1), draw(i + 2)]
+        means.append(TensorDict({n: (grads[0][n] + grads[1][n] + grads[2][n]) / 3 for n in SHAPES}))
     equal(seen[0], draw(0))
     equal(seen[1], draw(0))
     equal(
@@ -140,7 +140,7 @@ def test_accumulated_steps_are_those_of_the_mean_gradient(donate):
 
 
 @pytest.mark.parametrize("donate", [False, True])
-def test_an_update_that_is_not_finite_is_left_out(donate):
+def test_skip_nonfinite_equals_a_run_without_the_bad_step(donate):
     bad = draw(2)
     bad["a.bias"][1] = float("inf")
     grads = [draw(1), bad, draw(3)]
@@ -159,7 +159,7 @@ def test_an_update_that_is_not_finite_is_left_out(donate):
 
 
 @pytest.mark.parametrize("donate", [False, True])
-def test_averages_are_torchs(donate):
+def test_ema_equals_pytorch(donate):
     _, state, _ = walk(func.chain(func.sgd(0.1), func.ema(0.9)), donate=donate)
 
     class Holder(nn.Module):
@@ -172,7 +172,7 @@ def test_averages_are_torchs(donate):
     holder = Holder(params)
     averaged = AveragedModel(holder, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     averaged.n_averaged += (
-        1  # torch begins with the parameters after the first update, we with those before
+        1  # PyTorch starts with the parameters after the first update, `ema` with the initial ones
     )
     optimizer = torch.optim.SGD(params.values(), lr=0.1)
     for i in range(5):
@@ -184,7 +184,7 @@ def test_averages_are_torchs(donate):
         assert torch.equal(value, getattr(averaged.module, name.replace(".", "_"))), name
 
 
-def test_gates_inside_of_a_partition_are_the_parts_own():
+def test_skip_nonfinite_inside_of_a_partition_skips_only_its_label():
     bad = draw(1)
     bad["a.bias"][0] = float("nan")
     safe = func.chain(func.skip_nonfinite(), func.sgd(0.1))
@@ -215,7 +215,7 @@ def test_gates_inside_of_a_partition_are_the_parts_own():
         lambda: func.partition({"a": func.adafactor(), "b": func.adamw(0.1)}, lambda n, p: n[0]),
     ],
 )
-def test_under_vmap_and_compile_a_chain_does_what_it_does_eagerly(make):
+def test_vmapped_and_compiled_chains_equal_eager_ones(make):
     optimizer = make()
     grads = [draw(i + 1) for i in range(4)]
     grads[1]["a.bias"][0] = (
@@ -237,17 +237,17 @@ def test_under_vmap_and_compile_a_chain_does_what_it_does_eagerly(make):
         (torch.compile(one, backend="eager", fullgraph=True), False),
     ):
         lift = (lambda t: torch.stack([t, t])) if extra else (lambda t: t)
-        params, held = (
+        params, states = (
             _map(lift, dict(draw(0).items())),
             _map(lift, func.tensordicts.to_dict(optimizer.init(draw(0)))),
         )
         for grad in grads:
-            params, held = run(params, _map(lift, dict(grad.items())), held)
+            params, states = run(params, _map(lift, dict(grad.items())), states)
         for name, value in expected.items():
             got = params[name][1] if extra else params[name]
             assert torch.allclose(got, value, atol=1e-6), name
         for name, value in func.tensordicts.named_leaves(state).items():
-            got = func.tensordicts.named_leaves(held)[name]
+            got = func.tensordicts.named_leaves(states)[name]
             assert torch.allclose(got[1] if extra else got, value, atol=1e-6), name
 
 
@@ -255,7 +255,7 @@ def _map(fn, tree):
     return (
         fn(tree)
         if isinstance(tree, torch.Tensor)
-        else {name: _map(fn, each) for name, each in tree.items()}
+        else {name: _map(fn, value) for name, value in tree.items()}
     )
 
 
@@ -268,10 +268,10 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_are_torchs(name):
-    schedule, theirs, base = SCHEDULES[name]
+def test_schedules_equal_pytorch(name):
+    schedule, make_scheduler, base = SCHEDULES[name]
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=base)
-    scheduler = theirs(optimizer)
+    scheduler = make_scheduler(optimizer)
     for count in range(20):
         assert schedule(count) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
         assert float(schedule(torch.tensor(count))) == pytest.approx(schedule(count), abs=1e-6)
@@ -279,10 +279,10 @@ def test_schedules_are_torchs(name):
         scheduler.step()
 
 
-def test_schedules_follow_each_other_and_a_warm_up_starts_above_zero():
-    both = func.join_schedules([func.linear(0.0, 1.0, 4), func.exponential(0.5)], [4])
-    assert [both(n) for n in (0, 2, 4, 5, 6)] == [0.0, 0.5, 1.0, 0.5, 0.25]
-    assert [float(both(torch.tensor(n))) for n in (0, 2, 4, 5, 6)] == [0.0, 0.5, 1.0, 0.5, 0.25]
+def test_joined_schedules_and_a_warm_up_above_zero():
+    combined = func.join_schedules([func.linear(0.0, 1.0, 4), func.exponential(0.5)], [4])
+    assert [combined(n) for n in (0, 2, 4, 5, 6)] == [0.0, 0.5, 1.0, 0.5, 0.25]
+    assert [float(combined(torch.tensor(n))) for n in (0, 2, 4, 5, 6)] == [0.0, 0.5, 1.0, 0.5, 0.25]
     warm = func.cosine(12, warmup=4)
     assert [warm(n) for n in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert [float(warm(torch.tensor(n))) for n in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
@@ -309,7 +309,7 @@ def test_schedules_follow_each_other_and_a_warm_up_starts_above_zero():
         lambda: func.chain(func.sgd),
     ],
 )
-def test_what_could_not_act_as_it_stands_is_refused(make):
+def test_invalid_combinations_raise(make):
     with pytest.raises(OptimizerError):
         make()
 
@@ -317,25 +317,25 @@ def test_what_could_not_act_as_it_stands_is_refused(make):
 @pytest.mark.parametrize(
     "inner", [func.adamw, func.muon, lambda: func.chain(func.skip_nonfinite(), func.sgd(0.1))]
 )
-def test_a_label_that_no_parameter_has_does_no_harm(inner):
+def test_a_label_without_parameters_changes_nothing(inner):
     optimizer = func.partition({"all": func.sgd(0.1), "none": inner()}, lambda n, p: "all")
     equal(walk(optimizer)[0], walk(func.sgd(0.1))[0])
 
 
-def test_averages_of_all_parts_are_found():
-    part = func.chain(func.sgd(0.1), func.ema(0.5))
-    _, state, _ = walk(func.partition({"a": part, "b": part}, lambda n, p: n[0]))
-    _, whole, _ = walk(part)
-    equal(func.ema_params(state), func.ema_params(whole))
+def test_ema_params_merges_the_labels_of_a_partition():
+    averaged = func.chain(func.sgd(0.1), func.ema(0.5))
+    _, state, _ = walk(func.partition({"a": averaged, "b": averaged}, lambda n, p: n[0]))
+    _, expected, _ = walk(averaged)
+    equal(func.ema_params(state), func.ema_params(expected))
 
 
-def test_averages_do_not_move_where_an_update_of_a_part_was_left_out():
+def test_ema_does_not_move_after_a_skipped_update():
     inner = func.masked(func.chain(func.accumulate(2), func.sgd(0.1)), ("a.*",))
     _, state, _ = walk(func.chain(inner, func.ema(0.5)), 1)
     equal(func.ema_params(state), draw(0))
 
 
-def test_kernels_that_write_into_gradients_are_given_copies():
+def test_an_update_does_not_write_into_gradients():
     optimizer, grads = func.sgd(0.1, momentum=0.9, nesterov=True, foreach=True), draw(1)
     before = grads.clone()
     optimizer.update(grads, optimizer.init(draw(0)), draw(0))
@@ -345,6 +345,6 @@ def test_kernels_that_write_into_gradients_are_given_copies():
 @pytest.mark.parametrize(
     "wrong", [func.accumulate(2), func.ema(0.5), func.skip_nonfinite(), func.adafactor()]
 )
-def test_a_state_of_another_one_is_refused_by_each(wrong):
+def test_a_state_of_another_transformation_raises(wrong):
     with pytest.raises(OptimizerError, match="not the state of"):
         wrong.update(draw(1), func.sgd(0.1, momentum=0.9).init(draw(0)), draw(0))

@@ -1,4 +1,4 @@
-"""The functional step on simulated worlds: one rank, several, the module path and torch itself agree."""
+"""The functional step on simulated worlds equals one rank, the module path and PyTorch."""
 
 import runpy
 
@@ -36,7 +36,7 @@ def close(a, b, atol=1e-12):
 @pytest.mark.parametrize("tied", [False, True], ids=["plain", "tied"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_step_equals_the_one_of_a_single_rank_on_the_whole_batch(world_size, options, tied):
+def test_a_step_equals_one_rank_on_the_global_batch(world_size, options, tied):
     expected, losses = run(fake_context(0, 1), tied=tied)
     for state, seen in simulate(lambda ctx: run(ctx, options=options, tied=tied), world_size):
         close(expected, state)
@@ -53,7 +53,7 @@ def test_a_step_equals_the_module_path(world_size):
         )
 
 
-def test_weights_count_exactly_whatever_each_rank_has():
+def test_weights_are_exact_for_any_rows_per_rank():
     expected, loss = run_uneven(fake_context(0, 1))
     for world_size in (2, 4):
         for state, seen in simulate(run_uneven, world_size):
@@ -61,7 +61,7 @@ def test_weights_count_exactly_whatever_each_rank_has():
             assert torch.allclose(loss, seen, rtol=0, atol=1e-12)
 
 
-def test_a_batch_that_counts_nothing_gives_zeros():
+def test_a_weight_of_zero_gives_zero_gradients():
     def step(ctx):
         params = TensorDict({"w": torch.ones(2)})
         grad_fn = func.value_and_grad(lambda p, b, g: (p["w"] * b).sum(), ctx, weight=lambda b: 0)
@@ -72,7 +72,7 @@ def test_a_batch_that_counts_nothing_gives_zeros():
         assert grads["w"].tolist() == [0, 0]
 
 
-def test_one_all_reduce_per_bucket_carries_gradients_loss_count_and_buffers():
+def test_one_all_reduce_per_bucket_has_gradients_loss_weight_and_buffers():
     def step(ctx):
         model = net(norm=True)
         state = func.init_state(model, func.sgd(0.1), ctx, seed=0)
@@ -97,7 +97,7 @@ def test_one_all_reduce_per_bucket_carries_gradients_loss_count_and_buffers():
     assert trace[-1].num_bytes == 8 * floats
 
 
-def test_buckets_are_as_large_as_asked_for():
+def test_bucket_cap_mb_limits_the_buckets():
     def step(ctx):
         params = TensorDict({name: torch.ones(1000) for name in "abcd"})
         func.value_and_grad(
@@ -108,7 +108,7 @@ def test_buckets_are_as_large_as_asked_for():
     assert sizes == [8000, 8000, 4]
 
 
-def test_new_buffers_are_averaged_and_whole_numbers_kept():
+def test_new_buffers_are_averaged_and_integers_kept():
     def step(ctx):
         model, optimizer = net(norm=True), func.sgd(0.1)
         state = func.init_state(model, optimizer, ctx, seed=0)
@@ -126,7 +126,7 @@ def test_new_buffers_are_averaged_and_whole_numbers_kept():
     assert first["norm.num_batches_tracked"] == 1
 
 
-def test_batch_norm_equals_the_module_with_micro_batches_one_after_the_other():
+def test_batch_norm_equals_the_module_with_sequential_micro_batches():
     model, ctx, optimizer = net(norm=True), fake_context(0, 1), func.sgd(0.1)
     state = func.init_state(model, optimizer, ctx, seed=0)
     x, y = batch_of(0, ctx)
@@ -134,8 +134,8 @@ def test_batch_norm_equals_the_module_with_micro_batches_one_after_the_other():
         loss_with_buffers(model), optimizer, ctx, has_buffers=True, num_micro_batches=2
     )
     _, state = step(state, (x, y))
-    for part in (slice(0, 4), slice(4, 8)):
-        (F.cross_entropy(model(x[part]), y[part]) / 2).backward()
+    for rows in (slice(0, 4), slice(4, 8)):
+        (F.cross_entropy(model(x[rows]), y[rows]) / 2).backward()
     with torch.no_grad():
         for name, p in model.named_parameters():
             assert torch.allclose(state.params[name], p - 0.1 * p.grad, atol=1e-12), name
@@ -154,7 +154,7 @@ def dropped(ctx, num_steps=3, **options):
     return losses, state
 
 
-def test_masks_differ_between_ranks_and_steps_and_come_again():
+def test_dropout_masks_differ_between_ranks_and_steps_and_repeat():
     def masks(ctx):
         seen = []
 
@@ -175,7 +175,7 @@ def test_masks_differ_between_ranks_and_steps_and_come_again():
     assert dropped(fake_context(0, 1))[0] == dropped(fake_context(0, 1))[0]
 
 
-def test_dropout_leaves_the_generators_of_the_process_alone():
+def test_dropout_does_not_change_the_default_generator():
     before = torch.get_rng_state()
     losses, _ = dropped(fake_context(0, 1))
     assert torch.equal(before, torch.get_rng_state())
@@ -195,7 +195,7 @@ def test_a_step_is_pure(options):
     assert_pure(step, state, batch_of(0, ctx))
 
 
-def test_a_state_is_rank_0s_and_the_model_is_left_alone():
+def test_init_state_broadcasts_rank_0_and_does_not_change_the_model():
     def made(ctx):
         model = net(seed=ctx.rank, norm=True)
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -208,7 +208,7 @@ def test_a_state_is_rank_0s_and_the_model_is_left_alone():
     close(first, second, 0)
 
 
-def test_merge_gives_a_module_and_refuses_another():
+def test_merge_returns_a_module_and_raises_for_another_model():
     ctx, model = fake_context(0, 1), net(norm=True, tied=True)
     state = func.init_state(model, func.sgd(0.1), ctx, seed=0)
     _, state = func.make_step(loss_with_buffers(model), func.sgd(0.1), ctx, has_buffers=True)(
@@ -234,7 +234,7 @@ def test_frozen_parameters_are_constants_of_the_model():
     assert torch.equal(func.merge(model, state).first.weight, model.first.weight)
 
 
-def test_a_state_goes_through_a_checkpoint_bit_for_bit(tmp_path):
+def test_a_resumed_state_is_equal_bit_for_bit(tmp_path):
     def before(ctx):
         model, optimizer = net(dropout=0.3), transformation()
         step = func.make_step(loss_of(model), optimizer, ctx)
@@ -260,7 +260,7 @@ def test_a_state_goes_through_a_checkpoint_bit_for_bit(tmp_path):
         close(a, b, 0)
 
 
-def test_batches_of_a_loader_with_padding_are_cut_and_counted():
+def test_padded_batches_of_a_loader_are_split_and_weighted():
     model, rows = nn.Linear(1, 1, bias=False), torch.arange(10.0)[:, None]
 
     def train(ctx):
@@ -280,14 +280,14 @@ def test_batches_of_a_loader_with_padding_are_cut_and_counted():
         return state.params["weight"].item()
 
     weight = model.weight.item()
-    for part in (rows[:8], rows[8:]):
-        weight -= 0.01 * 2 * weight * part.square().mean().item()
+    for global_batch in (rows[:8], rows[8:]):
+        weight -= 0.01 * 2 * weight * global_batch.square().mean().item()
     for seen in simulate(train, 2):
         assert abs(seen - weight) < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_keeps_states_in_fp32_and_ranks_alike(precision):
+def test_mixed_precision_keeps_states_in_fp32_and_equal_on_ranks(precision):
     def train(ctx):
         model, optimizer = net(dtype=torch.float32), func.adamw(1e-2)
         state = func.init_state(model, optimizer, ctx, seed=0)
@@ -298,13 +298,13 @@ def test_mixed_precision_keeps_states_in_fp32_and_ranks_alike(precision):
         return dict(state.params.items()), metrics["loss"]
 
     config = {"mixed_precision": precision}
-    whole = train(fake_context(0, 1))
+    expected = train(fake_context(0, 1))
     first, second = simulate(train, 2, config=config)
     close(first[0], second[0], 0)
-    assert abs(first[1] - whole[1]) < 0.05
+    assert abs(first[1] - expected[1]) < 0.05
 
 
-def test_an_overflow_of_fp16_is_skipped_and_the_scale_falls():
+def test_an_fp16_overflow_is_skipped_and_the_scale_decreases():
     ctx = fake_context(0, 1, config={"mixed_precision": "fp16"})
     model, optimizer = nn.Linear(1, 1), func.adamw(1e-2)
     state = func.init_state(model, optimizer, ctx, seed=0)
@@ -316,7 +316,7 @@ def test_an_overflow_of_fp16_is_skipped_and_the_scale_falls():
     assert int(after.opt["count"]) == 0
 
 
-def test_the_digits_example_trains_as_its_module_path():
+def test_the_digits_example_equals_its_module_path():
     example = runpy.run_path("examples/digits.py", run_name="digits")
     x, y = (t for t in example["datasets"]()[0].tensors)
     ctx = fake_context(0, 1)
@@ -330,15 +330,15 @@ def test_the_digits_example_trains_as_its_module_path():
         faccel.init_scaler(ctx),
     )
     for i in range(50):
-        part = slice(i * 64 % 1280, i * 64 % 1280 + 64)
-        _, state = step(state, (x[part], y[part]))
-        scaler = faccel.scaled_backward(F.cross_entropy(wrapped(x[part]), y[part]), scaler, ctx)
+        rows = slice(i * 64 % 1280, i * 64 % 1280 + 64)
+        _, state = step(state, (x[rows], y[rows]))
+        scaler = faccel.scaled_backward(F.cross_entropy(wrapped(x[rows]), y[rows]), scaler, ctx)
         _, scaler = faccel.optimizer_step(opt, scaler, ctx)
     for name, p in model.named_parameters():
         assert torch.allclose(state.params[name], p, rtol=0, atol=1e-6), name
 
 
-def test_another_mesh_is_refused():
+def test_a_sharded_mesh_raises():
     def step(ctx):
         func.init_state(net(), func.sgd(0.1), ctx, seed=0)
 
@@ -347,7 +347,7 @@ def test_another_mesh_is_refused():
     assert "faccel.wrap" in caught.value.fix
 
 
-def test_a_batch_that_cannot_be_cut_is_refused():
+def test_a_batch_that_cannot_be_split_raises():
     ctx, model = fake_context(0, 1), net()
     state = func.init_state(model, func.sgd(0.1), ctx, seed=0)
     step = func.make_step(loss_of(model), func.sgd(0.1), ctx, num_micro_batches=3)

@@ -1,4 +1,4 @@
-"""What a pure step makes easy: ensembles, gradients of samples, curvature, learning to learn, going back."""
+"""Uses of a pure step: ensembles, per-sample gradients, curvature, MAML, rollback, compile."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def run_ensemble(ctx, num_steps=3):
     return func.tensordicts.named_leaves(func.train_state.state_to_dict(states)), metrics["loss"]
 
 
-def test_an_ensemble_is_each_of_its_models_alone():
+def test_an_ensemble_equals_its_models_trained_separately():
     optimizer = transformation()
     step = func.make_step(loss_of(net()), optimizer, CTX)
     together, losses = run_ensemble(CTX)
@@ -36,11 +36,11 @@ def test_an_ensemble_is_each_of_its_models_alone():
         for i in range(3):
             metrics, state = step(state, batch_of(i, CTX))
         alone = func.tensordicts.named_leaves(func.train_state.state_to_dict(state))
-        close(alone, {name: each[number] for name, each in together.items()})
+        close(alone, {name: tensor[number] for name, tensor in together.items()})
         assert torch.allclose(metrics["loss"], losses[number])
 
 
-def test_an_ensemble_on_ranks_is_the_one_on_one_with_one_all_reduce_for_all_models():
+def test_an_ensemble_on_ranks_equals_one_rank_with_one_all_reduce_per_step():
     expected, losses = run_ensemble(CTX)
     for world_size in (2, 4):
         results = simulate(run_ensemble, world_size)
@@ -51,7 +51,7 @@ def test_an_ensemble_on_ranks_is_the_one_on_one_with_one_all_reduce_for_all_mode
         assert len(reduces) == 3
 
 
-def test_models_of_an_ensemble_draw_differently_and_have_batches_of_their_own():
+def test_models_of_an_ensemble_draw_differently_and_can_have_separate_batches():
     optimizer = func.sgd(0.1)
     step = func.make_step(loss_of(net(dropout=0.5)), optimizer, CTX)
     same = func.stack([func.init_state(net(dropout=0.5), optimizer, CTX, seed=i) for i in range(3)])
@@ -61,19 +61,19 @@ def test_models_of_an_ensemble_draw_differently_and_have_batches_of_their_own():
     assert torch.equal(metrics["loss"], func.ensemble(step, CTX)(same, batch_of(0, CTX))[0]["loss"])
     assert torch.equal(before, torch.get_rng_state())
     x, y = zip(*(batch_of(i, CTX) for i in range(3)), strict=True)
-    plain = func.make_step(loss_of(net()), optimizer, CTX)
-    own, _ = func.ensemble(plain, CTX, batch_dim=0)(same, (torch.stack(x), torch.stack(y)))
+    single = func.make_step(loss_of(net()), optimizer, CTX)
+    separate, _ = func.ensemble(single, CTX, batch_dim=0)(same, (torch.stack(x), torch.stack(y)))
     for i, state in enumerate(func.unstack(same)):
-        assert torch.allclose(own["loss"][i], plain(state, (x[i], y[i]))[0]["loss"])
+        assert torch.allclose(separate["loss"][i], single(state, (x[i], y[i]))[0]["loss"])
 
 
-def test_a_state_is_a_pytree_that_vmap_and_grad_go_through():
+def test_vmap_and_grad_trace_a_step():
     optimizer = func.sgd(0.1)
     step = func.make_step(loss_of(net()), optimizer, CTX)
     states = func.stack(states_of(CTX, optimizer))
     metrics, after = torch.vmap(step, in_dims=(0, None))(states, batch_of(0, CTX))
-    ours, _ = func.ensemble(step, CTX)(states, batch_of(0, CTX))
-    assert torch.allclose(metrics["loss"], ours["loss"])
+    expected, _ = func.ensemble(step, CTX)(states, batch_of(0, CTX))
+    assert torch.allclose(metrics["loss"], expected["loss"])
     assert after.params["out.bias"].shape == (3, 3)
 
     def after_a_step(scale, state):
@@ -87,7 +87,7 @@ def test_a_state_is_a_pytree_that_vmap_and_grad_go_through():
     assert torch.isclose(slope, (rise[0] - rise[1]) / 2e-4, rtol=1e-5)
 
 
-def test_vmap_without_a_generator_refuses_dropout_and_takes_one_that_is_given():
+def test_vmap_of_dropout_needs_a_generator():
     optimizer = func.sgd(0.1)
     step = func.make_step(loss_of(net(dropout=0.5)), optimizer, CTX)
     states = func.stack(states_of(CTX, optimizer, dropout=0.5))
@@ -101,7 +101,7 @@ def test_vmap_without_a_generator_refuses_dropout_and_takes_one_that_is_given():
     assert run(states, batch_of(0, CTX))[0]["loss"].isfinite().all()
 
 
-def test_gradients_of_samples_are_those_of_each_alone():
+def test_per_sample_grads_equal_gradients_of_single_rows():
     model, (x, y) = net(), batch_of(0, CTX)
     params = TensorDict({n: p.detach() for n, p in model.named_parameters()})
     losses, grads = func.per_sample_grads(loss_of(model), CTX)(params, (x, y), torch.Generator())
@@ -113,7 +113,7 @@ def test_gradients_of_samples_are_those_of_each_alone():
         ):
             assert torch.allclose(grads[name][i], grad, atol=1e-12), name
     clipped = func.clip_per_sample(grads, 0.1)
-    norms = torch.stack([each.flatten(1).norm(dim=1) for each in clipped.values()]).norm(dim=0)
+    norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in clipped.values()]).norm(dim=0)
     assert torch.allclose(norms, torch.full_like(norms, 0.1))
 
 
@@ -136,7 +136,7 @@ def run_private(ctx, noise=0.0, **options):
     return dict(state.params.items())
 
 
-def test_a_private_step_without_noise_is_the_same_on_ranks_and_in_micro_batches():
+def test_dp_sgd_without_noise_is_equal_on_ranks_and_with_micro_batches():
     expected = run_private(CTX)
     close(expected, run_private(CTX, num_micro_batches=4))
     for world_size in (2, 4):
@@ -146,7 +146,7 @@ def test_a_private_step_without_noise_is_the_same_on_ranks_and_in_micro_batches(
     assert 0 < moved <= 2 * 0.5 * 0.1 + 1e-9
 
 
-def test_noise_has_the_deviation_that_was_asked_for_on_any_number_of_ranks():
+def test_dp_sgd_noise_has_the_right_deviation_on_any_number_of_ranks():
     def one(ctx):
         optimizer = func.sgd(1.0)
         state = func.init_state(nn.Linear(4000, 1, bias=False), optimizer, ctx, seed=0)
@@ -177,14 +177,14 @@ def curvature(ctx):
     return dict(product.items()), top
 
 
-def test_products_with_the_hessian_and_its_top_eigenvalue_are_right_on_ranks():
+def test_hessian_vector_products_and_sharpness_equal_the_full_hessian():
     model, (x, y) = net(), batch_of(0, CTX)
     names, values = zip(*((n, p.detach()) for n, p in model.named_parameters()), strict=True)
 
     def loss(flat):
-        parts = flat.split([v.numel() for v in values])
-        named = {n: part.view(v.shape) for n, part, v in zip(names, parts, values, strict=True)}
-        return F.cross_entropy(torch.func.functional_call(model, named, (x,)), y)
+        chunks = flat.split([v.numel() for v in values])
+        params = {n: c.view(v.shape) for n, c, v in zip(names, chunks, values, strict=True)}
+        return F.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
 
     hessian = torch.autograd.functional.hessian(loss, torch.cat([v.flatten() for v in values]))
     expected = hessian.sum(1)
@@ -206,7 +206,7 @@ def run_sam(ctx, **options):
     return dict(state.params.items())
 
 
-def test_a_sharpness_aware_step_is_the_one_of_its_definition_on_any_number_of_ranks():
+def test_sam_equals_its_definition_on_any_number_of_ranks():
     model = net()
     for i in range(3):
         x, y = batch_of(i, CTX)
@@ -225,7 +225,7 @@ def test_a_sharpness_aware_step_is_the_one_of_its_definition_on_any_number_of_ra
             close({n: p.detach() for n, p in model.named_parameters()}, params, 1e-10)
 
 
-def test_both_gradients_of_a_sharpness_aware_step_see_one_mask():
+def test_both_gradients_of_sam_use_the_same_random_numbers():
     draws = []
 
     def loss_fn(params, batch, generator):
@@ -241,9 +241,9 @@ def test_both_gradients_of_a_sharpness_aware_step_see_one_mask():
 def tasks(ctx):
     x = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = torch.randint(0, 3, (4, 5), generator=torch.Generator().manual_seed(1))
-    mine = 4 // ctx.data_world_size
-    part = slice(ctx.data_rank * mine, (ctx.data_rank + 1) * mine)
-    return (x[part, :3], y[part, :3]), (x[part, 3:], y[part, 3:])
+    num_local = 4 // ctx.data_world_size
+    rows = slice(ctx.data_rank * num_local, (ctx.data_rank + 1) * num_local)
+    return (x[rows, :3], y[rows, :3]), (x[rows, 3:], y[rows, 3:])
 
 
 def run_meta(ctx, inner=None):
@@ -254,7 +254,7 @@ def run_meta(ctx, inner=None):
     return dict(state.params.items())
 
 
-def test_a_meta_gradient_passes_through_the_inner_steps_on_any_number_of_ranks():
+def test_maml_equals_differentiating_the_inner_steps_on_any_number_of_ranks():
     model = net()
     names, params = zip(*model.named_parameters(), strict=True)
     (xs, ys), (xq, yq) = tasks(CTX)
@@ -269,20 +269,20 @@ def test_a_meta_gradient_passes_through_the_inner_steps_on_any_number_of_ranks()
     grads = torch.autograd.grad(torch.stack(losses).mean(), params)
     expected = {n: p.detach() - 0.5 * g for n, p, g in zip(names, params, grads, strict=True)}
     for world_size in (1, 2, 4):
-        for found in simulate(run_meta, world_size):
-            close(expected, found)
+        for params in simulate(run_meta, world_size):
+            close(expected, params)
 
 
 @pytest.mark.parametrize(
     "inner",
     [func.adamw(0.1), func.rmsprop(0.1), func.chain(func.clip_by_global_norm(0.1), func.sgd(0.1))],
 )
-def test_inner_steps_may_be_of_any_optimizer(inner):
+def test_maml_works_with_any_inner_optimizer(inner):
     for value in run_meta(CTX, inner).values():
         assert value.isfinite().all()
 
 
-def test_adapting_outside_of_a_transform_is_the_same_training():
+def test_adapt_equals_training_steps():
     model, (x, y) = net(), batch_of(0, CTX)
     state = func.init_state(model, func.adamw(0.1), CTX, seed=0)
     step = func.make_step(loss_of(model), func.adamw(0.1), CTX)
@@ -294,29 +294,29 @@ def test_adapting_outside_of_a_transform_is_the_same_training():
     close(dict(state.params.items()), dict(adapted.items()))
 
 
-def test_a_poisoned_batch_is_left_out_and_a_second_one_goes_further_back():
+def test_rollback_skips_a_poisoned_batch_and_returns_to_older_states():
     model, optimizer = net(), func.adamw(1e-2)
     step = func.make_step(loss_of(model), optimizer, CTX)
     run, poison = func.rollback(step, keep=3), torch.full((8, 6), float("nan"), dtype=torch.float64)
     history = func.init_state(model, optimizer, CTX, seed=0)
     for i in range(3):
         _, history = run(history, batch_of(i, CTX))
-    kept = history.states
-    assert [int(s.step) for s in kept] == [1, 2, 3]
+    states = history.states
+    assert [int(s.step) for s in states] == [1, 2, 3]
     metrics, history = run(history, (poison, batch_of(0, CTX)[1]))
     assert bool(metrics["skipped"])
-    assert history.states == kept
+    assert history.states == states
     _, history = run(history, (poison, batch_of(0, CTX)[1]))
-    assert history.states == kept[:2]
+    assert history.states == states[:2]
     for _ in range(3):
         _, history = run(history, (poison, batch_of(0, CTX)[1]))
-    assert (history.state, history.num_skipped) == (kept[0], 5)
+    assert (history.state, history.num_skipped) == (states[0], 5)
     _, history = run(history, batch_of(1, CTX))
     assert int(history.state.step) == 2
     assert not history.is_in_doubt
 
 
-def test_going_back_needs_states_that_are_kept():
+def test_rollback_of_a_donating_step_raises():
     step = func.make_step(loss_of(net()), func.sgd(0.1), CTX, donate=True)
     with pytest.raises(DonatedError, match="donate=False"):
         func.rollback(step)(func.init_state(net(), func.sgd(0.1), CTX, seed=0), batch_of(0, CTX))
@@ -331,7 +331,7 @@ def test_going_back_needs_states_that_are_kept():
     ],
     ids=["sam", "dp_sgd", "rollback"],
 )
-def test_each_step_is_pure(make):
+def test_sam_dp_sgd_and_rollback_are_pure(make):
     model, optimizer = net(dropout=0.2), func.adamw(1e-2)
     state = func.init_state(model, optimizer, CTX, seed=0)
     step = make(loss_of(model), optimizer)
@@ -366,7 +366,7 @@ def test_a_step_compiles_into_one_graph_for_each_shape(donate):
     )
     step = func.make_step(loss_with(model), optimizer, CTX, has_buffers=True, donate=donate)
     eager = func.make_step(loss_with(model), optimizer, CTX, has_buffers=True)
-    state = ours = func.init_state(model, optimizer, CTX, seed=0)
+    state = eager_state = func.init_state(model, optimizer, CTX, seed=0)
     if donate:
         state = func.init_state(model, optimizer, CTX, seed=0)
     compiled = compile_of(step)
@@ -374,7 +374,7 @@ def test_a_step_compiles_into_one_graph_for_each_shape(donate):
         x, y = batch_of(0, CTX)
         before = state
         metrics, state = compiled(state, (x[:rows], y[:rows]))
-        expected, ours = eager(ours, (x[:rows], y[:rows]))
+        expected, eager_state = eager(eager_state, (x[:rows], y[:rows]))
         assert torch.allclose(metrics["loss"], expected["loss"], atol=1e-10)
         assert torch.allclose(metrics["grad_norm"], expected["grad_norm"], atol=1e-10)
         if donate:
@@ -383,8 +383,8 @@ def test_a_step_compiles_into_one_graph_for_each_shape(donate):
     assert num_graphs() <= 2
     close(
         *(
-            func.tensordicts.named_leaves(func.train_state.state_to_dict(each))
-            for each in (ours, state)
+            func.tensordicts.named_leaves(func.train_state.state_to_dict(s))
+            for s in (eager_state, state)
         ),
         1e-8,
     )
@@ -400,7 +400,7 @@ def loss_with(model):
     return loss_fn
 
 
-def test_a_compiled_step_with_dropout_draws_from_its_state_and_leaves_the_process_alone():
+def test_a_compiled_step_with_dropout_is_seeded_and_restores_the_default_generator():
     model, optimizer = net(dropout=0.5), func.sgd(0.1)
     state = func.init_state(model, optimizer, CTX, seed=0)
     torch._dynamo.reset()
@@ -415,7 +415,7 @@ def test_a_compiled_step_with_dropout_draws_from_its_state_and_leaves_the_proces
     assert first["loss"] == again["loss"] != second["loss"]
 
 
-def test_a_compiled_step_with_dropout_by_torch_alone_is_an_error_that_says_what_to_write():
+def test_torch_compile_of_dropout_raises_with_a_fix():
     model, optimizer = net(dropout=0.5), func.sgd(0.1)
     state = func.init_state(model, optimizer, CTX, seed=0)
     with pytest.raises(Exception, match=r"compiled\(step, ctx\)"):
@@ -426,15 +426,15 @@ def test_an_ensemble_compiles():
     optimizer = transformation()
     step = func.ensemble(func.make_step(loss_of(net()), optimizer, CTX), CTX)
     states = func.stack(states_of(CTX, optimizer))
-    compiled, expected = compile_of(step), states
+    compiled, eager_states = compile_of(step), states
     for i in range(3):
         metrics, states = compiled(states, batch_of(i, CTX))
-        ours, expected = step(expected, batch_of(i, CTX))
-        assert torch.allclose(metrics["loss"], ours["loss"])
+        expected, eager_states = step(eager_states, batch_of(i, CTX))
+        assert torch.allclose(metrics["loss"], expected["loss"])
     assert num_graphs() == 1
 
 
-def test_fp16_under_a_transform_is_refused():
+def test_fp16_under_a_transform_raises():
     ctx = fake_context(0, 1, config={"mixed_precision": "fp16"})
     optimizer = func.sgd(0.1)
     states = func.stack([func.init_state(net(dtype=torch.float32), optimizer, ctx, seed=0)])
