@@ -172,7 +172,7 @@ def on_rank(rank: int, ctx: DistContext) -> Callable[[Callable[P, T]], Callable[
         >>> on_rank(1, fake_context(0, 2))(lambda: "ran")() is None
         True
     """
-    check_rank(rank, ctx, WORLD)
+    check_rank("rank", rank, ctx, WORLD)
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T | None]:
         @functools.wraps(fn)

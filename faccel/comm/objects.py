@@ -1,18 +1,19 @@
-"""Collectives over anything that can be pickled."""
+"""Collectives over any picklable objects."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-from faccel.comm.pack import check_rank
+from faccel.comm.pack import check_rank, pad_to
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError
 from faccel.protocols import DATA, WORLD
+from faccel.tree import Tree
 
 T = TypeVar("T")
 
@@ -21,7 +22,7 @@ def _to_bytes(obj: object, ctx: DistContext) -> torch.Tensor:
     return torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8).to(ctx.device)
 
 
-def _from_bytes(row: torch.Tensor) -> Any:
+def _from_bytes(row: torch.Tensor) -> Tree:
     return pickle.loads(row.cpu().numpy().tobytes())
 
 
@@ -32,12 +33,12 @@ def gather_objects(obj: T, ctx: DistContext, *, axis: str = DATA) -> list[T]:
     Effects: collective. Two collectives, whatever the size of the objects.
 
     Args:
-        obj: Anything that can be pickled. It is unpickled by the other ranks: they trust each other.
+        obj: Anything picklable. The other ranks unpickle it, so all ranks must trust each other.
         ctx: The world to gather over.
         axis: `"data"`, `"world"` or an axis of the mesh.
 
     Returns:
-        One object per rank, copies even at one rank.
+        One object per rank, copies even on one rank.
 
     Examples:
         >>> from faccel.testing import simulate
@@ -45,14 +46,10 @@ def gather_objects(obj: T, ctx: DistContext, *, axis: str = DATA) -> list[T]:
         ['', 'r', 'rr']
     """
     row = _to_bytes(obj, ctx)
-    lengths: list[int] = ctx.comm.all_gather(
-        torch.tensor(len(row), device=ctx.device), axis
-    ).tolist()
-    padded = row.new_zeros(max(lengths))
-    padded[: len(row)] = row
-    return [
-        _from_bytes(r[:n]) for r, n in zip(ctx.comm.all_gather(padded, axis), lengths, strict=True)
-    ]
+    own_length = torch.tensor(len(row), device=ctx.device)
+    lengths: list[int] = ctx.comm.all_gather(own_length, axis).tolist()
+    rows = ctx.comm.all_gather(pad_to(row, max(lengths)), axis)
+    return [_from_bytes(row[:length]) for row, length in zip(rows, lengths, strict=True)]
 
 
 @effectful(COLLECTIVE)
@@ -61,71 +58,76 @@ def broadcast_objects(
 ) -> list[T]:
     """Return rank `src`'s list on every rank of the axis.
 
-    Effects: collective. Two collectives; the argument is not written.
+    Effects: collective. Two collectives; the argument is not changed.
 
     Args:
-        objs: A list of anything that can be pickled; of the other ranks it is ignored.
+        objs: A list of anything picklable; ignored on the other ranks.
         ctx: The world to broadcast over.
-        src: The rank on the axis that gives the list.
+        src: The rank on the axis whose list is sent.
         axis: `"world"`, `"data"` or an axis of the mesh.
 
     Returns:
         A new list.
+
+    Raises:
+        ConfigError: `src` is not a rank of the axis.
 
     Examples:
         >>> from faccel.testing import simulate
         >>> simulate(lambda ctx: broadcast_objects([{"from": ctx.rank}], ctx, src=1), 2)[0]
         [{'from': 1}]
     """
-    check_rank(src, ctx, axis)
-    row = (
-        _to_bytes(objs, ctx)
-        if ctx.comm.rank(axis) == src
-        else torch.zeros(0, dtype=torch.uint8, device=ctx.device)
-    )
+    check_rank("src", src, ctx, axis)
+    row = torch.zeros(0, dtype=torch.uint8, device=ctx.device)
+    if ctx.comm.rank(axis) == src:
+        row = _to_bytes(objs, ctx)
     length = int(ctx.comm.broadcast(torch.tensor(len(row), device=ctx.device), src, axis))
-    return _from_bytes(ctx.comm.broadcast(row if len(row) else row.new_zeros(length), src, axis))
+    if ctx.comm.rank(axis) != src:
+        row = row.new_zeros(length)
+    return _from_bytes(ctx.comm.broadcast(row, src, axis))
 
 
 @effectful(COLLECTIVE)
 def scatter_objects(
     objs: Sequence[T] | None, ctx: DistContext, *, src: int = 0, axis: str = DATA
 ) -> T:
-    """Give each rank of the axis its own item of rank `src`'s sequence, and nothing else.
+    """Send each rank of the axis only its own item of rank `src`'s sequence.
 
     Effects: collective. Two collectives, whatever the items.
 
     Args:
-        objs: On `src` one item per rank, of anything that can be pickled; on the others it is ignored.
+        objs: On `src` one picklable item per rank; ignored on the other ranks.
         ctx: The world to scatter over.
-        src: The rank on the axis that gives the items.
+        src: The rank on the axis that sends the items.
         axis: `"data"`, `"world"` or an axis of the mesh.
 
     Returns:
-        This rank's item, a copy even at one rank.
+        This rank's item, a copy even on one rank.
 
     Raises:
-        ConfigError: There are more or fewer items than ranks; on `src`, before anything is sent.
+        ConfigError: `src` is not a rank of the axis, or has more or fewer items than there are
+            ranks; that is raised on `src` before anything is sent.
 
     Examples:
         >>> from faccel.testing import simulate
         >>> simulate(lambda ctx: scatter_objects(["a", {"b": 1}] if ctx.is_main else None, ctx), 2)
         ('a', {'b': 1})
     """
-    check_rank(src, ctx, axis)
+    check_rank("src", src, ctx, axis)
     size, rows = ctx.comm.size(axis), None
     lengths = torch.zeros(size, dtype=torch.int64, device=ctx.device)
     if ctx.comm.rank(axis) == src:
-        given = list(objs or ())
-        if len(given) != size:
+        items = list(objs or ())
+        if len(items) != size:
             raise ConfigError(
-                "`scatter_objects` takes one item per rank",
-                got=f"{len(given)} for {size} ranks",
-                fix="add them",
+                f"`objs` must have {size} items, one per rank of the axis `{axis}`",
+                got=f"{len(items)} items",
+                fix=f"pass a list of {size} items on rank {src}",
             )
-        packed = [_to_bytes(obj, ctx) for obj in given]
+        packed = [_to_bytes(item, ctx) for item in items]
         lengths += torch.tensor([len(row) for row in packed], device=ctx.device)
         rows = torch.nn.utils.rnn.pad_sequence(packed, batch_first=True)
-    counts: list[int] = ctx.comm.broadcast(lengths, src, axis).tolist()
-    like = torch.empty(max(counts), dtype=torch.uint8, device=ctx.device)
-    return _from_bytes(ctx.comm.scatter(rows, like, src, axis)[: counts[ctx.comm.rank(axis)]])
+    row_lengths: list[int] = ctx.comm.broadcast(lengths, src, axis).tolist()
+    like = torch.empty(max(row_lengths), dtype=torch.uint8, device=ctx.device)
+    row = ctx.comm.scatter(rows, like, src, axis)
+    return _from_bytes(row[: row_lengths[ctx.comm.rank(axis)]])

@@ -1,4 +1,4 @@
-"""Tensors of any shapes and dtypes as one row of bytes, so that one collective carries them all."""
+"""Tensors of any shapes and dtypes as one row of bytes, so that one collective sends them all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import attrs
 import torch
+from torch.nn.functional import pad
 
 from faccel.context import DistContext
 from faccel.errors import ConfigError
@@ -14,36 +15,80 @@ _ALIGNMENT = 16  # bytes; the widest dtype is complex128
 
 
 def describe(leaves: Sequence[torch.Tensor]) -> str:
-    """Return shapes and dtypes, for people."""
-    return ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in leaves)
+    """Return shapes and dtypes, for messages.
+
+    Effects: pure.
+
+    Examples:
+        >>> describe([torch.zeros(2, 3), torch.tensor(True)])
+        'float32[2, 3], bool[]'
+    """
+    names = [f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" for leaf in leaves]
+    return ", ".join(names)
 
 
-_DTYPES = {
-    dtype: i
-    for i, dtype in enumerate(
-        sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str)
-    )
-}
+_ALL_DTYPES = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_DTYPE_NUMBERS = {dtype: i for i, dtype in enumerate(sorted(_ALL_DTYPES, key=str))}
 
 
-def digest(leaves: list[torch.Tensor]) -> int:
-    """Return a number that says what a row holds: ranks whose rows are as long may still disagree about it."""
-    return hash(
-        tuple((_DTYPES[x.dtype], *x.shape) for x in leaves)
-    )  # of ints alone: the same in every process
+def digest(leaves: Sequence[torch.Tensor]) -> int:
+    """Return a hash of dtypes and shapes: rows of the same length may hold different tensors.
+
+    Effects: pure.
+    """
+    # Python's hash of integers is the same in every process, that of strings is not.
+    return hash(tuple((_DTYPE_NUMBERS[leaf.dtype], *leaf.shape) for leaf in leaves))
+
+
+def pad_to(
+    tensor: torch.Tensor, size: int, *, dim: int = 0, value: float = 0, first: bool = False
+) -> torch.Tensor:
+    """Return a copy of `tensor` whose dimension `dim` is filled up to `size`.
+
+    Effects: pure.
+
+    Args:
+        tensor: `T[...]`, at most `size` along `dim`.
+        size: Its new extent.
+        dim: Which dimension; a negative one counts from the last.
+        value: What to fill with.
+        first: Whether to fill at the beginning instead of the end.
+
+    Examples:
+        >>> pad_to(torch.ones(2), 3)
+        tensor([1., 1., 0.])
+    """
+    num_missing = size - tensor.shape[dim]
+    if num_missing == 0:
+        return tensor.clone()
+    # `pad` takes the widths (before, after) of each dimension, beginning with the last one
+    widths = [0, 0] * (tensor.ndim - 1 - dim % tensor.ndim)
+    widths += [num_missing, 0] if first else [0, num_missing]
+    return pad(tensor, widths, value=value)
 
 
 @attrs.frozen(eq=False)
 class Packed:
-    """Leaves as one row of bytes, widest dtype first, so that every leaf is aligned."""
+    """Leaves as one row of bytes, widest dtype first, so that every leaf is aligned.
 
-    row: torch.Tensor  # uint8[num_bytes], or one row per rank
-    offsets: list[int]  # of each leaf, in the order of the leaves
+    Args:
+        row: `uint8[num_bytes]`, or `uint8[num_rows, num_bytes]`.
+        offsets: Where each leaf begins, in bytes, in the order of the leaves.
+        shapes: The shape of each leaf.
+        dtypes: The dtype of each leaf.
+    """
+
+    row: torch.Tensor
+    offsets: list[int]
     shapes: list[torch.Size]
     dtypes: list[torch.dtype]
 
     def read(self, rows: torch.Tensor, leaf: int) -> torch.Tensor:
-        """Return leaf number `leaf` of each of `rows: uint8[w, num_bytes]` as `T[w, ...]`, a view where possible."""
+        """Return leaf number `leaf` of each of `rows: uint8[w, num_bytes]`.
+
+        Returns:
+            `T[w, ...]`, a view if possible.
+        """
         start = self.offsets[leaf]
         dtype, shape = self.dtypes[leaf], self.shapes[leaf]
         end = start + shape.numel() * dtype.itemsize
@@ -52,33 +97,46 @@ class Packed:
         return rows[:, start:end].view(dtype).reshape(rows.shape[0], *shape)
 
 
-def pack(leaves: list[torch.Tensor], *, num_rows: int | None = None) -> Packed:
-    """Pack contiguous tensors of one device; copies them.
+def pack(leaves: Sequence[torch.Tensor], *, num_rows: int | None = None) -> Packed:
+    """Copy contiguous tensors of one device into one row of bytes.
 
-    With `num_rows` each is `T[num_rows, ...]` and `row` is `uint8[num_rows, num_bytes]`; shapes are those of a row.
+    Effects: pure.
+
+    Args:
+        leaves: The tensors `T[...]`; with `num_rows` each is `T[num_rows, ...]`.
+        num_rows: Makes `row` a `uint8[num_rows, num_bytes]`; `shapes` are then those of one row.
     """
     batch = () if num_rows is None else (num_rows,)
-    shapes = [x.shape[len(batch) :] for x in leaves]
-    order = sorted(range(len(leaves)), key=lambda i: -leaves[i].dtype.itemsize)
-    offsets, end, parts = [0] * len(leaves), 0, list[torch.Tensor]()
-    for i in order:
+    shapes = [leaf.shape[len(batch) :] for leaf in leaves]
+    widest_first = sorted(range(len(leaves)), key=lambda i: -leaves[i].dtype.itemsize)
+    offsets = [0] * len(leaves)
+    end = 0
+    pieces: list[torch.Tensor] = []
+    for i in widest_first:
         offsets[i] = end
         num_elements = shapes[i].numel()
         end += num_elements * leaves[i].dtype.itemsize
         flat = leaves[i].reshape(*batch, num_elements)
-        if flat.stride(-1) != 1:  # one element may have any stride, and `view` wants 1
+        # a single element may have any stride, but `view(uint8)` needs 1
+        if flat.stride(-1) != 1:
             flat = flat.clone(memory_format=torch.contiguous_format)
-        parts.append(flat.view(torch.uint8))
+        pieces.append(flat.view(torch.uint8))
     if end % _ALIGNMENT:
-        parts.append(parts[0].new_zeros(*batch, _ALIGNMENT - end % _ALIGNMENT))
-    row = torch.cat(parts, dim=-1) if parts else torch.empty(0, dtype=torch.uint8)
-    return Packed(row, offsets, shapes, [x.dtype for x in leaves])
+        pieces.append(pieces[0].new_zeros(*batch, _ALIGNMENT - end % _ALIGNMENT))
+    if pieces:
+        row = torch.cat(pieces, dim=-1)
+    else:
+        row = torch.empty(0, dtype=torch.uint8)
+    return Packed(row, offsets, shapes, [leaf.dtype for leaf in leaves])
 
 
-def check_rank(src: int, ctx: DistContext, axis: str) -> None:
-    """Refuse a `src` that is not a rank of the axis."""
+def check_rank(name: str, rank: int, ctx: DistContext, axis: str) -> None:
+    """Raise unless the argument `name` is a rank of the axis."""
     size = ctx.comm.size(axis)
-    if not 0 <= src < size:
-        raise ConfigError(
-            f"`src` must be a rank of the axis `{axis}`", got=str(src), fix=f"use 0 to {size - 1}"
-        )
+    if 0 <= rank < size:
+        return
+    raise ConfigError(
+        f"`{name}` must be a rank of the axis `{axis}`, from 0 to {size - 1}",
+        got=f"{name}={rank!r}",
+        fix=f"write `{name}=0`",
+    )

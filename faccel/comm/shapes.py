@@ -1,15 +1,14 @@
-"""Sharing work and evening out shapes: what inference across ranks needs."""
+"""Splitting work over ranks and padding to common shapes, for inference; exchanging rows."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, MutableMapping
-from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
-from faccel.comm.pack import pack
+from faccel.checks import shown
+from faccel.comm.pack import pack, pad_to
 from faccel.comm.tensors import tensor_leaves
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
@@ -18,23 +17,24 @@ from faccel.protocols import DATA, WORLD
 from faccel.tree import Tree, leaf_error
 
 
-def split(xs: Any, ctx: DistContext, *, pad: bool = False, axis: str = DATA) -> Any:
-    """Return this rank's slice of a list, tuple or tensor, or of each of those in a dict; for inference.
+def split(xs: Tree, ctx: DistContext, *, pad: bool = False, axis: str = DATA) -> Tree:
+    """Return this rank's slice of a list, tuple or tensor, or of each of those in a dict.
 
-    Effects: pure. The slices are contiguous and in rank order; the first `n % W` ranks get one item more.
+    Effects: pure. The slices are contiguous and in rank order; the first `n % W` ranks get one item
+    more than the others.
 
     Args:
-        xs: What every rank has. All values of a dict must have the same length.
+        xs: A value that is the same on every rank. All values of a dict must have the same length.
         ctx: The world.
-        pad: Whether shorter slices repeat the last item of `xs`, so that every rank has equally many; the last
-            `-n % W` ranks are padded by one.
+        pad: Whether shorter slices repeat the last item of `xs`, so that all ranks have equally many
+            items. The last `-n % W` ranks get one repeat each.
         axis: `"data"`, `"world"` or an axis of the mesh.
 
     Returns:
-        The same kind of container, new; a view where `xs` is a tensor and nothing is padded.
+        A new container of the same kind; a view if `xs` is a tensor and nothing is padded.
 
     Raises:
-        DataError: Something without a length, values of different lengths, or nothing to pad with.
+        DataError: `xs` has no length, or its values have different lengths.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -44,36 +44,44 @@ def split(xs: Any, ctx: DistContext, *, pad: bool = False, axis: str = DATA) -> 
         {'x': ('c', 'c')}
     """
     if isinstance(xs, Mapping):
-        lengths = {key: len(value) for key, value in xs.items()}
-        if len(set(lengths.values())) > 1:
-            raise DataError(
-                "all values must have the same length",
-                got=str(lengths),
-                fix="split them one by one",
-            )
-        parts = {key: split(value, ctx, pad=pad, axis=axis) for key, value in xs.items()}
-        if type(xs) is dict or not isinstance(xs, MutableMapping):
-            return parts
-        like = copy.copy(xs)  # a tokenizer's encodings stay what they are
-        like.update(parts)
-        return like
-    if not isinstance(xs, (list, tuple, torch.Tensor)):
+        return _split_mapping(xs, ctx, pad=pad, axis=axis)
+    if not isinstance(xs, list | tuple | torch.Tensor):
         raise DataError(
-            "`split` takes a list, a tuple, a tensor or a dict",
-            got=type(xs).__name__,
-            fix="convert it",
+            "`xs` must be a list, a tuple, a tensor or a dict of those",
+            got=shown(xs),
+            fix="convert it, for example with `list(xs)`",
         )
-    rank, size = (
-        (ctx.data_rank, ctx.data_world_size)
-        if axis == DATA
-        else (ctx.comm.rank(axis), ctx.comm.size(axis))
-    )
-    each, more = divmod(len(xs), size)
-    start = rank * each + min(rank, more)
-    part = xs[start : start + each + (rank < more)]
-    if not pad or not more or rank < more:
-        return part
-    return torch.cat([part, xs[-1:]]) if isinstance(xs, torch.Tensor) else part + xs[-1:]  # type: ignore[operator]
+    if axis == DATA:
+        rank, size = ctx.data_rank, ctx.data_world_size
+    else:
+        rank, size = ctx.comm.rank(axis), ctx.comm.size(axis)
+    num_each, num_extra = divmod(len(xs), size)
+    start = rank * num_each + min(rank, num_extra)
+    has_extra = rank < num_extra
+    own = xs[start : start + num_each + int(has_extra)]
+    if not pad or has_extra or num_extra == 0:
+        return own
+    if isinstance(xs, torch.Tensor):
+        return torch.cat([own, xs[-1:]])
+    return own + xs[-1:]
+
+
+def _split_mapping(
+    xs: Mapping[Tree, Tree], ctx: DistContext, *, pad: bool, axis: str
+) -> Mapping[Tree, Tree]:
+    lengths = {key: len(value) for key, value in xs.items()}
+    if len(set(lengths.values())) > 1:
+        raise DataError(
+            "all values of `xs` must have the same length",
+            got=str(lengths),
+            fix="call `split` for each value",
+        )
+    slices = {key: split(value, ctx, pad=pad, axis=axis) for key, value in xs.items()}
+    if type(xs) is dict or not isinstance(xs, MutableMapping):
+        return slices
+    result = copy.copy(xs)  # keeps the class of a tokenizer's `BatchEncoding`, and its encodings
+    result.update(slices)
+    return result
 
 
 @effectful(COLLECTIVE)
@@ -86,20 +94,24 @@ def pad_across(
     first: bool = False,
     axis: str = DATA,
 ) -> Tree:
-    """Pad every tensor along `dim` to the longest that any rank of the axis has.
+    """Pad every tensor along `dim` to the largest size on any rank of the axis.
 
-    Effects: collective. Every rank must call it with the same structure; one small all-reduce for the whole tree.
+    Effects: collective. Every rank must call it with the same structure; one small all-reduce for the
+    whole tree.
 
     Args:
-        x: A tensor, or any nesting of them; leaves that have no dimension `dim` come back as they are.
+        x: A tensor, or any nesting of them. Leaves without a dimension `dim` are not padded.
         ctx: The world.
-        dim: Along which dimension; negative counts from the last.
+        dim: Along which dimension; a negative one counts from the last.
         value: What to fill with.
-        first: Whether to fill in front.
+        first: Whether to fill at the beginning instead of the end.
         axis: `"data"`, `"world"` or an axis of the mesh.
 
     Returns:
-        The same structure, fresh, detached, on the device of `ctx`.
+        The same structure, copied, detached, on the device of `ctx`.
+
+    Raises:
+        TreeError: A leaf is not a dense tensor; names it.
 
     Examples:
         >>> from faccel.testing import simulate
@@ -107,31 +119,25 @@ def pad_across(
         tensor([1., 0., 0.])
     """
     leaves, rebuild = tensor_leaves(x, ctx)
-    dims = [dim if -leaf.ndim <= dim < leaf.ndim else None for leaf in leaves]
-    mine = [0 if d is None else leaf.shape[d] for leaf, d in zip(leaves, dims, strict=True)]
-    longest: list[int] = ctx.comm.all_reduce(
-        torch.tensor(mine, device=ctx.device), "max", axis
-    ).tolist()
-    return rebuild(
-        [
-            leaf.clone() if d is None else _padded(leaf, d, to - have, value, first)
-            for leaf, d, have, to in zip(leaves, dims, mine, longest, strict=True)
-        ]
-    )
-
-
-def _padded(leaf: torch.Tensor, dim: int, missing: int, value: float, first: bool) -> torch.Tensor:  # noqa: FBT001
-    before_last = leaf.ndim - 1 - dim % leaf.ndim
-    widths = [0, 0] * before_last + ([missing, 0] if first else [0, missing])
-    return pad(leaf, widths, value=value) if missing else leaf.clone()
+    has_dim = [-leaf.ndim <= dim < leaf.ndim for leaf in leaves]
+    own_sizes = [leaf.shape[dim] if has else 0 for leaf, has in zip(leaves, has_dim, strict=True)]
+    own = torch.tensor(own_sizes, device=ctx.device)
+    sizes: list[int] = ctx.comm.all_reduce(own, "max", axis).tolist()
+    padded: list[torch.Tensor] = []
+    for leaf, has, size in zip(leaves, has_dim, sizes, strict=True):
+        if has:
+            padded.append(pad_to(leaf, size, dim=dim, value=value, first=first))
+        else:
+            padded.append(leaf.clone())
+    return rebuild(padded)
 
 
 @effectful(COLLECTIVE)
 def all_to_all(x: Tree, ctx: DistContext, *, axis: str = WORLD) -> Tree:
     """Exchange rows: row `j` of rank `i` becomes row `i` of rank `j`.
 
-    Effects: collective. Every rank of the axis must call it, with the same structure, shapes and dtypes. One
-    collective for the whole tree.
+    Effects: collective. Every rank of the axis must call it, with the same structure, shapes and
+    dtypes. One collective for the whole tree.
 
     Args:
         x: A tensor `T[size, ...]` with one row per rank of the axis, or any nesting of them.
@@ -139,10 +145,10 @@ def all_to_all(x: Tree, ctx: DistContext, *, axis: str = WORLD) -> Tree:
         axis: `"world"`, `"data"` or an axis of the mesh.
 
     Returns:
-        The same structure and shapes, fresh and detached, on the device of `ctx`.
+        The same structure and shapes, copied and detached, on the device of `ctx`.
 
     Raises:
-        TreeError: A leaf has not one row per rank.
+        TreeError: A leaf does not have one row per rank.
 
     Examples:
         >>> from faccel.testing import simulate
@@ -153,9 +159,8 @@ def all_to_all(x: Tree, ctx: DistContext, *, axis: str = WORLD) -> Tree:
     size = ctx.comm.size(axis)
     for i, leaf in enumerate(leaves):
         if leaf.ndim == 0 or leaf.shape[0] != size:
-            raise leaf_error(
-                x, i, "`all_to_all` exchanges one row per rank", f"give it {size} rows"
-            )
+            problem = f"`x` must have {size} rows, one row per rank of the axis `{axis}`"
+            raise leaf_error(x, i, problem, f"reshape it to `x.reshape({size}, -1)`")
     packed = pack(leaves, num_rows=size)
     ctx.comm.set_call_label("all_to_all", x)
     rows = ctx.comm.all_to_all(packed.row, axis)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
-from faccel.comm.pack import check_rank, describe, digest, pack
+from faccel.checks import one_of
+from faccel.comm.pack import Packed, check_rank, describe, digest, pack, pad_to
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
-from faccel.errors import ConfigError, DataError, DesyncError, nearest
+from faccel.errors import DataError, DesyncError
 from faccel.protocols import DATA, WORLD
 from faccel.tree import Tree, flatten, leaf_error
 
@@ -19,22 +19,28 @@ REDUCE_OPS = ("sum", "mean", "min", "max", "prod")
 
 def tensor_leaves(
     tree: Tree, ctx: DistContext
-) -> tuple[list[torch.Tensor], Callable[[Sequence[Any]], Tree]]:
-    """Return the leaves, detached, on the device of `ctx` and contiguous; refuse by name what is not a dense tensor."""
+) -> tuple[list[torch.Tensor], Callable[[Sequence[Tree]], Tree]]:
+    """Return the leaves, detached, contiguous and on the device of `ctx`, and `rebuild`.
+
+    Effects: pure.
+
+    Raises:
+        TreeError: A leaf is not a dense tensor; names it.
+    """
     leaves, rebuild = flatten(tree)
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
-            raise leaf_error(
-                tree,
-                i,
-                "only tensors travel in this collective",
-                "use `gather_objects` for anything else",
-            )
+            problem = "every leaf of `x` must be a tensor"
+            fix = "use `gather_objects`, `broadcast_objects` or `scatter_objects` for other objects"
+            raise leaf_error(tree, i, problem, fix)
         if leaf.layout != torch.strided:
-            raise leaf_error(
-                tree, i, f"a {leaf.layout} tensor cannot be packed", "call `.to_dense()` on it"
+            problem = (
+                f"a leaf of `x` has the layout {leaf.layout}, but only dense tensors are supported"
             )
-        leaves[i] = leaf.detach().to(ctx.device).resolve_conj().resolve_neg().contiguous()
+            raise leaf_error(tree, i, problem, "call `.to_dense()` on it")
+        leaf = leaf.detach().to(ctx.device)
+        # collectives send the bytes, where conjugation and negation would be flags of a view
+        leaves[i] = leaf.resolve_conj().resolve_neg().contiguous()
     return leaves, rebuild
 
 
@@ -49,25 +55,26 @@ def gather(
 ) -> Tree:
     """Concatenate `x` from every rank of the axis along dim 0, in data order.
 
-    Effects: collective. Every rank of the axis must call it, with the same structure, trailing shapes and dtypes. One
-    collective for the whole tree; a second one where `ragged`.
+    Effects: collective. Every rank of the axis must call it, with the same structure, trailing shapes
+    and dtypes. One collective for the whole tree; a second one with `ragged`.
 
     Args:
-        x: This rank's part: a tensor `T[n, ...]`, or any nesting of them. A 0-d leaf counts as one row and is never
-            dropped.
+        x: This rank's rows: a tensor `T[n, ...]`, or any nesting of them. A 0-d leaf counts as one
+            row and is never dropped.
         ctx: The world to gather over.
-        num_valid: Rows of this rank's part that are not padding (`Batch.num_valid`), `0 <= num_valid <= n`. The
-            others are dropped. May differ between ranks.
+        num_valid: Rows of this rank that are not padding (`Batch.num_valid`), `0 <= num_valid <= n`.
+            The others are dropped. May differ between ranks.
         ragged: Whether `n` differs between ranks.
-        axis: `"data"`, `"world"` or an axis of the mesh. Ranks that share data count once on `"data"`.
+        axis: `"data"`, `"world"` or an axis of the mesh. Ranks that read the same data count once on
+            `"data"`.
 
     Returns:
-        The same structure, each leaf `T[sum of valid rows, ...]`, equal on every rank, detached from the graph, on the
-        device of `ctx`. Always fresh: `x` is neither written nor aliased, even when there is one rank.
+        The same structure, each leaf `T[sum of valid rows, ...]`, equal on every rank, detached from
+        the graph, on the device of `ctx`. Always a copy, even on one rank.
 
     Raises:
-        DataError: `num_valid` is out of range, or a leaf has another number of rows than the others.
-        DesyncError: Ranks sent other shapes or dtypes (off the CPU only seen where rows are counted).
+        DataError: `num_valid` is out of range, or leaves have different numbers of rows.
+        DesyncError: Ranks sent other shapes or dtypes (off the CPU only detected if rows are counted).
         TreeError: A leaf is not a dense tensor; names it.
 
     Examples:
@@ -77,94 +84,113 @@ def gather(
         tensor([0, 1, 2])
     """
     leaves, rebuild = tensor_leaves(x, ctx)
-    is_row = [leaf.ndim == 0 for leaf in leaves]
-    leaves = [leaf.reshape(1) if row else leaf for leaf, row in zip(leaves, is_row, strict=True)]
-    counts_rows, count = num_valid is not None or ragged, 0
+    is_scalar = [leaf.ndim == 0 for leaf in leaves]
+    for i, scalar in enumerate(is_scalar):
+        if scalar:
+            leaves[i] = leaves[i].reshape(1)
+    counts_rows = num_valid is not None or ragged
+    count = 0
     if counts_rows:
-        num_rows = _num_rows(x, leaves, is_row)
-        count = num_rows if num_valid is None else num_valid
-        if not isinstance(count, int) or not 0 <= count <= num_rows:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise DataError(
-                "`num_valid` counts the rows of this rank's part that are not padding",
-                got=f"num_valid={num_valid} of {num_rows} rows",
-                fix="pass `Batch.num_valid` of the batch that `x` was computed from",
-            )
-        if ragged:  # parts of several lengths are not announced: they are right
-            leaves = _pad_to_longest(leaves, is_row, count, ctx, axis)
-    packed = pack([*leaves, torch.tensor([digest(leaves), count], device=ctx.device)])
-    if not ragged:
+        count = _count(x, leaves, is_scalar, num_valid)
+    if ragged:
+        leaves = _pad_to_longest(leaves, is_scalar, count, ctx, axis)
+    else:  # ragged leaves rightly have different shapes, so debug mode must not compare them
         ctx.comm.set_call_label("gather", x)
+    header = torch.tensor([digest(leaves), count], device=ctx.device)
+    packed = pack([*leaves, header])
     rows = ctx.comm.all_gather(packed.row, axis)
-    *parts, headers = [packed.read(rows, i) for i in range(len(leaves) + 1)]
-    if not counts_rows:
-        if ctx.device.type == "cpu":  # elsewhere reading it would make the host wait
-            _check_same([d for d, _ in headers.tolist()], leaves, ctx, axis)
-        return rebuild([part.flatten(0, 1) for part in _fresh(parts, rows)])
-    digests, counts = zip(*headers.tolist(), strict=True)
+    if counts_rows:
+        return rebuild(_valid_rows(packed, rows, leaves, is_scalar, ctx, axis))
+    if ctx.device.type == "cpu":  # on other devices the host would wait for the header
+        _check_same(packed.read(rows, len(leaves))[:, 0].tolist(), leaves, ctx, axis)
+    return rebuild([_read_copy(packed, rows, i).flatten(0, 1) for i in range(len(leaves))])
+
+
+def _read_copy(packed: Packed, rows: torch.Tensor, leaf: int) -> torch.Tensor:
+    """Return a leaf of every rank as `T[w, ...]`, which keeps the gathered bytes not alive."""
+    values = packed.read(rows, leaf)
+    if values.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
+        return values.clone()
+    return values
+
+
+def _valid_rows(
+    packed: Packed,
+    rows: torch.Tensor,
+    leaves: list[torch.Tensor],
+    is_scalar: list[bool],
+    ctx: DistContext,
+    axis: str,
+) -> list[torch.Tensor]:
+    """Return the leaves of all ranks, without the rows that a rank did not count."""
+    digests, counts = packed.read(rows, len(leaves)).T.tolist()
     _check_same(digests, leaves, ctx, axis)
-    return rebuild(
-        [
-            part.flatten().clone()
-            if row
-            else torch.cat([part[r, :n] for r, n in enumerate(counts)])
-            for part, row in zip(parts, is_row, strict=True)
-        ]
-    )
+    results: list[torch.Tensor] = []
+    for i, scalar in enumerate(is_scalar):
+        values = packed.read(rows, i)
+        if scalar:
+            results.append(values.flatten().clone())
+        else:
+            valid = [values[rank, :count] for rank, count in enumerate(counts)]
+            results.append(torch.cat(valid))
+    return results
 
 
 def _check_same(
     digests: Sequence[int], leaves: list[torch.Tensor], ctx: DistContext, axis: str
 ) -> None:
-    """Raise on every rank where ranks have sent tensors of other shapes or dtypes."""
-    if len(set(digests)) > 1:
-        groups = [
-            [r for r, d in enumerate(digests) if d == each] for each in dict.fromkeys(digests)
-        ]
-        raise DesyncError(
-            "ranks disagree about shapes or dtypes in one collective",
-            got=f"ranks that agree with each other: {groups}; rank {ctx.comm.rank(axis)} sent {describe(leaves)}",
-            fix="send the same shapes and dtypes, pass `ragged=True`, or `num_valid=` with rows padded alike",
-        )
+    """Raise on every rank if ranks have sent tensors of different shapes or dtypes."""
+    if len(set(digests)) == 1:
+        return
+    ranks_by_digest: dict[int, list[int]] = {}
+    for rank, value in enumerate(digests):
+        ranks_by_digest.setdefault(value, []).append(rank)
+    raise DesyncError(
+        "ranks sent different shapes or dtypes in one collective",
+        got=f"ranks with equal ones: {list(ranks_by_digest.values())}; "
+        f"rank {ctx.comm.rank(axis)} sent {describe(leaves)}",
+        fix="send the same shapes and dtypes, or pass `ragged=True` if only the number of rows differs",
+    )
 
 
-def _fresh(parts: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
-    """Copy the parts that are views of the gathered bytes, so that no result keeps the others alive."""
-    here = rows.untyped_storage().data_ptr()
-    return [part.clone() if part.untyped_storage().data_ptr() == here else part for part in parts]
-
-
-def _num_rows(x: Tree, leaves: list[torch.Tensor], is_row: list[bool]) -> int:
-    sized = [i for i, row in enumerate(is_row) if not row]
-    if not sized:
-        raise DataError(
-            "`num_valid` and `ragged` need rows to count",
-            got="only 0-d tensors",
-            fix="leave them out",
-        )
-    num_rows = leaves[sized[0]].shape[0]
-    for i in sized:
-        if leaves[i].shape[0] != num_rows:
-            error = leaf_error(
-                x,
-                i,
-                f"every leaf must have the same {num_rows} rows",
-                "gather it in a call of its own",
-            )
+def _count(
+    x: Tree, leaves: list[torch.Tensor], is_scalar: list[bool], num_valid: int | None
+) -> int:
+    """Return the number of valid rows, which all leaves but scalars must have."""
+    num_rows: int | None = None
+    for i, leaf in enumerate(leaves):
+        if is_scalar[i]:
+            continue
+        if num_rows is None:
+            num_rows = leaf.shape[0]
+        if leaf.shape[0] != num_rows:
+            problem = f"every leaf of `x` must have the same {num_rows} rows"
+            error = leaf_error(x, i, problem, "gather it in another call")
             raise DataError(error.problem, got=error.got, fix=error.fix)
-    return num_rows
+    if num_rows is None:
+        raise DataError(
+            "`x` has no rows to count with `num_valid` or `ragged`",
+            got="only 0-d tensors",
+            fix="leave `num_valid` and `ragged` out",
+        )
+    if num_valid is None:
+        return num_rows
+    if not isinstance(num_valid, int) or not 0 <= num_valid <= num_rows:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise DataError(
+            f"`num_valid` must be an integer from 0 to {num_rows}, the number of rows of `x`",
+            got=f"num_valid={num_valid!r}",
+            fix="pass `num_valid=batch.num_valid` of the batch that `x` was computed from",
+        )
+    return num_valid
 
 
 def _pad_to_longest(
-    leaves: list[torch.Tensor], is_row: list[bool], count: int, ctx: DistContext, axis: str
+    leaves: list[torch.Tensor], is_scalar: list[bool], count: int, ctx: DistContext, axis: str
 ) -> list[torch.Tensor]:
-    longest = int(ctx.comm.all_reduce(torch.tensor(count, device=ctx.device), "max", axis))
-    padded = [
-        leaf if row else leaf.new_zeros(longest, *leaf.shape[1:])
-        for leaf, row in zip(leaves, is_row, strict=True)
-    ]
-    for new, leaf, row in zip(padded, leaves, is_row, strict=True):
-        if not row:
-            new[:count] = leaf[:count]
+    largest = int(ctx.comm.all_reduce(torch.tensor(count, device=ctx.device), "max", axis))
+    padded: list[torch.Tensor] = []
+    for leaf, scalar in zip(leaves, is_scalar, strict=True):
+        padded.append(leaf if scalar else pad_to(leaf[:count], largest))
     return padded
 
 
@@ -172,23 +198,24 @@ def _pad_to_longest(
 def reduce(x: Tree, ctx: DistContext, *, op: str = "sum", axis: str = DATA) -> Tree:
     """Reduce `x` over the ranks of the axis, element by element.
 
-    Effects: collective. Every rank of the axis must call it, with the same structure, shapes and dtypes. One
-    collective per dtype in the tree.
+    Effects: collective. Every rank of the axis must call it, with the same structure, shapes and
+    dtypes. One collective per dtype in the tree.
 
     Args:
         x: A tensor `T[...]`, or any nesting of them.
         ctx: The world to reduce over.
-        op: `"sum"`, `"mean"`, `"min"`, `"max"` or `"prod"`. The mean of integers is a float of the default dtype, the
-            sum of booleans an int64.
+        op: `"sum"`, `"mean"`, `"min"`, `"max"` or `"prod"`. The mean of integers is a float of the
+            default dtype, the sum of booleans an int64.
         axis: `"data"`, `"world"` or an axis of the mesh.
 
     Returns:
-        The same structure and shapes, equal on every rank, fresh and detached, on the device of `ctx`.
+        The same structure and shapes, equal on every rank, copied and detached, on the device of
+        `ctx`.
 
     Raises:
-        ConfigError: `op` is none of those.
-        DesyncError: Ranks asked for another operation, or sent other leaves, shapes or dtypes (seen on the CPU; a rank
-            that gloo itself aborts cannot say so, see debug mode).
+        ConfigError: `op` is unknown.
+        DesyncError: Ranks passed different operations, leaves, shapes or dtypes (detected on the
+            CPU; not on a rank that gloo itself aborts, for which see debug mode).
         TreeError: A leaf is not a dense tensor; names it.
 
     Examples:
@@ -197,55 +224,65 @@ def reduce(x: Tree, ctx: DistContext, *, op: str = "sum", axis: str = DATA) -> T
         >>> simulate(lambda ctx: reduce({"n": torch.tensor(ctx.rank)}, ctx, op="mean"), 4)[0]
         {'n': tensor(1.5000)}
     """
-    if op not in REDUCE_OPS:
-        raise ConfigError("`op` is not a reduction", got=repr(op), fix=nearest(str(op), REDUCE_OPS))
+    one_of("op", op, REDUCE_OPS)
     leaves, rebuild = tensor_leaves(x, ctx)
     size = ctx.comm.size(axis)
-    wire = [_to_wire(leaf, op) for leaf in leaves]
+    inputs = [_widened(leaf, op) for leaf in leaves]
     if leaves:
         ctx.comm.set_call_label(f"reduce({op})", x)
+    collective_op = "sum" if op == "mean" else op
     results: list[torch.Tensor] = list(leaves)
-    for dtype in sorted({x.dtype for x in wire}, key=str):
-        members = [i for i, x in enumerate(wire) if x.dtype == dtype]
-        flat = torch.cat([wire[i].reshape(-1) for i in members])
-        reduced = ctx.comm.all_reduce(flat, "sum" if op == "mean" else op, axis)
-        for i, part in zip(members, reduced.split([wire[i].numel() for i in members]), strict=True):
-            part = part.clone() if len(members) > 1 else part
-            results[i] = _from_wire(part.view(leaves[i].shape), leaves[i].dtype, op, size)
+    # the same order of dtypes on every rank, whatever order their trees were built in
+    for dtype in sorted({tensor.dtype for tensor in inputs}, key=str):
+        indices = [i for i, tensor in enumerate(inputs) if tensor.dtype == dtype]
+        flat = torch.cat([inputs[i].reshape(-1) for i in indices])
+        reduced = ctx.comm.all_reduce(flat, collective_op, axis)
+        pieces = reduced.split([inputs[i].numel() for i in indices])
+        for i, piece in zip(indices, pieces, strict=True):
+            if len(indices) > 1:  # a view would keep the others alive
+                piece = piece.clone()
+            results[i] = _narrowed(piece.view(leaves[i].shape), leaves[i].dtype, op, size)
     return rebuild(results)
 
 
-def _to_wire(leaf: torch.Tensor, op: str) -> torch.Tensor:
-    whole = not (leaf.is_floating_point() or leaf.is_complex())
-    if leaf.dtype == torch.bool or (whole and op == "mean"):
+def _widened(leaf: torch.Tensor, op: str) -> torch.Tensor:
+    """Return a leaf in the dtype in which it is reduced."""
+    is_integer = not (leaf.is_floating_point() or leaf.is_complex())
+    if leaf.dtype == torch.bool or (is_integer and op == "mean"):
         return leaf.to(torch.int64)
-    return leaf.to(torch.int32) if leaf.dtype == torch.int16 else leaf  # gloo has no int16
+    if leaf.dtype == torch.int16:  # gloo does not support it
+        return leaf.to(torch.int32)
+    return leaf
 
 
-def _from_wire(reduced: torch.Tensor, dtype: torch.dtype, op: str, size: int) -> torch.Tensor:
+def _narrowed(reduced: torch.Tensor, dtype: torch.dtype, op: str, size: int) -> torch.Tensor:
+    """Return a result in the dtype of the leaf; means and sums of booleans need another one."""
     if op == "mean":
         return reduced / size
-    return reduced if dtype == torch.bool and op == "sum" else reduced.to(dtype)
+    if dtype == torch.bool and op == "sum":
+        return reduced
+    return reduced.to(dtype)
 
 
 @effectful(COLLECTIVE)
 def broadcast(x: Tree, ctx: DistContext, *, src: int = 0, axis: str = WORLD) -> Tree:
     """Return rank `src`'s value of `x` on every rank of the axis.
 
-    Effects: collective. Every rank of the axis must call it, with the same structure, shapes and dtypes. One
-    collective for the whole tree.
+    Effects: collective. Every rank of the axis must call it, with the same structure, shapes and
+    dtypes. One collective for the whole tree.
 
     Args:
-        x: A tensor `T[...]`, or any nesting of them; of the other ranks only shapes and dtypes count.
+        x: A tensor `T[...]`, or any nesting of them; on the other ranks only shapes and dtypes count.
         ctx: The world to broadcast over.
-        src: The rank on the axis that gives the values.
+        src: The rank on the axis whose values are sent.
         axis: `"world"`, `"data"` or an axis of the mesh.
 
     Returns:
-        The same structure, fresh and detached, on the device of `ctx`.
+        The same structure, copied and detached, on the device of `ctx`.
 
     Raises:
         ConfigError: `src` is not a rank of the axis.
+        DesyncError: Shapes or dtypes differ from those of `src` (detected on the CPU).
         TreeError: A leaf is not a dense tensor; names it.
 
     Examples:
@@ -254,12 +291,12 @@ def broadcast(x: Tree, ctx: DistContext, *, src: int = 0, axis: str = WORLD) -> 
         >>> simulate(lambda ctx: broadcast(torch.tensor(ctx.rank), ctx, src=2), 3)
         (tensor(2), tensor(2), tensor(2))
     """
-    check_rank(src, ctx, axis)
+    check_rank("src", src, ctx, axis)
     leaves, rebuild = tensor_leaves(x, ctx)
-    mine = digest(leaves)
+    own_digest = digest(leaves)
     ctx.comm.set_call_label(f"broadcast(src={src})", x)
-    packed = pack([*leaves, torch.tensor([mine], device=ctx.device)])
+    packed = pack([*leaves, torch.tensor([own_digest], device=ctx.device)])
     rows = ctx.comm.broadcast(packed.row, src, axis)[None]
     if ctx.device.type == "cpu":
-        _check_same([mine, int(packed.read(rows, len(leaves)))], leaves, ctx, axis)
+        _check_same([own_digest, int(packed.read(rows, len(leaves)))], leaves, ctx, axis)
     return rebuild([packed.read(rows, i)[0].clone() for i in range(len(leaves))])
