@@ -1,8 +1,8 @@
-"""A process killed at every write, fsync, rename, ... of a save: what is there afterwards, with faccel and Accelerate.
+"""A process killed at every write, fsync, rename, ... of a save: what loads afterwards.
 
-Each saves a first checkpoint, then a second one while only one is to be kept (`keep=1`, `total_limit=1`), and is killed
-at the n-th call of a kind, for every n, by strace. Then the newest checkpoint is loaded: the old state, the new one, a
-mixture, or an error.
+faccel and Accelerate save a checkpoint, then a second one with a limit of one checkpoint (`keep=1`,
+`total_limit=1`). strace kills them at the n-th system call of a kind, for every n. Then the newest
+checkpoint is loaded: the result is the old state, the new one, a mixture, or an error.
 
 python benchmarks/kill.py    (needs strace and the right to trace)
 """
@@ -23,7 +23,7 @@ from measure import report, target
 import faccel
 
 CALLS = ("write", "fsync", "rename", "mkdir", "unlink", "unlinkat", "rmdir")
-MOST = 200  # calls of one kind
+MAX_CALLS = 200  # of one kind
 
 FORK = multiprocessing.get_context("fork")
 warnings.filterwarnings("ignore")
@@ -44,7 +44,7 @@ def filled(value):
 
 
 def values(net, opt):
-    """Which of the saves each part comes from."""
+    """Return the values of all parameters and options: each save has a different one."""
     return {*net.weight.unique().tolist(), *net.bias.unique().tolist(), opt.param_groups[0]["lr"]}
 
 
@@ -98,28 +98,32 @@ def writer(pipe, folder, prepare):
 
 def reader(pipe, folder, load):
     try:
-        found = load(folder)
-        pipe.send({1.0: "old", 2.0: "new"}[found.pop()] if len(found) == 1 else "mixture")
+        loaded = load(folder)
+        outcome = "mixture"
+        if len(loaded) == 1:
+            outcome = {1.0: "old", 2.0: "new"}[loaded.pop()]
+        pipe.send(outcome)
     except BaseException as error:
         pipe.send(f"error: {type(error).__name__}")
     os._exit(0)
 
 
 def start(fn, *args):
-    ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=fn, args=(theirs, *args))
+    pipe, child_pipe = FORK.Pipe()
+    process = FORK.Process(target=fn, args=(child_pipe, *args))
     process.start()
-    theirs.close()
-    return process, ours
+    child_pipe.close()
+    return process, pipe
 
 
 def attempt(folder, prepare, load, call, number):
-    """Return whether the writer was killed, and what is there afterwards."""
+    """Return whether the writer was killed, and what loads afterwards."""
     process, pipe = start(writer, folder, prepare)
     assert pipe.recv() == "ready"
-    tracer = subprocess.Popen(
-        ["strace", "-f", "-p", str(process.pid), "-o", "/dev/null", "-e", f"trace={call}", "-e",
-         f"inject={call}:signal=SIGKILL:when={number}"], stderr=subprocess.PIPE, text=True)  # fmt: skip
+    kill = f"inject={call}:signal=SIGKILL:when={number}"
+    attach = ["strace", "-f", "-p", str(process.pid), "-o", "/dev/null"]
+    command = [*attach, "-e", f"trace={call}", "-e", kill]
+    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     line = tracer.stderr.readline()
     assert "attached" in line, line
     pipe.send("go")
@@ -140,7 +144,7 @@ def main():
     for name, (prepare, load) in CONTENDERS.items():
         counts = collections.Counter()
         for call in CALLS:
-            for number in range(1, MOST):
+            for number in range(1, MAX_CALLS):
                 folder = tempfile.mkdtemp()
                 killed, outcome = attempt(folder, prepare, load, call, number)
                 shutil.rmtree(folder)
@@ -151,9 +155,10 @@ def main():
         print(name, results[name], flush=True)
 
     def lost(name):
-        return sum(n for what, n in results[name].items() if what not in ("kills", "old", "new"))
+        counts = results[name]
+        return counts["kills"] - counts.get("old", 0) - counts.get("new", 0)
 
-    aim = target(
+    limit = target(
         "faccel: kills after which neither the old nor the new state loads",
         lost("faccel"),
         at_most=0,
@@ -162,7 +167,7 @@ def main():
         "kill",
         {"calls": CALLS},
         results | {"lost": {name: lost(name) for name in CONTENDERS}},
-        [aim],
+        [limit],
     )
 
 

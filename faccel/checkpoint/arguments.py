@@ -30,6 +30,7 @@ def path_argument(name: str, value: object, path: object, call: str) -> str:
     """
     if isinstance(path, (str, os.PathLike)):
         return os.path.abspath(path)
+    # The order of `torch.save` is `(obj, path)`; Accelerate and older versions have the path first.
     if isinstance(value, (str, os.PathLike)):
         raise ConfigError(
             f"`{name}` and `path` are swapped",

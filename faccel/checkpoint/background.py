@@ -120,7 +120,7 @@ def start_background_save(
     transaction: SaveTransaction,
     ctx: DistContext,
     metadata: Mapping[str, Any] | None,
-    policy: KeepPolicy | None,
+    policy: KeepPolicy,
 ) -> None:
     """Copy the slices of this rank, and start a thread that writes and commits them.
 

@@ -28,6 +28,7 @@ Restore = Callable[[], Tree]
 """Returns the decoded value; called after all tensors were read. Models, optimizers and other
 objects with `load_state_dict` are updated in place, every other value is new."""
 
+K = TypeVar("K")
 V = TypeVar("V")
 V_contra = TypeVar("V_contra", contravariant=True)
 
@@ -236,6 +237,11 @@ class Decoder:
             if codec.matches(target):
                 return codec
         return None
+
+
+def restore_all(restores: Mapping[K, Restore]) -> dict[K, Tree]:
+    """Return the restored values by key; updates what is restored in place."""
+    return {key: restore() for key, restore in restores.items()}
 
 
 def kind_of(node: Node) -> str:

@@ -9,7 +9,16 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore, StoredTensor, mismatch
+from faccel.checkpoint.codec import (
+    Codec,
+    Decoder,
+    Encoder,
+    Node,
+    Restore,
+    StoredTensor,
+    mismatch,
+    restore_all,
+)
 from faccel.checkpoint.tensor_names import child_name, trainable_entries
 from faccel.training.model import WrappedModel
 from faccel.tree import Tree
@@ -58,8 +67,7 @@ def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
         metadata[name] = {"version": version}
 
     def restore() -> Tree:
-        entries = {name: restore_entry() for name, restore_entry in restores.items()}
-        loaded = _StateDict(entries, metadata)
+        loaded = _StateDict(restore_all(restores), metadata)
         # Parameters are already read in place; this also calls hooks, and copies what is not a
         # parameter.
         target.load_state_dict(loaded, strict=len(loaded) == len(state))
@@ -179,8 +187,8 @@ def is_stateful(value: object) -> bool:
 
     Effects: pure.
     """
-    methods = (getattr(value, "state_dict", None), getattr(value, "load_state_dict", None))
-    return all(callable(method) for method in methods)
+    has_state_dict = callable(getattr(value, "state_dict", None))
+    return has_state_dict and callable(getattr(value, "load_state_dict", None))
 
 
 def _encode_stateful(value: Stateful, path: str, encoder: Encoder) -> Node:

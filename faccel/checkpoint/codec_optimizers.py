@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore, mismatch
+from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore, mismatch, restore_all
 from faccel.checkpoint.codec_modules import name_difference
 from faccel.checkpoint.codec_values import mapping_nodes
 from faccel.checkpoint.tensor_names import child_name, optimizer_parameter_names
@@ -111,7 +111,7 @@ def _decode_state(node: Node, indices: Mapping[str, int], path: str, decoder: De
             restores[key] = restore_entry
         else:
             restores[index] = restore_entry
-    return lambda: {key: restore_entry() for key, restore_entry in restores.items()}
+    return lambda: restore_all(restores)
 
 
 def _in_order(stored_groups: Sequence[Group], groups: list[list[str]]) -> list[Group]:

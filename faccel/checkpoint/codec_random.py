@@ -37,7 +37,9 @@ def _decode_rng_state(node: Node, target: Tree, path: str, decoder: Decoder) -> 
     if node["device"] and decoder.ctx.device.type != "cpu":
         names.append("device")
     rank_path = child_name(path, f"rank-{saved_rank:05d}")
-    tensors = {name: decoder.new_tensor(child_name(rank_path, name)) for name in names}
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        tensors[name] = decoder.new_tensor(child_name(rank_path, name))
 
     def restore() -> RngState:
         state = _from_tensors(tensors)

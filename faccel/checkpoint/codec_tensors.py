@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore
+from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore, restore_all
 from faccel.checkpoint.tensor_names import child_name
 from faccel.errors import CheckpointError
 from faccel.tree import Tree, is_sharded, is_tensordict
@@ -115,8 +115,7 @@ def _decode_tensordict(node: Node, target: Tree, path: str, decoder: Decoder) ->
         restores[key] = decoder.decode(child, targets.get(key), child_name(path, key))
 
     def restore() -> TensorDict:
-        tensors = {key: restore_child() for key, restore_child in restores.items()}
-        return TensorDict(tensors, batch_size=node["batch_size"])
+        return TensorDict(restore_all(restores), batch_size=node["batch_size"])
 
     return restore
 

@@ -12,7 +12,16 @@ import attrs
 import numpy as np
 import torch
 
-from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore, kind_of, mismatch
+from faccel.checkpoint.codec import (
+    Codec,
+    Decoder,
+    Encoder,
+    Node,
+    Restore,
+    kind_of,
+    mismatch,
+    restore_all,
+)
 from faccel.checkpoint.codec_modules import is_stateful
 from faccel.checkpoint.tensor_names import child_name, item_name
 from faccel.data.order import Cursor
@@ -237,7 +246,7 @@ def _decode_mapping(node: Node, target: Tree, path: str, decoder: Decoder) -> Re
     for key in selected:
         restores[key] = decoder.decode(nodes[key], targets.get(key), child_name(path, key))
     build = _MAPPINGS[kind_of(node)]
-    return lambda: build({key: restore() for key, restore in restores.items()})
+    return lambda: build(restore_all(restores))
 
 
 def mapping_nodes(node: Node, decoder: Decoder) -> dict[object, Node]:
@@ -268,14 +277,16 @@ def field_values(record: object) -> dict[str, Tree] | None:
 
 
 def _field_names(cls: type) -> Sequence[str] | None:
-    # Fields that `__init__` does not accept are derived from the others.
-    if attrs.has(cls):
-        return [field.name for field in attrs.fields(cls) if field.init]
-    if dataclasses.is_dataclass(cls):
-        return [field.name for field in dataclasses.fields(cls) if field.init]
     if issubclass(cls, tuple):
         return getattr(cls, "_fields", None)
-    return None
+    if attrs.has(cls):
+        fields = attrs.fields(cls)
+    elif dataclasses.is_dataclass(cls):
+        fields = dataclasses.fields(cls)
+    else:
+        return None
+    # A field that `__init__` does not accept is derived from the others.
+    return [field.name for field in fields if field.init]
 
 
 def _is_record(value: object) -> bool:
@@ -309,7 +320,7 @@ def _decode_record(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
     if cls.__name__ == node["class"]:
         return lambda: _build_record(cls, restores)
     if node.get("tuple"):  # without its class, a named tuple becomes an equal tuple
-        return lambda: tuple(restore() for restore in restores.values())
+        return lambda: tuple(restore_all(restores).values())
     raise mismatch(
         path,
         f"a {node['class']} in the checkpoint, a {cls.__name__} in the state",
@@ -318,7 +329,7 @@ def _decode_record(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
 
 
 def _build_record(cls: type, restores: Mapping[str, Restore]) -> object:
-    arguments = {name: restore() for name, restore in restores.items()}
+    arguments = restore_all(restores)
     if attrs.has(cls):  # it strips leading underscores from the names of arguments
         for field in attrs.fields(cls):
             if field.name in arguments:

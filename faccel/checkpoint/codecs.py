@@ -28,25 +28,24 @@ CODECS: tuple[Codec[Any], ...] = (
     PLAIN,
     FLOAT,
     TENSOR,
+    # Before STATEFUL: these have `state_dict`, too.
     MODULE,
     OPTIMIZER,
     RNG_STATE,
     TENSORDICT,
     STATEFUL,
+    # Before SEQUENCE: a named tuple is a tuple.
     RECORD,
     MAPPING,
     SEQUENCE,
+    # Before COMPLEX: numpy's complex128 is a complex number, and its float64 a float.
     ARRAY,
     BYTES,
     COMPLEX,
     DTYPE,
     DEVICE,
 )
-"""The first codec that matches a value encodes it.
-
-So models, optimizers and TensorDicts are above the objects with
-`state_dict`, which they are too; named tuples, as records, are above tuples; and a numpy float,
-which is a float to Python, is above complex numbers."""
+"""In order: the first codec that matches a value encodes it."""
 
 
 def encoder_for(state: Tree, ctx: DistContext, *, trained_only: bool = False) -> Encoder:

@@ -63,6 +63,7 @@ def parse_size(size: str | int) -> int:
         >>> parse_size("1.5KB"), parse_size("2 MiB"), parse_size(100)
         (1500, 2097152, 100)
     """
+    # decimal units as transformers, and binary ones
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise ConfigError(
@@ -96,6 +97,7 @@ def _memory_key(tensor: torch.Tensor) -> Hashable:
     """Return a key that is equal for two names of one tied tensor."""
     if isinstance(tensor, FlatShard):
         return id(tensor.param)
+    # Of a sharded tensor the local shard is compared: ranks hold equal ties.
     shard = local_tensor(tensor)
     start = (shard.untyped_storage().data_ptr(), shard.storage_offset())
     return start, tensor.shape, shard.stride(), tensor.dtype
@@ -111,7 +113,7 @@ class Weights:
     """
 
     tensors: dict[str, torch.Tensor]
-    ties: dict[str, str]
+    ties: dict[str, str]  # safetensors refuses to store one memory twice
 
     @classmethod
     def of(cls, model: WrappedModel | nn.Module, *, trained_only: bool) -> Weights:
@@ -163,6 +165,7 @@ class _ExportWriter:
         self._path, self._num_shards, self._ties = path, num_shards, ties
         self._weight_map: dict[str, str] = {}
         self._num_bytes = 0
+        # In the same directory, so that moving a file is a rename within one file system.
         self._temporary = os.path.join(path, f".tmp-export-{secrets.token_hex(4)}")
         os.makedirs(self._temporary)
 
@@ -299,7 +302,7 @@ class _Fetcher:
         if is_pipeline:
             stages = gather_objects(specs, ctx, axis="pp")
         for stage in stages:
-            for name, spec in stage.items():
+            for name, spec in stage.items():  # the first stage of a tied tensor
                 self._specs.setdefault(name, spec)
 
     def sizes(self) -> dict[str, int]:
@@ -314,12 +317,12 @@ class _Fetcher:
         tensors: dict[str, torch.Tensor] = {}
         for name in names:
             tensor = self._full_tensor(name)
-            if self._ctx.is_main:
+            if self._ctx.is_main:  # the other ranks drop it at once
                 tensors[name] = tensor.cpu()
         return tensors
 
     def _full_tensor(self, name: str) -> torch.Tensor:
-        if self._ctx.mesh.spec.pp == 1:
+        if self._ctx.mesh.spec.pp == 1:  # every rank has a shard of every tensor
             return full_tensor(self._tensors[name])
         spec = self._specs[name]
         if spec.pp_rank == self._ctx.comm.rank("pp"):

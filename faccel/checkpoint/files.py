@@ -18,6 +18,8 @@ from faccel.errors import CheckpointError
 _CHUNK_BYTES = (
     1 << 22
 )  # small enough that a chunk is still in the cache when it is written after hashing
+# The names in the header, https://github.com/huggingface/safetensors#format. There is none for
+# complex128, which the codec of tensors stores as pairs of float64.
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -69,8 +71,9 @@ class Slice:
 
 
 def _byte_chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
+    # No copy of a contiguous tensor on the CPU. One on another device is copied once.
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if flat.numel() == 0:
+    if flat.numel() == 0:  # numpy has no memory to view
         return
     buffer = memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     for start in range(0, len(buffer), _CHUNK_BYTES):
@@ -80,6 +83,7 @@ def _byte_chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
 def _header(slices: Sequence[Slice], metadata: Mapping[str, str] | None) -> bytes:
     """Return the header of a safetensors file: its length as a little-endian uint64, then JSON."""
     header: dict[str, object] = {}
+    sharding: dict[str, object] = {}
     end = 0
     for piece in slices:
         dtype = piece.tensor.dtype
@@ -95,9 +99,9 @@ def _header(slices: Sequence[Slice], metadata: Mapping[str, str] | None) -> byte
             "shape": list(piece.tensor.shape),
             "data_offsets": [start, end],
         }
+        sharding[piece.key] = {"saved_offsets": list(piece.offsets)}
     if metadata is None:
         # The keys that PyTorch's HuggingFaceStorageReader looks for, to put shards together.
-        sharding = {piece.key: {"saved_offsets": list(piece.offsets)} for piece in slices}
         metadata = {
             "format": "pt",
             "DCP_SHARDING_INFO": json.dumps(sharding),
@@ -161,6 +165,7 @@ def write_file(directory: str, name: str, chunks: Iterable[bytes | memoryview]) 
     Effects: ambient. Its name is on the disk after `sync_directory`.
     """
     digest, size = xxhash.xxh3_128(), 0
+    # O_EXCL: an existing file is an error, because it is another writer's.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     fd = os.open(os.path.join(directory, name), flags, 0o644)
     try:
@@ -170,7 +175,7 @@ def write_file(directory: str, name: str, chunks: Iterable[bytes | memoryview]) 
             remaining = memoryview(chunk)
             while remaining:  # `os.write` may write fewer bytes
                 remaining = remaining[os.write(fd, remaining) :]
-        os.fsync(fd)
+        os.fsync(fd)  # without it, a crash of the node may leave an empty file
     finally:
         os.close(fd)
     return FileEntry(name, size, digest.hexdigest())
@@ -182,6 +187,7 @@ def hash_file(path: str) -> str:
     Effects: ambient.
     """
     digest = xxhash.xxh3_128()
+    # Unbuffered: chunks are read directly, without a copy in Python's buffer.
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
@@ -214,6 +220,7 @@ def make_directory(path: str) -> None:
 
     Effects: ambient.
     """
+    # From the deepest missing directory upwards; made and fsynced from the top downwards.
     missing: list[str] = []
     while not os.path.isdir(path):
         missing.append(path)
@@ -242,6 +249,8 @@ class DirectoryLock:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._fd)
+            # EACCES on some network file systems; others do not support locks at all, which is an
+            # error
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             raise CheckpointError(

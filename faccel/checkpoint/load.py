@@ -83,6 +83,7 @@ def load(
         {'step': 3, 'x': tensor([1., 1.])}
     """
     directory = path_argument("state", state, path, "faccel.load(state, path, ctx)")
+    # The newest checkpoint may be the one that is being written.
     wait_for_pending_saves(ctx)
     existing = _list(directory, ctx)
     candidates = existing
@@ -90,13 +91,15 @@ def load(
         candidates = [checkpoint for checkpoint in existing if checkpoint.step == step]
     if not candidates:
         raise _nothing_to_load(directory, step, existing)
+    # Only as many are hashed as needed: the newest one is almost always valid.
     problems: list[str] = []
     for checkpoint in candidates:
+        # `problem` is rank 0's and `_verify` is collective: all ranks take the same branch
         problem = checkpoint.problem or _verify(checkpoint, ctx)
         if problem is None:
             return _load_verified(checkpoint, state, ctx)
         problems.append(f"step {checkpoint.step}: {problem}")
-        if ctx.is_main:
+        if ctx.is_main:  # one line in the log, not one per rank
             message = "checkpoint `%s` is corrupt, trying an older one: %s"
             _logger.warning(message, checkpoint.path, problem)
     raise _all_corrupt(directory, step, problems)
@@ -131,6 +134,7 @@ def _verify(checkpoint: Checkpoint, ctx: DistContext) -> str | None:
     def problems_on_this_rank() -> list[str]:
         manifest = read_manifest(checkpoint.path)
         problems: list[str] = []
+        # Files are distributed over the ranks, so that each byte is hashed once.
         for entry in manifest.files[ctx.rank :: ctx.world_size]:
             problem = check_hash(checkpoint.path, entry)
             if problem is not None:
@@ -170,7 +174,8 @@ class _LoadPlan:
 
     def make(self) -> None:
         manifest = read_manifest(self._checkpoint.path)
-        reader = Reader(self._checkpoint.path, [entry.name for entry in manifest.files])
+        reader = Reader(self._checkpoint.path, manifest.file_names)
+        # Raises for everything that does not fit, before any rank reads or changes something.
         decoder = decoder_for(self._state, reader.stored(), self._ctx)
         self._restore = decoder.decode(manifest.state, self._state)
         self._reader, self._destinations = reader, decoder.destinations

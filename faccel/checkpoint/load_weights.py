@@ -54,7 +54,7 @@ def load_model(
     """
     call = "faccel.checkpoint.load_model(model, path, ctx)"
     absolute = path_argument("model", model, path, call)
-    user_module(model)
+    user_module(model)  # raises if it is none
     state = model.state_dict()
     weights = Weights.of(model, trained_only=trained_only)
     readers: list[Reader] = []
@@ -84,6 +84,7 @@ def _destinations(weights: Weights, reader: Reader) -> dict[str, torch.Tensor]:
         # the files may contain a tied tensor under another of its names
         if name in stored and first_name not in stored and first_name in destinations:
             destinations[name] = destinations.pop(first_name)
+    # Everything is compared before the first weight is read.
     missing = destinations.keys() - stored.keys()
     unknown = stored.keys() - destinations.keys() - weights.ties.keys()
     misshapen: set[str] = set()

@@ -17,7 +17,8 @@ from faccel.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-step-"
-_VERSION = 1
+_VERSION = 1  # of the format; a change needs a new number and a reader of the old format
+# `step-000000100`, or `step-000000100-1` if a corrupt checkpoint has the first name.
 _FOLDER_NAME = re.compile(r"step-(\d{9,})(?:-(\d+))?")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -69,8 +70,14 @@ class Manifest:
     files: tuple[FileEntry, ...]
     state: Node = attrs.field(repr=False)
 
+    @property
+    def file_names(self) -> list[str]:
+        """The names of its other files."""
+        return [entry.name for entry in self.files]
+
     def to_bytes(self) -> bytes:
         """Return a first line with version and hash, and a second line of JSON."""
+        # `allow_nan=False`: NaN is no JSON, and the codec of floats stores it as a string
         text = json.dumps(attrs.asdict(self), separators=(",", ":"), allow_nan=False)
         body = text.encode() + b"\n"
         digest = xxhash.xxh3_128(body).hexdigest()
@@ -130,6 +137,7 @@ def read_manifest(folder: str) -> Manifest:
             manifest = Manifest.from_bytes(file.read())
     except OSError as error:
         raise ValueError(f"no manifest ({error.strerror})") from error
+    # The hash was valid, so a manifest with other fields was written by another version.
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"the manifest cannot be read: {error}") from error
     sizes = _file_sizes(folder)
@@ -139,9 +147,10 @@ def read_manifest(folder: str) -> Manifest:
         size = sizes.pop(entry.name)
         if size != entry.size:
             raise ValueError(f"`{entry.name}` has {size} bytes instead of {entry.size}")
-    unknown = [name for name in sizes if name.endswith(".safetensors")]
-    if unknown:
-        raise ValueError(f"`{min(unknown)}` does not belong to it")
+    # The reader of tensors would take an additional file for a part of the checkpoint.
+    for name in sorted(sizes):
+        if name.endswith(".safetensors"):
+            raise ValueError(f"`{name}` does not belong to it")
     return manifest
 
 
@@ -209,7 +218,7 @@ def checkpoints(path: str | os.PathLike[str]) -> list[Checkpoint]:
         match = _FOLDER_NAME.fullmatch(name)
         if match is not None:
             folders.append((int(match[1]), int(match[2] or 0), name))
-    folders.sort(reverse=True)
+    folders.sort(reverse=True)  # by step, then by attempt
     return [_checkpoint_at(os.path.join(path, name), step) for step, _, name in folders]
 
 
@@ -227,7 +236,7 @@ def newest_valid(path: str | os.PathLike[str]) -> Checkpoint | None:
 def _checkpoint_at(folder: str, step: int) -> Checkpoint:
     try:
         manifest = read_manifest(folder)
-        if manifest.step != step:
+        if manifest.step != step:  # a folder that was copied or renamed by hand
             raise ValueError(f"the manifest is of step {manifest.step}")
     except ValueError as error:
         return Checkpoint(folder, step, problem=str(error))

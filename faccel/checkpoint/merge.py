@@ -49,6 +49,7 @@ def merge(
     Raises:
         CheckpointError: There is no such model, or the checkpoint is corrupt.
     """
+    # An export deletes stale files of its directory, those of a checkpoint would be among them.
     if os.path.exists(os.path.join(out, MANIFEST)):
         raise CheckpointError(
             "the export would overwrite files of a checkpoint",
@@ -61,15 +62,17 @@ def merge(
         raise CheckpointError(
             f"the checkpoint `{folder}` is corrupt", got=problem, fix="merge another one"
         )
-    reader = Reader(folder, [entry.name for entry in manifest.files])
+    reader = Reader(folder, manifest.file_names)
     weights = _weights(manifest.state, name)
     stored = reader.stored()
     sizes: dict[str, int] = {}
     for key, weight in weights.items():
         sizes[key] = stored[weight.path].shape.numel() * stored[weight.path].dtype.itemsize
+    # Tied tensors are stored under each of their names in a checkpoint, so there are no ties.
     shards = split_into_shards(sizes, parse_size(max_shard_size))
 
     def fetch(names: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        # One file of the export at a time is in memory.
         tensors: dict[str, torch.Tensor] = {}
         for key in names:
             tensor = stored[weights[key].path]
@@ -82,7 +85,7 @@ def merge(
 
 def _checkpoint_at(path: str) -> tuple[str, Manifest]:
     """Return a checkpoint's folder and manifest: of `path` itself, or of the newest one in it."""
-    try:
+    try:  # `path` is a checkpoint
         return path, read_manifest(path)
     except ValueError:
         newest = newest_valid(path)
@@ -112,7 +115,7 @@ class _Weight:
 def _weights(state: Node, name: str | None) -> dict[str, _Weight]:
     """Return the weights of a model by their keys in its `state_dict`."""
     models: dict[str, Node] = {}
-    if isinstance(state, dict):
+    if isinstance(state, dict):  # models are looked for at the top level of the state only
         for key, node in state.items():
             if kind_of(node) == "module":
                 models[key] = node["v"]

@@ -32,7 +32,7 @@ def _merge_lists(nodes: Sequence[Node]) -> Node:
     for node in nodes:
         if not isinstance(node, list) or len(node) != len(first):
             return first  # a list of values, such as a history: rank 0's is stored
-    return [merge_stages(items) for items in zip(*nodes, strict=True)]
+    return list(map(merge_stages, zip(*nodes, strict=True)))
 
 
 def _merge_dicts(nodes: Sequence[Node]) -> Node:
@@ -74,6 +74,7 @@ def _union(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return union
 
 
+# Nodes of all other kinds are values, which are equal on all ranks or rank 0's by definition.
 _MERGES = {
     "list": _merge_lists,
     "dict": _merge_dicts,

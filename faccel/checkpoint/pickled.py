@@ -44,6 +44,7 @@ def save_object(obj: object, path: str | os.PathLike[str], ctx: DistContext) -> 
 
 
 def _write_pickle(obj: object, path: str) -> None:
+    # In memory first: an object that cannot be pickled leaves no file.
     buffer = io.BytesIO()
     torch.save(obj, buffer)
     folder, name = os.path.split(path)
@@ -51,7 +52,7 @@ def _write_pickle(obj: object, path: str) -> None:
     temporary = os.path.join(folder, temporary_name)
     try:
         write_file(folder, temporary_name, [buffer.getbuffer()])
-        os.replace(temporary, path)
+        os.replace(temporary, path)  # atomic: readers see the old file or the new one
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

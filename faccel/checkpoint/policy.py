@@ -46,6 +46,7 @@ class SavePolicy:
 
     is_due: Callable[[SaveEvent], bool]
 
+    # Policies are values, so a combination is a new policy and its operands can be used again.
     def __call__(self, event: SaveEvent) -> bool:
         return self.is_due(event)
 
@@ -100,7 +101,7 @@ def at_best(*, mode: str = "max") -> SavePolicy:
     sign = _sign(mode)
 
     def is_best(event: SaveEvent) -> bool:
-        if event.metric is None:
+        if event.metric is None:  # not measured at this step
             return False
         return event.best is None or sign * event.metric > sign * event.best
 
@@ -139,6 +140,7 @@ class KeepPolicy:
 
     def __call__(self, checkpoints: Sequence[Checkpoint]) -> frozenset[int]:
         """Return the steps to keep from checkpoints, newest first."""
+        # The newest stays even if a policy is wrong: it may be the only one of the run's progress.
         return self.choose(checkpoints) | _steps(checkpoints[:1])
 
     def __or__(self, other: KeepPolicy) -> KeepPolicy:
@@ -211,7 +213,7 @@ def keep_every(n: int) -> KeepPolicy:
     )
 
 
-def keep_policy(keep: object) -> KeepPolicy | None:
+def keep_policy(keep: object) -> KeepPolicy:
     """Return the policy for the argument `keep`: a number keeps that many, None keeps all.
 
     Effects: pure.
@@ -219,8 +221,11 @@ def keep_policy(keep: object) -> KeepPolicy | None:
     Raises:
         ConfigError: It is something else.
     """
-    if keep is None or isinstance(keep, KeepPolicy):
+    if keep is None:
+        return KeepPolicy(_steps)
+    if isinstance(keep, KeepPolicy):
         return keep
+    # `True` is an int in Python, but `keep=True` is a mistake
     if isinstance(keep, int) and not isinstance(keep, bool):
         return keep_latest(keep)
     raise ConfigError(
@@ -238,4 +243,6 @@ def _check_count(n: object, call: str) -> None:
 
 def _sign(mode: str) -> int:
     one_of("mode", mode, ("max", "min"))
-    return 1 if mode == "max" else -1
+    if mode == "max":
+        return 1
+    return -1

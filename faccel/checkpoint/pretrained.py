@@ -40,8 +40,10 @@ def write_config(module: nn.Module, folder: str) -> None:
     if config is None:
         return
     config = copy.deepcopy(config)  # the user's is not modified
+    # `from_pretrained` chooses the class and the dtype by these two fields.
     config.architectures = [_user_class(type(module)).__name__]
     config.dtype = next(param.dtype for param in module.parameters() if param.is_floating_point())
+    # The library decides which files it writes, so the new ones are those that need an fsync.
     existing = set(os.listdir(folder))
     config.save_pretrained(folder)
     generation_config = getattr(module, "generation_config", None)
@@ -65,7 +67,10 @@ def _user_class(cls: type) -> type:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return cls
-    return next(base for base in cls.__mro__ if not issubclass(base, fsdp.FSDPModule))
+    for base in cls.__mro__:
+        if not issubclass(base, fsdp.FSDPModule):
+            return base
+    return cls
 
 
 def active_adapter(module: nn.Module) -> str | None:

@@ -36,8 +36,11 @@ def on_rank_0(fn: Callable[[], T], ctx: DistContext, doing: str) -> T:
         ('from rank 0', 'from rank 0')
     """
 
+    # The other ranks join the exchange of errors: without it they would continue after a failure.
     def run() -> T | None:
-        return fn() if ctx.is_main else None
+        if ctx.is_main:
+            return fn()
+        return None
 
     result = on_all_ranks(run, ctx, doing)[0]
     return result  # type: ignore[return-value]  (rank 0 ran it)

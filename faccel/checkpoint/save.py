@@ -78,6 +78,7 @@ def save(
     """
     directory = path_argument("state", state, path, "faccel.save(state, path, ctx, step=step)")
     policy = keep_policy(keep)
+    # Never two saves at once: the second one could be committed before the first one.
     wait_for_pending_saves(ctx)
     request = SaveRequest(directory, step, overwrite, background, trained_only)
     transaction = SaveTransaction(request, ctx)
@@ -89,6 +90,7 @@ def save(
             is_thread_running = True
             final = transaction.destination.final
             return Checkpoint(final, step, ctx.world_size, problem="still being written")
+        # Rank 0 gets the files of all ranks, for the manifest.
         files = chain.from_iterable(on_all_ranks(transaction.write, ctx, "write its shards"))
         return on_rank_0(lambda: transaction.commit(files, metadata, policy), ctx, "commit")
     finally:

@@ -125,8 +125,8 @@ def trainable_entries(module: nn.Module, state: Mapping[str, Tree]) -> dict[str,
     Effects: pure. Parameters that require gradients, buffers and extra states stay.
     """
     # `state_dict` has every name of a tied parameter, so the names are those with duplicates.
-    frozen: set[str] = set()
+    entries = dict(state)
     for name, param in module.named_parameters(remove_duplicate=False):
         if not param.requires_grad:
-            frozen.add(name)
-    return {name: value for name, value in state.items() if name not in frozen}
+            entries.pop(name, None)
+    return entries

@@ -175,10 +175,10 @@ class SaveTransaction:
         at_or_above = [checkpoint for checkpoint in existing if checkpoint.step >= step]
         corrupt = [checkpoint.path for checkpoint in at_or_above if _is_corrupt(checkpoint)]
         if not self.request.overwrite:
-            _check_newest(step, [item for item in existing if item.path not in corrupt])
+            _check_newest(step, existing, corrupt)
         temporary = os.path.join(path, f"{TEMPORARY_PREFIX}{step}-{secrets.token_hex(4)}")
         os.mkdir(temporary)
-        final = os.path.join(path, _unused_name(step, existing))
+        final = _unused_folder(path, step)
         return Destination(temporary, final, tuple(corrupt))
 
     def copy_to_host(self) -> None:
@@ -213,7 +213,7 @@ class SaveTransaction:
         self,
         files: Iterable[FileEntry],
         metadata: Mapping[str, Any] | None,
-        policy: KeepPolicy | None,
+        policy: KeepPolicy,
     ) -> Checkpoint:
         """Turn the temporary folder into a checkpoint, then delete older ones. On rank 0.
 
@@ -222,7 +222,7 @@ class SaveTransaction:
         Args:
             files: The files of all ranks.
             metadata: See `save`.
-            policy: Which checkpoints to keep; None keeps all.
+            policy: Which checkpoints to keep.
         """
         manifest = Manifest(
             step=self.request.step,
@@ -257,18 +257,20 @@ class SaveTransaction:
             _logger.warning("old checkpoints could not be deleted: %s", error)
         return new
 
-    def _obsolete(self, new: Checkpoint, policy: KeepPolicy | None) -> list[Checkpoint]:
+    def _obsolete(self, new: Checkpoint, policy: KeepPolicy) -> list[Checkpoint]:
         """Return the checkpoints to delete after the commit, oldest first."""
         existing = checkpoints(self.request.path)
         committed = [checkpoint for checkpoint in existing if self._is_committed(checkpoint)]
         older = [checkpoint for checkpoint in committed if checkpoint.step < new.step]
-        steps = {checkpoint.step for checkpoint in older}
-        if policy is not None:
-            steps &= policy([new, *older])
-        obsolete = [checkpoint for checkpoint in committed if checkpoint.step not in steps]
-        # With `overwrite`, after a crash in between, the newest one is still the newest of before,
-        # not a middle one.
-        return sorted(obsolete, key=lambda checkpoint: checkpoint.step)
+        kept_steps = policy([new, *older])
+        obsolete: list[Checkpoint] = []
+        for checkpoint in reversed(committed):
+            is_kept = checkpoint.step < new.step and checkpoint.step in kept_steps
+            if not is_kept:
+                obsolete.append(checkpoint)
+        # Oldest first. With `overwrite`, after a crash in between, the newest one is still the
+        # newest of before, not a middle one.
+        return obsolete
 
     def _is_committed(self, checkpoint: Checkpoint) -> bool:
         return checkpoint.problem is None and checkpoint.path not in self.destination.corrupt
@@ -298,10 +300,10 @@ def _check_equal_requests(requests: Sequence[SaveRequest]) -> None:
                 )
 
 
-def _check_newest(step: int, existing: Sequence[Checkpoint]) -> None:
+def _check_newest(step: int, existing: Sequence[Checkpoint], corrupt: Sequence[str]) -> None:
     """Raise unless `step` is the newest: otherwise `keep` could delete it as an old one."""
     for checkpoint in existing:  # newest first
-        if checkpoint.problem is not None:
+        if checkpoint.problem is not None or checkpoint.path in corrupt:
             continue
         if step <= checkpoint.step:
             raise CheckpointError(
@@ -313,12 +315,11 @@ def _check_newest(step: int, existing: Sequence[Checkpoint]) -> None:
         return
 
 
-def _unused_name(step: int, existing: Sequence[Checkpoint]) -> str:
-    used = {os.path.basename(checkpoint.path) for checkpoint in existing}
+def _unused_folder(path: str, step: int) -> str:
     attempt = 0
-    while folder_name(step, attempt) in used:
+    while os.path.exists(os.path.join(path, folder_name(step, attempt))):
         attempt += 1
-    return folder_name(step, attempt)
+    return os.path.join(path, folder_name(step, attempt))
 
 
 def _is_corrupt(checkpoint: Checkpoint) -> bool:
