@@ -1,7 +1,8 @@
-"""Real processes for tests: ranks that meet over gloo.
+"""Helper: runs a function on real ranks, which are processes that communicate over gloo.
 
-They are forked from a server that has imported torch and computed nothing: a fork of the test process itself would
-inherit its OpenMP threads, and hang in its first parallel region.
+The processes are forked from a server that has imported torch but computed nothing, so that a start
+takes milliseconds. A fork of the test process would inherit the state of its OpenMP pool, and hang
+in its first parallel region.
 """
 
 import multiprocessing
@@ -16,14 +17,25 @@ import torch.distributed as dist
 
 import faccel
 
+# Only a safety net against hangs: it must not fail a test on a loaded node.
+TIMEOUT_S = 600
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["torch", "torch._dynamo", "sklearn.datasets", "faccel.runtime", "faccel.training.step"]
+    [
+        "torch",
+        "torch._dynamo",
+        "sklearn.datasets",
+        "faccel.runtime",
+        "faccel.training.step",
+        "faccel.cli.commands",
+        "faccel.launching.agent",
+        "torch.distributed.run",
+    ]
 )
 
 
 def env_of(rank, world_size, port):
-    """What torchrun would set, with a store that the parent hosts."""
+    """Return the environment of torchrun for a rank whose store is hosted by the test."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -36,30 +48,29 @@ def env_of(rank, world_size, port):
 
 
 def hosted_store():
-    """A store on a port that the system chooses."""
+    """Serve a store on a free port; keep the returned object while the ranks run."""
     return dist.TCPStore(
         "127.0.0.1",
         0,
         None,
         is_master=True,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=TIMEOUT_S),
         wait_for_workers=False,
         multi_tenant=True,
     )
 
 
-def _child(fn, rank, world_size, port, pipe, args, options):
+def _run_rank(fn, rank, world_size, port, pipe, args, options):
     torch.set_num_threads(1)
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # of a loader's workers: the system's default, not the server's
+    # The workers of a loader use the default of the system, not that of the server.
+    multiprocessing.set_start_method("fork", force=True)
     try:
         with faccel.init(env=env_of(rank, world_size, port), **options) as ctx:
-            out = (True, fn(ctx, *args))
+            outcome = (True, fn(ctx, *args))
     except BaseException as error:
         traceback.print_exc(file=sys.stderr)
-        out = (False, error)
-    pipe.send_bytes(pickle.dumps(out))
+        outcome = (False, error)
+    pipe.send_bytes(pickle.dumps(outcome))
     pipe.close()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -67,35 +78,41 @@ def _child(fn, rank, world_size, port, pipe, args, options):
 
 
 def outcomes(fn, world_size, *args, **options):
-    """Run a module's `fn(ctx, *args)` in processes; return for each rank `(is_fine, result or error)`."""
+    """Run a module's `fn(ctx, *args)` in processes; return `(succeeded, result or error)` by rank.
+
+    `options` are those of `faccel.init`.
+    """
     store = hosted_store()
-    children = []
+    processes = []
     for rank in range(world_size):
-        receive, send = SERVER.Pipe(duplex=False)
+        receiver, sender = SERVER.Pipe(duplex=False)
         process = SERVER.Process(
-            target=_child, args=(fn, rank, world_size, store.port, send, args, options)
+            target=_run_rank, args=(fn, rank, world_size, store.port, sender, args, options)
         )
         process.start()
-        send.close()
-        children.append((process, receive))
+        sender.close()
+        processes.append((process, receiver))
     results = []
-    for process, receive in children:
-        if not receive.poll(120):
-            for other, _ in children:
+    for process, receiver in processes:
+        if not receiver.poll(TIMEOUT_S):
+            for other, _ in processes:
                 other.kill()
-            raise TimeoutError("a rank has not answered in 120 s")
+            raise TimeoutError(f"a rank has not returned in {TIMEOUT_S} s")
         try:
-            results.append(pickle.loads(receive.recv_bytes()))
-        except EOFError as error:  # it was killed, or aborted
+            results.append(pickle.loads(receiver.recv_bytes()))
+        except EOFError as error:  # the process was killed or aborted
             results.append((False, error))
         process.join()
     return results
 
 
 def run_ranks(fn, world_size, *args, **options):
-    """Run a module's `fn(ctx, *args)` in processes; return the results by rank, raise the first rank's error."""
+    """Run a module's `fn(ctx, *args)` in processes; return the results by rank.
+
+    Raises the error of the first rank that failed.
+    """
     results = outcomes(fn, world_size, *args, **options)
-    for fine, value in results:
-        if not fine:
+    for succeeded, value in results:
+        if not succeeded:
             raise value
     return [value for _, value in results]

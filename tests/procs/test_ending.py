@@ -1,5 +1,6 @@
-"""Ctrl-C, as a terminal sends it: to every process."""
+"""How processes end: after Ctrl-C, which a terminal sends to each, and after an exception."""
 
+import itertools
 import os
 import signal
 import socket
@@ -8,13 +9,15 @@ import sys
 
 import pytest
 
-from tests.ranks import env_of, hosted_store
+import faccel
+from faccel.errors import WorldError
+from tests.ranks import SERVER, TIMEOUT_S, env_of, hosted_store
 
 LOOP = """
 import faccel, torch
 from torch.utils.data import DataLoader
 
-{begin}
+{start}
     model = faccel.wrap(torch.nn.Linear(4, 1), ctx)
     scaler = faccel.init_scaler(ctx)
     loader = faccel.shard(DataLoader(torch.randn({rows}, 4), 8, num_workers={workers}), ctx)
@@ -26,33 +29,42 @@ from torch.utils.data import DataLoader
             if (epoch, step) == (1, 1):
                 print("running", flush=True)
 """
-BEGIN = {"with": "with faccel.init() as ctx:", "plain": "ctx = faccel.init()\nif True:"}
+STARTS = {"with": "with faccel.init() as ctx:", "plain": "ctx = faccel.init()\nif True:"}
 
 
 def start(script, world_size, store):
-    base = os.environ | {"OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
+    processes = []
+    for rank in range(world_size):
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        if world_size > 1:
+            env |= env_of(rank, world_size, store.port)
+        process = subprocess.Popen(
             [sys.executable, str(script)],
-            env=base | (env_of(rank, world_size, store.port) if world_size > 1 else {}),
+            env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
-        for rank in range(world_size)
-    ]
+        processes.append(process)
+    return processes
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("begin", BEGIN)
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_ctrl_c_is_one_line_and_a_non_zero_exit(tmp_path, world_size, begin, workers):
+# One case covers most of the code; the others are slow.
+CASES = [pytest.param(2, "with", 2)]
+for world_size, how, workers in itertools.product((1, 2), STARTS, (0, 2)):
+    if (world_size, how, workers) != (2, "with", 2):
+        CASES.append(pytest.param(world_size, how, workers, marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize(("world_size", "how", "workers"), CASES)
+def test_ctrl_c_prints_one_line_and_ends_each_process_by_the_signal(
+    tmp_path, world_size, how, workers
+):
     script = tmp_path / "loop.py"
-    # with workers an epoch is long: Python loses a Ctrl-C that comes while it forks one
-    script.write_text(
-        LOOP.format(begin=BEGIN[begin], workers=workers, rows=16000 if workers else 64)
-    )
+    # With workers an epoch is long: Python loses a Ctrl-C that arrives while it forks a worker.
+    rows = 16000 if workers else 64
+    script.write_text(LOOP.format(start=STARTS[how], workers=workers, rows=rows))
     store = hosted_store()
     ranks = start(script, world_size, store)
     for rank in ranks:
@@ -60,63 +72,62 @@ def test_ctrl_c_is_one_line_and_a_non_zero_exit(tmp_path, world_size, begin, wor
     for rank in ranks:
         os.killpg(rank.pid, signal.SIGINT)
     try:
-        errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=TIMEOUT_S)[1] for rank in ranks]
     finally:
         for rank in ranks:
-            rank.kill()  # where it has not ended, it would run for ever
+            rank.kill()  # the loop is endless
     assert errors == ["interrupted\n"] + [""] * (world_size - 1)
     assert [rank.returncode for rank in ranks] == [-signal.SIGINT] * world_size
 
 
-FAILS = """
+FAILING = """
 import atexit, faccel, torch
 
-atexit.register(print, "goodbye", flush=True)
-ctx = faccel.init(timeout_s=20)
+atexit.register(print, "exit handler", flush=True)
+ctx = faccel.init(timeout_s=120)
 if ctx.rank == 1:
     raise ValueError("bad sample")
 faccel.reduce(torch.ones(3), ctx)
 """
 
 
-def test_an_exception_ends_every_rank_with_exit_code_1_and_says_where_it_came_from(tmp_path):
+def test_an_exception_ends_every_rank_with_code_1_and_the_others_name_it(tmp_path):
     script = tmp_path / "fails.py"
-    script.write_text(FAILS)
+    script.write_text(FAILING)
     store = hosted_store()
     ranks = start(script, 2, store)
-    out, errors = zip(*[rank.communicate(timeout=60) for rank in ranks], strict=True)
+    outputs, errors = zip(*[rank.communicate(timeout=TIMEOUT_S) for rank in ranks], strict=True)
     assert [rank.returncode for rank in ranks] == [1, 1], errors
-    assert out == ("goodbye\n", "goodbye\n")  # exit handlers run
+    assert outputs == ("exit handler\n", "exit handler\n")
     assert "ValueError: bad sample" in errors[1]
     assert "rank 1: raised ValueError: bad sample" in errors[0]
     assert "terminate called" not in "".join(errors)
 
 
-def test_a_busy_port_is_an_error_on_every_rank(tmp_path):
-    """Whatever listens there, the rank that would serve the store says so, and the others do not wait for ever."""
-    script = tmp_path / "busy.py"
-    script.write_text("import faccel\nfaccel.init()\n")  # its timeout is ten minutes
+def init_and_send_error(rank, port, pipe):
+    env = env_of(rank, 2, port)
+    del env["TORCHELASTIC_USE_AGENT_STORE"]  # rank 0 serves the store
+    try:
+        faccel.init(env=env)  # with the default timeout of 10 minutes
+    except WorldError as error:
+        pipe.send((error.problem, error.got, error.fix))
+    os._exit(0)  # a thread still waits for the store
+
+
+def test_a_port_in_use_is_an_error_on_every_rank():
+    """Rank 0 cannot serve the store; the other ranks do not wait for the other server."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen(8)
-        env = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(other.getsockname()[1]),
-            "WORLD_SIZE": "2",
-        }
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(script)],
-                env=os.environ
-                | env
-                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        errors = [rank.communicate(timeout=60)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [1, 1]
-    assert all("WorldError: rank" in error and "free `MASTER_PORT`" in error for error in errors)
-    assert "address already in use" in errors[0]
-    assert "is not a PyTorch store" in errors[1]
+        receivers = []
+        for rank in range(2):
+            receiver, sender = SERVER.Pipe(duplex=False)
+            arguments = (rank, other.getsockname()[1], sender)
+            SERVER.Process(target=init_and_send_error, args=arguments).start()
+            receivers.append(receiver)
+        messages = [receiver.recv() for receiver in receivers]
+    for rank, (problem, _, fix) in enumerate(messages):
+        assert problem.startswith(f"rank {rank} could not connect")
+        assert "free `MASTER_PORT`" in fix
+    assert "address already in use" in messages[0][1]
+    assert "is not a PyTorch store" in messages[1][1]

@@ -1,4 +1,4 @@
-"""What only real processes show."""
+"""Behaviour that simulated worlds cannot show: gloo, real timeouts, aborted processes."""
 
 import contextlib
 import os
@@ -13,14 +13,14 @@ import torch.distributed as dist
 
 import faccel
 from faccel.errors import DesyncError, DeviceError, RankFailedError, WorldError
-from tests.ranks import SERVER, env_of, hosted_store, outcomes, run_ranks
+from tests.ranks import SERVER, TIMEOUT_S, env_of, hosted_store, outcomes, run_ranks
 
 
 def world(ctx):
     return ctx.rank, ctx.world_size, ctx.local_rank, ctx.device.type, ctx.topology.source
 
 
-def test_without_gpus_the_world_is_the_processes_that_were_started():
+def test_ranks_of_a_node_without_gpus_compute_on_the_cpu():
     assert run_ranks(world, 2) == [(0, 2, 0, "cpu", "torchrun"), (1, 2, 1, "cpu", "torchrun")]
 
 
@@ -34,9 +34,9 @@ def several_contexts(ctx):
         (ctx.config.seed, second.config.seed),
     )
     faccel.shutdown(second)
-    still = faccel.reduce(torch.tensor(1), ctx).item()
+    still_works = faccel.reduce(torch.tensor(1), ctx).item()
     faccel.shutdown(single)
-    return (*out, still, dist.is_initialized())
+    return (*out, still_works, dist.is_initialized())
 
 
 def test_contexts_share_the_group_until_the_last_one_is_shut_down():
@@ -51,7 +51,7 @@ def another_world(ctx):
     return "no error"
 
 
-def test_a_second_real_world_is_an_error():
+def test_a_second_world_in_a_process_is_an_error():
     assert run_ranks(another_world, 2)[1] == "rank 1 of 2 before, rank 0 of 5 now"
 
 
@@ -61,19 +61,20 @@ def hooks(ctx):
     return replaced, sys.excepthook is sys.__excepthook__, dist.is_initialized()
 
 
-def test_shutdown_ends_the_group_and_puts_the_excepthook_back():
+def test_shutdown_destroys_the_group_and_restores_the_excepthook():
     assert run_ranks(hooks, 2) == [(True, True, False)] * 2
 
 
-def let_go(ctx):
+def release_tensors(ctx):
     for _ in range(50):
         faccel.gather(torch.ones(3), ctx)
         faccel.reduce(torch.ones(3), ctx)
         faccel.broadcast(torch.ones(3), ctx)
-        assert len(ctx.comm.in_flight) < 10  # those that were let go are forgotten
-    held = torch.ones(3)
-    product = [torch.ones(3, requires_grad=True) * held]  # C++ holds it, as a thread of gloo does
-    ctx.comm.in_flight.append(held)
+        assert len(ctx.comm.in_flight) < 10  # released tensors are removed
+    tensor = torch.ones(3)
+    # Autograd keeps a C++ reference, as a thread of gloo does.
+    product = [torch.ones(3, requires_grad=True) * tensor]
+    ctx.comm.in_flight.append(tensor)
     threading.Timer(0.2, product.clear).start()
     start = time.perf_counter()
     ctx.comm.drain()
@@ -81,25 +82,25 @@ def let_go(ctx):
 
 
 def test_shutdown_waits_until_no_thread_of_gloo_holds_a_tensor():
-    for waited, num_held, num_kept in run_ranks(let_go, 2):
-        assert 0.1 < waited < 1
-        assert (num_held, num_kept) == (0, 0)
+    for waited_s, num_references, num_in_flight in run_ranks(release_tensors, 2):
+        assert waited_s > 0.1
+        assert (num_references, num_in_flight) == (0, 0)
 
 
-def again_and_again(ctx, port):
+def restart_ten_times(ctx, port):
     faccel.shutdown(ctx)
     for _ in range(10):
-        with faccel.init(env=env_of(ctx.rank, 2, port), timeout_s=20) as again:
+        with faccel.init(env=env_of(ctx.rank, 2, port), timeout_s=120) as again:
             assert faccel.reduce(torch.tensor(1), again).item() == 2
     return True
 
 
-def test_a_world_can_be_ended_and_begun_again():
+def test_a_world_can_be_shut_down_and_started_again():
     store = hosted_store()
-    assert run_ranks(again_and_again, 2, store.port) == [True, True]
+    assert run_ranks(restart_ten_times, 2, store.port) == [True, True]
 
 
-def used_up(ctx):
+def use_after_shutdown(ctx):
     faccel.shutdown(ctx)
     try:
         faccel.reduce(torch.ones(1), ctx)
@@ -107,19 +108,19 @@ def used_up(ctx):
         return error.problem
 
 
-def test_a_context_that_was_shut_down_is_an_error():
-    assert run_ranks(used_up, 2) == ["this context was shut down"] * 2
+def test_a_collective_after_shutdown_is_an_error():
+    assert run_ranks(use_after_shutdown, 2) == ["this context was shut down"] * 2
 
 
-def left_alone(ctx):
+def reduce_on_rank_1_only(ctx):
     if ctx.rank == 0:
         return None
     faccel.reduce(torch.ones(1), ctx)
 
 
-def test_a_rank_that_waits_for_one_that_left_says_so():
-    (fine, _), (_, error) = outcomes(left_alone, 2, timeout_s=20)
-    assert fine
+def test_a_rank_that_waits_for_one_that_left_raises_and_names_it():
+    (succeeded, _), (_, error) = outcomes(reduce_on_rank_1_only, 2, timeout_s=120)
+    assert succeeded
     assert isinstance(error, RankFailedError)
     assert error.problem.startswith("rank 1 could not finish all_reduce")
     assert "rank 0: left, rank 1: all_reduce over `data` at" in error.got
@@ -135,54 +136,53 @@ def one_fails(ctx, where):
         faccel.scaled_backward(loss, scaler, ctx)
 
 
-def test_a_rank_whose_peer_failed_says_what_the_peer_raised():
-    (_, first), (_, second) = outcomes(one_fails, 2, "backward", timeout_s=20)
+def test_the_error_of_a_waiting_rank_contains_what_the_other_rank_raised():
+    (_, first), (_, second) = outcomes(one_fails, 2, "backward", timeout_s=120)
     assert isinstance(second, ValueError)
     assert isinstance(first, RankFailedError)
     assert "rank 1: raised ValueError: bad sample" in first.got
     assert "test_processes.py" in first.got
 
 
-def apart(ctx):
+def different_collectives(ctx):
     if ctx.rank == 0:
         faccel.reduce(torch.ones(4), ctx)
     else:
         faccel.gather(torch.ones(4), ctx)
 
 
-def test_without_debug_mode_ranks_that_call_different_things_name_each_other_within_the_timeout():
-    errors = [error for _, error in outcomes(apart, 2, timeout_s=2)]
+def test_without_debug_mode_different_collectives_raise_within_the_timeout_and_name_the_ranks():
+    errors = [error for _, error in outcomes(different_collectives, 2, timeout_s=2)]
     assert all(isinstance(error, RankFailedError) for error in errors), errors
     for error in errors:
         assert "rank 0: all_reduce over `data` at" in error.got
         assert "rank 1: all_gather over `data` at" in error.got
 
 
-def sizes_apart(ctx):
+def different_sizes(ctx):
     faccel.reduce(torch.ones(400 if ctx.rank else 4), ctx)
 
 
-def test_without_debug_mode_a_rank_that_gloo_aborts_is_missed_by_the_others():
-    errors = [error for _, error in outcomes(sizes_apart, 3, timeout_s=5)]
+def test_without_debug_mode_the_other_ranks_name_a_rank_that_gloo_aborts():
+    errors = [error for _, error in outcomes(different_sizes, 3, timeout_s=5)]
     named = [error for error in errors if isinstance(error, (RankFailedError, DesyncError))]
     aborted = [rank for rank, error in enumerate(errors) if isinstance(error, EOFError)]
     assert len(named) + len(aborted) == 3, errors
     assert aborted
     for error in named:
-        if isinstance(
-            error, RankFailedError
-        ):  # a slow machine may not have heard of others in time either
+        if isinstance(error, RankFailedError):
+            # On a loaded node other ranks may be missing too.
             assert set(aborted) <= not_heard_of(error.got), error.got
 
 
 def not_heard_of(got):
     match = re.search(r"ranks? ([0-9to, ]+): not heard of", got)
-    first, to, last = match[1].partition(" to ") if match else ("", "", "")
-    return (
-        set(range(int(first), int(last) + 1))
-        if to
-        else {int(each) for each in first.split(",") if each.strip()}
-    )
+    if match is None:
+        return set()
+    first, to, last = match[1].partition(" to ")
+    if to:
+        return set(range(int(first), int(last) + 1))
+    return {int(rank) for rank in first.split(",") if rank.strip()}
 
 
 SAME_SIZE = {
@@ -200,14 +200,14 @@ def same_size(ctx, what):
 
 
 @pytest.mark.parametrize("what", SAME_SIZE)
-def test_reductions_that_fit_each_other_and_mean_something_else_are_an_error_on_every_rank(what):
-    for fine, error in outcomes(same_size, 2, what, timeout_s=20):
-        assert not fine
+def test_reductions_of_equal_size_but_different_meaning_are_an_error_on_every_rank(what):
+    for succeeded, error in outcomes(same_size, 2, what, timeout_s=120):
+        assert not succeeded
         assert isinstance(error, DesyncError), error
 
 
-def apart_contexts(ctx):
-    """Contexts of one world, one inside of the other and one after the other; rank 1 is late."""
+def several_debug_contexts(ctx):
+    """Nested and consecutive contexts of one world; rank 1 is late."""
     topology = ctx.topology
     options = {"debug": True, "env": env_of(topology.rank, topology.world_size, topology.main_port)}
     inner = faccel.init(**options)
@@ -224,12 +224,12 @@ def apart_contexts(ctx):
     return True
 
 
-def test_debug_mode_keeps_the_contexts_of_a_world_apart():
-    assert run_ranks(apart_contexts, 2, debug=True, timeout_s=20) == [True, True]
+def test_debug_mode_distinguishes_the_contexts_of_a_world():
+    assert run_ranks(several_debug_contexts, 2, debug=True, timeout_s=120) == [True, True]
 
 
-def test_debug_mode_stops_both_before_anything_is_sent():
-    errors = [error for _, error in outcomes(sizes_apart, 2, debug=True)]
+def test_debug_mode_raises_on_both_ranks_before_data_is_sent():
+    errors = [error for _, error in outcomes(different_sizes, 2, debug=True)]
     assert all(isinstance(error, DesyncError) for error in errors), errors
     assert {error.got for error in errors} == {errors[0].got}
     assert (
@@ -240,28 +240,29 @@ def test_debug_mode_stops_both_before_anything_is_sent():
 
 
 def test_debug_mode_does_not_wait_for_a_rank_that_left():
-    began = time.monotonic()
-    (fine, _), (_, error) = outcomes(left_alone, 2, debug=True, timeout_s=60)
-    assert fine
+    # The timeout is that of the test, so that waiting for it would fail.
+    (succeeded, _), (_, error) = outcomes(
+        reduce_on_rank_1_only, 2, debug=True, timeout_s=2 * TIMEOUT_S
+    )
+    assert succeeded
     assert isinstance(error, DesyncError)
     assert "rank 0: left" in error.got
-    assert time.monotonic() - began < 30
 
 
-def own_hook(ctx):
-    def mine(*args):
+def keep_user_hook(ctx):
+    def user_hook(*args):
         pass
 
-    sys.excepthook = mine
+    sys.excepthook = user_hook
     faccel.shutdown(ctx)
-    return sys.excepthook is mine
+    return sys.excepthook is user_hook
 
 
-def test_an_excepthook_of_the_users_stays():
-    assert run_ranks(own_hook, 2) == [True, True]
+def test_shutdown_keeps_an_excepthook_of_the_user():
+    assert run_ranks(keep_user_hook, 2) == [True, True]
 
 
-def test_a_tensor_that_somebody_else_holds_is_seen():
+def test_a_reference_from_cpp_to_a_tensor_is_detected():
     from faccel.comm.collectives import _is_held
 
     alias = torch.ones(3).detach()
@@ -272,7 +273,7 @@ def test_a_tensor_that_somebody_else_holds_is_seen():
     assert not _is_held(alias)
 
 
-def adopt(rank, port, pipe):
+def adopt_group(rank, port, pipe):
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     with faccel.init(env=env_of(rank, 2, port)) as ctx:
@@ -282,10 +283,12 @@ def adopt(rank, port, pipe):
     os._exit(0)
 
 
-def test_the_users_own_process_group_is_adopted_and_left_alone():
+def test_a_process_group_of_the_user_is_adopted_and_not_destroyed():
     store = hosted_store()
     pipes = [SERVER.Pipe(duplex=False) for _ in range(2)]
-    processes = [SERVER.Process(target=adopt, args=(r, store.port, pipes[r][1])) for r in range(2)]
+    processes = [
+        SERVER.Process(target=adopt_group, args=(r, store.port, pipes[r][1])) for r in range(2)
+    ]
     for process in processes:
         process.start()
     assert [receive.recv() for receive, _ in pipes] == [(3, True)] * 2
@@ -293,8 +296,8 @@ def test_the_users_own_process_group_is_adopted_and_left_alone():
         process.join()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_more_processes_than_devices_is_an_error_that_says_what_would_fit():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this node has a GPU")
+def test_more_processes_than_devices_is_an_error():
     with pytest.raises(DeviceError) as error:
         faccel.init(env=env_of(1, 2, 1), device="cuda")
     assert error.value.got == "0 devices for 2 processes"

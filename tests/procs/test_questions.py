@@ -1,121 +1,122 @@
-"""`faccel config` as a person answers it, through a pseudo-terminal."""
+"""`faccel config` on a pseudo-terminal, as a user answers it."""
 
 import os
 import pty
 import re
 import select
-import subprocess
-import sys
 import time
 
 import yaml
+from click.testing import CliRunner
+
+from faccel.cli.commands import main
+from tests.command_line import Command
+from tests.ranks import TIMEOUT_S
 
 ENTER = "\r"
+BACKSPACE = "\x7f"
+DOWN = "\x1b[B"
+CTRL_C = "\x03"
+NAMES = (
+    "mixed_precision",
+    "grad_accum",
+    "seed",
+    "device",
+    "mesh",
+    "run_dir",
+    "timeout_s",
+    "processes",
+)
 
 
 class Terminal:
-    """A command in a pseudo-terminal, of which what it shows is read as text."""
+    """A command on a pseudo-terminal, whose output is read as text."""
 
     def __init__(self, env, *words):
-        self.end, theirs = pty.openpty()
-        env = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"} | env
-        command = [sys.executable, "-m", "faccel", *words]
-        self.process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, close_fds=True
-        )
-        os.close(theirs)
-        self.shown = ""
+        self._controller, terminal = pty.openpty()
+        env = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", **env}
+        self._command = Command(*words, env=env, terminal=os.ttyname(terminal))
+        # The command has its own descriptor only after this output, so the other one stays open.
+        self._terminal = terminal
+        self._text = ""
 
-    def until(self, text, seconds=60):
-        """Read until `text` is shown, and forget what came before it."""
-        deadline = time.monotonic() + seconds
-        while text not in self.shown:
-            assert time.monotonic() < deadline, f"no {text!r} in {self.shown!r}"
-            if select.select([self.end], [], [], 1)[0]:
-                try:
-                    more = os.read(self.end, 4096).decode()
-                except OSError:  # it has ended
-                    more = ""
-                assert more or text in self.shown, f"no {text!r} in {self.shown!r}"
-                self.shown += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", more)
-        before, _, self.shown = self.shown.partition(text)
+    def until(self, text):
+        """Return the output before `text`, and drop both."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while text not in self._text:
+            assert time.monotonic() < deadline, f"no {text!r} in {self._text!r}"
+            if select.select([self._controller], [], [], 1)[0]:
+                output = os.read(self._controller, 4096).decode()
+                self._text += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
+        before, _, self._text = self._text.partition(text)
         return before
 
     def type(self, text):
-        os.write(self.end, text.encode())
+        os.write(self._controller, text.encode())
+
+    def wait(self):
+        """Return the exit code."""
+        code, _, _ = self._command.wait()
+        os.close(self._terminal)
+        os.close(self._controller)
+        return code
 
 
-def answer(terminal, given):
-    for name in (
-        "mixed_precision",
-        "grad_accum",
-        "seed",
-        "device",
-        "mesh",
-        "run_dir",
-        "timeout_s",
-        "processes",
-    ):
-        terminal.until(f"? {name}")
-        terminal.type(given.get(name, "") + ENTER)
+def answer(terminal, answers):
+    """Answer each question, by default with an unchanged proposal."""
+    for name in NAMES:
+        if name in answers or answers.get("all"):
+            terminal.until(f"? {name}")
+            terminal.type(answers.get(name, "") + ENTER)
 
 
-def test_answers_make_the_file_and_the_next_time_they_are_proposed(tmp_path):
-    file = tmp_path / "own.yaml"
+def test_answers_become_the_file_and_the_proposals_of_the_next_time(tmp_path):
+    file = tmp_path / "config.yaml"
     env = {"FACCEL_CONFIG": str(file)}
     terminal = Terminal(env, "config")
-    explained = terminal.until("? mixed_precision")
-    assert "bf16 halves time and memory" in explained
-    down = "\x1b[B"
-    terminal.type(down + ENTER)
+    assert "bf16 roughly halves time and memory" in terminal.until("? mixed_precision")
+    terminal.type(DOWN + ENTER)
     terminal.until("? grad_accum")
-    terminal.type("\x7fx" + ENTER)  # not a number: it says so and waits for another
+    terminal.type(BACKSPACE + "x" + ENTER)  # prints an error and waits for another answer
     terminal.until("invalid literal")
-    terminal.type("\x7f4" + ENTER)
-    for name, text in (("seed", "\x7f7"), ("device", "cpu"), ("mesh", "dp_replicate=2"), ("run_dir", ""),
-                       ("timeout_s", ""), ("processes", "\x7f2")):  # fmt: skip
-        terminal.until(f"? {name}")
-        terminal.type(text + ENTER)
+    terminal.type(BACKSPACE + "4" + ENTER)
+    answers = {"seed": BACKSPACE + "7", "device": "cpu", "mesh": "dp_replicate=2"}
+    answers |= {"run_dir": "", "timeout_s": "", "processes": BACKSPACE + "2"}
+    answer(terminal, answers)
     terminal.until("start with: faccel launch --nproc 2 script.py")
-    assert terminal.process.wait(timeout=30) == 0
-    made = {
-        "mixed_precision": "bf16",
-        "grad_accum": 4,
-        "seed": 7,
-        "device": "cpu",
-        "mesh": "dp_replicate=2",
-    }
-    assert yaml.safe_load(file.read_text()) == made
-    again = Terminal(env, "config")
-    answer(again, {"seed": "\x7f8"})
-    again.until("start with: faccel launch script.py")
-    assert again.process.wait(timeout=30) == 0
-    assert yaml.safe_load(file.read_text()) == made | {"seed": 8}
-
-
-def test_ctrl_c_writes_nothing_and_without_a_terminal_the_other_way_is_named(tmp_path):
-    env = {"FACCEL_CONFIG": str(tmp_path / "own.yaml")}
+    assert terminal.wait() == 0
+    values = {"mixed_precision": "bf16", "grad_accum": 4, "seed": 7, "device": "cpu"}
+    values["mesh"] = "dp_replicate=2"
+    assert yaml.safe_load(file.read_text()) == values
     terminal = Terminal(env, "config")
+    answer(terminal, {"all": True, "seed": BACKSPACE + "8"})
+    terminal.until("start with: faccel launch script.py")
+    assert terminal.wait() == 0
+    assert yaml.safe_load(file.read_text()) == values | {"seed": 8}
+
+
+def test_ctrl_c_writes_nothing(tmp_path):
+    terminal = Terminal({"FACCEL_CONFIG": str(tmp_path / "config.yaml")}, "config")
     terminal.until("? mixed_precision")
-    terminal.type("\x03")
+    terminal.type(CTRL_C)
     terminal.until("interrupted; nothing was written")
-    assert terminal.process.wait(timeout=30) == 1
+    assert terminal.wait() == 1
     assert list(tmp_path.iterdir()) == []
-    command = [sys.executable, "-m", "faccel", "config"]
-    out = subprocess.run(command, env=os.environ | env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                         check=False, timeout=60)  # fmt: skip
-    assert (out.returncode, "Traceback" in out.stderr) == (2, False)
+
+
+def test_without_a_terminal_the_error_names_the_commands_to_use(tmp_path):
+    runner = CliRunner(env={"FACCEL_CONFIG": str(tmp_path / "config.yaml")})
+    out = runner.invoke(main, ["config"])
+    assert (out.exit_code, "Traceback" in out.stderr) == (2, False)
     assert "faccel config set key=value" in out.stderr
 
 
-def test_a_terminal_gets_colours_and_columns_and_a_pipe_plain_lines(tmp_path):
+def test_a_terminal_gets_columns_and_a_pipe_plain_lines(tmp_path):
     env = {"FACCEL_CONFIG": "", "XDG_CONFIG_HOME": str(tmp_path)}
     terminal = Terminal(env, "config", "show")
     terminal.until("seed = 0")
-    assert terminal.process.wait(timeout=30) == 0
-    command = [sys.executable, "-m", "faccel", "config", "show"]
-    out = subprocess.run(
-        command, env=os.environ | env, capture_output=True, text=True, check=True, timeout=60
-    )
+    terminal.until("(default)")
+    assert terminal.wait() == 0
+    out = CliRunner(env=env).invoke(main, ["config", "show"])
     assert "seed = 0  (default)\n" in out.stdout
     assert "\x1b" not in out.stdout

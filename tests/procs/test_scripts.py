@@ -1,4 +1,4 @@
-"""Scripts as users start them: the examples and the README's loop, by python and by torchrun."""
+"""The examples and the README's first loop, as users start them: python, torchrun, mpirun."""
 
 import os
 import pathlib
@@ -10,158 +10,172 @@ import sys
 import pytest
 
 import faccel
+from tests.ranks import TIMEOUT_S
 
 ROOT = pathlib.Path(__file__).parents[2]
+FACCEL_LAUNCH = [sys.executable, "-m", "faccel", "launch", "--cpu"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable]
+SLOW = pytest.mark.slow
 
 
-def torchrun(num_processes):
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(num_processes),
-    ]
+def launcher_of(num_processes):
+    """Return torchrun, or Python for 0 processes."""
+    if num_processes == 0:
+        return [sys.executable]
+    return [*TORCHRUN, str(num_processes)]
 
 
-def start(script, num_processes, cwd=ROOT, launcher=None, more=(), **env):
-    launcher = launcher or (torchrun(num_processes) if num_processes else [sys.executable])
+def run(script, *arguments, launcher=(sys.executable,), cwd=ROOT, **env):
+    """Run a script, and return the lines that it prints."""
     out = subprocess.run(
-        [*launcher, str(script), *more],
+        [*launcher, str(script), *arguments],
         capture_output=True,
         text=True,
         check=False,
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-        timeout=300,
+        timeout=TIMEOUT_S,
     )
     assert out.returncode == 0, out.stderr[-3000:]
     return out.stdout.splitlines()
 
 
-def last_number(lines, word):
-    match = re.fullmatch(rf"{word} (\d\.\d{{4}})", lines[-1])
+def last_number(lines, name):
+    match = re.fullmatch(rf"{name} (\d\.\d{{4}})", lines[-1])
     assert match, lines[-3:]
     return float(match[1])
 
 
-@pytest.mark.parametrize("num_processes", [0, 1, 2, 4])
-def test_digits_learns_and_prints_once(num_processes):
-    lines = start("examples/digits.py", num_processes)
-    assert last_number(lines, "accuracy") >= 0.97
-    assert len(lines) == 13  # a line an epoch and the last one, whatever the number of processes
-
-
-@pytest.mark.skipif(
-    shutil.which("mpirun") is None, reason="no mpirun here (Debian: apt-get install openmpi-bin)"
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param([*FACCEL_LAUNCH, "--nproc", "2"], id="faccel launch"),
+        pytest.param(launcher_of(0), id="python", marks=SLOW),
+        pytest.param(launcher_of(1), id="torchrun 1", marks=SLOW),
+        pytest.param(launcher_of(2), id="torchrun 2", marks=SLOW),
+        pytest.param(launcher_of(4), id="torchrun 4", marks=SLOW),
+        pytest.param(
+            MPIRUN,
+            id="mpirun 2",
+            marks=[
+                SLOW,
+                pytest.mark.skipif(
+                    shutil.which("mpirun") is None,
+                    reason="mpirun is not installed (Debian: apt-get install openmpi-bin)",
+                ),
+            ],
+        ),
+    ],
 )
-def test_digits_runs_under_open_mpi():
-    launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable]
-    lines = start("examples/digits.py", 2, launcher=launcher)
+def test_digits_learns_and_prints_each_line_once(launcher):
+    lines = run("examples/digits.py", launcher=launcher)
     assert last_number(lines, "accuracy") >= 0.97
-    assert len(lines) == 13
+    assert len(lines) == 13  # one for each epoch and the last one, on any number of processes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("script", "meshes"), [
-    ("fsdp.py", ("dp_shard=2", "dp_replicate=2,dp_shard=2")), ("tensor_parallel.py", ("tp=2", "dp_shard=2,tp=2")),
-    ("pipeline.py", ("pp=2", "pp=2,dp_shard=2")), ("moe.py", ("dp_shard=2,ep=2",)),
-])  # fmt: skip
-def test_a_model_learns_the_same_on_every_mesh(script, meshes):
-    words = [f"examples/{script}", "--steps", "20"]
-    one = last_number(start(words[0], 0, more=words[1:]), "loss")
-    assert one < 4.0
+@SLOW
+@pytest.mark.parametrize(
+    ("script", "meshes"),
+    [
+        ("fsdp.py", ("dp_shard=2", "dp_replicate=2,dp_shard=2")),
+        ("tensor_parallel.py", ("tp=2", "dp_shard=2,tp=2")),
+        ("pipeline.py", ("pp=2", "pp=2,dp_shard=2")),
+        ("moe.py", ("dp_shard=2,ep=2",)),
+    ],
+)
+def test_a_model_learns_equally_on_every_mesh(script, meshes):
+    arguments = (f"examples/{script}", "--steps", "20")
+    expected = last_number(run(*arguments), "loss")
+    assert expected < 4.0
     for mesh in meshes:
         count = str(faccel.MeshSpec.of(mesh).size)
-        launcher = [
-            sys.executable,
-            "-m",
-            "faccel",
-            "launch",
-            "--cpu",
-            "--nproc",
-            count,
-            "--mesh",
-            mesh,
-        ]
-        assert (
-            abs(last_number(start(words[0], 0, launcher=launcher, more=words[1:]), "loss") - one)
-            < 2e-4
-        )
+        launcher = [*FACCEL_LAUNCH, "--nproc", count, "--mesh", mesh]
+        loss = last_number(run(*arguments, launcher=launcher), "loss")
+        assert abs(loss - expected) < 2e-4
 
 
+@SLOW
 def test_local_sgd_learns_on_two_processes():
-    launcher = [sys.executable, "-m", "faccel", "launch", "--cpu", "--nproc", "2"]
-    lines = start(
-        "examples/local_sgd.py", 0, launcher=launcher, more=["--steps", "40", "--every", "4"]
-    )
+    launcher = [*FACCEL_LAUNCH, "--nproc", "2"]
+    arguments = ("--steps", "40", "--every", "4")
+    lines = run("examples/local_sgd.py", *arguments, launcher=launcher)
     assert last_number(lines, "loss") < 3.5
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("num_processes", [0, 2])
 @pytest.mark.parametrize(
-    ("script", "least"), [("functional.py", 0.97), ("ensemble.py", 0.97), ("dp_sgd.py", 0.9)]
+    ("script", "minimum"), [("functional.py", 0.97), ("ensemble.py", 0.97), ("dp_sgd.py", 0.9)]
 )
-def test_functional_examples_learn(script, least, num_processes):
-    assert last_number(start(f"examples/{script}", num_processes), "accuracy") >= least
+def test_functional_examples_learn(script, minimum, num_processes):
+    lines = run(f"examples/{script}", launcher=launcher_of(num_processes))
+    assert last_number(lines, "accuracy") >= minimum
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_compiled_ensemble_learns():
-    assert last_number(start("examples/ensemble.py", 0, more=["--compile"]), "accuracy") >= 0.97
+    assert last_number(run("examples/ensemble.py", "--compile"), "accuracy") >= 0.97
 
 
-@pytest.mark.slow
-def test_meta_learning_learns_the_same_on_any_number_of_processes():
-    one, two = (start("examples/maml.py", n, more=["--steps", "60"]) for n in (0, 2))
-    before = float(one[-2].removeprefix("before "))
-    assert last_number(one, "loss") < before
+@SLOW
+def test_maml_learns_equally_on_any_number_of_processes():
+    arguments = ("examples/maml.py", "--steps", "60")
+    one = run(*arguments)
+    two = run(*arguments, launcher=launcher_of(2))
+    loss_before = float(one[-2].removeprefix("before "))
+    assert last_number(one, "loss") < loss_before
     assert last_number(one, "loss") == pytest.approx(last_number(two, "loss"), abs=2e-3)
 
 
-@pytest.mark.slow
-def test_accumulation_learns_the_same_on_any_number_of_processes():
-    one, two = (start("examples/accumulate.py", n) for n in (0, 2))
+@SLOW
+def test_gradient_accumulation_learns_equally_on_any_number_of_processes():
+    one = run("examples/accumulate.py")
+    two = run("examples/accumulate.py", launcher=launcher_of(2))
     assert last_number(one, "loss") < 2.0
     assert abs(last_number(one, "loss") - last_number(two, "loss")) < 1e-3
     assert len(one) == len(two) == 5
 
 
+@SLOW
 @pytest.mark.parametrize("num_processes", [0, 2])
-@pytest.mark.slow
-def test_two_models_share_one_loss_scale_in_fp16(num_processes):
-    lines = start("examples/two_models.py", num_processes, FACCEL_MIXED_PRECISION="fp16")
+def test_two_models_use_one_loss_scale_in_fp16(num_processes):
+    launcher = launcher_of(num_processes)
+    lines = run("examples/two_models.py", launcher=launcher, FACCEL_MIXED_PRECISION="fp16")
     assert last_number(lines, "distance") < 0.1
     assert lines[-2].startswith("steps 1216")
 
 
+@SLOW
 @pytest.mark.parametrize("num_processes", [0, 2])
-def test_every_precision_learns_alike(num_processes):
-    lines = start("examples/mixed_precision.py", num_processes)
+def test_every_precision_learns(num_processes):
+    lines = run("examples/mixed_precision.py", launcher=launcher_of(num_processes))
     assert last_number(lines, "accuracy") > 0.94
     assert [line.split()[0] for line in lines[:3]] == ["no", "bf16", "fp16"]
 
 
-@pytest.mark.parametrize("num_processes", [0, 2, 3])
-def test_answers_come_back_complete_and_in_order(num_processes):
-    lines = start("examples/inference.py", num_processes)
+@pytest.mark.parametrize(
+    "num_processes", [pytest.param(0, marks=SLOW), 2, pytest.param(3, marks=SLOW)]
+)
+def test_inference_returns_every_answer_in_order(num_processes):
+    lines = run("examples/inference.py", launcher=launcher_of(num_processes))
     assert last_number(lines, "accuracy") == 1.0
     assert len(lines) == max(1, num_processes) + 1
 
 
-def readme_blocks():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def first_readme_block():
+    text = (ROOT / "README.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, re.S)[0]
 
 
-@pytest.mark.parametrize("num_processes", [0, 2])
+@pytest.mark.parametrize("num_processes", [pytest.param(0, marks=SLOW), 2])
 def test_the_first_block_of_the_readme_trains(tmp_path, num_processes):
     script = tmp_path / "train.py"
-    script.write_text(readme_blocks()[0])
-    assert last_number(start(script, num_processes, tmp_path), "accuracy") > 0.9
+    script.write_text(first_readme_block())
+    lines = run(script, launcher=launcher_of(num_processes), cwd=tmp_path)
+    assert last_number(lines, "accuracy") > 0.9
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
-def test_an_example_is_short(path):
+def test_an_example_has_at_most_120_lines(path):
     assert len(path.read_text().splitlines()) <= 120

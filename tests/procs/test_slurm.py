@@ -1,4 +1,4 @@
-"""A SLURM of one machine with daemons of its own: `srun python script.py` and `srun faccel launch`."""
+"""`srun python script.py` and `srun faccel launch` in a SLURM of one node, with private daemons."""
 
 import contextlib
 import os
@@ -11,6 +11,8 @@ import sys
 import time
 
 import pytest
+
+from tests.ranks import TIMEOUT_S
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAMS = ("srun", "sinfo", "slurmctld", "slurmd", "munged")
@@ -44,24 +46,24 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 def free_ports(count):
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in sockets]
 
 
 def has_idle_node(env):
-    said = subprocess.run(
+    out = subprocess.run(
         ["sinfo", "-h", "-o", "%T"], env=env, capture_output=True, text=True, check=False
     )
-    return said.stdout.strip() == "idle"
+    return out.stdout.strip() == "idle"
 
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """The environment in which `srun` finds the daemons."""
+    """Start the daemons; return the environment with which `srun` uses them."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
-        pytest.skip(f"no SLURM here: needs root and {', '.join(missing) or 'nothing else'}")
+        pytest.skip(f"SLURM needs root and {', '.join(PROGRAMS)}; missing: {missing}")
     folder = tmp_path_factory.mktemp("slurm")
     for name in ("state", "spool"):
         (folder / name).mkdir()
@@ -71,25 +73,31 @@ def slurm(tmp_path_factory):
     text = CONFIGURATION.format(host=host, folder=folder, ports=free_ports(2), cores=os.cpu_count())
     (folder / "slurm.conf").write_text(text)
     env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
-    kept = {
+    files = {
         "socket": "munge.socket",
         "key-file": "key",
         "pid-file": "munged.pid",
         "log-file": "log",
         "seed-file": "seed",
     }
-    munge = ["munged", "--force", *(f"--{option}={folder / name}" for option, name in kept.items())]
+    munge = [
+        "munged",
+        "--force",
+        *(f"--{option}={folder / name}" for option, name in files.items()),
+    ]
     try:
         for command in (munge, ["slurmctld", "-c"], ["slurmd", "-c"]):
-            subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=30)
-        deadline = time.monotonic() + 60
+            subprocess.run(
+                command, env=env, check=True, capture_output=True, text=True, timeout=TIMEOUT_S
+            )
+        deadline = time.monotonic() + TIMEOUT_S
         while not has_idle_node(env) and time.monotonic() < deadline:
             time.sleep(0.2)
         if not has_idle_node(env):
-            pytest.skip(f"SLURM has no node here: {(folder / 'slurmctld.log').read_text()[-300:]}")
+            pytest.skip(f"SLURM has no idle node: {(folder / 'slurmctld.log').read_text()[-300:]}")
         yield env
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"SLURM's daemons do not start here: {error.stderr}")
+        pytest.skip(f"a daemon of SLURM does not start: {error.stderr}")
     finally:
         for file in folder.glob("*.pid"):
             with contextlib.suppress(OSError, ValueError):
@@ -97,8 +105,15 @@ def slurm(tmp_path_factory):
 
 
 def srun(env, *words):
-    out = subprocess.run(["srun", "--overcommit", *words], env=env | {"OMP_NUM_THREADS": "1"}, cwd=ROOT,
-                         capture_output=True, text=True, check=False, timeout=200)  # fmt: skip
+    out = subprocess.run(
+        ["srun", "--overcommit", *words],
+        env=env | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_S,
+    )
     assert out.returncode == 0, out.stderr[-2000:]
     return out.stdout.splitlines()
 
@@ -111,7 +126,7 @@ def test_two_tasks_are_two_ranks(slurm):
 
 
 @pytest.mark.slow
-def test_one_task_that_launches_two_ranks_is_two_ranks(slurm):
+def test_one_task_with_faccel_launch_is_two_ranks(slurm):
     words = [
         sys.executable,
         "-m",
