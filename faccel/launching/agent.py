@@ -77,7 +77,7 @@ class Agent(LocalElasticAgent):
         # After a signal the first exit is not a failure: the other ranks may still be saving.
         if self.end_signal is not None and self._is_any_running():
             return RunResult(state=WorkerState.HEALTHY)
-        result: RunResult = super()._monitor_workers(worker_group)  # type: ignore[call-arg, assignment]
+        result = super()._monitor_workers(worker_group)  # type: ignore[call-arg]
         if result.state != WorkerState.FAILED:
             return result
         if self.end_signal is not None or is_preemption(result.failures):

@@ -103,14 +103,14 @@ def _count(num_processes: int | None) -> int:
         if not torch.accelerator.is_available():
             return 1
         return max(1, torch.accelerator.device_count())
-    is_int = isinstance(num_processes, int) and not isinstance(num_processes, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
-    if not is_int or num_processes < 1:
+    value: object = num_processes
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(
             "`num_processes` must be a positive int",
-            got=repr(num_processes),
+            got=repr(value),
             fix="write `num_processes=2`",
         )
-    return num_processes
+    return value
 
 
 def _run(

@@ -165,17 +165,19 @@ def different_sizes(ctx):
 
 def test_without_debug_mode_the_other_ranks_name_a_rank_that_gloo_aborts():
     errors = [error for _, error in outcomes(different_sizes, 3, timeout_s=5)]
-    named = [error for error in errors if isinstance(error, (RankFailedError, DesyncError))]
+    errors_with_names = [
+        error for error in errors if isinstance(error, (RankFailedError, DesyncError))
+    ]
     aborted = [rank for rank, error in enumerate(errors) if isinstance(error, EOFError)]
-    assert len(named) + len(aborted) == 3, errors
+    assert len(errors_with_names) + len(aborted) == 3, errors
     assert aborted
-    for error in named:
+    for error in errors_with_names:
         if isinstance(error, RankFailedError):
             # On a loaded node other ranks may be missing too.
-            assert set(aborted) <= not_heard_of(error.got), error.got
+            assert set(aborted) <= missing_ranks(error.got), error.got
 
 
-def not_heard_of(got):
+def missing_ranks(got):
     match = re.search(r"ranks? ([0-9to, ]+): not heard of", got)
     if match is None:
         return set()
@@ -240,7 +242,7 @@ def test_debug_mode_raises_on_both_ranks_before_data_is_sent():
 
 
 def test_debug_mode_does_not_wait_for_a_rank_that_left():
-    # The timeout is that of the test, so that waiting for it would fail.
+    # Longer than the limit of the test, so that waiting for it would fail.
     (succeeded, _), (_, error) = outcomes(
         reduce_on_rank_1_only, 2, debug=True, timeout_s=2 * TIMEOUT_S
     )
