@@ -94,7 +94,7 @@ def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext
         from faccel.parallel.tensor_parallel import apply_tensor_parallel
 
         apply_tensor_parallel(module, layout.tp_styles, engine_mesh(ctx)["tp"])
-    apply_checkpointing(module, layout.units, plan.activation_checkpoint)
+    apply_checkpointing(module, layout.units, plan)
     apply_compile(module, layout.units, plan)
     _fully_shard(module, layout, plan, ctx)
     values.fill(module, ctx, "stage")

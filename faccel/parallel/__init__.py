@@ -32,7 +32,8 @@ _NAMES = {
     "faccel.parallel.moe": ("MoE",),
     "faccel.parallel.tensor_parallel": ("loss_parallel",),
     "faccel.plan": (
-        "ActivationCheckpointing", "DdpConfig", "DeepSpeedConfig", "FsdpConfig", "PipelineConfig", "PowerSgdConfig",
+        "ActivationCheckpointing", "DdpConfig", "DeepSpeedConfig", "FsdpConfig", "PipelineConfig",
+        "PowerSgdConfig",
     ),
     "faccel.training.join": ("join",),
     "faccel.training.local_sgd": ("SyncInfo", "averaged", "local_sgd"),

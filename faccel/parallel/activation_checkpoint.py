@@ -1,9 +1,9 @@
-"""Activation checkpointing and compilation of the units of a model, under their own names and in place."""
+"""Activation checkpointing and compilation of the units of a model, in place, under their names."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,101 +20,164 @@ from faccel.plan import ActivationCheckpointing, Plan
 
 
 def checkpoint_and_compile(module: nn.Module, plan: Plan) -> None:
-    """Checkpoint and compile what the plan says, for a strategy that has no other use for units. Updates `module`."""
-    if plan.activation_checkpoint is not None or plan.compile is not None:
-        units = units_of(module, plan)
-        check_has_units(units, plan.activation_checkpoint)
-        apply_checkpointing(module, units, plan.activation_checkpoint)
-        apply_compile(module, units, plan)
+    """Apply activation checkpointing and compilation as planned. Updates `module`.
+
+    For strategies that need the units for nothing else.
+
+    Raises:
+        ConfigError: The plan has activation checkpointing, and the model no units.
+    """
+    if plan.activation_checkpoint is None and plan.compile is None:
+        return
+    units = units_of(module, plan)
+    check_has_units(units, plan.activation_checkpoint)
+    apply_checkpointing(module, units, plan)
+    apply_compile(module, units, plan)
 
 
 def check_has_units(
     units: Mapping[str, nn.Module], options: ActivationCheckpointing | None
 ) -> None:
-    """Refuse activation checkpointing of a model without units."""
+    """Raise where activation checkpointing has no units to apply to.
+
+    Raises:
+        ConfigError: There are none.
+    """
     if options is not None and options.memory_budget is None and not units:
-        fix = 'name them, as in `units="Block"`'
         raise ConfigError(
-            "activation checkpointing needs units", got="a model without any", fix=fix
+            "`activation_checkpoint` needs units, and the model has none",
+            got="a model without `nn.ModuleList` and `_no_split_modules`",
+            fix='name them, as in `units="Block"`',
         )
 
 
-def apply_checkpointing(
-    module: nn.Module, units: Mapping[str, nn.Module], options: ActivationCheckpointing | None
-) -> None:
-    """Make the forward of each n-th unit of `module` run again in backward. Updates the modules."""
+def apply_checkpointing(module: nn.Module, units: Mapping[str, nn.Module], plan: Plan) -> None:
+    """Checkpoint each n-th unit: its forward runs a second time in backward. Updates the units."""
+    options = plan.activation_checkpoint
     if options is None or options.memory_budget is not None:
         return
-    more = _selective(options.save_ops) if options.save_ops else {}
-    chosen = [
-        unit for number, unit in enumerate(units.values(), start=1) if number % options.every == 0
-    ]
-    for unit in chosen:
-        _recompute(unit, functools.partial(checkpoint, use_reentrant=False, **more))
-    if any(map(_knows_checkpointing, chosen)):
-        _tell_the_others(module, units)
+    # transformers' layers call this function themselves, around what may run twice: a cache of
+    # keys and values must not grow in the second forward.
+    checkpoint_call = functools.partial(checkpoint, use_reentrant=False)
+    context_fn = None
+    if options.save_ops:
+        context_fn = _selective_contexts(options.save_ops)
+        checkpoint_call = functools.partial(checkpoint_call, context_fn=context_fn)
+    every_nth = list(units.values())[options.every - 1 :: options.every]
+    for unit in every_nth:
+        if _is_checkpointable(unit):
+            _set_checkpointing(unit, checkpoint_call)
+        elif plan.compile is None:
+            _checkpoint_by_hooks(unit, context_fn)
+        else:
+            _replace_forward(unit, checkpoint_call)
+    if any(_is_checkpointable(unit) for unit in every_nth):
+        _enable_outside(module, units.values())
 
 
-def _recompute(unit: Any, again: Callable[..., Any]) -> None:
-    """Run the forward of `unit` through `again`, on this instance alone: neither names nor classes change."""
-    if _knows_checkpointing(
-        unit
-    ):  # it leaves out what must not happen twice: the update of a cache
-        unit.gradient_checkpointing, unit._gradient_checkpointing_func = True, again
+def _checkpoint_by_hooks(unit: nn.Module, context_fn: Callable[[], Any] | None) -> None:
+    from torch.distributed._composable import checkpoint as checkpoint_module
+
+    if context_fn is None:
+        checkpoint_module(unit)
     else:
-        unit.forward = functools.partial(again, unit.forward)
+        checkpoint_module(unit, context_fn=context_fn)
 
 
-def _knows_checkpointing(unit: nn.Module) -> bool:
-    """Whether the class of a unit can be checkpointed by a function that it is given, as transformers' layers can."""
+def _replace_forward(unit: nn.Module, checkpoint_call: Callable[..., Any]) -> None:
+    """Replace `forward` of this instance by one that is checkpointed.
+
+    Only for compiled models. Dynamo (torch 2.13) traces through the hooks of the composable
+    `checkpoint` and saves all activations nevertheless, so nothing else works without a wrapper
+    module, which would change the names of parameters. A function and not a `functools.partial`,
+    with which Dynamo skips the frame and compiles nothing, without an error.
+    """
+    forward = unit.forward
+
+    @functools.wraps(forward)
+    def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint_call(forward, *args, **kwargs)
+
+    unit.forward = checkpointed_forward
+
+
+def _is_checkpointable(unit: nn.Module) -> bool:
+    """Whether a unit checkpoints itself, as a `GradientCheckpointingLayer` of transformers."""
     return hasattr(type(unit), "gradient_checkpointing")
 
 
-def _tell_the_others(module: nn.Module, units: Mapping[str, nn.Module]) -> None:
-    """Let the modules around the units, which hand caches to them, know that some of these run twice."""
-    inside = {id(each) for unit in units.values() for each in unit.modules()}
-    for each in module.modules():
-        if id(each) not in inside and hasattr(each, "gradient_checkpointing"):
-            each.gradient_checkpointing = True  # type: ignore[assignment]
-            each._gradient_checkpointing_func = _once  # type: ignore[assignment]
+def _set_checkpointing(module: Any, checkpoint_call: Callable[..., Any]) -> None:
+    # The two attributes that `PreTrainedModel.gradient_checkpointing_enable` sets.
+    module.gradient_checkpointing = True
+    module._gradient_checkpointing_func = checkpoint_call
 
 
-def _once(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return run(*args, **kwargs)
+def _enable_outside(module: nn.Module, units: Iterable[nn.Module]) -> None:
+    """Set the flag on transformers' modules around the units, which then pass no cache to them."""
+    inside = {id(submodule) for unit in units for submodule in unit.modules()}
+    for submodule in module.modules():
+        if id(submodule) not in inside and hasattr(submodule, "gradient_checkpointing"):
+            _set_checkpointing(submodule, _call_once)
 
 
-def _selective(names: tuple[str, ...]) -> dict[str, Any]:
-    kept = {_operator(name) for name in names}
-
-    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}
+def _call_once(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
 
-def _operator(name: str) -> Any:
-    found: Any = torch.ops
+def _selective_contexts(names: Sequence[str]) -> Callable[[], Any]:
+    """Return a `context_fn` for torch's checkpoint that keeps the outputs of these operators."""
+    saved_ops = {_operator(name) for name in names}
+
+    def policy(_: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        if op in saved_ops:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return functools.partial(create_selective_checkpoint_contexts, policy)
+
+
+def _operator(name: str) -> object:
+    operator: object = torch.ops
     try:
-        for part in name.split("."):
-            found = getattr(found, part)
+        for attribute in name.split("."):
+            operator = getattr(operator, attribute)
     except AttributeError:
-        fix = 'write it like `"aten.mm.default"`'
-        raise ConfigError("`save_ops` names operators of torch", got=repr(name), fix=fix) from None
-    return found
+        raise ConfigError(
+            "`save_ops` must name operators of torch",
+            got=repr(name),
+            fix='write it like `"aten.mm.default"`',
+        ) from None
+    return operator
 
 
 def apply_compile(module: nn.Module, units: Mapping[str, nn.Module], plan: Plan) -> None:
-    """Compile the units, or the whole, in place. Updates the modules; compilation happens at the first call."""
+    """Compile the units or the whole model, in place. Updates the modules.
+
+    The compilation itself happens in the first call.
+    """
     if plan.compile is None:
         return
-    if (
-        plan.activation_checkpoint is not None
-        and plan.activation_checkpoint.memory_budget is not None
-    ):
-        import torch._functorch.config as functorch
+    backend: str | Callable[..., Any] = "inductor"
+    options = plan.activation_checkpoint
+    if options is not None and options.memory_budget is not None:
+        backend = _inductor_with_budget(options.memory_budget)
+    targets = units.values() if plan.compile == "units" else (module,)
+    for target in targets:
+        target.compile(backend=backend)
 
-        functorch.activation_memory_budget = (
-            plan.activation_checkpoint.memory_budget
-        )  # read when the graph is cut
-    for each in units.values() if plan.compile == "units" else (module,):
-        each.compile()
+
+def _inductor_with_budget(memory_budget: float) -> Callable[..., Any]:
+    """Return Inductor as a backend that partitions graphs under a memory budget.
+
+    The budget is a global option of torch, without an argument of `torch.compile`. It is set while
+    one of our graphs is partitioned, so that no other compilation sees it.
+    """
+
+    def compile_graph(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        import torch._functorch.config as functorch_config
+        from torch._dynamo.backends.registry import lookup_backend
+
+        with functorch_config.patch(activation_memory_budget=memory_budget):
+            return lookup_backend("inductor")(graph, inputs)
+
+    return compile_graph

@@ -1,20 +1,20 @@
-"""A plan to begin with, from what a model says of itself and from its structure."""
+"""An initial plan, proposed from a model's attributes and structure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+import attrs
 from torch import nn
 
 from faccel.context import DistContext
 from faccel.errors import ModelError
 from faccel.parallel.pipeline_stages import is_loss
-from faccel.parallel.units import means
+from faccel.parallel.units import matches
 from faccel.plan import PipelineConfig, Plan
 from faccel.training.model import WrappedModel
 
-_THEIRS = {
+_STYLES = {
     "colwise": "colwise",
     "colwise_rep": "colwise_gather",
     "colwise_gather_output": "colwise_gather",
@@ -27,100 +27,119 @@ _THEIRS = {
     "rowwise_split_input": "rowwise_split",
     "vocab_parallel_rowwise": "rowwise_embedding",
 }
-"""The styles of transformers' `tp_plan`, under our names."""
+"""The styles of transformers' `tp_plan`, and their names in `Plan.tensor`."""
 
-_UNCUT = (
-    "moe_identity_expert",
-    "moe_tp_experts",
-)  # around experts that are parameters, of which each rank has all
+# Styles of modules whose experts are bare parameters: they stay replicated.
+_REPLICATED_STYLES = ("moe_identity_expert", "moe_tp_experts")
 
-_SHARE = 8  # a model without blocks is cut into about so many units
+# A model without blocks is split into about this many units.
+_NUM_UNITS = 8
 
 
 def plan_for(model: nn.Module, ctx: DistContext) -> Plan:
-    """Propose a plan for a model on the mesh of `ctx`: print it, change it with `attrs.evolve`, and give it to `wrap`.
+    """Propose a plan for a model on the mesh of `ctx`.
 
-    Units are the model's own `_no_split_modules`, else the members of its module lists, else modules with an eighth of
-    the parameters. Under `tp` the cuts are those of transformers' `tp_plan` (of what it says about bare parameters, as
-    of fused experts, nothing: each rank has them whole), and the two linear layers of each of torch's transformer
-    layers. Under `pp` the chain is that of the model's children, in the order in which they were
-    registered: check that its forward passes them so.
+    Print it, change it with `attrs.evolve`, and pass it to `wrap`.
+
+    The units are the model's `_no_split_modules`, or else the members of its module lists, or else
+    modules with an eighth of the parameters. With `tp`, the styles are those of transformers'
+    `tp_plan`, and of the two linear layers of each `nn.Transformer*Layer`. Bare parameters, such
+    as fused experts, stay replicated. With `pp`, the chain is the model's children in the order of
+    registration: check that `forward` runs them in this order.
 
     Effects: pure.
 
     Args:
-        model: Not wrapped yet.
-        ctx: The world.
+        model: A module that is not wrapped.
+        ctx: The context.
 
     Raises:
-        ModelError: The mesh has `tp`, and nothing of the model is known to be cut, or its `tp_plan` has a style that
-            faccel has not; or `model` is wrapped.
+        ModelError: `model` is wrapped. Or the mesh has `tp`, and the model has no known modules to
+            split or its `tp_plan` has an unsupported style.
 
     Examples:
         >>> from faccel.testing import fake_context
-        >>> layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2, enable_nested_tensor=False)
+        >>> layer = nn.TransformerEncoderLayer(8, 2)
+        >>> layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         >>> dict(plan_for(layers, fake_context(0, 2, mesh="tp=2")).tensor)
         {'layers.*.linear1': 'colwise', 'layers.*.linear2': 'rowwise'}
     """
     if isinstance(model, WrappedModel):
         raise ModelError(
-            "a plan is made before a model is wrapped",
+            "`plan_for` expects a model that is not wrapped",
             got="a WrappedModel",
-            fix="pass your own module",
+            fix="pass your module, before `faccel.wrap`",
         )
+    plan = Plan()
+    if not _has_blocks(model):
+        num_params = sum(param.numel() for param in model.parameters())
+        plan = attrs.evolve(plan, units=max(1, num_params // _NUM_UNITS))
     spec = ctx.mesh.spec
-    options: dict[str, Any] = {}
-    if not getattr(model, "_no_split_modules", None) and not any(
-        isinstance(m, nn.ModuleList) for m in model.modules()
-    ):
-        options["units"] = max(1, sum(p.numel() for p in model.parameters()) // _SHARE)
     if spec.tp > 1:
-        options["tensor"] = _cuts(model)
+        plan = attrs.evolve(plan, tensor=_tensor_styles(model))
     if spec.pp > 1:
-        options["pipeline"] = PipelineConfig(chain=_chain(model))
-    return Plan(**options)
+        plan = attrs.evolve(plan, pipeline=PipelineConfig(chain=_chain(model)))
+    return plan
 
 
-def _cuts(model: nn.Module) -> dict[str, str]:
-    theirs = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
-    found = _translated(model, theirs) if isinstance(theirs, Mapping) else {}
+def _has_blocks(model: nn.Module) -> bool:
+    if getattr(model, "_no_split_modules", None):
+        return True
+    return any(isinstance(module, nn.ModuleList) for module in model.modules())
+
+
+def _tensor_styles(model: nn.Module) -> dict[str, str]:
+    styles: dict[str, str] = {}
+    # transformers 5 has the merged plan of all submodules as `tp_plan`, version 4 as `_tp_plan`.
+    tp_plan = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
+    if isinstance(tp_plan, Mapping):
+        styles = _translate(model, tp_plan)
     for name, module in model.named_modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-            base = (
-                ".".join("*" if part.isdecimal() else part for part in name.split(".")) + "."
-                if name
-                else ""
-            )
-            found |= {f"{base}linear1": "colwise", f"{base}linear2": "rowwise"}
-    if not found:
+            prefix = _pattern_prefix(name)
+            styles |= {f"{prefix}linear1": "colwise", f"{prefix}linear2": "rowwise"}
+    if not styles:
         raise ModelError(
-            "nothing of this model is known to be cut",
-            got=f"a {type(model).__name__} without `tp_plan` or torch's transformer layers",
-            fix='write `faccel.Plan(tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})`',
+            "`plan_for` finds no module of this model to split over `tp`",
+            got=f"a {type(model).__name__} without `tp_plan` or `nn.Transformer*Layer`",
+            fix="write "
+            '`faccel.Plan(tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})`',
         )
-    return found
+    return styles
 
 
-def _translated(model: nn.Module, theirs: Mapping[str, str]) -> dict[str, str]:
+def _pattern_prefix(name: str) -> str:
+    """Return `"layers.*."` for `"layers.0"`, and `""` for the root."""
+    if not name:
+        return ""
+    parts = ["*" if part.isdecimal() else part for part in name.split(".")]
+    return ".".join(parts) + "."
+
+
+def _translate(model: nn.Module, tp_plan: Mapping[str, str]) -> dict[str, str]:
+    """Return the styles of transformers' plan under the names of `Plan.tensor`."""
     names = [name for name, _ in model.named_modules()]
-    found: dict[str, str] = {}
-    for pattern, style in theirs.items():
-        if style in _UNCUT or not means(
-            pattern, names
-        ):  # a bare parameter, or what another configuration has
+    styles: dict[str, str] = {}
+    for pattern, style in tp_plan.items():
+        # A pattern without a match is for a bare parameter, or for another configuration.
+        if style in _REPLICATED_STYLES or not matches(pattern, names):
             continue
-        if style not in _THEIRS:
+        if style not in _STYLES:
             raise ModelError(
-                "the model's `tp_plan` cuts a module in a way that faccel cannot",
+                "the model's `tp_plan` has an unsupported style",
                 got=f"`{pattern}`: {style!r} of a {type(model).__name__}",
-                fix="name the modules that can be cut yourself, as in `faccel.Plan(tensor={...})`, or use another mesh",
+                fix="name the modules to split yourself, as in `faccel.Plan(tensor={...})`, or "
+                "use another mesh",
             )
-        found[pattern] = _THEIRS[style]
-    return found
+        styles[pattern] = _STYLES[style]
+    return styles
 
 
 def _chain(model: nn.Module) -> tuple[str, ...]:
-    children = [(name, child) for name, child in model.named_children() if not is_loss(child)]
-    return tuple(
-        f"{name}.*" if isinstance(child, nn.ModuleList) else name for name, child in children
-    )
+    chain: list[str] = []
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList):
+            chain.append(f"{name}.*")
+        elif not is_loss(child):
+            chain.append(name)
+    return tuple(chain)

@@ -1,32 +1,25 @@
-"""Context parallel: the ranks of the mesh axis `cp` share one sequence, in contiguous equal chunks in rank order."""
+"""Context parallel: each rank of the axis `cp` has one contiguous, equal chunk of a sequence."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from faccel.checks import one_of
 from faccel.comm.pack import describe
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
-from faccel.errors import ConfigError, DataError, ModelError, nearest
-from faccel.protocols import Collectives
+from faccel.errors import DataError, ModelError
+from faccel.parallel.cp_attention import chunk_index, gather_attention, ring_attention
 from faccel.tree import Tree, flatten, is_dtensor, leaf_error, paths
-
-_AXIS = "cp"
-
-
-def _place(ctx: DistContext) -> int:
-    """Return which chunk of the sequence this rank has."""
-    return ctx.mesh.spec.coordinates(ctx.rank)[_AXIS]
 
 
 def split_sequence(x: Tree, ctx: DistContext, *, dim: int = 1) -> Tree:
@@ -34,20 +27,21 @@ def split_sequence(x: Tree, ctx: DistContext, *, dim: int = 1) -> Tree:
 
     Effects: pure. Chunks are contiguous, equal and in rank order on the axis `cp`.
 
-    Whatever runs along the sequence is split: tokens, labels (shifted before they are split: the label of a chunk's
-    last token is in the next chunk), and the position ids, since a model that counts from 0 itself would give every
-    chunk the positions of the first.
+    Split everything that has a value per token: tokens, labels and position ids. Shift labels
+    before the split, because the label of a chunk's last token is in the next chunk. Pass position
+    ids to the model, because counting from 0 would be wrong for all chunks but the first.
 
     Args:
-        x: The whole sequence, the same on all ranks of the axis: a tensor, or any nesting of them.
-        ctx: The world.
-        dim: The dimension that runs along the sequence; negative counts from the last.
+        x: The full sequence, equal on all ranks of the axis: a tensor or a tree of tensors.
+        ctx: The context.
+        dim: The dimension of the sequence; negative counts from the last.
 
     Returns:
         The same structure of views; `x` itself where the axis has one rank.
 
     Raises:
-        DataError: A tensor has no such dimension, or the ranks do not divide its length; names each such tensor.
+        DataError: A tensor has no such dimension, or the number of ranks does not divide its
+            length; names each such tensor.
         TreeError: A leaf is not a tensor; names it.
 
     Examples:
@@ -59,42 +53,47 @@ def split_sequence(x: Tree, ctx: DistContext, *, dim: int = 1) -> Tree:
         >>> split_sequence(tokens, fake_context(0, 1)) is tokens
         True
     """
-    size = ctx.mesh.spec.cp
-    if size == 1:
+    num_chunks = ctx.mesh.spec.cp
+    if num_chunks == 1:
         return x
     leaves, rebuild = flatten(x)
-    for i, leaf in enumerate(leaves):
+    for index, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
-            raise leaf_error(x, i, "`split_sequence` splits tensors", "pass the tensors only")
-    _check_divides(leaves, paths(x), dim, size)
-    return rebuild([leaf.tensor_split(size, dim)[_place(ctx)] for leaf in leaves])
+            raise leaf_error(x, index, "`split_sequence` expects tensors", "pass only tensors")
+    by_name = dict(zip(paths(x), leaves, strict=True))
+    _check_dim(by_name, dim)
+    _check_divides(by_name, dim, num_chunks)
+    own_chunk = chunk_index(ctx)
+    return rebuild([leaf.tensor_split(num_chunks, dim)[own_chunk] for leaf in leaves])
 
 
-def _check_divides(leaves: list[Tensor], names: list[str], dim: int, size: int) -> None:
-    lengths = [leaf.shape[dim] if -leaf.ndim <= dim < leaf.ndim else None for leaf in leaves]
-    named = list(zip(names, leaves, lengths, strict=True))
-    lacking = [
-        f"`{name}` of shape {list(leaf.shape)}" for name, leaf, length in named if length is None
-    ]
-    if lacking:
-        fix = "pass `dim=`, or leave out what has no sequence"
+def _check_dim(tensors: Mapping[str, Tensor], dim: int) -> None:
+    missing: list[str] = []
+    for name, tensor in tensors.items():
+        if not -tensor.ndim <= dim < tensor.ndim:
+            missing.append(f"`{name}` of shape {list(tensor.shape)}")
+    if missing:
         raise DataError(
-            f"a sequence runs along dim {dim}, which a tensor lacks",
-            got=", ".join(lacking),
-            fix=fix,
+            f"a tensor has no dim {dim} to split a sequence along",
+            got=", ".join(missing),
+            fix="pass `dim=`, or leave out tensors without a sequence",
         )
-    uneven = [
-        f"length {length} of `{name}`"
-        for name, _, length in named
-        if length is None or length % size
-    ]
+
+
+def _check_divides(tensors: Mapping[str, Tensor], dim: int, num_chunks: int) -> None:
+    uneven: list[str] = []
+    for name, tensor in tensors.items():
+        if tensor.shape[dim] % num_chunks:
+            uneven.append(f"length {tensor.shape[dim]} of `{name}`")
     if uneven:
-        longest = max(length for length in lengths if length is not None)
+        longest = max(tensor.shape[dim] for tensor in tensors.values())
+        shorter = longest - longest % num_chunks
+        longer = math.ceil(longest / num_chunks) * num_chunks
         raise DataError(
-            f"the {size} ranks of `cp` share a sequence in equal chunks",
+            f"the length of a sequence is not a multiple of cp={num_chunks}",
             got=", ".join(uneven),
-            fix=f"cut it to {longest - longest % size}, or, where attention is causal, pad its end to "
-            f"{math.ceil(longest / size) * size} and ignore the padding's loss",
+            fix=f"cut it to {shorter}, or, where attention is causal, pad its end to {longer} and "
+            "ignore the padding's loss",
         )
 
 
@@ -110,79 +109,91 @@ def attention(
     enable_gqa: bool = False,
     method: str = "gather",
 ) -> Tensor:
-    """Attend over the whole sequence from this rank's chunk of it: `F.scaled_dot_product_attention` for `cp`.
+    """Return this rank's chunk of attention over the full sequence.
 
-    Effects: collective. Every rank of the axis `cp` must call it, with the same shapes, dtypes and options, and run
-    backward through it; which keys a causal mask hides changes what is computed, never what is communicated. With one
-    rank on the axis it is torch's own function, and nothing is communicated.
+    Effects: collective. Every rank of the axis `cp` must call it, with the same shapes, dtypes and
+    options, and run backward through it. With one rank on the axis it is
+    `F.scaled_dot_product_attention`, and nothing is communicated.
 
     Args:
         q: This rank's chunk of the queries, `T[batch, heads, length, width]`.
         k: This rank's chunk of the keys, `T[batch, key heads, key length, width]`.
         v: This rank's chunk of the values, `T[batch, key heads, key length, value width]`.
-        ctx: The world.
-        is_causal: Whether a query sees the keys up to its own place in the whole sequence only.
-        scale: What scores are multiplied with; None is `width ** -0.5`.
-        enable_gqa: Whether several query heads may share a key head.
-        method: `"gather"`: keys and values of all ranks are gathered once, torch's own kernel attends, and backward
-            returns the gradients in one exchange; memory grows with the whole sequence. `"ring"`: one rank's keys and
-            values are there at a time, forward and backward, and partial results are merged by their log-sum-exp
-            (Liu, Zaharia and Abbeel, 2023); memory grows with the chunk, in exchange for twice `cp` steps.
+        ctx: The context.
+        is_causal: Whether a query sees only keys up to its own position in the full sequence.
+        scale: The factor of the scores; None is `width ** -0.5`.
+        enable_gqa: Whether several query heads may use one key head.
+        method: `"gather"` gathers the keys and values of all ranks once and runs PyTorch's
+            kernel. Backward returns the gradients in one exchange. Memory grows with the full
+            sequence. `"ring"` has the keys and values of one rank at a time, and merges partial
+            results by their log-sum-exp (Liu, Zaharia and Abbeel, 2023). Memory grows with the
+            chunk, for twice `cp` steps of communication.
 
     Returns:
-        `T[batch, heads, length, value width]`, the chunk of what attention over the whole sequence gives, with its
-        gradient (not with second derivatives, where the axis has several ranks).
+        `T[batch, heads, length, value width]`. It has first derivatives; no second ones where the
+        axis has several ranks.
 
     Raises:
-        ConfigError: `method` is none of those.
-        ModelError: The shapes, dtypes or devices of `q`, `k` and `v` do not fit each other.
+        ConfigError: `method` is unknown.
+        ModelError: The shapes, dtypes or devices of `q`, `k` and `v` do not match.
 
     Examples:
         >>> from faccel.testing import simulate
-        >>> whole = torch.randn(3, 1, 2, 6, 4, dtype=torch.float64)
+        >>> q, k, v = torch.randn(3, 1, 2, 6, 4, dtype=torch.float64)
         >>> def run(ctx):
-        ...     return attention(*split_sequence(tuple(whole), ctx, dim=2), ctx, is_causal=True)
+        ...     return attention(*split_sequence((q, k, v), ctx, dim=2), ctx, is_causal=True)
         >>> chunks = simulate(run, 2, mesh="cp=2")
-        >>> torch.allclose(torch.cat(chunks, 2), F.scaled_dot_product_attention(*whole, is_causal=True))
+        >>> full = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        >>> torch.allclose(torch.cat(chunks, 2), full)
         True
     """
-    _check_method(method)
+    one_of("method", method, _METHODS)
     if ctx.mesh.spec.cp == 1:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    _check_fit(q, k, v, is_causal=is_causal, enable_gqa=enable_gqa)
-    q, k, v = (_as_autocast(x) for x in (q, k, v))
+    _check_shapes(q, k, v, is_causal=is_causal, enable_gqa=enable_gqa)
+    # Cast before communication, so that fewer bytes are sent.
+    q, k, v = _as_autocast(q), _as_autocast(k), _as_autocast(v)
     if q.dtype != k.dtype or q.dtype != v.dtype:
-        fix = "convert them to one dtype, or compute under `faccel.autocast(ctx)`"
         raise ModelError(
-            "queries, keys and values have one dtype", got=describe([q, k, v]), fix=fix
+            "`q`, `k` and `v` must have the same dtype",
+            got=describe([q, k, v]),
+            fix="convert them to one dtype, or compute under `faccel.autocast(ctx)`",
         )
-    return _METHODS[method](
-        q, k, v, ctx, is_causal=is_causal, scale=q.shape[-1] ** -0.5 if scale is None else scale
-    )
+    factor = scale
+    if factor is None:
+        factor = float(q.shape[-1]) ** -0.5
+    return _METHODS[method](q, k, v, ctx, is_causal=is_causal, scale=factor)
 
 
-def _check_method(method: str) -> None:
-    if method not in _METHODS:
-        fix = nearest(str(method), _METHODS)
-        raise ConfigError("`method` is not a way to share a sequence", got=repr(method), fix=fix)
+class _Attention(Protocol):
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: DistContext, *, is_causal: bool, scale: float
+    ) -> Tensor: ...
 
 
-def _check_fit(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, enable_gqa: bool) -> None:
+_METHODS: Mapping[str, _Attention] = {"gather": gather_attention, "ring": ring_attention}
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, enable_gqa: bool) -> None:
     got = f"q, k, v: {describe([q, k, v])}"
-    if any(map(is_dtensor, (q, k, v))):
+    if is_dtensor(q) or is_dtensor(k) or is_dtensor(v):
         raise ModelError(
-            "attention takes this rank's chunks",
+            "`attention` expects local tensors: this rank's chunks",
             got=f"DTensors, {got}",
             fix="call `.to_local()` on them",
         )
-    if {x.ndim for x in (q, k, v)} != {4}:
-        fix = "add the missing one, as in `q.unsqueeze(1)` for one head"
-        raise ModelError("attention takes `[batch, heads, length, width]`", got=got, fix=fix)
+    if not q.ndim == k.ndim == v.ndim == 4:
+        fix = "add the missing dim, as in `q.unsqueeze(1)` for one head"
+        raise ModelError("`attention` expects `[batch, heads, length, width]`", got=got, fix=fix)
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        fix = "give keys and values the same batch, heads and length, and queries the batch and width of the keys"
-        raise ModelError("queries, keys and values do not fit each other", got=got, fix=fix)
+        raise ModelError(
+            "the shapes of `q`, `k` and `v` do not match",
+            got=got,
+            fix="pass keys and values of the same batch, heads and length, and queries with the "
+            "batch and width of the keys",
+        )
     _check_heads(q.shape[1], k.shape[1], got, enable_gqa=enable_gqa)
     if is_causal and q.shape[2] != k.shape[2]:
         fix = "pass chunks of one sequence, or `is_causal=False`"
@@ -190,176 +201,43 @@ def _check_fit(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, enable_gqa: 
 
 
 def _check_heads(num_heads: int, num_key_heads: int, got: str, *, enable_gqa: bool) -> None:
-    if num_heads == num_key_heads or (
-        enable_gqa and num_key_heads and num_heads % num_key_heads == 0
-    ):
+    if num_heads == num_key_heads:
         return
-    fix = (
-        f"use a number of key heads that divides {num_heads}"
-        if enable_gqa
-        else "pass `enable_gqa=True`"
-    )
-    raise ModelError(
-        f"{num_key_heads} key heads do not serve {num_heads} query heads", got=got, fix=fix
-    )
+    problem = f"{num_key_heads} key heads do not match {num_heads} query heads"
+    if not enable_gqa:
+        raise ModelError(problem, got=got, fix="pass `enable_gqa=True`")
+    if num_key_heads == 0 or num_heads % num_key_heads:
+        fix = f"use a number of key heads that divides {num_heads}"
+        raise ModelError(problem, got=got, fix=fix)
 
 
 def _as_autocast(x: Tensor) -> Tensor:
-    """Return `x` as torch's function would take it where autocast is on: before it travels, not after."""
-    kind = x.device.type
-    return (
-        x.to(torch.get_autocast_dtype(kind))
-        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-        else x
-    )
-
-
-def _gathered(
-    q: Tensor, k: Tensor, v: Tensor, ctx: DistContext, *, is_causal: bool, scale: float
-) -> Tensor:
-    everything: Any = _Gather.apply(torch.cat([k, v], -1), ctx.comm)
-    keys, values = everything.split([k.shape[-1], v.shape[-1]], -1)
-    mask, is_first = None, _place(ctx) == 0
-    if is_causal:
-        seen = (_place(ctx) + 1) * q.shape[
-            2
-        ]  # later keys get no gradient from here, but take part in its exchange
-        keys, values = keys[:, :, :seen], values[:, :, :seen]
-        mask = None if is_first else _mask(q.shape[2], seen, q.device)
-    with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage] (an open `context_parallel`)
-        options: dict[str, Any] = {
-            "is_causal": is_causal and is_first,
-            "enable_gqa": q.shape[1] != k.shape[1],
-        }
-        return F.scaled_dot_product_attention(q, keys, values, mask, scale=scale, **options)
-
-
-def _mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """Return `bool[num_queries, num_keys]`: which keys the last queries of a sequence see."""
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(
-        num_keys - num_queries
-    )
-
-
-class _Gather(torch.autograd.Function):
-    """Every rank's `T[batch, heads, length, width]` along the length; backward sums for each rank what all found."""
-
-    @staticmethod
-    def forward(node: Any, x: Tensor, comm: Collectives) -> Tensor:
-        node.comm = comm
-        return comm.all_gather(x.contiguous(), _AXIS).movedim(0, 2).flatten(2, 3)
-
-    @staticmethod
-    @once_differentiable
-    def backward(node: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows = grad.unflatten(2, (node.comm.size(_AXIS), -1)).movedim(2, 0).contiguous()
-        return node.comm.all_to_all(rows, _AXIS).sum(0), None
-
-
-def _ringed(
-    q: Tensor, k: Tensor, v: Tensor, ctx: DistContext, *, is_causal: bool, scale: float
-) -> Tensor:
-    out: Any = _Ring.apply(q, torch.cat([k, v], -1), ctx, is_causal, scale)
-    return out
-
-
-class _Ring(torch.autograd.Function):
-    """Attention to one rank's keys and values at a time, computed in fp32 at least.
-
-    Query heads that share a key head are laid behind each other along the length (`_fold`), so that each product of
-    matrices sums over them. What a rank needs not see it receives all the same: every rank makes the same calls.
-    """
-
-    @staticmethod
-    def forward(
-        node: Any, q: Tensor, kv: Tensor, ctx: DistContext, is_causal: bool, scale: float
-    ) -> Tensor:
-        kv, comm, place = kv.contiguous(), ctx.comm, _place(ctx)
-        with torch.autocast(q.device.type, enabled=False):
-            queries = _fold(q, kv.shape[1])
-            width, diagonal = kv.shape[-1] - q.shape[-1], q.shape[2] if is_causal else None
-            out = queries.new_zeros(*queries.shape[:-1], width)
-            lse = queries.new_full((*queries.shape[:-1], 1), -math.inf)
-            for src in range(comm.size(_AXIS)):
-                keys, values = _receive(kv, src, comm, q.shape[-1])
-                if is_causal and src > place:
-                    continue
-                scores = _scores(queries, keys, scale, diagonal if src == place else None)
-                part = scores.logsumexp(-1, keepdim=True)
-                merged = torch.logaddexp(lse, part)
-                out = out * (lse - merged).exp() + (scores - merged).exp() @ values
-                lse = merged
-        node.save_for_backward(q, kv, out, lse)
-        node.ctx, node.is_causal, node.scale = ctx, is_causal, scale
-        return out.reshape(*q.shape[:-1], width).to(q.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(node: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, kv, out, lse = node.saved_tensors
-        comm, place = node.ctx.comm, _place(node.ctx)
-        grad_kv, diagonal = torch.empty_like(kv), q.shape[2] if node.is_causal else None
-        with torch.autocast(q.device.type, enabled=False):
-            queries, grad = _fold(q, kv.shape[1]), _fold(grad_out, kv.shape[1])
-            grad_q, inner = torch.zeros_like(queries), (grad * out).sum(-1, keepdim=True)
-            for src in range(comm.size(_AXIS)):
-                keys, values = _receive(kv, src, comm, q.shape[-1])
-                found = torch.zeros(kv.shape, dtype=queries.dtype, device=kv.device)
-                if not (node.is_causal and src > place):
-                    scores = _scores(queries, keys, node.scale, diagonal if src == place else None)
-                    weights = (scores - lse).exp()
-                    slopes = weights * (grad @ values.mT - inner) * node.scale
-                    grad_q += slopes @ keys
-                    found = torch.cat([slopes.mT @ queries, weights.mT @ grad], -1)
-                total = comm.all_reduce(found, "sum", _AXIS)
-                if src == place:
-                    grad_kv.copy_(total)
-        return grad_q.reshape(q.shape).to(q.dtype), grad_kv, None, None, None
-
-
-def _fold(x: Tensor, num_key_heads: int) -> Tensor:
-    """Return `[batch, heads, length, width]` as `[batch, key heads, heads per key head * length, width]`, in fp32."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide.reshape(x.shape[0], num_key_heads, -1, x.shape[-1])
-
-
-def _receive(kv: Tensor, src: int, comm: Collectives, width: int) -> tuple[Tensor, Tensor]:
-    """Return keys and values of rank `src` of the axis, in fp32 at least."""
-    block = comm.broadcast(kv, src, _AXIS)
-    block = block.to(torch.promote_types(block.dtype, torch.float32))
-    return block[..., :width], block[..., width:]
-
-
-def _scores(queries: Tensor, keys: Tensor, scale: float, diagonal: int | None) -> Tensor:
-    """Return the scores of folded queries; where `diagonal` is their length, later keys of this chunk are hidden."""
-    scores = queries @ keys.mT * scale
-    if diagonal is None:
-        return scores
-    hidden = ~_mask(diagonal, diagonal, keys.device).repeat(queries.shape[2] // diagonal, 1)
-    return scores.masked_fill(hidden, -math.inf)
-
-
-_METHODS: dict[str, Callable[..., Tensor]] = {"gather": _gathered, "ring": _ringed}
+    """Cast `x` as autocast casts the arguments of PyTorch's attention."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
 
 
 def context_parallel(ctx: DistContext, *, method: str = "gather") -> AbstractContextManager[object]:
-    """Make a context in which `F.scaled_dot_product_attention` attends over the sequence that the ranks of `cp` share.
+    """Return a context in which `F.scaled_dot_product_attention` attends over the full sequence.
 
-    Effects: pure. Inside, torch's function of this thread is `attention`, hence collective, for models that know
-    nothing of context parallel. With one rank on the axis nothing changes.
+    Effects: pure. Inside, PyTorch's function calls `attention` in this thread, so it is
+    collective. With one rank on the axis `cp` nothing changes.
 
-    The model must take its position ids as an argument; give it those of `split_sequence`. Where activations are
-    checkpointed run backward inside, too, since it computes forward again; outside it ends in torch's
-    `CheckpointError`.
+    It is for models that have no code for context parallel. They must take position ids as an
+    argument: pass those of `split_sequence`. With activation checkpointing, run backward inside,
+    too, because it runs forward again; outside it raises PyTorch's `CheckpointError`.
 
     Args:
-        ctx: The world.
+        ctx: The context.
         method: As for `attention`.
 
     Raises:
-        ConfigError: `method` is none of those.
-        ModelError: Inside, where the model passes a mask or dropout to attention, or attends by a function of torch
-            that would not see the other chunks (`nn.MultiheadAttention`, flex attention).
+        ConfigError: `method` is unknown.
+        ModelError: Inside, where the model passes a mask or dropout to attention. Or it attends
+            through another function of PyTorch, which would see only this rank's chunk
+            (`nn.MultiheadAttention`, flex attention).
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -368,25 +246,28 @@ def context_parallel(ctx: DistContext, *, method: str = "gather") -> AbstractCon
         ...     F.scaled_dot_product_attention(x, x, x, is_causal=True).shape
         torch.Size([1, 2, 4, 8])
     """
-    _check_method(method)
-    return nullcontext() if ctx.mesh.spec.cp == 1 else _Shared(ctx, method)
+    one_of("method", method, _METHODS)
+    if ctx.mesh.spec.cp == 1:
+        return nullcontext()
+    return _AttentionMode(ctx, method)
 
 
+# PyTorch's functions that compute attention themselves, and would see only this rank's chunk.
 _LOCAL_ONLY = {
     "_native_multi_head_attention",
     "_transformer_encoder_layer_fwd",
     "flex_attention",
     "multi_head_attention_forward",
 }
-"""Functions of torch that attend by themselves, and would to this rank's chunk alone."""
 
 
-class _Shared(TorchFunctionMode):
-    """Sends torch's attention to `attention`; what that calls in turn does not come here again."""
+class _AttentionMode(TorchFunctionMode):
+    """Replaces PyTorch's attention by `attention`. Calls inside of that do not come here again."""
 
     def __init__(self, ctx: DistContext, method: str) -> None:
         super().__init__()
-        self._ctx, self._method = ctx, method
+        self._ctx = ctx
+        self._method = method
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -396,18 +277,25 @@ class _Shared(TorchFunctionMode):
             return self._backward(*args, **kwargs)
         if getattr(func, "__name__", None) in _LOCAL_ONLY:
             raise ModelError(
-                "this attention would see this rank's chunk of the sequence only",
+                "this attention would see only this rank's chunk of the sequence",
                 got=f"`{func.__name__}`",
-                fix="write the model with `F.scaled_dot_product_attention`, or call `faccel.parallel.attention` in it",
+                fix="write the model with `F.scaled_dot_product_attention`, or call "
+                "`faccel.parallel.attention` in it",
             )
         return func(*args, **kwargs)
 
     def _backward(
-        self, tensors: Any, gradient: Any = None, *, inputs: Any = None, **options: Any
+        self,
+        tensors: Tensor | Sequence[Tensor],
+        gradient: Any = None,
+        *,
+        inputs: Any = None,
+        **options: Any,
     ) -> None:
-        """Run backward with this mode on, which it is not inside `__torch_function__`: forward may be computed again.
+        """Run backward with this mode on, because activation checkpointing runs forward again.
 
-        torch comes here again for tensors, and not for the edges of the graph that they stand for.
+        A mode is off inside its `__torch_function__`. Turned on again, it would intercept
+        `backward` of tensors without end; torch does not intercept that of gradient edges.
         """
         roots: list[Any] = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         grads = options.pop("grad_tensors", gradient)
@@ -425,21 +313,21 @@ class _Shared(TorchFunctionMode):
         value: Tensor,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
-        is_causal: bool = False,  # noqa: FBT001, FBT002 (torch's own signature)
+        is_causal: bool = False,  # noqa: FBT001, FBT002 (torch's signature)
         **options: Any,
     ) -> Tensor:
         if attn_mask is not None:
-            got = f"a mask of {describe([attn_mask])}"
-            fix = "pass `is_causal=True` for a causal mask; leave a mask of padding out, and ignore the padding's loss"
             raise ModelError(
-                "a sequence that ranks share is attended without a mask", got=got, fix=fix
+                "`attn_mask` is unsupported inside `context_parallel`",
+                got=f"a mask of {describe([attn_mask])}",
+                fix="pass `is_causal=True` for a causal mask; leave a padding mask out, and ignore "
+                "the padding's loss",
             )
         if dropout_p:
-            fix = "set the dropout of attention to 0; other dropout may stay"
             raise ModelError(
-                "a sequence that ranks share is attended without dropout",
+                "dropout of attention is unsupported inside `context_parallel`",
                 got=f"dropout_p={dropout_p}",
-                fix=fix,
+                fix="set the dropout of attention to 0; other dropout may stay",
             )
         return attention(
             query, key, value, self._ctx, is_causal=is_causal, method=self._method, **options

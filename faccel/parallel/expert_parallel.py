@@ -1,9 +1,9 @@
-"""Expert parallel: each rank of the axis `ep` holds a part of the experts of every `MoE` of a model."""
+"""Expert parallel: each rank of the axis `ep` has a shard of the experts of every `MoE`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,82 +14,89 @@ from faccel.mesh import MeshSpec
 from faccel.parallel.moe import MoE
 from faccel.tree import local_tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
 
 def moes_of(module: nn.Module, spec: MeshSpec) -> dict[str, MoE]:
-    """Return the mixtures of experts of `module` that `ep` spreads over ranks, by name; none without `ep`.
+    """Return the `MoE` layers of `module` by name; none on a mesh without `ep`.
 
     Raises:
-        ConfigError: The model has none, or the mesh has `tp`, too.
-        ModelError: The experts of one cannot be shared out evenly.
+        ConfigError: The model has no `MoE`, or the mesh has `tp`, too.
+        ModelError: `ep` does not divide the number of experts of a layer.
     """
     if spec.ep == 1:
         return {}
     if spec.tp > 1:
-        got = f"ep={spec.ep}, tp={spec.tp}"
         raise ConfigError(
-            "this version has no expert parallel with tensor parallel",
-            got=got,
+            "expert parallel with tensor parallel is unsupported",
+            got=f"ep={spec.ep}, tp={spec.tp}",
             fix="leave `tp` out",
         )
-    found = {name: each for name, each in module.named_modules() if isinstance(each, MoE)}
-    if not found:
-        fix = "build it with `faccel.parallel.MoE` layers, or leave `ep` out"
+    moes = {name: layer for name, layer in module.named_modules() if isinstance(layer, MoE)}
+    if not moes:
         raise ConfigError(
-            "the mesh has `ep`, and the model no experts", got=f"a {type(module).__name__}", fix=fix
+            "the mesh has `ep`, and the model no experts",
+            got=f"a {type(module).__name__}",
+            fix="build it with `faccel.parallel.MoE` layers, or leave `ep` out",
         )
-    for name, moe in found.items():
+    for name, moe in moes.items():
         if moe.num_experts % spec.ep:
-            fix = f"use an `ep` that divides {moe.num_experts}, or another `num_experts`"
-            got = f"{moe.num_experts} experts of `{name or type(module).__name__}`"
-            raise ModelError(f"ep={spec.ep} does not divide the experts", got=got, fix=fix)
-    return found
+            raise ModelError(
+                f"ep={spec.ep} does not divide the experts",
+                got=f"{moe.num_experts} experts of `{name or type(module).__name__}`",
+                fix=f"use an `ep` that divides {moe.num_experts}, or another `num_experts`",
+            )
+    return moes
 
 
 def shard_experts(
     moes: Mapping[str, MoE],
-    policy: Callable[[str], Any],
+    policy: Callable[[str], MixedPrecisionPolicy],
     options: Mapping[str, Any],
     mesh: DeviceMesh,
     ctx: DistContext,
 ) -> None:
-    """Cut the experts over `ep`, share each part over the ranks that hold it, and let tokens travel. Updates `moes`.
+    """Shard the experts over `ep`, and FSDP-shard each result over `ep_storage`. Updates `moes`.
 
-    Nothing is communicated, because ranks hold the same values. FSDP averages over the ranks that hold the same
-    experts, and `MoE` itself over those of `ep`: together over all ranks whose losses are averaged.
+    Nothing is communicated, because ranks have the same values. FSDP averages gradients over the
+    ranks with the same experts, and `MoE` over the ranks of `ep`: together over all ranks whose
+    losses are averaged.
 
     Args:
         moes: From `moes_of`.
-        policy: The precision of a module, by its name.
-        options: What else `fully_shard` takes for units; of `mesh`, its own is taken.
+        policy: Returns the precision of a module by its name.
+        options: The other arguments of `fully_shard` for units; their `mesh` is replaced.
         mesh: torch's mesh of the world, with the dims `ep_storage` and `ep`.
-        ctx: The world.
+        ctx: The context.
     """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    sharing = (
-        mesh["dp_replicate", "ep_storage"] if ctx.mesh.spec.dp_replicate > 1 else mesh["ep_storage"]
+    storage_mesh = mesh["ep_storage"]
+    num_ranks = storage_mesh.size()
+    if ctx.mesh.spec.dp_replicate > 1:
+        storage_mesh = mesh["dp_replicate", "ep_storage"]
+    expert_options: dict[str, Any] = {**options, "mesh": storage_mesh}
+    if not isinstance(options["reshard_after_forward"], bool | None):
+        # A number of ranks of the full mesh; the experts' mesh has fewer.
+        expert_options["reshard_after_forward"] = True
+    expert_options["shard_placement_fn"] = lambda param: Shard(
+        _shard_dim(local_tensor(param).shape, num_ranks)
     )
-    size = mesh["ep_storage"].size()
-    reshard = options["reshard_after_forward"]
-    if reshard not in (
-        None,
-        True,
-        False,
-    ):  # a number is one of all ranks, of which there are fewer here
-        reshard = True
-    inner: dict[str, Any] = {**options, "mesh": sharing, "reshard_after_forward": reshard}
-    inner["shard_placement_fn"] = lambda p: Shard(_dim(local_tensor(p).shape, size))
     for name, moe in moes.items():
-        for key, p in list(moe.experts.named_parameters()):
-            part = distribute_tensor(p.detach(), mesh["ep"], [Shard(0)], src_data_rank=None)
-            moe.experts.register_parameter(key, nn.Parameter(part, requires_grad=p.requires_grad))
-        fully_shard(
-            moe.experts, mp_policy=policy(f"{name}.experts" if name else "experts"), **inner
-        )
+        for param_name, param in list(moe.experts.named_parameters()):
+            sharded = distribute_tensor(param.detach(), mesh["ep"], [Shard(0)], src_data_rank=None)
+            sharded_param = nn.Parameter(sharded, requires_grad=param.requires_grad)
+            moe.experts.register_parameter(param_name, sharded_param)
+        experts_name = f"{name}.experts" if name else "experts"
+        fully_shard(moe.experts, mp_policy=policy(experts_name), **expert_options)
         moe.connect(ctx)
 
 
-def _dim(shape: Sequence[int], size: int) -> int:
-    """Return along which dim a part of the experts is shared: whole experts where that is even, else their rows."""
-    return next((dim for dim in (0, 1) if shape[dim] % size == 0), 0)
+def _shard_dim(shape: Sequence[int], num_ranks: int) -> int:
+    """Return the dim to shard experts on: full experts if that is even, else their rows."""
+    for dim in (0, 1):
+        if shape[dim] % num_ranks == 0:
+            return dim
+    return 0

@@ -1,4 +1,4 @@
-"""Running a method of a model: through an engine that only knows `forward`, and in the configured precision."""
+"""Calls of a model's methods: through an engine's `forward`, and in the configured precision."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from faccel.tree import Tree, map_leaves
 
 
 class Methods(nn.Module):
-    """A module whose forward calls any method of another, so that an engine's hooks see each of them."""
+    """A module whose `forward` calls any method of another one, so that an engine's hooks run."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call `method` of the module; `forward` with the module's own hooks."""
+        """Call `method` of the module; see `call_method`."""
         return call_method(self.module, method, *args, **kwargs)
 
 
 def call_method(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
-    """Call `method` of `module`; `forward` through `__call__`, so that its hooks run."""
+    """Call `method` of `module`. `"forward"` goes through `__call__`, so that hooks run."""
     if method == "forward":
         return module(*args, **kwargs)
     return getattr(module, method)(*args, **kwargs)
 
 
 def with_precision(run: RunMethod, ctx: DistContext) -> RunMethod:
-    """Return `run` under autocast, with low-precision outputs brought back to fp32; `run` itself without."""
+    """Return `run` under autocast, with fp32 outputs; `run` itself in full precision."""
     if ctx.compute_dtype is None:
         return run
 
@@ -47,7 +47,10 @@ def with_precision(run: RunMethod, ctx: DistContext) -> RunMethod:
 
 def to_fp32(tree: Tree) -> Tree:
     """Return `tree` with its fp16 and bf16 tensors in fp32."""
-    low = (torch.float16, torch.bfloat16)
-    return map_leaves(
-        lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype in low else x, tree
-    )
+    return map_leaves(_leaf_to_fp32, tree)
+
+
+def _leaf_to_fp32(leaf: object) -> object:
+    if isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.float16, torch.bfloat16):
+        return leaf.float()
+    return leaf

@@ -1,9 +1,8 @@
-"""Giving the parts of a sharded model rank 0's values, also where other ranks have built it without any (on meta)."""
+"""Initial values of a sharded model: rank 0's, also for ranks that build it on `meta`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
@@ -16,98 +15,116 @@ from faccel.parallel.sync_states import broadcast_from_rank_0
 from faccel.tree import is_dtensor, local_tensor
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class InitialValues:
-    """What a model held before it was sharded.
+    """The values of a model before it is sharded.
 
     Args:
-        is_meta: Whether some rank has no values: then rank 0's are sent after sharding, when each rank needs a part.
-        full: Rank 0's values by name, there and only then.
-        ties: Names of one parameter or buffer; taking memory for a model unties them.
+        is_meta: Whether a rank has no values. Rank 0's are then sent after sharding, because a
+            rank that builds on `meta` may only have memory for its shards.
+        full: Rank 0's values by name, where `is_meta`; empty on the other ranks.
+        ties: The names of each tied parameter; `to_empty` unties them.
     """
 
     is_meta: bool
-    full: dict[str, torch.Tensor] = attrs.field(repr=False)
+    full: Mapping[str, torch.Tensor] = attrs.field(repr=False)
     ties: Sequence[Sequence[str]]
 
     @classmethod
-    def of(cls, module: nn.Module, ctx: DistContext, holders: str) -> InitialValues:
-        """Look at the values; without meta every rank has rank 0's afterwards. Updates `module`, collective."""
-        mine = any(t.is_meta for t in _tensors(module).values())
-        metas = gather_objects(mine, ctx, axis=holders)
-        if not any(metas):
-            broadcast_from_rank_0(_tensors(module), ctx, holders)
-            return cls(False, {}, ())
-        is_first = ctx.comm.rank(holders) == 0
-        ties = tied_names(module)
-        if is_first and mine:
-            _initialise(module)
-            tie_parameters(module, ties)
-        full = {name: t.detach() for name, t in _tensors(module).items()} if is_first else {}
-        return cls(True, full, ties)
+    def of(cls, module: nn.Module, ctx: DistContext, axis: str) -> InitialValues:
+        """Collect the values. Without `meta`, copy rank 0's to every rank of the axis.
 
-    def fill(self, module: nn.Module, ctx: DistContext, holders: str) -> None:
-        """Give the sharded model its values. Updates `module`, collective."""
+        Updates `module`; collective.
+        """
+        own_is_meta = _has_meta(module)
+        if not any(gather_objects(own_is_meta, ctx, axis=axis)):
+            broadcast_from_rank_0(_tensors(module), ctx, axis)
+            return cls(is_meta=False, full={}, ties=())
+        ties = tied_names(module)
+        if ctx.comm.rank(axis) != 0:
+            return cls(is_meta=True, full={}, ties=ties)
+        if own_is_meta:
+            _initialize(module)
+            tie_parameters(module, ties)
+        full = {name: tensor.detach() for name, tensor in _tensors(module).items()}
+        return cls(is_meta=True, full=full, ties=ties)
+
+    def fill(self, module: nn.Module, ctx: DistContext, axis: str) -> None:
+        """Write the values into the sharded model. Updates `module`; collective."""
         if not self.is_meta:
             return
-        if any(t.is_meta for t in _tensors(module).values()):
+        if _has_meta(module):
             module.to_empty(device=ctx.device)
         else:
             module.to(ctx.device)
         tie_parameters(module, self.ties)
         with torch.no_grad():
-            for name, part in _tensors(module).items():
-                mine = self.full.get(name)
-                whole = torch.empty(part.shape, dtype=part.dtype) if mine is None else mine
-                _take(part, ctx.comm.broadcast(whole.to(ctx.device), 0, holders))
+            for name, tensor in _tensors(module).items():
+                value = self.full.get(name)
+                if value is None:
+                    value = torch.empty(tensor.shape, dtype=tensor.dtype)
+                value = ctx.comm.broadcast(value.to(ctx.device), 0, axis)
+                _copy_shard(tensor, value)
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _take(part: Any, whole: torch.Tensor) -> None:
-    """Write this rank's part of `whole`."""
-    if not is_dtensor(part):
-        part.copy_(whole)
+def _has_meta(module: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in _tensors(module).values())
+
+
+def _copy_shard(tensor: torch.Tensor, full: torch.Tensor) -> None:
+    """Copy this rank's shard of `full` into `tensor`."""
+    if not is_dtensor(tensor):
+        tensor.copy_(full)
         return
+    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, offset = compute_local_shape_and_global_offset(
-        whole.shape, part.device_mesh, part.placements
+    assert isinstance(tensor, DTensor)
+    shape, offsets = compute_local_shape_and_global_offset(
+        full.shape, tensor.device_mesh, tensor.placements
     )
-    local_tensor(part).copy_(
-        whole[tuple(slice(at, at + n) for at, n in zip(offset, shape, strict=True))]
-    )
+    index = [slice(start, start + length) for start, length in zip(offsets, shape, strict=True)]
+    local_tensor(tensor).copy_(full[tuple(index)])
 
 
 def tied_names(module: nn.Module) -> list[list[str]]:
     """Return the names of each parameter that has several."""
-    names: dict[int, list[str]] = {}
-    for name, p in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name)
-    return [each for each in names.values() if len(each) > 1]
+    names_by_param: dict[int, list[str]] = {}
+    for name, param in module.named_parameters(remove_duplicate=False):
+        names_by_param.setdefault(id(param), []).append(name)
+    return [names for names in names_by_param.values() if len(names) > 1]
 
 
 def tie_parameters(module: nn.Module, ties: Sequence[Sequence[str]]) -> None:
-    """Make the parameters of these names one again: the first of each. Updates `module`."""
+    """Tie parameters again: each name gets the parameter of the first name. Updates `module`."""
     for first, *others in ties:
-        for other in others:
-            parent, _, leaf = other.rpartition(".")
-            module.get_submodule(parent)._parameters[leaf] = module.get_parameter(first)  # pyright: ignore
+        for name in others:
+            parent, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(parent)
+            owner._parameters[leaf] = module.get_parameter(first)  # pyright: ignore[reportPrivateUsage]
 
 
-def _initialise(module: nn.Module) -> None:
-    """Give a model on meta memory and first values, through its modules' own `reset_parameters`."""
-    for name, each in module.named_modules():
-        own = [*each.parameters(recurse=False), *each.buffers(recurse=False)]
-        if own and not callable(getattr(each, "reset_parameters", None)):
+def _initialize(module: nn.Module) -> None:
+    """Allocate a model on the CPU and call `reset_parameters` of its modules.
+
+    Raises:
+        ModelError: A module with parameters or buffers has no `reset_parameters`.
+    """
+    for name, submodule in module.named_modules():
+        tensors = [*submodule.parameters(recurse=False), *submodule.buffers(recurse=False)]
+        if tensors and not callable(getattr(submodule, "reset_parameters", None)):
             raise ModelError(
-                "a model on meta has no values, and this part of it does not say how it begins",
-                got=f"`{name or type(module).__name__}`, a {type(each).__name__} without `reset_parameters`",
-                fix="build the model with values on rank 0 (`if ctx.is_main`), and on meta on the others",
+                "rank 0 built the model on meta, and a module has no `reset_parameters`",
+                got=f"`{name or type(module).__name__}`, a {type(submodule).__name__}",
+                fix="build the model with values on rank 0 (`if ctx.is_main`), and on meta on the "
+                "other ranks",
             )
     module.to_empty(device="cpu")
-    for each in module.modules():
-        if callable(reset := getattr(each, "reset_parameters", None)):
-            reset()
+    for submodule in module.modules():
+        reset_parameters = getattr(submodule, "reset_parameters", None)
+        if callable(reset_parameters):
+            reset_parameters()

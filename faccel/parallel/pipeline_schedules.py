@@ -1,44 +1,75 @@
-"""torch's pipeline stage and schedules; imported where a pipeline runs, because they take long to import."""
+"""PyTorch's pipeline stage and schedules; imported lazily, because they take long to import."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
+import torch
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
 )
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+from torch.distributed.pipelining.stage import _PipelineStageBase  # pyright: ignore[reportPrivateUsage]
 
 from faccel.errors import ConfigError
 
+Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+LossFn = Callable[[Any, Any], torch.Tensor]
+"""`loss_fn(output, target)`, as torch's schedules call it."""
+
 
 class Stage(PipelineStage):
-    """A stage whose shapes are given: nothing is run to find them, so there is nothing to clean up after.
+    """A stage with known shapes, so that nothing is run to infer them.
 
-    torch's own clears the gradients of FSDP modules here (torch 2.13), those of earlier windows among them.
+    `PipelineStage` clears gradients of FSDP modules in this method (torch 2.13), also those of
+    earlier windows.
     """
 
     def _post_metadata_inference_cleanup(self) -> None:
         pass
 
 
-def _interleaved(stages: list[Any], count: int, loss: Any) -> Any:
+class MakeSchedule(Protocol):
+    """Makes a schedule of PyTorch for the stages of this rank."""
+
+    def __call__(
+        self, stages: Sequence[Stage], num_micro_batches: int, loss_fn: LossFn | None
+    ) -> Schedule:
+        """Return the schedule for `num_micro_batches`; without `loss_fn` it only runs forward."""
+        ...
+
+
+def _one_f_one_b(
+    stages: Sequence[Stage], num_micro_batches: int, loss_fn: LossFn | None
+) -> Schedule:
+    return Schedule1F1B(stages[0], num_micro_batches, loss_fn, scale_grads=False)
+
+
+def _gpipe(stages: Sequence[Stage], num_micro_batches: int, loss_fn: LossFn | None) -> Schedule:
+    return ScheduleGPipe(stages[0], num_micro_batches, loss_fn, scale_grads=False)
+
+
+def _interleaved(
+    stages: Sequence[Stage], num_micro_batches: int, loss_fn: LossFn | None
+) -> Schedule:
+    stage_list = cast("list[_PipelineStageBase]", list(stages))
     try:
-        return ScheduleInterleaved1F1B(stages, count, loss, scale_grads=False)
+        return ScheduleInterleaved1F1B(stage_list, num_micro_batches, loss_fn, scale_grads=False)
     except ValueError as error:
-        what, fix = (
-            "the interleaved schedule cannot run so many micro-batches",
-            f"use a multiple of {stages[0].group_size}",
-        )
-        raise ConfigError(what, got=str(error), fix=fix) from None
+        raise ConfigError(
+            f"the interleaved schedule does not support {num_micro_batches} micro-batches",
+            got=str(error),
+            fix=f"use a multiple of {stages[0].group_size}",
+        ) from None
 
 
-SCHEDULES: Mapping[str, Callable[[list[Any], int, Any], Any]] = {
-    "1f1b": lambda stages, count, loss: Schedule1F1B(stages[0], count, loss, scale_grads=False),
-    "gpipe": lambda stages, count, loss: ScheduleGPipe(stages[0], count, loss, scale_grads=False),
+SCHEDULES: Mapping[str, MakeSchedule] = {
+    "1f1b": _one_f_one_b,
+    "gpipe": _gpipe,
     "interleaved": _interleaved,
 }
-"""`SCHEDULES[name](stages, count, loss_of)`: a schedule for `count` micro-batches."""
+"""The schedules, by their names in `PipelineConfig.schedule`."""

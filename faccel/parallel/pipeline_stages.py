@@ -1,121 +1,156 @@
-"""Cutting a model into the stages of a pipeline: pure functions of names and sizes, and the cut itself."""
+"""The stages of a pipeline: the split of a model into them, balanced by parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import NoReturn
 
+import attrs
 from torch import nn
 
 from faccel.errors import ConfigError, ModelError
 from faccel.parallel.units import matching
 from faccel.plan import PipelineConfig
+from faccel.tree import Tree
 
 
 def chain_of(module: nn.Module, plan: PipelineConfig) -> list[str]:
-    """Return the names of the modules that the input passes, in order.
+    """Return the names of the modules that the input passes through, in order.
 
     Raises:
-        ConfigError: A pattern means nothing, or two mean one module.
-        ModelError: A parameter belongs to none of them.
+        ConfigError: A pattern matches nothing, or two patterns match one module.
+        ModelError: A parameter or a module of the model is not in the chain.
     """
     names = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
-    chain = [name for pattern in plan.chain for name in matching(pattern, names, "module")]
+    chain: list[str] = []
+    for pattern in plan.chain:
+        chain += matching(pattern, names, "module")
     for name in chain:
-        if chain.count(name) > 1 or any(name.startswith(f"{other}.") for other in chain):
-            got = ", ".join(plan.chain)
+        if chain.count(name) > 1 or _is_below(name, chain):
             raise ConfigError(
-                f"two patterns of the chain mean the module `{name}`", got=got, fix="narrow one"
+                f"two patterns of `chain` match the module `{name}`",
+                got=", ".join(plan.chain),
+                fix="write patterns that match each module once",
             )
     for name, _ in module.named_parameters(remove_duplicate=False):
-        if not any(name.startswith(f"{each}.") for each in chain):
-            fix = "name its module in the chain, or put it into one"
+        if not _is_below(name, chain):
             raise ModelError(
-                "a parameter belongs to no module of the pipeline's chain", got=f"`{name}`", fix=fix
+                "a parameter is in no module of the pipeline's `chain`",
+                got=f"`{name}`",
+                fix="name its module in the chain, or move it into one of its modules",
             )
-    for name, each in module.named_modules():
-        inside = any(name == one or name.startswith(f"{one}.") for one in chain)
-        if (
-            name
-            and not inside
-            and not is_loss(each)
-            and next(each.children(), None) is None
-            and not _is_list(each)
-        ):
-            fix = "name it in the chain where the input passes it, or take it out of the model"
-            raise ModelError(
-                "the pipeline's chain leaves a module out",
-                got=f"`{name}`, a {type(each).__name__}",
-                fix=fix,
-            )
+    _check_complete(module, chain)
     return chain
 
 
+def _is_below(name: str, modules: Collection[str]) -> bool:
+    return any(name.startswith(f"{other}.") for other in modules)
+
+
+def _check_complete(module: nn.Module, chain: Sequence[str]) -> None:
+    """Raise if a module without parameters, such as an activation, is not in the chain."""
+    for name, submodule in module.named_modules():
+        is_leaf = next(submodule.children(), None) is None
+        is_container = isinstance(submodule, (nn.ModuleList, nn.ModuleDict))
+        if not name or not is_leaf or is_container or is_loss(submodule):
+            continue
+        if name not in chain and not _is_below(name, chain):
+            raise ModelError(
+                "a module is missing in the pipeline's `chain`",
+                got=f"`{name}`, a {type(submodule).__name__}",
+                fix="name it at its position in the chain, or remove it from the model",
+            )
+
+
 def is_loss(module: nn.Module) -> bool:
-    """Whether a module is one of torch's losses, which no input passes."""
+    """Whether a module is one of PyTorch's losses, which are not part of the chain."""
     return isinstance(module, nn.modules.loss._Loss)  # pyright: ignore[reportPrivateUsage]
 
 
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
-
-
-def stages_of(module: nn.Module, plan: PipelineConfig, count: int) -> list[list[str]]:
-    """Return the modules of each of `count` stages, by the plan's `split` or with parameters balanced.
+def stages_of(module: nn.Module, plan: PipelineConfig, num_stages: int) -> list[list[str]]:
+    """Return the names of the modules of each stage, by the plan's `split` or balanced by size.
 
     Raises:
-        ConfigError: The split does not give so many stages, or the chain is shorter.
+        ConfigError: The split does not make `num_stages` stages, or the chain is shorter.
+        ModelError: As in `chain_of`.
     """
     chain = chain_of(module, plan)
-    if len(chain) < count:
-        fix = f"use at most {len(chain)} stages, or a longer chain"
+    if len(chain) < num_stages:
         raise ConfigError(
-            f"a chain of {len(chain)} modules has no {count} stages", got=", ".join(chain), fix=fix
+            f"a chain of {len(chain)} modules is too short for {num_stages} stages",
+            got=", ".join(chain),
+            fix=f"use at most {len(chain)} stages, or a longer chain",
         )
     if plan.split is None:
-        sizes = [sum(p.numel() for p in module.get_submodule(name).parameters()) for name in chain]
-        starts = balanced(sizes, count)
+        starts = balanced([_numel(module, name) for name in chain], num_stages)
     else:
-        unknown = [name for name in plan.split if name not in chain[1:]]
-        if unknown or len(set(plan.split)) != count - 1:
-            fix = f"name {count - 1} modules of the chain at which a stage begins"
-            raise ConfigError(
-                f"this split does not make {count} stages", got=", ".join(plan.split), fix=fix
-            )
-        starts = [0, *sorted(chain.index(name) for name in plan.split)]
-    return [chain[a:b] for a, b in zip(starts, [*starts[1:], len(chain)], strict=True)]
+        starts = _split_starts(chain, plan.split, num_stages)
+    ends = [*starts[1:], len(chain)]
+    return [chain[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-def balanced(sizes: Sequence[int], count: int) -> list[int]:
-    """Return where each of `count` contiguous parts of `sizes` begins, so that the largest is as small as it can be.
+def _numel(module: nn.Module, name: str) -> int:
+    return sum(param.numel() for param in module.get_submodule(name).parameters())
+
+
+def _split_starts(chain: Sequence[str], split: Sequence[str], num_stages: int) -> list[int]:
+    unknown = set(split).difference(chain[1:])
+    if unknown or len(set(split)) != num_stages - 1:
+        raise ConfigError(
+            f"`split` does not make {num_stages} stages",
+            got=", ".join(split),
+            fix=f"name {num_stages - 1} modules of the chain, the first ones of stages 1 to "
+            f"{num_stages - 1}",
+        )
+    return [0, *sorted(chain.index(name) for name in split)]
+
+
+@attrs.frozen(order=True)
+class _Split:
+    """A split of a prefix of the chain; the smaller one is better."""
+
+    largest: int
+    sum_of_squares: int
+    starts: tuple[int, ...]
+
+
+def balanced(sizes: Sequence[int], num_stages: int) -> list[int]:
+    """Return the start of each of `num_stages` contiguous ranges of `sizes`.
+
+    The largest range is as small as possible. Of those splits, the one with the smallest sum of
+    squares is returned. Dynamic programming over prefixes (the linear partition problem).
 
     Examples:
         >>> balanced([5, 1, 1, 1, 4], 3), balanced([56, 0, 24, 0, 20, 0, 6], 4)
         ([0, 1, 4], [0, 1, 3, 5])
     """
-    total = [0]
+    prefix_sums = [0]
     for size in sizes:
-        total.append(total[-1] + size)
-    best: dict[tuple[int, int], tuple[int, int, list[int]]] = {(0, 0): (0, 0, [])}
+        prefix_sums.append(prefix_sums[-1] + size)
+    # best[end, n] is the best split of sizes[:end] into n ranges
+    best = {(0, 0): _Split(0, 0, ())}
     for end in range(1, len(sizes) + 1):
-        for parts in range(1, min(count, end) + 1):
-            options: list[tuple[int, int, list[int]]] = []
-            for start in range(parts - 1, end):
-                if (start, parts - 1) in best:
-                    largest, squares, starts = best[start, parts - 1]
-                    here = total[end] - total[start]
-                    options.append((max(largest, here), squares + here**2, [*starts, start]))
-            best[end, parts] = min(options)  # of those with the same largest part the most even
-    return best[len(sizes), count][2]
+        for num_ranges in range(1, min(num_stages, end) + 1):
+            candidates: list[_Split] = []
+            for start in range(num_ranges - 1, end):
+                previous = best.get((start, num_ranges - 1))
+                if previous is None:
+                    continue
+                size = prefix_sums[end] - prefix_sums[start]
+                largest = max(previous.largest, size)
+                squares = previous.sum_of_squares + size**2
+                candidates.append(_Split(largest, squares, (*previous.starts, start)))
+            best[end, num_ranges] = min(candidates)
+    return list(best[len(sizes), num_stages].starts)
 
 
 class StageModule(nn.Module):
-    """One stage: modules of the user's, under their own names, one after the other.
+    """The modules of one stage under their names in the model, run one after the other.
 
     Args:
-        module: The whole model.
-        names: Which of its modules, in order.
-        is_first: Whether the first module of the model is among them.
+        module: The full model.
+        names: The names of the stage's modules, in order.
+        is_first: Whether the stage is the first one of the pipeline.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str], *, is_first: bool) -> None:
@@ -123,52 +158,60 @@ class StageModule(nn.Module):
         self.is_first = is_first
         self._names = tuple(names)
         for name in names:
+            # Empty modules stand for the parents, so that parameters keep the user's names.
             *parents, leaf = name.split(".")
-            holder: nn.Module = self
+            container: nn.Module = self
             for parent in parents:
-                if parent not in dict(holder.named_children()):
-                    holder.add_module(parent, nn.Module())
-                holder = holder.get_submodule(parent)
-            holder.add_module(leaf, module.get_submodule(name))
+                if parent not in dict(container.named_children()):
+                    container.add_module(parent, nn.Module())
+                container = container.get_submodule(parent)
+            container.add_module(leaf, module.get_submodule(name))
 
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Pass the input through the modules; keyword arguments are for the first of the model."""
+    def forward(self, *inputs: Tree, **kwargs: Tree) -> Tree:
+        """Run the modules. Keyword arguments are for the first module of the model."""
         first, *others = self._names
-        out = self.get_submodule(first)(*inputs, **(kwargs if self.is_first else {}))
+        if self.is_first:
+            out = self.get_submodule(first)(*inputs, **kwargs)
+        else:
+            out = self.get_submodule(first)(*inputs)
         for name in others:
-            out = (
-                self.get_submodule(name)(*out)
-                if isinstance(out, tuple)
-                else self.get_submodule(name)(out)
-            )
+            args = out if isinstance(out, tuple) else (out,)
+            out = self.get_submodule(name)(*args)
         return out
 
 
-class Elsewhere(nn.Module):
-    """What stands in the place of a module that another stage has."""
+class RemoteModule(nn.Module):
+    """Replaces a module that is on another rank of the pipeline."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse."""
-        fix = "call the wrapped model, or `faccel.parallel.pipeline_step`"
-        raise ModelError("this part of the model is on another rank of the pipeline", fix=fix)
+    def forward(self, *args: Tree, **kwargs: Tree) -> NoReturn:
+        """Raise: the module has no parameters on this rank."""
+        raise ModelError(
+            "this module is on another rank of the pipeline",
+            got="a call of a module of another stage",
+            fix="call the wrapped model, or `faccel.parallel.pipeline_step`",
+        )
 
 
 def remove_other_stages(
-    module: nn.Module, stages: Sequence[Sequence[str]], own: Sequence[str]
+    module: nn.Module, stages: Sequence[Sequence[str]], kept: Collection[str]
 ) -> None:
-    """Replace the modules of the stages that are not this rank's. Updates `module`."""
-    for name in (name for stage in stages for name in stage if name not in own):
-        parent, _, leaf = name.rpartition(".")
-        module.get_submodule(parent)._modules[leaf] = Elsewhere()  # pyright: ignore[reportPrivateUsage]
+    """Replace the modules of the other ranks' stages by a `RemoteModule`. Updates `module`."""
+    for stage in stages:
+        for name in stage:
+            if name not in kept:
+                parent, _, leaf = name.rpartition(".")
+                container = module.get_submodule(parent)
+                container._modules[leaf] = RemoteModule()  # pyright: ignore[reportPrivateUsage]
 
 
 def tied_params(module: nn.Module, stages: Sequence[Sequence[str]]) -> list[dict[int, str]]:
-    """Return for each parameter that several stages have its name in each, by the number of the stage."""
-    owners: dict[int, dict[int, str]] = {}
-    for number, stage in enumerate(stages):
-        for each in stage:
-            for name, p in module.get_submodule(each).named_parameters(
-                prefix=each, remove_duplicate=False
-            ):
-                owners.setdefault(id(p), {}).setdefault(number, name)
-    return [names for names in owners.values() if len(names) > 1]
+    """Return, for each parameter in several stages, its name in each by the stage's index."""
+    names_by_param: dict[int, dict[int, str]] = {}
+    for index, stage in enumerate(stages):
+        for module_name in stage:
+            params = module.get_submodule(module_name).named_parameters(
+                prefix=module_name, remove_duplicate=False
+            )
+            for name, param in params:
+                names_by_param.setdefault(id(param), {}).setdefault(index, name)
+    return [names for names in names_by_param.values() if len(names) > 1]

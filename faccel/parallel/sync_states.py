@@ -1,8 +1,9 @@
-"""Making the models of several ranks one: the same structure, and rank 0's values."""
+"""Equal models on several ranks: the same structure, and rank 0's values."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -15,26 +16,30 @@ from faccel.errors import ModelError
 
 
 def check_same_structure(module: nn.Module, ctx: DistContext, axis: str) -> None:
-    """Raise on every rank of the axis where ranks have built different models. Collective."""
-    own = [
-        (name, tuple(p.shape), str(p.dtype), p.requires_grad)
-        for name, p in module.named_parameters()
+    """Raise on every rank of the axis if ranks have built different models. Collective.
+
+    Raises:
+        ModelError: Names, shapes, dtypes or `requires_grad` differ.
+    """
+    structure = [
+        (name, tuple(param.shape), str(param.dtype), param.requires_grad)
+        for name, param in module.named_parameters()
     ]
-    digests = gather_objects(zlib.crc32(repr(own).encode()), ctx, axis=axis)
-    if len(set(digests)) > 1:
-        numbers = {
-            rank: f"model {sorted(set(digests)).index(digest)}"
-            for rank, digest in enumerate(digests)
-        }
+    digests = gather_objects(zlib.crc32(repr(structure).encode()), ctx, axis=axis)
+    distinct = sorted(set(digests))
+    if len(distinct) > 1:
+        models = {rank: f"model {distinct.index(digest)}" for rank, digest in enumerate(digests)}
+        name, shape, *_ = structure[0]
         raise ModelError(
             "ranks have built different models",
-            got=f"{describe_ranks(numbers)}; this rank's has {len(own)} parameters, the first `{own[0][0]}` {list(own[0][1])}",
+            got=f"{describe_ranks(models)}; this rank's has {len(structure)} parameters, the first "
+            f"`{name}` {list(shape)}",
             fix="build the same model, with the same parameters frozen, on every rank",
         )
 
 
-def broadcast_from_rank_0(values: dict[str, torch.Tensor], ctx: DistContext, axis: str) -> None:
-    """Overwrite `values` with those of the axis's rank 0. Collective."""
+def broadcast_from_rank_0(values: Mapping[str, torch.Tensor], ctx: DistContext, axis: str) -> None:
+    """Overwrite tensors with those of rank 0 of the axis. Updates `values`; collective."""
     with torch.no_grad():
-        for name, value in broadcast(values, ctx, axis=axis).items():
+        for name, value in broadcast(dict(values), ctx, axis=axis).items():
             values[name].copy_(value)

@@ -1,10 +1,9 @@
-"""Tensor and sequence parallel: modules cut by name pattern, with torch's own styles."""
+"""Tensor and sequence parallel: modules by name pattern, in PyTorch's parallel styles."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,11 +21,14 @@ from faccel.parallel.materialize import tie_parameters, tied_names
 from faccel.parallel.units import matching
 from faccel.plan import Plan
 
+# The keys are those of `Plan.tensor`. `sequence_*` have inputs or outputs that are sharded over the
+# sequence, dim 1.
 _STYLES: Mapping[str, Callable[[], ParallelStyle | None]] = {
     "colwise": ColwiseParallel,
     "colwise_gather": lambda: ColwiseParallel(output_layouts=Replicate()),
     "colwise_loss": lambda: ColwiseParallel(use_local_output=False),
-    # each rank sees other rows of it, here those of its heads, so that the gradients of all of them are added
+    # A norm over single heads: each rank has other heads (dim 0 of a replicated parameter's
+    # input), so DTensor sums the gradients over the ranks.
     "heads": lambda: SequenceParallel(sequence_dim=0, use_local_output=True),
     "replicate": lambda: None,
     "rowwise": RowwiseParallel,
@@ -45,122 +47,170 @@ _STYLES: Mapping[str, Callable[[], ParallelStyle | None]] = {
     ),
     "sequence_rowwise": lambda: RowwiseParallel(output_layouts=Shard(1)),
 }
-_CUT_OUTPUT = ("colwise", "colwise_gather", "colwise_loss")
-_HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "num_key_value_heads", "nhead")
+
+# The styles whose parameters every rank has in full.
+_REPLICATED = ("heads", "replicate", "sequence")
+
+# Attributes of attention modules that count heads, and that are the width of a head.
+_HEAD_COUNTS = (
+    "num_heads",
+    "n_heads",
+    "n_head",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "nhead",
+)
 _HEAD_WIDTHS = ("head_dim", "attention_head_size")
-_WHOLE = ("heads", "replicate", "sequence")  # a rank has all of such a module's parameters
 
 
 def styles_of(module: nn.Module, plan: Plan, size: int) -> dict[str, str]:
-    """Return the style of each module that the plan cuts, by name.
+    """Return the style of each module that the plan shards over `tp`, by name.
+
+    Args:
+        module: The model.
+        plan: Its `tensor` maps patterns to styles.
+        size: The size of the axis `tp`.
 
     Raises:
-        ConfigError: The plan cuts nothing, a pattern means nothing or two mean one module.
-        ModelError: A module cannot be cut into `size` parts, or not like this.
+        ConfigError: The plan has no styles, a pattern matches nothing or two match one module.
+        ModelError: `size` does not divide a module, or a style does not fit it.
     """
     if not plan.tensor:
-        fix = 'write `plan=faccel.Plan(tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})`'
         raise ConfigError(
-            "tensor parallelism needs a plan that says how modules are cut",
-            got=f"tp={size}",
-            fix=fix,
+            "a mesh with `tp` needs a plan with `tensor`",
+            got=f"tp={size}, no `tensor`",
+            fix="write "
+            '`plan=faccel.Plan(tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})`',
         )
-    named = dict(module.named_modules())
-    found: dict[str, str] = {}
+    modules = dict(module.named_modules())
+    candidates = [name for name in modules if name]
+    styles: dict[str, str] = {}
     for pattern, style in plan.tensor.items():
-        for name in matching(pattern, [name for name in named if name], "module"):
-            if name in found:
-                got = f"`{pattern}`: {style}, and {found[name]} before"
+        for name in matching(pattern, candidates, "module"):
+            if name in styles:
                 raise ConfigError(
-                    f"two patterns of `tensor` mean the module `{name}`", got=got, fix="narrow one"
+                    f"two patterns of `tensor` match the module `{name}`",
+                    got=f"`{pattern}`: {style}, and {styles[name]} before",
+                    fix="write patterns that match each module once",
                 )
-            found[name] = style
-            _check(name, named, style, size)
+            styles[name] = style
+            _check_style(name, modules, style, size)
+    _check_ties(module, modules, styles)
+    return styles
+
+
+def _check_ties(
+    module: nn.Module, modules: Mapping[str, nn.Module], styles: Mapping[str, str]
+) -> None:
+    """Raise if a tied parameter would be sharded along different dims."""
     for names in tied_names(module):
-        if len({_dim(named, name, found) for name in names}) > 1:
-            got = ", ".join(
-                f"`{name}` {found.get(name.rpartition('.')[0], 'not cut')}" for name in names
-            )
-            fix = "cut all of its places alike, as in `rowwise_embedding` and `colwise`, or none"
+        dims = {_sharded_dim(name, modules, styles) for name in names}
+        if len(dims) > 1:
+            described = [f"`{name}` {styles.get(_parent(name), 'replicated')}" for name in names]
             raise ModelError(
-                "a parameter that two modules share is cut in two ways", got=got, fix=fix
+                "a tied parameter would be sharded in two ways",
+                got=", ".join(described),
+                fix="shard all of its modules along one dim, as in `rowwise_embedding` and "
+                "`colwise`, or none of them",
             )
-    return found
 
 
-def _dim(named: Mapping[str, nn.Module], parameter: str, styles: Mapping[str, str]) -> int | None:
-    """Return the dimension along which a weight is cut; None for one that is whole on each rank."""
-    name = parameter.rpartition(".")[0]
-    style = styles.get(name, "replicate")
-    if style in _WHOLE:
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _sharded_dim(
+    param_name: str, modules: Mapping[str, nn.Module], styles: Mapping[str, str]
+) -> int | None:
+    """Return the dim along which a weight is sharded; None for a replicated one."""
+    module_name = _parent(param_name)
+    style = styles.get(module_name, "replicate")
+    if style in _REPLICATED:
         return None
-    return int(("colwise" in style) != isinstance(named[name], nn.Linear))
+    return _weight_dim(modules[module_name], style)
 
 
-def _check(name: str, named: Mapping[str, nn.Module], style: str, size: int) -> None:
-    module = named[name]
-    if style in _WHOLE:
+def _weight_dim(module: nn.Module, style: str) -> int:
+    # The weight of a linear layer is [out, in], that of an embedding [vocabulary, width]: outputs
+    # (colwise) are dim 0 of the former and dim 1 of the latter.
+    is_colwise = "colwise" in style
+    return 0 if is_colwise == isinstance(module, nn.Linear) else 1
+
+
+def _check_style(name: str, modules: Mapping[str, nn.Module], style: str, size: int) -> None:
+    """Raise unless a module can be sharded in this style over `size` ranks."""
+    module = modules[name]
+    if style in _REPLICATED:
         return
     if not isinstance(module, (nn.Linear, nn.Embedding)):
-        inside = any(isinstance(each, (nn.Linear, nn.Embedding)) for each in module.modules())
-        fix = (
-            "name the linear layers and embeddings inside of it"
-            if inside
-            else "leave it out: each rank has it whole"
-        )
+        fix = "leave it out, so that it is replicated"
+        if any(isinstance(child, (nn.Linear, nn.Embedding)) for child in module.modules()):
+            fix = "name the linear layers and embeddings inside it"
         raise ModelError(
-            f"`{name}` cannot be cut as `{style}`", got=f"a {type(module).__name__}", fix=fix
-        )
-    rows = "colwise" in style
-    weight = module.weight  # of a linear layer [out, in], of an embedding [number, width]
-    cut = weight.shape[0 if rows == isinstance(module, nn.Linear) else 1]
-    if cut % size:
-        fix = f"use a `tp` that divides {cut}, or leave this module out"
-        raise ModelError(
-            f"tp={size} does not divide `{name}`",
-            got=f"{cut} {'columns' if rows else 'rows'}",
+            f"`{name}` does not support the style `{style}`",
+            got=f"a {type(module).__name__}",
             fix=fix,
         )
-    if rows:
-        _check_heads(name, named.get(name.rpartition(".")[0]), cut, size)
+    is_colwise = "colwise" in style
+    length = module.weight.shape[_weight_dim(module, style)]
+    if length % size:
+        unit = "columns" if is_colwise else "rows"
+        raise ModelError(
+            f"tp={size} does not divide `{name}`",
+            got=f"{length} {unit}",
+            fix=f"use a `tp` that divides {length}, or leave this module out",
+        )
+    if is_colwise:
+        _check_heads(name, modules.get(_parent(name)), length, size)
 
 
-def _check_heads(name: str, parent: nn.Module | None, columns: int, size: int) -> None:
-    """Refuse to cut attention inside of a head, as far as the module around a layer says what its heads are."""
-    counts = {each: getattr(parent, each, None) for each in _HEADS}
-    for each in _HEAD_WIDTHS:
-        width = getattr(parent, each, None)
-        if isinstance(width, int) and columns % width == 0:
-            counts[f"{columns} columns / {each}"] = columns // width
-    for what, heads in counts.items():
-        if isinstance(heads, int) and heads % size:
-            fix = f"use a `tp` that divides {heads}"
-            got = f"{what}={heads} of `{name.rpartition('.')[0]}`"
-            raise ModelError(f"tp={size} does not divide the heads of attention", got=got, fix=fix)
+def _check_heads(name: str, parent: nn.Module | None, num_columns: int, size: int) -> None:
+    """Raise if ranks would get fractions of attention heads.
+
+    The number of heads is read from the attributes of the module around the layer, if it has any.
+    """
+    counts: dict[str, object] = {}
+    for attribute in _HEAD_COUNTS:
+        counts[attribute] = getattr(parent, attribute, None)
+    for attribute in _HEAD_WIDTHS:
+        width = getattr(parent, attribute, None)
+        if isinstance(width, int) and num_columns % width == 0:
+            counts[f"{num_columns} columns / {attribute}"] = num_columns // width
+    for description, num_heads in counts.items():
+        if isinstance(num_heads, int) and num_heads % size:
+            raise ModelError(
+                f"tp={size} does not divide the attention heads",
+                got=f"{description}={num_heads} of `{_parent(name)}`",
+                fix=f"use a `tp` that divides {num_heads}",
+            )
 
 
 def apply_tensor_parallel(module: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh) -> None:
-    """Cut the modules. Updates `module`; nothing is communicated, because ranks hold the same values."""
+    """Shard modules in their styles. Updates `module`.
+
+    Nothing is communicated, because ranks have the same values.
+    """
     from torch.distributed.tensor.parallel import parallelize_module
 
     ties = tied_names(module)
     for name, style in styles.items():
-        made: Any = _STYLES[style]()
-        if made is not None:
-            parallelize_module(module.get_submodule(name), mesh, made, src_data_rank=None)
-    tie_parameters(module, ties)  # which torch unties
+        parallel_style = _STYLES[style]()
+        if parallel_style is not None:
+            submodule = module.get_submodule(name)
+            parallelize_module(submodule, mesh, parallel_style, src_data_rank=None)
+    tie_parameters(module, ties)  # `parallelize_module` replaces parameters, which unties them
 
 
 def loss_parallel(ctx: DistContext) -> AbstractContextManager[None]:
-    """Make a context in which `cross_entropy` takes logits whose vocabulary is cut by the style `"colwise_loss"`.
+    """Return a context in which `cross_entropy` takes logits with a sharded vocabulary.
 
-    Forward of the loss and `scaled_backward` both belong inside. No rank ever has all logits. Without tensor parallel
-    it does nothing.
+    The logits are those of a layer in the style `"colwise_loss"`: no rank has all of them. Run
+    both the loss and `scaled_backward` inside. Without tensor parallel it has no effect.
 
     Effects: pure.
 
     Args:
-        ctx: The world.
+        ctx: The context.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -169,6 +219,6 @@ def loss_parallel(ctx: DistContext) -> AbstractContextManager[None]:
     """
     if ctx.mesh.spec.tp == 1:
         return nullcontext()
-    from torch.distributed.tensor.parallel import loss_parallel as torchs
+    from torch.distributed.tensor.parallel import loss_parallel as torch_loss_parallel
 
-    return torchs()
+    return torch_loss_parallel()

@@ -1,8 +1,8 @@
-"""Which modules of a model a plan means: pure functions of names, classes and sizes; nothing is changed."""
+"""The modules of a model that a plan names: pure functions of names, classes and sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -11,102 +11,133 @@ from faccel.errors import ConfigError, ModelError, nearest
 from faccel.plan import Plan
 
 
-def means(pattern: str, names: Iterable[str]) -> list[str]:
-    """Return the names that a pattern means, of which there may be none; a `*` does not reach over a dot."""
+def matches(pattern: str, names: Iterable[str]) -> list[str]:
+    """Return the names that match a pattern, possibly none. A `*` matches no dot."""
     depth = pattern.count(".")
     return [name for name in names if name.count(".") == depth and fnmatchcase(name, pattern)]
 
 
-def matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
-    """Return the names that a pattern means.
+def matching(pattern: str, names: Iterable[str], kind: str) -> list[str]:
+    """Return the names that match a pattern, at least one.
+
+    Args:
+        pattern: As in `matches`.
+        names: The candidates.
+        kind: What they are names of, such as `"module"`, for the message.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: No name matches.
     """
-    known = list(names)
-    found = means(pattern, known)
-    if not found:
+    candidates = list(names)
+    matched = matches(pattern, candidates)
+    if not matched:
         raise ConfigError(
-            f"the pattern `{pattern}` means no {what} of this model", fix=nearest(pattern, known)
+            f"the pattern `{pattern}` matches no {kind} of this model",
+            got=repr(pattern),
+            fix=nearest(pattern, candidates),
         )
-    return found
+    return matched
 
 
 def units_of(module: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """Return the sharding units of `module` by name, inner ones first; the root is not among them.
+    """Return the sharding units of `module` by name, inner ones first, without the root.
 
     Raises:
-        ConfigError: A name in the plan means nothing.
+        ConfigError: A pattern of the plan matches nothing.
         ModelError: A parameter or a module belongs to two units.
     """
-    named = {name: each for name, each in module.named_modules(remove_duplicate=False) if name}
-    chosen = _chosen(module, plan.units, named)
-    _check_apart(module, chosen)
-    return {name: named[name] for name in sorted(chosen, key=lambda name: -name.count("."))}
+    modules = {name: unit for name, unit in module.named_modules(remove_duplicate=False) if name}
+    names = _unit_names(module, plan.units, modules)
+    _check_disjoint(module, names)
+    inner_first = sorted(names, key=_depth, reverse=True)
+    return {name: modules[name] for name in inner_first}
 
 
-def _chosen(
-    module: nn.Module, units: tuple[str, ...] | int | None, named: dict[str, nn.Module]
+def _depth(name: str) -> int:
+    return name.count(".")
+
+
+def _unit_names(
+    module: nn.Module, units: tuple[str, ...] | int | None, modules: Mapping[str, nn.Module]
 ) -> list[str]:
     if isinstance(units, int):
-        return _by_size(named, units)
+        return _names_by_size(modules, units)
     if units is None:
-        own = getattr(module, "_no_split_modules", None) or ()
-        classes = {type(each).__name__ for each in named.values()}
-        found = [name for name, each in named.items() if type(each).__name__ in own]
-        return found if classes & set(own) else _members_of_lists(module)
-    found: list[str] = []
-    for each in units:
-        of_class = [name for name, one in named.items() if type(one).__name__ == each]
-        meant = of_class or matching(each, named, "module")
-        twice = [name for name in meant if name in found]
-        if twice:
-            fix = f"leave `{each}` out, or narrow it"
-            raise ConfigError(
-                f"two of `units` mean the module `{twice[0]}`", got=", ".join(units), fix=fix
-            )
-        found += meant
-    return found
+        return _default_names(module, modules)
+    names: list[str] = []
+    for unit in units:
+        matched = _names_of_class(modules, [unit]) or matching(unit, modules, "module")
+        for name in matched:
+            if name in names:
+                raise ConfigError(
+                    f"two of `units` match the module `{name}`",
+                    got=", ".join(units),
+                    fix=f"leave `{unit}` out, or write a pattern that matches fewer modules",
+                )
+        names += matched
+    return names
+
+
+def _names_of_class(modules: Mapping[str, nn.Module], classes: Sequence[str]) -> list[str]:
+    return [name for name, unit in modules.items() if type(unit).__name__ in classes]
+
+
+def _default_names(module: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the modules that the model never splits, or else the members of its module lists."""
+    # `_no_split_modules` is the attribute of transformers' models that names their block classes.
+    classes: Sequence[str] = getattr(module, "_no_split_modules", None) or ()
+    return _names_of_class(modules, classes) or _members_of_lists(module)
 
 
 def _members_of_lists(module: nn.Module) -> list[str]:
-    lists = [
-        (name, each) for name, each in module.named_modules() if isinstance(each, nn.ModuleList)
-    ]
-    outer = [
-        (name, each)
-        for name, each in lists
-        if not any(name.startswith(f"{other}.") for other, _ in lists)
-    ]
-    return [
-        f"{name}.{key}" if name else key for name, each in outer for key, _ in each.named_children()
-    ]
+    """Return the members of the outermost module lists."""
+    lists = {name: mod for name, mod in module.named_modules() if isinstance(mod, nn.ModuleList)}
+    names: list[str] = []
+    for name, module_list in lists.items():
+        if any(name.startswith(f"{other}.") for other in lists):
+            continue
+        prefix = f"{name}." if name else ""
+        names += [prefix + key for key, _ in module_list.named_children()]
+    return names
 
 
-def _by_size(named: dict[str, nn.Module], at_least: int) -> list[str]:
-    """Return the smallest modules that have enough parameters which no smaller unit has."""
-    found: list[str] = []
-    for name in sorted(named, key=lambda name: -name.count(".")):
-        inner = {
-            id(p) for unit in found if unit.startswith(f"{name}.") for p in named[unit].parameters()
-        }
-        if sum(p.numel() for p in named[name].parameters() if id(p) not in inner) >= at_least:
-            found.append(name)
-    return found
+def _names_by_size(modules: Mapping[str, nn.Module], min_numel: int) -> list[str]:
+    """Return the smallest modules with `min_numel` elements that no smaller unit contains."""
+    names: list[str] = []
+    for name in sorted(modules, key=_depth, reverse=True):
+        inner: set[int] = set()
+        for unit in names:
+            if unit.startswith(f"{name}."):
+                inner |= {id(param) for param in modules[unit].parameters()}
+        outer = [param for param in modules[name].parameters() if id(param) not in inner]
+        if sum(param.numel() for param in outer) >= min_numel:
+            names.append(name)
+    return names
 
 
-def _check_apart(module: nn.Module, units: list[str]) -> None:
-    """Refuse a parameter that two units have, or a unit and the rest of the model: it would be sharded twice."""
-    by_length = sorted(units, key=len, reverse=True)
-    owners: dict[int, dict[str, str]] = {}
-    for name, p in module.named_parameters(remove_duplicate=False):
-        unit = next((u for u in by_length if name == u or name.startswith(f"{u}.")), "")
-        owners.setdefault(id(p), {}).setdefault(unit, name)
+def _check_disjoint(module: nn.Module, units: Sequence[str]) -> None:
+    """Raise if a tied parameter is in two units, or in one and the root: it would shard twice."""
+    innermost_first = sorted(units, key=len, reverse=True)
+    owners: dict[int, dict[str, str]] = {}  # a name of the parameter by unit, by id
+    for name, param in module.named_parameters(remove_duplicate=False):
+        unit = _unit_of(name, innermost_first)
+        owners.setdefault(id(param), {}).setdefault(unit, name)
     for owner in owners.values():
         if len(owner) > 1:
-            got = ", ".join(
-                f"`{name}` in {f'unit `{unit}`' if unit else 'the root'}"
-                for unit, name in owner.items()
+            raise ModelError(
+                "a tied parameter is in two units",
+                got=", ".join(f"`{name}` in {_described(unit)}" for unit, name in owner.items()),
+                fix="choose other `units`, so that all names of a tied parameter are in one unit "
+                "or in the root",
             )
-            fix = "name other `units`, so that all places of a shared parameter are in one of them or in the root"
-            raise ModelError("two units would share a parameter", got=got, fix=fix)
+
+
+def _unit_of(param_name: str, innermost_first: Sequence[str]) -> str:
+    for unit in innermost_first:
+        if param_name == unit or param_name.startswith(f"{unit}."):
+            return unit
+    return ""
+
+
+def _described(unit: str) -> str:
+    return f"unit `{unit}`" if unit else "the root"

@@ -44,8 +44,8 @@ class ScalerState:
 
     Dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740), with the constants of
     torch's GradScaler. Optimizers that use one scaler must step after the same backward. If one
-    accumulates while another changes the scale, its gradients would mix two scales: give it a
-    scaler of its own.
+    accumulates while another changes the scale, its gradients would mix two scales: give it
+    another scaler.
 
     Args:
         enabled: Whether losses are scaled.
@@ -226,7 +226,9 @@ def unscale_(grads: Iterable[torch.Tensor], scale: float, ctx: DistContext) -> b
     for (device, _), values in groups.items():
         group_overflow = torch.zeros((), dtype=torch.float32, device=device)
         inverse = torch.full((), 1.0 / scale, dtype=torch.float32, device=device)
-        torch._amp_foreach_non_finite_check_and_unscale_(values, group_overflow, inverse)  # pyright: ignore[reportPrivateUsage]
+        torch._amp_foreach_non_finite_check_and_unscale_(  # pyright: ignore[reportPrivateUsage]
+            values, group_overflow, inverse
+        )
         overflow = torch.maximum(overflow, group_overflow.to(ctx.device))
     if not ctx.is_replicated:
         overflow = ctx.comm.all_reduce(overflow, "max", WORLD)

@@ -83,9 +83,9 @@ def windows(
 
     Without `weight` the loss must be the mean over the rows of a micro-batch, and
     `scale = 1 / len(window)`. With `weight` the loss must be the *sum* over the valid rows, and
-    `scale = data_world_size * cp / total`. `total` is the weight of the window over all data
-    ranks: the gradient is that of the mean over everything counted, for any lengths. A window of
-    weight 0 has scale 0.
+    `scale = data_world_size * cp / total`, where `total` is the weight of the window over all data
+    ranks. The gradient is then exactly the gradient of the mean over all rows or tokens counted,
+    for any lengths. A window of weight 0 has scale 0.
 
     Args:
         loader: From `shard`, at an epoch.
