@@ -30,7 +30,7 @@ def train(
     dtype=torch.float64,
     accum=4,
     rows=16,
-    steps=3,
+    steps=2,
     tied=True,
     foreach=None,
     lr=0.01,

@@ -274,7 +274,7 @@ def refused(ctx, make, kind):
             "dp_shard=2,ep=2,tp=2",
             model,
             ConfigError,
-            "this version has no expert parallel with tensor parallel",
+            "expert parallel with tensor parallel is unsupported",
         ),
     ],
     ids=["number", "none", "tp"],

@@ -1,4 +1,4 @@
-"""Every parallelism equals one process: losses, gradients, the clipped norm and parameters after AdamW."""
+"""Every parallelism equals one process: losses, gradients, clipped norm, parameters after AdamW."""
 
 import pytest
 import torch
@@ -10,13 +10,19 @@ from faccel.testing import simulate
 from tests.models import TENSOR, CharModel, loss_of, model, tokens
 from tests.training import CHAIN, differences, full, plan_of, train
 
-FOUR = ("dp_replicate=4", "dp_shard=4", "dp_replicate=2,dp_shard=2", "tp=4", "dp_shard=2,tp=2", "dp_replicate=2,tp=2",
-        "pp=4", "pp=2,dp_shard=2", "pp=2,dp_replicate=2", "pp=2,tp=2", "cp=4", "dp_shard=2,cp=2", "dp_replicate=2,cp=2",
-        "cp=2,tp=2", "pp=2,cp=2")  # fmt: skip
-EIGHT = ("dp_shard=8", "dp_replicate=2,dp_shard=2,tp=2", "pp=2,dp_shard=2,tp=2", "pp=2,dp_replicate=2,dp_shard=2",
-         "dp_shard=2,tp=4", "pp=4,dp_shard=2", "dp_shard=2,cp=2,tp=2", "pp=2,cp=2,tp=2")  # fmt: skip
+# Each axis and each pair of axes that meet in code; the other meshes are slow tests.
+MESHES = ("dp_shard=4", "dp_replicate=2,dp_shard=2", "dp_shard=2,tp=2", "pp=4", "pp=2,dp_shard=2",
+          "pp=2,tp=2", "dp_shard=2,cp=2", "cp=2,tp=2", "pp=2,cp=2")  # fmt: skip
+SLOW_MESHES = (
+    "dp_replicate=4", "tp=4", "dp_replicate=2,tp=2", "pp=2,dp_replicate=2", "cp=4",
+    "dp_replicate=2,cp=2", "dp_shard=8", "dp_replicate=2,dp_shard=2,tp=2", "pp=2,dp_shard=2,tp=2",
+    "pp=2,dp_replicate=2,dp_shard=2", "dp_shard=2,tp=4", "pp=4,dp_shard=2", "dp_shard=2,cp=2,tp=2",
+    "pp=2,cp=2,tp=2",
+)  # fmt: skip
+SLOW = pytest.mark.slow
 PLAN = faccel.Plan
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own advice on layouts
+PIPELINE = faccel.parallel.PipelineConfig
+pytestmark = pytest.mark.filterwarnings("ignore")  # advice of torch on layouts
 
 
 def size_of(mesh):
@@ -26,22 +32,20 @@ def size_of(mesh):
 @pytest.fixture(scope="module")
 def one():
     """What one process computes, by the options of `train`."""
-    made = {}
+    results = {}
 
     def reference(**options):
         key = str(sorted(options.items(), key=str))
-        if key not in made:
-            (made[key],) = (
-                simulate(train, 1, None)
-                if not options
-                else simulate(lambda ctx: train(ctx, **options), 1)
-            )
-        return made[key]
+        if key not in results:
+            (results[key],) = simulate(lambda ctx: train(ctx, **options), 1)
+        return results[key]
 
     return reference
 
 
-@pytest.mark.parametrize("mesh", FOUR + EIGHT)
+@pytest.mark.parametrize(
+    "mesh", [*MESHES, *(pytest.param(mesh, marks=SLOW) for mesh in SLOW_MESHES)]
+)
 def test_in_fp64_with_accumulation_and_tied_weights(mesh, one):
     options = {"rows": 32} if faccel.MeshSpec.of(mesh).data_world_size == 8 else {}
     for got in simulate(lambda ctx: train(ctx, plan_of(mesh), **options), size_of(mesh), mesh=mesh):
@@ -82,7 +86,7 @@ def test_a_pipeline_infers_batches_of_any_size(mesh, stages):
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "interleaved"])
-def test_other_schedules(schedule, one):
+def test_other_schedules_equal_one_process(schedule, one):
     pipeline = faccel.parallel.PipelineConfig(
         chain=CHAIN, schedule=schedule, stages_per_rank=2 if schedule == "interleaved" else 1
     )
@@ -90,9 +94,12 @@ def test_other_schedules(schedule, one):
         assert max(differences(got, one()).values()) < 1e-10
 
 
-@pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("reshard", [False, 2, True])
-def test_what_fsdp_can_be_told_changes_no_number(reshard, offload, one):
+@pytest.mark.parametrize(("reshard", "offload"), [
+    (False, False), (2, True), pytest.param(True, False, marks=SLOW),
+    pytest.param(False, True, marks=SLOW), pytest.param(2, False, marks=SLOW),
+    pytest.param(True, True, marks=SLOW),
+])  # fmt: skip
+def test_the_options_of_fsdp_do_not_change_the_result(reshard, offload, one):
     mesh = "dp_shard=4"
     fsdp = faccel.parallel.FsdpConfig(reshard_after_forward=reshard, prefetch=1)
     plan = plan_of(mesh, fsdp=fsdp, offload=offload, activation_checkpoint=2)
@@ -103,14 +110,14 @@ def test_what_fsdp_can_be_told_changes_no_number(reshard, offload, one):
 @pytest.mark.parametrize(
     "units", [None, "Block", ("blocks.0", "blocks.1"), ("Attention", "blocks.*.up"), 500]
 )
-def test_units_by_class_name_size_or_by_themselves(units, one):
+def test_units_can_be_the_default_class_names_patterns_or_a_size(units, one):
     for got in simulate(
         lambda ctx: train(ctx, PLAN(units=units), tied=False), 2, mesh="dp_shard=2"
     ):
         assert max(differences(got, one(tied=False)).values()) < 1e-10
 
 
-def test_selective_checkpointing_saves_what_it_was_told():
+def test_selective_activation_checkpointing_does_not_change_the_result(one):
     plan = PLAN(
         units="Block",
         activation_checkpoint=faccel.parallel.ActivationCheckpointing(
@@ -118,12 +125,15 @@ def test_selective_checkpointing_saves_what_it_was_told():
         ),
     )
     for got in simulate(lambda ctx: train(ctx, plan), 2, mesh="dp_shard=2"):
-        assert max(differences(got, simulate(train, 1)[0]).values()) < 1e-10
+        assert max(differences(got, one()).values()) < 1e-10
 
 
-@pytest.mark.parametrize("where", ["others", "all"])
-@pytest.mark.parametrize("mesh", ["dp_shard=2", "tp=2", "dp_shard=2,tp=2"])
-def test_a_model_on_meta_gets_rank_0s_values(mesh, where):
+@pytest.mark.parametrize(("mesh", "where"), [
+    ("dp_shard=2,tp=2", "others"), ("dp_shard=2,tp=2", "all"),
+    pytest.param("dp_shard=2", "others", marks=SLOW), pytest.param("dp_shard=2", "all", marks=SLOW),
+    pytest.param("tp=2", "others", marks=SLOW), pytest.param("tp=2", "all", marks=SLOW),
+])  # fmt: skip
+def test_a_model_on_meta_gets_the_values_of_rank_0(mesh, where):
     def build(ctx):
         torch.manual_seed(5)
         with torch.device("meta" if where == "all" or ctx.rank else "cpu"):
@@ -148,7 +158,7 @@ def test_a_model_on_meta_gets_rank_0s_values(mesh, where):
         assert all(torch.equal(results[1][0][name], p) for name, p in net.named_parameters())
 
 
-def test_fp16_agrees_about_a_gradient_that_one_rank_sees():
+def test_fp16_skips_on_all_ranks_if_one_rank_has_an_infinite_gradient():
     def step(ctx):
         wrapped = faccel.wrap(nn.Linear(4, 4, bias=False), ctx)
         opt = torch.optim.SGD(wrapped.parameters(), lr=1.0)
@@ -181,29 +191,37 @@ def test_low_precision_gathers_and_keeps_fp32_parameters(precision):
 BAD = {
     "a mesh that does not fit": ("dp_shard=3", 2, PLAN(), ConfigError, "dp_shard=2"),
     "ep that does not divide": ("dp_shard=2,ep=3", 2, PLAN(), ConfigError, "ep=1"),
-    "units that mean nothing": ("dp_shard=2", 2, PLAN(units="Blok"), ConfigError, "means no module"),
-    "units that mean one twice": ("dp_shard=2", 2, PLAN(units=("Block", "blocks.0")), ConfigError, "blocks.0"),
-    "a shared parameter in two units": ("dp_shard=2", 2, PLAN(units=("embed.token", "head")), ModelError, "head"),
+    "units that match nothing": ("dp_shard=2", 2, PLAN(units="Blok"), ConfigError,
+                                 "matches no module"),
+    "units that match one module twice": ("dp_shard=2", 2, PLAN(units=("Block", "blocks.0")),
+                                          ConfigError, "blocks.0"),
+    "a tied parameter in two units": ("dp_shard=2", 2, PLAN(units=("embed.token", "head")),
+                                      ModelError, "head"),
     "no plan for tensor parallel": ("tp=2", 2, PLAN(), ConfigError, "tensor="),
-    "a cut that means nothing": ("tp=2", 2, PLAN(tensor={"blocks.*.upp": "colwise"}), ConfigError, "upp"),
-    "two cuts of one": ("tp=2", 2, PLAN(tensor={"blocks.*.up": "colwise", "blocks.0.up": "rowwise"}), ConfigError,
-                        "blocks.0.up"),
+    "a style of no module": ("tp=2", 2, PLAN(tensor={"blocks.*.upp": "colwise"}), ConfigError,
+                             "upp"),
+    "two styles of one module": (
+        "tp=2", 2, PLAN(tensor={"blocks.*.up": "colwise", "blocks.0.up": "rowwise"}), ConfigError,
+        "blocks.0.up"),
     "heads that tp does not divide": ("tp=8", 8, PLAN(tensor=TENSOR), ModelError, "num_heads=4"),
-    "a width that tp does not divide": ("tp=3", 3, PLAN(tensor={"head": "colwise"}), ModelError, "does not divide"),
-    "a cut of what cannot be": ("tp=2", 2, PLAN(tensor={"norm": "colwise"}), ModelError, "LayerNorm"),
+    "a width that tp does not divide": ("tp=3", 3, PLAN(tensor={"head": "colwise"}), ModelError,
+                                        "does not divide"),
+    "a style that a module does not support": ("tp=2", 2, PLAN(tensor={"norm": "colwise"}),
+                                               ModelError, "LayerNorm"),
     "no plan for a pipeline": ("pp=2", 2, PLAN(), ConfigError, "pipeline="),
-    "a chain that leaves parameters out": ("pp=2", 2, PLAN(pipeline=faccel.parallel.PipelineConfig(chain=("embed", "head"))),
-                                           ModelError, "blocks.0"),
-    "a split that is none": ("pp=2", 2, PLAN(pipeline=faccel.parallel.PipelineConfig(chain=CHAIN, split="nothing")), ConfigError,
-                             "split"),
-    "more stages than modules": ("pp=6", 6, PLAN(pipeline=faccel.parallel.PipelineConfig(chain=CHAIN)), ConfigError, "at most 5"),
+    "a chain without some parameters": ("pp=2", 2, PLAN(pipeline=PIPELINE(chain=("embed", "head"))),
+                                        ModelError, "blocks.0"),
+    "an unknown split": ("pp=2", 2, PLAN(pipeline=PIPELINE(chain=CHAIN, split="nothing")),
+                         ConfigError, "split"),
+    "more stages than modules": ("pp=6", 6, PLAN(pipeline=PIPELINE(chain=CHAIN)), ConfigError,
+                                 "at most 5"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_what_cannot_be_is_an_error_before_any_parameter_moves(what):
-    mesh, world_size, plan, kind, said = BAD[what]
-    seen = []
+def test_an_impossible_combination_raises_before_any_parameter_moves(what):
+    mesh, world_size, plan, kind, words = BAD[what]
+    unchanged = []
 
     def step(ctx):
         net = model(torch.float32)
@@ -211,17 +229,17 @@ def test_what_cannot_be_is_an_error_before_any_parameter_moves(what):
         try:
             faccel.wrap(net, ctx, plan=plan)
         finally:
-            now = dict(net.named_parameters())
-            seen.append(
-                all(id(now[n]) == i and torch.equal(now[n], p) for n, (i, p) in before.items())
-            )
+            after = dict(net.named_parameters())
+            for name, (identity, value) in before.items():
+                param = after[name]
+                unchanged.append(id(param) == identity and torch.equal(param, value))
 
     with pytest.raises(FaccelError) as caught:
         simulate(step, world_size, mesh=mesh)
     assert isinstance(caught.value, kind)
     assert caught.value.fix
-    assert said in str(caught.value)
-    assert all(seen)
+    assert words in str(caught.value)
+    assert all(unchanged)
 
 
 def test_too_few_micro_batches_and_a_pipeline_that_is_called_with_gradients():
@@ -237,15 +255,16 @@ def test_too_few_micro_batches_and_a_pipeline_that_is_called_with_gradients():
 
 
 SEQUENCE = {
-    "blocks.*.norm1": "sequence", "blocks.*.norm2": "sequence", "norm": "sequence", "embed.token": "sequence_embedding",
+    "blocks.*.norm1": "sequence", "blocks.*.norm2": "sequence", "norm": "sequence",
+    "embed.token": "sequence_embedding",
     "blocks.*.attention.q": "sequence_colwise", "blocks.*.attention.k": "sequence_colwise",
     "blocks.*.attention.v": "sequence_colwise", "blocks.*.attention.o": "sequence_rowwise",
     "blocks.*.up": "sequence_colwise", "blocks.*.down": "sequence_rowwise", "head": "sequence_colwise_gather",
 }  # fmt: skip
 
 
-def test_ignored_parameters_stay_whole_and_exact_units_compute_in_fp32():
-    class Seen(nn.Module):
+def test_ignored_parameters_stay_replicated_and_fp32_units_compute_in_fp32():
+    class RecordsDtypes(nn.Module):
         def __init__(self):
             super().__init__()
             self.low, self.exact = nn.Linear(4, 4), nn.Linear(4, 4)
@@ -262,7 +281,7 @@ def test_ignored_parameters_stay_whole_and_exact_units_compute_in_fp32():
     fsdp = faccel.parallel.FsdpConfig(ignored=("frozen.*",), fp32_units=("exact",))
 
     def step(ctx):
-        net = Seen()
+        net = RecordsDtypes()
         wrapped = faccel.wrap(net, ctx, plan=PLAN(units=("low", "exact"), fsdp=fsdp))
         shapes = {
             name: (full(p).shape, hasattr(p, "to_local")) for name, p in wrapped.named_parameters()
@@ -278,8 +297,8 @@ def test_ignored_parameters_stay_whole_and_exact_units_compute_in_fp32():
         assert (ignored, sharded) == (False, True)
 
 
-def test_the_plan_of_transformers_is_understood():
-    class Theirs(nn.Module):
+def test_the_tp_plan_of_a_transformers_model_is_used():
+    class HasTpPlan(nn.Module):
         _no_split_modules = ("Block",)
 
         def __init__(self):
@@ -293,7 +312,7 @@ def test_the_plan_of_transformers_is_understood():
             return self.net(x)
 
     def step(ctx):
-        net = Theirs()
+        net = HasTpPlan()
         plan = faccel.parallel.plan_for(net, ctx)
         wrapped = faccel.wrap(net, ctx, plan=plan)
         loss_of(wrapped(tokens(4)[:, :-1]), tokens(4)[:, 1:]).backward()
@@ -307,8 +326,8 @@ def test_the_plan_of_transformers_is_understood():
         assert all((grads[name] - grad).abs().max() < 1e-10 for name, grad in one[1].items())
 
 
-class Unplaced(CharModel):
-    """Without a position table, whose rows a part of the sequence would need some of."""
+class NoPositions(CharModel):
+    """Without a position table, of which each chunk of the sequence would need other rows."""
 
     def forward(self, tokens):
         x = self.embed.token(tokens)
@@ -321,7 +340,7 @@ class Unplaced(CharModel):
 def test_sequence_parallel_equals_one_process(mesh):
     def build():
         torch.manual_seed(3)
-        return Unplaced(tied=False).double()
+        return NoPositions(tied=False).double()
 
     def step(ctx):
         wrapped = faccel.wrap(build(), ctx, plan=PLAN(tensor=SEQUENCE))
@@ -355,7 +374,7 @@ def test_a_proposed_plan_can_be_printed_changed_and_trained_with():
         return faccel.parallel.plan_for(model(), ctx).pipeline.chain
 
     assert simulate(chain, 2, mesh="pp=2")[0] == CHAIN
-    with pytest.raises(ModelError, match="nothing of this model"):
+    with pytest.raises(ModelError, match="finds no module of this model"):
         simulate(lambda ctx: faccel.parallel.plan_for(nn.Linear(2, 2), ctx), 2, mesh="tp=2")
     assert simulate(
         lambda ctx: (

@@ -114,7 +114,7 @@ def test_tied_weights_stay_tied_when_both_are_cut(mesh):
         assert max(differences(got, one).values()) < 1e-10
         assert "head.weight" not in got.params
     plan = faccel.Plan(tensor={"head": "colwise_gather"})
-    with pytest.raises(ModelError, match="cut in two ways"):
+    with pytest.raises(ModelError, match="sharded in two ways"):
         simulate(lambda ctx: faccel.wrap(model(), ctx, plan=plan), 2, mesh="tp=2")
 
 
