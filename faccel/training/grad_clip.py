@@ -33,9 +33,9 @@ def parameters_with_gradients(opt: Optimizer, ctx: DistContext) -> list[torch.Te
         raise OptimizerError(
             "`opt` has no parameter with a gradient",
             got=f"{num_params} parameters, all with `.grad` None or not reduced yet",
-            fix="write `scaler = faccel.scaled_backward(loss, scaler, ctx)` first, the last one with "
-            "`grad_sync(model, on=True)`, and make the optimizer from `model.parameters()` after "
-            "`faccel.wrap`",
+            fix="write `scaler = faccel.scaled_backward(loss, scaler, ctx)` first, the last one "
+            "with `grad_sync(model, on=True)`, and make the optimizer from `model.parameters()` "
+            "after `faccel.wrap`",
         )
     return params
 
