@@ -1,18 +1,19 @@
-"""Depth over ranks: torch's pipeline schedules, over stages that are sharded and cut like any other model."""
+"""Pipeline parallel: PyTorch's schedules, over stages that are sharded like any other model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn
 
-import attrs
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from faccel.backends.fsdp import same_optimizer, shard_module, sync_buffers
-from faccel.backends.fsdp_layout import Layout
-from faccel.comm.objects import broadcast_objects
+from faccel.backends.fsdp_layout import Layout, contains
+from faccel.backends.pipeline_engine import PipelineEngine, StageInputs, TiedParam
+from faccel.backends.pipeline_inference import infer
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
@@ -20,423 +21,276 @@ from faccel.parallel.forward import to_fp32
 from faccel.parallel.pipeline_stages import StageModule, remove_other_stages, stages_of, tied_params
 from faccel.parallel.sync_states import check_same_structure
 from faccel.plan import PipelineConfig, Plan
-from faccel.protocols import WORLD, Parallelism, RunMethod
+from faccel.protocols import WORLD, MicroBatchLoss, Parallelism, RunMethod
 from faccel.random.generators import call_seeded
 from faccel.random.hashing import mix
-from faccel.tree import Tree, full_tensor, local_tensor, map_leaves
-
-Loss = Callable[[Callable[..., Any]], torch.Tensor]
-
-
-@attrs.frozen(eq=False)
-class Shared:
-    """A parameter that several stages have: its gradients are added.
-
-    Args:
-        name: Its name on this rank.
-        group: The ranks that have it.
-        copy_of: The name of its first copy, if that is on another rank.
-    """
-
-    name: str
-    group: dist.ProcessGroup
-    copy_of: str | None
-
-
-class Engine(nn.Module):
-    """The stages of this rank.
-
-    Args:
-        parts: They, in order, each sharded.
-        plan: How the pipeline runs.
-        shared: Parameters that other stages have, too.
-        ctx: The world.
-    """
-
-    def __init__(
-        self,
-        parts: Sequence[StageModule],
-        plan: PipelineConfig,
-        shared: Sequence[Shared],
-        ctx: DistContext,
-    ) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-        self.plan, self.shared, self.ctx = plan, tuple(shared), ctx
-        self.place, self.size = ctx.comm.rank("pp"), ctx.comm.size("pp")
-        self._shapes: dict[str, list[list[Any]]] = {}
-        self.has_run = False  # a whole window
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this rank has the last stage."""
-        return self.place == self.size - 1
-
-    def stages(self, asked: tuple[tuple[Any, ...], dict[str, Any]], *, trains: bool) -> list[Any]:
-        """Make torch's stages for micro-batches like `asked`. Collective over the pipeline for new shapes.
-
-        The shapes between stages are found by a forward without gradients, once. torch would run a forward and a
-        backward each time, and clear the gradients that are there.
-        """
-        from faccel.parallel.pipeline_schedules import (
-            Stage,
-        )  # torch's pipelining takes long to import
-
-        key = str(map_leaves(_key_of, [list(asked[0]), asked[1]]))
-        if key not in self._shapes:
-            self._shapes[key] = self._find_shapes(asked)
-        shapes, count = self._shapes[key], self.size * len(self.parts)
-        group = self.ctx.comm.group("pp")
-        made: list[Any] = []
-        for i, part in enumerate(self.parts):
-            number = self.place + self.size * i
-            given, gives = (
-                tuple(_like(each, trains=trains) for each in shapes[n])
-                for n in (number, number + 1)
-            )
-            stage = Stage(part, number, count, self.ctx.device, given, gives, group=group)
-            stage.has_backward = trains
-            stage.clear_runtime_states()
-            made.append(stage)
-        return made
-
-    def _find_shapes(self, asked: tuple[tuple[Any, ...], dict[str, Any]]) -> list[list[Any]]:
-        """Return the shape and dtype of each tensor before the first stage, between stages, and after the last."""
-        current, kwargs = asked
-        found = [[_shape_of(x) for x in current]]
-        for number in range(self.size * len(self.parts)):
-            told: list[Any] = []
-            if number % self.size == self.place:
-                part: Any = self.parts[number // self.size]
-                modes = {each: each.training for each in part.modules()}
-                with torch.no_grad():
-                    out = part.eval()(*current, **kwargs)
-                for each, mode in modes.items():
-                    each.training = mode
-                part.reshard()
-                told = [_shape_of(x) for x in (out if isinstance(out, tuple) else (out,))]
-                told = [
-                    each if isinstance(each, tuple) else f"a {type(each).__name__}" for each in told
-                ]
-            told = broadcast_objects([told], self.ctx, src=number % self.size, axis="pp")[0]
-            wrong = next((each for each in told if not isinstance(each, tuple)), None)
-            if wrong is not None:
-                fix = "let each module of the chain return a tensor, or a tuple of tensors"
-                raise ModelError(
-                    f"stage {number} of the pipeline returns something else than tensors",
-                    got=wrong,
-                    fix=fix,
-                )
-            found.append(told)
-            current = tuple(
-                torch.zeros(shape, dtype=dtype, device=self.ctx.device) for shape, dtype in told
-            )
-        return found
-
-
-def _shape_of(x: Any) -> Any:
-    return (tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x
-
-
-def _key_of(x: Any) -> Any:
-    return _shape_of(x) if isinstance(x, torch.Tensor) else None  # other values change no shape
-
-
-def _like(shape: Any, *, trains: bool) -> torch.Tensor:
-    size, dtype = shape
-    return torch.empty(
-        size, dtype=dtype, device="meta", requires_grad=trains and dtype.is_floating_point
-    )
-
-
-class _AskedError(Exception):
-    """What a loss function has called its model with: raised to come back from there."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.asked = args, kwargs
-
-
-def _inputs(loss: Loss) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what a loss function gives to its model."""
-
-    def ask(*args: Any, **kwargs: Any) -> Any:
-        raise _AskedError(args, kwargs)
-
-    try:
-        loss(ask)
-    except _AskedError as asked:
-        return asked.asked
-    raise ModelError(
-        "the loss function of a pipeline calls its model, once", fix="write `loss_fn(model, batch)`"
-    )
+from faccel.tree import Tree, full_tensor, local_tensor
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
-    if plan.pipeline is None:
-        fix = 'write `plan=faccel.Plan(pipeline=faccel.parallel.PipelineConfig(chain=("embed", "blocks.*", "head")))`'
-        raise ConfigError(
-            "a pipeline needs a plan that says how the model is cut",
-            got=str(ctx.mesh.spec),
-            fix=fix,
-        )
+    config = _config(plan, ctx)
     check_same_structure(module, ctx, WORLD)
-    if any(p.is_meta for p in module.parameters()):
+    if any(param.is_meta for param in module.parameters()):
         raise ModelError(
-            "a pipeline is cut from a model with values", got="meta", fix="build it on the CPU"
+            "a pipeline cannot be built from a model on the meta device",
+            got="parameters on meta",
+            fix="build the model on the CPU",
         )
-    place, size = ctx.comm.rank("pp"), ctx.comm.size("pp")
-    stages = stages_of(module, plan.pipeline, size * plan.pipeline.stages_per_rank)
+    pp_rank, pp_size = ctx.comm.rank("pp"), ctx.comm.size("pp")
+    stages = stages_of(module, config, pp_size * config.stages_per_rank)
     layout = Layout.from_plan(module, plan, ctx)
-    shared = tied_params(module, stages)
-    _check_alike(shared, layout, size)
+    tied = tied_params(module, stages)
+    _check_tied(tied, layout, pp_size)
     _check_units(stages, layout)
+    # Nothing below is an error of the user's: from here on the module is updated.
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.copy_(broadcast(tensor.detach(), ctx, axis=WORLD))
-    own = stages[place::size]
-    parts = [StageModule(module, names, is_first=names is stages[0]) for names in own]
-    remove_other_stages(module, stages, [name for names in own for name in names])
-    for part, names in zip(parts, own, strict=True):
-        shard_module(part, plan, layout.below(names), ctx)
-    engine = Engine(parts, plan.pipeline, _groups(module, shared, ctx), ctx)
-    return engine, _runner(engine, ctx)
+    own_stages = stages[pp_rank::pp_size]
+    stage_modules = [
+        StageModule(module, names, is_first=names is stages[0]) for names in own_stages
+    ]
+    remove_other_stages(module, stages, [name for names in own_stages for name in names])
+    for stage_module, names in zip(stage_modules, own_stages, strict=True):
+        shard_module(stage_module, plan, layout.below(names), ctx)
+    engine = PipelineEngine(stage_modules, config, _make_tied(tied, ctx), ctx)
+    return engine, _make_run(engine, ctx)
 
 
-def _check_alike(shared: Sequence[dict[int, str]], layout: Layout, size: int) -> None:
-    """Refuse a parameter that two stages have otherwise, or two stages of one rank: gradients could not be added."""
-    for names in shared:
+def _config(plan: Plan, ctx: DistContext) -> PipelineConfig:
+    if plan.pipeline is None:
+        raise ConfigError(
+            "a mesh with `pp` needs `Plan(pipeline=...)`, which lists the modules in order",
+            got=str(ctx.mesh.spec),
+            fix="write `plan=faccel.Plan(pipeline=faccel.parallel.PipelineConfig("
+            'chain=("embed", "blocks.*", "head")))`',
+        )
+    return plan.pipeline
+
+
+def _check_tied(tied: Sequence[Mapping[int, str]], layout: Layout, pp_size: int) -> None:
+    """Refuse tied parameters whose gradients could not be added.
+
+    Args:
+        tied: For each tied parameter its name in each stage.
+        layout: Of the model.
+        pp_size: Number of ranks of the pipeline.
+    """
+    for names in tied:
         got = ", ".join(f"`{name}`" for name in names.values())
-        if len({layout.tp_styles.get(name.rpartition(".")[0]) for name in names.values()}) > 1:
-            fix = "leave both out of `tensor`, or untie them"
+        styles = {layout.tp_styles.get(name.rpartition(".")[0]) for name in names.values()}
+        if len(styles) > 1:
             raise ModelError(
-                "a parameter that two stages share is cut in one of them only", got=got, fix=fix
+                "a parameter that is tied between two stages is sharded over `tp` in one only",
+                got=got,
+                fix="leave both out of `tensor`, or untie them",
             )
-        if len({stage % size for stage in names}) < len(names):
-            fix = "use a number of ranks or a split that puts them on two ranks, or into one stage"
-            raise ModelError("two stages of one rank share a parameter", got=got, fix=fix)
+        ranks = {stage % pp_size for stage in names}
+        if len(ranks) < len(names):
+            raise ModelError(
+                "two stages of one rank have the same parameter",
+                got=got,
+                fix="use a number of ranks or a split that puts them on two ranks, or into one "
+                "stage",
+            )
 
 
 def _check_units(stages: Sequence[Sequence[str]], layout: Layout) -> None:
-    """Refuse a unit that no module of the chain contains."""
+    """Refuse a unit that is not inside one module of the chain."""
     chain = [name for stage in stages for name in stage]
     for unit in layout.units:
-        if not any(unit == name or unit.startswith(f"{name}.") for name in chain):
-            fix = "name units that are modules of the chain, or inside of one"
+        if not any(contains(name, unit) for name in chain):
             raise ConfigError(
-                "a unit spans several modules of the pipeline's chain", got=f"`{unit}`", fix=fix
+                "a unit contains several modules of the pipeline's chain",
+                got=f"`{unit}`",
+                fix="name units that are modules of the chain, or inside one",
             )
 
 
-def _groups(module: nn.Module, shared: Sequence[dict[int, str]], ctx: DistContext) -> list[Shared]:
-    """Make the group of the ranks that have each tied parameter. Collective."""
-    place, size = ctx.comm.rank("pp"), ctx.comm.size("pp")
-    column = ctx.mesh.spec.peers(ctx.rank, "pp")
-    found: list[Shared] = []
-    for names in shared:
-        owners = {stage % size: name for stage, name in names.items()}
-        if place not in owners:
+def _make_tied(tied: Sequence[Mapping[int, str]], ctx: DistContext) -> list[TiedParam]:
+    """Make the process groups of the tied parameters of this rank. Collective."""
+    pp_rank, pp_size = ctx.comm.rank("pp"), ctx.comm.size("pp")
+    peers = ctx.mesh.spec.peers(ctx.rank, "pp")
+    records: list[TiedParam] = []
+    for names in tied:
+        name_of_rank = {stage % pp_size: name for stage, name in names.items()}
+        if pp_rank not in name_of_rank:
             continue
-        ranks = [column[owner] for owner in sorted(owners)]
-        group: Any = dist.new_group(ranks, use_local_synchronization=True, group_desc="shared")
-        is_copy = place != min(owners)
-        found.append(Shared(owners[place], group, names[min(names)] if is_copy else None))
-    return found
+        ranks = [peers[rank] for rank in sorted(name_of_rank)]
+        group = dist.new_group(ranks, use_local_synchronization=True, group_desc="tied")
+        assert isinstance(group, dist.ProcessGroup)
+        copy_of = None
+        if pp_rank != min(name_of_rank):
+            copy_of = names[min(names)]
+        records.append(TiedParam(name_of_rank[pp_rank], group, copy_of))
+    return records
+
+
+def _make_run(engine: PipelineEngine, ctx: DistContext) -> RunMethod:
+    def run(method: str, *args: Any, **kwargs: Any) -> Tree:
+        if method != "forward":
+            raise ModelError(
+                "a pipeline runs `forward` only",
+                got=f"`{method}`",
+                fix="call the method on a model of one process",
+            )
+        if torch.is_grad_enabled():
+            raise ModelError(
+                "a pipeline runs forward and backward of all micro-batches together",
+                got="a call with gradients enabled",
+                fix="write `faccel.parallel.pipeline_step(loss_fn, model, window, scaler, ctx)`, "
+                "or `with torch.no_grad():`",
+            )
+        return infer(engine, StageInputs(args, kwargs), ctx)
+
+    return run
+
+
+class _Intercepted(Exception):  # noqa: N818 (not an error)
+    """Carries the arguments with which a loss function called its model."""
+
+    def __init__(self, inputs: StageInputs) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+def _intercept_inputs(loss: MicroBatchLoss) -> StageInputs:
+    """Return the arguments with which a loss function calls its model."""
+
+    def intercept(*args: Any, **kwargs: Any) -> NoReturn:
+        raise _Intercepted(StageInputs(args, kwargs))
+
+    try:
+        loss(intercept)
+    except _Intercepted as intercepted:
+        return intercepted.inputs
+    raise ModelError(
+        "`loss_fn` returned without calling its model",
+        got="no call",
+        fix="write `loss_fn(model, batch)` so that it calls `model` once",
+    )
 
 
 def _forward_backward(
-    engine: nn.Module, losses: Sequence[Loss], factors: Sequence[Any], ctx: DistContext
+    engine: nn.Module,
+    losses: Sequence[MicroBatchLoss],
+    factors: Sequence[float | torch.Tensor],
+    ctx: DistContext,
 ) -> torch.Tensor:
-    from faccel.parallel.pipeline_schedules import SCHEDULES
+    from faccel.parallel.pipeline_schedules import SCHEDULES  # torch's are slow to import
 
-    assert isinstance(engine, Engine)
-    count = len(losses)
-    run = SCHEDULES[_schedule_of(engine, count)]
+    assert isinstance(engine, PipelineEngine)
+    num_micro_batches = len(losses)
+    make_schedule = SCHEDULES[_schedule_of(engine, num_micro_batches)]
+    # A loss function runs twice: for the inputs of the first stage, and for the loss of the last.
+    # Under the same seed both draw the same random numbers.
     seed = _common_seed(ctx)
-    asked = [call_seeded(_inputs, loss, mix(seed, i)) for i, loss in enumerate(losses)]
-    found: dict[int, torch.Tensor] = {}
+    inputs = [call_seeded(_intercept_inputs, loss, mix(seed, i)) for i, loss in enumerate(losses)]
+    values: dict[int, torch.Tensor] = {}
 
-    def loss_of(out: Any, number: int) -> torch.Tensor:
-        def ask(_: None) -> torch.Tensor:  # what the inputs were drawn with, if they were
-            return losses[number](
-                lambda *args, **kwargs: to_fp32(out) if ctx.compute_dtype else out
-            )
+    def loss_of(output: Tree, index: int) -> torch.Tensor:
+        def model(*args: Any, **kwargs: Any) -> Tree:
+            if ctx.compute_dtype is None:
+                return output
+            return to_fp32(output)
 
-        loss = call_seeded(ask, None, mix(seed, number))
-        found[number] = full_tensor(loss.detach())
-        return loss * factors[number]
+        loss = call_seeded(losses[index], model, mix(seed, index))
+        values[index] = full_tensor(loss.detach())
+        return loss * factors[index]
 
-    schedule = run(engine.stages(asked[0], trains=True), count, loss_of)
-    args, kwargs = [list(each) for each in zip(*asked, strict=True)]
-    before = _set_aside(engine)
-    schedule._step_microbatches(args, kwargs, list(range(count)), [])
-    _add_shared(engine, before)
+    stages = engine.make_stages(inputs[0], trains=True)
+    schedule = make_schedule(stages, num_micro_batches, loss_of)
+    grads = _take_tied_grads(engine)
+    schedule._step_microbatches(
+        [micro_batch.args for micro_batch in inputs],
+        [dict(micro_batch.kwargs) for micro_batch in inputs],
+        list(range(num_micro_batches)),
+        [],
+    )
+    _add_tied_grads(engine, grads)
     engine.has_run = True
-    dtype = torch.float64 if next(engine.parameters()).dtype == torch.float64 else torch.float32
-    made = torch.zeros(count, dtype=dtype, device=ctx.device)
-    for number, loss in found.items():
-        made[number] = loss
-    return ctx.comm.broadcast(made, engine.size - 1, "pp")
+    return _broadcast_losses(values, num_micro_batches, engine, ctx)
 
 
-def _schedule_of(engine: Engine, count: int) -> str:
-    """Return the schedule of a window; a shorter one at the end of an epoch is run by GPipe.
+def _broadcast_losses(
+    values: Mapping[int, torch.Tensor],
+    num_micro_batches: int,
+    engine: PipelineEngine,
+    ctx: DistContext,
+) -> torch.Tensor:
+    """Return the losses, which the last rank has, on every rank of the pipeline."""
+    dtype = torch.float32
+    if next(engine.parameters()).dtype == torch.float64:
+        dtype = torch.float64
+    losses = torch.zeros(num_micro_batches, dtype=dtype, device=ctx.device)
+    for index, value in values.items():
+        losses[index] = value
+    return ctx.comm.broadcast(losses, engine.pp_size - 1, "pp")
+
+
+def _schedule_of(engine: PipelineEngine, num_micro_batches: int) -> str:
+    """Return the schedule of a window. A shorter one at the end of an epoch runs with GPipe.
 
     Raises:
         ConfigError: The first window has fewer micro-batches than there are ranks.
     """
     kind = engine.plan.schedule
-    if count >= engine.size or kind == "interleaved":
+    if num_micro_batches >= engine.pp_size or kind == "interleaved":
         return kind
     if not engine.has_run:
-        fix = f"use `grad_accum={engine.size}` or more, or a smaller `pp`"
-        got = f"{count} micro-batches on {engine.size} ranks"
         raise ConfigError(
-            "a pipeline needs as many micro-batches as it has ranks", got=got, fix=fix
+            "a pipeline needs at least as many micro-batches as ranks",
+            got=f"{num_micro_batches} micro-batches on {engine.pp_size} ranks",
+            fix=f"use `grad_accum={engine.pp_size}` or more, or a smaller `pp`",
         )
     return "gpipe"
 
 
 def _common_seed(ctx: DistContext) -> int:
-    """Return a number that is the same on all ranks of a pipeline, whose generators have moved apart."""
-    mine = torch.randint(2**62, (), dtype=torch.int64).to(ctx.device)
-    return int(ctx.comm.broadcast(mine, 0, "pp").item())
+    """Return a seed that is the same on all ranks, whose generators have different states."""
+    seed = torch.randint(2**62, (), dtype=torch.int64).to(ctx.device)
+    return int(ctx.comm.broadcast(seed, 0, "pp").item())
 
 
-def _set_aside(engine: Engine) -> list[torch.Tensor | None]:
-    """Take the gradients of shared parameters away, which earlier windows have added up, and return them."""
-    before: list[torch.Tensor | None] = []
-    for each in engine.shared:
-        p = engine_parameter(engine, each.name)
-        before.append(p.grad)
-        p.grad = None
-    return before
+def _take_tied_grads(engine: PipelineEngine) -> list[torch.Tensor | None]:
+    """Remove and return the gradients of tied parameters that earlier windows have added up."""
+    grads: list[torch.Tensor | None] = []
+    for tied in engine.tied:
+        param = engine.parameter(tied.name)
+        grads.append(param.grad)
+        param.grad = None
+    return grads
 
 
-def _add_shared(engine: Engine, before: Sequence[torch.Tensor | None]) -> None:
-    """Add the gradients of the other stages, then those that were there."""
-    for each, old in zip(engine.shared, before, strict=True):
-        p = engine_parameter(engine, each.name)
-        if p.grad is not None:
-            dist.all_reduce(local_tensor(p.grad), group=each.group)
-        if old is not None:
-            p.grad = old if p.grad is None else p.grad + old
+def _add_tied_grads(engine: PipelineEngine, grads: Sequence[torch.Tensor | None]) -> None:
+    """Add the gradients of the other ranks, then those of earlier windows."""
+    for tied, earlier_grad in zip(engine.tied, grads, strict=True):
+        param = engine.parameter(tied.name)
+        if param.grad is not None:
+            dist.all_reduce(local_tensor(param.grad), group=tied.group)
+        if earlier_grad is None:
+            continue
+        if param.grad is None:
+            param.grad = earlier_grad
+        else:
+            param.grad = param.grad + earlier_grad
 
 
-def engine_parameter(engine: Engine, name: str) -> torch.Tensor:
-    """Return a parameter of a stage by the user's name."""
-    return next(p for part in engine.parts for n, p in part.named_parameters() if n == name)
-
-
-def _runner(engine: Engine, ctx: DistContext) -> RunMethod:
-    def run(method: str, *args: Any, **kwargs: Any) -> Any:
-        if method != "forward":
-            raise ModelError(
-                "a pipeline runs `forward` only",
-                got=f"`{method}`",
-                fix="unwrap a model of one process",
-            )
-        if torch.is_grad_enabled():
-            fix = "write `faccel.parallel.pipeline_step(loss_fn, model, window, scaler, ctx)`, or `with torch.no_grad():`"
-            raise ModelError(
-                "a pipeline trains a whole window at a time",
-                got="a call with gradients on",
-                fix=fix,
-            )
-        return infer(engine, args, kwargs, ctx)
-
-    return run
-
-
-def infer(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], ctx: DistContext) -> Tree:
-    """Run forward on a batch of any size, cut into micro-batches of equal size; every rank gets the output.
-
-    Collective. Tensors with as many rows as the first are cut with the batch, others go to every micro-batch whole. The
-    last micro-batch is filled with repeats of the last row, which are dropped from the output.
-    """
-    for module in engine.modules():
-        kind = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
-        if isinstance(module, kind) and module.training:
-            fix = "call `model.eval()` first"
-            what = "in training mode batch norm depends on how a batch is cut"
-            raise ModelError(what, got=f"a {type(module).__name__}", fix=fix)
-    rows = _rows((args, kwargs))
-    count = min(engine.size, rows)
-    size = -(-rows // count)
-    count = -(-rows // size)
-
-    def part(number: int) -> Any:
-        def pick(x: Any) -> Any:
-            if not _is_batch(x, rows):
-                return x
-            index = torch.arange(number * size, (number + 1) * size, device=x.device).clamp(
-                max=rows - 1
-            )
-            return x.index_select(0, index)
-
-        picked = map_leaves(pick, [list(args), kwargs])
-        return tuple(picked[0]), picked[1]
-
-    chunks = [part(number) for number in range(count)]
-    stages = engine.stages(chunks[0], trains=False)
-    from faccel.parallel.pipeline_schedules import SCHEDULES
-
-    schedule = SCHEDULES["interleaved" if len(stages) > 1 else "gpipe"](stages, count, None)
-    schedule._step_microbatches([c[0] for c in chunks], [c[1] for c in chunks], None, None)
-    outputs = [stage.output_chunks for stage in stages if stage.is_last]
-    return _to_all(outputs[0] if outputs else None, rows, engine, ctx)
-
-
-def _is_batch(x: Any, rows: int) -> bool:
-    return isinstance(x, torch.Tensor) and x.ndim > 0 and x.shape[0] == rows
-
-
-def _rows(tree: Tree) -> int:
-    found: list[int] = []
-    map_leaves(
-        lambda x: found.append(x.shape[0]) if isinstance(x, torch.Tensor) and x.ndim else None,
-        _listed(tree),
-    )
-    if not found or not found[0]:
-        fix = "pass a tensor with the batch as its first dimension"
-        raise ModelError("a pipeline takes a batch of at least one row", got="none", fix=fix)
-    return found[0]
-
-
-def _listed(tree: Any) -> Any:
-    return [list(tree[0]), tree[1]]
-
-
-def _to_all(chunks: Any, rows: int, engine: Engine, ctx: DistContext) -> Tree:
-    """Give every rank of the pipeline the output, which the last one has."""
-    columns: list[torch.Tensor] = []
-    if chunks is not None:
-        pieces = [to_fp32(chunk) if ctx.compute_dtype else chunk for chunk in chunks]
-        rows_of = [
-            tuple(map(full_tensor, piece if isinstance(piece, tuple) else (piece,)))
-            for piece in pieces
-        ]
-        columns = [torch.cat(column)[:rows] for column in zip(*rows_of, strict=True)]
-    last = engine.size - 1
-    is_one = chunks is not None and not isinstance(chunks[0], tuple)
-    sent: list[Any] = [[_shape_of(x) for x in columns], is_one]
-    told, is_one = broadcast_objects(sent, ctx, src=last, axis="pp")
-    own = columns or [torch.zeros(shape, dtype=dtype, device=ctx.device) for shape, dtype in told]
-    out = broadcast(own, ctx, src=last, axis="pp")
-    return out[0] if is_one else tuple(out)
-
-
-def _grad_sync(engine: nn.Module, *, on: bool) -> Any:
-    fix = "write `faccel.parallel.pipeline_step`, which reduces once for a window"
+def _grad_sync(engine: nn.Module, *, on: bool) -> AbstractContextManager[None]:
     raise ModelError(
-        "a pipeline reduces gradients by itself", got=f"`grad_sync(model, on={on})`", fix=fix
+        "a pipeline reduces gradients once per window, so `grad_sync` has no effect",
+        got=f"`grad_sync(model, on={on})`",
+        fix="write `faccel.parallel.pipeline_step`, which reduces once for a window",
     )
 
 
 def _tied_copies(engine: nn.Module) -> Mapping[int, str]:
-    assert isinstance(engine, Engine)
-    copies = [(tied.name, tied.copy_of) for tied in engine.shared if tied.copy_of is not None]
-    return {id(engine_parameter(engine, name)): copy_of for name, copy_of in copies}
+    assert isinstance(engine, PipelineEngine)
+    copies: dict[int, str] = {}
+    for tied in engine.tied:
+        if tied.copy_of is not None:
+            copies[id(engine.parameter(tied.name))] = tied.copy_of
+    return copies
 
 
 PIPELINE = Parallelism(

@@ -1,0 +1,203 @@
+"""The stages of one rank of a pipeline, and the shapes of the tensors between stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from faccel.comm.objects import broadcast_objects
+from faccel.context import DistContext
+from faccel.errors import ModelError
+from faccel.parallel.pipeline_stages import StageModule
+from faccel.plan import PipelineConfig
+from faccel.tree import Tree, map_leaves
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+    from faccel.parallel.pipeline_schedules import Stage
+
+TensorMeta = tuple[tuple[int, ...], torch.dtype]
+"""The shape and dtype of a tensor."""
+
+
+@attrs.frozen(eq=False)
+class StageInputs:
+    """The arguments of a model for one micro-batch.
+
+    Args:
+        args: Positional arguments, for the first stage.
+        kwargs: Keyword arguments, for the first stage.
+    """
+
+    args: tuple[Tree, ...]
+    kwargs: Mapping[str, Tree]
+
+    def key(self) -> str:
+        """Return a string that is equal for inputs of the same structure, shapes and dtypes."""
+
+        def leaf_key(leaf: Tree) -> TensorMeta | None:
+            if isinstance(leaf, torch.Tensor):
+                return _meta_of(leaf)
+            return None  # other values change no shape
+
+        return str(map_leaves(leaf_key, [list(self.args), dict(self.kwargs)]))
+
+
+@attrs.frozen(eq=False)
+class TiedParam:
+    """A parameter that stages of several ranks have; their gradients are added.
+
+    Args:
+        name: Its name on this rank.
+        group: The ranks that have it.
+        copy_of: The name of its first copy, if that is on another rank.
+    """
+
+    name: str
+    group: dist.ProcessGroup
+    copy_of: str | None
+
+
+class PipelineEngine(nn.Module):
+    """The stages of this rank, each sharded.
+
+    Args:
+        stage_modules: The stages in order. Rank `r` of `R` has stages `r`, `r + R`, ...
+        plan: How the pipeline runs.
+        tied: The parameters that stages of other ranks have, too.
+        ctx: The context.
+
+    Attributes:
+        has_run: Whether a window has run.
+    """
+
+    def __init__(
+        self,
+        stage_modules: Sequence[StageModule],
+        plan: PipelineConfig,
+        tied: Sequence[TiedParam],
+        ctx: DistContext,
+    ) -> None:
+        super().__init__()
+        self.stage_modules = nn.ModuleList(stage_modules)
+        self.plan = plan
+        self.tied = tuple(tied)
+        self.ctx = ctx
+        self.pp_rank = ctx.comm.rank("pp")
+        self.pp_size = ctx.comm.size("pp")
+        self.has_run = False
+        self._metas: dict[str, list[list[TensorMeta]]] = {}
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages of the whole pipeline."""
+        return self.pp_size * len(self.stage_modules)
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """Return a parameter of a stage of this rank by the user's name."""
+        for stage_module in self.stage_modules:
+            for param_name, param in stage_module.named_parameters():
+                if param_name == name:
+                    return param
+        raise KeyError(name)
+
+    def make_stages(self, inputs: StageInputs, *, trains: bool) -> list[Stage]:
+        """Return torch's stages for micro-batches like `inputs`.
+
+        Collective over the pipeline for new shapes: they are found by one forward without
+        gradients. torch would run a forward and a backward each time, and clear the gradients.
+        """
+        from faccel.parallel.pipeline_schedules import Stage  # torch's pipelining is slow to import
+
+        key = inputs.key()
+        if key not in self._metas:
+            self._metas[key] = self._find_metas(inputs)
+        metas = self._metas[key]
+        stages: list[Stage] = []
+        for i, stage_module in enumerate(self.stage_modules):
+            number = self.pp_rank + self.pp_size * i
+            stage = Stage(
+                stage_module,
+                number,
+                self.num_stages,
+                self.ctx.device,
+                _meta_tensors(metas[number], trains=trains),
+                _meta_tensors(metas[number + 1], trains=trains),
+                group=self.ctx.comm.group("pp"),
+            )
+            stage.has_backward = trains
+            stage.clear_runtime_states()
+            stages.append(stage)
+        return stages
+
+    def _find_metas(self, inputs: StageInputs) -> list[list[TensorMeta]]:
+        """Return the shapes before the first stage, between the stages and after the last."""
+        args = inputs.args
+        metas = [[_meta_of(arg) for arg in args]]
+        for number in range(self.num_stages):
+            output: list[TensorMeta | str] = []
+            if number % self.pp_size == self.pp_rank:
+                output = self._run_for_shapes(number // self.pp_size, args, inputs.kwargs)
+            src = number % self.pp_size
+            stage_metas = _only_metas(
+                broadcast_objects([output], self.ctx, src=src, axis="pp")[0], number
+            )
+            metas.append(stage_metas)
+            args = tuple(
+                torch.zeros(shape, dtype=dtype, device=self.ctx.device)
+                for shape, dtype in stage_metas
+            )
+        return metas
+
+    def _run_for_shapes(
+        self, index: int, args: tuple[Tree, ...], kwargs: Mapping[str, Tree]
+    ) -> list[TensorMeta | str]:
+        """Run a stage in evaluation mode, so that it changes no statistics."""
+        stage_module = self.stage_modules[index]
+        modes = {module: module.training for module in stage_module.modules()}
+        with torch.no_grad():
+            output = stage_module.eval()(*args, **kwargs)
+        for module, mode in modes.items():
+            module.training = mode
+        cast("FSDPModule", stage_module).reshard()
+        if not isinstance(output, tuple):
+            output = (output,)
+        return [_meta_or_type(value) for value in output]
+
+
+def _meta_of(tensor: Any) -> TensorMeta:
+    return tuple(tensor.shape), tensor.dtype
+
+
+def _meta_or_type(value: object) -> TensorMeta | str:
+    if isinstance(value, torch.Tensor):
+        return _meta_of(value)
+    return f"a {type(value).__name__}"
+
+
+def _only_metas(output: Sequence[TensorMeta | str], number: int) -> list[TensorMeta]:
+    """Return the output of a stage; all of its values must be tensors."""
+    metas: list[TensorMeta] = []
+    for meta in output:
+        if isinstance(meta, str):
+            raise ModelError(
+                f"stage {number} of the pipeline must return a tensor or a tuple of tensors",
+                got=meta,
+                fix="let each module of the chain return a tensor, or a tuple of tensors",
+            )
+        metas.append(meta)
+    return metas
+
+
+def _meta_tensors(metas: Sequence[TensorMeta], *, trains: bool) -> tuple[torch.Tensor, ...]:
+    tensors: list[torch.Tensor] = []
+    for shape, dtype in metas:
+        requires_grad = trains and dtype.is_floating_point
+        tensors.append(torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad))
+    return tuple(tensors)
