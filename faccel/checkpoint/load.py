@@ -113,8 +113,8 @@ def _nothing_to_load(
         missing += f" of step {step}"
     steps = ", ".join(str(checkpoint.step) for checkpoint in existing) or "none"
     return CheckpointError(
-        f"`{directory}` does not contain {missing}",
-        got=f"steps: {steps}",
+        f"`path` does not contain {missing}",
+        got=f"`{directory}` with steps: {steps}",
         fix="call `faccel.latest(path, ctx)` first, which returns None if there is none",
     )
 

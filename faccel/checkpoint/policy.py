@@ -226,7 +226,7 @@ def keep_policy(keep: object) -> KeepPolicy:
     if isinstance(keep, KeepPolicy):
         return keep
     # `True` is an int in Python, but `keep=True` is a mistake
-    if isinstance(keep, int) and not isinstance(keep, bool):
+    if isinstance(keep, int) and not isinstance(keep, bool) and keep > 0:
         return keep_latest(keep)
     raise ConfigError(
         "`keep` must be a positive int, a KeepPolicy or None",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 import attrs
@@ -50,6 +50,12 @@ def _first_sentence(error: RuntimeError) -> str:
     return re.sub(r"^\[[^\]]*\] ", "", line).partition(". This is typically")[0]
 
 
+def _axis_error(axis: str, allowed: Iterable[str]) -> ConfigError:
+    return ConfigError(
+        "`axis` must be an axis of the mesh", got=repr(axis), fix=nearest(axis, allowed)
+    )
+
+
 @attrs.frozen
 class SingleCollectives:
     """The communication of a world of one: copies."""
@@ -58,7 +64,7 @@ class SingleCollectives:
 
     def _check(self, axis: str) -> None:
         if axis not in self.axes:
-            raise ConfigError(f"`{axis}` is not an axis of this mesh", fix=nearest(axis, self.axes))
+            raise _axis_error(axis, self.axes)
 
     def size(self, axis: str) -> int:
         """Return 1."""
@@ -162,9 +168,7 @@ class TorchCollectives:
                 "this context was shut down", fix="communicate before `faccel.shutdown(ctx)`"
             )
         if axis not in self.groups:
-            raise ConfigError(
-                f"`{axis}` is not an axis of this mesh", fix=nearest(axis, self.groups)
-            )
+            raise _axis_error(axis, self.groups)
         return self.groups[axis]
 
     def set_call_label(self, call: str, x: Tree) -> None:

@@ -31,7 +31,7 @@ def tensor_leaves(
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
             problem = "every leaf of `x` must be a tensor"
-            fix = "use `gather_objects`, `broadcast_objects` or `scatter_objects` for other objects"
+            fix = "use `faccel.gather_objects` or `faccel.broadcast_objects` for other objects"
             raise leaf_error(tree, i, problem, fix)
         if leaf.layout != torch.strided:
             problem = (

@@ -77,7 +77,7 @@ class ShardedLoader:
         if self.epoch is None:
             raise DataError(
                 "`loader` is shuffled and has no epoch yet, so its order is unknown",
-                got="a loader straight from `shard`",
+                got="a `ShardedLoader` that `shard` returned",
                 fix="write `for batch in loader.at(epoch)` or "
                 "`for epoch, part in loader.epochs(num_epochs)`",
             )
@@ -166,7 +166,7 @@ def batches(loader: ShardedLoader) -> Iterator[Batch]:
         >>> [(b.data.tolist(), b.num_valid) for b in batches(loader)]
         [([2, 3], 2), ([1, 2], 0)]
     """
-    fix = "write `faccel.batches(faccel.shard(loader, ctx))`"
+    fix = "write `faccel.batches(faccel.shard(loader, ctx).at(epoch))`"
     instance_of("loader", loader, ShardedLoader, fix=fix, error=DataError)
     records = loader._batches(loader.cursor)  # pyright: ignore[reportPrivateUsage]
     return loader._marked(records)  # pyright: ignore[reportPrivateUsage]
@@ -229,6 +229,7 @@ def shard(
         (3, [[0, 1], [4, 5], [8, 9]])
     """
     check_tail(tail)
+    instance_of("ctx", ctx, DistContext, fix="write `faccel.shard(loader, ctx)`")
     if isinstance(loader, ShardedLoader):
         raise DataError(
             "`loader` is sharded already",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
+from faccel.checks import instance_of
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, effectful
 from faccel.random.generators import Generators, seed_all
@@ -48,6 +49,9 @@ def seed_everything(seed: int, ctx: DistContext, *, per_data_rank: bool = False)
         ctx: The context.
         per_data_rank: Whether to fold in `ctx.data_rank`.
 
+    Raises:
+        ConfigError: `seed` is not an int.
+
     Examples:
         >>> import torch
         >>> from faccel.testing import simulate
@@ -57,6 +61,7 @@ def seed_everything(seed: int, ctx: DistContext, *, per_data_rank: bool = False)
         >>> len(set(simulate(draw, 3, False))), len(set(simulate(draw, 3, True)))
         (1, 3)
     """
+    instance_of("seed", seed, int, fix="write `faccel.seed_everything(0, ctx)`")
     seed = seed % 2**64  # `torch.manual_seed` raises on larger ones
     if per_data_rank:
         seed = mix(seed, ctx.data_rank + 1)

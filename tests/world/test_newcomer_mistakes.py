@@ -54,6 +54,30 @@ MISTAKES = [
         "faccel.shard([x], ctx, mode='dispach')", DATA, "mode", "dispach", "dispatch", "dispach"
     ),
     Mistake(
+        "faccel.shard(dataset[0], ctx, tail='drop').at(0).resume(7)",
+        DATA,
+        "cursor",
+        "7",
+        "faccel.Cursor(epoch)",
+        fixed="faccel.shard(loader, ctx, tail='drop').resume(faccel.Cursor(epoch))",
+    ),
+    Mistake(
+        "faccel.shard(len, ctx)",
+        DATA,
+        "loader",
+        "builtin_function_or_method",
+        "faccel.shard(DataLoader(dataset, batch_size=32), ctx)",
+        "faccel.shard(len, ctx)",
+    ),
+    Mistake(
+        "faccel.shard(ctx, loader)",
+        CONFIG,
+        "ctx",
+        "DataLoader",
+        "faccel.shard(loader, ctx)",
+        "faccel.shard(ctx, loader)",
+    ),
+    Mistake(
         "for window in faccel.windows(loader, ctx): pass",
         DATA,
         "loader",
@@ -63,6 +87,22 @@ MISTAKES = [
     ),
     Mistake(
         "list(faccel.windows(train.at(0), ctx, size=0))", CONFIG, "size", "0", "size=1", "size=0"
+    ),
+    Mistake(
+        "list(faccel.batches(loader))",
+        DATA,
+        "loader",
+        "DataLoader",
+        "faccel.batches(faccel.shard(loader, ctx).at(epoch))",
+        "faccel.batches(loader)",
+    ),
+    Mistake(
+        "loader = faccel.shard(loader, ctx)\nfor batch in loader: pass",
+        DATA,
+        "loader",
+        "ShardedLoader",
+        "for batch in loader.at(epoch)",
+        "for batch in loader",
     ),
     # Models and optimizers
     Mistake(
@@ -251,7 +291,62 @@ MISTAKES = [
     ),
     # Collectives
     Mistake("faccel.reduce(x, ctx, op='avg')", CONFIG, "op", "avg", "mean", "avg"),
+    Mistake("faccel.reduce(x, ctx, axis='tensor')", CONFIG, "axis", "tensor", "data", "tensor"),
+    Mistake(
+        "faccel.gather({'loss': 0.5}, ctx)",
+        TREE,
+        "x",
+        "float",
+        "faccel.gather_objects",
+        "faccel.gather",
+    ),
+    Mistake(
+        "faccel.gather(x, ctx, num_valid=100)",
+        DATA,
+        "num_valid",
+        "100",
+        "num_valid=batch.num_valid",
+        fixed="batch = next(faccel.batches(train.at(0)))\n"
+        "faccel.gather(batch.data, ctx, num_valid=batch.num_valid)",
+    ),
+    Mistake("faccel.broadcast(x, ctx, src=7)", CONFIG, "src", "7", "src=0", "src=7"),
+    Mistake(
+        "xs = range(5)\nfaccel.split(xs, ctx)",
+        DATA,
+        "xs",
+        "range",
+        "list(xs)",
+        fixed="xs = range(5)\nfaccel.split(list(xs), ctx)",
+    ),
     # Checkpoints
+    Mistake(
+        "faccel.save(path, state, ctx, step=1)",
+        CONFIG,
+        "path",
+        "dict",
+        "faccel.save(state, path, ctx, step=step)",
+        "faccel.save(path, state, ctx, step=1)",
+    ),
+    Mistake(
+        "faccel.load(path, state, ctx)",
+        CONFIG,
+        "path",
+        "dict",
+        "faccel.load(state, path, ctx)",
+        fixed="faccel.save(state, path, ctx, step=1)\nfaccel.load(state, path, ctx)",
+    ),
+    Mistake("faccel.save(state, path, ctx, step=-1)", CONFIG, "step", "-1", "step=100", "step=-1"),
+    Mistake(
+        "faccel.save(state, path, ctx, step=1, keep=0)", CONFIG, "keep", "0", "keep=3", "keep=0"
+    ),
+    Mistake(
+        "faccel.load(state, path, ctx)",
+        CHECKPOINT,
+        "path",
+        "steps: none",
+        "faccel.latest(path, ctx)",
+        fixed="if faccel.latest(path, ctx): faccel.load(state, path, ctx)",
+    ),
     Mistake(
         "faccel.checkpoint.keep_best(1, 'accuracy', mode='maximum')",
         CONFIG,
@@ -269,6 +364,22 @@ MISTAKES = [
         "faccel.launch(train, num_processes=2)",
         fixed="def train(ctx): return 0\n"
         "faccel.launch(train, num_processes=1) # as in faccel.launch(train, num_processes=2)",
+    ),
+    Mistake(
+        "faccel.seed_everything('0', ctx)",
+        CONFIG,
+        "seed",
+        "'0'",
+        "faccel.seed_everything(0, ctx)",
+        "faccel.seed_everything('0', ctx)",
+    ),
+    Mistake(
+        "faccel.tracking.finish(faccel.tracking.init_trackers('run', ctx, trackers=('wandb',)))",
+        CONFIG,
+        "trackers",
+        "wandb",
+        "jsonl",
+        "wandb",
     ),
     Mistake(
         "faccel.testing.simulate(lambda ctx: 0, 0)",
