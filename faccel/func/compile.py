@@ -47,6 +47,7 @@ def compiled(step: Step, ctx: DistContext, **options: Any) -> Step:
     graph: Callable[..., tuple[Metrics, TrainState]] = torch.compile(
         step, fullgraph=True, **options
     )
+    # Made once: making a generator takes longer than seeding it.
     step_generator = torch.Generator(ctx.device)
     graph_generator = GraphGenerator()
 
@@ -56,7 +57,9 @@ def compiled(step: Step, ctx: DistContext, **options: Any) -> Step:
         check_state(state)
         if generator is None:
             generator = reseed(step_generator, state.seed, state.step, ctx)
+        # A graph has no access to a `torch.Generator` object, only to the default one.
         with as_default_generator(generator):
+            # Passed so that layers and losses that draw are accepted while tracing.
             return graph(state, batch, graph_generator)
 
     return run

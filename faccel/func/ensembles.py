@@ -40,6 +40,7 @@ def stack(states: Sequence[TrainState]) -> TrainState:
             got="none",
             fix="write `stack([init_state(...), ...])`",
         )
+    # Nested dicts of tensors: a state also has a scaler, which is not stacked.
     trees: list[Tree] = []
     for state in states:
         check_state(state)
@@ -68,6 +69,7 @@ def _different_models_error(got: str) -> ModelError:
 
 
 def _stack_trees(trees: list[Tree]) -> Tree:
+    # Counts and seeds, 0-d, become vectors of length k; they are leaves like all others.
     if isinstance(trees[0], torch.Tensor):
         return torch.stack(trees)
     return {name: _stack_trees([tree[name] for tree in trees]) for name in trees[0]}
@@ -90,6 +92,7 @@ def unstack(states: TrainState) -> list[TrainState]:
         [7, 7]
     """
     check_state(states)
+    # The seed is 0-d in a single state and int64[k] in a stacked one.
     if not states.seed.ndim:
         raise ModelError(
             "`states` must be a stacked state",
@@ -99,6 +102,7 @@ def unstack(states: TrainState) -> list[TrainState]:
     tensors = state_to_dict(states)
     unstacked: list[TrainState] = []
     for i in range(states.seed.numel()):
+        # `i=i` binds the value: the lambda must not see the next iteration's.
         row = map_leaves(lambda tensor, i=i: tensor[i], tensors)
         unstacked.append(state_from_dict(row, states.scaler))
     return unstacked
@@ -137,6 +141,7 @@ def ensemble(step: Step, ctx: DistContext, *, batch_dim: int | None = None) -> S
         >>> metrics["loss"].shape
         torch.Size([3])
     """
+    # One generator for all models: `randomness="different"` gives each its own numbers from it.
     ensemble_generator = torch.Generator(ctx.device)
 
     def run(
@@ -151,6 +156,7 @@ def ensemble(step: Step, ctx: DistContext, *, batch_dim: int | None = None) -> S
             )
         if generator is None and not is_traced():
             generator = reseed(ensemble_generator, states.seed, states.step, ctx)
+        # The same for all models; fp16 is refused by the step itself.
         scaler = states.scaler
 
         # vmap accepts dicts of tensors; a TrainState holds the scaler, which is not one
@@ -159,6 +165,7 @@ def ensemble(step: Step, ctx: DistContext, *, batch_dim: int | None = None) -> S
             metrics, new_state = call(state_from_dict(tensors, scaler), batch, generator)
             return metrics, state_to_dict(new_state)
 
+        # batch_dim None: every model sees the same batch.
         step_all = torch.vmap(step_one, in_dims=(0, batch_dim), randomness="different")
         metrics, tensors = step_all(state_to_dict(states), batch)
         return metrics, state_from_dict(tensors, scaler, [states.seed.numel()])

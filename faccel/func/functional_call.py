@@ -63,6 +63,7 @@ def functional_call(
         # layers write to their buffers in place
         passed_buffers = {name: buffer.clone() for name, buffer in flat_dict(buffers).items()}
     tensors = flat_dict(params) | passed_buffers
+    # Under a transform, swapping tensors in the module's tables would leak traced tensors.
     if is_traced():
         output = _call_traced(model, tensors, generator, args, kwargs)
         new_buffers = tensors  # torch.func.functional_call replaced its entries
@@ -83,6 +84,7 @@ def _call_traced(
     kwargs: dict[str, Tree],
 ) -> Tree:
     """Call the model under a transform. Replaces buffers in `tensors` that the model replaced."""
+    # A default generator cannot be swapped while tracing, so random layers are found by type.
     if not isinstance(generator, torch.Generator):
         (generator or NoGenerator()).check_model(model)
     with _drawing_from(generator):
@@ -108,6 +110,7 @@ def _call_eager(
         kwargs: Keyword arguments of its `forward`.
         protect: Whether writes to the module's own buffers are an error.
     """
+    # Read at every call, because a user may change the module between two steps.
     slots, has_buffers = _tensor_slots(model)
     if not (protect and has_buffers):
         return _call_swapped(model, slots, tensors, generator, args, kwargs)
@@ -117,7 +120,9 @@ def _call_eager(
     call_buffers = own_buffers
     if model.training:
         call_buffers = {name: buffer.detach().clone() for name, buffer in own_buffers.items()}
+    # PyTorch counts in-place writes; a replaced buffer has another identity.
     versions = {name: (id(b), b._version) for name, b in call_buffers.items()}
+    # `call_buffers` wins over the entries of `tensors`, which has no buffers here.
     output, after = _call_swapped(model, slots, tensors | call_buffers, generator, args, kwargs)
     written: list[str] = []
     for name, version in versions.items():
@@ -157,6 +162,7 @@ _Slots = dict[str, list[_Slot]]
 
 def _tensor_slots(model: nn.Module) -> tuple[_Slots, bool]:
     """Return the entries of all tensors of a model, and whether it has buffers."""
+    # `named_modules` yields a module once, even if it is used at several places.
     slots: _Slots = {}
     names: dict[int, str] = {}  # of tensors by identity: tied ones have the first name
     has_buffers = False
@@ -198,6 +204,7 @@ def _call_swapped(
                     fix="pass the model that `init_state` made the state of",
                 )
             for slot in slots[name]:
+                # Appended before the swap, so that `finally` restores all that was swapped.
                 originals.append((slot, slot.table[slot.key]))
                 slot.table[slot.key] = tensor
         with _drawing_from(generator):
@@ -207,6 +214,7 @@ def _call_swapped(
             slot = slots[name][0]
             after[name] = slot.table[slot.key]
         return output, after
+    # Also after an exception: the module must never stay with the tensors of a call.
     finally:
         for slot, tensor in originals:
             slot.table[slot.key] = tensor
@@ -215,4 +223,5 @@ def _call_swapped(
 def _drawing_from(generator: RandomSource | None) -> AbstractContextManager[object]:
     if isinstance(generator, torch.Generator):
         return as_default_generator(generator)
+    # Without a generator, draws change the default one, which the step detects.
     return nullcontext()

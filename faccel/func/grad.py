@@ -119,9 +119,11 @@ def mean_over_ranks(
 
 def _autograd_grad(run: RunLoss, params: NamedTensors) -> Tree:
     """Differentiate by `torch.autograd.grad`, which needs less time and memory than functorch."""
+    # Detached copies of the handles: no attribute of the caller's tensors is changed.
     leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
     with torch.enable_grad():
         loss, extra = run(leaves)
+    # The message of PyTorch does not mention the usual causes.
     if not loss.requires_grad:
         raise ModelError(
             "the loss does not depend on the parameters",
@@ -129,6 +131,7 @@ def _autograd_grad(run: RunLoss, params: NamedTensors) -> Tree:
             fix="compute it from `params`, as in `functional_call(model, params, x)`, "
             "with gradients enabled and without `.item()`",
         )
+    # A parameter that the loss does not use has a gradient of zeros, as in `torch.func.grad`.
     grads = torch.autograd.grad(
         loss, list(leaves.values()), allow_unused=True, materialize_grads=True
     )
@@ -169,6 +172,7 @@ def _without_aliases(grads: NamedTensors, inputs: Iterable[torch.Tensor]) -> Nam
                 fix="build its layer without `sparse=True`",
             )
         address = grad.data_ptr()
+        # The tensor is held by C++, for instance as a saved tensor of an autograd node.
         is_referenced = grad._use_count() > 1  # type: ignore[attr-defined]
         is_aliased = address in addresses or not grad.is_contiguous() or is_referenced
         addresses.add(address)
@@ -185,10 +189,12 @@ def _sum_micro_batches(inputs: GradInputs, differentiate: Differentiate) -> Loss
     outputs: list[Tree] = []
     is_mean = options.weight is None
     for micro_batch in split_batch(inputs.batch, options.num_micro_batches, is_mean=is_mean):
+        # Each micro-batch starts from the buffers of the one before, as sequential steps would.
         buffers = inputs.buffers
         if total is not None:
             buffers = to_tensordict(total.buffers or {})
         run = _bind_loss(inputs, micro_batch, buffers)
+        # Forward and backward of one micro-batch; its activations are released here.
         loss, (new_buffers, aux), grads = differentiate(run, params)
         if is_eager:
             leaves = flatten(micro_batch)[0]
@@ -203,6 +209,7 @@ def _sum_micro_batches(inputs: GradInputs, differentiate: Differentiate) -> Loss
         # Release this micro-batch's gradients before the next ones are computed.
         del grads, loss, sums
     assert total is not None
+    # A single micro-batch adds no dim.
     aux = outputs[0] if len(outputs) == 1 else stack_outputs(outputs)
     return total._replace(aux=aux)
 
@@ -226,6 +233,7 @@ def _detach(leaf: Tree) -> Tree:
 
 
 def _checked_weight(weight: Tree) -> int | float | torch.Tensor:
+    # A tensor is accepted, because counting tokens must not wait for the device.
     is_number = isinstance(weight, int | float)
     is_scalar = isinstance(weight, torch.Tensor) and not weight.ndim
     if not is_number and not is_scalar:
@@ -240,6 +248,7 @@ def _checked_weight(weight: Tree) -> int | float | torch.Tensor:
 def _add(total: LossSums, sums: LossSums, *, in_place: bool) -> LossSums:
     """Return the sum of two; `in_place` overwrites the gradients of the first."""
     grads = total.grads
+    # One call for all parameters, without a second copy of the gradients.
     if in_place:
         foreach._foreach_add_(list(grads.values()), list(sums.grads.values()))
     else:
@@ -253,14 +262,17 @@ def _add(total: LossSums, sums: LossSums, *, in_place: bool) -> LossSums:
 def _mean_of_sums(inputs: GradInputs, sums: LossSums, *, traced: bool) -> LossAndGrads:
     """Return the means over all data ranks of this rank's sums. Collective."""
     options, ctx = inputs.options, inputs.ctx
+    # bf16 has 8 bits: a sum of 1000 rows would not be exact.
     wide_dtype = _wide_dtype(sums.grads)
     weight = sums.weight
     if isinstance(weight, torch.Tensor):
         weight = weight.detach().to(sums.loss.device, wide_dtype)
     elif weight is not None:
         weight = torch.full((), weight, dtype=wide_dtype, device=sums.loss.device)
+    # A number became a tensor, so that it can be all-reduced.
     sums = sums._replace(weight=weight)
     if ctx.data_world_size > 1:
+        # A single data rank communicates nothing.
         sums = _all_reduce(inputs, sums, wide_dtype, traced=traced)
     loss, grads, weight, buffers, aux = sums
     # Without weights each of the W ranks sums the means of M micro-batches: divide by W * M.
@@ -268,11 +280,13 @@ def _mean_of_sums(inputs: GradInputs, sums: LossSums, *, traced: bool) -> LossAn
     if isinstance(weight, torch.Tensor):
         # With weights: divide by the number of rows or tokens of all ranks, which may be 0.
         factor = torch.where(weight > 0, 1.0 / (weight * inputs.loss_scale), 0.0)
+    # One rank, one micro-batch, no loss scale: nothing to divide.
     if isinstance(factor, torch.Tensor) or factor != 1.0:
         loss = loss * factor
         if traced:
             grads = {name: grad * factor for name, grad in grads.items()}
         else:
+            # The gradients have no other reference, so they are scaled in place.
             foreach._foreach_mul_(list(grads.values()), factor)
     return LossAndGrads(loss, grads, buffers, aux)
 
@@ -294,6 +308,7 @@ def _all_reduce(
     Empties `sums.grads`, so that each gradient is released as soon as it is copied to a bucket.
     """
     options, ctx = inputs.options, inputs.ctx
+    # Prefixes keep a parameter and a buffer of one name apart.
     names = list(sums.grads)
     packed: NamedTensors = {}
     for name in names:
@@ -307,6 +322,7 @@ def _all_reduce(
         if buffer.is_floating_point():
             packed[f"buffer.{name}"] = buffer
             averaged_buffers.append(name)
+    # Ranks reduce in the same order, because models have the same parameter order.
     totals: NamedTensors = {}
     buckets = summed_buckets(
         packed,
@@ -320,6 +336,7 @@ def _all_reduce(
     buffers = sums.buffers
     if buffers is not None:
         buffers = dict(buffers)
+        # Running statistics describe the rows of one rank: average them for the global batch.
         for name in averaged_buffers:
             buffers[name] = totals[f"buffer.{name}"] / ctx.data_world_size
     return sums._replace(

@@ -35,6 +35,7 @@ class Role(enum.Enum):
     ANY = "stands anywhere"
 
 
+# Roles that have no effect after the optimizer: the gradients are already used.
 _BEFORE_OPTIMIZER = (Role.GRADIENTS, Role.CONTROL, Role.OPTIMIZER)
 
 
@@ -104,6 +105,7 @@ class GradientTransformation:
             OptimizerError: `state` is the state of another transformation.
             TreeError: Gradients and parameters differ in structure, shape or dtype; names the leaf.
         """
+        # The first transformation gets plain gradients, which are checked once per update.
         if not isinstance(updates, Updates):
             check_same_structure(params, updates, "gradients")
             updates = Updates(updates)
@@ -133,6 +135,7 @@ def is_traced(params: Mapping[str, torch.Tensor] | TensorDict | None = None) -> 
 
     Under a transform tensors have no values yet, and must not be written in place.
     """
+    # `torch.compile` traces with fake tensors: no value can be read.
     if torch.compiler.is_compiling():
         return True
     # PyTorch has no public function for "inside of vmap or grad".
@@ -157,6 +160,7 @@ def to_bool(flag: Flag) -> Flag:
 
 def logical_and(a: Flag, b: Flag) -> Flag:
     """Return whether both flags are true, as a bool if either is a bool that is False."""
+    # A bool is known on the host: False skips the rest without computing it.
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a & b
     if isinstance(a, torch.Tensor):
@@ -221,6 +225,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         >>> sorted(optimizer.init(TensorDict({"w": torch.ones(2)})).keys())
         ['adamw', 'clip_by_global_norm']
     """
+    # States are stored under names, so that a checkpoint does not depend on positions.
     by_name: dict[str, GradientTransformation] = {}
     counts: dict[str, int] = {}
     for transformation in transformations:
@@ -247,6 +252,7 @@ def _role_of(transformations: Sequence[GradientTransformation]) -> Role:
 
 
 def _check_order(transformations: Sequence[GradientTransformation]) -> None:
+    # Name of the optimizer that was passed already; empty before it.
     optimizer = ""
     for transformation in transformations:
         name = transformation.name
@@ -283,6 +289,7 @@ class _Chain:
         self, updates: Updates, state: TensorDict, params: TensorDict, /
     ) -> tuple[Updates, TensorDict]:
         states: dict[str, Tree] = dict(state.items())
+        # A state of another chain would otherwise fail deep inside with a KeyError.
         if states.keys() != self.transformations.keys():
             raise state_error("chain", list(states), list(self.transformations))
         updates, states = self._apply(list(self.transformations), updates, states, params)
@@ -292,6 +299,7 @@ class _Chain:
         self, names: Sequence[str], updates: Updates, states: dict[str, Tree], params: TensorDict
     ) -> tuple[Updates, dict[str, Tree]]:
         """Apply the transformations `names` in order, until one of them skips the update."""
+        # The states of transformations that are not applied stay in it unchanged.
         new_states = dict(states)
         for i, name in enumerate(names):
             transformation = self.transformations[name]
@@ -320,5 +328,6 @@ class _Chain:
         new_states = dict(states)
         for name in names:
             new_states[name] = where(condition, branch_states[name], states[name])
+        # A later transformation of the branch may skip the update, too.
         apply = logical_and(condition, branch.apply)
         return branch._replace(params=new_params, apply=apply, donate=updates.donate), new_states

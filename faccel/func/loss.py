@@ -64,19 +64,23 @@ def call_loss(
         ModelError: It did not return a 0-d floating-point loss, and what its options require.
         TreeError: The new buffers differ from the old ones in names, shapes or dtypes.
     """
+    # A new TensorDict over the same tensors: the loss function sees the type of `state.params`.
     arguments = [to_tensordict(params), batch, generator]
     if options.has_buffers:
         arguments.append(buffers)
     if ctx.compute_dtype is None:
         output = options.loss_fn(*arguments)
     else:
+        # The loss, too, is computed inside of autocast, as in `faccel.autocast`.
         with autocast(ctx):
             output = options.loss_fn(*arguments)
     loss, new_buffers, aux = _split_output(options, output)
     _check_loss(loss)
     if new_buffers is None:
         return loss, (None, aux)
+    # A buffer of another shape would fail only in the next step, or in a checkpoint.
     check_same_structure(buffers, new_buffers, "buffers")
+    # Buffers that kept a graph would keep the activations of every step alive.
     detached = {name: buffer.detach() for name, buffer in flat_dict(new_buffers).items()}
     return loss, (detached, aux)
 
@@ -88,6 +92,7 @@ def _split_output(options: LossOptions, output: Tree) -> tuple[Tree, Tree, Tree]
         names.append("buffers")
     if options.has_aux:
         names.append("aux")
+    # Without options a loss function may return a tuple only by mistake; see `_check_loss`.
     if len(names) == 1:
         return output, None, None
     if not isinstance(output, tuple) or len(output) != len(names):

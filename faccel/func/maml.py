@@ -59,8 +59,10 @@ def adapt(
             return loss_fn(to_tensordict(tensors), batch, generator)
 
         grad_fn = torch.func.grad(batch_loss)
+        # A new optimizer state for each call: tasks must not affect each other.
         opt = transformation.init(params)
         for _ in range(num_steps):
+            # `torch.func.grad` nests, so that an outer `grad` differentiates these steps.
             grads = to_tensordict(grad_fn(flat_dict(params)))
             updates, opt = transformation.update(grads, opt, params)
             params = apply_updates(params, updates)
@@ -111,6 +113,7 @@ def maml(loss_fn: Loss, transformation: GradientTransformation, *, num_steps: in
             adapted = inner_steps(to_tensordict(tensors), support, generator)
             return loss_fn(adapted, query, generator)
 
+        # The support set is trained on, the query set is evaluated.
         support, query = batch
         # one set of parameters, many tasks
         batched = torch.vmap(task_loss, in_dims=(None, 0, 0), randomness="different")

@@ -27,12 +27,14 @@ Labels = Callable[[str, torch.Tensor], str] | Mapping[str, str]
 
 def _selected_names(mask: Mask, params: TensorDict) -> list[str]:
     """Return the names of the parameters that a mask selects, in the order of the parameters."""
+    # The three kinds of masks; names keep the order of the parameters.
     tensors = flat_dict(params)
     if callable(mask):
         return [name for name, param in tensors.items() if mask(name, param)]
     if isinstance(mask, Mapping):
         return _names_of_mapping(mask, tensors)
     patterns = [mask] if isinstance(mask, str) else mask
+    # A pattern without a match is a typo, and would silently train the wrong parameters.
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in tensors):
             raise ConfigError(
@@ -76,12 +78,14 @@ class _Masked:
 
     def names(self, params: TensorDict) -> list[str]:
         """Return the names of the selected parameters."""
+        # Shapes are part of the key, because a mask may depend on them.
         key = tuple((name, param.shape) for name, param in params.items())
         if key not in self._cache:
             self._cache[key] = _selected_names(self.mask, params)
         return self._cache[key]
 
     def init(self, params: TensorDict, /) -> TensorDict:
+        # An optimizer without parameters has no state, as in a `partition` with an unused label.
         names = self.names(params)
         if not names:
             return to_tensordict({})
@@ -93,6 +97,7 @@ class _Masked:
         names = self.names(params)
         if not names:
             return updates, state
+        # The inner transformation sees a smaller model, so that norms are those of its parameters.
         inputs = updates._replace(grads=_subset(updates.grads, names))
         if updates.params is not None:
             inputs = inputs._replace(params=_subset(updates.params, names))
@@ -176,6 +181,7 @@ def partition(
     def mask_of(label: str) -> Mask:
         return lambda name, param: _label_of(name, param, labels, transformations) == label
 
+    # Each label is a mask: `partition` is several `masked` transformations in order.
     groups: dict[str, GradientTransformation] = {}
     for label, transformation in transformations.items():
         groups[label] = masked(transformation, mask_of(label))
@@ -188,6 +194,7 @@ def partition(
         updates: Updates, state: TensorDict, params: TensorDict, /
     ) -> tuple[Updates, TensorDict]:
         new_states: dict[str, Tree] = {}
+        # One after the other: each group adds its new parameters to `updates.params`.
         for label, group in groups.items():
             updates, new_states[label] = group.update(updates, state[label], params)
         return updates, to_tensordict(new_states)
@@ -213,6 +220,7 @@ def _common_role(groups: Mapping[str, GradientTransformation]) -> Role:
     for label, group in groups.items():
         if group.role is not Role.OPTIMIZER:
             without_optimizer.append(label)
+    # Otherwise some parameters would silently never be trained.
     if not without_optimizer and groups:
         return Role.OPTIMIZER
     if len(without_optimizer) < len(groups):

@@ -55,6 +55,7 @@ def adafactor(
         >>> state["row_var"]["w"].shape, state["col_var"]["w"].shape, state["variance"]["b"].shape
         (torch.Size([2, 1]), torch.Size([1, 3]), torch.Size([3]))
     """
+    # Names as in PyTorch's kernel, which has `eps1` and `eps2`.
     options: dict[str, Any] = {
         "beta2_decay": beta2_decay,
         "eps1": eps[0],
@@ -71,6 +72,7 @@ def adafactor(
                 got=f"a parameter of dtype {param.dtype}",
                 fix="use `adamw`",
             )
+        # A vector has no factors: its second moments are stored in full.
         if param.ndim < 2:
             return {"variance": torch.zeros_like(param)}
         *batch, num_rows, num_columns = param.shape
@@ -82,6 +84,7 @@ def adafactor(
     def kernel(args: KernelArguments) -> None:
         from torch.optim._adafactor import adafactor as torch_adafactor
 
+        # PyTorch passes all three lists and skips the entries that are None.
         absent = [None] * len(args.params)  # of a slot that no parameter has
         torch_adafactor(
             args.params,
@@ -95,6 +98,7 @@ def adafactor(
             **options,
         )
 
+    # The kernel computes step sizes as Python floats in double precision; the formula cannot.
     algorithm = Algorithm(init_slots, formulas.adafactor(**options), kernel, has_own_shapes=True)
     return make_optimizer("adafactor", lr, algorithm, options)
 
@@ -162,4 +166,5 @@ def muon(
             )
         return {"momentum_buffer": torch.zeros_like(param)}
 
+    # No kernel: the formula makes the same calls as PyTorch's and is bit-equal.
     return make_optimizer("muon", lr, Algorithm(init_slots, formulas.muon(**options)), options)

@@ -17,6 +17,7 @@ def stack_outputs(outputs: list[Tree]) -> Tree:
 
     Tensors are stacked along a new dim 0, all other leaves are collected in lists.
     """
+    # All micro-batches return the same structure: it is the same function.
     _, rebuild = flatten(outputs[0])
     all_leaves = [flatten(output)[0] for output in outputs]
     stacked: list[Tree] = []
@@ -44,6 +45,7 @@ def split_batch(batch: Tree, num_micro_batches: int, *, is_mean: bool) -> list[T
     Raises:
         DataError: Tensors differ in length, or `num_micro_batches` does not fit it.
     """
+    # The usual case: no slicing, and batches without any tensor are accepted.
     if num_micro_batches == 1:
         return [batch]
     data = batch.data if isinstance(batch, Batch) else batch
@@ -63,6 +65,7 @@ def split_batch(batch: Tree, num_micro_batches: int, *, is_mean: bool) -> list[T
             got=f"{num_rows} rows, num_micro_batches={num_micro_batches}",
             fix="choose a divisor, or pass `weight=` with a loss that is a sum",
         )
+    # Sizes differ by at most one; views, no copies.
     cuts = [num_rows * i // num_micro_batches for i in range(num_micro_batches + 1)]
     micro_batches: list[Tree] = []
     for start, end in pairwise(cuts):

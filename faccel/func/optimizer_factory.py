@@ -88,6 +88,7 @@ class Algorithm:
 
     def slot_names(self) -> set[str]:
         """Return the names of the slots of all parameters."""
+        # Asked of small tensors once, instead of listing the names a second time.
         names = set(self.init_slots(torch.zeros(2, 2)))
         if self.has_own_shapes:
             names |= set(self.init_slots(torch.zeros(2)))
@@ -124,6 +125,7 @@ def _check_ranges(name: str, lr: float | Schedule, options: Mapping[str, Tree]) 
     if not callable(lr) and not lr >= 0:
         raise ConfigError("`lr` must be at least 0", got=f"lr={lr}", fix=f"write `{name}(1e-3)`")
     for option, value in options.items():
+        # Booleans and names have no range; None is PyTorch's default.
         if option not in _RANGES or value is None:
             continue
         text, low, high = _RANGES[option]
@@ -161,14 +163,17 @@ def make_optimizer(
     def update(
         updates: Updates, state: TensorDict, params: TensorDict, /
     ) -> tuple[Updates, TensorDict]:
+        # One count for all parameters; PyTorch stores one per parameter.
         count: torch.Tensor = state["count"]
         rate: Rate = schedule_value(lr, count) * updates.lr_scale
         slots: dict[str, Tree] = dict(state.items())
         slots.pop("count", None)
         _check_slots(name, slots, slot_names, params, algorithm)
+        # A tensor as rate comes from a user's schedule: kernels accept numbers only.
         traced = is_traced(params)
         if algorithm.kernel is None or traced or isinstance(rate, torch.Tensor):
             new_params, new_slots = _run_formula(algorithm, updates, slots, count, params, rate)
+            # A donated state must stay in its storage, whichever implementation ran.
             if updates.donate and not traced:
                 _overwrite(params, new_params)
                 for slot, tensors in new_slots.items():
@@ -210,13 +215,16 @@ def _run_kernel(
     """
     assert algorithm.kernel is not None
     names = list(flat_dict(params))
+    # Gradients may be in another order than the parameters.
     grads_by_name = flat_dict(updates.grads)
     grads = [grads_by_name[name] for name in names]
     if not updates.donate:
+        # Gradients are the caller's: nothing may be written to them.
         if algorithm.writes_grads:
             grads = foreach._foreach_clone(grads)
         params, *slot_copies = _clone([params, *slots.values()])
         slots = dict(zip(slots, slot_copies, strict=True))
+    # The count is on the CPU, so this does not wait for a device.
     num_steps = int(count)
     device = params[names[0]].device if algorithm.steps_on_device else count.device
     # one allocation for all of them
@@ -224,7 +232,9 @@ def _run_kernel(
     slot_lists: dict[str, Tree] = {}
     for slot, tensors in slots.items():
         by_name: Tree = dict(tensors.items())
+        # Adafactor: a vector has no rows and columns, so its entry is None.
         slot_lists[slot] = [by_name.get(name) for name in names]
+    # In-place writes to leaves are an error with gradients enabled.
     with torch.no_grad():
         algorithm.kernel(
             KernelArguments(
@@ -261,6 +271,7 @@ def _run_formula(
 ) -> tuple[TensorDict, SlotDicts]:
     """Return the new parameters and slots, computed by the formula, parameter by parameter."""
     new_params: NamedTensors = {}
+    # Every slot is in the result, also one that no parameter has.
     new_slots: dict[str, NamedTensors] = {slot: {} for slot in slots}
     slots_by_name = {slot: flat_dict(tensors) for slot, tensors in slots.items()}
     for name, param in flat_dict(params).items():
@@ -275,6 +286,7 @@ def _run_formula(
         for slot, tensors in slots_by_name.items():
             if name in tensors:
                 param_slots[slot] = tensors[name]
+        # A rate is a float64 tensor on the CPU: a parameter must not be promoted by it.
         param_rate = scalar_like(rate, param) if isinstance(rate, torch.Tensor) else rate
         new_param, values = algorithm.formula(
             param, updates.grads[name], param_slots, count, param_rate

@@ -26,6 +26,7 @@ def _zeros(*names: str) -> Callable[[torch.Tensor], Slots]:
 
 
 def _has_complex(params: list[torch.Tensor]) -> bool:
+    # Kernels view complex tensors as real ones, which costs time for real models.
     return any(param.is_complex() for param in params)
 
 
@@ -80,12 +81,14 @@ def sgd(
     }
 
     def kernel(args: KernelArguments) -> None:
+        # Functions of `torch.optim` are imported where they are used: only this optimizer needs it.
         from torch.optim.sgd import sgd as torch_sgd
 
         no_buffers: list[torch.Tensor | None] = [None] * len(args.params)
         buffers = args.slots.get("momentum_buffer", no_buffers)
         # PyTorch does not dampen the first gradient: it creates the buffer from it, where it
         # finds None. The state here has buffers from the start, so copy the new ones into them.
+        # Without dampening a buffer of zeros leads to the same first step.
         creates_buffers = args.is_first and dampening != 0
         kernel_buffers = no_buffers if creates_buffers else buffers
         torch_sgd(
@@ -120,11 +123,13 @@ def _adam(
     foreach: bool | None,
     fused: bool | None,
 ) -> GradientTransformation:
+    # The kernel and the formula take the two rates separately.
     options = {**options, "beta1": betas[0], "beta2": betas[1]}
 
     def kernel(args: KernelArguments) -> None:
         from torch.optim.adam import adam as torch_adam
 
+        # One function for Adam and AdamW, as in PyTorch.
         torch_adam(
             args.params,
             args.grads,
@@ -140,6 +145,7 @@ def _adam(
             **options,
         )
 
+    # The names of the entries of `torch.optim.Adam.state`.
     names = ["exp_avg", "exp_avg_sq"]
     if options["amsgrad"]:
         names.append("max_exp_avg_sq")
@@ -296,6 +302,7 @@ def adagrad(
     algorithm = Algorithm(
         init_slots, formulas.adagrad(**options), kernel, steps_on_device=bool(fused)
     )
+    # Not an argument of the kernel, but checked like one.
     checked = {**options, "initial_accumulator_value": initial_accumulator_value}
     return make_optimizer("adagrad", lr, algorithm, checked)
 
@@ -359,6 +366,7 @@ def rmsprop(
             **options,
         )
 
+    # Buffers only where an option needs them: states are as large as PyTorch's.
     names = ["square_avg"]
     if momentum:
         names.append("momentum_buffer")

@@ -68,10 +68,13 @@ def per_sample_grads(
             loss = call_loss(options, tracked, sample_batch, generator, None, ctx)[0]
             return loss, loss
 
+        # The loss as auxiliary output, because `grad` returns gradients only.
         grad_fn = torch.func.grad(sample_loss, has_aux=True)
+        # All samples use the same parameters (None); rows are mapped over dim 0.
         batched = torch.vmap(grad_fn, in_dims=(None, 0), randomness="different")
         grads, losses = batched(flat_dict(params), rows)
         if not is_traced(params):
+            # Outside of transforms no caller differentiates them.
             losses = losses.detach()
         return losses, to_tensordict(grads, [len(losses)])
 
@@ -174,10 +177,12 @@ def dp_sgd(
             losses, grads = sample_grads(inputs.params, data, inputs.generator)
             num_valid = micro_batch.num_valid if is_padded else len(losses)
             clipped = clip_per_sample(grads, clip_norm)
+            # Padding is at the end, so valid rows are the first ones.
             for name in grad_sums:
                 grad_sums[name] = grad_sums[name] + clipped[name][:num_valid].sum(0)
             loss_sum = loss_sum.to(losses) + losses[:num_valid].sum()
             count += num_valid
+        # Noise once per step and rank, after all micro-batches, from the rank's own generator.
         if noise_std:
             for name, grad_sum in grad_sums.items():
                 noise = _noise_like(grad_sum, inputs.generator)
@@ -188,6 +193,7 @@ def dp_sgd(
         # Clipping needs true norms, so the loss is not scaled.
         return mean_over_ranks(inputs._replace(loss_scale=1.0), local_sums)
 
+    # The weight only selects the division by the count, which `local_sums` returns itself.
     options = LossOptions(loss_fn, weight=len, num_micro_batches=num_micro_batches)
     return build_step(gradient_fn, options, transformation, ctx, donate=donate)
 
@@ -198,5 +204,6 @@ def _noise_like(tensor: torch.Tensor, generator: RandomSource) -> torch.Tensor:
         return torch.randn(
             tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=generator
         )
+    # Under a transform: raises, unless `compiled` has seeded the default generator.
     generator.check_draw("Gaussian noise")
     return torch.randn_like(tensor)

@@ -28,6 +28,7 @@ def digest(leaf: Tree) -> int:
     if isinstance(leaf, torch.Tensor):
         if leaf.layout != torch.strided or leaf.is_meta:
             return 0
+        # Conjugate and negative views store other bytes than their values.
         leaf = leaf.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
         if leaf.is_quantized or not leaf.numel():
             return 0
@@ -41,6 +42,7 @@ def digest(leaf: Tree) -> int:
 def _digests(arguments: Mapping[str, Tree]) -> Iterator[tuple[str, int]]:
     """Yield path and hash of every leaf."""
     for name, tree in arguments.items():
+        # Nested keys as one path, for a message such as `params['w']`.
         if isinstance(tree, TensorDict):
             for key, leaf in tree.items(True, True):
                 yield f"{name}[{key!r}]", digest(leaf)
@@ -72,6 +74,7 @@ def call_pure(
     before: dict[str, int] = {}
     if check_writes:
         before = dict(_digests(arguments))
+    # On a CPU the default generator is covered by `detect_draws`.
     device_state = device_rng_state(ctx)
     # The generators of Python and NumPy take longer to compare than a small step takes.
     result, has_drawn = detect_draws(function, torch_only=not check_writes)

@@ -45,6 +45,7 @@ class NoGenerator:
 
     def check_model(self, model: nn.Module) -> None:
         """Raise PurityError if a layer of `model` would draw."""
+        # Only layers can be found: a call of `F.dropout` in a forward is not detected.
         for module in model.modules():
             if _is_random(module):
                 self.check_draw(f"a {type(module).__name__} in training mode")
@@ -87,6 +88,7 @@ def reseed(
     if seed.ndim:
         seed = seed[0]
         step = step[0]
+    # Numbers of one step do not depend on the steps before: a resumed run draws the same.
     return generator.manual_seed(mix(int(seed), ctx.data_rank, int(step)))
 
 
@@ -112,11 +114,13 @@ def as_default_generator(generator: torch.Generator) -> Generator[None]:
     had drawn from it; the state of the default generator is restored.
     """
     default = _default_generator(generator.device)
+    # A copy of 5 kB: little beside a step.
     saved_state = default.get_state()
     default.set_state(generator.get_state())
     try:
         yield
     finally:
+        # The next layer or micro-batch continues where this one stopped.
         generator.set_state(default.get_state())
         default.set_state(saved_state)
 

@@ -93,13 +93,16 @@ def rollback(
     positive("keep", keep)
 
     def run(history: History | TrainState, batch: Tree) -> tuple[Metrics, History]:
+        # The first call: nothing was skipped yet.
         if isinstance(history, TrainState):
             history = History((history,))
         metrics, new_state = step(history.state, batch)
         check_state(history.state)  # a donating step has overwritten it
         if not is_poisoned(metrics):
+            # Older states than `keep` are released here.
             states = (*history.states, new_state)[-keep:]
             return metrics, History(states, history.num_skipped)
+        # The state before this step, unless it was already in doubt; the oldest one always stays.
         states = history.states
         if history.is_in_doubt and len(states) > 1:
             states = states[:-1]

@@ -94,6 +94,7 @@ def cosine(num_updates: int, *, warmup: int = 0, start: float = 1.0, end: float 
         # end + (start - end) * (1 + cos(pi * progress)) / 2
         progress = _clamp((count - warmup) / num_decay)
         decayed = end + (start - end) * (1 + _cos(progress * math.pi)) / 2
+        # max(): without a warm-up this branch is not selected, but is still computed.
         rising = start * (count + 1) / max(warmup, 1)
         return _where(count < warmup, rising, decayed)
 
@@ -139,6 +140,7 @@ def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> 
         >>> joined(5), joined(10)
         (0.5, 0.5)
     """
+    # sorted(set()) also rejects equal boundaries: a schedule of 0 updates.
     if len(schedules) != len(boundaries) + 1 or sorted(set(boundaries)) != list(boundaries):
         raise ConfigError(
             "`boundaries` must increase, and there must be one fewer than `schedules`",
@@ -148,6 +150,7 @@ def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> 
 
     def schedule(count: Tree) -> Tree:
         value = schedules[0](count)
+        # All are evaluated: a traced count has no value to choose by.
         for successor, start in zip(schedules[1:], boundaries, strict=True):
             value = _where(count >= start, successor(count - start), value)
         return value

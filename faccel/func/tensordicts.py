@@ -69,6 +69,7 @@ def check_same_structure(params: TensorDict, other: TensorDict, name: str) -> No
     if _signature(expected) == _signature(actual):
         return
     for key in expected.keys() ^ actual.keys():
+        # The first difference is enough: others often follow from it.
         owner = "parameters" if key in expected else name
         raise TreeError(
             f"the {name} and the parameters must have the same names",

@@ -129,6 +129,7 @@ def state_from_dict(
 
 def _flatten(state: TrainState) -> tuple[list[Tree], tuple[tuple[str, ...], ScalerState]]:
     tensors = state_to_dict(state)
+    # The scaler is static for PyTorch: a change of it compiles a new graph.
     return list(tensors.values()), (tuple(tensors), state.scaler)
 
 
@@ -157,6 +158,7 @@ def check_state(state: object) -> None:
 def mark_donated(state: TrainState) -> None:
     """Make every later use of `state` an error."""
     for name in _TENSORDICT_FIELDS:
+        # The only write to a frozen record: from here on it raises at every use.
         object.__setattr__(state, name, _Donated(name))
 
 
@@ -210,6 +212,7 @@ def init_state(
     """
     check_replicas(ctx, "use `faccel.wrap` and `faccel.optimizer_step`, which train on every mesh")
     check_transformation(optimizer, "optimizer")
+    # Tied parameters have one name here, as in `named_parameters`.
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not trainable:
         raise ModelError(
@@ -223,13 +226,16 @@ def init_state(
         _check_constants(model, ctx)
         _broadcast_in_place(params, ctx)
         _broadcast_in_place(buffers, ctx)
+    # The optimizer state is not broadcast: it is computed from equal parameters.
     params_dict = to_tensordict(params)
     return TrainState(
         params_dict,
         to_tensordict(buffers),
         optimizer.init(params_dict),
         init_scaler(ctx),
+        # On the CPU: each step reads it to seed its generator.
         torch.zeros((), dtype=torch.int64),
+        # Any Python int is accepted as a seed.
         torch.tensor(seed % 2**63, dtype=torch.int64),
     )
 
@@ -252,6 +258,7 @@ def _check_constants(model: nn.Module, ctx: DistContext) -> None:
             constants[name] = param
     if not constants:
         return
+    # Below 2**62, so that the negative value fits into int64, too.
     hashes = [digest(tensor) % 2**62 for tensor in constants.values()]
     digests = torch.tensor(hashes, device=ctx.device)
     # max(x) = -min(-x), so that one all-reduce finds both extremes
@@ -289,6 +296,7 @@ def merge(model: nn.Module, state: TrainState) -> nn.Module:
         True
     """
     check_state(state)
+    # The user's module stays as it was, with its own values.
     merged = copy.deepcopy(model)
     targets: NamedTensors = {}
     for name, param in merged.named_parameters():

@@ -141,6 +141,7 @@ def build_step(
         _check_call(state, donate=donate, traced=traced)
         if generator is None:
             generator = _generator_for(state, step_generator, ctx, traced=traced)
+        # After an exception in the loss function the next call checks again.
         check_writes = not traced and not has_checked_writes
         inputs = GradInputs(
             options,
@@ -152,14 +153,18 @@ def build_step(
             state.scaler.scale,
             check_writes,
         )
+        # Forward, backward and all-reduce; everything after this is local.
         result = gradient_fn(inputs)
         if check_writes:
             has_checked_writes.append(True)
+        # Before the update: it may overwrite what the loss is a view of.
         metrics = _metrics_of(result, has_aux=options.has_aux, copy=donate)
+        # Inside of a graph nothing is donated; `_overwrite` copies at its end instead.
         updates, opt, scaler = _update(transformation, result, state, donate=donate and not traced)
         buffers = state.buffers
         if result.buffers is not None:
-            buffers = to_tensordict(dict(buffers.items()) | result.buffers)
+            # `call_loss` checks that all buffers are returned.
+            buffers = to_tensordict(result.buffers)
         new_state = TrainState(
             apply_updates(state.params, updates),
             buffers,
@@ -171,6 +176,7 @@ def build_step(
         if donate:
             if traced:
                 new_state = _overwrite(state, new_state)
+            # Last: an error before this leaves the old state usable.
             mark_donated(state)
         return metrics | dict(updates.metrics), new_state
 
@@ -208,7 +214,9 @@ def _update(
     if not scaler.enabled:
         updates, opt = transformation.update(updates, state.opt, state.params)
         return updates, opt, scaler
+    # Gradients are all-reduced, so all ranks decide the same without communication.
     finite = _all_finite(result)
+    # The transitions that `optimizer_step` makes for modules.
     scaler = scaler.after_backward().after_step(transformation, finite=finite)
     skipped = {"skipped": result.loss.new_full((), not finite, dtype=torch.bool)}
     if not finite:
@@ -252,6 +260,7 @@ def _overwrite(old: TrainState, new: TrainState) -> TrainState:
     for name in ("params", "buffers", "opt"):
         targets = named_leaves(getattr(old, name))
         for path, value in named_leaves(getattr(new, name)).items():
+            # Unchanged tensors are the same objects.
             if targets[path] is not value:
                 targets[path].copy_(value)
     return attrs.evolve(new, params=old.params, buffers=old.buffers, opt=old.opt)

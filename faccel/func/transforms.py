@@ -34,6 +34,7 @@ def schedule_value(schedule: Schedule | float, count: torch.Tensor) -> Tree:
     """Return the value of a schedule: a float, or float64[] under a transform."""
     if not callable(schedule):
         return schedule
+    # float64, as a Python float: rates of traced and eager steps agree.
     if is_traced():
         return schedule(count.double())
     return schedule(int(count))
@@ -194,6 +195,7 @@ def accumulate(num_steps: int) -> GradientTransformation:
     positive("num_steps", num_steps)
 
     def init(params: TensorDict, /) -> TensorDict:
+        # One more copy of the gradients in the state.
         zeros = {name: torch.zeros_like(param) for name, param in flat_dict(params).items()}
         return to_tensordict({"count": initial_count(), "sum": zeros})
 
@@ -207,7 +209,9 @@ def accumulate(num_steps: int) -> GradientTransformation:
         # Under a transform `is_last` is a tensor: the mean is needed in case it is true.
         if is_last is not False:
             grads = {name: total / num_steps for name, total in sums.items()}
+        # The mean above is computed from the sums before they are reset.
         sums = _reset_if(sums, condition=is_last, in_place=updates.donate)
+        # The number of gradients in the sum, not of updates.
         count = (state["count"] + 1) % num_steps
         apply = logical_and(updates.apply, is_last)
         new_state = to_tensordict({"count": count, "sum": sums})
@@ -266,6 +270,7 @@ def skip_nonfinite() -> GradientTransformation:
     ) -> tuple[Updates, TensorDict]:
         _check_entries("skip_nonfinite", state, "num_skipped")
         is_finite = torch.stack([grad.isfinite().all() for grad in updates.grads.values()]).all()
+        # Computed on the device: the host is not asked.
         new_state = to_tensordict({"num_skipped": state["num_skipped"] + ~is_finite})
         metrics = {**updates.metrics, "skipped": ~is_finite}
         apply = logical_and(updates.apply, to_bool(is_finite))
@@ -309,10 +314,12 @@ def ema(decay: float) -> GradientTransformation:
             return updates, state
         averages = flat_dict(state["average"])
         new_params = flat_dict(updates.params)
+        # lerp: average + (1 - decay) * (params - average).
         if updates.donate:
             ends = [new_params[name] for name in averages]
             foreach._foreach_lerp_(list(averages.values()), ends, 1 - decay)
             return updates, state
+        # Parameters of the state only: inside of `masked` there are fewer.
         moved: NamedTensors = {}
         for name, average in averages.items():
             moved[name] = average.lerp(new_params[name], 1 - decay)
@@ -356,6 +363,7 @@ def _find_averages(opt: TensorDict) -> NamedTensors:
     # `average` is the only entry of the state of `ema`, and a chain may have a member of any name
     if list(opt.keys()) == ["average"]:
         return flat_dict(states["average"])
+    # Names are unique: a parameter has one label.
     averages: NamedTensors = {}
     for state in states.values():
         averages |= _find_averages(state)
