@@ -65,6 +65,7 @@ def checkpoints(directory: str, *, as_json: bool) -> None:
             }
         )
     present(documents, rows, as_json=as_json)
+    # After the whole list is printed: a script reads it, and then the exit code.
     if is_corrupt:
         sys.exit(1)
 
@@ -75,6 +76,8 @@ def _verify(checkpoint: Checkpoint) -> str | None:
 
     if checkpoint.problem is not None:
         return checkpoint.problem
+    # Hashes of all files, which `checkpoints` alone does not read: it takes as long as
+    # reading the files.
     for entry in read_manifest(checkpoint.path).files:
         problem = check_hash(checkpoint.path, entry)
         if problem is not None:
@@ -121,10 +124,12 @@ def env(*, explain: bool, as_json: bool) -> None:
 
     try:
         reference = find(os.environ)
+        # Without a file the environment and the defaults still apply.
         file = None
         if reference is not None:
             file = read(reference)
         config = resolve(env=os.environ, file=file)
+        # The context stays open until everything about it is printed.
         with ExitStack() as stack:
             ctx, problem = _try_init(stack)
             document = describe(config, ctx)
@@ -145,6 +150,7 @@ def _try_init(stack: ExitStack) -> tuple[DistContext | None, str | None]:
     import faccel
 
     try:
+        # The stack shuts the context down, so that `env` also works below `faccel launch`.
         return stack.enter_context(faccel.init()), None
     except faccel.errors.FaccelError as error:
         return None, str(error)

@@ -39,6 +39,7 @@ def _recommended() -> tuple[dict[str, Any], int]:
     """Return the fields that are recommended for this node, and the number of processes."""
     import torch
 
+    # The same choice as `--nproc auto`.
     num_processes = 1
     if torch.accelerator.is_available():
         num_processes = max(1, torch.accelerator.device_count())
@@ -50,6 +51,7 @@ def _recommended() -> tuple[dict[str, Any], int]:
 
 
 def _questionnaire() -> None:
+    # questionary reads keys, which pipes and files do not send.
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError(
             ConfigError(
@@ -71,6 +73,7 @@ def _questionnaire() -> None:
             )  # an invalid file fails before the first question
             recommended, num_processes = _recommended()
             values, nproc = ask(current, recommended, num_processes)
+    # Answers so far are dropped: a file with half of them would look complete.
     except KeyboardInterrupt:
         raise click.ClickException("interrupted; nothing was written") from None
     _write(file, values)
@@ -94,6 +97,7 @@ def _reference() -> str:
     from faccel.config_file import VARIABLE, default_path
 
     reference = os.environ.get(VARIABLE) or default_path(os.environ)
+    # Without $HOME, as in some containers.
     if reference is None:
         raise click.ClickException("no home directory. To fix: set FACCEL_CONFIG to a file")
     return reference
@@ -104,6 +108,7 @@ def _user_file() -> str:
 
     A section of a larger file is never written: the rest of that file belongs to the user.
     """
+    # `FACCEL_CONFIG` may name a section, as in `training.yaml#faccel`.
     file, mark, section = _reference().partition("#")
     if mark:
         raise UsageError(
@@ -157,6 +162,7 @@ def default(*, force: bool) -> None:
     """Write a file with the settings that are recommended for this node."""
     file = _user_file()
     _check_new(file, force=force, fix="change it with `faccel config set`")
+    # The number of processes is an option of `faccel launch`, not a field.
     values, _ = _recommended()
     _write(file, values)
     print(file)
@@ -192,6 +198,7 @@ def _parse_pair(pair: str) -> tuple[str, Any]:
             "`faccel config set` expects `key=value`", got=f"`{pair}`", fix=f"write `{name}=...`"
         )
     fields = {field.name: field for field in config_fields()}
+    # Before parsing: an unknown name has no parser.
     if name not in fields:
         raise ConfigError(
             f"`{name}` is not a field of the configuration", fix=nearest(name, fields)
@@ -215,6 +222,7 @@ def check(file: str, *, as_json: bool) -> None:
     except FaccelError as error:
         if not as_json:
             raise click.ClickException(str(error)) from None
+        # The three parts of the message as data, for editors and CI.
         document = {"file": file, "problem": error.problem, "got": error.got, "fix": error.fix}
         present(document, [], as_json=True)
         sys.exit(1)
@@ -238,6 +246,7 @@ def import_(file: str, out: str | None, *, force: bool, as_json: bool) -> None:
         converted = from_accelerate(read(file).values)
         resolve(file=ConfigFile(target, converted.values))
     command = " ".join(["faccel", "launch", *converted.options, "script.py"])
+    # The comment is the only place in the file for what became options of the launcher.
     comment = f"# from {os.path.basename(file)}; start with: {command}\n"
     _write(target, converted.values, comment)
     document = {
@@ -249,4 +258,5 @@ def import_(file: str, out: str | None, *, force: bool, as_json: bool) -> None:
     present(document, [(target,), (f"start with: {command}",)], as_json=as_json)
     if not as_json:
         for key, value in converted.without_equivalent.items():
+            # To standard error: standard output holds what a script would read.
             sys.stderr.write(f"no equivalent in this version: {key}: {value}\n")

@@ -13,6 +13,7 @@ from faccel.cli.output import fields_document
 from faccel.config import Config
 from faccel.context import DistContext
 
+# Packages whose versions matter in a bug report.
 _PACKAGES = (
     "faccel",
     "torch",
@@ -57,6 +58,7 @@ def describe(config: Config, ctx: DistContext | None) -> dict[str, object]:
     Effects: ambient. Asks the operating system for the hardware.
     """
     devices = _devices()
+    # Keys without a value are left out, so that a reader can test for their presence.
     hardware: dict[str, object] = {
         "cpu_cores": devices.cpu_cores,
         "memory_bytes": devices.memory_bytes,
@@ -83,6 +85,7 @@ def as_rows(ctx: DistContext | None) -> list[tuple[str, str]]:
     """
     devices = _devices()
     cpu = f"{devices.cpu_cores} cores"
+    # GiB, as tools of operating systems print it.
     if devices.memory_bytes is not None:
         cpu += f", {devices.memory_bytes / 2**30:.1f} GiB"
     rows = [
@@ -107,6 +110,7 @@ def _process_rows(ctx: DistContext) -> list[tuple[str, str]]:
         f"local rank {topology.local_rank} of {topology.local_world_size}, "
         f"node {topology.node_rank} of {topology.num_nodes}"
     )
+    # The launcher that `detect` found, which explains an unexpected world size.
     launcher = topology.source
     if topology.main_address:
         launcher += f", rendezvous at {topology.main_address}:{topology.main_port}"
@@ -122,6 +126,7 @@ def _versions() -> dict[str, str]:
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
+        # Not installed: it does not appear in the report.
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
@@ -169,6 +174,7 @@ def _cuda_libraries() -> dict[str, str]:
     if torch.distributed.is_nccl_available():
         version = nccl.version()
     return {
+        # ROCm builds of PyTorch also use the name cuda, and set `hip`.
         "CUDA": str(torch.version.cuda or torch.version.hip),
         "NCCL": ".".join(map(str, version)),
     }

@@ -52,12 +52,14 @@ def parse_flags(options: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in config_fields():
         text = options[field.name]
+        # The flag is absent, so that weaker sources apply.
         if text is None:
             continue
         try:
             value = text
             if not isinstance(text, bool):
                 value = field.metadata["parse"](text)
+            # With the single field, so that the error is about this flag.
             Config(**{field.name: value})  # validates
         except ConfigError as error:
             raise UsageError(error) from None

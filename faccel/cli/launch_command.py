@@ -45,6 +45,7 @@ def launch_options(command: CommandT) -> CommandT:
     return command
 
 
+# In the order of the help text: what, where, how long, what is logged.
 _OPTIONS = (
     click.option(
         "--nproc",
@@ -94,6 +95,7 @@ _OPTIONS = (
 )
 
 
+# Options after SCRIPT belong to the script, even if faccel has one of the same name.
 @click.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
 @launch_options
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a Python module.")
@@ -132,6 +134,7 @@ def _launch(command: tuple[str, ...], options: Mapping[str, Any]) -> None:
     from faccel.launching.run import run
 
     try:
+        # Errors up to here are about the command line: exit code 2, as click's own.
         spec = _spec(command, options)
         if options["rendering"]:
             from faccel.launching.render import RENDERINGS
@@ -142,6 +145,7 @@ def _launch(command: tuple[str, ...], options: Mapping[str, Any]) -> None:
     except FaccelError as error:
         raise UsageError(error) from None
     try:
+        # A single process replaces this one, so that `run` does not return.
         code = run(spec, os.environ)
     except LaunchError as error:
         raise UsageError(error) from None
@@ -156,6 +160,7 @@ def _check_config(spec: LaunchSpec) -> None:
     from faccel.config_file import find, read
     from faccel.launching.spec import environment_of
 
+    # The environment of the ranks; the number of cores does not matter here.
     env = {**os.environ, **environment_of(spec, os.environ, 1)}
     reference = find(env)
     file = None
@@ -174,6 +179,7 @@ def _spec(command: tuple[str, ...], options: Mapping[str, Any]) -> LaunchSpec:
     from faccel.launching.spec import LaunchSpec
 
     flags = parse_flags(options)
+    # `--cpu` becomes the field, so that the ranks need no second flag.
     if options["cpu"]:
         if flags.get("device", "cpu") != "cpu":
             raise LaunchError(
@@ -220,6 +226,7 @@ def _num_processes(nproc: str, device: str) -> int:
             got=f"--nproc {nproc}",
             fix="write for example `--nproc 2`",
         )
+    # Before the test for devices: `--nproc cpu` counts cores, also with `--device cuda`.
     if nproc == "cpu":
         return os.cpu_count() or 1
     if nproc == "1":
@@ -238,6 +245,7 @@ def _num_processes_on_devices(nproc: str, device: str) -> int:
     num_devices = 0
     if torch.accelerator.is_available():
         num_devices = torch.accelerator.device_count()
+    # With `--nproc 2` alone and no accelerator, the ranks compute on the CPU.
     if num_devices == 0 and (device or nproc == "gpu"):
         option = "`--nproc gpu`"
         if device:

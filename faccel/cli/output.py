@@ -25,10 +25,12 @@ def present(document: object, rows: Iterable[Sequence[str]], *, as_json: bool) -
     if as_json:
         print(json.dumps(document))
         return
+    # For pipes and files: no colours and no line breaks within a row.
     if not sys.stdout.isatty():
         for row in rows:
             print("  ".join(filter(None, row)))
         return
+    # Imported late: rich is slow to import, and JSON and pipes do not need it.
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -56,6 +58,7 @@ def fields_document(config: Config) -> dict[str, dict[str, object]]:
     document: dict[str, dict[str, object]] = {}
     for field in config_fields():
         value = getattr(config, field.name)
+        # The mesh is a record; the other fields are JSON values.
         if attrs.has(type(value)):
             value = attrs.asdict(value)
         document[field.name] = {"value": value, "source": config.sources[field.name]}

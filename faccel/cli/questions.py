@@ -53,18 +53,22 @@ def ask(
     for field in config_fields():
         if field.name not in _EXPLANATIONS:
             continue
+        # The order of proposals: the file, what suits this node, the default.
         proposal = current.get(field.name, recommended.get(field.name, field.default))
         click.echo(f"\n{_EXPLANATIONS[field.name]}")
         if field.name == "mixed_precision":
+            # A list of all values; the other fields are free text.
             answer = questionary.select(
                 field.name, choices=list(PRECISIONS), default=str(proposal)
             ).unsafe_ask()
         else:
             answer = _ask_text(field.name, proposal, field.metadata["parse"], field.default)
+        # A file that repeats defaults would freeze them for later versions.
         values.pop(field.name, None)
         if answer != field.default:
             values[field.name] = answer
     click.echo("\nUse one process per GPU. On a CPU, 2 processes show how a parallel run behaves.")
+    # Not a field of the configuration, because it differs between nodes.
     count = questionary.text(
         "processes per node", default=str(num_processes), validate=_check_count
     ).unsafe_ask()

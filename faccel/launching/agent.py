@@ -71,6 +71,7 @@ class Agent(LocalElasticAgent):
     ) -> None:
         super().__init__(spec, logs_specs=logs_specs, start_method=start_method)
         self._on_restart = on_restart
+        # The first signal that asked the launch to end; read by `_exit_code`.
         self.end_signal: int | None = None
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # type: ignore[override]
@@ -81,12 +82,14 @@ class Agent(LocalElasticAgent):
         if result.state != WorkerState.FAILED:
             return result
         if self.end_signal is not None or is_preemption(result.failures):
+            # A restart would run the script again although it was asked to end.
             self._remaining_restarts = 0
         elif self._remaining_restarts > 0:
             self._on_restart(result.failures, self._remaining_restarts - 1)
         return result
 
     def _is_any_running(self) -> bool:
+        # Contexts of functions (`start_processes` with spawn) have no handlers.
         processes = getattr(self._pcontext, "subprocess_handlers", {}).values()
         return any(process.proc.poll() is None for process in processes)
 
@@ -96,6 +99,7 @@ class Agent(LocalElasticAgent):
         Raises:
             SignalException: This is the second signal that ends a process, or no rank runs.
         """
+        # Before the rendezvous is complete there is no process context.
         pids: list[int] = []
         if self._pcontext:
             pids = list(self._pcontext.pids().values())

@@ -103,7 +103,11 @@ def _count(num_processes: int | None) -> int:
         if not torch.accelerator.is_available():
             return 1
         return max(1, torch.accelerator.device_count())
-    value: object = num_processes
+    return _positive_int(num_processes)
+
+
+def _positive_int(value: object) -> int:
+    # bool is a subclass of int, and `num_processes=True` is a mistake
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(
             "`num_processes` must be a positive int",
@@ -124,6 +128,7 @@ def _run(
     from torch.distributed.launcher.api import LaunchConfig
 
     _check(fn, config)
+    # No process, no pickling: a debugger works, and lambdas are allowed.
     if num_processes == 1:
         return [_call(fn, args, config)]
     if start_method == "spawn":
@@ -137,11 +142,13 @@ def _run(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=num_processes,
+            # Concurrent launches on this node must not share a rendezvous.
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             max_restarts=0,
             start_method=start_method,
+            # Required by the elastic launcher, which stores each rank's error file there.
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         results = _start(spec, fn, args, config)
@@ -156,6 +163,7 @@ def _check(fn: Callable[..., object], config: _ConfigLike) -> None:
             got=repr(fn),
             fix="write `faccel.launch(train, num_processes=2)`",
         )
+    # Nested launches would start `n * n` processes, all with the rank of the outer one.
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         raise LaunchError(
             "`faccel.launch` was called in a process that a launcher started",
@@ -196,6 +204,7 @@ def _call(fn: Callable[..., T], args: tuple[object, ...], config: _ConfigLike) -
                 description = f"the result of rank {ctx.rank}"
                 _check_pickles(result, description, "return tensors, numbers, text, lists or dicts")
             return result
+    # `sys.exit()` in a script is a normal end; with a code it is a failure of the rank.
     except SystemExit as exit:
         if exit.code in (None, 0):
             return None  # type: ignore[return-value]  # the function ended without a result

@@ -73,6 +73,7 @@ def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
         >>> imported.values, imported.options
         ({'device': 'cpu'}, ('--nproc', '4'))
     """
+    # Every version of Accelerate writes at least one of the two.
     if "distributed_type" not in config and "compute_environment" not in config:
         raise ConfigError(
             "the file is not a configuration of Accelerate",
@@ -93,6 +94,7 @@ def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
     if mesh:
         values["mesh"] = mesh
     options = _convert_launch(remaining)
+    # The other values are clouds (Amazon SageMaker), which have no equivalent.
     if remaining.get("compute_environment") == "LOCAL_MACHINE":
         del remaining["compute_environment"]
     for key in _NOT_NEEDED:
@@ -169,6 +171,7 @@ def _convert_precision(remaining: _Keys, values: _Keys) -> None:
 
 
 def _convert_mesh(remaining: _Keys, kind: str) -> dict[str, int]:
+    # Newer versions only. Older files describe parallelism by `distributed_type`.
     sizes = _section(remaining, "parallelism_config")
     remaining.pop("parallelism_config", None)
     mesh: dict[str, int] = {}
@@ -190,6 +193,7 @@ def _convert_launch(remaining: _Keys) -> tuple[str, ...]:
     # Accelerate accepts 0 and null, and runs one process on one node.
     num_nodes = max(1, _int("num_machines", remaining.pop("num_machines", None) or 1))
     num_processes = max(1, _int("num_processes", remaining.pop("num_processes", None) or 1))
+    # `--nproc` is one number for all nodes.
     if num_processes % num_nodes:
         valid = -(-num_processes // num_nodes) * num_nodes
         raise ConfigError(
@@ -209,6 +213,7 @@ def _convert_launch(remaining: _Keys) -> tuple[str, ...]:
         if is_elastic:
             endpoint = f"{host or 'HOST'}:{port or 29400}"
             return (*options, "--rdzv-endpoint", endpoint)
+        # The address may be missing in a file for one node that was edited by hand.
         options += ["--node-rank", str(node_rank or 0), "--main-address", str(host or "HOST")]
     if port:
         options += ["--main-port", str(port)]

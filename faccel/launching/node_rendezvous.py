@@ -38,13 +38,17 @@ def join_nodes(spec: LaunchSpec) -> TCPStore:
     """
     import torch.distributed as dist
 
+    # The address of torchrun's rendezvous, too: both use one server.
     host, port = rendezvous_address(spec)
+    # Of a range the minimum: torchrun lets more nodes join later.
     num_nodes = int(spec.nnodes.partition(":")[0])
     store = _open_store(spec, host, port)
+    # Several runs may use one rendezvous server under different names.
     prefix = f"faccel/joining/{spec.rdzv_id}/"
     _register(spec, store, prefix)
     keys = [f"{prefix}{node}" for node in range(num_nodes)]
     try:
+        # Usually all nodes join within this time, and nothing is printed.
         if not _poll(lambda: store.check(keys), min(_REPORT_AFTER_S, spec.join_timeout_s)):
             _wait_with_report(spec, store, keys, f"at {host}:{port}")
     except dist.DistError as error:
@@ -61,6 +65,7 @@ def _register(spec: LaunchSpec, store: TCPStore, prefix: str) -> None:
     hostname = socket.gethostname()
     node_rank = spec.node_rank
     if node_rank is None:
+        # An elastic launch numbers its nodes in the order of arrival.
         node_rank = store.add(f"{prefix}count", 1) - 1
     # compare_set returns the value that is stored: an earlier one if two nodes claim one rank
     owner = store.compare_set(f"{prefix}{node_rank}", "", hostname).decode()
@@ -74,6 +79,7 @@ def _register(spec: LaunchSpec, store: TCPStore, prefix: str) -> None:
 
 def _wait_with_report(spec: LaunchSpec, store: TCPStore, keys: list[str], address: str) -> None:
     """Print which nodes are missing, and wait for the rest of the timeout."""
+    # The first part of the timeout is over.
     remaining_s = spec.join_timeout_s - _REPORT_AFTER_S
     if remaining_s > 0:
         sys.stderr.write(f"{_joined(store, keys)} {address}; waiting for the missing nodes\n")
@@ -116,6 +122,7 @@ def _open_store(spec: LaunchSpec, host: str, port: int) -> TCPStore:
 
     if spec.node_rank is None:
         is_server = is_local_address(host)
+        # Without a rank the host that owns the address serves the store.
         server = f"`{host}`"
     else:
         is_server = spec.node_rank == 0
@@ -153,6 +160,7 @@ def is_local_address(host: str) -> bool:
     Effects: ambient. Resolves the name, and binds a port for a moment.
     """
     try:
+        # Only an address of this host can be bound.
         family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:
             probe.bind(address)

@@ -42,12 +42,15 @@ def as_mpirun(spec: LaunchSpec) -> str:
     Raises:
         LaunchError: The launch has an option that mpirun does not support.
     """
+    # `spec.nproc` counts the processes of a node, mpirun those of the job.
     num_nodes = _num_nodes(spec)
     _check_supported(spec, "mpirun")
     words = ["mpirun", "-np", str(spec.nproc * num_nodes)]
     for key, value in _environment(spec).items():
+        # Open MPI exports variables to other nodes only with -x.
         words += ["-x", f"{key}={value}"]
     if num_nodes > 1:
+        # A placeholder that the user replaces.
         address = spec.main_address or "HOST"
         words += ["--map-by", f"ppr:{spec.nproc}:node", "-x", f"MASTER_ADDR={address}"]
     if spec.main_port is not None:
@@ -71,6 +74,7 @@ def as_slurm(spec: LaunchSpec) -> str:
         f"#SBATCH --nodes={num_nodes}",
         f"#SBATCH --ntasks-per-node={spec.nproc}",
     ]
+    # SLURM grants no GPU that the script does not request.
     if not str(spec.flags.get("device") or "").startswith("cpu"):
         lines.append(f"#SBATCH --gpus-per-node={spec.nproc}")
     lines.append(_SLURM_PREEMPTION)
@@ -93,6 +97,7 @@ def _environment(spec: LaunchSpec) -> dict[str, str]:
     if spec.flags:
         variables[LAUNCH] = json.dumps(dict(spec.flags))
     if spec.config:
+        # As it was written: the path is resolved in the job's folder.
         variables[VARIABLE] = spec.config
     return variables
 

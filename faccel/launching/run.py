@@ -52,6 +52,7 @@ def run(spec: LaunchSpec, env: Mapping[str, str]) -> int:
     """
     check_complete(spec)
     _check(spec)
+    # A copy: the environment of the caller is an argument.
     env = {**env, **environment_of(spec, env, os.cpu_count() or 1)}
     if spec.is_single_process:
         _replace_process(spec, env)
@@ -70,6 +71,7 @@ def _check(spec: LaunchSpec) -> None:
                 fix="name a script, `-m` and a module, or `--no-python` and an executable",
             )
         _check_syntax(command)
+    # A module is not checked: importing its package would execute code.
     if spec.kind == "executable" and shutil.which(command) is None:
         raise LaunchError(
             "the executable does not exist", got=f"`{command}`", fix="name one on the PATH"
@@ -167,11 +169,13 @@ def _supervise(spec: LaunchSpec) -> int:
         if spec.nnodes != "1":
             store = join_nodes(spec)
         try:
+            # Returns when all ranks have ended.
             failures, end_signal = supervise(config, command, args, _report_restart)
         except SignalException as error:
             return 128 + int(error.sigval)
         except OSError as error:
             raise _start_error(spec, error) from None
+        # After `join_nodes`: a node has ended, or restarts without this one.
         except RendezvousError as error:
             raise JoinError(
                 "the nodes lost each other",
@@ -187,6 +191,7 @@ def _exit_code(failures: Failures, end_signal: int | None, *, is_single_node: bo
     """Return the exit code, and print the reason if it is not 0."""
     from faccel.launching.agent import is_preemption
 
+    # The usual case prints nothing.
     if not failures:
         return 0
     codes = {failure.exitcode for failure in failures.values()}
@@ -196,6 +201,7 @@ def _exit_code(failures: Failures, end_signal: int | None, *, is_single_node: bo
             f"preempted: a checkpoint is saved; run the same command to resume (exit code {code})\n"
         )
         return code
+    # The ranks ended by the signal, as asked: the user needs no report of that.
     if end_signal is not None and codes <= {-end_signal, 128 + end_signal}:
         return 128 + end_signal
     text, code = _describe_first(failures, is_single_node=is_single_node)
@@ -220,6 +226,7 @@ def _is_consequence(failure: ProcessFailure) -> bool:
 
 def _describe_first(failures: Failures, *, is_single_node: bool) -> tuple[str, int]:
     """Return a report of the failure that caused the others, and its exit code."""
+    # Causes before consequences, then the earliest. Clocks of one node are comparable.
     rank = min(failures, key=lambda r: (_is_consequence(failures[r]), failures[r].timestamp))
     failure = failures[rank]
     code, reason = failure.exitcode, f"exit code {failure.exitcode}"
@@ -230,6 +237,7 @@ def _describe_first(failures: Failures, *, is_single_node: bool) -> tuple[str, i
     if not is_single_node and _is_consequence(failure):
         order = "failed after a rank of another node"
     message: object = failure.message
+    # A process that was killed, or an executable, leaves no traceback.
     traceback = ""
     if isinstance(message, dict):
         traceback = message.get("extraInfo", {}).get("py_callstack", "")

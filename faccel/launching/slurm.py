@@ -28,6 +28,7 @@ def within_slurm(spec: LaunchSpec, env: Mapping[str, str], *, has_nproc: bool) -
         LaunchError: SLURM starts several tasks per node, and each would start several processes.
     """
     has_rendezvous = spec.rdzv_endpoint is not None or spec.main_address is not None
+    # The command line describes the rendezvous itself, so SLURM only starts it.
     if spec.nnodes != "1" or has_rendezvous:
         return spec
     if env.get("SLURM_STEP_NUM_TASKS", "1") == "1":
@@ -54,4 +55,5 @@ def within_slurm(spec: LaunchSpec, env: Mapping[str, str], *, has_nproc: bool) -
             got=f"{topology.local_world_size} tasks on this node, with `--nproc {spec.nproc}`",
             fix="use `srun --ntasks-per-node=1`, or remove `--nproc`",
         )
+    # The task is a rank already.
     return attrs.evolve(spec, nproc=1)

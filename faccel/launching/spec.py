@@ -82,6 +82,7 @@ class LaunchSpec:
 
 def _check_nnodes(spec: LaunchSpec) -> None:
     low, _, high = spec.nnodes.partition(":")
+    # A single number is a range from it to itself.
     bounds = (low, high or low)
     is_range = all(bound.isdecimal() and int(bound) > 0 for bound in bounds)
     if not is_range or int(bounds[0]) > int(bounds[1]):
@@ -90,6 +91,7 @@ def _check_nnodes(spec: LaunchSpec) -> None:
             got=f"--nnodes {spec.nnodes}",
             fix="write `--nnodes 2`, or `--nnodes 1:4`",
         )
+    # Nodes of a range have no fixed ranks.
     if high or spec.node_rank is None:
         return
     if not 0 <= spec.node_rank < int(low):
@@ -167,6 +169,7 @@ def rendezvous_address(spec: LaunchSpec) -> tuple[str, int]:
             got=f"--rdzv-endpoint {spec.rdzv_endpoint}",
             fix="write `--rdzv-endpoint host:29400`",
         )
+    # The port may be missing after the colon, as torchrun allows.
     return host, int(text or _ELASTIC_PORT)
 
 
@@ -184,6 +187,7 @@ def torchrun_arguments(spec: LaunchSpec) -> list[str]:
     """
     check_complete(spec)
     arguments = ["--nnodes", spec.nnodes, "--nproc-per-node", str(spec.nproc)]
+    # Always explicit: the defaults of torchrun have changed between versions.
     arguments += ["--max-restarts", str(spec.max_restarts)]
     arguments += _rendezvous_arguments(spec)
     if spec.log_dir is not None:
@@ -227,8 +231,10 @@ def environment_of(spec: LaunchSpec, env: Mapping[str, str], num_cores: int) -> 
     flags = dict(spec.flags)
     variables: dict[str, str] = {}
     if spec.config is not None:
+        # Absolute, because a rank may change its folder before `faccel.init`.
         variables[VARIABLE] = absolute(spec.config)
         flags["config"] = variables[VARIABLE]
+    # As JSON in one variable, so that flags stay distinguishable from the environment.
     variables[LAUNCH] = json.dumps(flags)
     if "OMP_NUM_THREADS" not in env and spec.nproc > 1:
         # torchrun would set 1 and log a warning

@@ -43,8 +43,10 @@ def detect(env: Env) -> Topology:
         >>> detect({}).world_size
         1
     """
+    # An empty variable counts as unset: launch scripts clear variables that way.
     env = {key: value for key, value in env.items() if value}
     topologies: list[Topology] = []
+    # All of them, also after a match: nested launchers set the variables of both.
     for detector in DETECTORS:
         topology = detector(env)
         if topology is not None:
@@ -88,6 +90,7 @@ def detect_torchrun(env: Env) -> Topology | None:
     # A script that sets the variables by hand usually leaves out the groups.
     if "GROUP_WORLD_SIZE" in env:
         node = (_int(env, "GROUP_RANK"), _int(env, "GROUP_WORLD_SIZE"))
+    # torchrun always sets both, so nothing is derived.
     address = (env["MASTER_ADDR"], _int(env, "MASTER_PORT"))
     topology = _topology("torchrun", _ranks(env, "torchrun", keys), address, node)
     return attrs.evolve(
@@ -124,6 +127,7 @@ def detect_slurm(env: Env) -> Topology | None:
         local_rank=_int(env, "SLURM_LOCALID"),
         local_world_size=num_tasks_of_node(num_tasks, node_rank),
     )
+    # Steps of a job may run at the same time on one node, so the step is part of the name.
     job = f"{env['SLURM_JOB_ID']}.{env.get('SLURM_STEP_ID', '0')}"
     address = _address(env, first_host(nodes), job)
     return _topology("SLURM", ranks, address, (node_rank, _int(env, "SLURM_STEP_NUM_NODES")))
@@ -219,6 +223,8 @@ def _mpi_topology(env: Env, source: str, keys: tuple[str, ...]) -> Topology:
                 "pass the first host, as in `mpirun -x MASTER_ADDR=host -x MASTER_PORT=29500 ...`"
             ),
         )
+    # Open MPI 5 sets the first, Open MPI 4 the second. Both are equal on all ranks of a job;
+    # MPICH has no such variable, so its jobs on a node need different MASTER_PORTs.
     job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid", "")
     return _topology(source, ranks, _address(env, _LOCALHOST, job))
 
@@ -231,6 +237,7 @@ def detect_lsf(env: Env) -> Topology | None:
     Raises:
         TopologyError: Only some of the variables are set.
     """
+    # `LSB_JOBID` alone is set in the whole job, outside of `jsrun`.
     if "JSM_NAMESPACE_RANK" not in env or "LSB_JOBID" not in env:
         return None
     ranks = _ranks(env, "jsrun", _keys("JSM_NAMESPACE"))
@@ -255,6 +262,7 @@ def detect_kubeflow(env: Env) -> Topology | None:
     if not _is_kubeflow(env) or ("RANK" not in env and "WORLD_SIZE" not in env):
         return None
     _check_complete(env, "Kubeflow", ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    # Kubeflow's `RANK` counts pods, and each pod is a node of one process.
     ranks = _Ranks(_int(env, "RANK"), _int(env, "WORLD_SIZE"), 0, 1)
     return _topology("Kubeflow", ranks, (env["MASTER_ADDR"], _int(env, "MASTER_PORT")))
 
@@ -281,6 +289,7 @@ def detect_xla(env: Env) -> Topology | None:
     host = _LOCALHOST
     if hosts:
         host = hosts[0]
+    # One process drives all chips of its host.
     ranks = _Ranks(_int(env, "TPU_WORKER_ID"), len(hosts), 0, 1)
     return _topology("XLA", ranks, _address(env, host, names))
 
@@ -334,6 +343,7 @@ def _address(env: Env, host: str, job: str) -> tuple[str, int]:
 
     The port must be equal on all ranks of a job, and differ between jobs on the same node.
     """
+    # CRC, not `hash`, which is salted in each process.
     port = 20000 + zlib.crc32(job.encode()) % 20000
     return env.get("MASTER_ADDR", host), _int(env, "MASTER_PORT", port)
 
@@ -343,6 +353,7 @@ def _topology(
 ) -> Topology:
     """Return the topology. Without `node`, rank and number, all nodes have equally many ranks."""
     if node is None:
+        # A launcher without node numbers places consecutive ranks on a node.
         size = max(1, ranks.local_world_size)
         node = (ranks.rank // size, -(-ranks.world_size // size))
     return Topology(

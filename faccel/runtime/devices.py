@@ -26,6 +26,7 @@ def c10d_backend(device: torch.device) -> str:
     """
     if device.type == "cpu":
         return "gloo"
+    # gloo as well: objects and counters are CPU tensors on every device.
     return f"cpu:gloo,{device.type}:{_COMM_LIBRARIES[device.type]}"
 
 
@@ -49,6 +50,7 @@ def choose_device(config: Config, topology: Topology) -> torch.device:
     if index < num_devices:
         return torch.device(device.type, index)
     fix = "write `faccel.init(device='cpu')`"
+    # The number that fits, so that the command can be corrected at once.
     if num_devices:
         fix = f"start {num_devices} processes on this node, or {fix}"
     raise DeviceError(

@@ -47,6 +47,7 @@ class _Hook:
         is_launched = bool(self._error_file) and LAUNCH in env
         folder = os.path.dirname(self._error_file or "")
         has_log = os.path.exists(os.path.join(folder, "stderr.log"))
+        # Without `faccel launch` the rank itself is the only one that can print it.
         self._prints_traceback = not is_launched or has_log
 
     def __call__(
@@ -59,6 +60,7 @@ class _Hook:
             self.previous(error_type, error, tb)
             return
         if issubclass(error_type, KeyboardInterrupt):
+            # Ctrl-C reaches all ranks of a terminal, and one line is enough.
             if self._rank == 0:
                 sys.stderr.write("interrupted\n")
             self._end_process(signal.SIGINT)
@@ -92,6 +94,7 @@ class ExceptHook:
 
         Effects: ambient. Replaces `sys.excepthook`.
         """
+        # Another library may have replaced it since.
         is_current = self._hook is not None and sys.excepthook is self._hook
         if self._hook is None or not is_current or self._hook.world_size < world_size:
             self._retire()
@@ -117,14 +120,18 @@ class ExceptHook:
         self._hook.is_retired = True
         if sys.excepthook is self._hook:
             sys.excepthook = self._hook.previous
+        # A later context installs a new hook with a new environment.
         self._hook = None
 
 
 def _write_error_file(error: BaseException, path: str) -> None:
     """Record an error in the JSON format of PyTorch's elastic agent."""
     lines = "".join(traceback.format_exception(error))
+    # The keys are those of torch.distributed.elastic's ErrorHandler.
     details = {"py_callstack": lines, "timestamp": str(int(time.time()))}
     message = {"message": f"{type(error).__name__}: {error}", "extraInfo": details}
+    # Without the file the agent reports the exit code alone, which is better than a second
+    # exception in the hook.
     with suppress(OSError), open(path, "w") as file:
         json.dump({"message": message}, file)
 

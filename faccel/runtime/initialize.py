@@ -77,6 +77,7 @@ def init(
     if env is None:
         env = os.environ
     resolved = _resolve(config, env, overrides)
+    # After the configuration, whose errors are the same on any number of processes.
     topology = detect(env)
     # Without a mesh the model is replicated over all ranks. -1 is the number of ranks that remain.
     spec = (resolved.mesh or MeshSpec(dp_replicate=-1)).fill(topology.world_size)
@@ -95,9 +96,11 @@ def init(
         parallelism=parallelism,
         close=_close,
     )
+    # After everything that may raise: a failed `init` leaves no hook.
     _except_hook.install(id(ctx), topology.rank, topology.world_size, env)
     if not isinstance(comm, SingleCollectives):
         _default_group.add_context(id(ctx), comm.close)
+    # A script without `with` or `shutdown` ends its communication too.
     atexit.register(_close_at_exit, ctx)
     return ctx
 
@@ -114,6 +117,7 @@ def _resolve(
             got="`init(config=...)`",
             fix="write `faccel.init(config)`",
         )
+    # A file in the call replaces the default file; it is not merged with it.
     if isinstance(config, str):
         _check_launcher_config(config, env)
         return resolve(env=env, overrides=overrides, file=read(config))
@@ -143,6 +147,7 @@ def _connect(
         return SingleCollectives()
     store, rank_status = _default_group.acquire(topology, device, config.timeout_s)
     groups = create_axis_groups(spec, topology.rank)
+    # Debug mode keeps the calls of different contexts apart by it.
     number = _default_group.num_contexts
     return create_collectives(groups, config, store, rank_status, number)
 

@@ -40,6 +40,7 @@ class DefaultGroup:
     def __init__(self) -> None:
         self.num_contexts = 0  # of this process so far: a number for each, equal on all ranks
         self._close_fns: dict[int, Callable[[], None]] = {}  # by the context's id
+        # False for an adopted group, which only the user destroys.
         self._is_created = False
         self._num_created = 0
         self._num_generations = 0
@@ -81,12 +82,15 @@ class DefaultGroup:
             error: The exception that ended the context, for the messages on the other ranks.
         """
         close = self._close_fns.pop(context_id, None)
+        # `shutdown` after a `with` block, or at exit, calls it again.
         if close is None:
             return
         close()
+        # Other contexts of this process still use the group.
         if self._close_fns:
             return
         if self._rank_status is not None:
+            # Before the store is gone: the other ranks read the reason from it.
             self._rank_status.leave(error)
             self._rank_status = None
         if self._is_created:
@@ -182,13 +186,16 @@ def _open_store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
                     topology.world_size,
                     is_master=topology.rank == 0 and not topology.store_is_hosted,
                     timeout=timeout,
+                    # A second world of this process may serve the same port.
                     multi_tenant=True,
+                    # The agreement on a name and `init_process_group` wait, with better messages.
                     wait_for_workers=False,
                 )
             )
         except Exception as error:
             outcome.append(error)
 
+    # A daemon: a client that never returns must not keep the process alive.
     thread = threading.Thread(target=connect, name="faccel-store", daemon=True)
     thread.start()
     thread.join(min(_STORE_REPLY_S, timeout.total_seconds()))
@@ -201,6 +208,7 @@ def _open_store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
             raise dist.DistNetworkError("the server on this port is not a PyTorch store")
     if not outcome:
         raise dist.DistNetworkError(f"no answer within {timeout.total_seconds():g} s")
+    # Raised here, because an exception in the thread would be lost.
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
@@ -254,6 +262,7 @@ def create_collectives(
 
     Effects: pure.
     """
+    # A simulation has no rank status: its scheduler names the ranks.
     comm = TorchCollectives(dict(groups), rank_status)
     if config.debug:
         return DebugCollectives(comm, store, config.timeout_s, context_number)

@@ -41,10 +41,12 @@ def agree_on_name(store: dist.Store, rank: int, world_size: int, timeout_s: floa
         if all(_is_confirmed(store, token, other) for other in other_ranks):
             return token
         tokens = {str(other): _get(store, _token_key(other)) for other in other_ranks}
+        # Only changes are written: a store on another node is slow.
         if tokens != published:
             store.set(_NAME_KEY, json.dumps({"name": token, "tokens": tokens}))
             published = tokens
         time.sleep(_POLL_S)
+    # A rank that published but did not confirm is missing too: it has ended since.
     confirmed = [str(other) for other in other_ranks if _is_confirmed(store, token, other)]
     started = ["0", *confirmed]
     raise dist.DistNetworkError(
@@ -56,6 +58,7 @@ def _accept_name(store: dist.Store, rank: int, token: str, deadline: float) -> s
     """Return the name that rank 0 published for this start."""
     store.set(_token_key(rank), token)
     while time.monotonic() < deadline:
+        # Of an earlier start, until rank 0 of this one has published.
         message = json.loads(_get(store, _NAME_KEY) or "{}")
         # An entry of an earlier start holds an earlier token of this rank.
         if message.get("tokens", {}).get(str(rank)) == token:

@@ -51,6 +51,7 @@ def assert_replicated(tree: Tree, ctx: DistContext, *, axis: str = WORLD) -> Non
         >>> from faccel.testing import simulate
         >>> _ = simulate(lambda ctx: assert_replicated({"x": torch.ones(2)}, ctx), 2)
     """
+    # Each rank compares all trees, so that each raises and none waits for another.
     trees = gather_objects(tree, ctx, axis=axis)
     for rank, other in enumerate(trees):
         difference = _difference(trees[0], other)
@@ -76,6 +77,7 @@ def assert_pure(fn: Callable[..., T], *args: Any) -> T:
         >>> assert_pure(lambda x: x * 2, torch.ones(1))
         tensor([2.])
     """
+    # Copied before the call, because a write through `.data` changes no version counter.
     args_before = copy.deepcopy(args)
     generators_before = Generators.current()
     result = fn(*args)
@@ -147,6 +149,7 @@ def equal_to_single_process(
 def _difference(a: Tree, b: Tree, atol: float = 0.0) -> str | None:
     """Return the path of the first leaf in which two trees differ; None if they are equal."""
     paths_a, paths_b = paths(a), paths(b)
+    # The structure first: leaves of different trees cannot be paired.
     if paths_a != paths_b:
         return f"the structure: {paths_a} and {paths_b}"
     for path, x, y in zip(paths_a, flatten(a)[0], flatten(b)[0], strict=True):
@@ -162,4 +165,5 @@ def _difference(a: Tree, b: Tree, atol: float = 0.0) -> str | None:
 def _is_close(x: torch.Tensor, y: torch.Tensor, atol: float) -> bool:
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
+    # NaNs are equal: a test of NaN handling compares them.
     return torch.allclose(x, y, rtol=0, atol=atol, equal_nan=True)

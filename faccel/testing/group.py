@@ -145,6 +145,7 @@ class SimulatedGroup(dist.ProcessGroup):
 
     def _inject_fault(self, op: str, tensors: Sequence[torch.Tensor], site: str) -> None:
         rank = self._world_rank
+        # Counted over all groups of the rank, as `Fault.collective` is.
         index = self._world.num_calls.get(rank, 0)
         self._world.num_calls[rank] = index + 1
         fault = self._world.faults.get((rank, index))
@@ -155,6 +156,7 @@ class SimulatedGroup(dist.ProcessGroup):
         if fault.kind == "stall":
             # Raises as soon as no other rank can run.
             self._world.scheduler.wait(rank, lambda: False, f"stalled before {op} at {site}")
+        # A barrier has no input to corrupt.
         for tensor in tensors[:1]:
             _corrupt(tensor)
 
@@ -185,9 +187,11 @@ class SimulatedGroup(dist.ProcessGroup):
         signature = op
         if detail:
             signature = f"{op}({detail})"
+        # The n-th call of a group on one rank belongs to the n-th call on every other rank.
         key = (self._key, self._num_calls)
         self._num_calls += 1
         opened = OpenCollective[object](signature, site, rank)
+        # All ranks of a collective pass values of one type, which the key does not express.
         collective = cast("OpenCollective[T]", world.collectives.setdefault(key, opened))
         if collective.signature != signature:
             raise world.scheduler.fail_at(
@@ -199,6 +203,7 @@ class SimulatedGroup(dist.ProcessGroup):
         collective.inputs[self._group_rank] = value
         if len(collective.inputs) == self.size():
             del world.collectives[key]
+            # Communication is not differentiated; autograd of collectives is built above it.
             with torch.no_grad():
                 compute([collective.inputs[r] for r in range(self.size())])
             collective.is_done = True
@@ -225,6 +230,7 @@ class SimulatedGroup(dist.ProcessGroup):
     def allreduce_coalesced(
         self, tensors: _Tensors, opts: AllreduceOptions | None = None
     ) -> SimulatedWork:
+        # Several tensors in one call, which `allreduce` handles already.
         return self.allreduce(tensors, opts)
 
     def reduce(self, tensors: _Tensors, opts: ReduceOptions) -> SimulatedWork:
@@ -240,6 +246,7 @@ class SimulatedGroup(dist.ProcessGroup):
             sources = inputs[opts.rootRank]
             for targets in inputs:
                 for target, source in zip(targets, sources, strict=True):
+                    # The root's own tensor.
                     if target is not source:
                         _copy(target, source)
 
@@ -312,6 +319,7 @@ class SimulatedGroup(dist.ProcessGroup):
     def reduce_scatter_single(
         self, output: torch.Tensor, input: torch.Tensor, opts: ReduceScatterOptions
     ) -> SimulatedWork:
+        # The single-tensor variant concatenates the rows of all ranks in dimension 0.
         rows = list(input.reshape(self.size(), *output.shape))
         return self.reduce_scatter([output], [rows], opts)
 
@@ -352,6 +360,7 @@ class SimulatedGroup(dist.ProcessGroup):
 
         # Shapes may differ between ranks here; dtypes may not.
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in inputs}
+        # Sorted, because the text is compared between ranks.
         detail = ", ".join(sorted(dtypes))
         return self._collective("all_to_all", detail, inputs, (outputs, inputs), compute, result)
 
@@ -359,6 +368,7 @@ class SimulatedGroup(dist.ProcessGroup):
         return self._collective("barrier", "", [], None, lambda values: None)
 
     def send(self, tensors: _Tensors, dst: int, tag: int = 0) -> SimulatedWork:
+        # Sends never wait, as with a buffer of unlimited size.
         self._record("send", tensors)
         channel = Channel(self._key, self._group_rank, dst, tag)
         # A copy: the sender may change its tensor before the receiver reads it.
@@ -396,6 +406,7 @@ class SimulatedGroup(dist.ProcessGroup):
 
 def _corrupt(tensor: torch.Tensor) -> None:
     """Set the first element to NaN; flip all its bits if it is an integer."""
+    # The inputs of collectives are contiguous, so this is a view.
     first = tensor.detach().reshape(-1)[:1]
     if first.is_floating_point():
         first.fill_(float("nan"))

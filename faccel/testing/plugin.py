@@ -27,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marker, and apply the ini option."""
     doc = "world_size(*sizes): run the test on every rank of simulated worlds, as `ctx`"
     config.addinivalue_line("markers", doc)
+    # Empty if the project does not set it.
     timeout = config.getini(_TIMEOUT_OPTION)
     if timeout:
         LIMITS.timeout_s = float(timeout)

@@ -134,6 +134,7 @@ class Scheduler:
         try:
             for thread in threads:
                 thread.start()
+            # The first rank starts; every other one starts at a switch.
             self._ranks[0].turn.release()
             self._wait_until_finished(threads, timeout_s)
             for thread in threads:
@@ -144,6 +145,7 @@ class Scheduler:
             raise
         finally:
             _isolation.add(-1)
+            # A rank may have been the last to run, so its globals are in place.
             previous_globals.restore()
             sys.excepthook = previous_hook
         if self._errors:
@@ -175,6 +177,7 @@ class Scheduler:
 
     def _first_cause(self) -> BaseException:
         """Return the first exception that does not follow from the failure of another rank."""
+        # A rank that waits raises a DesyncError because another one raised.
         for error in self._errors:
             if not isinstance(error, (DesyncError, RankFailedError)):
                 return error
@@ -215,10 +218,13 @@ class Scheduler:
             DesyncError: No rank can run any more.
         """
         rank = self._ranks[number]
+        # Without a switch if the result is ready: most collectives of the last rank.
         if self._failure is None and not is_ready():
             rank.action = action
             rank.is_ready = is_ready
+            # Saved by the rank itself, because the next one overwrites them.
             rank.globals = _Globals.current()
+            # `is_ready` may have become true while the scheduler looked for the next rank.
             if self._switch(number) is not rank:
                 rank.turn.acquire()
                 if self._is_abandoned:
@@ -246,6 +252,7 @@ class Scheduler:
 
     def _switch(self, number: int) -> _Rank | None:
         """Let the next rank run; return it, or None if none is left."""
+        # Read by the main thread; a stale value only delays the limit.
         self._num_switches += 1
         if self._is_abandoned:
             return None
@@ -262,6 +269,7 @@ class Scheduler:
             next_rank = self._next(number)
         if next_rank is None:
             self._finished.set()
+        # The rank itself continues without a release, which would let it run twice.
         elif next_rank is not self._ranks[number]:
             next_rank.turn.release()
         return next_rank
@@ -273,6 +281,7 @@ class Scheduler:
             rank = self._ranks[(number + offset) % count]
             if rank.is_done:
                 continue
+            # After a failure every rank runs again, to raise at its wait.
             if self._failure is not None or rank.is_ready is None or rank.is_ready():
                 return rank
         return None

@@ -76,6 +76,7 @@ def _check_collectives(ctx: DistContext) -> str:
 
 
 def _check_data_order(ctx: DistContext) -> str:
+    # Small batches, so that the shuffled order spans many global batches.
     loader = shard(DataLoader(range(_NUM_SAMPLES), 7, shuffle=True), ctx)  # type: ignore[arg-type]
     samples: list[int] = []
     for batch in batches(loader.at(1)):
@@ -88,6 +89,7 @@ def _check_data_order(ctx: DistContext) -> str:
 def _check_training(ctx: DistContext) -> str:
     if _GLOBAL_BATCH % ctx.data_world_size:
         return f"skipped: {_GLOBAL_BATCH} is not divisible by {ctx.data_world_size} ranks"
+    # Only fields that change the arithmetic; the device stays that of the comparison.
     config = {name: getattr(ctx.config, name) for name in ("mixed_precision", "seed", "grad_accum")}
     expected = _train(fake_context(0, 1, config=config))
     difference = (_train(ctx) - expected).abs().max().item()
@@ -123,11 +125,13 @@ def _train(ctx: DistContext) -> torch.Tensor:
 
 
 def _check_checkpoint(ctx: DistContext) -> str:
+    # Rank 0 chooses the name, the others receive it.
     folders: list[str] = []
     if ctx.is_main:
         folders.append(tempfile.mkdtemp(prefix="faccel-test-"))
     folder = broadcast_objects(folders, ctx)[0]
     try:
+        # /tmp usually differs between nodes.
         if agree(ctx, missing=not os.path.isdir(folder)).missing:
             parent = os.path.dirname(folder)
             return f"skipped: {parent} is not on all nodes; set TMPDIR to a common folder"
@@ -160,6 +164,7 @@ def _check_bandwidth(ctx: DistContext) -> str:
     x = torch.ones(1 << 22, device=ctx.device)
     reduce(x, ctx, axis="world")  # the first call connects the ranks
     barrier(ctx)
+    # After a barrier, so that all ranks start together.
     start = time.perf_counter()
     for _ in range(3):
         reduce(x, ctx, axis="world")
@@ -209,6 +214,7 @@ def _run_check(check: Callable[[DistContext], str], ctx: DistContext) -> CheckRe
     except (CheckFailedError, FaccelError, RuntimeError) as error:
         is_failed = True
         message = f"{type(error).__name__}: {error}"
+    # A check that fails on one rank counts as failed on all, so all return one number.
     agreed = agree(ctx, failed=is_failed)
     failed_rank = agreed.raised_by["failed"]
     if agreed.failed and not is_failed:

@@ -110,6 +110,7 @@ def simulate(
         >>> out[0], out.trace[0].op, out.trace[0].num_bytes
         (tensor(6), 'all_reduce', 8)
     """
+    # The scheduler would otherwise wait for a first rank that does not exist.
     positive("world_size", world_size)
     if timeout_s is None:
         timeout_s = LIMITS.timeout_s
@@ -124,8 +125,10 @@ def simulate(
         return fn(ctx, *args)
 
     results = Results(scheduler.run(run_rank, timeout_s))
+    # Background saves end here; their errors are those of the simulation.
     for ctx in contexts:
         ctx.lifetime.close()
+    # Last: an exception of a rank explains more than an open collective.
     world.check_complete()
     results.trace = tuple(world.trace)
     return results
@@ -153,6 +156,7 @@ def fake_context(
     """
     comm: Collectives = SingleCollectives()
     if world_size > 1:
+        # It implements the protocol by raising from `__getattr__`.
         comm = cast("Collectives", _NoPeers(world_size))
     return _context(rank, world_size, config, mesh, lambda spec: comm)
 
@@ -164,6 +168,7 @@ def _context(
     mesh: _MeshLike,
     connect: Callable[[MeshSpec], Collectives],
 ) -> DistContext:
+    # On the CPU, also on a node with GPUs: threads share one CUDA context.
     overrides: dict[str, object] = {"device": "cpu"}
     if mesh is not None:
         overrides["mesh"] = mesh
@@ -182,6 +187,7 @@ def _context(
         device=torch.device("cpu"),
         mesh=Mesh(spec, functools.partial(create_device_mesh, "cpu")),
         comm=connect(spec),
+        # An empty environment: variables of DeepSpeed must not change a simulation.
         parallelism=choose(spec, {}, resolved, "cpu"),
     )
 

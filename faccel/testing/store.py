@@ -34,6 +34,7 @@ class SimulatedStore(dist.Store):
         return self._world.keys[key]
 
     def add(self, key: str, amount: int) -> int:
+        # c10d stores counters as decimal text.
         total = int(self._world.keys.get(key, b"0")) + amount
         self._world.keys[key] = str(total).encode()
         return total
@@ -64,6 +65,7 @@ class SimulatedStore(dist.Store):
 
 
 def _bytes(value: str | bytes) -> bytes:
+    # c10d passes text from Python and bytes from C++.
     if isinstance(value, str):
         return value.encode()
     return bytes(value)

@@ -30,6 +30,7 @@ class SimulatedWork(Work):
 
     def get_future(self) -> Future[object]:
         self._wait()
+        # DDP's reducer reads the result from the future.
         future: Future[object] = Future()
         future.set_result(self._outputs)
         return future

@@ -120,6 +120,7 @@ class World:
             for opened in self.collectives.values()
         ]
         for channel, messages in self.messages.items():
+            # Also an empty list stays in the table after its messages were received.
             if messages:
                 incomplete.append(f"rank {channel.source} to rank {channel.target}: a message")
         if incomplete:
