@@ -1,7 +1,7 @@
 """Saving and loading 400 MB: faccel, a raw write, PyTorch's DCP and Accelerate.
 
-All contenders use the same state, disk and process, and alternate. Targets: a durable save takes at
-most 1.3 times as long as a raw write with fsync of the same bytes. A background save blocks the loop
+All contenders use the same state, disk and process, and alternate. Targets: a durable save takes
+at most 1.3 times as long as a raw write with fsync. A background save blocks the loop
 at most 1.2 times as long as a copy of the state in memory. A load that verifies everything takes at
 most 1.3 times as long as DCP's. Accelerate's save is not durable.
 
