@@ -23,7 +23,13 @@ from faccel.checkpoint.rank_calls import on_all_ranks
 from faccel.checkpoint.transaction import SaveTransaction
 from faccel.comm.all_or_error import as_faccel_error, raise_on_all_ranks
 from faccel.context import DistContext
-from faccel.errors import CheckpointError, FaccelError
+from faccel.errors import (
+    CheckpointError,
+    DesyncError,
+    FaccelError,
+    RankFailedError,
+    WorldError,
+)
 from faccel.protocols import WORLD
 
 _POLL_INTERVAL_S = 0.005
@@ -96,15 +102,23 @@ def wait_for_pending_saves(ctx: DistContext) -> None:
         first_timeout_s = 0.1
     try:
         _raise_first(pending, ctx, first_timeout_s)
+    except (DesyncError, RankFailedError, WorldError):  # the other ranks are not reachable
+        raise
     except FaccelError:
-        for save in pending:
-            save.stall_timeout_s = 0.0
-            save.error()
-        ctx.comm.barrier(WORLD)
-        for save in pending:
-            save.discard()
+        _end(pending, ctx)
         raise
     _raise_first(pending, ctx, None)
+
+
+def _end(saves: Sequence[PendingSave], ctx: DistContext) -> None:
+    """Wait for the threads of all ranks after a failure, and delete what they have written."""
+    for save in saves:
+        save.stall_timeout_s = 0.0
+        save.error()
+    # Only now: a thread that still writes would add files to a folder that rank 0 is deleting.
+    ctx.comm.barrier(WORLD)
+    for save in saves:
+        save.discard()
 
 
 def _raise_first(saves: Sequence[PendingSave], ctx: DistContext, timeout_s: float | None) -> None:

@@ -123,17 +123,29 @@ def test_sigterm_at_fifty_random_times(tmp_path):
     assert num_preempted >= 10
 
 
-def test_a_stopped_script_exits_with_its_code_and_the_same_command_resumes(tmp_path):
-    command = [sys.executable, "examples/resume.py", str(tmp_path / "runs")]
+def run_script(folder, *options):
+    """Run `examples/resume.py`; return its exit code and the lines that it has printed."""
+    command = [sys.executable, "examples/resume.py", folder, *options]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    stopped = subprocess.run(
-        [*command, "--stop-after", "3"], env=env, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert not result.stderr, result.stderr
+    return result.returncode, result.stdout.splitlines()
+
+
+def test_a_stopped_script_exits_with_its_code_and_can_be_resumed(tmp_path):
+    folder = str(tmp_path / "stopped")
     exit_code = faccel.checkpoint.Preemption.exit_code
-    assert (stopped.returncode, stopped.stdout) == (exit_code, "stopped\n"), stopped.stderr
-    resumed = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    uninterrupted = simulate(resume.main, 1, str(tmp_path / "uninterrupted"), None, 0)[0]
-    assert resumed.stdout.splitlines() == ["resumed after step 3", f"digest {uninterrupted}"]
+    assert run_script(folder, "--stop-after", "3") == (exit_code, ["stopped"])
+    resumed = simulate(resume.main, 1, folder, None, 0)
+    assert resumed == simulate(resume.main, 1, str(tmp_path / "uninterrupted"), None, 0)
+
+
+@pytest.mark.slow
+def test_the_same_command_resumes_a_stopped_script(tmp_path):
+    folder = str(tmp_path / "stopped")
+    run_script(folder, "--stop-after", "3")
+    _, (digest,) = run_script(str(tmp_path / "uninterrupted"))
+    assert run_script(folder) == (0, ["resumed after step 3", digest])
 
 
 def test_shutdown_restores_the_signal_handlers():
