@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from faccel.checks import positive
 from faccel.context import DistContext
 from faccel.errors import ConfigError
 from faccel.protocols import DATA
@@ -14,10 +15,10 @@ from faccel.protocols import DATA
 BUCKET_CAP_MB = 25.0
 
 
-class _Summed(torch.autograd.Function):
-    """The sum over the data ranks as an operation of torch's: it can be differentiated and vmapped.
+class _AllReduceSum(torch.autograd.Function):
+    """The sum over the data ranks as an operation of PyTorch that can be differentiated and vmapped.
 
-    A cotangent is summed, too: each rank's result depends on every rank's argument.
+    `y = sum_r x_r` on every rank, so the gradient of `x_r` is the sum of the ranks' gradients of `y`.
     """
 
     @staticmethod
@@ -25,24 +26,25 @@ class _Summed(torch.autograd.Function):
         return ctx.comm.all_reduce(x.contiguous(), "sum", DATA)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[torch.Tensor, DistContext], output: torch.Tensor
+    ) -> None:
         ctx.world = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        return _Summed.apply(grad_outputs[0], ctx.world), None
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _AllReduceSum.apply(grad_outputs[0], ctx.world), None  # type: ignore[return-value]
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _Summed.apply(*args), in_dims[0]
+    def vmap(
+        info: object, in_dims: tuple[int | None, ...], *args: torch.Tensor | DistContext
+    ) -> tuple[torch.Tensor, int | None]:
+        return _AllReduceSum.apply(*args), in_dims[0]  # type: ignore[return-value]
 
 
 def check_cap(bucket_cap_mb: float) -> None:
-    """Refuse a size of buckets that is not positive."""
-    if not bucket_cap_mb > 0:
-        raise ConfigError(
-            "`bucket_cap_mb` must be positive", got=str(bucket_cap_mb), fix="leave it out for 25 MB"
-        )
+    """Raise unless the size of buckets is positive."""
+    positive("bucket_cap_mb", bucket_cap_mb)
 
 
 def check_replicas(ctx: DistContext, alternative: str) -> None:
@@ -61,54 +63,65 @@ def check_replicas(ctx: DistContext, alternative: str) -> None:
 
 
 def summed_buckets(
-    named: dict[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor],
     ctx: DistContext,
     *,
     bucket_cap_mb: float,
     call: str,
     is_traced: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the sums over the data ranks bucket by bucket, as views of what was reduced. Collective.
+    """Yield the sums over the data ranks, bucket by bucket, as views of the reduced tensor.
+
+    Effects: updates tensors, collective. Removes every tensor, to free its memory once it is packed.
 
     Args:
-        named: Dense tensors on the device of `ctx`, with the same names in the same order on every rank. It is emptied
-            on the way, so that what nobody else holds is freed as soon as it has been packed.
+        tensors: Dense tensors on the device of `ctx`, with the same names in the same order on every
+            rank.
         ctx: The world.
-        bucket_cap_mb: Size of the buckets in which tensors of one dtype travel, in MB; a larger tensor has its own.
-        call: For which call of the user's, for debug mode.
-        is_traced: Whether a transform of torch's looks on: then the sum is an operation that it can see.
+        bucket_cap_mb: Largest size of a bucket, in MiB. Its tensors have one dtype; a larger tensor
+            has its own bucket.
+        call: Name of the user's call, for debug mode.
+        is_traced: Whether a transform of PyTorch records the sum, which must then be an operation.
     """
-    for names in packed(named, bucket_cap_mb):
-        shapes = {name: named[name].shape for name in names}
-        flat = torch.cat([named.pop(name).reshape(-1) for name in names])
+    for names in assign_buckets(tensors, bucket_cap_mb):
+        shapes = {name: tensors[name].shape for name in names}
+        flat = torch.cat([tensors.pop(name).reshape(-1) for name in names])
         if is_traced:
-            total: Any = _Summed.apply(flat, ctx)
+            total: torch.Tensor = _AllReduceSum.apply(flat, ctx)  # type: ignore[assignment]
         else:
-            ctx.comm.set_call_label(call, _cut(flat, shapes))
+            ctx.comm.set_call_label(call, _views(flat, shapes))
             total = ctx.comm.all_reduce(flat, "sum", DATA)
-        yield _cut(total, shapes)
+        yield _views(total, shapes)
 
 
-def _cut(flat: torch.Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """Return the tensors that lie one behind the other in `flat`, as views."""
-    parts = flat.split([shape.numel() for shape in shapes.values()])
-    return {
-        name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)
-    }
+def _views(flat: torch.Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Return the tensors that are concatenated in `flat`, as views."""
+    pieces = flat.split([shape.numel() for shape in shapes.values()])
+    names_and_shapes = zip(pieces, shapes.items(), strict=True)
+    return {name: piece.view(shape) for piece, (name, shape) in names_and_shapes}
 
 
-def packed(named: Mapping[str, torch.Tensor], bucket_cap_mb: float) -> list[list[str]]:
-    """Return the names of each bucket: neighbours of one dtype, as many as fit."""
+def assign_buckets(tensors: Mapping[str, torch.Tensor], bucket_cap_mb: float) -> list[list[str]]:
+    """Return the names of each bucket: successive tensors of one dtype, as many as fit.
+
+    Effects: pure.
+
+    Examples:
+        >>> row = torch.zeros(2**18)  # 1 MiB
+        >>> assign_buckets({"a": row, "b": row.bool(), "c": row, "d": row}, bucket_cap_mb=2)
+        [['b'], ['a', 'c'], ['d']]
+    """
     max_bytes = bucket_cap_mb * 2**20
     buckets: list[list[str]] = []
-    for dtype in sorted({each.dtype for each in named.values()}, key=str):
-        room = -1.0
-        for name, each in named.items():
-            if each.dtype != dtype:
+    # the same order of dtypes on every rank
+    for dtype in sorted({tensor.dtype for tensor in tensors.values()}, key=str):
+        free_bytes = -1.0  # the first tensor of a dtype opens a bucket
+        for name, tensor in tensors.items():
+            if tensor.dtype != dtype:
                 continue
-            if each.nbytes > room:
+            if tensor.nbytes > free_bytes:
                 buckets.append([])
-                room = max_bytes
+                free_bytes = max_bytes
             buckets[-1].append(name)
-            room -= each.nbytes
+            free_bytes -= tensor.nbytes
     return buckets

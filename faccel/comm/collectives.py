@@ -35,17 +35,17 @@ _OPS = {
     "prod": dist.ReduceOp.PRODUCT,
 }
 _OPS_IN_GRAPHS = {"sum": "sum", "min": "min", "max": "max", "prod": "product"}
-# torch 2.13 renamed it and warns on the old name, which is the only one that 2.9 has
+# PyTorch 2.13 renamed it and warns about the old name, which is the only one in 2.9
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def _is_held(alias: torch.Tensor) -> bool:
-    """Whether somebody but the interpreter has a reference to this very tensor, not only to its storage."""
+def _is_referenced(alias: torch.Tensor) -> bool:
+    """Return whether C++ has a reference to this tensor object, not only to its storage."""
     return alias._use_count() > 1  # type: ignore[attr-defined]
 
 
 def _first_sentence(error: RuntimeError) -> str:
-    """Return what an error of c10d says, without the place in its source and its advice."""
+    """Return the message of an error of c10d, without its source location and advice."""
     line = str(error).strip().partition("\n")[0]
     return re.sub(r"^\[[^\]]*\] ", "", line).partition(". This is typically")[0]
 
@@ -58,7 +58,7 @@ def _axis_error(axis: str, allowed: Iterable[str]) -> ConfigError:
 
 @attrs.frozen
 class SingleCollectives:
-    """The communication of a world of one: copies."""
+    """The collectives of a single process: copies."""
 
     axes: tuple[str, ...] = (WORLD, *VIEWS, *AXES, "ep", "ep_storage")
 
@@ -77,14 +77,14 @@ class SingleCollectives:
         return 0
 
     def group(self, axis: str) -> None:
-        """Return None: there is nobody to talk to."""
+        """Return None: a single process has no process group."""
         self._check(axis)
 
     def set_call_label(self, call: str, x: Tree) -> None:
-        """Do nothing: there is nobody to disagree."""
+        """Do nothing: there are no other ranks to compare with."""
 
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> None:
-        """Return None: nobody else can have failed."""
+        """Return None: there are no other ranks that could have failed."""
 
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
         """Return a copy of `x`."""
@@ -92,7 +92,7 @@ class SingleCollectives:
         return x.clone()
 
     def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:
-        """Return a copy of `x` as the one row."""
+        """Return a copy of `x` as the only row."""
         self._check(axis)
         return x.clone()[None]
 
@@ -109,7 +109,7 @@ class SingleCollectives:
     def scatter(
         self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str
     ) -> torch.Tensor:
-        """Return a copy of the one row."""
+        """Return a copy of the only row."""
         self._check(axis)
         assert rows is not None
         return rows[0].clone()
@@ -121,43 +121,47 @@ class SingleCollectives:
 
 @attrs.frozen(eq=False)
 class TorchCollectives:
-    """Communication over c10d process groups: gloo, nccl, the simulated world's, ...
+    """Collectives over c10d process groups: gloo, nccl, those of a simulation, ...
 
     Args:
         groups: A process group for each axis.
-        rank_status: Where ranks tell what became of them; None where nobody has to be asked, as in a simulation.
+        rank_status: The status of the other ranks, for errors; None in a simulation, which reports
+            them itself.
     """
 
     groups: dict[str, dist.ProcessGroup]
     rank_status: RankStatus | None = None
-    _announced: list[tuple[str, Tree]] = attrs.field(factory=list, init=False, repr=False)
+    # at most one: the call that the next reduction belongs to
+    _label: list[tuple[str, Tree]] = attrs.field(factory=list, init=False, repr=False)
     in_flight: list[torch.Tensor] = attrs.field(factory=list, init=False, repr=False)
-    """Aliases of what was handed to c10d, until its threads have let go; see `drain`."""
+    """Aliases of tensors that threads of c10d may still reference; see `drain`."""
 
-    def _hand_over(self, x: torch.Tensor) -> torch.Tensor:
+    def _tracked(self, x: torch.Tensor) -> torch.Tensor:
+        """Return an alias of `x` for c10d, and keep it in `in_flight`."""
         flat = x.detach().view(-1)
         if flat.device.type == "cpu":
             self.in_flight.append(flat)
         return flat
 
-    def _let_go(self) -> None:
-        self.in_flight[:] = [alias for alias in self.in_flight if _is_held(alias)]
+    def _forget_finished(self) -> None:
+        self.in_flight[:] = [alias for alias in self.in_flight if _is_referenced(alias)]
 
     def drain(self, timeout_s: float = 1.0) -> None:
-        """Wait until no thread of gloo holds a tensor that it was given.
+        """Wait until no thread of gloo references a tensor of an earlier collective.
 
-        gloo's threads let go of a tensor only after its result is there. The one that comes last needs the
-        interpreter, and at exit that may be gone: the process aborts (one of 120 here; pytorch/pytorch#179291). So each
-        tensor has an alias that outlives the thread's hold on it, and `shutdown` waits for the last ones. The threads
-        themselves cannot be joined: DDP's reducer keeps their group for ever.
+        gloo's threads release a tensor only after its result is there. The last release needs the
+        interpreter, which may be gone at exit: then the process aborts (1 of 120 in our tests;
+        pytorch/pytorch#179291). So `in_flight` keeps an alias of each tensor for longer than the
+        thread, and `shutdown` waits for the last ones. Joining the threads is impossible: DDP's
+        reducer keeps their process group forever.
         """
         deadline = time.monotonic() + timeout_s
-        while any(map(_is_held, self.in_flight)) and time.monotonic() < deadline:
+        while any(map(_is_referenced, self.in_flight)) and time.monotonic() < deadline:
             time.sleep(0)  # lets other threads run
         self.in_flight.clear()
 
     def close(self) -> None:
-        """Drain, and refuse to communicate from now on."""
+        """Drain; every later call raises."""
         self.drain()
         self.groups.clear()
 
@@ -172,108 +176,112 @@ class TorchCollectives:
         return self.groups[axis]
 
     def set_call_label(self, call: str, x: Tree) -> None:
-        """Remember for which call the next reduction is."""
+        """Set the name of the user's call that the next reduction belongs to."""
         if self.rank_status is not None:
-            self._announced[:] = [(call, x)]
+            self._label[:] = [(call, x)]
 
-    def _marks(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
-        """Return what travels behind `x` in a reduction: bits of a number that names the call, and their complements.
+    def _check_bits(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
+        """Return `T[64]` to append to `x` in a reduction: a hash of the call, as bits and inverted bits.
 
-        Where all ranks send the same bits, any reduction gives them back (a sum: times the number of ranks, exactly in
-        any dtype for so few). Where two differ, ranks see a bit that is not as they sent it. A simulation compares the
-        calls themselves, and off the CPU looking at the bits would make the host wait.
+        If all ranks send the same bits, any reduction returns them (a sum: times the number of ranks,
+        which is exact in any dtype up to 256). If two differ, each rank gets a bit that it did not
+        send. Empty in a simulation, which compares the calls themselves, and off the CPU, where
+        comparing the bits would make the host wait.
         """
-        call = self._announced.pop() if self._announced else None
+        label = self._label.pop() if self._label else None
         if self.rank_status is None or x.device.type != "cpu" or self.size(axis) > 256:
             return x.new_empty(0)
-        named = (
-            f"{op}{x.dtype}{x.numel()}"
-            if call is None
-            else f"{call[0]}{paths(call[1])}{describe(flatten(call[1])[0])}"
-        )
-        number = zlib.crc32(named.encode())
+        text = f"{op}{x.dtype}{x.numel()}"
+        if label is not None:
+            call, tree = label
+            text = f"{call}{paths(tree)}{describe(flatten(tree)[0])}"
+        number = zlib.crc32(text.encode())
         bits = [number >> i & 1 for i in range(32)]
-        return torch.tensor(bits + [1 - bit for bit in bits], dtype=x.dtype)
+        inverted_bits = [1 - bit for bit in bits]
+        return torch.tensor(bits + inverted_bits, dtype=x.dtype)
 
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> RankFailedError | None:
-        """Return the error to raise for one that communication ended in; None for any other error."""
-        ended_in_it = isinstance(error, dist.DistError) or "gloo/" in str(error)
-        if self.rank_status is None or isinstance(error, FaccelError) or not ended_in_it:
+        """Return the error that names the failed rank; None if `error` has another cause."""
+        is_from_collective = isinstance(error, dist.DistError) or "gloo/" in str(error)
+        if self.rank_status is None or isinstance(error, FaccelError) or not is_from_collective:
             return None
         ranks = dist.get_process_group_ranks(self.group(axis))
-        heard = self.rank_status.call(ranks, f"{doing} over `{axis}` at {call_site()}")
+        statuses = self.rank_status.report(ranks, f"{doing} over `{axis}` at {call_site()}")
         return RankFailedError(
-            f"rank {dist.get_rank()} could not finish {doing}: another rank left, failed or called something else",
-            got=f"{heard}; {_first_sentence(error)}",
-            fix="mend what the other ranks report; `FACCEL_DEBUG=1` compares calls, shapes and lines before they meet",
+            f"rank {dist.get_rank()} could not finish {doing}: another rank left, failed or made "
+            "another call",
+            got=f"{statuses}; {_first_sentence(error)}",
+            fix="fix the error of the other ranks; `FACCEL_DEBUG=1` compares calls, shapes and "
+            "lines before each collective",
         )
 
     @contextmanager
-    def _waiting_in(self, op: str, axis: str) -> Generator[None]:
+    def _running(self, op: str, axis: str) -> Generator[None]:
         with naming_failed_rank(op, axis, self):
             yield
-        self._let_go()
+        self._forget_finished()
 
     def size(self, axis: str) -> int:
-        """Return how many ranks the axis has."""
+        """Return the number of ranks of the axis."""
         return self.group(axis).size()
 
     def rank(self, axis: str) -> int:
-        """Return where this rank stands on the axis."""
+        """Return the index of this rank on the axis."""
         return self.group(axis).rank()
 
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
         """Return the `op` of every rank's `x`."""
-        if (
-            torch.compiler.is_compiling()
-        ):  # a graph takes torch's functional collectives, and cannot look at errors
-            import torch.distributed._functional_collectives as funcol  # 30 ms
+        if torch.compiler.is_compiling():
+            # a graph has PyTorch's functional collectives, and no exceptions
+            import torch.distributed._functional_collectives as funcol  # takes 30 ms
 
             total = funcol.all_reduce(x, _OPS_IN_GRAPHS[op], self.group(axis))
             return funcol.wait_tensor(total)
-        marks = self._marks(x, op, axis)
-        out = torch.cat([x.reshape(-1), marks]) if len(marks) else x.clone()
-        with self._waiting_in("all_reduce", axis):
-            dist.all_reduce(self._hand_over(out), op=_OPS[op], group=self.group(axis))
-        if not len(marks):
+        bits = self._check_bits(x, op, axis)
+        num_bits = len(bits)
+        out = torch.cat([x.reshape(-1), bits]) if num_bits else x.clone()
+        with self._running("all_reduce", axis):
+            dist.all_reduce(self._tracked(out), op=_OPS[op], group=self.group(axis))
+        if not num_bits:
             return out
-        if not torch.equal(out[-len(marks) :], marks * self.size(axis) if op == "sum" else marks):
+        if op == "sum":
+            bits = bits * self.size(axis)
+        if not torch.equal(out[-num_bits:], bits):
+            call = f"{op} of {describe([x])} over `{axis}` at {call_site()}"
             raise DesyncError(
                 "ranks disagree about operation, leaves, shapes or dtypes in one reduction",
-                got=f"rank {dist.get_rank()}: {op} of {describe([x])} over `{axis}` at {call_site()}",
-                fix="send the same on every rank; `FACCEL_DEBUG=1` shows what each of them sends",
+                got=f"rank {dist.get_rank()}: {call}",
+                fix="make the same call on every rank; `FACCEL_DEBUG=1` prints that of each rank",
             )
-        return out[: -len(marks)].clone().view(x.shape)
+        return out[:-num_bits].clone().view(x.shape)
 
     def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         """Return every rank's `x` along a new first dimension."""
         size = self.size(axis)
         flat = x.new_empty(size * x.numel())
         if flat.numel():
-            # gloo's threads hold views of the output, which count as references to `flat` and to nothing else: so it is
-            # what has to be kept, and what the caller gets is a copy.
+            # gloo's threads reference views of the output, which count as references to `flat` only.
+            # So `flat` itself is tracked, and the caller gets a copy.
             if flat.device.type == "cpu":
                 self.in_flight.append(flat)
-            with self._waiting_in("all_gather", axis):
-                _all_gather_single(flat, self._hand_over(x), group=self.group(axis))
+            with self._running("all_gather", axis):
+                _all_gather_single(flat, self._tracked(x), group=self.group(axis))
         return flat.clone().view(size, *x.shape)
 
     def broadcast(self, x: torch.Tensor, src: int, axis: str) -> torch.Tensor:
         """Return the `x` of rank `src` of the axis."""
         out = x.clone()
         if out.numel():
-            with self._waiting_in("broadcast", axis):
-                dist.broadcast(self._hand_over(out), group_src=src, group=self.group(axis))
+            with self._running("broadcast", axis):
+                dist.broadcast(self._tracked(out), group_src=src, group=self.group(axis))
         return out
 
     def all_to_all(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         """Return each rank's row for this rank."""
         out = torch.empty_like(x)
         if out.numel():
-            with self._waiting_in("all_to_all", axis):
-                dist.all_to_all_single(
-                    self._hand_over(out), self._hand_over(x), group=self.group(axis)
-                )
+            with self._running("all_to_all", axis):
+                dist.all_to_all_single(self._tracked(out), self._tracked(x), group=self.group(axis))
         return out
 
     def scatter(
@@ -282,12 +290,14 @@ class TorchCollectives:
         """Return this rank's row of rank `src`'s `rows`."""
         out = torch.empty_like(like)
         if out.numel():
-            parts = None if rows is None else [self._hand_over(row) for row in rows]
-            with self._waiting_in("scatter", axis):
-                dist.scatter(self._hand_over(out), parts, group_src=src, group=self.group(axis))
+            pieces = None
+            if rows is not None:
+                pieces = [self._tracked(row) for row in rows]
+            with self._running("scatter", axis):
+                dist.scatter(self._tracked(out), pieces, group_src=src, group=self.group(axis))
         return out
 
     def barrier(self, axis: str) -> None:
         """Return when every rank of the axis has called it."""
-        with self._waiting_in("barrier", axis):
+        with self._running("barrier", axis):
             dist.barrier(group=self.group(axis))

@@ -1,4 +1,4 @@
-"""Process control: who runs what, who waits for whom, and what all decide together."""
+"""Process control: barriers, functions for one rank, and decisions of all ranks together."""
 
 from __future__ import annotations
 
@@ -40,10 +40,12 @@ def barrier(ctx: DistContext, *, axis: str = WORLD) -> None:
 
 @attrs.frozen
 class Agreement:
-    """What the ranks decided together: the same on all of them. `verdict.nan` and `verdict["nan"]` are one thing.
+    """The flags that any rank raised: the same on all ranks.
+
+    `verdict.nan` and `verdict["nan"]` return the same boolean.
 
     Args:
-        raised_by: For each flag the lowest rank of the axis that raised it, None where nobody did.
+        raised_by: For each flag the lowest rank of the axis that raised it, None if no rank did.
 
     Examples:
         >>> verdict = Agreement({"nan": 2, "stop": None})
@@ -56,7 +58,8 @@ class Agreement:
     def __getitem__(self, flag: str) -> bool:
         if flag not in self.raised_by:
             raise ConfigError(
-                f"`{flag}` was not among the flags of this `agree`",
+                "`flag` must be one of the flags that `agree` was called with",
+                got=repr(flag),
                 fix=nearest(flag, self.raised_by),
             )
         return self.raised_by[flag] is not None
@@ -74,20 +77,20 @@ class Agreement:
 
 @effectful(COLLECTIVE)
 def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) -> Agreement:
-    """Decide together: a flag is raised on every rank as soon as one rank raises it.
+    """Combine flags over ranks: a flag is True on every rank if any rank passes True.
 
-    Effects: collective. One all-reduce of an int64 per flag and two more; the host waits for the result.
+    Effects: collective. One all-reduce of an int64 per flag and two more; the host waits for it.
 
     Args:
-        ctx: The world that decides.
+        ctx: The world.
         axis: `"world"`, `"data"` or an axis of the mesh.
         **flags: The same names on every rank; booleans or 0-d tensors.
 
     Raises:
-        DesyncError: Ranks ask about different flags.
+        DesyncError: Ranks pass different flags.
 
     Returns:
-        The verdict, which also says which rank raised a flag first.
+        The flags, and the lowest rank that raised each.
 
     Examples:
         >>> from faccel.testing import simulate
@@ -99,20 +102,25 @@ def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) 
     if not names:
         return Agreement({})
     size = ctx.comm.size(axis)
-    mine = size - ctx.comm.rank(axis)  # the largest of these is the lowest rank's
+    # A raised flag is sent as `size - rank`, so that the maximum is that of the lowest rank.
+    own_value = size - ctx.comm.rank(axis)
     raised = torch.stack([torch.as_tensor(flags[name], device=ctx.device).bool() for name in names])
-    named = zlib.crc32(
-        ",".join(names).encode()
-    )  # its largest is its smallest, if all ranks ask the same
-    row = torch.cat([raised.long() * mine, torch.tensor([named, -named], device=ctx.device)])
-    *lowest, largest, smallest = ctx.comm.all_reduce(row, "max", axis).tolist()
-    if largest != -smallest:
+    # `max(hash) == -max(-hash)` only if all ranks have the same hash
+    names_hash = zlib.crc32(",".join(names).encode())
+    hashes = torch.tensor([names_hash, -names_hash], device=ctx.device)
+    row = torch.cat([raised.long() * own_value, hashes])
+    *values, largest, negated_smallest = ctx.comm.all_reduce(row, "max", axis).tolist()
+    if largest != -negated_smallest:
         raise DesyncError(
-            "ranks ask each other about different flags",
+            "ranks called `agree` with different flags",
             got=f"rank {ctx.comm.rank(axis)}: {', '.join(names)}",
             fix="pass the same flags on every rank",
         )
-    return Agreement({name: size - n if n else None for name, n in zip(names, lowest, strict=True)})
+    raised_by: dict[str, int | None] = dict.fromkeys(names)
+    for name, value in zip(names, values, strict=True):
+        if value:
+            raised_by[name] = size - value
+    return Agreement(raised_by)
 
 
 @effectful(COLLECTIVE)
@@ -124,10 +132,10 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
 
     Args:
         ctx: The world.
-        local: Whether the first process of every machine goes first, instead of rank 0 of the world.
+        local: Whether the first process of every node goes first, instead of rank 0 of the world.
 
     Raises:
-        RankFailedError: On the waiting ranks, where the body raised on the rank that went first.
+        RankFailedError: On the waiting ranks, if the body raised on the rank that went first.
 
     Examples:
         >>> from faccel.testing import simulate
@@ -140,7 +148,8 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
         0
     """
     site = call_site()
-    if ctx.is_local_main if local else ctx.is_main:
+    goes_first = ctx.is_local_main if local else ctx.is_main
+    if goes_first:
         # a `return`, a `break` or a SystemExit leaves the body without an Exception
         failure: Failure | None = Failure(ctx.rank, "a body that was left early")
         try:
@@ -159,7 +168,7 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
 
 
 def on_rank(rank: int, ctx: DistContext) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
-    """Make a decorator: the function runs on one rank, on the others it returns None.
+    """Return a decorator: the function runs on one rank; on the other ranks it returns None.
 
     Effects: pure. The decorated function must not call a collective.
 
@@ -177,7 +186,9 @@ def on_rank(rank: int, ctx: DistContext) -> Callable[[Callable[P, T]], Callable[
     def decorate(fn: Callable[P, T]) -> Callable[P, T | None]:
         @functools.wraps(fn)
         def run(*args: P.args, **kwargs: P.kwargs) -> T | None:
-            return fn(*args, **kwargs) if ctx.rank == rank else None
+            if ctx.rank != rank:
+                return None
+            return fn(*args, **kwargs)
 
         return run
 
@@ -185,7 +196,7 @@ def on_rank(rank: int, ctx: DistContext) -> Callable[[Callable[P, T]], Callable[
 
 
 def on_main(ctx: DistContext) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
-    """Make a decorator: the function runs on rank 0, on the others it returns None.
+    """Return a decorator: the function runs on rank 0; on the other ranks it returns None.
 
     Effects: pure. The decorated function must not call a collective.
 

@@ -1,4 +1,4 @@
-"""Debug mode: before each collective the ranks compare what they are about to do, and at which line."""
+"""Debug mode: before each collective the ranks compare operation, shapes, dtypes and call site."""
 
 from __future__ import annotations
 
@@ -18,36 +18,39 @@ from faccel.errors import DesyncError
 from faccel.tree import Tree, flatten, paths
 
 _SAME = "the same"
+_FIRST_POLL_S = 1e-4
+_MAX_POLL_S = 0.05
 
 
 @attrs.frozen(eq=False)
 class DebugCollectives:
-    """Collectives whose ranks meet in the store of the world before each one.
+    """Collectives that compare the ranks' calls through the store of the world first.
 
-    Each rank of the axis posts what it is about to do, the first one compares and posts the verdict: two round trips.
-    A collective that somebody does not join, or joins with another shape, dtype, leaf or from another line, never
-    begins. The store is nobody's process group, so that what is compared cannot meet what torch's engines send.
+    Each rank of the axis posts its call. The first one compares them and posts the result: two round
+    trips. A collective does not begin if a rank is missing, or calls another operation, with another
+    shape, dtype or leaf, or from another line. The store belongs to no process group, so the
+    comparison cannot interfere with collectives of PyTorch's own.
 
     Args:
         inner: What communicates.
-        store: Of the world.
-        timeout_s: Seconds for which the others are waited for.
-        number: Of the context among those of this world, the same on every rank.
+        store: The store of the world.
+        timeout_s: Seconds to wait for the other ranks.
+        number: Index of the context among those of this world, the same on every rank.
     """
 
     inner: TorchCollectives
     store: dist.Store
     timeout_s: float
     number: int = 0
-    _announced: list[str] = attrs.field(factory=list, init=False)
+    _label: list[str] = attrs.field(factory=list, init=False)  # at most one, of the next collective
     _num_calls: dict[str, int] = attrs.field(factory=dict, init=False)
 
     def size(self, axis: str) -> int:
-        """Return how many ranks the axis has."""
+        """Return the number of ranks of the axis."""
         return self.inner.size(axis)
 
     def rank(self, axis: str) -> int:
-        """Return where this rank stands on the axis."""
+        """Return the index of this rank on the axis."""
         return self.inner.rank(axis)
 
     def group(self, axis: str) -> dist.ProcessGroup:
@@ -55,18 +58,17 @@ class DebugCollectives:
         return self.inner.group(axis)
 
     def set_call_label(self, call: str, x: Tree) -> None:
-        """Remember for which call of the user's the next collective is."""
-        named = zip(paths(x, "x"), flatten(x)[0], strict=True)
-        self._announced[:] = [
-            f"{call} of {', '.join(f'{name}: {describe([leaf])}' for name, leaf in named)}"
-        ]
+        """Set the name of the user's call that the next collective belongs to."""
+        names_and_leaves = zip(paths(x, "x"), flatten(x)[0], strict=True)
+        leaves = [f"{name}: {describe([leaf])}" for name, leaf in names_and_leaves]
+        self._label[:] = [f"{call} of {', '.join(leaves)}"]
 
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
-        """Return the error to raise for one that communication ended in."""
+        """Return the error that names the failed rank; None if `error` has another cause."""
         return self.inner.as_rank_error(error, doing, axis)
 
     def close(self) -> None:
-        """Refuse to communicate from now on."""
+        """Raise in every later call."""
         self.inner.close()
 
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
@@ -102,71 +104,74 @@ class DebugCollectives:
         self.inner.barrier(axis)
 
     def _compare(self, op: str, x: torch.Tensor | None, axis: str) -> None:
+        call = op
+        if x is not None:
+            call = f"{op} of {describe([x])}"
+        if self._label:
+            call = self._label.pop()
         try:
-            got = self._verdict(op, x, axis)
-        except dist.DistError as error:  # the store is gone, with the rank that served it
+            result = self._exchange(f"{call} over `{axis}` at {call_site()}", axis)
+        except dist.DistError as error:  # the process that serves the store has ended
             raise_naming_rank(error, op, axis, self)
-        if got != _SAME:
+        if result != _SAME:
             raise DesyncError(
                 "ranks disagree about the next collective",
-                got=got,
-                fix="make the same call, with the same shapes and dtypes, from the same line on every rank",
+                got=result,
+                fix="make the same call, with the same shapes and dtypes, from the same line on "
+                "every rank",
             )
 
-    def _verdict(self, op: str, x: torch.Tensor | None, axis: str) -> str:
-        ranks, me = dist.get_process_group_ranks(self.group(axis)), dist.get_rank()
-        room = f"{self.number}-{zlib.crc32(str(ranks).encode()):x}"  # the same on every axis of these ranks
-        number = self._num_calls[room] = self._num_calls.get(room, 0) + 1
-        call = (
-            self._announced.pop()
-            if self._announced
-            else op
-            if x is None
-            else f"{op} of {describe([x])}"
-        )
-        keys = [f"debug/{room}/{number}/{rank}" for rank in ranks]
-        verdict = f"debug/{room}/{number}/verdict"
-        self.store.set(keys[ranks.index(me)], f"{call} over `{axis}` at {call_site()}")
-        if me == ranks[0]:
+    def _exchange(self, call: str, axis: str) -> str:
+        """Post this rank's call; return `_SAME`, or the call of each rank."""
+        ranks, own_rank = dist.get_process_group_ranks(self.group(axis)), dist.get_rank()
+        # the same key for every axis with these ranks: they may disagree about the axis
+        group_key = f"{self.number}-{zlib.crc32(str(ranks).encode()):x}"
+        number = self._num_calls.get(group_key, 0) + 1
+        self._num_calls[group_key] = number
+        prefix = f"debug/{group_key}/{number}"
+        keys = [f"{prefix}/{rank}" for rank in ranks]
+        result_key = f"{prefix}/result"
+        self.store.set(keys[ranks.index(own_rank)], call)
+        if own_rank == ranks[0]:
             self._wait(keys, ranks)
-            doing = self._read(keys, ranks)
-            self.store.set(
-                verdict, _SAME if len(set(doing.values())) == 1 else describe_ranks(doing)
-            )
-            for key in (*keys, verdict):  # those of the last call, which everybody has read
+            calls = self._read(keys, ranks)
+            is_same = len(set(calls.values())) == 1
+            self.store.set(result_key, _SAME if is_same else describe_ranks(calls))
+            for key in (*keys, result_key):  # every rank has read those of the previous call
                 self.store.delete_key(key.replace(f"/{number}/", f"/{number - 1}/"))
         else:
-            self._wait([verdict], ranks[:1])
-        return (
-            self.store.get(verdict).decode()
-            if self.store.check([verdict])
-            else describe_ranks(self._read(keys, ranks))
-        )
+            self._wait([result_key], ranks[:1])
+        if self.store.check([result_key]):
+            return self.store.get(result_key).decode()
+        return describe_ranks(self._read(keys, ranks))
 
     def _wait(self, keys: Sequence[str], ranks: Sequence[int]) -> None:
-        """Return when the keys of `ranks` are there, one of the ranks that lack them has left, or time is up."""
-        if self.inner.rank_status is None:  # in a simulation, whose store lets the others run
+        """Return when the keys of `ranks` exist, a rank without one has left, or after a timeout."""
+        if self.inner.rank_status is None:  # in a simulation, whose store runs the other ranks
             self.store.wait(list(keys))
             return
-        deadline, pause = time.monotonic() + self.timeout_s, 1e-4
+        deadline = time.monotonic() + self.timeout_s
+        pause_s = _FIRST_POLL_S
         while not self.store.check(list(keys)) and time.monotonic() < deadline:
-            if any(
-                self._has_left(r) and not self.store.check([k])
-                for k, r in zip(keys, ranks, strict=True)
-            ):
-                return
-            time.sleep(
-                pause
-            )  # not `wait`, which prints a line of C++ for each time that it ends in vain
-            pause = min(2 * pause, 0.05)
+            for key, rank in zip(keys, ranks, strict=True):
+                if self._status(rank) and not self.store.check([key]):
+                    return
+            # not `Store.wait`, which prints a line from C++ at each timeout
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _MAX_POLL_S)
 
-    def _has_left(self, rank: int) -> str | None:
-        return self.inner.rank_status and self.inner.rank_status.heard(rank)
+    def _status(self, rank: int) -> str | None:
+        """Return the status of a rank that has left or failed."""
+        if self.inner.rank_status is None:
+            return None
+        return self.inner.rank_status.read(rank)
 
     def _read(self, keys: Sequence[str], ranks: Sequence[int]) -> dict[int, str]:
-        return {
-            rank: self.store.get(key).decode()
-            if self.store.check([key])
-            else self._has_left(rank) or f"did not come in {self.timeout_s:g} s"
-            for rank, key in zip(ranks, keys, strict=True)
-        }
+        """Return the call of each rank, or why there is none."""
+        calls: dict[int, str] = {}
+        for rank, key in zip(ranks, keys, strict=True):
+            if self.store.check([key]):
+                calls[rank] = self.store.get(key).decode()
+            else:
+                calls[rank] = self._status(rank) or f"no call within {self.timeout_s:g} s"
+        return calls

@@ -1,4 +1,4 @@
-"""What became of each rank, told through the store of the world: so that an error can name who is missing, and why."""
+"""The status of each rank in the store of the world, so that errors can name the failed rank."""
 
 from __future__ import annotations
 
@@ -15,61 +15,71 @@ _POLL_S = 0.02
 
 
 class RankStatus:
-    """One rank's place on the describe_ranks. Nothing is sent until something has gone wrong, or a rank leaves.
+    """Reads and writes the status of ranks. Writes nothing until an error, or until a rank leaves.
 
     Args:
-        store: Of the world. It may be gone together with the process that serves it: then nobody is heard of.
+        store: The store of the world. It may end with the process that serves it; then the status of
+            every rank is unknown.
         rank: This rank of the world.
-        generation: How often contexts have begun in this world, after none was left.
-        patience_s: Seconds for which the others are waited for.
+        generation: How many times all contexts of this world had been shut down before.
+        patience_s: Seconds to wait for the status of the other ranks.
     """
 
     def __init__(
         self, store: dist.Store, rank: int, generation: int, patience_s: float = 3.0
     ) -> None:
-        self._store, self._rank, self._generation, self._patience_s = (
-            store,
-            rank,
-            generation,
-            patience_s,
-        )
-        self._has_told = False
+        self._store = store
+        self._rank = rank
+        self._generation = generation
+        self._patience_s = patience_s
+        self._has_posted = False
 
     def _key(self, rank: int) -> str:
-        return f"describe_ranks/{self._generation}/{rank}"
+        return f"rank_status/{self._generation}/{rank}"
 
-    def _post(self, doing: str) -> None:
-        self._has_told = True
-        with suppress(dist.DistError):  # the store may be gone, and nobody left to tell
-            self._store.set(self._key(self._rank), doing)
+    def _post(self, status: str) -> None:
+        self._has_posted = True
+        with suppress(dist.DistError):  # the store may have ended
+            self._store.set(self._key(self._rank), status)
 
     def leave(self, error: BaseException | None) -> None:
-        """Tell the others that this rank leaves, and why, unless it has told already that it failed."""
-        if not self._has_told:
-            told = (
-                error.problem if isinstance(error, FaccelError) else str(error).partition("\n")[0]
-            )
-            self._post("left" if error is None else f"raised {type(error).__name__}: {told}")
+        """Post that this rank leaves, and its error, unless it has posted a failure before."""
+        if self._has_posted:
+            return
+        if error is None:
+            self._post("left")
+            return
+        message = str(error).partition("\n")[0]
+        if isinstance(error, FaccelError):
+            message = error.problem
+        self._post(f"raised {type(error).__name__}: {message}")
 
-    def heard(self, rank: int) -> str | None:
-        """Return what a rank has told of itself so far, None if nothing."""
+    def read(self, rank: int) -> str | None:
+        """Return the status that a rank has posted, None if there is none."""
+        key = self._key(rank)
         try:
-            key = self._key(rank)
-            return self._store.get(key).decode() if self._store.check([key]) else None
+            if self._store.check([key]):
+                return self._store.get(key).decode()
         except dist.DistError:
-            return None
+            pass
+        return None
 
-    def call(self, ranks: Sequence[int], doing: str) -> str:
-        """Tell the others that this rank fails in `doing`; say what is known of each of `ranks`."""
+    def report(self, ranks: Sequence[int], doing: str) -> str:
+        """Post that this rank fails in `doing`; return the status of each of `ranks`."""
         self._post(doing)
         deadline = time.monotonic() + self._patience_s
-        return describe_ranks(
-            {rank: doing if rank == self._rank else self._ask(rank, deadline) for rank in ranks}
-        )
+        statuses: dict[int, str] = {}
+        for rank in ranks:
+            if rank == self._rank:
+                statuses[rank] = doing
+            else:
+                statuses[rank] = self._wait(rank, deadline) or "no status"
+        return describe_ranks(statuses)
 
-    def _ask(self, rank: int, deadline: float) -> str:
-        while (told := self.heard(rank)) is None and time.monotonic() < deadline:
-            time.sleep(
-                _POLL_S
-            )  # not `wait`, which prints a line of C++ for each time that it ends in vain
-        return told or "not heard of"
+    def _wait(self, rank: int, deadline: float) -> str | None:
+        status = self.read(rank)
+        while status is None and time.monotonic() < deadline:
+            # not `Store.wait`, which prints a line from C++ at each timeout
+            time.sleep(_POLL_S)
+            status = self.read(rank)
+        return status

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import nn
 from torch.utils._pytree import register_pytree_node
 
-from faccel.comm.buckets import BUCKET_CAP_MB, check_replicas, packed
+from faccel.comm.buckets import BUCKET_CAP_MB, assign_buckets, check_replicas
 from faccel.comm.tensors import broadcast, reduce
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
@@ -242,7 +242,7 @@ def init_state(
 
 def _broadcast_in_place(tensors: NamedTensors, ctx: DistContext) -> None:
     """Replace all values by those of rank 0, bucket by bucket to limit the memory. Collective."""
-    for names in packed(tensors, BUCKET_CAP_MB):
+    for names in assign_buckets(tensors, BUCKET_CAP_MB):
         tensors.update(broadcast({name: tensors[name] for name in names}, ctx))
 
 

@@ -178,7 +178,7 @@ def test_without_debug_mode_the_other_ranks_name_a_rank_that_gloo_aborts():
 
 
 def missing_ranks(got):
-    match = re.search(r"ranks? ([0-9to, ]+): not heard of", got)
+    match = re.search(r"ranks? ([0-9to, ]+): no status", got)
     if match is None:
         return set()
     first, to, last = match[1].partition(" to ")
@@ -265,14 +265,14 @@ def test_shutdown_keeps_an_excepthook_of_the_user():
 
 
 def test_a_reference_from_cpp_to_a_tensor_is_detected():
-    from faccel.comm.collectives import _is_held
+    from faccel.comm.collectives import _is_referenced
 
     alias = torch.ones(3).detach()
-    assert not _is_held(alias)
+    assert not _is_referenced(alias)
     product = torch.ones(3, requires_grad=True) * alias  # saved for backward, in C++
-    assert _is_held(alias)
+    assert _is_referenced(alias)
     del product
-    assert not _is_held(alias)
+    assert not _is_referenced(alias)
 
 
 def adopt_group(rank, port, pipe):
