@@ -59,7 +59,10 @@ def setup_environment(ctx: DistContext) -> Generator[None]:
 
 
 def rank_environment_if_missing(ctx: DistContext) -> AbstractContextManager[None]:
-    """Set the variables of the rank, unless a launcher has set them. DeepSpeed reads them in steps."""
+    """Set the variables of the rank, unless a launcher has set them.
+
+    DeepSpeed reads them in each forward and step, too.
+    """
     if "LOCAL_RANK" in os.environ:
         return contextlib.nullcontext()
     return rank_environment(ctx)

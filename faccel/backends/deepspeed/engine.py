@@ -1,9 +1,13 @@
-"""Running a model through an engine of DeepSpeed, which is made when the optimizer is known: it takes both at once."""
+"""Runs a model through an engine of DeepSpeed.
+
+DeepSpeed takes a model and its optimizer together, so the engine is created in `wrap_optimizer`.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import attrs
@@ -17,9 +21,19 @@ from faccel.backends.deepspeed.availability import (
     setup_environment,
 )
 from faccel.backends.deepspeed.optimizer import ZeroOptimizer, check_optimizer, step_engine
-from faccel.backends.deepspeed.partition import Place, places_of, shards_of, write_back
-from faccel.backends.deepspeed.settings import dtype_of, is_untested_allowed, settings_of, stage_of
-from faccel.backends.deepspeed.zero_init import join_world, spread
+from faccel.backends.deepspeed.partition import (
+    ParamShard,
+    copy_master_weights_to_model,
+    param_shards,
+    sharded_state,
+)
+from faccel.backends.deepspeed.settings import (
+    allows_untested_optimizer,
+    dtype_of,
+    settings_for,
+    zero_stage,
+)
+from faccel.backends.deepspeed.zero_init import ensure_process_group, shard_parameters
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.errors import BackendError, ConfigError, ModelError, OptimizerError
@@ -29,199 +43,231 @@ from faccel.parallel.forward import Methods, call_method, to_fp32, with_precisio
 from faccel.parallel.materialize import InitialValues
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import Plan
-from faccel.protocols import DATA, Parallelism, RunMethod, StateIO
+from faccel.protocols import DATA, Parallelism, RunMethod, Stateful, StateIO
 from faccel.tree import Tree, map_leaves
 
 
 @attrs.frozen(eq=False)
-class Tied:
-    """What DeepSpeed made of a model and its optimizer.
+class EngineState:
+    """An engine of DeepSpeed, and the shards of its parameters.
 
     Args:
-        engine: Its engine.
-        places: Where parameters lie that are not whole on every rank, by identity.
+        engine: The engine.
+        shards: This rank's shard of each sharded parameter, by `id` of the parameter.
     """
 
     engine: Any
-    places: Mapping[int, Place]
+    shards: Mapping[int, ParamShard]
 
 
-class Holder(nn.Module):
-    """A model that an engine of DeepSpeed runs, once it is tied to an optimizer.
+class DeepSpeedModule(nn.Module):
+    """A module with the engine that runs it, which exists after `create_engine`.
 
     Args:
-        module: The user's.
-        plan: How it is run.
-        ctx: The world.
+        module: The user's module.
+        plan: How to run it.
+        ctx: The context.
     """
 
     def __init__(self, module: nn.Module, plan: Plan, ctx: DistContext) -> None:
         super().__init__()
-        self.module, self.plan, self.ctx = module, plan, ctx
-        self.tied: Tied | None = None
+        self.module = module
+        self.plan = plan
+        self.ctx = ctx
+        self.engine_state: EngineState | None = None
 
-    def tie(self, opt: Optimizer | None) -> Any:
-        """Make the engine. Updates the model and `opt`; collective."""
-        ctx, module = self.ctx, self.module
-        settings = settings_of(module, opt, self.plan, ctx)
-        exact = _exact(module, ctx)
-        with setup_environment(ctx):
-            deepspeed = import_deepspeed(ctx)
-            join_world(ctx)
-            engine = deepspeed.initialize(model=Methods(module), optimizer=opt, config=settings)[0]
-        places = places_of(module, engine.optimizer, ctx)
-        for key, value in exact.items():
-            if key in places and places[key].flat.dtype == value.dtype:
-                places[key].shard(places[key].flat, ctx).assign(value)
-        object.__setattr__(self, "tied", Tied(engine, places))
-        return engine
+    def create_engine(self, opt: Optimizer | None) -> EngineState:
+        """Create the engine for the module and `opt`.
+
+        Effects: updates the module and `opt`; collective.
+        """
+        settings = settings_for(self.module, opt, self.plan, self.ctx)
+        fp32_values = _fp32_values(self.module, self.ctx)
+        with setup_environment(self.ctx):
+            deepspeed = import_deepspeed(self.ctx)
+            ensure_process_group(self.ctx)
+            engine = deepspeed.initialize(
+                model=Methods(self.module), optimizer=opt, config=settings
+            )[0]
+        shards = param_shards(self.module, engine.optimizer, self.ctx)
+        for param_id, value in fp32_values.items():
+            shard = shards.get(param_id)
+            if shard is not None and shard.flat.dtype == value.dtype:
+                shard.view_of(shard.flat, self.ctx).assign(value)
+        # inside a record, the engine, which is a module, is not registered as a submodule
+        self.engine_state = EngineState(engine, shards)
+        return self.engine_state
 
 
-def _exact(module: nn.Module, ctx: DistContext) -> dict[int, torch.Tensor]:
-    """Return the values of the parameters from before the engine rounds them, where it does."""
+def _fp32_values(module: nn.Module, ctx: DistContext) -> dict[int, torch.Tensor]:
+    """Return the fp32 values of the parameters by `id`, if the engine will round them.
+
+    The engine makes its master weights from rounded parameters; these values replace them.
+    """
+    values: dict[int, torch.Tensor] = {}
     if ctx.compute_dtype is None:
-        return {}
-    return {
-        id(p): p.detach()
-        for p in module.parameters()
-        if p.dtype == torch.float32 and not hasattr(p, "ds_id")
-    }
+        return values
+    for param in module.parameters():
+        # a parameter of ZeRO-3's initialization is rounded already
+        if param.dtype == torch.float32 and not hasattr(param, "ds_id"):
+            values[id(param)] = param.detach()
+    return values
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     if ctx.topology.source == "simulated" and ctx.world_size > 1:
-        fix = "run the ranks as processes, with `faccel launch` or `faccel.launch`"
         raise BackendError(
-            "DeepSpeed keeps its state in the process, so ranks cannot be threads", fix=fix
+            "DeepSpeed does not run in a simulated world: it stores global state in the process, "
+            "and simulated ranks are threads",
+            fix="run the ranks as processes, with `faccel launch` or `faccel.launch`",
         )
     with setup_environment(ctx):
         import_deepspeed(ctx)
-        # what is wrong with the settings is told before anything is moved
-        settings = settings_of(module, None, plan, ctx)
+        # invalid settings raise before anything is moved
+        settings = settings_for(module, None, plan, ctx)
     _check_dtypes(module, ctx)
     check_same_structure(module, ctx, DATA)
     values = InitialValues.of(module, ctx, DATA)
-    if values.is_meta and stage_of(ctx) == 3:
-        spread(module, values, settings, ctx)
+    if values.is_meta and zero_stage(ctx) == 3:
+        shard_parameters(module, values, settings, ctx)
     else:
         values.fill(module, ctx, DATA)
     checkpoint_and_compile(module, plan)
-    holder = Holder(module, plan, ctx)
-    if stage_of(ctx) == 3 and not any(p.requires_grad for p in module.parameters()):
-        holder.tie(None)
-    return holder, _runner(holder, ctx)
+    holder = DeepSpeedModule(module, plan, ctx)
+    is_frozen = not any(param.requires_grad for param in module.parameters())
+    if zero_stage(ctx) == 3 and is_frozen:
+        # a frozen model gets no optimizer, and its parameters are to be sharded all the same
+        holder.create_engine(None)
+    return holder, _run_method(holder, ctx)
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _check_dtypes(module: nn.Module, ctx: DistContext) -> None:
-    wide = next(
-        (
-            name
-            for name, p in module.named_parameters()
-            if p.dtype in (torch.float64, torch.complex128)
-        ),
-        None,
-    )
-    if wide is not None:
-        got = f"`{wide}`, {module.get_parameter(wide).dtype}"
-        raise ModelError(
-            "DeepSpeed keeps master weights in fp32", got=got, fix="call `.float()` on the model"
-        )
-    norms = (name for name, each in module.named_modules() if isinstance(each, _BATCH_NORMS))
-    name = None if ctx.compute_dtype is None else next(norms, None)
-    if name is not None:
-        raise ModelError(
-            "DeepSpeed casts parameters and leaves buffers in fp32, and torch's batch norm takes no such mixture",
-            got=f"`{name}` under mixed_precision={ctx.config.mixed_precision}",
-            fix='use `mixed_precision="no"`, a group or layer norm, or `mesh="dp_shard=-1"` without a strategy',
-        )
+    for name, param in module.named_parameters():
+        if param.dtype in (torch.float64, torch.complex128):
+            raise ModelError(
+                f"`{name}` has a dtype that DeepSpeed does not support: master weights are fp32",
+                got=f"`{name}`, {param.dtype}",
+                fix="call `.float()` on the model",
+            )
+    if ctx.compute_dtype is None:
+        return
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, _BATCH_NORMS):
+            # DeepSpeed casts parameters and leaves buffers in fp32
+            raise ModelError(
+                f"`{name}` is a batch norm, which does not run with parameters in "
+                f"{ctx.config.mixed_precision} and buffers in fp32, as DeepSpeed stores them",
+                got=f"`{name}` under mixed_precision={ctx.config.mixed_precision}",
+                fix='use `mixed_precision="no"`, a group or layer norm, or '
+                '`mesh="dp_shard=-1"` without a strategy',
+            )
 
 
-def _runner(holder: Holder, ctx: DistContext) -> RunMethod:
-    module, dtype = holder.module, dtype_of(ctx)
-    plain = with_precision(
-        lambda method, *args, **kwargs: call_method(module, method, *args, **kwargs), ctx
-    )
+def _run_method(holder: DeepSpeedModule, ctx: DistContext) -> RunMethod:
+    module = holder.module
 
-    def cast(x: Tree) -> Tree:
-        return x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
+    def call_module(method: str, *args: Any, **kwargs: Any) -> Any:
+        return call_method(module, method, *args, **kwargs)
+
+    call_without_engine = with_precision(call_module, ctx)
+
+    cast = functools.partial(_cast_fp32, dtype=dtype_of(ctx))
 
     def run(method: str, *args: Any, **kwargs: Any) -> Any:
-        if holder.tied is None:
-            _check_untied(module)
-            return plain(method, *args, **kwargs)
+        if holder.engine_state is None:
+            _check_needs_no_engine(module)
+            return call_without_engine(method, *args, **kwargs)
         if ctx.compute_dtype is not None:
-            args, kwargs = map_leaves(cast, args), map_leaves(cast, kwargs)
+            args = map_leaves(cast, args)
+            kwargs = map_leaves(cast, kwargs)
         try:
             with rank_environment_if_missing(ctx):
-                out = holder.tied.engine(method, *args, **kwargs)
-        except RuntimeError as error:  # parameters are gathered here
+                output = holder.engine_state.engine(method, *args, **kwargs)
+        except RuntimeError as error:  # ZeRO-3 gathers parameters in forward
             raise_naming_rank(error, "forward", DATA, ctx.comm)
-        return out if ctx.compute_dtype is None else to_fp32(out)
+        if ctx.compute_dtype is None:
+            return output
+        return to_fp32(output)
 
     return run
 
 
-def _check_untied(module: nn.Module) -> None:
-    if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+def _cast_fp32(leaf: Tree, dtype: torch.dtype) -> Tree:
+    if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float32:
+        return leaf.to(dtype)
+    return leaf
+
+
+def _check_needs_no_engine(module: nn.Module) -> None:
+    is_trained = any(param.requires_grad for param in module.parameters())
+    if is_trained and torch.is_grad_enabled():
         raise ModelError(
-            "DeepSpeed takes a model and its optimizer together, and this model has none yet",
+            "the model has no optimizer yet, and DeepSpeed creates its engine from both",
             got="a forward with gradients",
-            fix="call `opt = faccel.wrap_optimizer(opt, model, ctx)` first, or freeze the model before `faccel.wrap`",
+            fix="call `opt = faccel.wrap_optimizer(opt, model, ctx)` first, or freeze the model "
+            "before `faccel.wrap`",
         )
 
 
-def _wrap_optimizer(opt: Optimizer, engine: Any, ctx: DistContext) -> Optimizer:
-    holder: Holder = engine
-    if holder.tied is not None:
-        fix = "put all parameters of a model into one optimizer, in several groups"
+def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:
+    assert isinstance(engine, DeepSpeedModule)
+    if engine.engine_state is not None:
         raise OptimizerError(
-            "an engine of DeepSpeed has one optimizer",
-            got=f"a second, {type(opt).__name__}",
-            fix=fix,
+            "the model already has an optimizer, and an engine of DeepSpeed takes one",
+            got=f"a second optimizer, {type(opt).__name__}",
+            fix="put all parameters of a model into one optimizer, in several groups",
         )
-    check_optimizer(opt, is_allowed=is_untested_allowed(holder.plan))
+    check_optimizer(opt, is_allowed=allows_untested_optimizer(engine.plan))
+    # DeepSpeed replaces the parameters in the groups by flat ones
     groups = [{**group, "params": list(group["params"])} for group in opt.param_groups]
-    made = holder.tie(opt)
-    assert holder.tied is not None
-    return ZeroOptimizer(groups, opt, made, holder.tied.places, ctx)
+    state = engine.create_engine(opt)
+    return ZeroOptimizer(groups, opt, state.engine, state.shards, ctx)
 
 
 @contextmanager
 def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
-    yield  # ZeRO-1 reduces in the step, ZeRO-2 and 3 keep no whole gradients: they add up what each backward reduced
+    # ZeRO-1 reduces in the step. ZeRO-2 and 3 store no full gradients, so they reduce in each
+    # backward and sum the results.
+    yield
 
 
-def _sync_buffers(engine: Any, ctx: DistContext) -> None:
+def _sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
+    assert isinstance(engine, DeepSpeedModule)
     buffers = dict(engine.module.named_buffers())
     if buffers:
         broadcast_from_rank_0(buffers, ctx, DATA)
 
 
-def _export(engine: Any) -> dict[str, Any]:
+def _export(engine: nn.Module) -> dict[str, Any]:
+    assert isinstance(engine, DeepSpeedModule)
     state = engine.module.state_dict()
-    if engine.tied is not None:
-        state.update(shards_of(engine.module, engine.tied.places, engine.ctx))
+    if engine.engine_state is not None:
+        state.update(sharded_state(engine.module, engine.engine_state.shards, engine.ctx))
     return state
 
 
-def _restore(engine: Any, state: Mapping[str, Any]) -> None:
-    own = {name: x for name, x in _export(engine).items() if isinstance(x, FlatShard)}
-    for name, shard in own.items():
-        if name in state:  # frozen ones may be left out
+def _restore(engine: nn.Module, state: Mapping[str, Any]) -> None:
+    assert isinstance(engine, DeepSpeedModule)
+    shards = {name: x for name, x in _export(engine).items() if isinstance(x, FlatShard)}
+    for name, shard in shards.items():
+        if name in state:  # `trained_only` checkpoints omit frozen parameters
             shard.assign(state[name])
-    rest = {name: value for name, value in state.items() if name not in own}
-    engine.module.load_state_dict(rest, strict=False)
-    if engine.tied is not None:
-        write_back(engine.tied.engine.optimizer)
+    unsharded = {name: value for name, value in state.items() if name not in shards}
+    engine.module.load_state_dict(unsharded, strict=False)
+    if engine.engine_state is not None:
+        copy_master_weights_to_model(engine.engine_state.engine.optimizer)
 
 
-def _no_join(engine: nn.Module, states: Sequence[Any], ctx: DistContext) -> Any:
-    fix = 'train on a loader with `tail="pad"` or `tail="drop"`'
+def _no_join(
+    engine: nn.Module, states: Sequence[Stateful], ctx: DistContext
+) -> AbstractContextManager[None]:
     raise ConfigError(
-        "under ZeRO no rank can go on without the others", got="strategy=deepspeed", fix=fix
+        "`join` is unsupported under DeepSpeed: every update needs all ranks",
+        got="strategy=deepspeed",
+        fix='train on a loader with `tail="pad"` or `tail="drop"`',
     )
 
 

@@ -1,15 +1,15 @@
-"""The optimizer of a ZeRO engine, as torch's: groups with the user's parameters, and states under their numbers."""
+"""The optimizer of a ZeRO engine in PyTorch's form: the user's groups, and sharded states."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from faccel.backends.deepspeed.availability import rank_environment_if_missing
-from faccel.backends.deepspeed.partition import Place
+from faccel.backends.deepspeed.partition import ParamShard
 from faccel.context import DistContext
 from faccel.errors import ConfigError, OptimizerError
 from faccel.flat_shard import FlatShard
@@ -28,42 +28,58 @@ ELEMENTWISE = (
     "Rprop",
     "SGD",
 )
-"""Those of torch that treat each element on its own, so that they may see a model as one flat tensor."""
+"""Optimizers of torch that update each element independently.
+
+They compute the same on one flat tensor as on the parameters that it consists of.
+"""
 
 
 def check_optimizer(opt: Optimizer, *, is_allowed: bool) -> None:
-    """Refuse an optimizer that would silently compute something else on flat memory, or that a scheduler holds."""
-    kind = type(opt)
-    is_known = kind.__module__.startswith(("torch.optim.", "deepspeed.ops.")) and (
-        kind.__module__.startswith("deepspeed.") or kind.__name__ in ELEMENTWISE
-    )
-    if not is_known and not is_allowed:
+    """Raise for an optimizer whose update depends on the shapes of parameters, or has a scheduler.
+
+    Effects: pure.
+
+    Args:
+        opt: The user's optimizer.
+        is_allowed: Whether the user's settings allow an optimizer that is not listed.
+
+    Raises:
+        OptimizerError: It is not element-wise, or a scheduler already refers to it.
+    """
+    cls = type(opt)
+    is_deepspeed = cls.__module__.startswith("deepspeed.ops.")
+    is_listed = cls.__module__.startswith("torch.optim.") and cls.__name__ in ELEMENTWISE
+    if not (is_deepspeed or is_listed or is_allowed):
         raise OptimizerError(
-            "ZeRO shows an optimizer all parameters as one flat tensor, and this one may look at their shapes",
-            got=f"a {kind.__module__}.{kind.__name__}",
-            fix=f"use one of torch's {', '.join(ELEMENTWISE)}, or, if each element moves on its own, write "
+            "`opt` is not an element-wise optimizer, and DeepSpeed flattens all parameters into "
+            "one tensor",
+            got=f"a {cls.__module__}.{cls.__name__}",
+            fix=f"use one of torch's {', '.join(ELEMENTWISE)}, or, if it updates each element "
+            "independently, write "
             '`faccel.parallel.DeepSpeedConfig(settings={"zero_allow_untested_optimizer": True})`',
         )
+    # torch's schedulers replace `step` of the optimizer that they are created with
     if hasattr(opt.step, "_wrapped_by_lr_sched"):
         raise OptimizerError(
-            "a scheduler holds this optimizer already, and would not move the one that steps",
-            got=f"a {kind.__name__}",
-            fix="call `faccel.wrap_optimizer` first, and make the scheduler from what it returns",
+            "a scheduler was created with `opt` before `wrap_optimizer`, so it would change "
+            "another optimizer than the one that steps",
+            got=f"a {cls.__name__}",
+            fix="call `faccel.wrap_optimizer` first, and create the scheduler with its result",
         )
 
 
 class ZeroOptimizer(Optimizer):
     """Steps through an engine of DeepSpeed.
 
-    Its state is that of the optimizer that it was made from, of which each rank holds a part, so that a checkpoint
-    loads wherever one of torch's optimizer does.
+    Its state has the form of the user's optimizer, with sharded tensors, so a checkpoint of it
+    loads under every other strategy.
 
     Args:
-        groups: Those of the user's optimizer, from before the engine flattened them.
+        groups: Parameter groups of the user's optimizer, copied before the engine flattened them.
         base: The user's optimizer.
-        engine: Of DeepSpeed.
-        places: Where parameters lie, by identity.
-        ctx: The world.
+        engine: The engine of DeepSpeed.
+        shards: This rank's shard of each parameter, by `id` of the parameter.
+        ctx: The context.
     """
 
     def __init__(
@@ -71,38 +87,49 @@ class ZeroOptimizer(Optimizer):
         groups: list[dict[str, Any]],
         base: Optimizer,
         engine: Any,
-        places: Mapping[int, Place],
+        shards: Mapping[int, ParamShard],
         ctx: DistContext,
     ) -> None:
         super().__init__(groups, base.defaults)
-        self.base, self.engine, self._places, self._ctx = base, engine, places, ctx
-        self.limit = float(engine.gradient_clipping())
+        self.base = base
+        self.engine = engine
+        self._shards = shards
+        self._ctx = ctx
+        self.configured_clip_norm = float(engine.gradient_clipping())
         self.has_gradients = False
-        # before the engine's own, which gives up where it has been entered twice
-        engine.optimizer._grad_acc_post_hooks.insert(0, self._end_of_backward)
+        # First in the list: the engine's hook raises where several forwards precede one backward.
+        engine.optimizer._grad_acc_post_hooks.insert(0, self._after_backward)
 
-    def _end_of_backward(self) -> None:
-        """Note that there are gradients. The engine was entered once for each forward that backward went through."""
+    def _after_backward(self) -> None:
+        """Record that there are gradients, and reset the engine's count of nested backwards.
+
+        DeepSpeed counts one for each forward that the backward went through.
+        """
         self.has_gradients = True
         self.engine.optimizer._backward_active_depth = 1
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Step, with the gradients that the engine has reduced, and forget them. Collective."""
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update with the gradients that the engine has reduced, and clear them. Collective."""
         if closure is not None:
             raise OptimizerError(
-                "an engine takes no closure", got=repr(closure), fix="call `faccel.optimizer_step`"
+                "`closure` is unsupported under DeepSpeed",
+                got=repr(closure),
+                fix="call `faccel.optimizer_step`",
             )
-        for mine, other in zip(self.param_groups, self.base.param_groups, strict=True):
-            other.update({name: value for name, value in mine.items() if name != "params"})
+        # schedulers write the learning rate into our groups, the engine reads those of `base`
+        for group, base_group in zip(self.param_groups, self.base.param_groups, strict=True):
+            options = {name: value for name, value in group.items() if name != "params"}
+            base_group.update(options)
         with rank_environment_if_missing(self._ctx):
             self.engine.step()
         self.has_gradients = False
 
-    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 (torch's own signature)
-        """Forget the gradients that the engine has reduced and kept."""
+    # the signature is torch's
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002
+        """Clear the gradients that the engine has reduced and stored."""
         zero = self.engine.optimizer
         zero.zero_grad()
-        if hasattr(zero, "all_grad_tensors"):  # ZeRO-1 and 2
+        if hasattr(zero, "all_grad_tensors"):  # ZeRO-1 and ZeRO-2
             zero.micro_step_id = -1
             zero._release_preflattened_grad_buffers()
             for group in range(len(zero.bit16_groups)):
@@ -115,87 +142,95 @@ class ZeroOptimizer(Optimizer):
         self.has_gradients = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return options and states in torch's form; what is as large as a parameter is this rank's part of it."""
+        """Return options and states in torch's form; per-element states as this rank's shard."""
         state: dict[int, dict[str, Any]] = {}
-        packed: list[dict[str, Any]] = []
+        packed_groups: list[dict[str, Any]] = []
+        start = 0
         for group in self.param_groups:
-            start = sum(len(each["params"]) for each in packed)
-            numbers = list(range(start, start + len(group["params"])))
-            packed.append({**group, "params": numbers})
-            for number, p in zip(numbers, group["params"], strict=True):
-                mine = self._state_of(self._places.get(id(p)))
-                if mine:
-                    state[number] = mine
-        return {"state": state, "param_groups": packed}
+            params = group["params"]
+            numbers = list(range(start, start + len(params)))
+            start += len(params)
+            packed_groups.append({**group, "params": numbers})
+            for number, param in zip(numbers, params, strict=True):
+                param_state = self._sharded_state(self._shards.get(id(param)))
+                if param_state:
+                    state[number] = param_state
+        return {"state": state, "param_groups": packed_groups}
 
-    def _state_of(self, place: Place | None) -> dict[str, Any]:
-        if place is None or place.flat not in self.base.state:
+    def _sharded_state(self, shard: ParamShard | None) -> dict[str, Any]:
+        if shard is None or shard.flat not in self.base.state:
             return {}
-        return {
-            name: place.shard(value, self._ctx) if _is_flat(value, place) else value
-            for name, value in self.base.state[place.flat].items()
-        }
+        sharded: dict[str, Any] = {}
+        for name, value in self.base.state[shard.flat].items():
+            sharded[name] = value
+            if _has_shape_of_flat(value, shard):
+                sharded[name] = shard.view_of(value, self._ctx)
+        return sharded
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take options and states: whole tensors, or parts that lie as those of `state_dict` do."""
-        saved = state_dict["param_groups"]
-        if [len(group["params"]) for group in saved] != [
-            len(group["params"]) for group in self.param_groups
-        ]:
+        """Load full tensors, or shards laid out as those of `state_dict()`."""
+        saved_groups = state_dict["param_groups"]
+        saved_sizes = [len(group["params"]) for group in saved_groups]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if saved_sizes != sizes:
             raise OptimizerError(
-                "this state is of an optimizer with other groups of parameters",
-                got=f"groups of {[len(group['params']) for group in saved]}",
-                fix="make the optimizer from the model that the state belongs to, in the same groups",
+                "`state_dict` belongs to an optimizer with other parameter groups",
+                got=f"groups of {saved_sizes} parameters, for groups of {sizes}",
+                fix="create the optimizer with the same groups as the one that was saved",
             )
         self.base.state.clear()
-        for mine, other in zip(self.param_groups, saved, strict=True):
-            mine.update({name: value for name, value in other.items() if name != "params"})
-            for p, number in zip(mine["params"], other["params"], strict=True):
-                place = self._places.get(id(p))
-                if place is not None:
-                    self._take(place, state_dict["state"].get(number, {}))
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
+            for param, number in zip(group["params"], saved["params"], strict=True):
+                shard = self._shards.get(id(param))
+                if shard is not None:
+                    self._load_param_state(shard, state_dict["state"].get(number, {}))
         zero = self.engine.optimizer
         if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+            # parameters of ZeRO-1 and 2 refer to the state tensors, which are new ones now
             zero._hp_optimizer_states_linked = False
             if self.base.state:
                 zero._lazy_init_hp_params_optimizer_state()
 
-    def _take(self, place: Place, state: Mapping[str, Any]) -> None:
+    def _load_param_state(self, shard: ParamShard, state: Mapping[str, Any]) -> None:
+        flat_state = self.base.state[shard.flat]
         for name, value in state.items():
-            own = self.base.state[place.flat]
-            if name == "step" or not isinstance(value, torch.Tensor) or value.shape != place.shape:
-                own[name] = value
+            is_per_element = isinstance(value, torch.Tensor) and value.shape == shard.shape
+            # `step` of a 0-d parameter has the parameter's shape
+            if name == "step" or not is_per_element:
+                flat_state[name] = value
                 continue
-            if name not in own:
-                own[name] = torch.zeros_like(place.flat, dtype=value.dtype)
-            place.shard(own[name], self._ctx).assign(value)
+            if name not in flat_state:
+                flat_state[name] = torch.zeros_like(shard.flat, dtype=value.dtype)
+            shard.view_of(flat_state[name], self._ctx).assign(value)
 
 
-def _is_flat(value: Any, place: Place) -> bool:
-    return (
-        isinstance(value, torch.Tensor)
-        and not isinstance(value, FlatShard)
-        and value.shape == place.flat.shape
-    )
+def _has_shape_of_flat(value: object, shard: ParamShard) -> bool:
+    if not isinstance(value, torch.Tensor) or isinstance(value, FlatShard):
+        return False
+    return value.shape == shard.flat.shape
 
 
 def step_engine(
     opt: Optimizer, options: UpdateOptions, ctx: DistContext
 ) -> tuple[torch.Tensor | None, bool]:
-    """Clip and step through the engine; `Parallelism.optimizer_step`."""
+    """Clip and step through the engine: `Parallelism.optimizer_step`."""
     if not isinstance(opt, ZeroOptimizer):
-        fix = "write `opt = faccel.wrap_optimizer(opt, model, ctx)`"
         raise OptimizerError(
-            "this optimizer is tied to no engine", got=f"a {type(opt).__name__}", fix=fix
+            "`opt` does not belong to an engine of DeepSpeed",
+            got=f"a {type(opt).__name__}",
+            fix="write `opt = faccel.wrap_optimizer(opt, model, ctx)`",
         )
     if not opt.has_gradients:
-        fix = "call `scaled_backward` on a loss of its model first"
         raise OptimizerError(
-            "no gradient has reached a parameter of this optimizer", got="no backward", fix=fix
+            "no parameter of `opt` has a gradient",
+            got="no backward since the last step",
+            fix="call `scaled_backward` on a loss of its model first",
         )
     zero = opt.engine.optimizer
-    zero.clip_grad = _limit(options, opt.limit)
-    zero.loss_scale, zero.check_grad_overflow = options.grad_scale, options.skip_nonfinite
+    zero.clip_grad = _clip_norm(options, opt.configured_clip_norm)
+    zero.loss_scale = options.grad_scale
+    zero.check_grad_overflow = options.skip_nonfinite
     opt.step()
     zero.loss_scale = 1.0
     norm = None
@@ -204,19 +239,20 @@ def step_engine(
     return norm, not zero.overflow
 
 
-def _limit(options: UpdateOptions, configured: float) -> float:
+def _clip_norm(options: UpdateOptions, configured: float) -> float:
+    """Return the limit of the norm; 0 clips nothing."""
     if options.clip_value is not None:
-        fix = "leave `clip_value` out, and use `clip_norm`"
         raise ConfigError(
-            "DeepSpeed clips gradients by their norm only",
+            "`clip_value` is unsupported under DeepSpeed, which clips by the norm only",
             got=f"clip_value={options.clip_value}",
-            fix=fix,
+            fix="leave `clip_value` out, and use `clip_norm`",
         )
-    if options.clip_norm is not None and configured and options.clip_norm != configured:
-        got = f"clip_norm={options.clip_norm}, and `gradient_clipping` {configured} of the DeepSpeed settings"
+    if options.clip_norm is None:
+        return configured
+    if configured and options.clip_norm != configured:
         raise ConfigError(
-            "two limits of the gradients contradict each other",
-            got=got,
+            "`clip_norm` contradicts `gradient_clipping` of the DeepSpeed settings",
+            got=f"clip_norm={options.clip_norm}, `gradient_clipping` {configured}",
             fix="leave one of them out",
         )
-    return configured if options.clip_norm is None else options.clip_norm
+    return options.clip_norm

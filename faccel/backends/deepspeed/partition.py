@@ -1,4 +1,4 @@
-"""Where each rank's part of a parameter lies in the flat memory of a ZeRO optimizer."""
+"""The shard of each parameter in the flat master weights of a ZeRO optimizer."""
 
 from __future__ import annotations
 
@@ -15,78 +15,97 @@ from faccel.protocols import DATA
 
 
 @attrs.frozen(eq=False)
-class Place:
-    """This rank's part of a parameter.
+class ParamShard:
+    """This rank's shard of a parameter.
 
     Args:
-        shape: Of the whole parameter.
-        flat: `float32[...]`, in which master weights of many parameters lie, and which the optimizer knows.
-        at: Where the part begins in it.
-        first: Which element of the parameter it begins with.
-        count: How many elements it has, possibly none.
-        owner: The parameter.
+        shape: Shape of the full parameter.
+        flat: `float32[...]`, the flat master weights of many parameters; a key of the optimizer's
+            state.
+        offset: Index of the shard's first element in `flat`.
+        start: Flat index of that element in the full parameter.
+        count: Number of elements, possibly 0.
+        param: The parameter.
     """
 
     shape: torch.Size
     flat: torch.Tensor
-    at: int
-    first: int
+    offset: int
+    start: int
     count: int
-    owner: nn.Parameter
+    param: nn.Parameter
 
-    def shard(self, flat: torch.Tensor, ctx: DistContext) -> FlatShard:
-        """Return the part as a tensor, in memory that is laid out as `flat` is."""
-        part = flat.detach()[self.at : self.at + self.count]
+    def view_of(self, flat: torch.Tensor, ctx: DistContext) -> FlatShard:
+        """Return the shard as a tensor that aliases `flat`, memory laid out as `self.flat` is."""
+        local_tensor = flat.detach()[self.offset : self.offset + self.count]
 
-        def add_up(x: torch.Tensor) -> torch.Tensor:
+        def all_reduce(x: torch.Tensor) -> torch.Tensor:
+            # with offload the shard is in host memory, and the collective needs the device
             return ctx.comm.all_reduce(x.to(ctx.device), "sum", DATA)
 
-        return FlatShard(self.shape, part, self.first, add_up, self.owner)
+        return FlatShard(self.shape, local_tensor, self.start, all_reduce, self.param)
 
 
-def places_of(module: nn.Module, zero: Any, ctx: DistContext) -> dict[int, Place]:
-    """Return where the parameters lie that are not whole on every rank, by identity."""
-    if hasattr(zero, "bit16_groups"):
-        return {
-            id(p): _of_states(p, flat)
-            for group, flat in zip(
-                zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True
-            )
-            for p in group
-        }
-    return {id(p): _of_parameters(p, zero, ctx) for p in module.parameters()}
+def param_shards(module: nn.Module, zero: Any, ctx: DistContext) -> dict[int, ParamShard]:
+    """Return the shard of each parameter that DeepSpeed has sharded, by `id` of the parameter.
+
+    Effects: pure.
+
+    Args:
+        module: The user's module.
+        zero: The optimizer of the engine, `engine.optimizer`.
+        ctx: The context.
+    """
+    shards: dict[int, ParamShard] = {}
+    if hasattr(zero, "bit16_groups"):  # ZeRO-1 and ZeRO-2
+        groups = zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
+        for params, flat in groups:
+            for param in params:
+                shards[id(param)] = _shard_of_states(param, flat)
+    else:
+        for param in module.parameters():
+            shards[id(param)] = _shard_of_parameter(param, zero, ctx)
+    return shards
 
 
-def _of_states(p: Any, flat: torch.Tensor) -> Place:
-    """Of ZeRO-1 and 2, which cut the parameters of a group, one behind the other, into a piece for each rank."""
-    mapping = p._hp_mapping
-    if mapping is None:
-        return Place(p.shape, flat, 0, 0, 0, p)
-    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Place(p.shape, flat, there.start, here.start, here.numel, p)
+def _shard_of_states(param: Any, flat: torch.Tensor) -> ParamShard:
+    """Return the shard under ZeRO-1 and ZeRO-2.
+
+    Those concatenate the parameters of a group and cut the result into one piece for each rank.
+    """
+    mapping = param._hp_mapping
+    if mapping is None:  # the piece of this rank has no element of this parameter
+        return ParamShard(param.shape, flat, 0, 0, 0, param)
+    in_param = mapping.lp_fragment_address
+    in_flat = mapping.hp_fragment_address
+    return ParamShard(param.shape, flat, in_flat.start, in_param.start, in_param.numel, param)
 
 
-def _of_parameters(p: Any, zero: Any, ctx: DistContext) -> Place:
-    """Of ZeRO-3, which cuts each parameter into equal pieces; frozen ones have no master weights."""
-    size = p.ds_tensor.numel()
-    first = min(size * ctx.data_rank, p.ds_numel)
-    flat, at = p.ds_tensor, 0
-    number = getattr(zero, "grad_position", {}).get(p.ds_id)
-    if number is not None:
-        group, at, _ = number
+def _shard_of_parameter(param: Any, zero: Any, ctx: DistContext) -> ParamShard:
+    """Return the shard under ZeRO-3, which cuts each parameter into equal pieces."""
+    size = param.ds_tensor.numel()
+    # the last pieces are padded, so their start may be after the end of the parameter
+    start = min(size * ctx.data_rank, param.ds_numel)
+    count = min(size, param.ds_numel - start)
+    flat = param.ds_tensor
+    offset = 0
+    # a frozen parameter has no master weights
+    position = getattr(zero, "grad_position", {}).get(param.ds_id)
+    if position is not None:
+        group, offset, _ = position
         flat = zero.fp32_partitioned_groups_flat[group]
-    return Place(p.ds_shape, flat, at, first, min(size, p.ds_numel - first), p)
+    return ParamShard(param.ds_shape, flat, offset, start, count, param)
 
 
-def write_back(zero: Any) -> None:
-    """Give the model the master weights that have been written. Updates the model; collective."""
+def copy_master_weights_to_model(zero: Any) -> None:
+    """Copy master weights that were overwritten into the model's parameters.
+
+    Effects: updates the parameters; collective.
+    """
     with torch.no_grad():
-        if hasattr(zero, "update_lp_params"):  # ZeRO-1 and 2
+        if hasattr(zero, "update_lp_params"):  # ZeRO-1 and ZeRO-2
             zero.update_lp_params()
-            return
-        if hasattr(
-            zero, "fp16_groups"
-        ):  # ZeRO-3; what its step does when the optimizer has moved them
+        elif hasattr(zero, "fp16_groups"):  # ZeRO-3: the end of its `step`
             zero._partition_all_parameters()
             for group in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
@@ -97,11 +116,16 @@ def write_back(zero: Any) -> None:
             zero.partition_all_parameters()
 
 
-def shards_of(
-    module: nn.Module, places: Mapping[int, Place], ctx: DistContext
+def sharded_state(
+    module: nn.Module, shards: Mapping[int, ParamShard], ctx: DistContext
 ) -> dict[str, FlatShard]:
-    """Return this rank's parts of the parameters under each of their names."""
-    named = module.named_parameters(remove_duplicate=False)
-    return {
-        name: places[id(p)].shard(places[id(p)].flat, ctx) for name, p in named if id(p) in places
-    }
+    """Return this rank's shard of each parameter, under each of the parameter's names.
+
+    Effects: pure. The tensors alias the master weights.
+    """
+    state: dict[str, FlatShard] = {}
+    for name, param in module.named_parameters(remove_duplicate=False):
+        shard = shards.get(id(param))
+        if shard is not None:
+            state[name] = shard.view_of(shard.flat, ctx)
+    return state

@@ -1,11 +1,14 @@
-"""DeepSpeed's own configuration, made of ours, the user's JSON and the model: what contradicts is an error."""
+"""The settings of DeepSpeed, from `Config`, the plan, the user's JSON and the model.
+
+`"auto"` is filled in; a value that contradicts the script raises.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -15,14 +18,17 @@ from faccel.context import DistContext
 from faccel.errors import ConfigError, nearest
 from faccel.plan import DeepSpeedConfig, Plan
 
+Json: TypeAlias = Any  # a JSON value; `json` itself has no narrower type
+Settings: TypeAlias = dict[str, Json]
+
 AUTO = "auto"
-_ELSEWHERE = {
+_SET_ELSEWHERE = {
     "scheduler": "pass it to `faccel.optimizer_step(..., scheduler=...)`",
-    "managed_gradient_accumulation": "`faccel.windows` decides when gradients are complete",
+    "managed_gradient_accumulation": "`faccel.windows` accumulates gradients",
     "tensor_parallel": "use a mesh with `tp`",
     "pipeline": "use a mesh with `pp`",
     "sequence_parallel_size": "use a mesh with `cp`",
-    "data_parallel_size": "start as many processes as you want",
+    "data_parallel_size": "set the number of processes with `faccel launch --nproc`",
     "expert_parallel": "use a mesh with `ep`",
     "torch_autocast": "use `mixed_precision`",
     "compile": "use `faccel.Plan(compile=...)`",
@@ -30,31 +36,39 @@ _ELSEWHERE = {
     "data_types": "use `mixed_precision`",
     "amp": "use `mixed_precision`",
 }
-"""Keys of DeepSpeed's whose business is another's here, and whose."""
+"""Keys of DeepSpeed that faccel sets from another option, and which."""
 
 _KEYS = (
-    "activation_checkpointing", "aio", "bf16", "bfloat16", "comms_logger", "communication_data_type", "csv_monitor",
-    "disable_python_gc", "dump_state", "flops_profiler", "fp16", "gradient_accumulation_steps",
-    "gradient_allreduce_op", "gradient_clipping", "gradient_predivide_factor", "log_level", "memory_breakdown",
-    "optimizer", "prescale_gradients", "steps_per_print", "tensorboard", "train_batch_size",
-    "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer", "zero_optimization",
+    "activation_checkpointing", "aio", "bf16", "bfloat16", "comms_logger",
+    "communication_data_type", "csv_monitor", "disable_python_gc", "dump_state", "flops_profiler",
+    "fp16", "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping",
+    "gradient_predivide_factor", "log_level", "memory_breakdown", "optimizer",
+    "prescale_gradients", "steps_per_print", "tensorboard", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 )  # fmt: skip
-_REFUSED_ZERO = {
-    "round_robin_gradients": "parts of parameters would lie where checkpoints do not look for them",
-    "zenflow": "its optimizer steps on its own, apart from `faccel.optimizer_step`",
-    "zero_hpz_partition_size": "parameters would be shared by a part of the ranks",
-    "mics_shard_size": "parameters would be shared by a part of the ranks",
+_UNSUPPORTED_ZERO = {
+    "round_robin_gradients": "it moves shards away from where a checkpoint reads them",
+    "zenflow": "its optimizer steps asynchronously, not in `faccel.optimizer_step`",
+    "zero_hpz_partition_size": "it shards parameters over a subset of the ranks",
+    "mics_shard_size": "it shards parameters over a subset of the ranks",
 }
+_LOSS_SCALE_KEYS = (
+    "loss_scale",
+    "initial_scale_power",
+    "loss_scale_window",
+    "hysteresis",
+    "min_loss_scale",
+)
 
 
-def read(options: DeepSpeedConfig) -> dict[str, Any]:
-    """Return the user's settings as they are written.
+def read_settings(options: DeepSpeedConfig) -> Settings:
+    """Return the user's settings as they are written, as a new dict.
 
     Effects: ambient. Reads the file.
 
     Raises:
-        ConfigError: The file is not there or not JSON, or a key is unknown or another's business.
+        ConfigError: The file is missing or not JSON, or a key is unknown or set elsewhere.
     """
     settings = options.settings
     if isinstance(settings, str):
@@ -62,53 +76,73 @@ def read(options: DeepSpeedConfig) -> dict[str, Any]:
             with open(settings) as file:
                 settings = json.load(file)
         except (OSError, ValueError) as error:
-            fix = "name a file of JSON"
             raise ConfigError(
-                "the DeepSpeed settings cannot be read", got=f"`{settings}`: {error}", fix=fix
+                "`settings` of DeepSpeed is not a readable JSON file",
+                got=f"`{settings}`: {error}",
+                fix='pass the path of a JSON file, as in `settings="ds_config.json"`',
             ) from None
-    found: dict[str, Any] = json.loads(
-        json.dumps(dict(settings or {}))
-    )  # a copy that nobody else holds
-    for key in found:
-        if key in _ELSEWHERE:
-            fix = f"leave it out: {_ELSEWHERE[key]}"
+    # A round trip through JSON is a deep copy: the user's mapping is never modified.
+    copied: Settings = json.loads(json.dumps(dict(settings or {})))
+    for key in copied:
+        if key in _SET_ELSEWHERE:
             raise ConfigError(
-                f"`{key}` of the DeepSpeed settings is not DeepSpeed's to decide here", fix=fix
+                f"`{key}` of the DeepSpeed settings conflicts with an option of faccel",
+                got=f"`{key}`",
+                fix=f"leave it out: {_SET_ELSEWHERE[key]}",
             )
         if key not in _KEYS:
             raise ConfigError(
-                f"`{key}` is no key of the DeepSpeed settings", fix=nearest(key, _KEYS)
+                f"`{key}` is not a key of the DeepSpeed settings", fix=nearest(key, _KEYS)
             )
-    return found
+    return copied
 
 
-def _agree(settings: dict[str, Any], key: str, value: Any, says: str, where: str = "") -> None:
-    """Fill in `value`, which is ours; refuse another one of the user's. Updates `settings`."""
-    own = settings.get(key, AUTO)
-    if own != AUTO and own != value:
+def _set_or_raise(
+    settings: Settings, key: str, value: Json, source: str, section: str = ""
+) -> None:
+    """Set `key` to the script's `value`, unless the user wrote another one.
+
+    Effects: updates settings.
+
+    Args:
+        settings: The section that has the key.
+        key: Its name.
+        value: The value of the script.
+        source: Where that comes from, as `"grad_accum=4"`.
+        section: Path of the section, with a dot at the end.
+    """
+    configured = settings.get(key, AUTO)
+    if configured not in (AUTO, value):
         raise ConfigError(
-            f"the DeepSpeed settings contradict {says.partition('=')[0]}",
-            got=f"`{where}{key}` {own}, {says}",
-            fix=f'write `"{where}{key}": "auto"`, or the same in both',
+            f"the DeepSpeed settings contradict {source.partition('=')[0]}",
+            got=f"`{section}{key}` {configured}, {source}",
+            fix=f'write `"{section}{key}": "auto"`, or the same value in both',
         )
     settings[key] = value
 
 
-def _batches(settings: dict[str, Any], ctx: DistContext) -> None:
-    """Check the numbers of the batch against each other; the engine gets windows of one micro-batch."""
-    accum, world = ctx.config.grad_accum, ctx.data_world_size
-    _agree(settings, "gradient_accumulation_steps", accum, f"grad_accum={accum}")
-    micro, total = (
-        settings.get(key, AUTO) for key in ("train_micro_batch_size_per_gpu", "train_batch_size")
-    )
+def _set_batch_sizes(settings: Settings, ctx: DistContext) -> None:
+    """Check the batch sizes against each other, and set those of the engine.
+
+    The engine accumulates nothing: `faccel.windows` counts the micro-batches.
+    """
+    accum = ctx.config.grad_accum
+    world = ctx.data_world_size
+    _set_or_raise(settings, "gradient_accumulation_steps", accum, f"grad_accum={accum}")
+    micro = settings.get("train_micro_batch_size_per_gpu", AUTO)
+    total = settings.get("train_batch_size", AUTO)
     if AUTO not in (micro, total) and micro * accum * world != total:
         raise ConfigError(
             "the DeepSpeed settings contradict the number of ranks",
-            got=f"`train_batch_size` {total}, `train_micro_batch_size_per_gpu` {micro} of {world} ranks, {accum} times",
+            got=f"`train_batch_size` {total}, `train_micro_batch_size_per_gpu` {micro} "
+            f"of {world} ranks, {accum} times",
             fix='write `"train_batch_size": "auto"`',
         )
     if micro == AUTO:
-        micro = 1 if total == AUTO else max(1, total // (accum * world))
+        # only DeepSpeed's throughput log reads it, so any value is valid without a total
+        micro = 1
+        if total != AUTO:
+            micro = max(1, total // (accum * world))
     settings |= {
         "train_micro_batch_size_per_gpu": micro,
         "train_batch_size": micro * world,
@@ -117,163 +151,202 @@ def _batches(settings: dict[str, Any], ctx: DistContext) -> None:
     }
 
 
-def _precision(settings: dict[str, Any], ctx: DistContext) -> None:
+def _set_precision(settings: Settings, ctx: DistContext) -> None:
     precision = ctx.config.mixed_precision
-    if "bfloat16" in settings:
+    if "bfloat16" in settings:  # DeepSpeed's old name of the section
         settings.setdefault("bf16", settings.pop("bfloat16"))
     for key in ("bf16", "fp16"):
-        part = settings.setdefault(key, {})
-        says = f"mixed_precision={precision}"
-        _agree(part, "enabled", precision == key, says, f"{key}.")
-        if key == "fp16":
-            for name in (
-                "loss_scale",
-                "initial_scale_power",
-                "loss_scale_window",
-                "hysteresis",
-                "min_loss_scale",
-            ):
-                if part.pop(name, AUTO) not in (AUTO, 0):
-                    fix = "leave it out, and give options to `faccel.init_scaler`"
-                    raise ConfigError(
-                        "the loss scale is a value of the loop", got=f"`fp16.{name}`", fix=fix
-                    )
-            part["loss_scale"] = 1.0
+        section = settings.setdefault(key, {})
+        source = f"mixed_precision={precision}"
+        _set_or_raise(section, "enabled", precision == key, source, f"{key}.")
+    for name in _LOSS_SCALE_KEYS:
+        if settings["fp16"].pop(name, AUTO) not in (AUTO, 0):
+            raise ConfigError(
+                f"`fp16.{name}` of the DeepSpeed settings conflicts with the loop's `ScalerState`",
+                got=f"`fp16.{name}`",
+                fix="leave it out, and pass options to `faccel.init_scaler`",
+            )
+    # `optimizer_step` writes the scale of the loop's `ScalerState` before each step
+    settings["fp16"]["loss_scale"] = 1.0
     settings["bf16"].setdefault("check_grad_overflow", False)
 
 
-def _optimizer(settings: dict[str, Any], opt: Optimizer | None) -> None:
-    """Check the user's optimizer against what the settings say it is. Updates `settings`: the engine gets ours."""
-    said = settings.pop("optimizer", None)
-    if said is None or opt is None:
+def _check_optimizer_section(settings: Settings, opt: Optimizer | None) -> None:
+    """Compare the section `optimizer` with the script's optimizer, and remove it.
+
+    Effects: updates settings. The engine gets the script's optimizer.
+    """
+    section = settings.pop("optimizer", None)
+    if section is None or opt is None:
         return
-    kind = type(opt).__name__
-    if str(said.get("type", AUTO)).lower() not in (AUTO, kind.lower()):
+    class_name = type(opt).__name__
+    if str(section.get("type", AUTO)).lower() not in (AUTO, class_name.lower()):
         raise ConfigError(
             "the DeepSpeed settings contradict the optimizer of the script",
-            got=f"`optimizer.type` {said['type']}, a {kind}",
+            got=f"`optimizer.type` {section['type']}, a {class_name}",
             fix="leave `optimizer` out of the settings",
         )
-    for name, value in said.get("params", {}).items():
-        own = opt.defaults.get(name, opt.param_groups[0].get(name))
-        own = list(own) if isinstance(own, tuple) else own
-        _agree(
-            {name: value}, name, own, f"{name}={own} of the script's optimizer", "optimizer.params."
+    for name, configured in section.get("params", {}).items():
+        value = opt.defaults.get(name, opt.param_groups[0].get(name))
+        if isinstance(value, tuple):  # JSON has lists only
+            value = list(value)
+        source = f"{name}={value} of the script's optimizer"
+        _set_or_raise({name: configured}, name, value, source, "optimizer.params.")
+
+
+def _set_bucket_sizes(zero: Settings, module: nn.Module) -> None:
+    """Fill in the sizes that depend on the model, by the formulas of transformers.
+
+    Effects: updates zero.
+    """
+    config = getattr(module, "config", None)
+    hidden_size = getattr(config, "hidden_size", None)
+    hidden_sizes = getattr(config, "hidden_sizes", None)
+    if not hidden_size and hidden_sizes:
+        hidden_size = max(hidden_sizes)
+    sizes: dict[str, int] = {}
+    if hidden_size:
+        sizes = {
+            "reduce_bucket_size": hidden_size * hidden_size,
+            "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+            "stage3_param_persistence_threshold": 10 * hidden_size,
+        }
+    for key in (
+        "reduce_bucket_size",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+    ):
+        if zero.get(key) != AUTO:
+            continue
+        del zero[key]
+        if key in sizes:
+            zero[key] = sizes[key]
+    num_elements = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+    # The bucket is allocated at once: DeepSpeed's default of 500 million elements takes 2 GB.
+    zero.setdefault("reduce_bucket_size", min(500_000_000, max(num_elements, 2)))
+
+
+def _set_offload(zero: Settings, plan: Plan) -> None:
+    requested = {
+        "offload_optimizer": plan.deepspeed.offload_optimizer,
+        "offload_param": plan.deepspeed.offload_params,
+    }
+    if plan.offload:
+        requested["offload_optimizer"] = requested["offload_optimizer"] or "cpu"
+        if zero["stage"] == 3:
+            requested["offload_param"] = requested["offload_param"] or "cpu"
+    option_names = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_params"}
+    for key, device in requested.items():
+        if device is not None:
+            section = zero.setdefault(key, {})
+            source = f"{option_names[key]}={device}"
+            _set_or_raise(section, "device", device, source, f"zero_optimization.{key}.")
+    _check_offload(zero)
+
+
+def _check_offload(zero: Settings) -> None:
+    devices = {
+        key: zero.get(key, {}).get("device", "none")
+        for key in ("offload_optimizer", "offload_param")
+    }
+    got = ", ".join(f"`{key}` {device}" for key, device in devices.items())
+    if "nvme" in devices.values():
+        # Measured with 0.19.8: from the second update on, the result differs from training in
+        # memory.
+        raise ConfigError(
+            "offload to NVMe is unsupported: with DeepSpeed 0.19 it changes the result of training",
+            got=got,
+            fix='write `offload_optimizer="cpu"`',
+        )
+    if zero["stage"] < 3 and devices["offload_param"] != "none":
+        raise ConfigError(
+            f"`offload_params` is unsupported under ZeRO-{zero['stage']}, where every rank has "
+            "all parameters",
+            got=got,
+            fix='use `zero=3`, or `offload_optimizer="cpu"`',
         )
 
 
-def _buckets(zero: dict[str, Any], module: nn.Module) -> None:
-    """Fill in the sizes that depend on the model, as transformers does. Updates `zero`."""
-    config = getattr(module, "config", None)
-    sizes = getattr(config, "hidden_size", None), getattr(config, "hidden_sizes", None)
-    hidden = sizes[0] or (max(sizes[1]) if sizes[1] else None)
-    filled = {
-        "reduce_bucket_size": None if hidden is None else hidden * hidden,
-        "stage3_prefetch_bucket_size": None if hidden is None else int(0.9 * hidden * hidden),
-        "stage3_param_persistence_threshold": None if hidden is None else 10 * hidden,
-    }
-    for key, value in filled.items():
-        if zero.get(key) == AUTO:
-            del zero[key]
-            zero |= {} if value is None else {key: value}
-    count = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
-    zero.setdefault(
-        "reduce_bucket_size", min(500_000_000, max(count, 2))
-    )  # torch.empty would take 2 GB for it
-
-
-def _offload(zero: dict[str, Any], plan: Plan) -> None:
-    options = plan.deepspeed
-    wanted = {
-        "offload_optimizer": options.offload_optimizer,
-        "offload_param": options.offload_params,
-    }
-    if plan.offload:
-        wanted = {"offload_optimizer": wanted["offload_optimizer"] or "cpu",
-                  "offload_param": wanted["offload_param"] or ("cpu" if zero["stage"] == 3 else None)}  # fmt: skip
-    for key, device in wanted.items():
-        if device is not None:
-            part = zero.setdefault(key, {})
-            name = "offload_params" if key == "offload_param" else key
-            _agree(part, "device", device, f"{name}={device}", f"zero_optimization.{key}.")
-    devices = {key: zero.get(key, {}).get("device", "none") for key in wanted}
-    got = ", ".join(f"`{key}` {device}" for key, device in devices.items())
-    if (
-        "nvme" in devices.values()
-    ):  # tried with 0.19.8: from the second update on it computes something else
-        what = "what DeepSpeed keeps on a disk trains otherwise than in memory, so it cannot be used here"
-        raise ConfigError(what, got=got, fix='write `offload_optimizer="cpu"`')
-    if zero["stage"] < 3 and devices["offload_param"] != "none":
-        what = f"ZeRO-{zero['stage']} has all parameters on every rank"
-        raise ConfigError(what, got=got, fix='use `zero=3`, or `offload_optimizer="cpu"`')
-
-
-def settings_of(
+def settings_for(
     module: nn.Module, opt: Optimizer | None, plan: Plan, ctx: DistContext
-) -> dict[str, Any]:
-    """Return what `deepspeed.initialize` gets.
+) -> Settings:
+    """Return the settings for `deepspeed.initialize`.
 
     Effects: ambient. Reads the file of the settings.
 
     Raises:
-        ConfigError: A key is unknown, or a value contradicts `Config`, the plan, the optimizer or the ranks.
+        ConfigError: A key is unknown, or a value contradicts `Config`, the plan, the optimizer or
+            the number of ranks.
     """
-    settings = read(plan.deepspeed)
+    settings = read_settings(plan.deepspeed)
     zero = settings.setdefault("zero_optimization", {})
-    stage = stage_of(ctx)
-    _agree(zero, "stage", stage, f"zero={stage}", "zero_optimization.")
-    _check_zero(zero)
-    _batches(settings, ctx)
-    _precision(settings, ctx)
-    _optimizer(settings, opt)
-    _offload(zero, plan)
-    _buckets(zero, module)
+    stage = zero_stage(ctx)
+    _set_or_raise(zero, "stage", stage, f"zero={stage}", "zero_optimization.")
+    _check_zero_section(zero)
+    _set_batch_sizes(settings, ctx)
+    _set_precision(settings, ctx)
+    _check_optimizer_section(settings, opt)
+    _set_offload(zero, plan)
+    _set_bucket_sizes(zero, module)
     if settings.get("gradient_clipping", AUTO) == AUTO:
-        settings["gradient_clipping"] = 0.0  # `optimizer_step` says it; DeepSpeed's default is 1
-    settings["zero_allow_untested_optimizer"] = True  # `check_optimizer` has looked
+        # DeepSpeed's default is 1; `optimizer_step` sets the limit before each step
+        settings["gradient_clipping"] = 0.0
+    # `check_optimizer` decides which optimizers are supported
+    settings["zero_allow_untested_optimizer"] = True
     settings.setdefault("zero_force_ds_cpu_optimizer", False)
-    left = [key for key, value in _leaves(settings) if value == AUTO]
-    if left:
-        fix = "write its value, or leave it out"
-        raise ConfigError(
-            f"nothing says what `{left[0]}` of the DeepSpeed settings is", got='"auto"', fix=fix
-        )
+    for path, value in _flatten(settings):
+        if value == AUTO:
+            raise ConfigError(
+                f'`{path}` of the DeepSpeed settings is "auto", and faccel has no value for it',
+                got='"auto"',
+                fix="write its value, or leave it out",
+            )
     return settings
 
 
-def stage_of(ctx: DistContext) -> int:
+def zero_stage(ctx: DistContext) -> int:
     """Return the ZeRO stage of a context whose strategy is DeepSpeed."""
-    return 2 if ctx.config.zero is None else ctx.config.zero
+    if ctx.config.zero is None:
+        return 2
+    return ctx.config.zero
 
 
-def _check_zero(zero: Mapping[str, Any]) -> None:
-    record: Any = importlib.import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
-    fields: Mapping[str, Any] = record.model_fields
-    known = {*fields, *(f.alias for f in fields.values() if f.alias)}
+def _check_zero_section(zero: Mapping[str, Json]) -> None:
+    config_class = importlib.import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    fields = config_class.model_fields
+    aliases = {field.alias for field in fields.values() if field.alias}
+    known = {*fields, *aliases}
     for key, value in zero.items():
         if key not in known:
-            what = f"`zero_optimization.{key}` is no key of the DeepSpeed settings"
-            raise ConfigError(what, fix=nearest(key, known))
-        if key in _REFUSED_ZERO and value not in (AUTO, False, None, 1, -1):
-            what = f"`zero_optimization.{key}` cannot be used here"
-            raise ConfigError(what, got=_REFUSED_ZERO[key], fix="leave it out")
+            raise ConfigError(
+                f"`zero_optimization.{key}` is not a key of the DeepSpeed settings",
+                fix=nearest(key, known),
+            )
+        if key in _UNSUPPORTED_ZERO and value not in (AUTO, False, None, 1, -1):
+            raise ConfigError(
+                f"`zero_optimization.{key}` is unsupported: {_UNSUPPORTED_ZERO[key]}",
+                got=f"{value!r}",
+                fix="leave it out",
+            )
 
 
-def _leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:
+def _flatten(node: Json, path: str = "") -> Iterator[tuple[str, Json]]:
+    """Yield each leaf of nested mappings with its path, as `"fp16.enabled"`."""
     if not isinstance(node, Mapping):
-        return [(path, node)]
-    return [
-        leaf
-        for key, value in node.items()
-        for leaf in _leaves(value, f"{path}.{key}" if path else str(key))
-    ]
+        yield path, node
+        return
+    for key, value in node.items():
+        child = str(key)
+        if path:
+            child = f"{path}.{key}"
+        yield from _flatten(value, child)
 
 
-def is_untested_allowed(plan: Plan) -> bool:
-    """Return whether the user vouches for an optimizer that we do not know."""
-    return bool(read(plan.deepspeed).get("zero_allow_untested_optimizer", False))
+def allows_untested_optimizer(plan: Plan) -> bool:
+    """Return whether the user's settings allow an optimizer that faccel does not list."""
+    return bool(read_settings(plan.deepspeed).get("zero_allow_untested_optimizer", False))
 
 
 def dtype_of(ctx: DistContext) -> torch.dtype:
-    """Return the dtype of the parameters that are computed with."""
+    """Return the dtype of the parameters in forward and backward."""
     return ctx.compute_dtype or torch.float32

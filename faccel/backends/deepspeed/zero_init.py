@@ -1,62 +1,86 @@
-"""Sharing the parameters of a model one by one (ZeRO-3), so that no rank but the first ever holds all of them."""
+"""ZeRO-3 for a module on the meta device: parameters are sharded one by one.
+
+No rank but rank 0 ever holds all of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from faccel.backends.deepspeed.availability import import_deepspeed, setup_environment
-from faccel.backends.deepspeed.settings import dtype_of
+from faccel.backends.deepspeed.settings import Json, dtype_of
 from faccel.context import DistContext
 from faccel.parallel.materialize import InitialValues, tie_parameters
 from faccel.parallel.sync_states import broadcast_from_rank_0
 from faccel.protocols import DATA
 
 
-def join_world(ctx: DistContext) -> None:
-    """Make the process group that DeepSpeed asks for in a world of one process, too; it ends with the context."""
+def ensure_process_group(ctx: DistContext) -> None:
+    """Create the default process group of one process, which DeepSpeed requires.
+
+    Effects: ambient. The group is destroyed when the context closes.
+    """
     if dist.is_initialized():
         return
-    backend = "gloo" if ctx.device.type == "cpu" else None
+    backend = None
+    if ctx.device.type == "cpu":
+        backend = "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    ctx.lifetime.on_close(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+
+    def destroy() -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    ctx.lifetime.on_close(destroy)
 
 
-def spread(
-    module: nn.Module, values: InitialValues, settings: Mapping[str, Any], ctx: DistContext
+def shard_parameters(
+    module: nn.Module, values: InitialValues, settings: Mapping[str, Json], ctx: DistContext
 ) -> None:
-    """Give each rank its part of rank 0's values, for a model that is on meta on some ranks.
+    """Replace each parameter by this rank's shard of rank 0's value.
 
-    Updates `module`: its parameters are new ones; collective.
+    Effects: updates module; collective.
+
+    Args:
+        module: The user's module, on the meta device on some ranks.
+        values: Rank 0's values.
+        settings: The settings of DeepSpeed.
+        ctx: The context.
     """
     with setup_environment(ctx):
         deepspeed = import_deepspeed(ctx)
-        join_world(ctx)
+        ensure_process_group(ctx)
         deepspeed.init_distributed()
         init = deepspeed.zero.Init(config_dict_or_path=dict(settings), mem_efficient_linear=False)
-        for name, p in list(module.named_parameters()):
-            parent, _, leaf = name.rpartition(".")
-            new = nn.Parameter(
-                _whole(name, p, values, dtype_of(ctx), ctx), requires_grad=p.requires_grad
-            )
-            setattr(module.get_submodule(parent), leaf, new)
-            init._convert_to_zero_parameters([new])  # takes rank 0's, keeps its part
+        for name, param in list(module.named_parameters()):
+            full = _full_tensor(name, param, values, dtype_of(ctx), ctx)
+            sharded = nn.Parameter(full, requires_grad=param.requires_grad)
+            _replace(module, name, sharded)
+            # broadcasts rank 0's value and keeps the shard, before the next one is allocated
+            init._convert_to_zero_parameters([sharded])
     for name, buffer in list(module.named_buffers()):
-        parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, _whole(name, buffer, values, buffer.dtype, ctx))
+        _replace(module, name, _full_tensor(name, buffer, values, buffer.dtype, ctx))
     tie_parameters(module, values.ties)
     broadcast_from_rank_0(dict(module.named_buffers()), ctx, DATA)
 
 
-def _whole(
+def _replace(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(parent), attribute, tensor)
+
+
+def _full_tensor(
     name: str, like: torch.Tensor, values: InitialValues, dtype: torch.dtype, ctx: DistContext
 ) -> torch.Tensor:
-    """Return the value on rank 0, memory for it elsewhere."""
-    dtype = dtype if like.is_floating_point() else like.dtype
-    mine = values.full.get(name)
-    empty = torch.empty(like.shape, dtype=dtype, device=ctx.device)
-    return empty if mine is None else empty.copy_(mine)
+    """Return the initial value on rank 0, and empty memory for it on the other ranks."""
+    if not like.is_floating_point():
+        dtype = like.dtype
+    tensor = torch.empty(like.shape, dtype=dtype, device=ctx.device)
+    value = values.full.get(name)
+    if value is not None:
+        tensor.copy_(value)
+    return tensor
