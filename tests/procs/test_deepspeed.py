@@ -1,4 +1,4 @@
-"""DeepSpeed's engines on real processes: what one process of torch computes, whatever is shared by whom."""
+"""DeepSpeed's engines in real processes: every ZeRO stage computes what one process of torch does."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def rows(number, count=12, width=5):
     return torch.randn(count, width, generator=faccel.random.generator(1, number))
 
 
-def whole(state):
+def full_state(state):
     return {
         name: faccel.tree.full_tensor(value).detach().clone().cpu() for name, value in state.items()
     }
@@ -65,17 +65,17 @@ def train(ctx, model, opt, start, stop, scaler=None, **options):
     model.train()
     faccel.unwrap(model).norm.eval()
     for number in range(start, stop):
-        parts = rows(number).chunk(2 * ctx.data_world_size)[2 * ctx.data_rank :][:2]
-        for i, part in enumerate(parts):
+        micro_batches = rows(number).chunk(2 * ctx.data_world_size)[2 * ctx.data_rank :][:2]
+        for i, x in enumerate(micro_batches):
             with faccel.grad_sync(model, on=i == 1):
-                scaler = faccel.scaled_backward(model(part).square().mean(), scaler, ctx, scale=0.5)
+                scaler = faccel.scaled_backward(model(x).square().mean(), scaler, ctx, scale=0.5)
         info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=0.1, **options)
         norms.append(info.grad_norm.item())
     return norms
 
 
 def plain(stop, lr=0.05):
-    """What torch computes on the whole batch."""
+    """Train with plain torch on the global batch."""
     net = Net()
     net.norm.eval()
     opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr)
@@ -96,16 +96,16 @@ def distance(a, b):
 def trains(ctx, offload):
     model, opt = prepared(ctx, plan=faccel.Plan(offload=offload))
     norms = train(ctx, model, opt, 0, 4)
-    return whole(model.state_dict()), norms
+    return full_state(model.state_dict()), norms
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("offload", [False, True], ids=["device", "host"])
-def test_accumulated_and_clipped_updates_equal_torchs_wherever_the_states_live(stage, offload):
+def test_accumulated_and_clipped_updates_equal_torchs_for_every_offload(stage, offload):
     expected, norms = plain(4)
-    for state, found in on(2, trains, offload, zero=stage):
+    for state, rank_norms in on(2, trains, offload, zero=stage):
         assert distance(state, expected) < 1e-5
-        assert found == pytest.approx(norms, rel=1e-4)
+        assert rank_norms == pytest.approx(norms, rel=1e-4)
 
 
 def without_norm():
@@ -116,14 +116,14 @@ def without_norm():
 
 def trains_in_bf16(ctx):
     model, opt = prepared(ctx, without_norm())
-    first = whole(model.state_dict())
+    first = full_state(model.state_dict())
     out = model(rows(0))
     train(ctx, model, opt, 0, 8, skip_nonfinite=True)
     return (
         first,
         out.dtype,
         next(faccel.unwrap(model).parameters()).dtype,
-        whole(model.state_dict()),
+        full_state(model.state_dict()),
     )
 
 
@@ -142,27 +142,30 @@ def saves(ctx, folder):
     train(ctx, model, opt, 0, 3)
     state = {"model": model, "opt": opt, "step": 3}
     faccel.save(state, folder, ctx, step=3)
-    exported = whole(model.state_dict())
+    exported = full_state(model.state_dict())
     train(ctx, model, opt, 3, 5)
     faccel.save(state | {"step": 5}, folder, ctx, step=5, background=True)
     faccel.latest(folder, ctx)
     return (
         exported,
-        whole(model.state_dict()),
-        {k: whole(v) for k, v in opt.state_dict()["state"].items()},
+        full_state(model.state_dict()),
+        {k: full_state(v) for k, v in opt.state_dict()["state"].items()},
     )
 
 
 def resumes(ctx, folder, step, stop):
     model, opt = prepared(ctx, Net(seed=9), lr=0.7)
     state = faccel.load({"model": model, "opt": opt, "step": None}, folder, ctx, step=step)
-    loaded = whole(model.state_dict()), {k: whole(v) for k, v in opt.state_dict()["state"].items()}
+    loaded = (
+        full_state(model.state_dict()),
+        {k: full_state(v) for k, v in opt.state_dict()["state"].items()},
+    )
     train(ctx, model, opt, state["step"], stop)
-    return *loaded, whole(model.state_dict()), opt.param_groups[0]["lr"]
+    return *loaded, full_state(model.state_dict()), opt.param_groups[0]["lr"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_checkpoint_goes_on_at_any_world_size_and_under_any_strategy_bit_for_bit(stage, tmp_path):
+def test_a_checkpoint_resumes_on_any_world_size_and_strategy_bit_for_bit(stage, tmp_path):
     at_3, at_5, moments = on(2, saves, str(tmp_path), zero=stage)[0]
     for state, _, last, lr in on(2, resumes, str(tmp_path), 3, 5, zero=stage):
         assert distance(state, at_3) == 0
@@ -182,7 +185,7 @@ def test_a_checkpoint_goes_on_at_any_world_size_and_under_any_strategy_bit_for_b
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_checkpoint_of_one_process_goes_on_under_zero(stage, tmp_path):
+def test_a_checkpoint_of_one_process_resumes_under_zero(stage, tmp_path):
     ((_, at_5, moments),) = run_ranks(saves, 1, str(tmp_path))
     expected, _ = plain(8)
     for state, states, last, _ in on(2, resumes, str(tmp_path), 5, 8, zero=stage):
@@ -191,7 +194,7 @@ def test_a_checkpoint_of_one_process_goes_on_under_zero(stage, tmp_path):
         assert distance(last, expected) < 1e-5
 
 
-def test_a_bit_that_flipped_in_a_shard_is_seen_and_the_older_checkpoint_is_taken(tmp_path):
+def test_a_bit_that_flipped_in_a_shard_is_detected_and_the_older_checkpoint_loads(tmp_path):
     at_3, *_ = on(2, saves, str(tmp_path))[0]
     shard = sorted((tmp_path / "step-000000005").glob("shard-00002*"))[0]
     data = bytearray(shard.read_bytes())
@@ -212,7 +215,7 @@ class Wide(nn.Module):
 
 
 def gan(ctx):
-    """A generator and a discriminator, each with an engine; the generator's loss goes through both."""
+    """Train a generator and a discriminator, each with an engine."""
     models = [faccel.wrap(Wide(3, 5, seed=1), ctx), faccel.wrap(Wide(5, 1, seed=2), ctx)]
     opts = [
         faccel.wrap_optimizer(torch.optim.AdamW(m.parameters(), lr=0.01), m, ctx) for m in models
@@ -231,11 +234,11 @@ def gan(ctx):
         _, scaler = faccel.optimizer_step(opts[1], scaler, ctx, clip_norm=1.0)
         scaler = faccel.scaled_backward(F.softplus(-discriminator(fake)).mean(), scaler, ctx)
         _, scaler = faccel.optimizer_step(opts[0], scaler, ctx, clip_norm=1.0)
-    return [whole(m.state_dict()) for m in models]
+    return [full_state(m.state_dict()) for m in models]
 
 
 def students(ctx):
-    """A student learns from a teacher that has an engine of its own where it is shared, and stays as it is."""
+    """Train a student on the outputs of a frozen teacher, which ZeRO-3 shards, too."""
     teacher = faccel.wrap(Wide(5, 2, seed=3).requires_grad_(False), ctx).eval()
     model = faccel.wrap(Wide(5, 2, seed=4), ctx)
     opt = faccel.wrap_optimizer(
@@ -245,10 +248,10 @@ def students(ctx):
     for number in range(3):
         x = faccel.split(rows(number, 8), ctx)
         with torch.no_grad():
-            wanted = teacher(x)
-        scaler = faccel.scaled_backward(F.mse_loss(model(x), wanted), scaler, ctx)
+            target = teacher(x)
+        scaler = faccel.scaled_backward(F.mse_loss(model(x), target), scaler, ctx)
         _, scaler = faccel.optimizer_step(opt, scaler, ctx)
-    return [whole(m.state_dict()) for m in (model, teacher)]
+    return [full_state(m.state_dict()) for m in (model, teacher)]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -263,11 +266,11 @@ def test_two_engines_in_one_process_train_as_one_process_does(loop, stage):
 def one_rank(ctx):
     model, opt = prepared(ctx)
     train(ctx, model, opt, 0, 2)
-    return whole(model.state_dict())
+    return full_state(model.state_dict())
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_one_process_is_a_world_too(stage):
+def test_one_process_trains_as_several(stage):
     assert distance(on(1, one_rank, zero=stage)[0], plain(2)[0]) < 1e-5
 
 
@@ -298,7 +301,7 @@ def meta(ctx):
         if hasattr(value, "to_local")
     )
     train(ctx, model, opt, 0, 2)
-    return sizes, whole(model.state_dict())
+    return sizes, full_state(model.state_dict())
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -316,7 +319,7 @@ def from_settings(ctx, settings):
     config = opt.engine.config
     return {
         key: config.get(key) for key in ("zero_optimization", "train_batch_size", "bf16")
-    }, whole(model.state_dict())
+    }, full_state(model.state_dict())
 
 
 AUTO = {
@@ -371,30 +374,30 @@ WRONG = {
     ),
     "a disk": (
         {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "scratch"}}},
-        "otherwise",
+        "NVMe",
     ),
-    "an auto that nobody fills": ({"steps_per_print": "auto"}, "steps_per_print"),
+    "an auto without a value": ({"steps_per_print": "auto"}, "steps_per_print"),
     "another limit": ({"gradient_clipping": 3.0}, "clip_norm=0.1"),
 }
 
 
 def every_mistake(ctx):
-    said = {}
+    errors = {}
     for name, (settings, _) in WRONG.items():
         try:
             from_settings(ctx, settings)
-            said[name] = None
+            errors[name] = None
         except FaccelError as error:
-            said[name] = (type(error).__name__, str(error))
-    return said
+            errors[name] = (type(error).__name__, str(error))
+    return errors
 
 
 def test_settings_that_are_wrong_or_contradict_are_an_error_that_names_both():
-    for said in on(2, every_mistake):
+    for errors in on(2, every_mistake):
         for name, (_, word) in WRONG.items():
-            assert said[name] is not None, name
-            assert said[name][0] == "ConfigError"
-            assert word in said[name][1], (name, said[name])
+            assert errors[name] is not None, name
+            assert errors[name][0] == "ConfigError"
+            assert word in errors[name][1], (name, errors[name])
 
 
 def misuses(ctx):
@@ -430,10 +433,10 @@ def misuses(ctx):
     ]
 
 
-def test_what_zero_cannot_do_is_an_error_that_shows_the_way():
-    for said in on(2, misuses):
-        assert [kind for kind, _ in said] == [
-            "OptimizerError", "ModelError", "OptimizerError", "ConfigError", "OptimizerError", "OptimizerError",
-            "ModelError", "ConfigError", "ConfigError",
+def test_what_zero_cannot_do_is_an_error_with_a_fix():
+    for errors in on(2, misuses):
+        assert [kind for kind, _ in errors] == [
+            "OptimizerError", "ModelError", "OptimizerError", "ConfigError", "OptimizerError",
+            "OptimizerError", "ModelError", "ConfigError", "ConfigError",
         ]  # fmt: skip
-        assert all(fix for _, fix in said)
+        assert all(fix for _, fix in errors)
