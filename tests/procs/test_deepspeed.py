@@ -1,4 +1,4 @@
-"""DeepSpeed's engines in real processes: every ZeRO stage computes what one process of torch does."""
+"""DeepSpeed in real processes: every ZeRO stage computes what one process of torch does."""
 
 import json
 import os
