@@ -87,8 +87,8 @@ if __name__ == "__main__":
                 "{median:.0f} [{first_quartile:.0f}, {third_quartile:.0f}]".format(**figures),
             )
 
-    ours, peers = (inside[name][-ROUNDS:] for name in list(STATEMENTS)[1:])
-    ratio = spread([a / b for a, b in zip(ours, peers, strict=True)])
+    faccel_ms, peer_ms = (inside[name][-ROUNDS:] for name in list(STATEMENTS)[1:])
+    ratio = spread([a / b for a, b in zip(faccel_ms, peer_ms, strict=True)])
     print(f"  faccel's loop / accelerate: {ratio['median']:.2f}")
 
     nothing, help_ = "python -c pass", "python -m faccel --help"
