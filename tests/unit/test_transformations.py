@@ -329,6 +329,15 @@ def test_ema_params_merges_the_labels_of_a_partition():
     equal(func.ema_params(state), func.ema_params(expected))
 
 
+def test_a_partition_of_averages_after_the_optimizer_equals_one_average():
+    labels = func.partition({"a": func.ema(0.5), "b": func.ema(0.5)}, lambda n, p: n[0])
+    _, state, _ = walk(func.chain(func.sgd(0.1), labels))
+    _, expected, _ = walk(func.chain(func.sgd(0.1), func.ema(0.5)))
+    equal(func.ema_params(state), func.ema_params(expected))
+    with pytest.raises(OptimizerError, match="after an optimizer"):
+        func.chain(labels, func.sgd(0.1))
+
+
 def test_ema_does_not_move_after_a_skipped_update():
     inner = func.masked(func.chain(func.accumulate(2), func.sgd(0.1)), ("a.*",))
     _, state, _ = walk(func.chain(inner, func.ema(0.5)), 1)
