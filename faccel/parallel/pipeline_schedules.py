@@ -13,7 +13,6 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
-from torch.distributed.pipelining.stage import _PipelineStageBase  # pyright: ignore[reportPrivateUsage]
 
 from faccel.errors import ConfigError
 
@@ -56,7 +55,8 @@ def _gpipe(stages: Sequence[Stage], num_micro_batches: int, loss_fn: LossFn | No
 def _interleaved(
     stages: Sequence[Stage], num_micro_batches: int, loss_fn: LossFn | None
 ) -> Schedule:
-    stage_list = cast("list[_PipelineStageBase]", list(stages))
+    # the parameter is a list of a private base class, and lists are invariant
+    stage_list = cast("list[Any]", list(stages))
     try:
         return ScheduleInterleaved1F1B(stage_list, num_micro_batches, loss_fn, scale_grads=False)
     except ValueError as error:
