@@ -10,13 +10,13 @@ import attrs
 import torch
 
 from faccel.errors import ConfigError
-from faccel.plan import Plan
 from faccel.tree import Tree
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # noqa: TID251 (a name for the type checker)
 
     from faccel.context import DistContext  # the context holds these records, not the reverse
+    from faccel.plan import Plan
 
 DATA = "data"
 WORLD = "world"

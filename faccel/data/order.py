@@ -12,15 +12,14 @@ from collections.abc import Iterator
 
 import attrs
 import numpy as np
-import numpy.typing as npt
 
 from faccel.checks import one_of
 from faccel.errors import DataError
 from faccel.random.hashing import mix
 from faccel.tree import Tree
 
-Ints = npt.NDArray[np.int64]
-_Words = npt.NDArray[np.uint64]
+Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+_Words = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 
 TAILS = ("drop", "pad", "uneven")
 

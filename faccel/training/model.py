@@ -16,8 +16,10 @@ from faccel.checks import instance_of, shown
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ModelError, OptimizerError
-from faccel.plan import Plan
 from faccel.protocols import Parallelism, RunMethod
+
+if TYPE_CHECKING:
+    from faccel.plan import Plan
 
 
 @attrs.frozen(eq=False)
@@ -161,6 +163,9 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
             got=f"a {type(model).__name__}",
             fix="call it without `wrap`: it has nothing to train",
         )
+    # Imported here, because the seven records of a plan are a tenth of `import faccel`.
+    from faccel.plan import Plan
+
     if plan is None:
         plan = Plan()
     instance_of("plan", plan, Plan, fix="write `plan=faccel.Plan()`, with the options as arguments")
