@@ -1,18 +1,29 @@
-"""PyTorch's distributed checkpoint (DCP): its planners decide what each rank writes and reads."""
+"""PyTorch's distributed checkpoint (DCP): its planners decide what each rank writes and reads.
+
+DCP is imported by the functions that call it: it takes a second, because DTensor imports SymPy.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan
 
 from faccel.checkpoint.codec import StoredTensor
 from faccel.checkpoint.files import Slice
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.planner import SavePlan
+
+
+def _save_planner() -> DefaultSavePlanner:
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+    # DCP would flatten nested states by its own rules: names are the encoder's.
+    return DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
 
 def local_save_plan(
@@ -22,8 +33,7 @@ def local_save_plan(
 
     The plan can be pickled.
     """
-    # DCP would flatten nested states by its own rules: names are the encoder's.
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = _save_planner()
     planner.set_up_planner(dict(tensors), is_coordinator=rank == 0)
     return planner, planner.create_local_plan()
 
@@ -31,8 +41,7 @@ def local_save_plan(
 def global_save_plan(plans: list[SavePlan]) -> list[SavePlan]:
     """Return what each rank writes: every shard, and replicated tensors once, balanced by size."""
     # Deterministic: each rank computes it from the gathered plans, without another collective.
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    return planner.create_global_plan(plans)[0]
+    return _save_planner().create_global_plan(plans)[0]
 
 
 def planned_slices(plan: SavePlan, planner: DefaultSavePlanner) -> list[Slice]:
@@ -71,6 +80,8 @@ class Reader:
     """
 
     def __init__(self, folder: str, files: Sequence[str] | None = None) -> None:
+        from torch.distributed.checkpoint import HuggingFaceStorageReader
+
         self._reader = HuggingFaceStorageReader(folder)
         if files is not None:
             # The reader opens every safetensors file that the folder lists: those of another
@@ -82,6 +93,8 @@ class Reader:
 
     def stored(self) -> dict[str, StoredTensor]:
         """Return the full shape and the dtype of each tensor by its name."""
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
         tensors: dict[str, StoredTensor] = {}
         for name, metadata in self._metadata.state_dict_metadata.items():
             if isinstance(metadata, TensorStorageMetadata):
@@ -93,6 +106,8 @@ class Reader:
 
         Of a sharded tensor only the local shard is read.
         """
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         # Each rank reads for itself, without the collectives of `dcp.load`, so each one is a
         # coordinator.

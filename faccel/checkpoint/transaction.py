@@ -12,12 +12,10 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlan
 
 from faccel.checkpoint.arguments import check_step
 from faccel.checkpoint.codec import Node
@@ -49,6 +47,10 @@ from faccel.checkpoint.rank_calls import on_all_ranks
 from faccel.context import DistContext
 from faccel.errors import CheckpointError
 from faccel.tree import Tree
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.planner import SavePlan
 
 _logger = logging.getLogger(__name__)
 
