@@ -151,7 +151,8 @@ def check_scaler(scaler: object) -> None:
             "`scaler` must be a `ScalerState`",
             got=shown(scaler),
             fix="start with `scaler = faccel.init_scaler(ctx)`, and continue with "
-            "`scaler = faccel.scaled_backward(loss, scaler, ctx)`",
+            "`scaler = faccel.scaled_backward(loss, scaler, ctx)` and "
+            "`info, scaler = faccel.optimizer_step(opt, scaler, ctx)`",
         )
 
 

@@ -64,7 +64,7 @@ MISTAKES = {
     "a batch size that split_batches cannot divide": (
         lambda ctx: faccel.shard(DataLoader(range(9), 3), ctx, split_batches=True),
         DataError,
-        "batch size of 4",
+        r"DataLoader\(dataset, batch_size=4\)",
     ),
     "a cursor of a shorter data set": (
         lambda ctx: loader(ctx, 30).resume(place(ctx)),
@@ -94,7 +94,7 @@ MISTAKES = {
     "num_valid that is no number of rows": (
         lambda ctx: faccel.gather(torch.ones(3), ctx, num_valid=2.5),
         DataError,
-        "Batch.num_valid",
+        "num_valid=batch.num_valid",
     ),
     "a number as a cursor": (lambda ctx: loader(ctx).resume(3), DataError, "loader.at"),
     "a number as a start": (
@@ -110,7 +110,7 @@ MISTAKES = {
     "a model without parameters": (
         lambda ctx: faccel.wrap(nn.ReLU(), ctx),
         ModelError,
-        "use it as it is",
+        "call it without `wrap`",
     ),
     "a step without scaled_backward": (
         step_without_backward,
@@ -162,7 +162,7 @@ def test_every_rank_sees_the_mistake_and_the_fix(what):
 
 def test_gradients_that_were_not_scaled_are_not_divided():
     for error in simulate(error_of, 2, scaler_forgotten_later, ScalerError, config=FP16):
-        assert "since the last step" in error.got
+        assert "before the last step" in error.got
 
 
 def test_the_start_of_an_epoch_is_a_place_in_any_order():
