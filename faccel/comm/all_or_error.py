@@ -1,4 +1,4 @@
-"""An exception on one rank is an exception on every rank, so that no rank waits for one that gave up."""
+"""An exception on one rank is an exception on every rank, so no rank waits for a failed one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @attrs.frozen
 class Failure:
-    """Summary of an exception on one rank, for the other ranks. It is picklable, whatever the exception is.
+    """Summary of an exception of one rank, for the other ranks; picklable for any exception.
 
     Args:
         rank: Rank of the world on which it was raised.
@@ -72,16 +72,16 @@ def all_or_error(
         axis: Over which ranks.
 
     Raises:
-        FaccelError: A rank failed. That rank raises its own error if it is a `FaccelError`, else one
-            of class `error` with its own as the cause.
+        FaccelError: A rank failed. That rank raises its own error if it is a `FaccelError`, else
+            one of class `error` with its own as the cause.
 
     Examples:
         >>> from faccel.testing import fake_context
         >>> all_or_error(lambda: 3, fake_context(0, 1), "count")
         [3]
-        >>> all_or_error(lambda: 1 / 0, fake_context(0, 1), "divide")
+        >>> all_or_error([].pop, fake_context(0, 1), "pop")
         Traceback (most recent call last):
-        faccel.errors.RankFailedError: this rank could not divide. Got ZeroDivisionError: division by zero.
+        faccel.errors.RankFailedError: this rank could not pop. Got IndexError: pop from empty list.
     """
     own_error: Exception | None = None
     failure: Failure | None = None
@@ -156,7 +156,7 @@ def raise_first(
 
 
 def as_faccel_error(own_error: BaseException, doing: str, error: type[FaccelError]) -> FaccelError:
-    """Return a `FaccelError` of this rank itself, and any other exception as the cause of an `error`.
+    """Return a `FaccelError` unchanged, and any other exception as the cause of an `error`.
 
     Effects: pure.
     """

@@ -16,9 +16,10 @@ BUCKET_CAP_MB = 25.0
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """The sum over the data ranks as an operation of PyTorch that can be differentiated and vmapped.
+    """The sum over the data ranks as a PyTorch operation that can be differentiated and vmapped.
 
-    `y = sum_r x_r` on every rank, so the gradient of `x_r` is the sum of the ranks' gradients of `y`.
+    `y = sum_r x_r` on every rank, so the gradient of `x_r` is the sum of the ranks' gradients of
+    `y`.
     """
 
     @staticmethod
@@ -72,11 +73,12 @@ def summed_buckets(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the sums over the data ranks, bucket by bucket, as views of the reduced tensor.
 
-    Effects: updates tensors, collective. Removes every tensor, to free its memory once it is packed.
+    Effects: updates tensors, collective. Removes every tensor, to free its memory once it is
+    packed.
 
     Args:
-        tensors: Dense tensors on the device of `ctx`, with the same names in the same order on every
-            rank.
+        tensors: Dense tensors on the device of `ctx`, with the same names in the same order on
+            every rank.
         ctx: The world.
         bucket_cap_mb: Largest size of a bucket, in MiB. Its tensors have one dtype; a larger tensor
             has its own bucket.

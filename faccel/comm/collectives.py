@@ -181,12 +181,12 @@ class TorchCollectives:
             self._label[:] = [(call, x)]
 
     def _check_bits(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
-        """Return `T[64]` to append to `x` in a reduction: a hash of the call, as bits and inverted bits.
+        """Return `T[64]` to append to `x` in a reduction: a hash of the call, in bits and inverted.
 
-        If all ranks send the same bits, any reduction returns them (a sum: times the number of ranks,
-        which is exact in any dtype up to 256). If two differ, each rank gets a bit that it did not
-        send. Empty in a simulation, which compares the calls themselves, and off the CPU, where
-        comparing the bits would make the host wait.
+        If all ranks send the same bits, any reduction returns them (a sum: times the number of
+        ranks, which is exact in any dtype up to 256). If two differ, each rank gets a bit that it
+        did not send. Empty in a simulation, which compares the calls themselves, and off the CPU,
+        where comparing the bits would make the host wait.
         """
         label = self._label.pop() if self._label else None
         if self.rank_status is None or x.device.type != "cpu" or self.size(axis) > 256:
@@ -260,8 +260,8 @@ class TorchCollectives:
         size = self.size(axis)
         flat = x.new_empty(size * x.numel())
         if flat.numel():
-            # gloo's threads reference views of the output, which count as references to `flat` only.
-            # So `flat` itself is tracked, and the caller gets a copy.
+            # gloo's threads reference views of the output, which count as references to `flat`
+            # only. So `flat` itself is tracked, and the caller gets a copy.
             if flat.device.type == "cpu":
                 self.in_flight.append(flat)
             with self._running("all_gather", axis):

@@ -102,7 +102,7 @@ def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) 
     if not names:
         return Agreement({})
     size = ctx.comm.size(axis)
-    # A raised flag is sent as `size - rank`, so that the maximum is that of the lowest rank.
+    # A raised flag is sent as `size - rank`, so that the lowest rank has the maximum.
     own_value = size - ctx.comm.rank(axis)
     raised = torch.stack([torch.as_tensor(flags[name], device=ctx.device).bool() for name in names])
     # `max(hash) == -max(-hash)` only if all ranks have the same hash

@@ -26,10 +26,10 @@ _MAX_POLL_S = 0.05
 class DebugCollectives:
     """Collectives that compare the ranks' calls through the store of the world first.
 
-    Each rank of the axis posts its call. The first one compares them and posts the result: two round
-    trips. A collective does not begin if a rank is missing, or calls another operation, with another
-    shape, dtype or leaf, or from another line. The store belongs to no process group, so the
-    comparison cannot interfere with collectives of PyTorch's own.
+    Each rank of the axis posts its call. The first one compares them and posts the result: two
+    round trips. A collective does not begin if a rank is missing, or calls another operation, with
+    another shape, dtype or leaf, or from another line. The store belongs to no process group, so
+    the comparison cannot interfere with PyTorch's collectives.
 
     Args:
         inner: What communicates.
@@ -146,7 +146,7 @@ class DebugCollectives:
         return describe_ranks(self._read(keys, ranks))
 
     def _wait(self, keys: Sequence[str], ranks: Sequence[int]) -> None:
-        """Return when the keys of `ranks` exist, a rank without one has left, or after a timeout."""
+        """Return when all keys exist, a rank without its key has left, or after a timeout."""
         if self.inner.rank_status is None:  # in a simulation, whose store runs the other ranks
             self.store.wait(list(keys))
             return

@@ -123,10 +123,7 @@ def pack(leaves: Sequence[torch.Tensor], *, num_rows: int | None = None) -> Pack
         pieces.append(flat.view(torch.uint8))
     if end % _ALIGNMENT:
         pieces.append(pieces[0].new_zeros(*batch, _ALIGNMENT - end % _ALIGNMENT))
-    if pieces:
-        row = torch.cat(pieces, dim=-1)
-    else:
-        row = torch.empty(0, dtype=torch.uint8)
+    row = torch.cat(pieces, dim=-1) if pieces else torch.empty(0, dtype=torch.uint8)
     return Packed(row, offsets, shapes, [leaf.dtype for leaf in leaves])
 
 

@@ -18,8 +18,8 @@ class RankStatus:
     """Reads and writes the status of ranks. Writes nothing until an error, or until a rank leaves.
 
     Args:
-        store: The store of the world. It may end with the process that serves it; then the status of
-            every rank is unknown.
+        store: The store of the world. It may end with the process that serves it; then the status
+            of every rank is unknown.
         rank: This rank of the world.
         generation: How many times all contexts of this world had been shut down before.
         patience_s: Seconds to wait for the status of the other ranks.

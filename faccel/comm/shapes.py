@@ -26,8 +26,8 @@ def split(xs: Tree, ctx: DistContext, *, pad: bool = False, axis: str = DATA) ->
     Args:
         xs: A value that is the same on every rank. All values of a dict must have the same length.
         ctx: The world.
-        pad: Whether shorter slices repeat the last item of `xs`, so that all ranks have equally many
-            items. The last `-n % W` ranks get one repeat each.
+        pad: Whether shorter slices repeat the last item of `xs`, so that all ranks have equally
+            many items. The last `-n % W` ranks get one repeat each.
         axis: `"data"`, `"world"` or an axis of the mesh.
 
     Returns:
@@ -58,12 +58,12 @@ def split(xs: Tree, ctx: DistContext, *, pad: bool = False, axis: str = DATA) ->
     num_each, num_extra = divmod(len(xs), size)
     start = rank * num_each + min(rank, num_extra)
     has_extra = rank < num_extra
-    own = xs[start : start + num_each + int(has_extra)]
+    items = xs[start : start + num_each + int(has_extra)]
     if not pad or has_extra or num_extra == 0:
-        return own
+        return items
     if isinstance(xs, torch.Tensor):
-        return torch.cat([own, xs[-1:]])
-    return own + xs[-1:]
+        return torch.cat([items, xs[-1:]])
+    return items + xs[-1:]
 
 
 def _split_mapping(
@@ -96,8 +96,8 @@ def pad_across(
 ) -> Tree:
     """Pad every tensor along `dim` to the largest size on any rank of the axis.
 
-    Effects: collective. Every rank must call it with the same structure; one small all-reduce for the
-    whole tree.
+    Effects: collective. Every rank must call it with the same structure; one small all-reduce for
+    the whole tree.
 
     Args:
         x: A tensor, or any nesting of them. Leaves without a dimension `dim` are not padded.
@@ -121,8 +121,8 @@ def pad_across(
     leaves, rebuild = tensor_leaves(x, ctx)
     has_dim = [-leaf.ndim <= dim < leaf.ndim for leaf in leaves]
     own_sizes = [leaf.shape[dim] if has else 0 for leaf, has in zip(leaves, has_dim, strict=True)]
-    own = torch.tensor(own_sizes, device=ctx.device)
-    sizes: list[int] = ctx.comm.all_reduce(own, "max", axis).tolist()
+    sizes_tensor = torch.tensor(own_sizes, device=ctx.device)
+    sizes: list[int] = ctx.comm.all_reduce(sizes_tensor, "max", axis).tolist()
     padded: list[torch.Tensor] = []
     for leaf, has, size in zip(leaves, has_dim, sizes, strict=True):
         if has:

@@ -55,26 +55,27 @@ def gather(
 ) -> Tree:
     """Concatenate `x` from every rank of the axis along dim 0, in data order.
 
-    Effects: collective. Every rank of the axis must call it, with the same structure, trailing shapes
-    and dtypes. One collective for the whole tree; a second one with `ragged`.
+    Effects: collective. Every rank of the axis must call it, with the same structure, trailing
+    shapes and dtypes. One collective for the whole tree; a second one with `ragged`.
 
     Args:
         x: This rank's rows: a tensor `T[n, ...]`, or any nesting of them. A 0-d leaf counts as one
             row and is never dropped.
         ctx: The world to gather over.
-        num_valid: Rows of this rank that are not padding (`Batch.num_valid`), `0 <= num_valid <= n`.
+        num_valid: Rows of this rank that are not padding (`Batch.num_valid`), from 0 to `n`.
             The others are dropped. May differ between ranks.
         ragged: Whether `n` differs between ranks.
-        axis: `"data"`, `"world"` or an axis of the mesh. Ranks that read the same data count once on
-            `"data"`.
+        axis: `"data"`, `"world"` or an axis of the mesh. Ranks that read the same data count once
+            on `"data"`.
 
     Returns:
-        The same structure, each leaf `T[sum of valid rows, ...]`, equal on every rank, detached from
-        the graph, on the device of `ctx`. Always a copy, even on one rank.
+        The same structure, each leaf `T[sum of valid rows, ...]`, equal on every rank, detached
+        from the graph, on the device of `ctx`. Always a copy, even on one rank.
 
     Raises:
         DataError: `num_valid` is out of range, or leaves have different numbers of rows.
-        DesyncError: Ranks sent other shapes or dtypes (off the CPU only detected if rows are counted).
+        DesyncError: Ranks sent other shapes or dtypes (off the CPU only detected if rows are
+            counted).
         TreeError: A leaf is not a dense tensor; names it.
 
     Examples:
@@ -149,7 +150,7 @@ def _check_same(
         "ranks sent different shapes or dtypes in one collective",
         got=f"ranks with equal ones: {list(ranks_by_digest.values())}; "
         f"rank {ctx.comm.rank(axis)} sent {describe(leaves)}",
-        fix="send the same shapes and dtypes, or pass `ragged=True` if only the number of rows differs",
+        fix="send the same shapes and dtypes, or pass `ragged=True` for different numbers of rows",
     )
 
 
@@ -175,7 +176,8 @@ def _count(
         )
     if num_valid is None:
         return num_rows
-    if not isinstance(num_valid, int) or not 0 <= num_valid <= num_rows:  # pyright: ignore[reportUnnecessaryIsInstance]
+    is_integer = isinstance(num_valid, int)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not is_integer or not 0 <= num_valid <= num_rows:
         raise DataError(
             f"`num_valid` must be an integer from 0 to {num_rows}, the number of rows of `x`",
             got=f"num_valid={num_valid!r}",
@@ -272,7 +274,8 @@ def broadcast(x: Tree, ctx: DistContext, *, src: int = 0, axis: str = WORLD) -> 
     dtypes. One collective for the whole tree.
 
     Args:
-        x: A tensor `T[...]`, or any nesting of them; on the other ranks only shapes and dtypes count.
+        x: A tensor `T[...]`, or any nesting of them; on the other ranks only shapes and dtypes
+            count.
         ctx: The world to broadcast over.
         src: The rank on the axis whose values are sent.
         axis: `"world"`, `"data"` or an axis of the mesh.

@@ -58,7 +58,7 @@ class BatchInfo:
 
 
 class Source(Protocol):
-    """How one rank finds its batches in an epoch; everything else about a loader is in `ShardedLoader`."""
+    """How one rank finds its batches in an epoch; `ShardedLoader` has the rest of a loader."""
 
     @property
     def name(self) -> str:

@@ -1,7 +1,7 @@
 """Reading batches in the loader's worker processes, or in this one, with the same result.
 
-Random augmentation is reproducible: each batch is read under process-wide generators that are seeded
-by `(seed, epoch, position of the batch)`; afterwards the process's own are restored.
+Random augmentation is reproducible: each batch is read under process-wide generators that are
+seeded by `(seed, epoch, position of the batch)`; afterwards the process's own are restored.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _hide_worker_info() -> None:
 
 
 def _iterate_seeded(items: Iterator[Tree], seed: int) -> Iterator[Tree]:
-    """Yield `items`, which draw from seeded generators; those of the process are restored between."""
+    """Yield `items`, which draw from seeded generators; between them the process has its own."""
     state, end = Generators.seeded(seed), object()
     while True:
         with using(state):
@@ -193,8 +193,8 @@ def inner_loader(
 ) -> DataLoader[Tree]:
     """Return a loader over whole batches, with the workers, pinning and prefetching of `user`.
 
-    Its base seed comes from its own generator. PyTorch would draw it from the process's, and a resume would
-    shift every later dropout mask.
+    Its base seed comes from its own generator. PyTorch would draw it from the process's, and a
+    resume would shift every later dropout mask.
     """
     return DataLoader(
         dataset,
@@ -254,7 +254,7 @@ class Reader:
 
 
 def collate_units(units: list[Tree], loader: Iterable[Tree], seed: int) -> Tree:
-    """Return a batch of samples of a stream, collated as `loader` would; whole batches as they are."""
+    """Return samples of a stream, collated as `loader` would; whole batches unchanged."""
     collate = getattr(loader, "collate_fn", identity)
     if getattr(loader, "batch_size", None) is None:
         return call_seeded(collate, units[0], seed)

@@ -20,8 +20,8 @@ from faccel.protocols import DATA
 from faccel.random.hashing import mix
 from faccel.tree import Tree
 
-# `(consumed, state)` in one rank's shards, as in `BatchInfo`. A plain tuple, because a cursor with the
-# positions of all ranks is saved in checkpoints.
+# `(consumed, state)` in one rank's shards, as in `BatchInfo`. A plain tuple, because a cursor with
+# the positions of all ranks is saved in checkpoints.
 _Position = tuple[int, Tree]
 _START: _Position = (0, None)
 
@@ -47,7 +47,7 @@ class FileShardsSource:
         loader: The user's.
         ctx: The world.
         batch_size: Samples per rank and step.
-        tail: `"pad"`, which repeats the first samples of a rank's own shards, or `"drop"`.
+        tail: `"pad"`, which repeats the first samples of the rank's shards, or `"drop"`.
         seed: Seed of the generators under which they are iterated.
     """
 
@@ -118,7 +118,7 @@ class FileShardsSource:
         return tuple(positions)
 
     def _next(self, batches: Iterator[RankBatch]) -> tuple[RankBatch | None, list[_Progress]]:
-        """Return this rank's next batch, None at its end, and the progress of each rank. Collective."""
+        """Return this rank's next batch, None at its end, and each rank's progress. Collective."""
         current: list[RankBatch] = []
 
         def read_one() -> _Progress:

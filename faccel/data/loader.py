@@ -26,9 +26,9 @@ def _unchanged(data: Tree) -> Tree:
 class ShardedLoader:
     """This rank's batches of a loader; `shard` returns it.
 
-    `.at`, `.resume` and `.epochs` return new records in constant time. A plain `for` yields the data
-    of each batch, repeats included. `faccel.batches` yields `Batch` records, which count the rows
-    that are not repeats.
+    `.at`, `.resume` and `.epochs` return new records in constant time. A plain `for` yields the
+    data of each batch, repeats included. `faccel.batches` yields `Batch` records, which count the
+    rows that are not repeats.
 
     Args:
         loader: The user's.
@@ -57,7 +57,7 @@ class ShardedLoader:
         """The global order of this record's epoch, if faccel computes it.
 
         Raises:
-            DataError: The order is that of a custom sampler or of a stream.
+            DataError: The loader has a custom sampler, or reads a stream.
         """
         if isinstance(self.source, OrderedSource):
             return self.source.order(self._known_epoch)
@@ -91,7 +91,7 @@ class ShardedLoader:
         """Return the same loader at `cursor`, which may come from another world size.
 
         Raises:
-            DataError: It is not a cursor, or lies inside an epoch of another order.
+            DataError: It is not a cursor, or a position in an epoch of another order.
         """
         _check_cursor(cursor, self.source.name)
         return attrs.evolve(
@@ -187,22 +187,23 @@ def shard(
 
     Effects: pure.
 
-    A `DataLoader` over a map-style dataset is read in an order that depends on `(seed, epoch)` alone,
-    from any position at once. A custom `sampler` or `batch_sampler` is kept: step `s` of rank `r` is
-    its batch `s * W + r`. The same holds for an `IterableDataset` and for any iterable of batches.
+    A `DataLoader` over a map-style dataset is read in an order that depends on `(seed, epoch)`
+    alone, from any position at once. A custom `sampler` or `batch_sampler` is kept: step `s` of
+    rank `r` is its batch `s * W + r`. The same holds for an `IterableDataset` and for any iterable
+    of batches.
 
     A resume of these reads from the beginning, unless the dataset has `state_dict` and
-    `load_state_dict`. (A shuffle buffer of the `datasets` library is not in its state: such a stream
-    is read from the beginning, too.)
+    `load_state_dict`. (A shuffle buffer of the `datasets` library is not in its state: such a
+    stream is read from the beginning, too.)
 
     Args:
-        loader: A `DataLoader`, whose workers, `collate_fn`, pinning and prefetching are kept, or any
-            iterable of batches.
+        loader: A `DataLoader`, whose workers, `collate_fn`, pinning and prefetching are kept, or
+            any iterable of batches.
         ctx: The world. Ranks of one model replica (tensor and pipeline parallel) read the same.
         tail: `"pad"`: the last step repeats samples from the start of the order, so that every rank
             reads equally many full batches. `"drop"`: no partial step (as with the loader's own
             `drop_last=True`). `"uneven"`: no repeats; ranks may differ in the last step, which is
-            meant for evaluation.
+            for evaluation.
         mode: For streams. `"split"`: every rank iterates the whole stream and keeps its batches; it
             must be the same stream on every rank. `"dispatch"`: rank 0 iterates it and sends each
             rank its samples, which must be picklable; reading is collective. `"shards"`: each rank
@@ -210,7 +211,7 @@ def shard(
             index=)`, as in the `datasets` library; reading is collective (one small gather per
             batch), and a cursor resumes on as many ranks. `"auto"` is `"split"`.
         seed: Seed of the order; None takes the configuration's.
-        split_batches: Whether the loader's batch size is that of all ranks together.
+        split_batches: Whether the loader's batch size counts the samples of all ranks together.
         device_placement: Whether to move batches to `ctx.device`; None takes the configuration's.
         non_blocking: Whether the move may overlap with computation.
 

@@ -1,8 +1,8 @@
 """The order of an epoch as pure arithmetic on integers: no tensor, no file, no state.
 
 `N` samples, `B` rows per batch and rank, `W` ranks that read different data, `G = B * W`. An epoch
-has one global order, which maps each position to a sample. Starting at `c` samples, step `s` of rank
-`r` reads the positions `c + s*G + r*B ... c + s*G + (r+1)*B - 1`.
+has one global order, which maps each position to a sample. Starting at `c` samples, step `s` of
+rank `r` reads the positions `c + s*G + r*B ... c + s*G + (r+1)*B - 1`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ SMALL = 1 << 16
 """Below this many samples the order is a table: a Feistel network is biased on a small domain."""
 
 NUM_ROUNDS = 10
-# Indices computed at a time: fewer, and NumPy's overhead per call dominates; more, and they leave the
-# CPU's cache.
+# Indices computed at a time: fewer, and NumPy's overhead per call dominates; more, and they leave
+# the CPU's cache.
 _CHUNK = 4096
 
 
@@ -97,7 +97,8 @@ def permute(positions: Ints, num_samples: int, seed: int, epoch: int) -> Ints:
     limit = np.uint64(num_samples)
     out = _feistel(positions.astype(np.uint64), bits, keys)
     outside = np.flatnonzero(out >= limit)
-    # Cycle walking: `limit > 2**(bits - 1)`, so each index needs less than two more steps on average.
+    # Cycle walking: `limit > 2**(bits - 1)`, so each index needs less than two more steps on
+    # average.
     while outside.size:
         permuted = _feistel(out[outside], bits, keys)
         out[outside] = permuted
@@ -111,10 +112,11 @@ class Cursor:
 
     Args:
         epoch: The epoch.
-        samples_consumed: How many samples of its order all ranks together have read (batches, if the
-            loader yields whole ones).
+        samples_consumed: How many samples of its order all ranks together have read (batches, if
+            the loader yields whole ones).
         state: What `state_dict` of an iterable dataset returned there; None for any other dataset.
-        of: Name of the order that it is a position of, which `resume` compares; None fits any order.
+        of: Name of the order that it is a position of, which `resume` compares; None fits any
+            order.
     """
 
     epoch: int = 0

@@ -52,7 +52,7 @@ def select_source(
         return StreamSource(loader, ctx, plan, seed, is_dispatched), True
     if is_dispatched:
         raise DataError(
-            '`mode="dispatch"` expects a loader over an `IterableDataset`, or an iterable of batches',
+            '`mode="dispatch"` expects an iterable of batches, or a loader of an `IterableDataset`',
             got=f"a map-style {type(loader.dataset).__name__}",
             fix="leave `mode` out",
         )
@@ -114,7 +114,7 @@ def _file_shards(
         raise DataError(
             '`tail` must be "pad" or "drop" with `mode="shards"`',
             got='tail="uneven"',
-            fix='write `tail="pad"` and use `batch.num_valid`, which counts the rows without repeats',
+            fix='write `tail="pad"`; `batch.num_valid` counts the rows without repeats',
         )
     assert size is not None
     return FileShardsSource(loader, ctx, size, tail, seed)

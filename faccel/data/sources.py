@@ -1,4 +1,4 @@
-"""How one rank finds its batches: in an order that is arithmetic, in the user's sampler, in a stream."""
+"""How one rank finds its batches: in faccel's own order, in a custom sampler, or in a stream."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Splitting a stream over ranks, for data whose order is the user's own and has to be iterated.
 
 A stream is any iterable that yields the same units on every rank: the indices of a sampler, the
-index lists of a batch sampler, the samples of an `IterableDataset`, or whole batches. A global batch
-is `batch_size` units for each of `W` ranks.
+index lists of a batch sampler, the samples of an `IterableDataset`, or whole batches. A global
+batch is `batch_size` units for each of `W` ranks.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def global_batches(
         get_state: Called after each step is read, before the next one.
 
     Raises:
-        DataError: `start` lies inside a unit or after the end of the stream.
+        DataError: `start` is inside a unit or after the end of the stream.
 
     Examples:
         >>> plan = StreamPlan(batch_size=2, world_size=2, tail="pad")

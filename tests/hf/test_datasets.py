@@ -1,4 +1,4 @@
-"""The `datasets` library: whole batches of tables, streams that go on from their own state, batches of tokens."""
+"""The `datasets` library: tables, streams that resume from their own state, batches of tokens."""
 
 import datasets
 import pytest
@@ -49,19 +49,21 @@ def test_a_table_is_read_a_whole_batch_at_a_time_and_each_row_once(workers):
     assert texts == [f"row {i}" for i in seen]
 
 
-def test_any_place_of_a_table_is_reached_on_another_world_size():
+def test_a_table_resumes_from_any_position_on_another_world_size():
     def read(rank, world_size, cursor=None):
         loader = faccel.shard(DataLoader(table(), 2, shuffle=True), fake_context(rank, world_size))
         loader = loader.at(3) if cursor is None else loader.resume(cursor)
         return [(b.data["x"][: b.num_valid].tolist(), b.cursor) for b in faccel.batches(loader)]
 
     first = [read(rank, 2)[:3] for rank in range(2)]
-    rest = [read(rank, 3, first[0][-1][1]) for rank in range(3)]
-    assert sorted(i for part in first + rest for rows, _ in part for i in rows) == list(range(23))
+    resumed = [read(rank, 3, first[0][-1][1]) for rank in range(3)]
+    assert sorted(
+        i for rank_batches in first + resumed for rows, _ in rank_batches for i in rows
+    ) == list(range(23))
 
 
-def test_tokens_are_padded_by_the_batch_and_travel_as_what_they_are():
-    """A `BatchEncoding` is a mapping with more in it; `DataCollatorWithPadding` makes one of rows of any lengths."""
+def test_tokens_are_padded_by_the_batch_and_keep_their_class():
+    """A `BatchEncoding` is a mapping with more attributes; the collator returns one."""
     rows = [{"input_ids": list(range(2, 3 + i)), "labels": i % 2} for i in range(10)]
     vocabulary = {"[PAD]": 0, "[UNK]": 1} | {str(i): i for i in range(2, 20)}
     pad = hf.DataCollatorWithPadding(hf.BertTokenizer(vocab=vocabulary))
@@ -69,18 +71,18 @@ def test_tokens_are_padded_by_the_batch_and_travel_as_what_they_are():
 
     def fn(ctx):
         loader = faccel.shard(DataLoader(data, 2, collate_fn=pad), ctx)
-        found = []
+        lengths_of_batches = []
         for batch in faccel.batches(loader):
-            ids, parts = batch.data["input_ids"], faccel.split(batch.data, ctx)
+            ids, slices = batch.data["input_ids"], faccel.split(batch.data, ctx)
             assert ids.shape[1] == batch.data["attention_mask"].sum(1).max()
-            assert type(batch.data) is type(parts) is hf.BatchEncoding
+            assert type(batch.data) is type(slices) is hf.BatchEncoding
             lengths = faccel.gather(
                 batch.data["attention_mask"].sum(1), ctx, num_valid=batch.num_valid
             )
             padded = faccel.comm.pad_across({"input_ids": ids}, ctx, dim=1)["input_ids"]
             assert len(faccel.gather(padded, ctx, num_valid=batch.num_valid)) == len(lengths)
-            found.append(lengths)
-        return torch.cat(found).tolist()
+            lengths_of_batches.append(lengths)
+        return torch.cat(lengths_of_batches).tolist()
 
     assert simulate(fn, 2) == (list(range(1, 11)),) * 2
 
@@ -112,28 +114,32 @@ def read(data, rank, world_size, cursor=None, epoch=0, workers=0):
 @pytest.mark.parametrize("epoch", [0, 2])
 @pytest.mark.parametrize("buffer", [None, 6])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_stream_goes_on_from_any_batch_as_if_it_had_not_stopped(world_size, buffer, epoch):
-    """Also with a shuffle buffer, which the state of the library leaves out: then the stream is passed over."""
-    whole = [read(stream(buffer), rank, world_size, epoch=epoch) for rank in range(world_size)]
-    assert sorted({x for part in whole for rows, n, _ in part for x in rows[:n]}) == [
-        shard * 100 + i for shard in range(4) for i in range(5)
+def test_a_stream_resumes_after_any_batch_with_the_same_samples(world_size, buffer, epoch):
+    """A shuffle buffer is not in the state: such a stream is read from its beginning."""
+    uninterrupted = [
+        read(stream(buffer), rank, world_size, epoch=epoch) for rank in range(world_size)
     ]
-    for rank, part in enumerate(whole):
-        assert part[-1][2] == Cursor(epoch + 1)
-        for i, (_, _, cursor) in enumerate(part[:-1]):
-            rest = read(stream(buffer), rank, world_size, cursor)
-            assert [each[:2] for each in rest[:-1]] == [each[:2] for each in part[i + 1 : -1]]
-            assert rest[-1][0][: rest[-1][1]] == part[-1][0][: part[-1][1]]
+    assert sorted(
+        {x for rank_batches in uninterrupted for rows, n, _ in rank_batches for x in rows[:n]}
+    ) == [shard * 100 + i for shard in range(4) for i in range(5)]
+    for rank, rank_batches in enumerate(uninterrupted):
+        assert rank_batches[-1][2] == Cursor(epoch + 1)
+        for i, (_, _, cursor) in enumerate(rank_batches[:-1]):
+            resumed = read(stream(buffer), rank, world_size, cursor)
+            assert [record[:2] for record in resumed[:-1]] == [
+                record[:2] for record in rank_batches[i + 1 : -1]
+            ]
+            assert resumed[-1][0][: resumed[-1][1]] == rank_batches[-1][0][: rank_batches[-1][1]]
 
 
-def test_the_state_of_a_stream_is_used_so_that_nothing_is_read_twice(tmp_path):
+def test_a_stream_resumes_from_its_state_without_reading_samples_again(tmp_path):
     ctx = fake_context(0, 1)
     cursor = read(stream(num_shards=8), 0, 1)[14][2]
     faccel.save({"cursor": cursor}, tmp_path, ctx, step=1)  # plain values: it is in any checkpoint
     cursor = faccel.load({"cursor": Cursor()}, tmp_path, ctx)["cursor"]
     READ.clear()
     assert read(stream(num_shards=8), 0, 1, cursor)[0][0] == [600, 601]
-    assert len(READ) <= 15  # of 40: it goes on in the shard where it was
+    assert len(READ) <= 15  # of 40: it resumes in the same shard
 
 
 def test_workers_change_nothing_of_a_stream():
@@ -156,44 +162,49 @@ def own_shards(ctx, cursor=None, tail="pad", workers=0, buffer=None, num_shards=
 
 @pytest.mark.parametrize("buffer", [None, 6])
 @pytest.mark.parametrize(("world_size", "num_shards"), [(1, 4), (2, 4), (3, 4), (2, 3)])
-def test_each_rank_reads_its_own_shards_and_goes_on_from_any_batch(world_size, num_shards, buffer):
+def test_each_rank_reads_its_own_shards_and_resumes_after_any_batch(world_size, num_shards, buffer):
     READ.clear()
-    whole = simulate(lambda ctx: own_shards(ctx, buffer=buffer, num_shards=num_shards), world_size)
+    uninterrupted = simulate(
+        lambda ctx: own_shards(ctx, buffer=buffer, num_shards=num_shards), world_size
+    )
     assert (
         len(READ) <= 5 * num_shards + 2 * world_size * 6
     )  # once, and the beginning again for padding
-    seen = [x for part in whole for rows, n, *_ in part for x in rows[:n]]
+    seen = [x for rank_batches in uninterrupted for rows, n, *_ in rank_batches for x in rows[:n]]
     assert sorted(seen) == [shard * 100 + i for shard in range(num_shards) for i in range(5)]
-    steps = len(whole[0])
-    for rank, part in enumerate(whole):
-        assert [each[3] for each in part] == [False] * (steps - 1) + [True]
-        assert part[-1][4] == Cursor(2)
-        assert not {x // 100 for rows, *_ in part for x in rows} & {
+    steps = len(uninterrupted[0])
+    for rank, rank_batches in enumerate(uninterrupted):
+        assert [record[3] for record in rank_batches] == [False] * (steps - 1) + [True]
+        assert rank_batches[-1][4] == Cursor(2)
+        assert not {x // 100 for rows, *_ in rank_batches for x in rows} & {
             x // 100
-            for other, rest in enumerate(whole)
+            for other, resumed in enumerate(uninterrupted)
             if other != rank
-            for rows, *_ in rest
+            for rows, *_ in resumed
             for x in rows
         }
     for i in range(steps - 1):
-        cursor = whole[0][i][4]
-        rest = simulate(
+        cursor = uninterrupted[0][i][4]
+        resumed = simulate(
             lambda ctx, c=cursor: own_shards(ctx, c, buffer=buffer, num_shards=num_shards),
             world_size,
         )
-        for ours, theirs in zip(rest, whole, strict=True):
-            assert [each[:2] for each in ours] == [each[:2] for each in theirs[i + 1 :]]
+        for after, expected in zip(resumed, uninterrupted, strict=True):
+            assert [record[:2] for record in after] == [record[:2] for record in expected[i + 1 :]]
 
 
-def test_shards_drop_what_not_every_rank_has_and_workers_change_nothing():
-    kept = simulate(lambda ctx: own_shards(ctx, tail="drop", num_shards=3), 2)
-    assert [len(part) for part in kept] == [2, 2]  # the second rank has one shard of five rows
-    assert all(n == 2 for part in kept for _, n, *_ in part)
+def test_shards_drop_partial_steps_and_workers_change_nothing():
+    batches = simulate(lambda ctx: own_shards(ctx, tail="drop", num_shards=3), 2)
+    assert [len(rank_batches) for rank_batches in batches] == [
+        2,
+        2,
+    ]  # the second rank has one shard of five rows
+    assert all(n == 2 for rank_batches in batches for _, n, *_ in rank_batches)
     (alone,) = simulate(own_shards, 1)
     assert simulate(lambda ctx: own_shards(ctx, workers=2), 1)[0] == alone
 
 
-def test_a_checkpoint_holds_the_place_of_every_rank(tmp_path):
+def test_a_checkpoint_has_the_position_of_every_rank(tmp_path):
     def fn(ctx):
         cursor = own_shards(ctx)[1][4]
         faccel.save({"cursor": cursor}, tmp_path, ctx, step=1)
@@ -201,7 +212,7 @@ def test_a_checkpoint_holds_the_place_of_every_rank(tmp_path):
         return own_shards(ctx, loaded) == own_shards(ctx, cursor)
 
     assert simulate(fn, 2) == (True, True)
-    with pytest.raises(DataError, match="position for each rank"):
+    with pytest.raises(DataError, match="position for record rank"):
         simulate(lambda ctx: own_shards(ctx, own_shards(fake_context(0, 1))[0][4]), 2)
 
 
@@ -227,7 +238,7 @@ def test_an_error_while_a_rank_reads_its_shard_reaches_every_rank():
     assert seen == [True, True]
 
 
-def test_shards_that_cannot_be_had_are_an_error():
+def test_datasets_without_usable_shards_are_an_error():
     ctx = fake_context(0, 2)
     for loader, options, what in (
         (DataLoader(stream(num_shards=1), 2), {}, "1 shards"),
@@ -243,7 +254,7 @@ def test_shards_that_cannot_be_had_are_an_error():
 
 
 class Restarting(IterableDataset):
-    """A stream of lengths, one for each shard, whose state at its end is that of its beginning."""
+    """A stream with a length per shard; its state is the same at its end and its beginning."""
 
     def __init__(self, lengths):
         self.lengths, self.num_shards, self.at = lengths, len(lengths), 0
@@ -264,16 +275,18 @@ class Restarting(IterableDataset):
         self.at = state["at"]
 
 
-def test_a_rank_that_has_come_to_its_end_stays_there_after_a_resume():
+def test_a_rank_without_samples_left_stays_so_after_a_resume():
     def fn(ctx):
         def read(cursor=None):
             loader = faccel.shard(DataLoader(Restarting([2, 6]), 2), ctx, mode="shards")
             loader = loader.at(0) if cursor is None else loader.resume(cursor)
             return [(b.data.tolist(), b.num_valid, b.cursor) for b in faccel.batches(loader)]
 
-        whole = read()
-        return [each[:2] for each in whole], [each[:2] for each in read(whole[0][2])]
+        uninterrupted = read()
+        return [record[:2] for record in uninterrupted], [
+            record[:2] for record in read(uninterrupted[0][2])
+        ]
 
-    for number, (whole, rest) in enumerate(simulate(fn, 2)):
-        assert [n for _, n in whole] == ([2, 0, 0] if number == 0 else [2, 2, 2])
-        assert rest == whole[1:]
+    for number, (uninterrupted, resumed) in enumerate(simulate(fn, 2)):
+        assert [n for _, n in uninterrupted] == ([2, 0, 0] if number == 0 else [2, 2, 2])
+        assert resumed == uninterrupted[1:]

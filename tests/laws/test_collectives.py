@@ -51,8 +51,11 @@ def same(a, b):
 @law
 def gather_concatenates_in_rank_order(ctx):
     out = faccel.gather(tree(ctx.rank), ctx)
-    parts = [faccel.tree.flatten(tree(r))[0] for r in range(ctx.world_size)]
-    same(faccel.tree.flatten(out)[0], [torch.cat(leaves) for leaves in zip(*parts, strict=True)])
+    leaves_by_rank = [faccel.tree.flatten(tree(r))[0] for r in range(ctx.world_size)]
+    same(
+        faccel.tree.flatten(out)[0],
+        [torch.cat(leaves) for leaves in zip(*leaves_by_rank, strict=True)],
+    )
 
 
 @law
@@ -66,13 +69,13 @@ def gather_drops_padding_of_each_rank(ctx):
 
 
 @law
-def gather_takes_ragged_parts(ctx):
+def gather_concatenates_ragged_rows(ctx):
     out = faccel.gather([torch.full((ctx.rank, 2), ctx.rank)], ctx, ragged=True)
     assert out[0].tolist() == [[r, r] for r in range(ctx.world_size) for _ in range(r)]
 
 
 @law
-def gather_refuses_a_count_out_of_range(ctx):
+def a_row_count_out_of_range_is_an_error(ctx):
     for bad in (-1, 3):
         with pytest.raises(DataError):
             faccel.gather(torch.zeros(2), ctx, num_valid=bad)
@@ -122,7 +125,7 @@ def an_unknown_reduction_is_an_error(ctx):
 
 
 @law
-def broadcast_gives_the_sources_values(ctx):
+def broadcast_returns_the_values_of_the_source(ctx):
     src = ctx.world_size - 1
     same(faccel.broadcast(tree(ctx.rank), ctx, src=src), tree(src))
     with pytest.raises(ConfigError):
@@ -130,9 +133,9 @@ def broadcast_gives_the_sources_values(ctx):
 
 
 @law
-def objects_travel(ctx):
-    mine = {"rank": ctx.rank, "text": "é" * 1000 * ctx.rank}
-    assert [x["rank"] for x in faccel.gather_objects(mine, ctx)] == list(range(ctx.world_size))
+def objects_are_gathered_and_broadcast(ctx):
+    own_value = {"rank": ctx.rank, "text": "é" * 1000 * ctx.rank}
+    assert [x["rank"] for x in faccel.gather_objects(own_value, ctx)] == list(range(ctx.world_size))
     objs = [ctx.rank, "x"]
     out = faccel.broadcast_objects(objs, ctx, src=ctx.world_size - 1)
     assert out == [ctx.world_size - 1, "x"]
@@ -140,7 +143,7 @@ def objects_travel(ctx):
 
 
 @law
-def scatter_gives_each_rank_its_own(ctx):
+def scatter_sends_each_rank_its_item(ctx):
     items = [{"r": r, "x": torch.full((r,), r)} for r in range(ctx.world_size)]
     for src in range(ctx.world_size):
         out = faccel.comm.scatter_objects(items if ctx.rank == src else None, ctx, src=src)
@@ -175,7 +178,7 @@ def padding_reaches_the_longest(ctx):
 
 
 @law
-def agreement_is_the_same_everywhere(ctx):
+def agreement_is_the_same_on_every_rank(ctx):
     last = ctx.world_size - 1
     verdict = faccel.agree(
         ctx, stop=False, nan=torch.tensor(float("nan") if ctx.rank == last else 0.0).isnan()
@@ -195,7 +198,7 @@ def ranks_that_ask_about_different_flags_are_an_error(ctx):
 
 
 @law
-def a_leaf_that_cannot_travel_is_named(ctx):
+def an_unsupported_leaf_is_named(ctx):
     with pytest.raises(TreeError, match=r"\['a'\]\[1\]"):
         faccel.gather({"a": [torch.ones(1), "text"]}, ctx)
     with pytest.raises(TreeError, match="sparse"):
@@ -211,7 +214,7 @@ def an_unknown_axis_is_named(ctx):
 
 
 @law
-def parts_that_do_not_fit_are_an_error_on_every_rank(ctx):
+def different_shapes_or_dtypes_are_an_error_on_every_rank(ctx):
     if ctx.world_size == 1:
         return
     first = ctx.rank == 0
@@ -223,15 +226,15 @@ def parts_that_do_not_fit_are_an_error_on_every_rank(ctx):
         faccel.gather(torch.ones(4, dtype=torch.int32 if first else torch.float32), ctx)
     with pytest.raises(DesyncError):
         faccel.gather(torch.ones(3 if first else 4), ctx, num_valid=2)
-    mine = torch.ones(4, dtype=torch.float32 if first else torch.int32)
+    own_value = torch.ones(4, dtype=torch.float32 if first else torch.int32)
     with (
         suppress(DesyncError) if first else pytest.raises(DesyncError)
     ):  # the source sees it in debug mode only
-        faccel.broadcast(mine, ctx)
+        faccel.broadcast(own_value, ctx)
 
 
 @law
-def views_and_nothing_travel_too(ctx):
+def views_and_empty_tensors_are_gathered(ctx):
     z = torch.tensor([1 + 2j])
     out = faccel.gather(
         {
@@ -264,7 +267,7 @@ def dicts_filled_in_another_order_agree(ctx):
 
 
 @law
-def tensordicts_travel(ctx):
+def tensordicts_are_gathered(ctx):
     from tensordict import TensorDict
 
     out = faccel.gather(

@@ -1,3 +1,5 @@
+"""`shard`: positions, cursors, tails, workers and errors of a sharded loader."""
+
 import os
 
 import numpy as np
@@ -44,7 +46,7 @@ def ids(loader):
     return [batch["i"].tolist() for batch in loader]
 
 
-def test_a_shuffled_loader_must_be_placed_in_an_epoch():
+def test_a_shuffled_loader_needs_an_epoch():
     loader = faccel.shard(DataLoader(Squares(10), 2, shuffle=True), ONE)
     with pytest.raises(DataError, match=r"loader\.at\(epoch\)"):
         next(iter(loader))
@@ -55,10 +57,12 @@ def test_a_shuffled_loader_must_be_placed_in_an_epoch():
 
 def test_epochs_have_their_own_order_and_each_sample_once():
     loader = faccel.shard(DataLoader(Squares(11), 2, shuffle=True), ONE, tail="uneven")
-    orders = [[i for row in ids(part) for i in row] for _, part in loader.epochs(3)]
+    orders = [[i for row in ids(epoch_loader) for i in row] for _, epoch_loader in loader.epochs(3)]
     assert all(sorted(order) == list(range(11)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
-    assert [[i for row in ids(part) for i in row] for _, part in loader.epochs(3)] == orders
+    assert [
+        [i for row in ids(epoch_loader) for i in row] for _, epoch_loader in loader.epochs(3)
+    ] == orders
     assert loader.at(1).order.samples(np.arange(11)).tolist() == orders[1]
 
 
@@ -77,9 +81,9 @@ def test_at_skips_steps_without_reading_them():
             return super().__getitem__(i)
 
     loader = faccel.shard(DataLoader(Spy(20), 2), fake_context(1, 2))
-    part = loader.at(0, step=3)
-    assert (len(loader), len(part), part.cursor) == (5, 2, faccel.Cursor(0, 12))
-    assert [b.step for b in faccel.batches(part)] == [3, 4]
+    epoch_loader = loader.at(0, step=3)
+    assert (len(loader), len(epoch_loader), epoch_loader.cursor) == (5, 2, faccel.Cursor(0, 12))
+    assert [b.step for b in faccel.batches(epoch_loader)] == [3, 4]
     assert read == [14, 15, 18, 19]
 
 
@@ -93,33 +97,39 @@ def test_a_step_counter_of_the_end_of_an_epoch_is_the_end():
                 loader.at(0, step=bad)
 
 
-def test_what_is_not_a_sharded_loader_is_an_error_with_the_fix():
+def test_a_plain_loader_is_an_error_with_the_fix():
     plain = DataLoader(Squares(4), 2)
     for call in (lambda: faccel.batches(plain), lambda: faccel.windows(plain, ONE)):
         with pytest.raises(DataError, match="shard"):
             call()
 
 
-def test_a_cursor_leads_on_from_any_batch_and_over_the_end_of_an_epoch():
+def test_a_cursor_of_any_batch_resumes_with_the_next_one_across_epochs():
     loader = faccel.shard(DataLoader(Squares(10), 3, shuffle=True), ONE)
-    whole = [ids([b.data])[0] for _, part in loader.epochs(2) for b in faccel.batches(part)]
-    cursors = [b.cursor for _, part in loader.epochs(2) for b in faccel.batches(part)]
+    uninterrupted = [
+        ids([b.data])[0]
+        for _, epoch_loader in loader.epochs(2)
+        for b in faccel.batches(epoch_loader)
+    ]
+    cursors = [
+        b.cursor for _, epoch_loader in loader.epochs(2) for b in faccel.batches(epoch_loader)
+    ]
     assert cursors[3] == faccel.Cursor(1, 0)
     for i, cursor in enumerate(cursors):
-        rest = [
+        resumed = [
             ids([b.data])[0]
-            for _, part in loader.epochs(2, start=cursor)
-            for b in faccel.batches(part)
+            for _, epoch_loader in loader.epochs(2, start=cursor)
+            for b in faccel.batches(epoch_loader)
         ]
-        assert rest == whole[i + 1 :]
+        assert resumed == uninterrupted[i + 1 :]
 
 
-def test_a_cursor_of_a_longer_data_set_is_an_error():
+def test_a_cursor_of_a_longer_dataset_is_an_error():
     with pytest.raises(DataError, match="10 samples"):
         next(iter(faccel.shard(DataLoader(Squares(10), 3), ONE).resume(faccel.Cursor(0, 11))))
 
 
-def test_batches_know_what_is_padding():
+def test_num_valid_counts_the_rows_without_padding():
     loader = faccel.shard(DataLoader(Squares(5), 2), fake_context(1, 2))
     seen = [
         (b.data["i"].tolist(), b.num_valid, b.step, b.is_last, b.cursor)
@@ -143,7 +153,7 @@ def test_split_batches_divides_the_batch_size():
         faccel.shard(DataLoader(Squares(12), 6), fake_context(1, 4), split_batches=True)
 
 
-def test_ranks_that_share_data_read_the_same():
+def test_tensor_parallel_ranks_read_the_same_data():
     from faccel.data.order import ShardPlan
     from faccel.mesh import MeshSpec
 
@@ -157,7 +167,7 @@ def test_ranks_that_share_data_read_the_same():
     [3, DataLoader(Squares(4), 2, sampler=DistributedSampler(Squares(4), 2, 0))],
     ids=["int", "distributed"],
 )
-def test_a_loader_that_cannot_be_shared_is_an_error_with_the_fix(loader):
+def test_a_loader_that_cannot_be_split_is_an_error_with_the_fix(loader):
     with pytest.raises(DataError) as error:
         faccel.shard(loader, ONE)
     assert error.value.fix
@@ -168,7 +178,7 @@ def test_an_unknown_tail_is_an_error():
         faccel.shard(DataLoader(Squares(4), 2), ONE, tail="even")
 
 
-def test_whole_batches_are_read_at_once_where_the_data_set_can():
+def test_a_dataset_that_can_reads_a_whole_batch_at_once():
     from tensordict import TensorDict
 
     x = torch.arange(10.0).view(5, 2)
@@ -214,11 +224,11 @@ def test_workers_read_the_same_batches(persistent):
     for epoch in range(3):
         assert ids(loader.at(epoch)) == ids(plain.at(epoch))
     for _ in loader.at(0):
-        break  # breaking out leaves nothing behind
+        break  # a `break` leaves no worker in use
     assert ids(loader.at(3)) == ids(plain.at(3))
 
 
-def test_persistent_workers_are_shared_and_a_second_iteration_has_its_own():
+def test_persistent_workers_are_reused_and_a_second_iteration_starts_others():
     data = DataLoader(
         Squares(8),
         2,

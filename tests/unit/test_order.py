@@ -27,7 +27,7 @@ def test_an_order_is_a_permutation(n):
 
 
 @pytest.mark.parametrize("n", [5, 1000, SMALL + 7, 10**12])
-def test_a_position_does_not_depend_on_what_else_is_asked(n):
+def test_the_sample_at_a_position_does_not_depend_on_the_other_positions(n):
     positions = np.array([0, 1, n // 2, n - 1])
     together = permute(positions, n, 0, 0)
     assert [int(permute(np.array([p]), n, 0, 0)[0]) for p in positions] == together.tolist()
@@ -51,7 +51,8 @@ def test_positions_are_uniform(n, epochs):
         order = permute(np.arange(n), n, seed=11, epoch=epoch)
         np.add.at(counts, (where, order * buckets // n), 1)
     expected = epochs * n / buckets**2
-    # Rows and columns of a permutation matrix are fixed: (buckets - 1)^2 freedoms, and a variance n / (n - 1) larger.
+    # Rows and columns of a permutation matrix have fixed sums: (buckets - 1)^2 degrees of freedom,
+    # and a variance that is n / (n - 1) larger.
     statistic = (np.square(counts - expected) / expected).sum() * (n - 1) / n
     assert abs(z_score(statistic, (buckets - 1) ** 2)) < 5
 
@@ -116,17 +117,17 @@ def test_every_small_domain_is_read_exactly_once_and_resumed_on_any_world_size()
             assert cursor == Cursor(0, len(seen))
             for other in range(1, 9):
                 _, others = steps_in_order(n, b, other, tail, cursor.samples_consumed)
-                rest = [x for valid, _ in others for x in valid]
+                resumed = [x for valid, _ in others for x in valid]
                 left = n - len(seen)
                 dropped = left % (b * other) if tail == "drop" else 0
-                assert seen + rest == list(range(n - dropped)), (n, b, w, tail, s, other)
+                assert seen + resumed == list(range(n - dropped)), (n, b, w, tail, s, other)
 
 
 def test_padding_wraps_around_repeatedly():
     assert [rows(ShardPlan(2, 3, r, 2, "pad")) for r in range(2)] == [[[0, 1, 0]], [[1, 0, 1]]]
 
 
-def test_an_empty_data_set_has_no_steps():
+def test_an_empty_dataset_has_no_steps():
     for tail in TAILS:
         assert rows(ShardPlan(0, 4, 1, 2, tail)) == []
 

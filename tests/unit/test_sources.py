@@ -1,4 +1,4 @@
-"""Where a value comes from: files, the environment, the launcher's flags and arguments, in any combination."""
+"""The source of a value: files, environment, launcher flags and arguments, in any combination."""
 
 import itertools
 import json
@@ -35,17 +35,17 @@ def words(name, value):
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def merge(name, given):
+def merge(name, values):
     env = {}
-    if "environment" in given:
-        env[f"FACCEL_{name.upper()}"] = words(name, given["environment"])
-    if "flag" in given:
-        env[LAUNCH] = json.dumps({name: given["flag"]})
+    if "environment" in values:
+        env[f"FACCEL_{name.upper()}"] = words(name, values["environment"])
+    if "flag" in values:
+        env[LAUNCH] = json.dumps({name: values["flag"]})
     return resolve(
-        {name: given["config"]} if "config" in given else None,
+        {name: values["config"]} if "config" in values else None,
         env=env,
-        overrides={name: given["argument"]} if "argument" in given else None,
-        file=ConfigFile("x.yaml", {name: given["file"]} if "file" in given else {}),
+        overrides={name: values["argument"]} if "argument" in values else None,
+        file=ConfigFile("x.yaml", {name: values["file"]} if "file" in values else {}),
     )
 
 
@@ -55,23 +55,29 @@ def test_the_strongest_of_any_subset_of_sources_wins_and_each_is_named(name):
     draw = random.Random(name)
     for size in range(len(SOURCES) + 1):
         for subset in itertools.combinations(SOURCES, size):
-            given = {source: draw.choice(OTHERS[name]) for source in subset}
-            inside = [given[source] for source in ("config", "argument") if source in given]
-            if "flag" in given and any(value != given["flag"] for value in inside):
+            values = {source: draw.choice(OTHERS[name]) for source in subset}
+            inside = [values[source] for source in ("config", "argument") if source in values]
+            if "flag" in values and any(value != values["flag"] for value in inside):
                 with pytest.raises(ConfigError, match="contradict") as caught:
-                    merge(name, given)
+                    merge(name, values)
                 assert flag_of(name) in caught.value.got
                 continue
-            config = merge(name, given)
+            config = merge(name, values)
             if not subset:
                 assert config.sources[name] == "default"
                 continue
-            expected = getattr(faccel.Config(**{name: given[subset[-1]]}), name)
+            expected = getattr(faccel.Config(**{name: values[subset[-1]]}), name)
             assert getattr(config, name) == expected
-            said = config.sources[name]
-            assert {"file": "file x.yaml", "environment": f"environment FACCEL_{name.upper()}", "flag": flag_of(name),
-                    "config": "argument config", "argument": "argument"}[subset[-1]] in said  # fmt: skip
-            assert ", over " in said
+            source = config.sources[name]
+            expected_source = {
+                "file": "file x.yaml",
+                "environment": f"environment FACCEL_{name.upper()}",
+                "flag": flag_of(name),
+                "config": "argument config",
+                "argument": "argument",
+            }
+            assert expected_source[subset[-1]] in source
+            assert ", over " in source
 
 
 FILES = {
@@ -116,7 +122,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path, what):
+def test_an_error_in_a_file_names_the_file(tmp_path, what):
     name, text = BAD[what]
     path = tmp_path / name
     path.write_text(text)
@@ -126,15 +132,15 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path, what):
     assert name in str(caught.value)
 
 
-def test_files_are_found_where_they_are_looked_for(tmp_path):
+def test_configuration_files_are_found_in_each_documented_place(tmp_path):
     assert find({}) is None
     assert default_path({}) is None
     assert find({"HOME": str(tmp_path)}) is None
-    own = tmp_path / ".config" / "faccel" / "config.yaml"
-    own.parent.mkdir(parents=True)
-    own.write_text("seed: 11\n")
-    assert find({"HOME": str(tmp_path)}) == str(own)
-    assert find({"HOME": "/x", "XDG_CONFIG_HOME": str(tmp_path / ".config")}) == str(own)
+    user_file = tmp_path / ".config" / "faccel" / "config.yaml"
+    user_file.parent.mkdir(parents=True)
+    user_file.write_text("seed: 11\n")
+    assert find({"HOME": str(tmp_path)}) == str(user_file)
+    assert find({"HOME": "/x", "XDG_CONFIG_HOME": str(tmp_path / ".config")}) == str(user_file)
     assert find({"HOME": str(tmp_path), "FACCEL_CONFIG": "b.yaml"}) == "b.yaml"
     assert faccel.init(env={"HOME": str(tmp_path)}).config.seed == 11
     with pytest.raises(ConfigError, match=r"b\.yaml"):
@@ -148,7 +154,7 @@ def test_every_field_is_a_flag_of_the_launcher():
         assert field.metadata["doc"].split()[0] in out
 
 
-def test_what_no_field_can_be_is_refused(tmp_path):
+def test_impossible_values_of_fields_are_errors(tmp_path):
     for values in ({"timeout_s": float("nan")}, {"timeout_s": float("inf")}, {"mesh": [1, 2]}):
         with pytest.raises(ConfigError):
             resolve(values)
@@ -156,8 +162,8 @@ def test_what_no_field_can_be_is_refused(tmp_path):
         resolve(env={"FACCEL_LAUNCH": "x"})
     (tmp_path / "a.yaml").write_text("mixed_precision: no\n")  # YAML 1.1 reads False
     assert resolve(file=read(str(tmp_path / "a.yaml"))).mixed_precision == "no"
-    told = {"FACCEL_LAUNCH": '{"config": "/b.yaml"}'}
+    env = {"FACCEL_LAUNCH": '{"config": "/b.yaml"}'}
     with pytest.raises(ConfigError, match="different configuration files"):
-        faccel.init(str(tmp_path / "a.yaml"), env=told)
-    told = {"FACCEL_LAUNCH": '{"config": "%s"}' % (tmp_path / "a.yaml")}
-    faccel.shutdown(faccel.init(str(tmp_path / "a.yaml"), env=told))
+        faccel.init(str(tmp_path / "a.yaml"), env=env)
+    env = {"FACCEL_LAUNCH": '{"config": "%s"}' % (tmp_path / "a.yaml")}
+    faccel.shutdown(faccel.init(str(tmp_path / "a.yaml"), env=env))

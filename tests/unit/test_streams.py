@@ -1,3 +1,5 @@
+"""Samplers, streams and their splitting over ranks: every sample once, for every resume."""
+
 import itertools
 import random
 
@@ -122,7 +124,7 @@ def ragged_starts(n):
 KINDS = ("map", "sampler", "batch_sampler", "ragged", "iterable", "self_splitting", "stateful")
 
 
-def test_dealing_a_stream_is_the_same_as_the_arithmetic():
+def test_splitting_a_stream_agrees_with_the_arithmetic_of_an_order():
     for n, b, w, tail in itertools.product(range(25), range(1, 5), range(1, 6), TAILS):
         for r, start in itertools.product(range(w), [k * b * w for k in range(n // (b * w) + 1)]):
             if 0 < start == n:
@@ -171,14 +173,14 @@ def test_every_loader_sees_each_sample_once(kind, world_size, workers):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_stopped_anywhere_goes_on_at_another_world_size(kind):
+def test_a_run_stopped_anywhere_resumes_at_another_world_size(kind):
     def read(world_size, cursor, stop=None):
         """Rows of each step, all ranks together, and the cursor after the last step read."""
         per_rank = []
         for rank in range(world_size):
             loader = faccel.shard(loader_of(kind, 23), fake_context(rank, world_size))
-            part = loader.resume(cursor)
-            per_rank.append(list(itertools.islice(faccel.batches(part), stop)))
+            epoch_loader = loader.resume(cursor)
+            per_rank.append(list(itertools.islice(faccel.batches(epoch_loader), stop)))
         rows = [
             i
             for step in zip(*per_rank, strict=True)
@@ -187,11 +189,11 @@ def test_a_run_stopped_anywhere_goes_on_at_another_world_size(kind):
         ]
         return rows, per_rank[0][-1].cursor
 
-    whole, _ = read(1, Cursor(1))
+    uninterrupted, _ = read(1, Cursor(1))
     for stop in (1, 2, 3):
         first, cursor = read(3, Cursor(1), stop)
-        rest, _ = read(2, cursor)
-        assert first + rest == whole
+        resumed, _ = read(2, cursor)
+        assert first + resumed == uninterrupted
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "stateful"])
@@ -200,15 +202,15 @@ def test_augmentation_does_not_depend_on_workers_or_on_a_resume(kind):
         loader = faccel.shard(loader_of(kind, 22, workers=workers), fake_context(1, world_size))
         return list(faccel.batches(loader.at(3) if start is None else loader.resume(start)))
 
-    whole = read(0)
+    uninterrupted = read(0)
     for workers in (1, 2):
-        for a, b in zip(read(workers), whole, strict=True):
+        for a, b in zip(read(workers), uninterrupted, strict=True):
             assert torch.equal(a.data, b.data)
-    for k, batch in enumerate(whole[:-1]):
-        for a, b in zip(read(k % 3, batch.cursor), whole[k + 1 :], strict=True):
+    for k, batch in enumerate(uninterrupted[:-1]):
+        for a, b in zip(read(k % 3, batch.cursor), uninterrupted[k + 1 :], strict=True):
             assert torch.equal(a.data, b.data)
     other_epoch = faccel.shard(loader_of(kind, 22), fake_context(1, 2)).at(4)
-    assert not torch.equal(next(iter(other_epoch)), whole[0].data)
+    assert not torch.equal(next(iter(other_epoch)), uninterrupted[0].data)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -224,7 +226,7 @@ def test_reading_leaves_the_process_wide_generators_alone(kind):
     assert seen == expected[: len(seen)]
 
 
-def test_ranks_that_are_seeded_apart_walk_a_sampler_alike():
+def test_ranks_with_different_seeds_iterate_a_sampler_in_the_same_order():
     def fn(ctx):
         torch.manual_seed(ctx.rank)
         loader = faccel.shard(DataLoader(Rows(24), 2, sampler=Shuffled(24)), ctx).at(0)
@@ -242,7 +244,7 @@ def test_ranks_that_are_seeded_apart_walk_a_sampler_alike():
         lambda: Shuffled(20),
     ],
 )
-def test_a_samplers_order_is_that_of_the_epoch_also_with_a_generator_of_its_own(sampler):
+def test_the_order_of_a_custom_sampler_follows_from_the_epoch(sampler):
     loader = faccel.shard(DataLoader(Rows(20), 4, sampler=sampler()), fake_context(0, 1))
     again = faccel.shard(DataLoader(Rows(20), 4, sampler=sampler()), fake_context(0, 1))
     first = [[ids(d) for d in loader.at(e)] for e in range(2)]
@@ -252,7 +254,7 @@ def test_a_samplers_order_is_that_of_the_epoch_also_with_a_generator_of_its_own(
         next(iter(loader))
 
 
-def test_a_sampler_that_never_ends_is_walked_as_far_as_it_is_read():
+def test_an_endless_sampler_is_read_lazily():
     class Endless(Sampler):
         def __iter__(self):
             while True:
@@ -272,7 +274,7 @@ def test_batches_of_a_batch_sampler_keep_their_sizes():
         loader.at(0, step=1)
 
 
-def test_a_loader_without_a_batch_size_hands_on_what_the_data_set_gives():
+def test_a_loader_without_a_batch_size_yields_the_items_of_the_dataset():
     class Batches(Rows):
         def __getitem__(self, i):
             return super().__getitem__(i).repeat(3, 1)
@@ -284,7 +286,7 @@ def test_a_loader_without_a_batch_size_hands_on_what_the_data_set_gives():
         )
 
 
-def test_any_iterable_of_batches_is_shared():
+def test_any_iterable_of_batches_is_split_over_ranks():
     batches = [{"x": torch.full((2,), i)} for i in range(5)]
     seen = [
         [
@@ -302,14 +304,14 @@ def test_any_iterable_of_batches_is_shared():
         len(generator)
 
 
-def test_a_stateful_data_set_goes_on_from_its_own_state():
+def test_a_stateful_dataset_resumes_from_its_own_state():
     data = Stateful(20)
     loader = faccel.shard(DataLoader(data, 2), fake_context(0, 2))
     third = next(itertools.islice(faccel.batches(loader), 2, None))
     fresh = Stateful(20)
-    rest = faccel.shard(DataLoader(fresh, 2), fake_context(1, 2)).resume(third.cursor)
+    resumed = faccel.shard(DataLoader(fresh, 2), fake_context(1, 2)).resume(third.cursor)
     assert third.cursor == Cursor(0, 12)
-    assert [ids(b.data) for b in faccel.batches(rest)] == [[14, 15], [18, 19]]
+    assert [ids(b.data) for b in faccel.batches(resumed)] == [[14, 15], [18, 19]]
     assert fresh.read == 8  # nothing was passed over
 
 
@@ -336,7 +338,7 @@ def test_rank_0_reads_and_sends_each_rank_its_part(world_size, tail):
     assert dispatched == simulate(fn, world_size, "split")
 
 
-def test_a_dispatched_part_travels_to_its_rank_alone():
+def test_a_dispatched_batch_is_sent_to_its_rank_only():
     big = [torch.zeros(1000) for _ in range(8)]
 
     def fn(ctx):

@@ -1,3 +1,5 @@
+"""`main_first`, `on_rank` and `print` on several ranks."""
+
 import pytest
 
 import faccel
@@ -5,7 +7,7 @@ from faccel.errors import ConfigError, RankFailedError
 from faccel.testing import fake_context, simulate
 
 
-def test_main_goes_first_and_the_others_see_what_it_made(tmp_path):
+def test_main_runs_first_and_the_other_ranks_see_its_files(tmp_path):
     order = []
 
     def fn(ctx, local):
@@ -43,10 +45,10 @@ def test_functions_run_on_one_rank_and_keep_their_names():
     def fn(ctx):
         @faccel.on_main(ctx)
         def main_only(x):
-            """Say x."""
+            """Return x."""
             return x
 
-        assert (main_only.__name__, main_only.__doc__) == ("main_only", "Say x.")
+        assert (main_only.__name__, main_only.__doc__) == ("main_only", "Return x.")
         return main_only(7), faccel.on_rank(2, ctx)(lambda: "two")()
 
     assert simulate(fn, 3) == ((7, None), (None, None), (None, "two"))
@@ -54,7 +56,7 @@ def test_functions_run_on_one_rank_and_keep_their_names():
         faccel.on_rank(3, fake_context(0, 3))
 
 
-def test_print_speaks_once_and_in_one_write():
+def test_print_writes_once():
     class Out:
         def __init__(self):
             self.writes = []

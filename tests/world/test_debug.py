@@ -12,8 +12,8 @@ from faccel.testing import simulate
 CHECKED = {"debug": True}
 
 
-def sees(fn, world_size=2, **options):
-    """The error of each rank, after which they go on together."""
+def errors_of(fn, world_size=2, **options):
+    """Return the error of each rank, and check that a later collective works."""
 
     def body(ctx):
         with pytest.raises(DesyncError) as caught:
@@ -42,35 +42,35 @@ APART = {
 
 
 @pytest.mark.parametrize("what", APART)
-def test_each_difference_is_seen_by_every_rank_and_both_sides_are_named(what):
-    first, second = sees(APART[what])
+def test_each_difference_raises_on_every_rank_and_both_calls_are_named(what):
+    first, second = errors_of(APART[what])
     assert first == second
     assert "rank 0: " in first
     assert "rank 1: " in first
     assert "test_debug.py:" in first
 
 
-def test_another_line_is_a_difference():
+def test_calls_from_different_lines_are_a_difference():
     def body(ctx):
         if ctx.rank:
             faccel.barrier(ctx)
         else:
             faccel.barrier(ctx)
 
-    got = sees(body)[0]
-    lines = {part.rpartition(":")[2] for part in got.split(", ")}
+    got = errors_of(body)[0]
+    lines = {clause.rpartition(":")[2] for clause in got.split(", ")}
     assert len(lines) == 2
 
 
 def test_leaves_are_named():
-    got = sees(
+    got = errors_of(
         lambda ctx: faccel.reduce({"a": [torch.ones(1)], "b" * (1 + ctx.rank): torch.ones(3)}, ctx)
     )[0]
     assert "x['a'][0]: float32[1], x['b']: float32[3]" in got
     assert "x['bb']: float32[3]" in got
 
 
-def test_what_is_right_is_not_held_up():
+def test_correct_calls_pass():
     def body(ctx):
         with faccel.main_first(ctx):
             pass
@@ -84,7 +84,7 @@ def test_what_is_right_is_not_held_up():
     assert simulate(body, 3, config=CHECKED) == ({"stop": 1},) * 3
 
 
-def test_one_call_that_ends_at_different_lines_is_one_call():
+def test_a_call_that_ends_at_different_lines_passes():
     def body(ctx):
         with contextlib.ExitStack() as stack:
             stack.enter_context(faccel.main_first(ctx))
@@ -94,18 +94,18 @@ def test_one_call_that_ends_at_different_lines_is_one_call():
     assert simulate(body, 2, config=CHECKED) == (True, True)
 
 
-def test_a_rank_that_never_comes_is_a_desync_too():
+def test_a_rank_that_never_calls_is_a_desync():
     with pytest.raises(DesyncError, match="rank 1: returned"):
         simulate(lambda ctx: ctx.is_main and faccel.barrier(ctx), 2, config=CHECKED)
 
 
-def test_one_process_has_nobody_to_compare_with():
+def test_debug_mode_works_on_one_process():
     assert simulate(lambda ctx: faccel.reduce(torch.tensor(2), ctx).item(), 1, config=CHECKED) == (
         2,
     )
 
 
-def test_nothing_is_left_in_the_store():
+def test_keys_are_deleted_from_the_store():
     """The keys of a call are deleted by the next one."""
 
     def body(ctx):

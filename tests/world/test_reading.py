@@ -28,8 +28,8 @@ def read(ctx, num_samples, batch_size, tail, split_batches, shuffle):
     rows = [batch.data[0] for batch in batches]
     assert tail == "uneven" or all(len(ids) == batch_size for ids in rows)
     if tail == "uneven":  # ranks have different numbers of batches: one gather at the end
-        own = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
-        return len(batches), order, faccel.gather(own, ctx, ragged=True).tolist()
+        own_ids = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+        return len(batches), order, faccel.gather(own_ids, ctx, ragged=True).tolist()
     seen = []
     for ids, batch in zip(rows, batches, strict=True):
         seen += faccel.gather(ids, ctx, num_valid=batch.num_valid).tolist()
