@@ -1,3 +1,5 @@
+"""`Config` and `resolve`: sources, precedence and error messages."""
+
 import itertools
 
 import pytest
@@ -7,7 +9,7 @@ from faccel.errors import ConfigError
 from faccel.mesh import MeshSpec
 
 
-def test_everything_has_a_default_and_says_so():
+def test_every_field_has_a_default_and_its_source_is_default():
     config = resolve()
     assert config == Config()
     assert set(config.sources.values()) == {"default"}
@@ -42,7 +44,7 @@ def test_every_field_can_come_from_the_environment_and_from_an_argument():
 
 
 @pytest.mark.parametrize("present", list(itertools.product([False, True], repeat=3)))
-def test_the_strongest_source_wins_and_names_the_one_it_overrode(present):
+def test_the_strongest_source_wins_and_names_the_one_it_replaces(present):
     sources = [("environment FACCEL_SEED", 1), ("argument config", 2), ("argument", 3)]
     config = resolve(
         {"seed": 2} if present[1] else None,
@@ -50,7 +52,7 @@ def test_the_strongest_source_wins_and_names_the_one_it_overrode(present):
         overrides={"seed": 3} if present[2] else {},
     )
     chain = [("default", 0)] + [
-        source for source, there in zip(sources, present, strict=True) if there
+        source for source, is_set in zip(sources, present, strict=True) if is_set
     ]
     assert config.seed == chain[-1][1]
     expected = (
@@ -59,12 +61,12 @@ def test_the_strongest_source_wins_and_names_the_one_it_overrode(present):
     assert config.sources["seed"] == expected
 
 
-def test_a_record_gives_the_fields_that_differ_from_the_defaults():
+def test_a_record_sets_the_fields_that_differ_from_the_defaults():
     config = resolve(Config(seed=5), env={"FACCEL_SEED": "1", "FACCEL_GRAD_ACCUM": "2"})
     assert (config.seed, config.grad_accum) == (5, 2)
 
 
-def test_a_resolved_record_is_as_strong_as_what_it_came_from():
+def test_a_resolved_record_keeps_its_values_when_it_is_resolved_again():
     env = {"FACCEL_MIXED_PRECISION": "bf16", "FACCEL_SEED": "3"}
     first = resolve(env=env, overrides={"mixed_precision": "no"})
     again = resolve(first, env=env)
@@ -92,7 +94,7 @@ def test_a_resolved_record_is_as_strong_as_what_it_came_from():
         (lambda: resolve("training.yaml"), ["faccel.Config(seed=1)"]),
     ],
 )
-def test_a_mistake_is_an_error_that_shows_the_right_way(call, words):
+def test_a_mistake_raises_with_the_name_the_value_and_a_fix(call, words):
     with pytest.raises(ConfigError) as error:
         call()
     assert all(word in str(error.value) for word in words), str(error.value)

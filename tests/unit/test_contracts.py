@@ -1,4 +1,4 @@
-"""What every public name promises: a label that its docstring repeats, an example that runs, a place in one table."""
+"""Every public name: its label is in its docstring, it has an example, it is exported once."""
 
 import ast
 import importlib
@@ -53,7 +53,7 @@ UNKNOWN_NAMES = {
 }
 
 
-@pytest.mark.parametrize(("namespace", "name"), UNKNOWN_NAMES, ids=lambda part: part or "faccel")
+@pytest.mark.parametrize(("namespace", "name"), UNKNOWN_NAMES, ids=lambda name: name or "faccel")
 def test_an_unknown_name_suggests_the_nearest_public_name(namespace, name):
     package = importlib.import_module(f"faccel.{namespace}".rstrip("."))
     with pytest.raises(AttributeError) as error:
@@ -171,13 +171,13 @@ def test_nothing_outside_backends_asks_which_backend_it_is():
             ), path
 
 
-def test_the_table_of_traps_names_tests_that_are_there():
+def test_the_table_of_bugs_names_existing_tests():
     tests = pathlib.Path(__file__).parents[1]
-    there = set(
+    existing = set(
         re.findall(r"^def (\w+)", "\n".join(p.read_text() for p in tests.rglob("*.py")), re.M)
     )
     table = (tests / "README.md").read_text().partition("| bug | tests |\n| --- | --- |\n")[2]
     for line in table.splitlines():
-        named = re.findall(r"`(\w+)`", line.split("|")[2])
-        assert named, line
-        assert set(named) <= there, set(named) - there
+        names = re.findall(r"`(\w+)`", line.split("|")[2])
+        assert names, line
+        assert set(names) <= existing, set(names) - existing

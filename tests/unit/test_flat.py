@@ -13,7 +13,7 @@ SHAPES = [(), (1,), (5,), (4, 3), (1, 5, 1), (2, 3, 4), (3, 1, 2), (2, 2, 2, 2)]
 
 
 def ranges(shape):
-    """Return `(start, count)` of every range of the elements of a tensor, the empty ones included."""
+    """Return `(start, count)` of every range of elements, including empty ones."""
     bounds = itertools.combinations_with_replacement(range(math.prod(shape) + 1), 2)
     return [(start, stop - start) for start, stop in bounds]
 

@@ -1,3 +1,5 @@
+"""`MeshSpec`: coordinates, groups of ranks, and meshes that do not fit."""
+
 import itertools
 
 import pytest
@@ -8,8 +10,8 @@ from faccel.mesh import AXES, VIEWS, MeshSpec
 
 def test_coordinates_number_every_rank_once_last_axis_fastest():
     spec = MeshSpec(dp_replicate=2, dp_shard=3, tp=2, pp=2)
-    places = [tuple(spec.coordinates(r).get(axis) for axis in AXES) for r in range(spec.size)]
-    assert places == list(itertools.product(range(2), range(2), range(3), range(1), range(2)))
+    coordinates = [tuple(spec.coordinates(r).get(axis) for axis in AXES) for r in range(spec.size)]
+    assert coordinates == list(itertools.product(range(2), range(2), range(3), range(1), range(2)))
     assert spec.data_world_size == 6
     assert [spec.data_rank(r) for r in range(12)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert [spec.data_rank(r) for r in range(12, 24)] == [spec.data_rank(r) for r in range(12)]
@@ -29,12 +31,12 @@ def test_minus_one_fills_the_world():
         (MeshSpec(dp_replicate=-1, dp_shard=-1), 8, "only one axis"),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_an_error_that_names_one_that_would(spec, world_size, words):
+def test_a_mesh_that_does_not_fit_raises_with_one_that_does(spec, world_size, words):
     with pytest.raises(ConfigError, match=words):
         spec.fill(world_size)
 
 
-def test_it_is_read_from_text_and_mappings():
+def test_a_mesh_is_parsed_from_text_and_mappings():
     assert (
         MeshSpec.of("dp_shard=2, tp=4")
         == MeshSpec.of({"dp_shard": 2, "tp": 4})
@@ -45,7 +47,7 @@ def test_it_is_read_from_text_and_mappings():
             MeshSpec(tp=bad)
 
 
-def test_peers_differ_in_the_axes_of_a_view_alone_and_cost_nothing_for_the_others():
+def test_peers_differ_along_the_axes_of_a_view_only_and_are_cheap_on_a_huge_mesh():
     spec = MeshSpec(dp_replicate=2, dp_shard=3, cp=2, tp=2, pp=2, ep=3)
     for view in (*AXES, *VIEWS):
         axes = VIEWS.get(view, (view,))

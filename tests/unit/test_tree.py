@@ -1,3 +1,5 @@
+"""`faccel.tree`: containers, order of the leaves, and error messages."""
+
 import collections
 import dataclasses
 import gc
@@ -50,7 +52,7 @@ def test_flatten_and_rebuild_is_the_identity(tree):
     assert flatten(map_leaves(lambda x: (x,), tree))[0] == leaves or leaves == flatten(tree)[0]
 
 
-def test_dicts_are_walked_in_sorted_order_and_rebuilt_in_their_own():
+def test_dicts_are_flattened_in_sorted_order_and_rebuilt_in_the_original_order():
     leaves, rebuild = flatten({"b": 1, "a": 2})
     assert leaves == [2, 1]
     assert list(rebuild([0, 0])) == ["b", "a"]
@@ -61,7 +63,7 @@ def test_a_default_factory_is_kept():
     assert rebuild([2])["new"] == []
 
 
-def test_tensordicts_are_walked_and_take_the_new_batch_size():
+def test_a_rebuilt_tensordict_has_the_batch_size_of_its_leaves():
     from tensordict import TensorDict
 
     td = TensorDict({"x": torch.zeros(2, 3), "n": {"y": torch.zeros(2)}}, batch_size=[2])
@@ -82,12 +84,12 @@ def test_leaves_are_freed_without_a_garbage_collection():
         pass
 
     leaf = Leaf()
-    seen = weakref.ref(leaf)
+    reference = weakref.ref(leaf)
     gc.disable()
     try:
         leaves, rebuild = flatten({"a": [leaf]})
         rebuild(leaves)
         del leaf, leaves, rebuild
-        assert seen() is None
+        assert reference() is None
     finally:
         gc.enable()

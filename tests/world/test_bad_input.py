@@ -1,4 +1,4 @@
-"""The commonest mistakes: an error with the fix on every rank, at once, and nothing waits."""
+"""Common mistakes raise an error with a fix on every rank, and no rank waits for another."""
 
 import pickle
 import re
@@ -25,7 +25,7 @@ def loader(ctx, num_samples=20, **options):
     return faccel.shard(DataLoader(data, 3, shuffle=True), ctx, **options)
 
 
-def place(ctx, **options):
+def cursor_of_another_loader(ctx, **options):
     return [batch.cursor for batch in faccel.batches(loader(ctx, **options).at(1))][1]
 
 
@@ -66,17 +66,17 @@ MISTAKES = {
         DataError,
         r"DataLoader\(dataset, batch_size=4\)",
     ),
-    "a cursor of a shorter data set": (
-        lambda ctx: loader(ctx, 30).resume(place(ctx)),
+    "a cursor of a shorter dataset": (
+        lambda ctx: loader(ctx, 30).resume(cursor_of_another_loader(ctx)),
         DataError,
         r"at\(cursor.epoch\)",
     ),
     "a cursor of another seed": (
-        lambda ctx: loader(ctx, seed=1).resume(place(ctx)),
+        lambda ctx: loader(ctx, seed=1).resume(cursor_of_another_loader(ctx)),
         DataError,
         "seed",
     ),
-    "a cursor behind the end": (
+    "a cursor after the end": (
         lambda ctx: next(iter(loader(ctx).resume(faccel.Cursor(0, 99)))),
         DataError,
         "resume",
@@ -91,7 +91,7 @@ MISTAKES = {
         DataError,
         "leave `split_batches` out",
     ),
-    "num_valid that is no number of rows": (
+    "num_valid that is not an int": (
         lambda ctx: faccel.gather(torch.ones(3), ctx, num_valid=2.5),
         DataError,
         "num_valid=batch.num_valid",
@@ -147,12 +147,12 @@ MISTAKES = {
 def error_of(ctx, fn, expected):
     with pytest.raises(expected) as caught:
         fn(ctx)
-    assert faccel.agree(ctx, seen=True).seen  # the ranks go on together
+    assert faccel.agree(ctx, seen=True).seen  # the ranks are still in step
     return caught.value
 
 
 @pytest.mark.parametrize("what", MISTAKES)
-def test_every_rank_sees_the_mistake_and_the_fix(what):
+def test_every_rank_raises_with_a_fix(what):
     fn, expected, fix = MISTAKES[what]
     for error in simulate(error_of, 2, fn, expected):
         assert isinstance(error, FaccelError)
@@ -165,7 +165,7 @@ def test_gradients_that_were_not_scaled_are_not_divided():
         assert "before the last step" in error.got
 
 
-def test_the_start_of_an_epoch_is_a_place_in_any_order():
+def test_the_start_of_an_epoch_is_a_valid_cursor_for_every_order():
     def fn(ctx):
         cursor = [batch.cursor for batch in faccel.batches(loader(ctx).at(1))][-1]
         assert cursor == faccel.Cursor(2)
@@ -174,16 +174,16 @@ def test_the_start_of_an_epoch_is_a_place_in_any_order():
     assert simulate(fn, 2) == (5, 5)
 
 
-def test_a_cursor_of_a_stream_does_not_care_about_the_seed():
+def test_a_cursor_of_a_stream_is_valid_for_every_seed():
     def fn(ctx):
-        part = faccel.shard([1, 2, 3, 4, 5, 6], ctx, seed=1)
-        cursor = next(faccel.batches(part)).cursor
+        loader = faccel.shard([1, 2, 3, 4, 5, 6], ctx, seed=1)
+        cursor = next(faccel.batches(loader)).cursor
         return list(faccel.shard([1, 2, 3, 4, 5, 6], ctx, seed=2).resume(cursor))
 
     assert simulate(fn, 2) == ([3, 5], [4, 6])
 
 
-def test_optimizers_that_come_and_go_are_told_apart():
+def test_a_scaler_does_not_confuse_optimizers_with_the_same_address():
     def fn(ctx):
         ws = [torch.nn.Parameter(torch.ones(1)) for _ in range(4)]
         scaler = faccel.scaled_backward(

@@ -1,4 +1,4 @@
-"""Each function changes what its label says, and nothing else: by value, on a world of two."""
+"""Each function changes what its label names and nothing else, by value, on two ranks."""
 
 import os
 import random
@@ -15,7 +15,7 @@ from faccel.testing import simulate
 
 
 def ambient():
-    """Everything of the process that a function could change behind the user's back."""
+    """Return all state of the process that a function could change."""
     return {
         "torch": torch.get_rng_state().tolist(),
         "numpy": str(np.random.get_state()),
@@ -29,18 +29,18 @@ def ambient():
 
 
 def values(objects):
-    """The contents of models, optimizers and tensors, copied."""
+    """Return copies of the contents of models, optimizers and tensors."""
     copies = {}
-    for name, thing in objects.items():
-        if isinstance(thing, torch.Tensor):
-            copies[name] = thing.detach().clone()
-        elif isinstance(thing, nn.Module):
-            copies[name] = {k: v.detach().clone() for k, v in thing.state_dict().items()}
+    for name, value in objects.items():
+        if isinstance(value, torch.Tensor):
+            copies[name] = value.detach().clone()
+        elif isinstance(value, nn.Module):
+            copies[name] = {k: v.detach().clone() for k, v in value.state_dict().items()}
             copies[f"{name}.grad"] = [
-                None if p.grad is None else p.grad.clone() for p in thing.parameters()
+                None if p.grad is None else p.grad.clone() for p in value.parameters()
             ]
-        elif isinstance(thing, torch.optim.Optimizer):
-            copies[name] = repr(thing.state_dict())
+        elif isinstance(value, torch.optim.Optimizer):
+            copies[name] = repr(value.state_dict())
     return copies
 
 
@@ -55,7 +55,7 @@ def equal(a, b):
 
 
 def scene(ctx):
-    """One of everything that functions take."""
+    """Return one argument of each kind."""
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5))
     model = faccel.wrap(net, ctx)
     opt = torch.optim.Adam(model.parameters(), lr=0.1)
@@ -171,7 +171,7 @@ def len_of(batch):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_only_what_the_label_says_is_changed(name):
+def test_a_function_changes_only_what_its_label_names(name):
     call, may_change = CALLS[name]
 
     def fn(ctx):

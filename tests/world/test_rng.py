@@ -1,3 +1,5 @@
+"""Random states per rank, and generators derived from integers."""
+
 import random
 
 import numpy as np
@@ -11,7 +13,7 @@ def draws():
     return torch.rand(()).item(), random.random(), float(np.random.randn())
 
 
-def test_every_rank_goes_on_from_its_own_state():
+def test_every_rank_resumes_from_the_generator_state_that_it_saved():
     def fn(ctx):
         draws()
         state = faccel.rng_state(ctx)

@@ -1,3 +1,5 @@
+"""Trackers, loggers and progress: what they write, and on which rank."""
+
 import csv
 import io
 import json
@@ -41,7 +43,7 @@ def test_rank_0_writes_what_was_logged_once(tmp_path):
     assert len(rows) == 6
 
 
-def test_a_run_that_is_there_is_gone_on_with(tmp_path):
+def test_an_existing_run_is_continued(tmp_path):
     config = {"run_dir": str(tmp_path)}
     for _ in range(2):
         simulate(lambda ctx: track(ctx, trackers=("csv",)), 1, config=config)
@@ -49,7 +51,7 @@ def test_a_run_that_is_there_is_gone_on_with(tmp_path):
     assert len((tmp_path / "a" / "metrics.csv").read_text().splitlines()) == 13
 
 
-@pytest.mark.filterwarnings("ignore")  # tensorboard's own imports
+@pytest.mark.filterwarnings("ignore")  # from the imports of tensorboard
 def test_tensorboard_reads_back_what_was_logged(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -61,20 +63,20 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 0.5), (1, 1.5), (2, 2.5)]
 
 
-def test_a_tracker_of_ones_own_that_fails_says_so_once_and_stops_nothing(tmp_path, caplog):
-    seen = []
+def test_the_failure_of_a_custom_tracker_is_logged_once_and_does_not_stop_the_run(tmp_path, caplog):
+    steps = []
 
     def fail(state, values, step):
-        seen.append(step)
+        steps.append(step)
         raise OSError("the server is gone")
 
-    mine = faccel.tracking.Tracker(lambda folder, config: folder, fail, lambda state: None)
+    custom = faccel.tracking.Tracker(lambda folder, config: folder, fail, lambda state: None)
     ctx = fake_context(0, 1, config={"run_dir": str(tmp_path)})
-    trackers = faccel.tracking.init_trackers("b", ctx, trackers=(mine, "jsonl"))
+    trackers = faccel.tracking.init_trackers("b", ctx, trackers=(custom, "jsonl"))
     for step in range(3):
         faccel.tracking.log({"x": 1}, trackers, step=step)
     faccel.tracking.finish(trackers)
-    assert seen == [0, 1, 2]
+    assert steps == [0, 1, 2]
     assert [r.getMessage().count("the server is gone") for r in caplog.records] == [1]
     assert len((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -85,7 +87,7 @@ def test_an_unknown_tracker_is_an_error_on_every_rank(tmp_path):
             faccel.tracking.init_trackers("a", fake_context(rank, 2), trackers=("json",))
 
 
-def test_a_logger_speaks_on_rank_0_and_knows_rank_and_step(caplog):
+def test_a_logger_logs_on_rank_0_with_rank_and_step(caplog):
     caplog.set_level(logging.INFO)
     root = (logging.root.level, list(logging.root.handlers))
 
@@ -105,7 +107,7 @@ def test_a_logger_speaks_on_rank_0_and_knows_rank_and_step(caplog):
     assert (logging.root.level, list(logging.root.handlers)) == root
 
 
-def test_progress_is_plain_lines_without_a_terminal_and_rank_0s_alone():
+def test_progress_prints_lines_on_rank_0_without_a_terminal():
     outs = [io.StringIO() for _ in range(2)]
     simulate(
         lambda ctx: list(faccel.progress(range(20), ctx, description="read", file=outs[ctx.rank])),
