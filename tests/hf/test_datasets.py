@@ -212,7 +212,7 @@ def test_a_checkpoint_has_the_position_of_every_rank(tmp_path):
         return own_shards(ctx, loaded) == own_shards(ctx, cursor)
 
     assert simulate(fn, 2) == (True, True)
-    with pytest.raises(DataError, match="position for record rank"):
+    with pytest.raises(DataError, match="position for each rank"):
         simulate(lambda ctx: own_shards(ctx, own_shards(fake_context(0, 1))[0][4]), 2)
 
 
