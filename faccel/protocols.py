@@ -1,10 +1,10 @@
-"""The interfaces between a training step and the world: collectives, and how a model runs in parallel."""
+"""The interfaces of communication, and of the ways to run a model in parallel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import attrs
 import torch
@@ -42,11 +42,11 @@ class Collectives(Protocol):
         ...
 
     def set_call_label(self, call: str, x: Tree) -> None:
-        """Label the next collective with the public call and its value; debug mode compares labels."""
+        """Label the next collective with the public call and its value, for debug mode."""
         ...
 
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
-        """Return an error that names the ranks if `error` comes from communication, else None."""
+        """Return an error that names ranks if communication ended in `error`, else None."""
         ...
 
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
@@ -82,11 +82,11 @@ class Collectives(Protocol):
 class Stateful(Protocol):
     """An object with torch's pair of state methods, such as an optimizer or a scheduler."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tree]:
         """Return the state."""
         ...
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> object:
+    def load_state_dict(self, state_dict: dict[str, Tree]) -> object:
         """Restore the state in place."""
         ...
 
@@ -94,7 +94,7 @@ class Stateful(Protocol):
 class RunMethod(Protocol):
     """Calls a method of the wrapped model with the strategy's hooks and precision."""
 
-    def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, method: str, *args: Tree, **kwargs: Tree) -> Tree:
         """Call `method` with the user's arguments."""
         ...
 
@@ -141,7 +141,7 @@ class JoinUneven(Protocol):
     def __call__(
         self, engine: torch.nn.Module, states: Sequence[Stateful], ctx: DistContext
     ) -> AbstractContextManager[None]:
-        """Return the context to train in; model and `states` are equal on all data ranks after it."""
+        """Return the context to train in, after which data ranks have equal models and `states`."""
         ...
 
 
@@ -207,7 +207,7 @@ def no_tied_copies(engine: torch.nn.Module) -> Mapping[int, str]:
 class ExportState(Protocol):
     """Reads the state of an engine."""
 
-    def __call__(self, engine: torch.nn.Module) -> dict[str, Any]:
+    def __call__(self, engine: torch.nn.Module) -> dict[str, Tree]:
         """Return parameters and buffers under the user's names, sharded ones as this rank's shard.
 
         Shards alias the engine's memory: writing into one writes into the model.
@@ -218,7 +218,7 @@ class ExportState(Protocol):
 class RestoreState(Protocol):
     """Writes the state of an engine. Updates `engine`; collective."""
 
-    def __call__(self, engine: torch.nn.Module, state: Mapping[str, Any]) -> None:
+    def __call__(self, engine: torch.nn.Module, state: Mapping[str, Tree]) -> None:
         """Restore what `ExportState` returned, or full tensors under the same names."""
         ...
 

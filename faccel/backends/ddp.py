@@ -21,6 +21,7 @@ from faccel.parallel.forward import Methods, call_method, with_precision
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import DdpConfig, Plan
 from faccel.protocols import DATA, Parallelism, RunMethod, Stateful
+from faccel.tree import Tree
 
 
 class DdpEngine(DistributedDataParallel):
@@ -40,9 +41,9 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     checkpoint_and_compile(module, plan)
     engine = _make_engine(module, plan.ddp, ctx)
 
-    def run(method: str, *args: Any, **kwargs: Any) -> Any:
-        # Without gradients there is nothing to reduce, and DDP would still broadcast buffers. Called
-        # directly, the module lets ranks evaluate different numbers of batches.
+    def run(method: str, *args: Tree, **kwargs: Tree) -> Tree:
+        # Without gradients there is nothing to reduce, and DDP would still broadcast buffers. The
+        # module itself lets ranks evaluate different numbers of batches.
         if not torch.is_grad_enabled():
             return call_method(module, method, *args, **kwargs)
         try:
@@ -58,7 +59,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
 
 
 def _unused_parameters_error(error: RuntimeError) -> ModelError | None:
-    """Return an error with a fix if `error` is DDP's complaint about parameters without gradient."""
+    """Return an error with a fix if DDP has found parameters without a gradient."""
     message = str(error)
     if "Expected to have finished reduction" not in message:
         return None
@@ -86,7 +87,7 @@ def _make_engine(module: nn.Module, options: DdpConfig, ctx: DistContext) -> Ddp
     for name, value in attrs.asdict(options, recurse=False).items():
         # Defaults are left to torch: torch 2.9 lacks some of these arguments.
         if name not in _NOT_ARGUMENTS and value != getattr(_DEFAULTS, name):
-            arguments[name] = value
+            arguments[name] = value  # noqa: PERF403
     if not options.forward_sync_buffers:
         arguments |= _without_buffer_sync(module, ctx)
     engine = DdpEngine(Methods(module), process_group=group, **arguments)
@@ -113,7 +114,7 @@ def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, RunMet
         {**dict(module.named_parameters()), **dict(module.named_buffers())}, ctx, DATA
     )
 
-    def run(method: str, *args: Any, **kwargs: Any) -> Any:
+    def run(method: str, *args: Tree, **kwargs: Tree) -> Tree:
         if torch.is_grad_enabled() and any(param.requires_grad for param in module.parameters()):
             raise ModelError(
                 "this model was frozen when it was wrapped, so its gradients would not be reduced",
@@ -141,8 +142,7 @@ def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
     before = engine.require_backward_grad_sync
     if engine.static_graph:
         # The first backward of a static graph records it, and torch asserts that it also reduces.
-        is_recorded = engine._static_graph_delay_allreduce_enqueued  # pyright: ignore[reportPrivateUsage]
-        on = on or not is_recorded
+        on = on or not engine._static_graph_delay_allreduce_enqueued  # pyright: ignore
     engine.require_backward_grad_sync = on  # type: ignore[assignment]
     try:
         yield

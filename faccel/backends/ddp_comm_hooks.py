@@ -47,7 +47,7 @@ def register(engine: DistributedDataParallel, options: DdpConfig, group: dist.Pr
             group,
             matrix_approximation_rank=powersgd.rank,
             start_powerSGD_iter=powersgd.start_step,
-            min_compression_rate=powersgd.min_compression_rate,  # pyright: ignore[reportArgumentType]
+            min_compression_rate=powersgd.min_compression_rate,  # pyright: ignore
             use_error_feedback=powersgd.use_error_feedback,
             warm_start=powersgd.warm_start,
             random_seed=powersgd.seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +26,7 @@ def join_uneven(
     Afterwards every rank has the model and the `states` of a rank that stepped to the end. Updates
     `engine` and `states`; collective.
     """
-    config = engine._join_config
+    config = engine._join_config  # pyright: ignore[reportPrivateUsage]
     join = Join([engine])
     try:
         with naming_failed_rank("join", DATA, ctx.comm):
@@ -34,10 +35,10 @@ def join_uneven(
                 join.__exit__(None, None, None)
     finally:
         # Join leaves its configuration: each later forward would ask which ranks have ended.
-        engine._join_config = config
+        engine._join_config = config  # pyright: ignore[reportPrivateUsage]
     # DDP has broadcast the parameters from this rank. A rank that ended earlier has not stepped its
     # optimizer and schedulers since.
-    last_rank = engine._authoritative_rank  # type: ignore[attr-defined]
+    last_rank = int(cast("int", engine._authoritative_rank))  # pyright: ignore[reportPrivateUsage]
     for stateful in states:
         (state,) = broadcast_objects([to_cpu(stateful.state_dict())], ctx, src=last_rank, axis=DATA)
         if ctx.data_rank != last_rank:

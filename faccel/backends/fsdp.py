@@ -1,7 +1,7 @@
 """Sharded parameters, gathered unit by unit: PyTorch's FSDP2, with replicas and tensor parallel.
 
-The order is that of PyTorch's composition, as in torchtitan: tensor parallel, activation
-checkpointing, compilation, sharding.
+The order of the steps is torchtitan's: tensor parallel, activation checkpointing, compilation,
+sharding.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from faccel.parallel.materialize import InitialValues
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import Plan
 from faccel.protocols import WORLD, Parallelism, RunMethod
+from faccel.tree import Tree
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -55,7 +56,7 @@ class FsdpEngine(nn.Module):
         self.reduces_grads = on
         cast("FSDPModule", self.module).set_requires_gradient_sync(on)
 
-    def run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def run(self, method: str, *args: Tree, **kwargs: Tree) -> Tree:
         """Call a method of the module, with FSDP2's hooks; outputs are fp32."""
         self._register(method)
         try:

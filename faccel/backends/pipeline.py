@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -127,7 +127,7 @@ def _make_tied(tied: Sequence[Mapping[int, str]], ctx: DistContext) -> list[Tied
 
 
 def _make_run(engine: PipelineEngine, ctx: DistContext) -> RunMethod:
-    def run(method: str, *args: Any, **kwargs: Any) -> Tree:
+    def run(method: str, *args: Tree, **kwargs: Tree) -> Tree:
         if method != "forward":
             raise ModelError(
                 "a pipeline runs `forward` only",
@@ -157,7 +157,7 @@ class _Intercepted(Exception):  # noqa: N818 (not an error)
 def _intercept_inputs(loss: MicroBatchLoss) -> StageInputs:
     """Return the arguments with which a loss function calls its model."""
 
-    def intercept(*args: Any, **kwargs: Any) -> NoReturn:
+    def intercept(*args: Tree, **kwargs: Tree) -> NoReturn:
         raise _Intercepted(StageInputs(args, kwargs))
 
     try:
@@ -189,7 +189,7 @@ def _forward_backward(
     values: dict[int, torch.Tensor] = {}
 
     def loss_of(output: Tree, index: int) -> torch.Tensor:
-        def model(*args: Any, **kwargs: Any) -> Tree:
+        def model(*args: Tree, **kwargs: Tree) -> Tree:
             if ctx.compute_dtype is None:
                 return output
             return to_fp32(output)
@@ -201,7 +201,7 @@ def _forward_backward(
     stages = engine.make_stages(inputs[0], trains=True)
     schedule = make_schedule(stages, num_micro_batches, loss_of)
     grads = _take_tied_grads(engine)
-    schedule._step_microbatches(
+    schedule._step_microbatches(  # pyright: ignore[reportPrivateUsage]
         [micro_batch.args for micro_batch in inputs],
         [dict(micro_batch.kwargs) for micro_batch in inputs],
         list(range(num_micro_batches)),

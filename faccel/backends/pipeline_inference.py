@@ -41,7 +41,7 @@ def infer(engine: PipelineEngine, inputs: StageInputs, ctx: DistContext) -> Tree
     if len(stages) > 1:
         kind = "interleaved"
     schedule = SCHEDULES[kind](stages, num_micro_batches, None)
-    schedule._step_microbatches(
+    schedule._step_microbatches(  # pyright: ignore[reportPrivateUsage]
         [micro_batch.args for micro_batch in micro_batches],
         [dict(micro_batch.kwargs) for micro_batch in micro_batches],
         None,

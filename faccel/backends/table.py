@@ -147,7 +147,7 @@ def choose(spec: MeshSpec, env: Mapping[str, str], config: Config, device_type: 
     Args:
         spec: The mesh, filled.
         env: The environment.
-        config: The configuration; `strategy` names a row, None takes the first that serves the mesh.
+        config: `strategy` names a row; None takes the first that serves the mesh.
         device_type: Type of this process's device.
 
     Raises:

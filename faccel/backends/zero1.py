@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from typing import Any
 
 import attrs
 from torch.optim import LBFGS, Optimizer
@@ -21,6 +20,7 @@ from faccel.comm.all_or_error import all_or_error
 from faccel.context import DistContext
 from faccel.errors import CheckpointError, OptimizerError
 from faccel.protocols import DATA
+from faccel.tree import Tree
 
 with warnings.catch_warnings():
     # Importing it deprecates torch's functional optimizers, which are not used here.
@@ -71,7 +71,7 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
             **opt.defaults,
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tree]:
         """Return the full state, on the CPU. Collective."""
         state = to_cpu(self.optim.state_dict())
         self._all_state_dicts = all_or_error(
@@ -85,7 +85,7 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
         finally:
             self._all_state_dicts = []
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Tree]) -> None:
         """Load this rank's shard of a full state."""
         saved_groups: ParamGroups = state_dict["param_groups"]
         check_same_sizes(saved_groups, self.param_groups)
@@ -96,7 +96,7 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
         ):
             saved_numbers[id(param)] = number
         shard_groups = self.optim.state_dict()["param_groups"]
-        shard_state: dict[int, Any] = {}
+        shard_state: dict[int, Tree] = {}
         for number, param in zip(
             params_of(shard_groups), params_of(self.optim.param_groups), strict=True
         ):
@@ -117,7 +117,7 @@ class _CopyForShard:
 
     opt: Optimizer
 
-    def __call__(self, groups: list[dict[str, Any]], **defaults: Any) -> Optimizer:
+    def __call__(self, groups: list[dict[str, Tree]], **defaults: Tree) -> Optimizer:
         shard = object.__new__(type(self.opt))
         shard.__dict__.update(self.opt.__dict__)
         shard.param_groups = groups
