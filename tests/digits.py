@@ -1,4 +1,4 @@
-"""One epoch of the digits example's net, for comparing worlds."""
+"""One epoch of training of the digits example, to compare world sizes."""
 
 import runpy
 
@@ -11,13 +11,13 @@ import faccel
 EXAMPLE = runpy.run_path("examples/digits.py", run_name="digits")
 
 
-# In fp32 another order of summation may flip the winner of a max-pool, which a high learning rate then amplifies
-# (3e-4 after 15 steps at 0.1 and 4 ranks, where fp64 differs by 7e-17): compare fp32 at a modest one.
+# In fp32 another order of summation may change the maximum of a max-pool, which a high learning
+# rate amplifies: 3e-4 after 15 steps at 0.1 and 4 ranks, where fp64 differs by 7e-17.
 LEARNING_RATE = 0.02
 
 
 def train_epoch(ctx, shuffle, accumulate, dtype=torch.float32, global_batch=96):
-    """Train one epoch; return parameters, the test predictions in order, and how many updates were made."""
+    """Train one epoch; return parameters, test predictions in order, and the number of updates."""
     train_set, test_set = (
         TensorDataset(s.tensors[0].to(dtype), s.tensors[1]) for s in EXAMPLE["datasets"]()
     )

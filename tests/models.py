@@ -1,4 +1,4 @@
-"""A small language model with everything that makes parallelism hard: tied weights, a position table, norms, heads."""
+"""A small language model for tests of parallelism: tied weights, a position table, norms, heads."""
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = (
-            each(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for each in (self.q, self.k, self.v)
+            layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
         )
         return self.o(
             F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
@@ -68,7 +68,8 @@ class CharModel(nn.Module):
 
 
 TENSOR = {
-    "blocks.*.attention.q": "colwise", "blocks.*.attention.k": "colwise", "blocks.*.attention.v": "colwise",
+    "blocks.*.attention.q": "colwise", "blocks.*.attention.k": "colwise",
+    "blocks.*.attention.v": "colwise",
     "blocks.*.attention.o": "rowwise", "blocks.*.up": "colwise", "blocks.*.down": "rowwise",
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""One loop over the small language model for every mesh, and what one process computes with it."""
+"""A training loop for the small language model on any mesh, and its comparison with one process."""
 
 import attrs
 import torch
@@ -45,10 +45,10 @@ def train(
     losses, norms, grads = [], [], []
     for window in faccel.windows(loader, ctx, size=accum):
         with faccel.parallel.context_parallel(ctx):
-            found, scaler = faccel.parallel.pipeline_step(
+            window_losses, scaler = faccel.parallel.pipeline_step(
                 lambda net, batch: loss_fn(net, batch, ctx), wrapped, window, scaler, ctx
             )
-        losses += faccel.reduce(found, ctx, op="mean", axis="loss").tolist()
+        losses += faccel.reduce(window_losses, ctx, op="mean", axis="loss").tolist()
         grads.append(
             {name: full(p.grad) for name, p in wrapped.named_parameters() if p.grad is not None}
         )
@@ -73,17 +73,17 @@ def plan_of(mesh, **options):
 
 
 def differences(got, reference):
-    """Return the largest differences of losses, norms, gradients and parameters; each name is compared."""
+    """Return the largest differences of losses, norms, gradients and parameters."""
 
-    def between(ours, theirs):
-        assert {TIED.get(name, name) for name in ours} <= set(theirs)
+    def between(values, expected):
+        assert {TIED.get(name, name) for name in values} <= set(expected)
         return max(
-            (ours[name] - theirs.get(name, theirs.get(TIED.get(name)))).abs().max().item()
-            for name in ours
+            (values[name] - expected.get(name, expected.get(TIED.get(name)))).abs().max().item()
+            for name in values
         )
 
-    def far(ours, theirs):
-        return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    def far(values, expected):
+        return max(abs(a - b) for a, b in zip(values, expected, strict=True))
 
     grads = max(between(a, b) for a, b in zip(got.grads, reference.grads, strict=True))
     return {

@@ -1,4 +1,4 @@
-"""A backend as a third party would write it, in one file: each gradient is averaged as soon as it is complete."""
+"""A backend as a third party would write it: averages each gradient as soon as it is complete."""
 
 from contextlib import contextmanager
 

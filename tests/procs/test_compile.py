@@ -1,4 +1,4 @@
-"""torch.compile of a model or its units: the same losses, and no recompilation from step to step."""
+"""torch.compile of a model or its units: equal losses, and no recompilation between steps."""
 
 import pytest
 import torch
@@ -16,21 +16,21 @@ def losses(ctx, compile, steps=3):
     )
     opt = faccel.wrap_optimizer(torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, ctx)
     scaler = faccel.init_scaler(ctx)
-    found, graphs = [], []
+    values, graphs = [], []
     for step in range(steps):
         batch = tokens(8, seed=step).chunk(ctx.data_world_size)[ctx.data_rank]
         loss = loss_of(wrapped(batch[:, :-1]), batch[:, 1:])
         scaler = faccel.scaled_backward(loss, scaler, ctx)
         faccel.optimizer_step(opt, scaler, ctx)
-        found.append(faccel.reduce(loss.detach(), ctx, op="mean").item())
+        values.append(faccel.reduce(loss.detach(), ctx, op="mean").item())
         graphs.append(counters["stats"]["unique_graphs"])
-    return found, graphs
+    return values, graphs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compile", ["whole", "units"])
 @pytest.mark.parametrize("mesh", ["dp_replicate=2", "dp_shard=2"])
-def test_compiled_training_is_eager_training_without_recompiles(mesh, compile):
+def test_compiled_training_equals_eager_training_without_recompiles(mesh, compile):
     for (eager, _), (compiled, graphs) in zip(
         run_ranks(losses, 2, None, mesh=mesh), run_ranks(losses, 2, compile, mesh=mesh), strict=True
     ):

@@ -1,4 +1,4 @@
-"""Experts that are spread over real processes."""
+"""Experts that are sharded over real processes."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 from tests.world.test_experts import check_equal, full, model, reference, train
 
 
-def test_processes_train_as_one_does():
+def test_processes_train_as_one_process_does():
     check_equal(run_ranks(train, 2, mesh="dp_shard=2,ep=2"), reference())
 
 
@@ -21,7 +21,7 @@ def in_debug_mode(ctx):
     return train(ctx, capacity_factor=4.0)
 
 
-def test_debug_mode_finds_ranks_in_step():
+def test_debug_mode_finds_no_disagreement():
     check_equal(
         run_ranks(in_debug_mode, 2, mesh="dp_shard=2,ep=2", debug=True),
         reference(capacity_factor=4.0),
@@ -35,7 +35,7 @@ def from_meta(ctx):
     return {name: full(p) for name, p in net.named_parameters()}
 
 
-def test_ranks_that_built_no_values_get_their_experts_from_rank_0():
+def test_ranks_on_meta_get_their_experts_from_rank_0():
     want = dict(model().named_parameters())
     for got in run_ranks(from_meta, 4, mesh="dp_shard=4,ep=2"):
         assert all(torch.equal(got[name], p) for name, p in want.items())

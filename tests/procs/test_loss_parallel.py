@@ -27,7 +27,7 @@ def test_no_rank_ever_has_all_logits():
     expected = loss_of(net(tokens(4)[:, :-1]), tokens(4)[:, 1:])
     expected.backward()
     grads = {name: p.grad.numpy() for name, p in net.named_parameters()}
-    for width, loss, ours in run_ranks(step, 2, mesh="tp=2"):
+    for width, loss, local_grads in run_ranks(step, 2, mesh="tp=2"):
         assert width == 16
         assert abs(loss - expected.item()) < 1e-12
-        assert all(abs(ours[name] - grad).max() < 1e-12 for name, grad in grads.items())
+        assert all(abs(local_grads[name] - grad).max() < 1e-12 for name, grad in grads.items())

@@ -11,23 +11,27 @@ from tests.world.test_sequence import (
     check,
     check_trained,
     functools,
-    on_the_whole,
+    on_one_rank,
     train,
-    whole,
+    full_sequence,
 )
 
 
-def shared(ctx, method, dtype):
+def attend_chunk(ctx, method, dtype):
     call = functools.partial(attention, ctx=ctx, method=method)
-    return attend(ctx, call, whole("grouped", dtype), is_causal=True, enable_gqa=True)
+    return attend(ctx, call, full_sequence("grouped", dtype), is_causal=True, enable_gqa=True)
 
 
 @pytest.mark.parametrize("method", ["gather", "ring"])
 def test_processes_attend_as_simulated_ranks_and_as_one_process_do(method):
     for dtype, atol in ((torch.float64, 1e-12), (torch.bfloat16, 0.04)):
-        real = run_ranks(shared, 2, method, dtype, mesh="cp=2")
-        check(real, on_the_whole(whole("grouped", dtype), is_causal=True, enable_gqa=True), atol)
-        simulated = simulate(shared, 2, method, dtype, mesh="cp=2")
+        real = run_ranks(attend_chunk, 2, method, dtype, mesh="cp=2")
+        check(
+            real,
+            on_one_rank(full_sequence("grouped", dtype), is_causal=True, enable_gqa=True),
+            atol,
+        )
+        simulated = simulate(attend_chunk, 2, method, dtype, mesh="cp=2")
         assert all(
             torch.equal(a, b)
             for r, s in zip(real, simulated, strict=True)

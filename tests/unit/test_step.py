@@ -25,21 +25,21 @@ def step_once(ctx, scaler, model, opt, factor=1.0, **options):
     return faccel.optimizer_step(opt, scaler, ctx, **options)
 
 
-def test_clipping_by_norm_is_torchs_and_reports_the_norm_from_before():
-    mine, theirs = net(), net()
-    opts = [torch.optim.SGD(m.parameters(), lr=1.0) for m in (mine, theirs)]
-    info, _ = step_once(ONE, faccel.init_scaler(ONE), mine, opts[0], 50.0, clip_norm=0.5)
-    (theirs(torch.ones(2, 3)).sum() * 50.0).backward()
-    norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+def test_clipping_by_norm_equals_torch_and_reports_the_norm_before_clipping():
+    model, reference = net(), net()
+    opts = [torch.optim.SGD(m.parameters(), lr=1.0) for m in (model, reference)]
+    info, _ = step_once(ONE, faccel.init_scaler(ONE), model, opts[0], 50.0, clip_norm=0.5)
+    (reference(torch.ones(2, 3)).sum() * 50.0).backward()
+    norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
     opts[1].step()
     assert torch.equal(info.grad_norm, norm)
     assert info.grad_norm.ndim == 0
     assert all(
-        torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True)
+        torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True)
     )
 
 
-def test_clipping_by_value_comes_after_unscaling():
+def test_clipping_by_value_is_after_unscaling():
     model = net()
     before = model.weight.detach().clone()
     opt = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -48,7 +48,7 @@ def test_clipping_by_value_comes_after_unscaling():
     assert torch.allclose(before - model.weight, torch.full((1, 3), 0.25))
 
 
-def test_gradients_are_none_after_a_step_and_only_this_optimizers():
+def test_a_step_sets_only_the_gradients_of_its_optimizer_to_none():
     a, b = net(), net()
     opt = torch.optim.SGD(a.parameters(), lr=1.0)
     scaler = faccel.scaled_backward(
@@ -76,7 +76,7 @@ def test_schedulers_move_once_per_update_and_not_on_a_skipped_one():
         )
 
 
-def test_a_update_that_is_not_finite_is_applied_unless_asked_otherwise():
+def test_an_update_that_is_not_finite_is_applied_without_skip_nonfinite():
     for skip in (False, True):
         model = net()
         opt = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -89,28 +89,28 @@ def test_a_update_that_is_not_finite_is_applied_unless_asked_otherwise():
 
 
 @pytest.mark.parametrize("pattern", list(itertools.product([True, False], repeat=5)))
-def test_the_loss_scale_moves_as_torchs_does(pattern):
+def test_the_loss_scale_equals_that_of_torchs_grad_scaler(pattern):
     options = {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2}
     torchs = torch.amp.GradScaler("cpu", init_scale=64.0, **options)
     scaler = faccel.init_scaler(HALF, scale=64.0, **options)
-    mine, theirs = net(), net()
-    opts = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (mine, theirs)]
+    model, reference = net(), net()
+    opts = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, reference)]
     for finite in pattern:
         factor = 1.0 if finite else float("inf")
         assert scaler.scale == torchs.get_scale()
-        info, scaler = step_once(HALF, scaler, mine, opts[0], factor)
-        torchs.scale(theirs(torch.ones(2, 3)).sum() * factor).backward()
+        info, scaler = step_once(HALF, scaler, model, opts[0], factor)
+        torchs.scale(reference(torch.ones(2, 3)).sum() * factor).backward()
         torchs.step(opts[1])
         torchs.update()
         opts[1].zero_grad()
         assert info.skipped != finite
-        assert torch.equal(mine.weight, theirs.weight)
+        assert torch.equal(model.weight, reference.weight)
     assert scaler.scale == torchs.get_scale()
     assert scaler.num_skipped == pattern.count(False)
 
 
 @pytest.mark.parametrize("finite", [True, False])
-def test_two_optimizers_share_one_scaler(finite):
+def test_two_optimizers_can_use_one_scaler(finite):
     a, b = net(), net()
     opts = [torch.optim.SGD(m.parameters(), lr=1.0) for m in (a, b)]
     scaler = faccel.init_scaler(HALF, scale=4.0, growth_interval=1)
@@ -153,7 +153,7 @@ def test_a_scaler_is_a_value():
 
 
 @pytest.mark.parametrize("ctx", [ONE, HALF])
-def test_a_scaler_that_was_not_threaded_through_is_an_error(ctx):
+def test_a_scaler_from_before_the_backward_is_an_error(ctx):
     model = net()
     opt = torch.optim.SGD(model.parameters(), lr=1.0)
     model(torch.ones(1, 3)).sum().backward()
@@ -161,7 +161,7 @@ def test_a_scaler_that_was_not_threaded_through_is_an_error(ctx):
         faccel.optimizer_step(opt, faccel.init_scaler(ctx), ctx)
 
 
-def test_a_step_that_no_gradient_reached_is_an_error():
+def test_a_step_without_gradients_is_an_error():
     opt = torch.optim.SGD(net().parameters(), lr=1.0)
     with pytest.raises(OptimizerError, match="2 parameters"):
         faccel.optimizer_step(opt, faccel.init_scaler(ONE), ONE)
@@ -219,7 +219,7 @@ def test_scaler_options_are_checked():
             faccel.init_scaler(HALF, **options)
 
 
-def test_wrapping_refuses_what_is_not_a_model():
+def test_wrap_raises_for_values_that_are_not_models():
     for bad in (nn.ReLU(), 3, faccel.wrap(net(), ONE)):
         with pytest.raises(ModelError):
             faccel.wrap(bad, ONE)
@@ -241,7 +241,7 @@ def test_a_module_that_is_not_wrapped_is_an_error():
             call()
 
 
-def test_a_wrapped_model_is_the_users_in_all_but_the_call():
+def test_attributes_of_a_wrapped_model_are_those_of_the_module():
     module = net()
     model = faccel.wrap(module, ONE)
     assert faccel.unwrap(model) is module
@@ -254,7 +254,7 @@ def test_a_wrapped_model_is_the_users_in_all_but_the_call():
         _ = model.nothing
 
 
-def test_placement_can_be_left_to_the_user():
+def test_without_device_placement_the_model_stays_where_it_is():
     ctx = attrs.evolve(
         fake_context(0, 1, config={"device_placement": False}), device=torch.device("meta")
     )
@@ -262,7 +262,7 @@ def test_placement_can_be_left_to_the_user():
 
 
 class SignDescent(torch.optim.Optimizer):
-    """An optimizer of the user's own, which knows nothing of faccel."""
+    """An optimizer of a user, written without faccel."""
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr})
@@ -276,7 +276,7 @@ class SignDescent(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("ctx", [ONE, HALF], ids=["fp32", "fp16"])
-def test_optimizers_of_any_make_step(ctx):
+def test_any_optimizer_steps_and_one_that_needs_a_closure_raises(ctx):
     for make in (
         lambda params: SignDescent(params, lr=0.5),
         lambda params: torch.optim.SGD(params, lr=0.5, foreach=False),
@@ -296,7 +296,7 @@ def test_optimizers_of_any_make_step(ctx):
             assert torch.allclose(model.weight, before - 0.5)
 
 
-def test_a_context_that_is_not_the_models_is_an_error_that_names_it():
+def test_another_context_than_the_models_is_an_error():
     other = fake_context(0, 1, config={"mixed_precision": "fp16"})
     model = faccel.wrap(net(), ONE)
     opt = torch.optim.SGD(model.parameters(), lr=1.0)

@@ -41,7 +41,7 @@ BANNED = {
     r"walks? (over|through)": "iterates",
 }
 # Names of other libraries.
-ALLOWED = ("platform.machine", "num_machines", "machine_rank", "LOCAL_MACHINE")
+ALLOWED = ("platform.machine", "num_machines", "machine_rank", "LOCAL_MACHINE", "PREFER_RECOMPUTE")
 
 
 def texts():

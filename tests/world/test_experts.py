@@ -1,4 +1,4 @@
-"""A mixture of experts whose experts are spread over ranks trains as one process does."""
+"""A mixture of experts with sharded experts trains as one process does."""
 
 import copy
 import functools
@@ -54,7 +54,7 @@ def on(mesh, fn=None, **options):
 
 
 def train(ctx, plan=None, balance=0.01, num_chunks=2, **options):
-    """Three updates; returns losses and norms, the gradients of the first and the parameters of the last."""
+    """Make 3 updates; return losses and norms, the first gradients and the last parameters."""
     net = faccel.wrap(model(**options), ctx, plan=plan)
     opt = faccel.wrap_optimizer(torch.optim.AdamW(net.parameters(), lr=0.01), net, ctx)
     scaler = faccel.init_scaler(ctx)
@@ -62,9 +62,9 @@ def train(ctx, plan=None, balance=0.01, num_chunks=2, **options):
     for step in range(3):
         for i in range(num_chunks):
             data = tokens(16, seed=step).chunk(num_chunks)[i]
-            mine = data.chunk(ctx.data_world_size)[ctx.data_rank]
+            batch = data.chunk(ctx.data_world_size)[ctx.data_rank]
             with faccel.grad_sync(net, on=i == num_chunks - 1):
-                loss = loss_of(net(mine[:, :-1]), mine[:, 1:]) + balance * balance_of(net)
+                loss = loss_of(net(batch[:, :-1]), batch[:, 1:]) + balance * balance_of(net)
                 scaler = faccel.scaled_backward(loss, scaler, ctx, scale=1 / num_chunks)
             numbers.append(faccel.reduce(loss.detach(), ctx, op="mean").item())
         grads = grads or {name: full(p.grad) for name, p in net.named_parameters()}
@@ -89,7 +89,7 @@ def check_equal(ranks, expected, atol=1e-10):
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(("tied", "capacity_factor"), [(True, None), (False, ROOMY)])
-def test_experts_that_are_spread_over_ranks_train_as_one_process_does(mesh, tied, capacity_factor):
+def test_sharded_experts_train_as_one_process_does(mesh, tied, capacity_factor):
     options = {"tied": tied, "capacity_factor": capacity_factor}
     check_equal(on(mesh, **options), reference(**options))
 
@@ -118,13 +118,13 @@ def test_no_plan_changes_the_result(name):
 @pytest.mark.parametrize(
     "num_experts", [2, 6]
 )  # one or three on each rank of `ep`, for four ranks that hold the same
-def test_fewer_experts_than_ranks_are_shared_by_rows(num_experts):
+def test_fewer_experts_than_ranks_are_sharded_by_rows(num_experts):
     check_equal(on("dp_shard=8,ep=2", num_experts=num_experts), reference(num_experts=num_experts))
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_what_a_rank_drops_is_what_it_drops_alone(mesh):
-    """One process on the parts of the ranks, one after the other; the balance counts all ranks, and is left out."""
+def test_a_rank_drops_the_same_tokens_as_one_process(mesh):
+    """One process takes the ranks' batches in turn, without the balance loss of all ranks."""
     num_ranks = MeshSpec.parse(mesh).size
     alone = train(fake_context(0, 1), balance=0.0, num_chunks=num_ranks, capacity_factor=0.8)
     for _, grads, parameters in on(mesh, balance=0.0, num_chunks=1, capacity_factor=0.8):
@@ -133,19 +133,19 @@ def test_what_a_rank_drops_is_what_it_drops_alone(mesh):
             assert torch.allclose(parameters[name], alone[2][name], rtol=0, atol=1e-10), name
 
 
-def held(ctx):
+def experts_of_rank(ctx):
     net = faccel.wrap(model(), ctx)
     moe = net.module.blocks[0].moe
     return moe.experts.up.to_local().clone(), moe.router.weight.to_local().shape
 
 
-def test_a_rank_holds_its_own_experts_only_and_in_order():
-    whole = model().blocks[0].moe.experts.up
-    for rank, (up, router) in enumerate(on("dp_shard=4,ep=2", held)):
+def test_a_rank_has_only_its_experts_in_order():
+    all_experts = model().blocks[0].moe.experts.up
+    for rank, (up, router) in enumerate(on("dp_shard=4,ep=2", experts_of_rank)):
         first = 4 * (rank % 2) + 2 * (
             rank // 2
         )  # four for each rank of `ep`, which two ranks share
-        assert torch.equal(up, whole[first : first + 2])
+        assert torch.equal(up, all_experts[first : first + 2])
         assert router == (2, WIDTH)
 
 
@@ -155,7 +155,7 @@ def uneven(ctx):
         return net(tokens(ctx.rank, seed=ctx.rank)[:, :-1])  # rank 0 has none
 
 
-def test_ranks_may_have_other_numbers_of_tokens_where_nothing_is_dropped():
+def test_ranks_may_have_different_numbers_of_tokens_without_a_capacity():
     for rank, out in enumerate(on("dp_shard=4,ep=2", uneven)):
         assert torch.allclose(out, model()(tokens(rank, seed=rank)[:, :-1]), rtol=0, atol=1e-12)
 
@@ -185,17 +185,17 @@ def test_experts_compute_in_the_precision_of_their_unit():
 
 
 def by_hand(moe, x, capacity):
-    """The layer as a loop over choices, tokens and experts, with the number of tokens that each expert refused."""
+    """The layer as a loop over choices, tokens and experts; also counts dropped tokens."""
     chances = F.softmax(x @ moe.router.weight.T, -1)
     best = chances.argsort(-1, descending=True)[:, : moe.top_k]
-    out, taken, refused = torch.zeros_like(x), [0] * moe.num_experts, 0
+    out, counts, refused = torch.zeros_like(x), [0] * moe.num_experts, 0
     for choice in range(moe.top_k):
         for t in range(len(x)):
             e = int(best[t, choice])
-            if taken[e] == capacity:
+            if counts[e] == capacity:
                 refused += 1
                 continue
-            taken[e] += 1
+            counts[e] += 1
             weight = chances[t, e] / chances[t, best[t]].sum()
             out[t] = out[t] + weight * (moe.experts.down[e] @ F.gelu(moe.experts.up[e] @ x[t]))
     shares = torch.bincount(best.flatten(), minlength=moe.num_experts) / best.numel()
@@ -206,7 +206,7 @@ def by_hand(moe, x, capacity):
 @pytest.mark.parametrize(
     ("capacity_factor", "capacity"), [(None, 99), (0.7, 0.7), (1.0, 1.0), (ROOMY, ROOMY)]
 )
-def test_the_layer_is_the_plain_loop(top_k, capacity_factor, capacity):
+def test_the_layer_equals_a_plain_loop(top_k, capacity_factor, capacity):
     torch.manual_seed(0)
     moe = MoE(6, 10, 4, top_k=top_k, capacity_factor=capacity_factor).double()
     x = torch.randn(3, 7, 6, dtype=torch.float64)
@@ -225,7 +225,7 @@ def test_the_layer_is_the_plain_loop(top_k, capacity_factor, capacity):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
-def test_even_shares_are_balanced_and_one_expert_for_all_is_not():
+def test_the_balance_loss_of_even_and_of_uneven_routing():
     moe = MoE(4, 4, 4, top_k=1)
     with torch.no_grad():
         moe.router.weight.copy_(20 * torch.eye(4))
@@ -246,7 +246,7 @@ def test_no_tokens_are_no_error():
 
 
 @pytest.mark.parametrize("options", [{"top_k": 0}, {"top_k": 3}, {"capacity_factor": 0.0}])
-def test_a_layer_that_cannot_be_is_an_error(options):
+def test_an_option_of_a_layer_out_of_range_is_an_error(options):
     with pytest.raises(ConfigError):
         MoE(4, 4, 2, **options)
 
@@ -261,7 +261,7 @@ def refused(ctx, make, kind):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "make", "kind", "what"),
+    ("mesh", "make", "kind", "expected"),
     [
         (
             "dp_shard=2,ep=2",
@@ -279,7 +279,7 @@ def refused(ctx, make, kind):
     ],
     ids=["number", "none", "tp"],
 )
-def test_experts_that_cannot_be_spread_are_refused_before_anything_moves(mesh, make, kind, what):
-    for said, got in on(mesh, refused, make=make, kind=kind):
-        assert said == what
+def test_unsupported_experts_raise_before_any_parameter_moves(mesh, make, kind, expected):
+    for problem, got in on(mesh, refused, make=make, kind=kind):
+        assert problem == expected
         assert got

@@ -1,4 +1,4 @@
-"""Training on uneven inputs: simulated and over gloo, against one model whose gradients are added up by hand."""
+"""Training on uneven inputs, compared with one model whose gradients are summed by hand."""
 
 import warnings
 
@@ -15,7 +15,9 @@ from tests.models import loss_of, model, tokens
 from tests.ranks import run_ranks
 
 ROWS, AFTER = 2, 2  # rows of a batch; updates of all ranks after those that are uneven
-EPS = 1e-3  # Adam's usual one makes rounding errors in the gradients of key biases, which are 0, as large as any
+# Adam's default would scale rounding errors in the gradients of key biases, which are 0, to full
+# updates.
+EPS = 1e-3
 
 
 def update(net, opt, schedule, rank, step, ctx):
@@ -107,12 +109,12 @@ def read_uneven(ctx):
     return count
 
 
-def test_a_loader_with_an_uneven_tail_may_be_trained_on_inside_and_only_there():
+def test_an_uneven_loader_can_be_trained_on_only_inside_join():
     assert simulate(read_uneven, 2) == (3, 2)
     assert run_ranks(read_uneven, 2) == [3, 2]
 
 
-def test_nothing_of_it_is_left_behind():
+def test_join_leaves_no_hook_and_no_warning_filter():
     def fn(ctx):
         net = faccel.wrap(nn.Linear(2, 1), ctx)
         opt = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -144,7 +146,7 @@ def test_an_error_inside_is_raised_as_it_is_and_leaves_the_context():
     simulate(fn, 2)
 
 
-def test_where_it_cannot_be_done_it_is_refused():
+def test_join_raises_where_it_is_unsupported():
     opt = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)
     for mesh in ("dp_shard=2", "tp=2"):
         ctx = fake_context(0, 2, mesh=mesh)

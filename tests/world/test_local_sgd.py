@@ -1,4 +1,4 @@
-"""Local SGD in simulated worlds: against DDP, and against replicas that are trained and averaged by hand."""
+"""Local SGD in simulated worlds, compared with DDP and with replicas averaged by hand."""
 
 import itertools
 
@@ -41,7 +41,7 @@ def train(ctx, every, bucket_cap_mb=25.0):
 def by_hand(every, world_size):
     """Independent replicas in one process, averaged after each `every`-th update."""
     replicas = [model() for _ in range(world_size)]
-    opts = [torch.optim.SGD(each.parameters(), lr=RATE) for each in replicas]
+    opts = [torch.optim.SGD(replica.parameters(), lr=RATE) for replica in replicas]
     for step in range(1, STEPS + 1):
         for rank, (net, opt) in enumerate(zip(replicas, opts, strict=True)):
             x, y = batch(step, rank, world_size)
@@ -50,11 +50,11 @@ def by_hand(every, world_size):
             opt.step()
         if step % every == 0:
             with torch.no_grad():
-                for same in zip(*(each.parameters() for each in replicas), strict=True):
+                for same in zip(*(replica.parameters() for replica in replicas), strict=True):
                     mean = sum(same) / world_size
                     for p in same:
                         p.copy_(mean)
-    return [dict(each.named_parameters()) for each in replicas]
+    return [dict(replica.named_parameters()) for replica in replicas]
 
 
 def check_close(got, expected, atol=1e-12):
@@ -71,7 +71,7 @@ def test_an_average_after_each_step_of_plain_sgd_is_ddp(world_size):
 
 
 @pytest.mark.parametrize("every", [2, 3, 4])
-def test_replicas_train_on_their_own_between_two_averages(every):
+def test_replicas_train_independently_between_two_averages(every):
     for (got, infos), expected in zip(simulate(train, 2, every), by_hand(every, 2), strict=True):
         check_close(got, expected)
         assert [info.synced for info in infos] == [
@@ -79,7 +79,7 @@ def test_replicas_train_on_their_own_between_two_averages(every):
         ]
 
 
-def test_processes_do_what_a_simulation_does():
+def test_processes_equal_a_simulation():
     for (real, infos), (simulated, same) in zip(
         run_ranks(train, 2, 4), simulate(train, 2, 4), strict=True
     ):
@@ -88,11 +88,11 @@ def test_processes_do_what_a_simulation_does():
 
 
 def sent(out, rank):
-    """What a rank put into all-reduces of the training, without those of `wrap` and `assert_replicated`."""
+    """The bytes of a rank's all-reduces, without those of `wrap` and `assert_replicated`."""
     return sum(e.num_bytes for e in out.trace if e.rank == rank and e.op == "all_reduce")
 
 
-def test_the_bytes_counted_are_those_that_travel_and_fall_as_averages_become_rare():
+def test_num_bytes_counts_what_is_sent_and_falls_with_rarer_averages():
     ddp = sent(simulate(train, 2, None), 0)
     for every in (1, 2, 4, 8):
         out = simulate(train, 2, every)
@@ -113,7 +113,7 @@ def test_a_bucket_is_one_all_reduce(bucket_cap_mb):
     check_close(out[0][0], by_hand(STEPS, 2)[0])
 
 
-def test_a_mean_is_fresh_keeps_dtypes_and_leaves_the_argument_alone():
+def test_a_mean_is_new_keeps_dtypes_and_does_not_change_the_argument():
     def fn(ctx):
         params = {
             "b": torch.full((2, 3), ctx.rank + 1.0),
@@ -144,7 +144,7 @@ def test_a_mean_is_fresh_keeps_dtypes_and_leaves_the_argument_alone():
             assert means["c"] == 1j * middle
 
 
-def test_frozen_parameters_do_not_travel():
+def test_frozen_parameters_are_not_sent():
     def fn(ctx):
         net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         net[0].requires_grad_(False)
@@ -174,7 +174,7 @@ def test_a_number_that_is_not_positive_is_an_error(options):
 
 
 @pytest.mark.parametrize("mesh", ["dp_shard=2", "tp=2", "dp_replicate=1,cp=2"])
-def test_ranks_that_share_parameters_are_no_replicas(mesh):
+def test_a_mesh_that_shards_parameters_is_an_error(mesh):
     ctx = fake_context(0, 2, mesh=mesh)
     with pytest.raises(ConfigError, match="dp_replicate=2"):
         averaged({"w": torch.ones(2)}, ctx)
@@ -183,7 +183,7 @@ def test_ranks_that_share_parameters_are_no_replicas(mesh):
         local_sgd(net, ctx, step=1, every=2)
 
 
-def test_what_has_no_mean_is_named():
+def test_a_value_without_a_mean_is_named():
     ctx = fake_context(0, 1)
     with pytest.raises(TreeError, match="count"):
         averaged({"w": torch.ones(2), "count": torch.tensor(3)}, ctx)

@@ -77,10 +77,10 @@ def test_a_pipeline_infers_batches_of_any_size(mesh, stages):
         with torch.no_grad():
             return [wrapped(tokens(rows)[:, :-1]) for rows in range(1, 14)]
 
-    whole = model()
+    reference_model = model()
     for outs in simulate(infer, size_of(mesh), mesh=mesh):
         for rows, out in enumerate(outs, start=1):
-            expected = whole(tokens(rows)[:, :-1])
+            expected = reference_model(tokens(rows)[:, :-1])
             assert out.shape == expected.shape
             assert (out - expected).abs().max() < 1e-12
 
@@ -180,8 +180,8 @@ def test_fp16_skips_on_all_ranks_if_one_rank_has_an_infinite_gradient():
 def test_low_precision_gathers_and_keeps_fp32_parameters(precision):
     def step(ctx):
         wrapped = faccel.wrap(model(torch.float32), ctx, plan=plan_of("dp_shard=2"))
-        kept = {p.dtype for p in wrapped.parameters()}
-        return wrapped(tokens(2)[:, :-1]).dtype, kept
+        dtypes = {p.dtype for p in wrapped.parameters()}
+        return wrapped(tokens(2)[:, :-1]).dtype, dtypes
 
     for out, params in simulate(step, 2, mesh="dp_shard=2", config={"mixed_precision": precision}):
         assert out == torch.float32
@@ -242,7 +242,7 @@ def test_an_impossible_combination_raises_before_any_parameter_moves(what):
     assert all(unchanged)
 
 
-def test_too_few_micro_batches_and_a_pipeline_that_is_called_with_gradients():
+def test_too_few_micro_batches_and_a_call_with_gradients_are_errors():
     plan = plan_of("pp=2")
     with pytest.raises(ConfigError, match="as many micro-batches"):
         simulate(lambda ctx: train(ctx, plan, accum=1), 2, mesh="pp=2")
@@ -259,7 +259,8 @@ SEQUENCE = {
     "embed.token": "sequence_embedding",
     "blocks.*.attention.q": "sequence_colwise", "blocks.*.attention.k": "sequence_colwise",
     "blocks.*.attention.v": "sequence_colwise", "blocks.*.attention.o": "sequence_rowwise",
-    "blocks.*.up": "sequence_colwise", "blocks.*.down": "sequence_rowwise", "head": "sequence_colwise_gather",
+    "blocks.*.up": "sequence_colwise", "blocks.*.down": "sequence_rowwise",
+    "head": "sequence_colwise_gather",
 }  # fmt: skip
 
 
@@ -351,11 +352,11 @@ def test_sequence_parallel_equals_one_process(mesh):
 
     net = build()
     loss_of(net(tokens(4)[:, :-1]), tokens(4)[:, 1:]).backward()
-    for ours in simulate(step, size_of(mesh), mesh=mesh):
-        assert all((ours[name] - p.grad).abs().max() < 1e-12 for name, p in net.named_parameters())
+    for grads in simulate(step, size_of(mesh), mesh=mesh):
+        assert all((grads[name] - p.grad).abs().max() < 1e-12 for name, p in net.named_parameters())
 
 
-def test_a_proposed_plan_can_be_printed_changed_and_trained_with():
+def test_a_proposed_plan_can_be_printed_and_trained_with():
     def step(ctx):
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)

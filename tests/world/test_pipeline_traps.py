@@ -1,4 +1,4 @@
-"""What goes wrong in pipelines, shared weights and gradients without sync, once found by a reviewer each."""
+"""Regressions: pipelines, tied weights and gradients without sync."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from faccel.testing import simulate
 from tests.models import TENSOR, loss_of, model, tokens
 from tests.training import CHAIN, differences, full, plan_of, train
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own advice on layouts
+pytestmark = pytest.mark.filterwarnings("ignore")  # advice of torch on layouts
 
 
 def loader_of(ctx, data, size):
@@ -27,7 +27,7 @@ def grads_of(wrapped):
 
 
 @pytest.mark.parametrize("mesh", ["pp=2", "pp=2,dp_shard=2", "dp_shard=2"])
-def test_windows_add_up_and_inference_between_them_changes_nothing(mesh):
+def test_gradients_of_windows_add_up_with_inference_between_them(mesh):
     def step(ctx):
         wrapped, scaler = faccel.wrap(model(), ctx, plan=plan_of(mesh)), faccel.init_scaler(ctx)
         for window in faccel.windows(loader_of(ctx, tokens(16), 4), ctx, size=2):
@@ -37,28 +37,29 @@ def test_windows_add_up_and_inference_between_them_changes_nothing(mesh):
         return grads_of(wrapped)
 
     (one,) = simulate(step, 1)
-    for ours in simulate(step, faccel.MeshSpec.of(mesh).size, mesh=mesh):
-        assert ours
+    for grads in simulate(step, faccel.MeshSpec.of(mesh).size, mesh=mesh):
+        assert grads
         assert all(
-            (g - one.get(n, one["embed.token.weight"])).abs().max() < 1e-12 for n, g in ours.items()
+            (g - one.get(n, one["embed.token.weight"])).abs().max() < 1e-12
+            for n, g in grads.items()
         )
 
 
-def test_a_short_window_at_the_end_of_an_epoch_is_run_and_one_that_counts_nothing_has_losses():
+def test_a_short_last_window_runs_and_a_window_of_weight_0_has_losses():
     def step(ctx):
         wrapped, scaler = faccel.wrap(model(), ctx, plan=plan_of("pp=2")), faccel.init_scaler(ctx)
-        found = []
+        values = []
         for window in faccel.windows(
             loader_of(ctx, tokens(20), 4), ctx, size=4, weight=lambda batch: 0
         ):
             losses, scaler = faccel.parallel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
-            found += losses.tolist()
-        return found
+            values += losses.tolist()
+        return values
 
     (one,) = simulate(step, 1)
     assert len(one) == 5
-    for ours in simulate(step, 2, mesh="pp=2"):
-        assert all(abs(a - b) < 1e-12 for a, b in zip(ours, one, strict=True))
+    for grads in simulate(step, 2, mesh="pp=2"):
+        assert all(abs(a - b) < 1e-12 for a, b in zip(grads, one, strict=True))
 
 
 def test_noise_that_a_loss_draws_is_the_same_for_inputs_and_loss():
@@ -86,7 +87,7 @@ def test_noise_that_a_loss_draws_is_the_same_for_inputs_and_loss():
     assert max(simulate(step, 2, mesh="pp=2")) < 1e-12
 
 
-def test_a_stage_without_trained_parameters_or_with_a_copy_alone():
+def test_a_frozen_stage_and_a_stage_with_only_a_tied_copy():
     def step(ctx, freeze, split):
         net = model()
         net.embed.requires_grad_(not freeze)
@@ -106,7 +107,7 @@ def test_a_stage_without_trained_parameters_or_with_a_copy_alone():
 
 
 @pytest.mark.parametrize("mesh", ["tp=2", "dp_shard=2,tp=2"])
-def test_tied_weights_stay_tied_when_both_are_cut(mesh):
+def test_tied_weights_stay_tied_when_both_are_sharded(mesh):
     cuts = TENSOR | {"embed.token": "rowwise_embedding", "head": "colwise_gather"}
     (one,) = simulate(train, 1)
     plan = faccel.Plan(units="Block", tensor=cuts)
@@ -135,8 +136,8 @@ def test_gradients_without_sync_are_cleared(how):
 
     (one,) = simulate(step, 1)
     for mesh in ("dp_shard=2", "dp_replicate=2"):
-        for ours in simulate(step, 2, mesh=mesh):
-            assert all((ours[name] - grad).abs().max() < 1e-12 for name, grad in one.items())
+        for grads in simulate(step, 2, mesh=mesh):
+            assert all((grads[name] - grad).abs().max() < 1e-12 for name, grad in one.items())
 
 
 class Pair(nn.Module):
@@ -148,7 +149,7 @@ class Pair(nn.Module):
         return self.b(self.relu(self.a(x)))
 
 
-def test_a_chain_leaves_no_module_out():
+def test_a_chain_without_some_module_is_an_error():
     def propose(ctx):
         return faccel.parallel.plan_for(Pair(), ctx).pipeline.chain
 
@@ -158,7 +159,7 @@ def test_a_chain_leaves_no_module_out():
         simulate(lambda ctx: faccel.wrap(Pair(), ctx, plan=plan), 2, mesh="pp=2")
 
 
-def test_batch_norm_in_training_mode_and_scalars_are_refused():
+def test_batch_norm_in_training_mode_and_scalar_parameters_are_errors():
     class Normed(nn.Module):
         def __init__(self):
             super().__init__()

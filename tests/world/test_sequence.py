@@ -27,7 +27,7 @@ SHAPES = {
 }
 
 
-def whole(shape="as many", dtype=torch.float64, length=8):
+def full_sequence(shape="as many", dtype=torch.float64, length=8):
     """Queries, keys, values and the gradient of the output, for the whole sequence."""
     heads, key_heads, value_width = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
@@ -39,7 +39,7 @@ def whole(shape="as many", dtype=torch.float64, length=8):
 
 
 def attend(ctx, call, values, **options):
-    """The output of `call` for this rank's chunks, and the gradients of queries, keys and values."""
+    """The output of `call` for this rank's chunks, and the gradients of q, k and v."""
     *inputs, grad = (x.detach().clone() for x in split_sequence(tuple(values), ctx, dim=2))
     for x in inputs:
         x.requires_grad_()
@@ -48,11 +48,11 @@ def attend(ctx, call, values, **options):
     return out.detach(), *(x.grad for x in inputs)
 
 
-def on_the_whole(values, **options):
+def on_one_rank(values, **options):
     return attend(fake_context(0, 1), F.scaled_dot_product_attention, values, **options)
 
 
-def shared(size, values, **options):
+def on_ranks(size, values, **options):
     def run(ctx):
         return attend(ctx, functools.partial(attention, ctx=ctx), values, **options)
 
@@ -70,50 +70,54 @@ def check(ranks, expected, atol):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [2, 4])
-def test_output_and_gradients_are_those_of_the_whole_sequence(size, shape, is_causal, method):
+def test_output_and_gradients_equal_those_of_the_full_sequence(size, shape, is_causal, method):
     options = {"is_causal": is_causal, "enable_gqa": SHAPES[shape][0] != SHAPES[shape][1]}
-    values = whole(shape)
-    check(shared(size, values, method=method, **options), on_the_whole(values, **options), 1e-12)
+    values = full_sequence(shape)
+    check(on_ranks(size, values, method=method, **options), on_one_rank(values, **options), 1e-12)
 
 
 @METHODS
-def test_a_scale_of_ones_own_is_used(method):
-    check(shared(2, whole(), scale=0.7, method=method), on_the_whole(whole(), scale=0.7), 1e-12)
+def test_the_scale_argument_is_used(method):
+    check(
+        on_ranks(2, full_sequence(), scale=0.7, method=method),
+        on_one_rank(full_sequence(), scale=0.7),
+        1e-12,
+    )
 
 
 @METHODS
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.04)])
 def test_other_precisions_differ_by_their_rounding(dtype, atol, method):
-    values = whole("grouped", dtype, length=32)
+    values = full_sequence("grouped", dtype, length=32)
     options = {"is_causal": True, "enable_gqa": True}
-    check(shared(4, values, method=method, **options), on_the_whole(values, **options), atol)
+    check(on_ranks(4, values, method=method, **options), on_one_rank(values, **options), atol)
 
 
 @METHODS
 def test_scores_that_would_overflow_do_not(method):
-    values = [100 * x for x in whole()]
+    values = [100 * x for x in full_sequence()]
     ranks, expected = (
-        shared(2, values, is_causal=True, method=method),
-        on_the_whole(values, is_causal=True),
+        on_ranks(2, values, is_causal=True, method=method),
+        on_one_rank(values, is_causal=True),
     )
     assert all(x.isfinite().all() for x in ranks[1])
     check(ranks, expected, 1e-6)
 
 
 @METHODS
-def test_queries_of_another_length_see_all_keys(method):
-    q, k, v, _ = whole()
+def test_queries_of_another_length_attend_to_all_keys(method):
+    q, k, v, _ = full_sequence()
     values = [q[:, :, :4], k, v, q[:, :, :4]]
-    check(shared(2, values, method=method), on_the_whole(values), 1e-12)
+    check(on_ranks(2, values, method=method), on_one_rank(values), 1e-12)
 
 
 @METHODS
-def test_under_autocast_it_computes_in_the_low_precision_as_torchs_does(method):
+def test_under_autocast_it_computes_in_the_dtype_of_torchs_function(method):
     def run(ctx):
         with torch.autocast("cpu", torch.bfloat16):
             call = F.scaled_dot_product_attention if ctx.world_size == 1 else functools.partial(
                 attention, ctx=ctx, method=method)  # fmt: skip
-            q, k, v, _ = split_sequence(tuple(whole(dtype=torch.float32)), ctx, dim=2)
+            q, k, v, _ = split_sequence(tuple(full_sequence(dtype=torch.float32)), ctx, dim=2)
             return call(q, k.bfloat16(), v)
 
     together = torch.cat(simulate(run, 2, mesh="cp=2"), 2)
@@ -122,9 +126,9 @@ def test_under_autocast_it_computes_in_the_low_precision_as_torchs_does(method):
     assert torch.allclose(together, alone, rtol=0, atol=0.02)
 
 
-def test_a_ring_never_holds_more_than_one_chunk_of_the_others():
+def test_a_ring_receives_one_chunk_at_a_time():
     def run(ctx, method):
-        return attend(ctx, functools.partial(attention, ctx=ctx, method=method), whole())
+        return attend(ctx, functools.partial(attention, ctx=ctx, method=method), full_sequence())
 
     num_bytes = 2 * 4 * 2 * (8 + 8) * 8  # keys and values of two of the eight places
     ring = {(event.op, event.num_bytes) for event in simulate(run, 4, "ring", mesh="cp=4").trace}
@@ -139,7 +143,7 @@ def test_a_ring_never_holds_more_than_one_chunk_of_the_others():
 @METHODS
 def test_without_gradients_nothing_is_exchanged_backward(method):
     def run(ctx):
-        q, k, v, _ = split_sequence(tuple(whole()), ctx, dim=2)
+        q, k, v, _ = split_sequence(tuple(full_sequence()), ctx, dim=2)
         return attention(q, k, v, ctx, is_causal=True, method=method).requires_grad
 
     out = simulate(run, 2, mesh="cp=2")
@@ -149,10 +153,12 @@ def test_without_gradients_nothing_is_exchanged_backward(method):
     }
 
 
-def test_one_rank_calls_torchs_own_function():
-    expected = on_the_whole(whole(), is_causal=True)
+def test_one_rank_calls_torchs_function():
+    expected = on_one_rank(full_sequence(), is_causal=True)
     ctx = fake_context(0, 1)
-    got = attend(ctx, functools.partial(attention, ctx=ctx, method="ring"), whole(), is_causal=True)
+    got = attend(
+        ctx, functools.partial(attention, ctx=ctx, method="ring"), full_sequence(), is_causal=True
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     x = torch.ones(3, 4, 8)  # a shape that torch takes
     assert attention(x, x, x, ctx).shape == x.shape
@@ -166,7 +172,7 @@ class Placed(Embed):
 
 
 class PlacedModel(CharModel):
-    """The model of the other tests, whose attention knows nothing of context parallel."""
+    """The model of the other tests, whose attention has no code for context parallel."""
 
     def __init__(self):
         super().__init__(tied=False)
@@ -181,7 +187,7 @@ class PlacedModel(CharModel):
 
 
 def train(ctx, method="gather", again=False, steps=2):
-    """The parameters after steps on 8 sequences, of which a rank has its data rank's rows and its chunk."""
+    """The parameters after steps on 8 sequences; a rank has its rows and its chunk."""
     torch.manual_seed(3)
     options = {"plan": faccel.Plan(activation_checkpoint="full")} if again else {}
     model = faccel.wrap(PlacedModel().double(), ctx, **options)
@@ -190,9 +196,9 @@ def train(ctx, method="gather", again=False, steps=2):
     for seed in range(steps):
         text = faccel.split(tokens(8, seed), ctx)
         batch = {"x": text[:, :-1], "y": text[:, 1:], "positions": torch.arange(LENGTH)[None]}
-        part = split_sequence(batch, ctx)
+        chunk = split_sequence(batch, ctx)
         with context_parallel(ctx, method=method):
-            loss = loss_of(model(part["x"], part["positions"]), part["y"])
+            loss = loss_of(model(chunk["x"], chunk["positions"]), chunk["y"])
             scaler = faccel.scaled_backward(loss, scaler, ctx)
         _, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
         losses.append(faccel.reduce(loss, ctx, op="mean", axis="world"))
@@ -218,13 +224,13 @@ def check_trained(ranks):
 
 @METHODS
 @pytest.mark.parametrize("mesh", ["cp=2", "cp=4", "dp_shard=2,cp=2", "dp_replicate=2,cp=2"])
-def test_a_model_that_knows_nothing_of_it_trains_as_one_process_does(mesh, method):
+def test_a_model_without_context_parallel_code_trains_as_one_process_does(mesh, method):
     size = faccel.MeshSpec.of(mesh).size
     check_trained(simulate(train, size, method, mesh=mesh))
 
 
 @METHODS
-def test_activations_may_be_computed_again_in_backward(method):
+def test_activation_checkpointing_does_not_change_the_result(method):
     check_trained(simulate(train, 2, method, True, mesh="cp=2"))
 
 
@@ -242,15 +248,17 @@ def test_positions_that_start_over_in_each_chunk_train_another_model():
     assert not torch.allclose(last, other, atol=1e-3)
 
 
-def test_attention_called_inside_of_the_context_is_shared_once():
+def test_nested_contexts_and_attention_communicate_once():
     def run(ctx):
         with context_parallel(ctx), context_parallel(ctx):
-            return attend(ctx, functools.partial(attention, ctx=ctx), whole(), is_causal=True)
+            return attend(
+                ctx, functools.partial(attention, ctx=ctx), full_sequence(), is_causal=True
+            )
 
-    check(simulate(run, 2, mesh="cp=2"), on_the_whole(whole(), is_causal=True), 1e-12)
+    check(simulate(run, 2, mesh="cp=2"), on_one_rank(full_sequence(), is_causal=True), 1e-12)
 
 
-def test_torchs_function_is_itself_again_afterwards():
+def test_torchs_function_is_restored_afterwards():
     def run(ctx):
         x = torch.full((1, 1, 2, 4), float(ctx.rank))
         with context_parallel(ctx):
@@ -263,31 +271,31 @@ def test_torchs_function_is_itself_again_afterwards():
     assert second[1] == 1.0
 
 
-def recomputed(ctx, method="gather", inside=True):
+def checkpointed_grad(ctx, method="gather", inside=True):
     def forward(q):
         return F.scaled_dot_product_attention(q, 2 * q, 3 * q, is_causal=True)
 
-    values = whole()[0]
-    part = split_sequence(values, ctx, dim=2).clone().requires_grad_()
+    values = full_sequence()[0]
+    chunk = split_sequence(values, ctx, dim=2).clone().requires_grad_()
     with context_parallel(ctx, method=method):
-        out = checkpoint(forward, part, use_reentrant=False)
+        out = checkpoint(forward, chunk, use_reentrant=False)
         if inside:
             out.backward(torch.ones_like(out))
     if not inside:
         out.sum().backward()
-    return part.grad
+    return chunk.grad
 
 
 @METHODS
-def test_a_tensors_own_backward_computes_activations_again_inside_of_the_context(method):
-    together = torch.cat(simulate(recomputed, 2, method, mesh="cp=2"), 2)
-    assert torch.allclose(together, recomputed(fake_context(0, 1)), rtol=0, atol=1e-12)
+def test_backward_of_a_tensor_checkpoints_inside_the_context(method):
+    together = torch.cat(simulate(checkpointed_grad, 2, method, mesh="cp=2"), 2)
+    assert torch.allclose(together, checkpointed_grad(fake_context(0, 1)), rtol=0, atol=1e-12)
 
 
 @METHODS
-def test_activations_computed_again_outside_of_the_context_are_an_error(method):
+def test_checkpointed_backward_outside_the_context_is_an_error(method):
     with pytest.raises(CheckpointError):
-        simulate(recomputed, 2, method, False, mesh="cp=2")
+        simulate(checkpointed_grad, 2, method, False, mesh="cp=2")
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -305,13 +313,13 @@ def test_flex_attention_is_an_error():
 def test_each_tensor_of_a_tree_is_split():
     x = {"tokens": torch.arange(8).view(1, 8), "more": (torch.arange(16).view(2, 4, 2),)}
     for rank in range(4):
-        part = split_sequence(x, fake_context(rank, 4, mesh="cp=4"))
-        assert part["tokens"].tolist() == [[2 * rank, 2 * rank + 1]]
-        assert torch.equal(part["more"][0], x["more"][0][:, rank : rank + 1])
+        chunk = split_sequence(x, fake_context(rank, 4, mesh="cp=4"))
+        assert chunk["tokens"].tolist() == [[2 * rank, 2 * rank + 1]]
+        assert torch.equal(chunk["more"][0], x["more"][0][:, rank : rank + 1])
     ctx = fake_context(3, 4, mesh="dp_shard=2,cp=2")
     assert split_sequence(torch.arange(4), ctx, dim=-1).tolist() == [2, 3]
-    whole = ["not", "a", "tensor"]
-    assert split_sequence(whole, fake_context(0, 2, mesh="dp_shard=2")) is whole
+    strings = ["not", "a", "tensor"]
+    assert split_sequence(strings, fake_context(0, 2, mesh="dp_shard=2")) is strings
 
 
 @pytest.mark.parametrize(
@@ -333,7 +341,7 @@ def test_each_tensor_of_a_tree_is_split():
         ({"a": [1, 2]}, 1, TreeError, ["`['a'][0]`, a int", "tensors"]),
     ],
 )
-def test_what_cannot_be_split_is_named(x, dim, error, words):
+def test_an_invalid_tensor_to_split_is_named(x, dim, error, words):
     with pytest.raises(error) as caught:
         split_sequence(x, fake_context(0, 4, mesh="cp=4"), dim=dim)
     assert all(word in str(caught.value) for word in words), caught.value
@@ -407,7 +415,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_an_error_that_shows_the_right_way(mistake):
+def test_a_mistake_is_an_error_with_a_fix(mistake):
     call, error, words = MISTAKES[mistake]
     with pytest.raises(error) as caught:
         simulate(call, 2, mesh="cp=2")
@@ -416,7 +424,7 @@ def test_a_mistake_is_an_error_that_shows_the_right_way(mistake):
     assert caught.value.fix
 
 
-def test_ranks_with_chunks_of_other_lengths_are_an_error():
+def test_ranks_with_chunks_of_different_lengths_are_an_error():
     def run(ctx):
         chunk = q(1, 2, 4 + ctx.rank, 8)
         return attention(chunk, chunk, chunk, ctx)

@@ -275,14 +275,14 @@ def test_an_optimizer_of_another_model_is_an_error():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_trains_alike_on_two_ranks_and_returns_fp32(precision):
+def test_mixed_precision_trains_the_same_on_two_ranks_and_returns_fp32(precision):
     def fn(ctx, rows):
         faccel.seed_everything(0, ctx)
         model = faccel.wrap(nn.Linear(4, 1), ctx)
         opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
         scaler = faccel.init_scaler(ctx, **({"scale": 128.0} if precision == "fp16" else {}))
-        for part in faccel.shard(DataLoader(rows, 8), ctx, split_batches=True):
-            out = model(part)
+        for x in faccel.shard(DataLoader(rows, 8), ctx, split_batches=True):
+            out = model(x)
             assert out.dtype == torch.float32
             scaler = faccel.scaled_backward(out.pow(2).mean(), scaler, ctx)
             info, scaler = faccel.optimizer_step(opt, scaler, ctx)
@@ -309,7 +309,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_all():
     assert simulate(fn, 2, config={"mixed_precision": "fp16"}) == ((True, True, 32768.0),) * 2
 
 
-def test_dropout_differs_between_data_ranks_when_asked():
+def test_dropout_differs_between_data_ranks_with_different_seeds():
     def fn(ctx, per_data_rank):
         faccel.seed_everything(0, ctx)
         weight = nn.Linear(3, 3).weight.detach()

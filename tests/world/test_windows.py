@@ -72,7 +72,7 @@ def reference(rows):
 
 @pytest.mark.parametrize(("world_size", "size"), list(itertools.product((1, 2, 3), (1, 2, 4))))
 @pytest.mark.parametrize("n", [1, 13, 25])
-def test_token_weighted_windows_equal_plain_torch_on_the_whole_batch(world_size, size, n):
+def test_token_weighted_windows_equal_plain_torch_on_the_full_batch(world_size, size, n):
     batch_size = 12 // world_size // 2
     results = simulate(gradients_per_window, world_size, sentences(n), batch_size, size)
     per_window = batch_size * world_size * size
@@ -101,7 +101,7 @@ def test_one_small_all_reduce_per_window_and_one_gradient_reduction():
     ]
 
 
-def test_without_a_weight_each_micro_batch_counts_alike():
+def test_without_a_weight_each_micro_batch_counts_the_same():
     loader = faccel.shard(DataLoader(range(7), 2), fake_context(0, 1))
     windows = list(faccel.windows(loader, loader.ctx, size=3))
     assert [(len(w), w.scale) for w in windows] == [(3, 1 / 3), (1, 1.0)]
@@ -114,7 +114,7 @@ def test_the_configuration_gives_the_size():
     assert [len(w) for w in faccel.windows(loader, ctx)] == [2, 2]
 
 
-def test_reading_goes_on_one_batch_for_each_that_is_consumed():
+def test_each_consumed_micro_batch_reads_one_batch_ahead():
     read = []
     loader = faccel.shard(DataLoader(range(12), 1, collate_fn=read.extend), fake_context(0, 1))
     windows = faccel.windows(loader, loader.ctx, size=3)
@@ -139,7 +139,7 @@ def test_a_window_that_is_left_early_does_not_shift_the_next():
     assert seen == [0, 3, 6]
 
 
-def test_a_window_that_is_walked_late_loses_nothing():
+def test_a_window_that_is_iterated_late_loses_nothing():
     loader = faccel.shard(DataLoader(range(12), 1), fake_context(0, 1))
     windows, seen = faccel.windows(loader, loader.ctx, size=2), []
     late = next(windows)
@@ -157,7 +157,7 @@ def test_weights_may_be_numbers_and_tensors():
         assert window.scale.item() == 0.25
 
 
-def test_windows_refuse_what_cannot_work():
+def test_windows_raises_for_a_size_of_0_and_an_uneven_tail():
     ctx = fake_context(0, 2)
     with pytest.raises(DataError, match="uneven"):
         faccel.windows(faccel.shard(DataLoader(range(9), 1), ctx, tail="uneven"), ctx)
