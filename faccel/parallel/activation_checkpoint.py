@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch.utils.checkpoint import (
 from faccel.errors import ConfigError
 from faccel.parallel.units import units_of
 from faccel.plan import ActivationCheckpointing, Plan
+from faccel.tree import Tree
+
+_ContextFn = Callable[[], tuple[AbstractContextManager[object], AbstractContextManager[object]]]
 
 
 def checkpoint_and_compile(module: nn.Module, plan: Plan) -> None:
@@ -53,6 +57,7 @@ def check_has_units(
 
 def apply_checkpointing(module: nn.Module, units: Mapping[str, nn.Module], plan: Plan) -> None:
     """Checkpoint each n-th unit: its forward runs a second time in backward. Updates the units."""
+    # A memory budget is the compiler's choice of what to save; see `apply_compile`.
     options = plan.activation_checkpoint
     if options is None or options.memory_budget is not None:
         return
@@ -63,6 +68,7 @@ def apply_checkpointing(module: nn.Module, units: Mapping[str, nn.Module], plan:
     if options.save_ops:
         context_fn = _selective_contexts(options.save_ops)
         checkpoint_call = functools.partial(checkpoint_call, context_fn=context_fn)
+    # Units 1, 2, ..: with `every=2` the second, the fourth, ...
     every_nth = list(units.values())[options.every - 1 :: options.every]
     for unit in every_nth:
         if _is_checkpointable(unit):
@@ -71,11 +77,13 @@ def apply_checkpointing(module: nn.Module, units: Mapping[str, nn.Module], plan:
             _checkpoint_by_hooks(unit, context_fn)
         else:
             _replace_forward(unit, checkpoint_call)
+    # The model around such layers decides about the cache from its own flag.
     if any(_is_checkpointable(unit) for unit in every_nth):
         _enable_outside(module, units.values())
 
 
-def _checkpoint_by_hooks(unit: nn.Module, context_fn: Callable[[], Any] | None) -> None:
+def _checkpoint_by_hooks(unit: nn.Module, context_fn: _ContextFn | None) -> None:
+    # It registers hooks: names, classes and `forward` of the unit stay as they are.
     from torch.distributed._composable import checkpoint as checkpoint_module
 
     if context_fn is None:
@@ -84,7 +92,7 @@ def _checkpoint_by_hooks(unit: nn.Module, context_fn: Callable[[], Any] | None) 
         checkpoint_module(unit, context_fn=context_fn)
 
 
-def _replace_forward(unit: nn.Module, checkpoint_call: Callable[..., Any]) -> None:
+def _replace_forward(unit: nn.Module, checkpoint_call: Callable[..., Tree]) -> None:
     """Replace `forward` of this instance by one that is checkpointed.
 
     Only for compiled models. Dynamo (torch 2.13) traces through the hooks of the composable
@@ -95,7 +103,7 @@ def _replace_forward(unit: nn.Module, checkpoint_call: Callable[..., Any]) -> No
     forward = unit.forward
 
     @functools.wraps(forward)
-    def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
+    def checkpointed_forward(*args: Tree, **kwargs: Tree) -> Tree:
         return checkpoint_call(forward, *args, **kwargs)
 
     unit.forward = checkpointed_forward
@@ -106,7 +114,7 @@ def _is_checkpointable(unit: nn.Module) -> bool:
     return hasattr(type(unit), "gradient_checkpointing")
 
 
-def _set_checkpointing(module: Any, checkpoint_call: Callable[..., Any]) -> None:
+def _set_checkpointing(module: Any, checkpoint_call: Callable[..., Tree]) -> None:
     # The two attributes that `PreTrainedModel.gradient_checkpointing_enable` sets.
     module.gradient_checkpointing = True
     module._gradient_checkpointing_func = checkpoint_call
@@ -114,23 +122,26 @@ def _set_checkpointing(module: Any, checkpoint_call: Callable[..., Any]) -> None
 
 def _enable_outside(module: nn.Module, units: Iterable[nn.Module]) -> None:
     """Set the flag on transformers' modules around the units, which then pass no cache to them."""
-    inside = {id(submodule) for unit in units for submodule in unit.modules()}
+    inside: set[int] = set()
+    for unit in units:
+        inside.update(map(id, unit.modules()))
     for submodule in module.modules():
         if id(submodule) not in inside and hasattr(submodule, "gradient_checkpointing"):
             _set_checkpointing(submodule, _call_once)
 
 
-def _call_once(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _call_once(function: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> Tree:
     return function(*args, **kwargs)
 
 
-def _selective_contexts(names: Sequence[str]) -> Callable[[], Any]:
+def _selective_contexts(names: Sequence[str]) -> _ContextFn:
     """Return a `context_fn` for torch's checkpoint that keeps the outputs of these operators."""
-    saved_ops = {_operator(name) for name in names}
+    saved_ops = set(map(_operator, names))
 
     def policy(_: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
         if op in saved_ops:
             return CheckpointPolicy.MUST_SAVE
+        # `PREFER`, so that a compiler may still save it; in eager mode it is not saved.
         return CheckpointPolicy.PREFER_RECOMPUTE
 
     return functools.partial(create_selective_checkpoint_contexts, policy)
@@ -157,23 +168,24 @@ def apply_compile(module: nn.Module, units: Mapping[str, nn.Module], plan: Plan)
     """
     if plan.compile is None:
         return
-    backend: str | Callable[..., Any] = "inductor"
+    backend: str | Callable[..., Tree] = "inductor"
     options = plan.activation_checkpoint
     if options is not None and options.memory_budget is not None:
         backend = _inductor_with_budget(options.memory_budget)
+    # Compiling units gives one graph for all blocks of a class, compiled once.
     targets = units.values() if plan.compile == "units" else (module,)
     for target in targets:
         target.compile(backend=backend)
 
 
-def _inductor_with_budget(memory_budget: float) -> Callable[..., Any]:
+def _inductor_with_budget(memory_budget: float) -> Callable[..., Tree]:
     """Return Inductor as a backend that partitions graphs under a memory budget.
 
     The budget is a global option of torch, without an argument of `torch.compile`. It is set while
     one of our graphs is partitioned, so that no other compilation sees it.
     """
 
-    def compile_graph(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+    def compile_graph(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Tree:
         import torch._functorch.config as functorch_config
         from torch._dynamo.backends.registry import lookup_backend
 

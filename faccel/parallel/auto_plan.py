@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import attrs
@@ -70,6 +71,7 @@ def plan_for(model: nn.Module, ctx: DistContext) -> Plan:
             got="a WrappedModel",
             fix="pass your module, before `faccel.wrap`",
         )
+    # `Plan()` finds the blocks itself; only a model without blocks needs a size.
     plan = Plan()
     if not _has_blocks(model):
         num_params = sum(param.numel() for param in model.parameters())
@@ -94,6 +96,7 @@ def _tensor_styles(model: nn.Module) -> dict[str, str]:
     tp_plan = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
     if isinstance(tp_plan, Mapping):
         styles = _translate(model, tp_plan)
+    # Only the feed-forward part: the projection of their attention is fused over q, k and v.
     for name, module in model.named_modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             prefix = _pattern_prefix(name)
@@ -112,13 +115,13 @@ def _pattern_prefix(name: str) -> str:
     """Return `"layers.*."` for `"layers.0"`, and `""` for the root."""
     if not name:
         return ""
-    parts = ["*" if part.isdecimal() else part for part in name.split(".")]
-    return ".".join(parts) + "."
+    # Indices become `*`, so that one pattern matches the layers of a list.
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name) + "."
 
 
 def _translate(model: nn.Module, tp_plan: Mapping[str, str]) -> dict[str, str]:
     """Return the styles of transformers' plan under the names of `Plan.tensor`."""
-    names = [name for name, _ in model.named_modules()]
+    names = list(dict(model.named_modules()))
     styles: dict[str, str] = {}
     for pattern, style in tp_plan.items():
         # A pattern without a match is for a bare parameter, or for another configuration.
@@ -136,6 +139,7 @@ def _translate(model: nn.Module, tp_plan: Mapping[str, str]) -> dict[str, str]:
 
 
 def _chain(model: nn.Module) -> tuple[str, ...]:
+    # Losses among the children are not part of the forward of the pipeline.
     chain: list[str] = []
     for name, child in model.named_children():
         if isinstance(child, nn.ModuleList):

@@ -61,6 +61,7 @@ def split_sequence(x: Tree, ctx: DistContext, *, dim: int = 1) -> Tree:
         if not isinstance(leaf, Tensor):
             raise leaf_error(x, index, "`split_sequence` expects tensors", "pass only tensors")
     by_name = dict(zip(paths(x), leaves, strict=True))
+    # All invalid tensors are reported at once, before anything is split.
     _check_dim(by_name, dim)
     _check_divides(by_name, dim, num_chunks)
     own_chunk = chunk_index(ctx)
@@ -161,6 +162,7 @@ def attention(
             got=describe([q, k, v]),
             fix="convert them to one dtype, or compute under `faccel.autocast(ctx)`",
         )
+    # The default of PyTorch's function; `scale=0.0` is valid.
     factor = scale
     if factor is None:
         factor = float(q.shape[-1]) ** -0.5
@@ -187,6 +189,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, enable_gq
     if not q.ndim == k.ndim == v.ndim == 4:
         fix = "add the missing dim, as in `q.unsqueeze(1)` for one head"
         raise ModelError("`attention` expects `[batch, heads, length, width]`", got=got, fix=fix)
+    # Widths of keys and values may differ, lengths of queries and keys, too.
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ModelError(
             "the shapes of `q`, `k` and `v` do not match",
@@ -195,6 +198,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, enable_gq
             "batch and width of the keys",
         )
     _check_heads(q.shape[1], k.shape[1], got, enable_gqa=enable_gqa)
+    # The diagonal of the mask is the position in the full sequence.
     if is_causal and q.shape[2] != k.shape[2]:
         fix = "pass chunks of one sequence, or `is_causal=False`"
         raise ModelError("a causal mask needs as many queries as keys", got=got, fix=fix)
@@ -214,6 +218,7 @@ def _check_heads(num_heads: int, num_key_heads: int, got: str, *, enable_gqa: bo
 def _as_autocast(x: Tensor) -> Tensor:
     """Cast `x` as autocast casts the arguments of PyTorch's attention."""
     device_type = x.device.type
+    # Autocast leaves float64 as it is.
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device_type))
     return x
@@ -275,6 +280,7 @@ class _AttentionMode(TorchFunctionMode):
             return self._attend(*args, **kwargs)
         if func is Tensor.backward or func is torch.autograd.backward:
             return self._backward(*args, **kwargs)
+        # By name, because importing flex attention for a comparison would import its compiler.
         if getattr(func, "__name__", None) in _LOCAL_ONLY:
             raise ModelError(
                 "this attention would see only this rank's chunk of the sequence",
@@ -298,11 +304,18 @@ class _AttentionMode(TorchFunctionMode):
         `backward` of tensors without end; torch does not intercept that of gradient edges.
         """
         roots: list[Any] = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        # `Tensor.backward` has `gradient`, `torch.autograd.backward` has `grad_tensors`.
         grads = options.pop("grad_tensors", gradient)
         if inputs is not None:
             torch.autograd.backward(roots, grads, inputs=inputs, **options)
             return
-        edges = [get_gradient_edge(root) if isinstance(root, Tensor) else root for root in roots]
+        edges: list[Any] = []
+        for root in roots:
+            # Callers may pass edges already; those are kept.
+            if isinstance(root, Tensor):
+                edges.append(get_gradient_edge(root))
+            else:
+                edges.append(root)
         with self:
             torch.autograd.backward(edges, grads, **options)
 
@@ -316,6 +329,7 @@ class _AttentionMode(TorchFunctionMode):
         is_causal: bool = False,  # noqa: FBT001, FBT002 (torch's signature)
         **options: Any,
     ) -> Tensor:
+        # A mask is over the full sequence, and dropout would need one generator for all ranks.
         if attn_mask is not None:
             raise ModelError(
                 "`attn_mask` is unsupported inside `context_parallel`",

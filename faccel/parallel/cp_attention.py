@@ -65,6 +65,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(node: Any, x: Tensor, comm: Collectives) -> Tensor:
         node.comm = comm
+        # [ranks, batch, heads, length, width]: the rank is the outer index of the length.
         return comm.all_gather(x.contiguous(), AXIS).movedim(0, 2).flatten(2, 3)
 
     @staticmethod
@@ -101,6 +102,7 @@ class _Ring(torch.autograd.Function):
         is_causal: bool,  # noqa: FBT001 (the signature of `apply`)
         scale: float,
     ) -> Tensor:
+        # Keys and values together, so that each step is one collective.
         kv = kv.contiguous()
         comm = ctx.comm
         own_chunk = chunk_index(ctx)
@@ -112,7 +114,7 @@ class _Ring(torch.autograd.Function):
             for chunk in range(comm.size(AXIS)):
                 keys, values = _receive(kv, chunk, comm, q.shape[-1])
                 if is_causal and chunk > own_chunk:
-                    continue
+                    continue  # all its keys are later than all queries here
                 scores = queries @ keys.mT * scale
                 if is_causal and chunk == own_chunk:
                     scores = _mask_later_keys(scores, q.shape[2])
@@ -121,6 +123,7 @@ class _Ring(torch.autograd.Function):
                 merged = torch.logaddexp(lse, scores.logsumexp(-1, keepdim=True))
                 out = out * (lse - merged).exp() + (scores - merged).exp() @ values
                 lse = merged
+        # No scores are saved: backward computes them from `lse`, chunk by chunk.
         node.save_for_backward(q, kv, out, lse)
         node.ctx = ctx
         node.is_causal = is_causal
@@ -135,6 +138,7 @@ class _Ring(torch.autograd.Function):
         own_chunk = chunk_index(node.ctx)
         grad_kv = torch.empty_like(kv)
         with torch.autocast(q.device.type, enabled=False):
+            # Autocast would compute the products in low precision.
             queries = _fold(q, kv.shape[1])
             grad = _fold(grad_out, kv.shape[1])
             grad_q = torch.zeros_like(queries)
@@ -152,6 +156,7 @@ class _Ring(torch.autograd.Function):
                     grad_scores = probs * (grad @ values.mT - row_sums) * node.scale
                     grad_q += grad_scores @ keys
                     partial = torch.cat([grad_scores.mT @ queries, probs.mT @ grad], -1)
+                # Every rank contributes to the gradients of this chunk's keys and values.
                 total = comm.all_reduce(partial, "sum", AXIS)
                 if chunk == own_chunk:
                     grad_kv.copy_(total)
@@ -177,5 +182,6 @@ def _receive(kv: Tensor, src: int, comm: Collectives, width: int) -> tuple[Tenso
 def _mask_later_keys(scores: Tensor, num_queries: int) -> Tensor:
     """Hide the later keys of this rank's chunk from its folded queries, of `num_queries` each."""
     visible = _causal_mask(num_queries, scores.shape[-1], scores.device)
+    # Folded queries are `num_queries` of each head, one head after the other.
     hidden = ~visible.repeat(scores.shape[-2] // num_queries, 1)
     return scores.masked_fill(hidden, -math.inf)

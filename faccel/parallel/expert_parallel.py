@@ -25,6 +25,7 @@ def moes_of(module: nn.Module, spec: MeshSpec) -> dict[str, MoE]:
         ConfigError: The model has no `MoE`, or the mesh has `tp`, too.
         ModelError: `ep` does not divide the number of experts of a layer.
     """
+    # Without `ep` a `MoE` is a module like any other.
     if spec.ep == 1:
         return {}
     if spec.tp > 1:
@@ -73,6 +74,7 @@ def shard_experts(
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
 
+    # The ranks that have the same experts: those of one coordinate on `ep`.
     storage_mesh = mesh["ep_storage"]
     num_ranks = storage_mesh.size()
     if ctx.mesh.spec.dp_replicate > 1:
@@ -81,11 +83,13 @@ def shard_experts(
     if not isinstance(options["reshard_after_forward"], bool | None):
         # A number of ranks of the full mesh; the experts' mesh has fewer.
         expert_options["reshard_after_forward"] = True
+    # FSDP2 pads dim 0 if it is not a multiple of the ranks; rows of the experts avoid that.
     expert_options["shard_placement_fn"] = lambda param: Shard(
         _shard_dim(local_tensor(param).shape, num_ranks)
     )
     for name, moe in moes.items():
         for param_name, param in list(moe.experts.named_parameters()):
+            # Before `fully_shard`, which then composes the two shardings into one DTensor.
             sharded = distribute_tensor(param.detach(), mesh["ep"], [Shard(0)], src_data_rank=None)
             sharded_param = nn.Parameter(sharded, requires_grad=param.requires_grad)
             moe.experts.register_parameter(param_name, sharded_param)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -20,13 +18,14 @@ class Methods(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, method: str, *args: Tree, **kwargs: Tree) -> Tree:
         """Call `method` of the module; see `call_method`."""
         return call_method(self.module, method, *args, **kwargs)
 
 
-def call_method(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
+def call_method(module: nn.Module, method: str, *args: Tree, **kwargs: Tree) -> Tree:
     """Call `method` of `module`. `"forward"` goes through `__call__`, so that hooks run."""
+    # `module.forward(...)` would skip the hooks of `nn.Module`, also those of FSDP2.
     if method == "forward":
         return module(*args, **kwargs)
     return getattr(module, method)(*args, **kwargs)
@@ -37,7 +36,7 @@ def with_precision(run: RunMethod, ctx: DistContext) -> RunMethod:
     if ctx.compute_dtype is None:
         return run
 
-    def run_autocast(method: str, *args: Any, **kwargs: Any) -> Any:
+    def run_autocast(method: str, *args: Tree, **kwargs: Tree) -> Tree:
         with autocast(ctx):
             out = run(method, *args, **kwargs)
         return to_fp32(out)
@@ -51,6 +50,7 @@ def to_fp32(tree: Tree) -> Tree:
 
 
 def _leaf_to_fp32(leaf: object) -> object:
+    # Losses and metrics are computed in fp32 by the caller, outside of autocast.
     if isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.float16, torch.bfloat16):
         return leaf.float()
     return leaf

@@ -36,16 +36,19 @@ class InitialValues:
 
         Updates `module`; collective.
         """
+        # Ranks must take the same branch, whatever this one has: the collectives differ.
         own_is_meta = _has_meta(module)
         if not any(gather_objects(own_is_meta, ctx, axis=axis)):
             broadcast_from_rank_0(_tensors(module), ctx, axis)
             return cls(is_meta=False, full={}, ties=())
+        # Recorded first, because `to_empty` makes two parameters of a tied one.
         ties = tied_names(module)
         if ctx.comm.rank(axis) != 0:
             return cls(is_meta=True, full={}, ties=ties)
         if own_is_meta:
             _initialize(module)
             tie_parameters(module, ties)
+        # Detached, so that sharding the model does not replace these values.
         full = {name: tensor.detach() for name, tensor in _tensors(module).items()}
         return cls(is_meta=True, full=full, ties=ties)
 
@@ -60,6 +63,7 @@ class InitialValues:
         tie_parameters(module, self.ties)
         with torch.no_grad():
             for name, tensor in _tensors(module).items():
+                # One tensor at a time: a rank needs memory for its shards and one full tensor.
                 value = self.full.get(name)
                 if value is None:
                     value = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -81,6 +85,8 @@ def _copy_shard(tensor: torch.Tensor, full: torch.Tensor) -> None:
         tensor.copy_(full)
         return
     from torch.distributed.tensor import DTensor
+
+    # The layout of FSDP over tensor parallel has strided shards; torch computes it only here.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     assert isinstance(tensor, DTensor)
@@ -104,6 +110,7 @@ def tie_parameters(module: nn.Module, ties: Sequence[Sequence[str]]) -> None:
     for first, *others in ties:
         for name in others:
             parent, _, leaf = name.rpartition(".")
+            # Not `setattr`, which calls a `__setattr__` that the user's module may define.
             owner = module.get_submodule(parent)
             owner._parameters[leaf] = module.get_parameter(first)  # pyright: ignore[reportPrivateUsage]
 
@@ -123,6 +130,7 @@ def _initialize(module: nn.Module) -> None:
                 fix="build the model with values on rank 0 (`if ctx.is_main`), and on meta on the "
                 "other ranks",
             )
+    # On the CPU, because the full model may be larger than the memory of one device.
     module.to_empty(device="cpu")
     for submodule in module.modules():
         reset_parameters = getattr(submodule, "reset_parameters", None)

@@ -42,6 +42,9 @@ class MakeSchedule(Protocol):
         ...
 
 
+# `scale_grads=False`: `MicroBatch.scale` weights the micro-batches, torch must not divide again.
+
+
 def _one_f_one_b(
     stages: Sequence[Stage], num_micro_batches: int, loss_fn: LossFn | None
 ) -> Schedule:

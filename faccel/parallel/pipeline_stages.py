@@ -22,6 +22,7 @@ def chain_of(module: nn.Module, plan: PipelineConfig) -> list[str]:
         ModelError: A parameter or a module of the model is not in the chain.
     """
     names = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
+    # In the order of the patterns, which is that of the computation.
     chain: list[str] = []
     for pattern in plan.chain:
         chain += matching(pattern, names, "module")
@@ -50,6 +51,7 @@ def _is_below(name: str, modules: Collection[str]) -> bool:
 def _check_complete(module: nn.Module, chain: Sequence[str]) -> None:
     """Raise if a module without parameters, such as an activation, is not in the chain."""
     for name, submodule in module.named_modules():
+        # A leaf outside of the chain would never run. Losses are called by the loss function.
         is_leaf = next(submodule.children(), None) is None
         is_container = isinstance(submodule, (nn.ModuleList, nn.ModuleDict))
         if not name or not is_leaf or is_container or is_loss(submodule):
@@ -94,6 +96,7 @@ def _numel(module: nn.Module, name: str) -> int:
 
 
 def _split_starts(chain: Sequence[str], split: Sequence[str], num_stages: int) -> list[int]:
+    # The first module begins stage 0, so it is no split point.
     unknown = set(split).difference(chain[1:])
     if unknown or len(set(split)) != num_stages - 1:
         raise ConfigError(
@@ -124,10 +127,12 @@ def balanced(sizes: Sequence[int], num_stages: int) -> list[int]:
         >>> balanced([5, 1, 1, 1, 4], 3), balanced([56, 0, 24, 0, 20, 0, 6], 4)
         ([0, 1, 4], [0, 1, 3, 5])
     """
+    # prefix_sums[i] is the size of sizes[:i], so that each range costs one subtraction.
     prefix_sums = [0]
     for size in sizes:
         prefix_sums.append(prefix_sums[-1] + size)
     # best[end, n] is the best split of sizes[:end] into n ranges
+    # Splits compare by their fields in order: largest range, evenness, earliest starts.
     best = {(0, 0): _Split(0, 0, ())}
     for end in range(1, len(sizes) + 1):
         for num_ranges in range(1, min(num_stages, end) + 1):
@@ -156,6 +161,7 @@ class StageModule(nn.Module):
     def __init__(self, module: nn.Module, names: Sequence[str], *, is_first: bool) -> None:
         super().__init__()
         self.is_first = is_first
+        # A parent may hold modules of several stages; here it has this stage's only.
         self._names = tuple(names)
         for name in names:
             # Empty modules stand for the parents, so that parameters keep the user's names.
@@ -175,6 +181,7 @@ class StageModule(nn.Module):
         else:
             out = self.get_submodule(first)(*inputs)
         for name in others:
+            # A tuple is several arguments, as between the stages of torch's pipeline.
             args = out if isinstance(out, tuple) else (out,)
             out = self.get_submodule(name)(*args)
         return out
@@ -206,6 +213,7 @@ def remove_other_stages(
 
 def tied_params(module: nn.Module, stages: Sequence[Sequence[str]]) -> list[dict[int, str]]:
     """Return, for each parameter in several stages, its name in each by the stage's index."""
+    # names_by_param[id(param)][stage index] is its first name in that stage.
     names_by_param: dict[int, dict[int, str]] = {}
     for index, stage in enumerate(stages):
         for module_name in stage:

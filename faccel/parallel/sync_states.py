@@ -25,6 +25,8 @@ def check_same_structure(module: nn.Module, ctx: DistContext, axis: str) -> None
         (name, tuple(param.shape), str(param.dtype), param.requires_grad)
         for name, param in module.named_parameters()
     ]
+    # A checksum, because the structure of a large model would be megabytes on every rank. Not
+    # `hash`, which differs between processes.
     digests = gather_objects(zlib.crc32(repr(structure).encode()), ctx, axis=axis)
     distinct = sorted(set(digests))
     if len(distinct) > 1:
@@ -40,6 +42,7 @@ def check_same_structure(module: nn.Module, ctx: DistContext, axis: str) -> None
 
 def broadcast_from_rank_0(values: Mapping[str, torch.Tensor], ctx: DistContext, axis: str) -> None:
     """Overwrite tensors with those of rank 0 of the axis. Updates `values`; collective."""
+    # Parameters that require gradients cannot be written in place otherwise.
     with torch.no_grad():
         for name, value in broadcast(dict(values), ctx, axis=axis).items():
             values[name].copy_(value)

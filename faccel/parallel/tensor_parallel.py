@@ -83,6 +83,7 @@ def styles_of(module: nn.Module, plan: Plan, size: int) -> dict[str, str]:
             '`plan=faccel.Plan(tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})`',
         )
     modules = dict(module.named_modules())
+    # The root has no name that a pattern could match.
     candidates = [name for name in modules if name]
     styles: dict[str, str] = {}
     for pattern, style in plan.tensor.items():
@@ -106,10 +107,12 @@ def _check_ties(
     for names in tied_names(module):
         dims = {_sharded_dim(name, modules, styles) for name in names}
         if len(dims) > 1:
-            described = [f"`{name}` {styles.get(_parent(name), 'replicated')}" for name in names]
+            described = ", ".join(
+                f"`{name}` {styles.get(_parent(name), 'replicated')}" for name in names
+            )
             raise ModelError(
                 "a tied parameter would be sharded in two ways",
-                got=", ".join(described),
+                got=described,
                 fix="shard all of its modules along one dim, as in `rowwise_embedding` and "
                 "`colwise`, or none of them",
             )
@@ -143,6 +146,7 @@ def _check_style(name: str, modules: Mapping[str, nn.Module], style: str, size: 
     if style in _REPLICATED:
         return
     if not isinstance(module, (nn.Linear, nn.Embedding)):
+        # DTensor's styles shard the weights of these two classes only.
         fix = "leave it out, so that it is replicated"
         if any(isinstance(child, (nn.Linear, nn.Embedding)) for child in module.modules()):
             fix = "name the linear layers and embeddings inside it"
@@ -160,6 +164,7 @@ def _check_style(name: str, modules: Mapping[str, nn.Module], style: str, size: 
             got=f"{length} {unit}",
             fix=f"use a `tp` that divides {length}, or leave this module out",
         )
+    # Only colwise layers produce heads; a rowwise layer after them has the same split of its input.
     if is_colwise:
         _check_heads(name, modules.get(_parent(name)), length, size)
 
@@ -172,6 +177,7 @@ def _check_heads(name: str, parent: nn.Module | None, num_columns: int, size: in
     counts: dict[str, object] = {}
     for attribute in _HEAD_COUNTS:
         counts[attribute] = getattr(parent, attribute, None)
+    # The layer's own number of heads. With grouped queries, keys have fewer than `num_heads`.
     for attribute in _HEAD_WIDTHS:
         width = getattr(parent, attribute, None)
         if isinstance(width, int) and num_columns % width == 0:
@@ -192,13 +198,15 @@ def apply_tensor_parallel(module: nn.Module, styles: Mapping[str, str], mesh: De
     """
     from torch.distributed.tensor.parallel import parallelize_module
 
+    # `parallelize_module` replaces parameters by DTensors module by module, which unties them.
     ties = tied_names(module)
     for name, style in styles.items():
         parallel_style = _STYLES[style]()
         if parallel_style is not None:
             submodule = module.get_submodule(name)
+            # `src_data_rank=None`: every rank has the full values, so nothing is scattered.
             parallelize_module(submodule, mesh, parallel_style, src_data_rank=None)
-    tie_parameters(module, ties)  # `parallelize_module` replaces parameters, which unties them
+    tie_parameters(module, ties)
 
 
 def loss_parallel(ctx: DistContext) -> AbstractContextManager[None]:
@@ -219,6 +227,8 @@ def loss_parallel(ctx: DistContext) -> AbstractContextManager[None]:
     """
     if ctx.mesh.spec.tp == 1:
         return nullcontext()
+    # It registers sharded kernels of `log_softmax` and `nll_loss` with DTensor's dispatcher, and
+    # removes them at the end.
     from torch.distributed.tensor.parallel import loss_parallel as torch_loss_parallel
 
     return torch_loss_parallel()

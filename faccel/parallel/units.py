@@ -13,6 +13,7 @@ from faccel.plan import Plan
 
 def matches(pattern: str, names: Iterable[str]) -> list[str]:
     """Return the names that match a pattern, possibly none. A `*` matches no dot."""
+    # `fnmatch` lets `*` match dots; equal depths rule that out.
     depth = pattern.count(".")
     return [name for name in names if name.count(".") == depth and fnmatchcase(name, pattern)]
 
@@ -46,9 +47,12 @@ def units_of(module: nn.Module, plan: Plan) -> dict[str, nn.Module]:
         ConfigError: A pattern of the plan matches nothing.
         ModelError: A parameter or a module belongs to two units.
     """
-    modules = {name: unit for name, unit in module.named_modules(remove_duplicate=False) if name}
+    # A module that two parents hold has two names, and either can be in the plan.
+    modules = dict(module.named_modules(remove_duplicate=False))
+    del modules[""]  # the root is sharded last, with what no unit contains
     names = _unit_names(module, plan.units, modules)
     _check_disjoint(module, names)
+    # `fully_shard` takes the parameters that no inner module has taken: inner ones come first.
     inner_first = sorted(names, key=_depth, reverse=True)
     return {name: modules[name] for name in inner_first}
 
@@ -66,6 +70,7 @@ def _unit_names(
         return _default_names(module, modules)
     names: list[str] = []
     for unit in units:
+        # A name without a dot can be a class or a child of the root; classes come first.
         matched = _names_of_class(modules, [unit]) or matching(unit, modules, "module")
         for name in matched:
             if name in names:
@@ -91,11 +96,13 @@ def _default_names(module: nn.Module, modules: Mapping[str, nn.Module]) -> list[
 
 def _members_of_lists(module: nn.Module) -> list[str]:
     """Return the members of the outermost module lists."""
+    # A list of lists, as of experts in blocks, would make units of single layers: only outer ones.
     lists = {name: mod for name, mod in module.named_modules() if isinstance(mod, nn.ModuleList)}
     names: list[str] = []
     for name, module_list in lists.items():
         if any(name.startswith(f"{other}.") for other in lists):
             continue
+        # the root itself may be a `ModuleList`
         prefix = f"{name}." if name else ""
         names += [prefix + key for key, _ in module_list.named_children()]
     return names
@@ -104,21 +111,27 @@ def _members_of_lists(module: nn.Module) -> list[str]:
 def _names_by_size(modules: Mapping[str, nn.Module], min_numel: int) -> list[str]:
     """Return the smallest modules with `min_numel` elements that no smaller unit contains."""
     names: list[str] = []
+    # Bottom up: a module is a unit if what its units leave to it is large enough.
     for name in sorted(modules, key=_depth, reverse=True):
         inner: set[int] = set()
         for unit in names:
             if unit.startswith(f"{name}."):
-                inner |= {id(param) for param in modules[unit].parameters()}
-        outer = [param for param in modules[name].parameters() if id(param) not in inner]
-        if sum(param.numel() for param in outer) >= min_numel:
+                inner.update(map(id, modules[unit].parameters()))
+        numel = 0
+        for param in modules[name].parameters():
+            if id(param) not in inner:
+                numel += param.numel()
+        if numel >= min_numel:
             names.append(name)
     return names
 
 
 def _check_disjoint(module: nn.Module, units: Sequence[str]) -> None:
     """Raise if a tied parameter is in two units, or in one and the root: it would shard twice."""
+    # The longest name that is a prefix is the innermost unit.
     innermost_first = sorted(units, key=len, reverse=True)
-    owners: dict[int, dict[str, str]] = {}  # a name of the parameter by unit, by id
+    # owners[id(param)][unit] is a name of the parameter; the root is the unit "".
+    owners: dict[int, dict[str, str]] = {}
     for name, param in module.named_parameters(remove_duplicate=False):
         unit = _unit_of(name, innermost_first)
         owners.setdefault(id(param), {}).setdefault(unit, name)

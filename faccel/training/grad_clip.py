@@ -23,9 +23,9 @@ def parameters_with_gradients(opt: Optimizer, ctx: DistContext) -> list[torch.Te
         OptimizerError: No parameter has a gradient. Not raised for a pipeline, where all
             parameters of a stage may be frozen.
     """
-    params = [
-        param for group in opt.param_groups for param in group["params"] if param.grad is not None
-    ]
+    params: list[torch.Tensor] = []
+    for group in opt.param_groups:
+        params += [param for param in group["params"] if param.grad is not None]
     if not ctx.is_replicated:
         params = [param for param in params if not is_unreduced(param.grad)]
     if not params and ctx.mesh.spec.pp == 1:
@@ -68,6 +68,7 @@ def step_optimizer(opt: Optimizer) -> None:
     try:
         opt.step()
     except TypeError as error:
+        # Python's message for the missing argument; any other TypeError is the optimizer's.
         if "closure" not in str(error):
             raise
         raise OptimizerError(
@@ -118,14 +119,19 @@ def clip_(
     Returns:
         The norm before clipping, 0-d; None without `clip_norm`.
     """
+    # Replicas have equal gradients, so that each computes the same norm without communication.
     if ctx.is_replicated:
         return _clip(params, clip_norm, clip_value, get_total_norm)
     # torch clips what has `.grad`. It gets local shards, because its functions fail where DTensors
     # of several meshes are mixed.
-    shards = [_LocalGrad(local_tensor(param.grad)) for param in params if param.grad is not None]
-    counted = [
-        param.grad for param in params if param.grad is not None and id(param) not in tied_copies
-    ]
+    shards: list[_LocalGrad] = []
+    counted: list[torch.Tensor] = []
+    for param in params:
+        if param.grad is not None:
+            shards.append(_LocalGrad(local_tensor(param.grad)))
+            # The rank of the first copy of a tied parameter counts its gradient.
+            if id(param) not in tied_copies:
+                counted.append(param.grad)
     stand_ins = cast("Sequence[torch.Tensor]", shards)
     return _clip(stand_ins, clip_norm, clip_value, lambda _: total_norm(counted, ctx))
 
@@ -138,6 +144,8 @@ def _clip(
 ) -> torch.Tensor | None:
     norm = None
     if clip_norm is not None:
+        # torch's two halves of `clip_grad_norm_`, with another norm between them. Neither reads
+        # a value on the host.
         norm = measure([param.grad for param in params if param.grad is not None])
         clip_grads_with_norm_(params, clip_norm, norm)
     if clip_value is not None:
@@ -156,14 +164,17 @@ def total_norm(grads: Sequence[torch.Tensor], ctx: DistContext) -> torch.Tensor:
         by_axes.setdefault(_sharded_axes(grad), []).append(local_tensor(grad))
     # squares[i] is the sum of squares of the shards here whose axes are the i-th key of `by_axes`
     if by_axes:
+        # Norms of offloaded parameters are on the CPU.
         norms = [get_total_norm(shards).to(ctx.device) for shards in by_axes.values()]
         squares = torch.stack(norms).square()
     else:  # a pipeline stage without trainable parameters
         squares = torch.zeros(1, dtype=torch.float64, device=ctx.device)
-    all_axes = {axis for axes in by_axes for axis in axes}
+    all_axes: set[str] = set().union(*by_axes)
+    # Sorted, because every rank must reduce over the axes in the same order.
     for axis in sorted(all_axes):
         indices = [index for index, axes in enumerate(by_axes) if axis in axes]
         squares[indices] = ctx.comm.all_reduce(squares[indices], "sum", axis)
+    # norm^2 = sum over groups of the sum of squares of their shards
     total = squares.sum()
     if ctx.mesh.spec.pp > 1:
         # In double, because stages may have gradients of different dtypes.

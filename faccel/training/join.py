@@ -61,12 +61,14 @@ def join(
     """
     check_wrapped(model)
     check_context(model, ctx)
+    # A rank without batches sees no overflow, and would keep its scale.
     if ctx.data_world_size > 1 and ctx.config.mixed_precision == "fp16":
         raise ConfigError(
             "`join` does not support fp16: ranks that end early would have other loss scales",
             got='mixed_precision="fp16"',
             fix='use `mixed_precision="bf16"`, or `tail="pad"`',
         )
+    # Schedulers are states like the optimizer: the ranks that ended early have moved them less.
     if scheduler is None:
         schedulers: Sequence[LRScheduler] = ()
     elif isinstance(scheduler, Sequence):
@@ -78,5 +80,6 @@ def join(
 
 @contextmanager
 def _joining(context: AbstractContextManager[None], ctx: DistContext) -> Generator[None]:
+    # The mark allows `scaled_backward` while a loader with an uneven tail is iterated.
     with context, ctx.lifetime.join():
         yield

@@ -72,14 +72,16 @@ def _averaged_buckets(
     check_replicas(ctx, "train without `local_sgd`")
     check_cap(bucket_cap_mb)
     # Sorted, because ranks may have filled the mapping in different orders.
-    sorted_params = {name: params[name] for name in sorted(params)}
+    sorted_params = dict(sorted(params.items()))
     leaves, _ = tensor_leaves(sorted_params, ctx)
+    # The mean of integers is no integer: the result could not have their dtype.
     for index, leaf in enumerate(leaves):
         if not (leaf.is_floating_point() or leaf.is_complex()):
             problem = "`averaged` expects floating point tensors"
             raise leaf_error(sorted_params, index, problem, "leave it out")
     by_name = dict(zip(sorted_params, leaves, strict=True))
     for sums in summed_buckets(by_name, ctx, bucket_cap_mb=bucket_cap_mb, call="local_sgd"):
+        # In place: the sums belong to no one else.
         yield {name: total.div_(ctx.data_world_size) for name, total in sums.items()}
 
 
@@ -130,13 +132,16 @@ def local_sgd(
     check_replicas(ctx, "train without `local_sgd`")
     positive("step", step)
     positive("every", every)
+    # Checked on every step, so that a mistake does not wait for the first average.
     if step % every:
         return SyncInfo(synced=False, num_bytes=0)
+    # Bucket by bucket, so that memory never holds a second copy of all parameters.
     with torch.no_grad():
         for bucket in _averaged_buckets(trainable, ctx, bucket_cap_mb):
             for name, mean in bucket.items():
                 trainable[name].copy_(mean)
     num_bytes = 0
+    # One process averages with itself, without a collective.
     if ctx.data_world_size > 1:
         num_bytes = sum(param.nbytes for param in trainable.values())
     return SyncInfo(synced=True, num_bytes=num_bytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import attrs
@@ -17,6 +17,7 @@ from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ModelError, OptimizerError
 from faccel.protocols import Parallelism, RunMethod
+from faccel.tree import Tree
 
 if TYPE_CHECKING:
     from faccel.plan import Plan
@@ -45,14 +46,14 @@ class WrappedModel:
     ctx: DistContext = attrs.field(repr=False)
     _run: RunMethod = attrs.field(repr=False)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Tree, **kwargs: Tree) -> Tree:
         return self._run("forward", *args, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Tree, **kwargs: Tree) -> Tree:
         """Run `forward` as calling the model does, with the strategy's hooks and precision."""
         return self._run("forward", *args, **kwargs)
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def call(self, method: str, *args: Tree, **kwargs: Tree) -> Tree:
         """Run a method of the user's module with the strategy's hooks and precision.
 
         Args:
@@ -102,6 +103,7 @@ class WrappedModel:
         Collective where training mode ends and the model has buffers, such as the statistics of
         batch norm: all data ranks copy those of rank 0, so that they evaluate the same model.
         """
+        # Only where it changes: evaluating twice must not communicate, ranks may do it unequally.
         if self.module.training and not mode:
             self.parallelism.sync_buffers(self.engine, self.ctx)
         self.module.train(mode)
@@ -111,9 +113,10 @@ class WrappedModel:
         """Set evaluation mode: `train(False)`."""
         return self.train(False)
 
+    # Hidden from type checkers, which would accept every misspelled attribute.
     if not TYPE_CHECKING:
 
-        def __getattr__(self, name: str) -> Any:
+        def __getattr__(self, name: str) -> object:
             # `module` is missing while `copy` and `pickle` build a record: do not recurse then.
             if name.startswith("__") or name == "module":
                 raise AttributeError(name)
@@ -169,6 +172,7 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
     if plan is None:
         plan = Plan()
     instance_of("plan", plan, Plan, fix="write `plan=faccel.Plan()`, with the options as arguments")
+    # A model on `meta` gets its memory from the strategy, in shards.
     if ctx.config.device_placement and not any(param.is_meta for param in model.parameters()):
         model.to(ctx.device)
     engine, run = ctx.parallelism.wrap(model, plan, ctx)
@@ -288,6 +292,7 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
     check_wrapped(model)
     check_context(model, ctx)
     check_owns_parameters(opt, model)
+    # An engine may return another optimizer; that one is passed to `optimizer_step`.
     connected = model.parallelism.wrap_optimizer(opt, model.engine, ctx)
     tied_copies = model.parallelism.tied_copies(model.engine)
     _BINDINGS[connected] = OptimizerBinding(model.ctx, tied_copies)
@@ -300,7 +305,8 @@ def check_owns_parameters(opt: Optimizer, model: WrappedModel) -> None:
     Raises:
         OptimizerError: It steps none.
     """
-    model_params = {id(param) for param in model.parameters()}
+    # By identity: `==` of tensors compares elements.
+    model_params = set(map(id, model.parameters()))
     for group in opt.param_groups:
         for param in group["params"]:
             if id(param) in model_params:
@@ -319,6 +325,7 @@ def check_context(model: WrappedModel, ctx: DistContext) -> None:
     Raises:
         ModelError: It is another one.
     """
+    # The identity first: it is the ordinary case, and costs nothing.
     if ctx is not model.ctx and not _is_same_world(ctx, model.ctx):
         raise ModelError(
             "`ctx` is not the context that `model` was wrapped with",

@@ -55,12 +55,14 @@ def step_in_backward(
     check_wrapped(model)
     check_context(model, ctx)
     spec = ctx.mesh.spec
+    # An update is skipped if any gradient overflows, which is known only after the last one.
     if ctx.config.mixed_precision == "fp16":
         raise ConfigError(
             "`step_in_backward` does not support fp16: its loss scale needs all gradients at once",
             got='mixed_precision="fp16"',
             fix='use `mixed_precision="bf16"`, or `faccel.optimizer_step`',
         )
+    # DDP reduces buckets of gradients after these hooks, and a pipeline accumulates micro-batches.
     if spec.size > 1 and (spec.pp > 1 or ctx.is_replicated):
         raise ConfigError(
             "`step_in_backward` does not support this mesh: backward has no single gradients",
@@ -99,6 +101,7 @@ def _step_hook(opt: Optimizer, group: dict[str, Any]) -> Callable[[torch.Tensor]
         one_param = object.__new__(type(opt))
         one_param.__dict__.update(attributes)
         one_param.param_groups = [{**group, "params": [param]}]
+        # The group's options are read now, so that a scheduler's new rate counts.
         one_param.step()
         param.grad = None
 

@@ -71,6 +71,7 @@ class ScalerState:
     growth_interval: int = 2000
 
     def __attrs_post_init__(self) -> None:
+        # `not >`, so that NaN is invalid, too
         invalid = (
             not self.scale > 0
             or not self.growth_factor >= 1
@@ -88,6 +89,7 @@ class ScalerState:
 
     def after_backward(self) -> ScalerState:
         """Return the state after a backward with the current scale."""
+        # The second micro-batch of a window changes nothing: the same record, without allocation.
         if self.grad_scale == self.scale and not self.stepped:
             return self
         return attrs.evolve(self, grad_scale=self.scale, stepped=())
@@ -102,6 +104,8 @@ class ScalerState:
             if finite:
                 return self
             return attrs.evolve(self, num_skipped=self.num_skipped + 1)
+        # A backed-off scale starts from the one of the gradients: the second optimizer that
+        # overflows after one backward does not halve it again.
         stepped = (*self.stepped, Stepped(opt))
         if not finite:
             scale = self.scale_of_gradients(opt) * self.backoff_factor
@@ -182,6 +186,7 @@ def init_scaler(ctx: DistContext, **options: float) -> ScalerState:
                 got=f"{name}={options[name]!r}",
                 fix=nearest(name, _OPTIONS),
             )
+    # A misspelled option raises in any precision; only fp16 uses them.
     if ctx.config.mixed_precision != "fp16":
         return ScalerState()
     return ScalerState(enabled=True, **{"scale": 65536.0, **options})  # type: ignore[arg-type]
@@ -231,6 +236,8 @@ def unscale_(grads: Iterable[torch.Tensor], scale: float, ctx: DistContext) -> b
             values, group_overflow, inverse
         )
         overflow = torch.maximum(overflow, group_overflow.to(ctx.device))
+    # All ranks must skip the same updates, or their parameters would differ.
     if not ctx.is_replicated:
         overflow = ctx.comm.all_reduce(overflow, "max", WORLD)
+    # The one point where the host waits for the device.
     return not overflow.item()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import attrs
 import torch
@@ -100,9 +100,11 @@ def scaled_backward(
         )
     factor = scaler.scale
     if isinstance(scale, torch.Tensor):
+        # A tensor stays on the device: reading it would wait for the all-reduce of the weights.
         loss = loss * scale.to(loss.dtype)
     else:
         factor = factor * scale
+    # A multiplication by 1 would cost a kernel and a node of the graph.
     if factor != 1.0:
         loss = loss * factor
     try:
@@ -114,7 +116,7 @@ def scaled_backward(
 
 @effectful(updates(".grad"), COLLECTIVE)
 def pipeline_step(
-    loss_fn: Callable[[Callable[..., Any], Tree], torch.Tensor],
+    loss_fn: Callable[[Callable[..., Tree], Tree], torch.Tensor],
     model: WrappedModel,
     window: Window,
     scaler: ScalerState,
@@ -168,15 +170,19 @@ def pipeline_step(
     if forward_backward is None:
         return _one_by_one(loss_fn, model, window, scaler, ctx)
     check_scaler(scaler)
+    # A pipeline interleaves forward and backward of all micro-batches: it needs them at once.
     micro_batches = list(window)
-    losses = [_bind_loss(loss_fn, micro_batch.data) for micro_batch in micro_batches]
-    factors = [micro_batch.scale * scaler.scale for micro_batch in micro_batches]
+    losses: list[MicroBatchLoss] = []
+    factors: list[float | torch.Tensor] = []
+    for micro_batch in micro_batches:
+        losses.append(_bind_loss(loss_fn, micro_batch.data))
+        factors.append(micro_batch.scale * scaler.scale)
     values = forward_backward(model.engine, losses, factors, ctx)
     return values, scaler.after_backward()
 
 
 def _one_by_one(
-    loss_fn: Callable[[Callable[..., Any], Tree], torch.Tensor],
+    loss_fn: Callable[[Callable[..., Tree], Tree], torch.Tensor],
     model: WrappedModel,
     window: Window,
     scaler: ScalerState,
@@ -187,16 +193,17 @@ def _one_by_one(
         with grad_sync(model, on=micro_batch.sync):
             loss = loss_fn(model, micro_batch.data)
             scaler = scaled_backward(loss, scaler, ctx, scale=micro_batch.scale)
+        # Under `loss_parallel` a loss is a DTensor.
         values.append(full_tensor(loss.detach()))
     return torch.stack(values), scaler
 
 
 def _bind_loss(
-    loss_fn: Callable[[Callable[..., Any], Tree], torch.Tensor], data: Tree
+    loss_fn: Callable[[Callable[..., Tree], Tree], torch.Tensor], data: Tree
 ) -> MicroBatchLoss:
     """Return a function from a callable model to the checked loss of one micro-batch."""
 
-    def loss_of(model: Callable[..., Any]) -> torch.Tensor:
+    def loss_of(model: Callable[..., Tree]) -> torch.Tensor:
         loss = loss_fn(model, data)
         if not _is_loss(loss):
             raise _loss_error(loss)
@@ -288,6 +295,7 @@ def optimizer_step(
         grad_norm, finite = _update(opt, params, options, ctx, binding)
     else:
         grad_norm, finite = engine_step(opt, options, ctx)
+    # A skipped update is none: the schedule counts updates.
     if finite:
         for one_scheduler in schedulers:
             one_scheduler.step()
@@ -308,6 +316,7 @@ def _update(
     """
     finite = True
     grad_norm = None
+    # fp16 always skips, so unscaling and the check are one pass over the gradients.
     if options.skip_nonfinite:
         grads = [param.grad for param in params if param.grad is not None]
         finite = unscale_(grads, options.grad_scale, ctx)
@@ -344,6 +353,7 @@ def _schedulers(
     if scheduler is None:
         return ()
     schedulers = scheduler if isinstance(scheduler, Sequence) else (scheduler,)
+    # Duck-typed, because users write schedulers that inherit from nothing.
     for one_scheduler in schedulers:
         if isinstance(one_scheduler, ReduceLROnPlateau) or not hasattr(one_scheduler, "step"):
             raise ConfigError(

@@ -10,9 +10,9 @@ import torch
 
 from faccel.checks import instance_of, positive
 from faccel.context import DistContext
+from faccel.data.batch import Batch
 from faccel.data.loader import ShardedLoader, batches
 from faccel.data.order import Cursor
-from faccel.data.batch import Batch
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import DataError
 from faccel.protocols import DATA
@@ -113,6 +113,7 @@ def windows(
     if size is None:
         size = ctx.config.grad_accum
     num_micro_batches = positive("size", size)
+    # One process has no other ranks to wait for it.
     if loader.source.tail == "uneven" and ctx.data_world_size > 1:
         raise uneven_tail_error()
     return _windows(loader, ctx, num_micro_batches, weight)
@@ -123,6 +124,7 @@ def _windows(
 ) -> Iterator[Window]:
     source = batches(loader)
     current = list(islice(source, num_micro_batches))
+    # One window is read before the first is yielded: its length gives the scale.
     while current:
         ahead = _ReadAhead(source, num_micro_batches)
         if weight is None:
@@ -130,6 +132,7 @@ def _windows(
         else:
             scale = _scale(current, weight, ctx)
         yield Window(tuple(current), scale, current[-1].cursor, ahead.read)
+        # Also after a `break` inside the window: the next one starts where this one ends.
         current = ahead.finish()
 
 
@@ -160,13 +163,16 @@ def _scale(window: Sequence[Batch], weight: Weight, ctx: DistContext) -> torch.T
     dtype = torch.float64
     if ctx.device.type == "mps":
         dtype = torch.float32
-    weights = [weight(batch) for batch in window]
     # Numbers are added on the host, so that only tensors cost a kernel each.
-    host_sum = sum(value for value in weights if not isinstance(value, torch.Tensor))
-    local_sum = torch.full((), host_sum, dtype=dtype, device=ctx.device)
-    for value in weights:
+    host_sum = 0.0
+    local_sum = torch.zeros((), dtype=dtype, device=ctx.device)
+    for batch in window:
+        value = weight(batch)
         if isinstance(value, torch.Tensor):
             local_sum = local_sum + value.detach().to(local_sum)
+        else:
+            host_sum += value
+    local_sum = local_sum + host_sum
     total = ctx.comm.all_reduce(local_sum, "sum", DATA)
     # Backward averages gradients over the data ranks and the ranks of `cp`: multiply them again.
     num_averaged = ctx.mesh.spec.data_world_size * ctx.mesh.spec.cp

@@ -10,10 +10,10 @@ from tests.world.test_sequence import (
     attention,
     check,
     check_trained,
+    full_sequence,
     functools,
     on_one_rank,
     train,
-    full_sequence,
 )
 
 
