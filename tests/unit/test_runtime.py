@@ -31,7 +31,7 @@ def test_init_and_shutdown_may_be_called_twice():
 def test_init_works_after_a_failed_init():
     with pytest.raises(ConfigError):
         faccel.init(env={}, mesh="dp_replicate=2")
-    with pytest.raises(FaccelError, match="`ep` divides"):
+    with pytest.raises(FaccelError, match="`ep` must divide"):
         faccel.init(
             env={
                 "RANK": "0",
