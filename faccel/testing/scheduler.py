@@ -9,9 +9,9 @@ A hang is detected without a timeout: some ranks wait, and no rank can run.
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from faccel.errors import DesyncError, RankFailedError
 from faccel.random.generators import Generators
 
 T = TypeVar("T")
+_SIGNAL_POLL_S = 1.0
 
 
 class _GroupTable:
@@ -153,18 +154,20 @@ class Scheduler:
         return tuple(rank.result for rank in self._ranks)
 
     def _wait_until_finished(self, threads: list[threading.Thread], timeout_s: float) -> None:
-        if timeout_s == math.inf:
-            self._finished.wait()
-            return
-        num_switches = -1
-        # A slow node makes slow progress: only an interval without any ends the simulation.
-        while not self._finished.wait(timeout_s):
-            if self._num_switches == num_switches:
+        num_switches = self._num_switches
+        deadline = time.monotonic() + timeout_s
+        # Short waits: Python handles a signal that arrives just before a wait only after it.
+        while not self._finished.wait(min(timeout_s, _SIGNAL_POLL_S)):
+            if self._num_switches != num_switches:
+                # A slow node makes slow progress: only an interval without any is an error.
+                num_switches = self._num_switches
+                deadline = time.monotonic() + timeout_s
+                continue
+            if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"the simulation made no progress for {timeout_s:g} s:\n"
                     f"{self._running_stack(threads)}"
                 )
-            num_switches = self._num_switches
 
     def _running_stack(self, threads: list[threading.Thread]) -> str:
         """Return the innermost lines of the rank that runs."""
