@@ -36,7 +36,10 @@ _OPS = {
 }
 _OPS_IN_GRAPHS = {"sum": "sum", "min": "min", "max": "max", "prod": "product"}
 # PyTorch 2.13 renamed it and warns about the old name, which is the only one in 2.9
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_gather_name = "all_gather_single"
+if not hasattr(dist, _all_gather_name):
+    _all_gather_name = "all_gather_into_tensor"
+_all_gather_single = getattr(dist, _all_gather_name)
 
 
 def _is_referenced(alias: torch.Tensor) -> bool:

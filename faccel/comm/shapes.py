@@ -58,7 +58,7 @@ def split(xs: Tree, ctx: DistContext, *, pad: bool = False, axis: str = DATA) ->
     num_each, num_extra = divmod(len(xs), size)
     start = rank * num_each + min(rank, num_extra)
     has_extra = rank < num_extra
-    items = xs[start : start + num_each + int(has_extra)]
+    items: Tree = xs[start : start + num_each + int(has_extra)]
     if not pad or has_extra or num_extra == 0:
         return items
     if isinstance(xs, torch.Tensor):

@@ -135,7 +135,7 @@ def _has_shuffle_buffer(dataset: Tree) -> bool:
     Its state leaves out the buffer, whose samples would be lost in a resume: such a stream is
     read from its beginning instead.
     """
-    stages = [getattr(dataset, "_ex_iterable", None)]
+    stages: list[Tree] = [getattr(dataset, "_ex_iterable", None)]
     while stages:
         stage = stages.pop()
         if hasattr(stage, "buffer_size"):

@@ -45,7 +45,9 @@ class ShardedLoader:
     epoch: int | None
     start: int = 0
     state: Tree = attrs.field(default=None, repr=False)
-    _to_device: Callable[[Tree], Tree] = attrs.field(default=_unchanged, repr=False)
+    _to_device: Callable[[Tree], Tree] = attrs.field(
+        default=_unchanged, repr=False, alias="to_device"
+    )
 
     @property
     def dataset(self) -> Tree:

@@ -160,7 +160,7 @@ def _no_batch_size() -> DataError:
 
 def _check(loader: Iterable[Tree], mode: str) -> None:
     one_of("mode", mode, MODES, DataError)
-    if not isinstance(loader, Iterable):
+    if not isinstance(loader, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise DataError(
             "`loader` must be a `DataLoader` or an iterable of batches",
             got=shown(loader),
