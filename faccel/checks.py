@@ -171,6 +171,7 @@ def shown(value: object, limit: int = 80) -> str:
         >>> shown("x" * 100)
         'an object of type str'
     """
+    # The repr of a tensor or a model can be megabytes: only plain values are shown.
     text = repr(value) if isinstance(value, str | int | float | bool | None) else ""
     if not text or len(text) > limit:
         return f"an object of type {type(value).__name__}"

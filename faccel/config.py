@@ -203,6 +203,7 @@ def unreadable(
 
     Effects: pure.
     """
+    # a ValueError of `int` or `float` does not name the expected type
     expected = {int: "an int", float: "a number"}.get(field.metadata["parse"], str(error))
     return ConfigError(
         f"{name} must be {expected}",
@@ -285,6 +286,7 @@ def _record_settings(config: Config | Mapping[str, object] | None) -> dict[str, 
 
 def _is_set(config: Config, name: str) -> bool:
     """Return whether a record sets a field: it has a source, or differs from the default."""
+    # A resolved record can set a field to its default: `mixed_precision="no"` over a variable.
     if config.sources:
         return config.sources.get(name, "default") != "default"
     return getattr(config, name) != getattr(Config(), name)
@@ -325,6 +327,7 @@ def resolve(
     sources = dict.fromkeys(values, "default")
     flags = _flag_settings(env or {})
     arguments = {name: _Setting(value, "argument") for name, value in (overrides or {}).items()}
+    # from the weakest source to the strongest
     layers = (
         _file_settings(file),
         _environment_settings(env or {}),

@@ -199,6 +199,7 @@ class DistContext:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # Torchrun mixes the tracebacks of all ranks in one output.
         if error is not None and self.world_size > 1:
             error.add_note(f"on rank {self.rank} of {self.world_size}")
         try:
@@ -206,4 +207,5 @@ class DistContext:
         except Exception as close_error:
             if error is None:
                 raise
+            # the first error is the cause: closing may fail because of it
             error.add_note(f"closing the context failed too: {close_error}")

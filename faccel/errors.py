@@ -135,6 +135,7 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """
     names = sorted(allowed)
     listed = ", ".join(f"`{name}`" for name in names)
+    # similarity of at least 0.6, so that an unrelated word gets no suggestion
     matches = difflib.get_close_matches(word, names, n=1)
     if not matches:
         return f"use one of {listed}"

@@ -54,6 +54,7 @@ class Lifetime:
 
         Effects: ambient.
         """
+        # Cleared first: a second `close`, or one from a callback, calls nothing twice.
         with self._lock:
             callbacks = self._callbacks[::-1]
             self._callbacks.clear()

@@ -171,6 +171,7 @@ class MeshSpec:
     def _with_expert_axis(self) -> MeshSpec:
         """Return the mesh with `ep` checked, and -1 replaced by `dp_shard * cp`."""
         num_storage_ranks = self.dp_shard * self.cp
+        # The experts are sharded over the ranks that shard the other parameters, in blocks of `ep`.
         if self.ep == -1:
             return attrs.evolve(self, ep=num_storage_ranks)
         if num_storage_ranks % self.ep == 0:
@@ -184,6 +185,7 @@ class MeshSpec:
     def coordinates(self, rank: int) -> dict[str, int]:
         """Return the index of `rank` along each axis; the last axis of `AXES` varies fastest."""
         coordinates: dict[str, int] = {}
+        # mixed radix: the remainder is the index along the fastest axis
         for axis in reversed(AXES):
             rank, coordinates[axis] = divmod(rank, getattr(self, axis))
         return coordinates
@@ -254,6 +256,7 @@ class MeshSpec:
             dp_shard=0                0     1
             dp_shard=1                2     3
         """
+        # Rows are data ranks: what one row contains reads the same samples.
         rank_by_cell: dict[str, dict[str, int]] = {}
         for rank in range(self.size):
             row = self._coordinate_label(rank, is_data=True) or "data=0"

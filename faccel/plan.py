@@ -117,6 +117,7 @@ class DdpConfig:
     gradient_as_bucket_view: bool = _bool_field(default=True)
     skip_all_reduce_unused_params: bool = _bool_field(default=False)
     comm_hook: str | None = attrs.field(default=None, validator=choice(*HOOKS, optional=True))
+    # frozen, so that one instance can be the default of all
     powersgd: PowerSgdConfig = PowerSgdConfig()
     shard_optimizer: bool = _bool_field(default=False)
 
@@ -145,6 +146,7 @@ class FsdpConfig:
 
 def _settings(value: object) -> str | Mapping[str, object] | None:
     if isinstance(value, Mapping):
+        # a read-only copy: the record is immutable
         return MappingProxyType(dict(value))
     if value is None or isinstance(value, str):
         return value
@@ -203,6 +205,7 @@ class ActivationCheckpointing:
 def _activation_checkpoint(value: object) -> ActivationCheckpointing | None:
     if value is None or isinstance(value, ActivationCheckpointing):
         return value
+    # the short forms of the common cases
     if value == "full":
         return ActivationCheckpointing()
     if isinstance(value, int) and not isinstance(value, bool):
@@ -329,6 +332,7 @@ class Plan:
         fields["tensor"] = dict(self.tensor)
         return _construct, (Plan, fields)
 
+    # Whether the plan fits the mesh and the model is checked by `wrap`, which has both.
     def __attrs_post_init__(self) -> None:
         self._check_class("ddp", DdpConfig)
         self._check_class("fsdp", FsdpConfig)

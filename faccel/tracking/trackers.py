@@ -77,11 +77,12 @@ def _open_jsonl(folder: Path, config: RunConfig) -> TextIO:
 
 def _log_jsonl(file: TextIO, values: Mapping[str, float], step: int) -> None:
     file.write(_to_json({"step": step, "time": time.time(), **values}) + "\n")
-    file.flush()
+    file.flush()  # a killed run keeps all that it logged
 
 
 def _open_csv(folder: Path, config: RunConfig) -> TextIO:
     path = folder / "metrics.csv"
+    # a continued run has its header already
     is_new = not path.exists() or path.stat().st_size == 0
     file = path.open("a", newline="")
     if is_new:
