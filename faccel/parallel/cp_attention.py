@@ -70,7 +70,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(node: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        node: Any, grad: Tensor
+    ) -> tuple[Tensor, None]:
         by_rank = grad.unflatten(2, (node.comm.size(AXIS), -1)).movedim(2, 0)
         return node.comm.all_to_all(by_rank.contiguous(), AXIS).sum(0), None
 
@@ -132,7 +134,9 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(node: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        node: Any, grad_out: Tensor
+    ) -> tuple[Tensor | None, ...]:
         q, kv, out, lse = node.saved_tensors
         comm: Collectives = node.ctx.comm
         own_chunk = chunk_index(node.ctx)

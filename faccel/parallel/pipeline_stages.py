@@ -22,7 +22,7 @@ def chain_of(module: nn.Module, plan: PipelineConfig) -> list[str]:
         ModelError: A parameter or a module of the model is not in the chain.
     """
     names = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
-    # In the order of the patterns, which is that of the computation.
+    # In the order of the patterns: the order in which the modules run.
     chain: list[str] = []
     for pattern in plan.chain:
         chain += matching(pattern, names, "module")
@@ -200,12 +200,12 @@ class RemoteModule(nn.Module):
 
 
 def remove_other_stages(
-    module: nn.Module, stages: Sequence[Sequence[str]], kept: Collection[str]
+    module: nn.Module, stages: Sequence[Sequence[str]], own_names: Collection[str]
 ) -> None:
     """Replace the modules of the other ranks' stages by a `RemoteModule`. Updates `module`."""
     for stage in stages:
         for name in stage:
-            if name not in kept:
+            if name not in own_names:
                 parent, _, leaf = name.rpartition(".")
                 container = module.get_submodule(parent)
                 container._modules[leaf] = RemoteModule()  # pyright: ignore[reportPrivateUsage]
