@@ -1,4 +1,4 @@
-"""The laws of running a model, run on every row of the table of backends, and on one that a third party wrote."""
+"""The laws of running a model, on every row of the table of backends and on a third-party one."""
 
 import functools
 import os
@@ -19,7 +19,7 @@ PLAN = faccel.Plan(
     tensor={"layers.*.up": "colwise", "layers.*.down": "rowwise"},
     pipeline=faccel.parallel.PipelineConfig(chain=("first", "layers.*", "last")),
 )
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own advice on layouts
+pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's advice on layouts
 
 
 def with_averaging(law, ctx):
@@ -144,19 +144,19 @@ def training_equals_one_process(ctx):
     norms = [info.grad_norm for _, info in train(ctx, wrapped, opt, 3)]
     trained = one_process(3, dtype_of(ctx))
     expected = dict(trained.named_parameters())
-    found = weights(wrapped)
-    assert all((p - expected[name]).abs().max() < near_of(ctx) for name, p in found.items())
+    found_weights = weights(wrapped)
+    assert all((p - expected[name]).abs().max() < near_of(ctx) for name, p in found_weights.items())
     with torch.no_grad():
         out = wrapped.eval()(rows().to(dtype_of(ctx)))
     assert (out - trained(rows().to(dtype_of(ctx)))).abs().max() < near_of(ctx)
     assert all(norm.isfinite() for norm in norms)
     names = set(expected) if ctx.mesh.spec.pp == 1 else {n for part in faccel.gather_objects(
-        list(found), ctx, axis="world") for n in part}  # fmt: skip
+        list(found_weights), ctx, axis="world") for n in part}  # fmt: skip
     assert names == set(expected)
 
 
 @law
-def the_norm_is_that_of_all_gradients(ctx):
+def the_norm_is_of_all_gradients(ctx):
     wrapped = faccel.wrap(Net().to(dtype_of(ctx)), ctx, plan=PLAN)
     opt = faccel.wrap_optimizer(torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, ctx)
     ((losses, info),) = train(ctx, wrapped, opt, 1)
@@ -180,7 +180,7 @@ def every_rank_starts_from_rank_0s_values_under_the_users_names(ctx):
 
 
 @law
-def evaluation_is_that_of_the_whole_model_on_every_rank(ctx):
+def evaluation_runs_the_full_model_on_every_rank(ctx):
     wrapped = faccel.wrap(Net(ctx.rank), ctx, plan=PLAN).eval()
     with torch.no_grad():
         out = wrapped(rows().float())
@@ -219,8 +219,8 @@ def gradients_that_are_cleared_take_no_part_in_the_next_update(ctx):
     scaler = faccel.init_scaler(ctx)
     for update in (1, 0):  # as a discriminator that the generator's loss went through
         opt.zero_grad()
-        mine = rows(update).to(dtype_of(ctx)).chunk(ctx.data_world_size)[ctx.data_rank]
-        scaler = faccel.scaled_backward(wrapped(mine).square().mean(), scaler, ctx)
+        own_rows = rows(update).to(dtype_of(ctx)).chunk(ctx.data_world_size)[ctx.data_rank]
+        scaler = faccel.scaled_backward(wrapped(own_rows).square().mean(), scaler, ctx)
     faccel.optimizer_step(opt, scaler, ctx)
     net = Net().double()
     net(rows(0)).square().mean().backward()

@@ -1,4 +1,4 @@
-"""Optimizer states that are spread over the data ranks (ZeRO-1): simulated, and over gloo."""
+"""Optimizer states that are sharded over the data ranks (ZeRO-1): simulated, and over gloo."""
 
 import pytest
 import torch
@@ -94,10 +94,10 @@ def num_elements(ctx, ddp):
 
 
 def test_each_rank_keeps_its_share_of_the_states():
-    whole = num_elements(fake_context(0, 1), PLAIN)
+    num_replicated = num_elements(fake_context(0, 1), PLAIN)
     parts = simulate(num_elements, 4, ZERO)
-    assert sum(parts) == whole
-    assert max(parts) < 0.3 * whole
+    assert sum(parts) == num_replicated
+    assert max(parts) < 0.3 * num_replicated
 
 
 def test_one_process_and_frozen_models_keep_their_optimizer():
@@ -152,7 +152,7 @@ def test_states_that_an_optimizer_has_already_are_shared_out():
 
 
 def resumed(ctx, path, layouts):
-    """Save in one layout after 3 steps, go on in another."""
+    """Save in one layout after 3 steps, resume in another."""
     state = make(ctx, layouts[0])
     run(ctx, state, range(3))
     faccel.save(state, path, ctx, step=3)
@@ -178,14 +178,14 @@ def test_a_resumed_run_is_the_same_run_with_spread_and_with_whole_states(
         check_equal(got, expected)
 
 
-def load_and_go_on(ctx, path):
+def load_and_resume(ctx, path):
     return run(ctx, faccel.load(make(ctx, ZERO), path, ctx), range(3, STEPS))
 
 
 def test_any_world_size_loads_what_another_saved(tmp_path):
     first = simulate(resumed, 2, tmp_path, (ZERO, ZERO))[0]
     for world_size in (1, 4):
-        check_close(simulate(load_and_go_on, world_size, tmp_path)[0], first)
+        check_close(simulate(load_and_resume, world_size, tmp_path)[0], first)
 
 
 def test_processes_save_and_load(tmp_path):
@@ -198,24 +198,25 @@ def test_a_state_is_whole_on_every_rank_and_loading_leaves_the_argument_alone():
     def fn(ctx):
         state = make(ctx, ZERO)
         run(ctx, state, range(2))
-        whole = state["opt"].state_dict()
-        assert sorted(whole["state"]) == list(range(36))
+        full_state = state["opt"].state_dict()
+        assert sorted(full_state["state"]) == list(range(36))
         assert state["opt"]._all_state_dicts == []  # the others' parts do not stay
         before = {
-            i: {name: x.clone() for name, x in each.items()} for i, each in whole["state"].items()
+            i: {name: x.clone() for name, x in each.items()}
+            for i, each in full_state["state"].items()
         }
         again = make(ctx, ZERO)["opt"]
-        again.load_state_dict(whole)
+        again.load_state_dict(full_state)
         for i, each in before.items():
             for name, x in each.items():
-                assert torch.equal(whole["state"][i][name], x)
+                assert torch.equal(full_state["state"][i][name], x)
         back = again.state_dict()
         assert all(
             torch.equal(back["state"][i][n], x)
             for i, each in before.items()
             for n, x in each.items()
         )
-        assert back["param_groups"] == whole["param_groups"]
+        assert back["param_groups"] == full_state["param_groups"]
         return before
 
     for ours in simulate(fn, 2):
@@ -232,10 +233,10 @@ def plain_state(ctx):
 def test_a_state_of_other_groups_is_refused():
     def fn(ctx):
         state = make(ctx, ZERO)
-        whole = state["opt"].state_dict()
-        whole["param_groups"] = whole["param_groups"][:2]
+        full_state = state["opt"].state_dict()
+        full_state["param_groups"] = full_state["param_groups"][:2]
         with pytest.raises(OptimizerError, match="groups"):
-            state["opt"].load_state_dict(whole)
+            state["opt"].load_state_dict(full_state)
 
     simulate(fn, 2)
 

@@ -37,7 +37,7 @@ def probe(env: Mapping[str, str]) -> str | None:
         return f"deepspeed {version} is installed, and this version of faccel needs {SUPPORTED}"
     compiler = env.get("CXX") or "c++"
     if shutil.which(compiler, path=env.get("PATH")) is None:
-        return f"the C++ compiler `{compiler}`, which builds its operators, is not on the PATH"
+        return f"`{compiler}` is not on the PATH: its operators need a C++ compiler"
     return None
 
 
