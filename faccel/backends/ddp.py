@@ -35,9 +35,12 @@ class DdpEngine(DistributedDataParallel):
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
+    # First: its error names the parameter that differs, where DDP's check gives an index.
     check_same_structure(module, ctx, DATA)
     if not any(param.requires_grad for param in module.parameters()):
+        # DDP raises for a module of which no parameter requires a gradient.
         return _wrap_frozen(module, ctx)
+    # Units are changed in place, under their names: DDP sees the same parameters as without.
     checkpoint_and_compile(module, plan)
     engine = _make_engine(module, plan.ddp, ctx)
 
@@ -81,15 +84,18 @@ _DEFAULTS = DdpConfig()
 
 
 def _make_engine(module: nn.Module, options: DdpConfig, ctx: DistContext) -> DdpEngine:
+    # DDP divides the sum of gradients by the size of this group: grad = 1/R * sum_r grad_r.
     group = ctx.comm.group(DATA)
     assert group is not None
-    arguments: dict[str, Any] = {"gradient_as_bucket_view": True}  # torch's default is False
+    # torch's default is False. True avoids a copy of all gradients: `.grad` aliases the buckets.
+    arguments: dict[str, Any] = {"gradient_as_bucket_view": True}
     for name, value in attrs.asdict(options, recurse=False).items():
         # Defaults are left to torch: torch 2.9 lacks some of these arguments.
         if name not in _NOT_ARGUMENTS and value != getattr(_DEFAULTS, name):
             arguments[name] = value  # noqa: PERF403
     if not options.forward_sync_buffers:
         arguments |= _without_buffer_sync(module, ctx)
+    # DDP's hooks run in `forward` only. `Methods` calls any method of the module through it.
     engine = DdpEngine(Methods(module), process_group=group, **arguments)
     engine.shards_optimizer = options.shard_optimizer
     if options.comm_hook is not None:
@@ -110,11 +116,13 @@ def _without_buffer_sync(module: nn.Module, ctx: DistContext) -> dict[str, bool]
 
 def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     """Wrap a model without trainable parameters, which DDP refuses."""
+    # DDP's constructor would do this for a model with gradients.
     broadcast_from_rank_0(
         {**dict(module.named_parameters()), **dict(module.named_buffers())}, ctx, DATA
     )
 
     def run(method: str, *args: Tree, **kwargs: Tree) -> Tree:
+        # A parameter that is unfrozen later would be trained by each replica for itself.
         if torch.is_grad_enabled() and any(param.requires_grad for param in module.parameters()):
             raise ModelError(
                 "this model was frozen when it was wrapped, so its gradients would not be reduced",
@@ -139,6 +147,8 @@ def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
     if not isinstance(engine, DdpEngine):  # a frozen model has no gradients to reduce
         yield
         return
+    # Not `engine.no_sync()`, which can only turn the reduction off, and not on again inside of it.
+    # DDP reads this attribute in forward, too: the context must contain both.
     before = engine.require_backward_grad_sync
     if engine.static_graph:
         # The first backward of a static graph records it, and torch asserts that it also reduces.
@@ -151,6 +161,7 @@ def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
 
 
 def _sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
+    # Statistics such as those of batch norm differ: DDP reduces gradients only.
     buffers = dict(engine.named_buffers())
     if buffers and isinstance(engine, DdpEngine):
         broadcast_from_rank_0(buffers, ctx, DATA)
@@ -162,6 +173,7 @@ def _join(
     if not isinstance(engine, DdpEngine):  # a frozen model communicates nothing
         return nullcontext()
     if engine.shards_optimizer:
+        # A step of ZeRO-1 broadcasts updated shards. `join_uneven` joins DDP's collectives only.
         raise ConfigError(
             "with `shard_optimizer` ranks cannot end at different updates: each steps its shard",
             got="shard_optimizer=True",

@@ -27,6 +27,7 @@ def _renamed(hook: Hook) -> Hook:
     return run
 
 
+# The casting hooks divide by the number of ranks before they sum: fp16 could overflow.
 _HOOKS: dict[str, Hook] = {
     "fp16": default_hooks.fp16_compress_hook,
     "bf16": _renamed(default_hooks.bf16_compress_hook),
@@ -39,6 +40,7 @@ _HOOKS: dict[str, Hook] = {
 def register(engine: DistributedDataParallel, options: DdpConfig, group: dist.ProcessGroup) -> None:
     """Register the hook that `options.comm_hook` names. Updates `engine`."""
     name = str(options.comm_hook)
+    # The state of the casting hooks is the group; without one they use all ranks.
     state: object = group
     if "powersgd" in name:
         # Vogels, Karimireddy and Jaggi 2019 (arXiv:1905.13727)

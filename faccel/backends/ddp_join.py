@@ -27,6 +27,7 @@ def join_uneven(
     `engine` and `states`; collective.
     """
     config = engine._join_config  # pyright: ignore[reportPrivateUsage]
+    # It enables `engine._join_config`, by which each forward counts the ranks that still train.
     join = Join([engine])
     try:
         with naming_failed_rank("join", DATA, ctx.comm):

@@ -49,6 +49,7 @@ class FsdpEngine(nn.Module):
         self.ctx = ctx
         self.reduces_grads = True
         self.unreduced = UnreducedGrads(module)
+        # FSDP2's hooks are hooks of `nn.Module`, so `forward` has them from the start.
         self._methods = {"forward"}
 
     def set_reduces_grads(self, *, on: bool) -> None:
@@ -64,6 +65,7 @@ class FsdpEngine(nn.Module):
         except RuntimeError as error:  # forward gathers parameters
             raise_naming_rank(error, "forward", WORLD, self.ctx.comm)
         if torch.is_grad_enabled():
+            # Also in a forward that reduces: its backward adds to what earlier ones accumulated.
             self.unreduced.watch_backward(output, reduces=self.reduces_grads)
         if self.ctx.compute_dtype is None:
             return output
@@ -74,6 +76,7 @@ class FsdpEngine(nn.Module):
         if method not in self._methods:
             from torch.distributed.fsdp import register_fsdp_forward_method
 
+            # Once per method: torch replaces it by a wrapper, and would wrap the wrapper again.
             register_fsdp_forward_method(self.module, method)
             self._methods.add(method)
 
@@ -90,14 +93,20 @@ def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext
 
     Updates `module`; collective over the stage.
     """
+    # First, because all later steps take local slices: every rank must have the same values.
     values = InitialValues.of(module, ctx, "stage")
     if layout.tp_styles:
+        # Before FSDP2, which shards the DTensors of `tp` once more, along dim 0.
+        # The reverse is impossible: `parallelize_module` needs full parameters on each rank.
         from faccel.parallel.tensor_parallel import apply_tensor_parallel
 
         apply_tensor_parallel(module, layout.tp_styles, engine_mesh(ctx)["tp"])
+    # Before compilation, so that a compiled graph contains the second forward.
     apply_checkpointing(module, layout.units, plan)
+    # Before sharding: FSDP2's hooks stay outside the graphs, which they would break.
     apply_compile(module, layout.units, plan)
     _fully_shard(module, layout, plan, ctx)
+    # Last: of a model on meta, each rank now allocates its shards and one full tensor at a time.
     values.fill(module, ctx, "stage")
 
 
@@ -106,14 +115,17 @@ def _fully_shard(module: nn.Module, layout: Layout, plan: Plan, ctx: DistContext
 
     policy_of = _mixed_precision(layout, ctx)
     options = _options(plan, ctx)
+    # Experts first: the units around them must not take their parameters for `data_mesh`.
     if layout.moes:
         shard_experts(layout.moes, policy_of, options, engine_mesh(ctx), ctx)
     if layout.ignored:
+        # Looked up now, because tensor parallel has replaced parameters.
         params = dict(module.named_parameters(remove_duplicate=False))
         options["ignored_params"] = {params[name] for name in layout.ignored}
     # Inner units first: an outer one takes the parameters that no inner one has.
     for name, unit in layout.units.items():
         fully_shard(unit, mp_policy=policy_of(name), **options)
+    # The root takes the parameters that no unit has, such as those of a final norm.
     fully_shard(module, mp_policy=policy_of(""), **options)
     if plan.fsdp.prefetch is not None:
         _set_prefetch(_units_in_order(module, layout), plan.fsdp.prefetch)
@@ -124,10 +136,13 @@ def _options(plan: Plan, ctx: DistContext) -> dict[str, Any]:
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     options: dict[str, Any] = {
+        # Gradients are averaged over all ranks of this mesh: 1/(R * S) * sum over R replicas and
+        # S = dp_shard * cp ranks. `windows` weights losses by the same number.
         "mesh": data_mesh(ctx),
         "reshard_after_forward": plan.fsdp.reshard_after_forward,
     }
     if plan.offload:
+        # Copies to a GPU overlap with computation only if the memory of the host is pinned.
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=ctx.device.type == "cuda")
     return options
 
@@ -139,6 +154,7 @@ def _mixed_precision(layout: Layout, ctx: DistContext) -> Callable[[str], MixedP
     if ctx.compute_dtype is None:
         full_precision = MixedPrecisionPolicy()
         return lambda name: full_precision
+    # A sum over many ranks in bf16 or fp16 would round small gradients away.
     low = MixedPrecisionPolicy(param_dtype=ctx.compute_dtype, reduce_dtype=torch.float32)
     # FSDP2 casts the inputs of a unit to its `param_dtype`, so a unit in fp32 gets fp32 inputs.
     high = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
@@ -153,6 +169,7 @@ def _mixed_precision(layout: Layout, ctx: DistContext) -> Callable[[str], MixedP
 
 def _units_in_order(module: nn.Module, layout: Layout) -> list[nn.Module]:
     """Return the units in the order of `module.modules()`, which is usually that of forward."""
+    # By `id`: `layout.units` has inner units first, which is not the order of execution.
     units = {id(unit) for unit in layout.units.values()}
     return [submodule for submodule in module.modules() if id(submodule) in units]
 
@@ -161,9 +178,11 @@ def _set_prefetch(units: Sequence[nn.Module], count: int) -> None:
     """Let each unit start to gather the next `count` units, in forward and in backward."""
     fsdp_units = cast("Sequence[FSDPModule]", units)
     for i, unit in enumerate(fsdp_units):
+        # FSDP2 starts these gathers before the unit computes, so the two overlap.
         following = list(fsdp_units[i + 1 : i + 1 + count])
         preceding = list(fsdp_units[max(0, i - count) : i])
         unit.set_modules_to_forward_prefetch(following)
+        # Backward runs the units in reverse order, so the nearest predecessor comes first.
         unit.set_modules_to_backward_prefetch(preceding[::-1])
 
 
@@ -180,6 +199,7 @@ def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
     try:
         yield
     finally:
+        # Contexts nest: the inner one restores the value of the outer one.
         engine.set_reduces_grads(on=before)
         if not on:
             engine.unreduced.add_placeholders()
@@ -187,6 +207,7 @@ def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
 
 def sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
     """Overwrite the buffers with those of the first rank of the stage. Collective."""
+    # FSDP2 shards parameters only. Each rank updates its own copy of a buffer.
     buffers = dict(engine.named_buffers())
     if buffers:
         broadcast_from_rank_0(buffers, ctx, "stage")

@@ -94,6 +94,7 @@ def _units_without_experts(
 
 def _ignored_names(module: nn.Module, plan: Plan) -> frozenset[str]:
     """Return the names of the ignored parameters; a tied parameter has several."""
+    # By `id`, because a pattern may match one of the names of a tied parameter.
     params = dict(module.named_parameters(remove_duplicate=False))
     ignored: set[int] = set()
     for pattern in plan.fsdp.ignored:
@@ -130,6 +131,8 @@ def engine_mesh(ctx: DistContext) -> DeviceMesh:
     spec = ctx.mesh.spec
     if spec.ep == 1:
         return _mesh(ctx, {"storage": spec.dp_shard * spec.cp})
+    # Experts are sharded over `ep` and then stored over `ep_storage`. `ep` is the inner axis, so
+    # its ranks are neighbours: their all-to-all runs in every layer.
     return _mesh(ctx, {"ep_storage": spec.dp_shard * spec.cp // spec.ep, "ep": spec.ep})
 
 
@@ -146,9 +149,11 @@ def _mesh(ctx: DistContext, storage: Mapping[str, int]) -> DeviceMesh:
     spec = ctx.mesh.spec
     extents: dict[str, int] = {}
     if spec.pp > 1:
+        # Outermost, because stages exchange the least data: one activation per micro-batch.
         extents["pp"] = spec.pp
     extents["dp_replicate"] = spec.dp_replicate
     extents.update(storage)
     if spec.tp > 1:
+        # Innermost, because tensor parallel communicates in every layer: its ranks share a node.
         extents["tp"] = spec.tp
     return ctx.mesh.device_mesh_of(extents)

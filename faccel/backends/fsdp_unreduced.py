@@ -48,19 +48,23 @@ class UnreducedGrads:
     def add_placeholders(self) -> None:
         """Set the placeholders, after a backward that did not reduce. Updates `.grad`."""
         for fsdp_param in _fsdp_params(self.module):
+            # A parameter without a gradient gets no placeholder: optimizers must skip it, as usual.
             if fsdp_param in self._placeholders or not _has_accumulated(fsdp_param):
                 continue
             placeholder = None
             param = fsdp_param.sharded_param
             if param.grad is None:
+                # Zeros: code that reads `.grad`, such as a log of norms, gets a valid tensor.
                 zeros = torch.zeros_like(local_tensor(param))
                 placeholder = fsdp_param.to_sharded_dtensor(zeros)
+                # `optimizer_step` raises if all gradients have this mark: nothing was reduced yet.
                 mark_unreduced(placeholder)
                 param.grad = placeholder
             self._placeholders[fsdp_param] = placeholder
 
     def watch_backward(self, output: Tree, *, reduces: bool) -> None:
         """Call `drop_cleared` at the start of the backward through `output`. Updates `output`."""
+        # The usual case: all backwards have reduced, so outputs need no hooks.
         if not self._placeholders:
             return
 
@@ -69,6 +73,8 @@ class UnreducedGrads:
 
         for leaf in flatten(output)[0]:
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                # A hook of an output runs before the hooks of FSDP2, which accumulate. With several
+                # outputs it runs several times: later calls of `drop_cleared` change nothing.
                 leaf.register_hook(before_backward)
 
     def drop_cleared(self, *, reduces: bool) -> None:
@@ -96,6 +102,7 @@ def _fsdp_params(module: nn.Module) -> Iterator[_FsdpParam]:
         get_state = getattr(submodule, "_get_fsdp_state", None)
         if get_state is None:
             continue
+        # Private: torch has no public access to gradients that are not reduced.
         for group in get_state()._fsdp_param_groups:
             yield from group.fsdp_params
 
@@ -106,8 +113,10 @@ def _unsharded_param(fsdp_param: _FsdpParam) -> nn.Parameter | None:
 
 
 def _has_accumulated(fsdp_param: _FsdpParam) -> bool:
+    # Here where gradients are reduced in another dtype than they are computed in.
     if fsdp_param.unsharded_accumulated_grad is not None:
         return True
+    # Else in `.grad` of the gathered parameter, which stays while the gathered data is freed.
     unsharded_param = _unsharded_param(fsdp_param)
     return unsharded_param is not None and unsharded_param.grad is not None
 

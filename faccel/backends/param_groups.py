@@ -36,6 +36,7 @@ def copy_options(source: ParamGroups, target: ParamGroups) -> None:
     for source_group, target_group in zip(source, target, strict=True):
         for name, value in source_group.items():
             if name != "params":
+                # In place: schedulers and the user's code keep references to the groups.
                 target_group[name] = value
 
 
@@ -75,6 +76,7 @@ def to_cpu(state: Tree) -> Tree:
 
     def leaf_to_cpu(leaf: Tree) -> Tree:
         if isinstance(leaf, torch.Tensor):
+            # A state is sent pickled: as CPU tensors it needs no memory of the receiver's device.
             return leaf.detach().cpu()
         return leaf
 

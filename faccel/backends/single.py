@@ -26,6 +26,7 @@ def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Opti
 
 
 def _grad_sync(engine: nn.Module, *, on: bool) -> AbstractContextManager[None]:
+    # Backward of one process communicates nothing, so there is nothing to turn off.
     return nullcontext()
 
 
@@ -36,6 +37,7 @@ def _sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
 def _join(
     engine: nn.Module, states: Sequence[Stateful], ctx: DistContext
 ) -> AbstractContextManager[None]:
+    # No other rank can end earlier.
     return nullcontext()
 
 

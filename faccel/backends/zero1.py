@@ -62,10 +62,12 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
     """
 
     def __init__(self, opt: Optimizer, ctx: DistContext) -> None:
+        # Copies: `Optimizer.__init__` writes into the dicts that it gets, which are the user's.
         groups = [dict(group) for group in opt.param_groups]
         self._ctx = ctx
         super().__init__(
             groups,
+            # torch calls it with this rank's groups, in place of the optimizer's class.
             _CopyForShard(opt),  # pyright: ignore[reportArgumentType]
             ctx.comm.group(DATA),
             **opt.defaults,
@@ -74,6 +76,8 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
     def state_dict(self) -> dict[str, Tree]:
         """Return the full state, on the CPU. Collective."""
         state = to_cpu(self.optim.state_dict())
+        # In place of `consolidate_state_dict`, after which only one rank has the states. Here every
+        # rank gets all of them, in the private list that torch's `state_dict` merges.
         self._all_state_dicts = all_or_error(
             lambda: state,
             self._ctx,
@@ -83,6 +87,7 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
         try:
             return super().state_dict()
         finally:
+            # The list has a copy of all shards: it would stay in memory until the next save.
             self._all_state_dicts = []
 
     def load_state_dict(self, state_dict: dict[str, Tree]) -> None:
@@ -95,6 +100,7 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
             params_of(self.param_groups), params_of(saved_groups), strict=True
         ):
             saved_numbers[id(param)] = number
+        # Parameters that this rank does not step are left out: it has no memory for their states.
         shard_groups = self.optim.state_dict()["param_groups"]
         shard_state: dict[int, Tree] = {}
         for number, param in zip(
@@ -105,6 +111,7 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
                 shard_state[number] = state_dict["state"][saved_number]
         copy_options(saved_groups, shard_groups)
         self.optim.load_state_dict({"state": shard_state, "param_groups": shard_groups})
+        # Schedulers read these groups; torch copies them to the shard's groups in each step.
         copy_options(self.optim.param_groups, self.param_groups)
 
 
@@ -119,10 +126,12 @@ class _CopyForShard:
 
     def __call__(self, groups: list[dict[str, Tree]], **defaults: Tree) -> Optimizer:
         shard = object.__new__(type(self.opt))
+        # Hooks, options and caches of the user's optimizer stay. Groups and states are replaced.
         shard.__dict__.update(self.opt.__dict__)
         shard.param_groups = groups
         shard.state = defaultdict(dict)
         for param in params_of(groups):
+            # There are states if the optimizer has stepped, or loaded some, before it was sharded.
             if param in self.opt.state:
                 shard.state[param] = self.opt.state[param]
         return shard
