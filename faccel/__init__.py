@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from faccel.config import Config as Config
     from faccel.context import DistContext as DistContext
     from faccel.context import Topology as Topology
+    from faccel.data.batch import Batch as Batch
     from faccel.data.loader import ShardedLoader as ShardedLoader
     from faccel.data.loader import batches as batches
     from faccel.data.loader import shard as shard
     from faccel.data.order import Cursor as Cursor
-    from faccel.data.batch import Batch as Batch
     from faccel.launching.functions import launch as launch
     from faccel.launching.functions import notebook_launch as notebook_launch
     from faccel.mesh import MeshSpec as MeshSpec

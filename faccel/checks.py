@@ -156,6 +156,31 @@ def instance_of(
     raise error(f"`{name}` must be {names}", got=shown(value), fix=fix)
 
 
+def flag_value(name: str, value: T, error: type[FaccelError] = ConfigError) -> T:
+    """Return `value`, which must be a bool, a number, or a 0-d tensor or array.
+
+    Effects: pure.
+
+    Examples:
+        >>> flag_value("stop", "no")
+        Traceback (most recent call last):
+        faccel.errors.ConfigError: `stop` must be a bool or a 0-d tensor. Got 'no', of type str.
+        To fix: use `stop=False` or `stop=True`.
+    """
+    if isinstance(value, bool | int | float):
+        return value
+    # `ndim` instead of `isinstance`: this module imports neither torch nor NumPy.
+    ndim = getattr(value, "ndim", None)
+    is_text = isinstance(value, str | bytes)  # NumPy's strings are 0-d
+    if ndim == 0 and not is_text:
+        return value
+    problem = f"`{name}` must be a bool or a 0-d tensor"
+    if ndim:
+        fix = f"use `{name}=value.any()` or `{name}=value.all()`"
+        raise error(problem, got=f"{name}.ndim={ndim}", fix=fix)
+    raise error(problem, got=shown(value), fix=f"use `{name}=False` or `{name}=True`")
+
+
 def _with_article(noun: str) -> str:
     if noun[0].lower() in "aeiou":
         return f"an {noun}"

@@ -12,6 +12,7 @@ import attrs
 import torch
 
 from faccel.call_site import call_site, override_call_site
+from faccel.checks import flag_value
 from faccel.comm.all_or_error import Failure, raise_on_all_ranks
 from faccel.comm.objects import gather_objects
 from faccel.comm.pack import check_rank
@@ -87,6 +88,7 @@ def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) 
         **flags: The same names on every rank; booleans or 0-d tensors.
 
     Raises:
+        ConfigError: A flag is not a bool, a number or a 0-d tensor.
         DesyncError: Ranks pass different flags.
 
     Returns:
@@ -104,6 +106,8 @@ def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) 
     size = ctx.comm.size(axis)
     # A raised flag is sent as `size - rank`, so that the lowest rank has the maximum.
     own_value = size - ctx.comm.rank(axis)
+    for name in names:
+        flag_value(name, flags[name])
     raised = torch.stack([torch.as_tensor(flags[name], device=ctx.device).bool() for name in names])
     # `max(hash) == -max(-hash)` only if all ranks have the same hash
     names_hash = zlib.crc32(",".join(names).encode())

@@ -309,6 +309,15 @@ MISTAKES = [
         fixed="batch = next(faccel.batches(train.at(0)))\n"
         "faccel.gather(batch.data, ctx, num_valid=batch.num_valid)",
     ),
+    Mistake("faccel.agree(ctx, stop='no')", CONFIG, "stop", "'no'", "stop=False", "stop='no'"),
+    Mistake(
+        "faccel.agree(ctx, nan=x.isnan())",
+        CONFIG,
+        "nan",
+        "nan.ndim=2",
+        "nan=value.any()",
+        fixed="value = x.isnan()\nfaccel.agree(ctx, nan=value.any())",
+    ),
     Mistake("faccel.broadcast(x, ctx, src=7)", CONFIG, "src", "7", "src=0", "src=7"),
     Mistake(
         "xs = range(5)\nfaccel.split(xs, ctx)",
