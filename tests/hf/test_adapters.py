@@ -1,4 +1,4 @@
-"""Adapters of PEFT: trained under replicas and shards, saved alone, and loaded by what made them."""
+"""Adapters of PEFT: trained with DDP and FSDP2, exported without the base, loaded by PEFT."""
 
 import json
 import os
@@ -11,16 +11,15 @@ from safetensors.torch import load_file
 import faccel
 from faccel.errors import CheckpointError
 from faccel.testing import fake_context, simulate
-from tests.hf.models import assert_trained_alike, batch_of, build, full, train
+from tests.hf.models import assert_same_training, batch_of, build, full, train
 
 TARGETS = {"bert": ["query", "value"], "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"]}
 MESHES = ["dp_replicate=2", "dp_shard=2", "dp_replicate=2,dp_shard=2"]
 
 
 def with_lora(name, seed=0, **options):
-    task = (
-        "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
-    )  # bert's classifier is trained too, as a module to save
+    # bert's classifier is trained too, as one of PEFT's `modules_to_save`
+    task = "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
     net = build(name)
     torch.manual_seed(seed)
     options |= {"fan_in_fan_out": name == "gpt2"}
@@ -36,12 +35,12 @@ def run(ctx, name, checkpoint=None):
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", sorted(TARGETS))
-def test_adapters_train_as_on_one_process_and_what_is_frozen_stays(name, mesh):
+def test_adapters_train_as_on_one_process_and_frozen_parameters_do_not_change(name, mesh):
     (one,) = simulate(run, 1, name)
     before = dict(with_lora(name).named_parameters())
-    for ours in simulate(run, faccel.MeshSpec.of(mesh).size, name, "full", mesh=mesh):
-        assert_trained_alike(ours, one)
-        moved = {n for n, p in ours.params.items() if not torch.equal(p, before[n])}
+    for result in simulate(run, faccel.MeshSpec.of(mesh).size, name, "full", mesh=mesh):
+        assert_same_training(result, one)
+        moved = {n for n, p in result.params.items() if not torch.equal(p, before[n])}
         assert moved == {n for n, p in before.items() if p.requires_grad}
 
 
@@ -54,8 +53,8 @@ def logits_of(model, name):
 @pytest.mark.parametrize("mesh", [None, *MESHES])
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_an_adapter_is_exported_alone_and_peft_loads_it(tmp_path, name, mesh):
-    (tmp_path / "README.md").write_text("mine")
-    (tmp_path / "model.safetensors").write_text("of the model below, say")
+    (tmp_path / "README.md").write_text("of the user")
+    (tmp_path / "model.safetensors").write_text("of the base model")
 
     def fn(ctx):
         model = run(ctx, name).model
@@ -68,10 +67,12 @@ def test_an_adapter_is_exported_alone_and_peft_loads_it(tmp_path, name, mesh):
         assert (logits_of(loaded, name) - logits).abs().max() < 1e-12
     names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "model.safetensors"]
     assert sorted(os.listdir(tmp_path)) == names
-    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / "README.md").read_text() == "of the user"
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
-    own = {n for n in load_file(tmp_path / "adapter_model.safetensors") if "lora_" not in n}
-    assert own == (
+    full_weights = {
+        n for n in load_file(tmp_path / "adapter_model.safetensors") if "lora_" not in n
+    }
+    assert full_weights == (
         {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
         if name == "bert"
         else set()
@@ -94,7 +95,7 @@ def test_an_adapter_of_another_name_is_exported_as_one_file_too(tmp_path):
 
 
 def state_of(ctx, seed):
-    """A run whose adapters begin at `seed`, above a base that is always the same."""
+    """Return a state with adapters from `seed`; the base does not depend on it."""
     model = faccel.wrap(with_lora("llama", seed), ctx)
     opt = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-2, foreach=False
@@ -110,9 +111,10 @@ def step(state, ctx):
 
 
 @pytest.mark.parametrize(("saving", "loading"), [
-    (None, None), ("dp_replicate=2", "dp_shard=2"), ("dp_shard=2", None), ("dp_shard=2", "dp_replicate=2,dp_shard=2"),
+    (None, None), ("dp_replicate=2", "dp_shard=2"), ("dp_shard=2", None),
+    ("dp_shard=2", "dp_replicate=2,dp_shard=2"),
 ])  # fmt: skip
-def test_a_checkpoint_of_what_is_trained_leaves_the_base_out_and_goes_on(tmp_path, saving, loading):
+def test_a_checkpoint_of_adapters_excludes_the_base_and_resumes(tmp_path, saving, loading):
     def save(ctx):
         state = state_of(ctx, 0)
         step(state, ctx)
@@ -134,14 +136,14 @@ def test_a_checkpoint_of_what_is_trained_leaves_the_base_out_and_goes_on(tmp_pat
     }
     assert len([n for n in stored if n.startswith("model/")]) == 8
     assert all("lora_" in n for n in stored if n.startswith("model/"))
-    for ours in simulate(load, worlds(loading), mesh=loading):
-        assert max((ours[n] - p).abs().max().item() for n, p in expected.items()) < 1e-12
+    for result in simulate(load, worlds(loading), mesh=loading):
+        assert max((result[n] - p).abs().max().item() for n, p in expected.items()) < 1e-12
 
 
 def test_a_checkpoint_of_adapters_fits_models_with_such_adapters_only(tmp_path):
     ctx = fake_context(0, 1)
     faccel.save({"model": with_lora("llama")}, tmp_path, ctx, step=1, trained_only=True)
-    frozen = with_lora("llama", seed=1).requires_grad_(False)  # for inference: nothing is trained
+    frozen = with_lora("llama", seed=1).requires_grad_(False)  # as for inference
     faccel.load({"model": frozen}, tmp_path, ctx)
     assert all(
         torch.equal(p, q)
@@ -192,7 +194,7 @@ def test_adapters_in_fp32_above_a_base_in_bf16_train(mesh):
         assert {p.dtype for p in net.parameters()} == {torch.bfloat16, torch.float32}
         return train(ctx, net, "llama", steps=3)
 
-    for ours in simulate(
+    for result in simulate(
         fn, faccel.MeshSpec.of(mesh).size, mesh=mesh, config={"mixed_precision": "bf16"}
     ):
-        assert ours.losses[-1] < 4
+        assert result.losses[-1] < 4

@@ -1,4 +1,4 @@
-"""Exports that `from_pretrained` loads, from any layout, and weights of `save_pretrained` that `load_model` loads."""
+"""`from_pretrained` loads exports of any layout; `load_model` loads files of `save_pretrained`."""
 
 import json
 
@@ -10,7 +10,7 @@ import faccel
 from faccel.testing import fake_context, simulate
 from tests.hf.models import batch_of, build, train
 
-# torch's own advice: what tensor parallel returns is a view, on which autograd refuses in-place operations
+# PyTorch warns that outputs of tensor parallel are views: in-place operations on them raise.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:FSDP2-wrapped module", "ignore:While redistributing"
 )
@@ -29,8 +29,9 @@ def logits_of(model, name):
 
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
 @pytest.mark.parametrize(("name", "mesh"), [
-    ("gpt2", None), ("bert", "dp_replicate=2"), ("gpt2", "dp_shard=2"), ("bert", "dp_replicate=2,dp_shard=2"),
-    ("llama", "tp=2"), ("llama", "dp_shard=2,tp=2"), ("mixtral", "dp_shard=2"), ("mixtral", "tp=2"),
+    ("gpt2", None), ("bert", "dp_replicate=2"), ("gpt2", "dp_shard=2"),
+    ("bert", "dp_replicate=2,dp_shard=2"), ("llama", "tp=2"), ("llama", "dp_shard=2,tp=2"),
+    ("mixtral", "dp_shard=2"), ("mixtral", "tp=2"),
 ])  # fmt: skip
 def test_from_pretrained_loads_what_was_trained_and_exported(tmp_path, name, mesh, size):
     def fn(ctx):
@@ -56,28 +57,28 @@ def test_from_pretrained_loads_what_was_trained_and_exported(tmp_path, name, mes
 
 
 @pytest.mark.parametrize(("name", "mesh"), [
-    ("gpt2", None), ("bert", "dp_replicate=2"), ("gpt2", "dp_shard=2"), ("llama", "dp_shard=2,tp=2"),
-    ("mixtral", "dp_shard=2"),
+    ("gpt2", None), ("bert", "dp_replicate=2"), ("gpt2", "dp_shard=2"),
+    ("llama", "dp_shard=2,tp=2"), ("mixtral", "dp_shard=2"),
 ])  # fmt: skip
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
 def test_load_model_reads_what_save_pretrained_wrote(tmp_path, name, mesh, size):
-    theirs = build(name)
-    theirs.save_pretrained(tmp_path, max_shard_size=size, save_original_format=name != "mixtral")
+    saved = build(name)
+    saved.save_pretrained(tmp_path, max_shard_size=size, save_original_format=name != "mixtral")
 
     def fn(ctx):
         torch.manual_seed(1)
-        net = type(theirs)(theirs.config).to(theirs.dtype)
+        net = type(saved)(saved.config).to(saved.dtype)
         model = faccel.wrap(net, ctx, plan=faccel.parallel.plan_for(net, ctx))
         faccel.checkpoint.load_model(model, tmp_path, ctx)
         return logits_of(model, name)
 
     for logits in simulate(fn, faccel.MeshSpec.of(mesh).size if mesh else 1, mesh=mesh):
-        assert (logits - logits_of(theirs, name)).abs().max() < (
+        assert (logits - logits_of(saved, name)).abs().max() < (
             1e-6 if name == "mixtral" else 1e-12
         )
 
 
-def test_the_description_of_a_model_is_its_own_and_leaves_the_users_alone(tmp_path):
+def test_an_export_does_not_change_the_config_of_the_model(tmp_path):
     net = build("gpt2")
     before = net.config.to_dict()
     faccel.checkpoint.export_model(net, tmp_path / "a", fake_context(0, 1))

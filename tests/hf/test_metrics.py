@@ -1,4 +1,4 @@
-"""Metrics of others on gathered rows: exactly the data set, on every rank."""
+"""torchmetrics and evaluate on gathered rows: each sample of the dataset once, on every rank."""
 
 import evaluate
 import pytest
@@ -16,7 +16,8 @@ import evaluate
 
 class Accuracy(evaluate.Metric):
     def _info(self):
-        features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        integer = datasets.Value("int64")
+        features = datasets.Features({"predictions": integer, "references": integer})
         return evaluate.MetricInfo(description="", citation="", features=features)
 
     def _compute(self, predictions, references):
@@ -35,52 +36,52 @@ def rows(num_classes=3):
 def valid(ctx):
     """Yield this rank's scores and targets, batch by batch, without repeats."""
     for batch in faccel.batches(faccel.shard(DataLoader(TensorDataset(*rows()), 4), ctx)):
-        yield tuple(part[: batch.num_valid] for part in batch.data)
+        yield tuple(tensor[: batch.num_valid] for tensor in batch.data)
 
 
 def gathered(ctx):
-    """Yield those of all ranks, on each of them."""
+    """Yield the scores and targets of all ranks, on every rank."""
     for batch in faccel.batches(faccel.shard(DataLoader(TensorDataset(*rows()), 4), ctx)):
         yield faccel.gather(tuple(batch.data), ctx, num_valid=batch.num_valid)
 
 
 def metrics(**options):
-    of = {"num_classes": 3, **options}
-    named = {
-        "accuracy": torchmetrics.Accuracy("multiclass", **of),
-        "auroc": torchmetrics.AUROC("multiclass", **of),
-        "confusion": torchmetrics.ConfusionMatrix("multiclass", **of),
+    options_of_classes = {"num_classes": 3, **options}
+    by_name = {
+        "accuracy": torchmetrics.Accuracy("multiclass", **options_of_classes),
+        "auroc": torchmetrics.AUROC("multiclass", **options_of_classes),
+        "confusion": torchmetrics.ConfusionMatrix("multiclass", **options_of_classes),
         "loss": torchmetrics.MeanMetric(**options),
     }
-    return torchmetrics.MetricCollection(named)
+    return torchmetrics.MetricCollection(by_name)
 
 
 @pytest.mark.parametrize("sync", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_torchmetrics_sees_each_row_once_on_every_rank(world_size, sync):
-    """It adds up over the ranks itself: so it is given each rank's own valid rows, or told not to."""
+def test_torchmetrics_counts_each_row_once_on_every_rank(world_size, sync):
+    """With `sync_on_compute` a rank updates with its valid rows, otherwise with gathered rows."""
     expected = metrics()(preds=rows()[0], target=rows()[1], value=torch.tensor(1.0))
 
     def fn(ctx):
-        own = metrics(sync_on_compute=sync)
+        collection = metrics(sync_on_compute=sync)
         for scores, targets in valid(ctx) if sync else gathered(ctx):
-            own.update(preds=scores, target=targets, value=torch.ones(len(scores)))
-        return own.compute()
+            collection.update(preds=scores, target=targets, value=torch.ones(len(scores)))
+        return collection.compute()
 
-    for found in simulate(fn, world_size):
-        assert found["confusion"].sum() == 23
+    for result in simulate(fn, world_size):
+        assert result["confusion"].sum() == 23
         assert all(
-            torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items()
+            torch.allclose(result[name], value, atol=1e-6) for name, value in expected.items()
         )
 
 
-def test_a_metric_of_evaluate_sees_each_row_once(tmp_path):
-    """From a script of one's own: those of the hub are programs that are downloaded."""
-    (tmp_path / "own.py").write_text(SCRIPT)
+def test_a_metric_of_evaluate_counts_each_row_once(tmp_path):
+    """The metric is a local script, because `evaluate.load` downloads those of the hub."""
+    (tmp_path / "accuracy.py").write_text(SCRIPT)
 
     def fn(ctx):
         metric = evaluate.load(
-            str(tmp_path / "own.py"), experiment_id=f"rank{ctx.rank}", cache_dir=str(tmp_path)
+            str(tmp_path / "accuracy.py"), experiment_id=f"rank{ctx.rank}", cache_dir=str(tmp_path)
         )
         for scores, targets in gathered(ctx):
             metric.add_batch(predictions=scores.argmax(-1), references=targets)
@@ -88,5 +89,5 @@ def test_a_metric_of_evaluate_sees_each_row_once(tmp_path):
 
     scores, targets = rows()
     accuracy = (scores.argmax(-1) == targets).float().mean().item()
-    for found in simulate(fn, 2):
-        assert found == {"accuracy": pytest.approx(accuracy), "rows": 23}
+    for result in simulate(fn, 2):
+        assert result == {"accuracy": pytest.approx(accuracy), "rows": 23}

@@ -1,4 +1,4 @@
-"""Models of transformers as they are, under every strategy: what they learn is what one process learns."""
+"""Models of transformers train under every strategy as they do on one process."""
 
 import subprocess
 import sys
@@ -11,9 +11,16 @@ from torch.utils.data import DataLoader, TensorDataset
 import faccel
 from faccel.errors import ModelError
 from faccel.testing import fake_context, simulate
-from tests.hf.models import BERT_CHAIN, BERT_CUTS, assert_trained_alike, batch_of, build, train
+from tests.hf.models import (
+    BERT_CHAIN,
+    BERT_TENSOR_PLAN,
+    assert_same_training,
+    batch_of,
+    build,
+    train,
+)
 
-# torch's own advice: what tensor parallel returns is a view, on which autograd refuses in-place operations
+# PyTorch warns that outputs of tensor parallel are views: in-place operations on them raise.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:FSDP2-wrapped module", "ignore:While redistributing"
 )
@@ -31,7 +38,8 @@ def run(ctx, name, options=None, model_options=None):
 
 
 def test_importing_faccel_imports_nothing_of_hugging_face():
-    code = "import faccel, sys; faccel.wrap, faccel.checkpoint.export_model, faccel.parallel.plan_for, faccel.shard; print(*sys.modules)"
+    names = "faccel.wrap, faccel.checkpoint.export_model, faccel.parallel.plan_for, faccel.shard"
+    code = f"import faccel, sys; {names}; print(*sys.modules)"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -44,13 +52,13 @@ def test_importing_faccel_imports_nothing_of_hugging_face():
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_a_model_of_transformers_trains_as_on_one_process(name, mesh):
     (one,) = simulate(run, 1, name)
-    for ours in simulate(run, size_of(mesh), name, mesh=mesh):
-        assert_trained_alike(ours, one)
-        assert type(ours.out) is type(one.out)
-        assert ours.out.logits.dtype == torch.float64
+    for result in simulate(run, size_of(mesh), name, mesh=mesh):
+        assert_same_training(result, one)
+        assert type(result.out) is type(one.out)
+        assert result.out.logits.dtype == torch.float64
 
 
-def test_the_units_of_a_model_are_its_own_no_split_modules():
+def test_the_units_of_a_model_are_its_no_split_modules():
     def units(ctx, name):
         model = faccel.wrap(build(name), ctx)
         return sorted(
@@ -70,21 +78,20 @@ def test_the_units_of_a_model_are_its_own_no_split_modules():
     ("llama", "tp=2", {}), ("llama", "tp=2", {"tie_word_embeddings": True}), ("qwen3", "tp=2", {}),
     ("qwen3", "dp_shard=2,tp=2", {}), ("llama", "dp_replicate=2,tp=2", {}), ("mixtral", "tp=2", {}),
 ])  # fmt: skip
-def test_the_models_own_tp_plan_cuts_it(name, mesh, options):
+def test_the_tp_plan_of_a_model_shards_it(name, mesh, options):
     (one,) = simulate(run, 1, name, None, options)
-    for ours in simulate(run, size_of(mesh), name, None, options, mesh=mesh):
-        assert_trained_alike(
-            ours, one, far=1e-4 if name == "mixtral" else 1e-6
-        )  # its experts take no fp64
-        weight = ours.model.module.model.layers[0].self_attn.q_proj.weight
+    for result in simulate(run, size_of(mesh), name, None, options, mesh=mesh):
+        # the experts of mixtral do not support fp64
+        assert_same_training(result, one, atol=1e-4 if name == "mixtral" else 1e-6)
+        weight = result.model.module.model.layers[0].self_attn.q_proj.weight
         assert weight.to_local().numel() * 2 * faccel.MeshSpec.of(mesh).dp_shard == weight.numel()
 
 
 @pytest.mark.parametrize("mesh", ["tp=2", "dp_shard=2,tp=2"])
-def test_a_model_without_a_tp_plan_is_cut_by_names(mesh):
+def test_a_model_without_a_tp_plan_is_sharded_by_module_names(mesh):
     (one,) = simulate(run, 1, "bert")
-    for ours in simulate(run, size_of(mesh), "bert", {"tensor": BERT_CUTS}, mesh=mesh):
-        assert_trained_alike(ours, one)
+    for result in simulate(run, size_of(mesh), "bert", {"tensor": BERT_TENSOR_PLAN}, mesh=mesh):
+        assert_same_training(result, one)
 
 
 def test_a_tp_plan_that_cannot_be_followed_is_an_error_that_names_the_module():
@@ -116,11 +123,15 @@ SAVED = faccel.parallel.ActivationCheckpointing(save_ops=("aten.mm.default", "at
 
 
 @pytest.mark.parametrize(("mesh", "checkpoint"), [
-    (None, "full"), ("dp_replicate=2", "full"), ("dp_shard=2", "full"), ("dp_shard=2", 2), ("dp_shard=2", SAVED),
+    (None, "full"), ("dp_replicate=2", "full"), ("dp_shard=2", "full"), ("dp_shard=2", 2),
+    ("dp_shard=2", SAVED),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_blocks_are_computed_again_in_backward_and_learn_the_same(name, mesh, checkpoint):
-    """There is a cache of keys and values, which must not grow twice, and padding, which would tell."""
+def test_checkpointed_blocks_run_twice_and_train_the_same(name, mesh, checkpoint):
+    """The second forward must not append to the key-value cache.
+
+    The batch has padding, so that a longer cache would change the loss.
+    """
     calls = []
 
     def fn(ctx, options):
@@ -138,13 +149,14 @@ def test_blocks_are_computed_again_in_backward_and_learn_the_same(name, mesh, ch
     once = len(calls)
     calls.clear()
     world_size = size_of(mesh) if mesh else 1
-    for ours in simulate(fn, world_size, {"activation_checkpoint": checkpoint}, mesh=mesh):
-        assert_trained_alike(ours, one)
+    for result in simulate(fn, world_size, {"activation_checkpoint": checkpoint}, mesh=mesh):
+        assert_same_training(result, one)
     assert len(calls) == world_size * (once + (1 if checkpoint == 2 else once))
 
 
 @pytest.mark.parametrize(("name", "mesh"), [
-    *(("gpt2", mesh) for mesh in DATA), *(("llama", mesh) for mesh in ("dp_shard=2", "tp=2", "dp_shard=2,tp=2")),
+    *(("gpt2", mesh) for mesh in DATA),
+    *(("llama", mesh) for mesh in ("dp_shard=2", "tp=2", "dp_shard=2,tp=2")),
 ])  # fmt: skip
 def test_generate_runs_with_the_hooks_of_every_strategy(name, mesh):
     def generate(ctx):
@@ -163,11 +175,11 @@ def test_generate_runs_with_the_hooks_of_every_strategy(name, mesh):
 
     (one,) = simulate(generate, 1)
     assert one.shape == (8, 8)
-    assert all(torch.equal(ours, one) for ours in simulate(generate, size_of(mesh), mesh=mesh))
+    assert all(torch.equal(result, one) for result in simulate(generate, size_of(mesh), mesh=mesh))
 
 
 @pytest.mark.parametrize("mesh", [None, "dp_replicate=2", "dp_shard=2", "tp=2"])
-def test_the_outputs_of_a_model_come_back_as_fp32_and_stay_what_they_are(mesh):
+def test_outputs_of_a_model_are_cast_to_fp32_and_keep_their_type(mesh):
     def fn(ctx):
         net = build("llama", torch.float32)
         model = faccel.wrap(net, ctx, plan=faccel.parallel.plan_for(net, ctx))
@@ -187,14 +199,13 @@ def test_the_outputs_of_a_model_come_back_as_fp32_and_stay_what_they_are(mesh):
 
 
 @pytest.mark.parametrize("mesh", ["pp=2", "pp=2,dp_shard=2"])
-def test_a_model_whose_parts_follow_one_another_is_a_pipeline(mesh):
+def test_a_model_that_is_a_chain_of_modules_trains_as_a_pipeline(mesh):
     plan = faccel.Plan(pipeline=faccel.parallel.PipelineConfig(chain=BERT_CHAIN))
 
     def loss_of(net, batch):
         out = net(batch[0])
-        return F.cross_entropy(
-            getattr(out, "logits", out), batch[1]
-        )  # a pipeline returns what its last module does
+        # a pipeline returns the output of its last module
+        return F.cross_entropy(getattr(out, "logits", out), batch[1])
 
     def fn(ctx):
         model = faccel.wrap(build("bert"), ctx, plan=plan)
@@ -205,18 +216,18 @@ def test_a_model_whose_parts_follow_one_another_is_a_pipeline(mesh):
         for window in faccel.windows(
             faccel.shard(DataLoader(data, 2), ctx), ctx, size=4 // ctx.data_world_size
         ):
-            found, scaler = faccel.parallel.pipeline_step(loss_of, model, window, scaler, ctx)
+            step_losses, scaler = faccel.parallel.pipeline_step(loss_of, model, window, scaler, ctx)
             info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
-            losses += faccel.reduce(found, ctx, op="mean").mean(0, keepdim=True).tolist()
+            losses += faccel.reduce(step_losses, ctx, op="mean").mean(0, keepdim=True).tolist()
             norms.append(info.grad_norm.item())
         return losses + norms
 
     (one,) = simulate(fn, 1)
-    for ours in simulate(fn, size_of(mesh), mesh=mesh):
-        assert max(abs(a - b) for a, b in zip(ours, one, strict=True)) < 1e-12
+    for result in simulate(fn, size_of(mesh), mesh=mesh):
+        assert max(abs(a - b) for a, b in zip(result, one, strict=True)) < 1e-12
 
 
-def test_a_model_whose_blocks_take_more_than_one_input_is_no_pipeline_and_says_so():
+def test_a_pipeline_of_blocks_with_more_than_one_input_is_an_error():
     def fn(ctx):
         net = build("llama")
         model = faccel.wrap(net, ctx, plan=faccel.parallel.plan_for(net, ctx))

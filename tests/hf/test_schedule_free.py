@@ -1,4 +1,4 @@
-"""Schedule-free optimizers, which evaluate other parameters than they train: in every layout, through checkpoints."""
+"""Schedule-free optimizers, which swap parameters for evaluation: every layout, checkpoints."""
 
 import pytest
 import schedulefree
@@ -33,8 +33,11 @@ def loss_of(state, ctx, seed):
 
 
 def run(ctx, name, path=None, mode="train"):
-    """Four updates, interrupted after the second where `path` is given; losses of training and of evaluation."""
-    state, seen = start(ctx, name), []
+    """Train four updates, with a save and a load after the second if `path` is set.
+
+    Returns losses and gradient norms of training, then the evaluation loss.
+    """
+    state, values = start(ctx, name), []
     for step in range(4):
         if step == 2 and path:
             getattr(state["opt"], mode)()
@@ -44,27 +47,27 @@ def run(ctx, name, path=None, mode="train"):
         loss, mean = loss_of(state, ctx, step)
         scaler = faccel.scaled_backward(loss, faccel.init_scaler(ctx), ctx)
         info, _ = faccel.optimizer_step(state["opt"], scaler, ctx, clip_norm=0.1)
-        seen += [mean, info.grad_norm.item()]
+        values += [mean, info.grad_norm.item()]
     trained = full(state["model"].module.lm_head.weight)
     state["opt"].eval()
     assert not torch.equal(full(state["model"].module.lm_head.weight), trained)
     with torch.no_grad():
-        return [*seen, loss_of(state, ctx, 9)[1]]
+        return [*values, loss_of(state, ctx, 9)[1]]
 
 
 @pytest.mark.parametrize("mesh", [None, "dp_replicate=2", "dp_shard=2"])
 @pytest.mark.parametrize("name", sorted(CLASSES))
-def test_it_trains_and_evaluates_as_on_one_process_and_goes_on_from_either_mode(
+def test_it_trains_and_evaluates_as_on_one_process_and_resumes_from_either_mode(
     tmp_path, name, mesh
 ):
     (one,) = simulate(run, 1, name)
     size = faccel.MeshSpec.of(mesh).size if mesh else 1
     for path, mode in ((None, "train"), (tmp_path / "a", "train"), (tmp_path / "b", "eval")):
-        for ours in simulate(run, size, name, path, mode, mesh=mesh):
-            assert max(abs(a - b) for a, b in zip(ours, one, strict=True)) < 1e-6
+        for result in simulate(run, size, name, path, mode, mesh=mesh):
+            assert max(abs(a - b) for a, b in zip(result, one, strict=True)) < 1e-6
 
 
-def test_its_states_cannot_be_spread_as_zero_1_and_the_error_shows_what_can():
+def test_zero_1_for_it_is_an_error_that_suggests_dp_shard():
     plan = faccel.Plan(ddp=faccel.parallel.DdpConfig(shard_optimizer=True))
     with pytest.raises(OptimizerError) as caught:
         simulate(start, 2, "adamw", 0, plan)

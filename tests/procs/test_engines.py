@@ -1,4 +1,4 @@
-"""Engines that can be asked for: what is said before anything starts where one cannot run."""
+"""`strategy="deepspeed"` raises before any process starts where DeepSpeed cannot run."""
 
 import os
 import pathlib
@@ -13,11 +13,11 @@ from faccel.errors import BackendError, ConfigError
 from faccel.testing import fake_context, simulate
 
 ROOT = pathlib.Path(__file__).parents[2]
-ASK = "import faccel; faccel.init(strategy='deepspeed')"
+INIT = "import faccel; faccel.init(strategy='deepspeed')"
 
 
-def say(tmp_path, version, **env):
-    """What a process says that finds DeepSpeed of a version, by its own look-up, first on its path."""
+def init_error(tmp_path, version, **env):
+    """Return the stderr of `init` in a process whose path starts with this version of DeepSpeed."""
     if version is not None:
         info = tmp_path / f"deepspeed-{version}.dist-info"
         info.mkdir()
@@ -25,7 +25,7 @@ def say(tmp_path, version, **env):
             f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {version}\n"
         )
     out = subprocess.run(
-        [sys.executable, "-c", ASK],
+        [sys.executable, "-c", INIT],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", **env},
         capture_output=True,
         text=True,
@@ -36,32 +36,30 @@ def say(tmp_path, version, **env):
 
 
 @pytest.mark.parametrize("version", ["0.17.5", "0.20.0", "1.19.0"])
-def test_another_version_of_deepspeed_is_an_error_that_names_both_and_the_pip_line(
-    version, tmp_path
-):
-    said = say(tmp_path, version)
-    assert f"deepspeed {version} is installed" in said
-    assert ">=0.19,<0.20" in said
-    assert 'pip install --no-build-isolation "deepspeed>=0.19,<0.20"' in said
+def test_an_unsupported_version_of_deepspeed_is_an_error_with_the_pip_command(version, tmp_path):
+    message = init_error(tmp_path, version)
+    assert f"deepspeed {version} is installed" in message
+    assert ">=0.19,<0.20" in message
+    assert 'pip install --no-build-isolation "deepspeed>=0.19,<0.20"' in message
 
 
-def test_no_compiler_for_its_operators_is_an_error_before_anything_starts(tmp_path):
-    said = say(tmp_path, "0.19.8", CXX="no-such-compiler")
-    assert "`no-such-compiler` is not on the PATH" in said
-    assert "apt install g++" in said
+def test_a_missing_compiler_for_deepspeed_is_an_error(tmp_path):
+    message = init_error(tmp_path, "0.19.8", CXX="no-such-compiler")
+    assert "`no-such-compiler` is not on the PATH" in message
+    assert "apt install g++" in message
 
 
 @pytest.mark.skipif(
     BACKENDS["deepspeed"].probe(os.environ) is None, reason="DeepSpeed is installed here"
 )
-def test_an_engine_that_is_not_installed_is_an_error_with_the_pip_line():
+def test_without_deepspeed_the_error_contains_the_pip_command():
     with pytest.raises(BackendError) as caught:
         faccel.init(strategy="deepspeed", device="cpu")
     assert caught.value.got == "deepspeed is not installed"
     assert 'pip install --no-build-isolation "deepspeed>=0.19,<0.20"' in caught.value.fix
 
 
-def test_a_stage_without_an_engine_and_an_engine_that_is_none_are_errors():
+def test_zero_without_deepspeed_and_an_unknown_strategy_are_errors():
     with pytest.raises(ConfigError, match="zero=2, from the environment FACCEL_ZERO"):
         faccel.init(env={"FACCEL_ZERO": "2"}, device="cpu")
     for wrong in ({"strategy": "deepsped"}, {"zero": 4}, {"zero": True}):
@@ -72,7 +70,7 @@ def test_a_stage_without_an_engine_and_an_engine_that_is_none_are_errors():
 @pytest.mark.skipif(
     BACKENDS["deepspeed"].probe(os.environ) is not None, reason="DeepSpeed cannot run here"
 )
-def test_a_mesh_a_precision_or_a_simulation_that_deepspeed_cannot_do_are_errors_before_anything_starts():
+def test_a_mesh_precision_or_simulation_unsupported_by_deepspeed_is_an_error():
     for mesh in ("dp_shard=2", "tp=2", "pp=2", "dp_replicate=2,tp=2"):
         with pytest.raises(BackendError, match="dp_replicate"):
             fake_context(

@@ -1,4 +1,4 @@
-"""What a rank holds: parameters, gradients and the two states of AdamW, whole under DDP and a share under FSDP2."""
+"""Memory of parameters, gradients and AdamW states: replicated by DDP, sharded by FSDP2."""
 
 import ctypes
 import gc
@@ -30,8 +30,8 @@ def status(field):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
-def exactly():
-    """Let large tensors be pages of their own, given back when they are freed, and forget the peak until now."""
+def reset_peak():
+    """Reset the peak of the process, and let glibc return the pages of freed tensors at once."""
     ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
@@ -46,27 +46,29 @@ def train(model, ctx, x, steps=2):
 
 
 def peak(ctx):
-    """The most that a rank holds while it trains, in sizes of the parameters, beyond what it held before."""
+    """Return the additional memory of training at its peak, in sizes of the parameters."""
     x = torch.ones(2, WIDTH)
-    train(
-        faccel.wrap(nn.Linear(WIDTH, 4), ctx), ctx, x
-    )  # what torch loads and allocates the first time
+    # a first step, so that PyTorch's one-time allocations do not count
+    train(faccel.wrap(nn.Linear(WIDTH, 4), ctx), ctx, x)
     gc.collect()
-    exactly()
+    reset_peak()
     before = status("VmRSS")
     with torch.device("meta" if ctx.rank and ctx.mesh.spec.dp_shard > 1 else "cpu"):
         net = Net()
     model = faccel.wrap(net, ctx)
-    exactly()
+    reset_peak()
     train(model, ctx, x)
     return (status("VmHWM") - before) / PARAMETERS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_memory_of_a_rank_falls_as_arithmetic_says(world_size):
-    """DDP holds 4 times the parameters. FSDP2 a share of that, and whole units while they are gathered and reduced."""
-    whole = max(run_ranks(peak, world_size))
-    share = run_ranks(peak, world_size, mesh=f"dp_shard={world_size}")[-1]
-    assert 3.9 < whole < 4.6, whole
-    assert 3.9 / world_size < share < 4 / world_size + 6 / DEPTH, share
+def test_fsdp_divides_the_memory_of_a_rank_by_the_world_size(world_size):
+    """DDP stores 4 times the parameters.
+
+    FSDP2 stores `4 / world_size`, and full units while it gathers and reduces them.
+    """
+    replicated = max(run_ranks(peak, world_size))
+    sharded = run_ranks(peak, world_size, mesh=f"dp_shard={world_size}")[-1]
+    assert 3.9 < replicated < 4.6, replicated
+    assert 3.9 / world_size < sharded < 4 / world_size + 6 / DEPTH, sharded

@@ -89,9 +89,9 @@ def test_windows_accumulate_under_every_option(options):
         for window in rows.view(2, 2, 2, 2)[:, :, :, :]:  # windows of two micro-batches of two rows
             for i, micro in enumerate(window):
                 with faccel.grad_sync(model, on=i == 1):
-                    mine = micro.chunk(ctx.data_world_size)[ctx.data_rank]
+                    local_rows = micro.chunk(ctx.data_world_size)[ctx.data_rank]
                     faccel.scaled_backward(
-                        model(mine).mean(), faccel.init_scaler(ctx), ctx, scale=0.5
+                        model(local_rows).mean(), faccel.init_scaler(ctx), ctx, scale=0.5
                     )
             grads.append(model.weight.grad.clone())
             model.zero_grad()
@@ -133,7 +133,7 @@ def test_ranks_may_use_different_branches():
     assert torch.allclose(a, torch.ones(16), rtol=1e-4)  # 2 rows, averaged over the ranks
 
 
-def test_buckets_are_as_small_as_asked_for():
+def test_bucket_cap_mb_limits_the_size_of_buckets():
     def reductions(options):
         trace = simulate(run, 2, options).trace
         return sum(e.op == "all_reduce" and e.rank == 0 for e in trace)
@@ -150,12 +150,12 @@ def statistics(ctx, sync):
     before = model.running_mean.clone()
     for _ in range(2):
         model(torch.full((4, 1), float(ctx.rank)) + torch.arange(4.0)[:, None])
-    own = model.running_mean.clone()
+    local_mean = model.running_mean.clone()
     model.eval()
-    return before.item(), own.item(), model.running_mean.item()
+    return before.item(), local_mean.item(), model.running_mean.item()
 
 
-def test_buffers_stay_each_ranks_own_where_asked_until_evaluation():
+def test_without_forward_sync_buffers_differ_between_ranks_until_evaluation():
     a, b = simulate(statistics, 2, False)
     assert a[0] == b[0]
     assert a[1] != b[1]

@@ -21,14 +21,14 @@ OPTIMIZERS = {
 
 
 def groups_of(net):
-    """Weights decay, biases and norms do not; the last group is smaller than a world."""
-    named = dict(net.named_parameters())
-    matrices = [p for name, p in named.items() if p.ndim == 2]
-    rest = [p for name, p in named.items() if p.ndim < 2 and name != "norm.bias"]
+    """Weight decay for matrices only. The last group has fewer elements than ranks."""
+    params = dict(net.named_parameters())
+    matrices = [p for name, p in params.items() if p.ndim == 2]
+    vectors = [p for name, p in params.items() if p.ndim < 2 and name != "norm.bias"]
     return [
         {"params": matrices, "weight_decay": 0.1},
-        {"params": rest, "weight_decay": 0.0},
-        {"params": [named["norm.bias"]], "lr": 1e-3, "weight_decay": 0.0},
+        {"params": vectors, "weight_decay": 0.0},
+        {"params": [params["norm.bias"]], "lr": 1e-3, "weight_decay": 0.0},
     ]
 
 
@@ -73,7 +73,7 @@ def check_close(got, expected, atol=1e-12):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_spread_states_train_as_whole_ones_do_to_the_bit(world_size, optimizer):
+def test_sharded_states_train_bitwise_as_replicated_ones(world_size, optimizer):
     rows = [simulate(train, world_size, ddp, optimizer) for ddp in (ZERO, PLAIN)]
     for got, expected in zip(*rows, strict=True):
         check_equal(got, expected)
@@ -90,14 +90,14 @@ def num_elements(ctx, ddp):
     state = make(ctx, ddp)
     run(ctx, state, range(2))
     opt = getattr(state["opt"], "optim", state["opt"])
-    return sum(x.numel() for each in opt.state.values() for x in each.values())
+    return sum(x.numel() for state in opt.state.values() for x in state.values())
 
 
-def test_each_rank_keeps_its_share_of_the_states():
+def test_each_rank_stores_its_shard_of_the_states():
     num_replicated = num_elements(fake_context(0, 1), PLAIN)
-    parts = simulate(num_elements, 4, ZERO)
-    assert sum(parts) == num_replicated
-    assert max(parts) < 0.3 * num_replicated
+    num_per_rank = simulate(num_elements, 4, ZERO)
+    assert sum(num_per_rank) == num_replicated
+    assert max(num_per_rank) < 0.3 * num_replicated
 
 
 def test_one_process_and_frozen_models_keep_their_optimizer():
@@ -114,7 +114,7 @@ def test_one_process_and_frozen_models_keep_their_optimizer():
     simulate(fn, 2)
 
 
-def test_the_optimizer_that_was_given_is_left_as_it_was():
+def test_the_users_optimizer_is_not_changed():
     def fn(ctx):
         net = faccel.wrap(nn.Linear(2, 3), ctx, plan=faccel.Plan(ddp=ZERO))
         opt = torch.optim.Adagrad(net.named_parameters(), lr=0.1)
@@ -132,7 +132,7 @@ def test_the_optimizer_that_was_given_is_left_as_it_was():
 
 
 def wrapped_late(ctx, ddp):
-    """Step with the optimizer itself before it is tied to the engine."""
+    """Step twice with the user's optimizer before `wrap_optimizer`."""
     net = faccel.wrap(model(), ctx, plan=faccel.Plan(ddp=ddp))
     opt = OPTIMIZERS["SGD"](groups_of(net))
     for update in range(STEPS):
@@ -144,7 +144,7 @@ def wrapped_late(ctx, ddp):
     return dict(net.named_parameters())
 
 
-def test_states_that_an_optimizer_has_already_are_shared_out():
+def test_existing_states_of_an_optimizer_are_sharded():
     for got, expected in zip(
         simulate(wrapped_late, 2, ZERO), simulate(wrapped_late, 2, PLAIN), strict=True
     ):
@@ -164,7 +164,7 @@ def resumed(ctx, path, layouts):
     "layouts", [(ZERO, ZERO), (ZERO, PLAIN), (PLAIN, ZERO)], ids=["both", "saved", "loaded"]
 )
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_resumed_run_is_the_same_run_with_spread_and_with_whole_states(
+def test_a_resumed_run_is_the_same_run_with_sharded_and_replicated_states(
     tmp_path, world_size, layouts
 ):
     def fn(ctx):
@@ -194,34 +194,31 @@ def test_processes_save_and_load(tmp_path):
     check_equal(real[1], simulated[1])
 
 
-def test_a_state_is_whole_on_every_rank_and_loading_leaves_the_argument_alone():
+def test_a_state_dict_is_full_on_every_rank_and_loading_does_not_change_it():
     def fn(ctx):
         state = make(ctx, ZERO)
         run(ctx, state, range(2))
         full_state = state["opt"].state_dict()
         assert sorted(full_state["state"]) == list(range(36))
-        assert state["opt"]._all_state_dicts == []  # the others' parts do not stay
+        assert state["opt"]._all_state_dicts == []  # shards of the other ranks are released
         before = {
-            i: {name: x.clone() for name, x in each.items()}
-            for i, each in full_state["state"].items()
+            i: {name: x.clone() for name, x in tensors.items()}
+            for i, tensors in full_state["state"].items()
         }
         again = make(ctx, ZERO)["opt"]
         again.load_state_dict(full_state)
-        for i, each in before.items():
-            for name, x in each.items():
+        loaded = again.state_dict()
+        for i, tensors in before.items():
+            for name, x in tensors.items():
                 assert torch.equal(full_state["state"][i][name], x)
-        back = again.state_dict()
-        assert all(
-            torch.equal(back["state"][i][n], x)
-            for i, each in before.items()
-            for n, x in each.items()
-        )
-        assert back["param_groups"] == full_state["param_groups"]
+                assert torch.equal(loaded["state"][i][name], x)
+        assert loaded["param_groups"] == full_state["param_groups"]
         return before
 
-    for ours in simulate(fn, 2):
-        for each, expected in zip(ours.values(), simulate(plain_state, 2)[0].values(), strict=True):
-            check_equal(each, expected)
+    expected = simulate(plain_state, 2)[0]
+    for states in simulate(fn, 2):
+        for tensors, expected_tensors in zip(states.values(), expected.values(), strict=True):
+            check_equal(tensors, expected_tensors)
 
 
 def plain_state(ctx):
@@ -230,7 +227,7 @@ def plain_state(ctx):
     return state["opt"].state_dict()["state"]
 
 
-def test_a_state_of_other_groups_is_refused():
+def test_a_state_with_other_groups_is_an_error():
     def fn(ctx):
         state = make(ctx, ZERO)
         full_state = state["opt"].state_dict()
@@ -243,7 +240,7 @@ def test_a_state_of_other_groups_is_refused():
 
 class Broken:
     def state_dict(self):
-        raise KeyError("mine")
+        raise KeyError("of the user")
 
     def load_state_dict(self, state):
         pass
@@ -264,7 +261,7 @@ def test_an_error_on_one_rank_reaches_the_others_around_a_collective_state(
     simulate(fn, 2)
 
 
-def test_what_cannot_be_spread_is_refused():
+def test_an_optimizer_that_cannot_be_sharded_is_an_error():
     def fn(ctx):
         net = faccel.wrap(nn.Linear(2, 1), ctx, plan=faccel.Plan(ddp=ZERO))
         with pytest.raises(OptimizerError, match="LBFGS"):
