@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sized
+from typing import TYPE_CHECKING
 
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
@@ -11,12 +12,14 @@ from faccel.checks import one_of, shown
 from faccel.context import DistContext
 from faccel.data.batch import Source
 from faccel.data.fetch import Reader
-from faccel.data.file_shards import FileShardsSource
 from faccel.data.order import ShardPlan
 from faccel.data.sources import OrderedSource, SamplerSource, StreamSource
 from faccel.data.stream_plan import StreamPlan
 from faccel.errors import DataError
 from faccel.tree import Tree
+
+if TYPE_CHECKING:
+    from faccel.data.file_shards import FileShardsSource
 
 MODES = ("auto", "dispatch", "shards", "split")
 
@@ -117,6 +120,8 @@ def _file_shards(
             fix='write `tail="pad"`; `batch.num_valid` counts the rows without repeats',
         )
     assert size is not None
+    from faccel.data.file_shards import FileShardsSource  # one mode of four needs it
+
     return FileShardsSource(loader, ctx, size, tail, seed)
 
 

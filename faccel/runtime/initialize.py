@@ -7,13 +7,12 @@ import functools
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from faccel.backends.table import choose
-from faccel.comm.collectives import SingleCollectives, TorchCollectives
-from faccel.comm.debug import DebugCollectives
+from faccel.comm.collectives import SingleCollectives
 from faccel.config import Config, launcher_flags, resolve
 from faccel.config_file import absolute, find, read
 from faccel.context import DistContext, Mesh, Topology
@@ -23,16 +22,15 @@ from faccel.mesh import MeshSpec
 from faccel.runtime.detect import detect
 from faccel.runtime.devices import choose_device
 from faccel.runtime.excepthook import ExceptHook
-from faccel.runtime.process_groups import (
-    DefaultGroup,
-    create_axis_groups,
-    create_collectives,
-    create_device_mesh,
-)
 
-# The process-wide state of faccel: PyTorch and Python have one default group and one excepthook.
-_default_group = DefaultGroup()
-_except_hook = ExceptHook()
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh
+
+    from faccel.comm.collectives import TorchCollectives
+    from faccel.comm.debug import DebugCollectives
+
+# `runtime.process_groups` is imported in functions: one process does not need it.
+_except_hook = ExceptHook()  # process-wide, as `sys.excepthook` is
 
 
 @effectful(AMBIENT)
@@ -91,7 +89,7 @@ def init(
         topology=topology,
         config=resolved,
         device=device,
-        mesh=Mesh(spec, functools.partial(create_device_mesh, device.type)),
+        mesh=Mesh(spec, functools.partial(_create_device_mesh, device.type)),
         comm=comm,
         parallelism=parallelism,
         close=_close,
@@ -99,7 +97,9 @@ def init(
     # After everything that may raise: a failed `init` leaves no hook.
     _except_hook.install(id(ctx), topology.rank, topology.world_size, env)
     if not isinstance(comm, SingleCollectives):
-        _default_group.add_context(id(ctx), comm.close)
+        from faccel.runtime.process_groups import DEFAULT_GROUP
+
+        DEFAULT_GROUP.add_context(id(ctx), comm.close)
     # A script without `with` or `shutdown` ends its communication too.
     atexit.register(_close_at_exit, ctx)
     return ctx
@@ -145,11 +145,19 @@ def _connect(
 ) -> TorchCollectives | DebugCollectives | SingleCollectives:
     if topology.world_size == 1:
         return SingleCollectives()
-    store, rank_status = _default_group.acquire(topology, device, config.timeout_s)
+    from faccel.runtime.process_groups import DEFAULT_GROUP, create_axis_groups, create_collectives
+
+    store, rank_status = DEFAULT_GROUP.acquire(topology, device, config.timeout_s)
     groups = create_axis_groups(spec, topology.rank)
     # Debug mode keeps the calls of different contexts apart by it.
-    number = _default_group.num_contexts
+    number = DEFAULT_GROUP.num_contexts
     return create_collectives(groups, config, store, rank_status, number)
+
+
+def _create_device_mesh(device_type: str, extents: Mapping[str, int]) -> DeviceMesh:
+    from faccel.runtime.process_groups import create_device_mesh
+
+    return create_device_mesh(device_type, extents)
 
 
 @effectful(AMBIENT)
@@ -176,7 +184,10 @@ def _close(ctx: DistContext, error: BaseException | None) -> None:
     finally:
         # Also after a failed save: an open group would keep the other ranks waiting.
         _except_hook.uninstall(id(ctx), error)
-        _default_group.release(id(ctx), error)
+        if ctx.world_size > 1:
+            from faccel.runtime.process_groups import DEFAULT_GROUP
+
+            DEFAULT_GROUP.release(id(ctx), error)
 
 
 def _close_at_exit(ctx: DistContext) -> None:

@@ -146,6 +146,10 @@ class DefaultGroup:
             sys.excepthook = previous_hook
 
 
+DEFAULT_GROUP = DefaultGroup()
+"""The one of this process: PyTorch has one default group."""
+
+
 def _check_same_world(topology: Topology) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if (rank, world_size) == (topology.rank, topology.world_size):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import os
 import shutil
 import sys
@@ -29,9 +28,11 @@ def probe(env: Mapping[str, str]) -> str | None:
 
     Effects: ambient. Reads which packages and programs are installed.
     """
+    from importlib import metadata  # takes milliseconds, and only this strategy needs it
+
     try:
-        version = importlib.metadata.version("deepspeed")
-    except importlib.metadata.PackageNotFoundError:
+        version = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
         return "deepspeed is not installed"
     if version.split(".")[:2] != ["0", "19"]:
         return f"deepspeed {version} is installed, and this version of faccel needs {SUPPORTED}"
