@@ -13,10 +13,11 @@ from faccel.config import Config
 from faccel.errors import TopologyError
 from faccel.lifetime import Lifetime
 from faccel.mesh import MeshSpec
-from faccel.protocols import Collectives, Parallelism
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh  # noqa: TID251 (a name for the type checker)
+
+    from faccel.protocols import Collectives, Parallelism
 
 _DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -16,6 +16,9 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DATA_AXES = ("dp_replicate", "dp_shard")
 """The axes along which ranks read different samples."""
 
+DATA = "data"  # the ranks that read different data: a view of `VIEWS`
+WORLD = "world"  # all ranks
+
 VIEWS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "data": DATA_AXES,

@@ -11,15 +11,13 @@ import torch
 
 from faccel.errors import ConfigError
 from faccel.tree import Tree
+from faccel.update_options import UpdateOptions
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # noqa: TID251 (a name for the type checker)
 
     from faccel.context import DistContext  # the context holds these records, not the reverse
     from faccel.plan import Plan
-
-DATA = "data"
-WORLD = "world"
 
 
 class Collectives(Protocol):
@@ -234,23 +232,6 @@ class StateIO:
 
     export: ExportState
     restore: RestoreState
-
-
-@attrs.frozen
-class UpdateOptions:
-    """How `optimizer_step` treats the gradients before it steps.
-
-    Args:
-        clip_norm: The largest 2-norm of all gradients together; None does not measure it.
-        clip_value: The largest magnitude of an element; None does not clip elements.
-        grad_scale: The loss scale that the gradients were multiplied by.
-        skip_nonfinite: Whether to skip an update in which a gradient is not finite.
-    """
-
-    clip_norm: float | None
-    clip_value: float | None
-    grad_scale: float
-    skip_nonfinite: bool
 
 
 @attrs.frozen(eq=False)

@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
+from faccel.mesh import DATA
 from faccel.parallel.activation_checkpoint import checkpoint_and_compile
 from faccel.parallel.forward import Methods, call_method, with_precision
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import DdpConfig, Plan
-from faccel.protocols import DATA, Parallelism, RunMethod, Stateful
+from faccel.protocols import Parallelism, RunMethod, Stateful
 from faccel.tree import Tree
 
 

@@ -14,7 +14,8 @@ from faccel.backends.param_groups import to_cpu
 from faccel.comm.objects import broadcast_objects
 from faccel.comm.rank_errors import naming_failed_rank
 from faccel.context import DistContext
-from faccel.protocols import DATA, Stateful
+from faccel.mesh import DATA
+from faccel.protocols import Stateful
 
 
 @contextmanager

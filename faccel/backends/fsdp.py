@@ -18,13 +18,14 @@ from faccel.backends.fsdp_layout import Layout, data_mesh, engine_mesh
 from faccel.backends.fsdp_unreduced import UnreducedGrads
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
+from faccel.mesh import WORLD
 from faccel.parallel.activation_checkpoint import apply_checkpointing, apply_compile
 from faccel.parallel.expert_parallel import shard_experts
 from faccel.parallel.forward import call_method, to_fp32
 from faccel.parallel.materialize import InitialValues
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import Plan
-from faccel.protocols import WORLD, Parallelism, RunMethod
+from faccel.protocols import Parallelism, RunMethod
 from faccel.tree import Tree
 
 if TYPE_CHECKING:

@@ -17,11 +17,12 @@ from faccel.backends.pipeline_inference import infer
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
+from faccel.mesh import WORLD
 from faccel.parallel.forward import to_fp32
 from faccel.parallel.pipeline_stages import StageModule, remove_other_stages, stages_of, tied_params
 from faccel.parallel.sync_states import check_same_structure
 from faccel.plan import PipelineConfig, Plan
-from faccel.protocols import WORLD, MicroBatchLoss, Parallelism, RunMethod
+from faccel.protocols import MicroBatchLoss, Parallelism, RunMethod
 from faccel.random.generators import call_seeded
 from faccel.random.hashing import mix
 from faccel.tree import Tree, full_tensor, local_tensor

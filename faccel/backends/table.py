@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import attrs
 import torch.distributed as dist
@@ -15,7 +16,9 @@ from faccel.config import Config
 from faccel.context import DistContext
 from faccel.errors import BackendError, ConfigError
 from faccel.mesh import MeshSpec
-from faccel.protocols import Parallelism
+
+if TYPE_CHECKING:
+    from faccel.protocols import Parallelism
 
 
 def _refuse_nothing(config: Config, device_type: str) -> str | None:
@@ -62,7 +65,7 @@ class Backend:
 
         Effects: ambient. Imports the module.
         """
-        if isinstance(self.parallelism, Parallelism):
+        if not isinstance(self.parallelism, str):
             return self.parallelism
         module, _, attribute = self.parallelism.partition(":")
         return getattr(importlib.import_module(module), attribute)

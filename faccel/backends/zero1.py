@@ -19,7 +19,7 @@ from faccel.backends.param_groups import (
 from faccel.comm.all_or_error import all_or_error
 from faccel.context import DistContext
 from faccel.errors import CheckpointError, OptimizerError
-from faccel.protocols import DATA
+from faccel.mesh import DATA
 from faccel.tree import Tree
 
 with warnings.catch_warnings():

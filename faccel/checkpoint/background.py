@@ -30,7 +30,7 @@ from faccel.errors import (
     RankFailedError,
     WorldError,
 )
-from faccel.protocols import WORLD
+from faccel.mesh import WORLD
 
 _POLL_INTERVAL_S = 0.005
 _DOING = "finish the background save"

@@ -12,7 +12,7 @@ import attrs
 from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
 from faccel.errors import FaccelError, RankFailedError
-from faccel.protocols import WORLD
+from faccel.mesh import WORLD
 
 T = TypeVar("T")
 

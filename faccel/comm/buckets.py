@@ -10,7 +10,7 @@ import torch
 from faccel.checks import positive
 from faccel.context import DistContext
 from faccel.errors import ConfigError
-from faccel.protocols import DATA
+from faccel.mesh import DATA
 
 BUCKET_CAP_MB = 25.0
 

@@ -24,8 +24,7 @@ from faccel.errors import (
     WorldError,
     nearest,
 )
-from faccel.mesh import AXES, VIEWS
-from faccel.protocols import WORLD
+from faccel.mesh import AXES, VIEWS, WORLD
 from faccel.tree import Tree, flatten, paths
 
 _OPS = {

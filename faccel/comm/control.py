@@ -19,7 +19,7 @@ from faccel.comm.pack import check_rank
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, DesyncError, nearest
-from faccel.protocols import WORLD
+from faccel.mesh import WORLD
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from faccel.comm.pack import check_rank, pad_to
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError
-from faccel.protocols import DATA, WORLD
+from faccel.mesh import DATA, WORLD
 from faccel.tree import Tree
 
 T = TypeVar("T")

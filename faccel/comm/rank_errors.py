@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from faccel.protocols import Collectives
+if TYPE_CHECKING:
+    from faccel.protocols import Collectives
 
 
 def raise_naming_rank(error: RuntimeError, doing: str, axis: str, comm: Collectives) -> NoReturn:

@@ -13,7 +13,7 @@ from faccel.comm.tensors import tensor_leaves
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DataError
-from faccel.protocols import DATA, WORLD
+from faccel.mesh import DATA, WORLD
 from faccel.tree import Tree, leaf_error
 
 

@@ -11,7 +11,7 @@ from faccel.comm.pack import Packed, check_rank, describe, digest, pack, pad_to
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DataError, DesyncError
-from faccel.protocols import DATA, WORLD
+from faccel.mesh import DATA, WORLD
 from faccel.tree import Tree, flatten, leaf_error
 
 REDUCE_OPS = ("sum", "mean", "min", "max", "prod")

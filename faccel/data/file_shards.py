@@ -16,7 +16,7 @@ from faccel.data.order import Cursor
 from faccel.data.sources import iterate_stream, no_step_error
 from faccel.data.stream_plan import RankBatch, StreamPlan, repeat_to
 from faccel.errors import DataError
-from faccel.protocols import DATA
+from faccel.mesh import DATA
 from faccel.random.hashing import mix
 from faccel.tree import Tree
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from faccel.context import DistContext
-from faccel.protocols import RunMethod
 from faccel.training.precision import autocast
 from faccel.tree import Tree, map_leaves
+
+if TYPE_CHECKING:
+    from faccel.protocols import RunMethod
 
 
 class Methods(nn.Module):

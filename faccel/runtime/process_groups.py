@@ -20,8 +20,7 @@ from faccel.comm.rank_status import RankStatus
 from faccel.config import Config
 from faccel.context import Topology
 from faccel.errors import WorldError
-from faccel.mesh import VIEWS, MeshSpec
-from faccel.protocols import WORLD
+from faccel.mesh import VIEWS, WORLD, MeshSpec
 from faccel.runtime.devices import c10d_backend
 from faccel.runtime.rendezvous import agree_on_name
 

@@ -10,7 +10,7 @@ import torch
 
 from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
-from faccel.protocols import WORLD
+from faccel.mesh import WORLD
 from faccel.random.generators import Generators
 from faccel.tree import Tree, flatten, paths
 

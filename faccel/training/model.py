@@ -16,11 +16,11 @@ from faccel.checks import instance_of, shown
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ModelError, OptimizerError
-from faccel.protocols import Parallelism, RunMethod
 from faccel.tree import Tree
 
 if TYPE_CHECKING:
     from faccel.plan import Plan
+    from faccel.protocols import Parallelism, RunMethod
 
 
 @attrs.frozen(eq=False)

@@ -12,7 +12,7 @@ import torch
 from faccel.checks import shown
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ScalerError, nearest
-from faccel.protocols import WORLD
+from faccel.mesh import WORLD
 from faccel.tree import local_tensor
 
 _OPTIONS = ("scale", "growth_factor", "backoff_factor", "growth_interval")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import attrs
 import torch
@@ -15,7 +15,7 @@ from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError, ModelError, OptimizerError
-from faccel.protocols import DATA, MicroBatchLoss, UpdateOptions
+from faccel.mesh import DATA
 from faccel.training.grad_clip import (
     check_limits,
     clip_,
@@ -33,6 +33,10 @@ from faccel.training.model import (
 from faccel.training.precision import ScalerState, check_scaler, unscale_
 from faccel.training.windows import Window, uneven_tail_error
 from faccel.tree import Tree, full_tensor
+from faccel.update_options import UpdateOptions
+
+if TYPE_CHECKING:
+    from faccel.protocols import MicroBatchLoss
 
 
 def _is_loss(loss: object) -> TypeGuard[torch.Tensor]:

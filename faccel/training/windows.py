@@ -15,7 +15,7 @@ from faccel.data.loader import ShardedLoader, batches
 from faccel.data.order import Cursor
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import DataError
-from faccel.protocols import DATA
+from faccel.mesh import DATA
 from faccel.tree import Tree
 
 Weight = Callable[[Batch], int | float | torch.Tensor]

@@ -38,12 +38,13 @@ from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.errors import BackendError, ConfigError, ModelError, OptimizerError
 from faccel.flat_shard import FlatShard
+from faccel.mesh import DATA
 from faccel.parallel.activation_checkpoint import checkpoint_and_compile
 from faccel.parallel.forward import Methods, call_method, to_fp32, with_precision
 from faccel.parallel.materialize import InitialValues
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import Plan
-from faccel.protocols import DATA, Parallelism, RunMethod, Stateful, StateIO
+from faccel.protocols import Parallelism, RunMethod, Stateful, StateIO
 from faccel.tree import Tree, map_leaves
 
 

@@ -13,7 +13,7 @@ from faccel.backends.deepspeed.partition import ParamShard
 from faccel.context import DistContext
 from faccel.errors import ConfigError, OptimizerError
 from faccel.flat_shard import FlatShard
-from faccel.protocols import UpdateOptions
+from faccel.update_options import UpdateOptions
 
 ELEMENTWISE = (
     "ASGD",

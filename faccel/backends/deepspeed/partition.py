@@ -11,7 +11,7 @@ from torch import nn
 
 from faccel.context import DistContext
 from faccel.flat_shard import FlatShard
-from faccel.protocols import DATA
+from faccel.mesh import DATA
 
 
 @attrs.frozen(eq=False)

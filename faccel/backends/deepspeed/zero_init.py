@@ -14,9 +14,9 @@ from torch import nn
 from faccel.backends.deepspeed.availability import import_deepspeed, setup_environment
 from faccel.backends.deepspeed.settings import Json, dtype_of
 from faccel.context import DistContext
+from faccel.mesh import DATA
 from faccel.parallel.materialize import InitialValues, tie_parameters
 from faccel.parallel.sync_states import broadcast_from_rank_0
-from faccel.protocols import DATA
 
 
 def ensure_process_group(ctx: DistContext) -> None:
