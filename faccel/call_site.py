@@ -12,6 +12,7 @@ import torch
 
 
 def _folder_of(file: str) -> str:
+    # With a separator at the end: `.../torch` is also the start of `.../torchvision`.
     return os.path.join(os.path.dirname(os.path.abspath(file)), "")
 
 
@@ -19,12 +20,14 @@ def _folder_of(file: str) -> str:
 _LIBRARY_FOLDERS = (
     _folder_of(torch.__file__),
     _folder_of(__file__),
+    # `threading` is a module of the standard library, so its folder contains all of it.
     _folder_of(threading.__file__),
 )
 
 # Paths are relative to where the process started: short, and equal on all ranks.
 _START_FOLDER = os.path.join(os.path.abspath(os.curdir), "")
 
+# One per thread: the ranks of `simulate` are threads of one process.
 _override = threading.local()
 
 
@@ -50,12 +53,15 @@ def call_site() -> str:
     site = getattr(_override, "site", None)
     if site is not None:
         return site
+    # Not `inspect.stack()`, which reads the source file of every frame from the disk.
     frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame is not None:
         path = frame.f_code.co_filename
+        # `<frozen runpy>`, `<frozen importlib._bootstrap>`: Python modules that have no file
         if not path.startswith(_LIBRARY_FOLDERS) and not path.startswith("<frozen"):
             return f"{path.removeprefix(_START_FOLDER)}:{frame.f_lineno}"
         frame = frame.f_back
+    # A hook that a C++ thread calls, as autograd's threads do, has no frame of the user.
     return "unknown"
 
 
@@ -68,6 +74,7 @@ def describe_ranks(actions: Mapping[int, str]) -> str:
         >>> describe_ranks({0: "barrier at train.py:4", 1: "returned", 2: "returned"})
         'rank 0: barrier at train.py:4, ranks 1 to 2: returned'
     """
+    # On a large mesh all ranks but a few do the same: one clause for those keeps the line short.
     ranks_by_action: dict[str, list[int]] = {}
     for rank, action in actions.items():
         ranks_by_action.setdefault(action, []).append(rank)

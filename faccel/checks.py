@@ -34,6 +34,7 @@ def one_of(
     # an unhashable value is compared, not hashed
     if any(value == candidate for candidate in allowed):
         return value
+    # the reprs are sorted: values of several types, such as None and str, have no order
     listed = ", ".join(sorted(repr(candidate) for candidate in allowed))
     fix = nearest(str(value), [str(candidate) for candidate in allowed])
     raise error(f"`{name}` must be one of {listed}", got=repr(value), fix=fix)
@@ -50,7 +51,7 @@ def positive(name: str, value: Number, error: type[FaccelError] = ConfigError) -
         faccel.errors.ConfigError: `every` must be positive. Got every=0.
         To fix: use `every=1` or more.
     """
-    # the annotation of the user's argument is not checked at run time
+    # The annotation of the user's argument is not checked at run time. NaN is not above 0.
     if isinstance(value, int | float) and value > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
         return value
     fix = f"use `{name}=1` or more"
@@ -72,6 +73,7 @@ def integer(
         faccel.errors.ConfigError: `grad_accum` must be an int of at least 1. Got grad_accum=0.
         To fix: use `grad_accum=1` or more.
     """
+    # a bool is an int in Python, but `grad_accum=True` is a mistake and not 1
     if isinstance(value, int) and not isinstance(value, bool) and value >= at_least:
         return value
     raise error(
@@ -94,6 +96,7 @@ def finite(
         faccel.errors.ConfigError: `wait_s` must be a finite number of at least 1. Got wait_s=inf.
         To fix: use `wait_s=1` or more.
     """
+    # NaN needs no check: every comparison with it is False.
     is_bool = isinstance(value, bool)
     if isinstance(value, int | float) and not is_bool and at_least <= value < math.inf:
         return value

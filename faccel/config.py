@@ -82,6 +82,8 @@ def _field(
     converter: Callable[[Any], object] | None = None,
 ) -> Any:
     """Return a field that `parse` reads from the text of an environment variable or a flag."""
+    # `Any`, because a type checker takes the type of a field from its annotation. The metadata is
+    # the one source for the flags of `faccel launch`, the variables and docs/configuration.md.
     metadata = {"parse": parse, "doc": doc}
     return attrs.field(default=default, metadata=metadata, validator=validator, converter=converter)
 
@@ -142,6 +144,7 @@ class Config:
     timeout_s: float = _field(
         600.0, float, "seconds until a collective fails", validator=float_at_least(1)
     )
+    # Not compared: equal values make equal configurations, wherever they come from.
     sources: Mapping[str, str] = attrs.field(factory=dict, eq=False, repr=False)
 
     def explain(self) -> str:
@@ -153,6 +156,7 @@ class Config:
         """
         lines: list[str] = []
         for field in config_fields():
+            # a record that was not made by `resolve` has no sources: its fields are arguments
             source = self.sources.get(field.name, "argument")
             lines.append(f"{field.name} = {_show(getattr(self, field.name))}  ({source})")
         return "\n".join(lines)
@@ -161,8 +165,11 @@ class Config:
 def _show(value: object) -> str:
     if not isinstance(value, MeshSpec):
         return str(value)
-    axes = [f"{axis}={extent}" for axis, extent in attrs.asdict(value).items() if extent != 1]
-    return ",".join(axes) or "1"
+    axes: list[str] = []
+    for axis, extent in attrs.asdict(value).items():
+        if extent != 1:  # an axis of one rank is not used
+            axes.append(f"{axis}={extent}")
+    return ",".join(axes) or "1"  # a mesh without axes is one process
 
 
 def config_fields() -> tuple[attrs.Attribute[Any], ...]:
@@ -215,10 +222,12 @@ def unreadable(
 def _environment_settings(env: Mapping[str, str]) -> dict[str, _Setting]:
     fields = {PREFIX + field.name.upper(): field for field in config_fields()}
     settings: dict[str, _Setting] = {}
+    # Sorted, so that of several mistakes every rank reports the same one.
     for variable in sorted(env):
         is_other = not variable.startswith(PREFIX) or variable in (LAUNCH, VARIABLE)
         if is_other or not env[variable]:  # an empty variable is unset, as in a shell
             continue
+        # An error, because a misspelled variable would otherwise have no effect.
         if variable not in fields:
             raise ConfigError(
                 f"the environment variable `{variable}` is unknown",
@@ -243,7 +252,7 @@ def _file_settings(file: ConfigFile | None) -> dict[str, _Setting]:
 
 def _flag_settings(env: Mapping[str, str]) -> dict[str, _Setting]:
     flags = launcher_flags(env)
-    flags.pop("config", None)
+    flags.pop("config", None)  # `--config` names the file, which `faccel.init` has read already
     return {name: _Setting(value, f"flag {flag_of(name)}") for name, value in flags.items()}
 
 
@@ -256,6 +265,7 @@ def launcher_flags(env: Mapping[str, str]) -> dict[str, Any]:
         ConfigError: The variable was not set by the launcher.
     """
     try:
+        # `or`, because an empty variable is unset, as the other variables are
         return dict(json.loads(env.get(LAUNCH) or "{}"))
     except (ValueError, TypeError):
         raise ConfigError(
@@ -270,6 +280,7 @@ def _record_settings(config: Config | Mapping[str, object] | None) -> dict[str, 
         return {}
     values: dict[str, Any] = {}
     if isinstance(config, Config):
+        # A record has a value for every field. Its defaults must not replace the environment.
         for field in config_fields():
             if _is_set(config, field.name):
                 values[field.name] = getattr(config, field.name)
@@ -340,9 +351,12 @@ def resolve(
             _check_name(name, setting, values)
             if name in flags and setting.source.startswith("argument"):
                 _check_agreement(name, flags[name], setting)
+            # Only the source that is replaced is named, not those that it replaced before.
             weaker = sources[name].partition(",")[0]
             sources[name] = f"{setting.source}, over {weaker} {_show(values[name])}"
             values[name] = setting.value
+    # Validated once, after the merge: a weak source may have an invalid value that a stronger one
+    # replaces.
     try:
         return Config(**values, sources=sources)
     except ConfigError as error:
@@ -353,6 +367,7 @@ def _check_name(name: str, setting: _Setting, fields: Mapping[str, object]) -> N
     if name in fields:
         return
     problem = f"`{name}` is not a field of the configuration"
+    # For an argument the traceback shows the line; a file or a variable must be named.
     if not setting.source.startswith("argument"):
         problem += f" ({setting.source})"
     raise ConfigError(problem, got=f"{name}={setting.value!r}", fix=nearest(name, fields))
@@ -376,6 +391,7 @@ def _check_agreement(name: str, flag: _Setting, argument: _Setting) -> None:
 
 def _with_source(error: ConfigError, sources: Mapping[str, str]) -> ConfigError:
     """Return the error of a field with the source of its value."""
+    # The validators see a value without its source. They begin a message with the field's name.
     field = "mesh"  # whose errors name an axis
     for name in sources:
         if error.problem.startswith(f"`{name}` "):

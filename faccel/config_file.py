@@ -35,6 +35,8 @@ def default_path(env: Mapping[str, str]) -> str | None:
 
     Effects: pure. None if the environment has neither `XDG_CONFIG_HOME` nor `HOME`.
     """
+    # https://specifications.freedesktop.org/basedir-spec. Not `os.path.expanduser`: it would read
+    # the environment of the process instead of `env`.
     folder = env.get("XDG_CONFIG_HOME")
     if not folder and env.get("HOME"):
         folder = os.path.join(env["HOME"], ".config")
@@ -57,6 +59,8 @@ def find(env: Mapping[str, str]) -> str | None:
 
     Effects: ambient. None if the variable is unset and the default file is missing.
     """
+    # Only the default file may be missing: a file that the variable names must exist, and `read`
+    # raises if it does not.
     if env.get(VARIABLE):
         return env[VARIABLE]
     path = default_path(env)
@@ -88,6 +92,7 @@ def read(reference: str) -> ConfigFile:
             got=f"a {type(values).__name__}",
             fix="write one `key: value` per line, such as `mixed_precision: bf16`",
         )
+    # `str`, because YAML reads an unquoted `1` or `no` as a number or a bool, in keys, too.
     return ConfigFile(reference, {str(key): value for key, value in values.items()})
 
 
@@ -134,6 +139,7 @@ def write(path: str, values: Mapping[str, Any], comment: str = "") -> None:
 def _replace(target: str, text: str, *, is_new: bool) -> None:
     folder = os.path.dirname(target)
     os.makedirs(folder, exist_ok=True)
+    # In the folder of the target: `os.replace` fails across file systems.
     with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".faccel-", delete=False) as file:
         file.write(text)
     mode = 0o644  # a temporary file is readable by its owner only
@@ -142,7 +148,7 @@ def _replace(target: str, text: str, *, is_new: bool) -> None:
     os.chmod(file.name, mode)
     try:
         os.replace(file.name, target)
-    except OSError:
+    except OSError:  # the target is a folder, for example
         os.unlink(file.name)
         raise
 
@@ -165,13 +171,14 @@ def _read_text(path: str) -> str | None:
 
 def _edited(text: str, suffix: str, values: Mapping[str, Any]) -> str:
     """Return `text` with only the lines of changed keys edited, so that it parses to `values`."""
-    if suffix == ".json":
+    if suffix == ".json":  # has no comments to keep
         return _to_json(values)
     previous = _FORMATS[suffix].load(text) or {}
     lines: list[str] = []
+    # `{}` is an empty mapping in YAML's flow style. A line `key: value` after it is invalid.
     if text.strip() != "{}":
         lines = text.splitlines()
-    for key in {**previous, **values}:
+    for key in {**previous, **values}:  # in the order of the file, new keys last
         if key not in values:
             _remove_key(lines, key, suffix)
         elif key not in previous or previous[key] != values[key]:
@@ -200,11 +207,13 @@ def _set_key(lines: list[str], key: str, value: object, suffix: str) -> None:
     separator = ": "
     if suffix == ".toml":
         separator = " = "
+    # A scalar in JSON is valid YAML and TOML, too, with strings quoted.
     line = f"{key}{separator}{json.dumps(value)}"
     index = _line_of(lines, key, suffix)
     if index is None:
         lines.append(line)
         return
+    # the user's comment on the line stays
     comment = re.search(r"\s+#.*$", lines[index])
     if comment:
         line += comment[0]
@@ -223,6 +232,7 @@ def _line_of(lines: list[str], key: str, suffix: str) -> int | None:
         mark = "="
     pattern = re.compile(rf"[\"']?{re.escape(key)}[\"']?\s*{mark}")
     for index, line in enumerate(lines):
+        # `match` starts in the first column: a nested key of the same name is indented
         if pattern.match(line):
             return index
     return None
@@ -241,6 +251,7 @@ def _suffix(path: str) -> str:
 
 def _parse(path: str) -> object:
     suffix = _suffix(path)
+    # Bytes, decoded below as UTF-8: text mode would decode in the locale of the process.
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -252,7 +263,7 @@ def _parse(path: str) -> object:
     except Exception as error:  # each parser has its own errors
         raise ConfigError(
             f"`{path}` is not {suffix[1:].upper()}",
-            got=" ".join(str(error).split()),
+            got=" ".join(str(error).split()),  # messages of parsers span several lines
             fix="correct that line",
         ) from None
 
@@ -263,6 +274,7 @@ def _parse(path: str) -> object:
 def _load_yaml(text: str) -> Any:
     import yaml
 
+    # `yaml.load` would construct any Python object that the file names
     return yaml.safe_load(text)
 
 

@@ -52,6 +52,7 @@ class Topology:
     attempt: int = 0
     store_is_hosted: bool = False
 
+    # Checked here, because PyTorch's rendezvous reports neither the launcher nor the variable.
     def __attrs_post_init__(self) -> None:
         self._check_below("rank", "world_size")
         self._check_below("local_rank", "local_world_size")
@@ -97,6 +98,7 @@ class Mesh:
 
         The first call for the same extents is collective.
         """
+        # With the order: it decides which ranks form a group.
         key = tuple(extents.items())
         if key not in self._device_meshes:
             self._device_meshes[key] = self.make_device_mesh(extents)
@@ -145,6 +147,7 @@ class DistContext:
 
     def __attrs_post_init__(self) -> None:
         spec = self.mesh.spec
+        # Both: DeepSpeed runs on a mesh of replicas, but shards states, gradients or parameters.
         is_mesh_replicated = spec.size == spec.dp_replicate
         derived = {
             "rank": self.topology.rank,
@@ -203,6 +206,7 @@ class DistContext:
         # Torchrun mixes the tracebacks of all ranks in one output.
         if error is not None and self.world_size > 1:
             error.add_note(f"on rank {self.rank} of {self.world_size}")
+        # After an error, too: a process group that stays open keeps the other ranks waiting.
         try:
             self._close(self, error)
         except Exception as close_error:

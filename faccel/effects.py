@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+# The decorator returns the type that it gets, so that type checkers keep the signature.
 F = TypeVar("F", bound=Callable[..., object])
 
 COLLECTIVE = "collective"
@@ -44,4 +45,5 @@ def effectful(*labels: str) -> Callable[[F], F]:
 
 def effects_of(fn: object) -> frozenset[str]:
     """Return the labels of `fn`; the empty set for a pure function."""
+    # Most functions are pure: they need no decorator.
     return getattr(fn, "__effects__", frozenset())

@@ -37,6 +37,7 @@ class FaccelError(Exception):
     """
 
     def __init__(self, problem: str, *, got: str = "", fix: str = "") -> None:
+        # Kept apart, so that a caller can add a source or a rank without parsing the message.
         self.problem = problem
         self.got = got
         self.fix = fix
@@ -48,12 +49,16 @@ class FaccelError(Exception):
         Exception.__init__(self, message)  # torch.compile cannot trace `super().__init__` here
 
     # `Exception.__reduce__` calls the class with the message alone, which is not its signature.
+    # Process pools, such as those of `concurrent.futures`, return an exception as a pickle.
     def __reduce__(self) -> tuple[Callable[..., FaccelError], tuple[object, ...]]:
         return _rebuild, (type(self), self.problem, self.got, self.fix)
 
 
 def _rebuild(cls: type[FaccelError], problem: str, got: str, fix: str) -> FaccelError:
     return cls(problem, got=got, fix=fix)
+
+
+# Each class has a builtin base, so that `except ValueError` or `except RuntimeError` catches it.
 
 
 class ConfigError(FaccelError, ValueError):
@@ -133,6 +138,7 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
         >>> nearest("sun", ["sum", "mean"])
         'use `sum` (allowed: `mean`, `sum`)'
     """
+    # sorted, because the order of a set of strings differs from process to process
     names = sorted(allowed)
     listed = ", ".join(f"`{name}`" for name in names)
     # similarity of at least 0.6, so that an unrelated word gets no suggestion

@@ -30,7 +30,10 @@ def lazy(
         >>> getattr_("MeshSpec").__name__, all_
         ('MeshSpec', ['MeshSpec'])
     """
-    module_of = {name: module for module, members in names.items() for name in members}
+    module_of: dict[str, str] = {}
+    for module, members in names.items():
+        for member in members:
+            module_of[member] = module
 
     def getattr_(name: str) -> object:
         if name in module_of:
@@ -43,6 +46,7 @@ def lazy(
         setattr(sys.modules[package], name, value)
         return value
 
+    # Names that are not imported yet are listed, too: for tab completion.
     def dir_() -> list[str]:
         return sorted([*module_of, *submodules])
 
@@ -58,6 +62,7 @@ def _unknown_name(
     # attribute before it imports the module: neither should import all namespaces.
     if name.startswith("_") or importlib.util.find_spec(f"{package}.{name}") is not None:
         return AttributeError(message)
+    # Imports all namespaces. That is slow, but happens only for an error.
     candidates = _fixes(package, submodules, hints)
     matches = difflib.get_close_matches(name.lower(), candidates, n=1)
     if matches:
@@ -67,6 +72,7 @@ def _unknown_name(
 
 def _fixes(package: str, submodules: Sequence[str], hints: Mapping[str, str]) -> dict[str, str]:
     """Return what to use for each name in lower case: hints, then the names of all namespaces."""
+    # In lower case, because `get_close_matches` treats `a` and `A` as different letters.
     fixes = {name.lower(): fix for name, fix in hints.items()}
     namespaces = [package, *(f"{package}.{submodule}" for submodule in submodules)]
     root = package.partition(".")[0]
@@ -74,5 +80,6 @@ def _fixes(package: str, submodules: Sequence[str], hints: Mapping[str, str]) ->
         namespaces.append(root)
     for namespace in namespaces:
         for name in getattr(importlib.import_module(namespace), "__all__", ()):
+            # `setdefault`: a hint has precedence, then the name in the nearest namespace
             fixes.setdefault(name.lower(), f"`{namespace}.{name}`")
     return fixes

@@ -28,7 +28,7 @@ class Chunk:
     Args:
         offsets: Index of its first element, one number per dim.
         sizes: Its size in each dim.
-        position: Where it begins in the range of elements that it is a chunk of.
+        position: Index of its first element in the range that was split.
     """
 
     offsets: tuple[int, ...]
@@ -50,6 +50,8 @@ def split_range(shape: Sequence[int], start: int, count: int) -> list[Chunk]:
         >>> [(chunk.offsets, chunk.sizes) for chunk in split_range((4, 3), 2, 8)]
         [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
     """
+    # Greedy: each chunk is the largest block of rows that starts at `position`. The blocks first
+    # grow, up to `ndim` of them, then shrink, at most `ndim - 1`: together `2 * ndim - 1`.
     chunks: list[Chunk] = []
     position = 0
     while position < count:
@@ -58,9 +60,11 @@ def split_range(shape: Sequence[int], start: int, count: int) -> list[Chunk]:
         dim = _outermost_dim(shape, index, remaining)
         row_size = math.prod(shape[dim + 1 :])
         offsets = _unravel(index, shape)
+        # one index in each dim before `dim`, all of each dim after it
         sizes = [1] * dim + list(shape[dim:])
         num_rows = 1
         if shape:  # a 0-d tensor has one element and no dim to count rows in
+            # limited by the range and by the end of `dim`, where the dim before it advances
             num_rows = min(remaining // row_size, shape[dim] - offsets[dim])
             sizes[dim] = num_rows
         chunks.append(Chunk(offsets, tuple(sizes), position))
@@ -81,17 +85,19 @@ def _outermost_dim(shape: Sequence[int], index: int, remaining: int) -> int:
     """Return the first dim along which a chunk from flat index `index` can have several rows."""
     for dim in range(len(shape)):
         row_size = math.prod(shape[dim + 1 :])
+        # A block begins at the start of a row and has at least one full row. The last dim always
+        # qualifies, because its rows are single elements.
         if index % row_size == 0 and remaining >= row_size:
             return dim
-    return max(0, len(shape) - 1)
+    return 0  # a 0-d tensor
 
 
 class FlatShard(torch.Tensor):
     """A tensor of which this rank stores a contiguous range of elements, in row-major order.
 
-    It has the shape and dtype of the full tensor. `torch.distributed.checkpoint` can save and load
-    it, `to_local` and `full_tensor` are those of a DTensor, every other operator raises. It aliases
-    `local_tensor`.
+    It has the shape and dtype of the full tensor, and aliases `local_tensor`.
+    `torch.distributed.checkpoint` can save and load it. `to_local` and `full_tensor` work as in a
+    DTensor. `detach` and `empty_like` return a `FlatShard`; every other operator raises.
 
     Args:
         shape: Shape of the full tensor.
@@ -134,6 +140,9 @@ class FlatShard(torch.Tensor):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
+        # The two operators that `faccel.checkpoint` calls on the tensors of a state. Neither reads
+        # elements of other ranks. Any other would compute with a part of the tensor and return a
+        # wrong result, so it raises.
         if args and isinstance(args[0], FlatShard):
             if func is torch.ops.aten.detach.default:
                 return args[0].with_local(args[0].local_tensor)
@@ -159,6 +168,8 @@ class FlatShard(torch.Tensor):
 
     def full_tensor(self) -> torch.Tensor:
         """Return the full tensor on every rank; a copy. Collective."""
+        # A sum and not an all-gather, which needs as many elements from each rank. The ranges are
+        # disjoint, so each element is the sum of one value and zeros, which is exact.
         flat = torch.zeros(self.numel(), dtype=self.dtype, device=self.device)
         self._local_range(flat).copy_(self.local_tensor)
         return self.all_reduce(flat).reshape(self.shape)
@@ -195,10 +206,12 @@ class FlatShard(torch.Tensor):
         return [_storage_metadata(chunk) for chunk in self._chunks()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        # The index is one that `__create_write_items__` or `__create_chunk_list__` has returned.
         by_offset = {torch.Size(chunk.offsets): chunk for chunk in self._chunks()}
         assert index.offset is not None
         chunk = by_offset[index.offset]
         count = math.prod(chunk.sizes)
+        # A view and not a copy: a load writes into it.
         return self.local_tensor[chunk.position : chunk.position + count].view(chunk.sizes)
 
 

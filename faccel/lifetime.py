@@ -1,4 +1,4 @@
-"""What is open in a context and what its end waits for: the mutable part of a `DistContext`."""
+"""The mutable part of a `DistContext`: callbacks for its end, open iterations, open joins."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Lifetime:
         self._joins: set[object] = set()
 
     def on_close(self, callback: Callable[[], None]) -> None:
-        """Register a function for `close`: it waits for background work and raises its error."""
+        """Register a function that `close` calls, for example to wait for a background save."""
         with self._lock:
             self._callbacks.append(callback)
 
@@ -45,6 +45,7 @@ class Lifetime:
 
     def callbacks(self, cls: type[T]) -> list[T]:
         """Return the registered callbacks of a class, oldest first."""
+        # A copy: the caller cancels callbacks while it iterates over the result.
         with self._lock:
             callbacks: list[object] = list(self._callbacks)
         return [callback for callback in callbacks if isinstance(callback, cls)]
@@ -56,10 +57,13 @@ class Lifetime:
         """
         # Cleared first: a second `close`, or one from a callback, calls nothing twice.
         with self._lock:
+            # newest first, as in `contextlib.ExitStack`: what came later may use what came earlier
             callbacks = self._callbacks[::-1]
             self._callbacks.clear()
+        # Called without the lock, which is not reentrant: a callback may call `cancel`.
         errors: list[Exception] = []
         for callback in callbacks:
+            # A failed save must not keep the signal handlers from being restored.
             try:
                 callback()
             except Exception as error:
@@ -70,7 +74,7 @@ class Lifetime:
     @contextmanager
     def uneven_iteration(self) -> Generator[None]:
         """Mark the body as an iteration over a loader with `tail="uneven"`."""
-        token = object()
+        token = object()  # iterations nest: each removes its token only
         self._uneven_iterations.add(token)
         try:
             yield

@@ -10,6 +10,8 @@ import attrs
 
 from faccel.errors import ConfigError, nearest
 
+# Tensor parallel communicates in every layer, so its ranks are neighbours, usually on one node.
+# Stages of a pipeline communicate least, so they are furthest apart. torchtitan has the same order.
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """The axes of a mesh, slowest varying first; `ep` is a view of `dp_shard` and `cp`."""
 
@@ -22,7 +24,9 @@ WORLD = "world"  # all ranks
 VIEWS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "data": DATA_AXES,
+        # A rank of `cp` has the loss of its chunk of the sequence only.
         "loss": (*DATA_AXES, "cp"),
+        # The ranks of `cp` have the same parameters, so FSDP2 can shard over them as well.
         "storage": ("dp_shard", "cp"),
         "stage": (*DATA_AXES, "cp", "tp"),
     }
@@ -81,7 +85,7 @@ class MeshSpec:
         extents: dict[str, int] = {}
         for item in text.split(","):
             axis, _, extent = item.partition("=")
-            if not item.strip():
+            if not item.strip():  # an empty text, or a comma at the end
                 continue
             try:
                 extents[axis.strip()] = int(extent)
@@ -106,6 +110,7 @@ class MeshSpec:
                 got=repr(value),
                 fix='write `mesh="dp_shard=2,tp=2"`',
             )
+        # Before the constructor, whose TypeError would not suggest an axis.
         fields = attrs.fields_dict(cls)
         for axis in value:
             if axis not in fields:
@@ -136,11 +141,12 @@ class MeshSpec:
         free_axes = [axis for axis, extent in extents.items() if extent == -1]
         if len(free_axes) > 1:
             raise ConfigError(
-                "only one axis of a mesh can be -1",
+                "`mesh` has several axes of -1, but only one axis can fill the world",
                 got=str(self),
                 fix="write the number of ranks of the others",
             )
         num_ranks = abs(math.prod(extents.values()))  # without the -1
+        # `ep` comes last: it must divide `dp_shard * cp`, of which one may have been -1.
         if free_axes and world_size % num_ranks == 0:
             filled = attrs.evolve(self, **{free_axes[0]: world_size // num_ranks})
             return filled._with_expert_axis()
@@ -154,6 +160,7 @@ class MeshSpec:
 
     def _fitting_extent(self, world_size: int) -> str:
         """Return an `axis=number` with which the mesh fits, if changing one axis is enough."""
+        # With the other axes unchanged, an axis fits if they divide the world.
         num_ranks = abs(self.size)
         for axis in self._axes_to_change():
             num_others = num_ranks // abs(getattr(self, axis))
@@ -163,13 +170,18 @@ class MeshSpec:
 
     def _axes_to_change(self) -> list[str]:
         """Return the axes to try: the free one, else `dp_replicate` and those in use first."""
-        extents = self.extents
-        free_axes = [axis for axis, extent in extents.items() if extent == -1]
-        if free_axes:
-            return free_axes
-        used = [axis for axis in AXES if extents[axis] > 1 or axis == "dp_replicate"]
-        unused = [axis for axis in AXES if axis not in used]
-        return used + unused
+        free: list[str] = []
+        used: list[str] = []
+        unused: list[str] = []
+        for axis, extent in self.extents.items():
+            if extent == -1:
+                free.append(axis)
+            # `dp_replicate` at 1, too: it is the axis that a run without `mesh` uses.
+            if extent > 1 or axis == "dp_replicate":
+                used.append(axis)
+            else:
+                unused.append(axis)
+        return free or used + unused
 
     def _with_expert_axis(self) -> MeshSpec:
         """Return the mesh with `ep` checked, and -1 replaced by `dp_shard * cp`."""
@@ -182,6 +194,7 @@ class MeshSpec:
         raise ConfigError(
             "`ep` must divide `dp_shard * cp`",
             got=f"ep={self.ep}, dp_shard * cp = {num_storage_ranks}",
+            # the largest divisor of both
             fix=f"use `ep={math.gcd(num_storage_ranks, self.ep)}`, or `dp_shard={self.ep}`",
         )
 
@@ -218,12 +231,18 @@ class MeshSpec:
             extent = getattr(self, axis)
             if axis in axes:
                 origin = coordinates[axis] * stride
-                ranks = [r - origin + i * stride for i in range(extent) for r in ranks]
+                shifted: list[int] = []
+                for index in range(extent):
+                    offset = index * stride - origin
+                    shifted += [other_rank + offset for other_rank in ranks]
+                ranks = shifted
             stride *= extent
         return tuple(ranks)
 
     def _expert_peers(self, rank: int, view: str) -> tuple[int, ...]:
         storage_ranks = self.peers(rank, "storage")
+        # `ep` varies fastest, as in the DeviceMesh that shards experts. With n storage ranks:
+        # storage index = block * ep + expert_rank, block < n / ep, expert_rank < ep
         block, expert_rank = divmod(storage_ranks.index(rank), self.ep)
         if view == "ep":
             start = block * self.ep
@@ -245,9 +264,12 @@ class MeshSpec:
         axes = [axis for axis in (*AXES, "ep") if getattr(self, axis) > 1]
         lines: list[str] = []
         for name in [*axes, *VIEWS]:
+            # a set, because each rank of a group lists the same group
             groups = sorted({self.peers(rank, name) for rank in range(self.size)})
-            listed = " ".join(f"({' '.join(map(str, group))})" for group in groups)
-            lines.append(f"{name:<8}  {len(groups[0])}  {listed}")
+            line = f"{name:<8}  {len(groups[0])} "
+            for group in groups:
+                line += f" ({' '.join(map(str, group))})"
+            lines.append(line)
         return "\n".join(lines)
 
     def picture(self) -> str:
@@ -267,11 +289,16 @@ class MeshSpec:
             rank_by_cell.setdefault(row, {})[column] = rank
         columns = list(next(iter(rank_by_cell.values())))
         widths = {column: max(6, len(column) + 2) for column in columns}
-        header = "".join(f"{column:>{widths[column]}}" for column in columns)
-        lines = [f"{'':<21}{header}"]
+        header = " " * 21
+        for column in columns:
+            header += f"{column:>{widths[column]}}"
+        lines = [header]
         for row, ranks in rank_by_cell.items():
-            cells = "".join(f"{ranks[column]:>{widths[column]}}" for column in columns)
-            lines.append(f"{row:<21}{cells}")
+            line = f"{row:<21}"
+            # every row has the same columns: a mesh is a full grid
+            for column in columns:
+                line += f"{ranks[column]:>{widths[column]}}"
+            lines.append(line)
         return "\n".join(lines)
 
     def _coordinate_label(self, rank: int, *, is_data: bool) -> str:
@@ -289,5 +316,7 @@ class MeshSpec:
 
     def data_rank(self, rank: int) -> int:
         """Return the number of `rank` among those that read different samples."""
+        # Ranks that differ along `cp`, `tp` or `pp` only have the same number: they read the same
+        # samples.
         coordinates = self.coordinates(rank)
         return coordinates["dp_replicate"] * self.dp_shard + coordinates["dp_shard"]

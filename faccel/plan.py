@@ -35,7 +35,7 @@ def _patterns(value: object) -> tuple[str, ...]:
     if isinstance(value, Iterable):
         return tuple(value)
     raise ConfigError(
-        "a pattern of names must be a str, or several in a tuple",
+        "name patterns must be a str or a tuple of str",
         got=shown(value),
         fix='write `"blocks.*"` or `("blocks.*", "head")`',
     )
@@ -67,6 +67,7 @@ class PowerSgdConfig:
         seed: Seed of the first matrices.
     """
 
+    # The defaults of PyTorch's `PowerSGDState`.
     rank: int = attrs.field(default=1, validator=positive_number())
     start_step: int = attrs.field(default=1000, validator=positive_number())
     min_compression_rate: float = attrs.field(default=2, validator=positive_number())
@@ -111,6 +112,8 @@ class DdpConfig:
     find_unused_parameters: bool = _bool_field(default=False)
     static_graph: bool = _bool_field(default=False)
     forward_sync_buffers: bool = _bool_field(default=True)
+    # None and not a number: PyTorch's default (25 MB) has a smaller first bucket, which a number
+    # would replace, too.
     bucket_cap_mb: float | None = attrs.field(
         default=None, validator=positive_number(optional=True)
     )
@@ -191,8 +194,8 @@ class ActivationCheckpointing:
         every: Every `every`-th unit is checkpointed; 1 is all of them.
         save_ops: Names of operators whose results are kept, such as `"aten.mm.default"` (selective
             checkpointing).
-        memory_budget: From 0 (keep nothing) to 1 (keep everything): the compiler chooses. Needs
-            `Plan(compile=...)`.
+        memory_budget: Fraction of the activations that the compiler may keep: above 0, and at most
+            1, which keeps everything. Needs `Plan(compile=...)`.
     """
 
     every: int = attrs.field(default=1, validator=positive_number())
@@ -208,6 +211,7 @@ def _activation_checkpoint(value: object) -> ActivationCheckpointing | None:
     # the short forms of the common cases
     if value == "full":
         return ActivationCheckpointing()
+    # a bool is an int in Python: `True` must raise instead of being read as 1
     if isinstance(value, int) and not isinstance(value, bool):
         return ActivationCheckpointing(every=value)
     raise ConfigError(
@@ -225,6 +229,7 @@ def _tensor_styles(value: object) -> Mapping[str, str]:
             got=repr(value),
             fix='write `tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}`',
         )
+    # The patterns are compared with the names of the modules in `wrap`, which has the model.
     for pattern, style in value.items():
         one_of(f'tensor["{pattern}"]', style, STYLES)
     return MappingProxyType(dict(value))
@@ -272,6 +277,7 @@ class PipelineConfig:
     stages_per_rank: int = attrs.field(default=1, validator=positive_number())
 
     def __attrs_post_init__(self) -> None:
+        # PyTorch's classes for 1F1B and GPipe run exactly one stage on each rank.
         if self.stages_per_rank > 1 and self.schedule != "interleaved":
             raise ConfigError(
                 f"`stages_per_rank` must be 1 with the schedule {self.schedule!r}",
@@ -290,8 +296,8 @@ class Plan:
         deepspeed: Options of DeepSpeed.
         units: The modules that are sharded, checkpointed and compiled as one unit: names of classes
             (`"Block"`), patterns of module names (`"blocks.*"`), or a number: modules with at least
-            so many parameters. None takes the model's `_no_split_modules`, else the members of its
-            `ModuleList`s. The root is a unit of what remains.
+            that many parameters. None takes the model's `_no_split_modules`, else the members of
+            its `ModuleList`s. The root is the unit of all other parameters.
         tensor: For a mesh with `tp`: how to shard the modules that match each name pattern.
             `"colwise"` and `"rowwise"` linear layers or embeddings come in pairs.
             `"colwise_gather"` gathers its output on every rank. `"colwise_loss"` leaves the logits
@@ -313,10 +319,12 @@ class Plan:
         ('Block',)
     """
 
+    # Instances as defaults: they are frozen, so all plans can have the same ones.
     ddp: DdpConfig = DdpConfig()
     fsdp: FsdpConfig = FsdpConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     units: tuple[str, ...] | int | None = attrs.field(default=None, converter=_units)
+    # The converters copy into tuples and read-only mappings: a plan does not alias its arguments.
     tensor: Mapping[str, str] = attrs.field(factory=dict, converter=_tensor_styles)
     pipeline: PipelineConfig | None = None
     activation_checkpoint: ActivationCheckpointing | None = attrs.field(
@@ -346,6 +354,7 @@ class Plan:
         fix = f"write `{name}=faccel.parallel.{cls.__name__}(...)`"
         instance_of(name, getattr(self, name), cls, fix=fix)
 
+    # The validator of the field has checked that it is positive; 1 is PyTorch's default.
     def _check_memory_budget(self, budget: float | None) -> None:
         if budget is None:
             return

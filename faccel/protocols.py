@@ -39,6 +39,7 @@ class Collectives(Protocol):
         """Return torch's process group of the axis, or None where the axis has none."""
         ...
 
+    # Not an argument of each collective, because only debug mode uses it.
     def set_call_label(self, call: str, x: Tree) -> None:
         """Label the next collective with the public call and its value, for debug mode."""
         ...
@@ -63,6 +64,7 @@ class Collectives(Protocol):
         """Return `T[size, ...]`: row `r` is the row that rank `r` has for this rank."""
         ...
 
+    # `like`, because the ranks that receive have no row to take the shape and dtype from.
     def scatter(
         self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str
     ) -> torch.Tensor:
@@ -178,9 +180,9 @@ class EngineOptimizerStep(Protocol):
 
 
 def no_join(engine: torch.nn.Module, states: Sequence[Stateful], ctx: DistContext) -> NoReturn:
-    """Refuse to train on uneven inputs: `Parallelism.join` of a strategy that cannot."""
+    """Raise: `Parallelism.join` of a strategy that does not support uneven inputs."""
     raise ConfigError(
-        "ranks can only end at different updates where they are replicas",
+        "the mesh must have replicas only to train with `join`",
         got=str(ctx.mesh.spec),
         fix='train on a loader with `tail="pad"` or `tail="drop"`',
     )
@@ -190,7 +192,7 @@ class TiedCopies(Protocol):
     """Lists the parameters of this rank that are copies of a tied parameter of another rank."""
 
     def __call__(self, engine: torch.nn.Module) -> Mapping[int, str]:
-        """Return the name of the first copy, on the other rank, by `id` of the parameter here.
+        """Map the `id` of each copy on this rank to the name of the first copy, on another rank.
 
         A norm counts the first copy only, and a checkpoint stores state under its name.
         """
@@ -244,7 +246,7 @@ class Parallelism:
         wrap_optimizer: Connects an optimizer to the engine.
         grad_sync: Turns the reduction of gradients in backward on or off.
         sync_buffers: Makes buffers equal on all data ranks, when training mode ends.
-        join: Lets ranks end at different updates; the default refuses.
+        join: Lets ranks end at different updates; the default raises.
         pipeline_forward_backward: Runs all micro-batches of a window together; None where the
             strategy runs them one by one.
         state: How the engine is saved and loaded; None where the user's module holds everything.
@@ -259,8 +261,10 @@ class Parallelism:
     wrap_optimizer: WrapOptimizer
     grad_sync: GradSync
     sync_buffers: SyncBuffers
+    # Functions as defaults where a strategy can do without: a caller calls them without a check.
     join: JoinUneven = no_join
     pipeline_forward_backward: PipelineForwardBackward | None = None
+    # None instead: the caller then saves the user's module and steps PyTorch's optimizer.
     state: StateIO | None = None
     optimizer_step: EngineOptimizerStep | None = None
     tied_copies: TiedCopies = no_tied_copies

@@ -20,6 +20,7 @@ from faccel.errors import TreeError
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
+# Python's types cannot express "any nesting, records of the user included".
 Tree = Any
 """A leaf, or any nesting of containers with leaves."""
 
@@ -36,6 +37,7 @@ class _Node(NamedTuple):
 
 def is_tensordict(value: object) -> bool:
     """Return whether `value` is a TensorDict; does not import tensordict."""
+    # A TensorDict can only exist after the user has imported tensordict.
     module = sys.modules.get("tensordict")
     return module is not None and isinstance(value, module.TensorDictBase)
 
@@ -54,7 +56,7 @@ def _mapping_builder(mapping: Mapping[Tree, Tree], keys: list[Tree]) -> _Build:
 
     def build(values: list[Tree]) -> Tree:
         by_key = dict(zip(keys, values, strict=True))
-        if order == keys:
+        if order == keys:  # no second dict for keys that are sorted already
             return by_key
         return {key: by_key[key] for key in order}
 
@@ -63,7 +65,8 @@ def _mapping_builder(mapping: Mapping[Tree, Tree], keys: list[Tree]) -> _Build:
 
 def _mapping_subclass_builder(mapping: Mapping[Tree, Tree], keys: list[Tree]) -> _Build:
     def build(values: list[Tree]) -> Tree:
-        # a copy keeps what is not a key: a default factory, the encodings of a tokenizer, ...
+        # A copy, because the constructor of a subclass may take other arguments than a mapping. It
+        # keeps what is not a key: a default factory, the encodings of a tokenizer, ...
         result: Tree = copy.copy(mapping)
         for key, value in zip(keys, values, strict=True):
             result[key] = value
@@ -88,18 +91,21 @@ def _tensordict_builder(tensordict: Tree, keys: list[Tree]) -> _Build:
 
 def _split(value: Tree) -> _Node | None:
     """Return a container's keys, children and builder; None for a leaf."""
+    # First, because most leaves are tensors, and `isinstance` with `Mapping`, an ABC, is slower.
     if isinstance(value, torch.Tensor):
         return None
     cls = type(value)
     if cls is list or cls is tuple:  # the most frequent containers first
         return _Node(range(len(value)), list(value), cls)
+    # Before `Mapping`, which a TensorDict is, too: its builder sets the batch size.
     if is_tensordict(value):
         keys = _sorted_keys(value)
         return _Node(keys, [value.get(key) for key in keys], _tensordict_builder(value, keys))
     if isinstance(value, Mapping):
         keys = _sorted_keys(value)
         return _Node(keys, [value[key] for key in keys], _mapping_builder(value, keys))
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        # a named tuple takes its fields one by one, other tuples take an iterable
         return _Node(cls._fields, list(value), lambda values: cls(*values))
     if isinstance(value, tuple | list):
         return _Node(range(len(value)), list(value), cls)
@@ -107,14 +113,20 @@ def _split(value: Tree) -> _Node | None:
 
 
 def _split_record(value: Tree) -> _Node | None:
-    """Return the parts of an attrs record or a dataclass; None for anything else."""
+    """Return the node of an attrs record or a dataclass; None for anything else."""
     cls = type(value)
+    # The name of each argument of the constructor, by field. Fields without one are left out: the
+    # constructor computes them from the others.
+    arguments: dict[str, str] = {}
     if attrs.has(cls):
-        # an attribute `_x` is the argument `x`
-        arguments = {field.name: field.alias for field in attrs.fields(cls) if field.init}
+        for attribute in attrs.fields(cls):
+            if attribute.init:
+                arguments[attribute.name] = attribute.alias  # an attribute `_x` is the argument `x`
         replace: Callable[..., Tree] = attrs.evolve
     elif dataclasses.is_dataclass(cls):
-        arguments = {field.name: field.name for field in dataclasses.fields(cls) if field.init}
+        for field in dataclasses.fields(cls):
+            if field.init:
+                arguments[field.name] = field.name
         replace = dataclasses.replace
     else:
         return None
@@ -149,7 +161,7 @@ def _collect(tree: Tree, leaves: list[Tree]) -> Callable[[Iterator[Tree]], Tree]
     node = _split(tree)
     if node is None:
         leaves.append(tree)
-        return next
+        return next  # builds a leaf: the iterator yields the leaves in the order of `flatten`
     builders = [_collect(child, leaves) for child in node.children]
     build_node = node.build
     return lambda values: build_node([build(values) for build in builders])
@@ -164,6 +176,7 @@ def paths(tree: Tree, prefix: str = "") -> list[str]:
         >>> paths({"x": [1, 2]})
         ["['x'][0]", "['x'][1]"]
     """
+    # Not part of `flatten`: texts for each leaf would slow down every call for the rare error.
     node = _split(tree)
     if node is None:
         return [prefix or "the value itself"]
@@ -229,6 +242,7 @@ def is_sharded(value: object) -> TypeIs[ShardedTensor]:
 
 def is_dtensor(value: object) -> bool:
     """Return whether a tensor is a DTensor; does not import `torch.distributed.tensor`."""
+    # A DTensor can only exist after its module was imported.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 

@@ -10,6 +10,7 @@ import attrs
 from faccel.checks import finite, instance_of, integer, one_of, positive
 from faccel.errors import ConfigError
 
+# A text, because `attrs.Attribute` cannot be subscripted at run time.
 Validator = Callable[[object, "attrs.Attribute[Any]", Any], None]
 
 
@@ -17,6 +18,7 @@ def _validator(check: Callable[[str, Any], object], *, optional: bool) -> Valida
     def validate(record: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if value is None and optional:
             return
+        # attrs calls a validator with the field, so that one check serves fields of any name
         check(attribute.name, value)
 
     return validate
@@ -61,6 +63,7 @@ def boolean() -> Validator:
     """
 
     def check(name: str, value: object) -> None:
+        # not `value in (True, False)`, which 0 and 1 pass
         if not isinstance(value, bool):
             raise ConfigError(
                 f"`{name}` must be True or False", got=repr(value), fix=f"write `{name}=True`"

@@ -38,7 +38,7 @@ def print(
         return
     out = file or sys.stdout  # not a default argument: tests and notebooks replace it
     out.write(sep.join(map(str, values)) + end)
-    out.flush()
+    out.flush()  # a pipe is buffered: a killed process would lose its last lines
 
 
 class RankLogger(logging.LoggerAdapter[logging.Logger]):
@@ -56,6 +56,7 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         """Log as `logging.Logger.log` does; takes `every_rank=` and `step=`, too."""
         every_rank = kwargs.pop("every_rank", False)
         step = kwargs.pop("step", None)
+        # Before `msg` is formatted: most records of most ranks are not logged.
         if not self.isEnabledFor(level) or not (self.ctx.is_main or every_rank):
             return
         if every_rank and self.ctx.world_size > 1:
@@ -109,17 +110,20 @@ def progress(
         >>> list(progress([1, 2], fake_context(1, 2)))
         [1, 2]
     """
+    # The items are not touched: each rank iterates over them at its own speed.
     if not ctx.is_main:
         return iter(items)
     out = file or sys.stderr
     if total is None and isinstance(items, Sized):
         total = len(items)
+    # A bar redraws its line with control characters, which would fill a log file.
     if out.isatty():
         return _bar(items, total, description, out)
     return _lines(items, total, description, out)
 
 
 def _bar(items: Iterable[T], total: int | None, description: str, file: TextIO) -> Iterator[T]:
+    # Imported here, because only rank 0 in a terminal draws a bar.
     from rich.console import Console
     from rich.progress import track
 
@@ -139,13 +143,13 @@ def _lines(items: Iterable[T], total: int | None, description: str, file: TextIO
     tenths_printed = 0
     next_count = 1
     for count, item in enumerate(items, 1):
-        yield item
+        yield item  # first, so that an item counts after the caller has processed it
         if total:
             tenths = 10 * count // total
             is_due = tenths > tenths_printed
             tenths_printed = tenths
         else:
-            is_due = count == next_count
+            is_due = count == next_count  # log2(n) lines for a stream of n items
         if is_due:
             next_count *= 2
             file.write(f"{prefix}{count}{suffix} in {time.monotonic() - start_s:.1f} s\n")

@@ -50,23 +50,24 @@ class Trackers:
     """
 
     opened: Sequence[tuple[str, Tracker, object]] = ()
-    # Trackers whose failure is logged already: a broken service must not flood the log.
+    # Sources whose failure is logged already: a broken service must not flood the log.
     _failed: set[str] = attrs.field(factory=set, init=False, repr=False)
 
-    def report_failure(self, name: str, error: Exception) -> None:
-        """Log the first failure of a tracker; ignore later ones.
+    def report_failure(self, source: str, error: Exception) -> None:
+        """Log the first failure of a source, such as "the tracker `csv`"; ignore later ones.
 
-        Effects: ambient. Training continues: a tracker is never worth a lost run.
+        Effects: ambient. Training continues.
         """
-        if name in self._failed:
+        if source in self._failed:
             return
-        self._failed.add(name)
+        self._failed.add(source)
         logging.getLogger("faccel").error(
-            "the tracker `%s` failed; its later failures are not logged: %r", name, error
+            "%s failed; its later failures are not logged: %r", source, error
         )
 
 
 def _to_json(values: Mapping[str, object], indent: int | None = None) -> str:
+    # `default=str`: the configuration of a run contains paths, dtypes and the like
     return json.dumps(dict(values), indent=indent, default=str)
 
 
@@ -84,7 +85,9 @@ def _open_csv(folder: Path, config: RunConfig) -> TextIO:
     path = folder / "metrics.csv"
     # a continued run has its header already
     is_new = not path.exists() or path.stat().st_size == 0
+    # The csv module writes the ends of lines; text mode would translate them a second time.
     file = path.open("a", newline="")
+    # One row per number, because a column per name needs all names before the first row.
     if is_new:
         csv.writer(file).writerow(("step", "name", "value"))
     return file
@@ -96,6 +99,7 @@ def _log_csv(file: TextIO, values: Mapping[str, float], step: int) -> None:
 
 
 def _open_tensorboard(folder: Path, config: RunConfig) -> SummaryWriter:
+    # tensorboard is an optional dependency, and slow to import.
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError as error:
@@ -172,7 +176,8 @@ def init_trackers(
         except FaccelError:  # a requested tracker is not installed
             raise
         except Exception as error:
-            Trackers().report_failure(name, error)
+            # A service that is unreachable must not stop the training. The other trackers open.
+            Trackers().report_failure(f"the tracker `{name}`", error)
     return Trackers(opened)
 
 
@@ -198,18 +203,20 @@ def log(values: Mapping[str, float | torch.Tensor], trackers: Trackers, *, step:
     Examples:
         >>> log({"loss": 2.5}, Trackers(), step=1)
     """
+    # Before `float`, so that only rank 0 waits for its device.
     if not trackers.opened:
         return
+    # Once for all trackers: each conversion waits for the device.
     try:
         numbers = {name: float(value) for name, value in values.items()}
     except (TypeError, ValueError) as error:
-        trackers.report_failure("with values that are not numbers", error)
+        trackers.report_failure("`log` with a value that is not a number", error)
         return
     for name, tracker, state in trackers.opened:
         try:
             tracker.log(state, numbers, step)
         except Exception as error:
-            trackers.report_failure(name, error)
+            trackers.report_failure(f"the tracker `{name}`", error)
 
 
 @effectful(AMBIENT, updates("trackers"))
@@ -225,4 +232,4 @@ def finish(trackers: Trackers) -> None:
         try:
             tracker.close(state)
         except Exception as error:
-            trackers.report_failure(name, error)
+            trackers.report_failure(f"the tracker `{name}`", error)
