@@ -1,4 +1,4 @@
-"""An exception on one rank is an exception on every rank, so no rank waits for a failed one."""
+"""Raise an exception of one rank on every rank, so that no rank waits for one that has failed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Failure:
 
     Args:
         rank: Rank of the world on which it was raised.
-        got: Its type and message.
+        got: Type and message of the exception.
         fix: What to do, possibly empty.
     """
 
@@ -40,7 +40,9 @@ class Failure:
 
 def _got_and_fix(error: BaseException) -> tuple[str, str]:
     if isinstance(error, FaccelError):
+        # Its fix stays a separate attribute: `str(error)` would put it in the middle of `got`.
         return f"{error.problem}. {error.got}".strip(), error.fix
+    # A full disk or quota has the same remedy in every call, and no advice in its message.
     fix = ""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         fix = "free disk space"
@@ -48,7 +50,8 @@ def _got_and_fix(error: BaseException) -> tuple[str, str]:
 
 
 # Errors that every rank has raised already. An outer `all_or_error` lets them pass, because the
-# other ranks are not waiting in its collective: they are raising, too.
+# other ranks are not waiting in its collective: they are raising, too. A strong set would
+# keep their tracebacks, and so all local values of the user's functions, alive.
 _raised_on_all_ranks: WeakSet[FaccelError] = WeakSet()
 
 
@@ -65,11 +68,11 @@ def all_or_error(
     Effects: collective. `fn` may itself call `all_or_error`.
 
     Args:
-        fn: What to run. Its result must be picklable.
+        fn: A function without arguments. Its result must be picklable.
         ctx: The world.
         doing: What `fn` does, as the end of the sentence "rank 1 could not ...".
         error: Class of the error that is raised on the other ranks.
-        axis: Over which ranks.
+        axis: The axis whose ranks exchange their results and failures.
 
     Raises:
         FaccelError: A rank failed. That rank raises its own error if it is a `FaccelError`, else
@@ -92,9 +95,11 @@ def all_or_error(
         if caught in _raised_on_all_ranks:
             raise
         own_error, failure = caught, Failure.of(caught, ctx)
+    # One exchange for results and failures: a rank that failed takes part in it like the others.
     outcomes = gather_objects((result, failure), ctx, axis=axis)
     failures = [failure for _, failure in outcomes]
     raise_first(failures, own_error, ctx, doing, error=error)
+    # Without a failure each `result` is a `T`. None may be a valid one, so no check for it here.
     return [result for result, _ in outcomes]  # type: ignore[misc]
 
 
@@ -120,6 +125,7 @@ def raise_on_all_ranks(
     failure = None
     if own_error is not None:
         failure = Failure.of(own_error, ctx)
+    # Also on a rank without an error: the others cannot continue before they have its answer.
     failures = gather_objects(failure, ctx, axis=axis)
     raise_first(failures, own_error, ctx, doing, error=error)
 
@@ -143,13 +149,18 @@ def raise_first(
         doing: See `all_or_error`.
         error: See `all_or_error`.
     """
-    first = next((failure for failure in failures if failure is not None), None)
-    if first is None:
+    # The lowest failed rank, the same on every rank: all ranks report one cause.
+    actual_failures = [failure for failure in failures if failure is not None]
+    if not actual_failures:
         return
+    first = actual_failures[0]
     if own_error is not None and (ctx.world_size == 1 or isinstance(own_error, FaccelError)):
+        # A `FaccelError` keeps its class on the rank that raised it, for `except DataError`. A
+        # single rank needs no number in the message.
         raised = as_faccel_error(own_error, doing, error)
     else:
         raised = error(f"rank {first.rank} could not {doing}", got=first.got, fix=first.fix)
+        # This rank may have failed, too, in another way: its traceback shows that.
         raised.__cause__ = own_error
     _raised_on_all_ranks.add(raised)
     raise raised

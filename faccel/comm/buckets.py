@@ -12,7 +12,7 @@ from faccel.context import DistContext
 from faccel.errors import ConfigError
 from faccel.mesh import DATA
 
-BUCKET_CAP_MB = 25.0
+BUCKET_CAP_MB = 25.0  # MiB, the default of `DistributedDataParallel`
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -24,6 +24,7 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, ctx: DistContext) -> torch.Tensor:
+        # A transform may pass a view with other strides; collectives need contiguous tensors.
         return ctx.comm.all_reduce(x.contiguous(), "sum", DATA)
 
     @staticmethod
@@ -34,12 +35,14 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # Applied again instead of a plain all-reduce, so that the second derivative exists, too.
         return _AllReduceSum.apply(grad_outputs[0], ctx.world), None  # type: ignore[return-value]
 
     @staticmethod
     def vmap(
         info: object, in_dims: tuple[int | None, ...], *args: torch.Tensor | DistContext
     ) -> tuple[torch.Tensor, int | None]:
+        # The sum is element-wise: one all-reduce of the batched tensor sums each of its slices.
         return _AllReduceSum.apply(*args), in_dims[0]  # type: ignore[return-value]
 
 
@@ -87,8 +90,12 @@ def summed_buckets(
     """
     for names in assign_buckets(tensors, bucket_cap_mb):
         shapes = {name: tensors[name].shape for name in names}
+        # The tensors have no other name here, so that their memory is free when the all-reduce
+        # copies `flat`. A loop variable would keep the last one alive.
         flat = torch.cat([tensors.pop(name).reshape(-1) for name in names])
         if is_traced:
+            # No label: `all_reduce` does not read it in a compiled graph, so that it would
+            # describe a later reduction.
             total: torch.Tensor = _AllReduceSum.apply(flat, ctx)  # type: ignore[assignment]
         else:
             ctx.comm.set_call_label(call, _views(flat, shapes))
@@ -99,8 +106,10 @@ def summed_buckets(
 def _views(flat: torch.Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
     """Return the tensors that are concatenated in `flat`, as views."""
     pieces = flat.split([shape.numel() for shape in shapes.values()])
-    names_and_shapes = zip(pieces, shapes.items(), strict=True)
-    return {name: piece.view(shape) for piece, (name, shape) in names_and_shapes}
+    views: dict[str, torch.Tensor] = {}
+    for name, piece in zip(shapes, pieces, strict=True):
+        views[name] = piece.view(shapes[name])
+    return views
 
 
 def assign_buckets(tensors: Mapping[str, torch.Tensor], bucket_cap_mb: float) -> list[list[str]]:
@@ -115,7 +124,8 @@ def assign_buckets(tensors: Mapping[str, torch.Tensor], bucket_cap_mb: float) ->
     """
     max_bytes = bucket_cap_mb * 2**20
     buckets: list[list[str]] = []
-    # the same order of dtypes on every rank
+    # Buckets are matched by position, so every rank needs the same order of dtypes. A set has none,
+    # and a dtype has no `<`.
     for dtype in sorted({tensor.dtype for tensor in tensors.values()}, key=str):
         free_bytes = -1.0  # the first tensor of a dtype opens a bucket
         for name, tensor in tensors.items():
@@ -124,6 +134,7 @@ def assign_buckets(tensors: Mapping[str, torch.Tensor], bucket_cap_mb: float) ->
             if tensor.nbytes > free_bytes:
                 buckets.append([])
                 free_bytes = max_bytes
+            # Negative after a tensor above the cap: it stays alone, even before an empty tensor.
             buckets[-1].append(name)
             free_bytes -= tensor.nbytes
     return buckets

@@ -33,6 +33,7 @@ _OPS = {
     "max": dist.ReduceOp.MAX,
     "prod": dist.ReduceOp.PRODUCT,
 }
+# PyTorch's functional collectives take the operation as a string, with another name for "prod".
 _OPS_IN_GRAPHS = {"sum": "sum", "min": "min", "max": "max", "prod": "product"}
 # PyTorch 2.13 renamed it and warns about the old name, which is the only one in 2.9
 _all_gather_name = "all_gather_single"
@@ -43,6 +44,7 @@ _all_gather_single = getattr(dist, _all_gather_name)
 
 def _is_referenced(alias: torch.Tensor) -> bool:
     """Return whether C++ has a reference to this tensor object, not only to its storage."""
+    # 1 is the reference of the Python object `alias` itself.
     return alias._use_count() > 1  # type: ignore[attr-defined]
 
 
@@ -62,6 +64,8 @@ def _axis_error(axis: str, allowed: Iterable[str]) -> ConfigError:
 class SingleCollectives:
     """The collectives of a single process: copies."""
 
+    # Results are copies for any number of ranks, so that writing into one is always safe. An
+    # unknown axis raises here, too: a script that runs on one process also runs on several.
     axes: tuple[str, ...] = (WORLD, *VIEWS, *AXES, "ep", "ep_storage")
 
     def _check(self, axis: str) -> None:
@@ -140,12 +144,15 @@ class TorchCollectives:
 
     def _tracked(self, x: torch.Tensor) -> torch.Tensor:
         """Return an alias of `x` for c10d, and keep it in `in_flight`."""
+        # A new tensor object over the same storage: only c10d adds references to it, whatever
+        # references the caller has to `x`.
         flat = x.detach().view(-1)
         if flat.device.type == "cpu":
             self.in_flight.append(flat)
         return flat
 
     def _forget_finished(self) -> None:
+        # In place, because the fields of a frozen class cannot be assigned.
         self.in_flight[:] = [alias for alias in self.in_flight if _is_referenced(alias)]
 
     def drain(self, timeout_s: float = 1.0) -> None:
@@ -157,6 +164,7 @@ class TorchCollectives:
         thread, and `shutdown` waits for the last ones. Joining the threads is impossible: DDP's
         reducer keeps their process group forever.
         """
+        # Limited: a collective that never ends keeps its tensor, and the process must still exit.
         deadline = time.monotonic() + timeout_s
         while any(map(_is_referenced, self.in_flight)) and time.monotonic() < deadline:
             time.sleep(0)  # lets other threads run
@@ -190,23 +198,30 @@ class TorchCollectives:
         did not send. Empty in a simulation, which compares the calls themselves, and off the CPU,
         where comparing the bits would make the host wait.
         """
+        # Popped in any case: a label that stays would describe a later, other reduction.
         label = self._label.pop() if self._label else None
+        # Above 256 the sum of bits may be inexact: bfloat16 has 8 bits of precision.
         if self.rank_status is None or x.device.type != "cpu" or self.size(axis) > 256:
             return x.new_empty(0)
         text = f"{op}{x.dtype}{x.numel()}"
         if label is not None:
             call, tree = label
             text = f"{call}{paths(tree)}{describe(flatten(tree)[0])}"
+        # Not `hash(text)`, which differs between processes.
         number = zlib.crc32(text.encode())
         bits = [number >> i & 1 for i in range(32)]
+        # Let ranks send 0 and 1 in one place. "min" and "prod" give 0, "max" gives 1: one of them
+        # gets what it sent. In the inverted place it is the other one that does.
         inverted_bits = [1 - bit for bit in bits]
         return torch.tensor(bits + inverted_bits, dtype=x.dtype)
 
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> RankFailedError | None:
         """Return the error that names the failed rank; None if `error` has another cause."""
+        # gloo raises a plain RuntimeError; only the path of its source file identifies it.
         is_from_collective = isinstance(error, dist.DistError) or "gloo/" in str(error)
         if self.rank_status is None or isinstance(error, FaccelError) or not is_from_collective:
             return None
+        # Statuses are keyed by the rank of the world, which is not the rank on the axis.
         ranks = dist.get_process_group_ranks(self.group(axis))
         statuses = self.rank_status.report(ranks, f"{doing} over `{axis}` at {call_site()}")
         return RankFailedError(
@@ -232,7 +247,7 @@ class TorchCollectives:
         return self.group(axis).rank()
 
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
-        """Return the `op` of every rank's `x`."""
+        """Return `x`, reduced with `op` over the ranks of the axis."""
         if torch.compiler.is_compiling():
             # a graph has PyTorch's functional collectives, and no exceptions
             import torch.distributed._functional_collectives as funcol  # takes 30 ms
@@ -241,12 +256,14 @@ class TorchCollectives:
             return funcol.wait_tensor(total)
         bits = self._check_bits(x, op, axis)
         num_bits = len(bits)
+        # A copy in both cases: `dist.all_reduce` writes into its argument, and `x` is the caller's.
         out = torch.cat([x.reshape(-1), bits]) if num_bits else x.clone()
         with self._running("all_reduce", axis):
             dist.all_reduce(self._tracked(out), op=_OPS[op], group=self.group(axis))
         if not num_bits:
             return out
         if op == "sum":
+            # Modulo 2^n for an n-bit integer dtype, on both sides of the comparison.
             bits = bits * self.size(axis)
         if not torch.equal(out[-num_bits:], bits):
             call = f"{op} of {describe([x])} over `{axis}` at {call_site()}"
@@ -255,6 +272,7 @@ class TorchCollectives:
                 got=f"rank {dist.get_rank()}: {call}",
                 fix="make the same call on every rank; `FACCEL_DEBUG=1` prints that of each rank",
             )
+        # A view would keep the bits alive, and `torch.save` would write them with the result.
         return out[:-num_bits].clone().view(x.shape)
 
     def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:
@@ -273,6 +291,7 @@ class TorchCollectives:
     def broadcast(self, x: torch.Tensor, src: int, axis: str) -> torch.Tensor:
         """Return the `x` of rank `src` of the axis."""
         out = x.clone()
+        # Without elements there is nothing to send. Shapes agree, so every rank returns here.
         if out.numel():
             with self._running("broadcast", axis):
                 dist.broadcast(self._tracked(out), group_src=src, group=self.group(axis))
@@ -292,6 +311,7 @@ class TorchCollectives:
         """Return this rank's row of rank `src`'s `rows`."""
         out = torch.empty_like(like)
         if out.numel():
+            # c10d takes a list on the source only, and raises for one on another rank.
             pieces = None
             if rows is not None:
                 pieces = [self._tracked(row) for row in rows]

@@ -66,6 +66,8 @@ class Agreement:
         return self.raised_by[flag] is not None
 
     def __getattr__(self, flag: str) -> bool:
+        # While `pickle` or `copy` builds an instance, it has no `raised_by` yet. Reading it would
+        # call this method again, without end.
         if flag == "raised_by" or flag not in self.raised_by:
             raise AttributeError(flag)
         return self[flag]
@@ -80,7 +82,7 @@ class Agreement:
 def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) -> Agreement:
     """Combine flags over ranks: a flag is True on every rank if any rank passes True.
 
-    Effects: collective. One all-reduce of an int64 per flag and two more; the host waits for it.
+    Effects: collective. One all-reduce of `int64[number of flags + 2]`; the host waits for it.
 
     Args:
         ctx: The world.
@@ -100,15 +102,21 @@ def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) 
         >>> verdict.nan, verdict.raised_by
         (True, {'nan': 2, 'stop': None})
     """
+    # Keyword arguments may come in another order on another rank.
     names = sorted(flags)
     if not names:
         return Agreement({})
     size = ctx.comm.size(axis)
-    # A raised flag is sent as `size - rank`, so that the lowest rank has the maximum.
+    # A raised flag is sent as `size - rank`, so that the lowest rank has the maximum. The value is
+    # at least 1; 0 means that no rank raised the flag.
     own_value = size - ctx.comm.rank(axis)
+    # Tensors stay on the device until the one `tolist` below: a single wait of the host.
+    bools: list[torch.Tensor] = []
     for name in names:
         flag_value(name, flags[name])
-    raised = torch.stack([torch.as_tensor(flags[name], device=ctx.device).bool() for name in names])
+        flag = torch.as_tensor(flags[name], device=ctx.device)
+        bools.append(flag.bool())
+    raised = torch.stack(bools)
     # `max(hash) == -max(-hash)` only if all ranks have the same hash
     names_hash = zlib.crc32(",".join(names).encode())
     hashes = torch.tensor([names_hash, -names_hash], device=ctx.device)
@@ -151,6 +159,8 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
         >>> order[0]
         0
     """
+    # The first rank communicates where the block ends, the others where it begins. Debug mode
+    # compares lines, so all of them use the line where it begins.
     site = call_site()
     goes_first = ctx.is_local_main if local else ctx.is_main
     if goes_first:
@@ -163,11 +173,14 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
             failure = Failure.of(error, ctx)
             raise
         finally:
+            # However the body ends, the other ranks wait in `raise_on_all_ranks` below. This is its
+            # gather without its error, which would replace the exception of the body.
             with override_call_site(site):
                 gather_objects(failure, ctx, axis=WORLD)
         return
     with override_call_site(site):
         raise_on_all_ranks(None, ctx, "finish the body of `main_first`")
+    # Outside of the override: a collective in the body has its own line.
     yield
 
 
@@ -185,6 +198,8 @@ def on_rank(rank: int, ctx: DistContext) -> Callable[[Callable[P, T]], Callable[
         >>> on_rank(1, fake_context(0, 2))(lambda: "ran")() is None
         True
     """
+    # When the decorator is made, not when the function runs: otherwise a rank that does not exist
+    # would mean that the function never runs, without an error.
     check_rank("rank", rank, ctx, WORLD)
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T | None]:

@@ -18,6 +18,8 @@ from faccel.errors import DesyncError
 from faccel.tree import Tree, flatten, paths
 
 _SAME = "the same"
+# Polling begins fast, because ranks that arrive together wait for each other in each collective. It
+# slows down to 20 requests per second while a rank waits for a straggler.
 _FIRST_POLL_S = 1e-4
 _MAX_POLL_S = 0.05
 
@@ -32,7 +34,7 @@ class DebugCollectives:
     the comparison cannot interfere with PyTorch's collectives.
 
     Args:
-        inner: What communicates.
+        inner: The collectives that communicate.
         store: The store of the world.
         timeout_s: Seconds to wait for the other ranks.
         number: Index of the context among those of this world, the same on every rank.
@@ -59,8 +61,10 @@ class DebugCollectives:
 
     def set_call_label(self, call: str, x: Tree) -> None:
         """Set the name of the user's call that the next collective belongs to."""
-        names_and_leaves = zip(paths(x, "x"), flatten(x)[0], strict=True)
-        leaves = [f"{name}: {describe([leaf])}" for name, leaf in names_and_leaves]
+        # Before packing: a row of bytes has no names, and different leaves may have equal rows.
+        leaves: list[str] = []
+        for name, leaf in zip(paths(x, "x"), flatten(x)[0], strict=True):
+            leaves.append(f"{name}: {describe([leaf])}")
         self._label[:] = [f"{call} of {', '.join(leaves)}"]
 
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
@@ -95,6 +99,7 @@ class DebugCollectives:
         self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str
     ) -> torch.Tensor:
         """Compare, then scatter."""
+        # `like`, because `rows` is None on every rank but the source.
         self._compare(f"scatter(src={src})", like, axis)
         return self.inner.scatter(rows, like, src, axis)
 
@@ -107,6 +112,7 @@ class DebugCollectives:
         call = op
         if x is not None:
             call = f"{op} of {describe([x])}"
+        # The user's call instead of the collective that implements it.
         if self._label:
             call = self._label.pop()
         try:
@@ -126,6 +132,7 @@ class DebugCollectives:
         ranks, own_rank = dist.get_process_group_ranks(self.group(axis)), dist.get_rank()
         # the same key for every axis with these ranks: they may disagree about the axis
         group_key = f"{self.number}-{zlib.crc32(str(ranks).encode()):x}"
+        # Collectives of one group are matched by their order, so their index identifies them.
         number = self._num_calls.get(group_key, 0) + 1
         self._num_calls[group_key] = number
         prefix = f"debug/{group_key}/{number}"
@@ -137,12 +144,15 @@ class DebugCollectives:
             calls = self._read(keys, ranks)
             is_same = len(set(calls.values())) == 1
             self.store.set(result_key, _SAME if is_same else describe_ranks(calls))
-            for key in (*keys, result_key):  # every rank has read those of the previous call
+            # The store would grow with each call. Every rank that posted this call has read the
+            # result of the previous one, so the keys of that one are not needed any more.
+            for key in (*keys, result_key):
                 self.store.delete_key(key.replace(f"/{number}/", f"/{number - 1}/"))
         else:
             self._wait([result_key], ranks[:1])
         if self.store.check([result_key]):
             return self.store.get(result_key).decode()
+        # The first rank of the group has left or hangs: nothing compares the calls but this rank.
         return describe_ranks(self._read(keys, ranks))
 
     def _wait(self, keys: Sequence[str], ranks: Sequence[int]) -> None:
@@ -154,6 +164,8 @@ class DebugCollectives:
         pause_s = _FIRST_POLL_S
         while not self.store.check(list(keys)) and time.monotonic() < deadline:
             for key, rank in zip(keys, ranks, strict=True):
+                # In this order: a rank posts its call first and leaves afterwards, so a status
+                # without a key means that the key will never come.
                 if self._status(rank) and not self.store.check([key]):
                     return
             # not `Store.wait`, which prints a line from C++ at each timeout

@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 
 def _to_bytes(obj: object, ctx: DistContext) -> torch.Tensor:
+    # `bytearray`, because PyTorch warns about the read-only buffer of `bytes`. On the device of the
+    # context, because NCCL sends tensors of the GPU only.
     return torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8).to(ctx.device)
 
 
@@ -46,10 +48,15 @@ def gather_objects(obj: T, ctx: DistContext, *, axis: str = DATA) -> list[T]:
         ['', 'r', 'rr']
     """
     row = _to_bytes(obj, ctx)
+    # First collective: the lengths, because an all-gather needs rows of one length.
     own_length = torch.tensor(len(row), device=ctx.device)
     lengths: list[int] = ctx.comm.all_gather(own_length, axis).tolist()
+    # Second collective: the bytes. `max(lengths)` is the same on every rank.
     rows = ctx.comm.all_gather(pad_to(row, max(lengths)), axis)
-    return [_from_bytes(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+    objects: list[T] = []
+    for row, length in zip(rows, lengths, strict=True):
+        objects.append(_from_bytes(row[:length]))
+    return objects
 
 
 @effectful(COLLECTIVE)
@@ -78,11 +85,13 @@ def broadcast_objects(
         [{'from': 1}]
     """
     check_rank("src", src, ctx, axis)
+    # Only `src` pickles: the argument of the other ranks is ignored and may be anything.
     row = torch.zeros(0, dtype=torch.uint8, device=ctx.device)
     if ctx.comm.rank(axis) == src:
         row = _to_bytes(objs, ctx)
     length = int(ctx.comm.broadcast(torch.tensor(len(row), device=ctx.device), src, axis))
     if ctx.comm.rank(axis) != src:
+        # A broadcast reads only shape and dtype of this row.
         row = row.new_zeros(length)
     return _from_bytes(ctx.comm.broadcast(row, src, axis))
 
@@ -115,6 +124,7 @@ def scatter_objects(
     """
     check_rank("src", src, ctx, axis)
     size, rows = ctx.comm.size(axis), None
+    # All lengths on every rank: `scatter` needs one shape for all rows, which is the longest one.
     lengths = torch.zeros(size, dtype=torch.int64, device=ctx.device)
     if ctx.comm.rank(axis) == src:
         items = list(objs or ())

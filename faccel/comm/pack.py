@@ -11,7 +11,9 @@ from torch.nn.functional import pad
 from faccel.context import DistContext
 from faccel.errors import ConfigError
 
-_ALIGNMENT = 16  # bytes; the widest dtype is complex128
+# Bytes: the size of complex128, the widest dtype. Rows of a multiple of it can be stacked, and each
+# leaf still begins at a multiple of its item size, which `view(dtype)` requires.
+_ALIGNMENT = 16
 
 
 def describe(leaves: Sequence[torch.Tensor]) -> str:
@@ -23,10 +25,15 @@ def describe(leaves: Sequence[torch.Tensor]) -> str:
         >>> describe([torch.zeros(2, 3), torch.tensor(True)])
         'float32[2, 3], bool[]'
     """
-    names = [f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" for leaf in leaves]
+    names: list[str] = []
+    for leaf in leaves:
+        dtype = str(leaf.dtype).removeprefix("torch.")
+        names.append(f"{dtype}{list(leaf.shape)}")
     return ", ".join(names)
 
 
+# Numbers for `digest`. A set, because some dtypes have two names (`torch.half`, `torch.float16`);
+# sorted, because all processes need the same numbers.
 _ALL_DTYPES = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _DTYPE_NUMBERS = {dtype: i for i, dtype in enumerate(sorted(_ALL_DTYPES, key=str))}
 
@@ -92,6 +99,7 @@ class Packed:
         start = self.offsets[leaf]
         dtype, shape = self.dtypes[leaf], self.shapes[leaf]
         end = start + shape.numel() * dtype.itemsize
+        # Rows without bytes have stride 1, and `view(dtype)` raises for that.
         if start == end:
             return rows.new_empty((rows.shape[0], *shape), dtype=dtype)
         return rows[:, start:end].view(dtype).reshape(rows.shape[0], *shape)
@@ -108,6 +116,8 @@ def pack(leaves: Sequence[torch.Tensor], *, num_rows: int | None = None) -> Pack
     """
     batch = () if num_rows is None else (num_rows,)
     shapes = [leaf.shape[len(batch) :] for leaf in leaves]
+    # Item sizes are powers of 2. In descending order each leaf ends at a multiple of the next item
+    # size, so no padding is needed between leaves. The sort is stable: equal on every rank.
     widest_first = sorted(range(len(leaves)), key=lambda i: -leaves[i].dtype.itemsize)
     offsets = [0] * len(leaves)
     end = 0
@@ -117,7 +127,8 @@ def pack(leaves: Sequence[torch.Tensor], *, num_rows: int | None = None) -> Pack
         num_elements = shapes[i].numel()
         end += num_elements * leaves[i].dtype.itemsize
         flat = leaves[i].reshape(*batch, num_elements)
-        # a single element may have any stride, but `view(uint8)` needs 1
+        # A single element may have any stride, but `view(uint8)` needs 1. `contiguous()` would
+        # return it unchanged, because strides of dimensions of size 1 do not count.
         if flat.stride(-1) != 1:
             flat = flat.clone(memory_format=torch.contiguous_format)
         pieces.append(flat.view(torch.uint8))

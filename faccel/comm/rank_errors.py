@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def raise_naming_rank(error: RuntimeError, doing: str, axis: str, comm: Collectives) -> NoReturn:
     """Raise `error` again, as an error that names the failed rank if communication ended in it.
 
-    Effects: ambient. Asks the other ranks through the store of the world.
+    Effects: ambient. Reads the status of the other ranks from the store of the world.
 
     Hot paths call this in their `except RuntimeError`, which costs nothing unless there is an
     error; everything else uses `naming_failed_rank`.
@@ -21,16 +21,18 @@ def raise_naming_rank(error: RuntimeError, doing: str, axis: str, comm: Collecti
     Args:
         error: The exception that is being handled.
         doing: What this rank was doing, such as `"backward"`.
-        axis: Over which ranks.
+        axis: The axis over which it communicated.
         comm: The collectives of the world.
 
     Raises:
         RankFailedError: Another rank left, failed, or called something else.
         RuntimeError: Any other `error`, unchanged.
     """
+    # May wait for seconds: the status of a rank that is just failing takes time to arrive.
     failure = comm.as_rank_error(error, doing, axis)
     if failure is None:
         raise error
+    # The message of gloo, such as "Connection closed by peer", stays visible as the cause.
     raise failure from error
 
 
@@ -42,5 +44,7 @@ def naming_failed_rank(doing: str, axis: str, comm: Collectives) -> Generator[No
     """
     try:
         yield
+    # Errors of c10d are RuntimeErrors, and so are all others of torch: `as_rank_error` separates
+    # them.
     except RuntimeError as error:
         raise_naming_rank(error, doing, axis, comm)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from faccel.call_site import describe_ranks
 from faccel.errors import FaccelError
 
-_POLL_S = 0.02
+_POLL_S = 0.02  # only after an error, so a rank never polls while training runs
 
 
 class RankStatus:
@@ -35,6 +35,7 @@ class RankStatus:
         self._has_posted = False
 
     def _key(self, rank: int) -> str:
+        # The store outlives a shutdown: "left" of an earlier generation must not be read again.
         return f"rank_status/{self._generation}/{rank}"
 
     def _post(self, status: str) -> None:
@@ -44,6 +45,7 @@ class RankStatus:
 
     def leave(self, error: BaseException | None) -> None:
         """Post that this rank leaves, and its error, unless it has posted a failure before."""
+        # The first post is the cause: what follows, such as a RankFailedError, is its consequence.
         if self._has_posted:
             return
         if error is None:
@@ -58,6 +60,7 @@ class RankStatus:
         """Return the status that a rank has posted, None if there is none."""
         key = self._key(rank)
         try:
+            # `get` alone would block until the key exists.
             if self._store.check([key]):
                 return self._store.get(key).decode()
         except dist.DistError:
@@ -66,7 +69,9 @@ class RankStatus:
 
     def report(self, ranks: Sequence[int], doing: str) -> str:
         """Post that this rank fails in `doing`; return the status of each of `ranks`."""
+        # Before waiting: the other ranks may be waiting for the status of this one.
         self._post(doing)
+        # One deadline for all ranks: an error takes `patience_s`, however many ranks are silent.
         deadline = time.monotonic() + self._patience_s
         statuses: dict[int, str] = {}
         for rank in ranks:

@@ -55,12 +55,15 @@ def split(xs: Tree, ctx: DistContext, *, pad: bool = False, axis: str = DATA) ->
         rank, size = ctx.data_rank, ctx.data_world_size
     else:
         rank, size = ctx.comm.rank(axis), ctx.comm.size(axis)
+    # With q, e = divmod(n, W): rank r has q + (r < e) items, and begins at r*q + min(r, e).
     num_each, num_extra = divmod(len(xs), size)
     start = rank * num_each + min(rank, num_extra)
     has_extra = rank < num_extra
     items: Tree = xs[start : start + num_each + int(has_extra)]
+    # Slices differ by one item at most, so one repeat makes them equally long.
     if not pad or has_extra or num_extra == 0:
         return items
+    # The last item of `xs`, not of the slice, which is empty if there are fewer items than ranks.
     if isinstance(xs, torch.Tensor):
         return torch.cat([items, xs[-1:]])
     return items + xs[-1:]
@@ -76,7 +79,9 @@ def _split_mapping(
             got=str(lengths),
             fix="call `split` for each value",
         )
-    slices = {key: split(value, ctx, pad=pad, axis=axis) for key, value in xs.items()}
+    slices: dict[Tree, Tree] = {}
+    for key, value in xs.items():
+        slices[key] = split(value, ctx, pad=pad, axis=axis)
     if type(xs) is dict or not isinstance(xs, MutableMapping):
         return slices
     result = copy.copy(xs)  # keeps the class of a tokenizer's `BatchEncoding`, and its encodings
@@ -119,8 +124,15 @@ def pad_across(
         tensor([1., 0., 0.])
     """
     leaves, rebuild = tensor_leaves(x, ctx)
-    has_dim = [-leaf.ndim <= dim < leaf.ndim for leaf in leaves]
-    own_sizes = [leaf.shape[dim] if has else 0 for leaf, has in zip(leaves, has_dim, strict=True)]
+    # A leaf without the dimension stays as it is. It takes part with size 0, so that every rank
+    # sends one number per leaf.
+    has_dim: list[bool] = []
+    own_sizes: list[int] = []
+    for leaf in leaves:
+        has = -leaf.ndim <= dim < leaf.ndim
+        has_dim.append(has)
+        own_sizes.append(leaf.shape[dim] if has else 0)
+    # One all-reduce for all leaves, of `int64[number of leaves]`.
     sizes_tensor = torch.tensor(own_sizes, device=ctx.device)
     sizes: list[int] = ctx.comm.all_reduce(sizes_tensor, "max", axis).tolist()
     padded: list[torch.Tensor] = []
@@ -162,6 +174,12 @@ def all_to_all(x: Tree, ctx: DistContext, *, axis: str = WORLD) -> Tree:
             problem = f"`x` must have {size} rows, one row per rank of the axis `{axis}`"
             raise leaf_error(x, i, problem, f"reshape it to `x.reshape({size}, -1)`")
     packed = pack(leaves, num_rows=size)
+    # Without the label debug mode would compare rows of bytes, which do not show the leaves.
     ctx.comm.set_call_label("all_to_all", x)
     rows = ctx.comm.all_to_all(packed.row, axis)
-    return rebuild([packed.read(rows, i).clone() for i in range(len(leaves))])
+    results: list[torch.Tensor] = []
+    for i in range(len(leaves)):
+        leaf_rows = packed.read(rows, i)
+        # A view would keep the rows of all leaves alive.
+        results.append(leaf_rows.clone())
+    return rebuild(results)

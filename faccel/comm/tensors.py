@@ -85,10 +85,12 @@ def gather(
         tensor([0, 1, 2])
     """
     leaves, rebuild = tensor_leaves(x, ctx)
-    is_scalar = [leaf.ndim == 0 for leaf in leaves]
-    for i, scalar in enumerate(is_scalar):
-        if scalar:
-            leaves[i] = leaves[i].reshape(1)
+    # A 0-d leaf is sent as one row, but `num_valid` and padding leave it alone.
+    is_scalar: list[bool] = []
+    for i, leaf in enumerate(leaves):
+        is_scalar.append(leaf.ndim == 0)
+        if leaf.ndim == 0:
+            leaves[i] = leaf.reshape(1)
     counts_rows = num_valid is not None or ragged
     count = 0
     if counts_rows:
@@ -97,6 +99,7 @@ def gather(
         leaves = _pad_to_longest(leaves, is_scalar, count, ctx, axis)
     else:  # ragged leaves rightly have different shapes, so debug mode must not compare them
         ctx.comm.set_call_label("gather", x)
+    # The header travels with the leaves, so that neither check nor count needs a collective.
     header = torch.tensor([digest(leaves), count], device=ctx.device)
     packed = pack([*leaves, header])
     rows = ctx.comm.all_gather(packed.row, axis)
@@ -104,12 +107,14 @@ def gather(
         return rebuild(_valid_rows(packed, rows, leaves, is_scalar, ctx, axis))
     if ctx.device.type == "cpu":  # on other devices the host would wait for the header
         _check_same(packed.read(rows, len(leaves))[:, 0].tolist(), leaves, ctx, axis)
+    # `T[W, n, ...]` to `T[W*n, ...]`: row `i` of rank `r` becomes row `r*n + i`.
     return rebuild([_read_copy(packed, rows, i).flatten(0, 1) for i in range(len(leaves))])
 
 
 def _read_copy(packed: Packed, rows: torch.Tensor, leaf: int) -> torch.Tensor:
-    """Return a leaf of every rank as `T[w, ...]`, which keeps the gathered bytes not alive."""
+    """Return a leaf of every rank as `T[w, ...]` that does not keep the gathered bytes alive."""
     values = packed.read(rows, leaf)
+    # `read` has copied already unless the leaf's bytes can be viewed. A second copy costs time.
     if values.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
         return values.clone()
     return values
@@ -123,7 +128,8 @@ def _valid_rows(
     ctx: DistContext,
     axis: str,
 ) -> list[torch.Tensor]:
-    """Return the leaves of all ranks, without the rows that a rank did not count."""
+    """Return the leaves of all ranks, each rank's rows up to its count."""
+    # Before any leaf is read: with other shapes the bytes would be read as wrong values.
     digests, counts = packed.read(rows, len(leaves)).T.tolist()
     _check_same(digests, leaves, ctx, axis)
     results: list[torch.Tensor] = []
@@ -131,18 +137,23 @@ def _valid_rows(
         values = packed.read(rows, i)
         if scalar:
             results.append(values.flatten().clone())
-        else:
-            valid = [values[rank, :count] for rank, count in enumerate(counts)]
-            results.append(torch.cat(valid))
+            continue
+        valid: list[torch.Tensor] = []
+        for rank, count in enumerate(counts):
+            valid.append(values[rank, :count])
+        results.append(torch.cat(valid))
     return results
 
 
 def _check_same(
     digests: Sequence[int], leaves: list[torch.Tensor], ctx: DistContext, axis: str
 ) -> None:
-    """Raise on every rank if ranks have sent tensors of different shapes or dtypes."""
+    """Raise if ranks have sent tensors of different shapes or dtypes."""
+    # After a gather all ranks have the same digests: all raise, or none. After a broadcast only
+    # the ranks raise whose digest differs from the one of `src`.
     if len(set(digests)) == 1:
         return
+    # Only digests were sent, so the message can group ranks but describe this rank's leaves only.
     ranks_by_digest: dict[int, list[int]] = {}
     for rank, value in enumerate(digests):
         ranks_by_digest.setdefault(value, []).append(rank)
@@ -166,6 +177,7 @@ def _count(
             num_rows = leaf.shape[0]
         if leaf.shape[0] != num_rows:
             problem = f"every leaf of `x` must have the same {num_rows} rows"
+            # `leaf_error` adds the path of the leaf; wrong numbers of rows are a `DataError`.
             error = leaf_error(x, i, problem, "gather it in another call")
             raise DataError(error.problem, got=error.got, fix=error.fix)
     if num_rows is None:
@@ -189,6 +201,7 @@ def _count(
 def _pad_to_longest(
     leaves: list[torch.Tensor], is_scalar: list[bool], count: int, ctx: DistContext, axis: str
 ) -> list[torch.Tensor]:
+    # The largest number of valid rows. A leaf may have more rows, so it is cut before padding.
     largest = int(ctx.comm.all_reduce(torch.tensor(count, device=ctx.device), "max", axis))
     padded: list[torch.Tensor] = []
     for leaf, scalar in zip(leaves, is_scalar, strict=True):
@@ -232,15 +245,22 @@ def reduce(x: Tree, ctx: DistContext, *, op: str = "sum", axis: str = DATA) -> T
     inputs = [_widened(leaf, op) for leaf in leaves]
     if leaves:
         ctx.comm.set_call_label(f"reduce({op})", x)
+    # Not every backend has a mean (gloo has none): the sum is divided in `_narrowed`.
     collective_op = "sum" if op == "mean" else op
     results: list[torch.Tensor] = list(leaves)
+    # One all-reduce per dtype, because bytes of several dtypes cannot be added in one tensor.
+    indices_by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, tensor in enumerate(inputs):
+        indices_by_dtype.setdefault(tensor.dtype, []).append(i)
     # the same order of dtypes on every rank, whatever order their trees were built in
-    for dtype in sorted({tensor.dtype for tensor in inputs}, key=str):
-        indices = [i for i, tensor in enumerate(inputs) if tensor.dtype == dtype]
+    for dtype in sorted(indices_by_dtype, key=str):
+        indices = indices_by_dtype[dtype]
         flat = torch.cat([inputs[i].reshape(-1) for i in indices])
         reduced = ctx.comm.all_reduce(flat, collective_op, axis)
-        pieces = reduced.split([inputs[i].numel() for i in indices])
-        for i, piece in zip(indices, pieces, strict=True):
+        end = 0
+        for i in indices:
+            start, end = end, end + inputs[i].numel()
+            piece = reduced[start:end]
             if len(indices) > 1:  # a view would keep the others alive
                 piece = piece.clone()
             results[i] = _narrowed(piece.view(leaves[i].shape), leaves[i].dtype, op, size)
@@ -250,6 +270,7 @@ def reduce(x: Tree, ctx: DistContext, *, op: str = "sum", axis: str = DATA) -> T
 def _widened(leaf: torch.Tensor, op: str) -> torch.Tensor:
     """Return a leaf in the dtype in which it is reduced."""
     is_integer = not (leaf.is_floating_point() or leaf.is_complex())
+    # The sum in int8 would overflow before the division. A sum of booleans is a count of ranks.
     if leaf.dtype == torch.bool or (is_integer and op == "mean"):
         return leaf.to(torch.int64)
     if leaf.dtype == torch.int16:  # gloo does not support it
@@ -296,10 +317,16 @@ def broadcast(x: Tree, ctx: DistContext, *, src: int = 0, axis: str = WORLD) -> 
     """
     check_rank("src", src, ctx, axis)
     leaves, rebuild = tensor_leaves(x, ctx)
+    # The digest of `src` travels with its leaves: each rank compares it with its own.
     own_digest = digest(leaves)
     ctx.comm.set_call_label(f"broadcast(src={src})", x)
     packed = pack([*leaves, torch.tensor([own_digest], device=ctx.device)])
     rows = ctx.comm.broadcast(packed.row, src, axis)[None]
-    if ctx.device.type == "cpu":
+    if ctx.device.type == "cpu":  # on other devices the host would wait for the digest
         _check_same([own_digest, int(packed.read(rows, len(leaves)))], leaves, ctx, axis)
-    return rebuild([packed.read(rows, i)[0].clone() for i in range(len(leaves))])
+    results: list[torch.Tensor] = []
+    for i in range(len(leaves)):
+        leaf_rows = packed.read(rows, i)
+        # A view would keep the bytes of all leaves alive.
+        results.append(leaf_rows[0].clone())
+    return rebuild(results)

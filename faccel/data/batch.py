@@ -1,4 +1,4 @@
-"""What is known about a batch: its number of valid rows, its step, and the cursor after it."""
+"""A batch with its number of valid rows, its step and the cursor after it; the source protocol."""
 
 from __future__ import annotations
 
@@ -52,22 +52,24 @@ class BatchInfo:
 
     def cursor(self, epoch: int, name: str) -> Cursor:
         """Return the position after the batch: in this epoch, or at the start of the next one."""
+        # `is_end`, not `is_last`: with an uneven tail a rank may end before the epoch does, and
+        # the cursor must be the same on every rank. The state belongs to the epoch that has ended.
         if self.is_end:
             return Cursor(epoch + 1, of=name)
         return Cursor(epoch, self.consumed, self.state, name)
 
 
 class Source(Protocol):
-    """How one rank finds its batches in an epoch; `ShardedLoader` has the rest of a loader."""
+    """Finds and reads one rank's batches of an epoch, for `ShardedLoader`."""
 
     @property
     def name(self) -> str:
-        """What cursors are positions of: resuming in a source of another name is an error."""
+        """Name of the order. Cursors store it; `resume` raises for a cursor of another order."""
         ...
 
     @property
     def tail(self) -> str:
-        """As in `shard`."""
+        """The argument `tail` of `shard`."""
         ...
 
     def num_steps(self, start: int) -> int:

@@ -35,7 +35,7 @@ class BatchDataset(Dataset[Tree]):
     """A dataset whose item is a whole batch.
 
     Args:
-        dataset: The user's.
+        dataset: The user's dataset.
         collate: The user's `collate_fn`.
         is_single: Whether one item of the dataset is a batch already.
     """
@@ -47,6 +47,7 @@ class BatchDataset(Dataset[Tree]):
     def __getitem__(self, row: Row) -> Tree:
         """Read, seed and collate one batch."""
         key, indices = row
+        # One indexing operation for all rows, instead of an item per row and a `stack`.
         if is_tensordict(self.dataset):
             batch = self.dataset[torch.as_tensor(indices)]
             if self.collate is default_collate:
@@ -55,9 +56,11 @@ class BatchDataset(Dataset[Tree]):
         if self._is_plain_tensors():
             index = torch.as_tensor(indices)
             return [tensor[index] for tensor in self.dataset.tensors]
+        # Datasets get a list of Python integers, as PyTorch's samplers yield them.
         if isinstance(indices, np.ndarray):
             indices = indices.tolist()
         seed = mix(*key)
+        # In this process the generators belong to the training: they are restored afterwards.
         if get_worker_info() is None:
             return call_seeded(self._read, indices, seed)
         seed_all(seed)  # nothing else in a worker process draws
@@ -65,11 +68,13 @@ class BatchDataset(Dataset[Tree]):
 
     def _is_plain_tensors(self) -> bool:
         is_default = self.collate is default_collate and not self.is_single
+        # The exact class: a subclass may transform its items in `__getitem__`.
         return is_default and type(self.dataset) is TensorDataset
 
     def _read(self, indices: Sequence[Tree]) -> Tree:
         if self.is_single:
             return self.collate(self.dataset[indices[0]])
+        # PyTorch's protocol for datasets that read many items at once; `DataLoader` uses it, too.
         get_many = getattr(self.dataset, "__getitems__", None)
         if get_many is not None:
             return self.collate(get_many(indices))
@@ -85,10 +90,10 @@ class StreamDataset(IterableDataset[Tree]):
     every `num_workers`-th batch.
 
     Args:
-        dataset: The user's.
+        dataset: The user's dataset.
         plan: How its samples are split over ranks.
         seed: Seed of the generators.
-        start: What is read and skipped.
+        start: Samples (or whole batches) of the epoch before the first batch that is yielded.
         state: The dataset's own state to resume from, instead of skipping.
         rank: Yields the `RankBatch` of this rank; None yields a list with that of each rank.
     """
@@ -106,8 +111,11 @@ class StreamDataset(IterableDataset[Tree]):
         if worker is None:
             yield from map(self._select, _iterate_seeded(self._global_batches(), self.seed))
             return
+        # Nothing else in a worker process draws, so its generators are neither saved nor restored.
         seed_all(self.seed)
         _hide_worker_info()
+        # Batch `i` comes from worker `i % num_workers`: `DataLoader` asks its workers in turn, so
+        # batches arrive in the order of the stream.
         for step, batch in enumerate(self._global_batches()):
             if step % worker.num_workers == worker.id:
                 yield self._select(batch)
@@ -115,12 +123,14 @@ class StreamDataset(IterableDataset[Tree]):
     def _select(self, batch: GlobalBatch) -> RankBatch | list[RankBatch | None] | None:
         if self.rank is not None:
             return batch.rank_batch(self.rank)
+        # `mode="dispatch"`: rank 0 sends each rank its item of this list.
         return [batch.rank_batch(rank) for rank in range(self.plan.world_size)]
 
     def _global_batches(self) -> Iterator[GlobalBatch]:
         dataset = self.dataset
         options: dict[str, Tree] = {"start": self.start}
         if self.state is not None:
+            # The dataset itself begins at `start`, so nothing is read and skipped here.
             dataset.load_state_dict(self.state)
             options = {"skipped": self.start}
         is_stateful = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
@@ -135,6 +145,8 @@ def _has_shuffle_buffer(dataset: Tree) -> bool:
     Its state leaves out the buffer, whose samples would be lost in a resume: such a stream is
     read from its beginning instead.
     """
+    # A stream of `datasets` is a tree of stages: each has one source, or several that are mixed.
+    # There is no public way to its stages.
     stages: list[Tree] = [getattr(dataset, "_ex_iterable", None)]
     while stages:
         stage = stages.pop()
@@ -158,6 +170,7 @@ def _iterate_seeded(items: Iterator[Tree], seed: int) -> Iterator[Tree]:
     """Yield `items`, which draw from seeded generators; between them the process has its own."""
     state, end = Generators.seeded(seed), object()
     while True:
+        # Not around the `yield`: the training step between two items would draw from `state`.
         with using(state):
             item = next(items, end)
         if item is end:
@@ -169,6 +182,8 @@ def iterate_seeded(items: Iterable[Tree], seed: int) -> Iterator[Tree]:
     """Iterate over the user's iterable, which draws from generators that are seeded with `seed`."""
     if not hasattr(items, "__len__"):  # it may have no end
         return _iterate_seeded(iter(items), seed)
+    # Exchanging the states of three generators takes longer than drawing an index. A list needs
+    # one exchange per epoch instead of one per item.
     with using(Generators.seeded(seed)):
         return iter(list(items))
 
@@ -181,6 +196,7 @@ def identity(batch: Tree) -> Tree:
 class _RowSampler(Sampler[Row]):
     """The rows of one iteration; persistent workers get new ones in each."""
 
+    # The sampler of a `DataLoader` cannot be replaced, so the rows are an attribute of it.
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows = rows
 
@@ -198,6 +214,7 @@ def inner_loader(
     """
     return DataLoader(
         dataset,
+        # An item of `dataset` is a collated batch: nothing is left to batch or to collate.
         batch_size=None,
         collate_fn=identity,
         num_workers=user.num_workers,
@@ -228,9 +245,11 @@ class Reader:
 
     def read(self, rows: Iterable[Row], epoch: int, start: int) -> Iterator[Tree]:
         """Yield the batch of each of `rows`; draws nothing from the process's generators."""
+        # Without workers and pinning a `DataLoader` would only add overhead per batch.
         if self._loader.num_workers == 0 and not self._loader.pin_memory:
             yield from map(self._dataset.__getitem__, rows)
             return
+        # A `DataLoader` with persistent workers has one iterator, which a second loop would reset.
         if not self._loader.persistent_workers or self._is_in_use:
             yield from self._new_loader(rows, epoch, start)[0]
             return
@@ -242,6 +261,7 @@ class Reader:
             sampler.rows = rows
             yield from loader
         finally:
+            # Also after a `break` of the caller, which closes this generator.
             self._is_in_use = False
 
     def _new_loader(
@@ -256,6 +276,7 @@ class Reader:
 def collate_units(units: list[Tree], loader: Iterable[Tree], seed: int) -> Tree:
     """Return samples of a stream, collated as `loader` would; whole batches unchanged."""
     collate = getattr(loader, "collate_fn", identity)
+    # Without a batch size a unit is a whole batch, and a global batch has one unit per rank.
     if getattr(loader, "batch_size", None) is None:
         return call_seeded(collate, units[0], seed)
     if collate is default_collate:  # draws nothing

@@ -28,7 +28,7 @@ _START: _Position = (0, None)
 
 @attrs.frozen
 class _Progress:
-    """What a rank reports to the others of its next batch.
+    """What a rank reports to the other ranks about its next batch.
 
     Args:
         num_units: Its number of units, 0 after the last batch.
@@ -44,7 +44,7 @@ class FileShardsSource:
     """An iterable dataset with `.shard(num_shards=, index=)`, of which each rank reads its shards.
 
     Args:
-        loader: The user's.
+        loader: The user's loader.
         ctx: The world.
         batch_size: Samples per rank and step.
         tail: `"pad"`, which repeats the first samples of the rank's shards, or `"drop"`.
@@ -76,13 +76,16 @@ class FileShardsSource:
         """See `Source`. Collective: one small gather per step, and one more."""
         epoch, consumed = cursor.epoch, cursor.samples_consumed
         batches = self._iterate(epoch, self._positions(cursor)[self.ctx.data_rank])
+        # Exact while all batches were full. A resume later in the epoch counts fewer steps.
         step = consumed // (self.batch_size * self.ctx.data_world_size)
         batch, progress = self._next(batches)
         while not self._is_over(progress):
             # one step ahead, because only all ranks together find out which step is the last
             ahead, progress_ahead = self._next(batches)
+            # Valid samples only: repeats are not in any shard.
             consumed += sum(rank.num_units for rank in progress)
             is_end = self._is_over(progress_ahead)
+            # Of all ranks, so that the cursor is the same on every rank and resumes each of them.
             positions = tuple(rank.position for rank in progress)
             units = batch.units if batch else []
             info = BatchInfo(len(units), step, is_end, is_end, consumed, positions)
@@ -97,6 +100,8 @@ class FileShardsSource:
             return iter(())
         dataset: Tree = self.loader.dataset
         shard = dataset.shard(num_shards=self.ctx.data_world_size, index=self.ctx.data_rank)
+        # One rank, because the shard has no samples of other ranks. "uneven" yields a last batch
+        # that is not full: `read` repeats samples, or stops before it, for all ranks together.
         plan = StreamPlan(self.batch_size, 1, "uneven")
         seed = mix(self.seed, epoch, self.ctx.data_rank)
         consumed, state = position
@@ -121,6 +126,7 @@ class FileShardsSource:
         """Return this rank's next batch, None at its end, and each rank's progress. Collective."""
         current: list[RankBatch] = []
 
+        # Only the progress is sent, not the batch: `all_or_error` pickles what this returns.
         def read_one() -> _Progress:
             current.extend(islice(batches, 1))
             if not current:
@@ -132,6 +138,7 @@ class FileShardsSource:
         return (current[0] if current else None), progress
 
     def _is_over(self, progress: list[_Progress]) -> bool:
+        # The same sizes on every rank, so all ranks stop at the same step and none waits forever.
         sizes = [rank.num_units for rank in progress]
         if self.tail == "drop":
             return min(sizes) < self.batch_size

@@ -31,9 +31,9 @@ class ShardedLoader:
     rows that are not repeats.
 
     Args:
-        loader: The user's.
+        loader: The user's loader.
         ctx: The world over which it is split.
-        source: How this rank finds its batches.
+        source: Finds and reads this rank's batches.
         epoch: The epoch; None for a shuffled loader before `.at`.
         start: Samples of the epoch before this record (batches, if the loader yields whole ones).
         state: The dataset's own state at `start`, if it has one.
@@ -76,6 +76,7 @@ class ShardedLoader:
 
     @property
     def _known_epoch(self) -> int:
+        # No default of 0: a loop that forgets `.at(epoch)` would read the same order each epoch.
         if self.epoch is None:
             raise DataError(
                 "`loader` is shuffled and has no epoch yet, so its order is unknown",
@@ -96,6 +97,7 @@ class ShardedLoader:
             DataError: It is not a cursor, or a position in an epoch of another order.
         """
         _check_cursor(cursor, self.source.name)
+        # `evolve` shares the source, and with it persistent workers, between all records.
         return attrs.evolve(
             self, epoch=cursor.epoch, start=cursor.samples_consumed, state=cursor.state
         )
@@ -108,6 +110,7 @@ class ShardedLoader:
         _check_cursor(cursor, self.source.name)
         for epoch in range(cursor.epoch, stop):
             yield epoch, self.resume(cursor)
+            # Only the first epoch begins in the middle.
             cursor = Cursor(epoch + 1)
 
     def __len__(self) -> int:
@@ -127,6 +130,8 @@ class ShardedLoader:
 
     def _marked(self, batches: Iterator[Tree]) -> Iterator[Tree]:
         """Yield `batches`; while the tail is uneven, `scaled_backward` raises outside of `join`."""
+        # One rank cannot have fewer batches than another. Training with "uneven" would hang on the
+        # others: the ranks with more batches wait for gradients that never come.
         if self.source.tail != "uneven" or self.ctx.data_world_size == 1:
             return batches
         return _while_uneven(batches, self.ctx)
@@ -138,6 +143,8 @@ def _check_cursor(cursor: Cursor, name: str) -> None:
         "or write `loader.at(epoch, step)`"
     )
     instance_of("cursor", cursor, Cursor, fix=fix, error=DataError)
+    # The start of an epoch is a position in every order. A cursor without a name, such as one that
+    # the user wrote, is not compared.
     if cursor.samples_consumed and cursor.of not in (None, name):
         raise DataError(
             "`cursor` is a position in another order, so it would repeat and leave out samples",
@@ -148,6 +155,7 @@ def _check_cursor(cursor: Cursor, name: str) -> None:
 
 
 def _while_uneven(batches: Iterator[Tree], ctx: DistContext) -> Iterator[Tree]:
+    # A generator, so that the mark is set at the first batch and removed at the end or a `break`.
     with ctx.lifetime.uneven_iteration():
         yield from batches
 
@@ -260,6 +268,7 @@ def shard(
 
 def _mover(device: torch.device, *, non_blocking: bool) -> Callable[[Tree], Tree]:
     def move_leaf(leaf: Tree) -> Tree:
+        # A batch may also have strings or numbers, which stay as they are.
         if hasattr(leaf, "to"):
             return leaf.to(device, non_blocking=non_blocking)
         return leaf

@@ -34,6 +34,8 @@ _CHUNK = 4096
 
 def _scramble(x: _Words) -> _Words:
     """Apply SplitMix64's finalizer (Steele, Lea, Flood 2014) to each element of `uint64[n]`."""
+    # Modulo 2^64: products of uint64 arrays wrap around. Each line is invertible, because the
+    # factors are odd, so this is a bijection of the 64-bit integers.
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -49,6 +51,8 @@ def _keys(seed: int, epoch: int, count: int) -> _Words:
 def _table(num_samples: int, seed: int, epoch: int) -> Ints:
     """Return a permutation `int64[num_samples]`: the argsort of keyed 64-bit hashes."""
     first, second = _keys(seed, epoch, 2)
+    # Sorting by pseudorandom keys is a shuffle. It has no ties: `_scramble`, the sum and the xor
+    # are bijections, so the hashes of different samples differ.
     hashes = _scramble(_scramble(np.arange(num_samples, dtype=np.uint64) + first) ^ second)
     return np.argsort(hashes, kind="stable").astype(np.int64)
 
@@ -63,6 +67,9 @@ def _feistel(x: _Words, bits: int, keys: _Words) -> _Words:
     high_mask = np.uint64((1 << (bits - low_bits)) - 1)
     shift = np.uint64(low_bits)
     low, high = x & low_mask, x >> shift
+    # A round is `(low, high) -> (low ^ F(high), high)`, or the same with both exchanged. It is its
+    # own inverse for any F, so every round, and the network, is a bijection of `range(2**bits)`.
+    # Both halves are updated in turn instead of swapped, because an odd `bits` makes them unequal.
     for i, key in enumerate(keys):
         if i % 2:
             high = high ^ (_scramble(low ^ key) & high_mask)
@@ -92,13 +99,15 @@ def permute(positions: Ints, num_samples: int, seed: int, epoch: int) -> Ints:
     """
     if num_samples < SMALL:
         return _table(num_samples, seed, epoch)[positions]
+    # The smallest power of 2 with `2**bits >= num_samples`.
     bits = (num_samples - 1).bit_length()
     keys = _keys(seed, epoch, NUM_ROUNDS)
     limit = np.uint64(num_samples)
     out = _feistel(positions.astype(np.uint64), bits, keys)
     outside = np.flatnonzero(out >= limit)
-    # Cycle walking: `limit > 2**(bits - 1)`, so each index needs less than two more steps on
-    # average.
+    # Cycle walking: an index outside is permuted again until it is inside. That is a bijection of
+    # `range(num_samples)`, because it follows the cycle of the larger permutation, which returns to
+    # its start. `limit > 2**(bits - 1)`, so each index needs less than two more steps on average.
     while outside.size:
         permuted = _feistel(out[outside], bits, keys)
         out[outside] = permuted
@@ -188,11 +197,14 @@ class ShardPlan:
 
     def num_steps(self, start: int) -> int:
         """Return the number of batches of this rank from `start` samples on."""
+        # With `n` samples left: drop floor(n / G), pad ceil(n / G), uneven ceil((n - r*B) / G),
+        # because the first row of rank `r` in step `s` is `s*G + r*B`, which must be below `n`.
         num_left = max(0, self.num_samples - start)
         if self.tail == "drop":
             return num_left // self.global_batch_size
         if self.tail == "uneven":
             num_left = max(0, num_left - self.rank * self.batch_size)
+        # ceil(a / b) == -(-a // b) in integers: exact for any size, unlike `math.ceil(a / b)`.
         return -(-num_left // self.global_batch_size)
 
     def first_position(self, start: int, step: int) -> int:
@@ -209,6 +221,7 @@ class ShardPlan:
 
     def is_end(self, consumed: int) -> bool:
         """Return whether the epoch has no step after `consumed` samples, on any rank."""
+        # A step needs one sample at least, or a full global batch with "drop".
         smallest_step = 1
         if self.tail == "drop":
             smallest_step = self.global_batch_size
@@ -225,11 +238,13 @@ class ShardPlan:
         """Yield the samples `int64[<= B]` of each batch; thousands are computed at a time."""
         num_steps, size = self.num_steps(start), self.batch_size
         steps_at_once = max(1, _CHUNK // size)
+        # In each chunk: positions `int64[steps, B]`, `c + s*G + r*B + i` for step `s` and row `i`.
         for first in range(0, num_steps, steps_at_once):
             steps = np.arange(first, min(first + steps_at_once, num_steps), dtype=np.int64)
             first_positions = self.first_position(start, 0) + steps * self.global_batch_size
             positions = first_positions[:, None] + np.arange(size)
             if self.tail == "pad":
+                # Wraps around, several times if the order is shorter than a global batch.
                 positions %= self.num_samples
             # rows after the end of the order, which the tail "uneven" cuts off below
             positions = np.minimum(positions, self.num_samples - 1)

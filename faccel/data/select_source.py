@@ -48,11 +48,13 @@ def select_source(
     if not isinstance(loader, DataLoader):
         if split_batches:
             raise _no_batch_size()
+        # Any iterable yields whole batches, so a unit of the plan is a batch: size 1.
         return StreamSource(loader, ctx, StreamPlan(1, world_size, tail), seed, is_dispatched), True
     tail, size = _tail_and_size(loader, world_size, tail, split_batches=split_batches)
     if isinstance(loader.dataset, IterableDataset):
         plan = StreamPlan(size or 1, world_size, tail)
         return StreamSource(loader, ctx, plan, seed, is_dispatched), True
+    # Every rank can read any index of a map-style dataset, so sending samples has no purpose.
     if is_dispatched:
         raise DataError(
             '`mode="dispatch"` expects an iterable of batches, or a loader of an `IterableDataset`',
@@ -66,8 +68,11 @@ def _map_style(
     loader: DataLoader[Tree], ctx: DistContext, tail: str, size: int | None, seed: int
 ) -> tuple[Source, bool]:
     rank, world_size = ctx.data_rank, ctx.data_world_size
+    # `DataLoader` sets `batch_size` to None for a batch sampler of the user. If the user passes
+    # `batch_size=None` there is no batch sampler either, and each item of the dataset is a batch.
     if loader.batch_size is None and loader.batch_sampler is not None:
         reader = Reader(loader, seed, is_single=False)
+        # A unit is a list of indices; the cursor counts its samples.
         plan = StreamPlan(1, world_size, tail, count=len)
         return SamplerSource(loader.batch_sampler, plan, rank, seed, reader, True), False
     sampler = loader.sampler
@@ -79,6 +84,7 @@ def _map_style(
         return OrderedSource(order_plan, seed, shuffle, reader), not shuffle
     reader = Reader(loader, seed, is_single=size is None)
     plan = StreamPlan(size or 1, world_size, tail)
+    # Only this sampler has one order for all epochs; a custom one may read the epoch or draw.
     is_sequential = type(sampler) is SequentialSampler
     return SamplerSource(sampler, plan, rank, seed, reader, False), is_sequential
 
@@ -101,6 +107,7 @@ def _file_shards(
             fix='pass a `DataLoader(stream, batch_size=...)`, or write `mode="split"`',
         )
     world_size = ctx.data_world_size
+    # Fewer shards than ranks would leave a rank without data.
     num_shards = 0
     if callable(getattr(dataset, "shard", None)):
         num_shards = getattr(dataset, "num_shards", 0)
@@ -127,6 +134,7 @@ def _file_shards(
 
 def _is_own_order(sampler: object) -> bool:
     """Return whether faccel computes this order: that of the dataset, or a shuffle of all of it."""
+    # Exact classes: a subclass may yield another order.
     if type(sampler) is SequentialSampler:
         return True
     if type(sampler) is not RandomSampler or sampler.replacement:
@@ -138,6 +146,7 @@ def _tail_and_size(
     loader: DataLoader[Tree], world_size: int, tail: str, *, split_batches: bool
 ) -> tuple[str, int | None]:
     """Return the tail and the batch size per rank; None for a loader without a batch size."""
+    # `drop_last=True` of the loader has priority over `tail`, whose default is "pad".
     if loader.drop_last:
         tail = "drop"
     size = loader.batch_size
@@ -146,6 +155,7 @@ def _tail_and_size(
     if size is None:
         raise _no_batch_size()
     if size % world_size:
+        # Rounded up to a multiple of the number of ranks.
         nearest_size = -(-size // world_size) * world_size
         raise DataError(
             "`split_batches` needs a batch size that the number of ranks divides",
@@ -171,6 +181,8 @@ def _check(loader: Iterable[Tree], mode: str) -> None:
             got=shown(loader),
             fix="write `faccel.shard(DataLoader(dataset, batch_size=32), ctx)`",
         )
+    # A DistributedSampler yields one rank's indices; splitting those again would lose samples. It
+    # may also be inside a batch sampler of the user.
     batch_sampler = getattr(loader, "batch_sampler", None)
     for sampler in (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None)):
         if isinstance(sampler, DistributedSampler):

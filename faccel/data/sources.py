@@ -1,4 +1,4 @@
-"""How one rank finds its batches: in faccel's own order, in a custom sampler, or in a stream."""
+"""The sources: one rank's batches in faccel's order, of a custom sampler, or of a stream."""
 
 from __future__ import annotations
 
@@ -62,6 +62,8 @@ class OrderedSource:
     def start_of(self, step: int) -> int:
         """See `Source`; that of the step after the last one is the end of the epoch."""
         num_samples, size = self.plan.num_samples, self.plan.global_batch_size
+        # Rounded up for every tail: a step counter may be that of the end of the epoch, where
+        # `min` below cuts the last step to the samples that exist.
         num_steps = -(-num_samples // size)
         if not 0 <= step <= num_steps:
             raise DataError(
@@ -79,12 +81,14 @@ class OrderedSource:
     def read(self, cursor: Cursor) -> Iterator[tuple[BatchInfo, Tree]]:
         """See `Source`."""
         plan, start = self.plan, cursor.samples_consumed
+        # Equal is valid: the end of the epoch, without any batch.
         if start > plan.num_samples:
             raise DataError(
                 f"the cursor lies after the end of a dataset of {plan.num_samples} samples",
                 got=str(cursor),
                 fix="resume with the dataset that the cursor was taken from",
             )
+        # After a resume with another world size `start` may lie inside a step, which counts on.
         first_step = start // plan.global_batch_size
         last = plan.num_steps(start) - 1
         for i, data in enumerate(self.reader.read(self._rows(cursor), cursor.epoch, start)):
@@ -96,12 +100,15 @@ class OrderedSource:
     def _rows(self, cursor: Cursor) -> Iterator[Row]:
         seed, epoch, start = self.seed, cursor.epoch, cursor.samples_consumed
         for step, samples in enumerate(self.plan.batches(self.order(epoch), start)):
+            # The position, not the step: augmentation after a resume draws what it would have
+            # drawn without the interruption.
             yield (seed, epoch, self.plan.first_position(start, step)), samples
 
 
 def num_rows(data: Tree) -> int:
     """Return the rows of a batch that was not collated here: those of its first tensor, else 1."""
     for leaf in flatten(data)[0]:
+        # A 0-d tensor has no dimension of rows, for example a label of the whole batch.
         if isinstance(leaf, torch.Tensor) and leaf.ndim:
             return len(leaf)
     return 1
@@ -153,6 +160,8 @@ class SamplerSource:
 
     def num_steps(self, start: int) -> int:
         """See `Source`; known for a batch sampler only from its beginning."""
+        # `start` counts samples, the length of a batch sampler batches. TypeError, because Python's
+        # `list` and `len` expect that of an iterable without a length.
         if start and self.is_batch_sampler:
             raise TypeError("the number of batches left in a batch sampler is unknown")
         return self.plan.num_steps(len(self.sampler) - start, self.rank)  # type: ignore[arg-type]
@@ -169,18 +178,23 @@ class SamplerSource:
 
         def rows() -> Iterator[Row]:
             for batch in self._rank_batches(cursor):
+                # First in, first out: workers read ahead, but data arrives in the order of rows.
                 pending.append(self._count_rows(batch))
                 samples = list(batch.units[0]) if self.is_batch_sampler else batch.units
                 yield (self.seed, cursor.epoch, batch.info.consumed, self.rank), samples
 
         for data in self.reader.read(rows(), cursor.epoch, cursor.samples_consumed):
             info = pending.popleft()
+            # An item is a whole batch here: its number of rows is known once it is read. A repeated
+            # batch keeps 0.
             if self.reader.is_single and info.num_valid:
                 info = attrs.evolve(info, num_valid=num_rows(data))
             yield info, data
 
     def _rank_batches(self, cursor: Cursor) -> Iterator[RankBatch]:
         seed = mix(self.seed, cursor.epoch)
+        # A batch sampler draws its order from the sampler inside. One with a generator ignores the
+        # process's generators, so that generator is seeded, too.
         for sampler in (self.sampler, getattr(self.sampler, "sampler", None)):
             _set_epoch(sampler, cursor.epoch)
             generator = getattr(sampler, "generator", None)
@@ -193,12 +207,14 @@ class SamplerSource:
                 yield rank_batch
 
     def _count_rows(self, batch: RankBatch) -> BatchInfo:
+        # A unit is a list of indices: `num_valid` counts units, a batch its rows.
         if self.is_batch_sampler and batch.info.num_valid:
             return attrs.evolve(batch.info, num_valid=len(batch.units[0]))
         return batch.info
 
 
 def _set_epoch(iterable: Tree, epoch: int) -> None:
+    # The method by which PyTorch's and Hugging Face's classes receive the epoch.
     if hasattr(iterable, "set_epoch"):
         iterable.set_epoch(epoch)
 
@@ -260,6 +276,7 @@ class StreamSource:
             if batch is None:  # an uneven tail
                 continue
             info = batch.info
+            # With the rank, because collating may draw, and ranks must not draw the same numbers.
             seed = mix(self.seed, cursor.epoch, info.consumed, self.ctx.data_rank)
             data = collate_units(batch.units, self.loader, seed)
             if is_whole_batch and info.num_valid:
@@ -280,6 +297,7 @@ class StreamSource:
             sent, error = None, None
             if stream is not None:
                 sent, error = self._next_batches(stream)
+            # Batch, end or failure in one exchange: the other ranks cannot tell which will come.
             batch, failure = scatter_objects(sent, self.ctx)
             raise_first([failure], error, self.ctx, "read the data")
             if batch == _END:
@@ -304,6 +322,7 @@ def iterate_stream(
     rank: int | None,
 ) -> Iterator[Tree]:
     """Yield the batches of `stream` from `cursor` on, in the workers of `loader` if it has any."""
+    # Before workers start: they get a copy of the stream.
     _set_epoch(stream, cursor.epoch)
     dataset = StreamDataset(stream, plan, seed, cursor.samples_consumed, cursor.state, rank)
     if isinstance(loader, DataLoader) and (loader.num_workers or loader.pin_memory):

@@ -48,6 +48,7 @@ class StreamPlan:
             return num_units // self.global_batch_size
         if self.tail == "uneven":
             num_units = max(0, num_units - rank * self.batch_size)
+        # As in `ShardPlan.num_steps`: ceil(a / b) in integers.
         return -(-num_units // self.global_batch_size)
 
 
@@ -61,6 +62,7 @@ def repeat_to(units: list[Tree], first: list[Tree], size: int, offset: int = 0) 
         [8, 2, 0, 1]
     """
     missing = size - len(units)
+    # Cyclically, because the stream may have fewer units than are missing.
     return units + [first[(offset + i) % len(first)] for i in range(missing)]
 
 
@@ -97,6 +99,7 @@ class GlobalBatch:
     def rank_batch(self, rank: int) -> RankBatch | None:
         """Return the units of a rank; None if an uneven tail leaves it without any."""
         size, tail = self.plan.batch_size, self.plan.tail
+        # The same positions as in `ShardPlan`: rank `r` has the units from `r*B` on.
         begin = rank * size
         units = self.units[begin : begin + size]
         num_valid = len(units)
@@ -111,6 +114,7 @@ class GlobalBatch:
             is_end = self.num_ahead < self.plan.global_batch_size
         is_last = is_end
         if tail == "uneven":
+            # The next step has units for this rank only if it has more than those before `begin`.
             is_last = self.num_ahead <= begin
         info = BatchInfo(num_valid, self.step, is_last, is_end, self.consumed, self.state)
         return RankBatch(units, info)
@@ -135,8 +139,8 @@ def global_batches(
     Args:
         stream: The same units on every rank.
         plan: How they are split.
-        start: What has been consumed already: as many units are read and skipped.
-        skipped: What the stream itself has skipped already; counts in `consumed`.
+        start: Number of samples consumed before; their units are read and skipped.
+        skipped: Number of samples that the stream itself has skipped; they count in `consumed`.
         get_state: Called after each step is read, before the next one.
 
     Raises:
@@ -154,8 +158,10 @@ def global_batches(
     consumed += skipped
     step = (num_units + skipped) // size
     current = list(islice(units, size))
+    # Read between `current` and `ahead`: a resume from this state begins with `ahead`.
     state = get_state()
     while current and not (plan.tail == "drop" and len(current) < size):
+        # Complete after the first full step; kept for the padding of the last one.
         first += current[: size - len(first)]
         ahead = list(islice(units, size))
         state_ahead = get_state()
@@ -174,10 +180,12 @@ def _skip(units: Iterator[Tree], plan: StreamPlan, start: int) -> tuple[list[Tre
             unit = next(units)
         except StopIteration:
             break
+        # Padding after a resume repeats the start of the stream, not what follows the cursor.
         if len(first) < plan.global_batch_size:
             first.append(unit)
         consumed += plan.count(unit)
         num_units += 1
+    # More than `start`: the cursor lies inside a unit. Less: the stream has ended before it.
     if consumed != start:
         raise DataError(
             "the cursor does not lie between two batches of this loader",
