@@ -88,7 +88,7 @@ class OrderedSource:
                 got=str(cursor),
                 fix="resume with the dataset that the cursor was taken from",
             )
-        # After a resume with another world size `start` may lie inside a step, which counts on.
+        # Rounded down: after a resume with another world size `start` may be no multiple of `G`.
         first_step = start // plan.global_batch_size
         last = plan.num_steps(start) - 1
         for i, data in enumerate(self.reader.read(self._rows(cursor), cursor.epoch, start)):
@@ -160,8 +160,8 @@ class SamplerSource:
 
     def num_steps(self, start: int) -> int:
         """See `Source`; known for a batch sampler only from its beginning."""
-        # `start` counts samples, the length of a batch sampler batches. TypeError, because Python's
-        # `list` and `len` expect that of an iterable without a length.
+        # `start` counts samples, but the length of a batch sampler counts batches. A TypeError,
+        # because `list(loader)` asks for the length as a hint, and ignores only that class.
         if start and self.is_batch_sampler:
             raise TypeError("the number of batches left in a batch sampler is unknown")
         return self.plan.num_steps(len(self.sampler) - start, self.rank)  # type: ignore[arg-type]
@@ -193,8 +193,8 @@ class SamplerSource:
 
     def _rank_batches(self, cursor: Cursor) -> Iterator[RankBatch]:
         seed = mix(self.seed, cursor.epoch)
-        # A batch sampler draws its order from the sampler inside. One with a generator ignores the
-        # process's generators, so that generator is seeded, too.
+        # A batch sampler takes its indices from its attribute `sampler`. A sampler with a generator
+        # does not draw from the process's generators, so its generator is seeded, too.
         for sampler in (self.sampler, getattr(self.sampler, "sampler", None)):
             _set_epoch(sampler, cursor.epoch)
             generator = getattr(sampler, "generator", None)
@@ -297,7 +297,7 @@ class StreamSource:
             sent, error = None, None
             if stream is not None:
                 sent, error = self._next_batches(stream)
-            # Batch, end or failure in one exchange: the other ranks cannot tell which will come.
+            # One exchange for a batch, the end and a failure: the other ranks cannot predict which.
             batch, failure = scatter_objects(sent, self.ctx)
             raise_first([failure], error, self.ctx, "read the data")
             if batch == _END:

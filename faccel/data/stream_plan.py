@@ -185,7 +185,7 @@ def _skip(units: Iterator[Tree], plan: StreamPlan, start: int) -> tuple[list[Tre
             first.append(unit)
         consumed += plan.count(unit)
         num_units += 1
-    # More than `start`: the cursor lies inside a unit. Less: the stream has ended before it.
+    # More than `start`: the cursor is inside a unit. Less: the stream has ended before it.
     if consumed != start:
         raise DataError(
             "the cursor does not lie between two batches of this loader",
