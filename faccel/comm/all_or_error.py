@@ -24,7 +24,7 @@ class Failure:
     Args:
         rank: Rank of the world on which it was raised.
         got: Type and message of the exception.
-        fix: What to do, possibly empty.
+        fix: The fix of a `FaccelError`, or advice for a full disk; empty if there is none.
     """
 
     rank: int

@@ -56,7 +56,7 @@ def check_replicas(ctx: DistContext, alternative: str) -> None:
 
     Args:
         ctx: The context whose mesh is checked.
-        alternative: What else to do on this mesh, the last part of the fix; starts with a verb.
+        alternative: A fix that keeps the mesh; the message ends with it, so it starts with a verb.
     """
     if not ctx.is_replicated:
         raise ConfigError(

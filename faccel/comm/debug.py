@@ -152,7 +152,8 @@ class DebugCollectives:
             self._wait([result_key], ranks[:1])
         if self.store.check([result_key]):
             return self.store.get(result_key).decode()
-        # The first rank of the group has left or hangs: nothing compares the calls but this rank.
+        # The first rank of the group has left or hangs, so no result comes. The calls that were
+        # posted still show which rank is missing.
         return describe_ranks(self._read(keys, ranks))
 
     def _wait(self, keys: Sequence[str], ranks: Sequence[int]) -> None:

@@ -58,7 +58,7 @@ def pad_to(
         tensor: `T[...]`, at most `size` along `dim`.
         size: Its new extent.
         dim: Which dimension; a negative one counts from the last.
-        value: What to fill with.
+        value: The value of the new elements.
         first: Whether to fill at the beginning instead of the end.
 
     Examples:

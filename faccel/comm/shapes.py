@@ -108,7 +108,7 @@ def pad_across(
         x: A tensor, or any nesting of them. Leaves without a dimension `dim` are not padded.
         ctx: The world.
         dim: Along which dimension; a negative one counts from the last.
-        value: What to fill with.
+        value: The value of the new elements.
         first: Whether to fill at the beginning instead of the end.
         axis: `"data"`, `"world"` or an axis of the mesh.
 

@@ -16,7 +16,7 @@ class Batch:
     """One rank's batch of one step.
 
     Args:
-        data: What the loader's `collate_fn` returned, on the device of the context.
+        data: The result of the loader's `collate_fn`, on the device of the context.
         num_valid: Number of rows that are not repeats, `0 <= num_valid <= rows`: the first ones.
         step: Index of the batch in its epoch.
         is_last: Whether it is this rank's last batch of the epoch.
@@ -39,7 +39,8 @@ class BatchInfo:
         step: See `Batch`.
         is_last: See `Batch`.
         is_end: Whether the epoch ends on every rank with this step.
-        consumed: What all ranks together have consumed of the epoch after this step.
+        consumed: Samples of the epoch that all ranks together have consumed after this step
+            (batches, if the loader yields whole ones).
         state: The dataset's own state at that position, if it has one.
     """
 

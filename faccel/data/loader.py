@@ -130,8 +130,8 @@ class ShardedLoader:
 
     def _marked(self, batches: Iterator[Tree]) -> Iterator[Tree]:
         """Yield `batches`; while the tail is uneven, `scaled_backward` raises outside of `join`."""
-        # One rank cannot have fewer batches than another. Training with "uneven" would hang on the
-        # others: the ranks with more batches wait for gradients that never come.
+        # Training on an uneven tail would hang: ranks with more batches wait for gradients of the
+        # other ranks, which never come. A single rank waits for none.
         if self.source.tail != "uneven" or self.ctx.data_world_size == 1:
             return batches
         return _while_uneven(batches, self.ctx)

@@ -34,8 +34,8 @@ _CHUNK = 4096
 
 def _scramble(x: _Words) -> _Words:
     """Apply SplitMix64's finalizer (Steele, Lea, Flood 2014) to each element of `uint64[n]`."""
-    # Modulo 2^64: products of uint64 arrays wrap around. Each line is invertible, because the
-    # factors are odd, so this is a bijection of the 64-bit integers.
+    # Modulo 2^64: products of uint64 arrays wrap around. A xor with a shift and a product with an odd
+    # number are invertible, so this is a bijection of the 64-bit integers.
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -99,7 +99,7 @@ def permute(positions: Ints, num_samples: int, seed: int, epoch: int) -> Ints:
     """
     if num_samples < SMALL:
         return _table(num_samples, seed, epoch)[positions]
-    # The smallest power of 2 with `2**bits >= num_samples`.
+    # `2**bits` is the smallest power of 2 that is at least `num_samples`.
     bits = (num_samples - 1).bit_length()
     keys = _keys(seed, epoch, NUM_ROUNDS)
     limit = np.uint64(num_samples)
@@ -179,9 +179,8 @@ class ShardPlan:
         batch_size: `B`, rows per batch on this rank.
         rank: `r`, this rank among those that read different data.
         world_size: `W`.
-        tail: What the last step does with fewer than `G` samples left. `"pad"` repeats samples from
-            the start of the order, `"drop"` leaves the step out, `"uneven"` gives some ranks fewer
-            rows or none.
+        tail: For a last step of fewer than `G` samples: `"pad"` repeats samples from the start of
+            the order, `"drop"` leaves the step out, `"uneven"` gives some ranks fewer rows or none.
     """
 
     num_samples: int
