@@ -34,8 +34,8 @@ _CHUNK = 4096
 
 def _scramble(x: _Words) -> _Words:
     """Apply SplitMix64's finalizer (Steele, Lea, Flood 2014) to each element of `uint64[n]`."""
-    # Modulo 2^64: products of uint64 arrays wrap around. A xor with a shift and a product with an odd
-    # number are invertible, so this is a bijection of the 64-bit integers.
+    # Modulo 2^64: products of uint64 arrays wrap around. A xor with a shift and a product with an
+    # odd number are invertible, so this is a bijection of the 64-bit integers.
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
