@@ -392,7 +392,7 @@ def every_mistake(ctx):
     return errors
 
 
-def test_settings_that_are_wrong_or_contradict_are_an_error_that_names_both():
+def test_invalid_or_contradictory_settings_are_an_error_that_names_both():
     for errors in on(2, every_mistake):
         for name, (_, word) in WRONG.items():
             assert errors[name] is not None, name
@@ -433,7 +433,7 @@ def misuses(ctx):
     ]
 
 
-def test_what_zero_cannot_do_is_an_error_with_a_fix():
+def test_unsupported_uses_of_zero_are_errors_with_a_fix():
     for errors in on(2, misuses):
         assert [kind for kind, _ in errors] == [
             "OptimizerError", "ModelError", "OptimizerError", "ConfigError", "OptimizerError",

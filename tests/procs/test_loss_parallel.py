@@ -1,4 +1,4 @@
-"""Loss parallel changes a table of torch's for the whole process: in real ones."""
+"""Loss parallel in real processes, because PyTorch registers it for the whole process."""
 
 import pytest
 

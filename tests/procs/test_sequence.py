@@ -1,4 +1,4 @@
-"""One sequence shared by real processes, over gloo."""
+"""Context parallel over gloo: one sequence, sharded over real processes."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def attend_chunk(ctx, method, dtype):
 
 
 @pytest.mark.parametrize("method", ["gather", "ring"])
-def test_processes_attend_as_simulated_ranks_and_as_one_process_do(method):
+def test_attention_on_processes_equals_simulated_ranks_and_one_process(method):
     for dtype, atol in ((torch.float64, 1e-12), (torch.bfloat16, 0.04)):
         real = run_ranks(attend_chunk, 2, method, dtype, mesh="cp=2")
         check(

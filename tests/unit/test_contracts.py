@@ -80,7 +80,7 @@ LAZY = ("", "backends", "checkpoint", "comm", "parallel", "random", "testing", "
 
 
 @pytest.mark.parametrize("namespace", LAZY)
-def test_what_type_checkers_see_is_what_is_imported(namespace):
+def test_names_for_type_checkers_are_the_imported_names(namespace):
     package = importlib.import_module(f"faccel.{namespace}".rstrip("."))
     tree = ast.parse(pathlib.Path(package.__file__).read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]

@@ -57,7 +57,7 @@ def test_a_draw_from_any_generator_is_detected_and_undone(draw):
     assert got == expected
 
 
-def test_the_second_of_a_pair_of_normals_comes_once():
+def test_the_second_of_a_pair_of_normals_is_drawn_once():
     seed_all(3)
     expected = [random.gauss(0, 1) for _ in range(6)]
     seed_all(3)

@@ -66,7 +66,7 @@ def test_epochs_have_their_own_order_and_each_sample_once():
     assert loader.at(1).order.samples(np.arange(11)).tolist() == orders[1]
 
 
-def test_the_seed_is_the_configs_unless_given():
+def test_the_seed_is_that_of_the_config_without_an_argument():
     data = DataLoader(Squares(64), 64, shuffle=True)
     first = ids(faccel.shard(data, fake_context(0, 1, config={"seed": 5})).at(0))
     assert ids(faccel.shard(data, ONE, seed=5).at(0)) == first != ids(faccel.shard(data, ONE).at(0))
@@ -178,7 +178,7 @@ def test_an_unknown_tail_is_an_error():
         faccel.shard(DataLoader(Squares(4), 2), ONE, tail="even")
 
 
-def test_a_dataset_that_can_reads_a_whole_batch_at_once():
+def test_a_dataset_with_getitems_reads_a_batch_at_once():
     from tensordict import TensorDict
 
     x = torch.arange(10.0).view(5, 2)
@@ -257,7 +257,7 @@ def test_reading_draws_nothing_from_the_process_wide_generators():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_billion_samples_cost_nothing_until_they_are_read():
+def test_a_trillion_samples_are_shuffled_lazily():
     loader = faccel.shard(DataLoader(Squares(10**12), 2, shuffle=True), fake_context(3, 512))
     late = loader.resume(faccel.Cursor(7, 99 * 10**10))
     assert len(next(iter(late))["i"]) == 2

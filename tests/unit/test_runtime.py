@@ -1,3 +1,5 @@
+"""`init` and `shutdown` in one process: devices, environments, imports and errors."""
+
 import os
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""`scaled_backward` and `optimizer_step` on one process: clipping, loss scale, schedules, errors."""
+
 import gc
 import itertools
 import weakref

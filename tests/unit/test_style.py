@@ -16,7 +16,7 @@ def test_comments_explain_the_code():
     assert FIGURES["comments"] >= style.MIN_COMMENTS
 
 
-def test_the_measures_count_what_they_name():
+def test_each_measure_counts_known_code():
     text = "def f(each):  # why\n    return [x for x in each if x] if each else None\n"
     counts = style.count(text)
     assert counts["pronoun-like names"] == 1

@@ -480,7 +480,7 @@ def check_message(mistake, error):
     assert re.match(r"[a-z]", fix), "a fix starts with a verb"
 
 
-def test_there_are_at_least_twenty():
+def test_there_are_at_least_twenty_mistakes():
     assert len(MISTAKES) >= 20
 
 

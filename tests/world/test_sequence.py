@@ -1,5 +1,5 @@
 # pyright: basic
-"""What the ranks of a sequence compute together is what one process computes on the whole of it."""
+"""Context parallel attention equals attention on the full sequence on one process."""
 
 import functools
 

@@ -1,3 +1,5 @@
+"""Training on several ranks, simulated and over gloo, equals training on one process."""
+
 import functools
 
 import pytest

@@ -1,3 +1,5 @@
+"""`windows`: gradient accumulation with weights, sizes, short last windows and early ends."""
+
 import itertools
 
 import pytest

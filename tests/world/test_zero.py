@@ -79,7 +79,7 @@ def test_sharded_states_train_bitwise_as_replicated_ones(world_size, optimizer):
         check_equal(got, expected)
 
 
-def test_processes_do_what_a_simulation_does_and_one_process_computes():
+def test_processes_equal_a_simulation_and_one_process():
     alone = train(fake_context(0, 1), ZERO)
     for real, simulated in zip(run_ranks(train, 2, ZERO), simulate(train, 2, ZERO), strict=True):
         check_equal(real, simulated)
@@ -182,7 +182,7 @@ def load_and_resume(ctx, path):
     return run(ctx, faccel.load(make(ctx, ZERO), path, ctx), range(3, STEPS))
 
 
-def test_any_world_size_loads_what_another_saved(tmp_path):
+def test_any_world_size_loads_the_checkpoint_of_another(tmp_path):
     first = simulate(resumed, 2, tmp_path, (ZERO, ZERO))[0]
     for world_size in (1, 4):
         check_close(simulate(load_and_resume, world_size, tmp_path)[0], first)
