@@ -1,4 +1,4 @@
-"""`scaled_backward` and `optimizer_step` on one process: clipping, loss scale, schedules, errors."""
+"""`scaled_backward` and `optimizer_step` on one process: clipping, loss scale and errors."""
 
 import gc
 import itertools
