@@ -176,7 +176,7 @@ def _join(
     if engine.shards_optimizer:
         # A step of ZeRO-1 broadcasts updated shards. `join_uneven` joins DDP's collectives only.
         raise ConfigError(
-            "with `shard_optimizer` ranks cannot end at different updates: each steps its shard",
+            "`join` is unsupported under `shard_optimizer`: every update needs all ranks",
             got="shard_optimizer=True",
             fix='leave `shard_optimizer` out, or write `tail="pad"`',
         )

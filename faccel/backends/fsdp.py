@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class FsdpEngine(nn.Module):
-    """A sharded model, and the facts about it that FSDP2 does not keep.
+    """A sharded model, and the state of its gradients that FSDP2 does not expose.
 
     Args:
         module: The user's module, which `shard_module` has sharded.
@@ -41,7 +41,7 @@ class FsdpEngine(nn.Module):
 
     Attributes:
         reduces_grads: Whether the next backward reduces gradients.
-        unreduced: The gradients of backwards that did not.
+        unreduced: The gradients that backwards without reduction have accumulated.
     """
 
     def __init__(self, module: nn.Module, ctx: DistContext) -> None:

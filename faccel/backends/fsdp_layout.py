@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import attrs
 from torch import nn
@@ -15,6 +16,8 @@ from faccel.parallel.expert_parallel import moes_of
 from faccel.parallel.moe import MoE
 from faccel.parallel.units import matching, units_of
 from faccel.plan import Plan
+
+T = TypeVar("T")
 
 
 @attrs.frozen(eq=False)
@@ -55,15 +58,11 @@ class Layout:
 
     def below(self, names: Sequence[str]) -> Layout:
         """Return the layout of the modules of these names and of the modules inside them."""
-
-        def is_below(name: str) -> bool:
-            return any(contains(outer, name) for outer in names)
-
         return attrs.evolve(
             self,
-            units={name: unit for name, unit in self.units.items() if is_below(name)},
-            tp_styles={name: style for name, style in self.tp_styles.items() if is_below(name)},
-            moes={name: moe for name, moe in self.moes.items() if is_below(name)},
+            units=_inside(names, self.units),
+            tp_styles=_inside(names, self.tp_styles),
+            moes=_inside(names, self.moes),
         )
 
     def computes_in_fp32(self, name: str) -> bool:
@@ -84,12 +83,26 @@ def contains(outer: str, name: str) -> bool:
     return name == outer or name.startswith(f"{outer}.")
 
 
+def _inside(outer_names: Sequence[str], by_name: Mapping[str, T]) -> dict[str, T]:
+    """Return the entries whose module is one of the outer modules or inside one."""
+    inside: dict[str, T] = {}
+    for name, value in by_name.items():
+        is_inside = any(contains(outer, name) for outer in outer_names)
+        if is_inside:
+            inside[name] = value
+    return inside
+
+
 def _units_without_experts(
     module: nn.Module, plan: Plan, moes: Mapping[str, MoE]
 ) -> dict[str, nn.Module]:
     # Experts are sharded over another mesh, so `shard_experts` makes units of them.
     experts = {id(moe.experts) for moe in moes.values()}
-    return {name: unit for name, unit in units_of(module, plan).items() if id(unit) not in experts}
+    units = dict(units_of(module, plan))
+    for name, unit in list(units.items()):
+        if id(unit) in experts:
+            del units[name]
+    return units
 
 
 def _ignored_names(module: nn.Module, plan: Plan) -> frozenset[str]:
@@ -126,7 +139,7 @@ def _tp_styles(module: nn.Module, plan: Plan, ctx: DistContext) -> Mapping[str, 
 def engine_mesh(ctx: DistContext) -> DeviceMesh:
     """Return the mesh of FSDP2. `dp_shard` and `cp` are one axis: both shard parameters.
 
-    With experts that axis is two: `ep`, and `ep_storage` of the ranks with the same experts.
+    With experts it is split in two: `ep`, and `ep_storage` of the ranks with the same experts.
     """
     spec = ctx.mesh.spec
     if spec.ep == 1:

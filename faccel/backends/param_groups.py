@@ -29,7 +29,7 @@ def params_of(groups: ParamGroups) -> list[Any]:
 
 
 def copy_options(source: ParamGroups, target: ParamGroups) -> None:
-    """Copy everything but the parameters from each group to the one of the same place.
+    """Copy everything but the parameters from each group to the group of the same index.
 
     Updates `target`.
     """
@@ -44,7 +44,7 @@ def check_same_sizes(saved: ParamGroups, groups: ParamGroups) -> None:
     """Raise unless a saved state has groups of the same sizes.
 
     Raises:
-        OptimizerError: It has others.
+        OptimizerError: The numbers of groups or of their parameters differ.
     """
     saved_sizes = [len(group["params"]) for group in saved]
     sizes = [len(group["params"]) for group in groups]
@@ -60,7 +60,7 @@ def check_no_scheduler(opt: Optimizer) -> None:
     """Raise if a scheduler was made for `opt`: it would not change the optimizer that replaces it.
 
     Raises:
-        OptimizerError: It has one.
+        OptimizerError: `opt` has a scheduler.
     """
     # LRScheduler marks the `step` of its optimizer with this attribute.
     if hasattr(opt.step, "_wrapped_by_lr_sched"):

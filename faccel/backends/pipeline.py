@@ -31,6 +31,7 @@ from faccel.tree import Tree, full_tensor, local_tensor
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     config = _config(plan, ctx)
     check_same_structure(module, ctx, WORLD)
+    # A later stage is on another rank than rank 0, which alone may have values.
     if any(param.is_meta for param in module.parameters()):
         raise ModelError(
             "a pipeline cannot be built from a model on the meta device",
@@ -46,12 +47,18 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     # Nothing below is an error of the user's: from here on the module is updated.
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
+            # Every rank gets rank 0's values of all stages, while it still has all modules.
             tensor.copy_(broadcast(tensor.detach(), ctx, axis=WORLD))
+    # Rank `r` of `R` has the stages `r`, `r + R`, ...: the layout of the interleaved schedule.
     own_stages = stages[pp_rank::pp_size]
-    stage_modules = [
-        StageModule(module, names, is_first=names is stages[0]) for names in own_stages
-    ]
-    remove_other_stages(module, stages, [name for names in own_stages for name in names])
+    stage_modules: list[StageModule] = []
+    own_names: list[str] = []
+    for names in own_stages:
+        is_first = names is stages[0]
+        stage_modules.append(StageModule(module, names, is_first=is_first))
+        own_names.extend(names)
+    # Before sharding, so that the parameters of the other stages are freed.
+    remove_other_stages(module, stages, own_names)
     for stage_module, names in zip(stage_modules, own_stages, strict=True):
         shard_module(stage_module, plan, layout.below(names), ctx)
     engine = PipelineEngine(stage_modules, config, _make_tied(tied, ctx), ctx)
@@ -79,14 +86,21 @@ def _check_tied(tied: Sequence[Mapping[int, str]], layout: Layout, pp_size: int)
     """
     for names in tied:
         got = ", ".join(f"`{name}`" for name in names.values())
-        styles = {layout.tp_styles.get(name.rpartition(".")[0]) for name in names.values()}
+        styles: set[str | None] = set()
+        ranks: set[int] = set()
+        for stage, name in names.items():
+            module_name = name.rpartition(".")[0]
+            styles.add(layout.tp_styles.get(module_name))
+            ranks.add(stage % pp_size)
+        # The all-reduce of the gradients needs shards of the same elements on both ranks.
         if len(styles) > 1:
             raise ModelError(
                 "a parameter that is tied between two stages is sharded over `tp` in one only",
                 got=got,
                 fix="leave both out of `tensor`, or untie them",
             )
-        ranks = {stage % pp_size for stage in names}
+        # `fully_shard` of one stage replaces the parameter there and leaves that of the other
+        # stage: on this rank the two would no longer be tied.
         if len(ranks) < len(names):
             raise ModelError(
                 "two stages of one rank have the same parameter",
@@ -98,7 +112,10 @@ def _check_tied(tied: Sequence[Mapping[int, str]], layout: Layout, pp_size: int)
 
 def _check_units(stages: Sequence[Sequence[str]], layout: Layout) -> None:
     """Refuse a unit that is not inside one module of the chain."""
-    chain = [name for stage in stages for name in stage]
+    # A unit is gathered by the forward of one module, and stages call modules of the chain only.
+    chain: list[str] = []
+    for stage in stages:
+        chain.extend(stage)
     for unit in layout.units:
         if not any(contains(name, unit) for name in chain):
             raise ConfigError(
@@ -118,8 +135,10 @@ def _make_tied(tied: Sequence[Mapping[int, str]], ctx: DistContext) -> list[Tied
         if pp_rank not in name_of_rank:
             continue
         ranks = [peers[rank] for rank in sorted(name_of_rank)]
+        # Only the ranks of this parameter call `new_group`, so it must not wait for the world.
         group = dist.new_group(ranks, use_local_synchronization=True, group_desc="tied")
         assert isinstance(group, dist.ProcessGroup)
+        # One rank counts the parameter in the norm and saves it; the others refer to its name.
         copy_of = None
         if pp_rank != min(name_of_rank):
             copy_of = names[min(names)]
@@ -135,6 +154,7 @@ def _make_run(engine: PipelineEngine, ctx: DistContext) -> RunMethod:
                 got=f"`{method}`",
                 fix="call the method on a model of one process",
             )
+        # With gradients the caller would run backward through the output, which only one rank has.
         if torch.is_grad_enabled():
             raise ModelError(
                 "a pipeline runs forward and backward of all micro-batches together",
@@ -162,6 +182,8 @@ def _intercept_inputs(loss: MicroBatchLoss) -> StageInputs:
         raise _Intercepted(StageInputs(args, kwargs))
 
     try:
+        # The loss function prepares the inputs itself, for example renames them. The exception
+        # stops it where it calls the model: what follows needs an output of the last stage.
         loss(intercept)
     except _Intercepted as intercepted:
         return intercepted.inputs
@@ -196,12 +218,19 @@ def _forward_backward(
             return to_fp32(output)
 
         loss = call_seeded(losses[index], model, mix(seed, index))
+        # Detached, so that each graph is freed after its backward. Under `loss_parallel` a loss is
+        # a DTensor.
         values[index] = full_tensor(loss.detach())
+        # The gradient is sum_i factors[i] * d loss_i: torch's schedules do not divide it again.
         return loss * factors[index]
 
     stages = engine.make_stages(inputs[0], trains=True)
     schedule = make_schedule(stages, num_micro_batches, loss_of)
+    # Taken out first: their sum over the ranks was computed in earlier windows, and the
+    # all-reduce must not add it once for each rank.
     grads = _take_tied_grads(engine)
+    # `step` would split one batch into chunks, and a window has separate micro-batches. The target
+    # of a micro-batch is its index, by which `loss_of` finds the loss function.
     schedule._step_microbatches(  # pyright: ignore[reportPrivateUsage]
         [micro_batch.args for micro_batch in inputs],
         [dict(micro_batch.kwargs) for micro_batch in inputs],
@@ -220,12 +249,14 @@ def _broadcast_losses(
     ctx: DistContext,
 ) -> torch.Tensor:
     """Return the losses, which the last rank has, on every rank of the pipeline."""
+    # Every rank must pass the dtype to receive, and only the last rank has a loss to read it from.
     dtype = torch.float32
     if next(engine.parameters()).dtype == torch.float64:
         dtype = torch.float64
     losses = torch.zeros(num_micro_batches, dtype=dtype, device=ctx.device)
     for index, value in values.items():
         losses[index] = value
+    # The last stage is on the last rank under each schedule: stage `i` is on rank `i % pp_size`.
     return ctx.comm.broadcast(losses, engine.pp_size - 1, "pp")
 
 
@@ -236,8 +267,11 @@ def _schedule_of(engine: PipelineEngine, num_micro_batches: int) -> str:
         ConfigError: The first window has fewer micro-batches than there are ranks.
     """
     kind = engine.plan.schedule
+    # 1F1B needs a micro-batch for each stage in its warmup. GPipe runs with any number. The
+    # interleaved schedule raises its own error.
     if num_micro_batches >= engine.pp_size or kind == "interleaved":
         return kind
+    # A first window that is too short is a mistake in the settings, not the end of an epoch.
     if not engine.has_run:
         raise ConfigError(
             "a pipeline needs at least as many micro-batches as ranks",
@@ -249,6 +283,7 @@ def _schedule_of(engine: PipelineEngine, num_micro_batches: int) -> str:
 
 def _common_seed(ctx: DistContext) -> int:
     """Return a seed that is the same on all ranks, whose generators have different states."""
+    # Every rank draws, so that their generators advance by the same number of draws.
     seed = torch.randint(2**62, (), dtype=torch.int64).to(ctx.device)
     return int(ctx.comm.broadcast(seed, 0, "pp").item())
 
@@ -268,6 +303,8 @@ def _add_tied_grads(engine: PipelineEngine, grads: Sequence[torch.Tensor | None]
     for tied, earlier_grad in zip(engine.tied, grads, strict=True):
         param = engine.parameter(tied.name)
         if param.grad is not None:
+            # FSDP2 has averaged each over the data ranks, and shards have the same coordinates. A
+            # sum over stages, not a mean: d loss / d w is the sum over all uses of `w`.
             dist.all_reduce(local_tensor(param.grad), group=tied.group)
         if earlier_grad is None:
             continue

@@ -92,6 +92,7 @@ class PipelineEngine(nn.Module):
         self.pp_rank = ctx.comm.rank("pp")
         self.pp_size = ctx.comm.size("pp")
         self.has_run = False
+        # Keyed by the shapes of the inputs: training and evaluation batches alternate.
         self._metas: dict[str, list[list[TensorMeta]]] = {}
 
     @property
@@ -110,8 +111,9 @@ class PipelineEngine(nn.Module):
     def make_stages(self, inputs: StageInputs, *, trains: bool) -> list[Stage]:
         """Return torch's stages for micro-batches like `inputs`.
 
-        Collective over the pipeline for new shapes: they are found by one forward without
-        gradients. torch would run a forward and a backward each time, and clear the gradients.
+        Collective over the pipeline if the inputs have new shapes. One forward without gradients
+        then finds the shapes between the stages. torch would find them by a forward and a backward
+        in every window, which clears the gradients.
         """
         from faccel.parallel.pipeline_schedules import Stage  # torch's pipelining is slow to import
 
@@ -122,15 +124,18 @@ class PipelineEngine(nn.Module):
         stages: list[Stage] = []
         for i, stage_module in enumerate(self.stage_modules):
             number = self.pp_rank + self.pp_size * i
+            # New stages for each window: the shapes that torch's stages send are fixed.
             stage = Stage(
                 stage_module,
                 number,
                 self.num_stages,
                 self.ctx.device,
+                # `metas` has one entry more than stages: stage `i` maps entry `i` to `i + 1`.
                 _meta_tensors(metas[number], trains=trains),
                 _meta_tensors(metas[number + 1], trains=trains),
                 group=self.ctx.comm.group("pp"),
             )
+            # `Schedule.step` does these two, and `_step_microbatches` does not.
             stage.has_backward = trains
             stage.clear_runtime_states()
             stages.append(stage)
@@ -140,15 +145,18 @@ class PipelineEngine(nn.Module):
         """Return the shapes before the first stage, between the stages and after the last."""
         args = inputs.args
         metas = [[_meta_of(arg) for arg in args]]
+        # One stage after the other: the shapes of a stage depend on those of the stage before it.
         for number in range(self.num_stages):
             output: list[TensorMeta | str] = []
             if number % self.pp_size == self.pp_rank:
                 output = self._run_for_shapes(number // self.pp_size, args, inputs.kwargs)
             src = number % self.pp_size
+            # Checked after the broadcast, so that every rank raises the same error.
             stage_metas = _only_metas(
                 broadcast_objects([output], self.ctx, src=src, axis="pp")[0], number
             )
             metas.append(stage_metas)
+            # Zeros, because an integer output may be an index, for which empty memory is invalid.
             args = tuple(
                 torch.zeros(shape, dtype=dtype, device=self.ctx.device)
                 for shape, dtype in stage_metas
@@ -160,11 +168,13 @@ class PipelineEngine(nn.Module):
     ) -> list[TensorMeta | str]:
         """Run a stage in evaluation mode, so that it changes no statistics."""
         stage_module = self.stage_modules[index]
+        # One by one: `train()` would also change modules that the user has set to evaluation mode.
         modes = {module: module.training for module in stage_module.modules()}
         with torch.no_grad():
             output = stage_module.eval()(*args, **kwargs)
         for module, mode in modes.items():
             module.training = mode
+        # FSDP2 may keep the root gathered for a backward, which does not follow here.
         cast("FSDPModule", stage_module).reshard()
         if not isinstance(output, tuple):
             output = (output,)
@@ -198,6 +208,7 @@ def _only_metas(output: Sequence[TensorMeta | str], number: int) -> list[TensorM
 def _meta_tensors(metas: Sequence[TensorMeta], *, trains: bool) -> tuple[torch.Tensor, ...]:
     tensors: list[torch.Tensor] = []
     for shape, dtype in metas:
+        # A stage sends gradients for these tensors only; integer tensors have none.
         requires_grad = trains and dtype.is_floating_point
         tensors.append(torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad))
     return tuple(tensors)

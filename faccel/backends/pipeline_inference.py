@@ -7,7 +7,6 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from faccel.backends.pipeline_engine import PipelineEngine, StageInputs, TensorMeta
 from faccel.comm.objects import broadcast_objects
@@ -16,6 +15,8 @@ from faccel.context import DistContext
 from faccel.errors import ModelError
 from faccel.parallel.forward import to_fp32
 from faccel.tree import Tree, flatten, full_tensor, map_leaves
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def infer(engine: PipelineEngine, inputs: StageInputs, ctx: DistContext) -> Tree:
@@ -29,6 +30,7 @@ def infer(engine: PipelineEngine, inputs: StageInputs, ctx: DistContext) -> Tree
 
     _check_batch_norm(engine)
     num_rows = _num_rows(inputs)
+    # One micro-batch per rank keeps all ranks busy; every micro-batch needs a row.
     num_micro_batches = min(engine.pp_size, num_rows)
     size = -(-num_rows // num_micro_batches)
     # Rounding the size up may need fewer micro-batches: 5 rows on 4 ranks are 2 + 2 + 1.
@@ -37,6 +39,7 @@ def infer(engine: PipelineEngine, inputs: StageInputs, ctx: DistContext) -> Tree
         _micro_batch(inputs, i * size, size, num_rows) for i in range(num_micro_batches)
     ]
     stages = engine.make_stages(micro_batches[0], trains=False)
+    # GPipe runs one stage per rank. Without backward no other schedule is faster.
     kind = "gpipe"
     if len(stages) > 1:
         kind = "interleaved"
@@ -49,6 +52,7 @@ def infer(engine: PipelineEngine, inputs: StageInputs, ctx: DistContext) -> Tree
     )
     outputs: Sequence[Tree] | None = None
     for stage in stages:
+        # The last stage has the outputs of the model, in the order of the micro-batches.
         if stage.is_last:
             outputs = stage.output_chunks
     return _broadcast_output(outputs, num_rows, engine, ctx)
@@ -56,7 +60,7 @@ def infer(engine: PipelineEngine, inputs: StageInputs, ctx: DistContext) -> Tree
 
 def _check_batch_norm(engine: nn.Module) -> None:
     for module in engine.modules():
-        if isinstance(module, _BatchNorm) and module.training:
+        if isinstance(module, _BATCH_NORMS) and module.training:
             raise ModelError(
                 "a pipeline cannot run batch norm in training mode: its statistics would depend on "
                 "the micro-batches",
@@ -68,6 +72,7 @@ def _check_batch_norm(engine: nn.Module) -> None:
 def _num_rows(inputs: StageInputs) -> int:
     """Return the number of rows of the first tensor that has a dimension."""
     num_rows = 0
+    # Backwards, so that the first tensor is assigned last.
     for leaf in reversed(flatten([list(inputs.args), dict(inputs.kwargs)])[0]):
         if isinstance(leaf, torch.Tensor) and leaf.ndim > 0:
             num_rows = leaf.shape[0]
@@ -87,6 +92,8 @@ def _micro_batch(inputs: StageInputs, start: int, size: int, num_rows: int) -> S
         is_batch = isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == num_rows
         if not is_batch:
             return leaf
+        # All micro-batches need one shape, because the shapes that torch's stages send are fixed.
+        # Repeats of a real row are valid inputs, as zeros may not be.
         indices = torch.arange(start, start + size, device=leaf.device)
         return leaf.index_select(0, indices.clamp(max=num_rows - 1))
 
@@ -104,6 +111,7 @@ def _broadcast_output(
     if outputs is not None:
         is_tuple = isinstance(outputs[0], tuple)
         columns = _concatenate(outputs, num_rows, ctx)
+    # A receiver allocates memory, so the shapes are sent first.
     metas: list[TensorMeta] = [(tuple(column.shape), column.dtype) for column in columns]
     message: list[Tree] = broadcast_objects([metas, is_tuple], ctx, src=last, axis="pp")
     metas, is_tuple = message
@@ -123,5 +131,11 @@ def _concatenate(outputs: Sequence[Tree], num_rows: int, ctx: DistContext) -> li
             output = to_fp32(output)
         if not isinstance(output, tuple):
             output = (output,)
+        # A tensor-parallel head returns DTensors.
         rows.append(tuple(full_tensor(tensor) for tensor in output))
-    return [torch.cat(column)[:num_rows] for column in zip(*rows, strict=True)]
+    # From one tuple for each micro-batch to one tensor for each output.
+    concatenated: list[torch.Tensor] = []
+    for column in zip(*rows, strict=True):
+        full_batch = torch.cat(column)
+        concatenated.append(full_batch[:num_rows])
+    return concatenated

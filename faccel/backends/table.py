@@ -106,11 +106,13 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
         ),
         "ddp": Backend(
             "faccel.backends.ddp:DDP",
+            # Replicas only: every other axis of the mesh has size 1.
             serves=lambda spec: spec.size == spec.dp_replicate > 1,
             probe=_probe_distributed,
             tested_on=_GLOO,
             written_for=_NCCL,
         ),
+        # Before `sharded`, which a pipeline uses inside each stage.
         "pipeline": Backend(
             "faccel.backends.pipeline:PIPELINE",
             serves=lambda spec: spec.pp > 1,
@@ -130,6 +132,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             is_opt_in=True,
             replacement=_replace_zero_0,
         ),
+        # Last, because it serves every mesh: the rows above take the simpler ones.
         "sharded": Backend(
             "faccel.backends.fsdp:FSDP",
             serves=lambda spec: True,
@@ -139,7 +142,10 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
         ),
     }
 )
-"""The models of a mesh run on the row that `strategy` names, else on the first that serves it."""
+"""The rows by name. Models run on the row that `strategy` names.
+
+Without `strategy` they run on the first row that serves the mesh and is not opt-in.
+"""
 
 
 def choose(spec: MeshSpec, env: Mapping[str, str], config: Config, device_type: str) -> Parallelism:
@@ -165,6 +171,7 @@ def choose(spec: MeshSpec, env: Mapping[str, str], config: Config, device_type: 
         _check_serves(name, spec)
     row = BACKENDS[name]
     _check_runs(name, row, env)
+    # After `probe`: a missing package is the first thing to fix.
     reason = row.refuse(config, device_type)
     if reason:
         raise BackendError(

@@ -57,8 +57,7 @@ def shard_optimizer(opt: Optimizer, ctx: DistContext) -> Optimizer:
 class ShardedOptimizer(ZeroRedundancyOptimizer):
     """A ZeroRedundancyOptimizer around any optimizer that treats each parameter separately.
 
-    Its state is the full state of the optimizer that it was made from, so that each loads the
-    other's.
+    Its state has the form of the original optimizer's state, so each loads the other's.
     """
 
     def __init__(self, opt: Optimizer, ctx: DistContext) -> None:

@@ -31,11 +31,14 @@ def probe(env: Mapping[str, str]) -> str | None:
     from importlib import metadata  # takes milliseconds, and only this strategy needs it
 
     try:
+        # `import deepspeed` takes seconds and chooses a device for the process.
         version = metadata.version("deepspeed")
     except metadata.PackageNotFoundError:
         return "deepspeed is not installed"
+    # The engine's private fields are used here, so only the minor version that was tested runs.
     if version.split(".")[:2] != ["0", "19"]:
         return f"deepspeed {version} is installed, and this version of faccel needs {SUPPORTED}"
+    # As `torch.utils.cpp_extension` looks for a compiler.
     compiler = env.get("CXX") or "c++"
     if shutil.which(compiler, path=env.get("PATH")) is None:
         return f"`{compiler}` is not on the PATH: its operators need a C++ compiler"
@@ -55,6 +58,7 @@ def refuse(config: Config, device_type: str) -> str | None:
 @contextlib.contextmanager
 def setup_environment(ctx: DistContext) -> Generator[None]:
     """Set the variables that DeepSpeed reads during setup; its prints go to stderr."""
+    # DeepSpeed prints to stdout, where a script may write results that another program reads.
     with rank_environment(ctx), contextlib.redirect_stdout(sys.stderr):
         yield
 
@@ -64,6 +68,7 @@ def rank_environment_if_missing(ctx: DistContext) -> AbstractContextManager[None
 
     DeepSpeed reads them in each forward and step, too.
     """
+    # Skipped under a launcher, because this runs in each forward and each step.
     if "LOCAL_RANK" in os.environ:
         return contextlib.nullcontext()
     return rank_environment(ctx)
@@ -82,7 +87,9 @@ def rank_environment(ctx: DistContext) -> Generator[None]:
         "MASTER_PORT": str(port),
     }
     if ctx.device.type == "cpu":
+        # Otherwise DeepSpeed takes a GPU of the node, though the context is on the CPU.
         variables["DS_ACCELERATOR"] = "cpu"
+    # Restored afterwards: user code and later contexts must not take them for a launcher's.
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -102,6 +109,7 @@ def import_deepspeed(ctx: DistContext) -> Any:
         BackendError: The process has imported DeepSpeed for another type of device.
     """
     deepspeed: Any = importlib.import_module("deepspeed")
+    # `get_accelerator` chooses once per process, at its first call.
     accelerator: Any = importlib.import_module("deepspeed.accelerator").get_accelerator()
     device_type = accelerator.device_name()
     if device_type != ctx.device.type:

@@ -83,6 +83,7 @@ class DeepSpeedModule(nn.Module):
         Effects: updates the module and `opt`; collective.
         """
         settings = settings_for(self.module, opt, self.plan, self.ctx)
+        # Before `initialize`, which casts the parameters of the module in place.
         fp32_values = _fp32_values(self.module, self.ctx)
         with setup_environment(self.ctx):
             deepspeed = import_deepspeed(self.ctx)
@@ -93,6 +94,7 @@ class DeepSpeedModule(nn.Module):
         shards = param_shards(self.module, engine.optimizer, self.ctx)
         for param_id, value in fp32_values.items():
             shard = shards.get(param_id)
+            # A frozen parameter has no fp32 master weights: it stays rounded.
             if shard is not None and shard.flat.dtype == value.dtype:
                 shard.view_of(shard.flat, self.ctx).assign(value)
         # inside a record, the engine, which is a module, is not registered as a submodule
@@ -128,7 +130,9 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
         settings = settings_for(module, None, plan, ctx)
     _check_dtypes(module, ctx)
     check_same_structure(module, ctx, DATA)
+    # After all checks: from this line on, parameters are overwritten.
     values = InitialValues.of(module, ctx, DATA)
+    # ZeRO-1 and ZeRO-2 need all parameters on each rank; only ZeRO-3 can shard while it fills.
     if values.is_meta and zero_stage(ctx) == 3:
         shard_parameters(module, values, settings, ctx)
     else:
@@ -182,9 +186,11 @@ def _run_method(holder: DeepSpeedModule, ctx: DistContext) -> RunMethod:
             _check_needs_no_engine(module)
             return call_without_engine(method, *args, **kwargs)
         if ctx.compute_dtype is not None:
+            # The engine runs without autocast: inputs need the dtype of the parameters.
             args = map_leaves(cast, args)
             kwargs = map_leaves(cast, kwargs)
         try:
+            # The engine's module is a `Methods`, whose `forward` takes the name of a method.
             with rank_environment_if_missing(ctx):
                 output = holder.engine_state.engine(method, *args, **kwargs)
         except RuntimeError as error:  # ZeRO-3 gathers parameters in forward
@@ -204,6 +210,7 @@ def _cast_fp32(leaf: Tree, dtype: torch.dtype) -> Tree:
 
 def _check_needs_no_engine(module: nn.Module) -> None:
     is_trained = any(param.requires_grad for param in module.parameters())
+    # Evaluation and a frozen teacher need no engine; training without one would not reduce.
     if is_trained and torch.is_grad_enabled():
         raise ModelError(
             "the model has no optimizer yet, and DeepSpeed creates its engine from both",
@@ -237,6 +244,7 @@ def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
 
 def _sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
     assert isinstance(engine, DeepSpeedModule)
+    # ZeRO shards parameters, gradients and states. Each rank updates its own copy of a buffer.
     buffers = dict(engine.module.named_buffers())
     if buffers:
         broadcast_from_rank_0(buffers, ctx, DATA)
@@ -246,19 +254,24 @@ def _export(engine: nn.Module) -> dict[str, Any]:
     assert isinstance(engine, DeepSpeedModule)
     state = engine.module.state_dict()
     if engine.engine_state is not None:
+        # Over the module's entries: those are rounded, or empty under ZeRO-3.
         state.update(sharded_state(engine.module, engine.engine_state.shards, engine.ctx))
     return state
 
 
 def _restore(engine: nn.Module, state: Mapping[str, Any]) -> None:
     assert isinstance(engine, DeepSpeedModule)
-    shards = {name: x for name, x in _export(engine).items() if isinstance(x, FlatShard)}
-    for name, shard in shards.items():
-        if name in state:  # `trained_only` checkpoints omit frozen parameters
-            shard.assign(state[name])
-    unsharded = {name: value for name, value in state.items() if name not in shards}
+    # Sharded parameters are written into the flat master weights, which `load_state_dict` of the
+    # module cannot reach. The other entries, such as buffers, are loaded as usual.
+    unsharded = dict(state)
+    for name, value in _export(engine).items():
+        # `trained_only` checkpoints omit frozen parameters
+        if isinstance(value, FlatShard) and name in state:
+            value.assign(unsharded.pop(name))
+    # Not strict, because the sharded parameters are missing.
     engine.module.load_state_dict(unsharded, strict=False)
     if engine.engine_state is not None:
+        # The model computes with its own copy, of the dtype of `mixed_precision`.
         copy_master_weights_to_model(engine.engine_state.engine.optimizer)
 
 
@@ -281,5 +294,6 @@ DEEPSPEED = Parallelism(
     _no_join,
     state=StateIO(_export, _restore),
     optimizer_step=step_engine,
+    # Gradients are reduced in the engine: no rank has full ones in `.grad`.
     is_replicated=False,
 )

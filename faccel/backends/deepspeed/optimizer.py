@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from faccel.backends.deepspeed.availability import rank_environment_if_missing
 from faccel.backends.deepspeed.partition import ParamShard
+from faccel.backends.param_groups import check_same_sizes, copy_options, params_of
 from faccel.context import DistContext
 from faccel.errors import ConfigError, OptimizerError
 from faccel.flat_shard import FlatShard
@@ -90,11 +91,13 @@ class ZeroOptimizer(Optimizer):
         shards: Mapping[int, ParamShard],
         ctx: DistContext,
     ) -> None:
+        # An `Optimizer`, so that schedulers of torch accept it. Its own `state` stays empty.
         super().__init__(groups, base.defaults)
         self.base = base
         self.engine = engine
         self._shards = shards
         self._ctx = ctx
+        # Read once, because each step overwrites `clip_grad` of the engine's optimizer.
         self.configured_clip_norm = float(engine.gradient_clipping())
         self.has_gradients = False
         # First in the list: the engine's hook raises where several forwards precede one backward.
@@ -106,6 +109,7 @@ class ZeroOptimizer(Optimizer):
         DeepSpeed counts one for each forward that the backward went through.
         """
         self.has_gradients = True
+        # Above 1 the engine takes the backward for an interrupted one.
         self.engine.optimizer._backward_active_depth = 1
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -116,10 +120,8 @@ class ZeroOptimizer(Optimizer):
                 got=repr(closure),
                 fix="call `faccel.optimizer_step`",
             )
-        # schedulers write the learning rate into our groups, the engine reads those of `base`
-        for group, base_group in zip(self.param_groups, self.base.param_groups, strict=True):
-            options = {name: value for name, value in group.items() if name != "params"}
-            base_group.update(options)
+        # Schedulers write the learning rate into these groups, the engine reads those of `base`.
+        copy_options(self.param_groups, self.base.param_groups)
         with rank_environment_if_missing(self._ctx):
             self.engine.step()
         self.has_gradients = False
@@ -128,8 +130,11 @@ class ZeroOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002
         """Clear the gradients that the engine has reduced and stored."""
         zero = self.engine.optimizer
+        # It clears `.grad` of parameters. Reduced gradients are in private buffers, which `step`
+        # clears after an overflow as they are cleared below.
         zero.zero_grad()
         if hasattr(zero, "all_grad_tensors"):  # ZeRO-1 and ZeRO-2
+            # The value before the first backward, which overwrites the buffers; later ones add.
             zero.micro_step_id = -1
             zero._release_preflattened_grad_buffers()
             for group in range(len(zero.bit16_groups)):
@@ -143,6 +148,7 @@ class ZeroOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return options and states in torch's form; per-element states as this rank's shard."""
+        # The engine's `state_dict` has the flat tensors, which depend on the number of ranks.
         state: dict[int, dict[str, Any]] = {}
         packed_groups: list[dict[str, Any]] = []
         start = 0
@@ -163,6 +169,7 @@ class ZeroOptimizer(Optimizer):
         sharded: dict[str, Any] = {}
         for name, value in self.base.state[shard.flat].items():
             sharded[name] = value
+            # States such as `step` are not per element, so they are equal on all ranks.
             if _has_shape_of_flat(value, shard):
                 sharded[name] = shard.view_of(value, self._ctx)
         return sharded
@@ -170,21 +177,18 @@ class ZeroOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load full tensors, or shards laid out as those of `state_dict()`."""
         saved_groups = state_dict["param_groups"]
-        saved_sizes = [len(group["params"]) for group in saved_groups]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if saved_sizes != sizes:
-            raise OptimizerError(
-                "`state_dict` belongs to an optimizer with other parameter groups",
-                got=f"groups of {saved_sizes} parameters, for groups of {sizes}",
-                fix="create the optimizer with the same groups as the one that was saved",
-            )
+        check_same_sizes(saved_groups, self.param_groups)
+        copy_options(saved_groups, self.param_groups)
+        # Cleared, because an optimizer that has stepped has states that the saved one may lack.
         self.base.state.clear()
-        for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            group.update({name: value for name, value in saved.items() if name != "params"})
-            for param, number in zip(group["params"], saved["params"], strict=True):
-                shard = self._shards.get(id(param))
-                if shard is not None:
-                    self._load_param_state(shard, state_dict["state"].get(number, {}))
+        # A state numbers parameters in the order of the groups.
+        for param, number in zip(
+            params_of(self.param_groups), params_of(saved_groups), strict=True
+        ):
+            # A parameter without a shard is frozen: it has no master weights and no state.
+            shard = self._shards.get(id(param))
+            if shard is not None:
+                self._load_param_state(shard, state_dict["state"].get(number, {}))
         zero = self.engine.optimizer
         if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
             # parameters of ZeRO-1 and 2 refer to the state tensors, which are new ones now
@@ -229,7 +233,9 @@ def step_engine(
         )
     zero = opt.engine.optimizer
     zero.clip_grad = _clip_norm(options, opt.configured_clip_norm)
+    # Gradients are of scale * loss: the engine divides them by the scale, and then clips.
     zero.loss_scale = options.grad_scale
+    # All ranks skip the step if one gradient is not finite.
     zero.check_grad_overflow = options.skip_nonfinite
     opt.step()
     zero.loss_scale = 1.0
@@ -248,6 +254,7 @@ def _clip_norm(options: UpdateOptions, configured: float) -> float:
             fix="leave `clip_value` out, and use `clip_norm`",
         )
     if options.clip_norm is None:
+        # Without a limit in the script, that of the settings applies: 0 if they have none.
         return configured
     if configured and options.clip_norm != configured:
         raise ConfigError(

@@ -37,6 +37,7 @@ class ParamShard:
 
     def view_of(self, flat: torch.Tensor, ctx: DistContext) -> FlatShard:
         """Return the shard as a tensor that aliases `flat`, memory laid out as `self.flat` is."""
+        # `flat` is the master weights, or a state of the optimizer of the same layout.
         local_tensor = flat.detach()[self.offset : self.offset + self.count]
 
         def all_reduce(x: torch.Tensor) -> torch.Tensor:
@@ -104,6 +105,7 @@ def copy_master_weights_to_model(zero: Any) -> None:
     """
     with torch.no_grad():
         if hasattr(zero, "update_lp_params"):  # ZeRO-1 and ZeRO-2
+            # Each rank casts its piece, then an all-gather gives every rank all parameters.
             zero.update_lp_params()
         elif hasattr(zero, "fp16_groups"):  # ZeRO-3: the end of its `step`
             zero._partition_all_parameters()

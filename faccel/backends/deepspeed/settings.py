@@ -36,7 +36,7 @@ _SET_ELSEWHERE = {
     "data_types": "use `mixed_precision`",
     "amp": "use `mixed_precision`",
 }
-"""Keys of DeepSpeed that faccel sets from another option, and which."""
+"""Keys of the DeepSpeed settings that faccel sets from another option, with the fix."""
 
 _KEYS = (
     "activation_checkpointing", "aio", "bf16", "bfloat16", "comms_logger",
@@ -84,6 +84,7 @@ def read_settings(options: DeepSpeedConfig) -> Settings:
     # A round trip through JSON is a deep copy: the user's mapping is never modified.
     copied: Settings = json.loads(json.dumps(dict(settings or {})))
     for key in copied:
+        # Not ignored: the user would believe that the key had an effect.
         if key in _SET_ELSEWHERE:
             raise ConfigError(
                 f"`{key}` of the DeepSpeed settings conflicts with an option of faccel",
@@ -126,6 +127,7 @@ def _set_batch_sizes(settings: Settings, ctx: DistContext) -> None:
 
     The engine accumulates nothing: `faccel.windows` counts the micro-batches.
     """
+    # train_batch_size = train_micro_batch_size_per_gpu * grad_accum * number of data ranks.
     accum = ctx.config.grad_accum
     world = ctx.data_world_size
     _set_or_raise(settings, "gradient_accumulation_steps", accum, f"grad_accum={accum}")
@@ -143,6 +145,7 @@ def _set_batch_sizes(settings: Settings, ctx: DistContext) -> None:
         micro = 1
         if total != AUTO:
             micro = max(1, total // (accum * world))
+    # With 1 the engine does not divide losses: `MicroBatch.scale` weights the micro-batches.
     settings |= {
         "train_micro_batch_size_per_gpu": micro,
         "train_batch_size": micro * world,
@@ -177,6 +180,7 @@ def _check_optimizer_section(settings: Settings, opt: Optimizer | None) -> None:
     Effects: updates settings. The engine gets the script's optimizer.
     """
     section = settings.pop("optimizer", None)
+    # Without an optimizer, before `wrap_optimizer`, there is nothing to compare it with.
     if section is None or opt is None:
         return
     class_name = type(opt).__name__
@@ -191,6 +195,7 @@ def _check_optimizer_section(settings: Settings, opt: Optimizer | None) -> None:
         if isinstance(value, tuple):  # JSON has lists only
             value = list(value)
         source = f"{name}={value} of the script's optimizer"
+        # A temporary section: only the comparison is needed, the optimizer has its values.
         _set_or_raise({name: configured}, name, value, source, "optimizer.params.")
 
 
@@ -207,6 +212,7 @@ def _set_bucket_sizes(zero: Settings, module: nn.Module) -> None:
     sizes: dict[str, int] = {}
     if hidden_size:
         sizes = {
+            # Elements, not bytes: one weight of shape [hidden, hidden].
             "reduce_bucket_size": hidden_size * hidden_size,
             "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
             "stage3_param_persistence_threshold": 10 * hidden_size,
@@ -218,9 +224,11 @@ def _set_bucket_sizes(zero: Settings, module: nn.Module) -> None:
     ):
         if zero.get(key) != AUTO:
             continue
+        # Without a hidden size DeepSpeed's default applies, or the one below.
         del zero[key]
         if key in sizes:
             zero[key] = sizes[key]
+    # A parameter of ZeRO-3 has no elements itself; `ds_numel` is its full size.
     num_elements = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
     # The bucket is allocated at once: DeepSpeed's default of 500 million elements takes 2 GB.
     zero.setdefault("reduce_bucket_size", min(500_000_000, max(num_elements, 2)))
@@ -233,6 +241,7 @@ def _set_offload(zero: Settings, plan: Plan) -> None:
     }
     if plan.offload:
         requested["offload_optimizer"] = requested["offload_optimizer"] or "cpu"
+        # Below stage 3 every rank needs all parameters in the memory of its device.
         if zero["stage"] == 3:
             requested["offload_param"] = requested["offload_param"] or "cpu"
     option_names = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_params"}
@@ -245,11 +254,13 @@ def _set_offload(zero: Settings, plan: Plan) -> None:
 
 
 def _check_offload(zero: Settings) -> None:
-    devices = {
-        key: zero.get(key, {}).get("device", "none")
-        for key in ("offload_optimizer", "offload_param")
-    }
-    got = ", ".join(f"`{key}` {device}" for key, device in devices.items())
+    devices: dict[str, str] = {}
+    descriptions: list[str] = []
+    for key in ("offload_optimizer", "offload_param"):
+        section = zero.get(key, {})
+        devices[key] = section.get("device", "none")
+        descriptions.append(f"`{key}` {devices[key]}")
+    got = ", ".join(descriptions)
     if "nvme" in devices.values():
         # Measured with 0.19.8: from the second update on, the result differs from training in
         # memory.
@@ -294,6 +305,7 @@ def settings_for(
     # `check_optimizer` decides which optimizers are supported
     settings["zero_allow_untested_optimizer"] = True
     settings.setdefault("zero_force_ds_cpu_optimizer", False)
+    # Last: each "auto" that faccel fills in is replaced by now.
     for path, value in _flatten(settings):
         if value == AUTO:
             raise ConfigError(
@@ -307,6 +319,7 @@ def settings_for(
 def zero_stage(ctx: DistContext) -> int:
     """Return the ZeRO stage of a context whose strategy is DeepSpeed."""
     if ctx.config.zero is None:
+        # It communicates as much as replicas do: Rajbhandari et al. 2020 (arXiv:1910.02054).
         return 2
     return ctx.config.zero
 

@@ -1,6 +1,6 @@
 """ZeRO-3 for a module on the meta device: parameters are sharded one by one.
 
-No rank but rank 0 ever holds all of them.
+Only rank 0 stores all of them at once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def ensure_process_group(ctx: DistContext) -> None:
     backend = None
     if ctx.device.type == "cpu":
         backend = "gloo"
+    # A `HashStore` needs no port: there is no other process to meet.
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
     def destroy() -> None:
@@ -55,6 +56,9 @@ def shard_parameters(
         deepspeed = import_deepspeed(ctx)
         ensure_process_group(ctx)
         deepspeed.init_distributed()
+        # `zero.Init` is a context for constructors, and `zero.Init(module=...)` needs all values at
+        # once. Its private method converts the parameters of an existing model one by one.
+        # `mem_efficient_linear` replaces `torch.nn.functional.linear` in the whole process.
         init = deepspeed.zero.Init(config_dict_or_path=dict(settings), mem_efficient_linear=False)
         for name, param in list(module.named_parameters()):
             full = _full_tensor(name, param, values, dtype_of(ctx), ctx)
@@ -64,7 +68,9 @@ def shard_parameters(
             init._convert_to_zero_parameters([sharded])
     for name, buffer in list(module.named_buffers()):
         _replace(module, name, _full_tensor(name, buffer, values, buffer.dtype, ctx))
+    # The loop made one parameter for each first name; the other names still have a meta tensor.
     tie_parameters(module, values.ties)
+    # `zero.Init` has broadcast parameters only.
     broadcast_from_rank_0(dict(module.named_buffers()), ctx, DATA)
 
 
@@ -77,6 +83,7 @@ def _full_tensor(
     name: str, like: torch.Tensor, values: InitialValues, dtype: torch.dtype, ctx: DistContext
 ) -> torch.Tensor:
     """Return the initial value on rank 0, and empty memory for it on the other ranks."""
+    # Only floating point parameters are cast to the dtype of `mixed_precision`.
     if not like.is_floating_point():
         dtype = like.dtype
     tensor = torch.empty(like.shape, dtype=dtype, device=ctx.device)
