@@ -66,7 +66,7 @@ def test_epochs_have_their_own_order_and_each_sample_once():
     assert loader.at(1).order.samples(np.arange(11)).tolist() == orders[1]
 
 
-def test_the_seed_is_that_of_the_config_without_an_argument():
+def test_the_seed_of_the_config_is_the_default():
     data = DataLoader(Squares(64), 64, shuffle=True)
     first = ids(faccel.shard(data, fake_context(0, 1, config={"seed": 5})).at(0))
     assert ids(faccel.shard(data, ONE, seed=5).at(0)) == first != ids(faccel.shard(data, ONE).at(0))
