@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 from faccel.comm.all_or_error import all_or_error
 from faccel.context import DistContext
 from faccel.data.batch import BatchInfo
-from faccel.data.fetch import collate_units
 from faccel.data.order import Cursor
-from faccel.data.sources import iterate_stream, no_step_error
+from faccel.data.stream_dataset import collate_units
 from faccel.data.stream_plan import RankBatch, StreamPlan, repeat_to
+from faccel.data.stream_sources import iterate_stream, no_step_error
 from faccel.errors import DataError
 from faccel.mesh import DATA
 from faccel.random.hashing import mix

@@ -11,8 +11,8 @@ from faccel.checks import instance_of
 from faccel.context import DistContext
 from faccel.data.batch import Batch, Source
 from faccel.data.order import Cursor, Order, check_tail
+from faccel.data.ordered_source import OrderedSource
 from faccel.data.select_source import select_source
-from faccel.data.sources import OrderedSource
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import DataError
 from faccel.tree import Tree, map_leaves

@@ -13,13 +13,15 @@ from faccel.context import DistContext
 from faccel.data.batch import Source
 from faccel.data.fetch import Reader
 from faccel.data.order import ShardPlan
-from faccel.data.sources import OrderedSource, SamplerSource, StreamSource
-from faccel.data.stream_plan import StreamPlan
+from faccel.data.ordered_source import OrderedSource
 from faccel.errors import DataError
 from faccel.tree import Tree
 
 if TYPE_CHECKING:
     from faccel.data.file_shards import FileShardsSource
+
+# The other sources are imported in functions: most loaders are read in faccel's own order, and
+# importing the rest would double the time of importing `shard`.
 
 MODES = ("auto", "dispatch", "shards", "split")
 
@@ -49,11 +51,10 @@ def select_source(
         if split_batches:
             raise _no_batch_size()
         # Any iterable yields whole batches, so a unit of the plan is a batch: size 1.
-        return StreamSource(loader, ctx, StreamPlan(1, world_size, tail), seed, is_dispatched), True
+        return _stream(loader, ctx, 1, tail, seed, dispatch=is_dispatched), True
     tail, size = _tail_and_size(loader, world_size, tail, split_batches=split_batches)
     if isinstance(loader.dataset, IterableDataset):
-        plan = StreamPlan(size or 1, world_size, tail)
-        return StreamSource(loader, ctx, plan, seed, is_dispatched), True
+        return _stream(loader, ctx, size or 1, tail, seed, dispatch=is_dispatched), True
     # Every rank can read any index of a map-style dataset, so sending samples has no purpose.
     if is_dispatched:
         raise DataError(
@@ -64,17 +65,19 @@ def select_source(
     return _map_style(loader, ctx, tail, size, seed)
 
 
+def _stream(
+    loader: Iterable[Tree], ctx: DistContext, size: int, tail: str, seed: int, *, dispatch: bool
+) -> Source:
+    from faccel.data.stream_plan import StreamPlan
+    from faccel.data.stream_sources import StreamSource
+
+    return StreamSource(loader, ctx, StreamPlan(size, ctx.data_world_size, tail), seed, dispatch)
+
+
 def _map_style(
     loader: DataLoader[Tree], ctx: DistContext, tail: str, size: int | None, seed: int
 ) -> tuple[Source, bool]:
     rank, world_size = ctx.data_rank, ctx.data_world_size
-    # `DataLoader` sets `batch_size` to None for a batch sampler of the user. If the user passes
-    # `batch_size=None` there is no batch sampler either, and each item of the dataset is a batch.
-    if loader.batch_size is None and loader.batch_sampler is not None:
-        reader = Reader(loader, seed, is_single=False)
-        # A unit is a list of indices; the cursor counts its samples.
-        plan = StreamPlan(1, world_size, tail, count=len)
-        return SamplerSource(loader.batch_sampler, plan, rank, seed, reader, True), False
     sampler = loader.sampler
     if size is not None and _is_own_order(sampler):
         reader = Reader(loader, seed, is_single=False)
@@ -82,6 +85,16 @@ def _map_style(
         order_plan = ShardPlan(len(loader.dataset), size, rank, world_size, tail)
         shuffle = type(sampler) is RandomSampler
         return OrderedSource(order_plan, seed, shuffle, reader), not shuffle
+    from faccel.data.stream_plan import StreamPlan
+    from faccel.data.stream_sources import SamplerSource
+
+    # `DataLoader` sets `batch_size` to None for a batch sampler of the user. If the user passes
+    # `batch_size=None` there is no batch sampler either, and each item of the dataset is a batch.
+    if loader.batch_size is None and loader.batch_sampler is not None:
+        reader = Reader(loader, seed, is_single=False)
+        # A unit is a list of indices; the cursor counts its samples.
+        plan = StreamPlan(1, world_size, tail, count=len)
+        return SamplerSource(loader.batch_sampler, plan, rank, seed, reader, True), False
     reader = Reader(loader, seed, is_single=size is None)
     plan = StreamPlan(size or 1, world_size, tail)
     # Only this sampler has one order for all epochs; a custom one may read the epoch or draw.
@@ -127,7 +140,7 @@ def _file_shards(
             fix='write `tail="pad"`; `batch.num_valid` counts the rows without repeats',
         )
     assert size is not None
-    from faccel.data.file_shards import FileShardsSource  # one mode of four needs it
+    from faccel.data.file_shards import FileShardsSource
 
     return FileShardsSource(loader, ctx, size, tail, seed)
 
