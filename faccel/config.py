@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import attrs
 
 from faccel.checks import integer, one_of
-from faccel.config_file import VARIABLE, ConfigFile
 from faccel.errors import ConfigError, nearest
 from faccel.mesh import MeshSpec
 from faccel.validators import Validator, boolean, choice, float_at_least, int_at_least, text
+
+if TYPE_CHECKING:
+    from faccel.config_file import ConfigFile
 
 PRECISIONS = ("no", "bf16", "fp16")
 STRATEGIES = ("deepspeed",)
@@ -220,6 +222,8 @@ def unreadable(
 
 
 def _environment_settings(env: Mapping[str, str]) -> dict[str, _Setting]:
+    from faccel.config_file import VARIABLE  # imported at the first configuration, not before
+
     fields = {PREFIX + field.name.upper(): field for field in config_fields()}
     settings: dict[str, _Setting] = {}
     # Sorted, so that of several mistakes every rank reports the same one.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import attrs
+from typing import NamedTuple
 
 
-@attrs.frozen
-class UpdateOptions:
+class UpdateOptions(NamedTuple):
     """How `optimizer_step` treats the gradients before it steps.
 
     Args:

@@ -1,11 +1,11 @@
-"""`Collectives` for one process and for any c10d process group."""
+"""`Collectives` for any c10d process group."""
 
 from __future__ import annotations
 
 import re
 import time
 import zlib
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import attrs
@@ -16,15 +16,13 @@ from faccel.call_site import call_site
 from faccel.comm.pack import describe
 from faccel.comm.rank_errors import naming_failed_rank
 from faccel.comm.rank_status import RankStatus
+from faccel.comm.single import axis_error
 from faccel.errors import (
-    ConfigError,
     DesyncError,
     FaccelError,
     RankFailedError,
     WorldError,
-    nearest,
 )
-from faccel.mesh import AXES, VIEWS, WORLD
 from faccel.tree import Tree, flatten, paths
 
 _OPS = {
@@ -52,77 +50,6 @@ def _first_sentence(error: RuntimeError) -> str:
     """Return the message of an error of c10d, without its source location and advice."""
     line = str(error).strip().partition("\n")[0]
     return re.sub(r"^\[[^\]]*\] ", "", line).partition(". This is typically")[0]
-
-
-def _axis_error(axis: str, allowed: Iterable[str]) -> ConfigError:
-    return ConfigError(
-        "`axis` must be an axis of the mesh", got=repr(axis), fix=nearest(axis, allowed)
-    )
-
-
-@attrs.frozen
-class SingleCollectives:
-    """The collectives of a single process: copies."""
-
-    # Results are copies for any number of ranks, so that writing into one is always safe. An
-    # unknown axis raises here, too: a script that runs on one process also runs on several.
-    axes: tuple[str, ...] = (WORLD, *VIEWS, *AXES, "ep", "ep_storage")
-
-    def _check(self, axis: str) -> None:
-        if axis not in self.axes:
-            raise _axis_error(axis, self.axes)
-
-    def size(self, axis: str) -> int:
-        """Return 1."""
-        self._check(axis)
-        return 1
-
-    def rank(self, axis: str) -> int:
-        """Return 0."""
-        self._check(axis)
-        return 0
-
-    def group(self, axis: str) -> None:
-        """Return None: a single process has no process group."""
-        self._check(axis)
-
-    def set_call_label(self, call: str, x: Tree) -> None:
-        """Do nothing: there are no other ranks to compare with."""
-
-    def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> None:
-        """Return None: there are no other ranks that could have failed."""
-
-    def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
-        """Return a copy of `x`."""
-        self._check(axis)
-        return x.clone()
-
-    def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:
-        """Return a copy of `x` as the only row."""
-        self._check(axis)
-        return x.clone()[None]
-
-    def broadcast(self, x: torch.Tensor, src: int, axis: str) -> torch.Tensor:
-        """Return a copy of `x`."""
-        self._check(axis)
-        return x.clone()
-
-    def all_to_all(self, x: torch.Tensor, axis: str) -> torch.Tensor:
-        """Return a copy of `x`."""
-        self._check(axis)
-        return x.clone()
-
-    def scatter(
-        self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str
-    ) -> torch.Tensor:
-        """Return a copy of the only row."""
-        self._check(axis)
-        assert rows is not None
-        return rows[0].clone()
-
-    def barrier(self, axis: str) -> None:
-        """Return at once."""
-        self._check(axis)
 
 
 @attrs.frozen(eq=False)
@@ -182,7 +109,7 @@ class TorchCollectives:
                 "this context was shut down", fix="communicate before `faccel.shutdown(ctx)`"
             )
         if axis not in self.groups:
-            raise _axis_error(axis, self.groups)
+            raise axis_error(axis, self.groups)
         return self.groups[axis]
 
     def set_call_label(self, call: str, x: Tree) -> None:

@@ -84,7 +84,8 @@ def ring_attention(
 
     Ring attention (Liu, Zaharia and Abbeel, 2023, arXiv:2310.01889).
     """
-    return _Ring.apply(q, torch.cat([k, v], -1), ctx, is_causal, scale)  # type: ignore[return-value]
+    keys_values = torch.cat([k, v], -1)
+    return _Ring.apply(q, keys_values, ctx, is_causal, scale)  # type: ignore[return-value]
 
 
 class _Ring(torch.autograd.Function):

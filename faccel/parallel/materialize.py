@@ -111,8 +111,8 @@ def tie_parameters(module: nn.Module, ties: Sequence[Sequence[str]]) -> None:
         for name in others:
             parent, _, leaf = name.rpartition(".")
             # Not `setattr`, which calls a `__setattr__` that the user's module may define.
-            owner = module.get_submodule(parent)
-            owner._parameters[leaf] = module.get_parameter(first)  # pyright: ignore[reportPrivateUsage]
+            params = module.get_submodule(parent)._parameters  # pyright: ignore[reportPrivateUsage]
+            params[leaf] = module.get_parameter(first)
 
 
 def _initialize(module: nn.Module) -> None:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from faccel.backends.table import choose
-from faccel.comm.collectives import SingleCollectives
+from faccel.comm.single import SingleCollectives
 from faccel.config import Config, launcher_flags, resolve
-from faccel.config_file import absolute, find, read
 from faccel.context import DistContext, Mesh, Topology
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError
@@ -117,6 +116,8 @@ def _resolve(
             got="`init(config=...)`",
             fix="write `faccel.init(config)`",
         )
+    from faccel.config_file import find, read
+
     # A file in the call replaces the default file; it is not merged with it.
     if isinstance(config, str):
         _check_launcher_config(config, env)
@@ -130,6 +131,8 @@ def _resolve(
 
 def _check_launcher_config(reference: str, env: Mapping[str, str]) -> None:
     """Raise if `faccel launch --config` names another file than the script."""
+    from faccel.config_file import absolute
+
     launcher_reference = launcher_flags(env).get("config")
     if launcher_reference in (None, absolute(reference)):
         return

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from faccel.backends.table import choose
 from faccel.checks import positive
-from faccel.comm.collectives import SingleCollectives
+from faccel.comm.single import SingleCollectives
 from faccel.config import Config, resolve
 from faccel.context import DistContext, Mesh, Topology
 from faccel.errors import WorldError

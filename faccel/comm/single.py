@@ -1,0 +1,84 @@
+"""`Collectives` for one process, which are copies; importing them imports nothing of c10d."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import attrs
+import torch
+
+from faccel.errors import ConfigError, nearest
+from faccel.mesh import AXES, VIEWS, WORLD
+from faccel.tree import Tree
+
+
+def axis_error(axis: str, allowed: Iterable[str]) -> ConfigError:
+    """Return the error for a name that is not an axis of the mesh."""
+    return ConfigError(
+        "`axis` must be an axis of the mesh", got=repr(axis), fix=nearest(axis, allowed)
+    )
+
+
+@attrs.frozen
+class SingleCollectives:
+    """The collectives of a single process: copies."""
+
+    # Results are copies for any number of ranks, so that writing into one is always safe. An
+    # unknown axis raises here, too: a script that runs on one process also runs on several.
+    axes: tuple[str, ...] = (WORLD, *VIEWS, *AXES, "ep", "ep_storage")
+
+    def _check(self, axis: str) -> None:
+        if axis not in self.axes:
+            raise axis_error(axis, self.axes)
+
+    def size(self, axis: str) -> int:
+        """Return 1."""
+        self._check(axis)
+        return 1
+
+    def rank(self, axis: str) -> int:
+        """Return 0."""
+        self._check(axis)
+        return 0
+
+    def group(self, axis: str) -> None:
+        """Return None: a single process has no process group."""
+        self._check(axis)
+
+    def set_call_label(self, call: str, x: Tree) -> None:
+        """Do nothing: there are no other ranks to compare with."""
+
+    def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> None:
+        """Return None: there are no other ranks that could have failed."""
+
+    def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
+        """Return a copy of `x`."""
+        self._check(axis)
+        return x.clone()
+
+    def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:
+        """Return a copy of `x` as the only row."""
+        self._check(axis)
+        return x.clone()[None]
+
+    def broadcast(self, x: torch.Tensor, src: int, axis: str) -> torch.Tensor:
+        """Return a copy of `x`."""
+        self._check(axis)
+        return x.clone()
+
+    def all_to_all(self, x: torch.Tensor, axis: str) -> torch.Tensor:
+        """Return a copy of `x`."""
+        self._check(axis)
+        return x.clone()
+
+    def scatter(
+        self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str
+    ) -> torch.Tensor:
+        """Return a copy of the only row."""
+        self._check(axis)
+        assert rows is not None
+        return rows[0].clone()
+
+    def barrier(self, axis: str) -> None:
+        """Return at once."""
+        self._check(axis)
