@@ -35,6 +35,31 @@ def test_the_draws_of_the_process_are_the_same_with_and_without_seeded_calls(bet
     assert got == expected
 
 
+def test_seeded_calls_between_draws_of_every_kind_change_no_draw():
+    kinds = (
+        random.random,
+        lambda: random.gauss(0, 1),
+        lambda: random.getrandbits(32),
+        lambda: random.sample(range(10), 3),
+        lambda: random.seed(7),
+        lambda: None,
+    )
+
+    def stream(with_calls):
+        random.seed(3)
+        choice = random.Random(9)
+        values = []
+        for number in range(3000):
+            if with_calls:
+                call_seeded(draws, None, number)
+            kind = choice.choice(kinds)
+            if kind is not kinds[4] or number % 100 == 0:
+                values.append(kind())
+        return values
+
+    assert stream(with_calls=True) == stream(with_calls=False)
+
+
 @pytest.mark.parametrize(
     "draw",
     [
