@@ -119,7 +119,7 @@ class _PythonGenerator:
 
     def take(self) -> PythonState:
         """Return the state. Draws one or two words: `put` must follow."""
-        gauss_next = self._instance.gauss_next
+        gauss_next = self._instance.gauss_next  # type: ignore[attr-defined]
         first, second = self._next_words
         num_drawn = 1
         is_same = random.getrandbits(32) == first
