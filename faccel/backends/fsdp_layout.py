@@ -63,6 +63,8 @@ class Layout:
             units=_inside(names, self.units),
             tp_styles=_inside(names, self.tp_styles),
             moes=_inside(names, self.moes),
+            # A stage of a pipeline does not have the ignored parameters of the other stages.
+            ignored=frozenset(_inside(names, dict.fromkeys(self.ignored))),
         )
 
     def computes_in_fp32(self, name: str) -> bool:

@@ -163,6 +163,8 @@ class TorchCollectives:
     def _running(self, op: str, axis: str) -> Generator[None]:
         with naming_failed_rank(op, axis, self):
             yield
+        # The label of a call without a reduction would describe a later one, and keep its tensors.
+        self._label.clear()
         self._forget_finished()
 
     def size(self, axis: str) -> int:

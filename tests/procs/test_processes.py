@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -273,6 +274,18 @@ def test_a_reference_from_cpp_to_a_tensor_is_detected():
     assert _is_referenced(alias)
     del product
     assert not _is_referenced(alias)
+
+
+def gather_and_drop(ctx):
+    x = torch.ones(3)
+    alive = weakref.ref(x)
+    faccel.gather(x, ctx)
+    del x
+    return alive() is None
+
+
+def test_a_gathered_tensor_is_not_kept_until_the_next_reduction():
+    assert run_ranks(gather_and_drop, 2) == [True, True]
 
 
 def adopt_group(rank, port, pipe):

@@ -298,6 +298,24 @@ def test_ignored_parameters_stay_replicated_and_fp32_units_compute_in_fp32():
         assert (ignored, sharded) == (False, True)
 
 
+@pytest.mark.parametrize("ignored", ["0.*", "2.*"])
+def test_parameters_of_one_pipeline_stage_can_be_ignored_by_fsdp(ignored):
+    fsdp = faccel.parallel.FsdpConfig(ignored=(ignored,))
+    pipeline = faccel.parallel.PipelineConfig(chain=("0", "1", "2", "3"))
+
+    def is_sharded(ctx):
+        net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh())
+        model = faccel.wrap(net, ctx, plan=PLAN(fsdp=fsdp, pipeline=pipeline))
+        return {name: hasattr(p, "to_local") for name, p in model.named_parameters()}
+
+    names = {}
+    for of_rank in simulate(is_sharded, 4, mesh="pp=2,dp_shard=2"):
+        names |= of_rank
+    assert {name for name, sharded in names.items() if not sharded} == {
+        f"{ignored[0]}.weight", f"{ignored[0]}.bias",
+    }  # fmt: skip
+
+
 def test_the_tp_plan_of_a_transformers_model_is_used():
     class HasTpPlan(nn.Module):
         _no_split_modules = ("Block",)
