@@ -116,9 +116,13 @@ class Weights:
     ties: dict[str, str]  # safetensors refuses to store one memory twice
 
     @classmethod
-    def of(cls, model: WrappedModel | nn.Module, *, trained_only: bool) -> Weights:
-        """Return the tensors of a model, with `trained_only` without its frozen parameters."""
-        state: Mapping[str, Tree] = model.state_dict()
+    def of(
+        cls, model: WrappedModel | nn.Module, state: Mapping[str, Tree], *, trained_only: bool
+    ) -> Weights:
+        """Return the tensors of `state`, the model's `state_dict`, which they alias.
+
+        With `trained_only`, the model's frozen parameters are left out.
+        """
         if trained_only:
             state = trainable_entries(user_module(model), state)
         tensors: dict[str, torch.Tensor] = {}
@@ -251,7 +255,7 @@ def export_model(
     call = "faccel.checkpoint.export_model(model, path, ctx)"
     directory = path_argument("model", model, path, call)
     module = user_module(model)
-    weights = Weights.of(model, trained_only=trained_only)
+    weights = Weights.of(model, model.state_dict(), trained_only=trained_only)
     fetcher = _Fetcher(weights.tensors, ctx)
     adapter = None
     if trained_only:

@@ -56,7 +56,7 @@ def load_model(
     absolute = path_argument("model", model, path, call)
     user_module(model)  # raises if it is none
     state = model.state_dict()
-    weights = Weights.of(model, trained_only=trained_only)
+    weights = Weights.of(model, state, trained_only=trained_only)
     readers: list[Reader] = []
     destinations: dict[str, torch.Tensor] = {}
 

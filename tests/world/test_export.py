@@ -261,3 +261,20 @@ def test_rank_0_writes_an_object_atomically(tmp_path):
 
     assert simulate(fn, 2) == (0, 0)
     assert os.listdir(tmp_path) == ["x.pt"]
+
+
+def test_weights_are_loaded_into_a_module_whose_state_dict_returns_copies(tmp_path):
+    class Doubled(nn.Linear):
+        """Stores twice its weight, so its `state_dict` cannot be read into."""
+
+        def _save_to_state_dict(self, destination, prefix, keep_vars):
+            destination[f"{prefix}weight"] = 2 * self.weight.detach()
+
+        def _load_from_state_dict(self, state, prefix, *args):
+            with torch.no_grad():
+                self.weight.copy_(state[f"{prefix}weight"] / 2)
+
+    nets = [Doubled(3, 2, bias=False), Doubled(3, 2, bias=False)]
+    faccel.checkpoint.export_model(nets[0], tmp_path, ONE)
+    faccel.checkpoint.load_model(nets[1], tmp_path, ONE)
+    assert torch.equal(nets[0].weight, nets[1].weight)
