@@ -36,7 +36,9 @@ def print(
     """
     if not ctx.is_main:
         return
-    out = file or sys.stdout  # not a default argument: tests and notebooks replace it
+    out = file
+    if out is None:  # not a default argument: tests and notebooks replace it
+        out = sys.stdout
     out.write(sep.join(map(str, values)) + end)
     out.flush()  # a pipe is buffered: a killed process would lose its last lines
 
@@ -113,7 +115,9 @@ def progress(
     # The items are not touched: each rank iterates over them at its own speed.
     if not ctx.is_main:
         return iter(items)
-    out = file or sys.stderr
+    out = file
+    if out is None:
+        out = sys.stderr
     if total is None and isinstance(items, Sized):
         total = len(items)
     # A bar redraws its line with control characters, which would fill a log file.

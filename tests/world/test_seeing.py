@@ -139,3 +139,24 @@ def test_progress_is_a_bar_in_a_terminal():
     ]
     assert "train" in out.getvalue()
     assert "100%" in out.getvalue()
+
+
+def test_a_file_that_is_false_is_written_to():
+    class Lines(list):
+        """Keeps what is written; false as long as it is empty."""
+
+        def write(self, text):
+            self.append(text)
+
+        def flush(self):
+            pass
+
+        def isatty(self):
+            return False
+
+    printed, progress = Lines(), Lines()
+    ctx = fake_context(0, 1)
+    faccel.print("x", ctx=ctx, file=printed)
+    list(faccel.progress([1], ctx, file=progress))
+    assert printed == ["x\n"]
+    assert len(progress) == 1
