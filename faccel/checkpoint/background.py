@@ -103,6 +103,7 @@ def wait_for_pending_saves(ctx: DistContext) -> None:
     try:
         _raise_first(pending, ctx, first_timeout_s)
     except (DesyncError, RankFailedError, WorldError):  # the other ranks are not reachable
+        _end_threads(pending)
         raise
     except FaccelError:
         _end(pending, ctx)
@@ -112,13 +113,21 @@ def wait_for_pending_saves(ctx: DistContext) -> None:
 
 def _end(saves: Sequence[PendingSave], ctx: DistContext) -> None:
     """Wait for the threads of all ranks after a failure, and delete what they have written."""
-    for save in saves:
-        save.stall_timeout_s = 0.0
-        save.error()
+    _end_threads(saves)
     # Only now: a thread that still writes would add files to a folder that rank 0 is deleting.
     ctx.comm.barrier(WORLD)
     for save in saves:
         save.discard()
+
+
+def _end_threads(saves: Sequence[PendingSave]) -> None:
+    """Wait for the threads of this rank, which do not wait for other ranks any more.
+
+    Until then the directory is locked, and rank 0 could still commit.
+    """
+    for save in saves:
+        save.stall_timeout_s = 0.0
+        save.error()
 
 
 def _raise_first(saves: Sequence[PendingSave], ctx: DistContext, timeout_s: float | None) -> None:

@@ -141,6 +141,9 @@ class SaveTransaction:
         plans = global_save_plan([proposal.plan for proposal in proposals])
         assert self._planner is not None
         self._slices = planned_slices(plans[self.rank], self._planner)
+        # It refers to all tensors of the state, also to temporary ones such as gathered optimizer
+        # states. A background save must not keep them on the device while training continues.
+        self._planner = None
         spec = self._ctx.mesh.spec
         if spec.pp > 1:
             stages = [proposals[rank].node for rank in spec.peers(0, "pp")]

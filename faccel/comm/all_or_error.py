@@ -92,7 +92,8 @@ def all_or_error(
     try:
         result = fn()
     except Exception as caught:  # of any kind: the other ranks wait in the gather below
-        if caught in _raised_on_all_ranks:
+        # The class first: other exceptions, such as dataclasses, may not be hashable.
+        if isinstance(caught, FaccelError) and caught in _raised_on_all_ranks:
             raise
         own_error, failure = caught, Failure.of(caught, ctx)
     # One exchange for results and failures: a rank that failed takes part in it like the others.

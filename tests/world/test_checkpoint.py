@@ -1,5 +1,7 @@
 """Checkpoints in simulated worlds: a state loads on any world size, and a failure loses nothing."""
 
+import dataclasses
+import gc
 import json
 import logging
 import os
@@ -9,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import threading
+import weakref
 import zipfile
 from collections import Counter, OrderedDict
 from typing import NamedTuple
@@ -21,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import faccel
-from faccel.errors import CheckpointError, ConfigError
+from faccel.errors import CheckpointError, ConfigError, RankFailedError
 from faccel.testing import fake_context, simulate
 
 ONE = fake_context(0, 1)
@@ -892,3 +895,61 @@ def test_swapped_arguments_raise_an_error_with_the_correct_call(tmp_path):
     with pytest.raises(ConfigError, match="`model` and `path` are swapped"):
         faccel.checkpoint.export_model(tmp_path, nn.Linear(1, 1), ONE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_cannot_be_hashed_raises_on_every_rank(tmp_path):
+    @dataclasses.dataclass  # with `__eq__` and without `__hash__`
+    class BadShardError(Exception):
+        index: int
+
+    class Broken(Counted):
+        def state_dict(self):
+            raise BadShardError(3)
+
+    def fn(ctx):
+        state = {"x": Broken() if ctx.rank else Counted()}
+        with pytest.raises(CheckpointError, match="BadShardError"):
+            faccel.save(state, tmp_path, ctx, step=1)
+
+    simulate(fn, 2)
+
+
+def test_a_background_save_keeps_only_its_copy_of_the_state_in_memory(tmp_path):
+    class Temporary(Counted):
+        def state_dict(self):
+            memory = np.ones(3)
+            memories.append(weakref.ref(memory))
+            return {"x": torch.from_numpy(memory)}
+
+    memories = []
+    ctx = fake_context(0, 1)
+    faccel.save({"x": Temporary()}, tmp_path, ctx, step=1, background=True)
+    gc.collect()
+    assert [memory() is None for memory in memories] == [True]
+    assert faccel.latest(tmp_path, ctx).step == 1
+
+
+def test_a_background_save_ends_when_the_other_ranks_are_not_reachable(tmp_path, monkeypatch):
+    from faccel.checkpoint import background
+
+    def unreachable(*args, **kwargs):
+        raise RankFailedError("rank 1 has failed")
+
+    release = threading.Event()
+    thread_ended = threading.Event()
+
+    def work(pending):
+        while pending.stall_timeout_s is None and not release.wait(0.01):
+            pass
+        if not release.is_set():
+            thread_ended.set()
+
+    ctx = fake_context(0, 1)
+    ctx.lifetime.on_close(background.PendingSave(work))
+    monkeypatch.setattr(background, "raise_on_all_ranks", unreachable)
+    try:
+        with pytest.raises(RankFailedError):
+            faccel.latest(tmp_path, ctx)
+        assert thread_ended.is_set()
+    finally:
+        release.set()
