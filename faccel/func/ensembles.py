@@ -145,7 +145,7 @@ def ensemble(step: Step, ctx: DistContext, *, batch_dim: int | None = None) -> S
     ensemble_generator = torch.Generator(ctx.device)
 
     def run(
-        states: TrainState, batch: Tree, generator: RandomSource | None = None, /
+        states: TrainState, batch: Tree, generator: RandomSource | None = None
     ) -> tuple[Metrics, TrainState]:
         check_state(states)
         if states.seed.ndim != 1:

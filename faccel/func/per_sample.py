@@ -96,8 +96,9 @@ def clip_per_sample(grads: TensorDict, max_norm: float) -> TensorDict:
         tensor([[0.6000, 0.8000],
                 [0.3000, 0.4000]])
     """
-    # [n, numel] of each parameter: its norms, then the norm over all parameters
-    rows = [grad.reshape(len(grad), -1) for grad in flat_dict(grads).values()]
+    # [n, numel] of each parameter: its norms, then the norm over all parameters. `reshape(n, -1)`
+    # fails for n = 0; the new last dim is for 0-d parameters.
+    rows = [grad.unsqueeze(-1).flatten(1) for grad in flat_dict(grads).values()]
     norms = torch.stack([row.norm(dim=1) for row in rows]).norm(dim=0)
     # the smallest normal number: a gradient of 0 stays 0
     factors = (max_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1.0)

@@ -94,7 +94,7 @@ def rollback(
 
     def run(history: History | TrainState, batch: Tree) -> tuple[Metrics, History]:
         # The first call: nothing was skipped yet.
-        if isinstance(history, TrainState):
+        if not isinstance(history, History):
             history = History((history,))
         metrics, new_state = step(history.state, batch)
         check_state(history.state)  # a donating step has overwritten it

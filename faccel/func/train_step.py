@@ -39,7 +39,7 @@ class Step(Protocol):
     """A training step: `step(state, batch) -> (metrics, state)`."""
 
     def __call__(
-        self, state: TrainState, batch: Tree, generator: torch.Generator | None = None, /
+        self, state: TrainState, batch: Tree, /, generator: torch.Generator | None = None
     ) -> tuple[Metrics, TrainState]: ...
 
 
@@ -134,7 +134,7 @@ def build_step(
     has_checked_writes: list[bool] = []
 
     def step(
-        state: TrainState, batch: Tree, generator: RandomSource | None = None, /
+        state: TrainState, batch: Tree, generator: RandomSource | None = None
     ) -> tuple[Metrics, TrainState]:
         check_state(state)
         traced = is_traced(state.params)

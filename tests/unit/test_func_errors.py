@@ -54,6 +54,12 @@ def test_an_optimizer_state_of_another_model_raises():
     assert "`w`: float32[3] in the `exp_avg` of adamw" in caught.value.got
 
 
+def test_rollback_raises_for_what_is_neither_a_state_nor_a_history():
+    run = func.rollback(func.make_step(loss_of(net()), func.sgd(0.1), CTX))
+    with pytest.raises(ModelError, match="TrainState"):
+        run({}, batch_of(0, CTX))
+
+
 def test_an_optimizer_state_of_another_transformation_raises():
     model = net()
     state = func.init_state(model, func.sgd(0.1), CTX, seed=0)

@@ -146,6 +146,36 @@ def test_dp_sgd_without_noise_is_equal_on_ranks_and_with_micro_batches():
     assert 0 < moved <= 2 * 0.5 * 0.1 + 1e-9
 
 
+def test_dp_sgd_accepts_a_batch_without_rows():
+    # a random sample of the data may be empty
+    optimizer = func.sgd(0.5)
+    state = func.init_state(nn.Linear(2, 1), optimizer, CTX, seed=0)
+    step = func.dp_sgd(
+        lambda p, b, g: (b @ p["weight"].T).square().mean(),
+        optimizer,
+        CTX,
+        clip_norm=1.0,
+        noise_multiplier=0.0,
+    )
+    metrics, after = step(state, torch.zeros(0, 2))
+    assert metrics["loss"] == 0
+    close(dict(state.params.items()), dict(after.params.items()))
+
+
+def test_the_generator_of_a_step_can_be_passed_by_name():
+    optimizer = func.sgd(0.1)
+    model = net(dropout=0.5)
+    state = func.init_state(model, optimizer, CTX, seed=0)
+    step = func.make_step(loss_of(model), optimizer, CTX)
+    first, second = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    by_name, _ = step(state, batch_of(0, CTX), generator=first)
+    by_position, _ = step(state, batch_of(0, CTX), second)
+    assert by_name["loss"] == by_position["loss"]
+    states = func.stack([state, state])
+    metrics, _ = func.ensemble(step, CTX)(states, batch_of(0, CTX), generator=first)
+    assert metrics["loss"].shape == (2,)
+
+
 def test_dp_sgd_noise_has_the_right_deviation_on_any_number_of_ranks():
     def one(ctx):
         optimizer = func.sgd(1.0)
