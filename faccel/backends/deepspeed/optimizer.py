@@ -197,6 +197,9 @@ class ZeroOptimizer(Optimizer):
                 zero._lazy_init_hp_params_optimizer_state()
 
     def _load_param_state(self, shard: ParamShard, state: Mapping[str, Any]) -> None:
+        # `base.state` makes an entry for a key that it lacks, and an empty one counts as a state.
+        if not state:
+            return
         flat_state = self.base.state[shard.flat]
         for name, value in state.items():
             is_per_element = isinstance(value, torch.Tensor) and value.shape == shard.shape
