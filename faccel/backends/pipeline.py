@@ -139,9 +139,11 @@ def _make_tied(tied: Sequence[Mapping[int, str]], ctx: DistContext) -> list[Tied
         group = dist.new_group(ranks, use_local_synchronization=True, group_desc="tied")
         assert isinstance(group, dist.ProcessGroup)
         # One rank counts the parameter in the norm and saves it; the others refer to its name.
+        # The rank of the lowest stage, which need not be the lowest rank: stages are interleaved.
         copy_of = None
-        if pp_rank != min(name_of_rank):
-            copy_of = names[min(names)]
+        first_stage = min(names)
+        if pp_rank != first_stage % pp_size:
+            copy_of = names[first_stage]
         records.append(TiedParam(name_of_rank[pp_rank], group, copy_of))
     return records
 

@@ -16,7 +16,8 @@ from faccel.errors import ModelError
 from faccel.parallel.forward import to_fp32
 from faccel.tree import Tree, flatten, full_tensor, map_leaves
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# The private base of torch's classes: users' own inherit from it, too.
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 
 def infer(engine: PipelineEngine, inputs: StageInputs, ctx: DistContext) -> Tree:
@@ -60,7 +61,7 @@ def infer(engine: PipelineEngine, inputs: StageInputs, ctx: DistContext) -> Tree
 
 def _check_batch_norm(engine: nn.Module) -> None:
     for module in engine.modules():
-        if isinstance(module, _BATCH_NORMS) and module.training:
+        if isinstance(module, _BATCH_NORM) and module.training:
             raise ModelError(
                 "a pipeline cannot run batch norm in training mode: its statistics would depend on "
                 "the micro-batches",

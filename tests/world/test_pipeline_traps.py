@@ -160,21 +160,26 @@ def test_a_chain_without_some_module_is_an_error():
 
 
 def test_batch_norm_in_training_mode_and_scalar_parameters_are_errors():
+    class AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
+        def _check_input_dim(self, input):
+            pass
+
     class Normed(nn.Module):
-        def __init__(self):
+        def __init__(self, norm):
             super().__init__()
-            self.a, self.norm, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+            self.a, self.norm, self.b = nn.Linear(4, 4), norm(4), nn.Linear(4, 4)
 
     plan = faccel.Plan(
         pipeline=faccel.parallel.PipelineConfig(chain=("a", "norm", "b"), split="norm")
     )
 
-    def infer(ctx):
+    def infer(ctx, norm):
         with torch.no_grad():
-            faccel.wrap(Normed(), ctx, plan=plan)(torch.ones(4, 4))
+            faccel.wrap(Normed(norm), ctx, plan=plan)(torch.ones(4, 4))
 
-    with pytest.raises(ModelError, match="batch norm"):
-        simulate(infer, 2, mesh="pp=2")
+    for norm in (nn.BatchNorm1d, AnyBatchNorm):
+        with pytest.raises(ModelError, match="batch norm"):
+            simulate(lambda ctx, norm=norm: infer(ctx, norm), 2, mesh="pp=2")
 
     def scalar(ctx):
         net = nn.Linear(2, 2)
@@ -183,3 +188,25 @@ def test_batch_norm_in_training_mode_and_scalar_parameters_are_errors():
 
     with pytest.raises(ModelError, match="`scale`"):
         simulate(scalar, 2, mesh="dp_shard=2")
+
+
+def test_the_first_stage_of_a_tied_parameter_names_it_on_any_rank():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+            self.c.weight = self.b.weight
+
+    # Stage 1 (`b`) is on rank 1, stage 2 (`c`) on rank 0.
+    pipeline = faccel.parallel.PipelineConfig(
+        chain=("a", "b", "c", "d"),
+        split=("b", "c", "d"),
+        schedule="interleaved",
+        stages_per_rank=2,
+    )
+
+    def names(ctx):
+        wrapped = faccel.wrap(Tied(), ctx, plan=faccel.Plan(pipeline=pipeline))
+        return list(wrapped.parallelism.tied_copies(wrapped.engine).values())
+
+    assert simulate(names, 2, mesh="pp=2") == (["b.weight"], [])
