@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from numbers import Real
 from typing import TypeVar
 
 from faccel.errors import ConfigError, FaccelError, nearest
@@ -51,8 +52,9 @@ def positive(name: str, value: Number, error: type[FaccelError] = ConfigError) -
         faccel.errors.ConfigError: `every` must be positive. Got every=0.
         To fix: use `every=1` or more.
     """
-    # The annotation of the user's argument is not checked at run time. NaN is not above 0.
-    if isinstance(value, int | float) and value > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+    # The annotation of the user's argument is not checked at run time. NumPy's numbers are `Real`,
+    # and not all of them are an int or a float. NaN is not above 0.
+    if isinstance(value, int | float | Real) and value > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
         return value
     fix = f"use `{name}=1` or more"
     if isinstance(value, float):

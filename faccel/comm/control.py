@@ -13,12 +13,12 @@ import torch
 
 from faccel.call_site import call_site, override_call_site
 from faccel.checks import flag_value
-from faccel.comm.all_or_error import Failure, raise_on_all_ranks
+from faccel.comm.all_or_error import Failure
 from faccel.comm.objects import gather_objects
 from faccel.comm.pack import check_rank
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
-from faccel.errors import ConfigError, DesyncError, nearest
+from faccel.errors import ConfigError, DesyncError, RankFailedError, nearest
 from faccel.mesh import WORLD
 
 P = ParamSpec("P")
@@ -173,13 +173,21 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
             failure = Failure.of(error, ctx)
             raise
         finally:
-            # However the body ends, the other ranks wait in `raise_on_all_ranks` below. This is its
-            # gather without its error, which would replace the exception of the body.
+            # However the body ends, the other ranks wait in the gather below.
             with override_call_site(site):
                 gather_objects(failure, ctx, axis=WORLD)
         return
     with override_call_site(site):
-        raise_on_all_ranks(None, ctx, "finish the body of `main_first`")
+        failures = gather_objects(None, ctx, axis=WORLD)
+    # Not `raise_on_all_ranks`: the first rank raises its own error instead, which an `all_or_error`
+    # around this block exchanges. So it must exchange this one, too, and not let it pass.
+    for first_failure in failures:
+        if first_failure is not None:
+            raise RankFailedError(
+                f"rank {first_failure.rank} could not finish the body of `main_first`",
+                got=first_failure.got,
+                fix=first_failure.fix,
+            )
     # Outside of the override: a collective in the body has its own line.
     yield
 

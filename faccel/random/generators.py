@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -90,14 +91,8 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
 
 
-# NumPy needs 65 µs to copy the state of an MT19937, but less than 1 µs to exchange the whole bit
-# generator of `np.random`. One is taken per call: in a simulation, calls of several ranks overlap.
-_spare_bit_generators: list[np.random.MT19937] = []
-
-
-def _spare_bit_generator() -> np.random.MT19937:
-    if _spare_bit_generators:
-        return _spare_bit_generators.pop()
+@functools.cache
+def _seeded_bit_generator() -> np.random.MT19937:
     return np.random.MT19937(0)
 
 
@@ -161,15 +156,24 @@ def call_seeded(fn: Callable[[A], R], argument: A, seed: int) -> R:
     """
     torch_state = torch.default_generator.get_state()
     python_state = _python.take()
-    own_bits = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    bits = _spare_bit_generator()
-    np.random.set_bit_generator(bits)  # type: ignore[attr-defined]
+    # NumPy needs 65 µs to copy the state of an MT19937, but less than 1 µs to exchange the whole
+    # bit generator of `np.random`. A call that begins while another one runs copies the state: a
+    # nested one, or that of another rank of a simulation, which restores states by value. A second
+    # exchange could end after the first, and leave the wrong bit generator.
+    bits = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    numpy_state = None
+    if bits is _seeded_bit_generator():
+        numpy_state = np.random.get_state()
+    else:
+        np.random.set_bit_generator(_seeded_bit_generator())  # type: ignore[attr-defined]
     try:
         seed_all(seed)
         return fn(argument)
     finally:
-        np.random.set_bit_generator(own_bits)  # type: ignore[attr-defined]
-        _spare_bit_generators.append(bits)
+        if numpy_state is None:
+            np.random.set_bit_generator(bits)  # type: ignore[attr-defined]
+        else:
+            np.random.set_state(numpy_state)
         _python.put(python_state)
         torch.default_generator.set_state(torch_state)
 

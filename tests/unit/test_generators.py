@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+import faccel
 from faccel.random.generators import Generators, call_seeded, detect_draws, seed_all, using
+from faccel.testing import simulate
 
 
 def draws(_=None):
@@ -120,6 +122,29 @@ def test_using_updates_the_state_and_restores_the_generators_of_the_process():
 def test_seeded_calls_may_be_nested_and_overlap():
     outer = call_seeded(lambda _: (call_seeded(draws, None, 6), draws()), None, 5)
     assert outer == (call_seeded(draws, None, 6), call_seeded(draws, None, 5))
+
+
+def test_seeded_calls_that_overlap_in_a_simulation_change_no_draw():
+    def fn(ctx, with_calls):
+        def body(_):
+            draws()
+            faccel.barrier(ctx)  # other ranks run now, inside of their own calls
+            draws()
+
+        values = []
+        for number in range(6):
+            if with_calls:
+                call_seeded(body, None, number)
+                call_seeded(body, None, number)
+            values.append(draws())
+        return values
+
+    seed_all(1)
+    expected = draws()
+    seed_all(1)
+    assert simulate(fn, 3, True) == simulate(fn, 3, False)
+    call_seeded(draws, None, 2)
+    assert draws() == expected
 
 
 def test_a_draw_of_torch_is_detected_without_comparing_the_others():

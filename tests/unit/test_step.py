@@ -5,6 +5,7 @@ import itertools
 import weakref
 
 import attrs
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -174,6 +175,14 @@ def test_a_loss_that_cannot_be_differentiated_is_an_error():
     for loss in (w * 2, torch.ones(())):
         with pytest.raises(ModelError, match="scalar"):
             faccel.scaled_backward(loss, faccel.init_scaler(ONE), ONE)
+
+
+def test_a_limit_may_be_a_number_of_numpy():
+    model = net()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = faccel.init_scaler(ONE)
+    step_once(ONE, scaler, model, opt, 50.0, clip_norm=np.float32(0.5))
+    step_once(ONE, scaler, model, opt, 50.0, clip_value=np.int64(1))
 
 
 @pytest.mark.parametrize(

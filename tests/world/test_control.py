@@ -1,8 +1,10 @@
 """`main_first`, `on_rank` and `print` on several ranks."""
 
 import pytest
+import torch
 
 import faccel
+from faccel.comm.all_or_error import all_or_error
 from faccel.errors import ConfigError, RankFailedError
 from faccel.testing import fake_context, simulate
 
@@ -70,3 +72,17 @@ def test_print_writes_once():
     out = Out()
     simulate(lambda ctx: faccel.print("a", ctx.rank, sep="-", end="!\n", file=out, ctx=ctx), 3)
     assert out.writes == ["a-0!\n"]
+
+
+def test_a_failed_main_first_inside_all_or_error_ends_it_on_every_rank():
+    def fn(ctx):
+        def body():
+            with faccel.main_first(ctx):
+                if ctx.is_main:
+                    raise OSError("no network")
+
+        with pytest.raises(RankFailedError, match="no network"):
+            all_or_error(body, ctx, "read the data")
+        return int(faccel.reduce(torch.tensor(1), ctx))
+
+    assert simulate(fn, 3) == (3, 3, 3)
