@@ -105,8 +105,8 @@ def mean_over_ranks(
     """Return the mean over the data ranks of what `local_sums` returns on each. Collective.
 
     Raises:
-        PurityError: Outside of transforms: the loss function drew from a default generator, or
-            wrote to an argument.
+        PurityError: Outside of transforms: the loss function drew from PyTorch's default
+            generator, or wrote to an argument.
     """
     if is_traced(inputs.params):
         # Tensors have no values to compare, and a transform rejects most impure functions itself.
@@ -393,9 +393,9 @@ def value_and_grad(
         DataError: In the returned function: a batch cannot be cut into so many micro-batches.
         ModelError: In the returned function: the loss is no 0-d tensor, or does not depend on the
             parameters.
-        PurityError: In the returned function: the loss function drew from a default generator, or
-            wrote to an argument. Writes are detected in debug mode, and by the first call of a
-            step.
+        PurityError: In the returned function: the loss function drew from PyTorch's default
+            generator, wrote to an argument, or drew from NumPy's or Python's generator. The last
+            two are detected in debug mode, and by the first call of a step.
 
     Examples:
         >>> from faccel.func import value_and_grad
