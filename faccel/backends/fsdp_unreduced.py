@@ -63,13 +63,21 @@ class UnreducedGrads:
             self._placeholders[fsdp_param] = placeholder
 
     def watch_backward(self, output: Tree, *, reduces: bool) -> None:
-        """Call `drop_cleared` at the start of the backward through `output`. Updates `output`."""
+        """Call `drop_cleared` at the start of the backward through `output`. Updates `output`.
+
+        At the end of one that does not reduce, set the placeholders.
+        """
         # The usual case: all backwards have reduced, so outputs need no hooks.
-        if not self._placeholders:
+        if reduces and not self._placeholders:
             return
 
         def before_backward(grad: torch.Tensor) -> None:
             self.drop_cleared(reduces=reduces)
+            if not reduces:
+                # After the callback of FSDP2, which its earlier hook of the output has queued: a
+                # `zero_grad` may follow before the end of `grad_sync`.
+                engine = torch.autograd.Variable._execution_engine  # pyright: ignore
+                engine.queue_callback(self.add_placeholders)
 
         for leaf in flatten(output)[0]:
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:

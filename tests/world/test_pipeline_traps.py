@@ -210,3 +210,21 @@ def test_the_first_stage_of_a_tied_parameter_names_it_on_any_rank():
         return list(wrapped.parallelism.tied_copies(wrapped.engine).values())
 
     assert simulate(names, 2, mesh="pp=2") == (["b.weight"], [])
+
+
+@pytest.mark.parametrize("owner", ["model", "optimizer"])
+def test_zero_grad_between_two_backwards_of_one_grad_sync_drops_the_gradients(owner):
+    def step(ctx):
+        torch.manual_seed(0)
+        wrapped = faccel.wrap(nn.Linear(4, 4), ctx)
+        opt = faccel.wrap_optimizer(torch.optim.SGD(wrapped.parameters()), wrapped, ctx)
+        with faccel.grad_sync(wrapped, on=False):
+            wrapped(torch.ones(2, 4)).sum().backward()
+            (wrapped if owner == "model" else opt).zero_grad()
+            wrapped(torch.ones(2, 4)).sum().backward()
+        with faccel.grad_sync(wrapped, on=True):
+            wrapped(torch.ones(2, 4)).sum().backward()
+        return full(wrapped.weight.grad)
+
+    for grad in simulate(step, 2, mesh="dp_shard=2"):
+        assert torch.equal(grad, torch.full((4, 4), 4.0))
