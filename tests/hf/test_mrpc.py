@@ -4,19 +4,18 @@ import sys
 
 import pytest
 
-from tests.procs.test_scripts import last_number, start
+from tests.procs.test_scripts import last_number, run
 
 LAUNCH = [sys.executable, "-m", "faccel", "launch", "--cpu", "--nproc", "2"]
 
 
 @pytest.mark.slow
 def test_two_ranks_reach_the_accuracy_of_one(tmp_path):
-    def accuracy(name, *more, launcher=None):
-        lines = start(
-            "examples/mrpc.py", 0, launcher=launcher, more=["--out", str(tmp_path / name), *more]
-        )
+    def accuracy(name, *options, launcher=(sys.executable,)):
+        out = str(tmp_path / name)
+        lines = run("examples/mrpc.py", "--out", out, *options, launcher=launcher)
         # one line per epoch and a last one, each printed once
-        assert len(lines) == (2 if "--epochs" in more else 7)
+        assert len(lines) == (2 if "--epochs" in options else 7)
         return last_number(lines, "accuracy")
 
     one = accuracy("one")

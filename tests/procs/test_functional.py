@@ -9,7 +9,7 @@ import faccel
 from faccel import func
 from faccel.testing import fake_context
 from tests import functional
-from tests.procs.test_memory import PARAMETERS, WIDTH, Net, exactly, status, train
+from tests.procs.test_memory import PARAMETERS, WIDTH, Net, reset_peak, status, train
 from tests.ranks import run_ranks
 
 
@@ -65,7 +65,7 @@ def train_functionally(model, ctx, x, *, donate, steps=2):
     del model.layers[:]  # the state has its values; the code is in a model on meta
     with torch.device("meta"):
         code = Net()
-    exactly()
+    reset_peak()
     # a bucket of 25 MB would be most of this model
     step = func.make_step(
         lambda p, b, g: func.functional_call(code, p, b).sum(),
@@ -87,12 +87,12 @@ def peak(ctx, how):
     warm = func.init_state(small, optimizer, ctx, seed=0)
     func.make_step(lambda p, b, g: func.functional_call(small, p, b).sum(), optimizer, ctx)(warm, x)
     gc.collect()
-    exactly()
+    reset_peak()
     before = status("VmRSS")
     net = Net()
     if how == "module":
         model = faccel.wrap(net, ctx)
-        exactly()
+        reset_peak()
         train(model, ctx, x)
     else:
         train_functionally(net, ctx, x, donate=how == "donated")

@@ -32,8 +32,8 @@ elif action == "exit" and rank == "1":
 elif action == "kill" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 elif action in ("exit", "kill", "sleep"):
-    write("waiting")
     try:
+        write("waiting")
         time.sleep(600)
     except KeyboardInterrupt:  # as faccel's hook: no traceback, and the process ends by SIGINT
         signal.signal(signal.SIGINT, signal.SIG_DFL)
