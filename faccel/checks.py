@@ -54,7 +54,8 @@ def positive(name: str, value: Number, error: type[FaccelError] = ConfigError) -
     """
     # The annotation of the user's argument is not checked at run time. NumPy's numbers are `Real`,
     # and not all of them are an int or a float. NaN is not above 0.
-    if isinstance(value, int | float | Real) and value > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+    is_real = isinstance(value, int | float | Real)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if is_real and value > 0:
         return value
     fix = f"use `{name}=1` or more"
     if isinstance(value, float):

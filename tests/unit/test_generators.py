@@ -128,7 +128,7 @@ def test_seeded_calls_that_overlap_in_a_simulation_change_no_draw():
     def fn(ctx, with_calls):
         def body(_):
             draws()
-            faccel.barrier(ctx)  # other ranks run now, inside of their own calls
+            faccel.barrier(ctx)  # other ranks run now, inside their calls
             draws()
 
         values = []
