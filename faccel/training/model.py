@@ -203,12 +203,8 @@ def check_wrapped(model: object) -> None:
     Raises:
         ModelError: It is not.
     """
-    if not isinstance(model, WrappedModel):
-        raise ModelError(
-            "`model` must be a `WrappedModel`",
-            got=shown(model),
-            fix="write `model = faccel.wrap(net, ctx)` first",
-        )
+    fix = "write `model = faccel.wrap(net, ctx)` first"
+    instance_of("model", model, WrappedModel, fix=fix, error=ModelError)
 
 
 @effectful(updates("model"))

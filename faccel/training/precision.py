@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import attrs
 import torch
 
-from faccel.checks import shown
+from faccel.checks import instance_of
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ScalerError, nearest
 from faccel.mesh import WORLD
@@ -150,14 +150,12 @@ def check_scaler(scaler: object) -> None:
     Raises:
         ScalerError: It is not.
     """
-    if not isinstance(scaler, ScalerState):
-        raise ScalerError(
-            "`scaler` must be a `ScalerState`",
-            got=shown(scaler),
-            fix="start with `scaler = faccel.init_scaler(ctx)`, and continue with "
-            "`scaler = faccel.scaled_backward(loss, scaler, ctx)` and "
-            "`info, scaler = faccel.optimizer_step(opt, scaler, ctx)`",
-        )
+    fix = (
+        "start with `scaler = faccel.init_scaler(ctx)`, and continue with "
+        "`scaler = faccel.scaled_backward(loss, scaler, ctx)` and "
+        "`info, scaler = faccel.optimizer_step(opt, scaler, ctx)`"
+    )
+    instance_of("scaler", scaler, ScalerState, fix=fix, error=ScalerError)
 
 
 def init_scaler(ctx: DistContext, **options: float) -> ScalerState:
