@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Collection
 from numbers import Real
 from typing import TypeVar
 
 from faccel.errors import ConfigError, FaccelError, nearest
+
+# `scheme://...`. `pathlib.Path` turns the two slashes into one. The drive of a Windows path is one
+# letter.
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+# The package that adds a file system to fsspec, and the program that mounts it as a folder.
+_FSSPEC_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+_FSSPEC_PACKAGES |= {"abfs": "adlfs", "abfss": "adlfs", "az": "adlfs", "hf": "huggingface_hub"}
+_MOUNTS = {"s3fs": "mount-s3", "gcsfs": "gcsfuse", "adlfs": "blobfuse2", "huggingface_hub": ""}
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
@@ -191,6 +201,45 @@ def _with_article(noun: str) -> str:
     if noun[0].lower() in "aeiou":
         return f"an {noun}"
     return f"a {noun}"
+
+
+def local_path(
+    name: str, path: str | os.PathLike[str], error: type[FaccelError] = ConfigError
+) -> str:
+    """Return `path` as a str; it must be on a file system of this node and not a URL.
+
+    Effects: pure. Python would take `s3://bucket/run` for the relative path of a folder `s3:`.
+
+    Examples:
+        >>> local_path("path", "runs/first")
+        'runs/first'
+        >>> local_path("path", "file:///data/run")
+        Traceback (most recent call last):
+        faccel.errors.ConfigError: `path` must be a local path, not a URL. Got 'file:///data/run'.
+        To fix: write `path="/data/run"`.
+    """
+    text = os.fspath(path)
+    match = _URL.match(text)
+    if match is None:
+        return text
+    scheme, rest = match[1].lower(), text[match.end() :]
+    fix = f'write `{name}="/{rest}"`'
+    if scheme != "file":
+        fix = _fix_for_remote(name, scheme, f"{scheme}://{rest}")
+    raise error(f"`{name}` must be a local path, not a URL", got=repr(text), fix=fix)
+
+
+def _fix_for_remote(name: str, scheme: str, url: str) -> str:
+    package = _FSSPEC_PACKAGES.get(scheme, "fsspec")
+    fix = (
+        f'write `{name}="local"` and copy the folder, after `pip install {package}`: '
+        f'`fsspec.filesystem("{scheme}").put("local", "{url}", recursive=True)`, '
+        "and `.get` to read it"
+    )
+    mount = _MOUNTS.get(package)
+    if mount:
+        fix += f"; or mount the bucket as a folder with `{mount}`"
+    return fix
 
 
 def shown(value: object, limit: int = 80) -> str:

@@ -11,7 +11,7 @@ import attrs
 from faccel.checks import integer, one_of
 from faccel.errors import ConfigError, nearest
 from faccel.mesh import MeshSpec
-from faccel.validators import Validator, boolean, choice, float_at_least, int_at_least, text
+from faccel.validators import Validator, boolean, choice, float_at_least, folder, int_at_least, text
 
 if TYPE_CHECKING:
     from faccel.config_file import ConfigFile
@@ -142,7 +142,7 @@ class Config:
     debug: bool = _field(
         False, _parse_bool, "compare ranks before each collective", validator=boolean()
     )
-    run_dir: str = _field("runs", str, "folder of the trackers", validator=text("runs"))
+    run_dir: str = _field("runs", str, "folder of the trackers", validator=folder("runs"))
     timeout_s: float = _field(
         600.0, float, "seconds until a collective fails", validator=float_at_least(1)
     )

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import attrs
 
+from faccel.checks import local_path
 from faccel.errors import ConfigError, nearest
 
 VARIABLE = "FACCEL_CONFIG"
@@ -51,7 +52,7 @@ def absolute(reference: str) -> str:
     Effects: ambient. Reads the current folder.
     """
     path, mark, section = reference.partition("#")
-    return os.path.abspath(path) + mark + section
+    return os.path.abspath(local_path("config", path)) + mark + section
 
 
 def find(env: Mapping[str, str]) -> str | None:
@@ -78,7 +79,7 @@ def read(reference: str) -> ConfigFile:
         ConfigError: The file or the section is missing, or is not a mapping.
     """
     path, _, section = reference.partition("#")
-    values = _parse(path)
+    values = _parse(local_path("config", path))
     description = f"`{path}`"
     if section:
         description = f"section `{section}` of `{path}`"
@@ -121,6 +122,7 @@ def write(path: str, values: Mapping[str, Any], comment: str = "") -> None:
         ConfigError: The suffix is unknown, the file is not writable, or one of its values spans
             several lines.
     """
+    path = local_path("path", path)
     target = os.path.realpath(path)  # of a symbolic link, the file is replaced and not the link
     suffix = _suffix(path)
     try:

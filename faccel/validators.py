@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from faccel.checks import finite, instance_of, integer, one_of, positive
+from faccel.checks import finite, instance_of, integer, local_path, one_of, positive
 from faccel.errors import ConfigError
 
 # A text, because `attrs.Attribute` cannot be subscripted at run time.
@@ -90,3 +90,20 @@ def text(example: str, *, optional: bool = False) -> Validator:
             )
 
     return _validator(check, optional=optional)
+
+
+def folder(example: str) -> Validator:
+    """Return a validator for a field that must be the path of a folder of this node.
+
+    Effects: pure.
+
+    Args:
+        example: A value for the fix of the error.
+    """
+    check_text = text(example)
+
+    def validate(record: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        check_text(record, attribute, value)
+        local_path(attribute.name, value)
+
+    return validate

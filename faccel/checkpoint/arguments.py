@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from faccel.checks import shown
+from faccel.checks import local_path, shown
 from faccel.errors import ConfigError
 
 
@@ -20,7 +20,7 @@ def path_argument(name: str, value: object, path: object, call: str) -> str:
         call: The correct call, for the message.
 
     Raises:
-        ConfigError: `path` is not a path, for example because both arguments are swapped.
+        ConfigError: `path` is not a local path, for example because both arguments are swapped.
 
     Examples:
         >>> path_argument("state", "runs", {"step": 3}, "faccel.load(state, path, ctx)")
@@ -29,7 +29,7 @@ def path_argument(name: str, value: object, path: object, call: str) -> str:
         To fix: write `faccel.load(state, path, ctx)`.
     """
     if isinstance(path, (str, os.PathLike)):
-        return os.path.abspath(path)
+        return os.path.abspath(local_path("path", path))
     # The order of `torch.save` is `(obj, path)`; Accelerate and older versions have the path first.
     if isinstance(value, (str, os.PathLike)):
         raise ConfigError(
@@ -40,6 +40,20 @@ def path_argument(name: str, value: object, path: object, call: str) -> str:
     raise ConfigError(
         "`path` must be a str or an os.PathLike", got=shown(path), fix=f"write `{call}`"
     )
+
+
+def folder_argument(path: str | os.PathLike[str]) -> str:
+    """Return the argument `path` of a function that lists checkpoints as an absolute path.
+
+    Effects: ambient. Reads the current directory.
+
+    Raises:
+        ConfigError: `path` is not a local path.
+    """
+    if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        fix = 'pass a directory, as in `path="runs/first"`'
+        raise ConfigError("`path` must be a str or an os.PathLike", got=shown(path), fix=fix)
+    return os.path.abspath(local_path("path", path))
 
 
 def check_step(step: object) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from faccel.checkpoint.arguments import path_argument
+from faccel.checkpoint.arguments import folder_argument, path_argument
 from faccel.checkpoint.background import wait_for_pending_saves
 from faccel.checkpoint.codecs import decoder_for
 from faccel.checkpoint.dcp import Reader
@@ -34,8 +34,9 @@ def latest(path: str | os.PathLike[str], ctx: DistContext) -> Checkpoint | None:
         >>> latest("missing/directory", fake_context(0, 1)) is None
         True
     """
+    directory = folder_argument(path)
     wait_for_pending_saves(ctx)
-    for checkpoint in _list(os.path.abspath(path), ctx):
+    for checkpoint in _list(directory, ctx):
         if checkpoint.problem is None:
             return checkpoint
     return None

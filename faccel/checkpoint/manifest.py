@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import xxhash
 
+from faccel.checkpoint.arguments import folder_argument
 from faccel.checkpoint.codec import Node
 from faccel.checkpoint.files import FileEntry, hash_file
 from faccel.errors import CheckpointError
@@ -202,7 +203,7 @@ def checkpoints(path: str | os.PathLike[str]) -> list[Checkpoint]:
         >>> checkpoints("missing/directory")
         []
     """
-    path = os.path.abspath(path)
+    path = folder_argument(path)
     try:
         names = [entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:

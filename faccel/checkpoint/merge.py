@@ -20,6 +20,7 @@ from faccel.checkpoint.manifest import (
     read_manifest,
 )
 from faccel.checkpoint.tensor_names import child_name
+from faccel.checks import local_path
 from faccel.context import DistContext
 from faccel.errors import CheckpointError
 
@@ -48,7 +49,9 @@ def merge(
 
     Raises:
         CheckpointError: There is no such model, or the checkpoint is corrupt.
+        ConfigError: `path` or `out` is not a local path.
     """
+    path, out = local_path("path", path), local_path("out", out)
     # An export deletes stale files of its directory, those of a checkpoint would be among them.
     if os.path.exists(os.path.join(out, MANIFEST)):
         raise CheckpointError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from faccel.cli.config_command import config
+from faccel.cli.flags import LocalPath
 from faccel.cli.launch_command import launch, test
 from faccel.cli.output import explain_rows, json_option, present
 
@@ -34,7 +35,7 @@ main.add_command(test)
 
 
 @main.command()
-@click.argument("directory", type=click.Path(exists=True, file_okay=False))
+@click.argument("directory", type=LocalPath(exists=True, file_okay=False))
 @json_option
 def checkpoints(directory: str, *, as_json: bool) -> None:
     """List the checkpoints in DIRECTORY and verify the hash of every file.
@@ -86,8 +87,8 @@ def _verify(checkpoint: Checkpoint) -> str | None:
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False))
-@click.argument("out", type=click.Path(file_okay=False))
+@click.argument("checkpoint", type=LocalPath(exists=True, file_okay=False))
+@click.argument("out", type=LocalPath(file_okay=False))
 @click.option("--model", "name", help="Name of the model, if the state holds several.")
 @click.option(
     "--max-shard-size", default="5GB", show_default=True, help="Size of the largest file."

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from faccel.cli.flags import UsageError
+from faccel.cli.flags import LocalPath, UsageError
 from faccel.cli.output import explain_rows, fields_document, json_option, present
 from faccel.errors import ConfigError, FaccelError, nearest
 
@@ -230,7 +230,7 @@ def check(file: str, *, as_json: bool) -> None:
 
 
 @config.command(name="import")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("file", type=LocalPath(exists=True, dir_okay=False))
 @click.option("-o", "--out", help="File to write. Default: the user's configuration file.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @json_option

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from faccel.checks import local_path
 from faccel.config import Config, config_fields, flag_of, unreadable
 from faccel.errors import ConfigError, FaccelError
 
@@ -20,6 +21,21 @@ class UsageError(click.ClickException):
 
     def __init__(self, error: FaccelError) -> None:
         super().__init__(str(error))
+
+
+class LocalPath(click.Path):
+    """A path of this node: a URL such as `s3://bucket/run` is an error with a way to read it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path, or print the error and exit with code 2."""
+        name = "path"
+        if param is not None and param.name is not None:
+            name = param.name.upper()
+        try:
+            local_path(name, value)
+        except ConfigError as error:
+            raise UsageError(error) from None
+        return super().convert(value, param, ctx)
 
 
 def config_flags(command: CommandT) -> CommandT:

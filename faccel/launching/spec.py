@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from faccel.checks import one_of
+from faccel.checks import local_path, one_of
 from faccel.config import LAUNCH
 from faccel.config_file import VARIABLE, absolute
 from faccel.errors import LaunchError
@@ -71,6 +71,8 @@ class LaunchSpec:
                 got="no `--log-dir`",
                 fix="add `--log-dir DIR`, or remove `--tee`",
             )
+        if self.log_dir is not None:
+            local_path("log_dir", self.log_dir, LaunchError)
         _check_rendezvous(self)
 
     @property

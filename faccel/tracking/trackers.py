@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import attrs
 import torch
 
-from faccel.checks import one_of
+from faccel.checks import local_path, one_of
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, effectful, updates
 from faccel.errors import ConfigError, FaccelError
@@ -154,7 +154,7 @@ def init_trackers(
         The trackers, for `log` and `finish`.
 
     Raises:
-        ConfigError: A tracker is unknown or not installed.
+        ConfigError: A tracker is unknown or not installed, or `run` is a URL.
 
     Examples:
         >>> import tempfile
@@ -164,6 +164,7 @@ def init_trackers(
         >>> log({"loss": 2.5}, trackers, step=1)
         >>> finish(trackers)
     """
+    local_path("run", run)
     by_name = [_named_tracker(tracker) for tracker in trackers]  # every rank raises on a wrong name
     if not ctx.is_main:
         return Trackers()

@@ -278,3 +278,66 @@ def test_weights_are_loaded_into_a_module_whose_state_dict_returns_copies(tmp_pa
     faccel.checkpoint.export_model(nets[0], tmp_path, ONE)
     faccel.checkpoint.load_model(nets[1], tmp_path, ONE)
     assert torch.equal(nets[0].weight, nets[1].weight)
+
+
+URLS = ("s3://bucket/run", "gs://b/run", "hf://datasets/x", "dbfs:/run", "file:///data/run")
+
+
+def path_calls(url):
+    """Return every function of the library that takes a path, called with a URL."""
+    import pathlib
+
+    from faccel.config_file import read, write
+    from faccel.launching.spec import LaunchSpec
+
+    net, check = nn.Linear(1, 1), faccel.checkpoint
+    url = pathlib.Path(url) if url.startswith("gs") else url  # `gs:/b/run`, with one slash
+    text = str(url)
+    return {
+        "save": lambda: faccel.save({"step": 1}, url, ONE, step=1),
+        "load": lambda: faccel.load({"step": 1}, url, ONE),
+        "latest": lambda: faccel.latest(url, ONE),
+        "checkpoints": lambda: check.checkpoints(url),
+        "export_model": lambda: check.export_model(net, url, ONE),
+        "load_model": lambda: check.load_model(net, url, ONE),
+        "save_object": lambda: check.save_object(net, url, ONE),
+        "run_dir": lambda: faccel.Config(run_dir=text),
+        "init_trackers": lambda: faccel.tracking.init_trackers(text, ONE),
+        "environment": lambda: fake_context(0, 1, config={"run_dir": text}),
+        "log_dir": lambda: LaunchSpec(command=("x.py",), log_dir=text),
+        "config": lambda: read(f"{text}.yaml"),
+        "config file": lambda: write(f"{text}.yaml", {}),
+    }
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_url_is_an_error_with_a_way_to_copy_and_never_a_local_folder(tmp_path, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    for name, call in path_calls(url).items():
+        with pytest.raises(faccel.errors.FaccelError, match="must be a local path") as caught:
+            call()
+        assert ("pip install" in caught.value.fix) == (not url.startswith("file:")), name
+    for command in (["merge", url, "out"], ["merge", ".", url], ["checkpoints", url]):
+        out = CliRunner().invoke(main, command)
+        assert (out.exit_code, "must be a local path" in out.output) == (2, True), out.output
+    assert os.listdir(tmp_path) == []
+
+
+def test_local_paths_with_colons_are_no_urls(tmp_path):
+    for name in ("a:b", "12:30:00", "s3:"):
+        faccel.save({"x": 1}, tmp_path / name, ONE, step=1)
+        assert faccel.load({"x": 0}, tmp_path / name, ONE) == {"x": 1}
+
+
+def test_the_fix_for_a_url_copies_a_checkpoint(tmp_path, monkeypatch):
+    import fsspec
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        faccel.save({"x": 1}, "memory://bucket/run", ONE, step=1)
+    faccel.save({"x": 1}, "local", ONE, step=1)
+    code = caught.value.fix.split("`")[5]
+    assert code.startswith("fsspec.filesystem(")
+    eval(code, {"fsspec": fsspec})
+    fsspec.filesystem("memory").get("memory://bucket/run", "copy", recursive=True)
+    assert faccel.load({"x": 0}, "copy", ONE) == {"x": 1}

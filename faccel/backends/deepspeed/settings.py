@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from faccel.checks import local_path
 from faccel.context import DistContext
 from faccel.errors import ConfigError, nearest
 from faccel.plan import DeepSpeedConfig, Plan
@@ -73,7 +74,7 @@ def read_settings(options: DeepSpeedConfig) -> Settings:
     settings = options.settings
     if isinstance(settings, str):
         try:
-            with open(settings) as file:
+            with open(local_path("settings", settings)) as file:
                 settings = json.load(file)
         except (OSError, ValueError) as error:
             raise ConfigError(
