@@ -12,12 +12,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import attrs
-import torch
 
-from faccel.checks import local_path, one_of
+from faccel.checks import instance_of, local_path, one_of
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, effectful, updates
 from faccel.errors import ConfigError, FaccelError
+from faccel.tracking.values import plain_value, run_config, to_json
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -31,14 +31,18 @@ class Tracker:
 
     Args:
         open: `open(folder, config) -> state`: starts or continues a run in an existing folder.
-        log: `log(state, values, step)`: records numbers.
+        log: `log(state, values, step)`: records values. Numbers and tensors of one element are
+            floats.
         close: `close(state)`: ends the run. Afterwards everything is on disk.
+        types: The types of values that `log` records. A value of another type is left out, and the
+            logger `faccel` names it once.
     """
 
-    # The type of `state` is known to the tracker only.
+    # The types of `state` and of values other than floats are known to the tracker only.
     open: Callable[[Path, RunConfig], Any]
-    log: Callable[[Any, Mapping[str, float], int], None]
+    log: Callable[[Any, Mapping[str, Any], int], None]
     close: Callable[[Any], None]
+    types: tuple[type, ...] = (float,)
 
 
 @attrs.frozen(eq=False)
@@ -65,19 +69,26 @@ class Trackers:
             "%s failed; its later failures are not logged: %r", source, error
         )
 
+    def report_omission(self, source: str, name: str, reason: str) -> None:
+        """Log once that a source leaves out the values of a name.
 
-def _to_json(values: Mapping[str, object], indent: int | None = None) -> str:
-    # `default=str`: the configuration of a run contains paths, dtypes and the like
-    return json.dumps(dict(values), indent=indent, default=str)
+        Effects: ambient. The other values are recorded.
+        """
+        key = f"{source}, {name}"
+        if key in self._failed:
+            return
+        self._failed.add(key)
+        logging.getLogger("faccel").error("%s leaves out `%s`: %s", source, name, reason)
 
 
 def _open_jsonl(folder: Path, config: RunConfig) -> TextIO:
-    (folder / "config.json").write_text(_to_json(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
     return (folder / "metrics.jsonl").open("a")
 
 
-def _log_jsonl(file: TextIO, values: Mapping[str, float], step: int) -> None:
-    file.write(_to_json({"step": step, "time": time.time(), **values}) + "\n")
+def _log_jsonl(file: TextIO, values: Mapping[str, object], step: int) -> None:
+    line = to_json({"step": step, "time": time.time(), **values})
+    file.write(json.dumps(line) + "\n")
     file.flush()  # a killed run keeps all that it logged
 
 
@@ -93,7 +104,7 @@ def _open_csv(folder: Path, config: RunConfig) -> TextIO:
     return file
 
 
-def _log_csv(file: TextIO, values: Mapping[str, float], step: int) -> None:
+def _log_csv(file: TextIO, values: Mapping[str, object], step: int) -> None:
     csv.writer(file).writerows((step, name, value) for name, value in values.items())
     file.flush()
 
@@ -109,13 +120,16 @@ def _open_tensorboard(folder: Path, config: RunConfig) -> SummaryWriter:
             fix='run `pip install "faccel[track]"`',
         ) from None
     writer = SummaryWriter(str(folder))
-    writer.add_text("config", _to_json(config, indent=2))
+    writer.add_text("config", json.dumps(to_json(config), indent=2))
     return writer
 
 
-def _log_tensorboard(writer: SummaryWriter, values: Mapping[str, float], step: int) -> None:
+def _log_tensorboard(writer: SummaryWriter, values: Mapping[str, Any], step: int) -> None:
     for name, value in values.items():
-        writer.add_scalar(name, value, step)
+        if isinstance(value, str):
+            writer.add_text(name, value, step)
+        else:
+            writer.add_scalar(name, value, step)
 
 
 def _close(file: TextIO | SummaryWriter) -> None:
@@ -124,9 +138,10 @@ def _close(file: TextIO | SummaryWriter) -> None:
 
 TRACKERS: Mapping[str, Tracker] = MappingProxyType(
     {
-        "csv": Tracker(_open_csv, _log_csv, _close),
-        "jsonl": Tracker(_open_jsonl, _log_jsonl, _close),
-        "tensorboard": Tracker(_open_tensorboard, _log_tensorboard, _close),
+        "csv": Tracker(_open_csv, _log_csv, _close, types=(float, str)),
+        # JSON has lists and objects; what it has not is written as text
+        "jsonl": Tracker(_open_jsonl, _log_jsonl, _close, types=(object,)),
+        "tensorboard": Tracker(_open_tensorboard, _log_tensorboard, _close, types=(float, str)),
     }
 )
 """The built-in trackers by name. For another service, pass a `Tracker` to `init_trackers`."""
@@ -138,7 +153,7 @@ def init_trackers(
     ctx: DistContext,
     *,
     trackers: Sequence[str | Tracker] = ("jsonl",),
-    config: RunConfig | None = None,
+    config: object = None,
 ) -> Trackers:
     """Start to record a run in the folder `ctx.config.run_dir / run`.
 
@@ -148,13 +163,15 @@ def init_trackers(
         run: Name of the run.
         ctx: The context.
         trackers: `"jsonl"`, `"csv"`, `"tensorboard"`, or a `Tracker`.
-        config: What to store about the run.
+        config: What to store about the run: a mapping, a dataclass or attrs record, a `Namespace`
+            of argparse, or another object with attributes.
 
     Returns:
         The trackers, for `log` and `finish`.
 
     Raises:
-        ConfigError: A tracker is unknown or not installed, or `run` is a URL.
+        ConfigError: A tracker is unknown, not installed or named twice, `config` has no fields, or
+            `run` is a URL.
 
     Examples:
         >>> import tempfile
@@ -164,16 +181,18 @@ def init_trackers(
         >>> log({"loss": 2.5}, trackers, step=1)
         >>> finish(trackers)
     """
+    # Every rank raises on a wrong argument, although only rank 0 records.
     local_path("run", run)
-    by_name = [_named_tracker(tracker) for tracker in trackers]  # every rank raises on a wrong name
+    by_name = _named_trackers(trackers)
+    fields = run_config(config)
     if not ctx.is_main:
         return Trackers()
     folder = Path(ctx.config.run_dir) / run
     folder.mkdir(parents=True, exist_ok=True)
     opened: list[tuple[str, Tracker, object]] = []
-    for name, tracker in by_name:
+    for name, tracker in by_name.items():
         try:
-            opened.append((name, tracker, tracker.open(folder, config or {})))
+            opened.append((name, tracker, tracker.open(folder, fields)))
         except FaccelError:  # a requested tracker is not installed
             raise
         except Exception as error:
@@ -182,42 +201,79 @@ def init_trackers(
     return Trackers(opened)
 
 
-def _named_tracker(tracker: str | Tracker) -> tuple[str, Tracker]:
-    if isinstance(tracker, Tracker):
-        return "Tracker", tracker
-    one_of("trackers", tracker, TRACKERS)
-    return tracker, TRACKERS[tracker]
+def _named_trackers(trackers: Sequence[str | Tracker]) -> dict[str, Tracker]:
+    """Return the trackers by name: that of a built-in one, or the position of a custom one."""
+    fix = 'write `trackers=("jsonl",)`'
+    # A str is a sequence of letters.
+    if isinstance(trackers, str):
+        raise ConfigError("`trackers` must be a list of trackers", got=repr(trackers), fix=fix)
+    by_name: dict[str, Tracker] = {}
+    for index, tracker in enumerate(trackers):
+        if isinstance(tracker, Tracker):
+            by_name[f"trackers[{index}]"] = tracker
+            continue
+        one_of("trackers", tracker, TRACKERS)
+        if tracker in by_name:  # it would write each value twice into one file
+            raise ConfigError(f"`trackers` has `{tracker}` twice", got=repr(trackers), fix=fix)
+        by_name[tracker] = TRACKERS[tracker]
+    return by_name
 
 
 @effectful(AMBIENT, updates("trackers"))
-def log(values: Mapping[str, float | torch.Tensor], trackers: Trackers, *, step: int) -> None:
-    """Record numbers.
+def log(values: Mapping[str, object], trackers: Trackers, *, step: int) -> None:
+    """Record numbers, and values of other types with the trackers that can record them.
+
+    `"jsonl"` records every value, `"csv"` and `"tensorboard"` record numbers and text.
 
     Effects: ambient, updates trackers. On rank 0 the host waits for tensors on a device. A tracker
-    that fails never stops the training: its first failure is logged by the logger `faccel`.
+    that fails never stops the training: its first failure is logged by the logger `faccel`. A value
+    that a tracker cannot record is left out; the logger names it once.
 
     Args:
-        values: Numbers or 0-d tensors by name.
+        values: Numbers, tensors of one element or other values, by name.
         trackers: From `init_trackers`.
         step: The step that they belong to.
 
+    Raises:
+        ConfigError: `values` is not a mapping, or `trackers` are not from `init_trackers`.
+
     Examples:
-        >>> log({"loss": 2.5}, Trackers(), step=1)
+        >>> log({"loss": 2.5, "phase": "warm-up"}, Trackers(), step=1)
     """
-    # Before `float`, so that only rank 0 waits for its device.
+    instance_of("values", values, Mapping, fix='write `log({"loss": loss}, trackers, step=step)`')
+    fix = "write `trackers = init_trackers(run, ctx)`, then `log(values, trackers, step=step)`"
+    instance_of("trackers", trackers, Trackers, fix=fix)
+    # Before the conversion, so that only rank 0 waits for its device.
     if not trackers.opened:
         return
     # Once for all trackers: each conversion waits for the device.
-    try:
-        numbers = {name: float(value) for name, value in values.items()}
-    except (TypeError, ValueError) as error:
-        trackers.report_failure("`log` with a value that is not a number", error)
-        return
-    for name, tracker, state in trackers.opened:
+    plain: dict[str, object] = {}
+    for name, value in values.items():
         try:
-            tracker.log(state, numbers, step)
+            plain[str(name)] = plain_value(value)
+        # One value of an unexpected type must not drop the others.
         except Exception as error:
-            trackers.report_failure(f"the tracker `{name}`", error)
+            trackers.report_omission("`log`", str(name), repr(error))
+    for name, tracker, state in trackers.opened:
+        source = f"the tracker `{name}`"
+        try:
+            tracker.log(state, _supported(plain, tracker, trackers, source), step)
+        except Exception as error:
+            trackers.report_failure(source, error)
+
+
+def _supported(
+    values: Mapping[str, object], tracker: Tracker, trackers: Trackers, source: str
+) -> dict[str, object]:
+    """Return the values of types that a tracker records."""
+    supported: dict[str, object] = {}
+    for name, value in values.items():
+        if isinstance(value, tracker.types):
+            supported[name] = value
+        else:
+            reason = f"it records no values of type {type(value).__name__}"
+            trackers.report_omission(source, name, reason)
+    return supported
 
 
 @effectful(AMBIENT, updates("trackers"))

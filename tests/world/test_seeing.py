@@ -1,10 +1,17 @@
 """Trackers, loggers and progress: what they write, and on which rank."""
 
+import argparse
 import csv
+import dataclasses
+import fractions
 import io
 import json
 import logging
+import pathlib
+import types
 
+import attrs
+import numpy as np
 import pytest
 import torch
 
@@ -81,10 +88,191 @@ def test_the_failure_of_a_custom_tracker_is_logged_once_and_does_not_stop_the_ru
     assert len((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_an_unknown_tracker_is_an_error_on_every_rank(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"trackers": ("json",)}, "use `jsonl`"),
+        ({"trackers": "jsonl"}, r"""trackers=\("jsonl",\)"""),
+        ({"trackers": ("csv", "csv")}, "`csv` twice"),
+        ({"config": 3}, "`config` must have named fields"),
+        ({"config": dict}, "`config` must have named fields"),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_is_an_error_on_every_rank(tmp_path, options, words):
     for rank in range(2):
-        with pytest.raises(ConfigError, match="`jsonl`"):
-            faccel.tracking.init_trackers("a", fake_context(rank, 2), trackers=("json",))
+        with pytest.raises(ConfigError, match=words):
+            faccel.tracking.init_trackers("a", fake_context(rank, 2), **options)
+
+
+def test_swapped_arguments_of_log_are_an_error_on_every_rank():
+    empty = faccel.tracking.Trackers()
+    for arguments in ((empty, {"x": 1}), (0.5, empty)):
+        with pytest.raises(ConfigError, match=r"log\(.*trackers, step=step\)"):
+            faccel.tracking.log(*arguments, step=0)
+
+
+LEAF = torch.ones((), requires_grad=True)
+# A value, and what the file of `jsonl` and `csv` contains; ABSENT is left out and named once.
+ABSENT = object()
+LOGGED = {
+    "int": (3, 3.0, "3.0"),
+    "bool": (True, 1.0, "1.0"),
+    "numpy number": (np.float32(0.5), 0.5, "0.5"),
+    "fraction": (fractions.Fraction(1, 2), 0.5, "0.5"),
+    "tensor": (torch.tensor(2), 2.0, "2.0"),
+    "tensor of one element": (torch.tensor([[2.5]]), 2.5, "2.5"),
+    "tensor with gradients": (LEAF * 2, 2.0, "2.0"),
+    "array of one element": (np.array([2.5]), 2.5, "2.5"),
+    "text": ("warm-up", "warm-up", "warm-up"),
+    "text of a number": ("1", "1", "1"),
+    "none": (None, None, ABSENT),
+    "list": ([1, torch.tensor(2)], [1, 2], ABSENT),
+    "several elements": (torch.arange(2.0), [0.0, 1.0], ABSENT),
+    "dict": ({("a", 1): None}, {"('a', 1)": None}, ABSENT),
+    "path": (pathlib.PurePosixPath("a/b"), "a/b", ABSENT),
+    "complex": (1j, "1j", ABSENT),
+    "huge int": (10**400, ABSENT, ABSENT),
+    "meta tensor": (torch.ones((), device="meta"), ABSENT, ABSENT),
+}
+
+
+@pytest.mark.parametrize("kind", LOGGED)
+@pytest.mark.filterwarnings("error")
+def test_a_value_of_any_type_drops_no_other_value(kind, tmp_path, caplog):
+    value, in_jsonl, in_csv = LOGGED[kind]
+    ctx = fake_context(0, 1, config={"run_dir": str(tmp_path)})
+    trackers = faccel.tracking.init_trackers("run", ctx, trackers=("jsonl", "csv"))
+    for step in range(3):
+        faccel.tracking.log({"before": 0, "it": value, "loss": 0.5}, trackers, step=step)
+    faccel.tracking.finish(trackers)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = [(row["step"], row["name"], row["value"]) for row in csv.DictReader(file)]
+    for step, line in enumerate(lines):
+        values = json.loads(line)
+        assert (values["step"], values["before"], values["loss"]) == (step, 0.0, 0.5)
+        assert values.get("it", ABSENT) == in_jsonl
+    expected = [("before", "0.0"), ("it", in_csv), ("loss", "0.5")]
+    expected = [pair for pair in expected if pair[1] is not ABSENT]
+    assert rows == [(str(step), *pair) for step in range(3) for pair in expected]
+    assert len(lines) == 3
+    assert len(caplog.records) == (in_csv is ABSENT)
+    assert all("`it`" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.filterwarnings("ignore")  # from the imports of tensorboard
+def test_tensorboard_records_text_next_to_numbers(tmp_path, caplog):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    ctx = fake_context(0, 1, config={"run_dir": str(tmp_path)})
+    trackers = faccel.tracking.init_trackers("a", ctx, trackers=("tensorboard",))
+    for step in range(2):
+        values = {"phase": "warm-up", "none": None, "loss": 0.5}
+        faccel.tracking.log(values, trackers, step=step)
+    faccel.tracking.finish(trackers)
+    events = EventAccumulator(str(tmp_path / "a"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("loss")] == [0.5, 0.5]
+    texts = events.Tensors("phase/text_summary")
+    assert [text.tensor_proto.string_val[0] for text in texts] == [b"warm-up"] * 2
+    assert [record.getMessage().count("`none`") for record in caplog.records] == [1]
+
+
+def test_a_sharded_value_is_left_out_because_its_number_needs_the_other_ranks(tmp_path, caplog):
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    def fn(ctx):
+        trackers = faccel.tracking.init_trackers("run", ctx)
+        mesh = ctx.mesh.device_mesh
+        values = {
+            "replicated": DTensor.from_local(torch.tensor(0.5), mesh, [Replicate()]),
+            "sharded": DTensor.from_local(torch.ones(1), mesh, [Shard(0)]),
+        }
+        faccel.tracking.log(values, trackers, step=0)
+        faccel.tracking.finish(trackers)
+
+    simulate(fn, 2, config={"run_dir": str(tmp_path), "mesh": "dp_shard=2"})
+    values = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert (values["replicated"], "sharded" in values) == (0.5, False)
+    assert "value.full_tensor()" in caplog.text
+
+
+@dataclasses.dataclass
+class Settings:
+    lr: float
+    path: pathlib.PurePosixPath
+
+
+@attrs.frozen
+class Record:
+    lr: float
+    path: pathlib.PurePosixPath
+
+
+FIELDS = {"lr": 0.1, "path": pathlib.PurePosixPath("a/b")}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FIELDS,
+        types.MappingProxyType(FIELDS),
+        argparse.Namespace(**FIELDS),
+        types.SimpleNamespace(**FIELDS),
+        Settings(**FIELDS),
+        Record(**FIELDS),
+        type("Arguments", (), {"__init__": lambda self: vars(self).update(FIELDS)})(),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+@pytest.mark.filterwarnings("ignore")  # from the imports of tensorboard
+def test_a_config_of_any_type_with_fields_is_stored(config, tmp_path, caplog):
+    ctx = fake_context(0, 1, config={"run_dir": str(tmp_path)})
+    for nested in (config, {"args": config}):
+        names = ("jsonl", "csv", "tensorboard")
+        trackers = faccel.tracking.init_trackers("run", ctx, trackers=names, config=nested)
+        assert len(trackers.opened) == 3
+        faccel.tracking.finish(trackers)
+        stored = json.loads((tmp_path / "run" / "config.json").read_text())
+        if isinstance(nested, dict) and "args" in nested:
+            stored = stored["args"]
+            if type(config).__name__ == "Arguments":  # not a record: its text below the top level
+                continue
+        assert stored == {"lr": 0.1, "path": "a/b"}
+    assert not caplog.records
+
+
+def test_custom_trackers_have_different_names_and_each_failure_is_logged(tmp_path, caplog):
+    def fail(state, values, step):
+        raise OSError(state)
+
+    def tracker(text):
+        return faccel.tracking.Tracker(lambda folder, config: text, fail, lambda state: None)
+
+    ctx = fake_context(0, 1, config={"run_dir": str(tmp_path)})
+    custom = (tracker("first server"), "csv", tracker("second server"))
+    trackers = faccel.tracking.init_trackers("b", ctx, trackers=custom)
+    assert [name for name, _, _ in trackers.opened] == ["trackers[0]", "csv", "trackers[2]"]
+    for step in range(2):
+        faccel.tracking.log({"x": 1}, trackers, step=step)
+    faccel.tracking.finish(trackers)
+    for text in ("first server", "second server"):
+        assert caplog.text.count(text) == 1
+
+
+def test_a_custom_tracker_gets_values_of_its_types_only(tmp_path):
+    seen = []
+    custom = faccel.tracking.Tracker(
+        lambda folder, config: config,
+        lambda state, values, step: seen.append(values),
+        lambda state: None,
+        types=(float, list),
+    )
+    ctx = fake_context(0, 1, config={"run_dir": str(tmp_path)})
+    trackers = faccel.tracking.init_trackers("b", ctx, trackers=(custom,))
+    faccel.tracking.log({"loss": LEAF, "table": [1, 2], "phase": "a"}, trackers, step=0)
+    assert seen == [{"loss": 1.0, "table": [1, 2]}]
 
 
 def test_a_logger_logs_on_rank_0_with_rank_and_step(caplog):
