@@ -20,7 +20,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from faccel.random.generators import call_seeded, seed_all
+from faccel.random.generators import call_seeded, call_watched, detect_draws, seed_all
 from faccel.random.hashing import mix
 from faccel.tree import Tree, is_tensordict
 
@@ -36,11 +36,14 @@ class BatchDataset(Dataset[Tree]):
         dataset: The user's dataset.
         collate: The user's `collate_fn`.
         is_single: Whether one item of the dataset is a batch already.
+        draws: Whether reading a batch draws random numbers; None before the first one is read. In
+            worker processes it stays None.
     """
 
     dataset: Tree
     collate: Callable[[Tree], Tree]
     is_single: bool = False
+    draws: bool | None = attrs.field(default=None, init=False)
 
     def __getitem__(self, row: Row) -> Tree:
         """Read, seed and collate one batch."""
@@ -57,12 +60,26 @@ class BatchDataset(Dataset[Tree]):
         # Datasets get a list of Python integers, as PyTorch's samplers yield them.
         if isinstance(indices, np.ndarray):
             indices = indices.tolist()
-        seed = mix(*key)
-        # In this process the generators belong to the training: they are restored afterwards.
-        if get_worker_info() is None:
-            return call_seeded(self._read, indices, seed)
-        seed_all(seed)  # nothing else in a worker process draws
-        return self._read(indices)
+        if get_worker_info() is not None:
+            seed_all(mix(*key))  # nothing else in a worker process draws
+            return self._read(indices)
+        return self._read_in_process(key, indices)
+
+    def _read_in_process(self, key: tuple[int, ...], indices: Sequence[Tree]) -> Tree:
+        """Read under seeded generators; those of the process belong to the training."""
+        if self.draws is None:
+            batch, self.draws = call_seeded(self._read_and_detect, indices, mix(*key))
+            return batch
+        # Most datasets draw nothing, and seeding all generators takes a tenth of the time in which
+        # a small batch is read. A batch that draws after others did not is read again, seeded.
+        if not self.draws:
+            batch, self.draws = call_watched(self._read, indices)
+            if not self.draws:
+                return batch
+        return call_seeded(self._read, indices, mix(*key))
+
+    def _read_and_detect(self, indices: Sequence[Tree]) -> tuple[Tree, bool]:
+        return detect_draws(lambda: self._read(indices))
 
     def _is_plain_tensors(self) -> bool:
         is_default = self.collate is default_collate and not self.is_single

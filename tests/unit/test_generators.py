@@ -7,8 +7,15 @@ import pytest
 import torch
 
 import faccel
-from faccel.random.generators import Generators, call_seeded, detect_draws, seed_all, using
-from faccel.testing import simulate
+from faccel.random.generators import (
+    Generators,
+    call_seeded,
+    call_watched,
+    detect_draws,
+    seed_all,
+    using,
+)
+from faccel.testing import fake_context, simulate
 
 
 def draws(_=None):
@@ -82,6 +89,80 @@ def test_a_draw_from_any_generator_is_detected_and_undone(draw):
         assert detect_draws(lambda: None, torch_only=True) == (None, False)
         got.append(draws())
     assert got == expected
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda _: torch.rand(1),
+        lambda _: random.random(),
+        lambda _: random.gauss(0, 1),
+        lambda _: random.seed(5),
+        lambda _: np.random.rand(),
+        lambda _: np.random.seed(5),
+        lambda _: call_seeded(draws, None, 5) and random.random(),
+    ],
+)
+def test_a_watched_call_detects_every_draw_and_changes_no_draw_of_the_process(draw):
+    seed_all(3)
+    expected = [(random.gauss(0, 1), draws()) for _ in range(4)]
+    seed_all(3)
+    got = []
+    for number in range(4):
+        gauss = random.gauss(0, 1)  # the second one of a pair is stored at odd numbers
+        assert call_watched(lambda value: value, number) == (number, False)
+        assert call_watched(draw, None)[1]
+        assert call_watched(draw, None)[1]
+        call_watched(lambda _: call_seeded(draws, None, 5), None)
+        got.append((gauss, draws()))
+    assert got == expected
+
+
+def test_a_watched_call_that_raises_restores_the_generators():
+    seed_all(1)
+    expected = draws()
+    seed_all(1)
+    with pytest.raises(ZeroDivisionError):
+        call_watched(lambda _: draws() and 1 / 0, None)
+    assert call_watched(lambda _: 2, None) == (2, False)
+    assert draws() == expected
+
+
+class _Drawing(torch.utils.data.Dataset):
+    """Counts reads; draws from item `first_draw` on."""
+
+    def __init__(self, first_draw):
+        self.first_draw = first_draw
+        self.num_reads = []
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        self.num_reads.append(index)
+        if index >= self.first_draw:
+            return index + random.random() + np.random.rand() + torch.rand(()).item()
+        return float(index)
+
+
+@pytest.mark.parametrize("first_draw", [0, 4, 8])
+def test_a_dataset_that_draws_is_reproducible_and_read_once(first_draw):
+    def read(seed_of_process):
+        seed_all(seed_of_process)
+        dataset = _Drawing(first_draw)
+        loader = faccel.shard(torch.utils.data.DataLoader(dataset, 2), fake_context(0, 1))
+        first = torch.cat(list(loader))
+        second = torch.cat(list(loader.at(0, step=2)))
+        return first, second, dataset.num_reads, draws()
+
+    (first, second, num_reads, after), (again, _, _, _) = read(1), read(2)
+    seed_all(1)
+    assert after == draws()
+    assert torch.equal(first, again)
+    assert torch.equal(first[4:], second)
+    # The batch that drew although the batches before it did not is read again, once.
+    repeated = [4, 5] if first_draw == 4 else []
+    assert sorted(num_reads) == sorted([*range(8), *range(4, 8), *repeated])
 
 
 def test_the_second_of_a_pair_of_normals_is_drawn_once():
