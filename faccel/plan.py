@@ -139,12 +139,17 @@ class FsdpConfig:
             default.
         fp32_units: Patterns of the names of units that compute in fp32, whatever the mixed
             precision.
+        low_precision_params: Whether parameters are gathered in the dtype of `mixed_precision`.
+            That halves their traffic, and backward keeps no cast copies of them. It is another
+            computation than autocast: the inputs of every unit, and the parameters of norms and of
+            blocks with `torch.autocast(enabled=False)` are rounded to that dtype, too.
     """
 
     reshard_after_forward: bool | int | None = None
     ignored: tuple[str, ...] = attrs.field(default=(), converter=_patterns)
     prefetch: int | None = attrs.field(default=None, validator=positive_number(optional=True))
     fp32_units: tuple[str, ...] = attrs.field(default=(), converter=_patterns)
+    low_precision_params: bool = _bool_field(default=False)
 
 
 def _settings(value: object) -> str | Mapping[str, object] | None:

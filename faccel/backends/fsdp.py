@@ -6,7 +6,7 @@ sharding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,13 +15,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from faccel.backends.fsdp_layout import Layout, data_mesh, engine_mesh
+from faccel.backends.fsdp_precision import precision_policy, switch_autocast
 from faccel.backends.fsdp_unreduced import UnreducedGrads
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.mesh import WORLD
 from faccel.parallel.activation_checkpoint import apply_checkpointing, apply_compile
 from faccel.parallel.expert_parallel import shard_experts
-from faccel.parallel.forward import call_method, to_fp32
+from faccel.parallel.forward import call_method, forward_precision, to_fp32
 from faccel.parallel.materialize import InitialValues
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import Plan
@@ -29,7 +30,7 @@ from faccel.protocols import Parallelism, RunMethod
 from faccel.tree import Tree
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+    from torch.distributed.fsdp import FSDPModule
 
 
 class FsdpEngine(nn.Module):
@@ -37,6 +38,7 @@ class FsdpEngine(nn.Module):
 
     Args:
         module: The user's module, which `shard_module` has sharded.
+        plan: How the model runs.
         ctx: The context.
 
     Attributes:
@@ -44,9 +46,10 @@ class FsdpEngine(nn.Module):
         unreduced: The gradients that backwards without reduction have accumulated.
     """
 
-    def __init__(self, module: nn.Module, ctx: DistContext) -> None:
+    def __init__(self, module: nn.Module, plan: Plan, ctx: DistContext) -> None:
         super().__init__()
         self.module = module
+        self.plan = plan
         self.ctx = ctx
         self.reduces_grads = True
         self.unreduced = UnreducedGrads(module)
@@ -62,7 +65,8 @@ class FsdpEngine(nn.Module):
         """Call a method of the module, with FSDP2's hooks; outputs are fp32."""
         self._register(method)
         try:
-            output = call_method(self.module, method, *args, **kwargs)
+            with forward_precision(self.plan, self.ctx):
+                output = call_method(self.module, method, *args, **kwargs)
         except RuntimeError as error:  # forward gathers parameters
             raise_naming_rank(error, "forward", WORLD, self.ctx.comm)
         if torch.is_grad_enabled():
@@ -85,7 +89,7 @@ class FsdpEngine(nn.Module):
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     check_same_structure(module, ctx, WORLD)
     shard_module(module, plan, Layout.from_plan(module, plan, ctx), ctx)
-    engine = FsdpEngine(module, ctx)
+    engine = FsdpEngine(module, plan, ctx)
     return engine, engine.run
 
 
@@ -114,7 +118,9 @@ def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext
 def _fully_shard(module: nn.Module, layout: Layout, plan: Plan, ctx: DistContext) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    policy_of = _mixed_precision(layout, ctx)
+    policy_of = precision_policy(layout, plan, ctx)
+    # Before sharding: FSDP2 then casts the inputs of a unit before autocast changes.
+    switch_autocast(layout, plan, ctx)
     options = _options(plan, ctx)
     # Experts first: the units around them must not take their parameters for `data_mesh`.
     if layout.moes:
@@ -146,26 +152,6 @@ def _options(plan: Plan, ctx: DistContext) -> dict[str, Any]:
         # Copies to a GPU overlap with computation only if the memory of the host is pinned.
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=ctx.device.type == "cuda")
     return options
-
-
-def _mixed_precision(layout: Layout, ctx: DistContext) -> Callable[[str], MixedPrecisionPolicy]:
-    """Return a function from the name of a module to its precision. Gradients reduce in fp32."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    if ctx.compute_dtype is None:
-        full_precision = MixedPrecisionPolicy()
-        return lambda name: full_precision
-    # A sum over many ranks in bf16 or fp16 would round small gradients away.
-    low = MixedPrecisionPolicy(param_dtype=ctx.compute_dtype, reduce_dtype=torch.float32)
-    # FSDP2 casts the inputs of a unit to its `param_dtype`, so a unit in fp32 gets fp32 inputs.
-    high = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
-
-    def policy_of(name: str) -> MixedPrecisionPolicy:
-        if layout.computes_in_fp32(name):
-            return high
-        return low
-
-    return policy_of
 
 
 def _units_in_order(module: nn.Module, layout: Layout) -> list[nn.Module]:

@@ -55,7 +55,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     own_names: list[str] = []
     for names in own_stages:
         is_first = names is stages[0]
-        stage_modules.append(StageModule(module, names, is_first=is_first))
+        stage_modules.append(StageModule(module, names, plan, ctx, is_first=is_first))
         own_names.extend(names)
     # Before sharding, so that the parameters of the other stages are freed.
     remove_other_stages(module, stages, own_names)

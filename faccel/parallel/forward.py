@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from faccel.context import DistContext
+from faccel.errors import ModelError
+from faccel.plan import Plan
 from faccel.training.precision import autocast
 from faccel.tree import Tree, map_leaves
 
@@ -46,6 +50,39 @@ def with_precision(run: RunMethod, ctx: DistContext) -> RunMethod:
         return to_fp32(out)
 
     return run_autocast
+
+
+@contextmanager
+def forward_precision(plan: Plan, ctx: DistContext) -> Generator[None]:
+    """Run the forward of a sharded model under autocast, as `with_precision` does for others.
+
+    Raises:
+        ModelError: An operation has inputs of two dtypes because of `low_precision_params`.
+    """
+    if ctx.compute_dtype is None:
+        yield
+        return
+    # The cache would keep a cast copy of every gathered parameter until the end of forward.
+    context = torch.autocast(ctx.device.type, dtype=ctx.compute_dtype, cache_enabled=False)
+    try:
+        with context:
+            yield
+    except RuntimeError as error:
+        if plan.fsdp.low_precision_params and _names_dtypes(error):
+            raise ModelError(
+                f"an operation has inputs in fp32 and in {ctx.config.mixed_precision}, because "
+                "`low_precision_params` also casts the parameters of norms and fp32 blocks",
+                got=str(error).partition("\n")[0],
+                fix="leave `low_precision_params` out, or name the unit of this operation in "
+                "`fsdp=faccel.parallel.FsdpConfig(low_precision_params=True, fp32_units=(...))`",
+            ) from error
+        raise
+
+
+def _names_dtypes(error: RuntimeError) -> bool:
+    """Whether an error of PyTorch is about the dtypes of the inputs of an operation."""
+    message = str(error)
+    return any(word in message for word in ("BFloat16", "Half", "dtype", "scalar type"))
 
 
 def to_fp32(tree: Tree) -> Tree:

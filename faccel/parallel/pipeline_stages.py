@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NoReturn
 
 import attrs
 from torch import nn
 
+from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
+from faccel.parallel.forward import forward_precision
 from faccel.parallel.units import matching
-from faccel.plan import PipelineConfig
+from faccel.plan import PipelineConfig, Plan
 from faccel.tree import Tree
 
 
@@ -155,12 +157,24 @@ class StageModule(nn.Module):
     Args:
         module: The full model.
         names: The names of the stage's modules, in order.
+        plan: How the model runs.
+        ctx: The context.
         is_first: Whether the stage is the first one of the pipeline.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str], *, is_first: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Sequence[str],
+        plan: Plan,
+        ctx: DistContext,
+        *,
+        is_first: bool,
+    ) -> None:
         super().__init__()
         self.is_first = is_first
+        self.plan = plan
+        self.ctx = ctx
         # A parent may hold modules of several stages; here it has this stage's only.
         self._names = tuple(names)
         for name in names:
@@ -175,6 +189,11 @@ class StageModule(nn.Module):
 
     def forward(self, *inputs: Tree, **kwargs: Tree) -> Tree:
         """Run the modules. Keyword arguments are for the first module of the model."""
+        # Here and not around the schedule, which also computes the loss: that is in fp32.
+        with forward_precision(self.plan, self.ctx):
+            return self._run_chain(inputs, kwargs)
+
+    def _run_chain(self, inputs: tuple[Tree, ...], kwargs: Mapping[str, Tree]) -> Tree:
         first, *others = self._names
         if self.is_first:
             out = self.get_submodule(first)(*inputs, **kwargs)
