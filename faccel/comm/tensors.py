@@ -8,6 +8,7 @@ import torch
 
 from faccel.checks import one_of
 from faccel.comm.pack import Packed, check_rank, describe, digest, pack, pad_to
+from faccel.comm.row_count import RowCount
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DataError, DesyncError
@@ -63,8 +64,9 @@ def gather(
             row and is never dropped.
         ctx: The world to gather over.
         num_valid: Rows of this rank that are not padding (`Batch.num_valid`), from 0 to `n`.
-            The others are dropped. May differ between ranks.
-        ragged: Whether `n` differs between ranks.
+            The others are dropped. May differ between ranks. With the `Batch.num_valid` of a loader
+            whose batches differ in their number of rows, `n` may differ, too.
+        ragged: Whether `n` differs between ranks; for other numbers than `Batch.num_valid`.
         axis: `"data"`, `"world"` or an axis of the mesh. Ranks that read the same data count once
             on `"data"`.
 
@@ -95,9 +97,13 @@ def gather(
     count = 0
     if counts_rows:
         count = _count(x, leaves, is_scalar, num_valid)
-    if ragged:
-        leaves = _pad_to_longest(leaves, is_scalar, count, ctx, axis)
-    else:  # ragged leaves rightly have different shapes, so debug mode must not compare them
+    # Of a loader's batch, whose ranks may have other numbers of rows.
+    is_row_count = isinstance(num_valid, RowCount)
+    if ragged or is_row_count:
+        # The leaves rightly have different shapes, so debug mode must not compare them.
+        largest = num_valid.largest if is_row_count else None
+        leaves = _same_rows(leaves, is_scalar, count, largest, ctx, axis)
+    else:
         ctx.comm.set_call_label("gather", x)
     # The header travels with the leaves, so that neither check nor count needs a collective.
     header = torch.tensor([digest(leaves), count], device=ctx.device)
@@ -198,15 +204,25 @@ def _count(
     return num_valid
 
 
-def _pad_to_longest(
-    leaves: list[torch.Tensor], is_scalar: list[bool], count: int, ctx: DistContext, axis: str
+def _same_rows(
+    leaves: list[torch.Tensor],
+    is_scalar: list[bool],
+    count: int,
+    largest: int | None,
+    ctx: DistContext,
+    axis: str,
 ) -> list[torch.Tensor]:
-    # The largest number of valid rows. A leaf may have more rows, so it is cut before padding.
-    largest = int(ctx.comm.all_reduce(torch.tensor(count, device=ctx.device), "max", axis))
-    padded: list[torch.Tensor] = []
+    """Return the leaves with as many rows on every rank: the largest number of valid ones."""
+    if largest is None:
+        own_count = torch.tensor(count, device=ctx.device)
+        largest = int(ctx.comm.all_reduce(own_count, "max", axis))
+    resized: list[torch.Tensor] = []
     for leaf, scalar in zip(leaves, is_scalar, strict=True):
-        padded.append(leaf if scalar else pad_to(leaf[:count], largest))
-    return padded
+        if not scalar and leaf.shape[0] != largest:
+            # A leaf may have more rows: those after the valid ones are repeats.
+            leaf = pad_to(leaf[:count], largest)
+        resized.append(leaf)
+    return resized
 
 
 @effectful(COLLECTIVE)

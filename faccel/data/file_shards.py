@@ -9,11 +9,12 @@ import attrs
 from torch.utils.data import DataLoader
 
 from faccel.comm.all_or_error import all_or_error
+from faccel.comm.row_count import RowCount
 from faccel.context import DistContext
 from faccel.data.batch import BatchInfo
 from faccel.data.order import Cursor
 from faccel.data.stream_dataset import collate_units
-from faccel.data.stream_plan import RankBatch, StreamPlan, repeat_to
+from faccel.data.stream_plan import RankBatch, StreamPlan, repeated
 from faccel.data.stream_sources import iterate_stream, no_step_error
 from faccel.errors import DataError
 from faccel.mesh import DATA
@@ -47,7 +48,9 @@ class FileShardsSource:
         loader: The user's loader.
         ctx: The world.
         batch_size: Samples per rank and step.
-        tail: `"pad"`, which repeats the first samples of the rank's shards, or `"drop"`.
+        tail: `"pad"`, which repeats the first samples of the rank's shards until each rank has as
+            many rows as the one with the most; `"full"`, which repeats them up to `batch_size` rows; or
+            `"drop"`.
         seed: Seed of the generators under which they are iterated.
     """
 
@@ -82,15 +85,18 @@ class FileShardsSource:
         while not self._is_over(progress):
             # one step ahead, because only all ranks together find out which step is the last
             ahead, progress_ahead = self._next(batches)
+            sizes = [rank.num_units for rank in progress]
             # Valid samples only: repeats are not in any shard.
-            consumed += sum(rank.num_units for rank in progress)
+            consumed += sum(sizes)
             is_end = self._is_over(progress_ahead)
             # Of all ranks, so that the cursor is the same on every rank and resumes each of them.
             positions = tuple(rank.position for rank in progress)
             units = batch.units if batch else []
-            info = BatchInfo(len(units), step, is_end, is_end, consumed, positions)
+            num_valid = RowCount(len(units), max(sizes))
+            info = BatchInfo(num_valid, step, is_end, is_end, consumed, positions)
             seed = mix(self.seed, epoch, consumed, self.ctx.data_rank)
-            yield info, collate_units(self._padded(units, epoch), self.loader, seed)
+            num_rows = self.batch_size if self.tail == "full" else max(sizes)
+            yield info, collate_units(self._filled(units, epoch, num_rows), self.loader, seed)
             batch, progress = ahead, progress_ahead
             step += 1
 
@@ -144,8 +150,9 @@ class FileShardsSource:
             return min(sizes) < self.batch_size
         return max(sizes) == 0
 
-    def _padded(self, units: list[Tree], epoch: int) -> list[Tree]:
-        if len(units) == self.batch_size:
+    def _filled(self, units: list[Tree], epoch: int, num_rows: int) -> list[Tree]:
+        """Return `num_rows` samples: `units`, and repeats from the start of this rank's shards."""
+        if len(units) == num_rows:
             return units
         # read again: after a resume the first samples are not in memory
         first = next(self._iterate(epoch, _START), None)
@@ -155,4 +162,4 @@ class FileShardsSource:
                 got="shards without any sample",
                 fix='write `tail="drop"`, or read the stream with `mode="split"`',
             )
-        return repeat_to(units, first.units, self.batch_size)
+        return units + repeated(first.units, 0, num_rows - len(units))

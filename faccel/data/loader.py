@@ -174,7 +174,7 @@ def batches(loader: ShardedLoader) -> Iterator[Batch]:
         >>> from faccel.testing import fake_context
         >>> loader = shard(DataLoader(range(5), batch_size=2), fake_context(1, 2))
         >>> [(b.data.tolist(), b.num_valid) for b in batches(loader)]
-        [([2, 3], 2), ([1, 2], 0)]
+        [([2, 3], 2), ([0], 0)]
     """
     fix = "write `faccel.batches(faccel.shard(loader, ctx).at(epoch))`"
     instance_of("loader", loader, ShardedLoader, fix=fix, error=DataError)
@@ -210,10 +210,12 @@ def shard(
         loader: A `DataLoader`, whose workers, `collate_fn`, pinning and prefetching are kept, or
             any iterable of batches.
         ctx: The world. Ranks of one model replica (tensor and pipeline parallel) read the same.
-        tail: `"pad"`: the last step repeats samples from the start of the order, so that every rank
-            reads equally many full batches. `"drop"`: no partial step (as with the loader's own
-            `drop_last=True`). `"uneven"`: no repeats; ranks may differ in the last step, which is
-            for evaluation.
+        tail: For a last step with fewer samples than a global batch, whose rows are divided evenly
+            over the ranks. `"pad"`: fewer than `W` samples repeat from the start of the order, so
+            that every rank has equally many rows; one process repeats none. `"full"`: samples
+            repeat until every batch is full, for static shapes. `"drop"`: no such step (as with the
+            loader's own `drop_last=True`). `"uneven"`: no repeats; ranks differ by one row, or some
+            have no last batch, which is for evaluation.
         mode: For streams. `"split"`: every rank iterates the whole stream and keeps its batches; it
             must be the same stream on every rank. `"dispatch"`: rank 0 iterates it and sends each
             rank its samples, which must be picklable; reading is collective. `"shards"`: each rank
@@ -237,7 +239,7 @@ def shard(
         >>> from faccel.testing import fake_context
         >>> loader = shard(DataLoader(range(10), batch_size=2), fake_context(0, 2))
         >>> len(loader), [x.tolist() for x in loader]
-        (3, [[0, 1], [4, 5], [8, 9]])
+        (3, [[0, 1], [4, 5], [8]])
     """
     check_tail(tail)
     instance_of("ctx", ctx, DistContext, fix="write `faccel.shard(loader, ctx)`")

@@ -2,7 +2,8 @@
 
 `N` samples, `B` rows per batch and rank, `W` ranks that read different data, `G = B * W`. An epoch
 has one global order, which maps each position to a sample. Starting at `c` samples, step `s` of
-rank `r` reads the positions `c + s*G + r*B ... c + s*G + (r+1)*B - 1`.
+rank `r` reads the positions `c + s*G + r*B ... c + s*G + (r+1)*B - 1`. The rows of a last step of
+fewer than `G` samples are divided evenly.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import attrs
 import numpy as np
 
 from faccel.checks import one_of
+from faccel.comm.row_count import RowCount
 from faccel.errors import DataError
 from faccel.random.hashing import mix
 from faccel.tree import Tree
@@ -21,7 +23,7 @@ from faccel.tree import Tree
 Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 _Words = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 
-TAILS = ("drop", "pad", "uneven")
+TAILS = ("drop", "full", "pad", "uneven")
 
 SMALL = 1 << 16
 """Below this many samples the order is a table: a Feistel network is biased on a small domain."""
@@ -171,6 +173,57 @@ class Order:
 
 
 @attrs.frozen
+class Rows:
+    """The rows of one rank in one step, as offsets from the first row of the step.
+
+    Args:
+        begin: Offset of the rank's first row.
+        num_valid: Number of rows that are not repeats, from `begin` on.
+        repeat: Number of repeats of the step that are on the ranks before this one: its first
+            repeat is that of the sample at position `repeat` of the order.
+        num_repeats: Number of repeats after the valid rows.
+    """
+
+    begin: int
+    num_valid: int
+    repeat: int
+    num_repeats: int
+
+
+def divide_rows(num_rows: int, batch_size: int, rank: int, world_size: int, tail: str) -> Rows:
+    """Divide the `num_rows` rows of a step over the ranks, evenly and in the order of the ranks.
+
+    Effects: pure.
+
+    Args:
+        num_rows: Rows of the step, from 1 to `batch_size * world_size`.
+        batch_size: `B`.
+        rank: `r`.
+        world_size: `W`.
+        tail: As in `ShardPlan`; "drop" is read as "pad", because it has full steps only.
+
+    Examples:
+        >>> [divide_rows(5, 4, rank, 3, "pad") for rank in (0, 2)]
+        [Rows(begin=0, num_valid=2, repeat=0, num_repeats=0), \
+Rows(begin=4, num_valid=1, repeat=0, num_repeats=1)]
+    """
+    if tail == "full":
+        # Ranks are filled one after the other; row `num_rows + i` of the step is repeat number `i`.
+        begin = rank * batch_size
+        num_valid = min(max(0, num_rows - begin), batch_size)
+        return Rows(begin, num_valid, max(0, begin - num_rows), batch_size - num_valid)
+    # The first `num_larger` ranks have one row more, and each of the others repeats one sample.
+    size, num_larger = divmod(num_rows, world_size)
+    begin = rank * size + min(rank, num_larger)
+    if rank < num_larger:
+        return Rows(begin, size + 1, 0, 0)
+    num_repeats = 0
+    if num_larger and tail != "uneven":
+        num_repeats = 1
+    return Rows(begin, size, rank - num_larger, num_repeats)
+
+
+@attrs.frozen
 class ShardPlan:
     """How one rank reads an epoch, as arithmetic.
 
@@ -179,8 +232,10 @@ class ShardPlan:
         batch_size: `B`, rows per batch on this rank.
         rank: `r`, this rank among those that read different data.
         world_size: `W`.
-        tail: For a last step of fewer than `G` samples: `"pad"` repeats samples from the start of
-            the order, `"drop"` leaves the step out, `"uneven"` gives some ranks fewer rows or none.
+        tail: For a last step of fewer than `G` samples. `"pad"`: ranks have equally many rows, for
+            which fewer than `W` samples repeat from the start of the order. `"full"`: samples
+            repeat until each rank has `B` rows. `"drop"`: no such step. `"uneven"`: no repeats;
+            ranks differ by one row.
     """
 
     num_samples: int
@@ -196,27 +251,53 @@ class ShardPlan:
 
     def num_steps(self, start: int) -> int:
         """Return the number of batches of this rank from `start` samples on."""
-        # With `n` samples left: drop floor(n / G), pad ceil(n / G), uneven ceil((n - r*B) / G),
-        # because the first row of rank `r` in step `s` is `s*G + r*B`, which must be below `n`.
         num_left = max(0, self.num_samples - start)
+        num_full, num_rows = divmod(num_left, self.global_batch_size)
+        return num_full + self._has_rows(num_rows)
+
+    def _has_rows(self, num_rows: int) -> bool:
+        """Return whether this rank takes part in a last step of `num_rows < G` samples."""
         if self.tail == "drop":
-            return num_left // self.global_batch_size
+            return False
         if self.tail == "uneven":
-            num_left = max(0, num_left - self.rank * self.batch_size)
-        # ceil(a / b) == -(-a // b) in integers: exact for any size, unlike `math.ceil(a / b)`.
-        return -(-num_left // self.global_batch_size)
+            # From `W` rows on each rank has one, and below the first `num_rows` ranks.
+            return self.rank < num_rows
+        return num_rows > 0
+
+    def _step_rows(self, start: int, step: int) -> tuple[int, Rows]:
+        """Return the position of the first row of a step, and this rank's rows."""
+        first = start + step * self.global_batch_size
+        num_rows = min(max(0, self.num_samples - first), self.global_batch_size)
+        rows = divide_rows(num_rows, self.batch_size, self.rank, self.world_size, self.tail)
+        return first, rows
 
     def first_position(self, start: int, step: int) -> int:
-        """Return the position of the first row of batch `step`."""
-        return start + step * self.global_batch_size + self.rank * self.batch_size
+        """Return the position of the first row of batch `step`; after the order for a repeat."""
+        first = start + step * self.global_batch_size
+        if first + self.global_batch_size <= self.num_samples:
+            return first + self.rank * self.batch_size
+        rows = self._step_rows(start, step)[1]
+        if rows.num_valid:
+            return first + rows.begin
+        # Ranks with repeats only have positions of their own: positions seed random augmentation.
+        return max(first, self.num_samples) + rows.repeat
 
     def num_valid(self, start: int, step: int) -> int:
         """Return the number of rows of batch `step` that are not repeats."""
-        return min(max(0, self.num_samples - self.first_position(start, step)), self.batch_size)
+        return self._step_rows(start, step)[1].num_valid
+
+    def row_count(self, start: int, step: int) -> int:
+        """Return `num_valid`, for a partial step with the largest number of all ranks."""
+        first = start + step * self.global_batch_size
+        if first + self.global_batch_size <= self.num_samples:
+            return self.batch_size
+        # Rank 0 is filled first: it has the most valid rows.
+        largest = attrs.evolve(self, rank=0).num_valid(start, step)
+        return RowCount(self.num_valid(start, step), largest)
 
     def consumed(self, start: int, step: int) -> int:
-        """Return the samples that all ranks have consumed after batch `step`, repeats included."""
-        return start + (step + 1) * self.global_batch_size
+        """Return the samples that all ranks have consumed after batch `step`, at most `N`."""
+        return min(start + (step + 1) * self.global_batch_size, self.num_samples)
 
     def is_end(self, consumed: int) -> bool:
         """Return whether the epoch has no step after `consumed` samples, on any rank."""
@@ -235,24 +316,26 @@ class ShardPlan:
 
     def batches(self, order: Order, start: int) -> Iterator[Ints]:
         """Yield the samples `int64[<= B]` of each batch; thousands are computed at a time."""
-        num_steps, size = self.num_steps(start), self.batch_size
-        steps_at_once = max(1, _CHUNK // size)
+        num_left = max(0, self.num_samples - start)
+        num_full, num_rows = divmod(num_left, self.global_batch_size)
+        steps_at_once = max(1, _CHUNK // self.batch_size)
         # In each chunk: positions `int64[steps, B]`, `c + s*G + r*B + i` for step `s` and row `i`.
-        for first in range(0, num_steps, steps_at_once):
-            steps = np.arange(first, min(first + steps_at_once, num_steps), dtype=np.int64)
-            first_positions = self.first_position(start, 0) + steps * self.global_batch_size
-            positions = first_positions[:, None] + np.arange(size)
-            if self.tail == "pad":
-                # Wraps around, several times if the order is shorter than a global batch.
-                positions %= self.num_samples
-            # rows after the end of the order, which the tail "uneven" cuts off below
-            positions = np.minimum(positions, self.num_samples - 1)
-            samples = order.samples(positions.reshape(-1)).reshape(-1, size)
-            for step, row in zip(steps.tolist(), samples, strict=True):
-                if self.tail == "pad":
-                    yield row
-                else:
-                    yield row[: self.num_valid(start, step)]
+        first_position = start + self.rank * self.batch_size
+        for first in range(0, num_full, steps_at_once):
+            steps = np.arange(first, min(first + steps_at_once, num_full), dtype=np.int64)
+            first_positions = first_position + steps * self.global_batch_size
+            positions = first_positions[:, None] + np.arange(self.batch_size)
+            yield from order.samples(positions.reshape(-1)).reshape(-1, self.batch_size)
+        if self._has_rows(num_rows):
+            yield order.samples(self._last_positions(start, num_full))
+
+    def _last_positions(self, start: int, step: int) -> Ints:
+        """Return the positions of a last step of fewer than `G` samples: valid rows, repeats."""
+        first, rows = self._step_rows(start, step)
+        valid = first + rows.begin + np.arange(rows.num_valid, dtype=np.int64)
+        # Wraps around, several times if the order is shorter than the repeats of a full batch.
+        repeats = (rows.repeat + np.arange(rows.num_repeats, dtype=np.int64)) % self.num_samples
+        return np.concatenate([valid, repeats])
 
 
 def check_tail(tail: str) -> None:

@@ -78,7 +78,7 @@ class OrderedSource:
         last = plan.num_steps(start) - 1
         for i, data in enumerate(self.reader.read(self._rows(cursor), cursor.epoch, start)):
             consumed = plan.consumed(start, i)
-            num_valid = plan.num_valid(start, i)
+            num_valid = plan.row_count(start, i)
             is_end = plan.is_end(consumed)
             yield BatchInfo(num_valid, first_step + i, i == last, is_end, consumed), data
 

@@ -135,7 +135,7 @@ def _file_shards(
     if tail == "uneven":
         # the ranks exchange their progress before each step, so all must take part in it
         raise DataError(
-            '`tail` must be "pad" or "drop" with `mode="shards"`',
+            '`tail` must be "pad", "full" or "drop" with `mode="shards"`',
             got='tail="uneven"',
             fix='write `tail="pad"`; `batch.num_valid` counts the rows without repeats',
         )

@@ -12,7 +12,9 @@ from itertools import islice
 
 import attrs
 
+from faccel.comm.row_count import RowCount
 from faccel.data.batch import BatchInfo
+from faccel.data.order import ShardPlan, divide_rows
 from faccel.errors import DataError
 from faccel.tree import Tree
 
@@ -42,28 +44,34 @@ class StreamPlan:
         """Units per step over all ranks."""
         return self.batch_size * self.world_size
 
+    @property
+    def max_repeats(self) -> int:
+        """The most units that the last step repeats."""
+        if self.tail == "full":
+            return self.global_batch_size
+        return self.world_size
+
     def num_steps(self, num_units: int, rank: int) -> int:
         """Return the number of batches of a rank in a stream of `num_units`."""
-        if self.tail == "drop":
-            return num_units // self.global_batch_size
-        if self.tail == "uneven":
-            num_units = max(0, num_units - rank * self.batch_size)
-        # As in `ShardPlan.num_steps`: ceil(a / b) in integers.
-        return -(-num_units // self.global_batch_size)
+        # The arithmetic of an order of as many samples.
+        plan = ShardPlan(num_units, self.batch_size, rank, self.world_size, self.tail)
+        return plan.num_steps(0)
 
 
-def repeat_to(units: list[Tree], first: list[Tree], size: int, offset: int = 0) -> list[Tree]:
-    """Return `units`, filled up to `size` with those of `first` from `offset` on, cyclically.
+def repeated(first: list[Tree], offset: int, num_repeats: int) -> list[Tree]:
+    """Return `num_repeats` units of `first` from `offset` on, cyclically.
 
     Effects: pure.
 
     Examples:
-        >>> repeat_to([8], [0, 1, 2], size=4, offset=2)
-        [8, 2, 0, 1]
+        >>> repeated([0, 1, 2], 2, 3)
+        [2, 0, 1]
     """
-    missing = size - len(units)
-    # Cyclically, because the stream may have fewer units than are missing.
-    return units + [first[(offset + i) % len(first)] for i in range(missing)]
+    units: list[Tree] = []
+    for i in range(offset, offset + num_repeats):
+        # Cyclically, because the stream may have fewer units than are missing.
+        units.append(first[i % len(first)])
+    return units
 
 
 @attrs.frozen(eq=False)
@@ -98,15 +106,11 @@ class GlobalBatch:
 
     def rank_batch(self, rank: int) -> RankBatch | None:
         """Return the units of a rank; None if an uneven tail leaves it without any."""
-        size, tail = self.plan.batch_size, self.plan.tail
-        # The same positions as in `ShardPlan`: rank `r` has the units from `r*B` on.
-        begin = rank * size
-        units = self.units[begin : begin + size]
-        num_valid = len(units)
-        if tail == "pad" and num_valid < size:
-            # position `p` of the step repeats unit `p - len(self.units)` of the stream
-            offset = begin + num_valid - len(self.units)
-            units = repeat_to(units, self.first, size, offset)
+        size, world_size, tail = self.plan.batch_size, self.plan.world_size, self.plan.tail
+        # The same rows as in `ShardPlan`.
+        rows = divide_rows(len(self.units), size, rank, world_size, tail)
+        units = self.units[rows.begin : rows.begin + rows.num_valid]
+        units += repeated(self.first, rows.repeat, rows.num_repeats)
         if not units:
             return None
         is_end = self.num_ahead == 0
@@ -114,8 +118,12 @@ class GlobalBatch:
             is_end = self.num_ahead < self.plan.global_batch_size
         is_last = is_end
         if tail == "uneven":
-            # The next step has units for this rank only if it has more than those before `begin`.
-            is_last = self.num_ahead <= begin
+            # The next step has units for the first `num_ahead` ranks, or for all of them.
+            is_last = self.num_ahead <= rank
+        num_valid = rows.num_valid
+        if len(self.units) < self.plan.global_batch_size:
+            first_rank = divide_rows(len(self.units), size, 0, world_size, tail)
+            num_valid = RowCount(num_valid, first_rank.num_valid)
         info = BatchInfo(num_valid, self.step, is_last, is_end, self.consumed, self.state)
         return RankBatch(units, info)
 
@@ -162,7 +170,7 @@ def global_batches(
     state = get_state()
     while current and not (plan.tail == "drop" and len(current) < size):
         # Complete after the first full step; kept for the padding of the last one.
-        first += current[: size - len(first)]
+        first += current[: plan.max_repeats - len(first)]
         ahead = list(islice(units, size))
         state_ahead = get_state()
         consumed += sum(map(plan.count, current))
@@ -181,7 +189,7 @@ def _skip(units: Iterator[Tree], plan: StreamPlan, start: int) -> tuple[list[Tre
         except StopIteration:
             break
         # Padding after a resume repeats the start of the stream, not what follows the cursor.
-        if len(first) < plan.global_batch_size:
+        if len(first) < plan.max_repeats:
             first.append(unit)
         consumed += plan.count(unit)
         num_units += 1

@@ -137,7 +137,12 @@ def test_num_valid_counts_the_rows_without_padding():
     ]
     assert seen == [
         ([2, 3], 2, 0, False, faccel.Cursor(0, 4)),
-        ([1, 2], 0, 1, True, faccel.Cursor(1, 0)),
+        ([0], 0, 1, True, faccel.Cursor(1, 0)),
+    ]
+    full = faccel.shard(DataLoader(Squares(5), 2), fake_context(1, 2), tail="full")
+    assert [(b.data["i"].tolist(), b.num_valid) for b in faccel.batches(full)] == [
+        ([2, 3], 2),
+        ([1, 2], 0),
     ]
 
 

@@ -10,7 +10,7 @@ import pytest
 from faccel.data.order import SMALL, Cursor, Order, ShardPlan, permute
 from faccel.errors import DataError
 
-TAILS = ("pad", "drop", "uneven")
+TAILS = ("pad", "full", "drop", "uneven")
 
 
 def z_score(statistic, freedom):
@@ -99,6 +99,27 @@ def steps_in_order(n, b, w, tail, start=0):
     return read, steps
 
 
+def check_rows_and_repeats(n, b, w, tail, read):
+    """The rows of each step are divided evenly, and repeats come from the start of the order."""
+    num_rows = n % (b * w)
+    if tail == "drop" or not num_rows:
+        return
+    last = [r[n // (b * w)] if len(r) > n // (b * w) else [] for r in read]
+    lengths = [len(row) for row in last]
+    repeats = sum(lengths) - num_rows
+    if tail == "uneven":
+        assert repeats == 0
+        assert max(lengths) - min(lengths) <= 1
+    if tail == "pad":
+        assert set(lengths) == {-(-num_rows // w)}
+        assert 0 <= repeats < w
+    valid = [plan.num_valid(0, n // (b * w)) for plan in (ShardPlan(n, b, r, w, tail) for r in range(w))]
+    assert sum(valid) == num_rows
+    assert tail == "full" or max(valid) - min(valid) <= 1
+    repeated = [x for row, count in zip(last, valid, strict=True) for x in row[count:]]
+    assert repeated == [i % n for i in range(repeats)]
+
+
 def test_every_small_domain_is_read_exactly_once_and_resumed_on_any_world_size():
     for n, b, w, tail in itertools.product(range(40), range(1, 6), range(1, 9), TAILS):
         read, steps = steps_in_order(n, b, w, tail)
@@ -106,8 +127,9 @@ def test_every_small_domain_is_read_exactly_once_and_resumed_on_any_world_size()
         assert [x for valid, _ in steps for x in valid] == expected
         lengths = {len(r) for r in read}
         assert len(lengths) == 1 or tail == "uneven"
-        if tail != "uneven":
+        if tail in ("full", "drop"):
             assert all(len(row) == b for r in read for row in r)
+        check_rows_and_repeats(n, b, w, tail, read)
         seen = []
         for s, (valid, cursor) in enumerate(steps):
             seen += valid
@@ -124,7 +146,35 @@ def test_every_small_domain_is_read_exactly_once_and_resumed_on_any_world_size()
 
 
 def test_padding_wraps_around_repeatedly():
-    assert [rows(ShardPlan(2, 3, r, 2, "pad")) for r in range(2)] == [[[0, 1, 0]], [[1, 0, 1]]]
+    assert [rows(ShardPlan(2, 3, r, 2, "full")) for r in range(2)] == [[[0, 1, 0]], [[1, 0, 1]]]
+    assert [rows(ShardPlan(1, 3, r, 4, "pad")) for r in range(4)] == [[[0]]] * 4
+
+
+def test_the_last_step_is_divided_evenly():
+    def last(n, b, w, tail):
+        return [rows(ShardPlan(n, b, r, w, tail))[-1:] for r in range(w)]
+
+    assert last(10, 4, 1, "pad") == [[[8, 9]]]
+    assert last(3, 8, 1, "pad") == [[[0, 1, 2]]]
+    assert last(10, 4, 2, "pad") == [[[8]], [[9]]]
+    assert last(13, 4, 2, "pad") == [[[8, 9, 10]], [[11, 12, 0]]]
+    assert last(6, 2, 4, "pad") == [[[0, 1]], [[2, 3]], [[4, 0]], [[5, 1]]]
+    assert last(6, 2, 4, "uneven") == [[[0, 1]], [[2, 3]], [[4]], [[5]]]
+    assert last(2, 2, 4, "uneven") == [[[0]], [[1]], [], []]
+    assert last(10, 4, 2, "full") == [[[8, 9, 0, 1]], [[2, 3, 4, 5]]]
+
+
+def test_ranks_that_only_repeat_have_positions_of_their_own():
+    """Positions seed random augmentation."""
+    for n, b, w, tail in itertools.product(range(1, 30), range(1, 4), range(1, 6), TAILS):
+        plans = [ShardPlan(n, b, r, w, tail) for r in range(w)]
+        first = [
+            plan.first_position(0, s) for plan in plans for s in range(plan.num_steps(0))
+        ]
+        assert len(set(first)) == len(first)
+        for plan in plans:
+            for s, row in enumerate(rows(plan)):
+                assert not plan.num_valid(0, s) or plan.first_position(0, s) == row[0]
 
 
 def test_an_empty_dataset_has_no_steps():

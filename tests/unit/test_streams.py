@@ -23,7 +23,7 @@ from faccel.data.stream_plan import StreamPlan, global_batches
 from faccel.errors import DataError
 from faccel.testing import fake_context, simulate
 
-TAILS = ("pad", "drop", "uneven")
+TAILS = ("pad", "full", "drop", "uneven")
 
 
 class Rows(Dataset):
@@ -46,6 +46,13 @@ class Stream(IterableDataset):
     def __iter__(self):
         for i in range(self.n):
             yield torch.tensor([float(i), torch.rand(()).item(), random.random(), np.random.rand()])
+
+
+class Items(Stream):
+    """The numbers below `n`, without augmentation."""
+
+    def __iter__(self):
+        return iter(range(self.n))
 
 
 class SelfSplitting(Stream):
@@ -153,6 +160,29 @@ def test_splitting_a_stream_agrees_with_the_arithmetic_of_an_order():
             assert got == want
             assert stream_plan.num_steps(n - start, r) == len(want)
             assert [info.step for info in infos] == [start // (b * w) + s for s in range(len(want))]
+
+
+@pytest.mark.parametrize("n", [3, 10, 12])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: DataLoader(torch.arange(n), 4),
+        lambda n: DataLoader(torch.arange(n), 4, sampler=range(n - 1, -1, -1)),
+        lambda n: DataLoader(torch.arange(n), batch_sampler=[[0, 1], [2], [n - 1]]),
+        lambda n: DataLoader(Items(n), 4),
+        lambda n: DataLoader(Items(n), 4, num_workers=2, multiprocessing_context="fork"),
+        lambda n: list(torch.arange(n).split(4)),
+    ],
+    ids=["map", "sampler", "batch_sampler", "stream", "workers", "batches"],
+)
+@pytest.mark.parametrize("mode", ["auto", "dispatch"])
+def test_one_process_reads_the_batches_of_torch_without_repeats(make, n, mode):
+    loader = make(n)
+    if mode == "dispatch" and isinstance(getattr(loader, "dataset", None), torch.Tensor):
+        pytest.skip("a map-style dataset is not dispatched")
+    read = list(faccel.batches(faccel.shard(loader, fake_context(0, 1), mode=mode).at(0)))
+    assert [b.data.tolist() for b in read] == [batch.tolist() for batch in make(n)]
+    assert [b.num_valid for b in read] == [len(batch) for batch in make(n)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import faccel
 from faccel.testing import simulate
 
-TAILS = ("pad", "drop", "uneven")
+TAILS = ("pad", "full", "drop", "uneven")
 MAX_WORLD_SIZE = 8
 CASES = list(itertools.product(range(40), range(1, 6), TAILS, (False, True)))
 WORLDS = list(itertools.product(range(1, MAX_WORLD_SIZE + 1), (False, True)))
@@ -26,7 +26,7 @@ def read(ctx, num_samples, batch_size, tail, split_batches, shuffle):
     batches = list(faccel.batches(loader))
     assert len(batches) == len(loader)
     rows = [batch.data[0] for batch in batches]
-    assert tail == "uneven" or all(len(ids) == batch_size for ids in rows)
+    assert tail in ("pad", "uneven") or all(len(ids) == batch_size for ids in rows)
     if tail == "uneven":  # ranks have different numbers of batches: one gather at the end
         own_ids = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
         return len(batches), order, faccel.gather(own_ids, ctx, ragged=True).tolist()
@@ -40,13 +40,18 @@ def expected(order, num_samples, batch_size, tail, world_size):
     if tail == "drop":
         global_batch_size = batch_size * world_size
         return order[: num_samples // global_batch_size * global_batch_size]
-    if tail == "pad":
+    if tail != "uneven":
         return order
+    global_batch_size = batch_size * world_size
+    steps = [
+        order[first : first + global_batch_size]
+        for first in range(0, num_samples, global_batch_size)
+    ]
     return [
-        order[position]
+        int(row)
         for rank in range(world_size)
-        for position in range(num_samples)
-        if position // batch_size % world_size == rank
+        for step in steps
+        for row in np.array_split(step, world_size)[rank]  # NumPy's way to divide evenly
     ]
 
 
