@@ -16,7 +16,7 @@ from faccel.backends.pipeline_engine import PipelineEngine, StageInputs, TiedPar
 from faccel.backends.pipeline_inference import infer
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
-from faccel.errors import ConfigError, ModelError
+from faccel.errors import ConfigError, DataError, ModelError
 from faccel.mesh import WORLD
 from faccel.parallel.forward import to_fp32
 from faccel.parallel.pipeline_stages import StageModule, remove_other_stages, stages_of, tied_params
@@ -211,6 +211,7 @@ def _forward_backward(
     # Under the same seed both draw the same random numbers.
     seed = _common_seed(ctx)
     inputs = [call_seeded(_intercept_inputs, loss, mix(seed, i)) for i, loss in enumerate(losses)]
+    _check_equal_shapes(inputs)
     values: dict[int, torch.Tensor] = {}
 
     def loss_of(output: Tree, index: int) -> torch.Tensor:
@@ -242,6 +243,23 @@ def _forward_backward(
     _add_tied_grads(engine, grads)
     engine.has_run = True
     return _broadcast_losses(values, num_micro_batches, engine, ctx)
+
+
+def _check_equal_shapes(inputs: Sequence[StageInputs]) -> None:
+    """Raise unless all micro-batches of a window have the same shapes and dtypes."""
+    # The shapes that torch's stages send are fixed. Every rank of the pipeline has the same
+    # micro-batches, so all of them raise.
+    first_key = inputs[0].key()
+    for index, micro_batch in enumerate(inputs):
+        key = micro_batch.key()
+        if key != first_key:
+            raise DataError(
+                f"`window` has micro-batches of different shapes, of which number {index} is the "
+                "first that differs, but a pipeline needs equal ones",
+                got=f"{first_key} and {key}",
+                fix='write `faccel.shard(loader, ctx, tail="full")` or `tail="drop"`, so that the '
+                "last batch of an epoch is as large as the others",
+            )
 
 
 def _broadcast_losses(

@@ -170,7 +170,7 @@ def test_splitting_a_stream_agrees_with_the_arithmetic_of_an_order():
         lambda n: DataLoader(torch.arange(n), 4, sampler=range(n - 1, -1, -1)),
         lambda n: DataLoader(torch.arange(n), batch_sampler=[[0, 1], [2], [n - 1]]),
         lambda n: DataLoader(Items(n), 4),
-        lambda n: DataLoader(Items(n), 4, num_workers=2, multiprocessing_context="fork"),
+        lambda n: DataLoader(Items(n), 4, num_workers=1, multiprocessing_context="fork"),
         lambda n: list(torch.arange(n).split(4)),
     ],
     ids=["map", "sampler", "batch_sampler", "stream", "workers", "batches"],

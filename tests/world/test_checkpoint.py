@@ -59,7 +59,7 @@ def make(ctx, seed=0, optimizer=torch.optim.AdamW):
 
 def loader(ctx):
     data = TensorDataset(torch.randn(50, 4, generator=faccel.random.generator(0)))
-    return faccel.shard(DataLoader(data, 2, shuffle=True), ctx)
+    return faccel.shard(DataLoader(data, 2, shuffle=True), ctx, tail="full")
 
 
 def run(state, ctx, num_steps):

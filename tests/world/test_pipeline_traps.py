@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import faccel
-from faccel.errors import ModelError
+from faccel.errors import DataError, ModelError
 from faccel.testing import simulate
 from tests.models import TENSOR, loss_of, model, tokens
 from tests.training import CHAIN, differences, full, plan_of, train
@@ -60,6 +60,23 @@ def test_a_short_last_window_runs_and_a_window_of_weight_0_has_losses():
     assert len(one) == 5
     for grads in simulate(step, 2, mesh="pp=2"):
         assert all(abs(a - b) < 1e-12 for a, b in zip(grads, one, strict=True))
+
+
+@pytest.mark.parametrize("num_rows", [13, 14])
+def test_a_window_with_a_shorter_batch_is_an_error_and_a_full_tail_runs(num_rows):
+    def step(ctx, tail):
+        wrapped, scaler = faccel.wrap(model(), ctx, plan=plan_of("pp=2")), faccel.init_scaler(ctx)
+        data = torch.utils.data.DataLoader(tokens(num_rows), 4)
+        loader = faccel.shard(data, ctx, tail=tail)
+        num_windows = 0
+        for window in faccel.windows(loader, ctx, size=2):
+            _, scaler = faccel.parallel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
+            num_windows += 1
+        return num_windows
+
+    with pytest.raises(DataError, match='tail="full"'):
+        simulate(step, 2, "pad", mesh="pp=2")
+    assert simulate(step, 2, "full", mesh="pp=2") == (2, 2)
 
 
 def test_noise_that_a_loss_draws_is_the_same_for_inputs_and_loss():
