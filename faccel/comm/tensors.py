@@ -97,12 +97,11 @@ def gather(
     count = 0
     if counts_rows:
         count = _count(x, leaves, is_scalar, num_valid)
-    # Of a loader's batch, whose ranks may have other numbers of rows.
-    is_row_count = isinstance(num_valid, RowCount)
-    if ragged or is_row_count:
-        # The leaves rightly have different shapes, so debug mode must not compare them.
-        largest = num_valid.largest if is_row_count else None
-        leaves = _same_rows(leaves, is_scalar, count, largest, ctx, axis)
+    # Both may have different shapes, which debug mode must not compare.
+    if isinstance(num_valid, RowCount):
+        leaves = _same_rows(leaves, is_scalar, count, num_valid.largest, ctx, axis)
+    elif ragged:
+        leaves = _same_rows(leaves, is_scalar, count, None, ctx, axis)
     else:
         ctx.comm.set_call_label("gather", x)
     # The header travels with the leaves, so that neither check nor count needs a collective.

@@ -49,8 +49,8 @@ class FileShardsSource:
         ctx: The world.
         batch_size: Samples per rank and step.
         tail: `"pad"`, which repeats the first samples of the rank's shards until each rank has as
-            many rows as the one with the most; `"full"`, which repeats them up to `batch_size` rows; or
-            `"drop"`.
+            many rows as the one with the most; `"full"`, which repeats them up to `batch_size`
+            rows; or `"drop"`.
         seed: Seed of the generators under which they are iterated.
     """
 
@@ -95,7 +95,9 @@ class FileShardsSource:
             num_valid = RowCount(len(units), max(sizes))
             info = BatchInfo(num_valid, step, is_end, is_end, consumed, positions)
             seed = mix(self.seed, epoch, consumed, self.ctx.data_rank)
-            num_rows = self.batch_size if self.tail == "full" else max(sizes)
+            num_rows = max(sizes)
+            if self.tail == "full":
+                num_rows = self.batch_size
             yield info, collate_units(self._filled(units, epoch, num_rows), self.loader, seed)
             batch, progress = ahead, progress_ahead
             step += 1

@@ -67,11 +67,8 @@ def repeated(first: list[Tree], offset: int, num_repeats: int) -> list[Tree]:
         >>> repeated([0, 1, 2], 2, 3)
         [2, 0, 1]
     """
-    units: list[Tree] = []
-    for i in range(offset, offset + num_repeats):
-        # Cyclically, because the stream may have fewer units than are missing.
-        units.append(first[i % len(first)])
-    return units
+    # Cyclically, because the stream may have fewer units than are missing.
+    return [first[i % len(first)] for i in range(offset, offset + num_repeats)]
 
 
 @attrs.frozen(eq=False)

@@ -113,7 +113,9 @@ def check_rows_and_repeats(n, b, w, tail, read):
     if tail == "pad":
         assert set(lengths) == {-(-num_rows // w)}
         assert 0 <= repeats < w
-    valid = [plan.num_valid(0, n // (b * w)) for plan in (ShardPlan(n, b, r, w, tail) for r in range(w))]
+    valid = [
+        plan.num_valid(0, n // (b * w)) for plan in (ShardPlan(n, b, r, w, tail) for r in range(w))
+    ]
     assert sum(valid) == num_rows
     assert tail == "full" or max(valid) - min(valid) <= 1
     repeated = [x for row, count in zip(last, valid, strict=True) for x in row[count:]]
@@ -168,9 +170,7 @@ def test_ranks_that_only_repeat_have_positions_of_their_own():
     """Positions seed random augmentation."""
     for n, b, w, tail in itertools.product(range(1, 30), range(1, 4), range(1, 6), TAILS):
         plans = [ShardPlan(n, b, r, w, tail) for r in range(w)]
-        first = [
-            plan.first_position(0, s) for plan in plans for s in range(plan.num_steps(0))
-        ]
+        first = [plan.first_position(0, s) for plan in plans for s in range(plan.num_steps(0))]
         assert len(set(first)) == len(first)
         for plan in plans:
             for s, row in enumerate(rows(plan)):
