@@ -6,13 +6,13 @@ from __future__ import annotations
 class RowCount(int):
     """A rank's number of valid rows, in a step in which the ranks may have other numbers of rows.
 
-    An all-gather needs equally many rows on every rank. The loader that read the step knows the
-    largest number, so `gather` needs no further collective to find it out.
+    An all-gather needs equally many rows on every rank. The largest number comes from the loader,
+    so `gather` needs no further collective for it.
 
     Args:
         num_valid: Valid rows of this rank.
-        largest: The largest number of valid rows on any rank, the same on every rank; None if this
-            rank does not know it.
+        largest: The largest number of valid rows on any rank, the same on every rank; None if the
+            loader has read this rank's rows only.
 
     Examples:
         >>> count = RowCount(2, largest=4)

@@ -179,8 +179,8 @@ class Rows:
     Args:
         begin: Offset of the rank's first row.
         num_valid: Number of rows that are not repeats, from `begin` on.
-        repeat: Number of repeats of the step that are on the ranks before this one: its first
-            repeat is that of the sample at position `repeat` of the order.
+        repeat: Number of repeats of the step that are on the ranks before this one, which is the
+            position in the order of its first repeated sample.
         num_repeats: Number of repeats after the valid rows.
     """
 
@@ -279,7 +279,7 @@ class ShardPlan:
         rows = self._step_rows(start, step)[1]
         if rows.num_valid:
             return first + rows.begin
-        # Ranks with repeats only have positions of their own: positions seed random augmentation.
+        # Ranks with repeats only need different positions, too: they seed random augmentation.
         return max(first, self.num_samples) + rows.repeat
 
     def num_valid(self, start: int, step: int) -> int:

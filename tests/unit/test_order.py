@@ -89,33 +89,8 @@ def steps_in_order(n, b, w, tail, start=0):
     read = [rows(plan, start) for plan in plans]
     steps = []
     for s in range(max((len(r) for r in read), default=0)):
-        valid = [
-            x
-            for p, r in zip(plans, read, strict=True)
-            if s < len(r)
-            for x in r[s][: p.num_valid(start, s)]
-        ]
-        steps.append((valid, plans[0].cursor(0, start, s)))
-    return read, steps
-
-
-def check_rows_and_repeats(n, b, w, tail, read):
-    """The rows of each step are divided evenly, and repeats come from the start of the order."""
-    num_rows = n % (b * w)
-    if tail == "drop" or not num_rows:
-        return
-    last = [r[n // (b * w)] if len(r) > n // (b * w) else [] for r in read]
-    lengths = [len(row) for row in last]
-    repeats = sum(lengths) - num_rows
-    if tail == "uneven":
-        assert repeats == 0
-        assert max(lengths) - min(lengths) <= 1
-    if tail == "pad":
-        assert set(lengths) == {-(-num_rows // w)}
-        assert 0 <= repeats < w
-    valid = [
-        plan.num_valid(0, n // (b * w)) for plan in (ShardPlan(n, b, r, w, tail) for r in range(w))
-    ]
+        plans = [ShardPlan(n, b, r, w, tail) for r in range(w)]
+    valid = [plan.num_valid(0, n // (b * w)) for plan in plans]
     assert sum(valid) == num_rows
     assert tail == "full" or max(valid) - min(valid) <= 1
     repeated = [x for row, count in zip(last, valid, strict=True) for x in row[count:]]
