@@ -89,7 +89,31 @@ def steps_in_order(n, b, w, tail, start=0):
     read = [rows(plan, start) for plan in plans]
     steps = []
     for s in range(max((len(r) for r in read), default=0)):
-        plans = [ShardPlan(n, b, r, w, tail) for r in range(w)]
+        valid = [
+            x
+            for p, r in zip(plans, read, strict=True)
+            if s < len(r)
+            for x in r[s][: p.num_valid(start, s)]
+        ]
+        steps.append((valid, plans[0].cursor(0, start, s)))
+    return read, steps
+
+
+def check_rows_and_repeats(n, b, w, tail, read):
+    """The rows of each step are divided evenly, and repeats come from the start of the order."""
+    num_rows = n % (b * w)
+    if tail == "drop" or not num_rows:
+        return
+    last = [r[n // (b * w)] if len(r) > n // (b * w) else [] for r in read]
+    lengths = [len(row) for row in last]
+    repeats = sum(lengths) - num_rows
+    if tail == "uneven":
+        assert repeats == 0
+        assert max(lengths) - min(lengths) <= 1
+    if tail == "pad":
+        assert set(lengths) == {-(-num_rows // w)}
+        assert 0 <= repeats < w
+    plans = [ShardPlan(n, b, r, w, tail) for r in range(w)]
     valid = [plan.num_valid(0, n // (b * w)) for plan in plans]
     assert sum(valid) == num_rows
     assert tail == "full" or max(valid) - min(valid) <= 1
@@ -141,7 +165,7 @@ def test_the_last_step_is_divided_evenly():
     assert last(10, 4, 2, "full") == [[[8, 9, 0, 1]], [[2, 3, 4, 5]]]
 
 
-def test_ranks_that_only_repeat_have_positions_of_their_own():
+def test_ranks_with_repeats_only_have_different_positions():
     """Positions seed random augmentation."""
     for n, b, w, tail in itertools.product(range(1, 30), range(1, 4), range(1, 6), TAILS):
         plans = [ShardPlan(n, b, r, w, tail) for r in range(w)]
