@@ -313,7 +313,8 @@ class Plan:
             as input or output. Other modules are replicated.
         pipeline: For a mesh with `pp`: how to split the model into stages.
         activation_checkpoint: `"full"`, `n` for every n-th unit, or an `ActivationCheckpointing`.
-        compile: `"whole"` compiles the model, `"units"` each unit; None does not compile.
+        compile: `"whole"` compiles the model, `"units"` each unit; None does not compile. The first
+            forward raises if nothing was compiled.
         offload: Whether parameters, gradients and optimizer states are kept in the memory of the
             host.
 

@@ -20,7 +20,8 @@ from faccel.backends.fsdp_unreduced import UnreducedGrads
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.mesh import WORLD
-from faccel.parallel.activation_checkpoint import apply_checkpointing, apply_compile
+from faccel.parallel.activation_checkpoint import apply_checkpointing
+from faccel.parallel.compilation import apply_compile
 from faccel.parallel.expert_parallel import shard_experts
 from faccel.parallel.forward import call_method, forward_precision, to_fp32
 from faccel.parallel.materialize import InitialValues

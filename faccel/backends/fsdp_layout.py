@@ -48,7 +48,7 @@ class Layout:
         """
         moes = moes_of(module, ctx.mesh.spec)
         units = _units_without_experts(module, plan, moes)
-        check_has_units(units, plan.activation_checkpoint)
+        check_has_units(units, plan)
         ignored = _ignored_names(module, plan)
         _check_no_scalar(module, ignored)
         fp32_units: set[str] = set()

@@ -1,4 +1,4 @@
-"""Activation checkpointing and compilation of the units of a model, in place, under their names."""
+"""Activation checkpointing of the units of a model, in place, under their names."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch.utils.checkpoint import (
 )
 
 from faccel.errors import ConfigError
+from faccel.parallel.compilation import apply_compile
 from faccel.parallel.units import units_of
-from faccel.plan import ActivationCheckpointing, Plan
+from faccel.plan import Plan
 from faccel.tree import Tree
 
 _ContextFn = Callable[[], tuple[AbstractContextManager[object], AbstractContextManager[object]]]
@@ -29,29 +30,36 @@ def checkpoint_and_compile(module: nn.Module, plan: Plan) -> None:
     For strategies that need the units for nothing else.
 
     Raises:
-        ConfigError: The plan has activation checkpointing, and the model no units.
+        ConfigError: The plan needs units, and the model has none.
     """
     if plan.activation_checkpoint is None and plan.compile is None:
         return
     units = units_of(module, plan)
-    check_has_units(units, plan.activation_checkpoint)
+    check_has_units(units, plan)
     apply_checkpointing(module, units, plan)
     apply_compile(module, units, plan)
 
 
-def check_has_units(
-    units: Mapping[str, nn.Module], options: ActivationCheckpointing | None
-) -> None:
-    """Raise where activation checkpointing has no units to apply to.
+def check_has_units(units: Mapping[str, nn.Module], plan: Plan) -> None:
+    """Raise where a model has no units, and activation checkpointing or compilation needs some.
 
     Raises:
-        ConfigError: There are none.
+        ConfigError: It has none.
     """
-    if options is not None and options.memory_budget is None and not units:
+    if units:
+        return
+    options = plan.activation_checkpoint
+    if options is not None and options.memory_budget is None:
         raise ConfigError(
             "`activation_checkpoint` needs units, and the model has none",
             got="a model without `nn.ModuleList` and `_no_split_modules`",
             fix='name them, as in `units="Block"`',
+        )
+    if plan.compile == "units":
+        raise ConfigError(
+            '`compile="units"` needs units, and the model has none',
+            got="a model without `nn.ModuleList` and `_no_split_modules`",
+            fix='write `compile="whole"`, or name units, as in `units="Block"`',
         )
 
 
@@ -159,37 +167,3 @@ def _operator(name: str) -> object:
             fix='write it like `"aten.mm.default"`',
         ) from None
     return operator
-
-
-def apply_compile(module: nn.Module, units: Mapping[str, nn.Module], plan: Plan) -> None:
-    """Compile the units or the whole model, in place. Updates the modules.
-
-    The compilation itself happens in the first call.
-    """
-    if plan.compile is None:
-        return
-    backend: str | Callable[..., Tree] = "inductor"
-    options = plan.activation_checkpoint
-    if options is not None and options.memory_budget is not None:
-        backend = _inductor_with_budget(options.memory_budget)
-    # Compiling units gives one graph for all blocks of a class, compiled once.
-    targets = units.values() if plan.compile == "units" else (module,)
-    for target in targets:
-        target.compile(backend=backend)
-
-
-def _inductor_with_budget(memory_budget: float) -> Callable[..., Tree]:
-    """Return Inductor as a backend that partitions graphs under a memory budget.
-
-    The budget is a global option of torch, without an argument of `torch.compile`. It is set while
-    one of our graphs is partitioned, so that no other compilation sees it.
-    """
-
-    def compile_graph(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Tree:
-        import torch._functorch.config as functorch_config
-        from torch._dynamo.backends.registry import lookup_backend
-
-        with functorch_config.patch(activation_memory_budget=memory_budget):
-            return lookup_backend("inductor")(graph, inputs)
-
-    return compile_graph

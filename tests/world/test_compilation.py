@@ -1,0 +1,181 @@
+"""`Plan(compile=...)` compiles PyTorch's own classes, too, and raises if it compiles nothing."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import faccel
+from faccel.errors import ConfigError, ModelError
+from faccel.testing import fake_context, simulate
+
+# Warnings of PyTorch's own: at the first import of Inductor, while Dynamo traces, and of FSDP2.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*returned a view tensor:UserWarning"),
+]
+
+X = torch.linspace(-1, 1, 48).reshape(2, 3, 8)
+
+
+class Layers(nn.Module):
+    """Two units of the user's classes."""
+
+    def __init__(self, make_layer):
+        super().__init__()
+        self.layers = nn.ModuleList([make_layer(), make_layer()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x))
+
+
+class EagerBlock(Block):
+    @torch.compiler.disable
+    def forward(self, x):
+        return torch.tanh(self.linear(x))
+
+
+class EagerLayers(Layers):
+    @torch.compiler.disable
+    def forward(self, x):
+        return super().forward(x)
+
+
+def encoder():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def sequential():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8))
+
+
+def blocks():
+    torch.manual_seed(0)
+    return Layers(Block)
+
+
+def num_graphs():
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def loss_and_graphs(ctx, make, compile):
+    """Return the loss after a step, and how many graphs each of two steps compiled."""
+    model = faccel.wrap(make(), ctx, plan=faccel.Plan(compile=compile))
+    opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), 0.1), model, ctx)
+    scaler = faccel.init_scaler(ctx)
+    graphs = []
+    for _ in range(2):
+        before = num_graphs()
+        loss = model(X.clone()).square().mean()
+        scaler = faccel.scaled_backward(loss, scaler, ctx)
+        faccel.optimizer_step(opt, scaler, ctx)
+        graphs.append(num_graphs() - before)
+    return loss.item(), graphs
+
+
+def eager_loss(make):
+    net = make()
+    opt = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(2):
+        loss = net(X.clone()).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return loss.item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["dp_replicate=1", "dp_replicate=2", "dp_shard=2"])
+@pytest.mark.parametrize(
+    ("make", "compile"),
+    [
+        (encoder, "units"),
+        (encoder, "whole"),
+        (sequential, "whole"),
+        (blocks, "units"),
+        (blocks, "whole"),
+    ],
+)
+def test_units_and_models_of_every_class_are_compiled(mesh, make, compile):
+    torch._dynamo.reset()
+    expected = eager_loss(make)
+    world_size = int(mesh[-1])
+    results = simulate(loss_and_graphs, world_size, make, compile, mesh=mesh)
+    # Ranks are threads of one process: the second one may find the graphs of the first.
+    assert sum(graphs[0] for _, graphs in results) > 0
+    for loss, graphs in results:
+        assert abs(loss - expected) < 1e-5
+        assert graphs[1] == 0  # no recompilation in the second step
+
+
+@pytest.mark.slow
+def test_a_second_model_may_have_the_graphs_of_the_first():
+    for _ in range(2):
+        loss, _ = loss_and_graphs(fake_context(0, 1), blocks, "units")
+        assert abs(loss - eager_loss(blocks)) < 1e-5
+
+
+@pytest.mark.parametrize("mesh", ["dp_replicate=1", "dp_replicate=2", "dp_shard=2"])
+@pytest.mark.parametrize("make", [Layers, EagerLayers])
+@pytest.mark.parametrize("compile", ["units", "whole"])
+def test_a_first_forward_that_compiled_nothing_raises(mesh, make, compile):
+    if make is Layers and compile == "whole" and mesh != "dp_shard=2":
+        make = EagerLayers  # without the hooks of FSDP2, the loop over the layers is a graph
+
+    def fn(ctx):
+        model = faccel.wrap(make(EagerBlock), ctx, plan=faccel.Plan(compile=compile))
+        with pytest.raises(ModelError, match=rf'compile="{compile}"` has compiled nothing') as info:
+            model(X)
+        assert "0 graphs of" in info.value.got
+        return True
+
+    assert all(simulate(fn, int(mesh[-1]), mesh=mesh))
+
+
+def test_the_check_waits_while_the_compiler_is_turned_off():
+    model = faccel.wrap(Layers(EagerBlock), fake_context(0, 1), plan=faccel.Plan(compile="units"))
+    with torch.compiler.set_stance("force_eager"):
+        model(X)
+    with pytest.raises(ModelError, match="has compiled nothing"):
+        model(X)
+    model(X)  # the check runs once
+
+
+@pytest.mark.parametrize("mesh", ["dp_replicate=1", "dp_replicate=2", "dp_shard=2", "pp=2"])
+def test_compile_units_without_units_raises(mesh):
+    plan = faccel.Plan(compile="units", pipeline=faccel.parallel.PipelineConfig(chain=("0", "1")))
+
+    def fn(ctx):
+        with pytest.raises(ConfigError, match='`compile="units"` needs units'):
+            faccel.wrap(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), ctx, plan=plan)
+
+    simulate(fn, int(mesh[-1]), mesh=mesh)
+
+
+def test_a_copy_of_a_compiled_module_computes_with_its_own_parameters():
+    model = faccel.wrap(sequential(), fake_context(0, 1), plan=faccel.Plan(compile="whole"))
+    duplicate = copy.deepcopy(faccel.unwrap(model))
+    with torch.no_grad():
+        for param in duplicate.parameters():
+            param.zero_()
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(duplicate(X), torch.zeros_like(X))
+        assert model(X).abs().max() > 0
