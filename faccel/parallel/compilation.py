@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from types import FunctionType, MethodType
+from typing import Any
 
 import attrs
 import torch
@@ -93,8 +94,8 @@ class _FirstForward:
     def watch(self, module: nn.Module) -> None:
         """Register hooks of `module`, which the first forward removes."""
         # Dynamo must not trace the hooks themselves.
-        before = torch.compiler.disable(self._before_forward)
-        after = torch.compiler.disable(self._after_forward)
+        before: Any = torch.compiler.disable(self._before_forward)
+        after: Any = torch.compiler.disable(self._after_forward)
         self.handles.append(module.register_forward_pre_hook(before))
         self.handles.append(module.register_forward_hook(after))
 
@@ -130,14 +131,13 @@ def _num_graphs() -> int:
 
 def _has_graph(module: nn.Module) -> bool:
     """Whether Dynamo has a graph that begins in `forward` of the class."""
-    from torch._dynamo.eval_frame import (
-        _debug_get_cache_entry_list,  # pyright: ignore[reportPrivateUsage]
-    )
+    from torch._dynamo import eval_frame
 
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     if code is None:
         return False
-    for entry in _debug_get_cache_entry_list(code):
+    entries = eval_frame._debug_get_cache_entry_list(code)  # pyright: ignore[reportPrivateUsage]
+    for entry in entries:
         # Code without a graph is stored, too: that of a function which only calls skipped ones.
         for name in entry.code.co_names:
             if name.startswith("__compiled_fn"):

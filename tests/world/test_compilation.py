@@ -1,4 +1,4 @@
-"""`Plan(compile=...)` compiles PyTorch's own classes, too, and raises if it compiles nothing."""
+"""`Plan(compile=...)` compiles the classes of `torch.nn`, too, and raises if it compiles nothing."""
 
 import copy
 
@@ -10,7 +10,7 @@ import faccel
 from faccel.errors import ConfigError, ModelError
 from faccel.testing import fake_context, simulate
 
-# Warnings of PyTorch's own: at the first import of Inductor, while Dynamo traces, and of FSDP2.
+# PyTorch's warnings: at the first import of Inductor, while Dynamo traces, and of FSDP2.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor:UserWarning"),
