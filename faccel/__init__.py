@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from faccel.tracking.console import get_logger as get_logger
     from faccel.tracking.console import print as print
     from faccel.tracking.console import progress as progress
+    from faccel.training.gradients import grad_norm as grad_norm
+    from faccel.training.gradients import unscale as unscale
     from faccel.training.model import WrappedModel as WrappedModel
     from faccel.training.model import grad_sync as grad_sync
     from faccel.training.model import unwrap as unwrap
@@ -86,6 +88,7 @@ _NAMES = {
     "faccel.random.seeding": ("rng_state", "seed_everything", "set_rng_state"),
     "faccel.runtime.initialize": ("init", "shutdown"),
     "faccel.tracking.console": ("get_logger", "print", "progress"),
+    "faccel.training.gradients": ("grad_norm", "unscale"),
     "faccel.training.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
     "faccel.training.precision": ("ScalerState", "autocast", "init_scaler"),
     "faccel.training.step": ("StepInfo", "optimizer_step", "scaled_backward"),
@@ -105,6 +108,8 @@ _HINTS = {
     "accumulate": "`faccel.windows(loader, ctx, size=4)`",
     "backward": "`scaler = faccel.scaled_backward(loss, scaler, ctx)`",
     "clip_grad_norm_": "`faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)`",
+    "unscale_": "`scaler = faccel.unscale(opt, scaler, ctx)`",
+    "unscale_gradients": "`scaler = faccel.unscale(opt, scaler, ctx)`",
     "gather_for_metrics": "`faccel.gather(x, ctx, num_valid=batch.num_valid)`",
     "is_main_process": "`ctx.is_main`",
     "prepare": "`faccel.wrap`, `faccel.wrap_optimizer` and `faccel.shard`",

@@ -73,6 +73,30 @@ def positive(name: str, value: Number, error: type[FaccelError] = ConfigError) -
     raise error(f"`{name}` must be positive", got=f"{name}={value!r}", fix=fix)
 
 
+def positive_or_tensor(name: str, value: T, error: type[FaccelError] = ConfigError) -> T:
+    """Return `value`, which must be a number above 0, or a 0-d tensor.
+
+    Effects: pure. The value of a tensor is not read: the host would wait for the device.
+
+    Examples:
+        >>> positive_or_tensor("clip_norm", 0.0)
+        Traceback (most recent call last):
+        faccel.errors.ConfigError: `clip_norm` must be positive. Got clip_norm=0.0.
+        To fix: use `clip_norm=1.0`, or any number above 0.
+    """
+    # `ndim` instead of `isinstance`: this module imports neither torch nor NumPy.
+    ndim = getattr(value, "ndim", None)
+    if ndim is None or isinstance(value, Real):
+        positive(name, value, error)  # type: ignore[type-var]
+    elif ndim > 0:
+        raise error(
+            f"`{name}` must be a number or a 0-d tensor",
+            got=f"{name}.ndim={ndim}",
+            fix=f"use `{name}=1.0`, or a tensor such as `{name}=torch.tensor(1.0)`",
+        )
+    return value
+
+
 def integer(
     name: str, value: object, *, at_least: int, error: type[FaccelError] = ConfigError
 ) -> int:

@@ -84,8 +84,8 @@ def _register_autocast(
 
     if is_compiled:
         # Dynamo would trace the stack. Outside of its graphs both hooks run as they are.
-        enter = torch.compiler.disable(enter)
-        leave = torch.compiler.disable(leave)
+        enter = torch.compiler.disable(enter)  # type: ignore[assignment]
+        leave = torch.compiler.disable(leave)  # type: ignore[assignment]
     unit.register_forward_pre_hook(enter)
     # Also after an exception: autocast of this thread must not stay off.
     unit.register_forward_hook(leave, always_call=True)

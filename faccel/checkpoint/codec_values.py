@@ -43,7 +43,7 @@ _SEQUENCES: dict[str, Callable[[list[Tree]], Tree]] = {
     "Size": torch.Size,
 }
 _FACCEL_RECORDS: dict[str, type] = {"Cursor": Cursor, "ScalerState": ScalerState}
-_TRANSIENT_FIELDS = {"ScalerState": ("stepped",)}
+_TRANSIENT_FIELDS = {"ScalerState": ("stepped", "unscaled")}
 
 
 # Plain values are JSON values. A subclass of int or str, such as an enum, would come back as

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict
 from torch.nn.utils import get_total_norm
 
-from faccel.checks import in_range, positive
+from faccel.checks import in_range, positive, positive_or_tensor
 from faccel.errors import ConfigError, OptimizerError
 from faccel.func.gradient_transformation import (
     GradientTransformation,
@@ -57,7 +57,7 @@ def global_norm(grads: TensorDict) -> torch.Tensor:
     return get_total_norm(tensors)
 
 
-def clip_by_global_norm(max_norm: float) -> GradientTransformation:
+def clip_by_global_norm(max_norm: float | torch.Tensor) -> GradientTransformation:
     """Scale all gradients so that their global norm is at most `max_norm`.
 
     The arithmetic is the one of `torch.nn.utils.clip_grad_norm_`. The norm before clipping is
@@ -66,7 +66,8 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
     Effects: pure.
 
     Args:
-        max_norm: Positive; `float("inf")` measures the norm and clips nothing.
+        max_norm: Positive, a number or a 0-d tensor; `float("inf")` measures the norm and clips
+            nothing.
 
     Raises:
         ConfigError: `max_norm` is not positive.
@@ -79,7 +80,7 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
         >>> updates.grads["w"], updates.metrics["grad_norm"]
         (tensor([0.6000, 0.8000]), tensor(5.))
     """
-    positive("max_norm", max_norm)
+    positive_or_tensor("max_norm", max_norm)
 
     def update(
         updates: Updates, state: TensorDict, params: TensorDict, /

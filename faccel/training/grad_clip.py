@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import cast
 
 import attrs
@@ -10,10 +11,12 @@ import torch
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from faccel.checks import positive
+from faccel.checks import positive, positive_or_tensor
 from faccel.context import DistContext
 from faccel.errors import OptimizerError
+from faccel.training.precision import StepGuard
 from faccel.tree import is_dtensor, local_tensor
+from faccel.update_options import UpdateOptions
 
 
 def parameters_with_gradients(opt: Optimizer, ctx: DistContext) -> list[torch.Tensor]:
@@ -59,14 +62,18 @@ def _version(grad: torch.Tensor) -> int:
     return grad._version + local_tensor(grad)._version
 
 
-def step_optimizer(opt: Optimizer) -> None:
-    """Step `opt`, without a closure.
+def step_optimizer(opt: Optimizer, guard: StepGuard | None) -> None:
+    """Step `opt`, without a closure. `guard` is its guard in fp16.
 
     Raises:
         OptimizerError: Its `step` needs a closure.
     """
     try:
-        opt.step()
+        if guard is None:
+            opt.step()
+        else:
+            with guard.open():
+                opt.step()
     except TypeError as error:
         # Python's message for the missing argument; any other TypeError is the optimizer's.
         if "closure" not in str(error):
@@ -78,16 +85,41 @@ def step_optimizer(opt: Optimizer) -> None:
         ) from error
 
 
-def check_limits(clip_norm: float | None, clip_value: float | None) -> None:
-    """Raise unless the limits are positive or None.
+def check_limits(options: UpdateOptions) -> None:
+    """Raise unless the limits are positive, 0-d tensors or None.
 
     Raises:
         ConfigError: One is not positive.
     """
-    if clip_norm is not None:
-        positive("clip_norm", clip_norm)
-    if clip_value is not None:
-        positive("clip_value", clip_value)
+    positive("norm_type", options.norm_type)
+    if options.clip_norm is not None:
+        positive_or_tensor("clip_norm", options.clip_norm)
+    if options.clip_value is not None:
+        positive_or_tensor("clip_value", options.clip_value)
+
+
+def ids_of(params: Iterable[torch.Tensor] | None, opt: Optimizer) -> Collection[int] | None:
+    """Return the `id` of each parameter; None for None.
+
+    Raises:
+        OptimizerError: A parameter is not one of `opt`.
+    """
+    if params is None:
+        return None
+    ids = set(map(id, params))
+    opt_ids: set[int] = set()
+    for group in opt.param_groups:
+        opt_ids.update(map(id, group["params"]))
+    num_others = len(ids - opt_ids)
+    if num_others:
+        # Its gradient may be scaled still, or dropped already by another optimizer's step.
+        raise OptimizerError(
+            "`clip_params` must be parameters of `opt`",
+            got=f"{num_others} other parameters",
+            fix="pass parameters of one optimizer; for others, call `faccel.unscale`, "
+            "`faccel.grad_norm(params, ctx)` and `torch.nn.utils.clip_grads_with_norm_`",
+        )
+    return ids
 
 
 @attrs.frozen(eq=False)
@@ -99,8 +131,7 @@ class _LocalGrad:
 
 def clip_(
     params: Sequence[torch.Tensor],
-    clip_norm: float | None,
-    clip_value: float | None,
+    options: UpdateOptions,
     ctx: DistContext,
     *,
     tied_copies: Mapping[int, str],
@@ -111,50 +142,83 @@ def clip_(
 
     Args:
         params: Parameters with gradients.
-        clip_norm: The largest 2-norm of all gradients together; `float("inf")` only measures.
-        clip_value: The largest magnitude of an element.
+        options: The limits, and the parameters that `clip_norm` is for.
         ctx: The context.
         tied_copies: As in `Parallelism.tied_copies`: parameters that another rank counts.
 
     Returns:
         The norm before clipping, 0-d; None without `clip_norm`.
     """
-    # Replicas have equal gradients, so that each computes the same norm without communication.
-    if ctx.is_replicated:
-        return _clip(params, clip_norm, clip_value, get_total_norm)
-    # torch clips what has `.grad`. It gets local shards, because its functions fail where DTensors
-    # of several meshes are mixed.
-    shards: list[_LocalGrad] = []
-    counted: list[torch.Tensor] = []
-    for param in params:
-        if param.grad is not None:
-            shards.append(_LocalGrad(local_tensor(param.grad)))
-            # The rank of the first copy of a tied parameter counts its gradient.
-            if id(param) not in tied_copies:
-                counted.append(param.grad)
-    stand_ins = cast("Sequence[torch.Tensor]", shards)
-    return _clip(stand_ins, clip_norm, clip_value, lambda _: total_norm(counted, ctx))
-
-
-def _clip(
-    params: Sequence[torch.Tensor],
-    clip_norm: float | None,
-    clip_value: float | None,
-    measure: Callable[[list[torch.Tensor]], torch.Tensor],
-) -> torch.Tensor | None:
     norm = None
-    if clip_norm is not None:
-        # torch's two halves of `clip_grad_norm_`, with another norm between them. Neither reads
-        # a value on the host.
-        norm = measure([param.grad for param in params if param.grad is not None])
-        clip_grads_with_norm_(params, clip_norm, norm)
-    if clip_value is not None:
-        clip_grad_value_(params, clip_value)
+    if options.clip_norm is not None:
+        if options.clip_params is None:
+            measured = params
+        else:
+            measured = [param for param in params if id(param) in options.clip_params]
+        norm = norm_of(measured, ctx, options.norm_type, tied_copies=tied_copies)
+        _scale_to_norm(_stand_ins(measured, ctx), options.clip_norm, norm)
+    if options.clip_value is not None:
+        _clip_value(_stand_ins(params, ctx), options.clip_value)
     return norm
 
 
-def total_norm(grads: Sequence[torch.Tensor], ctx: DistContext) -> torch.Tensor:
-    """Return the 2-norm of all gradients together, 0-d. Each shard counts once.
+def _stand_ins(params: Sequence[torch.Tensor], ctx: DistContext) -> Sequence[torch.Tensor]:
+    """Return what torch's functions clip: parameters, or records with this rank's shards."""
+    if ctx.is_replicated:
+        return params
+    # Its functions fail where DTensors of several meshes are mixed.
+    shards: list[_LocalGrad] = []
+    for param in params:
+        if param.grad is not None:
+            shards.append(_LocalGrad(local_tensor(param.grad)))  # noqa: PERF401
+    return cast("Sequence[torch.Tensor]", shards)
+
+
+def _scale_to_norm(
+    params: Sequence[torch.Tensor], limit: float | torch.Tensor, norm: torch.Tensor
+) -> None:
+    if isinstance(limit, torch.Tensor):
+        # torch reads `max_norm` on the host. Its factor is `max_norm / (norm + 1e-6)`, at most 1:
+        # `max_norm=1` and the norm below give the same one.
+        norm = (norm + 1e-6) / limit.to(norm.device) - 1e-6
+        limit = 1.0
+    clip_grads_with_norm_(params, limit, norm)
+
+
+def _clip_value(params: Sequence[torch.Tensor], limit: float | torch.Tensor) -> None:
+    if not isinstance(limit, torch.Tensor):
+        clip_grad_value_(params, limit)
+        return
+    for param in params:
+        if param.grad is not None:
+            bound = limit.to(param.grad)
+            param.grad.clamp_(-bound, bound)
+
+
+def norm_of(
+    params: Sequence[torch.Tensor],
+    ctx: DistContext,
+    norm_type: float,
+    *,
+    tied_copies: Mapping[int, str],
+) -> torch.Tensor:
+    """Return the norm of the gradients of `params` together, 0-d.
+
+    Collective over the ranks that have different shards. The arguments are those of `clip_`.
+    """
+    # The rank of the first copy of a tied parameter counts its gradient.
+    counted = [param for param in params if id(param) not in tied_copies]
+    grads = [param.grad for param in counted if param.grad is not None]
+    # Replicas have equal gradients, so that each computes the same norm without communication.
+    if ctx.is_replicated:
+        return get_total_norm(grads, norm_type)
+    return total_norm(grads, ctx, norm_type)
+
+
+def total_norm(
+    grads: Sequence[torch.Tensor], ctx: DistContext, norm_type: float = 2.0
+) -> torch.Tensor:
+    """Return the norm of all gradients together, 0-d. Each shard counts once.
 
     torch's `get_total_norm` is wrong or fails where gradients are on several meshes. One
     all-reduce of a few numbers for each axis over which a gradient is sharded.
@@ -162,24 +226,53 @@ def total_norm(grads: Sequence[torch.Tensor], ctx: DistContext) -> torch.Tensor:
     by_axes: dict[tuple[str, ...], list[torch.Tensor]] = {}
     for grad in grads:
         by_axes.setdefault(_sharded_axes(grad), []).append(local_tensor(grad))
-    # squares[i] is the sum of squares of the shards here whose axes are the i-th key of `by_axes`
+    # powers[i] is sum |x|^p over the shards here whose axes are the i-th key of `by_axes`. The
+    # norm of order infinity is the largest |x|.
+    op = "sum"
+    if norm_type == math.inf:
+        op = "max"
     if by_axes:
         # Norms of offloaded parameters are on the CPU.
-        norms = [get_total_norm(shards).to(ctx.device) for shards in by_axes.values()]
-        squares = torch.stack(norms).square()
+        norms = [_local_norm(shards, norm_type, ctx) for shards in by_axes.values()]
+        powers = _power(torch.stack(norms), norm_type)
     else:  # a pipeline stage without trainable parameters
-        squares = torch.zeros(1, dtype=torch.float64, device=ctx.device)
+        powers = torch.zeros(1, dtype=torch.float64, device=ctx.device)
     all_axes: set[str] = set().union(*by_axes)
     # Sorted, because every rank must reduce over the axes in the same order.
     for axis in sorted(all_axes):
         indices = [index for index, axes in enumerate(by_axes) if axis in axes]
-        squares[indices] = ctx.comm.all_reduce(squares[indices], "sum", axis)
-    # norm^2 = sum over groups of the sum of squares of their shards
-    total = squares.sum()
+        powers[indices] = ctx.comm.all_reduce(powers[indices], op, axis)
+    # |x|^p = sum over groups of the sums of their shards
+    total = powers.max() if op == "max" else powers.sum()
     if ctx.mesh.spec.pp > 1:
         # In double, because stages may have gradients of different dtypes.
-        total = ctx.comm.all_reduce(total.double(), "sum", "pp").to(total.dtype)
-    return total.sqrt()
+        total = ctx.comm.all_reduce(total.double(), op, "pp").to(total.dtype)
+    return _root(total, norm_type)
+
+
+def _local_norm(shards: Sequence[torch.Tensor], norm_type: float, ctx: DistContext) -> torch.Tensor:
+    # A rank may have no rows of a small parameter, and an empty tensor has no largest element.
+    filled = [shard for shard in shards if shard.numel() > 0]
+    if not filled:
+        return torch.zeros((), dtype=shards[0].dtype, device=ctx.device)
+    return get_total_norm(filled, norm_type).to(ctx.device)
+
+
+def _power(norms: torch.Tensor, norm_type: float) -> torch.Tensor:
+    if norm_type == math.inf:
+        return norms
+    # torch computes `square` and `sqrt` exactly rounded, and `pow` not.
+    if norm_type == 2.0:
+        return norms.square()
+    return norms**norm_type
+
+
+def _root(total: torch.Tensor, norm_type: float) -> torch.Tensor:
+    if norm_type == math.inf:
+        return total
+    if norm_type == 2.0:
+        return total.sqrt()
+    return total ** (1.0 / norm_type)
 
 
 def _sharded_axes(grad: torch.Tensor) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from faccel.checks import instance_of, shown
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ModelError, OptimizerError
+from faccel.training.precision import StepGuard
 from faccel.tree import Tree
 
 if TYPE_CHECKING:
@@ -238,10 +239,12 @@ class OptimizerBinding:
     Args:
         ctx: The context that the model was wrapped with.
         tied_copies: As in `Parallelism.tied_copies`.
+        guard: The hook that allows no other step in fp16; None in other precisions.
     """
 
     ctx: DistContext
     tied_copies: Mapping[int, str]
+    guard: StepGuard | None
 
 
 # `optimizer_step` receives the optimizer but not the model. A table of weak keys, because nothing
@@ -291,7 +294,11 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
     # An engine may return another optimizer; that one is passed to `optimizer_step`.
     connected = model.parallelism.wrap_optimizer(opt, model.engine, ctx)
     tied_copies = model.parallelism.tied_copies(model.engine)
-    _BINDINGS[connected] = OptimizerBinding(model.ctx, tied_copies)
+    guard = None
+    if ctx.config.mixed_precision == "fp16":
+        guard = StepGuard()
+        connected.register_step_pre_hook(guard)
+    _BINDINGS[connected] = OptimizerBinding(model.ctx, tied_copies, guard)
     return connected
 
 
@@ -344,6 +351,49 @@ def binding_of(opt: Optimizer, ctx: DistContext) -> OptimizerBinding | None:
         got=f"{_described(ctx)}, for an optimizer of {_described(binding.ctx)}",
         fix="pass the `ctx` that you passed to `faccel.wrap` and `faccel.wrap_optimizer`",
     )
+
+
+def tied_copies_of(
+    opt: Optimizer, binding: OptimizerBinding | None, ctx: DistContext
+) -> Mapping[int, str]:
+    """Return the parameters of this rank whose gradients another rank counts.
+
+    Raises:
+        OptimizerError: On a pipeline, `opt` has no binding.
+    """
+    if binding is not None:
+        return binding.tied_copies
+    if ctx.mesh.spec.pp > 1:
+        raise OptimizerError(
+            "`opt` was not returned by `wrap_optimizer`, so tied parameters would count twice",
+            got=f"a {type(opt).__name__}",
+            fix="write `opt = faccel.wrap_optimizer(opt, model, ctx)` first",
+        )
+    return {}
+
+
+def all_tied_copies(ctx: DistContext) -> Mapping[int, str]:
+    """Return `tied_copies` of all models of `ctx` that have an optimizer.
+
+    Raises:
+        OptimizerError: On a pipeline, no model has one.
+    """
+    # Other meshes have no copies: nothing is searched.
+    if ctx.mesh.spec.pp == 1:
+        return {}
+    copies: dict[int, str] = {}
+    is_bound = False
+    for binding in _BINDINGS.values():
+        if binding.ctx is ctx or _is_same_world(ctx, binding.ctx):
+            copies.update(binding.tied_copies)
+            is_bound = True
+    if not is_bound:
+        raise OptimizerError(
+            "no optimizer was returned by `wrap_optimizer`, so tied parameters would count twice",
+            got=str(ctx.mesh.spec),
+            fix="write `opt = faccel.wrap_optimizer(opt, model, ctx)` first",
+        )
+    return copies
 
 
 def _is_same_world(ctx: DistContext, other: DistContext) -> bool:

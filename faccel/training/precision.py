@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import attrs
 import torch
@@ -18,8 +18,8 @@ from faccel.tree import local_tensor
 _OPTIONS = ("scale", "growth_factor", "backoff_factor", "growth_interval")
 
 
-class Stepped:
-    """A weak reference to an optimizer that has stepped; a pickled copy refers to none.
+class OptimizerRef:
+    """A weak reference to an optimizer; a pickled copy refers to none.
 
     Args:
         opt: The optimizer; None is an optimizer of another process.
@@ -34,8 +34,26 @@ class Stepped:
         """Whether `opt` is the optimizer."""
         return self._ref is not None and self._ref() is opt
 
-    def __reduce__(self) -> tuple[type[Stepped], tuple[()]]:
-        return Stepped, ()
+    def opt(self) -> object | None:
+        """Return the optimizer; None if it was freed."""
+        return None if self._ref is None else self._ref()
+
+    def __reduce__(self) -> tuple[type[OptimizerRef], tuple[()]]:
+        return OptimizerRef, ()
+
+
+@attrs.frozen(eq=False)
+class Unscaled:
+    """An optimizer whose gradients `unscale` has divided by the loss scale.
+
+    Args:
+        opt: The optimizer.
+        overflow: Above 0 if a gradient was not finite, 0-d. On the device: the host reads it in
+            `optimizer_step`.
+    """
+
+    opt: OptimizerRef
+    overflow: torch.Tensor
 
 
 @attrs.frozen
@@ -53,6 +71,7 @@ class ScalerState:
         grad_scale: The factor of the present gradients; None before the first backward.
         stepped: The optimizers that have stepped with the present gradients. Together they count
             as one update, and none steps twice.
+        unscaled: The optimizers whose present gradients `unscale` has divided by the scale.
         num_good_steps: The number of finite updates since the scale last changed.
         num_skipped: The number of updates skipped so far.
         growth_factor: Multiplies the scale after `growth_interval` finite updates.
@@ -63,7 +82,8 @@ class ScalerState:
     enabled: bool = False
     scale: float = 1.0
     grad_scale: float | None = None
-    stepped: tuple[Stepped, ...] = attrs.field(default=(), eq=False, repr=False)
+    stepped: tuple[OptimizerRef, ...] = attrs.field(default=(), eq=False, repr=False)
+    unscaled: tuple[Unscaled, ...] = attrs.field(default=(), eq=False, repr=False)
     num_good_steps: int = 0
     num_skipped: int = 0
     growth_factor: float = 2.0
@@ -92,7 +112,36 @@ class ScalerState:
         # The second micro-batch of a window changes nothing: the same record, without allocation.
         if self.grad_scale == self.scale and not self.stepped:
             return self
-        return attrs.evolve(self, grad_scale=self.scale, stepped=())
+        return attrs.evolve(self, grad_scale=self.scale, stepped=(), unscaled=())
+
+    def after_unscale(self, opt: object, overflow: torch.Tensor) -> ScalerState:
+        """Return the state after `unscale` divided the gradients of `opt`."""
+        unscaled = (*self.unscaled, Unscaled(OptimizerRef(opt), overflow))
+        return attrs.evolve(self, unscaled=unscaled)
+
+    def overflow_of(self, opt: object) -> torch.Tensor | None:
+        """Return what `unscale` found in the gradients of `opt`; None if they are still scaled."""
+        for record in self.unscaled:
+            if record.opt.refers_to(opt):
+                return record.overflow
+        return None
+
+    def check_before_backward(self) -> None:
+        """Raise if a backward would add scaled gradients to those that `unscale` has divided.
+
+        Raises:
+            ScalerError: An optimizer has not stepped since `unscale`.
+        """
+        for record in self.unscaled:
+            opt = record.opt.opt()
+            has_stepped = any(reference.refers_to(opt) for reference in self.stepped)
+            if opt is not None and not has_stepped:
+                raise ScalerError(
+                    "`scaled_backward` would add scaled gradients to unscaled ones",
+                    got=f"a {type(opt).__name__} that has not stepped since `faccel.unscale`",
+                    fix="call `unscale` after the last backward of an update, and then "
+                    "`faccel.optimizer_step(opt, scaler, ctx)`",
+                )
 
     def after_step(self, opt: object, *, finite: bool) -> ScalerState:
         """Return the state after `opt` stepped (`finite`) or skipped the update.
@@ -106,7 +155,7 @@ class ScalerState:
             return attrs.evolve(self, num_skipped=self.num_skipped + 1)
         # A backed-off scale starts from the one of the gradients: the second optimizer that
         # overflows after one backward does not halve it again.
-        stepped = (*self.stepped, Stepped(opt))
+        stepped = (*self.stepped, OptimizerRef(opt))
         if not finite:
             scale = self.scale_of_gradients(opt) * self.backoff_factor
             num_skipped = self.num_skipped + 1
@@ -207,16 +256,19 @@ def autocast(ctx: DistContext) -> AbstractContextManager[object]:
     return torch.autocast(ctx.device.type, dtype=ctx.compute_dtype)
 
 
-def unscale_(grads: Iterable[torch.Tensor], scale: float, ctx: DistContext) -> bool:
-    """Divide gradients by `scale` in place, and return whether all are finite on all ranks.
+def unscale_(grads: Iterable[torch.Tensor], scale: float, ctx: DistContext) -> torch.Tensor:
+    """Divide gradients by `scale` in place, and return whether one is not finite on any rank.
 
     Collective where ranks have different gradients. DDP's replicas have the same ones. It uses the
-    kernel of torch's GradScaler and, like it, waits for the device once.
+    kernel of torch's GradScaler, and does not wait for the device.
 
     Args:
         grads: Gradients of any dtypes and devices; DTensors and sparse ones, too.
         scale: The loss scale that they were multiplied by.
         ctx: The context.
+
+    Returns:
+        float32[]: above 0 if a gradient is not finite. Equal on all ranks.
     """
     # The kernel takes tensors of one device and dtype.
     groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
@@ -237,5 +289,32 @@ def unscale_(grads: Iterable[torch.Tensor], scale: float, ctx: DistContext) -> b
     # All ranks must skip the same updates, or their parameters would differ.
     if not ctx.is_replicated:
         overflow = ctx.comm.all_reduce(overflow, "max", WORLD)
-    # The one point where the host waits for the device.
-    return not overflow.item()
+    return overflow
+
+
+class StepGuard:
+    """A hook that raises where an optimizer steps with gradients times the loss scale of fp16.
+
+    `wrap_optimizer` registers it with `Optimizer.register_step_pre_hook`, in fp16 only.
+    """
+
+    def __init__(self) -> None:
+        self._is_open = False
+
+    @contextmanager
+    def open(self) -> Generator[None]:
+        """Let the optimizer step: its gradients were unscaled."""
+        self._is_open = True
+        try:
+            yield
+        finally:
+            self._is_open = False
+
+    def __call__(self, opt: object, args: object, kwargs: object) -> None:
+        if not self._is_open:
+            raise ScalerError(
+                "`opt.step()` was called in fp16, whose gradients are multiplied by the loss scale",
+                got=f"a {type(opt).__name__} outside of `optimizer_step`",
+                fix="write `info, scaler = faccel.optimizer_step(opt, scaler, ctx)`, which divides "
+                "them and leaves out an update that overflowed",
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import attrs
@@ -14,11 +14,12 @@ from faccel.checks import shown
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
-from faccel.errors import ConfigError, ModelError, OptimizerError
+from faccel.errors import ConfigError, ModelError
 from faccel.mesh import DATA
 from faccel.training.grad_clip import (
     check_limits,
     clip_,
+    ids_of,
     parameters_with_gradients,
     step_optimizer,
 )
@@ -29,6 +30,7 @@ from faccel.training.model import (
     check_context,
     check_wrapped,
     grad_sync,
+    tied_copies_of,
 )
 from faccel.training.precision import ScalerState, check_scaler, unscale_
 from faccel.training.windows import Window, uneven_tail_error
@@ -82,7 +84,7 @@ def scaled_backward(
 
     Raises:
         ModelError: The loss is not a scalar, or depends on no parameter.
-        ScalerError: `scaler` is not a `ScalerState`.
+        ScalerError: `scaler` is not a `ScalerState`, or the gradients are unscaled already.
         DataError: A loader with an uneven tail is iterated outside of `join`: the other ranks
             would wait for those with fewer batches.
         RankFailedError: Another rank left or failed before its backward; names it.
@@ -98,6 +100,7 @@ def scaled_backward(
     if not _is_loss(loss):
         raise _loss_error(loss)
     check_scaler(scaler)
+    scaler.check_before_backward()
     if ctx.lifetime.has_uneven_iteration and not ctx.lifetime.has_join:
         raise uneven_tail_error(
             ", or train inside `with faccel.parallel.join(model, opt, ctx)`, without `windows`"
@@ -174,6 +177,7 @@ def pipeline_step(
     if forward_backward is None:
         return _one_by_one(loss_fn, model, window, scaler, ctx)
     check_scaler(scaler)
+    scaler.check_before_backward()
     # A pipeline interleaves forward and backward of all micro-batches: it needs them at once.
     micro_batches = list(window)
     losses: list[MicroBatchLoss] = []
@@ -221,8 +225,8 @@ class StepInfo:
     """The result of one `optimizer_step`.
 
     Args:
-        grad_norm: 2-norm of all gradients of the optimizer before clipping, 0-d; None without
-            `clip_norm` (`clip_norm=float("inf")` measures it and clips nothing).
+        grad_norm: Norm of the gradients of the optimizer (or of `clip_params`) before clipping,
+            0-d; None without `clip_norm` (`clip_norm=float("inf")` measures and clips nothing).
         skipped: Whether the update was skipped because a gradient was not finite.
         scale: The loss scale that the gradients were divided by.
     """
@@ -238,8 +242,10 @@ def optimizer_step(
     scaler: ScalerState,
     ctx: DistContext,
     *,
-    clip_norm: float | None = None,
-    clip_value: float | None = None,
+    clip_norm: float | torch.Tensor | None = None,
+    clip_value: float | torch.Tensor | None = None,
+    norm_type: float = 2.0,
+    clip_params: Iterable[torch.Tensor] | None = None,
     scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
     skip_nonfinite: bool = False,
 ) -> tuple[StepInfo, ScalerState]:
@@ -248,17 +254,19 @@ def optimizer_step(
     Effects: updates opt, collective. Also its parameters, their gradients and `scheduler`. Under
     DDP nothing is communicated: every rank has the same gradients.
 
-    In fp16 the gradients are unscaled first, and an update with a gradient that is not finite is
-    skipped. Other precisions neither inspect gradients nor wait for the device, unless
-    `skip_nonfinite`. A changed loss scale applies from the next `scaled_backward`, so several
-    optimizers can use one scaler.
+    In fp16 the gradients are unscaled first, unless `unscale` has done it. An update with a
+    gradient that is not finite is skipped. Other precisions neither inspect gradients nor wait for
+    the device, unless `skip_nonfinite`. A changed loss scale applies from the next
+    `scaled_backward`, so several optimizers can use one scaler.
 
     Args:
         opt: From `wrap_optimizer`.
         scaler: From `scaled_backward`.
         ctx: The context that the model of `opt` was wrapped with.
-        clip_norm: The largest 2-norm of all gradients together.
+        clip_norm: The largest norm of all gradients together, a number or a 0-d tensor.
         clip_value: The largest magnitude of an element, applied after `clip_norm`.
+        norm_type: The order of the norm; `float("inf")` is the largest magnitude.
+        clip_params: The parameters of `opt` that `clip_norm` measures and clips; None is all.
         scheduler: One scheduler or several, stepped once per update and not on a skipped one.
             Step a scheduler that moves per epoch or needs a metric yourself.
         skip_nonfinite: Whether to skip an update with a gradient that is not finite, in any
@@ -268,8 +276,8 @@ def optimizer_step(
         The result, and the new scaler.
 
     Raises:
-        OptimizerError: No parameter of `opt` has a gradient, its step needs a closure, or `ctx` is
-            not the context of its model.
+        OptimizerError: No parameter of `opt` has a gradient, its step needs a closure, `ctx` is
+            not the context of its model, or `clip_params` has parameters of another optimizer.
         ScalerError: `scaler` was not returned by `scaled_backward` (in fp16: since the last step
             of `opt`).
         ConfigError: A limit is not positive, or a scheduler needs a metric.
@@ -292,9 +300,20 @@ def optimizer_step(
         params = parameters_with_gradients(opt, ctx)
     # Everything is checked before a gradient changes: an error leaves the gradients as they were.
     grad_scale = scaler.scale_of_gradients(opt)
-    check_limits(clip_norm, clip_value)
     schedulers = _schedulers(scheduler)
-    options = UpdateOptions(clip_norm, clip_value, grad_scale, scaler.enabled or skip_nonfinite)
+    overflow = scaler.overflow_of(opt)
+    options = UpdateOptions(
+        clip_norm,
+        clip_value,
+        grad_scale,
+        skip_nonfinite=skip_nonfinite or scaler.enabled,
+        norm_type=norm_type,
+        clip_params=ids_of(clip_params, opt),
+        overflow=overflow,
+    )
+    if overflow is not None:  # `unscale` has divided and checked them
+        options = options._replace(grad_scale=1.0, skip_nonfinite=skip_nonfinite)
+    check_limits(options)
     if engine_step is None:
         grad_norm, finite = _update(opt, params, options, ctx, binding)
     else:
@@ -323,32 +342,18 @@ def _update(
     # fp16 always skips, so unscaling and the check are one pass over the gradients.
     if options.skip_nonfinite:
         grads = [param.grad for param in params if param.grad is not None]
-        finite = unscale_(grads, options.grad_scale, ctx)
+        # The one point where the host waits for the device.
+        finite = not unscale_(grads, options.grad_scale, ctx).item()
+    if options.overflow is not None:
+        finite = finite and not options.overflow.item()
     if options.clip_norm is not None or options.clip_value is not None:
-        tied_copies = _tied_copies(opt, binding, ctx)
-        grad_norm = clip_(
-            params, options.clip_norm, options.clip_value, ctx, tied_copies=tied_copies
-        )
+        grad_norm = clip_(params, options, ctx, tied_copies=tied_copies_of(opt, binding, ctx))
     if finite:
-        step_optimizer(opt)
+        step_optimizer(opt, None if binding is None else binding.guard)
     # Not `opt.zero_grad()`: its profiler range costs 9 us, which a small step would notice.
     for param in params:
         param.grad = None
     return grad_norm, finite
-
-
-def _tied_copies(
-    opt: Optimizer, binding: OptimizerBinding | None, ctx: DistContext
-) -> Mapping[int, str]:
-    if binding is not None:
-        return binding.tied_copies
-    if ctx.mesh.spec.pp > 1:
-        raise OptimizerError(
-            "`opt` was not returned by `wrap_optimizer`, so tied parameters would count twice",
-            got=f"a {type(opt).__name__}",
-            fix="write `opt = faccel.wrap_optimizer(opt, model, ctx)` first",
-        )
-    return {}
 
 
 def _schedulers(

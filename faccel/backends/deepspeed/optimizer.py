@@ -234,6 +234,7 @@ def step_engine(
             got="no backward since the last step",
             fix="call `scaled_backward` on a loss of its model first",
         )
+    _check_norm(options)
     zero = opt.engine.optimizer
     zero.clip_grad = _clip_norm(options, opt.configured_clip_norm)
     # Gradients are of scale * loss: the engine divides them by the scale, and then clips.
@@ -248,6 +249,16 @@ def step_engine(
     return norm, not zero.overflow
 
 
+def _check_norm(options: UpdateOptions) -> None:
+    if options.norm_type != 2.0 or options.clip_params is not None:
+        raise ConfigError(
+            "`norm_type` and `clip_params` are unsupported under DeepSpeed, which clips by the "
+            "2-norm of all gradients",
+            got=f"norm_type={options.norm_type}, clip_params={options.clip_params is not None}",
+            fix="leave them out",
+        )
+
+
 def _clip_norm(options: UpdateOptions, configured: float) -> float:
     """Return the limit of the norm; 0 clips nothing."""
     if options.clip_value is not None:
@@ -259,10 +270,12 @@ def _clip_norm(options: UpdateOptions, configured: float) -> float:
     if options.clip_norm is None:
         # Without a limit in the script, that of the settings applies: 0 if they have none.
         return configured
-    if configured and options.clip_norm != configured:
+    # DeepSpeed computes the norm on the host: a tensor is read here.
+    clip_norm = float(options.clip_norm)
+    if configured and clip_norm != configured:
         raise ConfigError(
             "`clip_norm` contradicts `gradient_clipping` of the DeepSpeed settings",
-            got=f"clip_norm={options.clip_norm}, `gradient_clipping` {configured}",
+            got=f"clip_norm={clip_norm}, `gradient_clipping` {configured}",
             fix="leave one of them out",
         )
-    return options.clip_norm
+    return clip_norm
