@@ -84,10 +84,18 @@ def _field(
     converter: Callable[[Any], object] | None = None,
 ) -> Any:
     """Return a field that `parse` reads from the text of an environment variable or a flag."""
+
+    def convert(value: object) -> object:
+        if value is None:  # not given
+            return default
+        if converter is None:
+            return value
+        return converter(value)
+
     # `Any`, because a type checker takes the type of a field from its annotation. The metadata is
     # the one source for the flags of `faccel launch`, the variables and docs/configuration.md.
     metadata = {"parse": parse, "doc": doc}
-    return attrs.field(default=default, metadata=metadata, validator=validator, converter=converter)
+    return attrs.field(default=default, metadata=metadata, validator=validator, converter=convert)
 
 
 @attrs.frozen(kw_only=True)
@@ -95,6 +103,7 @@ class Config:
     """The configuration of a run.
 
     Each field can be set in a file, by a variable `FACCEL_<NAME>`, or by an argument of `init`.
+    None is "not given" for every field: weaker sources apply, or the default.
 
     Args:
         mixed_precision: `"no"`, `"bf16"` or `"fp16"`: the dtype of forward and backward. Parameters
@@ -317,6 +326,7 @@ def resolve(
     """Merge the sources of a configuration into one record.
 
     From weakest to strongest: defaults, `file`, environment, launcher flags, `config`, `overrides`.
+    A value of None counts as not given.
 
     Effects: pure. Neither reads nor writes the process environment or a file.
 
@@ -353,6 +363,9 @@ def resolve(
     for layer in layers:
         for name, setting in layer.items():
             _check_name(name, setting, values)
+            # Scripts pass each option of their command line on, whether the user set it or not.
+            if setting.value is None:
+                continue
             if name in flags and setting.source.startswith("argument"):
                 _check_agreement(name, flags[name], setting)
             # Only the source that is replaced is named, not those that it replaced before.

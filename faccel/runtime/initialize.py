@@ -55,7 +55,7 @@ def init(
             `"training.yaml#faccel"`. Without a file, `$FACCEL_CONFIG` applies, or the user's own
             file (`faccel config path`).
         env: The environment; None reads that of the process.
-        **overrides: Single fields of `Config`. They override all other sources.
+        **overrides: Single fields of `Config`. They override all other sources; None is not given.
 
     Returns:
         The context. `with faccel.init() as ctx:` shuts it down at the end.

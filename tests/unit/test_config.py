@@ -1,10 +1,13 @@
 """`Config` and `resolve`: sources, precedence and error messages."""
 
 import itertools
+import json
 
 import pytest
 
+import faccel
 from faccel.config import Config, config_fields, resolve
+from faccel.config_file import ConfigFile
 from faccel.errors import ConfigError
 from faccel.mesh import MeshSpec
 
@@ -41,6 +44,33 @@ def test_every_field_can_come_from_the_environment_and_from_an_argument():
         from_argument = resolve(overrides={name: value})
         assert getattr(from_argument, name) == value
         assert from_argument.sources[name].startswith("argument, over default")
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_none_is_not_given_in_every_source_and_for_every_field(name):
+    text, value = VALUES[name]
+    file = ConfigFile("x.yaml", {name: None})
+    assert Config(**{name: None}) == Config()
+    for options in ({"config": {name: None}}, {"overrides": {name: None}}, {"file": file}):
+        config = resolve(**options)
+        assert (config, config.sources[name]) == (Config(), "default")
+    for options in (
+        {"config": {name: None}},
+        {"overrides": {name: None}},
+        {"config": Config(**{name: None})},
+    ):
+        flag = {"FACCEL_LAUNCH": json.dumps({name: value})} if name != "mesh" else {}
+        for env in ({f"FACCEL_{name.upper()}": text}, flag or {"FACCEL_MESH": text}):
+            assert getattr(resolve(env=env, **options), name) == value
+    with pytest.raises(ConfigError, match="`sed` is not a field"):  # a misspelled one still raises
+        resolve(overrides={"sed": None})
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_init_takes_none_for_every_field(name):
+    ctx = faccel.init(env={}, **{name: None})
+    assert getattr(ctx.config, name) == getattr(Config(), name)
+    faccel.shutdown(ctx)
 
 
 @pytest.mark.parametrize("present", list(itertools.product([False, True], repeat=3)))
