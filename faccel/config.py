@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import attrs
 
 from faccel.checks import integer, one_of
-from faccel.errors import ConfigError, nearest
+from faccel.errors import ConfigError, FaccelError, nearest
 from faccel.mesh import MeshSpec
 from faccel.validators import Validator, boolean, choice, float_at_least, folder, int_at_least, text
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 PRECISIONS = ("no", "bf16", "fp16")
 STRATEGIES = ("deepspeed",)
 """Engines that replace the strategy that the mesh chooses."""
+
+_AXES = ", ".join(field.name for field in attrs.fields(MeshSpec))
 
 PREFIX = "FACCEL_"
 LAUNCH = "FACCEL_LAUNCH"
@@ -127,7 +129,7 @@ class Config:
     mixed_precision: str = _field(
         "no",
         str,
-        "dtype of forward and backward",
+        "dtype of forward and backward: no, bf16 or fp16",
         validator=choice(*PRECISIONS),
         converter=_to_precision,
     )
@@ -140,9 +142,17 @@ class Config:
         validator=text("cuda:0", optional=True),
         converter=_to_device_name,
     )
-    mesh: MeshSpec | None = _field(None, str, "ranks per axis of parallelism", converter=_to_mesh)
+    mesh: MeshSpec | None = _field(
+        None,
+        str,
+        f"ranks per axis, as in `dp_shard=2,tp=2`; -1 fills the world. Axes: {_AXES}",
+        converter=_to_mesh,
+    )
     strategy: str | None = _field(
-        None, str, "engine instead of the mesh's", validator=choice(*STRATEGIES, optional=True)
+        None,
+        str,
+        f"engine instead of the mesh's: {', '.join(STRATEGIES)}",
+        validator=choice(*STRATEGIES, optional=True),
     )
     zero: int | None = _field(None, int, "ZeRO stage of DeepSpeed, 0 to 3", validator=_check_zero)
     device_placement: bool = _field(
@@ -260,7 +270,7 @@ def _environment_settings(env: Mapping[str, str]) -> dict[str, _Setting]:
 def _file_settings(file: ConfigFile | None) -> dict[str, _Setting]:
     if file is None:
         return {}
-    return {name: _Setting(value, f"file {file.name}") for name, value in file.values.items()}
+    return {name: _Setting(value, file.source(name)) for name, value in file.settings.items()}
 
 
 def _flag_settings(env: Mapping[str, str]) -> dict[str, _Setting]:
@@ -413,7 +423,64 @@ def _with_source(error: ConfigError, sources: Mapping[str, str]) -> ConfigError:
     for name in sources:
         if error.problem.startswith(f"`{name}` "):
             field = name
-    source = sources[field].partition(",")[0]
-    if source == "argument":
+    return with_source(error, sources[field])
+
+
+ErrorT = TypeVar("ErrorT", bound=FaccelError)
+
+
+def with_source(error: ErrorT, source: str) -> ErrorT:
+    """Return an error about the value of a field with the file or the variable that it is from.
+
+    Effects: pure.
+
+    Args:
+        error: The error.
+        source: Of `Config.sources`.
+    """
+    source = source.partition(",")[0]  # without the one that it replaces
+    if source in ("argument", "default"):  # the traceback shows the line of an argument
         return error
-    return ConfigError(error.problem, got=f"{error.got or 'it'}, from the {source}", fix=error.fix)
+    got = f"{error.got or 'it'}, from the {source}"
+    return type(error)(error.problem, got=got, fix=error.fix)
+
+
+def mesh_for(config: Config, world_size: int) -> MeshSpec:
+    """Return the mesh of a configuration for `world_size` ranks; replicas if it has none.
+
+    Effects: pure.
+
+    Raises:
+        ConfigError: The mesh does not fit. The message names the file or variable it is from.
+
+    Examples:
+        >>> mesh_for(resolve({"mesh": "dp_shard=-1"}), 4).dp_shard
+        4
+    """
+    try:
+        return (config.mesh or MeshSpec(dp_replicate=-1)).fill(world_size)
+    except ConfigError as error:
+        raise with_source(error, config.sources.get("mesh", "argument")) from None
+
+
+def fixed_mesh_size(config: Config) -> int | None:
+    """Return the number of ranks of a mesh without -1; None for any other mesh.
+
+    Effects: pure.
+    """
+    if config.mesh is None or config.mesh.size < 1:
+        return None
+    return config.mesh.size
+
+
+def check_num_processes(config: Config, num_processes: int) -> None:
+    """Raise if no number of nodes with `num_processes` each fits the mesh.
+
+    Effects: pure.
+
+    Raises:
+        ConfigError: The mesh has a fixed size, which is not a multiple.
+    """
+    size = fixed_mesh_size(config)
+    if size is not None and size % num_processes:
+        mesh_for(config, num_processes)

@@ -6,15 +6,24 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import attrs
 
-from faccel.checks import local_path
+from faccel.checks import instance_of, local_path
 from faccel.errors import ConfigError, nearest
 
 VARIABLE = "FACCEL_CONFIG"
+NPROC = "nproc"
+"""The key of the processes per node, which `faccel launch` reads. It is no field of `Config`: the
+world of a run is the processes that were started."""
+
+NPROC_WORDS = ("auto", "cpu", "gpu")
+"""The values of `nproc` that depend on the node."""
+
+# Every version of Accelerate writes at least one of them.
+_ACCELERATE_KEYS = ("compute_environment", "distributed_type")
 _SUFFIXES = (".json", ".toml", ".yaml", ".yml")
 
 
@@ -25,10 +34,47 @@ class ConfigFile:
     Args:
         name: Path and section, for messages: `training.yaml#faccel`.
         values: Values by key, as the file contains them.
+        lines: The line of each key, counted from 1, where it was found.
+
+    Raises:
+        ConfigError: `nproc` is neither a number nor one of `NPROC_WORDS`.
     """
 
     name: str
     values: Mapping[str, Any]
+    lines: Mapping[str, int] = attrs.field(factory=dict)
+
+    def source(self, key: str) -> str:
+        """Return the file and line of a key, as in `"file training.yaml:3"`."""
+        if key not in self.lines:
+            return f"file {self.name}"
+        path, _, _ = self.name.partition("#")
+        return f"file {path}:{self.lines[key]}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The values of fields of `Config`: all but `nproc`."""
+        return {key: value for key, value in self.values.items() if key != NPROC}
+
+    @property
+    def nproc(self) -> str | None:
+        """The processes per node: a number, `"auto"`, `"cpu"` or `"gpu"`; None if it is not set."""
+        value = self.values.get(NPROC)
+        if value is None:
+            return None
+        return str(value)
+
+    def __attrs_post_init__(self) -> None:
+        if self.nproc is None or self.nproc in NPROC_WORDS:
+            return
+        value = self.values[NPROC]
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return
+        raise ConfigError(
+            f"`{NPROC}` must be a number of processes, or one of {', '.join(NPROC_WORDS)}",
+            got=f"{NPROC}={value!r}, from the {self.source(NPROC)}",
+            fix=f"write for example `{NPROC}: 2`",
+        )
 
 
 def default_path(env: Mapping[str, str]) -> str | None:
@@ -79,7 +125,8 @@ def read(reference: str) -> ConfigFile:
         ConfigError: The file or the section is missing, or is not a mapping.
     """
     path, _, section = reference.partition("#")
-    values = _parse(local_path("config", path))
+    text = _decoded(local_path("config", path))
+    values = _parse(path, text)
     description = f"`{path}`"
     if section:
         description = f"section `{section}` of `{path}`"
@@ -94,7 +141,52 @@ def read(reference: str) -> ConfigFile:
             fix="write one `key: value` per line, such as `mixed_precision: bf16`",
         )
     # `str`, because YAML reads an unquoted `1` or `no` as a number or a bool, in keys, too.
-    return ConfigFile(reference, {str(key): value for key, value in values.items()})
+    by_key = {str(key): value for key, value in values.items()}
+    foreign_keys = [key for key in _ACCELERATE_KEYS if key in by_key]
+    if foreign_keys:
+        raise ConfigError(
+            f"{description} is a configuration of Accelerate",
+            got=f"the key `{foreign_keys[0]}`",
+            fix=f"convert it with `faccel config import {path} -o faccel.yaml`",
+        )
+    return ConfigFile(reference, by_key, _find_lines(text, section, by_key))
+
+
+def _find_lines(text: str, section: str, keys: Iterable[str]) -> dict[str, int]:
+    """Return the line of each key. A key in an unusual notation has none."""
+    rows = text.splitlines()
+    start = 0
+    for key in filter(None, section.split(".")):
+        start = _find_line(rows, key, start) or start
+    lines: dict[str, int] = {}
+    for key in keys:
+        index = _find_line(rows, key, start)
+        if index is not None:
+            lines[key] = index + 1
+    return lines
+
+
+def _find_line(rows: list[str], key: str, start: int) -> int | None:
+    # `key:` in YAML, `key =`, `key.axis` or `[key]` in TOML, `"key":` in JSON, at the start of a
+    # line or of an entry. A parser of each format would report lines too, but not all of them do.
+    pattern = re.compile(rf"""(?:^|[{{,.\[])\s*["']?{re.escape(key)}["']?\s*[:=.\]]""")
+    for index in range(start, len(rows)):
+        if pattern.search(rows[index]):
+            return index
+    return None
+
+
+def read_accelerate(path: str) -> dict[str, Any]:
+    """Read a configuration file of Accelerate.
+
+    Effects: ambient. Reads the file.
+
+    Raises:
+        ConfigError: The file is missing or is not a mapping.
+    """
+    values = _parse(path, _decoded(path))
+    instance_of("file", values or {}, Mapping, fix="use a file that `accelerate config` wrote")
+    return dict(values or {})
 
 
 def _section(values: object, key: str, path: str, section: str) -> object:
@@ -251,9 +343,10 @@ def _suffix(path: str) -> str:
     )
 
 
-def _parse(path: str) -> object:
-    suffix = _suffix(path)
-    # Bytes, decoded below as UTF-8: text mode would decode in the locale of the process.
+def _decoded(path: str) -> str:
+    """Return the text of a file."""
+    _suffix(path)  # raises before a large file of another kind is read
+    # Bytes, decoded as UTF-8: text mode would decode in the locale of the process.
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -261,13 +354,24 @@ def _parse(path: str) -> object:
         fix = "name an existing file, or create one with `faccel config default`"
         _raise_os_error("read", path, error, fix)
     try:
-        return _FORMATS[suffix].load(data.decode())
+        return data.decode()
+    except UnicodeDecodeError as error:
+        _raise_syntax_error(path, error)
+
+
+def _parse(path: str, text: str) -> Any:
+    try:
+        return _FORMATS[_suffix(path)].load(text)
     except Exception as error:  # each parser has its own errors
-        raise ConfigError(
-            f"`{path}` is not {suffix[1:].upper()}",
-            got=" ".join(str(error).split()),  # messages of parsers span several lines
-            fix="correct that line",
-        ) from None
+        _raise_syntax_error(path, error)
+
+
+def _raise_syntax_error(path: str, error: Exception) -> NoReturn:
+    raise ConfigError(
+        f"`{path}` is not {_suffix(path)[1:].upper()}",
+        got=" ".join(str(error).split()),  # messages of parsers span several lines
+        fix="correct that line",
+    ) from None
 
 
 # Parsers are imported where they are used: most runs have no configuration file.

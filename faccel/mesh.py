@@ -155,7 +155,10 @@ class MeshSpec:
         raise ConfigError(
             f"`mesh` does not fit {world_size} processes",
             got=f"{self}, {num_ranks} ranks",
-            fix=f"use {self._fitting_extent(world_size)}, or start {num_ranks} processes",
+            fix=(
+                f"use {self._fitting_extent(world_size)}, or start {num_ranks} processes, as with "
+                f"`faccel launch --nproc {num_ranks}`"
+            ),
         )
 
     def _fitting_extent(self, world_size: int) -> str:
@@ -163,9 +166,14 @@ class MeshSpec:
         # With the other axes unchanged, an axis fits if they divide the world.
         num_ranks = abs(self.size)
         for axis in self._axes_to_change():
-            num_others = num_ranks // abs(getattr(self, axis))
-            if world_size % num_others == 0:
-                return f"`{axis}={world_size // num_others}`"
+            extent = getattr(self, axis)
+            num_others = num_ranks // abs(extent)
+            if world_size % num_others:
+                continue
+            fitting = f"`{axis}={world_size // num_others}`"
+            if extent == -1:
+                return fitting
+            return f"{fitting}, or `{axis}=-1`, which fills the world"
         return "axes whose product divides it"
 
     def _axes_to_change(self) -> list[str]:

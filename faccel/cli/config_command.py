@@ -6,13 +6,18 @@ import os
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from faccel.cli.flags import LocalPath, UsageError
 from faccel.cli.output import explain_rows, fields_document, json_option, present
+from faccel.config_file import NPROC
 from faccel.errors import ConfigError, FaccelError, nearest
+
+if TYPE_CHECKING:
+    from faccel.config import Config
+    from faccel.config_file import ConfigFile
 
 
 @click.group(invoke_without_command=True)
@@ -72,15 +77,12 @@ def _questionnaire() -> None:
                 file=ConfigFile(file, current)
             )  # an invalid file fails before the first question
             recommended, num_processes = _recommended()
-            values, nproc = ask(current, recommended, num_processes)
+            values = ask(current, recommended, num_processes)
     # Answers so far are dropped: a file with half of them would look complete.
     except KeyboardInterrupt:
         raise click.ClickException("interrupted; nothing was written") from None
     _write(file, values)
-    command = "faccel launch script.py"
-    if nproc != 1:
-        command = f"faccel launch --nproc {nproc} script.py"
-    print(f"{file}\nstart with: {command}")
+    print(f"{file}\nstart with: faccel launch script.py")
 
 
 def _values_of(file: str) -> dict[str, Any]:
@@ -152,7 +154,10 @@ def show(*, as_json: bool) -> None:
         if reference is not None:
             file = read(reference)
         resolved = resolve(env=os.environ, file=file)
-    rows = [(f"file: {reference or 'none'}", ""), *explain_rows(resolved)]
+    rows: list[tuple[str, ...]] = [(f"file: {reference or 'none'}", "")]
+    if file is not None and file.nproc is not None:
+        rows.append((f"{NPROC} = {file.nproc}", f"({file.source(NPROC)})"))
+    rows += explain_rows(resolved)
     present({"file": reference, "fields": fields_document(resolved)}, rows, as_json=as_json)
 
 
@@ -162,7 +167,7 @@ def default(*, force: bool) -> None:
     """Write a file with the settings that are recommended for this node."""
     file = _user_file()
     _check_new(file, force=force, fix="change it with `faccel config set`")
-    # The number of processes is an option of `faccel launch`, not a field.
+    # Without the number of processes: it would be that of `--nproc auto`.
     values, _ = _recommended()
     _write(file, values)
     print(file)
@@ -172,7 +177,6 @@ def default(*, force: bool) -> None:
 @click.argument("pairs", nargs=-1, required=True, metavar="KEY=VALUE...")
 def set_(pairs: tuple[str, ...]) -> None:
     """Change fields in the file."""
-    from faccel.config import resolve
     from faccel.config_file import ConfigFile
 
     file = _user_file()
@@ -181,11 +185,21 @@ def set_(pairs: tuple[str, ...]) -> None:
         for pair in pairs:
             name, value = _parse_pair(pair)
             values[name] = value
-        resolve(file=ConfigFile(file, values))  # validates all fields before the file is written
+        _validated(ConfigFile(file, values))  # all of them, before the file is written
     except FaccelError as error:
         raise UsageError(error) from None
     _write(file, values)
     print(file)
+
+
+def _validated(file: ConfigFile) -> Config:
+    """Return the configuration of a file, whose mesh fits its number of processes."""
+    from faccel.config import check_num_processes, resolve
+
+    resolved = resolve(file=file)
+    if file.nproc is not None and file.nproc.isdecimal():
+        check_num_processes(resolved, int(file.nproc))
+    return resolved
 
 
 def _parse_pair(pair: str) -> tuple[str, Any]:
@@ -197,11 +211,13 @@ def _parse_pair(pair: str) -> tuple[str, Any]:
         raise ConfigError(
             "`faccel config set` expects `key=value`", got=f"`{pair}`", fix=f"write `{name}=...`"
         )
+    if name == NPROC:
+        return name, _int_or_word(text)
     fields = {field.name: field for field in config_fields()}
     # Before parsing: an unknown name has no parser.
     if name not in fields:
         raise ConfigError(
-            f"`{name}` is not a field of the configuration", fix=nearest(name, fields)
+            f"`{name}` is not a field of the configuration", fix=nearest(name, [*fields, NPROC])
         )
     try:
         return name, fields[name].metadata["parse"](text)
@@ -209,16 +225,26 @@ def _parse_pair(pair: str) -> tuple[str, Any]:
         raise unreadable(f"`{name}`", fields[name], text, error) from None
 
 
+def _int_or_word(text: str) -> int | str:
+    if text.isdecimal():
+        return int(text)
+    return text  # `auto`, or a mistake, which the validation of the file reports
+
+
 @config.command()
 @click.argument("file")
 @json_option
 def check(file: str, *, as_json: bool) -> None:
-    """Check FILE (or FILE#SECTION) and report the first error in it."""
-    from faccel.config import resolve
+    """Check FILE (or FILE#SECTION) and report the first error in it.
+
+    Also tries whether the device, the mesh and the strategy are available on this node.
+    """
+    from faccel.cli.trial import try_configuration
     from faccel.config_file import read
 
     try:
-        resolve(file=read(file))
+        content = read(file)
+        try_configuration(_validated(content), content.nproc)
     except FaccelError as error:
         if not as_json:
             raise click.ClickException(str(error)) from None
@@ -236,26 +262,31 @@ def check(file: str, *, as_json: bool) -> None:
 @json_option
 def import_(file: str, out: str | None, *, force: bool, as_json: bool) -> None:
     """Convert FILE, a configuration of Accelerate, and list the keys without an equivalent."""
-    from faccel.config import resolve
-    from faccel.config_file import ConfigFile, read
+    from faccel.config_file import ConfigFile, read_accelerate
     from faccel.launching.import_accelerate import from_accelerate
 
     target = out or _user_file()
     _check_new(target, force=force, fix="choose another file with `-o`")
     with _errors_as_messages():
-        converted = from_accelerate(read(file).values)
-        resolve(file=ConfigFile(target, converted.values))
+        converted = from_accelerate(read_accelerate(file))
+        _validated(ConfigFile(target, converted.values))
     command = " ".join(["faccel", "launch", *converted.options, "script.py"])
-    # The comment is the only place in the file for what became options of the launcher.
+    # The comment is the only place in the file for options of the launcher and code of the script.
     comment = f"# from {os.path.basename(file)}; start with: {command}\n"
+    rows = [(target,), (f"start with: {command}",)]
+    if converted.plan:
+        code = f"in the script: model = faccel.wrap(model, ctx, plan={converted.plan})"
+        comment += f"# {code}\n"
+        rows.append((code,))
     _write(target, converted.values, comment)
     document = {
         "file": target,
         "command": command,
         "values": dict(converted.values),
+        "plan": converted.plan,
         "without_equivalent": dict(converted.without_equivalent),
     }
-    present(document, [(target,), (f"start with: {command}",)], as_json=as_json)
+    present(document, rows, as_json=as_json)
     if not as_json:
         for key, value in converted.without_equivalent.items():
             # To standard error: standard output holds what a script would read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -11,13 +12,15 @@ import click
 
 from faccel.cli.flags import UsageError, config_flags, parse_flags
 from faccel.cli.output import json_option
+from faccel.config_file import NPROC, NPROC_WORDS
 from faccel.errors import FaccelError, LaunchError
 
 if TYPE_CHECKING:
+    from faccel.config import Config
+    from faccel.config_file import ConfigFile
     from faccel.launching.spec import LaunchSpec
 
 CommandT = TypeVar("CommandT", bound=Callable[..., None])
-_AUTOMATIC = ("auto", "cpu", "gpu")
 # Options of the command line that are fields of `LaunchSpec` under the same name.
 _SPEC_FIELDS = (
     "nnodes",
@@ -49,10 +52,9 @@ def launch_options(command: CommandT) -> CommandT:
 _OPTIONS = (
     click.option(
         "--nproc",
-        default="auto",
         metavar="N|auto|cpu|gpu",
-        show_default=True,
-        help="Processes per node. auto: one per GPU, or one without GPUs.",
+        help="Processes per node. auto: one per GPU, or one without GPUs. Default: `nproc` of the "
+        "configuration file, else auto.",
     ),
     click.option("--cpu", is_flag=True, help="Run on the CPU: short for `--device cpu`."),
     click.option(
@@ -134,14 +136,14 @@ def _launch(command: tuple[str, ...], options: Mapping[str, Any]) -> None:
     from faccel.launching.run import run
 
     try:
-        # Errors up to here are about the command line: exit code 2, as click's own.
-        spec = _spec(command, options)
+        # Errors up to here are about the command line and the configuration file: exit code 2.
+        spec, config = _spec(command, options)
         if options["rendering"]:
             from faccel.launching.render import RENDERINGS
 
             print(RENDERINGS[options["rendering"]](spec), end="")
             return
-        _check_config(spec)
+        _check_mesh(spec, config)
     except FaccelError as error:
         raise UsageError(error) from None
     try:
@@ -154,27 +156,19 @@ def _launch(command: tuple[str, ...], options: Mapping[str, Any]) -> None:
     sys.exit(code)
 
 
-def _check_config(spec: LaunchSpec) -> None:
-    """Raise once, before a process starts, what each rank would raise for its configuration."""
-    from faccel.config import resolve
-    from faccel.config_file import find, read
-    from faccel.launching.spec import environment_of
+def _check_mesh(spec: LaunchSpec, config: Config) -> None:
+    """Raise once, before a process starts, what each rank would raise for its mesh."""
+    from faccel.config import mesh_for
 
-    # The environment of the ranks; the number of cores does not matter here.
-    env = {**os.environ, **environment_of(spec, os.environ, 1)}
-    reference = find(env)
-    file = None
-    if reference is not None:
-        file = read(reference)
-    config = resolve(env=env, file=file)
     # With a range of nodes the world size is unknown, and one process here may be a task of many
     is_counted = spec.nnodes.isdecimal() and (spec.nproc > 1 or spec.nnodes != "1")
-    if config.mesh is not None and is_counted:
-        config.mesh.fill(spec.nproc * int(spec.nnodes))
+    if is_counted:
+        mesh_for(config, spec.nproc * int(spec.nnodes))
 
 
-def _spec(command: tuple[str, ...], options: Mapping[str, Any]) -> LaunchSpec:
-    """Convert the options of the command line to a `LaunchSpec`."""
+def _spec(command: tuple[str, ...], options: Mapping[str, Any]) -> tuple[LaunchSpec, Config]:
+    """Convert the options of the command line to a launch, and the configuration of its ranks."""
+    from faccel.config import LAUNCH, resolve
     from faccel.launching.slurm import within_slurm
     from faccel.launching.spec import LaunchSpec
 
@@ -188,16 +182,38 @@ def _spec(command: tuple[str, ...], options: Mapping[str, Any]) -> LaunchSpec:
                 fix="remove one of the two options",
             )
         flags["device"] = "cpu"
+    kind = _kind(options)
+    file = _config_file(options["config"])
+    config = resolve(env={**os.environ, LAUNCH: json.dumps(flags)}, file=file)
+    # The option is stronger than the file, as for the fields.
+    nproc, source = "auto", ""
+    if file is not None and file.nproc is not None:
+        nproc, source = file.nproc, f", from the {file.source(NPROC)}"
+    if options["nproc"] is not None:
+        nproc, source = options["nproc"], ""
     spec = LaunchSpec(
         command=command,
-        kind=_kind(options),
-        nproc=_num_processes(options["nproc"], str(flags.get("device") or "")),
+        kind=kind,
+        nproc=_num_processes(nproc, config, source),
         flags=flags,
         **{name: options[name] for name in _SPEC_FIELDS},
     )
     if options["rendering"]:
-        return spec  # a text for another node must not depend on the SLURM job of this one
-    return within_slurm(spec, os.environ, has_nproc=options["nproc"] != "auto")
+        return spec, config  # a text for another node must not depend on the SLURM job of this one
+    has_nproc = options["nproc"] not in (None, "auto")
+    return within_slurm(spec, os.environ, has_nproc=has_nproc), config
+
+
+def _config_file(reference: str | None) -> ConfigFile | None:
+    """Return the file that the ranks will read: that of `--config`, else of the environment."""
+    from faccel.config_file import absolute, find, read
+
+    if reference is not None:
+        return read(absolute(reference))
+    default = find(os.environ)
+    if default is None:
+        return None
+    return read(default)
 
 
 def _kind(options: Mapping[str, Any]) -> str:
@@ -214,13 +230,13 @@ def _kind(options: Mapping[str, Any]) -> str:
     return "script"
 
 
-def _num_processes(nproc: str, device: str) -> int:
-    """Return the number of processes for `--nproc` and `--device`.
+def _num_processes(nproc: str, config: Config, source: str) -> int:
+    """Return the number of processes for `nproc` and the device of the configuration.
 
     PyTorch is imported only if the number depends on the accelerators.
     """
     is_number = nproc.isdecimal() and int(nproc) > 0
-    if nproc not in _AUTOMATIC and not is_number:
+    if nproc not in NPROC_WORDS and not is_number:
         raise LaunchError(
             "`--nproc` must be a number of processes, or one of auto, cpu, gpu",
             got=f"--nproc {nproc}",
@@ -231,14 +247,15 @@ def _num_processes(nproc: str, device: str) -> int:
         return os.cpu_count() or 1
     if nproc == "1":
         return 1
-    if device.startswith("cpu") and nproc == "auto":
+    is_cpu = (config.device or "").startswith("cpu")
+    if is_cpu and nproc == "auto":
         return 1
-    if device.startswith("cpu") and is_number:
+    if is_cpu and is_number:
         return int(nproc)
-    return _num_processes_on_devices(nproc, device)
+    return _num_processes_on_devices(nproc, config, source)
 
 
-def _num_processes_on_devices(nproc: str, device: str) -> int:
+def _num_processes_on_devices(nproc: str, config: Config, source: str) -> int:
     """Return the number of processes, at most one per accelerator if there are accelerators."""
     import torch
 
@@ -246,21 +263,29 @@ def _num_processes_on_devices(nproc: str, device: str) -> int:
     if torch.accelerator.is_available():
         num_devices = torch.accelerator.device_count()
     # With `--nproc 2` alone and no accelerator, the ranks compute on the CPU.
-    if num_devices == 0 and (device or nproc == "gpu"):
-        option = "`--nproc gpu`"
-        if device:
-            option = f"`--device {device}`"
-        raise LaunchError(
-            f"{option} needs a GPU or another accelerator",
-            got="no accelerator",
-            fix="write `--cpu --nproc 2`",
-        )
-    if nproc in _AUTOMATIC:
+    if num_devices == 0 and (config.device or nproc == "gpu"):
+        raise _no_accelerator(config, source)
+    if nproc in NPROC_WORDS:
         return max(1, num_devices)
     if num_devices and int(nproc) > num_devices:
         raise LaunchError(
             "`--nproc` is larger than the number of devices",
-            got=f"{nproc} processes, {num_devices} devices",
+            got=f"{nproc} processes, {num_devices} devices{source}",
             fix=f"use `--nproc {num_devices}`, or `--cpu`",
         )
     return int(nproc)
+
+
+def _no_accelerator(config: Config, nproc_source: str) -> LaunchError:
+    from faccel.config import with_source
+
+    fix = "write `--cpu --nproc 2`"
+    if config.device is None:
+        got = f"no accelerator{nproc_source}"
+        return LaunchError("`--nproc gpu` needs a GPU or another accelerator", got=got, fix=fix)
+    error = LaunchError(
+        f"the device `{config.device}` needs a GPU or another accelerator",
+        got="no accelerator",
+        fix=fix,
+    )
+    return with_source(error, config.sources["device"])

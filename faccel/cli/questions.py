@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from faccel.config import PRECISIONS, Config, config_fields
+from faccel.config import PRECISIONS, Config, check_num_processes, config_fields, fixed_mesh_size
+from faccel.config_file import NPROC
 from faccel.errors import ConfigError
 
 # Fields without an entry here are not asked for: few users change them.
@@ -20,7 +21,8 @@ _EXPLANATIONS: Mapping[str, str] = {
     "seed": "The same seed gives the same data order and a reproducible run.",
     "device": "Leave empty to use the best available device when the script starts.",
     "mesh": (
-        "Ranks per axis of parallelism, as in dp_shard=4,tp=2. "
+        "Ranks per axis of parallelism, as in dp_shard=4,tp=2. An axis of -1 fills the world: "
+        "dp_shard=-1 fits any number of processes. "
         "Leave empty to replicate the model on each rank (DDP)."
     ),
     "run_dir": "Folder in which trackers create their folders.",
@@ -30,7 +32,7 @@ _EXPLANATIONS: Mapping[str, str] = {
 
 def ask(
     current: Mapping[str, Any], recommended: Mapping[str, Any], num_processes: int
-) -> tuple[dict[str, Any], int]:
+) -> dict[str, Any]:
     """Ask for each field, and for the number of processes per node.
 
     Effects: ambient. Reads the terminal.
@@ -41,8 +43,7 @@ def ask(
         num_processes: Default number of processes.
 
     Returns:
-        The values that differ from the defaults of `Config`, and the number of processes, which
-        is an option of `faccel launch` and not part of the file.
+        The values that differ from the defaults of `Config`, and `nproc`, the processes per node.
 
     Raises:
         KeyboardInterrupt: The user pressed Ctrl-C.
@@ -68,11 +69,31 @@ def ask(
         if answer != field.default:
             values[field.name] = answer
     click.echo("\nUse one process per GPU. On a CPU, 2 processes show how a parallel run behaves.")
-    # Not a field of the configuration, because it differs between nodes.
-    count = questionary.text(
-        "processes per node", default=str(num_processes), validate=_check_count
-    ).unsafe_ask()
-    return values, int(count)
+    values[NPROC] = _ask_num_processes(values.get("mesh"), current.get(NPROC), num_processes)
+    return values
+
+
+def _ask_num_processes(mesh: Any, current: object, num_processes: int) -> int:
+    """Return the processes per node: a number that the mesh fits."""
+    import questionary
+
+    config = Config(mesh=mesh)
+    # The order of proposals: the file, the size of the mesh, one per GPU.
+    proposal = current
+    if not isinstance(current, int):
+        proposal = fixed_mesh_size(config) or num_processes
+
+    def validate(text: str) -> bool | str:
+        if not text.isdecimal() or int(text) < 1:
+            return "expected a number of processes: 1, 2, ..."
+        try:
+            check_num_processes(config, int(text))
+        except ConfigError as error:
+            return str(error).replace("\n", " ")
+        return True
+
+    answer = questionary.text("processes per node", default=str(proposal), validate=validate)
+    return int(answer.unsafe_ask())
 
 
 def _ask_text(name: str, proposal: object, parse: Callable[[str], Any], default: object) -> Any:
@@ -103,9 +124,3 @@ def _validator(name: str, parse: Callable[[str], Any]) -> Callable[[str], bool |
         return True
 
     return validate
-
-
-def _check_count(text: str) -> bool | str:
-    if text.isdecimal() and int(text) > 0:
-        return True
-    return "expected a number of processes: 1, 2, ..."

@@ -24,6 +24,8 @@ from faccel.runtime.initialize import init
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
+    from faccel.config_file import ConfigFile
+
 T = TypeVar("T")
 _ConfigLike = Config | Mapping[str, Any] | str | None
 
@@ -43,7 +45,8 @@ def launch(
         fn: Takes a `DistContext` first. The function, its arguments and results are pickled.
         *args: Further arguments of `fn`, the same for each rank.
         config: As for `init`.
-        num_processes: Number of processes; None is one per accelerator, or one without them.
+        num_processes: Number of processes; None is `nproc` of the configuration file, else one per
+            accelerator, or one without them.
 
     Raises:
         RankFailedError: A process failed. The message contains the traceback of the first one.
@@ -55,7 +58,7 @@ def launch(
         >>> launch(lambda ctx: ctx.world_size, num_processes=1)
         [1]
     """
-    return _run(fn, args, config, _count(num_processes), "spawn")
+    return _run(fn, args, config, _count(num_processes, config), "spawn")
 
 
 @effectful(AMBIENT)
@@ -72,7 +75,8 @@ def notebook_launch(
         fn: Takes a `DistContext` first. It may be defined in a cell.
         *args: Further arguments of `fn`, the same for each rank.
         config: As for `init`.
-        num_processes: Number of processes; None is one per accelerator, or one without them.
+        num_processes: Number of processes; None is `nproc` of the configuration file, else one per
+            accelerator, or one without them.
 
     Raises:
         LaunchError: CUDA is initialized in this process, so that a fork could not use it.
@@ -82,7 +86,7 @@ def notebook_launch(
         >>> notebook_launch(lambda ctx: ctx.rank, num_processes=1)
         [0]
     """
-    count = _count(num_processes)
+    count = _count(num_processes, config)
     if count > 1 and torch.cuda.is_initialized():
         raise LaunchError(
             "CUDA is initialized in this notebook, and a forked process cannot use it",
@@ -98,12 +102,25 @@ def notebook_launch(
         return _run(fn, args, config, count, "fork")
 
 
-def _count(num_processes: int | None) -> int:
-    if num_processes is None:
-        if not torch.accelerator.is_available():
-            return 1
-        return max(1, torch.accelerator.device_count())
-    return _positive_int(num_processes)
+def _count(num_processes: int | None, config: _ConfigLike) -> int:
+    if num_processes is not None:
+        return _positive_int(num_processes)
+    file = _config_file(config)
+    if file is not None and file.nproc is not None and file.nproc.isdecimal():
+        return int(file.nproc)
+    if not torch.accelerator.is_available():
+        return 1
+    return max(1, torch.accelerator.device_count())
+
+
+def _config_file(config: _ConfigLike) -> ConfigFile | None:
+    """Return the file that `init(config)` reads in each process."""
+    if isinstance(config, str):
+        return read(config)
+    reference = find(os.environ)
+    if reference is None:
+        return None
+    return read(reference)
 
 
 def _positive_int(value: object) -> int:
@@ -177,14 +194,11 @@ def _check(fn: Callable[..., object], config: _ConfigLike) -> None:
             got="`faccel.launch` at the top level",
             fix='put the call below `if __name__ == "__main__":`',
         )
-    if isinstance(config, str):
-        resolve(env=os.environ, file=read(config))
-        return
-    reference = find(os.environ)
-    file = None
-    if reference is not None:
-        file = read(reference)
-    resolve(config, env=os.environ, file=file)
+    file = _config_file(config)
+    fields = config
+    if isinstance(config, str):  # the name of the file
+        fields = None
+    resolve(fields, env=os.environ, file=file)
 
 
 def _check_pickles(value: object, description: str, fix: str) -> None:

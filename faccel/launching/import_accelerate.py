@@ -7,7 +7,9 @@ from typing import Any
 
 import attrs
 
+from faccel.config_file import NPROC
 from faccel.errors import ConfigError
+from faccel.launching.accelerate_plan import convert_section, plan_code
 
 _Keys = dict[str, Any]
 # Keys without a field or option, because faccel detects the value or has no use for it.
@@ -29,13 +31,10 @@ _SECTIONS = (
     "mpirun_config",
     "dynamo_config",
 )
-# Values of `distributed_type` that name an engine, and the section with its options.
-_ENGINES = {
-    "DEEPSPEED": "deepspeed_config",
-    "MEGATRON_LM": "megatron_lm_config",
-    "TPU": "",
-    "XLA": "",
-}
+# Values of `distributed_type` without an equivalent, and the section with their options.
+_ENGINES = {"MEGATRON_LM": "megatron_lm_config", "TPU": "", "XLA": ""}
+# The section that applies to a value of `distributed_type`.
+_SECTION_OF = {"FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}
 _AXES = {
     "parallelism_config_dp_replicate_size": "dp_replicate",
     "parallelism_config_dp_shard_size": "dp_shard",
@@ -49,13 +48,15 @@ class ImportedConfig:
     """A converted configuration file.
 
     Args:
-        values: Fields of `Config`.
+        values: Fields of `Config`, and `nproc`, the processes per node.
+        plan: Python code of a `Plan`, for `faccel.wrap`; empty if none is needed.
         options: Options of `faccel launch`. The configuration file does not hold them, because they
             differ between nodes.
         without_equivalent: Keys that this version of faccel does not support, and their values.
     """
 
     values: Mapping[str, Any]
+    plan: str
     options: tuple[str, ...]
     without_equivalent: Mapping[str, Any]
 
@@ -69,9 +70,8 @@ def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
         ConfigError: The mapping is not a configuration of Accelerate, or a value is invalid.
 
     Examples:
-        >>> imported = from_accelerate({"distributed_type": "MULTI_CPU", "num_processes": 4})
-        >>> imported.values, imported.options
-        ({'device': 'cpu'}, ('--nproc', '4'))
+        >>> from_accelerate({"distributed_type": "MULTI_CPU", "num_processes": 4}).values
+        {'device': 'cpu', 'nproc': 4}
     """
     # Every version of Accelerate writes at least one of the two.
     if "distributed_type" not in config and "compute_environment" not in config:
@@ -85,24 +85,18 @@ def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
     kind = str(remaining.pop("distributed_type", "NO"))
     values: _Keys = {}
     _convert_precision(remaining, values)
-    if remaining.pop("use_cpu", False) or kind == "MULTI_CPU":
-        values["device"] = "cpu"
-    if remaining.pop("debug", False):
-        values["debug"] = True
-    _convert_accumulation(_section(remaining, "deepspeed_config"), values)
-    mesh = _convert_mesh(remaining, kind)
+    _convert_switches(remaining, kind, values)
+    options = _convert_launch(remaining, values)
+    _convert_engine(remaining, kind, values)
+    mesh = _convert_mesh(remaining, kind, values)
     if mesh:
         values["mesh"] = mesh
-    options = _convert_launch(remaining)
-    # The other values are clouds (Amazon SageMaker), which have no equivalent.
-    if remaining.get("compute_environment") == "LOCAL_MACHINE":
-        del remaining["compute_environment"]
-    for key in _NOT_NEEDED:
-        remaining.pop(key, None)
+    plan = _convert_plan(remaining, kind)
+    _remove_unneeded(remaining)
     if kind in _ENGINES and not _section(remaining, _ENGINES[kind]):
         # an engine without a section would disappear from the report
         remaining["distributed_type"] = kind
-    return ImportedConfig(values, options, _flatten(remaining))
+    return ImportedConfig(values, plan_code(plan), options, _flatten(remaining))
 
 
 def _copy(config: Mapping[str, Any]) -> _Keys:
@@ -147,13 +141,57 @@ def _int(name: str, value: Any) -> int:
         ) from None
 
 
-def _convert_accumulation(section: _Keys, values: _Keys) -> None:
+def _convert_switches(remaining: _Keys, kind: str, values: _Keys) -> None:
+    if remaining.pop("use_cpu", False) or kind == "MULTI_CPU":
+        values["device"] = "cpu"
+    if remaining.pop("debug", False):
+        values["debug"] = True
+
+
+def _remove_unneeded(remaining: _Keys) -> None:
+    # The other values are clouds (Amazon SageMaker), which have no equivalent.
+    if remaining.get("compute_environment") == "LOCAL_MACHINE":
+        del remaining["compute_environment"]
+    if remaining.get("gpu_ids") == "all":
+        del remaining["gpu_ids"]
+    for key in _NOT_NEEDED:
+        remaining.pop(key, None)
+
+
+def _convert_engine(remaining: _Keys, kind: str, values: _Keys) -> None:
+    """Convert what fields of `Config` express of DeepSpeed."""
+    section = _section(remaining, "deepspeed_config")
     num_steps = section.get("gradient_accumulation_steps")
-    if not isinstance(num_steps, int) or num_steps < 1:  # "auto" has no equivalent
+    if isinstance(num_steps, int) and num_steps >= 1:  # "auto" has no equivalent
+        del section["gradient_accumulation_steps"]
+        if num_steps > 1:
+            values["grad_accum"] = num_steps
+    if kind != "DEEPSPEED":
         return
-    del section["gradient_accumulation_steps"]
-    if num_steps > 1:
-        values["grad_accum"] = num_steps
+    values["strategy"] = "deepspeed"
+    if "zero_stage" in section:
+        values["zero"] = _int("zero_stage", section.pop("zero_stage"))
+    # Below stage 3 parameters are not offloaded, in Accelerate and DeepSpeed without an error.
+    if values.get("zero") != 3:
+        section.pop("offload_param_device", None)
+
+
+def _convert_plan(remaining: _Keys, kind: str) -> dict[str, Any]:
+    """Return the arguments of `Plan` for the sections that apply, without their keys."""
+    plan: dict[str, Any] = {}
+    if kind in _SECTION_OF:
+        name = _SECTION_OF[kind]
+        plan |= convert_section(name, _section(remaining, name))
+    # Accelerate 0.15 had the key outside of a section.
+    if "dynamo_backend" in remaining:
+        remaining["dynamo_config"] = {"dynamo_backend": remaining.pop("dynamo_backend")}
+    section = _section(remaining, "dynamo_config")
+    backend = str(section.get("dynamo_backend", "no")).lower()
+    if backend in ("no", "false"):  # YAML reads an unquoted `no` as False
+        section.clear()  # the other keys have no effect
+    if backend == "inductor":
+        plan |= convert_section("dynamo_config", section)
+    return plan
 
 
 def _convert_precision(remaining: _Keys, values: _Keys) -> None:
@@ -170,7 +208,7 @@ def _convert_precision(remaining: _Keys, values: _Keys) -> None:
         remaining["mixed_precision"] = precision
 
 
-def _convert_mesh(remaining: _Keys, kind: str) -> dict[str, int]:
+def _convert_mesh(remaining: _Keys, kind: str, values: _Keys) -> dict[str, int]:
     # Newer versions only. Older files describe parallelism by `distributed_type`.
     sizes = _section(remaining, "parallelism_config")
     remaining.pop("parallelism_config", None)
@@ -181,17 +219,26 @@ def _convert_mesh(remaining: _Keys, kind: str) -> dict[str, int]:
             mesh[axis] = _int(key, size)
     if sizes:
         remaining["parallelism_config"] = sizes
-    strategy = str(_section(remaining, "fsdp_config").get("fsdp_sharding_strategy", "FULL_SHARD"))
-    # 3 is NO_SHARD in Accelerate's numbering
-    if kind == "FSDP" and "dp_shard" not in mesh and strategy not in ("NO_SHARD", "3"):
-        mesh["dp_shard"] = -1
-    return mesh
+    if kind != "FSDP" or "dp_shard" in mesh:
+        return mesh
+    section = _section(remaining, "fsdp_config")
+    # The first is the older key of the two.
+    strategy = section.get("fsdp_sharding_strategy", section.get("fsdp_reshard_after_forward"))
+    strategy = str(strategy or "FULL_SHARD").upper()
+    # The numbers are those of Accelerate.
+    if strategy in ("NO_SHARD", "3"):
+        return mesh
+    if strategy in ("HYBRID_SHARD", "4", "HYBRID_SHARD_ZERO2", "_HYBRID_SHARD_ZERO2", "5"):
+        # Sharded within a node and replicated over the nodes.
+        return {**mesh, "dp_replicate": -1, "dp_shard": values.get(NPROC, 1)}
+    return {**mesh, "dp_shard": -1}
 
 
-def _convert_launch(remaining: _Keys) -> tuple[str, ...]:
+def _convert_launch(remaining: _Keys, values: _Keys) -> tuple[str, ...]:
     """Return the options of `faccel launch`. `num_processes` of Accelerate counts all nodes."""
     # Accelerate accepts 0 and null, and runs one process on one node.
     num_nodes = max(1, _int("num_machines", remaining.pop("num_machines", None) or 1))
+    has_count = "num_processes" in remaining
     num_processes = max(1, _int("num_processes", remaining.pop("num_processes", None) or 1))
     # `--nproc` is one number for all nodes.
     if num_processes % num_nodes:
@@ -206,8 +253,8 @@ def _convert_launch(remaining: _Keys) -> tuple[str, ...]:
     port = remaining.pop("main_process_port", None)
     is_elastic = remaining.pop("rdzv_backend", "static") == "c10d"
     options: list[str] = []
-    if num_processes != 1:
-        options += ["--nproc", str(num_processes // num_nodes)]
+    if has_count:
+        values[NPROC] = num_processes // num_nodes
     if num_nodes > 1:
         options += ["--nnodes", str(num_nodes)]
         if is_elastic:

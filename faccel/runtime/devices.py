@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from faccel.config import Config
+from faccel.config import Config, with_source
 from faccel.context import Topology
 from faccel.errors import DeviceError
 
@@ -36,9 +36,17 @@ def choose_device(config: Config, topology: Topology) -> torch.device:
     Effects: ambient. Asks PyTorch for the accelerators of this node.
 
     Raises:
-        DeviceError: The device does not exist, or there are more processes than devices.
+        DeviceError: The device does not exist, or there are more processes than devices. The
+            message names the file or variable that the device is from.
     """
-    device = _requested_device(config.device, topology)
+    try:
+        return _device_of(config.device, topology)
+    except DeviceError as error:
+        raise with_source(error, config.sources.get("device", "argument")) from error.__cause__
+
+
+def _device_of(name: str | None, topology: Topology) -> torch.device:
+    device = _requested_device(name, topology)
     if device.type == "cpu":
         return torch.device("cpu")
     num_devices = 0
@@ -49,7 +57,7 @@ def choose_device(config: Config, topology: Topology) -> torch.device:
         index = topology.local_rank
     if index < num_devices:
         return torch.device(device.type, index)
-    fix = "write `faccel.init(device='cpu')`"
+    fix = 'use `device="cpu"`'
     # The number that fits, so that the command can be corrected at once.
     if num_devices:
         fix = f"start {num_devices} processes on this node, or {fix}"

@@ -13,7 +13,7 @@ import torch
 
 from faccel.backends.table import choose
 from faccel.comm.single import SingleCollectives
-from faccel.config import Config, launcher_flags, resolve
+from faccel.config import Config, launcher_flags, mesh_for, resolve
 from faccel.context import DistContext, Mesh, Topology
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError
@@ -76,8 +76,7 @@ def init(
     resolved = _resolve(config, env, overrides)
     # After the configuration, whose errors are the same on any number of processes.
     topology = detect(env)
-    # Without a mesh the model is replicated over all ranks. -1 is the number of ranks that remain.
-    spec = (resolved.mesh or MeshSpec(dp_replicate=-1)).fill(topology.world_size)
+    spec = mesh_for(resolved, topology.world_size)
     device = choose_device(resolved, topology)
     # Before the process group: an unsupported mesh raises on each rank and leaves nothing open.
     parallelism = choose(spec, env, resolved, device.type)

@@ -81,12 +81,15 @@ def test_answers_become_the_file_and_the_proposals_of_the_next_time(tmp_path):
     terminal.until("invalid literal")
     terminal.type(BACKSPACE + "4" + ENTER)
     answers = {"seed": BACKSPACE + "7", "device": "cpu", "mesh": "dp_replicate=2"}
-    answers |= {"run_dir": "", "timeout_s": "", "processes": BACKSPACE + "2"}
-    answer(terminal, answers)
-    terminal.until("start with: faccel launch --nproc 2 script.py")
+    answer(terminal, answers | {"run_dir": "", "timeout_s": ""})
+    terminal.until("? processes")
+    terminal.type(BACKSPACE + "3" + ENTER)  # the proposal is 2, the ranks of the mesh
+    terminal.until("`mesh` does not fit 3 processes")
+    terminal.type(BACKSPACE + "2" + ENTER)
+    terminal.until("start with: faccel launch script.py")
     assert terminal.wait() == 0
     values = {"mixed_precision": "bf16", "grad_accum": 4, "seed": 7, "device": "cpu"}
-    values["mesh"] = "dp_replicate=2"
+    values |= {"mesh": "dp_replicate=2", "nproc": 2}
     assert yaml.safe_load(file.read_text()) == values
     terminal = Terminal(env, "config")
     answer(terminal, {"all": True, "seed": BACKSPACE + "8"})

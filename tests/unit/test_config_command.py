@@ -1,14 +1,21 @@
 """`faccel config`, and configuration files of all versions of Accelerate."""
 
+import importlib.util
 import os
+import re
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
+import faccel
+from faccel import Plan
 from faccel.cli.commands import main
+from faccel.config import resolve
 from faccel.errors import ConfigError
 from faccel.launching.import_accelerate import from_accelerate
+from faccel.parallel import DeepSpeedConfig, FsdpConfig
 
 
 @pytest.fixture
@@ -27,7 +34,7 @@ def test_the_commands_create_change_print_and_check_the_file(call, tmp_path):
     assert call("default", "--force").exit_code == 0
     assert call("set", "seed=3", "debug=yes", "mesh=dp_replicate=2").exit_code == 0
     assert yaml.safe_load(file.read_text()) == {"seed": 3, "debug": True, "mesh": "dp_replicate=2"}
-    assert f"seed = 3  (file {file}, over default 0)" in call("show").output
+    assert f"seed = 3  (file {file}:1, over default 0)" in call("show").output
     assert call("check", str(file)).output == f"{file}: valid\n"
     file.write_text("sed: 3\n")
     out = call("check", str(file))
@@ -110,8 +117,9 @@ FILES = {
         "main_process_ip: null\nmain_process_port: null\nmain_training_function: main\n"
         "num_machines: 1\n"
         "num_processes: 2\ndeepspeed_config: {}\nfsdp_config: {}\nuse_cpu: false\n",
-        {"mixed_precision": "fp16"},
-        "--nproc 2",
+        {"mixed_precision": "fp16", "nproc": 2},
+        "",
+        "",
         [],
     ),
     "0.12": (
@@ -120,7 +128,8 @@ FILES = {
         "fsdp_config: {}\nmachine_rank: 0\nmain_process_ip: null\nmain_process_port: null\n"
         "main_training_function: main\nmixed_precision: 'no'\nnum_machines: 1\n"
         "num_processes: 1\nuse_cpu: true\n",
-        {"device": "cpu"},
+        {"device": "cpu", "nproc": 1},
+        "",
         "",
         [],
     ),
@@ -134,8 +143,9 @@ FILES = {
         "num_machines: 4\nnum_processes: 16\nrdzv_backend: static\nsame_network: true\n"
         "tpu_env: []\n"
         "tpu_use_cluster: false\ntpu_use_sudo: false\nuse_cpu: true\n",
-        {"mixed_precision": "bf16", "device": "cpu", "debug": True},
-        "--nproc 4 --nnodes 4 --node-rank 0 --main-address 127.0.0.1 --main-port 29500",
+        {"mixed_precision": "bf16", "device": "cpu", "debug": True, "nproc": 4},
+        "",
+        "--nnodes 4 --node-rank 0 --main-address 127.0.0.1 --main-port 29500",
         ["ipex_config", "mpirun_config.mpirun_ccl", "mpirun_config.mpirun_hostfile"],
     ),
     "0.34": (
@@ -147,11 +157,10 @@ FILES = {
         "num_machines: 2\nnum_processes: 16\n"
         "machine_rank: 1\nmain_process_ip: head\nmain_process_port: 1234\n"
         "rdzv_backend: c10d\nuse_cpu: false\n",
-        {"grad_accum": 4},
-        "--nproc 8 --nnodes 2 --rdzv-endpoint head:1234",
+        {"grad_accum": 4, "strategy": "deepspeed", "zero": 2, "nproc": 8},
+        "faccel.Plan(compile='whole')",
+        "--nnodes 2 --rdzv-endpoint head:1234",
         [
-            "deepspeed_config.zero_stage",
-            "dynamo_config.dynamo_backend",
             "fp8_config.backend",
             "fp8_config.fp8_format",
             "mixed_precision",
@@ -165,22 +174,26 @@ FILES = {
         "num_processes: 8\nparallelism_config:\n  parallelism_config_dp_replicate_size: 2\n"
         "  parallelism_config_dp_shard_size: 4\n  parallelism_config_tp_size: 1\n"
         "use_cpu: false\n",
-        {"mixed_precision": "bf16", "mesh": {"dp_replicate": 2, "dp_shard": 4}},
-        "--nproc 8",
-        ["fsdp_config.fsdp_reshard_after_forward", "fsdp_config.fsdp_version"],
+        {"mixed_precision": "bf16", "mesh": {"dp_replicate": 2, "dp_shard": 4}, "nproc": 8},
+        "",
+        "",
+        [],
     ),
 }
 
 
 @pytest.mark.parametrize("version", FILES)
 def test_files_of_accelerate_are_imported(call, tmp_path, version):
-    text, values, options, unsupported = FILES[version]
+    text, values, plan, options, unsupported = FILES[version]
     source = tmp_path / "accelerate.yaml"
     source.write_text(text)
     out = call("import", str(source), "-o", str(tmp_path / "out.yaml"))
     assert out.exit_code == 0, out.output
     assert (yaml.safe_load((tmp_path / "out.yaml").read_text()) or {}) == values
     assert f"start with: faccel launch {options}".strip() in out.output.replace(" script.py", "")
+    code = f"in the script: model = faccel.wrap(model, ctx, plan={plan})"
+    for printed in (out.output, (tmp_path / "out.yaml").read_text()):
+        assert (code in printed) == bool(plan)
     listed = [
         line.split(": ")[1] for line in out.stderr.splitlines() if line.startswith("no equivalent")
     ]
@@ -197,18 +210,12 @@ def test_a_file_of_another_program_is_an_error():
 @pytest.mark.parametrize(
     ("config", "values", "options", "unsupported"),
     [
-        (
-            {"distributed_type": "DEEPSPEED", "deepspeed_config": {}},
-            {},
-            "",
-            {"distributed_type": "DEEPSPEED"},
-        ),
         ({"distributed_type": "MEGATRON_LM"}, {}, "", {"distributed_type": "MEGATRON_LM"}),
         (
-            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_sharding_strategy": "NO_SHARD"}},
-            {},
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_ignored_modules": "head"}},
+            {"mesh": {"dp_shard": -1}},
             "",
-            {"fsdp_config.fsdp_sharding_strategy": "NO_SHARD"},
+            {"fsdp_config.fsdp_ignored_modules": "head"},
         ),
         ({"distributed_type": "NO", "mixed_precision": False}, {}, "", {}),
         (
@@ -222,7 +229,7 @@ def test_a_file_of_another_program_is_an_error():
                 "distributed_type": "DEEPSPEED",
                 "deepspeed_config": {"gradient_accumulation_steps": "auto"},
             },
-            {},
+            {"strategy": "deepspeed"},
             "",
             {"deepspeed_config.gradient_accumulation_steps": "auto"},
         ),
@@ -233,8 +240,8 @@ def test_a_file_of_another_program_is_an_error():
                 "num_machines": 2,
                 "main_process_ip": "h",
             },
-            {},
-            "--nproc 4 --nnodes 2 --node-rank 0 --main-address h",
+            {"nproc": 4},
+            "--nnodes 2 --node-rank 0 --main-address h",
             {},
         ),
     ],
@@ -251,6 +258,170 @@ def test_unsupported_keys_are_reported_and_the_argument_is_unchanged(
     assert str(config) == before
 
 
+def fsdp(**keys):
+    return {"distributed_type": "FSDP", "num_processes": 8, "num_machines": 2, "fsdp_config": keys}
+
+
+def deepspeed(**keys):
+    return {"distributed_type": "DEEPSPEED", "deepspeed_config": keys}
+
+
+def dynamo(**keys):
+    return {"distributed_type": "NO", "dynamo_config": keys}
+
+
+SHARDED = {"mesh": {"dp_shard": -1}}
+HYBRID = {"mesh": {"dp_replicate": -1, "dp_shard": 4}}
+ZERO_3 = {"strategy": "deepspeed", "zero": 3}
+KEEP = Plan(fsdp=FsdpConfig(reshard_after_forward=False))
+# A file of Accelerate, the fields and the plan that are its equal, and the keys without one.
+EQUALS = [
+    (fsdp(), SHARDED, Plan(), []),
+    (fsdp(fsdp_version=2, fsdp_reshard_after_forward=True), SHARDED, Plan(), []),
+    (fsdp(fsdp_version=2, fsdp_reshard_after_forward=False), SHARDED, KEEP, []),
+    (fsdp(fsdp_sharding_strategy="FULL_SHARD"), SHARDED, Plan(), []),
+    (fsdp(fsdp_sharding_strategy="1"), SHARDED, Plan(), []),
+    (fsdp(fsdp_sharding_strategy=2), SHARDED, KEEP, []),
+    (fsdp(fsdp_sharding_strategy="SHARD_GRAD_OP"), SHARDED, KEEP, []),
+    (fsdp(fsdp_sharding_strategy="NO_SHARD"), {}, Plan(), []),
+    (fsdp(fsdp_reshard_after_forward="HYBRID_SHARD"), HYBRID, Plan(), []),
+    (fsdp(fsdp_sharding_strategy="HYBRID_SHARD_ZERO2"), HYBRID, KEEP, []),
+    (fsdp(fsdp_offload_params=True), SHARDED, Plan(offload=True), []),
+    (fsdp(fsdp_offload_params="true"), SHARDED, Plan(offload=True), []),
+    (fsdp(fsdp_offload_params=False), SHARDED, Plan(), []),
+    (
+        fsdp(fsdp_activation_checkpointing=True),
+        SHARDED,
+        Plan(activation_checkpoint="full"),
+        [],
+    ),
+    (
+        fsdp(
+            fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+            fsdp_transformer_layer_cls_to_wrap="Block, Other",
+        ),
+        SHARDED,
+        Plan(units=("Block", "Other")),
+        [],
+    ),
+    (
+        fsdp(fsdp_auto_wrap_policy="SIZE_BASED_WRAP", fsdp_min_num_params=1000),
+        SHARDED,
+        Plan(units=1000),
+        [],
+    ),
+    (
+        fsdp(fsdp_auto_wrap_policy="NO_WRAP"),
+        SHARDED,
+        Plan(),
+        ["fsdp_config.fsdp_auto_wrap_policy"],
+    ),
+    (fsdp(fsdp_forward_prefetch=True), SHARDED, Plan(fsdp=FsdpConfig(prefetch=1)), []),
+    (
+        fsdp(fsdp_backward_prefetch="BACKWARD_PRE", fsdp_use_orig_params=True),
+        SHARDED,
+        Plan(),
+        [],
+    ),
+    (
+        fsdp(fsdp_backward_prefetch="NO_PREFETCH"),
+        SHARDED,
+        Plan(),
+        ["fsdp_config.fsdp_backward_prefetch"],
+    ),
+    (
+        fsdp(fsdp_state_dict_type="SHARDED_STATE_DICT", fsdp_sync_module_states=True),
+        SHARDED,
+        Plan(),
+        [],
+    ),
+    (
+        fsdp(fsdp_cpu_ram_efficient_loading=True),
+        SHARDED,
+        Plan(),
+        ["fsdp_config.fsdp_cpu_ram_efficient_loading"],
+    ),
+    (deepspeed(), {"strategy": "deepspeed"}, Plan(), []),
+    (deepspeed(zero_stage=0), {"strategy": "deepspeed", "zero": 0}, Plan(), []),
+    (
+        deepspeed(zero_stage=2, offload_optimizer_device="cpu", offload_param_device="none"),
+        {"strategy": "deepspeed", "zero": 2},
+        Plan(deepspeed=DeepSpeedConfig(offload_optimizer="cpu")),
+        [],
+    ),
+    (
+        deepspeed(zero_stage="3", offload_param_device="cpu", zero3_init_flag=True),
+        ZERO_3,
+        Plan(deepspeed=DeepSpeedConfig(offload_params="cpu")),
+        [],
+    ),
+    (
+        deepspeed(zero_stage=3, offload_param_device="nvme", offload_param_nvme_path="/nvme"),
+        ZERO_3,
+        Plan(),
+        ["deepspeed_config.offload_param_device", "deepspeed_config.offload_param_nvme_path"],
+    ),
+    (
+        deepspeed(gradient_clipping=1.0),
+        {"strategy": "deepspeed"},
+        Plan(deepspeed=DeepSpeedConfig(settings={"gradient_clipping": 1.0})),
+        [],
+    ),
+    (
+        deepspeed(gradient_clipping="auto"),
+        {"strategy": "deepspeed"},
+        Plan(),
+        ["deepspeed_config.gradient_clipping"],
+    ),
+    (
+        deepspeed(deepspeed_config_file="ds.json"),
+        {"strategy": "deepspeed"},
+        Plan(deepspeed=DeepSpeedConfig(settings="ds.json")),
+        [],
+    ),
+    (
+        deepspeed(deepspeed_multinode_launcher="pdsh", deepspeed_hostfile="hosts"),
+        {"strategy": "deepspeed"},
+        Plan(),
+        [
+            "deepspeed_config.deepspeed_hostfile",
+            "deepspeed_config.deepspeed_multinode_launcher",
+        ],
+    ),
+    (dynamo(dynamo_backend="INDUCTOR", dynamo_mode="default"), {}, Plan(compile="whole"), []),
+    (
+        dynamo(dynamo_backend="INDUCTOR", dynamo_use_regional_compilation=True),
+        {},
+        Plan(compile="units"),
+        [],
+    ),
+    (dynamo(dynamo_backend="NO", dynamo_use_regional_compilation=True), {}, Plan(), []),
+    (
+        dynamo(dynamo_backend="EAGER", dynamo_use_regional_compilation=True),
+        {},
+        Plan(),
+        ["dynamo_config.dynamo_backend", "dynamo_config.dynamo_use_regional_compilation"],
+    ),
+    (
+        dynamo(dynamo_backend="INDUCTOR", dynamo_mode="max-autotune"),
+        {},
+        Plan(compile="whole"),
+        ["dynamo_config.dynamo_mode"],
+    ),
+    ({"distributed_type": "NO", "dynamo_backend": "INDUCTOR"}, {}, Plan(compile="whole"), []),
+]
+
+
+@pytest.mark.parametrize(("config", "values", "plan", "unsupported"), EQUALS, ids=str)
+def test_every_setting_of_accelerate_with_an_equal_is_converted(config, values, plan, unsupported):
+    imported = from_accelerate(config)
+    fields = {key: value for key, value in imported.values.items() if key != "nproc"}
+    assert fields == values
+    resolve(fields)  # valid together
+    assert eval(imported.plan or "faccel.Plan()", {"faccel": faccel}) == plan
+    assert sorted(imported.without_equivalent) == unsupported
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -258,6 +429,7 @@ def test_unsupported_keys_are_reported_and_the_argument_is_unchanged(
         {"num_processes": 5, "num_machines": 2},
         {"fsdp_config": True},
         {"deepspeed_config": "ds.json"},
+        deepspeed(zero_stage="two"),
         {"parallelism_config": {"parallelism_config_tp_size": "two"}},
     ],
     ids=str,
@@ -266,3 +438,131 @@ def test_a_value_of_the_wrong_type_is_an_error_with_a_fix(values):
     with pytest.raises(ConfigError) as caught:
         from_accelerate({"distributed_type": "MULTI_GPU", **values})
     assert caught.value.fix
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Return a function that writes the user's file, and the environment in which it is found."""
+    path = tmp_path / "config.yaml"
+    env = {"FACCEL_CONFIG": str(path)}
+    return lambda text: (path.write_text(text), path, env)[1:]
+
+
+def nproc_of(env, *words):
+    out = CliRunner(env=env).invoke(main, ["launch", "--print", "torchrun", *words, "x.py"])
+    assert out.exit_code == 0, out.output
+    return re.search(r"--nproc-per-node (\d+)", out.output)[1]
+
+
+def test_the_launcher_reads_the_number_of_processes_from_the_file(file, tmp_path):
+    path, env = file("nproc: 3\ndevice: cpu\n")
+    assert nproc_of(env) == "3"
+    assert nproc_of(env, "--nproc", "2") == "2"
+    assert nproc_of(env, "--nproc", "auto") == "1"
+    assert nproc_of({"FACCEL_CONFIG": ""}, "--config", str(path)) == "3"
+    (tmp_path / "own.toml").write_text("[train.faccel]\nnproc = 4\ndevice = 'cpu'\n")
+    assert nproc_of({"FACCEL_CONFIG": ""}, "--config", f"{tmp_path}/own.toml#train.faccel") == "4"
+    assert faccel.init(str(path), env={}).config.device == "cpu"  # no field: nothing else uses it
+    out = CliRunner(env=env).invoke(main, ["config", "show"])
+    assert f"nproc = 3  (file {path}:1)" in out.output
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", "true"])
+def test_an_invalid_number_of_processes_in_the_file_is_an_error_with_its_line(file, value):
+    path, env = file(f"device: cpu\nnproc: {value}\n")
+    for words in (["config", "check", str(path)], ["launch", __file__]):
+        out = CliRunner(env=env).invoke(main, words)
+        assert out.exit_code in (1, 2)
+        assert "`nproc` must be a number of processes" in out.output
+        assert f"{path}:2" in out.output
+
+
+# Where "dp_shard: 4" is: the file, and the line of the mesh.
+MESHES = {
+    "a.yaml": ("# comment\ndevice: cpu\nmesh: dp_shard=4\n", "", 3),
+    "b.yaml": ("device: cpu\nmesh:\n  dp_shard: 4\n", "", 2),
+    "a.toml": ('device = "cpu"\nmesh.dp_shard = 4\n', "", 2),
+    "a.json": ('{"device": "cpu",\n "mesh": "dp_shard=4"}', "", 2),
+    "b.json": ('{"device": "cpu", "mesh": "dp_shard=4"}', "", 1),
+    "own.yaml": ("mesh: 3\nfaccel:\n  device: cpu\n  mesh: dp_shard=4\n", "#faccel", 4),
+    "own.toml": ('mesh = 3\n[a.faccel]\ndevice = "cpu"\nmesh = "dp_shard=4"\n', "#a.faccel", 4),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_mesh_that_does_not_fit_names_the_file_and_the_line(name, tmp_path):
+    text, section, line = MESHES[name]
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        faccel.init(f"{path}{section}", env={})
+    assert f"from the file {path}:{line}" in caught.value.got
+    assert "`dp_shard=-1`" in caught.value.fix
+    env = {"FACCEL_CONFIG": f"{path}{section}"}
+    out = CliRunner(env=env).invoke(main, ["env"])
+    assert (out.exit_code, f"{path}:{line}" in out.output) == (1, True)
+    out = CliRunner(env=env).invoke(main, ["launch", "--nproc", "3", __file__])
+    assert (out.exit_code, f"{path}:{line}" in out.output) == (2, True)
+    path.write_text(path.read_text().replace("dp_shard=4", "dp_shard=-1").replace(" 4", " -1"))
+    assert faccel.init(f"{path}{section}", env={}).mesh.spec.dp_shard == 1  # the fix
+
+
+@pytest.mark.parametrize("axis", ["dp_replicate", "dp_shard", "cp", "tp", "pp"])
+def test_a_mesh_of_minus_1_fits_any_world(axis):
+    for world_size in range(1, 9):
+        spec = faccel.MeshSpec.of({axis: -1}).fill(world_size)
+        assert (getattr(spec, axis), spec.size) == (world_size, world_size)
+
+
+# The text of a file -> a part of what `config check` reports; None is valid.
+CHECKS = {
+    "device: cpu\nnproc: 4\nmesh: dp_shard=4\n": None,
+    "device: cpu\nnproc: 4\nmesh: dp_shard=8\n": None,  # two nodes
+    "device: cpu\nnproc: 4\nmesh: dp_shard=-1,tp=2\n": None,
+    "device: cpu\nmesh: dp_shard=4\n": None,
+    "device: cpu\nnproc: 4\nmesh: dp_shard=6\n": ":3",
+    "device: cpu\nmesh: ep=-1,dp_shard=2,cp=2\n": None,
+    "device: gpu\n": ":1",
+    "device: cpu\nstrategy: deepspeed\nmesh: tp=2\n": "deepspeed",
+}
+if not torch.accelerator.is_available():
+    CHECKS["device: cuda\n"] = "no `cuda` device"
+    CHECKS["seed: 1\ndevice: cuda:1\n"] = ":2"
+if importlib.util.find_spec("deepspeed") is None:
+    CHECKS["device: cpu\nstrategy: deepspeed\n"] = "deepspeed"
+
+
+@pytest.mark.parametrize("text", CHECKS)
+def test_check_tries_what_is_available(text, file):
+    path, env = file(text)
+    out = CliRunner(env=env).invoke(main, ["config", "check", str(path)])
+    assert out.exit_code == (CHECKS[text] is not None), out.output
+    expected = CHECKS[text] or ": valid"
+    assert (f"{path}{expected}" if expected.startswith(":") else expected) in out.output
+
+
+@pytest.mark.parametrize("pair", ["nproc=3", "nproc=x", "nproc=0"])
+def test_set_refuses_a_number_of_processes_that_no_run_can_have(file, pair):
+    path, env = file("mesh: dp_shard=4\nnproc: 2\n")
+    before = path.read_text()
+    out = CliRunner(env=env).invoke(main, ["config", "set", pair])
+    assert (out.exit_code, path.read_text()) == (2, before)
+    assert CliRunner(env=env).invoke(main, ["config", "set", "nproc=4"]).exit_code == 0
+    assert path.read_text() == "mesh: dp_shard=4\nnproc: 4\n"
+
+
+def test_a_file_of_accelerate_as_a_configuration_file_names_the_import(file):
+    path, env = file(FILES["0.34"][0])
+    fix = f"faccel config import {path} -o faccel.yaml"
+    with pytest.raises(ConfigError) as caught:
+        faccel.init(str(path), env={})
+    assert fix in caught.value.fix
+    for words in (
+        ["launch", "--config", str(path), __file__],
+        ["launch", __file__],
+        ["config", "check", str(path)],
+        ["env"],
+    ):
+        out = CliRunner(env=env).invoke(main, words)
+        assert out.exit_code in (1, 2)
+        assert fix in out.output, out.output

@@ -105,7 +105,7 @@ def test_a_section_of_the_users_own_file(tmp_path):
         read(f"{path}#facel")
     assert faccel.init(f"{path}#faccel", env={"FACCEL_SEED": "9"}).config.explain().splitlines()[
         2
-    ] == (f"seed = 9  (environment FACCEL_SEED, over file {path}#faccel 4)")
+    ] == (f"seed = 9  (environment FACCEL_SEED, over file {path}:3 4)")
 
 
 BAD = {
