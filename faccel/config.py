@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import attrs
 
 from faccel.checks import integer, one_of
-from faccel.errors import ConfigError, FaccelError, nearest
+from faccel.errors import ConfigError, nearest, with_source
 from faccel.mesh import MeshSpec
 from faccel.validators import Validator, boolean, choice, float_at_least, folder, int_at_least, text
 
@@ -424,63 +424,3 @@ def _with_source(error: ConfigError, sources: Mapping[str, str]) -> ConfigError:
         if error.problem.startswith(f"`{name}` "):
             field = name
     return with_source(error, sources[field])
-
-
-ErrorT = TypeVar("ErrorT", bound=FaccelError)
-
-
-def with_source(error: ErrorT, source: str) -> ErrorT:
-    """Return an error about the value of a field with the file or the variable that it is from.
-
-    Effects: pure.
-
-    Args:
-        error: The error.
-        source: Of `Config.sources`.
-    """
-    source = source.partition(",")[0]  # without the one that it replaces
-    if source in ("argument", "default"):  # the traceback shows the line of an argument
-        return error
-    got = f"{error.got or 'it'}, from the {source}"
-    return type(error)(error.problem, got=got, fix=error.fix)
-
-
-def mesh_for(config: Config, world_size: int) -> MeshSpec:
-    """Return the mesh of a configuration for `world_size` ranks; replicas if it has none.
-
-    Effects: pure.
-
-    Raises:
-        ConfigError: The mesh does not fit. The message names the file or variable it is from.
-
-    Examples:
-        >>> mesh_for(resolve({"mesh": "dp_shard=-1"}), 4).dp_shard
-        4
-    """
-    try:
-        return (config.mesh or MeshSpec(dp_replicate=-1)).fill(world_size)
-    except ConfigError as error:
-        raise with_source(error, config.sources.get("mesh", "argument")) from None
-
-
-def fixed_mesh_size(config: Config) -> int | None:
-    """Return the number of ranks of a mesh without -1; None for any other mesh.
-
-    Effects: pure.
-    """
-    if config.mesh is None or config.mesh.size < 1:
-        return None
-    return config.mesh.size
-
-
-def check_num_processes(config: Config, num_processes: int) -> None:
-    """Raise if no number of nodes with `num_processes` each fits the mesh.
-
-    Effects: pure.
-
-    Raises:
-        ConfigError: The mesh has a fixed size, which is not a multiple.
-    """
-    size = fixed_mesh_size(config)
-    if size is not None and size % num_processes:
-        mesh_for(config, num_processes)

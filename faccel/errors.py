@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 __all__ = [
     "BackendError",
@@ -146,3 +147,22 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     if not matches:
         return f"use one of {listed}"
     return f"use `{matches[0]}` (allowed: {listed})"
+
+
+ErrorT = TypeVar("ErrorT", bound=FaccelError)
+
+
+def with_source(error: ErrorT, source: str) -> ErrorT:
+    """Return an error about the value of a field with the file or the variable that it is from.
+
+    Effects: pure.
+
+    Args:
+        error: The error.
+        source: Of `Config.sources`.
+    """
+    source = source.partition(",")[0]  # without the one that it replaces
+    if source in ("argument", "default"):  # the traceback shows the line of an argument
+        return error
+    got = f"{error.got or 'it'}, from the {source}"
+    return type(error)(error.problem, got=got, fix=error.fix)

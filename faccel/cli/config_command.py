@@ -194,7 +194,8 @@ def set_(pairs: tuple[str, ...]) -> None:
 
 def _validated(file: ConfigFile) -> Config:
     """Return the configuration of a file, whose mesh fits its number of processes."""
-    from faccel.config import check_num_processes, resolve
+    from faccel.config import resolve
+    from faccel.config_mesh import check_num_processes
 
     resolved = resolve(file=file)
     if file.nproc is not None and file.nproc.isdecimal():

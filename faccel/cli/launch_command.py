@@ -13,7 +13,7 @@ import click
 from faccel.cli.flags import UsageError, config_flags, parse_flags
 from faccel.cli.output import json_option
 from faccel.config_file import NPROC, NPROC_WORDS
-from faccel.errors import FaccelError, LaunchError
+from faccel.errors import FaccelError, LaunchError, with_source
 
 if TYPE_CHECKING:
     from faccel.config import Config
@@ -158,7 +158,7 @@ def _launch(command: tuple[str, ...], options: Mapping[str, Any]) -> None:
 
 def _check_mesh(spec: LaunchSpec, config: Config) -> None:
     """Raise once, before a process starts, what each rank would raise for its mesh."""
-    from faccel.config import mesh_for
+    from faccel.config_mesh import mesh_for
 
     # With a range of nodes the world size is unknown, and one process here may be a task of many
     is_counted = spec.nnodes.isdecimal() and (spec.nproc > 1 or spec.nnodes != "1")
@@ -277,8 +277,6 @@ def _num_processes_on_devices(nproc: str, config: Config, source: str) -> int:
 
 
 def _no_accelerator(config: Config, nproc_source: str) -> LaunchError:
-    from faccel.config import with_source
-
     fix = "write `--cpu --nproc 2`"
     if config.device is None:
         got = f"no accelerator{nproc_source}"

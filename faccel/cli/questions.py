@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from faccel.config import PRECISIONS, Config, check_num_processes, config_fields, fixed_mesh_size
+from faccel.config import PRECISIONS, Config, config_fields
 from faccel.config_file import NPROC
+from faccel.config_mesh import check_num_processes, fixed_mesh_size
 from faccel.errors import ConfigError
 
 # Fields without an entry here are not asked for: few users change them.

@@ -6,7 +6,8 @@ import math
 import os
 from typing import TYPE_CHECKING
 
-from faccel.config import Config, mesh_for
+from faccel.config import Config
+from faccel.config_mesh import mesh_for
 
 if TYPE_CHECKING:
     from faccel.mesh import MeshSpec

@@ -195,10 +195,9 @@ def _check(fn: Callable[..., object], config: _ConfigLike) -> None:
             fix='put the call below `if __name__ == "__main__":`',
         )
     file = _config_file(config)
-    fields = config
     if isinstance(config, str):  # the name of the file
-        fields = None
-    resolve(fields, env=os.environ, file=file)
+        config = None
+    resolve(config, env=os.environ, file=file)
 
 
 def _check_pickles(value: object, description: str, fix: str) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from faccel.config import Config, with_source
+from faccel.config import Config
 from faccel.context import Topology
-from faccel.errors import DeviceError
+from faccel.errors import DeviceError, with_source
 
 # The communication library of each device type. Other types (mps, for example) have none, so that
 # they serve a single process only.

@@ -13,7 +13,8 @@ import torch
 
 from faccel.backends.table import choose
 from faccel.comm.single import SingleCollectives
-from faccel.config import Config, launcher_flags, mesh_for, resolve
+from faccel.config import Config, launcher_flags, resolve
+from faccel.config_mesh import mesh_for
 from faccel.context import DistContext, Mesh, Topology
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError
