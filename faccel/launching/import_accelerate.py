@@ -186,10 +186,10 @@ def _convert_plan(remaining: _Keys, kind: str) -> dict[str, Any]:
     if "dynamo_backend" in remaining:
         remaining["dynamo_config"] = {"dynamo_backend": remaining.pop("dynamo_backend")}
     section = _section(remaining, "dynamo_config")
-    backend = str(section.get("dynamo_backend", "no")).lower()
-    if backend in ("no", "false"):  # YAML reads an unquoted `no` as False
+    compiler = str(section.get("dynamo_backend", "no")).lower()
+    if compiler in ("no", "false"):  # YAML reads an unquoted `no` as False
         section.clear()  # the other keys have no effect
-    if backend == "inductor":
+    if compiler == "inductor":
         plan |= convert_section("dynamo_config", section)
     return plan
 
