@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from faccel.backends.fsdp_layout import Layout, data_mesh, engine_mesh
 from faccel.backends.fsdp_precision import precision_policy, switch_autocast
+from faccel.backends.fsdp_registration import Registration
 from faccel.backends.fsdp_unreduced import UnreducedGrads
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
@@ -28,7 +29,7 @@ from faccel.parallel.materialize import InitialValues
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, RunMethod
-from faccel.tree import Tree
+from faccel.tree import Tree, flatten
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -45,6 +46,7 @@ class FsdpEngine(nn.Module):
     Attributes:
         reduces_grads: Whether the next backward reduces gradients.
         unreduced: The gradients that backwards without reduction have accumulated.
+        registration: Which parameters the modules have.
     """
 
     def __init__(self, module: nn.Module, plan: Plan, ctx: DistContext) -> None:
@@ -54,6 +56,7 @@ class FsdpEngine(nn.Module):
         self.ctx = ctx
         self.reduces_grads = True
         self.unreduced = UnreducedGrads(module)
+        self.registration = Registration.of(module)
         # FSDP2's hooks are hooks of `nn.Module`, so `forward` has them from the start.
         self._methods = {"forward"}
 
@@ -65,17 +68,37 @@ class FsdpEngine(nn.Module):
     def run(self, method: str, *args: Tree, **kwargs: Tree) -> Tree:
         """Call a method of the module, with FSDP2's hooks; outputs are fp32."""
         self._register(method)
+        self.registration.before_forward()
         try:
             with forward_precision(self.plan, self.ctx):
                 output = call_method(self.module, method, *args, **kwargs)
         except RuntimeError as error:  # forward gathers parameters
             raise_naming_rank(error, "forward", WORLD, self.ctx.comm)
-        if torch.is_grad_enabled():
-            # Also in a forward that reduces: its backward adds to what earlier ones accumulated.
-            self.unreduced.watch_backward(output, reduces=self.reduces_grads)
+        self.registration.after_forward(has_backward=self._watch_backward(output))
         if self.ctx.compute_dtype is None:
             return output
         return to_fp32(output)
+
+    def _watch_backward(self, output: Tree) -> bool:
+        """Call `_before_backward` at the start of a backward through `output`; updates `output`.
+
+        Returns:
+            Whether a tensor of `output` requires gradients.
+        """
+        if not torch.is_grad_enabled():
+            return False
+        has_backward = False
+        for leaf in flatten(output)[0]:
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                # A hook of an output runs before the hooks of the units, which accumulate. With
+                # several outputs it runs several times: later calls change nothing.
+                leaf.register_hook(self._before_backward)
+                has_backward = True
+        return has_backward
+
+    def _before_backward(self, grad: torch.Tensor) -> None:
+        self.registration.before_backward()
+        self.unreduced.before_backward(reduces=self.reduces_grads)
 
     def _register(self, method: str) -> None:
         """Let `method` gather parameters, as `forward` does."""

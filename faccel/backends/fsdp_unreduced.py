@@ -20,8 +20,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from faccel.backends.fsdp_registration import fsdp_groups
 from faccel.training.grad_clip import is_unreduced, mark_unreduced
-from faccel.tree import Tree, flatten, local_tensor
+from faccel.tree import local_tensor
 
 
 class _FsdpParam(Protocol):
@@ -62,28 +63,21 @@ class UnreducedGrads:
                 param.grad = placeholder
             self._placeholders[fsdp_param] = placeholder
 
-    def watch_backward(self, output: Tree, *, reduces: bool) -> None:
-        """Call `drop_cleared` at the start of the backward through `output`. Updates `output`.
+    def before_backward(self, *, reduces: bool) -> None:
+        """Drop what was cleared. At the end of a backward that does not reduce, add placeholders.
 
-        At the end of one that does not reduce, set the placeholders.
+        Args:
+            reduces: Whether this backward reduces gradients.
         """
-        # The usual case: all backwards have reduced, so outputs need no hooks.
+        # The usual case: all backwards have reduced.
         if reduces and not self._placeholders:
             return
-
-        def before_backward(grad: torch.Tensor) -> None:
-            self.drop_cleared(reduces=reduces)
-            if not reduces:
-                # After the callback of FSDP2, which its earlier hook of the output has queued: a
-                # `zero_grad` may follow before the end of `grad_sync`.
-                engine = torch.autograd.Variable._execution_engine  # pyright: ignore
-                engine.queue_callback(self.add_placeholders)
-
-        for leaf in flatten(output)[0]:
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                # A hook of an output runs before the hooks of FSDP2, which accumulate. With several
-                # outputs it runs several times: later calls of `drop_cleared` change nothing.
-                leaf.register_hook(before_backward)
+        self.drop_cleared(reduces=reduces)
+        if not reduces:
+            # After the callback of FSDP2, which its earlier hook of the output has queued: a
+            # `zero_grad` may follow before the end of `grad_sync`.
+            engine = torch.autograd.Variable._execution_engine  # pyright: ignore
+            engine.queue_callback(self.add_placeholders)
 
     def drop_cleared(self, *, reduces: bool) -> None:
         """Drop the accumulated gradients of parameters whose `.grad` was cleared.
@@ -106,13 +100,8 @@ class UnreducedGrads:
 
 def _fsdp_params(module: nn.Module) -> Iterator[_FsdpParam]:
     """Yield FSDP2's records of the parameters of `module`."""
-    for submodule in module.modules():
-        get_state = getattr(submodule, "_get_fsdp_state", None)
-        if get_state is None:
-            continue
-        # Private: torch has no public access to gradients that are not reduced.
-        for group in get_state()._fsdp_param_groups:
-            yield from group.fsdp_params
+    for group in fsdp_groups(module):
+        yield from group.fsdp_params
 
 
 def _unsharded_param(fsdp_param: _FsdpParam) -> nn.Parameter | None:

@@ -44,13 +44,19 @@ def _decode_optimizer(node: Node, target: Tree, path: str, decoder: Decoder) -> 
     names = optimizer_parameter_names(target, decoder.parameter_names)
     indices = {name: index for index, name in names.items()}
     groups = [_names(group, names) for group in target.state_dict()["param_groups"]]
-    _check_groups(content["param_groups"], groups, path, decoder)
+    numbered: dict[str, str] = {}
+    if not decoder.is_pipeline:  # each stage numbers its own parameters
+        numbered = _names_of_numbers(content["param_groups"], names)
+    _check_groups(_with_names(content["param_groups"], numbered), groups, path, decoder)
     restore_groups = decoder.decode(content["param_groups"], None, child_name(path, "param_groups"))
     restore_extras = decoder.decode(content["rest"], None, child_name(path, "rest"))
-    restore_state = _decode_state(content["state"], indices, child_name(path, "state"), decoder)
+    current_indices = indices | {number: indices[name] for number, name in numbered.items()}
+    restore_state = _decode_state(
+        content["state"], current_indices, child_name(path, "state"), decoder
+    )
 
     def restore() -> Tree:
-        stored_groups: list[Group] = restore_groups()
+        stored_groups = _with_names(restore_groups(), numbered)
         if not decoder.is_pipeline:  # stages store the groups in one order
             stored_groups = _in_order(stored_groups, groups)
         packed: list[Group] = []
@@ -66,6 +72,31 @@ def _decode_optimizer(node: Node, target: Tree, path: str, decoder: Decoder) -> 
 
 def _names(group: Group, names: Mapping[int, str]) -> list[str]:
     return [names[index] for index in group["params"]]
+
+
+def _names_of_numbers(stored_groups: Sequence[Node], names: Mapping[int, str]) -> dict[str, str]:
+    """Return the name of each parameter that is stored by its number, which is its index.
+
+    An optimizer that was saved without its model is stored so. Until version 0.1.0 also one that
+    was saved after an evaluation of a sharded model.
+    """
+    known = set(names.values())
+    by_number: dict[str, str] = {}
+    for group in stored_groups:
+        for stored_name in group["params"]:
+            is_number = stored_name.isdecimal() and int(stored_name) in names
+            if is_number and stored_name not in known:
+                by_number[stored_name] = names[int(stored_name)]
+    return by_number
+
+
+def _with_names(groups: Sequence[Group], names: Mapping[str, str]) -> list[Group]:
+    """Return the groups with the names that parameters have now."""
+    renamed: list[Group] = []
+    for group in groups:
+        params = [names.get(name, name) for name in group["params"]]
+        renamed.append(group | {"params": params})
+    return renamed
 
 
 def _check_groups(
@@ -94,24 +125,35 @@ def _are_subsets(groups: list[list[str]], stored: list[list[str]]) -> bool:
 
 
 def _decode_state(node: Node, indices: Mapping[str, int], path: str, decoder: Decoder) -> Restore:
+    # The names that parameters have now come first, before the numbers of an older checkpoint.
+    names: dict[int, str] = {}
+    for name, index in indices.items():
+        names.setdefault(index, name)
     restores: dict[object, Restore] = {}
     for key, entry in mapping_nodes(node, decoder).items():
-        index: int | None = None
-        if isinstance(key, str):
-            index = indices.get(key)
+        index = _index_of(key, indices)
         if index is None and decoder.is_pipeline:
             continue  # the parameter of another stage
         target: dict[str, torch.Tensor | None] | None = None
         if isinstance(entry, dict) and "!" not in entry:
             # a tensor with the shape of the parameter, such as a momentum, gets the layout of the
             # parameter
-            target = dict.fromkeys(entry, decoder.parameters.get(str(key)))
+            current_name = str(key)
+            if index is not None:
+                current_name = names[index]
+            target = dict.fromkeys(entry, decoder.parameters.get(current_name))
         restore_entry = decoder.decode(entry, target, child_name(path, key))
         if index is None:
             restores[key] = restore_entry
         else:
             restores[index] = restore_entry
     return lambda: restore_all(restores)
+
+
+def _index_of(key: object, indices: Mapping[str, int]) -> int | None:
+    if not isinstance(key, str):
+        return None
+    return indices.get(key)
 
 
 def _in_order(stored_groups: Sequence[Group], groups: list[list[str]]) -> list[Group]:
