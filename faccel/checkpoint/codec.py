@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import attrs
 import torch
 
-from faccel.checkpoint.tensor_names import parameter_names, parameters_by_name
+from faccel.checkpoint.tensor_names import check_no_cycle, parameter_names, parameters_by_name
 from faccel.context import DistContext
 from faccel.errors import CheckpointError
 from faccel.tree import Tree
@@ -110,15 +110,21 @@ class Encoder:
         self.parameter_names = parameter_names(state)
         self.tensors: dict[str, torch.Tensor] = {}
         self.is_inside_stateful = False
+        self.is_inside_module = False
         self._codecs = codecs
+        self._ancestors: list[Tree] = []
         # Also of tensors that another rank stores: all ranks must raise for the same state.
         self._tensor_paths: set[str] = set()
 
     def encode(self, value: Tree, path: str = "") -> Node:
         """Return the node of `value`; afterwards its tensors are in `tensors`."""
+        check_no_cycle(value, path, self._ancestors)
         for codec in self._codecs:
             if codec.matches(value):
-                return codec.encode(value, path, self)
+                self._ancestors.append(value)
+                node = codec.encode(value, path, self)
+                self._ancestors.pop()
+                return node
         cls = type(value)
         raise CheckpointError(
             f"`{path}` has a type that cannot be stored without code",
@@ -148,6 +154,16 @@ class Encoder:
             yield
         finally:
             self.is_inside_stateful = outer
+
+    @contextmanager
+    def inside_module(self) -> Generator[None]:
+        """Encode the entries of a module, which `load` reads into the tensors of a module."""
+        outer = self.is_inside_module
+        self.is_inside_module = True
+        try:
+            yield
+        finally:
+            self.is_inside_module = outer
 
 
 class Decoder:
@@ -204,19 +220,10 @@ class Decoder:
             raise mismatch(path, "its tensor is in no file of the checkpoint", "save it again")
         return self._stored[path]
 
-    def new_tensor(self, path: str, like: Tree = None) -> torch.Tensor:
-        """Return memory that the tensor named `path` will be read into.
-
-        Args:
-            path: Its name.
-            like: A tensor of the same shape whose device and layout it gets; anything else gives a
-                CPU tensor.
-        """
+    def new_tensor(self, path: str) -> torch.Tensor:
+        """Return CPU memory that the tensor named `path` will be read into, in the stored dtype."""
         stored = self.stored(path)
-        if isinstance(like, torch.Tensor) and like.shape == stored.shape:
-            tensor = torch.empty_like(like.detach(), dtype=stored.dtype)
-        else:
-            tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
         self.destinations[path] = tensor
         return tensor
 

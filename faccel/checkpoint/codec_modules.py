@@ -16,12 +16,23 @@ from faccel.checkpoint.codec import (
     Node,
     Restore,
     StoredTensor,
+    kind_of,
     mismatch,
     restore_all,
 )
+from faccel.checkpoint.codec_tensors import TENSOR, decode_spec
+from faccel.checkpoint.codec_wrappers import (
+    WRAPPER,
+    check_same_wrapper,
+    inner_tensors,
+    is_wrapper,
+)
 from faccel.checkpoint.tensor_names import child_name, trainable_entries
+from faccel.checkpoint.tensor_views import check_storable, stored_view
+from faccel.errors import CheckpointError
 from faccel.training.model import WrappedModel
-from faccel.tree import Tree
+from faccel.training.module_names import original_names, user_name, with_user_names
+from faccel.tree import Tree, is_sharded
 
 # Modules. Their parameters are read where they are, without a second copy in memory.
 
@@ -39,12 +50,21 @@ def _encode_module(value: WrappedModel | nn.Module, path: str, encoder: Encoder)
     # `load_state_dict` of a module may migrate what an older version of its class wrote.
     versions: dict[str, int] = {}
     for name, metadata in getattr(state, "_metadata", {}).items():
-        if "version" in metadata:
-            versions[name] = metadata["version"]
-    entries = dict(state)
+        if "version" in metadata:  # the module inside a compiled one comes after it and replaces it
+            versions[user_name(name)] = metadata["version"]
+    state = with_user_names(state)
+    entries = state
     if encoder.trained_only:
         entries = trainable_entries(_user_module(value), state)
-    node = {"!": "module", "v": encoder.encode(entries, path), "versions": versions}
+    for name, entry in entries.items():
+        # It could be stored, but neither `load` nor PyTorch can load into it.
+        if isinstance(entry, torch.Tensor):
+            check_storable(child_name(path, name), entry)
+        if isinstance(entry, torch.Tensor) and _has_overlap(entry):
+            problem = f"`{child_name(path, name)}` cannot be loaded again"
+            raise CheckpointError(problem, got=_OVERLAP, fix=_FIX_OF_OVERLAP)
+    with encoder.inside_module():
+        node = {"!": "module", "v": encoder.encode(entries, path), "versions": versions}
     if len(entries) < len(state):  # only then may `load` accept a model with more parameters
         node["trained_only"] = True
     return node
@@ -55,25 +75,41 @@ def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
         got = f"a model in the checkpoint, {type(target).__name__} in the state"
         raise mismatch(path, got, "pass the model itself")
     # A `state_dict` has string keys, so its node is a plain dict.
-    nodes: Mapping[str, Node] = node["v"]
-    state = dict(target.state_dict())
-    _check_names(node, state, target, path, decoder)
+    # Its tensors have the names that were saved. Older versions kept those of compiled modules.
+    saved_names = original_names(node["v"])
+    original_state = target.state_dict()
+    state = with_user_names(original_state)
+    _check_names(node, saved_names.keys(), state, target, path, decoder)
     restores: dict[str, Restore] = {}
-    for name, entry in state.items():
-        if name in nodes:
-            restores[name] = _decode_entry(nodes[name], entry, child_name(path, name), decoder)
-    metadata = OrderedDict[str, dict[str, int]]()
-    for name, version in node.get("versions", {}).items():
-        metadata[name] = {"version": version}
+    for original_name, entry in original_state.items():
+        name = user_name(original_name)
+        if name in saved_names:
+            saved_name = saved_names[name]
+            restores[original_name] = _decode_entry(
+                node["v"][saved_name], entry, child_name(path, saved_name), decoder
+            )
+    versions = _versions(node, target)
 
     def restore() -> Tree:
-        loaded = _StateDict(restore_all(restores), metadata)
+        loaded = _StateDict(restore_all(restores), versions)
         # Parameters are already read in place; this also calls hooks, and copies what is not a
         # parameter.
         target.load_state_dict(loaded, strict=len(loaded) == len(state))
         return target
 
     return restore
+
+
+def _versions(node: Node, target: WrappedModel | nn.Module) -> Mapping[str, Mapping[str, int]]:
+    """Return the versions of the target's modules when they were saved, by their own names."""
+    stored: dict[str, int] = {}
+    for name, version in node.get("versions", {}).items():
+        stored[user_name(name)] = version
+    metadata = OrderedDict[str, dict[str, int]]()
+    for name, _ in _user_module(target).named_modules(remove_duplicate=False):
+        if user_name(name) in stored:
+            metadata[name] = {"version": stored[user_name(name)]}
+    return metadata
 
 
 class _StateDict(OrderedDict[str, Any]):
@@ -88,6 +124,7 @@ class _StateDict(OrderedDict[str, Any]):
 
 def _check_names(
     node: Node,
+    saved: Set[str],
     state: Mapping[str, Tree],
     target: WrappedModel | nn.Module,
     path: str,
@@ -96,46 +133,69 @@ def _check_names(
     required = dict(state)
     if node.get("trained_only"):  # frozen parameters keep their values
         required = trainable_entries(_user_module(target), state)
-    is_complete = required.keys() <= node["v"].keys()
+    is_complete = required.keys() <= saved
     # In a pipeline, the checkpoint has the modules of all stages and the rank has those of its
     # stages.
-    is_known = decoder.is_pipeline or node["v"].keys() <= state.keys()
+    is_known = decoder.is_pipeline or saved <= state.keys()
     if not (is_complete and is_known):
-        got = name_difference(node["v"].keys(), required.keys())
+        got = name_difference(saved, required.keys())
         raise mismatch(path, got, "build the model that was saved")
 
 
 def _decode_entry(node: Node, entry: Tree, path: str, decoder: Decoder) -> Restore:
     """Plan to read an entry of a module's state into the memory that it has."""
-    is_stored_tensor = isinstance(node, dict) and node.get("!") in ("tensor", "complex")
-    if not isinstance(entry, torch.Tensor) or not is_stored_tensor:
+    if not isinstance(entry, torch.Tensor):  # an extra state
         return decoder.decode(node, entry, path)
-    is_complex = node["!"] == "complex"
-    _check_tensor(entry, decoder.stored(path), path, is_complex=is_complex)
-    if is_complex:  # read as pairs of real numbers, which `load_state_dict` copies
+    kind = kind_of(node)
+    if kind in WRAPPER.kinds or is_wrapper(entry):
+        return _decode_wrapper_entry(node, entry, path, decoder)
+    if kind not in TENSOR.kinds:
+        raise mismatch(path, "no tensor in the checkpoint, a tensor in the model")
+    _check_tensor(entry, decode_spec(node, path, decoder), path)
+    entry = entry.detach()
+    if entry.is_conj() or entry.is_neg():  # a lazy result has no memory of its own
         return decoder.decode(node, entry, path)
-    decoder.destinations[path] = entry  # no second copy of the parameter
+    decoder.destinations[path] = stored_view(entry)  # no second copy of the parameter
     return lambda: entry
 
 
-def _check_tensor(
-    entry: torch.Tensor, stored: StoredTensor, path: str, *, is_complex: bool
-) -> None:
-    expected = StoredTensor(entry.shape, entry.dtype)
-    if is_complex and entry.dtype.is_complex:
-        expected = StoredTensor(torch.Size([*entry.shape, 2]), entry.dtype.to_real())
-    if expected != stored or is_complex != entry.dtype.is_complex:
+def _decode_wrapper_entry(node: Node, entry: torch.Tensor, path: str, decoder: Decoder) -> Restore:
+    """Plan to read the tensors that an entry consists of."""
+    if kind_of(node) not in WRAPPER.kinds:
+        got = f"an ordinary tensor in the checkpoint, a {type(entry).__name__} in the model"
+        raise mismatch(path, got, "load it before you quantize the model")
+    check_same_wrapper(node, entry, path)
+    inner = inner_tensors(entry)
+    if inner.keys() != node["v"].keys():
+        raise mismatch(path, name_difference(node["v"].keys(), inner.keys()))
+    for name, tensor in inner.items():
+        _decode_entry(node["v"][name], tensor, child_name(path, name), decoder)
+    return lambda: entry
+
+
+def _check_tensor(entry: torch.Tensor, stored: StoredTensor, path: str) -> None:
+    if StoredTensor(entry.shape, entry.dtype) != stored:
         raise mismatch(
             path,
             f"{stored.dtype} {list(stored.shape)} in the checkpoint, "
             f"{entry.dtype} {list(entry.shape)} in the model",
             "build the model that was saved, in its dtype",
         )
-    # Reading into overlapping elements would leave the last value in all of them.
-    for size, stride in zip(entry.shape, entry.stride(), strict=True):
-        if size > 1 and stride == 0:
-            got = "an expanded tensor, whose elements overlap in memory"
-            raise mismatch(path, got, "register a `.clone()` of it")
+    if _has_overlap(entry):
+        raise mismatch(path, _OVERLAP, _FIX_OF_OVERLAP)
+
+
+_OVERLAP = "an expanded tensor, whose elements overlap in memory"
+_FIX_OF_OVERLAP = "register a `.clone()` of it"
+
+
+def _has_overlap(entry: torch.Tensor) -> bool:
+    """Return whether reading into a tensor would leave the last value in several elements."""
+    if is_sharded(entry):
+        return False
+    return any(
+        size > 1 and stride == 0 for size, stride in zip(entry.shape, entry.stride(), strict=True)
+    )
 
 
 def name_difference(stored: Set[str], expected: Set[str]) -> str:

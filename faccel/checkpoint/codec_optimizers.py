@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore, mismatch, restore_all
 from faccel.checkpoint.codec_modules import name_difference
 from faccel.checkpoint.codec_values import mapping_nodes
-from faccel.checkpoint.tensor_names import child_name, optimizer_parameter_names
+from faccel.checkpoint.tensor_names import child_name, optimizer_parameter_names, user_path
 from faccel.tree import Tree
 
 # The options of a parameter group, as `Optimizer.state_dict` returns them: `lr`, `params` and
@@ -62,12 +63,48 @@ def _decode_optimizer(node: Node, target: Tree, path: str, decoder: Decoder) -> 
         packed: list[Group] = []
         for group, options in zip(groups, stored_groups, strict=True):
             packed.append(_with_indices(options, group, indices))
-        target.load_state_dict(
-            {"state": restore_state(), "param_groups": packed} | restore_extras()
-        )
+        state_dict = {"state": restore_state(), "param_groups": packed} | restore_extras()
+        _load_exactly(target, state_dict)
         return target
 
     return restore
+
+
+def _load_exactly(opt: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load a state without the cast of `Optimizer.load_state_dict` to the dtypes of parameters.
+
+    The momentum in fp32 of a parameter in bf16, and a count in int64, would lose bits.
+    """
+    exact: list[tuple[nn.Parameter, str, torch.Tensor]] = []
+    # A class with a method of its own decides itself.
+    if type(opt).load_state_dict is Optimizer.load_state_dict:
+        state = dict(state_dict["state"])
+        for index, param in _params_by_index(opt).items():
+            entry = state.get(index)
+            if isinstance(entry, dict):
+                casts = {key: value for key, value in entry.items() if _is_cast(value, param)}
+                casts.pop("step", None)  # PyTorch's exception
+                exact += [(param, key, value) for key, value in casts.items()]
+                state[index] = entry | dict.fromkeys(casts)
+        state_dict = state_dict | {"state": state}
+    opt.load_state_dict(state_dict)
+    for param, key, value in exact:
+        opt.state[param][key] = value.to(param.device)
+
+
+def _is_cast(value: object, param: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype != param.dtype
+
+
+def _params_by_index(opt: Optimizer) -> dict[int, nn.Parameter]:
+    """Return each parameter by its index in `opt.state_dict()`."""
+    params: list[nn.Parameter] = []
+    for group in opt.param_groups:
+        params += group["params"]
+    by_id: dict[int, int] = {}
+    for index, param in enumerate(params):
+        by_id.setdefault(id(param), index)  # `state_dict` has a repeated parameter once
+    return {index: params[index] for index in by_id.values()}
 
 
 def _names(group: Group, names: Mapping[int, str]) -> list[str]:
@@ -91,10 +128,13 @@ def _names_of_numbers(stored_groups: Sequence[Node], names: Mapping[int, str]) -
 
 
 def _with_names(groups: Sequence[Group], names: Mapping[str, str]) -> list[Group]:
-    """Return the groups with the names that parameters have now."""
+    """Return the groups with the names that parameters have now.
+
+    Older versions kept the names of modules that `torch.compile` had returned.
+    """
     renamed: list[Group] = []
     for group in groups:
-        params = [names.get(name, name) for name in group["params"]]
+        params = [names.get(name, user_path(name)) for name in group["params"]]
         renamed.append(group | {"params": params})
     return renamed
 
@@ -153,7 +193,7 @@ def _decode_state(node: Node, indices: Mapping[str, int], path: str, decoder: De
 def _index_of(key: object, indices: Mapping[str, int]) -> int | None:
     if not isinstance(key, str):
         return None
-    return indices.get(key)
+    return indices.get(user_path(key))
 
 
 def _in_order(stored_groups: Sequence[Group], groups: list[list[str]]) -> list[Group]:

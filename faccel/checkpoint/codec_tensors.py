@@ -5,56 +5,87 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore, restore_all
+from faccel.checkpoint.codec import (
+    Codec,
+    Decoder,
+    Encoder,
+    Node,
+    Restore,
+    StoredTensor,
+    mismatch,
+    restore_all,
+)
 from faccel.checkpoint.tensor_names import child_name
+from faccel.checkpoint.tensor_views import (
+    check_storable,
+    empty_in_layout,
+    has_inner_tensors,
+    is_view_needed,
+    stored_view,
+)
 from faccel.errors import CheckpointError
 from faccel.tree import Tree, is_sharded, is_tensordict
 
-# Tensors. safetensors files that PyTorch's readers understand have no complex dtypes: those are
-# stored as pairs of real numbers, in a last dim of size 2.
+# Tensors. The kind states how the elements are stored: as they are, a complex number as a pair of
+# real ones, or as bytes of a dtype that the files do not have.
 
 
 def _is_tensor(value: object) -> bool:
-    return isinstance(value, torch.Tensor)
+    return isinstance(value, torch.Tensor) and not has_inner_tensors(value)
 
 
 def encode_tensor(value: torch.Tensor, path: str, encoder: Encoder) -> Node:
     """Add a tensor to those of the encoder, and return its node."""
-    if value.layout != torch.strided or value.is_quantized:
-        raise CheckpointError(
-            f"`{path}` is not a dense tensor",
-            got=f"a tensor of layout {value.layout}",
-            fix="call `.to_dense()` on it",
-        )
+    check_storable(path, value)
+    node: dict[str, str] = {"!": "tensor"}
+    if value.dtype.is_complex:
+        node = {"!": "complex"}
+    elif is_view_needed(value.dtype):
+        node = {"!": "bits", "dtype": str(value.dtype).removeprefix("torch.")}
     encoder.reserve(path)
-    is_complex = value.dtype.is_complex
     # Replicas may differ by rounding, so all that is stored of a replicated tensor is the first
     # data rank's.
     if encoder.ctx.data_rank == 0 or is_sharded(value):
         encoder.tensors[path] = _stored_form(value)
-    if is_complex:
-        return {"!": "complex"}
-    return {"!": "tensor"}
+    return node
 
 
 def _stored_form(value: torch.Tensor) -> torch.Tensor:
     value = value.detach()
     if not is_sharded(value):  # a lazy negation has other bytes in memory; a DTensor has none
-        value = value.resolve_neg()
-    if value.dtype.is_complex:
-        return torch.view_as_real(value.resolve_conj())
-    return value
+        value = value.resolve_neg().resolve_conj()
+    return stored_view(value)
+
+
+def decode_spec(node: Node, path: str, decoder: Decoder) -> StoredTensor:
+    """Return shape and dtype of the tensor that was saved as `node`.
+
+    Raises:
+        CheckpointError: This version of torch does not have its dtype.
+    """
+    stored = decoder.stored(path)
+    if node["!"] == "complex":
+        return StoredTensor(stored.shape[:-1], stored.dtype.to_complex())
+    if node["!"] == "bits":
+        dtype = getattr(torch, node["dtype"], None)
+        if not isinstance(dtype, torch.dtype) or dtype.itemsize != 1:
+            raise mismatch(path, f"the unknown dtype `{node['dtype']}`", "update torch")
+        return StoredTensor(stored.shape, dtype)
+    return stored
 
 
 def _decode_tensor(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
-    if node["!"] == "complex":
-        pairs = decoder.new_tensor(path)
-        return lambda: torch.view_as_complex(pairs)
-    tensor = decoder.new_tensor(path, like=target)
+    spec = decode_spec(node, path, decoder)
+    # A tensor of the shape of `target` gets its device and layout.
+    if isinstance(target, torch.Tensor) and target.shape == spec.shape:
+        tensor = empty_in_layout(target, spec.dtype)
+    else:
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
+    decoder.destinations[path] = stored_view(tensor)
     return lambda: tensor
 
 
-TENSOR = Codec(("tensor", "complex"), _is_tensor, encode_tensor, _decode_tensor)
+TENSOR = Codec(("tensor", "complex", "bits"), _is_tensor, encode_tensor, _decode_tensor)
 
 
 # Arrays and scalars of numpy. The dtype is in the node, because torch has fewer dtypes and one byte
@@ -72,8 +103,24 @@ def _encode_array(value: np.ndarray | np.generic, path: str, encoder: Encoder) -
             got=f"dtype {value.dtype}",
             fix="use a list",
         )
-    array = np.ascontiguousarray(value).reshape(value.shape)  # it turns 0 dims into 1
-    node = encode_tensor(torch.from_numpy(array), path, encoder)
+    if isinstance(value, np.ndarray) and type(value) not in (np.ndarray, np.memmap):
+        raise CheckpointError(  # a masked array would come back without its mask
+            f"`{path}` is a subclass of an array",
+            got=f"a {type(value).__name__}",
+            fix="store the arrays that it consists of",
+        )
+    # torch has one byte order; the dtype in the node has the array's
+    native = np.asarray(value).astype(value.dtype.newbyteorder("="), copy=False)
+    array = np.ascontiguousarray(native).reshape(value.shape)  # it turns 0 dims into 1
+    try:
+        tensor = torch.from_numpy(array)
+    except TypeError:
+        raise CheckpointError(
+            f"`{path}` is an array of a dtype that torch does not have",
+            got=f"dtype {value.dtype}",
+            fix="cast it, for example with `.astype(np.float64)`",
+        ) from None
+    node = encode_tensor(tensor, path, encoder)
     is_scalar = isinstance(value, np.generic)
     return {"!": "array", "v": node, "dtype": value.dtype.str, "scalar": is_scalar}
 

@@ -169,8 +169,8 @@ def _encode_sequence(value: Sequence[Tree], path: str, encoder: Encoder) -> Node
 def _decode_sequence(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
     nodes: list[Node] = node["v"] if isinstance(node, dict) else node
     targets: Sequence[Tree] = ()
-    if isinstance(target, (list, tuple)) and field_values(target) is None:
-        targets = target
+    if type(target) in _SEQUENCES.values():
+        targets = list(target)  # of a set, the items have no order, but one class
     if len(targets) != len(nodes):
         if any(decoder.has_in_place(item) for item in targets):
             got = f"{len(nodes)} items in the checkpoint, {len(targets)} in the state"
@@ -240,8 +240,11 @@ def _decode_mapping(node: Node, target: Tree, path: str, decoder: Decoder) -> Re
             fix = f"leave it out, or {nearest(str(key), map(str, nodes))}"
             raise mismatch(child_name(path, key), "not in the checkpoint", fix)
     # The keys of the state select what is loaded. Below the top level a dict without keys selects
-    # everything: the state of a run begins with `{}` for its metrics.
-    selected = nodes if path and not targets else targets
+    # everything: the state of a run begins with `{}` for its metrics. So does a value without keys.
+    selects_nothing = isinstance(target, Mapping) and not path
+    selected: Iterable[object] = targets
+    if not targets and not selects_nothing:
+        selected = nodes
     restores: dict[object, Restore] = {}
     for key in selected:
         restores[key] = decoder.decode(nodes[key], targets.get(key), child_name(path, key))

@@ -21,6 +21,7 @@ from faccel.checkpoint.codec_values import (
     RECORD,
     SEQUENCE,
 )
+from faccel.checkpoint.codec_wrappers import WRAPPER
 from faccel.context import DistContext
 from faccel.tree import Tree
 
@@ -28,6 +29,7 @@ CODECS: tuple[Codec[Any], ...] = (
     PLAIN,
     FLOAT,
     TENSOR,
+    WRAPPER,
     # Before STATEFUL: these have `state_dict`, too.
     MODULE,
     OPTIMIZER,

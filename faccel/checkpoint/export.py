@@ -19,6 +19,7 @@ from faccel.checkpoint.files import Slice, sync_directory, write_file, write_saf
 from faccel.checkpoint.pretrained import active_adapter, write_adapter, write_config
 from faccel.checkpoint.rank_calls import on_rank_0
 from faccel.checkpoint.tensor_names import trainable_entries
+from faccel.checkpoint.tensor_views import check_storable, has_inner_tensors
 from faccel.checks import shown
 from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
@@ -26,6 +27,7 @@ from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import CheckpointError, ConfigError
 from faccel.flat_shard import FlatShard
 from faccel.training.model import WrappedModel
+from faccel.training.module_names import uncompiled, with_user_names
 from faccel.tree import Tree, full_tensor, local_tensor
 
 WEIGHTS_FILE = "model.safetensors"
@@ -75,7 +77,7 @@ def parse_size(size: str | int) -> int:
 
 
 def user_module(model: object) -> nn.Module:
-    """Return the module of a wrapped model, or the module itself.
+    """Return the module of a wrapped model, or the module itself; not compiled.
 
     Effects: pure.
 
@@ -83,14 +85,29 @@ def user_module(model: object) -> nn.Module:
         CheckpointError: It is something else.
     """
     if isinstance(model, WrappedModel):
-        return model.module
+        return uncompiled(model.module)
     if not isinstance(model, nn.Module):
         raise CheckpointError(
             "`model` must be a wrapped model or an nn.Module",
             got=shown(model),
             fix="pass the model itself",
         )
-    return model
+    return uncompiled(model)
+
+
+def check_ordinary(name: str, tensor: torch.Tensor) -> None:
+    """Raise for a tensor that consists of others, such as a quantized one of torchao.
+
+    Raises:
+        CheckpointError: Files of safetensors cannot contain it.
+    """
+    if has_inner_tensors(tensor):
+        raise CheckpointError(
+            f"`{name}` cannot be exported",
+            got=f"a tensor of class {type(tensor).__name__}",
+            fix="export a model of `tensor.dequantize()`, or write it with the library of the "
+            "class; `faccel.save` stores it as it is",
+        )
 
 
 def _memory_key(tensor: torch.Tensor) -> Hashable:
@@ -119,10 +136,16 @@ class Weights:
     def of(
         cls, model: WrappedModel | nn.Module, state: Mapping[str, Tree], *, trained_only: bool
     ) -> Weights:
-        """Return the tensors of `state`, the model's `state_dict`, which they alias.
+        """Return the tensors of `state`, the model's `state_dict`, under the user's names.
+
+        They alias the state.
 
         With `trained_only`, the model's frozen parameters are left out.
+
+        Raises:
+            CheckpointError: One of them cannot be stored in a file that other programs read.
         """
+        state = with_user_names(state)
         if trained_only:
             state = trainable_entries(user_module(model), state)
         tensors: dict[str, torch.Tensor] = {}
@@ -131,6 +154,8 @@ class Weights:
         for name, tensor in state.items():
             if not isinstance(tensor, torch.Tensor):
                 continue  # an extra state of the user's module
+            check_storable(name, tensor)
+            check_ordinary(name, tensor)
             key = _memory_key(tensor)
             if tensor.numel() == 0:  # all empty tensors have the same address
                 key = name

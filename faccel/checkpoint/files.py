@@ -20,7 +20,7 @@ _CHUNK_BYTES = (
 )  # small enough that a chunk is still in the cache when it is written after hashing
 # The names in the header, https://github.com/huggingface/safetensors#format. There is none for
 # complex128, which the codec of tensors stores as pairs of float64.
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -75,6 +75,8 @@ def _byte_chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel() == 0:  # numpy has no memory to view
         return
+    if flat.stride(0) != 1:  # a slice of one element is contiguous with any stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
     buffer = memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     for start in range(0, len(buffer), _CHUNK_BYTES):
         yield buffer[start : start + _CHUNK_BYTES]
@@ -87,7 +89,7 @@ def _header(slices: Sequence[Slice], metadata: Mapping[str, str] | None) -> byte
     end = 0
     for piece in slices:
         dtype = piece.tensor.dtype
-        if dtype not in _SAFETENSORS_DTYPES:
+        if dtype not in SAFETENSORS_DTYPES:
             raise CheckpointError(
                 f"`{piece.key}` has a dtype that safetensors cannot store",
                 got=str(dtype),
@@ -95,7 +97,7 @@ def _header(slices: Sequence[Slice], metadata: Mapping[str, str] | None) -> byte
             )
         start, end = end, end + piece.tensor.numel() * dtype.itemsize
         header[piece.key] = {
-            "dtype": _SAFETENSORS_DTYPES[dtype],
+            "dtype": SAFETENSORS_DTYPES[dtype],
             "shape": list(piece.tensor.shape),
             "data_offsets": [start, end],
         }

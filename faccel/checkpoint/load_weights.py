@@ -17,6 +17,7 @@ from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import CheckpointError
 from faccel.training.model import WrappedModel
+from faccel.training.module_names import original_names, with_user_names
 
 
 @effectful(AMBIENT, COLLECTIVE, updates("model"))
@@ -78,7 +79,10 @@ def _destinations(weights: Weights, reader: Reader) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: Names or shapes differ.
     """
-    stored = reader.stored()
+    all_stored = reader.stored()
+    # Files that were exported from a compiled model have its names.
+    file_names = original_names(all_stored)
+    stored = with_user_names(all_stored)
     destinations = dict(weights.tensors)
     for name, first_name in weights.ties.items():
         # the files may contain a tied tensor under another of its names
@@ -94,7 +98,7 @@ def _destinations(weights: Weights, reader: Reader) -> dict[str, torch.Tensor]:
     _check_empty(missing, "missing in the files")
     _check_empty(unknown, "unknown to the model")
     _check_empty(misshapen, "of another shape")
-    return destinations
+    return {file_names[name]: tensor for name, tensor in destinations.items()}
 
 
 def _check_empty(names: set[str], problem: str) -> None:

@@ -10,6 +10,9 @@ import torch
 
 from faccel.checkpoint.codec import Node, kind_of
 from faccel.checkpoint.codec_modules import first_names
+from faccel.checkpoint.codec_tensors import TENSOR
+from faccel.checkpoint.codec_values import MAPPING, SEQUENCE
+from faccel.checkpoint.codec_wrappers import WRAPPER
 from faccel.checkpoint.dcp import Reader
 from faccel.checkpoint.export import parse_size, split_into_shards, write_export
 from faccel.checkpoint.manifest import (
@@ -19,10 +22,11 @@ from faccel.checkpoint.manifest import (
     newest_valid,
     read_manifest,
 )
-from faccel.checkpoint.tensor_names import child_name
+from faccel.checkpoint.tensor_names import child_name, item_name
 from faccel.checks import local_path
 from faccel.context import DistContext
 from faccel.errors import CheckpointError
+from faccel.training.module_names import user_name
 
 
 def merge(
@@ -41,7 +45,8 @@ def merge(
         path: A checkpoint, or a directory of checkpoints, whose newest committed one is used.
         out: The directory of the export.
         ctx: A world of one process.
-        name: Which model, if the state has several: its key in the state.
+        name: Which model, if the state has several: its key in the state, or the keys that lead to
+            it, as in `"ema.model"`.
         max_shard_size: See `export_model`.
 
     Returns:
@@ -103,36 +108,80 @@ def _checkpoint_at(path: str) -> tuple[str, Manifest]:
 
 @attrs.frozen
 class _Weight:
-    """A tensor in the files of a checkpoint; a complex one is stored as pairs of real numbers."""
+    """A tensor in the files of a checkpoint, with its node, which states how it is stored."""
 
     path: str
-    is_complex: bool
+    node: Node
 
     def from_stored(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         tensor = tensors[self.path]
-        if self.is_complex:
+        kind = kind_of(self.node)
+        if kind == "complex":
             return torch.view_as_complex(tensor)
+        if kind == "bits":
+            return tensor.view(getattr(torch, self.node["dtype"]))
         return tensor
 
 
 def _weights(state: Node, name: str | None) -> dict[str, _Weight]:
     """Return the weights of a model by their keys in its `state_dict`."""
-    models: dict[str, Node] = {}
-    if isinstance(state, dict):  # models are looked for at the top level of the state only
-        for key, node in state.items():
-            if kind_of(node) == "module":
-                models[key] = node["v"]
+    models = _models(state, "")
     if name is None and len(models) == 1:
         name = min(models)
     if name is None or name not in models:
+        listed = first_names(models.keys(), limit=20)
         raise CheckpointError(
             "`--model` must name a model of the checkpoint",
-            got=f"{name}; models: {first_names(models.keys(), limit=20) or 'none'}",
-            fix="pass `--model NAME`",
+            got=f"{name}; models: {listed or 'none'}",
+            fix=f"pass `--model NAME` with one of them: {listed}",
         )
+    path, nodes = models[name]
     weights: dict[str, _Weight] = {}
-    for key, node in models[name].items():
+    for key, node in nodes.items():
         kind = kind_of(node)
-        if kind in ("tensor", "complex"):  # an extra state of a module is not a weight
-            weights[key] = _Weight(child_name(child_name("", name), key), kind == "complex")
+        if kind in WRAPPER.kinds:
+            raise CheckpointError(
+                f"`{key}` cannot be exported",
+                got=f"a tensor of class {node['class']}",
+                fix="load the checkpoint into the model with `faccel.load`",
+            )
+        if kind in TENSOR.kinds:  # an extra state of a module is not a weight
+            weights[user_name(key)] = _Weight(child_name(path, key), node)
     return weights
+
+
+def _models(node: Node, path: str, label: str = "") -> dict[str, tuple[str, Mapping[str, Node]]]:
+    """Return the models of a state: the path of each and its entries, by the keys that lead to it.
+
+    A model at the top level has its key as the name, one below it `key.key`, in which items of
+    lists are numbers.
+    """
+    kind = kind_of(node)
+    if kind == "module":
+        return {label or "model": (path, node["v"])}
+    models: dict[str, tuple[str, Mapping[str, Node]]] = {}
+    for key, child_path, child in _children(node, kind, path):
+        found = _models(child, child_path, f"{label}.{key}".removeprefix("."))
+        for name, model in found.items():
+            if name in models:  # `{"a.b": ...}` beside `{"a": {"b": ...}}`
+                name = model[0]
+            models[name] = model
+    return models
+
+
+def _children(node: Node, kind: str, path: str) -> list[tuple[str, str, Node]]:
+    """Return key, path and node of each child of a container."""
+    if kind in SEQUENCE.kinds:
+        items = node["v"] if isinstance(node, dict) else node
+        return [(str(i), item_name(path, i), child) for i, child in enumerate(items)]
+    if kind == "dict" and "!" not in node:
+        entries = node.items()
+    elif kind == "record":
+        entries = node["v"].items()
+    elif kind in MAPPING.kinds:
+        # a key that is no plain value, such as a tuple, stands for none that could be typed
+        keys = [key if kind_of(key) == "plain" else None for key in node["k"]]
+        entries = zip(keys, node["v"], strict=True)
+    else:
+        return []
+    return [(str(key), child_name(path, key), child) for key, child in entries if key is not None]

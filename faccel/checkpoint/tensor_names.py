@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import quote
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from faccel.errors import CheckpointError
 from faccel.training.model import WrappedModel
+from faccel.training.module_names import user_name
 from faccel.tree import Tree
 
 _SAFE_CHARACTERS = " .:,;@+=()[]-_"
@@ -46,6 +48,19 @@ def _join(parent: str, name: str) -> str:
     return f"{parent}/{name}" if parent else name
 
 
+def user_path(path: str) -> str:
+    """Return the path of a parameter in the state without the names of `torch.compile`.
+
+    Effects: pure.
+
+    Examples:
+        >>> user_path("model/_orig_mod.weight")
+        'model/weight'
+    """
+    parent, _, name = path.rpartition("/")
+    return _join(parent, user_name(name))
+
+
 def named_children(state: Tree, path: str) -> Iterable[tuple[str, Tree]]:
     """Return the children of a mapping, list or tuple with their names; otherwise nothing.
 
@@ -58,23 +73,50 @@ def named_children(state: Tree, path: str) -> Iterable[tuple[str, Tree]]:
     return ()
 
 
-def parameter_names(state: Tree, path: str = "") -> dict[int, str]:
+def check_no_cycle(value: Tree, path: str, ancestors: Sequence[Tree]) -> None:
+    """Raise if a value is one of the values that contain it.
+
+    Effects: pure.
+
+    Raises:
+        CheckpointError: It is, so that a traversal would not end.
+    """
+    for ancestor in ancestors:
+        # plain values may be one object several times, as `None` is
+        if ancestor is value and isinstance(value, (Mapping, list, tuple)):
+            raise CheckpointError(
+                f"`{path}` contains itself",
+                got=f"a {type(value).__name__} that is inside of itself",
+                fix="leave it out, or store a copy of what it refers to",
+            )
+
+
+def parameter_names(state: Tree, path: str = "", ancestors: Sequence[Tree] = ()) -> dict[int, str]:
     """Return the name of each parameter of each model in `state`, by `id(param)`.
 
     Effects: pure. Optimizer states are stored under these names, so that they do not depend on the
     order of parameters.
+
+    Args:
+        state: The state.
+        path: Its name.
+        ancestors: The values that contain it.
+
+    Raises:
+        CheckpointError: A container is inside of itself.
     """
     names: dict[int, str] = {}
     if not isinstance(state, (WrappedModel, nn.Module)):
+        check_no_cycle(state, path, ancestors)
         for child_path, child in named_children(state, path):
-            names |= parameter_names(child, child_path)
+            names |= parameter_names(child, child_path, (*ancestors, state))
         return names
     for name, param in state.named_parameters():
-        names[id(param)] = child_name(path, name)
+        names[id(param)] = child_name(path, user_name(name))
     if isinstance(state, WrappedModel):
         # Two pipeline stages that have a tied parameter store its state under one name.
         for key, name in state.parallelism.tied_copies(state.engine).items():
-            names[key] = child_name(path, name)
+            names[key] = child_name(path, user_name(name))
     return names
 
 
@@ -120,7 +162,7 @@ def optimizer_parameter_names(opt: Optimizer, names: Mapping[int, str]) -> dict[
 
 
 def trainable_entries(module: nn.Module, state: Mapping[str, Tree]) -> dict[str, Tree]:
-    """Return the entries of `state`, a module's `state_dict`, without its frozen parameters.
+    """Return the entries of `state`, a module's tensors by user's names, without frozen parameters.
 
     Effects: pure. Parameters that require gradients, buffers and extra states stay.
     """
@@ -128,5 +170,5 @@ def trainable_entries(module: nn.Module, state: Mapping[str, Tree]) -> dict[str,
     entries = dict(state)
     for name, param in module.named_parameters(remove_duplicate=False):
         if not param.requires_grad:
-            entries.pop(name, None)
+            entries.pop(user_name(name), None)
     return entries

@@ -341,3 +341,33 @@ def test_the_fix_for_a_url_copies_a_checkpoint(tmp_path, monkeypatch):
     eval(code, {"fsspec": fsspec})
     fsspec.filesystem("memory").get("memory://bucket/run", "copy", recursive=True)
     assert faccel.load({"x": 0}, "copy", ONE) == {"x": 1}
+
+
+def test_merge_reaches_models_at_every_depth(tmp_path):
+    nets = [nn.Linear(2, n) for n in range(1, 7)]
+    states = {
+        "nested": ({"train": {"ema": {"model": nets[0]}}, "step": 1}, "train.ema.model", nets[0]),
+        "list": ({"nets": [nets[1], nets[2]]}, "nets.1", nets[2]),
+        "numbered": ({"nets": {0: (nets[3],), (1, 2): 3}}, "nets.0.0", nets[3]),
+        "root": (nets[4], "model", nets[4]),
+        "ambiguous": ({"a.b": nets[0], "a": {"b": nets[5]}}, "a/b", nets[5]),
+    }
+    for kind, (state, name, net) in states.items():
+        faccel.save(state, tmp_path / kind, ONE, step=1)
+        out = str(tmp_path / f"{kind}-out")
+        result = CliRunner().invoke(main, ["merge", str(tmp_path / kind), out, "--model", name])
+        assert result.exit_code == 0, result.output
+        weights = load_file(f"{out}/model.safetensors")
+        assert torch.equal(weights["weight"], net.weight), kind
+    result = CliRunner().invoke(main, ["merge", str(tmp_path / "list"), str(tmp_path / "x")])
+    assert "`nets.0`, `nets.1`" in result.output
+
+
+@pytest.mark.parametrize("module", [nn.Linear(2, 2, device="meta"), nn.LazyLinear(2)])
+def test_a_model_without_elements_is_not_exported(tmp_path, module):
+    def run(ctx):
+        with pytest.raises(CheckpointError, match="`weight` cannot be stored"):
+            faccel.checkpoint.export_model(module, tmp_path, ctx)
+
+    simulate(run, 2)
+    assert os.listdir(tmp_path) == []
