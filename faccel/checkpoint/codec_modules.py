@@ -153,7 +153,7 @@ def _decode_entry(node: Node, entry: Tree, path: str, decoder: Decoder) -> Resto
         raise mismatch(path, "no tensor in the checkpoint, a tensor in the model")
     _check_tensor(entry, decode_spec(node, path, decoder), path)
     entry = entry.detach()
-    if entry.is_conj() or entry.is_neg():  # a lazy result has no memory of its own
+    if entry.is_conj() or entry.is_neg():  # a lazy result has no memory
         return decoder.decode(node, entry, path)
     decoder.destinations[path] = stored_view(entry)  # no second copy of the parameter
     return lambda: entry

@@ -76,7 +76,7 @@ def _load_exactly(opt: Optimizer, state_dict: dict[str, Any]) -> None:
     The momentum in fp32 of a parameter in bf16, and a count in int64, would lose bits.
     """
     exact: list[tuple[nn.Parameter, str, torch.Tensor]] = []
-    # A class with a method of its own decides itself.
+    # A class that overrides it decides itself.
     if type(opt).load_state_dict is Optimizer.load_state_dict:
         state = dict(state_dict["state"])
         for index, param in _params_by_index(opt).items():

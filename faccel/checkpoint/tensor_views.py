@@ -50,7 +50,7 @@ def _problem(tensor: torch.Tensor) -> tuple[str, str] | None:
         return _problem_of_shards(cast("DTensor", tensor))
     if not is_sharded(tensor) and not has_inner_tensors(tensor) and not _has_memory(tensor):
         return (
-            f"a {type(tensor).__name__}, which has no memory of its own",
+            f"a {type(tensor).__name__}, which has no memory",
             "give its class `__tensor_flatten__` and `__tensor_unflatten__`, or leave it out",
         )
     return None
@@ -133,7 +133,7 @@ def stored_view(tensor: torch.Tensor) -> torch.Tensor:
 def _of_local(
     tensor: torch.Tensor, view: Callable[[torch.Tensor], torch.Tensor], new_dims: Sequence[int]
 ) -> torch.Tensor:
-    """Return `view` of a tensor; of a DTensor, the DTensor whose shards are views of its own."""
+    """Return `view` of a tensor; of a DTensor, the DTensor of the views of its shards."""
     if not is_dtensor(tensor):
         return view(tensor)
     return with_local(cast("DTensor", tensor), view(local_tensor(tensor)), new_dims)
