@@ -8,6 +8,7 @@ from typing import Protocol
 import attrs
 
 from faccel.data.order import Cursor
+from faccel.errors import DataError
 from faccel.tree import Tree
 
 
@@ -60,6 +61,41 @@ class BatchInfo:
         return Cursor(epoch, self.consumed, self.state, name)
 
 
+def step_error(step: int, num_steps: int, num_units: int, size: int) -> DataError:
+    """Return the error for a step that is not in an epoch of `num_units`, `size` per step."""
+    return DataError(
+        f"`step` must be between 0 and {num_steps}: an epoch of {num_units} samples has"
+        f" {num_steps} steps of {size}",
+        got=f"step={step}",
+        fix="pass a step of this epoch, or write `loader.resume(batch.cursor)`",
+    )
+
+
+def start_of_step(step: int, num_units: int, size: int) -> int:
+    """Return how many of `num_units` are consumed before a step, `size` per step.
+
+    Effects: pure.
+
+    Raises:
+        DataError: The epoch has no such step; that after the last one is its end.
+    """
+    # Rounded up for every tail: a step counter may be that of the end of the epoch, where `min`
+    # cuts the last step to what exists.
+    num_steps = -(-num_units // size)
+    if not 0 <= step <= num_steps:
+        raise step_error(step, num_steps, num_units, size)
+    return min(step * size, num_units)
+
+
+def empty_error(name: str, fix: str) -> DataError:
+    """Return the error for an epoch without any step, in which a loop would do nothing."""
+    return DataError(
+        "`loader` has no batch in a whole epoch, so the loop over it would do nothing",
+        got=name,
+        fix=fix,
+    )
+
+
 class Source(Protocol):
     """Finds and reads one rank's batches of an epoch, for `ShardedLoader`."""
 
@@ -73,12 +109,12 @@ class Source(Protocol):
         """The argument `tail` of `shard`."""
         ...
 
-    def num_steps(self, start: int) -> int:
+    def num_steps(self, epoch: int, start: int) -> int:
         """Return the number of this rank's batches from `start` on; TypeError if it is unknown."""
         ...
 
-    def start_of(self, step: int) -> int:
-        """Return how much of the epoch all ranks have consumed before step `step`."""
+    def start_of(self, epoch: int, step: int) -> int:
+        """Return how much of an epoch all ranks have consumed before step `step`."""
         ...
 
     def read(self, cursor: Cursor) -> Iterator[tuple[BatchInfo, Tree]]:

@@ -6,7 +6,7 @@ seeded by `(seed, epoch, position of the batch)`; afterwards the process's own a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 
 import attrs
 import numpy as np
@@ -22,7 +22,7 @@ from torch.utils.data import (
 
 from faccel.random.generators import call_seeded, call_watched, detect_draws, seed_all
 from faccel.random.hashing import mix
-from faccel.tree import Tree, is_tensordict
+from faccel.tree import Tree, flatten, is_tensordict
 
 Row = tuple[tuple[int, ...], Sequence[Tree] | np.ndarray]
 """The integers that seed a batch, and its indices: `int64[n]`, or a list of the user's sampler."""
@@ -101,6 +101,29 @@ def identity(batch: Tree) -> Tree:
     return batch
 
 
+def num_rows(data: Tree) -> int:
+    """Return the rows of a batch that was not collated here: those of its first tensor or array.
+
+    Without one: the length of a list, or of the first list of a mapping; else 1.
+    """
+    for leaf in flatten(data)[0]:
+        # A 0-d tensor has no dimension of rows, for example a label of the whole batch.
+        if isinstance(leaf, torch.Tensor | np.ndarray) and leaf.ndim:
+            return len(leaf)
+    if isinstance(data, Mapping):
+        data = next(iter(data.values()), None)
+    if isinstance(data, list):
+        return len(data)
+    return 1
+
+
+def set_epoch(iterable: Tree, epoch: int) -> None:
+    """Call `iterable.set_epoch(epoch)`, if it has that method."""
+    # The method by which PyTorch's and Hugging Face's classes receive the epoch.
+    if hasattr(iterable, "set_epoch"):
+        iterable.set_epoch(epoch)
+
+
 class _RowSampler(Sampler[Row]):
     """The rows of one iteration; persistent workers get new ones in each."""
 
@@ -149,6 +172,7 @@ class Reader:
         self._seed = seed
         self._dataset = BatchDataset(loader.dataset, loader.collate_fn, is_single)
         self._persistent: tuple[DataLoader[Tree], _RowSampler] | None = None
+        self._persistent_length: int | None = None
         self._is_in_use = False
 
     def read(self, rows: Iterable[Row], epoch: int, start: int) -> Iterator[Tree]:
@@ -163,14 +187,23 @@ class Reader:
             return
         self._is_in_use = True
         try:
-            if self._persistent is None:
+            length = self._length()
+            # Workers have a copy of the dataset as it was when they started.
+            if self._persistent is None or length != self._persistent_length:
                 self._persistent = self._new_loader(rows, epoch, start)
+                self._persistent_length = length
             loader, sampler = self._persistent
             sampler.rows = rows
             yield from loader
         finally:
             # Also after a `break` of the caller, which closes this generator.
             self._is_in_use = False
+
+    def _length(self) -> int | None:
+        dataset = self._loader.dataset
+        if isinstance(dataset, Sized):
+            return len(dataset)
+        return None
 
     def _new_loader(
         self, rows: Iterable[Row], epoch: int, start: int

@@ -13,7 +13,8 @@ from faccel.data.batch import Batch, Source
 from faccel.data.order import Cursor, Order, check_tail
 from faccel.data.ordered_source import OrderedSource
 from faccel.data.select_source import select_source
-from faccel.effects import AMBIENT, effectful
+from faccel.data.shard_checks import check_same_dataset, order_seed
+from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import DataError
 from faccel.tree import Tree, map_leaves
 
@@ -88,7 +89,7 @@ class ShardedLoader:
 
     def at(self, epoch: int, step: int = 0) -> ShardedLoader:
         """Return the same loader in `epoch`, after its first `step` steps."""
-        return self.resume(Cursor(epoch, self.source.start_of(step)))
+        return self.resume(Cursor(epoch, self.source.start_of(epoch, step)))
 
     def resume(self, cursor: Cursor) -> ShardedLoader:
         """Return the same loader at `cursor`, which may come from another world size.
@@ -115,7 +116,7 @@ class ShardedLoader:
 
     def __len__(self) -> int:
         """Return the number of batches from this record on. Raises TypeError if it is unknown."""
-        return self.source.num_steps(self.start)
+        return self.source.num_steps(self.epoch or 0, self.start)
 
     def __iter__(self) -> Iterator[Tree]:
         """Yield the data of each batch, on the device of the context."""
@@ -145,13 +146,18 @@ def _check_cursor(cursor: Cursor, name: str) -> None:
     instance_of("cursor", cursor, Cursor, fix=fix, error=DataError)
     # The start of an epoch is a position in every order. A cursor without a name, such as one that
     # the user wrote, is not compared.
-    if cursor.samples_consumed and cursor.of not in (None, name):
+    if cursor.samples_consumed and cursor.of is not None and _current_name(cursor.of) != name:
         raise DataError(
             "`cursor` is a position in another order, so it would repeat and leave out samples",
             got=f"a position in {cursor.of}, for {name}",
             fix="resume with the dataset, the seed and the shuffling that it was taken from, or "
             "start the epoch again with `loader.at(cursor.epoch)`",
         )
+
+
+def _current_name(name: str) -> str:
+    """Return today's name of an order: cursors of earlier versions have another one."""
+    return name.replace(" of an own sampler", " of a custom sampler")
 
 
 def _while_uneven(batches: Iterator[Tree], ctx: DistContext) -> Iterator[Tree]:
@@ -182,6 +188,7 @@ def batches(loader: ShardedLoader) -> Iterator[Batch]:
     return loader._marked(records)  # pyright: ignore[reportPrivateUsage]
 
 
+@effectful(COLLECTIVE)
 def shard(
     loader: Iterable[Tree],
     ctx: DistContext,
@@ -195,7 +202,8 @@ def shard(
 ) -> ShardedLoader:
     """Split `loader` over the ranks: return this rank's batches.
 
-    Effects: pure.
+    Effects: collective. It communicates only if the loader or its sampler has a `generator`, with
+    `mode="local"` and in debug mode.
 
     A `DataLoader` over a map-style dataset is read in an order that depends on `(seed, epoch)`
     alone, from any position at once. A custom `sampler` or `batch_sampler` is kept: step `s` of
@@ -221,8 +229,12 @@ def shard(
             rank its samples, which must be picklable; reading is collective. `"shards"`: each rank
             reads only its own files, of a dataset with `num_shards` and `.shard(num_shards=,
             index=)`, as in the `datasets` library; reading is collective (one small gather per
-            batch), and a cursor resumes on as many ranks. `"auto"` is `"split"`.
-        seed: Seed of the order; None takes the configuration's.
+            batch), and a cursor resumes on as many ranks. `"local"`: the loader of each rank has
+            data that is split already, of any kind; reading is collective (one exchange of lengths
+            per epoch, or one small gather per batch of a stream). `"auto"` is `"local"` for a
+            stream of `datasets.distributed.split_dataset_by_node`, else `"split"`.
+        seed: Seed of the order. None takes the `initial_seed` of rank 0's `generator` of the loader
+            or its sampler, and without one the configuration's.
         split_batches: Whether the loader's batch size counts the samples of all ranks together.
         device_placement: Whether to move batches to `ctx.device`; None takes the configuration's.
         non_blocking: Whether the move may overlap with computation.
@@ -250,12 +262,14 @@ def shard(
             fix="call `faccel.shard(loader, ctx)` once, with the original `DataLoader`",
         )
     if seed is None:
-        seed = ctx.config.seed
+        seed = order_seed(loader, ctx)
     if device_placement is None:
         device_placement = ctx.config.device_placement
     source, has_one_order = select_source(
         loader, ctx, tail=tail, mode=mode, seed=seed, split_batches=split_batches
     )
+    if ctx.config.debug and ctx.data_world_size > 1 and _reads_one_dataset(source):
+        check_same_dataset(loader, ctx, has_own_order=isinstance(source, OrderedSource))
     to_device = _unchanged
     if device_placement and ctx.device.type != "cpu":  # loaders return CPU tensors
         to_device = _mover(ctx.device, non_blocking=non_blocking)
@@ -266,6 +280,12 @@ def shard(
         epoch=0 if has_one_order else None,
         to_device=to_device,
     )
+
+
+def _reads_one_dataset(source: Source) -> bool:
+    from faccel.data.local_source import LocalSource
+
+    return not isinstance(source, LocalSource)
 
 
 def _mover(device: torch.device, *, non_blocking: bool) -> Callable[[Tree], Tree]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 
 import attrs
 
-from faccel.data.batch import BatchInfo
+from faccel.data.batch import BatchInfo, empty_error, start_of_step
 from faccel.data.fetch import Reader, Row
 from faccel.data.order import Cursor, Order, ShardPlan
 from faccel.errors import DataError
@@ -18,13 +18,21 @@ class OrderedSource:
     """A map-style dataset in faccel's own order: any position is reached in constant time.
 
     Args:
-        plan: How this rank reads an epoch.
+        dataset: The user's dataset. Its length is read again for each epoch: it may grow or shrink.
+        batch_size: `B`.
+        rank: `r`.
+        world_size: `W`.
+        tail: As in `ShardPlan`.
         seed: Seed of the order.
         shuffle: Whether it is shuffled.
         reader: Reads rows.
     """
 
-    plan: ShardPlan
+    dataset: Sized = attrs.field(repr=False)
+    batch_size: int
+    rank: int
+    world_size: int
+    tail: str
     seed: int
     shuffle: bool
     reader: Reader = attrs.field(repr=False)
@@ -33,35 +41,25 @@ class OrderedSource:
     def name(self) -> str:
         """See `Source`."""
         order = f"a shuffle of seed {self.seed}" if self.shuffle else "order"
-        return f"{self.plan.num_samples} samples in {order}"
+        return f"{len(self.dataset)} samples in {order}"
 
     @property
-    def tail(self) -> str:
-        """See `Source`."""
-        return self.plan.tail
+    def plan(self) -> ShardPlan:
+        """How this rank reads an epoch of the dataset as it is now."""
+        num_samples = len(self.dataset)
+        return ShardPlan(num_samples, self.batch_size, self.rank, self.world_size, self.tail)
 
-    def num_steps(self, start: int) -> int:
+    def num_steps(self, epoch: int, start: int) -> int:
         """See `Source`."""
         return self.plan.num_steps(start)
 
-    def start_of(self, step: int) -> int:
+    def start_of(self, epoch: int, step: int) -> int:
         """See `Source`; that of the step after the last one is the end of the epoch."""
-        num_samples, size = self.plan.num_samples, self.plan.global_batch_size
-        # Rounded up for every tail: a step counter may be that of the end of the epoch, where
-        # `min` below cuts the last step to the samples that exist.
-        num_steps = -(-num_samples // size)
-        if not 0 <= step <= num_steps:
-            raise DataError(
-                f"`step` must be between 0 and {num_steps}: an epoch of {num_samples} samples"
-                f" has {num_steps} steps of {size}",
-                got=f"step={step}",
-                fix="pass a step of this epoch, or write `loader.resume(batch.cursor)`",
-            )
-        return min(step * size, num_samples)
+        return start_of_step(step, len(self.dataset), self.batch_size * self.world_size)
 
     def order(self, epoch: int) -> Order:
         """Return the global order of an epoch."""
-        return Order(self.plan.num_samples, self.seed, epoch, self.shuffle)
+        return Order(len(self.dataset), self.seed, epoch, self.shuffle)
 
     def read(self, cursor: Cursor) -> Iterator[tuple[BatchInfo, Tree]]:
         """See `Source`."""
@@ -73,18 +71,28 @@ class OrderedSource:
                 got=str(cursor),
                 fix="resume with the dataset that the cursor was taken from",
             )
+        if start == 0 and plan.is_end(0):
+            raise empty_error(
+                f"{plan.num_samples} samples and a global batch of {plan.global_batch_size}, with "
+                f'`tail="{self.tail}"`',
+                "check the files and filters of the dataset; one that is smaller than a global "
+                'batch needs `drop_last=False` and `tail="pad"`',
+            )
         # Rounded down: after a resume with another world size `start` may be no multiple of `G`.
         first_step = start // plan.global_batch_size
         last = plan.num_steps(start) - 1
-        for i, data in enumerate(self.reader.read(self._rows(cursor), cursor.epoch, start)):
+        rows = self._rows(plan, cursor)
+        for i, data in enumerate(self.reader.read(rows, cursor.epoch, start)):
             consumed = plan.consumed(start, i)
             num_valid = plan.row_count(start, i)
             is_end = plan.is_end(consumed)
             yield BatchInfo(num_valid, first_step + i, i == last, is_end, consumed), data
 
-    def _rows(self, cursor: Cursor) -> Iterator[Row]:
+    def _rows(self, plan: ShardPlan, cursor: Cursor) -> Iterator[Row]:
         seed, epoch, start = self.seed, cursor.epoch, cursor.samples_consumed
-        for step, samples in enumerate(self.plan.batches(self.order(epoch), start)):
+        # Of the plan's length: the dataset may grow while the epoch is read.
+        order = Order(plan.num_samples, seed, epoch, self.shuffle)
+        for step, samples in enumerate(plan.batches(order, start)):
             # The position, not the step: augmentation after a resume draws what it would have
             # drawn without the interruption.
-            yield (seed, epoch, self.plan.first_position(start, step)), samples
+            yield (seed, epoch, plan.first_position(start, step)), samples

@@ -5,25 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Sized
 from typing import TYPE_CHECKING
 
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 from faccel.checks import one_of, shown
 from faccel.context import DistContext
 from faccel.data.batch import Source
 from faccel.data.fetch import Reader
-from faccel.data.order import ShardPlan
 from faccel.data.ordered_source import OrderedSource
 from faccel.errors import DataError
 from faccel.tree import Tree
 
 if TYPE_CHECKING:
-    from faccel.data.file_shards import FileShardsSource
+    from faccel.data.rank_stream import RankStreamSource
 
 # The other sources are imported in functions: most loaders are read in faccel's own order, and
 # importing the rest would double the time of importing `shard`.
 
-MODES = ("auto", "dispatch", "shards", "split")
+MODES = ("auto", "dispatch", "local", "shards", "split")
 
 
 def select_source(
@@ -37,13 +42,15 @@ def select_source(
 ) -> tuple[Source, bool]:
     """Return the source of a loader, and whether it needs no epoch because all epochs are the same.
 
-    Effects: pure.
+    Effects: collective with `mode="local"`, else pure.
 
     Raises:
         DataError: No source reads it.
     """
-    _check(loader, mode)
+    mode = _checked_mode(loader, mode, ctx)
     world_size = ctx.data_world_size
+    if mode == "local" and world_size > 1:
+        return _local(loader, ctx, tail, seed, split_batches=split_batches)
     is_dispatched = mode == "dispatch"
     if mode == "shards":
         return _file_shards(loader, ctx, tail, seed, split_batches=split_batches), True
@@ -54,6 +61,8 @@ def select_source(
         return _stream(loader, ctx, 1, tail, seed, dispatch=is_dispatched), True
     tail, size = _tail_and_size(loader, world_size, tail, split_batches=split_batches)
     if isinstance(loader.dataset, IterableDataset):
+        if split_batches and size is None:
+            raise _no_batch_size()
         return _stream(loader, ctx, size or 1, tail, seed, dispatch=is_dispatched), True
     # Every rank can read any index of a map-style dataset, so sending samples has no purpose.
     if is_dispatched:
@@ -62,7 +71,7 @@ def select_source(
             got=f"a map-style {type(loader.dataset).__name__}",
             fix="leave `mode` out",
         )
-    return _map_style(loader, ctx, tail, size, seed)
+    return _map_style(loader, ctx, tail, size, seed, split_batches=split_batches)
 
 
 def _stream(
@@ -75,36 +84,59 @@ def _stream(
 
 
 def _map_style(
-    loader: DataLoader[Tree], ctx: DistContext, tail: str, size: int | None, seed: int
+    loader: DataLoader[Tree],
+    ctx: DistContext,
+    tail: str,
+    size: int | None,
+    seed: int,
+    *,
+    split_batches: bool,
 ) -> tuple[Source, bool]:
     rank, world_size = ctx.data_rank, ctx.data_world_size
     sampler = loader.sampler
-    if size is not None and _is_own_order(sampler):
+    if size is not None and is_own_order(sampler):
         reader = Reader(loader, seed, is_single=False)
         assert isinstance(loader.dataset, Sized)
-        order_plan = ShardPlan(len(loader.dataset), size, rank, world_size, tail)
         shuffle = type(sampler) is RandomSampler
-        return OrderedSource(order_plan, seed, shuffle, reader), not shuffle
+        source = OrderedSource(
+            loader.dataset, size, rank, world_size, tail, seed, shuffle, reader=reader
+        )
+        return source, not shuffle
+    from faccel.data.sampler_source import SamplerSource
     from faccel.data.stream_plan import StreamPlan
-    from faccel.data.stream_sources import SamplerSource
 
-    # `DataLoader` sets `batch_size` to None for a batch sampler of the user. If the user passes
-    # `batch_size=None` there is no batch sampler either, and each item of the dataset is a batch.
-    if loader.batch_size is None and loader.batch_sampler is not None:
+    batch_sampler = own_batch_sampler(loader)
+    if batch_sampler is not None:
         reader = Reader(loader, seed, is_single=False)
         # A unit is a list of indices; the cursor counts its samples.
         plan = StreamPlan(1, world_size, tail, count=len)
-        return SamplerSource(loader.batch_sampler, plan, rank, seed, reader, True), False
+        source = SamplerSource(batch_sampler, plan, rank, seed, reader, True, split_batches)
+        return source, _has_one_order(batch_sampler)
     reader = Reader(loader, seed, is_single=size is None)
     plan = StreamPlan(size or 1, world_size, tail)
-    # Only this sampler has one order for all epochs; a custom one may read the epoch or draw.
-    is_sequential = type(sampler) is SequentialSampler
-    return SamplerSource(sampler, plan, rank, seed, reader, False), is_sequential
+    return SamplerSource(sampler, plan, rank, seed, reader, False), _has_one_order(sampler)
+
+
+def own_batch_sampler(loader: DataLoader[Tree]) -> Iterable[Tree] | None:
+    """Return the batch sampler that the user passed, None if the loader has another one or none."""
+    # `DataLoader` sets `batch_size` to None for a batch sampler of the user. If the user passes
+    # `batch_size=None` there is no batch sampler either, and each item of the dataset is a batch.
+    if loader.batch_size is None:
+        return loader.batch_sampler
+    return None
+
+
+def _has_one_order(sampler: object) -> bool:
+    """Return whether the order is the same in all epochs, so that it needs no epoch."""
+    if type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    # Exact classes: a subclass may read the epoch or draw. A list yields the same in each epoch.
+    return type(sampler) in (SequentialSampler, list, tuple, range)
 
 
 def _file_shards(
     loader: Iterable[Tree], ctx: DistContext, tail: str, seed: int, *, split_batches: bool
-) -> FileShardsSource:
+) -> RankStreamSource:
     dataset = getattr(loader, "dataset", loader)
     got = ""
     if not isinstance(dataset, IterableDataset):
@@ -133,19 +165,66 @@ def _file_shards(
         )
     tail, size = _tail_and_size(loader, world_size, tail, split_batches=split_batches)
     if tail == "uneven":
-        # the ranks exchange their progress before each step, so all must take part in it
-        raise DataError(
-            '`tail` must be "pad", "full" or "drop" with `mode="shards"`',
-            got='tail="uneven"',
-            fix='write `tail="pad"`; `batch.num_valid` counts the rows without repeats',
-        )
+        raise _uneven_stream_error("shards")
     assert size is not None
-    from faccel.data.file_shards import FileShardsSource
+    from faccel.data.rank_stream import RankStreamSource
 
-    return FileShardsSource(loader, ctx, size, tail, seed)
+    return RankStreamSource(loader, ctx, size, tail, seed, is_local=False)
 
 
-def _is_own_order(sampler: object) -> bool:
+def _local(
+    loader: Iterable[Tree], ctx: DistContext, tail: str, seed: int, *, split_batches: bool
+) -> tuple[Source, bool]:
+    """Return the source for data that is split already, and whether it needs no epoch."""
+    size: int | None = None
+    if isinstance(loader, DataLoader):
+        tail, size = _tail_and_size(loader, ctx.data_world_size, tail, split_batches=split_batches)
+    if size is None and split_batches:
+        raise _no_batch_size()
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        return _local_map_style(loader, ctx, tail, size, seed)
+    if tail == "uneven":
+        raise _uneven_stream_error("local")
+    from faccel.data.rank_stream import RankStreamSource
+
+    return RankStreamSource(loader, ctx, size or 1, tail, seed, is_local=True), True
+
+
+def _local_map_style(
+    loader: DataLoader[Tree], ctx: DistContext, tail: str, size: int | None, seed: int
+) -> tuple[Source, bool]:
+    from faccel.data.local_source import LocalSource, exchange_counts
+
+    assert isinstance(loader.dataset, Sized)
+    has_own_order = size is not None and is_own_order(loader.sampler)
+    batch_sampler = own_batch_sampler(loader)
+    sampler: Iterable[Tree] | None = batch_sampler
+    if sampler is None:
+        sampler = loader.sampler
+    if not isinstance(sampler, Sized):
+        raise DataError(
+            '`mode="local"` needs a sampler with a length',
+            got=f"a {type(sampler).__name__} without `__len__`",
+            fix="give the sampler a `__len__`, or pass an `IterableDataset`",
+        )
+    # The lengths of the other ranks, for `len(loader)`.
+    counts = exchange_counts(len(sampler), ctx)
+    source = LocalSource(
+        dataset=loader.dataset,
+        sampler=None if has_own_order else sampler,
+        shuffle=type(loader.sampler) is RandomSampler,
+        ctx=ctx,
+        batch_size=size or 1,
+        tail=tail,
+        seed=seed,
+        reader=Reader(loader, seed, is_single=size is None and batch_sampler is None),
+        is_batch_sampler=batch_sampler is not None,
+        last_counts=[counts],
+    )
+    return source, _has_one_order(sampler)
+
+
+def is_own_order(sampler: object) -> bool:
     """Return whether faccel computes this order: that of the dataset, or a shuffle of all of it."""
     # Exact classes: a subclass may yield another order.
     if type(sampler) is SequentialSampler:
@@ -166,7 +245,9 @@ def _tail_and_size(
     if not split_batches:
         return tail, size
     if size is None:
-        raise _no_batch_size()
+        if own_batch_sampler(loader) is None:
+            raise _no_batch_size()
+        return tail, None  # each list of a batch sampler is divided when it is read
     if size % world_size:
         # Rounded up to a multiple of the number of ranks.
         nearest_size = -(-size // world_size) * world_size
@@ -186,7 +267,17 @@ def _no_batch_size() -> DataError:
     )
 
 
-def _check(loader: Iterable[Tree], mode: str) -> None:
+def _uneven_stream_error(mode: str) -> DataError:
+    # The ranks exchange their progress before each step, so all must take part in it.
+    return DataError(
+        f'`tail` must be "pad", "full" or "drop" for a stream with `mode="{mode}"`',
+        got='tail="uneven"',
+        fix='write `tail="pad"`; `batch.num_valid` counts the rows without repeats',
+    )
+
+
+def _checked_mode(loader: Iterable[Tree], mode: str, ctx: DistContext) -> str:
+    """Return the mode of a loader, "local" where its library has split it."""
     one_of("mode", mode, MODES, DataError)
     if not isinstance(loader, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise DataError(
@@ -194,6 +285,31 @@ def _check(loader: Iterable[Tree], mode: str) -> None:
             got=shown(loader),
             fix="write `faccel.shard(DataLoader(dataset, batch_size=32), ctx)`",
         )
+    if mode != "local":
+        _check_no_distributed_sampler(loader)
+    # `split_dataset_by_node` of the `datasets` library stores the rank in a stream, for which there
+    # is no public name. A table of it has no mark: it is shorter only.
+    split = getattr(getattr(loader, "dataset", loader), "_distributed", None)
+    if not hasattr(split, "world_size"):
+        return mode
+    if (split.rank, split.world_size) != (ctx.data_rank, ctx.data_world_size):
+        raise DataError(
+            "the dataset of `loader` is split for another rank or another number of ranks",
+            got=f"rank {split.rank} of {split.world_size}, on data rank {ctx.data_rank} of "
+            f"{ctx.data_world_size}",
+            fix="write `split_dataset_by_node(dataset, ctx.data_rank, ctx.data_world_size)`, or "
+            "pass the dataset before it is split",
+        )
+    if mode not in ("auto", "local"):
+        raise DataError(
+            '`mode` must be "local": the dataset of `loader` is split by node already',
+            got=f'mode="{mode}"',
+            fix='write `mode="local"`, or pass the dataset before `split_dataset_by_node`',
+        )
+    return "local"
+
+
+def _check_no_distributed_sampler(loader: Iterable[Tree]) -> None:
     # A DistributedSampler yields one rank's indices; splitting those again would lose samples. It
     # may also be inside a batch sampler of the user.
     batch_sampler = getattr(loader, "batch_sampler", None)
@@ -202,5 +318,6 @@ def _check(loader: Iterable[Tree], mode: str) -> None:
             raise DataError(
                 "`loader` must not have a DistributedSampler: `shard` splits the data over ranks",
                 got="a loader with a DistributedSampler",
-                fix="leave the sampler out and write `shuffle=True` or `shuffle=False`",
+                fix="leave the sampler out and write `shuffle=True` or `shuffle=False`, or write "
+                '`mode="local"` to keep it',
             )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import attrs
+import torch
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
-from faccel.data.fetch import identity
+from faccel.data.fetch import identity, set_epoch
 from faccel.data.stream_plan import GlobalBatch, RankBatch, StreamPlan, global_batches
 from faccel.random.generators import Generators, call_seeded, seed_all, using
 from faccel.tree import Tree
@@ -54,7 +57,11 @@ class StreamDataset(IterableDataset[Tree]):
 
     def _select(self, batch: GlobalBatch) -> RankBatch | list[RankBatch | None] | None:
         if self.rank is not None:
-            return batch.rank_batch(self.rank)
+            rank_batch = batch.rank_batch(self.rank)
+            if rank_batch is None or batch.step:
+                return rank_batch
+            # At the start of the stream only: debug mode compares it between ranks.
+            return attrs.evolve(rank_batch, first=batch.first[0])
         # `mode="dispatch"`: rank 0 sends each rank its item of this list.
         return [batch.rank_batch(rank) for rank in range(self.plan.world_size)]
 
@@ -62,6 +69,10 @@ class StreamDataset(IterableDataset[Tree]):
         dataset = self.dataset
         options: dict[str, Tree] = {"start": self.start}
         if self.state is not None:
+            # A stream of `datasets` begins at a loaded state each time that it is iterated in the
+            # same epoch. The user's would not start at its beginning any more.
+            if hasattr(dataset, "_starting_state_dict"):
+                dataset = copy.copy(dataset)
             # The dataset itself begins at `start`, so nothing is read and skipped here.
             dataset.load_state_dict(self.state)
             options = {"skipped": self.start}
@@ -98,26 +109,77 @@ def _hide_worker_info() -> None:
     worker._worker_info = None  # pyright: ignore[reportPrivateUsage]
 
 
-def _iterate_seeded(items: Iterator[Tree], seed: int) -> Iterator[Tree]:
+def _iterate_seeded(
+    items: Iterable[Tree], seed: int, generators: Sequence[torch.Generator] = ()
+) -> Iterator[Tree]:
     """Yield `items`, which draw from seeded generators; between them the process has its own."""
     state, end = Generators.seeded(seed), object()
+    states = _seeded_states(generators, seed)
+    iterator: Iterator[Tree] | None = None
     while True:
         # Not around the `yield`: the training step between two items would draw from `state`.
-        with using(state):
-            item = next(items, end)
+        with using(state), _using_states(generators, states):
+            if iterator is None:
+                iterator = iter(items)
+            item = next(iterator, end)
         if item is end:
             return
         yield item
 
 
-def iterate_seeded(items: Iterable[Tree], seed: int) -> Iterator[Tree]:
-    """Iterate over the user's iterable, which draws from generators that are seeded with `seed`."""
+@contextmanager
+def _using_states(
+    generators: Sequence[torch.Generator], states: list[torch.Tensor]
+) -> Generator[None]:
+    """Run the body with the user's generators in `states`, which is updated; then restore them."""
+    # Restored, because `initial_seed` of a generator is the seed of the next `shard`, too.
+    own_states = [generator.get_state() for generator in generators]
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+    try:
+        yield
+    finally:
+        for index, generator in enumerate(generators):
+            states[index] = generator.get_state()
+            generator.set_state(own_states[index])
+
+
+def iterate_seeded(
+    items: Iterable[Tree], seed: int, generators: Sequence[torch.Generator] = ()
+) -> Iterator[Tree]:
+    """Iterate over the user's iterable, which draws from generators that are seeded with `seed`.
+
+    Args:
+        items: The iterable.
+        seed: Seed of the process's generators, and of `generators`.
+        generators: Those that the iterable draws from besides the process's.
+    """
     if not hasattr(items, "__len__"):  # it may have no end
-        return _iterate_seeded(iter(items), seed)
+        return _iterate_seeded(items, seed, generators)
     # Exchanging the states of three generators takes longer than drawing an index. A list needs
     # one exchange per epoch instead of one per item.
-    with using(Generators.seeded(seed)):
+    with (
+        using(Generators.seeded(seed)),
+        _using_states(generators, _seeded_states(generators, seed)),
+    ):
         return iter(list(items))
+
+
+def iterate_sampler(sampler: Iterable[Tree], seed: int, epoch: int) -> Iterator[Tree]:
+    """Iterate over the user's sampler or batch sampler in an epoch, seeded with `seed`."""
+    generators: list[torch.Generator] = []
+    # A batch sampler takes its indices from its attribute `sampler`. A sampler with a generator
+    # does not draw from the process's generators, so its generator is seeded, too.
+    for iterable in (sampler, getattr(sampler, "sampler", None)):
+        set_epoch(iterable, epoch)
+        generator = getattr(iterable, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generators.append(generator)
+    return iterate_seeded(sampler, seed, generators)
+
+
+def _seeded_states(generators: Sequence[torch.Generator], seed: int) -> list[torch.Tensor]:
+    return [torch.Generator(g.device).manual_seed(seed).get_state() for g in generators]
 
 
 def collate_units(units: list[Tree], loader: Iterable[Tree], seed: int) -> Tree:

@@ -7,7 +7,7 @@ batch is `batch_size` units for each of `W` ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import attrs
@@ -73,10 +73,17 @@ def repeated(first: list[Tree], offset: int, num_repeats: int) -> list[Tree]:
 
 @attrs.frozen(eq=False)
 class RankBatch:
-    """One rank's units of a global batch; `units` includes the repeats of the tail `"pad"`."""
+    """One rank's units of a global batch.
+
+    Args:
+        units: With the repeats of the last step.
+        info: Its numbers.
+        first: The first unit of the stream, with step 0 of a stream that every rank reads.
+    """
 
     units: list[Tree]
     info: BatchInfo
+    first: Tree = None
 
 
 @attrs.frozen(eq=False)
@@ -176,6 +183,56 @@ def global_batches(
         step += 1
 
 
+def divided_batches(
+    batches: Iterable[Sequence[Tree]], plan: StreamPlan, *, start: int = 0
+) -> Iterator[GlobalBatch]:
+    """Yield the batches of a batch sampler as global batches, whose rows are divided evenly.
+
+    Effects: pure, as far as `batches` is. Reads one batch ahead.
+
+    Args:
+        batches: The same lists of indices on every rank.
+        plan: Its tail applies to each list: `"pad"` repeats fewer than `W` indices, `"full"` as
+            many as make a list as long as the first one, rounded up to a multiple of `W`; `"drop"`
+            leaves out each list whose length is no multiple of `W`.
+        start: Number of indices consumed before; their lists are skipped.
+
+    Raises:
+        DataError: `start` is inside a list or after the last one.
+
+    Examples:
+        >>> plan = StreamPlan(batch_size=1, world_size=2, tail="pad")
+        >>> steps = divided_batches([[0, 1, 2, 3], [4, 5, 6]], plan)
+        >>> parts = [step.rank_batch(1) for step in steps]
+        >>> [(part.units, part.info.num_valid) for part in parts]
+        [([2, 3], 2), ([6, 0], 1)]
+    """
+    world_size, tail = plan.world_size, plan.tail
+    if tail == "drop":
+        batches = (batch for batch in batches if len(batch) % world_size == 0)
+        tail = "pad"  # each remaining list divides evenly, so nothing is repeated
+    first: list[Tree] = []
+    consumed = step = num_rows = 0
+    iterator = iter(batches)
+    current = next(iterator, None)
+    while current is not None:
+        ahead = next(iterator, None)
+        # Rows per rank of the first list: those that "full" gives to each list.
+        num_rows = num_rows or -(-len(current) // world_size)
+        own_plan = StreamPlan(max(num_rows, -(-len(current) // world_size)), world_size, tail)
+        first += current[: max(0, own_plan.max_repeats - len(first))]
+        after = consumed + len(current)
+        if consumed >= start:
+            num_ahead = len(ahead or ())
+            yield GlobalBatch(own_plan, list(current), first, num_ahead, after, None, step)
+        elif after > start:
+            raise _start_error(start, after)
+        current, consumed = ahead, after
+        step += 1
+    if consumed < start:
+        raise _start_error(start, consumed)
+
+
 def _skip(units: Iterator[Tree], plan: StreamPlan, start: int) -> tuple[list[Tree], int, int]:
     """Read `start` samples; return the first units of the stream, the samples and units read."""
     first: list[Tree] = []
@@ -192,9 +249,13 @@ def _skip(units: Iterator[Tree], plan: StreamPlan, start: int) -> tuple[list[Tre
         num_units += 1
     # More than `start`: the cursor is inside a unit. Less: the stream has ended before it.
     if consumed != start:
-        raise DataError(
-            "the cursor does not lie between two batches of this loader",
-            got=f"samples_consumed={start}; the nearest position after it is {consumed}",
-            fix="resume with the loader that the cursor was taken from",
-        )
+        raise _start_error(start, consumed)
     return first, consumed, num_units
+
+
+def _start_error(start: int, nearest: int) -> DataError:
+    return DataError(
+        "the cursor does not lie between two batches of this loader",
+        got=f"samples_consumed={start}; the nearest position is {nearest}",
+        fix="resume with the loader that the cursor was taken from",
+    )

@@ -4,6 +4,7 @@ import datasets
 import pytest
 import torch
 import transformers as hf
+from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset
 
 import faccel
@@ -142,6 +143,15 @@ def test_a_stream_resumes_from_its_state_without_reading_samples_again(tmp_path)
     assert len(READ) <= 15  # of 40: it resumes in the same shard
 
 
+@pytest.mark.parametrize("mode", ["auto", "shards"])
+def test_a_stream_starts_at_its_beginning_again_after_a_resume(mode):
+    loader = faccel.shard(DataLoader(stream(), 2), fake_context(0, 1), mode=mode)
+    first = [b.data["x"].tolist() for b in faccel.batches(loader)]
+    cursor = next(faccel.batches(loader)).cursor
+    assert [b["x"].tolist() for b in loader.resume(cursor)] == first[1:]
+    assert [b["x"].tolist() for b in loader.at(0)] == first
+
+
 def test_workers_change_nothing_of_a_stream():
     for buffer in (None, 6):
         assert [r[:2] for r in read(stream(buffer), 1, 2, workers=2)] == [
@@ -236,6 +246,45 @@ def test_an_error_while_a_rank_reads_its_shard_reaches_every_rank():
     with pytest.raises(RankFailedError):
         simulate(fn, 2)
     assert seen == [True, True]
+
+
+@pytest.mark.parametrize("num_shards", [4, 3])  # split by shards, and by examples
+@pytest.mark.parametrize("mode", ["auto", "local"])
+def test_a_stream_that_is_split_by_node_is_read_whole(mode, num_shards):
+    def fn(ctx):
+        data = split_dataset_by_node(stream(num_shards=num_shards), ctx.rank, ctx.world_size)
+        loader = faccel.shard(DataLoader(data, 2), ctx, mode=mode)
+        read = [(b.data["x"], b.num_valid, b.cursor) for b in faccel.batches(loader)]
+        cursor = read[0][2]
+        resumed = [b.data["x"].tolist() for b in faccel.batches(loader.resume(cursor))]
+        assert resumed == [rows.tolist() for rows, _, _ in read[1:]]
+        return [x for rows, count, _ in read for x in rows[:count].tolist()]
+
+    seen = [x for rows in simulate(fn, 2) for x in rows]
+    assert sorted(seen) == [shard * 100 + i for shard in range(num_shards) for i in range(5)]
+
+
+@pytest.mark.parametrize("mode", ["split", "dispatch", "shards"])
+def test_a_split_stream_cannot_be_split_again(mode):
+    data = split_dataset_by_node(stream(), 0, 2)
+    with pytest.raises(DataError, match='mode="local"'):
+        faccel.shard(DataLoader(data, 2), fake_context(0, 2), mode=mode)
+    with pytest.raises(DataError, match="another number of ranks"):
+        faccel.shard(DataLoader(data, 2), fake_context(0, 3))
+    with pytest.raises(DataError, match="another rank"):
+        faccel.shard(DataLoader(data, 2), fake_context(1, 2))
+
+
+def test_a_table_that_is_split_by_node_is_found_in_debug_mode_and_read_whole():
+    def fn(ctx, mode):
+        data = split_dataset_by_node(table(), ctx.rank, ctx.world_size)
+        loader = faccel.shard(DataLoader(data, 2, shuffle=True), ctx, mode=mode).at(0)
+        return [x for b in faccel.batches(loader) for x in b.data["x"][: b.num_valid].tolist()]
+
+    with pytest.raises(DataError, match='mode="local"'):
+        simulate(fn, 2, "auto", config={"debug": True})
+    seen = [x for rows in simulate(fn, 2, "local", config={"debug": True}) for x in rows]
+    assert sorted(seen) == list(range(23))
 
 
 def test_datasets_without_usable_shards_are_an_error():

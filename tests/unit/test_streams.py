@@ -300,8 +300,13 @@ def test_batches_of_a_batch_sampler_keep_their_sizes():
     assert len(loader) == 7
     with pytest.raises(DataError, match="does not lie between"):
         next(iter(loader.resume(Cursor(0, 2))))
-    with pytest.raises(DataError, match=r"loader\.resume"):
-        loader.at(0, step=1)
+    for step, left in ((0, 7), (3, 4), (6, 1), (7, 0)):
+        assert len(loader.at(0, step=step)) == left
+    assert [ids(d) for d in loader.at(0, step=5)] == [[7, 8], [9]]
+    with pytest.raises(DataError, match="`step` must be between 0 and 7"):
+        loader.at(0, step=8)
+    with pytest.raises(DataError, match="`step` must be an int of at least 0"):
+        loader.at(0, step=-1)
 
 
 def test_a_loader_without_a_batch_size_yields_the_items_of_the_dataset():
@@ -407,9 +412,9 @@ def test_a_mode_that_does_not_fit_is_an_error():
     with pytest.raises(DataError, match="`IterableDataset`"):
         faccel.shard(DataLoader(Rows(3), 1), fake_context(0, 1), mode="dispatch")
     with pytest.raises(DataError, match="has none"):
-        faccel.shard(
-            DataLoader(Rows(3), batch_sampler=[[0]]), fake_context(0, 1), split_batches=True
-        )
+        faccel.shard(DataLoader(Rows(3), batch_size=None), fake_context(0, 1), split_batches=True)
+    with pytest.raises(DataError, match="has none"):
+        faccel.shard([1], fake_context(0, 1), split_batches=True)
 
 
 def test_a_sequential_sampler_without_a_batch_size_needs_no_epoch():

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import faccel
+from faccel.errors import DataError
 from faccel.testing import simulate
 
 TAILS = ("pad", "full", "drop", "uneven")
@@ -23,6 +24,11 @@ def read(ctx, num_samples, batch_size, tail, split_batches, shuffle):
     data = DataLoader(dataset, size, shuffle=shuffle)
     loader = faccel.shard(data, ctx, tail=tail, split_batches=split_batches).at(1)
     order = loader.order.samples(np.arange(num_samples)).tolist()
+    if num_samples < (batch_size * ctx.data_world_size if tail == "drop" else 1):
+        assert len(loader) == 0
+        with pytest.raises(DataError, match="no batch in a whole epoch"):
+            next(faccel.batches(loader))
+        return 0, [], []
     batches = list(faccel.batches(loader))
     assert len(batches) == len(loader)
     rows = [batch.data[0] for batch in batches]
@@ -37,6 +43,8 @@ def read(ctx, num_samples, batch_size, tail, split_batches, shuffle):
 
 
 def expected(order, num_samples, batch_size, tail, world_size):
+    if not order:
+        return []
     if tail == "drop":
         global_batch_size = batch_size * world_size
         return order[: num_samples // global_batch_size * global_batch_size]
