@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from faccel.cli.flags import UsageError, config_flags, parse_flags
+from faccel.cli.foreign_options import LaunchCommand
 from faccel.cli.output import json_option
 from faccel.config_file import NPROC, NPROC_WORDS
 from faccel.errors import FaccelError, LaunchError, with_source
@@ -98,7 +99,10 @@ _OPTIONS = (
 
 
 # Options after SCRIPT belong to the script, even if faccel has one of the same name.
-@click.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
+@click.command(
+    cls=LaunchCommand,
+    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
+)
 @launch_options
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a Python module.")
 @click.option("--no-python", is_flag=True, help="SCRIPT is an executable.")
@@ -120,7 +124,7 @@ def launch(script: str, args: tuple[str, ...], **options: Any) -> None:
     _launch((script, *args), options)
 
 
-@click.command()
+@click.command(cls=LaunchCommand)
 @launch_options
 @json_option
 def test(*, as_json: bool, **options: Any) -> None:

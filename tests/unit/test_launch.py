@@ -1,11 +1,17 @@
 """A launch as a value: arguments of torchrun, environment of the ranks, and usage errors."""
 
+import re
+
+import attrs
 import pytest
 from click.testing import CliRunner
 
 from faccel.cli.commands import main
+from faccel.cli.foreign_options import EQUALS
+from faccel.cli.launch_command import launch
 from faccel.errors import LaunchError
 from faccel.launching.spec import LaunchSpec, environment_of, torchrun_arguments
+from faccel.mesh import MeshSpec
 
 ARGUMENTS = {
     "one node": (
@@ -125,6 +131,46 @@ def check_usage_error(arguments, message, env=None):
 @pytest.mark.parametrize("message", USAGE)
 def test_wrong_usage_is_one_message_and_exit_code_2(message):
     check_usage_error(USAGE[message], message)
+
+
+# Options of Accelerate and torchrun, and the option of faccel that the error names.
+FOREIGN = {
+    "--multi_gpu": "`--nproc auto`",
+    "--num_processes": "`--nproc N`",
+    "--nproc_per_node": "`--nproc N`",
+    "--num_machines": "`--nnodes N`",
+    "--main_process_port": "`--main-port P`",
+    "--mixed_precision": "`--mixed-precision`",
+    "--node_rank": "`--node-rank`",
+    "--use_fsdp": "`--mesh dp_shard=-1`",
+    "--fsdp_offload_params": "`--mesh dp_shard=-1`",
+    "--use_deepspeed": "`--strategy deepspeed --zero 2`",
+    "--zero_stage": "`--strategy deepspeed --zero 2`",
+    "--config_file": "`faccel config import FILE -o faccel.yaml`",
+    "--gradient_accumulation_steps": "`--grad-accum N`",
+    "--dynamo_backend": '`faccel.Plan(compile="whole")`',
+}
+
+
+@pytest.mark.parametrize("option", FOREIGN)
+def test_an_option_of_another_launcher_names_the_equal_one(option):
+    check_usage_error(["--nproc", "2", option, "x", "FILE"], f"use {FOREIGN[option]}")
+    check_usage_error([f"{option}=x", "FILE"], f"use {FOREIGN[option]}")
+
+
+def test_the_options_that_the_errors_name_exist():
+    options = {name for param in launch.params for name in (*param.opts, *param.secondary_opts)}
+    for text in EQUALS.values():
+        if "in the script" not in text and "variable" not in text:
+            assert set(re.findall(r"--[a-z-]+", text)) <= options
+
+
+def test_the_help_lists_the_values_of_mesh_strategy_and_precision():
+    text = " ".join(CliRunner().invoke(main, ["launch", "--help"]).output.split())
+    for field in attrs.fields(MeshSpec):
+        assert field.name in text.partition("--mesh")[2].partition("--strategy")[0]
+    assert "deepspeed" in text.partition("--strategy")[2].partition("--zero")[0]
+    assert "no, bf16 or fp16" in text
 
 
 @pytest.mark.parametrize(
