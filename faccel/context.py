@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
+from faccel.checks import instance_of
 from faccel.config import Config
 from faccel.errors import TopologyError
 from faccel.lifetime import Lifetime
@@ -214,3 +215,23 @@ class DistContext:
                 raise
             # the first error is the cause: closing may fail because of it
             error.add_note(f"closing the context failed too: {close_error}")
+
+
+def require_context(ctx: object, call: str) -> None:
+    """Raise unless `ctx` is a context: usually the arguments of a call are in another order.
+
+    Effects: pure.
+
+    Args:
+        ctx: What the user passed.
+        call: The call with its arguments in order, for the fix of the error.
+
+    Examples:
+        >>> require_context(3, "faccel.barrier(ctx)")
+        Traceback (most recent call last):
+        faccel.errors.ConfigError: `ctx` must be a DistContext. Got 3, of type int.
+        To fix: write `faccel.barrier(ctx)`.
+    """
+    # Called in every step: one test of the class, and a message only for a mistake.
+    if not isinstance(ctx, DistContext):
+        instance_of("ctx", ctx, DistContext, fix=f"write `{call}`")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from faccel.backends.deepspeed import availability as deepspeed
 from faccel.config import Config
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.errors import BackendError, ConfigError
 from faccel.mesh import MeshSpec
 
@@ -253,6 +253,7 @@ def use(ctx: DistContext, backend: Backend) -> DistContext:
     Raises:
         BackendError: The backend does not serve the mesh, or cannot run here.
     """
+    require_context(ctx, "faccel.backends.use(ctx, backend)")
     parallelism = backend.load()
     reason = backend.probe(os.environ)
     if not backend.serves(ctx.mesh.spec):

@@ -14,7 +14,7 @@ from faccel.checkpoint.codecs import decoder_for
 from faccel.checkpoint.dcp import Reader
 from faccel.checkpoint.manifest import Checkpoint, check_hash, checkpoints, read_manifest
 from faccel.checkpoint.rank_calls import on_all_ranks, on_rank_0
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import CheckpointError
 from faccel.tree import Tree
@@ -34,6 +34,7 @@ def latest(path: str | os.PathLike[str], ctx: DistContext) -> Checkpoint | None:
         >>> latest("missing/directory", fake_context(0, 1)) is None
         True
     """
+    require_context(ctx, "faccel.latest(path, ctx)")
     directory = folder_argument(path)
     wait_for_pending_saves(ctx)
     for checkpoint in _list(directory, ctx):

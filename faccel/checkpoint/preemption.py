@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import attrs
 
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, effectful
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -81,6 +81,7 @@ def preemption(ctx: DistContext) -> Preemption:
         (False, 75)
         >>> preempted.close()
     """
+    require_context(ctx, "faccel.preemption(ctx)")
     preempted = Preemption()
     if threading.current_thread() is threading.main_thread():
         preempted.install()

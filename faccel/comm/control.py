@@ -16,7 +16,7 @@ from faccel.checks import flag_value
 from faccel.comm.all_or_error import Failure
 from faccel.comm.objects import gather_objects
 from faccel.comm.pack import check_rank
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, DesyncError, RankFailedError, nearest
 from faccel.mesh import WORLD
@@ -36,6 +36,7 @@ def barrier(ctx: DistContext, *, axis: str = WORLD) -> None:
         >>> simulate(lambda ctx: barrier(ctx), 2).trace[0].op
         'barrier'
     """
+    require_context(ctx, "faccel.barrier(ctx)")
     ctx.comm.barrier(axis)
 
 
@@ -102,6 +103,7 @@ def agree(ctx: DistContext, *, axis: str = WORLD, **flags: bool | torch.Tensor) 
         >>> verdict.nan, verdict.raised_by
         (True, {'nan': 2, 'stop': None})
     """
+    require_context(ctx, "faccel.agree(ctx, stop=stop)")
     # Keyword arguments may come in another order on another rank.
     names = sorted(flags)
     if not names:
@@ -159,6 +161,7 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
         >>> order[0]
         0
     """
+    require_context(ctx, "faccel.main_first(ctx)")
     # The first rank communicates where the block ends, the others where it begins. Debug mode
     # compares lines, so all of them use the line where it begins.
     site = call_site()
@@ -206,6 +209,7 @@ def on_rank(rank: int, ctx: DistContext) -> Callable[[Callable[P, T]], Callable[
         >>> on_rank(1, fake_context(0, 2))(lambda: "ran")() is None
         True
     """
+    require_context(ctx, "faccel.on_rank(rank, ctx)")
     # When the decorator is made, not when the function runs: otherwise a rank that does not exist
     # would mean that the function never runs, without an error.
     check_rank("rank", rank, ctx, WORLD)
@@ -232,4 +236,5 @@ def on_main(ctx: DistContext) -> Callable[[Callable[P, T]], Callable[P, T | None
         >>> on_main(fake_context(0, 2))(lambda: "ran")()
         'ran'
     """
+    require_context(ctx, "faccel.on_main(ctx)")
     return on_rank(0, ctx)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from faccel.comm.pack import check_rank, pad_to
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError
 from faccel.mesh import DATA, WORLD
@@ -47,6 +47,7 @@ def gather_objects(obj: T, ctx: DistContext, *, axis: str = DATA) -> list[T]:
         >>> simulate(lambda ctx: gather_objects("r" * ctx.rank, ctx), 3)[2]
         ['', 'r', 'rr']
     """
+    require_context(ctx, "faccel.gather_objects(obj, ctx)")
     row = _to_bytes(obj, ctx)
     # First collective: the lengths, because an all-gather needs rows of one length.
     own_length = torch.tensor(len(row), device=ctx.device)
@@ -84,6 +85,7 @@ def broadcast_objects(
         >>> simulate(lambda ctx: broadcast_objects([{"from": ctx.rank}], ctx, src=1), 2)[0]
         [{'from': 1}]
     """
+    require_context(ctx, "faccel.broadcast_objects(objs, ctx)")
     check_rank("src", src, ctx, axis)
     # Only `src` pickles: the argument of the other ranks is ignored and may be anything.
     row = torch.zeros(0, dtype=torch.uint8, device=ctx.device)
@@ -122,6 +124,7 @@ def scatter_objects(
         >>> simulate(lambda ctx: scatter_objects(["a", {"b": 1}] if ctx.is_main else None, ctx), 2)
         ('a', {'b': 1})
     """
+    require_context(ctx, "faccel.comm.scatter_objects(objs, ctx)")
     check_rank("src", src, ctx, axis)
     size, rows = ctx.comm.size(axis), None
     # All lengths on every rank: `scatter` needs one shape for all rows, which is the longest one.

@@ -10,7 +10,7 @@ import torch
 from faccel.checks import shown
 from faccel.comm.pack import pack, pad_to
 from faccel.comm.tensors import tensor_leaves
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DataError
 from faccel.mesh import DATA, WORLD
@@ -43,6 +43,7 @@ def split(xs: Tree, ctx: DistContext, *, pad: bool = False, axis: str = DATA) ->
         >>> split({"x": ("a", "b", "c")}, fake_context(1, 2), pad=True)
         {'x': ('c', 'c')}
     """
+    require_context(ctx, "faccel.split(xs, ctx)")
     if isinstance(xs, Mapping):
         return _split_mapping(xs, ctx, pad=pad, axis=axis)
     if not isinstance(xs, list | tuple | torch.Tensor):
@@ -123,6 +124,7 @@ def pad_across(
         >>> simulate(lambda ctx: pad_across(torch.ones(ctx.rank + 1), ctx), 3)[0]
         tensor([1., 0., 0.])
     """
+    require_context(ctx, "faccel.comm.pad_across(x, ctx)")
     leaves, rebuild = tensor_leaves(x, ctx)
     # A leaf without the dimension stays as it is. It takes part with size 0, so that every rank
     # sends one number per leaf.
@@ -167,6 +169,7 @@ def all_to_all(x: Tree, ctx: DistContext, *, axis: str = WORLD) -> Tree:
         >>> simulate(lambda ctx: all_to_all(10 * ctx.rank + torch.arange(2), ctx).tolist(), 2)
         ([0, 10], [1, 11])
     """
+    require_context(ctx, "faccel.comm.all_to_all(x, ctx)")
     leaves, rebuild = tensor_leaves(x, ctx)
     size = ctx.comm.size(axis)
     for i, leaf in enumerate(leaves):

@@ -9,7 +9,7 @@ import torch
 from faccel.checks import one_of
 from faccel.comm.pack import Packed, check_rank, describe, digest, pack, pad_to
 from faccel.comm.row_count import RowCount
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DataError, DesyncError
 from faccel.mesh import DATA, WORLD
@@ -86,6 +86,7 @@ def gather(
         >>> simulate(lambda ctx: gather(torch.tensor([ctx.rank, -1]), ctx, num_valid=1), 3)[0]
         tensor([0, 1, 2])
     """
+    require_context(ctx, "faccel.gather(x, ctx)")
     leaves, rebuild = tensor_leaves(x, ctx)
     # A 0-d leaf is sent as one row, but `num_valid` and padding leave it alone.
     is_scalar: list[bool] = []
@@ -254,6 +255,7 @@ def reduce(x: Tree, ctx: DistContext, *, op: str = "sum", axis: str = DATA) -> T
         >>> simulate(lambda ctx: reduce({"n": torch.tensor(ctx.rank)}, ctx, op="mean"), 4)[0]
         {'n': tensor(1.5000)}
     """
+    require_context(ctx, "faccel.reduce(x, ctx)")
     one_of("op", op, REDUCE_OPS)
     leaves, rebuild = tensor_leaves(x, ctx)
     size = ctx.comm.size(axis)
@@ -330,6 +332,7 @@ def broadcast(x: Tree, ctx: DistContext, *, src: int = 0, axis: str = WORLD) -> 
         >>> simulate(lambda ctx: broadcast(torch.tensor(ctx.rank), ctx, src=2), 3)
         (tensor(2), tensor(2), tensor(2))
     """
+    require_context(ctx, "faccel.broadcast(x, ctx)")
     check_rank("src", src, ctx, axis)
     leaves, rebuild = tensor_leaves(x, ctx)
     # The digest of `src` travels with its leaves: each rank compares it with its own.

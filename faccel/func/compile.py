@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
 from faccel.func.rng_streams import GraphGenerator, as_default_generator, reseed
 from faccel.func.train_state import TrainState, check_state
@@ -44,6 +44,7 @@ def compiled(step: Step, ctx: DistContext, **options: Any) -> Step:
         >>> int(state.step)
         1
     """
+    require_context(ctx, "faccel.func.compiled(step, ctx)")
     graph: Callable[..., tuple[Metrics, TrainState]] = torch.compile(
         step, fullgraph=True, **options
     )

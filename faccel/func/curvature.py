@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict
 
 from faccel.checks import positive
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
 from faccel.func.grad import (
     Differentiate,
@@ -91,6 +91,7 @@ def hessian_vector_product(
         >>> hessian_vector_product(loss_fn, fake_context(0, 1))(w, w, batch, torch.Generator())["w"]
         tensor([2., 6.])
     """
+    require_context(ctx, "faccel.func.hessian_vector_product(loss_fn, ctx)")
     options = LossOptions(loss_fn, weight=weight, num_micro_batches=num_micro_batches)
 
     def run(
@@ -141,6 +142,7 @@ def sharpness(
         >>> sharpness(loss_fn, fake_context(0, 1))(w, batch, torch.Generator())
         tensor(6.)
     """
+    require_context(ctx, "faccel.func.sharpness(loss_fn, ctx)")
     # The error of the estimate falls with (second / first eigenvalue)^iterations.
     positive("num_iterations", num_iterations)
     product = hessian_vector_product(
@@ -218,6 +220,7 @@ def sam(
         >>> int(state.step)
         1
     """
+    require_context(ctx, "faccel.func.sam(loss_fn, transformation, ctx)")
     positive("rho", rho)
 
     def gradient_fn(inputs: GradInputs) -> LossAndGrads:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, ModelError
 from faccel.func.gradient_transformation import is_traced
@@ -141,6 +141,7 @@ def ensemble(step: Step, ctx: DistContext, *, batch_dim: int | None = None) -> S
         >>> metrics["loss"].shape
         torch.Size([3])
     """
+    require_context(ctx, "faccel.func.ensemble(step, ctx)")
     # One generator for all models: `randomness="different"` gives each its own numbers from it.
     ensemble_generator = torch.Generator(ctx.device)
 

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from faccel.comm.buckets import BUCKET_CAP_MB, check_replicas, summed_buckets
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DataError, ModelError
 from faccel.func.gradient_transformation import is_traced
@@ -410,6 +410,7 @@ def value_and_grad(
         >>> loss, grads["w"]
         (tensor(0.6667), tensor(0.3333))
     """
+    require_context(ctx, "faccel.func.value_and_grad(loss_fn, ctx)")
     check_replicas(ctx, "use `faccel.wrap` and `faccel.scaled_backward`")
     options = LossOptions(loss_fn, has_buffers, has_aux, weight, num_micro_batches, bucket_cap_mb)
 

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict
 
 from faccel.checks import positive
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.data.batch import Batch
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError
@@ -51,6 +51,7 @@ def per_sample_grads(
         >>> losses, grads["w"]
         (tensor([1., 4.]), tensor([2., 8.]))
     """
+    require_context(ctx, "faccel.func.per_sample_grads(loss_fn, ctx)")
     options = LossOptions(loss_fn)
 
     def run(
@@ -156,6 +157,7 @@ def dp_sgd(
         >>> int(state.step)
         1
     """
+    require_context(ctx, "faccel.func.dp_sgd(loss_fn, transformation, ctx)")
     positive("clip_norm", clip_norm)
     if not noise_multiplier >= 0:
         raise ConfigError(

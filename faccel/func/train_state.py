@@ -14,7 +14,7 @@ from torch.utils._pytree import register_pytree_node
 
 from faccel.comm.buckets import BUCKET_CAP_MB, assign_buckets, check_replicas
 from faccel.comm.tensors import broadcast, reduce
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DesyncError, DonatedError, ModelError
 from faccel.func.gradient_transformation import GradientTransformation, check_transformation
@@ -210,6 +210,7 @@ def init_state(
         >>> sorted(state.params.keys()), int(state.step)
         (['bias', 'weight'], 0)
     """
+    require_context(ctx, "faccel.func.init_state(model, optimizer, ctx)")
     check_replicas(ctx, "use `faccel.wrap` and `faccel.optimizer_step`, which train on every mesh")
     check_transformation(optimizer, "optimizer")
     # Tied parameters have one name here, as in `named_parameters`.

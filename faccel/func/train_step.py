@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 
 from faccel.comm.buckets import BUCKET_CAP_MB, check_replicas
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError, OptimizerError
 from faccel.func.grad import GradInputs, LossAndGrads, mean_gradient
@@ -107,6 +107,7 @@ def make_step(
         >>> int(state.step), int(new_state.step), sorted(metrics)
         (0, 1, ['loss'])
     """
+    require_context(ctx, "faccel.func.make_step(loss_fn, transformation, ctx)")
     options = LossOptions(loss_fn, has_buffers, has_aux, weight, num_micro_batches, bucket_cap_mb)
     return build_step(mean_gradient, options, transformation, ctx, donate=donate)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import attrs
 from torch import nn
 
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.errors import ModelError
 from faccel.parallel.pipeline_stages import is_loss
 from faccel.parallel.units import matches
@@ -65,6 +65,7 @@ def plan_for(model: nn.Module, ctx: DistContext) -> Plan:
         >>> dict(plan_for(layers, fake_context(0, 2, mesh="tp=2")).tensor)
         {'layers.*.linear1': 'colwise', 'layers.*.linear2': 'rowwise'}
     """
+    require_context(ctx, "faccel.parallel.plan_for(model, ctx)")
     if isinstance(model, WrappedModel):
         raise ModelError(
             "`plan_for` expects a model that is not wrapped",

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from faccel.checks import one_of
 from faccel.comm.pack import describe
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DataError, ModelError
 from faccel.parallel.cp_attention import chunk_index, gather_attention, ring_attention
@@ -53,6 +53,7 @@ def split_sequence(x: Tree, ctx: DistContext, *, dim: int = 1) -> Tree:
         >>> split_sequence(tokens, fake_context(0, 1)) is tokens
         True
     """
+    require_context(ctx, "faccel.parallel.split_sequence(x, ctx)")
     num_chunks = ctx.mesh.spec.cp
     if num_chunks == 1:
         return x
@@ -148,6 +149,7 @@ def attention(
         >>> torch.allclose(torch.cat(chunks, 2), full)
         True
     """
+    require_context(ctx, "faccel.parallel.attention(q, k, v, ctx)")
     one_of("method", method, _METHODS)
     if ctx.mesh.spec.cp == 1:
         return F.scaled_dot_product_attention(
@@ -251,6 +253,7 @@ def context_parallel(ctx: DistContext, *, method: str = "gather") -> AbstractCon
         ...     F.scaled_dot_product_attention(x, x, x, is_causal=True).shape
         torch.Size([1, 2, 4, 8])
     """
+    require_context(ctx, "faccel.parallel.context_parallel(ctx)")
     one_of("method", method, _METHODS)
     if ctx.mesh.spec.cp == 1:
         return nullcontext()

@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
 )
 
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.errors import ConfigError, ModelError
 from faccel.parallel.materialize import tie_parameters, tied_names
 from faccel.parallel.units import matching
@@ -225,6 +225,7 @@ def loss_parallel(ctx: DistContext) -> AbstractContextManager[None]:
         >>> with loss_parallel(fake_context(0, 1)):
         ...     pass
     """
+    require_context(ctx, "faccel.parallel.loss_parallel(ctx)")
     if ctx.mesh.spec.tp == 1:
         return nullcontext()
     # It registers sharded kernels of `log_softmax` and `nll_loss` with DTensor's dispatcher, and

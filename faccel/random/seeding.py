@@ -8,7 +8,7 @@ import attrs
 import torch
 
 from faccel.checks import instance_of
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, effectful
 from faccel.random.generators import Generators, seed_all
 from faccel.random.hashing import mix
@@ -105,6 +105,7 @@ def rng_state(ctx: DistContext) -> RngState:
         >>> bool(torch.rand(()) == first)
         True
     """
+    require_context(ctx, "faccel.rng_state(ctx)")
     host = Generators.current()
     device_state = None
     if ctx.device.type != "cpu":

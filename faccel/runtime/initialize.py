@@ -15,7 +15,7 @@ from faccel.backends.table import choose
 from faccel.comm.single import SingleCollectives
 from faccel.config import Config, launcher_flags, resolve
 from faccel.config_mesh import mesh_for
-from faccel.context import DistContext, Mesh, Topology
+from faccel.context import DistContext, Mesh, Topology, require_context
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError
 from faccel.mesh import MeshSpec
@@ -178,6 +178,7 @@ def shutdown(ctx: DistContext) -> None:
         >>> ctx = init(env={})
         >>> shutdown(ctx)
     """
+    require_context(ctx, "faccel.shutdown(ctx)")
     _close(ctx, None)
 
 

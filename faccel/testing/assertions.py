@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from faccel.comm.objects import gather_objects
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.mesh import WORLD
 from faccel.random.generators import Generators
 from faccel.tree import Tree, flatten, paths
@@ -51,6 +51,7 @@ def assert_replicated(tree: Tree, ctx: DistContext, *, axis: str = WORLD) -> Non
         >>> from faccel.testing import simulate
         >>> _ = simulate(lambda ctx: assert_replicated({"x": torch.ones(2)}, ctx), 2)
     """
+    require_context(ctx, "faccel.testing.assert_replicated(tree, ctx)")
     # Each rank compares all trees, so that each raises and none waits for another.
     trees = gather_objects(tree, ctx, axis=axis)
     for rank, other in enumerate(trees):

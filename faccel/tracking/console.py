@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TextIO, TypeVar
 
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, effectful
 
 T = TypeVar("T")
@@ -34,6 +34,7 @@ def print(
         >>> _ = simulate(lambda ctx: print("rank", ctx.rank, ctx=ctx), 3)
         rank 0
     """
+    require_context(ctx, "faccel.print(value, ctx=ctx)")
     if not ctx.is_main:
         return
     out = file
@@ -84,6 +85,7 @@ def get_logger(name: str, ctx: DistContext) -> RankLogger:
         >>> log = get_logger(__name__, fake_context(1, 2))
         >>> log.warning("not logged: this is rank 1", step=3)
     """
+    require_context(ctx, "faccel.get_logger(name, ctx)")
     return RankLogger(logging.getLogger(name), ctx)
 
 
@@ -112,6 +114,7 @@ def progress(
         >>> list(progress([1, 2], fake_context(1, 2)))
         [1, 2]
     """
+    require_context(ctx, "faccel.progress(items, ctx)")
     # The items are not touched: each rank iterates over them at its own speed.
     if not ctx.is_main:
         return iter(items)

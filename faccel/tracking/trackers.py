@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import attrs
 
 from faccel.checks import instance_of, local_path, one_of
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, effectful, updates
 from faccel.errors import ConfigError, FaccelError
 from faccel.tracking.values import plain_value, run_config, to_json
@@ -181,6 +181,7 @@ def init_trackers(
         >>> log({"loss": 2.5}, trackers, step=1)
         >>> finish(trackers)
     """
+    require_context(ctx, "faccel.tracking.init_trackers(run, ctx)")
     # Every rank raises on a wrong argument, although only rank 0 records.
     local_path("run", run)
     by_name = _named_trackers(trackers)

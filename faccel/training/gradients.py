@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from faccel.checks import positive
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import OptimizerError, ScalerError
 from faccel.training.grad_clip import is_unreduced, norm_of, parameters_with_gradients
@@ -55,6 +55,7 @@ def unscale(opt: Optimizer, scaler: ScalerState, ctx: DistContext) -> ScalerStat
         >>> w.data, info.scale
         (tensor(0.7000), 65536.0)
     """
+    require_context(ctx, "scaler = faccel.unscale(opt, scaler, ctx)")
     check_scaler(scaler)
     binding_of(opt, ctx)
     _check_has_grads("unscale", ctx)
@@ -104,6 +105,7 @@ def grad_norm(
         >>> grad_norm([w], ctx), grad_norm([w], ctx, norm_type=float("inf"))
         (tensor(10.), tensor(8.))
     """
+    require_context(ctx, "faccel.grad_norm(params, ctx)")
     positive("norm_type", norm_type)
     _check_has_grads("grad_norm", ctx)
     listed = list(params)

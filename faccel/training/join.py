@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError
 from faccel.training.model import WrappedModel, check_context, check_wrapped
@@ -59,6 +59,7 @@ def join(
         ...         model(x).sum().backward()
         ...         opt.step()
     """
+    require_context(ctx, "faccel.parallel.join(model, opt, ctx)")
     check_wrapped(model)
     check_context(model, ctx)
     # A rank without batches sees no overflow, and would keep its scale.

@@ -10,7 +10,7 @@ import torch
 from faccel.checks import positive
 from faccel.comm.buckets import check_cap, check_replicas, summed_buckets
 from faccel.comm.tensors import tensor_leaves
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.training.model import WrappedModel, check_context, unwrap
 from faccel.tree import leaf_error
@@ -58,6 +58,7 @@ def averaged(
         >>> simulate(lambda ctx: averaged({"w": torch.tensor([1.0, ctx.rank])}, ctx), 2)[0]
         {'w': tensor([1.0000, 0.5000])}
     """
+    require_context(ctx, "faccel.parallel.averaged(params, ctx)")
     means: dict[str, torch.Tensor] = {}
     for bucket in _averaged_buckets(params, ctx, bucket_cap_mb):
         means |= bucket
@@ -125,6 +126,7 @@ def local_sgd(
         >>> info
         SyncInfo(synced=True, num_bytes=0)
     """
+    require_context(ctx, "faccel.parallel.local_sgd(model, ctx)")
     trainable = {
         name: param for name, param in unwrap(model).named_parameters() if param.requires_grad
     }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import effectful, updates
 from faccel.errors import ConfigError
 from faccel.training.model import WrappedModel, check_context, check_owns_parameters, check_wrapped
@@ -52,6 +52,7 @@ def step_in_backward(
         >>> model.weight.grad is None
         True
     """
+    require_context(ctx, "faccel.parallel.step_in_backward(opt, model, ctx)")
     check_wrapped(model)
     check_context(model, ctx)
     spec = ctx.mesh.spec

@@ -10,7 +10,7 @@ import attrs
 import torch
 
 from faccel.checks import instance_of
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.errors import ConfigError, ScalerError, nearest
 from faccel.mesh import WORLD
 from faccel.tree import local_tensor
@@ -226,6 +226,7 @@ def init_scaler(ctx: DistContext, **options: float) -> ScalerState:
         >>> init_scaler(fake_context(0, 1)).enabled
         False
     """
+    require_context(ctx, "faccel.init_scaler(ctx)")
     for name in options:
         if name not in _OPTIONS:
             raise ConfigError(
@@ -251,6 +252,7 @@ def autocast(ctx: DistContext) -> AbstractContextManager[object]:
         ...     (x @ x).dtype
         torch.bfloat16
     """
+    require_context(ctx, "faccel.autocast(ctx)")
     if ctx.compute_dtype is None:
         return nullcontext()
     return torch.autocast(ctx.device.type, dtype=ctx.compute_dtype)

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from faccel.checks import shown
 from faccel.comm.rank_errors import raise_naming_rank
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError, ModelError
 from faccel.mesh import DATA
@@ -97,6 +97,7 @@ def scaled_backward(
         >>> w.grad
         tensor(1.5000)
     """
+    require_context(ctx, "scaler = faccel.scaled_backward(loss, scaler, ctx)")
     if not _is_loss(loss):
         raise _loss_error(loss)
     check_scaler(scaler)
@@ -171,6 +172,7 @@ def pipeline_step(
         >>> losses.shape
         torch.Size([4])
     """
+    require_context(ctx, "faccel.parallel.pipeline_step(loss_fn, model, window, scaler, ctx)")
     check_wrapped(model)
     check_context(model, ctx)
     forward_backward = model.parallelism.pipeline_forward_backward
@@ -292,6 +294,7 @@ def optimizer_step(
         >>> info.grad_norm, info.skipped, w.grad
         (tensor(3.), False, None)
     """
+    require_context(ctx, "info, scaler = faccel.optimizer_step(opt, scaler, ctx)")
     check_scaler(scaler)
     binding = binding_of(opt, ctx)
     engine_step = ctx.parallelism.optimizer_step

@@ -1,5 +1,7 @@
 """Mistakes of a newcomer: each error names the argument, the value and a fix, and the fix works."""
 
+import importlib
+import inspect
 import re
 
 import attrs
@@ -10,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import faccel
 from faccel import errors
+from faccel.testing import fake_context
 
 
 @attrs.frozen
@@ -175,9 +178,9 @@ MISTAKES = [
     ),
     Mistake(
         "faccel.scaled_backward(loss, ctx, scaler)",
-        SCALER,
-        "scaler",
-        "DistContext",
+        CONFIG,
+        "ctx",
+        "ScalerState",
         "scaler = faccel.scaled_backward(loss, scaler, ctx)",
         "faccel.scaled_backward(loss, ctx, scaler)",
     ),
@@ -496,3 +499,41 @@ def test_the_error_names_argument_value_and_fix(mistake, tmp_path, monkeypatch):
 def test_the_fix_works(mistake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(mistake.fixed_code(), scene(tmp_path))
+
+
+NAMESPACES = ("", ".backends", ".checkpoint", ".comm", ".func", ".parallel", ".random", ".testing")
+
+
+def functions_of_a_context():
+    """Return the public functions that take a context, by their full name."""
+    functions = {}
+    for namespace in (*NAMESPACES, ".tracking"):
+        module = importlib.import_module(f"faccel{namespace}")
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isfunction(value) and "ctx" in inspect.signature(value).parameters:
+                functions.setdefault(value, f"faccel{namespace}.{name}")
+    return {name: function for function, name in functions.items()}
+
+
+FUNCTIONS = functions_of_a_context()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_context_at_the_wrong_place_is_an_error_with_the_order(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ctx = fake_context(0, 1)
+    parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    required = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    keywords = dict.fromkeys(required, 1)
+    arguments = [torch.ones(2) for _ in positional]
+    if "ctx" in keywords:
+        keywords["ctx"] = torch.ones(2)
+    elif len(positional) > 1:  # at the other end
+        arguments[0 if positional[-1] == "ctx" else -1] = ctx
+    with pytest.raises(errors.FaccelError) as caught:
+        result = FUNCTIONS[name](*arguments, **keywords)
+        if hasattr(result, "__enter__"):
+            result.__enter__()
+    assert re.search(rf"{re.escape(name)}\([^`]*ctx", caught.value.fix), caught.value
