@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -72,7 +71,7 @@ class StreamDataset(IterableDataset[Tree]):
             # A stream of `datasets` begins at a loaded state each time that it is iterated in the
             # same epoch. The user's would not start at its beginning any more.
             if hasattr(dataset, "_starting_state_dict"):
-                dataset = copy.copy(dataset)
+                dataset = _shallow_copy(dataset)
             # The dataset itself begins at `start`, so nothing is read and skipped here.
             dataset.load_state_dict(self.state)
             options = {"skipped": self.start}
@@ -80,6 +79,14 @@ class StreamDataset(IterableDataset[Tree]):
         if is_stateful and not _has_shuffle_buffer(dataset):
             options["get_state"] = dataset.state_dict
         return global_batches(dataset, self.plan, **options)
+
+
+def _shallow_copy(dataset: Tree) -> Tree:
+    # `copy.copy` of a stream of `datasets` would share its attributes: its `__getstate__` returns
+    # the dict that its `__setstate__` then uses.
+    clone = object.__new__(type(dataset))
+    vars(clone).update(vars(dataset))
+    return clone
 
 
 def _has_shuffle_buffer(dataset: Tree) -> bool:
