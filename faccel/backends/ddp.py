@@ -13,12 +13,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from faccel.comm.objects import gather_objects
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
 from faccel.mesh import DATA
 from faccel.parallel.activation_checkpoint import checkpoint_and_compile
 from faccel.parallel.forward import Methods, call_method, with_precision
+from faccel.parallel.materialize import has_meta, materialize
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import DdpConfig, Plan
 from faccel.protocols import Parallelism, RunMethod, Stateful
@@ -38,6 +40,9 @@ class DdpEngine(DistributedDataParallel):
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     # First: its error names the parameter that differs, where DDP's check gives an index.
     check_same_structure(module, ctx, DATA)
+    # Some ranks may have values, which are then rank 0's.
+    if any(gather_objects(has_meta(module), ctx, axis=DATA)):
+        materialize(module, ctx, DATA)
     if not any(param.requires_grad for param in module.parameters()):
         # DDP raises for a module of which no parameter requires a gradient.
         return _wrap_frozen(module, ctx)

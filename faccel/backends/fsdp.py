@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from faccel.backends.fsdp_layout import Layout, data_mesh, engine_mesh
+from faccel.backends.fsdp_param_hooks import ShardHooks, attach
 from faccel.backends.fsdp_precision import precision_policy, switch_autocast
 from faccel.backends.fsdp_registration import Registration
 from faccel.backends.fsdp_unreduced import UnreducedGrads
@@ -26,6 +27,7 @@ from faccel.parallel.compilation import apply_compile
 from faccel.parallel.expert_parallel import shard_experts
 from faccel.parallel.forward import call_method, forward_precision, to_fp32
 from faccel.parallel.materialize import InitialValues
+from faccel.parallel.param_hooks import hooks_of
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, RunMethod
@@ -47,6 +49,7 @@ class FsdpEngine(nn.Module):
         reduces_grads: Whether the next backward reduces gradients.
         unreduced: The gradients that backwards without reduction have accumulated.
         registration: Which parameters the modules have.
+        shard_hooks: The hooks that users register on shards.
     """
 
     def __init__(self, module: nn.Module, plan: Plan, ctx: DistContext) -> None:
@@ -57,6 +60,7 @@ class FsdpEngine(nn.Module):
         self.reduces_grads = True
         self.unreduced = UnreducedGrads(module)
         self.registration = Registration.of(module)
+        self.shard_hooks = ShardHooks.of(module)
         # FSDP2's hooks are hooks of `nn.Module`, so `forward` has them from the start.
         self._methods = {"forward"}
 
@@ -98,6 +102,7 @@ class FsdpEngine(nn.Module):
 
     def _before_backward(self, grad: torch.Tensor) -> None:
         self.registration.before_backward()
+        self.shard_hooks.before_backward()
         self.unreduced.before_backward(reduces=self.reduces_grads)
 
     def _register(self, method: str) -> None:
@@ -122,6 +127,7 @@ def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext
 
     Updates `module`; collective over the stage.
     """
+    hooks = hooks_of(module)
     # First, because all later steps take local slices: every rank must have the same values.
     values = InitialValues.of(module, ctx, "stage")
     if layout.tp_styles:
@@ -137,6 +143,7 @@ def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext
     _fully_shard(module, layout, plan, ctx)
     # Last: of a model on meta, each rank now allocates its shards and one full tensor at a time.
     values.fill(module, ctx, "stage")
+    attach(module, hooks)
 
 
 def _fully_shard(module: nn.Module, layout: Layout, plan: Plan, ctx: DistContext) -> None:

@@ -14,6 +14,7 @@ from faccel.errors import ModelError
 from faccel.parallel.activation_checkpoint import check_has_units
 from faccel.parallel.expert_parallel import moes_of
 from faccel.parallel.moe import MoE
+from faccel.parallel.param_hooks import hooks_of
 from faccel.parallel.units import matching, units_of
 from faccel.plan import Plan
 
@@ -54,7 +55,10 @@ class Layout:
         fp32_units: set[str] = set()
         for pattern in plan.fsdp.fp32_units:
             fp32_units.update(matching(pattern, units, "unit"))
-        return cls(units, _tp_styles(module, plan, ctx), ignored, frozenset(fp32_units), moes)
+        tp_styles = _tp_styles(module, plan, ctx)
+        _check_classes(module, ignored)
+        _check_hooks(module, {**tp_styles, **_experts(moes)}, ignored)
+        return cls(units, tp_styles, ignored, frozenset(fp32_units), moes)
 
     def below(self, names: Sequence[str]) -> Layout:
         """Return the layout of the modules of these names and of the modules inside them."""
@@ -127,6 +131,48 @@ def _check_no_scalar(module: nn.Module, ignored: Iterable[str]) -> None:
                 got=f"`{name}`",
                 fix="give it the shape [1], or name it in "
                 "`fsdp=faccel.parallel.FsdpConfig(ignored=...)`",
+            )
+
+
+def _check_classes(module: nn.Module, ignored: Iterable[str]) -> None:
+    """Refuse subclasses of `nn.Parameter`: shards and gathered parameters are plain ones."""
+    for name, param in module.named_parameters(remove_duplicate=False):
+        # A tensor subclass in a parameter is no subclass of `nn.Parameter`.
+        cls = type(param)
+        is_subclass = cls is not nn.Parameter and nn.Parameter in cls.__mro__
+        if is_subclass and name not in ignored:
+            raise ModelError(
+                f"sharding would replace `{name}` by an `nn.Parameter`, without its class",
+                got=f"`{name}`, a {cls.__name__}",
+                fix="make it an `nn.Parameter`, or keep it replicated with "
+                f'`plan=faccel.Plan(fsdp=faccel.parallel.FsdpConfig(ignored=("{name}",)))`',
+            )
+
+
+def _experts(moes: Mapping[str, MoE]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for name in moes:
+        prefix = f"{name}." if name else ""
+        names[f"{prefix}experts"] = "experts"
+    return names
+
+
+def _check_hooks(module: nn.Module, split: Mapping[str, str], ignored: Iterable[str]) -> None:
+    """Refuse hooks of parameters of which no rank computes a full gradient.
+
+    Args:
+        module: The model.
+        split: The kind of split of each module that computes with a part of its parameters.
+        ignored: Names of parameters that stay replicated.
+    """
+    for name, hooks in hooks_of(module).items():
+        outer = [kind for unit, kind in split.items() if contains(unit, name)]
+        if hooks.has_hooks and outer and name not in ignored:
+            raise ModelError(
+                f"the hook of `{name}` would get a part of the gradient",
+                got=f"`{name}`, split as {outer[0]}",
+                fix="register it after `faccel.wrap`, on a parameter of `model.parameters()`, for "
+                "gradients that are DTensors; or leave the module out of the split",
             )
 
 

@@ -228,6 +228,7 @@ def _forward_backward(
         return loss * factors[index]
 
     stages = engine.make_stages(inputs[0], trains=True)
+    engine.shard_hooks.before_backward()
     schedule = make_schedule(stages, num_micro_batches, loss_of)
     # Taken out first: their sum over the ranks was computed in earlier windows, and the
     # all-reduce must not add it once for each rank.

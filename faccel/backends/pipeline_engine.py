@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from faccel.backends.fsdp_param_hooks import ShardHooks
 from faccel.comm.objects import broadcast_objects
 from faccel.context import DistContext
 from faccel.errors import ModelError
@@ -75,6 +76,7 @@ class PipelineEngine(nn.Module):
 
     Attributes:
         has_run: Whether a window has run.
+        shard_hooks: The hooks that users register on shards.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class PipelineEngine(nn.Module):
         self.pp_rank = ctx.comm.rank("pp")
         self.pp_size = ctx.comm.size("pp")
         self.has_run = False
+        self.shard_hooks = ShardHooks.of(self)
         # Keyed by the shapes of the inputs: training and evaluation batches alternate.
         self._metas: dict[str, list[list[TensorMeta]]] = {}
 

@@ -10,13 +10,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from faccel.context import DistContext
+from faccel.mesh import DATA
 from faccel.parallel.activation_checkpoint import checkpoint_and_compile
 from faccel.parallel.forward import call_method, with_precision
+from faccel.parallel.materialize import has_meta, materialize
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, RunMethod, Stateful
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
+    if has_meta(module):
+        materialize(module, ctx, DATA)
     checkpoint_and_compile(module, plan)
     return module, with_precision(functools.partial(call_method, module), ctx)
 

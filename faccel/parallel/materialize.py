@@ -11,6 +11,7 @@ from torch import nn
 from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
 from faccel.errors import ModelError
+from faccel.parallel.param_hooks import hooks_of
 from faccel.parallel.sync_states import broadcast_from_rank_0
 from faccel.tree import is_dtensor, local_tensor
 
@@ -37,7 +38,7 @@ class InitialValues:
         Updates `module`; collective.
         """
         # Ranks must take the same branch, whatever this one has: the collectives differ.
-        own_is_meta = _has_meta(module)
+        own_is_meta = has_meta(module)
         if not any(gather_objects(own_is_meta, ctx, axis=axis)):
             broadcast_from_rank_0(_tensors(module), ctx, axis)
             return cls(is_meta=False, full={}, ties=())
@@ -56,7 +57,7 @@ class InitialValues:
         """Write the values into the sharded model. Updates `module`; collective."""
         if not self.is_meta:
             return
-        if _has_meta(module):
+        if has_meta(module):
             module.to_empty(device=ctx.device)
         else:
             module.to(ctx.device)
@@ -71,11 +72,29 @@ class InitialValues:
                 _copy_shard(tensor, value)
 
 
+def materialize(module: nn.Module, ctx: DistContext, axis: str) -> None:
+    """Allocate a model on `meta` in full on every rank, with rank 0's initial values.
+
+    Updates `module`; collective. Hooks and attributes of parameters stay.
+
+    Raises:
+        ModelError: A module with parameters or buffers has no `reset_parameters`.
+    """
+    hooks = hooks_of(module)
+    values = InitialValues.of(module, ctx, axis)
+    values.fill(module, ctx, axis)
+    params = dict(module.named_parameters())
+    # `to_empty` has replaced the parameters.
+    for name, param_hooks in hooks.items():
+        param_hooks.set_on(params[name])
+
+
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _has_meta(module: nn.Module) -> bool:
+def has_meta(module: nn.Module) -> bool:
+    """Return whether a parameter or a buffer is on the meta device."""
     return any(tensor.is_meta for tensor in _tensors(module).values())
 
 
