@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from faccel.tracking.console import get_logger as get_logger
     from faccel.tracking.console import print as print
     from faccel.tracking.console import progress as progress
+    from faccel.training.ema import init_ema as init_ema
+    from faccel.training.ema import update_ema as update_ema
     from faccel.training.gradients import grad_norm as grad_norm
     from faccel.training.gradients import unscale as unscale
     from faccel.training.model import WrappedModel as WrappedModel
@@ -88,6 +90,7 @@ _NAMES = {
     "faccel.random.seeding": ("rng_state", "seed_everything", "set_rng_state"),
     "faccel.runtime.initialize": ("init", "shutdown"),
     "faccel.tracking.console": ("get_logger", "print", "progress"),
+    "faccel.training.ema": ("init_ema", "update_ema"),
     "faccel.training.gradients": ("grad_norm", "unscale"),
     "faccel.training.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
     "faccel.training.precision": ("ScalerState", "autocast", "init_scaler"),

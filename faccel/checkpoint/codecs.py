@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from faccel.checkpoint.codec import Codec, Decoder, Encoder, StoredTensor
+from faccel.checkpoint.codec_ema import EMA
 from faccel.checkpoint.codec_modules import MODULE, STATEFUL
 from faccel.checkpoint.codec_optimizers import OPTIMIZER
 from faccel.checkpoint.codec_random import RNG_STATE
@@ -34,6 +35,7 @@ CODECS: tuple[Codec[Any], ...] = (
     MODULE,
     OPTIMIZER,
     RNG_STATE,
+    EMA,
     TENSORDICT,
     STATEFUL,
     # Before SEQUENCE: a named tuple is a tuple.

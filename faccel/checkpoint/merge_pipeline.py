@@ -11,8 +11,8 @@ from faccel.checkpoint.codec import Node, kind_of
 def merge_stages(nodes: Sequence[Node]) -> Node:
     """Return the node of the full state from those of the ranks of a pipeline.
 
-    Effects: pure. `nodes` are in the order of the stages. Entries of modules, and states and groups
-    of optimizers are united. Any other value is the first rank's.
+    Effects: pure. `nodes` are in the order of the stages. Entries of modules and averages, and
+    states and groups of optimizers are united. Any other value is the first rank's.
 
     Examples:
         >>> first = {"!": "module", "v": {"x": {"!": "tensor"}}, "versions": {}}
@@ -40,6 +40,10 @@ def _merge_dicts(nodes: Sequence[Node]) -> Node:
     for key in nodes[0]:
         merged[key] = merge_stages(_values(key, nodes))
     return merged
+
+
+def _merge_averages(nodes: Sequence[Node]) -> Node:
+    return nodes[0] | {"v": _union(_values("v", nodes))}
 
 
 def _merge_modules(nodes: Sequence[Node]) -> Node:
@@ -80,4 +84,5 @@ _MERGES = {
     "dict": _merge_dicts,
     "module": _merge_modules,
     "optimizer": _merge_optimizers,
+    "ema": _merge_averages,
 }

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from faccel.plan import FsdpConfig as FsdpConfig
     from faccel.plan import PipelineConfig as PipelineConfig
     from faccel.plan import PowerSgdConfig as PowerSgdConfig
+    from faccel.training.ema import EmaState as EmaState
+    from faccel.training.ema import ema_weights as ema_weights
     from faccel.training.join import join as join
     from faccel.training.local_sgd import SyncInfo as SyncInfo
     from faccel.training.local_sgd import averaged as averaged
@@ -35,6 +37,7 @@ _NAMES = {
         "ActivationCheckpointing", "DdpConfig", "DeepSpeedConfig", "FsdpConfig", "PipelineConfig",
         "PowerSgdConfig",
     ),
+    "faccel.training.ema": ("EmaState", "ema_weights"),
     "faccel.training.join": ("join",),
     "faccel.training.local_sgd": ("SyncInfo", "averaged", "local_sgd"),
     "faccel.training.optimizer_in_backward": ("step_in_backward",),
