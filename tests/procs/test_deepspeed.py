@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import faccel
 from faccel.backends.table import BACKENDS
@@ -182,6 +183,63 @@ def test_a_checkpoint_resumes_on_any_world_size_and_strategy_bit_for_bit(stage, 
             assert distance(state, at_5) == 0, name
             assert states.keys() == moments.keys(), name
             assert max(distance(states[i], moments[i]) for i in moments) == 0, name
+
+
+def averages(ctx, folder):
+    model, opt = prepared(ctx)
+    ema = faccel.init_ema(model, ctx, decay=0.9)
+    for number in range(3):
+        train(ctx, model, opt, number, number + 1)
+        ema = faccel.update_ema(ema, model, ctx)
+    before = full_state(model.state_dict())
+    faccel.save({"ema": ema}, folder, ctx, step=3)
+    loaded = faccel.load({"ema": faccel.init_ema(model, ctx, decay=0.5)}, folder, ctx)["ema"]
+    with faccel.parallel.ema_weights(model, loaded, ctx), torch.no_grad():
+        applied = full_state(model.state_dict())
+        output = model(rows(9))
+    after = full_state(model.state_dict())
+    with torch.no_grad():
+        output_after = model(rows(9))
+    return full_state(ema.averages), applied, output, before, after, output_after
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_moving_averages_equal_those_of_torch_and_are_saved(stage, tmp_path):
+    net = Net()
+    net.norm.eval()
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average.update_parameters(net)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(trained, lr=0.05)
+    for number in range(3):
+        opt.zero_grad()
+        net(rows(number)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.1)
+        opt.step()
+        average.update_parameters(net)
+    expected = average.module.state_dict()
+    for values, applied, output, before, after, output_after in on(
+        2, averages, str(tmp_path), zero=stage
+    ):
+        assert sorted(values) == ["a.bias", "a.weight", "b.weight", "c.bias", "c.weight"]
+        assert distance(values, {name: expected[name] for name in values}) < 1e-5
+        assert distance(applied, expected) < 1e-5
+        assert (output - average.module(rows(9))).abs().max() < 1e-5
+        assert distance(after, before) == 0
+        assert (output_after - net(rows(9))).abs().max() < 1e-5
+
+
+def averages_before_the_engine(ctx):
+    model = faccel.wrap(Net(), ctx)
+    ema = faccel.init_ema(model, ctx)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    faccel.wrap_optimizer(torch.optim.AdamW(trained), model, ctx)
+    with pytest.raises(FaccelError, match=r"call `faccel\.init_ema` after"):
+        faccel.update_ema(ema, model, ctx)
+
+
+def test_averages_made_before_the_engine_raise():
+    on(2, averages_before_the_engine, zero=2)
 
 
 @pytest.mark.parametrize("stage", STAGES)

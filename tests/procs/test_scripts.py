@@ -96,6 +96,20 @@ def test_a_model_learns_equally_on_every_mesh(script, meshes):
 
 
 @SLOW
+@pytest.mark.parametrize("mesh", ["dp_replicate=1", "dp_replicate=2", "dp_shard=2"])
+def test_averaged_weights_are_better_and_exported(mesh, tmp_path):
+    launcher = [sys.executable]
+    if mesh != "dp_replicate=1":
+        launcher = [*FACCEL_LAUNCH, "--nproc", "2", "--mesh", mesh]
+    lines = run("examples/ema.py", "--output", str(tmp_path), launcher=launcher)
+    assert last_number(lines, "accuracy") >= 0.97
+    numbers = [re.findall(r"\d\.\d{4}", line) for line in lines[:-1]]
+    weights, averages = (sum(map(float, column)) for column in zip(*numbers, strict=True))
+    assert averages > weights
+    assert (tmp_path / "export" / "model.safetensors").exists()
+
+
+@SLOW
 def test_local_sgd_learns_on_two_processes():
     launcher = [*FACCEL_LAUNCH, "--nproc", "2"]
     arguments = ("--steps", "40", "--every", "4")

@@ -1,4 +1,4 @@
-"""`Plan(compile=...)` compiles the classes of `torch.nn`, too, and raises if it compiles nothing."""
+"""`Plan(compile=...)` compiles the classes of `torch.nn`, and raises if it compiles nothing."""
 
 import copy
 
