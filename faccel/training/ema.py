@@ -208,7 +208,7 @@ def _applied(model: WrappedModel, ema: EmaState, ctx: DistContext) -> Generator[
             torch._foreach_copy_(tensors, averages)  # pyright: ignore[reportPrivateUsage]
         _publish(model)
         if buffers:
-            # Data ranks have averaged the statistics of their own batches.
+            # The statistics of batch norm differ between data ranks.
             model.parallelism.sync_buffers(model.engine, ctx)
         yield
     finally:

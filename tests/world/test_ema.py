@@ -26,6 +26,11 @@ MESHES = (
 )  # fmt: skip
 
 
+def slow_if_large(mesh):
+    """Simulated DTensors of two axes take seconds."""
+    return pytest.param(mesh, marks=[pytest.mark.slow] if "," in mesh else [])
+
+
 def batch_of(step):
     return tokens(ROWS, seed=step)
 
@@ -117,7 +122,7 @@ def trains_and_evaluates(ctx, mesh):
     }
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [slow_if_large(mesh) for mesh in MESHES])
 def test_averages_equal_those_of_torch_on_one_process(mesh):
     average, net = reference()
     for got in simulated(trains_and_evaluates, mesh):
@@ -147,7 +152,11 @@ def resumes(ctx, mesh, folder):
 
 
 @pytest.mark.parametrize(
-    ("saved", "loaded"), list(zip(MESHES, (*MESHES[4:], *MESHES[:4]), strict=True))
+    ("saved", "loaded"),
+    [
+        pytest.param(saved, loaded, marks=[pytest.mark.slow] if "," in saved + loaded else [])
+        for saved, loaded in zip(MESHES, (*MESHES[4:], *MESHES[:4]), strict=True)
+    ],
 )
 def test_averages_are_saved_loaded_and_exported_in_every_layout(saved, loaded, tmp_path):
     simulated(saves, saved, str(tmp_path))
