@@ -14,6 +14,7 @@ from faccel.checkpoint.codecs import decoder_for
 from faccel.checkpoint.dcp import Reader
 from faccel.checkpoint.manifest import Checkpoint, check_hash, checkpoints, read_manifest
 from faccel.checkpoint.rank_calls import on_all_ranks, on_rank_0
+from faccel.checkpoint.verified import VerifiedFolders
 from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import CheckpointError
@@ -98,6 +99,7 @@ def load(
     for checkpoint in candidates:
         # `problem` is rank 0's and `_verify` is collective: all ranks take the same branch
         problem = checkpoint.problem or _verify(checkpoint, ctx)
+        VerifiedFolders.of(ctx).record(checkpoint.path, is_valid=problem is None)
         if problem is None:
             return _load_verified(checkpoint, state, ctx)
         problems.append(f"step {checkpoint.step}: {problem}")

@@ -47,7 +47,8 @@ def save(
         ctx: The world.
         step: Must be above the step of the newest committed checkpoint.
         keep: How many checkpoints to keep, or a policy; None keeps all. Old ones are deleted after
-            the commit.
+            the commit. Those that a `load` with this context has found corrupt do not count, and
+            the newest that it has verified is never deleted.
         overwrite: Whether `step` may be at or below the newest. Then the checkpoints at and above
             it are deleted after the commit.
         background: Whether to return after copying the state to the host. A thread writes it; the

@@ -44,6 +44,7 @@ from faccel.checkpoint.manifest import (
 from faccel.checkpoint.merge_pipeline import merge_stages
 from faccel.checkpoint.policy import KeepPolicy
 from faccel.checkpoint.rank_calls import on_all_ranks
+from faccel.checkpoint.verified import VerifiedFolders
 from faccel.context import DistContext
 from faccel.errors import CheckpointError
 from faccel.tree import Tree
@@ -113,6 +114,7 @@ class SaveTransaction:
         self.rank = ctx.rank
         self.world_size = ctx.world_size
         self._ctx = ctx
+        self._verified = VerifiedFolders.of(ctx)
         self._lock: DirectoryLock | None = None  # on rank 0
         self._destination: Destination | None = None
         self._planner: DefaultSavePlanner | None = None
@@ -253,6 +255,7 @@ class SaveTransaction:
         sync_directory(temporary)
         os.rename(temporary, final)  # the commit
         sync_directory(path)
+        self._verified.forget(final)
         try:
             for folder in self.destination.corrupt:
                 os.rename(folder, f"{folder}.corrupt-{secrets.token_hex(4)}")
@@ -269,16 +272,21 @@ class SaveTransaction:
         older = [checkpoint for checkpoint in committed if checkpoint.step < new.step]
         kept_steps = policy([new, *older])
         obsolete: list[Checkpoint] = []
+        # The policy counts checkpoints whose hashes were never compared: they may be corrupt.
+        verified = [checkpoint for checkpoint in older if self._verified.is_valid(checkpoint.path)]
+        protected = verified[:1]  # the newest
         for checkpoint in reversed(committed):
             is_kept = checkpoint.step < new.step and checkpoint.step in kept_steps
-            if not is_kept:
+            if not is_kept and checkpoint not in protected:
                 obsolete.append(checkpoint)
         # Oldest first. With `overwrite`, after a crash in between, the newest one is still the
         # newest of before, not a middle one.
         return obsolete
 
     def _is_committed(self, checkpoint: Checkpoint) -> bool:
-        return checkpoint.problem is None and checkpoint.path not in self.destination.corrupt
+        if checkpoint.problem is not None or checkpoint.path in self.destination.corrupt:
+            return False
+        return not self._verified.is_corrupt(checkpoint.path)
 
     def close(self) -> None:
         """Delete what was not committed, and release the directory for the next writer.

@@ -117,3 +117,47 @@ def test_without_a_valid_checkpoint_the_error_lists_all_problems(runs):
         os.unlink(folder / "manifest.json")
     with pytest.raises(CheckpointError, match=r"step 2: no manifest.*step 1: no manifest"):
         faccel.load(state(0), runs, ONE)
+
+
+def flip_last_byte(folder):
+    file = next(pathlib.Path(folder).glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def kept(path):
+    return [checkpoint.step for checkpoint in faccel.checkpoint.checkpoints(path)]
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("step", [None, 1])
+def test_the_newest_verified_checkpoint_is_never_deleted(tmp_path, background, step):
+    for value in (1, 2, 3):
+        faccel.save(state(value), tmp_path, ONE, step=value)
+    for value in (2, 3):
+        flip_last_byte(tmp_path / f"step-{value:09d}")
+
+    def resume(ctx):
+        assert faccel.load(state(0), tmp_path, ctx, step=step)["n"] == 1
+        for value in (4, 5, 6):
+            faccel.save(state(value), tmp_path, ctx, step=value, keep=2, background=background)
+        faccel.latest(tmp_path, ctx)
+
+    simulate(resume, 2)
+    # Without the load of the newest, nothing is known of 2 and 3: they count, and are deleted.
+    assert kept(tmp_path) == ([6, 5, 1] if step else [6, 5, 3, 2, 1])
+    for value in (5, 6):
+        flip_last_byte(tmp_path / f"step-{value:09d}")
+    assert faccel.load(state(0), tmp_path, ONE)["n"] == 1
+
+
+def test_a_newer_verified_checkpoint_releases_the_older_one(tmp_path):
+    ctx = fake_context(0, 1)
+    faccel.save(state(1), tmp_path, ctx, step=1)
+    faccel.load(state(0), tmp_path, ctx)
+    faccel.save(state(2), tmp_path, ctx, step=2, keep=1)
+    assert kept(tmp_path) == [2, 1]
+    faccel.load(state(0), tmp_path, ctx)
+    faccel.save(state(3), tmp_path, ctx, step=3, keep=1)
+    assert kept(tmp_path) == [3, 2]
