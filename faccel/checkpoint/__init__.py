@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from faccel.exports import lazy
 
 if TYPE_CHECKING:
+    from faccel.checkpoint.codec_per_rank import per_rank as per_rank
     from faccel.checkpoint.export import export_model as export_model
     from faccel.checkpoint.load_weights import load_model as load_model
     from faccel.checkpoint.manifest import Checkpoint as Checkpoint
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from faccel.checkpoint.preemption import Preemption as Preemption
 
 _NAMES = {
+    "faccel.checkpoint.codec_per_rank": ("per_rank",),
     "faccel.checkpoint.export": ("export_model",),
     "faccel.checkpoint.load_weights": ("load_model",),
     "faccel.checkpoint.manifest": ("Checkpoint", "checkpoints"),

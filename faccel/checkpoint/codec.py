@@ -64,6 +64,8 @@ class Codec(Generic[V]):
             `kinds`.
         is_in_place: Whether loading updates the object in the state instead of returning a new
             value.
+        decode_other: Decodes nodes of other kinds into a value of this kind; None leaves that to
+            the codec of the node.
     """
 
     kinds: tuple[str, ...]
@@ -72,6 +74,7 @@ class Codec(Generic[V]):
     decode: Decode
     is_strict: bool = False
     is_in_place: bool = False
+    decode_other: Decode | None = None
 
 
 @attrs.frozen
@@ -111,6 +114,11 @@ class Encoder:
         self.tensors: dict[str, torch.Tensor] = {}
         self.is_inside_stateful = False
         self.is_inside_module = False
+        # Below `per_rank`, each rank stores its tensors.
+        self.is_per_rank = False
+        # By the path of each marked value: this rank's node, and the list for those of all ranks.
+        self.per_rank: dict[str, Node] = {}
+        self.per_rank_lists: dict[str, list[Node]] = {}
         self._codecs = codecs
         self._ancestors: list[Tree] = []
         # Also of tensors that another rank stores: all ranks must raise for the same state.
@@ -203,7 +211,10 @@ class Decoder:
         # Only objects fix the kind: a value may have been None, a float or a list when it was
         # saved.
         required = self._codec_of(target)
-        if required is not None and required.is_strict and kind not in required.kinds:
+        is_other = required is not None and kind not in required.kinds
+        if required is not None and is_other and required.decode_other is not None:
+            return required.decode_other(node, target, path, self)
+        if required is not None and required.is_strict and is_other:
             raise mismatch(
                 path,
                 f"no {required.kinds[0]} in the checkpoint, a {type(target).__name__} in the state",

@@ -45,7 +45,13 @@ def encode_tensor(value: torch.Tensor, path: str, encoder: Encoder) -> Node:
     encoder.reserve(path)
     # Replicas may differ by rounding, so all that is stored of a replicated tensor is the first
     # data rank's.
-    if encoder.ctx.data_rank == 0 or is_sharded(value):
+    if encoder.is_per_rank and is_sharded(value):
+        raise CheckpointError(
+            f"`{path}` is sharded, so its ranks store it together",
+            got=f"a {type(value).__name__} inside of `per_rank`",
+            fix="remove `per_rank` from it",
+        )
+    if encoder.is_per_rank or encoder.ctx.data_rank == 0 or is_sharded(value):
         encoder.tensors[path] = _stored_form(value)
     return node
 

@@ -9,6 +9,7 @@ from faccel.checkpoint.codec import Codec, Decoder, Encoder, StoredTensor
 from faccel.checkpoint.codec_ema import EMA
 from faccel.checkpoint.codec_modules import MODULE, STATEFUL
 from faccel.checkpoint.codec_optimizers import OPTIMIZER
+from faccel.checkpoint.codec_per_rank import PER_RANK
 from faccel.checkpoint.codec_random import RNG_STATE
 from faccel.checkpoint.codec_tensors import ARRAY, TENSOR, TENSORDICT
 from faccel.checkpoint.codec_values import (
@@ -38,6 +39,8 @@ CODECS: tuple[Codec[Any], ...] = (
     EMA,
     TENSORDICT,
     STATEFUL,
+    # Before RECORD.
+    PER_RANK,
     # Before SEQUENCE: a named tuple is a tuple.
     RECORD,
     MAPPING,

@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
+import xxhash
 
 from faccel.checkpoint.arguments import check_step
 from faccel.checkpoint.codec import Node
+from faccel.checkpoint.codec_modules import first_names
+from faccel.checkpoint.codec_per_rank import key_paths
 from faccel.checkpoint.codecs import encoder_for
 from faccel.checkpoint.dcp import global_save_plan, local_save_plan, planned_slices
 from faccel.checkpoint.files import (
@@ -45,6 +48,7 @@ from faccel.checkpoint.merge_pipeline import merge_stages
 from faccel.checkpoint.policy import KeepPolicy
 from faccel.checkpoint.rank_calls import on_all_ranks
 from faccel.checkpoint.verified import VerifiedFolders
+from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
 from faccel.errors import CheckpointError
 from faccel.tree import Tree
@@ -99,6 +103,8 @@ class _Proposal:
     destination: Destination | None
     plan: SavePlan
     node: Node
+    per_rank: Mapping[str, Node]
+    keys: str
 
 
 class SaveTransaction:
@@ -119,6 +125,7 @@ class SaveTransaction:
         self._destination: Destination | None = None
         self._planner: DefaultSavePlanner | None = None
         self._node: Node = None
+        self._per_rank_lists: dict[str, list[Node]] = {}
         self._slices: list[Slice] = []
 
     @property
@@ -137,6 +144,8 @@ class SaveTransaction:
         """
         proposals = on_all_ranks(lambda: self._propose(state), self._ctx, "begin a checkpoint")
         _check_equal_requests([proposal.request for proposal in proposals])
+        self._check_equal_keys([proposal.keys for proposal in proposals])
+        self._fill_per_rank([proposal.per_rank for proposal in proposals])
         self._destination = proposals[0].destination
         # DCP's own `save` gathers plans and scatters the global one. The global plan is
         # deterministic, so every rank computes it: one collective instead of two.
@@ -149,12 +158,14 @@ class SaveTransaction:
         spec = self._ctx.mesh.spec
         if spec.pp > 1:
             stages = [proposals[rank].node for rank in spec.peers(0, "pp")]
-            self._node = merge_stages(stages)
+            # Rank 0's itself and not the copy that was sent: it has the lists of `per_rank`.
+            self._node = merge_stages([self._node, *stages[1:]])
 
     def _propose(self, state: Tree) -> _Proposal:
         check_step(self.request.step)
         encoder = encoder_for(state, self._ctx, trained_only=self.request.trained_only)
         self._node = encoder.encode(state)
+        self._per_rank_lists = encoder.per_rank_lists
         self._planner, plan = local_save_plan(encoder.tensors, self.rank)
         if self._ctx.is_main:
             self._destination = self._open()
@@ -163,7 +174,41 @@ class SaveTransaction:
         node = None
         if self._ctx.mesh.spec.pp > 1:
             node = self._node
-        return _Proposal(self.request, self._destination, plan, node)
+        keys = xxhash.xxh3_64_hexdigest("\n".join(key_paths(self._node)).encode())
+        return _Proposal(self.request, self._destination, plan, node, encoder.per_rank, keys)
+
+    def _fill_per_rank(self, by_rank: Sequence[Mapping[str, Node]]) -> None:
+        """Add the nodes of all ranks to the values that are marked with `per_rank`."""
+        for rank, nodes in enumerate(by_rank):
+            unequal = nodes.keys() ^ by_rank[0].keys()
+            if unequal:
+                raise CheckpointError(
+                    f"{first_names(unequal)} is marked with `per_rank` on some ranks only",
+                    got=f"ranks 0 and {rank}",
+                    fix="mark it on every rank",
+                )
+            for path, node in nodes.items():
+                self._per_rank_lists[path][rank] = node
+
+    def _check_equal_keys(self, digests: Sequence[str]) -> None:
+        """Raise if ranks have other keys: only rank 0's are stored. Collective if they differ."""
+        # Stages of a pipeline have different modules.
+        if self._ctx.mesh.spec.pp > 1 or len(set(digests)) == 1:
+            return
+        rank = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+        keys_by_rank = gather_objects(key_paths(self._node), self._ctx)
+        first, other = set(keys_by_rank[0]), set(keys_by_rank[rank])
+        differences: list[str] = []
+        if first - other:
+            differences.append(f"{first_names(first - other)} only on rank 0")
+        if other - first:
+            differences.append(f"{first_names(other - first)} only on rank {rank}")
+        raise CheckpointError(
+            "the states of the ranks have different keys, and rank 0's would be stored",
+            got=", ".join(differences),
+            fix="give the state the same keys on all ranks, or mark the value above them: "
+            "`faccel.checkpoint.per_rank(value)`",
+        )
 
     def _open(self) -> Destination:
         """Lock the directory, delete what crashed writers left, make the temporary folder.

@@ -1,4 +1,4 @@
-"""What the loads of a run have found out from hashes, so that a save deletes no valid checkpoint."""
+"""What the loads of a run have learned from hashes, so that no valid checkpoint is deleted."""
 
 from __future__ import annotations
 
