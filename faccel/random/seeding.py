@@ -44,6 +44,9 @@ def seed_everything(seed: int, ctx: DistContext, *, per_data_rank: bool = False)
     draw different dropout masks. Ranks of one data rank (tensor and pipeline parallel) draw the
     same.
 
+    It does not change the order of the data, which `shard` computes from its own `seed`: pass
+    `faccel.init(seed=...)`, `shard(..., seed=...)` or a `generator` to the loader.
+
     Args:
         seed: Any integer.
         ctx: The context.
