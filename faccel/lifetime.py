@@ -31,6 +31,7 @@ class Lifetime:
         # token in the middle of any other statement, and `add` and `discard` are atomic.
         self._uneven_iterations: set[object] = set()
         self._joins: set[object] = set()
+        self._has_loader = False
 
     def on_close(self, callback: Callable[[], None]) -> None:
         """Register a function that `close` calls, for example to wait for a background save."""
@@ -90,6 +91,15 @@ class Lifetime:
             yield
         finally:
             self._joins.discard(token)
+
+    def add_loader(self) -> None:
+        """Note that the context has split a loader over its ranks."""
+        self._has_loader = True
+
+    @property
+    def has_loader(self) -> bool:
+        """Whether the context has split a loader over its ranks."""
+        return self._has_loader
 
     @property
     def has_uneven_iteration(self) -> bool:

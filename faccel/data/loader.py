@@ -273,6 +273,7 @@ def shard(
     to_device = _unchanged
     if device_placement and ctx.device.type != "cpu":  # loaders return CPU tensors
         to_device = _mover(ctx.device, non_blocking=non_blocking)
+    ctx.lifetime.add_loader()
     return ShardedLoader(
         loader=loader,
         ctx=ctx,

@@ -289,7 +289,7 @@ def _checked_mode(loader: Iterable[Tree], mode: str, ctx: DistContext) -> str:
         _check_no_distributed_sampler(loader)
     # `split_dataset_by_node` of the `datasets` library stores the rank in a stream, for which there
     # is no public name. A table of it has no mark: it is shorter only.
-    split = getattr(getattr(loader, "dataset", loader), "_distributed", None)
+    split: Tree = getattr(getattr(loader, "dataset", loader), "_distributed", None)
     if not hasattr(split, "world_size"):
         return mode
     if (split.rank, split.world_size) != (ctx.data_rank, ctx.data_world_size):

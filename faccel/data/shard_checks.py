@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -50,10 +50,10 @@ def check_same_dataset(loader: Iterable[Tree], ctx: DistContext, *, has_own_orde
         ctx: The context.
         has_own_order: Whether the dataset is read with the indices `0 ... N-1`.
     """
-    dataset = getattr(loader, "dataset", None)
+    dataset: Tree = getattr(loader, "dataset", None)
     if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset):
         return
-    if not isinstance(dataset, Sized):
+    if not hasattr(dataset, "__len__"):
         return
     lengths = gather_objects(len(dataset), ctx, axis=DATA)
     if len(set(lengths)) > 1:

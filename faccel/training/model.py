@@ -177,6 +177,10 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
     if ctx.config.device_placement and not any(param.is_meta for param in model.parameters()):
         model.to(ctx.device)
     engine, run = ctx.parallelism.wrap(model, plan, ctx)
+    if ctx.config.debug and ctx.data_world_size > 1:
+        from faccel.training.input_check import with_compared_inputs
+
+        run = with_compared_inputs(run, ctx)
     return WrappedModel(model, engine, ctx.parallelism, ctx, run)
 
 

@@ -498,6 +498,43 @@ def test_a_cursor_in_the_middle_of_another_length_is_an_error():
         loader.resume(cursor)
 
 
+# A loader without `shard`
+
+
+def train_on(ctx, make_loader, how):
+    loader = make_loader()
+    if how != "forgotten":
+        loader = faccel.shard(loader, ctx, mode=how).at(0)
+    faccel.seed_everything(0, ctx)
+    model, scaler = faccel.wrap(torch.nn.Linear(1, 1), ctx), faccel.init_scaler(ctx)
+    opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), 0.1), model, ctx)
+    for x in loader:
+        scaler = faccel.scaled_backward(model(x).sum(), scaler, ctx)
+        _, scaler = faccel.optimizer_step(opt, scaler, ctx)
+    return True
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("mesh", ["dp_replicate=2", "dp_shard=2"])
+def test_debug_mode_finds_a_loader_that_was_not_sharded(mesh, shuffle):
+    def make_loader():
+        torch.manual_seed(0)  # the usual first line of a script
+        return DataLoader(torch.arange(8.0)[:, None], 2, shuffle=shuffle)
+
+    options = {"mesh": mesh, "config": {"debug": True}}
+    with pytest.raises(DataError, match="train on the same inputs"):
+        simulate(train_on, 2, make_loader, "forgotten", **options)
+    for how in ("auto", "local"):  # the two fixes of the message
+        assert simulate(train_on, 2, make_loader, how, **options) == (True, True)
+
+
+def test_debug_mode_accepts_other_inputs_on_each_rank():
+    def fn(ctx):
+        return train_on(ctx, lambda: [torch.full((2, 1), ctx.rank + 1.0)] * 3, "forgotten")
+
+    assert simulate(fn, 2, config={"debug": True}) == (True, True)
+
+
 # Nothing to read
 
 EMPTY = {
