@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from multiprocessing.reduction import ForkingPickler
@@ -19,6 +20,8 @@ from faccel.config import Config, resolve
 from faccel.config_file import find, read
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError, LaunchError, RankFailedError
+from faccel.launching.main_module import check_guarded, is_importable
+from faccel.runtime.excepthook import CONSEQUENCES, GRACE_S
 from faccel.runtime.initialize import init
 
 if TYPE_CHECKING:
@@ -149,8 +152,8 @@ def _run(
     if num_processes == 1:
         return [_call(fn, args, config)]
     if start_method == "spawn":
-        fix = "define the function at the top level of a module"
-        _check_pickles((fn, args), "the function or one of its arguments", fix)
+        check_guarded()
+        _check_arguments(fn, args)
     # Both log each failure as a table or a traceback; `_start` raises it instead.
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -200,9 +203,24 @@ def _check(fn: Callable[..., object], config: _ConfigLike) -> None:
     resolve(config, env=os.environ, file=file)
 
 
-def _check_pickles(value: object, description: str, fix: str) -> None:
+def _check_arguments(fn: Callable[..., object], args: tuple[object, ...]) -> None:
+    """Raise if a spawned process could not get the function and its arguments."""
+    fix = "define the function at the top level of a module"
+    data = _pickled((fn, args), "the function or one of its arguments", fix)
+    # A pickle refers to a function or class by the name of its module.
+    if b"__main__" in data and not is_importable():
+        name = getattr(fn, "__name__", "train")
+        raise LaunchError(
+            "the function, or a class of an argument, is defined in a notebook or at a prompt, "
+            "which a new process cannot import",
+            got=f"`faccel.launch({name}, ...)`",
+            fix=f"write `faccel.notebook_launch({name}, ...)`",
+        )
+
+
+def _pickled(value: object, description: str, fix: str) -> bytes:
     try:
-        ForkingPickler.dumps(value)
+        return bytes(ForkingPickler.dumps(value))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise LaunchError(f"{description} cannot be pickled", got=str(error), fix=fix) from None
 
@@ -215,8 +233,14 @@ def _call(fn: Callable[..., T], args: tuple[object, ...], config: _ConfigLike) -
             if ctx.world_size > 1:
                 # Checked here, because a pickling error in the agent's pipe names no rank.
                 description = f"the result of rank {ctx.rank}"
-                _check_pickles(result, description, "return tensors, numbers, text, lists or dicts")
+                _pickled(result, description, "return tensors, numbers, text, lists or dicts")
             return result
+    except Exception as error:
+        # The rank that caused this error ends first, and then the agent ends this one: the agent
+        # reports the first process that it sees ended.
+        if CONSEQUENCES.search(f"{type(error).__name__}: {error}"):
+            time.sleep(GRACE_S)
+        raise
     # `sys.exit()` in a script is a normal end; with a code it is a failure of the rank.
     except SystemExit as exit:
         if exit.code in (None, 0):
@@ -238,11 +262,12 @@ def _start(
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message: object = failure.message
-        got = ""
-        if isinstance(message, dict):  # otherwise the process left no traceback
+        got = f"exit code {failure.exitcode}, without a traceback"
+        # As it is, for example, for an error while the process imports the script.
+        fix = "read the output of the process above; each one runs the top level of the script"
+        if isinstance(message, dict):
             got = message.get("extraInfo", {}).get("py_callstack", "").strip()
+            fix = "fix the error in the traceback above"
         raise RankFailedError(
-            f"rank {rank} of {spec.nproc_per_node} failed",
-            got=got or f"exit code {failure.exitcode}",
-            fix="fix the error in the traceback above",
+            f"rank {rank} of {spec.nproc_per_node} failed", got=got, fix=fix
         ) from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import logging
 import os
-import re
 import shutil
 import signal
 import socket
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from faccel.errors import JoinError, LaunchError
 from faccel.launching.node_rendezvous import join_nodes
 from faccel.launching.spec import LaunchSpec, check_complete, environment_of, torchrun_arguments
+from faccel.runtime.excepthook import CONSEQUENCES
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -30,10 +30,6 @@ _PYTHON: Mapping[str, tuple[str, ...]] = {
     "module": (sys.executable, "-m"),
     "executable": (),
 }
-# Errors that a rank raises because another rank failed.
-_CONSEQUENCES = re.compile(
-    "RankFailedError|gloo/transport|Dist(Network|Store|Backend)Error|nccl(Remote|System)Error"
-)
 
 
 def run(spec: LaunchSpec, env: Mapping[str, str]) -> int:
@@ -221,7 +217,7 @@ def _is_consequence(failure: ProcessFailure) -> bool:
     message: object = failure.message
     if not isinstance(message, dict):
         return False
-    return _CONSEQUENCES.search(str(message.get("message", ""))) is not None
+    return CONSEQUENCES.search(str(message.get("message", ""))) is not None
 
 
 def _describe_first(failures: Failures, *, is_single_node: bool) -> tuple[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,8 +23,13 @@ from typing import NoReturn
 from faccel.config import LAUNCH
 from faccel.errors import RankFailedError
 
-# A rank waits this long after the failure of another one: the launcher must see the cause first.
-_GRACE_S = 3.0
+GRACE_S = 3.0
+"""A rank waits this long after the failure of another: the launcher must see the cause first."""
+
+CONSEQUENCES = re.compile(
+    "RankFailedError|gloo/transport|Dist(Network|Store|Backend)Error|nccl(Remote|System)Error"
+)
+"""Matches `class: message` of errors that a rank raises because another rank failed."""
 
 
 class _Hook:
@@ -71,7 +77,7 @@ class _Hook:
             self.previous(error_type, error, tb)
         if self._error_file and isinstance(error, RankFailedError):
             # The rank that caused this error ends first, and then the agent ends this one.
-            time.sleep(_GRACE_S)
+            time.sleep(GRACE_S)
         self._end_process(None)
 
     def _end_process(self, end_signal: signal.Signals | None) -> None:

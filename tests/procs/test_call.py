@@ -69,10 +69,31 @@ def test_a_launch_in_a_launched_process_is_an_error(monkeypatch):
         faccel.launch(print, num_processes=2)
 
 
-@pytest.mark.slow
-def test_a_launch_at_the_top_level_of_a_script_is_an_error(tmp_path):
+TOP_LEVELS = {
+    "a call": ("faccel.launch(len, num_processes=2)\n", "line 2"),
+    "in a function": (
+        "def main():\n    faccel.launch(len, num_processes=2)\nwith open(__file__):\n    main()\n",
+        "line 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOP_LEVELS)
+def test_a_launch_at_the_top_level_of_a_script_raises_before_a_process_starts(name, tmp_path):
+    text, line = TOP_LEVELS[name]
     script = tmp_path / "script.py"
-    script.write_text("import faccel\nprint(faccel.launch(len, num_processes=2))\n")
+    script.write_text(f"import faccel\n{text}")
+    out = run_script(script, os.environ)
+    assert out.returncode == 1
+    assert out.stderr.count("Traceback") == 1
+    assert f"{script}, {line}" in out.stderr
+    assert 'put the call below `if __name__ == "__main__":`' in out.stderr
+
+
+@pytest.mark.slow
+def test_an_if_that_is_no_guard_prints_the_error_of_the_launched_process(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import faccel\nif True:\n    faccel.launch(len, num_processes=2)\n")
     out = run_script(script, os.environ)
     assert out.returncode == 1
     assert 'put the call below `if __name__ == "__main__":`' in out.stderr
@@ -85,13 +106,18 @@ def fail(ctx, how):
         return lambda: 1
     if ctx.rank == 1:
         raise ValueError("bad sample")
+    if how == "raise in torch":  # an error of gloo, not of faccel
+        return torch.distributed.all_reduce(torch.ones(1))
     return faccel.reduce(torch.ones(1), ctx)
+
+
+HOWS = ("exit", "result", "raise", "raise in torch")
 
 
 def launch_failures(pipe):
     """Return the problem and the value of the error, for each way to fail."""
     messages = {}
-    for how in ("exit", "result", "raise"):
+    for how in HOWS:
         try:
             # The processes are forked, which is faster than `launch` and reports the same way.
             faccel.notebook_launch(fail, how, num_processes=2)
@@ -109,9 +135,11 @@ def test_a_failed_process_raises_an_error_with_its_traceback():
     process.join()
     assert "sys.exit(3)" in messages["exit"][1]
     assert "<lambda>" in messages["result"][1]
-    problem, traceback = messages["raise"]
-    assert problem == "rank 1 of 2 failed"
-    assert traceback.splitlines()[-2:] == ["ValueError: bad sample", "on rank 1 of 2"]
+    # The error of the rank that failed, not that of the rank that waited for it.
+    for how in ("raise", "raise in torch"):
+        problem, traceback = messages[how]
+        assert problem == "rank 1 of 2 failed"
+        assert traceback.splitlines()[-2:] == ["ValueError: bad sample", "on rank 1 of 2"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -131,8 +159,20 @@ def train(ctx, rows):
 """,
         "print(faccel.notebook_launch(train, 8, num_processes=2))",
         "print(faccel.notebook_launch(train, 8, num_processes=1))",
+        """
+for launch in (faccel.launch, faccel.notebook_launch):
+    try:
+        launch(train, "no number", num_processes=2)
+    except faccel.errors.FaccelError as error:
+        print(type(error).__name__, "|", error.got.splitlines()[-2:], "|", error.fix)
+""",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells])
     nbclient.NotebookClient(notebook, timeout=TIMEOUT_S, kernel_name="python3").execute()
     assert notebook.cells[3].outputs[0].text == "[(0, 2), (1, 2)]\n"
     assert notebook.cells[4].outputs[0].text == "[(0, 1)]\n"
+    outputs = [output for output in notebook.cells[5].outputs if output.name == "stdout"]
+    spawned, forked = "".join(output.text for output in outputs).splitlines()
+    assert spawned.startswith("LaunchError")
+    assert spawned.endswith("write `faccel.notebook_launch(train, ...)`")
+    assert forked.startswith("RankFailedError | ['TypeError: ")
