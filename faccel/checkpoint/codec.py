@@ -184,6 +184,10 @@ class Decoder:
         state: The user's state, which is loaded into.
         stored: The tensors of the checkpoint by name.
         ctx: This rank.
+        strict: Whether everything in the state must be in the checkpoint. Otherwise what does not
+            fit is left as it is, and named in `missing`, `unexpected` and `mismatched`.
+        stored_path: From the name of a tensor in the state to that in the files, which differ if
+            it was renamed.
     """
 
     def __init__(
@@ -192,8 +196,18 @@ class Decoder:
         state: Tree,
         stored: Mapping[str, StoredTensor],
         ctx: DistContext,
+        *,
+        strict: bool = True,
+        stored_path: Callable[[str], str] = str,
     ) -> None:
         self.ctx = ctx
+        self.strict = strict
+        self.missing: set[str] = set()
+        self.unexpected: set[str] = set()
+        self.mismatched: set[str] = set()
+        # The paths that entries of models have now, by those in the files.
+        self.current_names: Mapping[str, str] = {}
+        self._stored_path = stored_path
         self.destinations: dict[str, torch.Tensor] = {}
         # A rank of a pipeline has the modules of its stages, so it loads a subset of a model.
         self.is_pipeline = ctx.mesh.spec.pp > 1
@@ -227,15 +241,24 @@ class Decoder:
 
     def stored(self, path: str) -> StoredTensor:
         """Return the description of the tensor named `path`."""
-        if path not in self._stored:
+        stored_path = self._stored_path(path)
+        if stored_path not in self._stored:
             raise mismatch(path, "its tensor is in no file of the checkpoint", "save it again")
-        return self._stored[path]
+        return self._stored[stored_path]
+
+    def has_stored(self, path: str) -> bool:
+        """Return whether the files have a tensor named `path`."""
+        return self._stored_path(path) in self._stored
+
+    def read_into(self, path: str, destination: torch.Tensor) -> None:
+        """Plan to read the tensor named `path` into a tensor of its stored shape and dtype."""
+        self.destinations[self._stored_path(path)] = destination
 
     def new_tensor(self, path: str) -> torch.Tensor:
         """Return CPU memory that the tensor named `path` will be read into, in the stored dtype."""
         stored = self.stored(path)
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
-        self.destinations[path] = tensor
+        self.read_into(path, tensor)
         return tensor
 
     def has_in_place(self, target: Tree) -> bool:

@@ -71,6 +71,8 @@ def _encode_module(value: WrappedModel | nn.Module, path: str, encoder: Encoder)
 
 
 def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
+    if target is None:  # the tensors, for a program that does not build the model
+        return decoder.decode(node["v"], None, path)
     if not isinstance(target, (WrappedModel, nn.Module)):
         got = f"a model in the checkpoint, {type(target).__name__} in the state"
         raise mismatch(path, got, "pass the model itself")
@@ -83,7 +85,7 @@ def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
     restores: dict[str, Restore] = {}
     for original_name, entry in original_state.items():
         name = user_name(original_name)
-        if name in saved_names:
+        if name in saved_names and not _is_misshapen(node, saved_names[name], entry, path, decoder):
             saved_name = saved_names[name]
             restores[original_name] = _decode_entry(
                 node["v"][saved_name], entry, child_name(path, saved_name), decoder
@@ -98,6 +100,18 @@ def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
         return target
 
     return restore
+
+
+def _is_misshapen(node: Node, name: str, entry: Tree, path: str, decoder: Decoder) -> bool:
+    """Return whether an entry has another shape and may be left out; add it to the report."""
+    entry_path, entry_node = child_name(path, name), node["v"][name]
+    is_tensor = isinstance(entry, torch.Tensor) and kind_of(entry_node) in TENSOR.kinds
+    if decoder.strict or not is_tensor:
+        return False
+    if decode_spec(entry_node, entry_path, decoder).shape == entry.shape:
+        return False
+    decoder.mismatched.add(entry_path)
+    return True
 
 
 def _versions(node: Node, target: WrappedModel | nn.Module) -> Mapping[str, Mapping[str, int]]:
@@ -133,6 +147,10 @@ def _check_names(
     required = dict(state)
     if node.get("trained_only"):  # frozen parameters keep their values
         required = trainable_entries(_user_module(target), state)
+    if not decoder.strict:
+        decoder.missing |= {child_name(path, name) for name in required.keys() - saved}
+        decoder.unexpected |= {child_name(path, name) for name in saved - state.keys()}
+        return
     is_complete = required.keys() <= saved
     # In a pipeline, the checkpoint has the modules of all stages and the rank has those of its
     # stages.
@@ -151,11 +169,14 @@ def _decode_entry(node: Node, entry: Tree, path: str, decoder: Decoder) -> Resto
         return _decode_wrapper_entry(node, entry, path, decoder)
     if kind not in TENSOR.kinds:
         raise mismatch(path, "no tensor in the checkpoint, a tensor in the model")
-    _check_tensor(entry, decode_spec(node, path, decoder), path)
+    spec = decode_spec(node, path, decoder)
+    if not decoder.strict and spec.dtype != entry.dtype and spec.shape == entry.shape:
+        return decoder.decode(node, entry, path)  # `load_state_dict` casts
+    _check_tensor(entry, spec, path)
     entry = entry.detach()
     if entry.is_conj() or entry.is_neg():  # a lazy result has no memory
         return decoder.decode(node, entry, path)
-    decoder.destinations[path] = stored_view(entry)  # no second copy of the parameter
+    decoder.read_into(path, stored_view(entry))  # no second copy of the parameter
     return lambda: entry
 
 

@@ -45,29 +45,50 @@ def _decode_optimizer(node: Node, target: Tree, path: str, decoder: Decoder) -> 
     names = optimizer_parameter_names(target, decoder.parameter_names)
     indices = {name: index for index, name in names.items()}
     groups = [_names(group, names) for group in target.state_dict()["param_groups"]]
-    numbered: dict[str, str] = {}
-    if not decoder.is_pipeline:  # each stage numbers its own parameters
-        numbered = _names_of_numbers(content["param_groups"], names)
-    _check_groups(_with_names(content["param_groups"], numbered), groups, path, decoder)
+    renamed = _current_names(content["param_groups"], names, decoder)
+    stored_groups = _with_names(content["param_groups"], renamed)
+    if not decoder.strict and not _fits(stored_groups, groups, decoder):
+        decoder.mismatched.add(child_name(path, "param_groups"))
+        return lambda: target
+    _check_groups(stored_groups, groups, path, decoder)
     restore_groups = decoder.decode(content["param_groups"], None, child_name(path, "param_groups"))
     restore_extras = decoder.decode(content["rest"], None, child_name(path, "rest"))
-    current_indices = indices | {number: indices[name] for number, name in numbered.items()}
+    current_indices = indices | {
+        stored_name: indices[name] for stored_name, name in renamed.items()
+    }
     restore_state = _decode_state(
         content["state"], current_indices, child_name(path, "state"), decoder
     )
+    kept = _misshapen_indices(names, decoder)
 
     def restore() -> Tree:
-        stored_groups = _with_names(restore_groups(), numbered)
+        stored_groups = _with_names(restore_groups(), renamed)
         if not decoder.is_pipeline:  # stages store the groups in one order
             stored_groups = _in_order(stored_groups, groups)
         packed: list[Group] = []
         for group, options in zip(groups, stored_groups, strict=True):
             packed.append(_with_indices(options, group, indices))
-        state_dict = {"state": restore_state(), "param_groups": packed} | restore_extras()
+        current: dict[int, Tree] = target.state_dict()["state"]
+        state = restore_state() | {index: current[index] for index in kept & current.keys()}
+        state_dict = {"state": state, "param_groups": packed} | restore_extras()
         _load_exactly(target, state_dict)
         return target
 
     return restore
+
+
+def _current_names(
+    stored_groups: Sequence[Node], names: Mapping[int, str], decoder: Decoder
+) -> dict[str, str]:
+    """Return the name that a parameter has now, for each that is stored under another one."""
+    current: dict[str, str] = {}
+    if not decoder.is_pipeline:  # each stage numbers its own parameters
+        current = _names_of_numbers(stored_groups, names)
+    known = set(names.values())
+    for stored_name, name in decoder.current_names.items():
+        if name in known:
+            current[stored_name] = name
+    return current
 
 
 def _load_exactly(opt: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -143,19 +164,22 @@ def _check_groups(
     stored_groups: Sequence[Node], groups: list[list[str]], path: str, decoder: Decoder
 ) -> None:
     """Check that the parameters are grouped as they were saved, in any order."""
-    stored: list[list[str]] = [group["params"] for group in stored_groups]
-    if decoder.is_pipeline:
-        fits = _are_subsets(groups, stored)  # of the parameters of this rank's stages
-    else:
-        fits = sorted(map(sorted, stored)) == sorted(map(sorted, groups))
-    if fits:
+    if _fits(stored_groups, groups, decoder):
         return
+    stored: list[list[str]] = [group["params"] for group in stored_groups]
     difference = name_difference(set[str]().union(*stored), set[str]().union(*groups))
     raise mismatch(
         path,
         difference or "other groups of parameters",
         "make the optimizer from the model that is loaded too, with the same parameter groups",
     )
+
+
+def _fits(stored_groups: Sequence[Node], groups: list[list[str]], decoder: Decoder) -> bool:
+    stored: list[list[str]] = [group["params"] for group in stored_groups]
+    if decoder.is_pipeline:
+        return _are_subsets(groups, stored)  # of the parameters of this rank's stages
+    return sorted(map(sorted, stored)) == sorted(map(sorted, groups))
 
 
 def _are_subsets(groups: list[list[str]], stored: list[list[str]]) -> bool:
@@ -174,6 +198,8 @@ def _decode_state(node: Node, indices: Mapping[str, int], path: str, decoder: De
         index = _index_of(key, indices)
         if index is None and decoder.is_pipeline:
             continue  # the parameter of another stage
+        if index is not None and _is_misshapen(names[index], decoder):
+            continue  # `load` also leaves the parameter as it is
         target: dict[str, torch.Tensor | None] | None = None
         if isinstance(entry, dict) and "!" not in entry:
             # a tensor with the shape of the parameter, such as a momentum, gets the layout of the
@@ -188,6 +214,22 @@ def _decode_state(node: Node, indices: Mapping[str, int], path: str, decoder: De
         else:
             restores[index] = restore_entry
     return lambda: restore_all(restores)
+
+
+def _misshapen_indices(names: Mapping[int, str], decoder: Decoder) -> set[int]:
+    """Return the indices of the parameters of another shape, which keep their states."""
+    return {index for index, name in names.items() if _is_misshapen(name, decoder)}
+
+
+def _is_misshapen(name: str, decoder: Decoder) -> bool:
+    """Return whether a parameter has another shape than the one that was saved."""
+    param = decoder.parameters.get(name)
+    if decoder.strict or param is None or not decoder.has_stored(name):
+        return False
+    shape = decoder.stored(name).shape
+    if param.is_complex():  # stored as pairs of real numbers
+        shape = shape[:-1]
+    return shape != param.shape
 
 
 def _index_of(key: object, indices: Mapping[str, int]) -> int | None:

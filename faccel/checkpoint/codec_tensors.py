@@ -87,7 +87,7 @@ def _decode_tensor(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
         tensor = empty_in_layout(target, spec.dtype)
     else:
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
-    decoder.destinations[path] = stored_view(tensor)
+    decoder.read_into(path, stored_view(tensor))
     return lambda: tensor
 
 

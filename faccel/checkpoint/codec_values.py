@@ -171,6 +171,8 @@ def _decode_sequence(node: Node, target: Tree, path: str, decoder: Decoder) -> R
     targets: Sequence[Tree] = ()
     if type(target) in _SEQUENCES.values():
         targets = list(target)  # of a set, the items have no order, but one class
+    elif decoder.has_in_place(target):
+        raise _other_container("a list or a tuple", target, path)
     if len(targets) != len(nodes):
         if any(decoder.has_in_place(item) for item in targets):
             got = f"{len(nodes)} items in the checkpoint, {len(targets)} in the state"
@@ -187,6 +189,11 @@ def _decode_sequence(node: Node, target: Tree, path: str, decoder: Decoder) -> R
 
 
 SEQUENCE = Codec(tuple(_SEQUENCES), _is_sequence, _encode_sequence, _decode_sequence)
+
+
+def _other_container(stored: str, target: Tree, path: str) -> CheckpointError:
+    """Return the error for models and the like in a container of another kind than was saved."""
+    return mismatch(path, f"{stored} in the checkpoint, a {type(target).__name__} in the state")
 
 
 # A dict with string keys is a JSON object; any other mapping states its class and lists its keys.
@@ -235,8 +242,14 @@ def _decode_mapping(node: Node, target: Tree, path: str, decoder: Decoder) -> Re
     targets: Mapping[object, Tree] = {}
     if isinstance(target, Mapping) and not is_stateful(target):
         targets = target
+    elif decoder.has_in_place(target):
+        raise _other_container("a dict", target, path)
+    missing: list[object] = []
     for key in targets:
-        if key not in nodes:
+        if key not in nodes and not decoder.strict:
+            missing.append(key)
+            decoder.missing.add(child_name(path, key))
+        elif key not in nodes:
             fix = f"leave it out, or {nearest(str(key), map(str, nodes))}"
             raise mismatch(child_name(path, key), "not in the checkpoint", fix)
     # The keys of the state select what is loaded. Below the top level a dict without keys selects
@@ -247,7 +260,10 @@ def _decode_mapping(node: Node, target: Tree, path: str, decoder: Decoder) -> Re
         selected = nodes
     restores: dict[object, Restore] = {}
     for key in selected:
-        restores[key] = decoder.decode(nodes[key], targets.get(key), child_name(path, key))
+        if key in missing:
+            restores[key] = lambda value=targets[key]: value
+        else:
+            restores[key] = decoder.decode(nodes[key], targets.get(key), child_name(path, key))
     build = _MAPPINGS[kind_of(node)]
     return lambda: build(restore_all(restores))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from faccel.checkpoint.codec import Codec, Decoder, Encoder, StoredTensor
@@ -60,6 +60,13 @@ def encoder_for(state: Tree, ctx: DistContext, *, trained_only: bool = False) ->
     return Encoder(CODECS, state, ctx, trained_only=trained_only)
 
 
-def decoder_for(state: Tree, stored: Mapping[str, StoredTensor], ctx: DistContext) -> Decoder:
+def decoder_for(
+    state: Tree,
+    stored: Mapping[str, StoredTensor],
+    ctx: DistContext,
+    *,
+    strict: bool = True,
+    stored_path: Callable[[str], str] = str,
+) -> Decoder:
     """Return a decoder into `state` with all codecs."""
-    return Decoder(CODECS, state, stored, ctx)
+    return Decoder(CODECS, state, stored, ctx, strict=strict, stored_path=stored_path)

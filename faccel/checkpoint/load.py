@@ -13,6 +13,7 @@ from faccel.checkpoint.background import wait_for_pending_saves
 from faccel.checkpoint.codecs import decoder_for
 from faccel.checkpoint.dcp import Reader
 from faccel.checkpoint.manifest import Checkpoint, check_hash, checkpoints, read_manifest
+from faccel.checkpoint.partial import LoadReport, Renamed, dotted
 from faccel.checkpoint.rank_calls import on_all_ranks, on_rank_0
 from faccel.checkpoint.verified import VerifiedFolders
 from faccel.context import DistContext, require_context
@@ -51,7 +52,13 @@ def _list(path: str, ctx: DistContext) -> list[Checkpoint]:
 
 @effectful(AMBIENT, COLLECTIVE, updates("state"))
 def load(
-    state: Tree, path: str | os.PathLike[str], ctx: DistContext, *, step: int | None = None
+    state: Tree,
+    path: str | os.PathLike[str],
+    ctx: DistContext,
+    *,
+    step: int | None = None,
+    strict: bool = True,
+    rename: Mapping[str, str] | None = None,
 ) -> Tree:
     """Load the newest valid checkpoint of a directory into `state`.
 
@@ -65,14 +72,23 @@ def load(
         path: A directory of checkpoints.
         ctx: The world. Its size and mesh may differ from those that saved.
         step: Which checkpoint to load; None loads the newest valid one.
+        strict: Whether everything in `state` must be in the checkpoint, with the same shape, and
+            models and optimizers must have all that was saved. Otherwise what does not fit is left
+            as it is, and values are cast to the dtypes of the model.
+        rename: New names by those in the checkpoint, as keys joined by dots:
+            `{"model.body": "model.backbone"}`. A name stands for everything below it. They are
+            applied in order, also to the states of optimizers.
 
     Returns:
-        The state, with the same objects and new values.
+        The state, with the same objects and new values. Without `strict`, `(state, report)`; the
+        fields `missing`, `unexpected` and `mismatched` of the report are names, equal on every
+        rank.
 
     Raises:
         CheckpointError: There is no checkpoint, the one of `step` is corrupt, all are, or it does
-            not fit `state`; on every rank. The state is unchanged.
-        ConfigError: `state` and `path` are swapped.
+            not fit `state`; on every rank. The state is unchanged. Only a failure of the disk after
+            the verification, or of a `load_state_dict`, leaves a state that is loaded in part.
+        ConfigError: `state` and `path` are swapped, or a name in `rename` is not in the checkpoint.
 
     Examples:
         >>> import tempfile
@@ -101,7 +117,8 @@ def load(
         problem = checkpoint.problem or _verify(checkpoint, ctx)
         VerifiedFolders.of(ctx).record(checkpoint.path, is_valid=problem is None)
         if problem is None:
-            return _load_verified(checkpoint, state, ctx)
+            load_plan = _LoadPlan(checkpoint, state, ctx, strict=strict, rename=rename)
+            return _load_verified(load_plan, ctx)
         problems.append(f"step {checkpoint.step}: {problem}")
         if ctx.is_main:  # one line in the log, not one per rank
             message = "checkpoint `%s` is corrupt, trying an older one: %s"
@@ -155,34 +172,59 @@ def _verify(checkpoint: Checkpoint, ctx: DistContext) -> str | None:
     return None
 
 
-def _load_verified(checkpoint: Checkpoint, state: Tree, ctx: DistContext) -> Tree:
-    load_plan = _LoadPlan(checkpoint, state, ctx)
+def _load_verified(load_plan: _LoadPlan, ctx: DistContext) -> Tree:
     # Three phases: no rank changes its state before all ranks have a plan.
-    on_all_ranks(load_plan.make, ctx, "fit the checkpoint to the state")
-    on_all_ranks(load_plan.read, ctx, "read the checkpoint")
-    on_all_ranks(load_plan.restore, ctx, "load the checkpoint")
-    return load_plan.result
+    reports = on_all_ranks(load_plan.make, ctx, "fit the checkpoint to the state")
+    in_part = "the checkpoint to the end, so the state is loaded in part"
+    on_all_ranks(load_plan.read, ctx, f"read {in_part}")
+    on_all_ranks(load_plan.restore, ctx, f"load {in_part}")
+    if load_plan.strict:
+        return load_plan.result
+    return load_plan.result, LoadReport.of_ranks(reports)
 
 
 class _LoadPlan:
     """How this rank loads a checkpoint: what is read where, and how the state is restored."""
 
-    def __init__(self, checkpoint: Checkpoint, state: Tree, ctx: DistContext) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        state: Tree,
+        ctx: DistContext,
+        *,
+        strict: bool,
+        rename: Mapping[str, str] | None,
+    ) -> None:
+        self.strict = strict
         self._checkpoint = checkpoint
         self._state = state
         self._ctx = ctx
+        self._rename = rename or {}
         self._reader: Reader | None = None
         self._destinations: Mapping[str, torch.Tensor] = {}
         self._restore: Callable[[], Tree] | None = None
         self.result: Tree = None
 
-    def make(self) -> None:
+    def make(self) -> LoadReport:
         manifest = read_manifest(self._checkpoint.path)
         reader = Reader(self._checkpoint.path, manifest.file_names)
+        renamed = Renamed(manifest.state, self._rename)
         # Raises for everything that does not fit, before any rank reads or changes something.
-        decoder = decoder_for(self._state, reader.stored(), self._ctx)
-        self._restore = decoder.decode(manifest.state, self._state)
+        decoder = decoder_for(
+            self._state,
+            reader.stored(),
+            self._ctx,
+            strict=self.strict,
+            stored_path=renamed.stored_path,
+        )
+        decoder.current_names = renamed.current_names
+        self._restore = decoder.decode(renamed.node, self._state)
         self._reader, self._destinations = reader, decoder.destinations
+        return LoadReport(
+            tuple(map(dotted, decoder.missing)),
+            tuple(map(dotted, decoder.unexpected)),
+            tuple(map(dotted, decoder.mismatched)),
+        )
 
     def read(self) -> None:
         assert self._reader is not None
