@@ -18,9 +18,11 @@ from faccel.backends.fsdp_layout import Layout, data_mesh, engine_mesh
 from faccel.backends.fsdp_param_hooks import ShardHooks, attach
 from faccel.backends.fsdp_precision import precision_policy, switch_autocast
 from faccel.backends.fsdp_registration import Registration
+from faccel.backends.fsdp_second_order import SecondOrder
 from faccel.backends.fsdp_unreduced import UnreducedGrads
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
+from faccel.errors import OptimizerError
 from faccel.mesh import WORLD
 from faccel.parallel.activation_checkpoint import apply_checkpointing
 from faccel.parallel.compilation import apply_compile
@@ -50,6 +52,7 @@ class FsdpEngine(nn.Module):
         unreduced: The gradients that backwards without reduction have accumulated.
         registration: Which parameters the modules have.
         shard_hooks: The hooks that users register on shards.
+        second_order: What a backward through a backward needs.
     """
 
     def __init__(self, module: nn.Module, plan: Plan, ctx: DistContext) -> None:
@@ -61,6 +64,9 @@ class FsdpEngine(nn.Module):
         self.unreduced = UnreducedGrads(module)
         self.registration = Registration.of(module)
         self.shard_hooks = ShardHooks.of(module)
+        self.second_order = SecondOrder(
+            module, self.registration, self.shard_hooks.fsdp_params, self._after_second_backward
+        )
         # FSDP2's hooks are hooks of `nn.Module`, so `forward` has them from the start.
         self._methods = {"forward"}
 
@@ -103,7 +109,12 @@ class FsdpEngine(nn.Module):
     def _before_backward(self, grad: torch.Tensor) -> None:
         self.registration.before_backward()
         self.shard_hooks.before_backward()
+        self.second_order.before_backward()
         self.unreduced.before_backward(reduces=self.reduces_grads)
+
+    def _after_second_backward(self) -> None:
+        if not self.reduces_grads:
+            self.unreduced.add_placeholders()
 
     def _register(self, method: str) -> None:
         """Let `method` gather parameters, as `forward` does."""
@@ -128,6 +139,7 @@ def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext
     Updates `module`; collective over the stage.
     """
     hooks = hooks_of(module)
+    _make_contiguous(module)
     # First, because all later steps take local slices: every rank must have the same values.
     values = InitialValues.of(module, ctx, "stage")
     if layout.tp_styles:
@@ -144,6 +156,16 @@ def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext
     # Last: of a model on meta, each rank now allocates its shards and one full tensor at a time.
     values.fill(module, ctx, "stage")
     attach(module, hooks)
+
+
+def _make_contiguous(module: nn.Module) -> None:
+    """Give non-contiguous parameters, as of `torch.channels_last`, the memory that shards have.
+
+    Convolutions still compute in the memory format of their inputs.
+    """
+    for param in module.parameters():
+        if not param.is_contiguous():
+            param.data = param.data.contiguous()
 
 
 def _fully_shard(module: nn.Module, layout: Layout, plan: Plan, ctx: DistContext) -> None:
@@ -204,8 +226,24 @@ def _set_prefetch(units: Sequence[nn.Module], count: int) -> None:
         unit.set_modules_to_backward_prefetch(preceding[::-1])
 
 
+# These multiply matrices, or compute one direction from all parameters. They need full tensors.
+_NEED_FULL_PARAMETERS = ("LBFGS", "Muon")
+
+
 def same_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:
-    """Return `opt`: FSDP2 shards parameters in place, so optimizers need no engine."""
+    """Return `opt`: FSDP2 shards parameters in place, so optimizers need no engine.
+
+    Raises:
+        OptimizerError: `opt` needs full parameters.
+    """
+    for cls in type(opt).__mro__:
+        if cls.__name__ in _NEED_FULL_PARAMETERS and cls.__module__.startswith("torch.optim"):
+            raise OptimizerError(
+                f"{cls.__name__} needs full parameters, and this mesh shards them",
+                got=f"a {type(opt).__name__} on the mesh {ctx.mesh.spec}",
+                fix='write `faccel.init(mesh="dp_replicate=-1")`, or use an element-wise optimizer '
+                "such as AdamW",
+            )
     return opt
 
 

@@ -31,6 +31,7 @@ from faccel.checkpoint.tensor_names import child_name, trainable_entries
 from faccel.checkpoint.tensor_views import check_storable, stored_view
 from faccel.errors import CheckpointError
 from faccel.training.model import WrappedModel
+from faccel.training.module_checks import check_contains_no_model
 from faccel.training.module_names import original_names, user_name, with_user_names
 from faccel.tree import Tree, is_sharded
 
@@ -45,8 +46,14 @@ def _user_module(model: WrappedModel | nn.Module) -> nn.Module:
     return model.module if isinstance(model, WrappedModel) else model
 
 
+def _state_of(model: WrappedModel | nn.Module) -> Mapping[str, Tree]:
+    if isinstance(model, nn.Module):
+        check_contains_no_model(model, WrappedModel)  # its parameters would be missing
+    return model.state_dict()
+
+
 def _encode_module(value: WrappedModel | nn.Module, path: str, encoder: Encoder) -> Node:
-    state = value.state_dict()
+    state = _state_of(value)
     # `load_state_dict` of a module may migrate what an older version of its class wrote.
     versions: dict[str, int] = {}
     for name, metadata in getattr(state, "_metadata", {}).items():

@@ -13,6 +13,7 @@ from faccel.context import DistContext
 from faccel.errors import ModelError
 from faccel.parallel.param_hooks import hooks_of
 from faccel.parallel.sync_states import broadcast_from_rank_0
+from faccel.training.full_values import local_slice
 from faccel.tree import is_dtensor, local_tensor
 
 
@@ -103,17 +104,7 @@ def _copy_shard(tensor: torch.Tensor, full: torch.Tensor) -> None:
     if not is_dtensor(tensor):
         tensor.copy_(full)
         return
-    from torch.distributed.tensor import DTensor
-
-    # The layout of FSDP over tensor parallel has strided shards; torch computes it only here.
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    assert isinstance(tensor, DTensor)
-    shape, offsets = compute_local_shape_and_global_offset(
-        full.shape, tensor.device_mesh, tensor.placements
-    )
-    index = [slice(start, start + length) for start, length in zip(offsets, shape, strict=True)]
-    local_tensor(tensor).copy_(full[tuple(index)])
+    local_tensor(tensor).copy_(local_slice(full, tensor))
 
 
 def tied_names(module: nn.Module) -> list[list[str]]:

@@ -66,7 +66,7 @@ def step_optimizer(opt: Optimizer, guard: StepGuard | None) -> None:
     """Step `opt`, without a closure. `guard` is its guard in fp16.
 
     Raises:
-        OptimizerError: Its `step` needs a closure.
+        OptimizerError: Its `step` needs a closure, or does not support sharded parameters.
     """
     try:
         if guard is None:
@@ -82,6 +82,16 @@ def step_optimizer(opt: Optimizer, guard: StepGuard | None) -> None:
             "`optimizer_step` does not support an optimizer that needs a closure",
             got=f"a {type(opt).__name__}",
             fix="call `opt.step(closure)` yourself, with `scaled_backward` in the closure",
+        ) from error
+    except RuntimeError as error:
+        # Words of DTensor's errors about operations that it cannot do on shards.
+        if not any(word in str(error) for word in ("DTensor", "placement", "sharded dimension")):
+            raise
+        raise OptimizerError(
+            "the step of `opt` does not support sharded parameters",
+            got=f"a {type(opt).__name__}: {str(error).splitlines()[0]}",
+            fix='write `faccel.init(mesh="dp_replicate=-1")`, or use an element-wise optimizer '
+            "such as AdamW",
         ) from error
 
 

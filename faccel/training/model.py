@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 from weakref import WeakKeyDictionary
 
 import attrs
@@ -16,6 +16,8 @@ from faccel.checks import instance_of, shown
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ModelError, OptimizerError
+from faccel.training.full_values import shard_full_values
+from faccel.training.module_checks import check_contains_no_model, check_is_initialized
 from faccel.training.precision import StepGuard
 from faccel.tree import Tree
 
@@ -91,9 +93,12 @@ class WrappedModel:
     def load_state_dict(self, state: Mapping[str, torch.Tensor], *, strict: bool = True) -> None:
         """Restore parameters and buffers in place, from what `state_dict` returned.
 
+        Or from full tensors, which are equal on every rank: each takes its shards.
+
         Updates the model. Collective where the engine shards parameters.
         """
         if self.parallelism.state is None:
+            state = shard_full_values(self.module, state)
             self.module.load_state_dict(state, strict=strict)
         else:
             self.parallelism.state.restore(self.engine, state)
@@ -113,6 +118,17 @@ class WrappedModel:
     def eval(self) -> WrappedModel:
         """Set evaluation mode: `train(False)`."""
         return self.train(False)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> NoReturn:
+        # A copy of the engine would communicate over the groups of this one.
+        raise ModelError(
+            "a wrapped model cannot be copied with `copy.deepcopy`",
+            got=f"a wrapped {type(self.module).__name__}",
+            fix="copy the module before `faccel.wrap`; or copy values, as in "
+            "`{name: x.clone() for name, x in model.state_dict().items()}`, which "
+            "`model.load_state_dict` takes; for a moving average write "
+            "`ema = faccel.init_ema(model, ctx)`",
+        )
 
     # Hidden from type checkers, which would accept every misspelled attribute.
     if not TYPE_CHECKING:
@@ -142,7 +158,8 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
         A callable record.
 
     Raises:
-        ModelError: `model` is not a module, is wrapped already or has no parameters.
+        ModelError: `model` is not a module, is wrapped already, contains a wrapped model, or has no
+            parameters or lazy ones.
         ConfigError: `plan` is not a `Plan`.
 
     Examples:
@@ -167,6 +184,8 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
             got=f"a {type(model).__name__}",
             fix="call it without `wrap`: it has nothing to train",
         )
+    check_contains_no_model(model, WrappedModel)
+    check_is_initialized(model)
     # Imported here, because the seven records of a plan are a tenth of `import faccel`.
     from faccel.plan import Plan
 
@@ -174,7 +193,7 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
         plan = Plan()
     instance_of("plan", plan, Plan, fix="write `plan=faccel.Plan()`, with the options as arguments")
     # A model on `meta` gets its memory from the strategy, in shards.
-    if ctx.config.device_placement and not any(param.is_meta for param in model.parameters()):
+    if ctx.config.device_placement and not _has_meta(model):
         model.to(ctx.device)
     engine, run = ctx.parallelism.wrap(model, plan, ctx)
     if ctx.config.debug and ctx.data_world_size > 1:
@@ -182,6 +201,10 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
 
         run = with_compared_inputs(run, ctx)
     return WrappedModel(model, engine, ctx.parallelism, ctx, run)
+
+
+def _has_meta(model: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def unwrap(model: WrappedModel) -> nn.Module:

@@ -34,7 +34,7 @@ from faccel.training.model import (
 )
 from faccel.training.precision import ScalerState, check_scaler, unscale_
 from faccel.training.windows import Window, uneven_tail_error
-from faccel.tree import Tree, full_tensor
+from faccel.tree import Tree, full_tensor, is_sharded
 from faccel.update_options import UpdateOptions
 
 if TYPE_CHECKING:
@@ -61,6 +61,15 @@ def _loss_error(loss: object) -> ModelError:
         "`loss` must be a scalar tensor that depends on parameters",
         got=f"a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}",
         fix=fix,
+    )
+
+
+def _mixed_loss_error() -> ModelError:
+    return ModelError(
+        "`loss` adds a DTensor, computed from sharded parameters, to the output of a model",
+        got="a DTensor as `loss`",
+        fix="write `loss = loss + sum(p.full_tensor().square().sum() for p in "
+        "model.parameters())`, or any other function of full tensors",
     )
 
 
@@ -118,6 +127,8 @@ def scaled_backward(
     try:
         torch.autograd.backward(loss)
     except RuntimeError as error:
+        if is_sharded(loss) and "mixed torch.Tensor and DTensor" in str(error):
+            raise _mixed_loss_error() from error
         raise_naming_rank(error, "backward", DATA, ctx.comm)
     return scaler.after_backward()
 

@@ -1,0 +1,60 @@
+"""Checks of a module before it is wrapped or saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from faccel.errors import ModelError
+
+
+def check_contains_no_model(module: nn.Module, wrapped_model: type) -> None:
+    """Raise if an attribute of a module is a wrapped model, whose parameters it does not have.
+
+    Args:
+        module: The user's module.
+        wrapped_model: The class of wrapped models.
+
+    Raises:
+        ModelError: It is. `nn.Module` registers modules only.
+    """
+    for name, submodule in module.named_modules():
+        for attribute, value in vars(submodule).items():
+            for item in _items(value):
+                if isinstance(item, wrapped_model):
+                    path = f"{name}.{attribute}" if name else attribute
+                    raise ModelError(
+                        f"`{path}` is a wrapped model inside a module, which does not have its "
+                        "parameters",
+                        got=f"a {type(submodule).__name__} with a {wrapped_model.__name__}",
+                        fix=f"store the module itself as `{attribute}`, and write "
+                        "`model = faccel.wrap(module, ctx)` for the outer module only",
+                    )
+
+
+def _items(value: object) -> Iterator[object]:
+    """Yield a value, or the items of a list, tuple or dict."""
+    if isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, list | tuple):
+        yield from value
+    else:
+        yield value
+
+
+def check_is_initialized(module: nn.Module) -> None:
+    """Raise if a lazy module has not seen its first input, so that shapes are unknown.
+
+    Raises:
+        ModelError: A parameter or a buffer has no shape yet.
+    """
+    for name, param in module.named_parameters():
+        if is_lazy(param):
+            raise ModelError(
+                f"`{name}` of `model` has no shape yet: a lazy module gets it from its first input",
+                got=f"an {type(param).__name__}",
+                fix="write `with torch.no_grad(): model(batch)` before `faccel.wrap(model, ctx)`, "
+                "with any batch",
+            )
