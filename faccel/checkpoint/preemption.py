@@ -44,12 +44,23 @@ class Preemption:
         return bool(self.received)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Record a signal, and nothing else: a save in progress is not interrupted."""
-        self.received.append(number)
+        """Record a signal: a save in progress is not interrupted.
 
-    def install(self) -> None:
+        Raises:
+            KeyboardInterrupt: This is the second Ctrl-C.
+        """
+        is_second_interrupt = number == signal.SIGINT and number in self.received
+        self.received.append(number)
+        # A person who presses it twice does not want to wait for the save.
+        if is_second_interrupt:
+            raise KeyboardInterrupt
+
+    def install(self, *, interrupt: bool = False) -> None:
         """Install the signal handlers. Effects: ambient; on the main thread."""
-        for number in SIGNALS:
+        signals = SIGNALS
+        if interrupt:
+            signals = (*SIGNALS, signal.SIGINT)
+        for number in signals:
             self._previous_handlers[number] = signal.signal(number, self.handle)
 
     def close(self) -> None:
@@ -63,15 +74,17 @@ class Preemption:
 
 
 @effectful(AMBIENT)
-def preemption(ctx: DistContext) -> Preemption:
+def preemption(ctx: DistContext, *, interrupt: bool = False) -> Preemption:
     """Handle SIGTERM and SIGUSR1 from now on, until the context is shut down.
 
-    Effects: ambient. Installs handlers of the two signals, which only record them. Python allows
-    that on the main thread only. On other threads, as in a simulated world, a test appends to
+    Effects: ambient. Installs handlers of the signals, which only record them. Python allows that
+    on the main thread only. On other threads, as in a simulated world, a test appends to
     `received` instead.
 
     Args:
         ctx: `shutdown` of this context restores the previous handlers.
+        interrupt: Whether Ctrl-C (SIGINT) is recorded, too, so that the run can save. The second
+            one raises `KeyboardInterrupt`.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -84,6 +97,6 @@ def preemption(ctx: DistContext) -> Preemption:
     require_context(ctx, "faccel.preemption(ctx)")
     preempted = Preemption()
     if threading.current_thread() is threading.main_thread():
-        preempted.install()
+        preempted.install(interrupt=interrupt)
         ctx.lifetime.on_close(preempted.close)
     return preempted

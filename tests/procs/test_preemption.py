@@ -1,7 +1,9 @@
 """SIGTERM at any time: all ranks save at one step, and the resumed run is the uninterrupted run."""
 
 import os
+import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import faccel
 from examples import resume
 from faccel.testing import simulate
+from tests.command_line import Command
 from tests.ranks import SERVER, env_of, hosted_store
 
 NUM_STEPS = 60
@@ -156,3 +159,46 @@ def test_shutdown_restores_the_signal_handlers():
         assert preemption.requested
         assert signal.getsignal(signal.SIGUSR1) != original
     assert signal.getsignal(signal.SIGUSR1) == original
+
+
+def test_the_second_interrupt_raises_and_shutdown_restores_its_handler():
+    original = signal.getsignal(signal.SIGINT)
+    with faccel.init(env={}) as ctx:
+        preemption = faccel.preemption(ctx, interrupt=True)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert preemption.received == [signal.SIGINT, signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == original
+    with faccel.init(env={}) as ctx:  # by default Ctrl-C ends the run
+        faccel.preemption(ctx)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def documented_loop():
+    """Return the first script of docs/checkpoints.md, for many epochs."""
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    script = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    assert script.count("train.epochs(2,") == 1
+    script = script.replace("train.epochs(2,", "train.epochs(10**9,")
+    return script.replace(
+        "        step += 1\n", "        step += 1\n        print(step, flush=True)\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_the_documented_loop_saves_and_exits_with_75_after_a_signal(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text(documented_loop())
+    command = Command("launch", "--cpu", "--nproc", "2", "train.py", env={"OMP_NUM_THREADS": "1"})
+    for line in command.stdout:
+        if line == "2\n":
+            break
+    command.send_signal(number)
+    code, _, errors = command.wait()
+    assert (code, "preempted: a checkpoint is saved" in errors) == (75, True), errors
+    (newest, *_) = faccel.checkpoint.checkpoints("runs/first")
+    assert newest.problem is None
+    assert newest.step >= 2
