@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import secrets
@@ -21,14 +20,14 @@ from faccel.checkpoint.rank_calls import on_rank_0
 from faccel.checkpoint.tensor_names import trainable_entries
 from faccel.checkpoint.tensor_views import check_storable, has_inner_tensors
 from faccel.checks import shown
-from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import CheckpointError, ConfigError
 from faccel.flat_shard import FlatShard
+from faccel.training.full_tensors import FullTensors
 from faccel.training.model import WrappedModel
 from faccel.training.module_names import uncompiled, with_user_names
-from faccel.tree import Tree, full_tensor, local_tensor
+from faccel.tree import Tree, local_tensor
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -281,84 +280,21 @@ def export_model(
     directory = path_argument("model", model, path, call)
     module = user_module(model)
     weights = Weights.of(model, model.state_dict(), trained_only=trained_only)
-    fetcher = _Fetcher(weights.tensors, ctx)
+    full_tensors = FullTensors(weights.tensors, ctx)
     adapter = None
     if trained_only:
         adapter = active_adapter(module)
     if adapter is not None:
         # Every rank gathers, rank 0 writes.
-        state = fetcher.fetch(list(fetcher.sizes()))
+        state = full_tensors.on_rank_0(list(full_tensors.sizes()))
         return on_rank_0(
             lambda: write_adapter(module, adapter, state, directory), ctx, "write the adapter"
         )
-    shards = split_into_shards(fetcher.sizes(), parse_size(max_shard_size))
+    shards = split_into_shards(full_tensors.sizes(), parse_size(max_shard_size))
     described: nn.Module | None = module
     if trained_only:  # `from_pretrained` could not build the model from a part of its weights
         described = None
-    return write_export(directory, shards, weights.ties, fetcher.fetch, ctx, described)
-
-
-@attrs.frozen
-class _TensorSpec:
-    """Shape, dtype and pipeline rank of a tensor.
-
-    Args:
-        pp_rank: The first rank of the axis `pp` that has the tensor.
-        shape: Its full shape.
-        dtype: Its dtype.
-    """
-
-    pp_rank: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class _Fetcher:
-    """Gathers full tensors of a model on rank 0, from shards and from the stages of a pipeline."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], ctx: DistContext) -> None:
-        self._tensors = tensors
-        self._ctx = ctx
-        self._specs: dict[str, _TensorSpec] = {}
-        is_pipeline = ctx.mesh.spec.pp > 1
-        pp_rank = 0
-        if is_pipeline:
-            pp_rank = ctx.comm.rank("pp")
-        specs: dict[str, _TensorSpec] = {}
-        for name, tensor in tensors.items():
-            specs[name] = _TensorSpec(pp_rank, tuple(tensor.shape), tensor.dtype)
-        stages = [specs]
-        if is_pipeline:
-            stages = gather_objects(specs, ctx, axis="pp")
-        for stage in stages:
-            for name, spec in stage.items():  # the first stage of a tied tensor
-                self._specs.setdefault(name, spec)
-
-    def sizes(self) -> dict[str, int]:
-        """Return the sizes of all tensors of the model in bytes."""
-        sizes: dict[str, int] = {}
-        for name, spec in self._specs.items():
-            sizes[name] = math.prod(spec.shape) * spec.dtype.itemsize
-        return sizes
-
-    def fetch(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        """Return full tensors on the CPU, on rank 0. Collective."""
-        tensors: dict[str, torch.Tensor] = {}
-        for name in names:
-            tensor = self._full_tensor(name)
-            if self._ctx.is_main:  # the other ranks drop it at once
-                tensors[name] = tensor.cpu()
-        return tensors
-
-    def _full_tensor(self, name: str) -> torch.Tensor:
-        if self._ctx.mesh.spec.pp == 1:  # every rank has a shard of every tensor
-            return full_tensor(self._tensors[name])
-        spec = self._specs[name]
-        if spec.pp_rank == self._ctx.comm.rank("pp"):
-            tensor = full_tensor(self._tensors[name]).to(self._ctx.device)
-        else:
-            tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self._ctx.device)
-        return self._ctx.comm.broadcast(tensor, spec.pp_rank, "pp")
+    return write_export(directory, shards, weights.ties, full_tensors.on_rank_0, ctx, described)
 
 
 def write_export(

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from faccel.parallel.context_parallelism import attention as attention
     from faccel.parallel.context_parallelism import context_parallel as context_parallel
     from faccel.parallel.context_parallelism import split_sequence as split_sequence
+    from faccel.parallel.full_params import full_state_dict as full_state_dict
+    from faccel.parallel.full_params import gathered as gathered
     from faccel.parallel.moe import MoE as MoE
     from faccel.parallel.tensor_parallel import loss_parallel as loss_parallel
     from faccel.plan import ActivationCheckpointing as ActivationCheckpointing
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "faccel.parallel.auto_plan": ("plan_for",),
     "faccel.parallel.context_parallelism": ("attention", "context_parallel", "split_sequence"),
+    "faccel.parallel.full_params": ("full_state_dict", "gathered"),
     "faccel.parallel.moe": ("MoE",),
     "faccel.parallel.tensor_parallel": ("loss_parallel",),
     "faccel.plan": (

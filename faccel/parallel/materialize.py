@@ -70,7 +70,7 @@ class InitialValues:
                 if value is None:
                     value = torch.empty(tensor.shape, dtype=tensor.dtype)
                 value = ctx.comm.broadcast(value.to(ctx.device), 0, axis)
-                _copy_shard(tensor, value)
+                copy_shard(tensor, value)
 
 
 def materialize(module: nn.Module, ctx: DistContext, axis: str) -> None:
@@ -99,7 +99,7 @@ def has_meta(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in _tensors(module).values())
 
 
-def _copy_shard(tensor: torch.Tensor, full: torch.Tensor) -> None:
+def copy_shard(tensor: torch.Tensor, full: torch.Tensor) -> None:
     """Copy this rank's shard of `full` into `tensor`."""
     if not is_dtensor(tensor):
         tensor.copy_(full)

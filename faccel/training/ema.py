@@ -14,6 +14,7 @@ from faccel.effects import COLLECTIVE, consumes, effectful, updates
 from faccel.errors import DonatedError, ModelError
 from faccel.flat_shard import FlatShard
 from faccel.training.model import WrappedModel, check_context, check_wrapped
+from faccel.training.module_names import user_name
 from faccel.tree import local_tensor
 
 _BUFFERS = ("copy", "average")
@@ -276,7 +277,7 @@ def _averaged_tensors(
     # A parameter that is tied between two stages of a pipeline has one name, as in a checkpoint.
     tied_copies = model.parallelism.tied_copies(model.engine)
     for name, param in model.module.named_parameters():
-        key = tied_copies.get(id(param), name)
+        key = tied_copies.get(id(param), user_name(name))
         if param.requires_grad or key in averaged:
             shard = shards.get(name, param)
             assert isinstance(shard, torch.Tensor)

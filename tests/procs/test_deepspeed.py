@@ -229,6 +229,49 @@ def test_moving_averages_equal_those_of_torch_and_are_saved(stage, tmp_path):
         assert (output_after - net(rows(9))).abs().max() < 1e-5
 
 
+def gathers(ctx):
+    model, opt = prepared(ctx)
+    train(ctx, model, opt, 0, 2)
+    before = full_state(model.state_dict())
+    objects = [id(param) for param in model.parameters()]
+    state = faccel.parallel.full_state_dict(model, ctx, rank=1)
+    with faccel.parallel.gathered(model, ctx) as params:
+        read = {name: param.detach().clone() for name, param in model.named_parameters()}
+        assert params.keys() == read.keys()
+    with faccel.parallel.gathered(model, ctx, modifier_rank=1), torch.no_grad():
+        model.module.b.weight.fill_(ctx.rank)
+    assert [id(param) for param in model.parameters()] == objects
+    with torch.no_grad():
+        output = model(rows(9))
+    train(ctx, model, opt, 2, 3)
+    return before, state, read, faccel.parallel.full_state_dict(model, ctx, rank=None), output
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_full_parameters_are_read_and_written_under_every_stage(stage):
+    net = Net()
+    net.norm.eval()
+    trained = [p for p in net.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(trained, lr=0.05)
+    for number in range(3):
+        if number == 2:
+            expected = {name: value.clone() for name, value in net.state_dict().items()}
+            nn.init.ones_(net.b.weight)
+            expected_output = net(rows(9)).detach()
+        opt.zero_grad()
+        net(rows(number)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.1)
+        opt.step()
+    results = on(2, gathers, zero=stage)
+    for rank, (before, state, read, after, output) in enumerate(results):
+        assert distance(before, expected) < 1e-5
+        assert state.keys() == (before.keys() if rank == 1 else set())
+        assert rank == 0 or distance(state, before) == 0
+        assert distance(read, {name: before[name] for name in read}) == 0
+        assert (output - expected_output).abs().max() < 1e-5
+        assert distance(after, net.state_dict()) < 1e-4
+
+
 def averages_before_the_engine(ctx):
     model = faccel.wrap(Net(), ctx)
     ema = faccel.init_ema(model, ctx)

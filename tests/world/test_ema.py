@@ -14,7 +14,7 @@ from faccel.errors import CheckpointError, ConfigError, DonatedError, ModelError
 from faccel.parallel import ema_weights
 from faccel.testing import fake_context, simulate
 from tests.models import loss_of, model, tokens
-from tests.training import TIED, full, plan_of
+from tests.training import TIED, full, plan_of, slow_if_large
 
 CTX = fake_context(0, 1)
 DECAY, ROWS, STEPS, ACCUM = 0.9, 24, 3, 2
@@ -24,11 +24,6 @@ MESHES = (
     "dp_replicate=1", "dp_replicate=2", ZERO_1, "dp_shard=2", "dp_shard=3",
     "dp_replicate=2,dp_shard=2", "tp=2", "dp_shard=2,tp=2", "pp=2", "pp=2,dp_shard=2",
 )  # fmt: skip
-
-
-def slow_if_large(mesh):
-    """Simulated DTensors of two axes take seconds."""
-    return pytest.param(mesh, marks=[pytest.mark.slow] if "," in mesh else [])
 
 
 def batch_of(step):
