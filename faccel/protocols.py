@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import attrs
 import torch
+from torch import nn
 
 from faccel.errors import ConfigError
 from faccel.tree import Tree
@@ -42,6 +43,10 @@ class Collectives(Protocol):
     # Not an argument of each collective, because only debug mode uses it.
     def set_call_label(self, call: str, x: Tree) -> None:
         """Label the next collective with the public call and its value, for debug mode."""
+        ...
+
+    def name_model(self, model: nn.Module) -> None:
+        """Give the units of a model names, by which ranks compare what they communicate."""
         ...
 
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:

@@ -6,13 +6,15 @@ import re
 import time
 import zlib
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import attrs
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from faccel.call_site import call_site
+from faccel.comm.compared_call import labelled, name_model, subject_of_calls
 from faccel.comm.pack import describe
 from faccel.comm.rank_errors import naming_failed_rank
 from faccel.comm.rank_status import RankStatus
@@ -64,8 +66,9 @@ class TorchCollectives:
 
     groups: dict[str, dist.ProcessGroup]
     rank_status: RankStatus | None = None
-    # at most one: the call that the next reduction belongs to
+    # at most one: the call that the next collective belongs to
     _label: list[tuple[str, Tree]] = attrs.field(factory=list, init=False, repr=False)
+    _models: list[str] = attrs.field(factory=list, init=False, repr=False)  # those that were named
     in_flight: list[torch.Tensor] = attrs.field(factory=list, init=False, repr=False)
     """Aliases of tensors that threads of c10d may still reference; see `drain`."""
 
@@ -113,9 +116,14 @@ class TorchCollectives:
         return self.groups[axis]
 
     def set_call_label(self, call: str, x: Tree) -> None:
-        """Set the name of the user's call that the next reduction belongs to."""
-        if self.rank_status is not None:
-            self._label[:] = [(call, x)]
+        """Set the name of the user's call that the next collective belongs to."""
+        self._label[:] = [(call, x)]
+
+    def name_model(self, model: nn.Module) -> None:
+        """Give the units of a model names, by which a simulation and debug mode compare calls."""
+        if self.rank_status is None:  # a simulation, which compares all calls
+            self._models.append(type(model).__name__)
+            name_model(model, len(self._models))
 
     def _check_bits(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
         """Return `T[64]` to append to `x` in a reduction: a hash of the call, in bits and inverted.
@@ -125,14 +133,12 @@ class TorchCollectives:
         did not send. Empty in a simulation, which compares the calls themselves, and off the CPU,
         where comparing the bits would make the host wait.
         """
-        # Popped in any case: a label that stays would describe a later, other reduction.
-        label = self._label.pop() if self._label else None
         # Above 256 the sum of bits may be inexact: bfloat16 has 8 bits of precision.
         if self.rank_status is None or x.device.type != "cpu" or self.size(axis) > 256:
             return x.new_empty(0)
         text = f"{op}{x.dtype}{x.numel()}"
-        if label is not None:
-            call, tree = label
+        if self._label:
+            call, tree = self._label[0]
             text = f"{call}{paths(tree)}{describe(flatten(tree)[0])}"
         # Not `hash(text)`, which differs between processes.
         number = zlib.crc32(text.encode())
@@ -161,11 +167,19 @@ class TorchCollectives:
 
     @contextmanager
     def _running(self, op: str, axis: str) -> Generator[None]:
-        with naming_failed_rank(op, axis, self):
+        with naming_failed_rank(op, axis, self), self._subject():
             yield
-        # The label of a call without a reduction would describe a later one, and keep its tensors.
-        self._label.clear()
         self._forget_finished()
+
+    def _subject(self) -> AbstractContextManager[None]:
+        """Remove the label; in a simulation, it is the subject of the calls in the body."""
+        # Removed in any case: it would describe a later, other collective, and keep its tensors.
+        labels = self._label[:]
+        self._label.clear()
+        if not labels or self.rank_status is not None:
+            return nullcontext()
+        call, tree = labels[0]
+        return subject_of_calls(labelled(call, tree))
 
     def size(self, axis: str) -> int:
         """Return the number of ranks of the axis."""
@@ -208,7 +222,9 @@ class TorchCollectives:
         """Return every rank's `x` along a new first dimension."""
         size = self.size(axis)
         flat = x.new_empty(size * x.numel())
-        if flat.numel():
+        if not flat.numel():
+            self._label.clear()
+        else:
             # gloo's threads reference views of the output, which count as references to `flat`
             # only. So `flat` itself is tracked, and the caller gets a copy.
             if flat.device.type == "cpu":

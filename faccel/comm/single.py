@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import attrs
 import torch
+from torch import nn
 
 from faccel.errors import ConfigError, nearest
 from faccel.mesh import AXES, VIEWS, WORLD
@@ -46,6 +47,9 @@ class SingleCollectives:
         self._check(axis)
 
     def set_call_label(self, call: str, x: Tree) -> None:
+        """Do nothing: there are no other ranks to compare with."""
+
+    def name_model(self, model: nn.Module) -> None:
         """Do nothing: there are no other ranks to compare with."""
 
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> None:

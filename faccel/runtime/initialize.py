@@ -150,7 +150,9 @@ def _connect(
         return SingleCollectives()
     from faccel.runtime.process_groups import DEFAULT_GROUP, create_axis_groups, create_collectives
 
-    store, rank_status = DEFAULT_GROUP.acquire(topology, device, config.timeout_s)
+    store, rank_status = DEFAULT_GROUP.acquire(
+        topology, device, config.timeout_s, debug=config.debug
+    )
     groups = create_axis_groups(spec, topology.rank)
     # Debug mode keeps the calls of different contexts apart by it.
     number = DEFAULT_GROUP.num_contexts

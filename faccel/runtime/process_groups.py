@@ -14,8 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
+from faccel.comm.call_exchange import CallExchange
 from faccel.comm.collectives import TorchCollectives
 from faccel.comm.debug import DebugCollectives
+from faccel.comm.debug_group import BACKEND as DEBUG_BACKEND
+from faccel.comm.debug_group import DebugGroup, DebugOptions
 from faccel.comm.rank_status import RankStatus
 from faccel.config import Config
 from faccel.context import Topology
@@ -47,7 +50,7 @@ class DefaultGroup:
         self._rank_status: RankStatus | None = None
 
     def acquire(
-        self, topology: Topology, device: torch.device, timeout_s: float
+        self, topology: Topology, device: torch.device, timeout_s: float, *, debug: bool = False
     ) -> tuple[dist.Store, RankStatus]:
         """Return the store of the world and the status of its ranks.
 
@@ -59,7 +62,7 @@ class DefaultGroup:
         if dist.is_initialized():
             _check_same_world(topology)
         else:
-            self._create(topology, device, timedelta(seconds=timeout_s))
+            self._create(topology, device, timedelta(seconds=timeout_s), debug=debug)
         # The private function is the only way to the store of an adopted group.
         store = c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
         self.num_contexts += 1
@@ -67,6 +70,8 @@ class DefaultGroup:
             # A new generation: what ranks reported to earlier contexts must not be read again.
             self._num_generations += 1
             self._rank_status = RankStatus(store, topology.rank, self._num_generations)
+            if isinstance(dist.group.WORLD, DebugGroup):
+                dist.group.WORLD.options.exchange.set_rank_status(self._rank_status)
         return store, self._rank_status
 
     def add_context(self, context_id: int, close: Callable[[], None]) -> None:
@@ -95,18 +100,27 @@ class DefaultGroup:
         if self._is_created:
             self._destroy()
 
-    def _create(self, topology: Topology, device: torch.device, timeout: timedelta) -> None:
+    def _create(
+        self, topology: Topology, device: torch.device, timeout: timedelta, *, debug: bool
+    ) -> None:
         previous_hook = sys.excepthook
         try:
             store = _open_store(topology, timeout)
+            backend, options = c10d_backend(device), None
+            if debug:
+                exchange = CallExchange(store, timeout.total_seconds(), f"c10d_{self._num_created}")
+                device_id = device if device.type == "cuda" else None
+                options = DebugOptions(backend, device_id, exchange)
+                backend = DEBUG_BACKEND
             dist.init_process_group(
-                c10d_backend(device),
+                backend,
                 store=dist.PrefixStore(self._prefix(store, topology, timeout), store),
                 rank=topology.rank,
                 world_size=topology.world_size,
                 timeout=timeout,
                 # With it NCCL connects now and not in the first collective.
-                device_id=device if device.type == "cuda" else None,
+                device_id=device if device.type == "cuda" and not debug else None,
+                pg_options=options,
             )
         except (dist.DistError, RuntimeError, TypeError) as error:
             sys.excepthook = previous_hook
@@ -268,7 +282,14 @@ def create_collectives(
     # A simulation has no rank status: its scheduler names the ranks.
     comm = TorchCollectives(dict(groups), rank_status)
     if config.debug:
-        return DebugCollectives(comm, store, config.timeout_s, context_number)
+        world = dist.group.WORLD
+        if isinstance(world, DebugGroup):
+            # The one of c10d's calls: ranks may disagree about whether faccel or torch is next.
+            exchange = world.options.exchange
+        else:
+            exchange = CallExchange(store, config.timeout_s, str(context_number))
+            exchange.set_rank_status(rank_status)
+        return DebugCollectives(comm, exchange)
     return comm
 
 

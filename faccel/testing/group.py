@@ -17,11 +17,25 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
+# Imported before a rank does: its functions have `group=dist.group.WORLD` as a default, which would
+# be the default group of the rank that imports them first.
+import torch.distributed.nn.functional  # pyright: ignore[reportUnusedImport]
+
 from faccel.call_site import call_site
+from faccel.comm.compared_call import compared_call
 from faccel.comm.pack import describe
 from faccel.errors import DesyncError, WorldError
+from faccel.testing.reductions import (
+    ReduceOp,
+    check_fits,
+    check_reduction,
+    check_tensors,
+    copy,
+    op_name,
+    reduce_tensors,
+)
 from faccel.testing.work import SimulatedWork, join_works
-from faccel.testing.world import Channel, InjectedError, OpenCollective, TraceEvent, World
+from faccel.testing.world import Channel, InjectedError, OpenCollective, TraceEvent, World, corrupt
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import (
@@ -40,7 +54,6 @@ BACKEND = "faccel_simulated"
 T = TypeVar("T")
 _Tensors = list[torch.Tensor]
 _Rows = list[list[torch.Tensor]]
-_ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 
 
 class _GroupOptions(Protocol):
@@ -50,34 +63,6 @@ class _GroupOptions(Protocol):
     group_size: int
     group_rank: int
     global_ranks_in_group: list[int]
-
-
-# Each takes the inputs of all ranks, stacked in dimension 0. Sums keep the dtype of their input, as
-# those of c10d do.
-_REDUCTIONS: dict[object, Callable[[torch.Tensor], torch.Tensor]] = {
-    dist.ReduceOp.SUM: lambda x: x.sum(0, dtype=x.dtype),
-    dist.ReduceOp.AVG: lambda x: x.sum(0) / x.shape[0],
-    dist.ReduceOp.PRODUCT: lambda x: x.prod(0, dtype=x.dtype),
-    dist.ReduceOp.MIN: lambda x: x.amin(0),
-    dist.ReduceOp.MAX: lambda x: x.amax(0),
-}
-
-
-def _reduce(tensors: Sequence[torch.Tensor], op: _ReduceOp) -> torch.Tensor:
-    # c10d passes either the enum or an object that wraps it
-    reduction = _REDUCTIONS.get(getattr(op, "op", op))
-    if reduction is None:
-        raise ValueError(f"a simulated world does not support the reduction {op}")
-    return reduction(torch.stack([tensor.detach() for tensor in tensors]))
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    # Both may be parameters, on which in-place writes with autograd are errors.
-    target.detach().copy_(source.detach())
-
-
-def _op_name(op: _ReduceOp) -> str:
-    return str(getattr(op, "op", op)).rpartition(".")[2].lower()
 
 
 class SimulatedGroup(dist.ProcessGroup):
@@ -130,6 +115,7 @@ class SimulatedGroup(dist.ProcessGroup):
 
     def _record(self, op: str, tensors: Sequence[torch.Tensor]) -> str:
         """Add a call to the trace and inject its fault; return the call site."""
+        self._world.scheduler.check_user(self._world_rank, op)
         if self._world.scheduler.is_finished:
             raise WorldError(
                 "the simulation of this context has ended",
@@ -158,7 +144,7 @@ class SimulatedGroup(dist.ProcessGroup):
             self._world.scheduler.wait(rank, lambda: False, f"stalled before {op} at {site}")
         # A barrier has no input to corrupt.
         for tensor in tensors[:1]:
-            _corrupt(tensor)
+            corrupt(tensor)
 
     def _collective(
         self,
@@ -180,26 +166,29 @@ class SimulatedGroup(dist.ProcessGroup):
             outputs: The value of the future.
 
         Raises:
-            DesyncError: Ranks call different operations, or with different details.
+            DataError: gloo does not support the tensors.
+            DesyncError: Ranks make different calls.
         """
         world, rank = self._world, self._world_rank
-        site = self._record(op, tensors)
-        signature = op
-        if detail:
-            signature = f"{op}({detail})"
+        check_tensors(op, tensors)
+        self._record(op, tensors)
+        call = compared_call(op, detail)
         # The n-th call of a group on one rank belongs to the n-th call on every other rank.
         key = (self._key, self._num_calls)
         self._num_calls += 1
-        opened = OpenCollective[object](signature, site, rank)
+        opened = OpenCollective[object](call, rank)
         # All ranks of a collective pass values of one type, which the key does not express.
         collective = cast("OpenCollective[T]", world.collectives.setdefault(key, opened))
-        if collective.signature != signature:
+        if collective.call.differs_from(call):
+            actions = {number: other.shown(call) for number, other in collective.calls.items()}
+            actions[rank] = call.shown(collective.call)
             raise world.scheduler.fail_at(
-                rank,
-                f"{signature} at {site}",
+                actions,
                 problem="ranks disagree about the next collective",
-                fix="call the same collective with the same shapes and dtypes on every rank",
+                fix="call the same collective of the same values, with the same shapes and dtypes, "
+                "from the same line on every rank",
             )
+        collective.calls[rank] = call
         collective.inputs[self._group_rank] = value
         if len(collective.inputs) == self.size():
             del world.collectives[key]
@@ -209,22 +198,24 @@ class SimulatedGroup(dist.ProcessGroup):
             collective.is_done = True
 
         def wait() -> None:
-            world.scheduler.wait(rank, lambda: collective.is_done, f"{signature} at {site}")
+            group = f"group {self.group_name!r} (`{self.axis}`)"
+            world.scheduler.wait(rank, lambda: collective.is_done, str(call), group=group)
 
         return SimulatedWork(wait, outputs)
 
     def allreduce(self, tensors: _Tensors, opts: AllreduceOptions | None = None) -> SimulatedWork:
-        op: _ReduceOp = dist.ReduceOp.SUM
+        op: ReduceOp = dist.ReduceOp.SUM
         if opts is not None:
             op = opts.reduceOp
+        check_reduction("all_reduce", tensors, op)
 
         def compute(inputs: list[_Tensors]) -> None:
             for tensors_of_ranks in zip(*inputs, strict=True):
-                result = _reduce(tensors_of_ranks, op)
+                result = reduce_tensors(tensors_of_ranks, op)
                 for tensor in tensors_of_ranks:
-                    _copy(tensor, result)
+                    copy(tensor, result)
 
-        detail = f"{_op_name(op)}, {describe(tensors)}"
+        detail = f"{op_name(op)}, {describe(tensors)}"
         return self._collective("all_reduce", detail, tensors, tensors, compute, tensors)
 
     def allreduce_coalesced(
@@ -234,11 +225,13 @@ class SimulatedGroup(dist.ProcessGroup):
         return self.allreduce(tensors, opts)
 
     def reduce(self, tensors: _Tensors, opts: ReduceOptions) -> SimulatedWork:
-        def compute(inputs: list[_Tensors]) -> None:
-            result = _reduce([tensors[0] for tensors in inputs], opts.reduceOp)
-            _copy(inputs[opts.rootRank][0], result)
+        check_reduction("reduce", tensors, opts.reduceOp)
 
-        detail = f"{_op_name(opts.reduceOp)}, to {opts.rootRank}, {describe(tensors)}"
+        def compute(inputs: list[_Tensors]) -> None:
+            result = reduce_tensors([tensors[0] for tensors in inputs], opts.reduceOp)
+            copy(inputs[opts.rootRank][0], result)
+
+        detail = f"{op_name(opts.reduceOp)}, to {opts.rootRank}, {describe(tensors)}"
         return self._collective("reduce", detail, tensors, tensors, compute, tensors)
 
     def broadcast(self, tensors: _Tensors, opts: BroadcastOptions) -> SimulatedWork:
@@ -248,7 +241,7 @@ class SimulatedGroup(dist.ProcessGroup):
                 for target, source in zip(targets, sources, strict=True):
                     # The root's own tensor.
                     if target is not source:
-                        _copy(target, source)
+                        copy(target, source)
 
         detail = f"from {opts.rootRank}, {describe(tensors)}"
         return self._collective("broadcast", detail, tensors, tensors, compute, tensors)
@@ -260,10 +253,19 @@ class SimulatedGroup(dist.ProcessGroup):
             for targets_of_rank, _ in values:
                 for i, targets in enumerate(targets_of_rank):
                     for target, (_, sources) in zip(targets, values, strict=True):
-                        _copy(target, sources[i])
+                        copy(target, sources[i])
 
+        for targets, source in zip(outputs, inputs, strict=True):
+            check_fits("all_gather", targets, [source] * self.size())
         value = (outputs, inputs)
         return self._collective("all_gather", describe(inputs), inputs, value, compute, outputs)
+
+    def allgather_coalesced(
+        self, outputs: _Rows, inputs: _Tensors, opts: AllgatherOptions | None = None
+    ) -> SimulatedWork:
+        # `outputs` has a list per rank here, and a list per input in `allgather`.
+        rows = [list(targets) for targets in zip(*outputs, strict=True)]
+        return self.allgather(rows, inputs, opts)
 
     def all_gather_single(
         self, output: torch.Tensor, input: torch.Tensor, opts: AllgatherOptions | None = None
@@ -271,8 +273,9 @@ class SimulatedGroup(dist.ProcessGroup):
         def compute(values: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
             joined = torch.cat([source.detach().reshape(-1) for _, source in values])
             for target, _ in values:
-                _copy(target, joined.view(target.shape))
+                copy(target, joined.view(target.shape))
 
+        check_fits("all_gather_single", list(output.chunk(self.size())), [input] * self.size())
         value = (output, input)
         return self._collective("all_gather", describe([input]), [input], value, compute, output)
 
@@ -287,8 +290,10 @@ class SimulatedGroup(dist.ProcessGroup):
         def compute(values: list[tuple[_Rows, _Tensors]]) -> None:
             targets = values[opts.rootRank][0][0]
             for target, (_, sources) in zip(targets, values, strict=True):
-                _copy(target, sources[0])
+                copy(target, sources[0])
 
+        for targets in outputs:  # empty on the other ranks
+            check_fits("gather", targets, inputs * self.size())
         detail = f"to {opts.rootRank}, {describe(inputs)}"
         return self._collective("gather", detail, inputs, (outputs, inputs), compute, outputs)
 
@@ -296,23 +301,27 @@ class SimulatedGroup(dist.ProcessGroup):
         def compute(values: list[tuple[_Tensors, _Rows]]) -> None:
             sources = values[opts.rootRank][1][0]
             for (targets, _), source in zip(values, sources, strict=True):
-                _copy(targets[0], source)
+                copy(targets[0], source)
 
         sent: _Tensors = []
         if inputs:  # only on the root
             sent = inputs[0]
+            check_fits("scatter", sent, outputs * self.size())
         detail = f"from {opts.rootRank}, {describe(outputs)}"
         return self._collective("scatter", detail, sent, (outputs, inputs), compute, outputs)
 
     def reduce_scatter(
         self, outputs: _Tensors, inputs: _Rows, opts: ReduceScatterOptions
     ) -> SimulatedWork:
+        check_reduction("reduce_scatter", inputs[0], opts.reduceOp)
+        check_fits("reduce_scatter", inputs[0], outputs * self.size())
+
         def compute(values: list[tuple[_Tensors, _Rows]]) -> None:
             for rank, (targets, _) in enumerate(values):
                 rows = [rows_of_rank[0][rank] for _, rows_of_rank in values]
-                _copy(targets[0], _reduce(rows, opts.reduceOp))
+                copy(targets[0], reduce_tensors(rows, opts.reduceOp))
 
-        detail = f"{_op_name(opts.reduceOp)}, {describe(inputs[0])}"
+        detail = f"{op_name(opts.reduceOp)}, {describe(inputs[0])}"
         value = (outputs, inputs)
         return self._collective("reduce_scatter", detail, inputs[0], value, compute, outputs)
 
@@ -356,7 +365,7 @@ class SimulatedGroup(dist.ProcessGroup):
         def compute(values: list[tuple[_Tensors, _Tensors]]) -> None:
             for rank, (targets, _) in enumerate(values):
                 for target, (_, sources) in zip(targets, values, strict=True):
-                    _copy(target, sources[rank])
+                    copy(target, sources[rank])
 
         # Shapes may differ between ranks here; dtypes may not.
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in inputs}
@@ -376,20 +385,29 @@ class SimulatedGroup(dist.ProcessGroup):
         return SimulatedWork(lambda: None, tensors)
 
     def recv(self, tensors: _Tensors, src: int, tag: int = 0) -> SimulatedWork:
+        return self._receive(tensors, [src], tag, f"recv from {self._ranks[src]}")
+
+    def recv_anysource(self, tensors: _Tensors, tag: int = 0) -> SimulatedWork:
+        return self._receive(tensors, range(self.size()), tag, "recv from any rank")
+
+    def _receive(
+        self, tensors: _Tensors, sources: Sequence[int], tag: int, action: str
+    ) -> SimulatedWork:
         scheduler, rank = self._world.scheduler, self._world_rank
         site = self._record("recv", [])
-        channel = Channel(self._key, src, self._group_rank, tag)
-        messages = self._world.messages.setdefault(channel, [])
-        source = self._ranks[src]
-        is_received = False
+        queues: dict[int, list[torch.Tensor]] = {}
+        for source in sources:
+            channel = Channel(self._key, source, self._group_rank, tag)
+            queues[source] = self._world.messages.setdefault(channel, [])
+        work = SimulatedWork(lambda: wait(), tensors)
 
         def wait() -> None:
-            nonlocal is_received
-            if is_received:  # `wait` may be called again
+            if work.source_rank is not None:  # `wait` may be called again
                 return
-            scheduler.wait(rank, lambda: bool(messages), f"recv from {source} at {site}")
-            is_received = True
-            message = messages.pop(0)
+            scheduler.wait(rank, lambda: any(queues.values()), f"{action} at {site}")
+            group_source = next(source for source, queue in queues.items() if queue)
+            work.source_rank = group_source
+            message, source = queues[group_source].pop(0), self._ranks[group_source]
             if describe([message]) != describe(tensors):
                 raise scheduler.fail(
                     DesyncError(
@@ -399,19 +417,9 @@ class SimulatedGroup(dist.ProcessGroup):
                         fix="send and receive the same shape and dtype",
                     )
                 )
-            _copy(tensors[0], message)
+            copy(tensors[0], message)
 
-        return SimulatedWork(wait, tensors)
-
-
-def _corrupt(tensor: torch.Tensor) -> None:
-    """Set the first element to NaN; flip all its bits if it is an integer."""
-    # The inputs of collectives are contiguous, so this is a view.
-    first = tensor.detach().reshape(-1)[:1]
-    if first.is_floating_point():
-        first.fill_(float("nan"))
-    else:
-        first.copy_(~first)
+        return work
 
 
 @attrs.frozen(eq=False)

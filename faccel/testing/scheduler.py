@@ -9,23 +9,25 @@ A hang is detected without a timeout: some ranks wait, and no rank can run.
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from faccel.call_site import describe_ranks
+from faccel.call_site import call_site, describe_ranks
 from faccel.errors import DesyncError, RankFailedError
 from faccel.random.generators import Generators
 
 T = TypeVar("T")
 _SIGNAL_POLL_S = 1.0
+_C10D_LOGGER = logging.getLogger("c10d-NullHandler-default")
 
 
 class _GroupTable:
@@ -68,6 +70,7 @@ class _Rank:
         self.turn = threading.Semaphore(0)  # released when the rank may run
         self.is_ready: Callable[[], bool] | None = None  # None: the rank can run
         self.action = "starting"  # for messages
+        self.group = ""  # the name of the process group in which it waits
         self.is_done = False
         self.result: Any = None
 
@@ -108,6 +111,7 @@ class Scheduler:
         self._finished = threading.Event()
         self._is_abandoned = False
         self._num_switches = 0
+        self._thread = threading.local()
 
     @property
     def is_finished(self) -> bool:
@@ -127,6 +131,9 @@ class Scheduler:
         """
         previous_globals = _Globals.current()
         previous_hook = sys.excepthook  # `init_process_group` of a rank replaces it
+        # c10d logs each exception of a collective at DEBUG: pytest shows that for a failed test.
+        previous_level = _C10D_LOGGER.level
+        _C10D_LOGGER.setLevel(logging.INFO)
         _isolation.add(1)
         threads = [
             threading.Thread(target=self._run_rank, args=(rank, fn), daemon=True)
@@ -149,6 +156,7 @@ class Scheduler:
             # A rank may have been the last to run, so its globals are in place.
             previous_globals.restore()
             sys.excepthook = previous_hook
+            _C10D_LOGGER.setLevel(previous_level)
         if self._errors:
             raise self._first_cause()
         return tuple(rank.result for rank in self._ranks)
@@ -189,6 +197,7 @@ class Scheduler:
     def _run_rank(self, number: int, fn: Callable[[int], object]) -> None:
         """The body of a rank's thread."""
         rank = self._ranks[number]
+        self._thread.rank = number
         rank.turn.acquire()
         if self._is_abandoned:
             return
@@ -209,13 +218,16 @@ class Scheduler:
         rank.is_done = True
         self._switch(number)
 
-    def wait(self, number: int, is_ready: Callable[[], bool], action: str) -> None:
+    def wait(
+        self, number: int, is_ready: Callable[[], bool], action: str, *, group: str = ""
+    ) -> None:
         """Let other ranks run until `is_ready()` is true.
 
         Args:
             number: The rank that waits.
             is_ready: Called whenever another rank waits or ends.
             action: What the rank does and where, for messages.
+            group: The name of the process group in which it waits.
 
         Raises:
             DesyncError: No rank can run any more.
@@ -224,6 +236,7 @@ class Scheduler:
         # Without a switch if the result is ready: most collectives of the last rank.
         if self._failure is None and not is_ready():
             rank.action = action
+            rank.group = group
             rank.is_ready = is_ready
             # Saved by the rank itself, because the next one overwrites them.
             rank.globals = _Globals.current()
@@ -238,9 +251,28 @@ class Scheduler:
             raise self.fail(self._failure)
         rank.action = "running"
 
-    def fail_at(self, number: int, action: str, problem: str, fix: str) -> DesyncError:
-        """Make every rank fail, because this rank's `action` contradicts those of the others."""
-        self._ranks[number].action = action
+    def check_user(self, owner: int, op: str) -> None:
+        """Raise unless the rank that runs is `owner`, whose process group makes the call `op`.
+
+        Raises:
+            DesyncError: Two ranks share a group, which separate processes cannot.
+        """
+        user: int | None = getattr(self._thread, "rank", None)  # None: on another thread
+        if user is None or user == owner:
+            return
+        raise self.fail(
+            DesyncError(
+                "the process group of one rank is used by another rank",
+                got=f"that of rank {owner} on rank {user}: {op} at {call_site()}",
+                fix="look the group up in the function that `simulate` runs; a global variable, "
+                "or the default of an argument, is one object for all ranks",
+            )
+        )
+
+    def fail_at(self, actions: Mapping[int, str], problem: str, fix: str) -> DesyncError:
+        """Make every rank fail, because the actions of these ranks contradict each other."""
+        for number, action in actions.items():
+            self._ranks[number].action = action
         return self.fail(DesyncError(problem, got=self.report(), fix=fix))
 
     def fail(self, error: DesyncError) -> DesyncError:
@@ -291,4 +323,10 @@ class Scheduler:
 
     def report(self) -> str:
         """Return the current action of each rank, equal ones in one clause."""
-        return describe_ranks({number: rank.action for number, rank in enumerate(self._ranks)})
+        actions = {number: rank.action for number, rank in enumerate(self._ranks)}
+        # The same call of all ranks, in different groups.
+        if len(set(actions.values())) == 1:
+            for number, rank in enumerate(self._ranks):
+                if rank.group:
+                    actions[number] += f" in {rank.group}"
+        return describe_ranks(actions)

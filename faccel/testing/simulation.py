@@ -224,6 +224,9 @@ class _NoPeers:
     def set_call_label(self, call: str, x: object) -> None:
         """Do nothing: labels are for the checks of debug mode."""
 
+    def name_model(self, model: object) -> None:
+        """Do nothing: there are no peers to compare with."""
+
     def as_rank_error(self, error: RuntimeError, action: str, axis: str) -> None:
         """Return None: the error was not raised by a collective."""
 

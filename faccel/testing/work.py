@@ -23,6 +23,14 @@ class SimulatedWork(Work):
         super().__init__()
         self._wait = wait
         self._outputs = outputs
+        self.source_rank: int | None = None  # of a message that was received, in its group
+
+    def _source_rank(self) -> int:
+        assert self.source_rank is not None
+        return self.source_rank
+
+    def is_success(self) -> bool:
+        return True  # a collective that fails raises in `wait`
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         self._wait()

@@ -9,6 +9,7 @@ import attrs
 import torch
 import torch.distributed as dist
 
+from faccel.comm.compared_call import ComparedCall
 from faccel.errors import DesyncError
 from faccel.testing.scheduler import Scheduler
 from faccel.validators import choice
@@ -55,19 +56,31 @@ class InjectedError(RuntimeError):
     """The exception of a `Fault` of kind `"raise"`."""
 
 
+def corrupt(tensor: torch.Tensor) -> None:
+    """Set the first element to NaN; flip all its bits if it is an integer.
+
+    Effects: updates tensor.
+    """
+    # The inputs of collectives are contiguous, so this is a view.
+    first = tensor.detach().reshape(-1)[:1]
+    if first.is_floating_point():
+        first.fill_(float("nan"))
+    else:
+        first.copy_(~first)
+
+
 class OpenCollective(Generic[T]):
     """A collective of one group that not all ranks have called yet.
 
     Args:
-        signature: Operation, shapes and dtypes, which must be equal on all ranks.
-        site: Call site of the first rank.
+        call: The call of the first rank, from which those of the others must not differ.
         rank: The first rank, in the world.
     """
 
-    def __init__(self, signature: str, site: str, rank: int) -> None:
-        self.signature = signature
-        self.site = site
+    def __init__(self, call: ComparedCall, rank: int) -> None:
+        self.call = call
         self.rank = rank
+        self.calls: dict[int, ComparedCall] = {}  # by rank in the world
         self.inputs: dict[int, T] = {}  # by rank in the group
         self.is_done = False
 
@@ -115,10 +128,7 @@ class World:
         Raises:
             DesyncError: Names the rank and the call site.
         """
-        incomplete = [
-            f"rank {opened.rank}: {opened.signature} at {opened.site}"
-            for opened in self.collectives.values()
-        ]
+        incomplete = [f"rank {opened.rank}: {opened.call}" for opened in self.collectives.values()]
         for channel, messages in self.messages.items():
             # Also an empty list stays in the table after its messages were received.
             if messages:

@@ -200,6 +200,7 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
         from faccel.training.input_check import with_compared_inputs
 
         run = with_compared_inputs(run, ctx)
+    ctx.comm.name_model(model)
     return WrappedModel(model, engine, ctx.parallelism, ctx, run)
 
 

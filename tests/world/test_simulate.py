@@ -409,3 +409,37 @@ def test_the_plugin_runs_a_test_on_every_rank(ctx, tmp_path):
     (tmp_path / str(ctx.rank)).touch()
     faccel.barrier(ctx)
     assert len(list(tmp_path.iterdir())) == ctx.world_size
+
+
+def test_a_group_of_another_rank_is_refused_where_it_would_hang():
+    shared = []
+
+    def fn(ctx):
+        shared.append(dist.group.WORLD)
+        dist.all_reduce(torch.ones(1), group=shared[0])
+
+    # c10d's decorator replaces our error while it describes the group, which rank 1 does not have
+    with pytest.raises((DesyncError, ValueError)) as error:
+        simulate(fn, 2)
+    assert "that of rank 0 on rank 1: all_reduce at" in str(error.value.__context__)
+
+
+def test_a_function_may_import_torch_distributed_nn():
+    def fn(ctx):
+        from torch.distributed.nn import functional
+
+        return functional._AllReduce.apply(dist.ReduceOp.SUM, dist.group.WORLD, torch.ones(1))
+
+    def default_group(ctx):
+        from torch.distributed.nn.functional import all_reduce
+
+        return all_reduce.__defaults__[-1]
+
+    assert simulate(fn, 2) == (torch.tensor([2.0]),) * 2
+    assert simulate(default_group, 2) == (None, None)
+
+
+def test_a_failed_simulation_logs_nothing_of_c10d(caplog):
+    with pytest.raises(DesyncError):
+        simulate(lambda ctx: ctx.is_main and faccel.barrier(ctx), 2)
+    assert caplog.records == []
