@@ -119,3 +119,9 @@ def import_deepspeed(ctx: DistContext) -> Any:
             fix="import deepspeed after `faccel.wrap_optimizer`, or not at all",
         )
     return deepspeed
+
+
+def op_names() -> list[str]:
+    """Return the names of DeepSpeed's operators for this device. Call it after the import."""
+    ops: Any = importlib.import_module("deepspeed.ops.op_builder.all_ops")
+    return list(ops.ALL_OPS)

@@ -17,9 +17,11 @@ from torch.optim import Optimizer
 
 from faccel.backends.deepspeed.availability import (
     import_deepspeed,
+    op_names,
     rank_environment_if_missing,
     setup_environment,
 )
+from faccel.backends.deepspeed.build_lock import check_no_stale_lock
 from faccel.backends.deepspeed.optimizer import ZeroOptimizer, check_optimizer, step_engine
 from faccel.backends.deepspeed.partition import (
     ParamShard,
@@ -87,6 +89,7 @@ class DeepSpeedModule(nn.Module):
         fp32_values = _fp32_values(self.module, self.ctx)
         with setup_environment(self.ctx):
             deepspeed = import_deepspeed(self.ctx)
+            check_no_stale_lock(op_names(), self.ctx)
             ensure_process_group(self.ctx)
             engine = deepspeed.initialize(
                 model=Methods(self.module), optimizer=opt, config=settings
