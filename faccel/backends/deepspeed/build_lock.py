@@ -1,4 +1,4 @@
-"""Locks that a killed build of DeepSpeed's operators leaves behind.
+"""Locks that remain after a build of an operator of DeepSpeed was killed.
 
 DeepSpeed builds its operators when they are first used. While it builds, PyTorch holds the file
 `lock` in the folder of the operator open; a process that finds the file waits until it is removed.
