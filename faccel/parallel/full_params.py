@@ -12,7 +12,7 @@ from torch import nn
 from faccel.checks import shown
 from faccel.comm.all_or_error import raise_on_all_ranks
 from faccel.comm.objects import gather_objects
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError, DesyncError, FaccelError, ModelError, RankFailedError
 from faccel.mesh import WORLD
@@ -56,6 +56,7 @@ def full_state_dict(
         >>> simulate(sizes, 2, mesh="dp_shard=2")
         ({'weight': [2, 4], 'bias': [2]}, {})
     """
+    require_context(ctx, "faccel.parallel.full_state_dict(model, ctx)")
     check_wrapped(model)
     check_context(model, ctx)
     _check_rank("rank", rank, ctx)
@@ -157,6 +158,7 @@ def gathered(
         >>> simulate(reset, 2, mesh="dp_shard=2")[0]
         ([2, 4], 8.0)
     """
+    require_context(ctx, "faccel.parallel.gathered(model, ctx)")
     check_wrapped(model)
     check_context(model, ctx)
     _check_rank("modifier_rank", modifier_rank, ctx)

@@ -9,7 +9,7 @@ import attrs
 import torch
 
 from faccel.checks import in_range, instance_of, one_of
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, consumes, effectful, updates
 from faccel.errors import DonatedError, ModelError
 from faccel.flat_shard import FlatShard
@@ -96,6 +96,7 @@ def init_ema(
         >>> init_ema(model, ctx, decay=0.99)
         EmaState(decay=0.99, warmup=False, buffers='copy', num_updates=0)
     """
+    require_context(ctx, "faccel.init_ema(model, ctx)")
     check_wrapped(model)
     check_context(model, ctx)
     in_range("decay", decay, 0.0, 1.0)
@@ -144,6 +145,7 @@ def update_ema(ema: EmaState, model: WrappedModel, ctx: DistContext) -> EmaState
         >>> ema.num_updates, ema.averages["weight"].item()
         (1, 0.25)
     """
+    require_context(ctx, "ema = faccel.update_ema(ema, model, ctx)")
     _check(ema, model, ctx)
     decay = ema.decay
     if ema.warmup:
@@ -188,6 +190,7 @@ def ema_weights(
         >>> model(torch.ones(1, 1)).item()
         1.0
     """
+    require_context(ctx, "faccel.parallel.ema_weights(model, ema, ctx)")
     _check(ema, model, ctx)
     return _applied(model, ema, ctx)
 

@@ -50,6 +50,13 @@ CONFIG, DATA, MODEL = errors.ConfigError, errors.DataError, errors.ModelError
 OPTIMIZER, SCALER = errors.OptimizerError, errors.ScalerError
 CHECKPOINT, TREE = errors.CheckpointError, errors.TreeError
 
+FP16 = """\
+ctx = faccel.init(device="cpu", mixed_precision="fp16", env={})
+model = faccel.wrap(net, ctx)
+opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
+loss = F.cross_entropy(model(x), y)
+scaler = faccel.scaled_backward(loss, faccel.init_scaler(ctx), ctx)
+"""
 MISTAKES = [
     # Data
     Mistake("faccel.shard(loader, ctx, tail='padding')", DATA, "tail", "padding", "pad", "padding"),
@@ -367,6 +374,75 @@ MISTAKES = [
         "max",
         "maximum",
     ),
+    Mistake(
+        "faccel.save(state, 's3://bucket/run', ctx, step=1)",
+        CONFIG,
+        "path",
+        "s3://bucket/run",
+        'path="local"',
+        fixed='faccel.save(state, path="local", ctx=ctx, step=1)',
+    ),
+    # The state of an update
+    Mistake(
+        "faccel.wrap(model, ctx)",
+        MODEL,
+        "model",
+        "WrappedModel",
+        "WrappedModel",
+        fixed="assert isinstance(model, faccel.WrappedModel)",
+    ),
+    Mistake(
+        FP16 + "opt.step()",
+        SCALER,
+        "opt.step()",
+        "SGD",
+        "info, scaler = faccel.optimizer_step(opt, scaler, ctx)",
+        fixed=FP16 + "info, scaler = faccel.optimizer_step(opt, scaler, ctx)",
+    ),
+    Mistake(
+        "faccel.optimizer_step(ctx, opt, scaler)",
+        CONFIG,
+        "ctx",
+        "ScalerState",
+        "info, scaler = faccel.optimizer_step(opt, scaler, ctx)",
+        fixed="scaler = faccel.scaled_backward(loss, scaler, ctx)\n"
+        "info, scaler = faccel.optimizer_step(opt, scaler, ctx)",
+    ),
+    Mistake(
+        "list(faccel.shard(DataLoader([], 4), ctx).at(0))",
+        DATA,
+        "loader",
+        "0 samples",
+        'tail="pad"',
+        fixed='list(faccel.shard(DataLoader(dataset, 4), ctx, tail="pad").at(0))',
+    ),
+    # Trackers
+    Mistake(
+        "faccel.tracking.log(trackers, {'loss': loss}, step=step)",
+        CONFIG,
+        "values",
+        "Trackers",
+        'log({"loss": loss}, trackers, step=step)',
+        fixed='faccel.tracking.log({"loss": loss}, trackers, step=step)',
+    ),
+    Mistake(
+        "faccel.tracking.finish(faccel.tracking.init_trackers('run', ctx, trackers='jsonl'))",
+        CONFIG,
+        "trackers",
+        "jsonl",
+        'trackers=("jsonl",)',
+        "trackers='jsonl'",
+    ),
+    Mistake(
+        "faccel.tracking.init_trackers(ctx, 'run')",
+        CONFIG,
+        "ctx",
+        "'run'",
+        "faccel.tracking.init_trackers(run, ctx)",
+        fixed="run = 'run'\n"
+        "faccel.tracking.finish(faccel.tracking.init_trackers(run, ctx))"
+        " # faccel.tracking.init_trackers(run, ctx)",
+    ),
     # The rest of the library
     Mistake(
         "faccel.launch('train.py')",
@@ -455,6 +531,7 @@ def scene(tmp_path):
         "state": {"model": model, "step": 0},
         "step": 1,
         "torch": torch,
+        "trackers": faccel.tracking.Trackers(),
         "train": faccel.shard(loader, ctx),
         "x": x,
         "y": y,
