@@ -244,14 +244,7 @@ def _decode_mapping(node: Node, target: Tree, path: str, decoder: Decoder) -> Re
         targets = target
     elif decoder.has_in_place(target):
         raise _other_container("a dict", target, path)
-    missing: list[object] = []
-    for key in targets:
-        if key not in nodes and not decoder.strict:
-            missing.append(key)
-            decoder.missing.add(child_name(path, key))
-        elif key not in nodes:
-            fix = f"leave it out, or {nearest(str(key), map(str, nodes))}"
-            raise mismatch(child_name(path, key), "not in the checkpoint", fix)
+    missing = _missing_keys(targets, nodes, path, decoder)
     # The keys of the state select what is loaded. Below the top level a dict without keys selects
     # everything: the state of a run begins with `{}` for its metrics. So does a value without keys.
     selects_nothing = isinstance(target, Mapping) and not path
@@ -266,6 +259,19 @@ def _decode_mapping(node: Node, target: Tree, path: str, decoder: Decoder) -> Re
             restores[key] = decoder.decode(nodes[key], targets.get(key), child_name(path, key))
     build = _MAPPINGS[kind_of(node)]
     return lambda: build(restore_all(restores))
+
+
+def _missing_keys(
+    targets: Mapping[object, Tree], nodes: Mapping[object, Node], path: str, decoder: Decoder
+) -> set[object]:
+    """Return the keys of the state that are not in the checkpoint; raise if there must be none."""
+    missing = targets.keys() - nodes.keys()
+    if missing and decoder.strict:
+        key = next(key for key in targets if key in missing)
+        fix = f"leave it out, or {nearest(str(key), map(str, nodes))}"
+        raise mismatch(child_name(path, key), "not in the checkpoint", fix)
+    decoder.missing |= {child_name(path, key) for key in missing}
+    return missing
 
 
 def mapping_nodes(node: Node, decoder: Decoder) -> dict[object, Node]:

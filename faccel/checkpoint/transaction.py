@@ -12,6 +12,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -341,7 +342,9 @@ class SaveTransaction:
         if self._lock is None:
             return
         if self._destination is not None:
-            shutil.rmtree(self._destination.temporary, ignore_errors=True)
+            with suppress(OSError):  # a second call, or it is committed
+                # Another rank may still be writing. It cannot create files in a renamed folder.
+                _delete(self._destination.temporary)
         self._lock.release()
 
 

@@ -30,17 +30,30 @@ def parameters_with_gradients(opt: Optimizer, ctx: DistContext) -> list[torch.Te
     for group in opt.param_groups:
         params += [param for param in group["params"] if param.grad is not None]
     if not ctx.is_replicated:
-        params = [param for param in params if not is_unreduced(param.grad)]
+        reduced = [param for param in params if not is_unreduced(param.grad)]
+        if params and not reduced:
+            raise _all_unreduced(params)
+        params = reduced
     if not params and ctx.mesh.spec.pp == 1:
         num_params = sum(len(group["params"]) for group in opt.param_groups)
         raise OptimizerError(
             "`opt` has no parameter with a gradient",
-            got=f"{num_params} parameters, all with `.grad` None or not reduced yet",
-            fix="write `scaler = faccel.scaled_backward(loss, scaler, ctx)` first, the last one "
-            "with `grad_sync(model, on=True)`, and make the optimizer from `model.parameters()` "
-            "after `faccel.wrap`",
+            got=f"{num_params} parameters, all with `.grad` None",
+            fix="write `scaler = faccel.scaled_backward(loss, scaler, ctx)` first, and make the "
+            "optimizer from `model.parameters()` after `faccel.wrap`",
         )
     return params
+
+
+def _all_unreduced(params: list[torch.Tensor]) -> OptimizerError:
+    """Return the error for an update without a backward that reduces gradients."""
+    return OptimizerError(
+        "the gradients are not reduced over the data ranks",
+        got=f"gradients of {len(params)} parameters, not reduced yet: every backward since the "
+        "last update was in `grad_sync(model, on=False)`",
+        fix="run the last micro-batch of the update in `grad_sync(model, on=True)`: "
+        "`with faccel.grad_sync(model, on=micro.sync)` in a window, or without `grad_sync`",
+    )
 
 
 def mark_unreduced(grad: torch.Tensor) -> None:

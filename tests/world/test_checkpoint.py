@@ -14,6 +14,7 @@ import threading
 import weakref
 import zipfile
 from collections import Counter, OrderedDict
+from contextlib import suppress
 from typing import NamedTuple
 
 import attrs
@@ -24,8 +25,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import faccel
-from faccel.errors import CheckpointError, ConfigError, RankFailedError
-from faccel.testing import fake_context, simulate
+from faccel.errors import CheckpointError, ConfigError, DesyncError
+from faccel.testing import Fault, InjectedError, fake_context, simulate
 
 ONE = fake_context(0, 1)
 
@@ -929,27 +930,55 @@ def test_a_background_save_keeps_only_its_copy_of_the_state_in_memory(tmp_path):
     assert faccel.latest(tmp_path, ctx).step == 1
 
 
-def test_a_background_save_ends_when_the_other_ranks_are_not_reachable(tmp_path, monkeypatch):
-    from faccel.checkpoint import background
-
-    def unreachable(*args, **kwargs):
-        raise RankFailedError("rank 1 has failed")
+def test_a_background_save_ends_when_the_other_ranks_are_not_reachable(tmp_path):
+    from faccel.checkpoint.background import PendingSave
 
     release = threading.Event()
     thread_ended = threading.Event()
 
-    def work(pending):
+    def write(pending):
         while pending.stall_timeout_s is None and not release.wait(0.01):
             pass
         if not release.is_set():
             thread_ended.set()
 
-    ctx = fake_context(0, 1)
-    ctx.lifetime.on_close(background.PendingSave(work))
-    monkeypatch.setattr(background, "raise_on_all_ranks", unreachable)
-    try:
-        with pytest.raises(RankFailedError):
+    def fn(ctx):
+        ctx.lifetime.on_close(PendingSave(write if ctx.is_main else lambda pending: None))
+        try:
             faccel.latest(tmp_path, ctx)
+        except DesyncError:  # on rank 0
+            assert thread_ended.is_set()
+            raise
+
+    # The first collective is a barrier, in the second one the ranks exchange their errors.
+    fault = Fault(rank=1, collective=1, kind="raise")
+    try:
+        with pytest.raises(InjectedError):  # on rank 1, the cause
+            simulate(fn, 2, faults=[fault])
         assert thread_ended.is_set()
     finally:
         release.set()
+
+
+def test_nothing_is_left_of_a_failed_save_while_another_rank_is_still_writing(tmp_path):
+    from faccel.checkpoint.transaction import SaveRequest, SaveTransaction
+
+    def write(folder, started):
+        number = 0
+        with suppress(FileNotFoundError):  # the folder is gone
+            while True:
+                (folder / str(number)).write_bytes(b"x")
+                started.set()
+                number += 1
+
+    for step in range(20):
+        transaction = SaveTransaction(SaveRequest(str(tmp_path), step, True, True, False), ONE)
+        transaction.plan({"x": torch.ones(2)})
+        started = threading.Event()
+        folder = pathlib.Path(transaction.destination.temporary)
+        writer = threading.Thread(target=write, args=(folder, started))
+        writer.start()
+        started.wait()
+        transaction.close()
+        writer.join(timeout=60)
+        assert os.listdir(tmp_path) == [".lock"]

@@ -228,3 +228,24 @@ def test_gradients_that_are_not_reduced_yet_are_not_measured():
             faccel.grad_norm(wrapped.parameters(), ctx)
 
     simulate(measure, 2, mesh="dp_shard=2")
+
+
+@pytest.mark.parametrize("mesh", ["dp_shard=2", "dp_replicate=2,dp_shard=2"])
+def test_an_update_without_a_backward_that_reduces_names_the_cause(mesh):
+    def update(ctx):
+        wrapped = faccel.wrap(nn.Linear(4, 4), ctx)
+        opt = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        opt = faccel.wrap_optimizer(opt, wrapped, ctx)
+        scaler = faccel.init_scaler(ctx)
+        for _ in range(2):
+            with faccel.grad_sync(wrapped, on=False):
+                scaler = faccel.scaled_backward(wrapped(torch.ones(2, 4)).mean(), scaler, ctx)
+        with pytest.raises(OptimizerError, match="not reduced over the data ranks") as caught:
+            faccel.optimizer_step(opt, scaler, ctx)
+        assert "grad_sync(model, on=False)" in caught.value.got
+        # the fix: the last micro-batch reduces
+        scaler = faccel.scaled_backward(wrapped(torch.ones(2, 4)).mean(), scaler, ctx)
+        info, _ = faccel.optimizer_step(opt, scaler, ctx)
+        return not info.skipped
+
+    assert all(simulate(update, faccel.MeshSpec.of(mesh).size, mesh=mesh))
