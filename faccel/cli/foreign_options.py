@@ -13,36 +13,36 @@ _IMPORT = "`faccel config import FILE -o faccel.yaml`, then `faccel launch --con
 _FSDP = "`--mesh dp_shard=-1`, and options such as `faccel.Plan(units=...)` in the script"
 _DEEPSPEED = "`--strategy deepspeed --zero 2`, and options in `faccel.parallel.DeepSpeedConfig`"
 _COMPILE = '`faccel.Plan(compile="whole")` in the script'
-# Options of Accelerate 1.15 and torchrun in dashes; the longest prefix that matches applies.
+# Options of Accelerate 1.15 and torchrun as Accelerate writes them. The longest prefix applies.
 EQUALS: Mapping[str, str] = {
-    "--num-processes": "`--nproc N`, the processes per node",
-    "--nproc-per-node": "`--nproc N`",
-    "--multi-gpu": "`--nproc auto`",
-    "--gpu-ids": "the variable `CUDA_VISIBLE_DEVICES`",
-    "--use-cpu": "`--cpu`",
-    "--num-machines": "`--nnodes N`",
-    "--machine-rank": "`--node-rank R`",
-    "--main-process-ip": "`--main-address HOST`",
-    "--master-addr": "`--main-address HOST`",
-    "--main-process-port": "`--main-port P`",
-    "--master-port": "`--main-port P`",
-    "--standalone": "`faccel launch` without it: one node is the default",
-    "--rdzv-backend": "`--rdzv-endpoint HOST:PORT`",
-    "--config-file": _IMPORT,
-    "--gradient-accumulation-steps": "`--grad-accum N`",
-    "--use-fsdp": _FSDP,
-    "--fsdp-": _FSDP,
-    "--use-deepspeed": _DEEPSPEED,
-    "--deepspeed-": _DEEPSPEED,
-    "--zero-stage": _DEEPSPEED,
-    "--zero3-": _DEEPSPEED,
-    "--offload-": _DEEPSPEED,
-    "--gradient-clipping": "`faccel.optimizer_step(..., clip_norm=1.0)` in the script",
-    "--dynamo-": _COMPILE,
-    "--use-parallelism-config": "`--mesh dp_shard=2,tp=2`",
-    "--parallelism-config-": "`--mesh dp_shard=2,tp=2`",
-    "--same-network": "`faccel launch` without it",
-    "--tee-": "`--log-dir DIR --tee`",
+    "num_processes": "`--nproc N`, the processes per node",
+    "nproc_per_node": "`--nproc N`",
+    "multi_gpu": "`--nproc auto`",
+    "gpu_ids": "the variable `CUDA_VISIBLE_DEVICES`",
+    "use_cpu": "`--cpu`",
+    "num_machines": "`--nnodes N`",
+    "machine_rank": "`--node-rank R`",
+    "main_process_ip": "`--main-address HOST`",
+    "master_addr": "`--main-address HOST`",
+    "main_process_port": "`--main-port P`",
+    "master_port": "`--main-port P`",
+    "standalone": "`faccel launch` without it: one node is the default",
+    "rdzv_backend": "`--rdzv-endpoint HOST:PORT`",
+    "config_file": _IMPORT,
+    "gradient_accumulation_steps": "`--grad-accum N`",
+    "use_fsdp": _FSDP,
+    "fsdp_": _FSDP,
+    "use_deepspeed": _DEEPSPEED,
+    "deepspeed_": _DEEPSPEED,
+    "zero_stage": _DEEPSPEED,
+    "zero3_": _DEEPSPEED,
+    "offload_": _DEEPSPEED,
+    "gradient_clipping": "`faccel.optimizer_step(..., clip_norm=1.0)` in the script",
+    "dynamo_": _COMPILE,
+    "use_parallelism_config": "`--mesh dp_shard=2,tp=2`",
+    "parallelism_config_": "`--mesh dp_shard=2,tp=2`",
+    "same_network": "`faccel launch` without it",
+    "tee_": "`--log-dir DIR --tee`",
 }
 
 
@@ -75,7 +75,8 @@ class LaunchCommand(click.Command):
         for param in self.get_params(ctx):
             if dashed in param.opts:  # `--mixed_precision`
                 return f"`{dashed}`"
-        matches = [name for name in EQUALS if dashed.startswith(name)]
+        underscored = option.lstrip("-").replace("-", "_")
+        matches = [name for name in EQUALS if underscored.startswith(name)]
         if not matches:
             return None
         return EQUALS[max(matches, key=len)]
