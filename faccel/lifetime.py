@@ -1,19 +1,22 @@
-"""The mutable part of a `DistContext`: callbacks for its end, open iterations, open joins."""
+"""The mutable part of a `DistContext`: callbacks for its end, wrapped models, open iterations."""
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TypeVar
+
+from faccel.grad_reducer import GradReducer
 
 T = TypeVar("T")
 
 
 class Lifetime:
-    """Callbacks for the end of a context, and its open uneven iterations and `join` contexts.
+    """Callbacks for the end of a context, its wrapped models, and its open iterations and joins.
 
-    Background saves and signal handlers register a callback. Thread-safe.
+    Background saves and signal handlers register a callback, `wrap` registers models. Thread-safe.
 
     Examples:
         >>> lifetime = Lifetime()
@@ -32,6 +35,9 @@ class Lifetime:
         self._uneven_iterations: set[object] = set()
         self._joins: set[object] = set()
         self._has_loader = False
+        # By `id` of the wrapped model. Weak, so that a model is freed when the user drops it.
+        self._models: dict[int, weakref.ref[object]] = {}
+        self._reducers: dict[int, GradReducer] = {}
 
     def on_close(self, callback: Callable[[], None]) -> None:
         """Register a function that `close` calls, for example to wait for a background save."""
@@ -71,6 +77,35 @@ class Lifetime:
                 errors.append(error)
         if errors:
             raise errors[0]
+
+    def add_model(self, model: object, reducer: GradReducer) -> None:
+        """Register a wrapped model, until it is garbage collected or `remove_model` is called."""
+        key = id(model)
+
+        def forget(_: object) -> None:
+            self._models.pop(key, None)
+            self._reducers.pop(key, None)
+
+        self._models[key] = weakref.ref(model, forget)
+        self._reducers[key] = reducer
+
+    def remove_model(self, model: object) -> None:
+        """Remove a wrapped model that another one replaces."""
+        self._models.pop(id(model), None)
+        self._reducers.pop(id(model), None)
+
+    def models(self) -> list[object]:
+        """Return the wrapped models of this context, oldest first."""
+        models: list[object] = []
+        for reference in list(self._models.values()):
+            model = reference()
+            if model is not None:
+                models.append(model)
+        return models
+
+    def reducers(self) -> list[GradReducer]:
+        """Return the gradient reducers of the wrapped models, oldest first."""
+        return list(self._reducers.values())
 
     @contextmanager
     def uneven_iteration(self) -> Generator[None]:

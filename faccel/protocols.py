@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from faccel.errors import ConfigError
+from faccel.grad_reducer import GradReducer, OwnedParams
 from faccel.tree import Tree
 from faccel.update_options import UpdateOptions
 
@@ -209,6 +210,44 @@ def no_tied_copies(engine: torch.nn.Module) -> Mapping[int, str]:
     return {}
 
 
+class MakeGradReducer(Protocol):
+    """Returns what averages the gradients of a wrapped model."""
+
+    def __call__(self, module: torch.nn.Module, engine: torch.nn.Module) -> GradReducer:
+        """Return the reducer of the model that `engine` runs; `module` is the user's."""
+        ...
+
+
+def averages_all(module: torch.nn.Module, engine: torch.nn.Module) -> GradReducer:
+    """Return a reducer of all parameters: the engine averages their gradients in backward."""
+    return OwnedParams(module, frozenset(map(id, module.parameters())))
+
+
+class Rewrap(Protocol):
+    """Makes the engine again after the user changed the module. Collective."""
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        engine: torch.nn.Module,
+        plan: Plan,
+        ctx: DistContext,
+    ) -> tuple[torch.nn.Module, RunMethod]:
+        """Return the new engine and the function that calls it; `engine` is not used again."""
+        ...
+
+
+def no_rewrap(
+    module: torch.nn.Module, engine: torch.nn.Module, plan: Plan, ctx: DistContext
+) -> NoReturn:
+    """Raise: `Parallelism.rewrap` of a strategy that cannot change a module after `wrap`."""
+    raise ConfigError(
+        f"the strategy `{ctx.parallelism.name}` cannot change a model after `faccel.wrap`",
+        got="`faccel.rewrap`",
+        fix="change the model first, and then write `model = faccel.wrap(net, ctx)`",
+    )
+
+
 class ExportState(Protocol):
     """Reads the state of an engine."""
 
@@ -259,6 +298,8 @@ class Parallelism:
             optimizer is torch's.
         tied_copies: Lists copies of tied parameters, where ranks have different modules.
         is_replicated: Whether every rank of a mesh of replicas has full parameters and gradients.
+        grad_reducer: Returns what averages the gradients of a model.
+        rewrap: Makes the engine again after the module changed; the default raises.
     """
 
     name: str
@@ -274,3 +315,5 @@ class Parallelism:
     optimizer_step: EngineOptimizerStep | None = None
     tied_copies: TiedCopies = no_tied_copies
     is_replicated: bool = True
+    grad_reducer: MakeGradReducer = averages_all
+    rewrap: Rewrap = no_rewrap

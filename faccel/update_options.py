@@ -1,12 +1,38 @@
-"""What one update does with the gradients before the optimizer steps."""
+"""The options of one backward, and of what an update does before the optimizer steps."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+
+
+class BackwardOptions(NamedTuple):
+    """The options of one `scaled_backward`, as in `torch.autograd.backward`.
+
+    Args:
+        retain_graph: Whether the graph stays for another backward; None is `create_graph`.
+        create_graph: Whether gradients can be differentiated.
+        inputs: The tensors whose gradients are accumulated; None is every leaf of the graph.
+    """
+
+    retain_graph: bool | None = None
+    create_graph: bool = False
+    inputs: Sequence[torch.Tensor] | None = None
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether another backward through the same graph may follow."""
+        if self.retain_graph is None:
+            return self.create_graph
+        return self.retain_graph
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is one backward through the whole graph, which is then freed."""
+        return self.inputs is None and not self.create_graph and not self.keeps_graph
 
 
 class UpdateOptions(NamedTuple):

@@ -13,28 +13,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from faccel.backends.ddp_engine import DdpEngine
 from faccel.comm.objects import gather_objects
-from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
+from faccel.grad_reducer import GradReducer, OwnedParams
 from faccel.mesh import DATA
 from faccel.parallel.activation_checkpoint import checkpoint_and_compile
-from faccel.parallel.forward import Methods, call_method, with_precision
+from faccel.parallel.forward import call_method, with_precision
 from faccel.parallel.materialize import has_meta, materialize
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import DdpConfig, Plan
 from faccel.protocols import Parallelism, RunMethod, Stateful
 from faccel.tree import Tree
-
-
-class DdpEngine(DistributedDataParallel):
-    """DistributedDataParallel with the options that only faccel reads.
-
-    Attributes:
-        shards_optimizer: Whether `wrap_optimizer` shards the states of the optimizer (ZeRO-1).
-    """
-
-    shards_optimizer: bool = False
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
@@ -49,39 +40,29 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     # Units are changed in place, under their names: DDP sees the same parameters as without.
     checkpoint_and_compile(module, plan)
     engine = _make_engine(module, plan.ddp, ctx)
-
-    def run(method: str, *args: Tree, **kwargs: Tree) -> Tree:
-        # Without gradients there is nothing to reduce, and DDP would still broadcast buffers. The
-        # module itself lets ranks evaluate different numbers of batches.
-        if not torch.is_grad_enabled():
-            return call_method(module, method, *args, **kwargs)
-        try:
-            return engine(method, *args, **kwargs)
-        except RuntimeError as error:
-            # DDP's forward broadcasts buffers, and checks that the last backward was complete.
-            unused = _unused_parameters_error(error)
-            if unused is not None:
-                raise unused from error
-            raise_naming_rank(error, "forward", DATA, ctx.comm)
-
-    return engine, with_precision(run, ctx)
+    return engine, with_precision(engine.run, ctx)
 
 
-def _unused_parameters_error(error: RuntimeError) -> ModelError | None:
-    """Return an error with a fix if DDP has found parameters without a gradient."""
-    message = str(error)
-    if "Expected to have finished reduction" not in message:
-        return None
-    got = "no indices"
-    for line in message.split("\n"):
-        if "Parameter indices" in line:
-            got = line.strip()
-    return ModelError(
-        "some parameters took no part in the last loss, so DDP waits for their gradients",
-        got=got,
-        fix="use their outputs in the loss, or write `faccel.wrap(model, ctx, plan=faccel.Plan("
-        "ddp=faccel.parallel.DdpConfig(find_unused_parameters=True)))`",
-    )
+def _rewrap(
+    module: nn.Module, engine: nn.Module, plan: Plan, ctx: DistContext
+) -> tuple[nn.Module, RunMethod]:
+    check_same_structure(module, ctx, DATA)
+    if isinstance(engine, DdpEngine):
+        # A second reducer would reduce the same gradients again.
+        engine.reducer._remove_autograd_hooks()
+        engine.grads.is_replaced = True
+    if not any(param.requires_grad for param in module.parameters()):
+        return _wrap_frozen(module, ctx)
+    # Without `checkpoint_and_compile`, which has changed the units of the first `wrap`.
+    new_engine = _make_engine(module, plan.ddp, ctx)
+    return new_engine, with_precision(new_engine.run, ctx)
+
+
+def _grad_reducer(module: nn.Module, engine: nn.Module) -> GradReducer:
+    if isinstance(engine, DdpEngine):
+        return engine
+    # A frozen model has no gradients to reduce: an optimizer must not step its parameters.
+    return OwnedParams(module, frozenset())
 
 
 # Options of `DdpConfig` that are no arguments of DistributedDataParallel.
@@ -99,11 +80,10 @@ def _make_engine(module: nn.Module, options: DdpConfig, ctx: DistContext) -> Ddp
         # Defaults are left to torch: torch 2.9 lacks some of these arguments.
         if name not in _NOT_ARGUMENTS and value != getattr(_DEFAULTS, name):
             arguments[name] = value  # noqa: PERF403
-    if not options.forward_sync_buffers:
-        arguments |= _without_buffer_sync(module, ctx)
-    # DDP's hooks run in `forward` only. `Methods` calls any method of the module through it.
-    engine = DdpEngine(Methods(module), process_group=group, **arguments)
-    engine.shards_optimizer = options.shard_optimizer
+    # The engine copies buffers at the end of backward instead, so that replicas are equal between
+    # updates.
+    arguments |= _without_buffer_sync(module, ctx)
+    engine = DdpEngine(module, options, ctx, process_group=group, **arguments)
     if options.comm_hook is not None:
         from faccel.backends.ddp_comm_hooks import register  # torch's hooks are slow to import
 
@@ -133,7 +113,8 @@ def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, RunMet
             raise ModelError(
                 "this model was frozen when it was wrapped, so its gradients would not be reduced",
                 got="a parameter that requires gradients now",
-                fix="call `requires_grad_(True)` before `faccel.wrap`",
+                fix="call `requires_grad_(True)` before `faccel.wrap`, or write "
+                "`model = faccel.rewrap(model, ctx)` after it",
             )
         return call_method(module, method, *args, **kwargs)
 
@@ -167,9 +148,11 @@ def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
 
 
 def _sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
-    # Statistics such as those of batch norm differ: DDP reduces gradients only.
+    # Otherwise the engine has copied them at the end of the last backward.
+    if not isinstance(engine, DdpEngine) or engine.syncs_buffers:
+        return
     buffers = dict(engine.named_buffers())
-    if buffers and isinstance(engine, DdpEngine):
+    if buffers:
         broadcast_from_rank_0(buffers, ctx, DATA)
 
 
@@ -190,4 +173,13 @@ def _join(
     return join_uneven(engine, states, ctx)
 
 
-DDP = Parallelism("ddp", _wrap, _wrap_optimizer, _grad_sync, _sync_buffers, _join)
+DDP = Parallelism(
+    "ddp",
+    _wrap,
+    _wrap_optimizer,
+    _grad_sync,
+    _sync_buffers,
+    _join,
+    grad_reducer=_grad_reducer,
+    rewrap=_rewrap,
+)

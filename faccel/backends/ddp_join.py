@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import cast
 
 from torch.distributed.algorithms.join import Join
-from torch.nn.parallel import DistributedDataParallel
 
+from faccel.backends.ddp_engine import DdpEngine
 from faccel.backends.param_groups import to_cpu
 from faccel.comm.objects import broadcast_objects
 from faccel.comm.rank_errors import naming_failed_rank
@@ -20,7 +20,7 @@ from faccel.protocols import Stateful
 
 @contextmanager
 def join_uneven(
-    engine: DistributedDataParallel, states: Sequence[Stateful], ctx: DistContext
+    engine: DdpEngine, states: Sequence[Stateful], ctx: DistContext
 ) -> Generator[None]:
     """Let ranks leave the body after different numbers of updates.
 
@@ -28,6 +28,10 @@ def join_uneven(
     `engine` and `states`; collective.
     """
     config = engine._join_config  # pyright: ignore[reportPrivateUsage]
+    # Inside, ranks make different numbers of backwards, after which the engine copies buffers
+    # otherwise. DDP's copy in forward takes part in what `Join` counts.
+    syncs_in_forward = engine.broadcast_buffers
+    engine.broadcast_buffers = engine.syncs_buffers
     # It enables `engine._join_config`, by which each forward counts the ranks that still train.
     join = Join([engine])
     try:
@@ -38,6 +42,7 @@ def join_uneven(
     finally:
         # Join leaves its configuration: each later forward would ask which ranks have ended.
         engine._join_config = config  # pyright: ignore[reportPrivateUsage]
+        engine.broadcast_buffers = syncs_in_forward
     # DDP has broadcast the parameters from this rank. A rank that ended earlier has not stepped its
     # optimizer and schedulers since.
     last_rank = int(cast("int", engine._authoritative_rank))  # pyright: ignore[reportPrivateUsage]

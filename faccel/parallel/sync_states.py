@@ -46,3 +46,44 @@ def broadcast_from_rank_0(values: Mapping[str, torch.Tensor], ctx: DistContext, 
     with torch.no_grad():
         for name, value in broadcast(dict(values), ctx, axis=axis).items():
             values[name].copy_(value)
+
+
+def check_same_values(module: nn.Module, ctx: DistContext, axis: str) -> None:
+    """Raise on every rank of the axis if parameters of replicas differ. Collective.
+
+    One all-reduce of two numbers per parameter, for which the host waits.
+
+    Raises:
+        ModelError: A parameter differs; names the first one.
+    """
+    names: list[str] = []
+    digests: list[torch.Tensor] = []
+    for name, param in module.named_parameters():
+        names.append(name)
+        digests.append(_digest(param.detach()).to(ctx.device))
+    # max(x) == -max(-x) where all ranks have the same x. Integers: NaN equals itself.
+    own = torch.stack(digests)
+    ctx.comm.set_call_label("optimizer_step", own)
+    both = ctx.comm.all_reduce(torch.cat([own, -own]), "max", axis)
+    differs = both[: len(names)] != -both[len(names) :]
+    if not differs.any().item():
+        return
+    first = int(differs.int().argmax().item())
+    raise ModelError(
+        "the parameters of the replicas differ",
+        got=f"`{names[first]}` and {int(differs.sum().item()) - 1} more",
+        fix="change parameters on every rank in the same way, or write "
+        "`model = faccel.rewrap(model, ctx)` afterwards, which copies rank 0's",
+    )
+
+
+# An integer type for each size of an element.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _digest(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the bits of all elements as integers, `int64[]`."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    bits = tensor.contiguous().view(_INTEGERS[tensor.element_size()])
+    return bits.sum(dtype=torch.int64)

@@ -32,10 +32,11 @@ from faccel.training.model import (
     grad_sync,
     tied_copies_of,
 )
+from faccel.training.replica_checks import check_gradients
 from faccel.training.precision import ScalerState, check_scaler, unscale_
 from faccel.training.windows import Window, uneven_tail_error
 from faccel.tree import Tree, full_tensor, is_sharded
-from faccel.update_options import UpdateOptions
+from faccel.update_options import BackwardOptions, UpdateOptions
 
 if TYPE_CHECKING:
     from faccel.protocols import MicroBatchLoss
@@ -75,7 +76,14 @@ def _mixed_loss_error() -> ModelError:
 
 @effectful(updates(".grad"), COLLECTIVE)
 def scaled_backward(
-    loss: torch.Tensor, scaler: ScalerState, ctx: DistContext, *, scale: float | torch.Tensor = 1.0
+    loss: torch.Tensor,
+    scaler: ScalerState,
+    ctx: DistContext,
+    *,
+    scale: float | torch.Tensor = 1.0,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
 ) -> ScalerState:
     """Run backward on `loss`, multiplied by `scale` and by the loss scale of fp16.
 
@@ -87,12 +95,18 @@ def scaled_backward(
         scaler: From `init_scaler`, or from the last function that returned it.
         ctx: The context.
         scale: `MicroBatch.scale` of a window.
+        retain_graph: Whether the graph stays for another backward, as in `Tensor.backward`. Each
+            backward then averages the gradients that it adds; parameters may be left out.
+        create_graph: Whether gradients can be differentiated, on one process and replicas. Values
+            are averages; the derivative is that of this rank, until a backward averages it.
+        inputs: The parameters or tensors whose gradients are accumulated; None is all.
 
     Returns:
         The new scaler.
 
     Raises:
-        ModelError: The loss is not a scalar, or depends on no parameter.
+        ModelError: The loss is not a scalar, or depends on no parameter. Or the strategy does not
+            support an option of backward.
         ScalerError: `scaler` is not a `ScalerState`, or the gradients are unscaled already.
         DataError: A loader with an uneven tail is iterated outside of `join`: the other ranks
             would wait for those with fewer batches.
@@ -124,13 +138,45 @@ def scaled_backward(
     # A multiplication by 1 would cost a kernel and a node of the graph.
     if factor != 1.0:
         loss = loss * factor
+    if inputs is None and retain_graph is None and not create_graph:
+        options = _PLAIN
+    else:
+        options = BackwardOptions(retain_graph, create_graph, _as_sequence(inputs))
+    _backward(loss, options, ctx)
+    return scaler.after_backward()
+
+
+_PLAIN = BackwardOptions()
+
+
+def _as_sequence(
+    inputs: torch.Tensor | Sequence[torch.Tensor] | None,
+) -> Sequence[torch.Tensor] | None:
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,)
+    return inputs
+
+
+def _backward(loss: torch.Tensor, options: BackwardOptions, ctx: DistContext) -> None:
+    reducers = ctx.lifetime.reducers()
+    inputs = options.inputs
+    for reducer in reducers:
+        reducer.before_backward(loss, options)
+        if inputs is not None:
+            inputs = reducer.graph_inputs(inputs)
     try:
-        torch.autograd.backward(loss)
+        torch.autograd.backward(
+            loss,
+            retain_graph=options.retain_graph,
+            create_graph=options.create_graph,
+            inputs=inputs,
+        )
     except RuntimeError as error:
         if is_sharded(loss) and "mixed torch.Tensor and DTensor" in str(error):
             raise _mixed_loss_error() from error
         raise_naming_rank(error, "backward", DATA, ctx.comm)
-    return scaler.after_backward()
+    for reducer in reducers:
+        reducer.after_backward(options)
 
 
 @effectful(updates(".grad"), COLLECTIVE)
