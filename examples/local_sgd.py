@@ -54,7 +54,7 @@ def main(ctx, steps, every):
         with faccel.grad_sync(model, on=False):
             loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
             scaler = faccel.scaled_backward(loss, scaler, ctx)
-        _, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
+            _, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
 
         # At every K-th step all replicas become their mean.
         info = faccel.parallel.local_sgd(model, ctx, step=step, every=every)

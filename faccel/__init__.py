@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from faccel.training.gradients import unscale as unscale
     from faccel.training.model import WrappedModel as WrappedModel
     from faccel.training.model import grad_sync as grad_sync
+    from faccel.training.model import rewrap as rewrap
     from faccel.training.model import unwrap as unwrap
     from faccel.training.model import wrap as wrap
     from faccel.training.model import wrap_optimizer as wrap_optimizer
@@ -92,7 +93,9 @@ _NAMES = {
     "faccel.tracking.console": ("get_logger", "print", "progress"),
     "faccel.training.ema": ("init_ema", "update_ema"),
     "faccel.training.gradients": ("grad_norm", "unscale"),
-    "faccel.training.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
+    "faccel.training.model": (
+        "WrappedModel", "grad_sync", "rewrap", "unwrap", "wrap", "wrap_optimizer",
+    ),
     "faccel.training.precision": ("ScalerState", "autocast", "init_scaler"),
     "faccel.training.step": ("StepInfo", "optimizer_step", "scaled_backward"),
     "faccel.training.windows": ("MicroBatch", "Window", "windows"),

@@ -14,6 +14,29 @@ _FIX = (
 )
 
 
+@attrs.frozen
+class Change:
+    """A change of one parameter after `wrap`.
+
+    Args:
+        name: Name of the parameter.
+        got: What happened to it.
+    """
+
+    name: str
+    got: str
+
+    @property
+    def problem(self) -> str:
+        """The problem, for an error."""
+        return f"`{self.name}` was changed after `faccel.wrap`, so its gradients are not reduced"
+
+    @property
+    def fix(self) -> str:
+        """What to do about it."""
+        return _FIX
+
+
 @attrs.frozen(eq=False)
 class StructureAtWrap:
     """The trainable parameters of a model when it was wrapped.
@@ -62,8 +85,8 @@ class StructureAtWrap:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return ", ".join(f"`{name}`" for name in names[:3]) + more
 
-    def change(self) -> tuple[str, str, str] | None:
-        """Return the problem, the value and the fix for the first change since `wrap`, or None."""
+    def change(self) -> Change | None:
+        """Return the first change since `wrap`, or None."""
         current = {id(param): name for name, param in self.module.named_parameters()}
         for key, param in self.params.items():
             description = None
@@ -75,16 +98,8 @@ class StructureAtWrap:
                 old = self.types[key]
                 description = f"{old[0]} on {old[1]} became {param.dtype} on {param.device}"
             if description is not None:
-                return _change(self.names[key], description)
+                return Change(self.names[key], description)
         for key, name in current.items():
             if key not in self.params and self.module.get_parameter(name).requires_grad:
-                return _change(name, "it was added or unfrozen")
+                return Change(name, "it was added or unfrozen")
         return None
-
-
-def _change(name: str, description: str) -> tuple[str, str, str]:
-    return (
-        f"`{name}` was changed after `faccel.wrap`, so its gradients are not reduced",
-        description,
-        _FIX,
-    )

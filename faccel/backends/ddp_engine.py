@@ -167,8 +167,20 @@ class DdpEngine(DistributedDataParallel):
                     fix="write `scaler = faccel.scaled_backward(loss, scaler, ctx)`",
                 )
         else:
+            self._rebuild_buckets()
             self.reducer.prepare_for_backward([])
         self.grads.is_armed = False
+
+    def _rebuild_buckets(self) -> None:
+        """Let DDP order its buckets after the first backward. Collective that once.
+
+        DDP does so in forward, and fails where two backwards come first.
+        """
+        self._check_complete()
+        try:
+            self.reducer._rebuild_buckets()
+        except RuntimeError as error:
+            raise_naming_rank(error, "backward", DATA, self.ctx.comm)
 
     def _disarm(self) -> None:
         """Let the next backward accumulate only. Updates the reducer."""
@@ -190,7 +202,7 @@ class DdpEngine(DistributedDataParallel):
             state.marks = self._mark_grads()
             state.stats = self.reducer.get_backward_stats()
             return
-        self._check_complete()
+        self._rebuild_buckets()
         if state.has_local or self._has_buffers_to_sync():
             state.stats = self.reducer.get_backward_stats()
         # The graph of the loss, not that of one output: a loss may use several calls.
@@ -212,10 +224,12 @@ class DdpEngine(DistributedDataParallel):
             is_reduced = state.stats != self.reducer.get_backward_stats()
             if not is_reduced and state.marks != self._mark_grads():
                 state.has_local = True
-        elif state.has_local or self._has_buffers_to_sync():
-            if state.stats != self.reducer.get_backward_stats():
-                state.has_local = False
-                self._sync_after(options)
+        # Asked in this order: an ordinary update needs no statistics.
+        elif (
+            state.has_local or self._has_buffers_to_sync()
+        ) and state.stats != self.reducer.get_backward_stats():
+            state.has_local = False
+            self._sync_after(options)
 
     def _average(self, options: BackwardOptions) -> None:
         state = self.grads
@@ -270,7 +284,9 @@ class DdpEngine(DistributedDataParallel):
         grads = (state.num_averages, self.reducer.get_backward_stats())
         if state.has_local or grads == state.used.get(opt):
             raise self._unreduced_error()
-        if state.num_checks % _STEPS_BETWEEN_CHECKS == 0 and not self._join_config.enable:
+        if self._join_config.enable:  # ranks make different numbers of updates
+            return
+        if state.num_checks % _STEPS_BETWEEN_CHECKS == 0:
             check_same_values(self.user_module, self.ctx, DATA)
         state.num_checks += 1
 
@@ -293,13 +309,13 @@ class DdpEngine(DistributedDataParallel):
             raise ModelError(
                 "`retain_graph`, `create_graph` and `inputs` need one backward per forward here",
                 got="`static_graph=True`, or a backward inside of `join`",
-                fix="leave `static_graph` out, and train with `tail=\"pad\"` instead of `join`",
+                fix='leave `static_graph` out, and train with `tail="pad"` instead of `join`',
             )
 
     def _unused_error(self) -> ModelError:
         change = self.at_wrap.change()
         if change is not None:
-            return ModelError(*change)
+            return ModelError(change.problem, got=change.got, fix=change.fix)
         return ModelError(
             "some parameters took no part in the last loss, so DDP waits for their gradients",
             got=self.at_wrap.without_grad(),
@@ -310,7 +326,7 @@ class DdpEngine(DistributedDataParallel):
     def _unreduced_error(self) -> OptimizerError:
         change = self.at_wrap.change()
         if change is not None:
-            return OptimizerError(*change)
+            return OptimizerError(change.problem, got=change.got, fix=change.fix)
         return OptimizerError(
             "the gradients of `opt` are not reduced: replicas would drift apart",
             got="backwards inside of `grad_sync(model, on=False)`, or `loss.backward()` without a "
@@ -319,4 +335,3 @@ class DdpEngine(DistributedDataParallel):
             "`grad_sync(model, on=True)`; for local SGD, call `optimizer_step` inside of "
             "`grad_sync(model, on=False)`, too",
         )
-

@@ -19,9 +19,7 @@ from faccel.protocols import Stateful
 
 
 @contextmanager
-def join_uneven(
-    engine: DdpEngine, states: Sequence[Stateful], ctx: DistContext
-) -> Generator[None]:
+def join_uneven(engine: DdpEngine, states: Sequence[Stateful], ctx: DistContext) -> Generator[None]:
     """Let ranks leave the body after different numbers of updates.
 
     Afterwards every rank has the model and the `states` of a rank that stepped to the end. Updates

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from faccel.backends.fsdp_grads import sharded_grads
 from faccel.backends.fsdp_layout import Layout, data_mesh, engine_mesh
 from faccel.backends.fsdp_param_hooks import ShardHooks, attach
 from faccel.backends.fsdp_precision import precision_policy, switch_autocast
@@ -22,7 +23,7 @@ from faccel.backends.fsdp_second_order import SecondOrder
 from faccel.backends.fsdp_unreduced import UnreducedGrads
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
-from faccel.errors import OptimizerError
+from faccel.errors import ModelError, OptimizerError
 from faccel.mesh import WORLD
 from faccel.parallel.activation_checkpoint import apply_checkpointing
 from faccel.parallel.compilation import apply_compile
@@ -33,7 +34,7 @@ from faccel.parallel.param_hooks import hooks_of
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, RunMethod
-from faccel.tree import Tree, flatten
+from faccel.tree import Tree, flatten, is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -67,8 +68,6 @@ class FsdpEngine(nn.Module):
         self.second_order = SecondOrder(
             module, self.registration, self.shard_hooks.fsdp_params, self._after_second_backward
         )
-        # FSDP2's hooks are hooks of `nn.Module`, so `forward` has them from the start.
-        self._methods = {"forward"}
 
     def set_reduces_grads(self, *, on: bool) -> None:
         """Let backward reduce gradients, or only accumulate them."""
@@ -77,11 +76,10 @@ class FsdpEngine(nn.Module):
 
     def run(self, method: str, *args: Tree, **kwargs: Tree) -> Tree:
         """Call a method of the module, with FSDP2's hooks; outputs are fp32."""
-        self._register(method)
         self.registration.before_forward()
         try:
             with forward_precision(self.plan, self.ctx):
-                output = call_method(self.module, method, *args, **kwargs)
+                output = self._call(method, args, kwargs)
         except RuntimeError as error:  # forward gathers parameters
             raise_naming_rank(error, "forward", WORLD, self.ctx.comm)
         self.registration.after_forward(has_backward=self._watch_backward(output))
@@ -116,14 +114,15 @@ class FsdpEngine(nn.Module):
         if not self.reduces_grads:
             self.unreduced.add_placeholders()
 
-    def _register(self, method: str) -> None:
-        """Let `method` gather parameters, as `forward` does."""
-        if method not in self._methods:
-            from torch.distributed.fsdp import register_fsdp_forward_method
-
-            # Once per method: torch replaces it by a wrapper, and would wrap the wrapper again.
-            register_fsdp_forward_method(self.module, method)
-            self._methods.add(method)
+    def _call(self, method: str, args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> Tree:
+        if method == "forward":  # FSDP2's hooks are hooks of `nn.Module`
+            return call_method(self.module, method, *args, **kwargs)
+        # As in torch's `register_fsdp_forward_method`, which would replace the user's method, and
+        # does not take a submodule.
+        state = cast("Any", self.module)._get_fsdp_state()
+        args, kwargs = state._pre_forward(self.module, args, kwargs)
+        output = call_method(self.module, method, *args, **kwargs)
+        return state._post_forward(self.module, args, output)
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
@@ -269,4 +268,28 @@ def sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
         broadcast_from_rank_0(buffers, ctx, "stage")
 
 
-FSDP = Parallelism("sharded", _wrap, same_optimizer, _grad_sync, sync_buffers)
+def _rewrap(
+    module: nn.Module, engine: nn.Module, plan: Plan, ctx: DistContext
+) -> tuple[nn.Module, RunMethod]:
+    assert isinstance(engine, FsdpEngine)
+    ignored = Layout.from_plan(module, plan, ctx).ignored
+    for name, param in module.named_parameters():
+        if not is_dtensor(param) and name not in ignored:
+            raise ModelError(
+                "a model with sharded parameters cannot get new ones after `faccel.wrap`",
+                got=f"`{name}`",
+                fix="add layers and adapters first, and then write `model = faccel.wrap(net, ctx)`",
+            )
+    # FSDP2 reads `requires_grad` of the shards in each forward, so the engine stays.
+    return engine, engine.run
+
+
+FSDP = Parallelism(
+    "sharded",
+    _wrap,
+    same_optimizer,
+    _grad_sync,
+    sync_buffers,
+    grad_reducer=sharded_grads,
+    rewrap=_rewrap,
+)

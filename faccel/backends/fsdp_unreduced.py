@@ -48,7 +48,7 @@ class UnreducedGrads:
 
     def add_placeholders(self) -> None:
         """Set the placeholders, after a backward that did not reduce. Updates `.grad`."""
-        for fsdp_param in _fsdp_params(self.module):
+        for fsdp_param in fsdp_params(self.module):
             # A parameter without a gradient gets no placeholder: optimizers must skip it, as usual.
             if fsdp_param in self._placeholders or not _has_accumulated(fsdp_param):
                 continue
@@ -98,13 +98,13 @@ class UnreducedGrads:
                 del self._placeholders[fsdp_param]
 
 
-def _fsdp_params(module: nn.Module) -> Iterator[_FsdpParam]:
+def fsdp_params(module: nn.Module) -> Iterator[_FsdpParam]:
     """Yield FSDP2's records of the parameters of `module`."""
     for group in fsdp_groups(module):
         yield from group.fsdp_params
 
 
-def _unsharded_param(fsdp_param: _FsdpParam) -> nn.Parameter | None:
+def unsharded_param(fsdp_param: _FsdpParam) -> nn.Parameter | None:
     """Return the gathered parameter; FSDP2 makes it in the first forward."""
     return getattr(fsdp_param, "_unsharded_param", None)
 
@@ -114,12 +114,12 @@ def _has_accumulated(fsdp_param: _FsdpParam) -> bool:
     if fsdp_param.unsharded_accumulated_grad is not None:
         return True
     # Else in `.grad` of the gathered parameter, which stays while the gathered data is freed.
-    unsharded_param = _unsharded_param(fsdp_param)
-    return unsharded_param is not None and unsharded_param.grad is not None
+    param = unsharded_param(fsdp_param)
+    return param is not None and param.grad is not None
 
 
 def _drop_accumulated(fsdp_param: _FsdpParam) -> None:
     fsdp_param.unsharded_accumulated_grad = None
-    unsharded_param = _unsharded_param(fsdp_param)
-    if unsharded_param is not None:
-        unsharded_param.grad = None
+    param = unsharded_param(fsdp_param)
+    if param is not None:
+        param.grad = None

@@ -45,4 +45,13 @@ def _join(
     return nullcontext()
 
 
-SINGLE = Parallelism("single", _wrap, _wrap_optimizer, _grad_sync, _sync_buffers, _join)
+def _rewrap(
+    module: nn.Module, engine: nn.Module, plan: Plan, ctx: DistContext
+) -> tuple[nn.Module, RunMethod]:
+    # Without `checkpoint_and_compile`, which has changed the units of the first `wrap`.
+    return module, with_precision(functools.partial(call_method, module), ctx)
+
+
+SINGLE = Parallelism(
+    "single", _wrap, _wrap_optimizer, _grad_sync, _sync_buffers, _join, rewrap=_rewrap
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,11 +33,11 @@ class Methods(nn.Module):
 
 
 def call_method(module: nn.Module, method: str, *args: Tree, **kwargs: Tree) -> Tree:
-    """Call `method` of `module`. `"forward"` goes through `__call__`, so that hooks run."""
+    """Call a method or submodule. `"forward"` goes through `__call__`, so that hooks run."""
     # `module.forward(...)` would skip the hooks of `nn.Module`, also those of FSDP2.
     if method == "forward":
         return module(*args, **kwargs)
-    return getattr(module, method)(*args, **kwargs)
+    return attrgetter(method)(module)(*args, **kwargs)
 
 
 def with_precision(run: RunMethod, ctx: DistContext) -> RunMethod:

@@ -95,9 +95,9 @@ def local_sgd(
     Effects: updates model, collective. On other steps it communicates and changes nothing. Every
     rank must call it with the same `step` and `every`.
 
-    Run forward and backward inside `grad_sync(model, on=False)`, so that ranks train independently
-    between two averages. Frozen parameters, buffers and optimizer states are not averaged.
-    Evaluate and save after an average; at other steps ranks have different models.
+    Run forward, backward and `optimizer_step` inside `grad_sync(model, on=False)`, so that ranks
+    train independently between two averages. Frozen parameters, buffers and optimizer states are
+    not averaged. Evaluate and save after an average; at other steps ranks have different models.
 
     Args:
         model: From `wrap`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from typing import TYPE_CHECKING, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from faccel.checks import instance_of, shown
 from faccel.context import DistContext
-from faccel.effects import COLLECTIVE, effectful, updates
+from faccel.effects import COLLECTIVE, consumes, effectful, updates
 from faccel.errors import ModelError, OptimizerError
 from faccel.training.full_values import shard_full_values
 from faccel.training.module_checks import check_contains_no_model, check_is_initialized
@@ -41,6 +42,8 @@ class WrappedModel:
         engine: The module that the strategy runs, such as DDP's; `module` itself on one process.
         parallelism: The strategy.
         ctx: The context that the model was wrapped with.
+        run: Calls a method through the engine.
+        plan: The plan that the model was wrapped with.
     """
 
     module: nn.Module
@@ -48,6 +51,7 @@ class WrappedModel:
     parallelism: Parallelism = attrs.field(repr=False)
     ctx: DistContext = attrs.field(repr=False)
     _run: RunMethod = attrs.field(repr=False)
+    _plan: Plan | None = attrs.field(default=None, repr=False)
 
     def __call__(self, *args: Tree, **kwargs: Tree) -> Tree:
         return self._run("forward", *args, **kwargs)
@@ -57,19 +61,26 @@ class WrappedModel:
         return self._run("forward", *args, **kwargs)
 
     def call(self, method: str, *args: Tree, **kwargs: Tree) -> Tree:
-        """Run a method of the user's module with the strategy's hooks and precision.
+        """Run a method or a submodule with the strategy's hooks and precision.
+
+        A loss may combine several calls: `model.call("decoder", model.call("encoder", x))`.
 
         Args:
-            method: Its name, such as `"generate"`.
+            method: The name of a method such as `"generate"`, or of a submodule such as `"encoder"`
+                or `"blocks.0"`.
             *args: Its arguments.
             **kwargs: Its keyword arguments.
 
         Raises:
-            ModelError: The module has no such method.
+            ModelError: The module has no such method or submodule.
         """
-        if not callable(getattr(self.module, method, None)):
+        try:
+            target = attrgetter(method)(self.module)
+        except AttributeError:
+            target = None
+        if not callable(target):
             raise ModelError(
-                f"`{method}` is not a method of the model",
+                f"`{method}` is not a method or submodule of the model",
                 got=f"a {type(self.module).__name__}",
                 fix="name one of its methods",
             )
@@ -106,8 +117,9 @@ class WrappedModel:
     def train(self, mode: bool = True) -> WrappedModel:  # noqa: FBT001, FBT002 (torch's signature)
         """Set training mode. Updates the model and returns it, as torch does.
 
-        Collective where training mode ends and the model has buffers, such as the statistics of
-        batch norm: all data ranks copy those of rank 0, so that they evaluate the same model.
+        Under DDP one rank may do it alone: replicas have equal buffers after each update. Where
+        parameters are sharded, and with `forward_sync_buffers=False`, it is collective when
+        training mode ends: all data ranks copy rank 0's buffers.
         """
         # Only where it changes: evaluating twice must not communicate, ranks may do it unequally.
         if self.module.training and not mode:
@@ -192,6 +204,7 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
     if plan is None:
         plan = Plan()
     instance_of("plan", plan, Plan, fix="write `plan=faccel.Plan()`, with the options as arguments")
+    _check_not_wrapped(model, ctx)
     # A model on `meta` gets its memory from the strategy, in shards.
     if ctx.config.device_placement and not _has_meta(model):
         model.to(ctx.device)
@@ -201,7 +214,77 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
 
         run = with_compared_inputs(run, ctx)
     ctx.comm.name_model(model)
-    return WrappedModel(model, engine, ctx.parallelism, ctx, run)
+    return _registered(WrappedModel(model, engine, ctx.parallelism, ctx, run, plan))
+
+
+def _registered(model: WrappedModel) -> WrappedModel:
+    """Register the model in the lifetime of its context, for backward and the optimizer step."""
+    reducer = model.parallelism.grad_reducer(model.module, model.engine)
+    model.ctx.lifetime.add_model(model, reducer)
+    return model
+
+
+def _check_not_wrapped(module: nn.Module, ctx: DistContext) -> None:
+    """Raise if a model of `ctx` has a trainable parameter of `module` already."""
+    # Two reducers would average the same gradients, into different buckets.
+    for other in ctx.lifetime.models():
+        assert isinstance(other, WrappedModel)
+        wrapped = {id(param) for param in other.module.parameters()}
+        for name, param in module.named_parameters():
+            if id(param) in wrapped and param.requires_grad:
+                raise ModelError(
+                    "`model` has a parameter that another wrapped model has",
+                    got=f"`{name}` of a {type(module).__name__}",
+                    fix="use the `WrappedModel` you have; after a change of the module write "
+                    "`model = faccel.rewrap(model, ctx)`. Put two models with a tied part into one "
+                    "module",
+                )
+
+
+@effectful(updates("model"), consumes("model"), COLLECTIVE)
+def rewrap(model: WrappedModel, ctx: DistContext) -> WrappedModel:
+    """Wrap a model again after its module was changed, with the same plan.
+
+    Effects: updates model, consumes model, collective. Copies rank 0's parameters and buffers to
+    every data rank.
+
+    After `wrap`, call it when parameters were added (adapters, layers), replaced (resized
+    embeddings), frozen, unfrozen, cast to another dtype or initialized again. Optimizers stay:
+    pass new parameters to them with `opt.add_param_group`. Models whose parameters are sharded
+    support only changes of `requires_grad` and of values.
+
+    Args:
+        model: From `wrap`; it must not be called again.
+        ctx: The context that `model` was wrapped with.
+
+    Returns:
+        The model to use instead.
+
+    Raises:
+        ModelError: `model` is not wrapped, or was wrapped with another context. Or ranks have
+            different modules, or the strategy does not support the change.
+        ConfigError: The strategy cannot change a model after `wrap`.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> ctx = fake_context(0, 1)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2).requires_grad_(False))
+        >>> model = wrap(net, ctx)
+        >>> _ = net.append(torch.nn.Linear(2, 1))
+        >>> model = rewrap(model, ctx)
+        >>> sorted(model.state_dict())
+        ['0.bias', '0.weight', '1.bias', '1.weight']
+    """
+    check_wrapped(model)
+    check_context(model, ctx)
+    from faccel.plan import Plan
+
+    plan = model._plan or Plan()  # pyright: ignore[reportPrivateUsage]
+    if ctx.config.device_placement:
+        model.module.to(ctx.device)
+    engine, run = model.parallelism.rewrap(model.module, model.engine, plan, ctx)
+    model.ctx.lifetime.remove_model(model)
+    return _registered(WrappedModel(model.module, engine, model.parallelism, model.ctx, run, plan))
 
 
 def _has_meta(model: nn.Module) -> bool:

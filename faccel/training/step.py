@@ -32,8 +32,8 @@ from faccel.training.model import (
     grad_sync,
     tied_copies_of,
 )
-from faccel.training.replica_checks import check_gradients
 from faccel.training.precision import ScalerState, check_scaler, unscale_
+from faccel.training.replica_checks import check_gradients
 from faccel.training.windows import Window, uneven_tail_error
 from faccel.tree import Tree, full_tensor, is_sharded
 from faccel.update_options import BackwardOptions, UpdateOptions
@@ -98,7 +98,7 @@ def scaled_backward(
         retain_graph: Whether the graph stays for another backward, as in `Tensor.backward`. Each
             backward then averages the gradients that it adds; parameters may be left out.
         create_graph: Whether gradients can be differentiated, on one process and replicas. Values
-            are averages; the derivative is that of this rank, until a backward averages it.
+            are averages. The derivative comes from this rank's loss, until a backward averages it.
         inputs: The parameters or tensors whose gradients are accumulated; None is all.
 
     Returns:
@@ -336,7 +336,9 @@ def optimizer_step(
 
     Raises:
         OptimizerError: No parameter of `opt` has a gradient, its step needs a closure, `ctx` is
-            not the context of its model, or `clip_params` has parameters of another optimizer.
+            not the context of its model, or `clip_params` has parameters of another optimizer. Or a
+            gradient is not averaged over the data ranks.
+        ModelError: A part of the model took no part in the loss, or replicas differ.
         ScalerError: `scaler` was not returned by `scaled_backward` (in fp16: since the last step
             of `opt`).
         ConfigError: A limit is not positive, or a scheduler needs a metric.
@@ -374,10 +376,13 @@ def optimizer_step(
     if overflow is not None:  # `unscale` has divided and checked them
         options = options._replace(grad_scale=1.0, skip_nonfinite=skip_nonfinite)
     check_limits(options)
+    reducers = check_gradients(opt, params, ctx)
     if engine_step is None:
         grad_norm, finite = _update(opt, params, options, ctx, binding)
     else:
         grad_norm, finite = engine_step(opt, options, ctx)
+    for reducer in reducers:
+        reducer.after_step(opt)
     # A skipped update is none: the schedule counts updates.
     if finite:
         for one_scheduler in schedulers:

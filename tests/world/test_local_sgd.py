@@ -30,7 +30,7 @@ def train(ctx, every, bucket_cap_mb=25.0):
         x, y = batch(step, ctx.data_rank, ctx.data_world_size)
         with faccel.grad_sync(net, on=every is None):
             scaler = faccel.scaled_backward(loss_of(net(x), y), scaler, ctx)
-        _, scaler = faccel.optimizer_step(opt, scaler, ctx)
+            _, scaler = faccel.optimizer_step(opt, scaler, ctx)
         if every is not None:
             infos.append(local_sgd(net, ctx, step=step, every=every, bucket_cap_mb=bucket_cap_mb))
             if infos[-1].synced:

@@ -61,9 +61,13 @@ def scene(ctx):
     opt = torch.optim.Adam(model.parameters(), lr=0.1)
     x = torch.full((2, 2), ctx.rank + 1.0)
     loader = faccel.shard(DataLoader(TensorDataset(torch.ones(6, 2)), 2, shuffle=True), ctx)
+    raw = nn.Linear(2, 2)
+    with torch.no_grad():
+        raw.weight.fill_(1.0), raw.bias.fill_(1.0)
     return {
         "net": net,
         "model": model,
+        "raw": raw,
         "opt": opt,
         "x": x,
         "loader": loader,
@@ -116,7 +120,8 @@ CALLS = {
         set(),
     ),
     "grad_sync": (lambda s, ctx: faccel.grad_sync(s["model"], on=False).__enter__(), set()),
-    "wrap": (lambda s, ctx: faccel.wrap(s["net"], ctx), set()),  # rank 0's values are there already
+    "wrap": (lambda s, ctx: faccel.wrap(s["raw"], ctx), set()),  # rank 0's values are there already
+    "rewrap": (lambda s, ctx: faccel.rewrap(s["model"], ctx), set()),  # the same
     "save": (lambda s, ctx: faccel.save(dict(s, loader=0), folder(ctx), ctx, step=1), set()),
     "load": (lambda s, ctx: saved_and_loaded(s, ctx), set()),  # the same values
     "export_model": (
