@@ -58,13 +58,13 @@ if TYPE_CHECKING:
     from faccel.training.gradients import unscale as unscale
     from faccel.training.model import WrappedModel as WrappedModel
     from faccel.training.model import grad_sync as grad_sync
-    from faccel.training.model import rewrap as rewrap
     from faccel.training.model import unwrap as unwrap
     from faccel.training.model import wrap as wrap
     from faccel.training.model import wrap_optimizer as wrap_optimizer
     from faccel.training.precision import ScalerState as ScalerState
     from faccel.training.precision import autocast as autocast
     from faccel.training.precision import init_scaler as init_scaler
+    from faccel.training.rewrap import rewrap as rewrap
     from faccel.training.step import StepInfo as StepInfo
     from faccel.training.step import optimizer_step as optimizer_step
     from faccel.training.step import scaled_backward as scaled_backward
@@ -93,10 +93,9 @@ _NAMES = {
     "faccel.tracking.console": ("get_logger", "print", "progress"),
     "faccel.training.ema": ("init_ema", "update_ema"),
     "faccel.training.gradients": ("grad_norm", "unscale"),
-    "faccel.training.model": (
-        "WrappedModel", "grad_sync", "rewrap", "unwrap", "wrap", "wrap_optimizer",
-    ),
+    "faccel.training.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
     "faccel.training.precision": ("ScalerState", "autocast", "init_scaler"),
+    "faccel.training.rewrap": ("rewrap",),
     "faccel.training.step": ("StepInfo", "optimizer_step", "scaled_backward"),
     "faccel.training.windows": ("MicroBatch", "Window", "windows"),
 }  # fmt: skip

@@ -46,6 +46,8 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
 def _rewrap(
     module: nn.Module, engine: nn.Module, plan: Plan, ctx: DistContext
 ) -> tuple[nn.Module, RunMethod]:
+    if ctx.config.device_placement:  # new parameters are on the CPU
+        module.to(ctx.device)
     check_same_structure(module, ctx, DATA)
     if isinstance(engine, DdpEngine):
         # A second reducer would reduce the same gradients again.

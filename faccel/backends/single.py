@@ -48,6 +48,8 @@ def _join(
 def _rewrap(
     module: nn.Module, engine: nn.Module, plan: Plan, ctx: DistContext
 ) -> tuple[nn.Module, RunMethod]:
+    if ctx.config.device_placement:  # new parameters are on the CPU
+        module.to(ctx.device)
     # Without `checkpoint_and_compile`, which has changed the units of the first `wrap`.
     return module, with_precision(functools.partial(call_method, module), ctx)
 

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from faccel.checks import instance_of, shown
 from faccel.context import DistContext
-from faccel.effects import COLLECTIVE, consumes, effectful, updates
+from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ModelError, OptimizerError
+from faccel.training import module_checks
 from faccel.training.full_values import shard_full_values
-from faccel.training.module_checks import check_contains_no_model, check_is_initialized
 from faccel.training.precision import StepGuard
 from faccel.tree import Tree
 
@@ -196,17 +196,17 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
             got=f"a {type(model).__name__}",
             fix="call it without `wrap`: it has nothing to train",
         )
-    check_contains_no_model(model, WrappedModel)
-    check_is_initialized(model)
+    module_checks.check_contains_no_model(model, WrappedModel)
+    module_checks.check_is_initialized(model)
     # Imported here, because the seven records of a plan are a tenth of `import faccel`.
     from faccel.plan import Plan
 
     if plan is None:
         plan = Plan()
     instance_of("plan", plan, Plan, fix="write `plan=faccel.Plan()`, with the options as arguments")
-    _check_not_wrapped(model, ctx)
+    module_checks.check_wrapped_once(model, ctx)
     # A model on `meta` gets its memory from the strategy, in shards.
-    if ctx.config.device_placement and not _has_meta(model):
+    if ctx.config.device_placement and not module_checks.has_meta(model):
         model.to(ctx.device)
     engine, run = ctx.parallelism.wrap(model, plan, ctx)
     if ctx.config.debug and ctx.data_world_size > 1:
@@ -214,81 +214,14 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
 
         run = with_compared_inputs(run, ctx)
     ctx.comm.name_model(model)
-    return _registered(WrappedModel(model, engine, ctx.parallelism, ctx, run, plan))
+    return registered(WrappedModel(model, engine, ctx.parallelism, ctx, run, plan))
 
 
-def _registered(model: WrappedModel) -> WrappedModel:
+def registered(model: WrappedModel) -> WrappedModel:
     """Register the model in the lifetime of its context, for backward and the optimizer step."""
     reducer = model.parallelism.grad_reducer(model.module, model.engine)
     model.ctx.lifetime.add_model(model, reducer)
     return model
-
-
-def _check_not_wrapped(module: nn.Module, ctx: DistContext) -> None:
-    """Raise if a model of `ctx` has a trainable parameter of `module` already."""
-    # Two reducers would average the same gradients, into different buckets.
-    for other in ctx.lifetime.models():
-        assert isinstance(other, WrappedModel)
-        wrapped = {id(param) for param in other.module.parameters()}
-        for name, param in module.named_parameters():
-            if id(param) in wrapped and param.requires_grad:
-                raise ModelError(
-                    "`model` has a parameter that another wrapped model has",
-                    got=f"`{name}` of a {type(module).__name__}",
-                    fix="use the `WrappedModel` you have; after a change of the module write "
-                    "`model = faccel.rewrap(model, ctx)`. Put two models with a tied part into one "
-                    "module",
-                )
-
-
-@effectful(updates("model"), consumes("model"), COLLECTIVE)
-def rewrap(model: WrappedModel, ctx: DistContext) -> WrappedModel:
-    """Wrap a model again after its module was changed, with the same plan.
-
-    Effects: updates model, consumes model, collective. Copies rank 0's parameters and buffers to
-    every data rank.
-
-    After `wrap`, call it when parameters were added (adapters, layers), replaced (resized
-    embeddings), frozen, unfrozen, cast to another dtype or initialized again. Optimizers stay:
-    pass new parameters to them with `opt.add_param_group`. Models whose parameters are sharded
-    support only changes of `requires_grad` and of values.
-
-    Args:
-        model: From `wrap`; it must not be called again.
-        ctx: The context that `model` was wrapped with.
-
-    Returns:
-        The model to use instead.
-
-    Raises:
-        ModelError: `model` is not wrapped, or was wrapped with another context. Or ranks have
-            different modules, or the strategy does not support the change.
-        ConfigError: The strategy cannot change a model after `wrap`.
-
-    Examples:
-        >>> from faccel.testing import fake_context
-        >>> ctx = fake_context(0, 1)
-        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2).requires_grad_(False))
-        >>> model = wrap(net, ctx)
-        >>> _ = net.append(torch.nn.Linear(2, 1))
-        >>> model = rewrap(model, ctx)
-        >>> sorted(model.state_dict())
-        ['0.bias', '0.weight', '1.bias', '1.weight']
-    """
-    check_wrapped(model)
-    check_context(model, ctx)
-    from faccel.plan import Plan
-
-    plan = model._plan or Plan()  # pyright: ignore[reportPrivateUsage]
-    if ctx.config.device_placement:
-        model.module.to(ctx.device)
-    engine, run = model.parallelism.rewrap(model.module, model.engine, plan, ctx)
-    model.ctx.lifetime.remove_model(model)
-    return _registered(WrappedModel(model.module, engine, model.parallelism, model.ctx, run, plan))
-
-
-def _has_meta(model: nn.Module) -> bool:
-    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def unwrap(model: WrappedModel) -> nn.Module:

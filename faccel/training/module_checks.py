@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from faccel.context import DistContext
 from faccel.errors import ModelError
 
 
@@ -58,3 +60,24 @@ def check_is_initialized(module: nn.Module) -> None:
                 fix="write `with torch.no_grad(): model(batch)` before `faccel.wrap(model, ctx)`, "
                 "with any batch",
             )
+
+
+def check_wrapped_once(module: nn.Module, ctx: DistContext) -> None:
+    """Raise if a model of `ctx` has a trainable parameter of `module` already."""
+    # Two reducers would average the same gradients, into different buckets.
+    for other in ctx.lifetime.models():
+        wrapped = {id(param) for param in cast("nn.Module", other).parameters()}
+        for name, param in module.named_parameters():
+            if id(param) in wrapped and param.requires_grad:
+                raise ModelError(
+                    "`model` has a parameter that another wrapped model has",
+                    got=f"`{name}` of a {type(module).__name__}",
+                    fix="use the `WrappedModel` you have; after a change of the module write "
+                    "`model = faccel.rewrap(model, ctx)`. Put two models with a tied part into one "
+                    "module",
+                )
+
+
+def has_meta(module: nn.Module) -> bool:
+    """Return whether a parameter or buffer is on the meta device."""
+    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
