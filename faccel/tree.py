@@ -212,7 +212,9 @@ def leaf_error(tree: Tree, index: int, problem: str, fix: str) -> TreeError:
     """
     leaf = flatten(tree)[0][index]
     got = f"`{paths(tree)[index]}`, a {type(leaf).__name__}"
-    shape = getattr(leaf, "shape", None)
+    shape = None
+    if not getattr(leaf, "is_nested", False):  # such a tensor raises for its shape
+        shape = getattr(leaf, "shape", None)
     if shape is not None:
         got = f"{got} of shape {tuple(shape)}"
     return TreeError(problem, got=got, fix=fix)

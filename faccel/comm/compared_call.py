@@ -84,8 +84,9 @@ def compared_call(op: str, detail: str) -> ComparedCall:
     if detail:
         signature = f"{op}({detail})"
     subject = getattr(_current, "subject", "") or _subject()
-    # A rank that has left a `Join` makes the calls of the others in its `__exit__`.
-    is_from_one_line = op in _FROM_ONE_LINE and not _is_joining()
+    # The line stands for an unknown subject. A rank that has left a `Join` makes the calls of
+    # the others in its `__exit__`.
+    is_from_one_line = op in _FROM_ONE_LINE and not subject and not _is_joining()
     return ComparedCall(signature, subject, call_site(), is_from_one_line)
 
 

@@ -117,6 +117,7 @@ def pad_across(
         The same structure, copied, detached, on the device of `ctx`.
 
     Raises:
+        DataError: A leaf has other numbers of dimensions on other ranks; raised on all of them.
         TreeError: A leaf is not a dense tensor; names it.
 
     Examples:
@@ -127,16 +128,26 @@ def pad_across(
     require_context(ctx, "faccel.comm.pad_across(x, ctx)")
     leaves, rebuild = tensor_leaves(x, ctx)
     # A leaf without the dimension stays as it is. It takes part with size 0, so that every rank
-    # sends one number per leaf.
+    # sends as many numbers per leaf.
     has_dim: list[bool] = []
     own_sizes: list[int] = []
     for leaf in leaves:
         has = -leaf.ndim <= dim < leaf.ndim
         has_dim.append(has)
-        own_sizes.append(leaf.shape[dim] if has else 0)
-    # One all-reduce for all leaves, of `int64[number of leaves]`.
+        own_sizes += [leaf.shape[dim] if has else 0, leaf.ndim, -leaf.ndim]
+    # One all-reduce for all leaves, of `int64[3 * number of leaves]`.
     sizes_tensor = torch.tensor(own_sizes, device=ctx.device)
-    sizes: list[int] = ctx.comm.all_reduce(sizes_tensor, "max", axis).tolist()
+    numbers: list[int] = ctx.comm.all_reduce(sizes_tensor, "max", axis).tolist()
+    sizes = numbers[::3]
+    for i in range(len(leaves)):
+        # The largest and the negated smallest number of dimensions: the same on every rank.
+        largest, negated_smallest = numbers[3 * i + 1 : 3 * i + 3]
+        if largest != -negated_smallest:
+            problem = "every leaf of `x` must have the same number of dimensions on every rank"
+            fix = "reshape it, for example with `x.unsqueeze(0)`"
+            error = leaf_error(x, i, problem, fix)
+            got = f"{error.got}, and {-negated_smallest} to {largest} dimensions on all ranks"
+            raise DataError(error.problem, got=got, fix=error.fix)
     padded: list[torch.Tensor] = []
     for leaf, has, size in zip(leaves, has_dim, sizes, strict=True):
         if has:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from faccel.checks import one_of
+from faccel.comm.gather_gradients import GatherCall, gather_with_gradients
 from faccel.comm.pack import Packed, check_rank, describe, digest, pack, pad_to
 from faccel.comm.row_count import RowCount
 from faccel.context import DistContext, require_context
@@ -34,6 +35,9 @@ def tensor_leaves(
             problem = "every leaf of `x` must be a tensor"
             fix = "use `faccel.gather_objects` or `faccel.broadcast_objects` for other objects"
             raise leaf_error(tree, i, problem, fix)
+        if leaf.is_nested:
+            problem = "a leaf of `x` is a nested tensor, but only dense tensors are supported"
+            raise leaf_error(tree, i, problem, "call `.to_padded_tensor(0.0)` on it")
         if leaf.layout != torch.strided:
             problem = (
                 f"a leaf of `x` has the layout {leaf.layout}, but only dense tensors are supported"
@@ -52,6 +56,7 @@ def gather(
     *,
     num_valid: int | None = None,
     ragged: bool = False,
+    differentiable: bool = False,
     axis: str = DATA,
 ) -> Tree:
     """Concatenate `x` from every rank of the axis along dim 0, in data order.
@@ -67,12 +72,16 @@ def gather(
             The others are dropped. May differ between ranks. With the `Batch.num_valid` of a loader
             whose batches differ in their number of rows, `n` may differ, too.
         ragged: Whether `n` differs between ranks; for other numbers than `Batch.num_valid`.
+        differentiable: Whether gradients flow back to `x`, for losses over the rows of all ranks.
+            A row gets the sum of all ranks' gradients, so that a wrapped model trains as on one
+            process. Backward is collective then: the loss of every rank must depend on the result.
         axis: `"data"`, `"world"` or an axis of the mesh. Ranks that read the same data count once
             on `"data"`.
 
     Returns:
-        The same structure, each leaf `T[sum of valid rows, ...]`, equal on every rank, detached
-        from the graph, on the device of `ctx`. Always a copy, even on one rank.
+        The same structure, each leaf `T[sum of valid rows, ...]`, equal on every rank, on the
+        device of `ctx`; detached from the graph unless `differentiable`. Always a copy, even on
+        one rank.
 
     Raises:
         DataError: `num_valid` is out of range, or leaves have different numbers of rows.
@@ -87,6 +96,8 @@ def gather(
         tensor([0, 1, 2])
     """
     require_context(ctx, "faccel.gather(x, ctx)")
+    if differentiable:
+        return _gather_differentiably(x, ctx, num_valid=num_valid, ragged=ragged, axis=axis)
     leaves, rebuild = tensor_leaves(x, ctx)
     # A 0-d leaf is sent as one row, but `num_valid` and padding leave it alone.
     is_scalar: list[bool] = []
@@ -99,10 +110,9 @@ def gather(
     if counts_rows:
         count = _count(x, leaves, is_scalar, num_valid)
     # Both may have different shapes, which debug mode must not compare.
-    if isinstance(num_valid, RowCount):
-        leaves = _same_rows(leaves, is_scalar, count, num_valid.largest, ctx, axis)
-    elif ragged:
-        leaves = _same_rows(leaves, is_scalar, count, None, ctx, axis)
+    if ragged or isinstance(num_valid, RowCount):
+        largest = getattr(num_valid, "largest", None)
+        leaves = _same_rows(leaves, is_scalar, count, largest, ctx, axis)
     else:
         ctx.comm.set_call_label("gather", x)
     # The header travels with the leaves, so that neither check nor count needs a collective.
@@ -115,6 +125,29 @@ def gather(
         _check_same(packed.read(rows, len(leaves))[:, 0].tolist(), leaves, ctx, axis)
     # `T[W, n, ...]` to `T[W*n, ...]`: row `i` of rank `r` becomes row `r*n + i`.
     return rebuild([_read_copy(packed, rows, i).flatten(0, 1) for i in range(len(leaves))])
+
+
+def _gather_differentiably(
+    x: Tree, ctx: DistContext, *, num_valid: int | None, ragged: bool, axis: str
+) -> Tree:
+    leaves, rebuild = flatten(x)
+    tensor_leaves(x, ctx)  # raises for a leaf that is not a dense tensor
+
+    def gather_leaves(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        # As the user's tree, so that errors and debug mode name the leaves.
+        tree = rebuild(tensors)
+        gathered = gather(tree, ctx, num_valid=num_valid, ragged=ragged, axis=axis)
+        return flatten(gathered)[0]
+
+    counts: list[int] | None = None
+    if num_valid is not None or ragged:
+        is_scalar = [leaf.ndim == 0 for leaf in leaves]
+        count = torch.tensor(_count(x, leaves, is_scalar, num_valid), device=ctx.device)
+        counts = ctx.comm.all_gather(count, axis).tolist()
+    call = GatherCall(gather_leaves, counts, ctx, axis)
+    # On the device of the context first, by an operation that autograd records.
+    moved = [leaf.to(ctx.device) for leaf in leaves]
+    return rebuild(gather_with_gradients(call, moved))
 
 
 def _read_copy(packed: Packed, rows: torch.Tensor, leaf: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from faccel.comm.objects import gather_objects
 from faccel.context import DistContext, require_context
 from faccel.mesh import WORLD
 from faccel.random.generators import Generators
+from faccel.training.model import WrappedModel
 from faccel.tree import Tree, flatten, paths
 
 T = TypeVar("T")
@@ -44,6 +45,12 @@ def assert_replicated(tree: Tree, ctx: DistContext, *, axis: str = WORLD) -> Non
 
     Effects: collective.
 
+    Args:
+        tree: Any nested values, or a wrapped model: its parameters and buffers, full ones where
+            the strategy shards them.
+        ctx: The world.
+        axis: The axis whose ranks are compared.
+
     Raises:
         AssertionError: Names the leaf and the first rank that differs from rank 0.
 
@@ -52,12 +59,27 @@ def assert_replicated(tree: Tree, ctx: DistContext, *, axis: str = WORLD) -> Non
         >>> _ = simulate(lambda ctx: assert_replicated({"x": torch.ones(2)}, ctx), 2)
     """
     require_context(ctx, "faccel.testing.assert_replicated(tree, ctx)")
+    if isinstance(tree, WrappedModel):
+        tree = _full_tensors(tree)
     # Each rank compares all trees, so that each raises and none waits for another.
     trees = gather_objects(tree, ctx, axis=axis)
     for rank, other in enumerate(trees):
         difference = _difference(trees[0], other)
         if difference is not None:
             raise AssertionError(f"rank 0 and rank {rank} differ in {difference}")
+
+
+def _full_tensors(model: WrappedModel) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers under the user's names. Collective if they are sharded."""
+    from torch.distributed.tensor import DTensor  # slow to import
+
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, DTensor):
+            # From this rank's replica of each shard, which may differ from those of other ranks.
+            tensor = tensor.full_tensor()
+        tensors[name] = tensor.detach()
+    return tensors
 
 
 def assert_pure(fn: Callable[..., T], *args: Any) -> T:
@@ -109,6 +131,7 @@ def equal_to_single_process(
     *args: Any,
     world_sizes: Sequence[int] = (2, 4),
     atol: float = 1e-6,
+    rtol: float = 0.0,
     **options: Any,
 ) -> TreeT:
     """Run `fn(ctx, *args)` on one rank and on simulated worlds; raise if a result differs.
@@ -119,7 +142,8 @@ def equal_to_single_process(
         fn: Must return equal values on all ranks: gathered or reduced values, parameters.
         *args: Further arguments of `fn`.
         world_sizes: The worlds to compare with one rank.
-        atol: Absolute tolerance of tensors, because the order of summation differs.
+        atol: Absolute tolerance of tensors and floats, because the order of summation differs.
+        rtol: Relative tolerance: values may differ by `atol + rtol * abs(value)`.
         **options: Keyword arguments of `simulate`.
 
     Returns:
@@ -139,7 +163,7 @@ def equal_to_single_process(
     for world_size in world_sizes:
         results = simulate(fn, world_size, *args, **options)
         for rank, result in enumerate(results):
-            difference = _difference(expected, result, atol)
+            difference = _difference(expected, result, atol, rtol)
             if difference is not None:
                 raise AssertionError(
                     f"one process and rank {rank} of {world_size} differ in {difference}"
@@ -147,7 +171,7 @@ def equal_to_single_process(
     return expected
 
 
-def _difference(a: Tree, b: Tree, atol: float = 0.0) -> str | None:
+def _difference(a: Tree, b: Tree, atol: float = 0.0, rtol: float = 0.0) -> str | None:
     """Return the path of the first leaf in which two trees differ; None if they are equal."""
     paths_a, paths_b = paths(a), paths(b)
     # The structure first: leaves of different trees cannot be paired.
@@ -155,16 +179,22 @@ def _difference(a: Tree, b: Tree, atol: float = 0.0) -> str | None:
         return f"the structure: {paths_a} and {paths_b}"
     for path, x, y in zip(paths_a, flatten(a)[0], flatten(b)[0], strict=True):
         if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
-            if not _is_close(x, y, atol):
+            if not _is_close(x, y, atol, rtol):
                 return f"{path}: {tuple(x.shape)} {x.dtype} and {tuple(y.shape)} {y.dtype}"
             continue
-        if isinstance(x, torch.Tensor) or isinstance(y, torch.Tensor) or x != y:
+        if isinstance(x, float) and isinstance(y, float):
+            is_equal = _is_close(torch.tensor(x), torch.tensor(y), atol, rtol)
+        else:
+            is_equal = (
+                not isinstance(x, torch.Tensor) and not isinstance(y, torch.Tensor) and x == y
+            )
+        if not is_equal:
             return f"{path}: {x!r} and {y!r}"
     return None
 
 
-def _is_close(x: torch.Tensor, y: torch.Tensor, atol: float) -> bool:
+def _is_close(x: torch.Tensor, y: torch.Tensor, atol: float, rtol: float) -> bool:
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
     # NaNs are equal: a test of NaN handling compares them.
-    return torch.allclose(x, y, rtol=0, atol=atol, equal_nan=True)
+    return torch.allclose(x, y, rtol=rtol, atol=atol, equal_nan=True)

@@ -110,6 +110,13 @@ def test_averaged_weights_are_better_and_exported(mesh, tmp_path):
 
 
 @SLOW
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_contrastive_loss_learns(num_processes):
+    launcher = [*FACCEL_LAUNCH, "--nproc", str(num_processes)]
+    assert last_number(run("examples/contrastive.py", launcher=launcher), "accuracy") >= 0.95
+
+
+@SLOW
 def test_local_sgd_learns_on_two_processes():
     launcher = [*FACCEL_LAUNCH, "--nproc", "2"]
     arguments = ("--steps", "40", "--every", "4")

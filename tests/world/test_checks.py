@@ -95,3 +95,33 @@ def test_equal_to_single_process_finds_a_function_that_depends_on_the_world():
     )
     with pytest.raises(AssertionError, match="rank 0 of 2 differ"):
         equal_to_single_process(lambda ctx: faccel.reduce(torch.ones(3), ctx))
+
+
+@pytest.mark.parametrize("mesh", [None, "dp_shard=2", "dp_replicate=2,dp_shard=1"])
+def test_a_wrapped_model_is_compared_by_its_full_parameters(mesh):
+    def body(ctx):
+        torch.manual_seed(0)
+        model = faccel.wrap(nn.Linear(3, 3), ctx)
+        assert_replicated(model, ctx)
+        with torch.no_grad():
+            bias = dict(model.named_parameters())["bias"]
+            bias.add_(ctx.rank)
+        if mesh != "dp_shard=2":  # shards are not replicas: rank 1 has another part of the bias
+            with pytest.raises(AssertionError, match=r"rank 0 and rank 1 differ in .*bias"):
+                assert_replicated(model, ctx)
+        else:
+            assert_replicated(model, ctx)
+
+    simulate(body, 2, mesh=mesh)
+
+
+def test_results_are_compared_within_the_tolerances():
+    def sums(ctx):
+        return {"x": torch.tensor(100.0 + 1e-3 * ctx.world_size), "loss": 10.0 + ctx.world_size}
+
+    with pytest.raises(AssertionError, match="'loss'.*11.0 and 12.0"):
+        equal_to_single_process(sums, world_sizes=(2,), atol=0.5)
+    with pytest.raises(AssertionError, match="'x'"):
+        equal_to_single_process(lambda ctx: {"x": sums(ctx)["x"]}, world_sizes=(2,), rtol=1e-6)
+    equal_to_single_process(sums, world_sizes=(2,), atol=0.0, rtol=0.1)
+    equal_to_single_process(sums, world_sizes=(2,), atol=1.5)
