@@ -9,8 +9,9 @@ import attrs
 from torch import nn
 
 from faccel.context import DistContext, require_context
-from faccel.errors import ModelError
-from faccel.parallel.pipeline_stages import is_loss
+from faccel.errors import FaccelError, ModelError
+from faccel.parallel.pipeline_stages import chain_of, is_loss, stages_of
+from faccel.parallel.trace_chain import why_not_chain
 from faccel.parallel.units import matches
 from faccel.plan import PipelineConfig, Plan
 from faccel.training.model import WrappedModel
@@ -46,7 +47,7 @@ def plan_for(model: nn.Module, ctx: DistContext) -> Plan:
     modules with an eighth of the parameters. With `tp`, the styles are those of transformers'
     `tp_plan`, and of the two linear layers of each `nn.Transformer*Layer`. Bare parameters, such
     as fused experts, stay replicated. With `pp`, the chain is the model's children in the order of
-    registration: check that `forward` runs them in this order.
+    registration; a symbolic trace checks that `forward` passes its input through them.
 
     Effects: pure.
 
@@ -56,7 +57,8 @@ def plan_for(model: nn.Module, ctx: DistContext) -> Plan:
 
     Raises:
         ModelError: `model` is wrapped. Or the mesh has `tp`, and the model has no known modules to
-            split or its `tp_plan` has an unsupported style.
+            split or its `tp_plan` has an unsupported style. Or it has `pp`, and the model's forward
+            is not a chain of its children, is not traceable, or has too few modules.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -81,7 +83,7 @@ def plan_for(model: nn.Module, ctx: DistContext) -> Plan:
     if spec.tp > 1:
         plan = attrs.evolve(plan, tensor=_tensor_styles(model))
     if spec.pp > 1:
-        plan = attrs.evolve(plan, pipeline=PipelineConfig(chain=_chain(model)))
+        plan = attrs.evolve(plan, pipeline=_pipeline(model, spec.pp))
     return plan
 
 
@@ -137,6 +139,26 @@ def _translate(model: nn.Module, tp_plan: Mapping[str, str]) -> dict[str, str]:
             )
         styles[pattern] = _STYLES[style]
     return styles
+
+
+def _pipeline(model: nn.Module, num_stages: int) -> PipelineConfig:
+    """Return a pipeline that `wrap` accepts and whose stages compute what the model does."""
+    config = PipelineConfig(chain=_chain(model))
+    try:
+        chain = chain_of(model, config)
+        stages_of(model, config, num_stages)
+        reason = why_not_chain(model, chain)
+    except FaccelError as error:
+        reason = f"{error.problem}, {error.got}"
+    if reason is None:
+        return config
+    raise ModelError(
+        "`plan_for` finds no pipeline for this model",
+        got=f"a {type(model).__name__}: {reason}",
+        fix="use a mesh without `pp`, such as `dp_shard=-1`. Or rewrite forward as a chain of "
+        "modules, and name them: `faccel.Plan(pipeline=faccel.parallel.PipelineConfig("
+        'chain=("embed", "blocks.*", "head")))`',
+    )
 
 
 def _chain(model: nn.Module) -> tuple[str, ...]:
