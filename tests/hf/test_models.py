@@ -228,9 +228,10 @@ def test_a_model_that_is_a_chain_of_modules_trains_as_a_pipeline(mesh):
 
 
 def test_a_pipeline_of_blocks_with_more_than_one_input_is_an_error():
+    chain = faccel.parallel.PipelineConfig(chain=("model", "lm_head"))
+
     def fn(ctx):
-        net = build("llama")
-        model = faccel.wrap(net, ctx, plan=faccel.parallel.plan_for(net, ctx))
+        model = faccel.wrap(build("llama"), ctx, plan=faccel.Plan(pipeline=chain))
         with torch.no_grad():
             model(batch_of("llama")["input_ids"])
 

@@ -58,7 +58,7 @@ def logits_of(wrapped):
 
 @pytest.mark.parametrize("rank", [0, 1, None])
 @pytest.mark.parametrize("mesh", [slow_if_large(mesh) for mesh in MESHES])
-def test_a_full_state_dict_is_that_of_one_process(mesh, rank):
+def test_a_full_state_dict_equals_that_of_one_process(mesh, rank):
     world_size = faccel.MeshSpec.of(mesh).size
     rank = None if rank == 1 and world_size == 1 else rank
     net = make()
