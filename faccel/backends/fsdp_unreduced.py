@@ -5,9 +5,9 @@ adds them to those of the next backward that reduces. PyTorch's `zero_grad` does
 clears `.grad` of the sharded parameters, which is None until gradients are reduced (torch 2.13).
 
 So that `zero_grad` of the model or the optimizer drops them as on one process, `.grad` of a sharded
-parameter is a placeholder, a shard of zeros, while a full gradient is accumulated. At the start of
-the next backward a missing placeholder means that gradients were cleared: the accumulated one is
-dropped, too.
+parameter is a placeholder while a full gradient is accumulated. At the start of the next backward a
+placeholder that is missing or was zeroed means that gradients were cleared: the accumulated one is
+dropped, too. Any other use of a placeholder, such as a direct `opt.step()`, raises.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from typing import Protocol
 import attrs
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from faccel.backends.fsdp_registration import fsdp_groups
-from faccel.training.grad_clip import is_unreduced, mark_unreduced
-from faccel.tree import local_tensor
+from faccel.backends.unreduced_grad import UnreducedGrad
 
 
 class _FsdpParam(Protocol):
@@ -30,8 +28,6 @@ class _FsdpParam(Protocol):
 
     sharded_param: nn.Parameter
     unsharded_accumulated_grad: torch.Tensor | None
-
-    def to_sharded_dtensor(self, tensor: torch.Tensor) -> DTensor: ...
 
 
 @attrs.frozen(eq=False)
@@ -43,8 +39,8 @@ class UnreducedGrads:
     """
 
     module: nn.Module
-    _placeholders: dict[_FsdpParam, torch.Tensor | None] = attrs.field(factory=dict, init=False)
-    """The placeholder of each parameter; None where `.grad` had a reduced gradient already."""
+    _placeholders: dict[_FsdpParam, UnreducedGrad] = attrs.field(factory=dict, init=False)
+    """The placeholder of each parameter with an accumulated gradient."""
 
     def add_placeholders(self) -> None:
         """Set the placeholders, after a backward that did not reduce. Updates `.grad`."""
@@ -52,15 +48,9 @@ class UnreducedGrads:
             # A parameter without a gradient gets no placeholder: optimizers must skip it, as usual.
             if fsdp_param in self._placeholders or not _has_accumulated(fsdp_param):
                 continue
-            placeholder = None
             param = fsdp_param.sharded_param
-            if param.grad is None:
-                # Zeros: code that reads `.grad`, such as a log of norms, gets a valid tensor.
-                zeros = torch.zeros_like(local_tensor(param))
-                placeholder = fsdp_param.to_sharded_dtensor(zeros)
-                # `optimizer_step` raises if all gradients have this mark: nothing was reduced yet.
-                mark_unreduced(placeholder)
-                param.grad = placeholder
+            placeholder = UnreducedGrad(param, param.grad)
+            param.grad = placeholder
             self._placeholders[fsdp_param] = placeholder
 
     def before_backward(self, *, reduces: bool) -> None:
@@ -87,13 +77,13 @@ class UnreducedGrads:
         """
         for fsdp_param, placeholder in list(self._placeholders.items()):
             param = fsdp_param.sharded_param
-            is_cleared = param.grad is None
-            if placeholder is not None and param.grad is placeholder:
-                is_cleared = not is_unreduced(placeholder)  # by `zero_grad(set_to_none=False)`
+            is_set = param.grad is placeholder
+            # By `zero_grad(set_to_none=False)`, or by True.
+            is_cleared = param.grad is None or (is_set and not placeholder.is_unreduced)
             if is_cleared:
                 _drop_accumulated(fsdp_param)
-            if reduces and placeholder is not None and param.grad is placeholder:
-                param.grad = None
+            if reduces and is_set:
+                param.grad = placeholder.reduced
             if reduces or is_cleared:
                 del self._placeholders[fsdp_param]
 

@@ -23,17 +23,14 @@ def parameters_with_gradients(opt: Optimizer, ctx: DistContext) -> list[torch.Te
     """Return the parameters of `opt` whose `.grad` is not None.
 
     Raises:
-        OptimizerError: No parameter has a gradient. Not raised for a pipeline, where all
-            parameters of a stage may be frozen.
+        OptimizerError: A gradient is not reduced yet, or no parameter has one. The latter is not
+            raised for a pipeline, where all parameters of a stage may be frozen.
     """
     params: list[torch.Tensor] = []
     for group in opt.param_groups:
         params += [param for param in group["params"] if param.grad is not None]
     if not ctx.is_replicated:
-        reduced = [param for param in params if not is_unreduced(param.grad)]
-        if params and not reduced:
-            raise _all_unreduced(params)
-        params = reduced
+        _check_reduced(params)
     if not params and ctx.mesh.spec.pp == 1:
         num_params = sum(len(group["params"]) for group in opt.param_groups)
         raise OptimizerError(
@@ -45,34 +42,23 @@ def parameters_with_gradients(opt: Optimizer, ctx: DistContext) -> list[torch.Te
     return params
 
 
-def _all_unreduced(params: list[torch.Tensor]) -> OptimizerError:
-    """Return the error for an update without a backward that reduces gradients."""
-    return OptimizerError(
-        "the gradients are not reduced over the data ranks",
-        got=f"gradients of {len(params)} parameters, not reduced yet: every backward since the "
-        "last update was in `grad_sync(model, on=False)`",
-        fix="run the last micro-batch of the update in `grad_sync(model, on=True)`: "
-        "`with faccel.grad_sync(model, on=micro.sync)` in a window, or without `grad_sync`",
-    )
-
-
-def mark_unreduced(grad: torch.Tensor) -> None:
-    """Mark a gradient of a sharded parameter as a placeholder for one that is not reduced yet.
-
-    Updates `grad`, a tensor of the library; writing into it removes the mark.
-    """
-    grad.unreduced_version = _version(grad)  # type: ignore[attr-defined]
+def _check_reduced(params: Sequence[torch.Tensor]) -> None:
+    """Raise if the last backward of a parameter did not reduce its gradient."""
+    unreduced = [param for param in params if is_unreduced(param.grad)]
+    if unreduced:
+        raise OptimizerError(
+            "the gradients are not reduced over the data ranks",
+            got=f"gradients of {len(unreduced)} parameters, not reduced yet: every backward since "
+            "the last update was in `grad_sync(model, on=False)`",
+            fix="run the last micro-batch of the update in `grad_sync(model, on=True)`: "
+            "`with faccel.grad_sync(model, on=micro.sync)` in a window, or without `grad_sync`",
+        )
 
 
 def is_unreduced(grad: torch.Tensor | None) -> bool:
-    """Return whether `grad` is a placeholder that was not written since `mark_unreduced`."""
-    version = getattr(grad, "unreduced_version", None)
-    return grad is not None and version is not None and version == _version(grad)
-
-
-def _version(grad: torch.Tensor) -> int:
-    # An operation on a DTensor changes its version only; FSDP2 writes into the local tensor.
-    return grad._version + local_tensor(grad)._version
+    """Return whether `grad` stands for a gradient that FSDP2 has accumulated and not reduced."""
+    # The attribute of the tensor that stands for it.
+    return getattr(grad, "is_unreduced", False)
 
 
 def step_optimizer(opt: Optimizer, guard: StepGuard | None) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 import faccel
 from faccel.errors import OptimizerError
 from faccel.testing import simulate
+from faccel.tree import full_tensor
 
 # PyTorch's attributes: what FSDP2 registers, and what an optimizer adds at its first step.
 PYTORCH_MODULE = {
@@ -134,3 +135,86 @@ def test_gradients_without_sync_are_cleared_after_any_micro_batch(num_cleared, s
     for grads in simulate(fn, 2, mesh="dp_shard=2"):
         for name, grad in grads.items():
             assert torch.allclose(grad, expected[name], rtol=0, atol=1e-12)
+
+
+def unreduced(ctx, model, factor=1.0, *, on=False):
+    with faccel.grad_sync(model, on=on):
+        x = factor * torch.ones(2, 4, dtype=torch.float64)
+        faccel.scaled_backward(model(x).square().sum(), faccel.init_scaler(ctx), ctx)
+
+
+def test_a_reduced_gradient_and_an_unreduced_one_are_cleared_together():
+    """Two backwards are dropped by `zero_grad`, the first of them reduced; a third one remains."""
+
+    def fn(ctx, set_to_none):
+        torch.manual_seed(0)
+        model = faccel.wrap(nn.Linear(4, 4).double(), ctx)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        unreduced(ctx, model, 3.0, on=True)
+        unreduced(ctx, model, 5.0)
+        opt.zero_grad(set_to_none=set_to_none)
+        unreduced(ctx, model, 7.0, on=True)
+        return [param.grad.full_tensor() for param in model.parameters()]
+
+    torch.manual_seed(0)
+    net = nn.Linear(4, 4).double()
+    net(7.0 * torch.ones(2, 4, dtype=torch.float64)).square().sum().backward()
+    for set_to_none in (False, True):
+        for grads in simulate(fn, 2, set_to_none, mesh="dp_shard=2"):
+            for grad, param in zip(grads, net.parameters(), strict=True):
+                assert torch.allclose(grad, param.grad, rtol=0, atol=1e-9)
+
+
+def test_a_reduced_gradient_and_an_unreduced_one_are_added():
+    def fn(ctx):
+        torch.manual_seed(0)
+        model = faccel.wrap(nn.Linear(4, 4).double(), ctx)
+        for factor, on in ((3.0, True), (5.0, False), (7.0, True)):
+            unreduced(ctx, model, factor, on=on)
+        return [param.grad.full_tensor() for param in model.parameters()]
+
+    torch.manual_seed(0)
+    net = nn.Linear(4, 4).double()
+    for factor in (3.0, 5.0, 7.0):
+        net(factor * torch.ones(2, 4, dtype=torch.float64)).square().sum().backward()
+    for grads in simulate(fn, 2, mesh="dp_shard=2"):
+        for grad, param in zip(grads, net.parameters(), strict=True):
+            assert torch.allclose(grad, param.grad, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("has_reduced", [False, True])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_direct_step_with_an_unreduced_gradient_is_an_error(has_reduced, foreach):
+    def fn(ctx):
+        model = faccel.wrap(nn.Linear(4, 4).double(), ctx)
+        opt = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=foreach)
+        if has_reduced:
+            unreduced(ctx, model, on=True)
+        unreduced(ctx, model)
+        with pytest.raises(OptimizerError, match="not reduced yet"):
+            opt.step()
+        with pytest.raises(OptimizerError, match="not reduced yet"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert "UnreducedGrad" in repr(model.weight.grad)
+        unreduced(ctx, model, on=True)
+        opt.step()
+
+    simulate(fn, 2, mesh="dp_shard=2")
+
+
+def test_a_penalty_on_shards_is_accumulated_with_unreduced_gradients():
+    def fn(ctx):
+        torch.manual_seed(0)
+        model = faccel.wrap(nn.Linear(4, 4).double(), ctx)
+        x = torch.ones(2, 4, dtype=torch.float64)
+        for on in (False, False, True):
+            with faccel.grad_sync(model, on=on):
+                weights = sum(full_tensor(p).square().sum() for p in model.parameters())
+                loss = model(x).square().sum() + weights
+                faccel.scaled_backward(loss, faccel.init_scaler(ctx), ctx)
+        return [full_tensor(param.grad) for param in model.parameters()]
+
+    (expected,) = simulate(fn, 1)
+    for grads in simulate(fn, 2, mesh="dp_shard=2"):
+        for grad, expected_grad in zip(grads, expected, strict=True):
+            assert torch.allclose(grad, expected_grad, rtol=0, atol=1e-9)
