@@ -15,9 +15,17 @@ from faccel.errors import ConfigError, FaccelError, nearest
 # letter.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 # The package that adds a file system to fsspec, and the program that mounts it as a folder.
-_FSSPEC_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
-_FSSPEC_PACKAGES |= {"abfs": "adlfs", "abfss": "adlfs", "az": "adlfs", "hf": "huggingface_hub"}
-_MOUNTS = {"s3fs": "mount-s3", "gcsfs": "gcsfuse", "adlfs": "blobfuse2", "huggingface_hub": ""}
+_FSSPEC_PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "hf": "huggingface_hub",
+}
+_MOUNTS = {"s3fs": "mount-s3", "gcsfs": "gcsfuse", "adlfs": "blobfuse2"}
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)

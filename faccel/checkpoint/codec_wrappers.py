@@ -107,9 +107,10 @@ def _encode_context(value: Tree, path: str, encoder: Encoder) -> Node:
 def _registered_class(name: str) -> type | None:
     """Return the class of a name that was registered for `torch.load`; None if there is none."""
     for entry in torch.serialization.get_safe_globals():
-        cls = entry[0] if isinstance(entry, tuple) else entry
-        is_tensor_class = isinstance(cls, type) and issubclass(cls, torch.Tensor)
-        if is_tensor_class and class_name(cls) == name:
+        cls: object = entry
+        if isinstance(entry, tuple):  # a function or a class, and the name that `torch.load` uses
+            cls = entry[0]
+        if isinstance(cls, type) and issubclass(cls, torch.Tensor) and class_name(cls) == name:
             return cls
     return None
 

@@ -29,7 +29,7 @@ class LocalPath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path, or print the error and exit with code 2."""
         name = "path"
-        if param is not None and param.name is not None:
+        if param is not None and param.name:
             name = param.name.upper()
         try:
             local_path(name, value)

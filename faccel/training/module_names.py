@@ -77,5 +77,5 @@ def uncompiled(module: nn.Module) -> nn.Module:
     if dynamo is None:
         return module
     while isinstance(module, dynamo.OptimizedModule):
-        module = module._modules["_orig_mod"]
+        module = module.get_submodule("_orig_mod")
     return module
