@@ -443,10 +443,16 @@ def check_optimizer(name, saved, loaded, path):
         assert rank == expected
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize(
-    ("saved", "loaded"), [("dp_replicate=2", "dp_shard=3"), ("dp_shard=2", "dp_replicate=1")]
-)
+# Every optimizer is saved sharded or replicated in the fast tests; the other is a slow test.
+DIRECTIONS = (("dp_replicate=2", "dp_shard=3"), ("dp_shard=2", "dp_replicate=1"))
+WAYS = [
+    pytest.param(name, *pair, marks=() if number % 2 == way else pytest.mark.slow)
+    for number, name in enumerate(OPTIMIZERS)
+    for way, pair in enumerate(DIRECTIONS)
+]
+
+
+@pytest.mark.parametrize(("name", "saved", "loaded"), WAYS)
 def test_a_state_of_an_optimizer_comes_back_bit_for_bit(tmp_path, name, saved, loaded):
     check_optimizer(name, saved, loaded, str(tmp_path))
 
