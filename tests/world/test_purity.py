@@ -152,7 +152,26 @@ CALLS = {
     "keep_best": (lambda s, ctx: faccel.checkpoint.keep_best(2, "loss")([]), set()),
     "keep_every": (lambda s, ctx: faccel.checkpoint.keep_every(2)([]), set()),
     "print": (lambda s, ctx: faccel.print(end="", ctx=ctx), set()),
+    "per_rank": (lambda s, ctx: faccel.checkpoint.per_rank(s["x"]), set()),
+    "full_state_dict": (lambda s, ctx: faccel.parallel.full_state_dict(s["model"], ctx), set()),
+    "gathered": (lambda s, ctx: entered(faccel.parallel.gathered(s["model"], ctx)), set()),
+    "init_ema": (lambda s, ctx: faccel.init_ema(s["model"], ctx), set()),
+    "update_ema": (
+        lambda s, ctx: faccel.update_ema(faccel.init_ema(s["model"], ctx), s["model"], ctx),
+        set(),
+    ),
+    "ema_weights": (
+        lambda s, ctx: entered(
+            faccel.parallel.ema_weights(s["model"], faccel.init_ema(s["model"], ctx), ctx)
+        ),
+        set(),
+    ),
 }
+
+
+def entered(context):
+    with context:
+        pass
 
 
 def folder(ctx):
@@ -237,6 +256,7 @@ def test_every_function_without_effects_on_its_arguments_is_covered():
         ),  # process state is what they are for
         "join",  # test_join.py compares what it leaves with a reference
         "step_in_backward",  # test_in_backward.py compares it with steps after backward
+        *("unscale", "grad_norm"),  # test_unscale.py compares gradients before and after
         "pipeline_step",  # forward and backward, which test_parallel.py compares with one process
         *("seed_everything", "rng_state", "set_rng_state"),
         *("get_logger", "progress", "init_trackers", "log", "finish"),
