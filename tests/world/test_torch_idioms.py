@@ -392,3 +392,35 @@ def test_the_fix_for_a_wrapped_model_inside_a_module_trains_all_parameters(world
         return [name for name, value in values(model).items() if torch.equal(value, before[name])]
 
     assert simulate(fn, world_size, mesh=mesh) == ([],) * world_size
+
+
+class TwoMethods(Net):
+    """Each loss leaves parameters without a gradient."""
+
+    def forward(self, x):
+        return self.first(x)
+
+    def other(self, x):
+        return self.blocks[0](x)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_two_methods_in_one_loss_leave_other_parameters_unused(world):
+    world_size, mesh, plan = WORLDS[world]
+    unused = faccel.parallel.DdpConfig(find_unused_parameters=True)
+
+    def fn(ctx):
+        model = faccel.wrap(TwoMethods(), ctx, plan=plan or faccel.Plan(ddp=unused))
+        x = rows(ctx)
+        for _ in range(2):
+            loss = model(x).square().mean() + model.call("other", x).square().mean()
+            faccel.scaled_backward(loss, faccel.init_scaler(ctx), ctx)
+        params = model.named_parameters()
+        return {name: full_tensor(p.grad) for name, p in params if p.grad is not None}
+
+    (expected,) = simulate(fn, 1)
+    assert expected.keys() == {"first.weight", "first.bias", "blocks.0.weight", "blocks.0.bias"}
+    for grads in simulate(fn, world_size, mesh=mesh):
+        assert grads.keys() == expected.keys()
+        for name, grad in grads.items():
+            assert torch.allclose(grad, expected[name], atol=1e-5), name
