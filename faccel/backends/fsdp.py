@@ -80,8 +80,12 @@ class FsdpEngine(nn.Module):
         try:
             with forward_precision(self.plan, self.ctx):
                 output = self._call(method, args, kwargs)
-        except RuntimeError as error:  # forward gathers parameters
-            raise_naming_rank(error, "forward", WORLD, self.ctx.comm)
+        except BaseException as error:
+            # A loop may go on, as after a batch that is too large: FSDP2 has not cleaned up.
+            self.registration.after_forward(has_backward=False)
+            if isinstance(error, RuntimeError):  # forward gathers parameters
+                raise_naming_rank(error, "forward", WORLD, self.ctx.comm)
+            raise
         self.registration.after_forward(has_backward=self._watch_backward(output))
         if self.ctx.compute_dtype is None:
             return output
@@ -154,7 +158,7 @@ def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext
     _fully_shard(module, layout, plan, ctx)
     # Last: of a model on meta, each rank now allocates its shards and one full tensor at a time.
     values.fill(module, ctx, "stage")
-    attach(module, hooks)
+    attach(module, hooks, ctx)
 
 
 def _make_contiguous(module: nn.Module) -> None:

@@ -15,18 +15,22 @@ import torch
 from torch import nn
 
 from faccel.backends.fsdp_registration import fsdp_groups
+from faccel.comm.objects import gather_objects
+from faccel.context import DistContext
 from faccel.parallel.param_hooks import ParamHooks
 
 
-def attach(module: nn.Module, hooks: Mapping[str, ParamHooks]) -> None:
+def attach(module: nn.Module, hooks: Mapping[str, ParamHooks], ctx: DistContext) -> None:
     """Attach to the parameters of a sharded module what the old ones had.
 
-    Updates `module`; collective where the gathered parameters need it: gathers their units once,
-    one after the other, because FSDP2 makes gathered parameters when it gathers first.
+    Updates `module`; collective over the stage. Where the gathered parameters of a rank need it,
+    their units are gathered once, one after the other, because FSDP2 makes gathered parameters
+    when it gathers first.
 
     Args:
         module: The module that FSDP2 has sharded.
         hooks: From `hooks_of`, before it was sharded.
+        ctx: The context.
     """
     params = dict(module.named_parameters())
     by_shard: dict[int, ParamHooks] = {}
@@ -34,9 +38,15 @@ def attach(module: nn.Module, hooks: Mapping[str, ParamHooks]) -> None:
         param_hooks.set_attributes(params[name])
         if param_hooks.is_used_in_forward:
             by_shard[id(params[name])] = param_hooks
-    for submodule, fsdp_params in _units(module):
-        used = [param for param in fsdp_params if id(param.sharded_param) in by_shard]
-        if not used:
+    used_by_unit: list[list[Any]] = []
+    units = list(_units(module))
+    for _, fsdp_params in units:
+        used_by_unit.append([param for param in fsdp_params if id(param.sharded_param) in by_shard])
+    is_used = [bool(used) for used in used_by_unit]
+    # A hook may be on one rank only, such as one that logs on rank 0, and all have to gather.
+    is_used_on_ranks = zip(*gather_objects(is_used, ctx, axis="stage"), strict=True)
+    for (submodule, _), used, flags in zip(units, used_by_unit, is_used_on_ranks, strict=True):
+        if not any(flags):
             continue
         submodule.unshard()
         for fsdp_param in used:

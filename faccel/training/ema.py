@@ -103,7 +103,8 @@ def init_ema(
     instance_of("warmup", warmup, bool, fix="write `warmup=True`")
     one_of("buffers", buffers, _BUFFERS)
     tensors = _averaged_tensors(model, buffers, ())
-    if not tensors:
+    # All parameters of one stage of a pipeline may be frozen.
+    if not tensors and ctx.mesh.spec.pp == 1:
         raise ModelError(
             "all parameters of `model` are frozen, so there is nothing to average",
             got=f"a {type(model.module).__name__}",
@@ -208,8 +209,7 @@ def _applied(model: WrappedModel, ema: EmaState, ctx: DistContext) -> Generator[
     ema.lineage.is_applied = True
     try:
         with torch.no_grad():
-            # One kernel for many tensors; it casts fp32 averages of bf16 parameters.
-            torch._foreach_copy_(tensors, averages)  # pyright: ignore[reportPrivateUsage]
+            _copy(tensors, averages)
         _publish(model)
         if buffers:
             # The statistics of batch norm differ between data ranks.
@@ -217,12 +217,17 @@ def _applied(model: WrappedModel, ema: EmaState, ctx: DistContext) -> Generator[
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(tensors, backups)  # pyright: ignore[reportPrivateUsage]
-            # A loop, because this list may be empty.
-            for buffer, backup in zip(buffers, buffer_backups, strict=True):
-                buffer.copy_(backup)
+            _copy([*tensors, *buffers], [*backups, *buffer_backups])
         _publish(model)
         ema.lineage.is_applied = False
+
+
+def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy tensors in place. Updates `targets`."""
+    # Without any, as in a frozen stage of a pipeline, PyTorch raises.
+    if targets:
+        # One kernel for many tensors; it casts fp32 averages of bf16 parameters.
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateUsage]
 
 
 def _publish(model: WrappedModel) -> None:

@@ -218,6 +218,40 @@ def test_two_forwards_before_a_backward_gather_the_root_once():
     assert once == twice
 
 
+class Failing(Net):
+    fails = False
+
+    def forward(self, x):
+        out = super().forward(x)
+        if self.fails:
+            raise ValueError("a bad batch")
+        return out
+
+
+@pytest.mark.parametrize("has_grad", [False, True])
+@pytest.mark.parametrize("world", ["ddp", "fsdp", "fsdp-no-reshard", "hsdp", "tp", "cp"])
+def test_a_forward_that_raises_leaves_the_parameters(world, has_grad):
+    def fn(ctx, plan):
+        net = Failing(0)
+        law = ParameterLaw(ctx, net, plan)
+        net.fails = True
+        with pytest.raises(ValueError, match="a bad batch"), torch.set_grad_enabled(has_grad):
+            law.model(rows().float())
+        net.fails = False
+        law.check("after a forward that raised")
+        opt = torch.optim.AdamW(law.model.parameters(), lr=0.1)
+        opt = faccel.wrap_optimizer(opt, law.model, ctx)
+        scaler = faccel.init_scaler(ctx)
+        for _ in range(2):
+            scaler = backward(ctx, law.model, scaler)
+            _, scaler = faccel.optimizer_step(opt, scaler, ctx)
+        loaded = values(law.model)
+        return {name: loaded[name] for name in law.params}
+
+    world_size, mesh, plan = WORLDS[world]
+    check_law(simulate(fn, world_size, plan, mesh=mesh))
+
+
 class Checkpointed(nn.Module):
     def __init__(self):
         super().__init__()

@@ -13,6 +13,7 @@ import faccel
 from faccel.errors import CheckpointError, ConfigError, DonatedError, ModelError
 from faccel.parallel import ema_weights
 from faccel.testing import fake_context, simulate
+from tests.laws.test_backends import PLAN, Net
 from tests.models import loss_of, model, tokens
 from tests.training import TIED, full, plan_of, slow_if_large
 
@@ -255,6 +256,26 @@ def test_frozen_parameters_have_no_average():
     wrapped.module.linear.bias.requires_grad_(True)
     with pytest.raises(ModelError, match=r"`linear\.bias` in the model, without an average"):
         faccel.update_ema(ema, wrapped, CTX)
+
+
+@pytest.mark.parametrize("frozen", ["first", "last"])
+def test_a_stage_of_a_pipeline_may_have_no_average(frozen, tmp_path):
+    def fn(ctx):
+        net = Net()
+        getattr(net, frozen).requires_grad_(False)
+        net.layers.requires_grad_(False)
+        wrapped = faccel.wrap(net, ctx, plan=PLAN)
+        ema = faccel.update_ema(faccel.init_ema(wrapped, ctx), wrapped, ctx)
+        faccel.save({"model": wrapped, "ema": ema}, str(tmp_path), ctx, step=1)
+        ema = faccel.load({"model": wrapped, "ema": ema}, str(tmp_path), ctx)["ema"]
+        with ema_weights(wrapped, ema, ctx), torch.no_grad():
+            wrapped(torch.ones(4, 4))
+        return sorted(ema.averages)
+
+    trained = "last" if frozen == "first" else "first"
+    names = [f"{trained}.bias", f"{trained}.weight"]
+    by_rank = simulate(fn, 2, mesh="pp=2")
+    assert sorted(by_rank, key=len) == [[], names]
 
 
 @pytest.mark.parametrize("mesh", ["dp_replicate=1", "dp_shard=2", "pp=2"])

@@ -97,6 +97,29 @@ def test_a_hook_that_was_registered_before_wrap_runs_until_it_is_removed(hook, m
                 assert torch.allclose(value, expected_values[name], atol=1e-5), name
 
 
+@pytest.mark.parametrize("mesh", ["dp_shard=2", "dp_replicate=2,dp_shard=2", "pp=2,dp_shard=2"])
+@pytest.mark.parametrize("is_meta", [False, True])
+def test_a_hook_or_an_attribute_may_be_on_one_rank_only(mesh, is_meta):
+    if is_meta and "pp" in mesh:
+        pytest.skip("a pipeline is not built from a model on meta")
+    num_calls = []
+
+    def fn(ctx):
+        with torch.device("meta" if is_meta and not ctx.is_main else "cpu"):
+            net = LayerNet()
+        if ctx.is_main:
+            net.first.weight.register_hook(num_calls.append)
+            net.last.bias.note = "of rank 0"
+        model = faccel.wrap(net, ctx, plan=PLAN)
+        loader = torch.utils.data.DataLoader(torch.ones(8, 4), 2)
+        window = next(faccel.windows(faccel.shard(loader, ctx), ctx, size=2))
+        loss_fn = lambda f, x: f(x).square().mean()  # noqa: E731
+        faccel.parallel.pipeline_step(loss_fn, model, window, faccel.init_scaler(ctx), ctx)
+
+    simulate(fn, faccel.MeshSpec.of(mesh).size, mesh=mesh)
+    assert num_calls
+
+
 def hook_after_wrap(ctx, num_updates_before):
     model = faccel.wrap(Net(), ctx)
     before = train(ctx, model, num_updates_before)
