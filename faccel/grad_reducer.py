@@ -37,6 +37,10 @@ class GradReducer(Protocol):
         """Finish what `before_backward` prepared. May be collective."""
         ...
 
+    def after_failed_backward(self) -> None:
+        """Drop what a backward that has raised left behind. Not collective."""
+        ...
+
     def check_step(self, opt: torch.optim.Optimizer) -> None:
         """Raise if the gradients of the model may differ between replicas."""
         ...
@@ -70,6 +74,9 @@ class OwnedParams:
         return inputs
 
     def after_backward(self, options: BackwardOptions) -> None:
+        """Do nothing."""
+
+    def after_failed_backward(self) -> None:
         """Do nothing."""
 
     def check_step(self, opt: torch.optim.Optimizer) -> None:

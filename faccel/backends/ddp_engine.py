@@ -47,6 +47,7 @@ class _GradState:
         num_averages: How often `average_grads` has run.
         marks: The gradients before a backward that the reducer does not reduce.
         stats: The reducer's statistics before a backward.
+        has_failed: Whether a backward has raised before the reducer was finished.
         num_checks: Number of updates that were checked.
         is_replaced: Whether `rewrap` has made another engine.
         used: The state of the gradients when an optimizer last stepped.
@@ -60,6 +61,7 @@ class _GradState:
     num_averages: int = 0
     marks: list[tuple[int, int]] = attrs.field(factory=list)
     stats: list[int] = attrs.field(factory=list)
+    has_failed: bool = False
     num_checks: int = 0
     is_replaced: bool = False
     used: WeakKeyDictionary[Optimizer, tuple[int, list[int]]] = attrs.field(
@@ -231,6 +233,19 @@ class DdpEngine(DistributedDataParallel):
             state.has_local = False
             self._sync_after(options)
 
+    def after_failed_backward(self) -> None:
+        """Note that gradients are incomplete, if the backward has reached the model."""
+        state = self.grads
+        state.in_scaled_backward = False
+        state.is_armed = False
+        try:
+            self.reducer._check_reducer_finalized()
+        except RuntimeError:
+            # Its all-reduces may still run in the memory of the next ones: it cannot be used again.
+            state.has_failed = True
+        if not self.require_backward_grad_sync or state.averages_here:
+            state.has_local = state.has_local or state.marks != self._mark_grads()
+
     def _average(self, options: BackwardOptions) -> None:
         state = self.grads
         if not self.require_backward_grad_sync:
@@ -313,6 +328,13 @@ class DdpEngine(DistributedDataParallel):
             )
 
     def _unused_error(self) -> ModelError:
+        if self.grads.has_failed:
+            return ModelError(
+                "the last backward through `model` has raised, so its gradients are incomplete",
+                got="another call after an exception in backward",
+                fix="write `opt.zero_grad()` and `model = faccel.rewrap(model, ctx)` where you "
+                "catch the exception, on all ranks",
+            )
         change = self.at_wrap.change()
         if change is not None:
             return ModelError(change.problem, got=change.got, fix=change.fix)

@@ -76,6 +76,7 @@ class FsdpEngine(nn.Module):
 
     def run(self, method: str, *args: Tree, **kwargs: Tree) -> Tree:
         """Call a method of the module, with FSDP2's hooks; outputs are fp32."""
+        self.recover()  # from a `loss.backward()` of the user that has raised
         self.registration.before_forward()
         try:
             with forward_precision(self.plan, self.ctx):
@@ -117,6 +118,17 @@ class FsdpEngine(nn.Module):
     def _after_second_backward(self) -> None:
         if not self.reduces_grads:
             self.unreduced.add_placeholders()
+
+    def recover(self) -> None:
+        """Drop what a backward that has raised left behind. Updates the model."""
+        state = cast("Any", self.module)._get_fsdp_state()
+        if not state._state_ctx.post_backward_final_callback_queued:
+            return  # that backward has not reached this model, or has ended
+        self.unreduced.drop_all()
+        self.second_order.reset()
+        # What FSDP2 does at the end of a backward. Without gradients it reduces nothing.
+        state._root_post_backward_final_callback()
+        self.registration.after_forward(has_backward=False)
 
     def _call(self, method: str, args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> Tree:
         if method == "forward":  # FSDP2's hooks are hooks of `nn.Module`

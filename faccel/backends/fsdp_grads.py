@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
 import attrs
@@ -25,10 +25,12 @@ class ShardedGrads:
         module: The user's module.
         param_ids: The `id` of each sharded parameter. Those that a plan ignores are left out: FSDP2
             does not average their gradients.
+        recover: Drops what a backward that has raised left in the engine.
     """
 
     module: nn.Module
     param_ids: AbstractSet[int]
+    _recover: Callable[[], None]
 
     def before_backward(self, loss: torch.Tensor, options: BackwardOptions) -> None:
         """Raise for an option that FSDP2 does not support."""
@@ -51,6 +53,10 @@ class ShardedGrads:
     def after_backward(self, options: BackwardOptions) -> None:
         """Do nothing: FSDP2 has reduced the gradients."""
 
+    def after_failed_backward(self) -> None:
+        """Drop what a backward that has raised left behind."""
+        self._recover()
+
     def check_step(self, opt: Optimizer) -> None:
         """Do nothing: gradients that are not reduced are not in `.grad`."""
 
@@ -65,4 +71,10 @@ class ShardedGrads:
 def sharded_grads(module: nn.Module, engine: nn.Module) -> GradReducer:
     """Return the reducer of a model after `fully_shard`."""
     params = [param for param in module.parameters() if is_dtensor(param)]
-    return ShardedGrads(module, frozenset(map(id, params)))
+    # A pipeline runs backward in its schedule.
+    recover = getattr(engine, "recover", _nothing)
+    return ShardedGrads(module, frozenset(map(id, params)), recover)
+
+
+def _nothing() -> None:
+    """Do nothing."""

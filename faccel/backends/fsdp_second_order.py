@@ -73,6 +73,12 @@ class SecondOrder:
         self.registration.after_forward(has_backward=False)
         self.after_backward()
 
+    def reset(self) -> None:
+        """Expect no second backward any more. Updates the model."""
+        while self._handles:
+            self._handles.pop().remove()
+        cast("FSDPModule", self.module).set_reshard_after_backward(True)
+
 
 def _queue_callback(callback: Callable[[], None]) -> None:
     engine = torch.autograd.Variable._execution_engine  # pyright: ignore

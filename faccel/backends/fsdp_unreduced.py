@@ -87,6 +87,16 @@ class UnreducedGrads:
             if reduces or is_cleared:
                 del self._placeholders[fsdp_param]
 
+    def drop_all(self) -> None:
+        """Drop all accumulated gradients. Updates `.grad` and the model."""
+        for fsdp_param, placeholder in self._placeholders.items():
+            param = fsdp_param.sharded_param
+            if param.grad is placeholder:
+                param.grad = placeholder.reduced
+        self._placeholders.clear()
+        for fsdp_param in fsdp_params(self.module):
+            _drop_accumulated(fsdp_param)
+
 
 def fsdp_params(module: nn.Module) -> Iterator[_FsdpParam]:
     """Yield FSDP2's records of the parameters of `module`."""

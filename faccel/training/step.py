@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, NoReturn, TypeGuard
 
 import attrs
 import torch
@@ -88,7 +88,8 @@ def scaled_backward(
     """Run backward on `loss`, multiplied by `scale` and by the loss scale of fp16.
 
     Effects: updates .grad, collective. Gradients are averaged over the data ranks, unless inside
-    `grad_sync(model, on=False)`.
+    `grad_sync(model, on=False)`. Where backward raises, gradients are incomplete: a loop that goes
+    on calls `opt.zero_grad()`, and on replicas `model = faccel.rewrap(model, ctx)`.
 
     Args:
         loss: A scalar that depends on parameters.
@@ -160,23 +161,31 @@ def _as_sequence(
 def _backward(loss: torch.Tensor, options: BackwardOptions, ctx: DistContext) -> None:
     reducers = ctx.lifetime.reducers()
     inputs = options.inputs
-    for reducer in reducers:
-        reducer.before_backward(loss, options)
-        if inputs is not None:
-            inputs = reducer.graph_inputs(inputs)
     try:
+        for reducer in reducers:
+            reducer.before_backward(loss, options)
+            if inputs is not None:
+                inputs = reducer.graph_inputs(inputs)
         torch.autograd.backward(
             loss,
             retain_graph=options.retain_graph,
             create_graph=options.create_graph,
             inputs=inputs,
         )
-    except RuntimeError as error:
-        if is_sharded(loss) and "mixed torch.Tensor and DTensor" in str(error):
-            raise _mixed_loss_error() from error
-        raise_naming_rank(error, "backward", DATA, ctx.comm)
+    except BaseException as error:
+        for reducer in reducers:
+            reducer.after_failed_backward()
+        if isinstance(error, RuntimeError):
+            _raise_backward_error(error, loss, ctx)
+        raise
     for reducer in reducers:
         reducer.after_backward(options)
+
+
+def _raise_backward_error(error: RuntimeError, loss: torch.Tensor, ctx: DistContext) -> NoReturn:
+    if is_sharded(loss) and "mixed torch.Tensor and DTensor" in str(error):
+        raise _mixed_loss_error() from error
+    raise_naming_rank(error, "backward", DATA, ctx.comm)
 
 
 @effectful(updates(".grad"), COLLECTIVE)

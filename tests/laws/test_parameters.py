@@ -13,6 +13,7 @@ from torch import nn
 
 import faccel
 from faccel.backends.table import BACKENDS
+from faccel.errors import ModelError
 from faccel.testing import simulate
 from faccel.tree import full_tensor, local_tensor
 from tests.laws.test_backends import PLAN, Net, rows
@@ -246,6 +247,52 @@ def test_a_forward_that_raises_leaves_the_parameters(world, has_grad):
             scaler = backward(ctx, law.model, scaler)
             _, scaler = faccel.optimizer_step(opt, scaler, ctx)
         loaded = values(law.model)
+        return {name: loaded[name] for name in law.params}
+
+    world_size, mesh, plan = WORLDS[world]
+    check_law(simulate(fn, world_size, plan, mesh=mesh))
+
+
+class RaisesInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ValueError("a bad batch")
+
+
+@pytest.mark.parametrize("syncs", [True, False])
+@pytest.mark.parametrize(
+    "world",
+    ["single", "ddp", "fsdp", "fsdp-no-reshard", "fsdp-checkpointing", "hsdp", "tp", "cp"],
+)
+def test_a_loop_goes_on_after_a_backward_that_raised(world, syncs):
+    def fn(ctx, plan):
+        net = Net(0)
+        law = ParameterLaw(ctx, net, plan)
+        model = law.model
+        opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=0.1), model, ctx)
+        scaler = faccel.init_scaler(ctx)
+        for update in range(2):
+            fails = net.layers[1].register_forward_hook(
+                lambda *args: RaisesInBackward.apply(args[2])
+            )
+            loss = model(rows().float()).square().mean()
+            fails.remove()
+            with faccel.grad_sync(model, on=syncs), pytest.raises(ValueError, match="a bad batch"):
+                faccel.scaled_backward(loss, scaler, ctx)
+            law.check("after a backward that raised", opt)
+            opt.zero_grad(set_to_none=update == 0)
+            if world == "ddp":
+                if syncs:
+                    with pytest.raises(ModelError, match="backward through `model` has raised"):
+                        model(rows().float())
+                model = faccel.rewrap(model, ctx)
+            scaler = backward(ctx, model, scaler)
+            _, scaler = faccel.optimizer_step(opt, scaler, ctx)
+        loaded = values(model)
         return {name: loaded[name] for name in law.params}
 
     world_size, mesh, plan = WORLDS[world]
