@@ -38,7 +38,7 @@ class GradReducer(Protocol):
         ...
 
     def after_failed_backward(self) -> None:
-        """Drop what a backward that has raised left behind. Not collective."""
+        """Drop what a backward that has raised left. Not collective."""
         ...
 
     def check_step(self, opt: torch.optim.Optimizer) -> None:

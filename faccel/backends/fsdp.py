@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from faccel.backends.fsdp_grads import sharded_grads
 from faccel.backends.fsdp_layout import Layout, data_mesh, engine_mesh
-from faccel.backends.fsdp_param_hooks import ShardHooks, attach
+from faccel.backends.fsdp_param_hooks import ShardHooks, attach, gather_before_inference_mode
 from faccel.backends.fsdp_precision import precision_policy, switch_autocast
 from faccel.backends.fsdp_registration import Registration
 from faccel.backends.fsdp_second_order import SecondOrder
@@ -38,6 +38,10 @@ from faccel.tree import Tree, flatten, is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
+
+
+# Leaves of an output through which no backward passes; of tensors, those without gradients.
+_WITHOUT_TENSORS = (torch.Tensor, int, float, str, type(None))
 
 
 class FsdpEngine(nn.Module):
@@ -77,12 +81,13 @@ class FsdpEngine(nn.Module):
     def run(self, method: str, *args: Tree, **kwargs: Tree) -> Tree:
         """Call a method of the module, with FSDP2's hooks; outputs are fp32."""
         self.recover()  # from a `loss.backward()` of the user that has raised
+        gather_before_inference_mode(self.module)
         self.registration.before_forward()
         try:
             with forward_precision(self.plan, self.ctx):
                 output = self._call(method, args, kwargs)
         except BaseException as error:
-            # A loop may go on, as after a batch that is too large: FSDP2 has not cleaned up.
+            # The loop may continue, as after a batch that is too large: FSDP2 has not cleaned up.
             self.registration.after_forward(has_backward=False)
             if isinstance(error, RuntimeError):  # forward gathers parameters
                 raise_naming_rank(error, "forward", WORLD, self.ctx.comm)
@@ -96,7 +101,7 @@ class FsdpEngine(nn.Module):
         """Call `_before_backward` at the start of a backward through `output`; updates `output`.
 
         Returns:
-            Whether a tensor of `output` requires gradients.
+            Whether a backward through `output` is possible.
         """
         if not torch.is_grad_enabled():
             return False
@@ -106,6 +111,9 @@ class FsdpEngine(nn.Module):
                 # A hook of an output runs before the hooks of the units, which accumulate. With
                 # several outputs it runs several times: later calls change nothing.
                 leaf.register_hook(self._before_backward)
+                has_backward = True
+            elif not isinstance(leaf, _WITHOUT_TENSORS):
+                # An object of another class, such as a distribution, may contain such a tensor.
                 has_backward = True
         return has_backward
 
@@ -120,7 +128,7 @@ class FsdpEngine(nn.Module):
             self.unreduced.add_placeholders()
 
     def recover(self) -> None:
-        """Drop what a backward that has raised left behind. Updates the model."""
+        """Drop what a backward that has raised left. Updates the model."""
         state = cast("Any", self.module)._get_fsdp_state()
         if not state._state_ctx.post_backward_final_callback_queued:
             return  # that backward has not reached this model, or has ended

@@ -54,7 +54,7 @@ class ShardedGrads:
         """Do nothing: FSDP2 has reduced the gradients."""
 
     def after_failed_backward(self) -> None:
-        """Drop what a backward that has raised left behind."""
+        """Drop what a backward that has raised left."""
         self._recover()
 
     def check_step(self, opt: Optimizer) -> None:

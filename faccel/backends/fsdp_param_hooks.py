@@ -54,6 +54,23 @@ def attach(module: nn.Module, hooks: Mapping[str, ParamHooks], ctx: DistContext)
         submodule.reshard()
 
 
+def gather_before_inference_mode(module: nn.Module) -> None:
+    """Let FSDP2 make the gathered parameters, if `torch.inference_mode` is on and it has not.
+
+    Collective that once. Tensors that are made in inference mode cannot be trained.
+
+    Args:
+        module: A module that FSDP2 has sharded, or one with such modules.
+    """
+    if not torch.is_inference_mode_enabled():
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        for submodule, fsdp_params in _units(module):
+            if not all(hasattr(param, "_unsharded_param") for param in fsdp_params):
+                submodule.unshard()
+                submodule.reshard()
+
+
 def _units(module: nn.Module) -> Iterator[tuple[Any, list[Any]]]:
     for submodule in module.modules():
         get_state = getattr(submodule, "_get_fsdp_state", None)
@@ -93,8 +110,8 @@ class ShardHooks:
             # In almost all models the only expression that runs: 0.1 us for each parameter.
             if not fsdp_param.sharded_param._backward_hooks or index in self._connected:
                 continue
-            # FSDP2 makes it in the first forward of the unit.
-            if hasattr(fsdp_param, "_unsharded_param"):
+            # FSDP2 makes it in the first forward of the unit. The parameter may be frozen now.
+            if hasattr(fsdp_param, "_unsharded_param") and fsdp_param.unsharded_param.requires_grad:
                 fsdp_param.unsharded_param.register_hook(_run_hooks_of(fsdp_param))
                 self._connected.add(index)
 

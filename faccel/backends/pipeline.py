@@ -12,6 +12,7 @@ from torch import nn
 
 from faccel.backends.fsdp import same_optimizer, shard_module, sync_buffers
 from faccel.backends.fsdp_layout import Layout, contains
+from faccel.backends.fsdp_param_hooks import gather_before_inference_mode
 from faccel.backends.pipeline_engine import PipelineEngine, StageInputs, TiedParam
 from faccel.backends.pipeline_inference import infer
 from faccel.comm.tensors import broadcast
@@ -164,6 +165,7 @@ def _make_run(engine: PipelineEngine, ctx: DistContext) -> RunMethod:
                 fix="write `faccel.parallel.pipeline_step(loss_fn, model, window, scaler, ctx)`, "
                 "or `with torch.no_grad():`",
             )
+        gather_before_inference_mode(engine)
         return infer(engine, StageInputs(args, kwargs), ctx)
 
     return run

@@ -50,7 +50,8 @@ class UnreducedGrad(DTensor):
     def is_unreduced(self) -> bool:
         """Whether it was neither cleared nor written."""
         # FSDP2 writes into the local tensor.
-        is_written = self._local_tensor._version != self._first_version  # type: ignore[attr-defined]
+        version = self._local_tensor._version
+        is_written = version != self._first_version  # type: ignore[attr-defined]
         return not self.is_cleared and not is_written
 
     def __repr__(self, *, tensor_contents: object = None) -> str:

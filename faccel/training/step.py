@@ -88,8 +88,8 @@ def scaled_backward(
     """Run backward on `loss`, multiplied by `scale` and by the loss scale of fp16.
 
     Effects: updates .grad, collective. Gradients are averaged over the data ranks, unless inside
-    `grad_sync(model, on=False)`. Where backward raises, gradients are incomplete: a loop that goes
-    on calls `opt.zero_grad()`, and on replicas `model = faccel.rewrap(model, ctx)`.
+    `grad_sync(model, on=False)`. Where backward raises, gradients are incomplete: a loop that
+    continues calls `opt.zero_grad()`, and on replicas `model = faccel.rewrap(model, ctx)`.
 
     Args:
         loss: A scalar that depends on parameters.

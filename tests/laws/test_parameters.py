@@ -253,6 +253,55 @@ def test_a_forward_that_raises_leaves_the_parameters(world, has_grad):
     check_law(simulate(fn, world_size, plan, mesh=mesh))
 
 
+@pytest.mark.parametrize("world", ["ddp", "fsdp", "fsdp-no-reshard", "hsdp", "tp", "pp-fsdp"])
+def test_a_model_that_was_evaluated_in_inference_mode_trains(world):
+    def fn(ctx, plan):
+        law = ParameterLaw(ctx, Net(0), plan)
+        opt = torch.optim.AdamW(law.model.parameters(), lr=0.1)
+        opt = faccel.wrap_optimizer(opt, law.model, ctx)
+        scaler = faccel.init_scaler(ctx)
+        for _ in range(2):
+            with torch.inference_mode():
+                law.model(rows().float())
+            law.check("after an evaluation in inference mode")
+            scaler = backward(ctx, law.model, scaler)
+            _, scaler = faccel.optimizer_step(opt, scaler, ctx)
+        loaded = values(law.model)
+        return {name: loaded[name] for name in law.params}
+
+    world_size, mesh, plan = WORLDS[world]
+    check_law(simulate(fn, world_size, plan, mesh=mesh))
+
+
+class Normal(nn.Module):
+    """Returns an object that is no container of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 1)
+        self.layers = nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, x):
+        return torch.distributions.Normal(self.last(self.layers[0](self.first(x))), 1.0)
+
+
+@pytest.mark.parametrize("mesh", ["dp_replicate=2", "dp_shard=2"])
+def test_a_model_may_return_a_distribution(mesh):
+    def fn(ctx):
+        model = faccel.wrap(Normal(), ctx)
+        scaler = faccel.init_scaler(ctx)
+        for _ in range(2):  # gradients accumulate
+            loss = model(rows().float()).log_prob(torch.ones(1)).mean()
+            scaler = faccel.scaled_backward(loss, scaler, ctx)
+        return [full_tensor(param.grad) for param in model.parameters()]
+
+    (expected,) = simulate(fn, 1)
+    for grads in simulate(fn, 2, mesh=mesh):
+        for grad, expected_grad in zip(grads, expected, strict=True):
+            assert torch.allclose(grad, expected_grad, atol=1e-5)
+
+
 class RaisesInBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -268,7 +317,7 @@ class RaisesInBackward(torch.autograd.Function):
     "world",
     ["single", "ddp", "fsdp", "fsdp-no-reshard", "fsdp-checkpointing", "hsdp", "tp", "cp"],
 )
-def test_a_loop_goes_on_after_a_backward_that_raised(world, syncs):
+def test_a_loop_continues_after_a_backward_that_raised(world, syncs):
     def fn(ctx, plan):
         net = Net(0)
         law = ParameterLaw(ctx, net, plan)

@@ -140,6 +140,27 @@ def test_a_hook_of_a_shard_runs_on_the_gradient_of_the_parameter(mesh, num_updat
         assert torch.allclose(after, expected[2]["embed.weight"], atol=1e-5)
 
 
+@pytest.mark.parametrize("mesh", ["dp_replicate=2", "dp_shard=2"])
+def test_a_parameter_with_a_hook_may_be_frozen_for_some_updates(mesh):
+    def fn(ctx):
+        model = faccel.wrap(Net(), ctx)
+        handle = tensor_hook(model.embed.weight)
+        model.embed.weight.requires_grad_(False)
+        model = faccel.rewrap(model, ctx)
+        frozen = train(ctx, model, 1)["embed.weight"]
+        model.embed.weight.requires_grad_(True)
+        model = faccel.rewrap(model, ctx)
+        hooked = train(ctx, model, 1)["embed.weight"]
+        handle.remove()
+        return frozen, hooked
+
+    start = Net().embed.weight
+    for frozen, hooked in simulate(fn, 2, mesh=mesh):
+        assert torch.equal(frozen, start)
+        assert torch.equal(hooked[:4], start[:4])
+        assert not torch.equal(hooked[4:], start[4:])
+
+
 def test_a_hook_of_a_shard_runs_in_a_pipeline():
     def fn(ctx):
         model = faccel.wrap(LayerNet(), ctx, plan=PLAN)
