@@ -305,7 +305,7 @@ def _record_settings(config: Config | Mapping[str, object] | None) -> dict[str, 
     if isinstance(config, Config):
         # A record has a value for every field. Its defaults must not replace the environment.
         for field in config_fields():
-            if _is_set(config, field.name):
+            if is_given(config, field.name):
                 values[field.name] = getattr(config, field.name)
     elif isinstance(config, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         values = dict(config)
@@ -318,8 +318,11 @@ def _record_settings(config: Config | Mapping[str, object] | None) -> dict[str, 
     return {name: _Setting(value, "argument config") for name, value in values.items()}
 
 
-def _is_set(config: Config, name: str) -> bool:
-    """Return whether a record sets a field: it has a source, or differs from the default."""
+def is_given(config: Config, name: str) -> bool:
+    """Return whether a record sets a field: it has a source, or differs from the default.
+
+    Effects: pure.
+    """
     # A resolved record can set a field to its default: `mixed_precision="no"` over a variable.
     if config.sources:
         return config.sources.get(name, "default") != "default"

@@ -1,4 +1,4 @@
-"""The mutable part of a `DistContext`: callbacks for its end, wrapped models, open iterations."""
+"""The mutable part of a `DistContext`: callbacks, wrapped models, open iterations, and updates."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ class Lifetime:
         self._uneven_iterations: set[object] = set()
         self._joins: set[object] = set()
         self._has_loader = False
+        self._num_backwards = 0
+        self._has_accumulated = False
         # By `id` of the wrapped model. Weak, so that a model is freed when the user drops it.
         self._models: dict[int, weakref.ref[object]] = {}
         self._reducers: dict[int, GradReducer] = {}
@@ -126,6 +128,30 @@ class Lifetime:
             yield
         finally:
             self._joins.discard(token)
+
+    def add_backward(self) -> None:
+        """Count a backward of the present update."""
+        self._num_backwards += 1
+
+    def add_update(self, grad_accum: int) -> None:
+        """Count the present update; the next backward belongs to another one."""
+        if self._num_backwards >= grad_accum:
+            self._has_accumulated = True
+        self._num_backwards = 0
+
+    def add_windows(self) -> None:
+        """Note that `windows` groups micro-batches, so that updates may have any number of them."""
+        self._has_accumulated = True
+
+    @property
+    def num_backwards(self) -> int:
+        """How many backwards there were since the last update."""
+        return self._num_backwards
+
+    @property
+    def has_accumulated(self) -> bool:
+        """Whether the context had `windows`, or an update with all of its micro-batches."""
+        return self._has_accumulated
 
     def add_loader(self) -> None:
         """Note that the context has split a loader over its ranks."""

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from faccel.comm.buckets import BUCKET_CAP_MB, check_replicas
 from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
-from faccel.errors import ConfigError, OptimizerError
+from faccel.errors import ConfigError, OptimizerError, with_source
 from faccel.func.grad import GradInputs, LossAndGrads, mean_gradient
 from faccel.func.gradient_transformation import (
     GradientTransformation,
@@ -91,7 +91,8 @@ def make_step(
         derivative. Use `compiled` if the loss function draws random numbers.
 
     Raises:
-        ConfigError: The mesh shards parameters or work, or a number is not positive.
+        ConfigError: The mesh shards parameters or work, or a number is not positive. Or
+            `num_micro_batches` contradicts the configured `grad_accum`.
         OptimizerError: `transformation` has no optimizer.
         DonatedError: In the step: the state was donated before.
 
@@ -112,6 +113,18 @@ def make_step(
     return build_step(mean_gradient, options, transformation, ctx, donate=donate)
 
 
+def _check_micro_batches(num_micro_batches: int, ctx: DistContext) -> None:
+    """Raise if the step ignores a configured `grad_accum`."""
+    grad_accum = ctx.config.grad_accum
+    if grad_accum not in (1, num_micro_batches):
+        error = ConfigError(
+            "`num_micro_batches` contradicts the configured `grad_accum`",
+            got=f"num_micro_batches={num_micro_batches}, grad_accum={grad_accum}",
+            fix="pass `num_micro_batches=ctx.config.grad_accum`, or configure no `grad_accum`",
+        )
+        raise with_source(error, ctx.config.sources.get("grad_accum", "argument"))
+
+
 def build_step(
     gradient_fn: GradientFn,
     options: LossOptions,
@@ -122,6 +135,7 @@ def build_step(
 ) -> Step:
     """Return the step that applies what `gradient_fn` returns; see `make_step`."""
     check_replicas(ctx, "use `faccel.wrap` and `faccel.optimizer_step`, which train on every mesh")
+    _check_micro_batches(options.num_micro_batches, ctx)
     check_transformation(transformation)
     if transformation.role is not Role.OPTIMIZER:
         raise OptimizerError(

@@ -27,9 +27,10 @@ from faccel.random.seeding import generator
 from faccel.runtime.initialize import init
 from faccel.testing.simulation import fake_context
 from faccel.tracking.console import print as print_on_main
-from faccel.training.model import wrap, wrap_optimizer
+from faccel.training.model import grad_sync, wrap, wrap_optimizer
 from faccel.training.precision import init_scaler
 from faccel.training.step import optimizer_step, scaled_backward
+from faccel.training.windows import windows
 
 # Divisible by most world sizes, so that each rank gets equally many samples of a global batch.
 _GLOBAL_BATCH = 48
@@ -118,8 +119,12 @@ def _train(ctx: DistContext) -> torch.Tensor:
     batch_size = _GLOBAL_BATCH // ctx.data_world_size
     loader = shard(DataLoader(dataset, batch_size, shuffle=True), ctx, tail="drop")
     for _, epoch in loader.epochs(5):
-        for x, y in epoch:
-            scaler = scaled_backward((wrapped(x) - y).square().mean(), scaler, ctx)
+        for window in windows(epoch, ctx):
+            for micro in window:
+                x, y = micro.data
+                with grad_sync(wrapped, on=micro.sync):
+                    loss = (wrapped(x) - y).square().mean()
+                    scaler = scaled_backward(loss, scaler, ctx, scale=micro.scale)
             _, scaler = optimizer_step(opt, scaler, ctx)
     return torch.cat([param.detach().flatten().float().cpu() for param in model.parameters()])
 

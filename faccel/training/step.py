@@ -34,7 +34,7 @@ from faccel.training.model import (
 )
 from faccel.training.precision import ScalerState, check_scaler, unscale_
 from faccel.training.replica_checks import check_gradients
-from faccel.training.windows import Window, uneven_tail_error
+from faccel.training.windows import Window, check_accumulated, uneven_tail_error
 from faccel.tree import Tree, full_tensor, is_sharded
 from faccel.update_options import BackwardOptions, UpdateOptions
 
@@ -144,6 +144,7 @@ def scaled_backward(
     else:
         options = BackwardOptions(retain_graph, create_graph, _as_sequence(inputs))
     _backward(loss, options, ctx)
+    ctx.lifetime.add_backward()
     return scaler.after_backward()
 
 
@@ -350,7 +351,8 @@ def optimizer_step(
         ModelError: A part of the model took no part in the loss, or replicas differ.
         ScalerError: `scaler` was not returned by `scaled_backward` (in fp16: since the last step
             of `opt`).
-        ConfigError: A limit is not positive, or a scheduler needs a metric.
+        ConfigError: A limit is not positive, or a scheduler needs a metric. Or the loop ignores the
+            configured `grad_accum`.
 
     Examples:
         >>> from faccel.training.precision import init_scaler
@@ -385,6 +387,7 @@ def optimizer_step(
     if overflow is not None:  # `unscale` has divided and checked them
         options = options._replace(grad_scale=1.0, skip_nonfinite=skip_nonfinite)
     check_limits(options)
+    check_accumulated(ctx)
     reducers = check_gradients(opt, params, ctx)
     if engine_step is None:
         grad_norm, finite = _update(opt, params, options, ctx, binding)
@@ -392,6 +395,7 @@ def optimizer_step(
         grad_norm, finite = engine_step(opt, options, ctx)
     for reducer in reducers:
         reducer.after_step(opt)
+    ctx.lifetime.add_update(ctx.config.grad_accum)
     # A skipped update is none: the schedule counts updates.
     if finite:
         for one_scheduler in schedulers:

@@ -9,12 +9,13 @@ import attrs
 import torch
 
 from faccel.checks import instance_of, positive
+from faccel.config import is_given
 from faccel.context import DistContext
 from faccel.data.batch import Batch
 from faccel.data.loader import ShardedLoader, batches
 from faccel.data.order import Cursor
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
-from faccel.errors import DataError
+from faccel.errors import ConfigError, DataError, with_source
 from faccel.mesh import DATA
 from faccel.tree import Tree
 
@@ -90,12 +91,13 @@ def windows(
     Args:
         loader: From `shard`, at an epoch.
         ctx: The context.
-        size: Micro-batches per update; None is the configuration's `grad_accum`.
+        size: Micro-batches per update; None is the configuration's `grad_accum`, which a number
+            must not contradict.
         weight: Counts a micro-batch of this rank; full sequences where the mesh has `cp`.
             `Batch.num_valid` is the number of rows to count.
 
     Raises:
-        ConfigError: `size` is not positive.
+        ConfigError: `size` is not positive, or contradicts the configured `grad_accum`.
         DataError: `loader` is not from `shard`, or has an uneven tail: its ranks would make
             different numbers of updates.
 
@@ -110,13 +112,54 @@ def windows(
     """
     fix = "write `faccel.windows(faccel.shard(loader, ctx).at(epoch), ctx)`"
     instance_of("loader", loader, ShardedLoader, fix=fix, error=DataError)
-    if size is None:
-        size = ctx.config.grad_accum
-    num_micro_batches = positive("size", size)
+    num_micro_batches = ctx.config.grad_accum
+    if size is not None:
+        num_micro_batches = positive("size", size)
+        _check_size(num_micro_batches, ctx)
     # One process has no other ranks to wait for it.
     if loader.source.tail == "uneven" and ctx.data_world_size > 1:
         raise uneven_tail_error()
+    ctx.lifetime.add_windows()
     return _windows(loader, ctx, num_micro_batches, weight)
+
+
+def _check_size(size: int, ctx: DistContext) -> None:
+    """Raise if a flag, a variable, a file or an argument of `init` asks for another size."""
+    grad_accum = ctx.config.grad_accum
+    is_configured = grad_accum != 1 or is_given(ctx.config, "grad_accum")
+    if is_configured and size != grad_accum:
+        error = ConfigError(
+            "`size` contradicts the configured `grad_accum`",
+            got=f"size={size}, grad_accum={grad_accum}",
+            fix="leave one of them out: write `faccel.windows(loader, ctx)`, or configure no "
+            "`grad_accum`",
+        )
+        raise with_source(error, ctx.config.sources.get("grad_accum", "argument"))
+
+
+def check_accumulated(ctx: DistContext) -> None:
+    """Raise if the first update of a loop ignores the configured `grad_accum`.
+
+    A loop uses it if it called `windows`, or if an update had that many backwards. Later updates
+    are not checked: the last one of an epoch may have fewer.
+
+    Raises:
+        ConfigError: The update has fewer backwards.
+    """
+    lifetime = ctx.lifetime
+    grad_accum = ctx.config.grad_accum
+    # Without a backward since the last update, a second optimizer steps with the same gradients.
+    if lifetime.has_accumulated or not 0 < lifetime.num_backwards < grad_accum:
+        return
+    error = ConfigError(
+        "`grad_accum` is configured, but the loop updates after fewer micro-batches",
+        got=f"grad_accum={grad_accum}, and {lifetime.num_backwards} backward before "
+        "`optimizer_step`",
+        fix="write `for window in faccel.windows(loader, ctx)` and `for micro in window`, with "
+        "`scale=micro.scale` in `scaled_backward` and one `optimizer_step` per window; or "
+        "configure no `grad_accum`",
+    )
+    raise with_source(error, ctx.config.sources.get("grad_accum", "argument"))
 
 
 def _windows(

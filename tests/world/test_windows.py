@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 import faccel
 from faccel.errors import ConfigError, DataError
-from faccel.testing import fake_context, simulate
+from faccel.testing import fake_context, selftest, simulate
 
 PAD = -100
 
@@ -165,3 +165,102 @@ def test_windows_raises_for_a_size_of_0_and_an_uneven_tail():
         faccel.windows(faccel.shard(DataLoader(range(9), 1), ctx, tail="uneven"), ctx)
     with pytest.raises(ConfigError):
         faccel.windows(faccel.shard(DataLoader(range(9), 1), ctx), ctx, size=0)
+
+
+ACCUMULATE = {
+    "argument": {"overrides": {"grad_accum": 3}, "env": {}},
+    "variable": {"env": {"FACCEL_GRAD_ACCUM": "3"}},
+}
+
+
+def configured(source):
+    options = ACCUMULATE[source]
+    return faccel.init(device="cpu", env=options["env"], **options.get("overrides", {}))
+
+
+def number_loader(ctx, n=8):
+    return faccel.shard(DataLoader(torch.arange(float(n)), 1), ctx)
+
+
+@pytest.mark.parametrize("source", ACCUMULATE)
+def test_a_size_that_contradicts_the_configuration_is_an_error(source):
+    with configured(source) as ctx:
+        with pytest.raises(ConfigError, match="size=4, grad_accum=3") as caught:
+            faccel.windows(number_loader(ctx), ctx, size=4)
+        assert ("FACCEL_GRAD_ACCUM" in caught.value.got) == (source == "variable")
+        for window_size in (None, 3):
+            windows = faccel.windows(number_loader(ctx), ctx, size=window_size)
+            assert [len(window) for window in windows] == [3, 3, 2]
+
+
+def test_a_configured_1_contradicts_another_size_and_the_default_does_not():
+    ctx = fake_context(0, 1, config={"grad_accum": 1})
+    with pytest.raises(ConfigError, match="size=4, grad_accum=1"):
+        faccel.windows(number_loader(ctx), ctx, size=4)
+    with faccel.init(device="cpu", env={}) as ctx:
+        assert len(next(faccel.windows(number_loader(ctx), ctx, size=4))) == 4
+
+
+def update_after(ctx, counts, num_optimizers=1):
+    """Train with `counts[i]` backwards before update i; return how many updates there were."""
+    model = faccel.wrap(torch.nn.Linear(1, 1), ctx)
+    opts = [torch.optim.SGD([param], lr=0.1) for param in model.parameters()][:num_optimizers]
+    scaler = faccel.init_scaler(ctx)
+    for num_updates, count in enumerate(counts):
+        for _ in range(count):
+            loss = model(torch.ones(1, 1)).mean()
+            scaler = faccel.scaled_backward(loss, scaler, ctx, scale=1 / count)
+        before = model.weight.detach().clone()
+        try:
+            for opt in opts:
+                _, scaler = faccel.optimizer_step(opt, scaler, ctx)
+        except ConfigError as error:
+            assert "`grad_accum` is configured" in error.problem
+            assert f"grad_accum={ctx.config.grad_accum}, and {count} backward" in error.got
+            assert torch.equal(model.weight, before)
+            return num_updates
+    return len(counts)
+
+
+LOOPS = {
+    "an update after every backward": (3, [1, 1], 1, 0),
+    "two losses per update": (3, [2, 2], 1, 0),
+    "accumulated by hand": (3, [3, 3, 3], 1, 3),
+    "a short end of the epoch": (3, [3, 3, 1, 3], 1, 4),
+    "more backwards than micro-batches": (3, [6, 6], 1, 2),
+    "two optimizers": (3, [3, 3], 2, 2),
+    "no accumulation is configured": (1, [1, 3, 1], 1, 3),
+}
+
+
+@pytest.mark.parametrize("mesh", [None, "dp_replicate=2", "dp_shard=2"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_loop_that_ignores_grad_accum_raises_at_its_first_update(loop, mesh):
+    grad_accum, counts, num_optimizers, expected = LOOPS[loop]
+    world_size = 2 if mesh else 1
+    config = {"grad_accum": grad_accum}
+    got = simulate(update_after, world_size, counts, num_optimizers, mesh=mesh, config=config)
+    assert got == (expected,) * world_size
+
+
+def test_a_loop_with_windows_may_have_short_updates():
+    def fn(ctx):
+        assert len(list(faccel.windows(number_loader(ctx, 2), ctx))) == 1
+        return update_after(ctx, [1, 2])
+
+    assert simulate(fn, 2, config={"grad_accum": 3}) == (2, 2)
+
+
+def test_a_functional_step_that_ignores_grad_accum_is_an_error():
+    ctx = fake_context(0, 1, config={"grad_accum": 3})
+
+    def loss_fn(params, batch, generator):
+        return batch.mean()
+
+    with pytest.raises(ConfigError, match="num_micro_batches=1, grad_accum=3"):
+        faccel.func.make_step(loss_fn, faccel.func.sgd(0.1), ctx)
+    faccel.func.make_step(loss_fn, faccel.func.sgd(0.1), ctx, num_micro_batches=3)
+
+
+def test_the_check_of_an_installation_accumulates_as_configured():
+    assert simulate(selftest.run, 2, config={"grad_accum": 2}) == (0, 0)
