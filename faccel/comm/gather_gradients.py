@@ -1,4 +1,4 @@
-"""The gradient of a gather: each rank gets the sum of all ranks' gradients of its own rows.
+"""The gradient of a gather: each rank gets the sum of all ranks' gradients of its rows.
 
 Let `y` be the gathered rows and `L_r` the loss of rank `r`. The gradient of row `i` of this rank is
 `sum_r dL_r/dy_i`. A model with averaged gradients then gets the gradient of `mean_r L_r`, as one

@@ -351,8 +351,7 @@ def optimizer_step(
         ModelError: A part of the model took no part in the loss, or replicas differ.
         ScalerError: `scaler` was not returned by `scaled_backward` (in fp16: since the last step
             of `opt`).
-        ConfigError: A limit is not positive, or a scheduler needs a metric. Or the loop ignores the
-            configured `grad_accum`.
+        ConfigError: A limit or a scheduler is invalid, or the loop ignores a given `grad_accum`.
 
     Examples:
         >>> from faccel.training.precision import init_scaler
