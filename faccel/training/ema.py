@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from weakref import WeakSet
 
 import attrs
 import torch
+from torch import nn
 
 from faccel.checks import in_range, instance_of, one_of
 from faccel.context import DistContext, require_context
@@ -20,6 +22,10 @@ from faccel.tree import local_tensor
 _BUFFERS = ("copy", "average")
 # A step of 1 - decay = 0.001 is smaller than the distance between two such numbers.
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+# The modules whose parameters are averages now, in `ema_weights`.
+_APPLIED: WeakSet[nn.Module] = WeakSet()
 
 
 @attrs.define(eq=False)
@@ -207,6 +213,7 @@ def _applied(model: WrappedModel, ema: EmaState, ctx: DistContext) -> Generator[
         backups = [tensor.clone() for tensor in tensors]
         buffer_backups = [buffer.clone() for buffer in buffers]
     ema.lineage.is_applied = True
+    _APPLIED.add(model.module)
     try:
         with torch.no_grad():
             _copy(tensors, averages)
@@ -220,6 +227,7 @@ def _applied(model: WrappedModel, ema: EmaState, ctx: DistContext) -> Generator[
             _copy([*tensors, *buffers], [*backups, *buffer_backups])
         _publish(model)
         ema.lineage.is_applied = False
+        _APPLIED.discard(model.module)
 
 
 def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
@@ -243,6 +251,12 @@ def _check(ema: EmaState, model: WrappedModel, ctx: DistContext) -> None:
     check_wrapped(model)
     check_context(model, ctx)
     check_current(ema)
+    if model.module in _APPLIED:
+        raise DonatedError(
+            "another average is applied: the parameters of the model are not the trained ones",
+            got="a call inside `faccel.parallel.ema_weights`",
+            fix="end the `with` block first",
+        )
 
 
 def check_current(ema: EmaState) -> None:

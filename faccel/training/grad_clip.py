@@ -77,10 +77,13 @@ def step_optimizer(opt: Optimizer, guard: StepGuard | None) -> None:
         # Python's message for the missing argument; any other TypeError is the optimizer's.
         if "closure" not in str(error):
             raise
+        fix = "call `opt.step(closure)` yourself, with `scaled_backward` in the closure"
+        if guard is not None:  # the closure's gradients would be multiplied by the loss scale
+            fix = 'write `faccel.init(mixed_precision="bf16")`, and ' + fix
         raise OptimizerError(
             "`optimizer_step` does not support an optimizer that needs a closure",
             got=f"a {type(opt).__name__}",
-            fix="call `opt.step(closure)` yourself, with `scaled_backward` in the closure",
+            fix=fix,
         ) from error
     except RuntimeError as error:
         # Words of DTensor's errors about operations that it cannot do on shards.

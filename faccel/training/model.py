@@ -19,7 +19,7 @@ from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ModelError, OptimizerError
 from faccel.training import module_checks
 from faccel.training.full_values import shard_full_values
-from faccel.training.precision import StepGuard
+from faccel.training.precision import StepGuard, guard_steps
 from faccel.tree import Tree
 
 if TYPE_CHECKING:
@@ -337,11 +337,12 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
     check_owns_parameters(opt, model)
     # An engine may return another optimizer; that one is passed to `optimizer_step`.
     connected = model.parallelism.wrap_optimizer(opt, model.engine, ctx)
-    tied_copies = model.parallelism.tied_copies(model.engine)
-    guard = None
-    if ctx.config.mixed_precision == "fp16":
-        guard = StepGuard()
-        connected.register_step_pre_hook(guard)
+    tied_copies = dict(model.parallelism.tied_copies(model.engine))
+    # An optimizer may be connected to several models, one after the other.
+    previous = _BINDINGS.get(connected)
+    if previous is not None:
+        tied_copies |= previous.tied_copies
+    guard = guard_steps(connected, getattr(previous, "guard", None), ctx)
     _BINDINGS[connected] = OptimizerBinding(model.ctx, tied_copies, guard)
     return connected
 

@@ -320,3 +320,19 @@ class StepGuard:
                 fix="write `info, scaler = faccel.optimizer_step(opt, scaler, ctx)`, which divides "
                 "them and leaves out an update that overflowed",
             )
+
+
+def guard_steps(
+    opt: torch.optim.Optimizer, guard: StepGuard | None, ctx: DistContext
+) -> StepGuard | None:
+    """Return the guard of an optimizer, registered once; None in other precisions than fp16.
+
+    Args:
+        opt: The optimizer.
+        guard: The guard that it has already, or None.
+        ctx: Its configuration chooses the precision.
+    """
+    if guard is None and ctx.config.mixed_precision == "fp16":
+        guard = StepGuard()
+        opt.register_step_pre_hook(guard)
+    return guard

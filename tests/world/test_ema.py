@@ -311,6 +311,12 @@ def test_a_consumed_or_applied_record_raises(tmp_path):
             pytest.raises((DonatedError, CheckpointError), match="`ema` is applied"),
         ):
             use(ema)
+    for use in uses[:2]:  # another average of the same model
+        with (
+            ema_weights(wrapped, ema, CTX),
+            pytest.raises(DonatedError, match="another average is applied"),
+        ):
+            use(duplicate)
     faccel.update_ema(ema, wrapped, CTX)
     faccel.update_ema(duplicate, wrapped, CTX)  # a deep copy lives on
 

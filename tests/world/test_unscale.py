@@ -249,3 +249,31 @@ def test_an_update_without_a_backward_that_reduces_names_the_cause(mesh):
         return not info.skipped
 
     assert all(simulate(update, faccel.MeshSpec.of(mesh).size, mesh=mesh))
+
+
+@pytest.mark.parametrize("mesh", ["dp_replicate=1", "dp_replicate=2", "dp_shard=2", "pp=2"])
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_one_optimizer_of_two_models_is_connected_to_both(precision, mesh):
+    """The update and the norm are those of two equal models in one optimizer of plain PyTorch."""
+
+    def fn(ctx):
+        wrapped = [faccel.wrap(model(), ctx, plan=PLANS[mesh]) for _ in range(2)]
+        params = [param for one in wrapped for param in one.parameters()]
+        opt = torch.optim.SGD(params, lr=1.0)
+        for one in wrapped:
+            opt = faccel.wrap_optimizer(opt, one, ctx)
+        scaler = faccel.init_scaler(ctx)
+        loss_of_rows = lambda f, rows: loss_of(f(rows[:, :-1]), rows[:, 1:])  # noqa: E731
+        for one in wrapped:
+            loader = faccel.shard(DataLoader(tokens(ROWS), 4 // ctx.data_world_size), ctx)
+            window = next(faccel.windows(loader, ctx, size=4))
+            _, scaler = faccel.parallel.pipeline_step(loss_of_rows, one, window, scaler, ctx)
+        info, _ = faccel.optimizer_step(opt, scaler, ctx, clip_norm=math.inf)
+        return info.grad_norm.item()
+
+    net = model()
+    batch = tokens(ROWS)
+    loss_of(net(batch[:, :-1]), batch[:, 1:]).backward()
+    expected = math.sqrt(2) * torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])
+    for norm in simulate(fn, MESHES[mesh], mesh=mesh, config={"mixed_precision": precision}):
+        assert norm == pytest.approx(expected.item(), rel=1e-2)
