@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import NoReturn
 
 import attrs
 import torch
@@ -131,8 +132,8 @@ def gathered(
 
     Inside, the parameters of `model` and of the user's module are full on every rank: read their
     norms, or initialise them. The context yields all of them by name, in a pipeline also those of
-    other stages. Do not call the model inside. At the end, also after an exception, the modules
-    have their own parameters again, the ones that the optimizer has.
+    other stages. A call of the model inside raises. At the end, also after an exception, the
+    modules have their own parameters again, the ones that the optimizer has.
 
     Args:
         model: From `wrap`.
@@ -144,7 +145,8 @@ def gathered(
     Raises:
         ConfigError: `modifier_rank` is no rank of the world.
         ModelError: `model` is not wrapped, or was wrapped with another context. Or a parameter was
-            changed inside without `modifier_rank`; at the end of the block.
+            changed inside without `modifier_rank`; at the end of the block. Or `model` was called
+            inside.
         RankFailedError: Another rank raised inside, with `modifier_rank`.
 
     Examples:
@@ -170,6 +172,8 @@ def _gathered(
     model: WrappedModel, ctx: DistContext, modifier_rank: int | None
 ) -> Generator[Mapping[str, torch.Tensor]]:
     full_params = _FullParams.of(model, ctx, is_copied=modifier_rank is not None)
+    # First of all hooks: FSDP2's would compute with the shards, or take a full tensor for one.
+    handle = model.module.register_forward_pre_hook(_raise_in_forward, prepend=True)
     full_params.register()
     try:
         yield full_params.by_name
@@ -181,11 +185,20 @@ def _gathered(
         raise
     finally:
         full_params.restore()
+        handle.remove()
     if modifier_rank is None:
         full_params.check_unchanged()
     else:
         raise_on_all_ranks(None, ctx, _DOING)
         full_params.write(modifier_rank)
+
+
+def _raise_in_forward(module: nn.Module, args: Tree) -> NoReturn:
+    raise ModelError(
+        "`model` was called inside of `faccel.parallel.gathered`",
+        got=f"a forward of a {type(module).__name__}",
+        fix="call it after the `with` block",
+    )
 
 
 @attrs.frozen(eq=False)

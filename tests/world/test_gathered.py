@@ -172,6 +172,24 @@ def test_writing_without_a_modifier_rank_raises_and_names_the_parameter(mesh):
     on(mesh, fn)
 
 
+@pytest.mark.parametrize("has_run", [False, True])
+@pytest.mark.parametrize("mesh", ["dp_replicate=1", "dp_replicate=2", "dp_shard=2", "tp=2"])
+def test_a_call_of_the_model_inside_raises(mesh, has_run):
+    def fn(ctx, wrapped):
+        if has_run:
+            logits_of(wrapped)
+        params = objects_of(wrapped)
+        with pytest.raises(ModelError, match="called inside"), gathered(wrapped, ctx):
+            logits_of(wrapped)
+        assert objects_of(wrapped) == params
+        return logits_of(wrapped)
+
+    with torch.no_grad():
+        expected = make()(INPUTS)
+    for logits in on(mesh, fn):
+        assert torch.allclose(logits, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("mesh", ["dp_replicate=2", "dp_shard=2"])
 def test_an_optimizer_trains_what_was_written(mesh):
     net = nn.Linear(3, 2)
