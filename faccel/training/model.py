@@ -19,6 +19,11 @@ from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ModelError, OptimizerError
 from faccel.training import module_checks
 from faccel.training.full_values import shard_full_values
+from faccel.training.optimizer_checks import (
+    check_made_after_wrap,
+    check_owns_parameters,
+    note_optimizers,
+)
 from faccel.training.precision import StepGuard, guard_steps
 from faccel.tree import Tree
 
@@ -205,6 +210,8 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
         plan = Plan()
     instance_of("plan", plan, Plan, fix="write `plan=faccel.Plan()`, with the options as arguments")
     module_checks.check_wrapped_once(model, ctx)
+    if ctx.config.debug:
+        note_optimizers(model)
     # A model on `meta` gets its memory from the strategy, in shards.
     if ctx.config.device_placement and not module_checks.has_meta(model):
         model.to(ctx.device)
@@ -315,9 +322,9 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
 
     Raises:
         ModelError: `model` is not wrapped, or was wrapped with another context.
-        OptimizerError: `opt` is not an optimizer, or none of its parameters belongs to `model`.
-            Or its state has to be sharded, and it needs all parameters at once or has a scheduler
-            already.
+        OptimizerError: `opt` is not an optimizer, or none of its parameters belongs to `model`. Or,
+            in debug mode, it was made before `wrap`. Or its state has to be sharded, and it needs
+            all parameters at once or has a scheduler already.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -334,7 +341,9 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
     )
     check_wrapped(model)
     check_context(model, ctx)
-    check_owns_parameters(opt, model)
+    check_owns_parameters(opt, model.parameters())
+    if ctx.config.debug:
+        check_made_after_wrap(opt)
     # An engine may return another optimizer; that one is passed to `optimizer_step`.
     connected = model.parallelism.wrap_optimizer(opt, model.engine, ctx)
     tied_copies = dict(model.parallelism.tied_copies(model.engine))
@@ -345,26 +354,6 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
     guard = guard_steps(connected, getattr(previous, "guard", None), ctx)
     _BINDINGS[connected] = OptimizerBinding(model.ctx, tied_copies, guard)
     return connected
-
-
-def check_owns_parameters(opt: Optimizer, model: WrappedModel) -> None:
-    """Raise unless `opt` steps at least one parameter of `model`.
-
-    Raises:
-        OptimizerError: It steps none.
-    """
-    # By identity: `==` of tensors compares elements.
-    model_params = set(map(id, model.parameters()))
-    for group in opt.param_groups:
-        for param in group["params"]:
-            if id(param) in model_params:
-                return
-    raise OptimizerError(
-        "`opt` has no parameter of the wrapped model",
-        got=f"a {type(opt).__name__} made before `wrap`, or for another model",
-        fix="write `model = faccel.wrap(net, ctx)` first, then make the optimizer from "
-        "`model.parameters()`",
-    )
 
 
 def check_context(model: WrappedModel, ctx: DistContext) -> None:

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from faccel.context import DistContext, require_context
 from faccel.effects import effectful, updates
 from faccel.errors import ConfigError
-from faccel.training.model import WrappedModel, check_context, check_owns_parameters, check_wrapped
+from faccel.training.model import WrappedModel, check_context, check_wrapped
+from faccel.training.optimizer_checks import check_owns_parameters
 
 
 @effectful(updates("model"), updates("opt"))
@@ -70,7 +71,7 @@ def step_in_backward(
             got=str(spec),
             fix="use a mesh with `dp_shard`, or `faccel.optimizer_step`",
         )
-    check_owns_parameters(opt, model)
+    check_owns_parameters(opt, model.parameters())
     return _stepping(opt)
 
 

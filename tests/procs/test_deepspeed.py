@@ -501,6 +501,9 @@ def test_invalid_or_contradictory_settings_are_an_error_that_names_both():
             assert word in errors[name][1], (name, errors[name])
 
 
+BACKWARD_OPTIONS = [{"retain_graph": True}, {"create_graph": True}, {"inputs": torch.ones(1)}]
+
+
 def misuses(ctx):
     def kind_of(body):
         try:
@@ -512,6 +515,9 @@ def misuses(ctx):
     def adafactor(settings=None):
         model = faccel.wrap(Wide(5, 2, seed=1), ctx)
         return faccel.wrap_optimizer(torch.optim.Adafactor(model.parameters()), model, ctx)
+
+    def backward(options):
+        faccel.scaled_backward(model(rows(0)).mean(), scaler, ctx, **options)
 
     model, opt = prepared(ctx)
     untied = faccel.wrap(Wide(5, 2, seed=1), ctx)
@@ -531,6 +537,7 @@ def misuses(ctx):
         kind_of(lambda: faccel.wrap(Wide(5, 2, seed=1).double(), ctx)),
         kind_of(lambda: faccel.parallel.local_sgd(model, ctx, step=1, every=1)),
         kind_of(lambda: faccel.parallel.join(model, opt, ctx).__enter__()),
+        *[kind_of(lambda: backward(options)) for options in BACKWARD_OPTIONS],
     ]
 
 
@@ -539,5 +546,6 @@ def test_unsupported_uses_of_zero_are_errors_with_a_fix():
         assert [kind for kind, _ in errors] == [
             "OptimizerError", "ModelError", "OptimizerError", "ConfigError", "OptimizerError",
             "OptimizerError", "ModelError", "ConfigError", "ConfigError",
+            "ModelError", "ModelError", "ModelError",
         ]  # fmt: skip
         assert all(fix for _, fix in errors)

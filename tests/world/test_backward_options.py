@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 import faccel
+from faccel.backends.deepspeed.engine import DEEPSPEED
 from faccel.errors import ModelError
 from faccel.testing import simulate
+from faccel.update_options import BackwardOptions
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's advice on layouts
@@ -115,6 +117,99 @@ def test_pcgrad_over_gloo():
         check_same(got, expected_pcgrad())
 
 
+ALPHA, WEIGHT_RATE = 1.5, 0.2
+
+
+def gradnorm_weights(weights, norms, losses, first_losses):
+    """Return the next weights of the tasks (Chen et al. 2018, algorithm 1, SGD).
+
+    `norms` are those of `weights[i] * gradient of loss i` of the shared layer. The loss of the
+    weights is the sum of `|norm_i - mean(norm) * rate_i ** ALPHA|`, with a constant target.
+    """
+    weights, norms, losses, first_losses = (
+        torch.tensor(values, dtype=torch.float64)
+        for values in (weights, norms, losses, first_losses)
+    )
+    relative = losses / first_losses
+    target = norms.mean() * (relative / relative.mean()) ** ALPHA
+    weights = weights - WEIGHT_RATE * torch.sign(norms - target) * norms / weights
+    return (weights * len(weights) / weights.sum()).tolist()
+
+
+def gradnorm(model, opt, num_steps, batch_of, backward, norm_of, mean_of, step):
+    """Train both tasks by GradNorm; return the weights and the parameters."""
+    weights, history = [1.0, 1.0], []
+    first_losses = None
+    for index in range(num_steps):
+        losses = task_losses(model, batch_of(index))
+        norms = []
+        for weight, loss in zip(weights, losses, strict=True):
+            backward(weight * loss, retain_graph=True, inputs=list(model.trunk.parameters()))
+            norms.append(norm_of(list(model.trunk.parameters())))
+            for param in model.trunk.parameters():
+                param.grad = None
+        backward(sum(w * loss for w, loss in zip(weights, losses, strict=True)))
+        step(opt)
+        values = [mean_of(loss.detach()) for loss in losses]
+        first_losses = first_losses or values
+        weights = gradnorm_weights(weights, norms, values, first_losses)
+        history += weights
+    return history, [full(param) for param in model.parameters()]
+
+
+def run_gradnorm(ctx):
+    model = faccel.wrap(net(), ctx, plan=PLAN)
+    opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=RATE), model, ctx)
+    scaler = faccel.init_scaler(ctx)
+
+    def backward(loss, **options):
+        nonlocal scaler
+        scaler = faccel.scaled_backward(loss, scaler, ctx, **options)
+
+    def step(opt):
+        nonlocal scaler
+        _, scaler = faccel.optimizer_step(opt, scaler, ctx)
+
+    return gradnorm(
+        model,
+        opt,
+        4,
+        lambda index: batch(index, ctx.data_rank, ctx.data_world_size),
+        backward,
+        lambda params: faccel.grad_norm(params, ctx).item(),
+        lambda loss: faccel.reduce(loss, ctx, op="mean").item(),
+        step,
+    )
+
+
+def expected_gradnorm():
+    def step(opt):
+        opt.step()
+        opt.zero_grad()
+
+    plain = net()
+    return gradnorm(
+        plain,
+        torch.optim.SGD(plain.parameters(), lr=RATE),
+        4,
+        batch,
+        torch.Tensor.backward,
+        lambda params: torch.nn.utils.get_total_norm([p.grad for p in params]).item(),
+        torch.Tensor.item,
+        step,
+    )
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_gradnorm_equals_one_process(mesh):
+    world_size, axes = MESHES[mesh]
+    weights, params = expected_gradnorm()
+    assert max(abs(weight - 1) for weight in weights) > 0.1  # the tasks are balanced differently
+    for got_weights, got_params in simulate(run_gradnorm, world_size, mesh=axes):
+        assert got_weights == pytest.approx(weights, rel=1e-9)
+        check_same(got_params, params, atol=1e-10)
+
+
 def updates(ctx, losses_of, options_of):
     """Train with several backwards per update; return the parameters."""
     model = faccel.wrap(net(), ctx, plan=PLAN)
@@ -221,6 +316,20 @@ def test_create_graph_where_parameters_are_sharded_is_an_error():
             penalty(model, batch(0, ctx.data_rank, ctx.data_world_size), ctx)
 
     simulate(fn, 2, mesh="dp_shard=2")
+
+
+@pytest.mark.parametrize("name", ["retain_graph", "create_graph", "inputs"])
+def test_an_engine_of_deepspeed_takes_no_option_of_backward(name):
+    # The interface of the strategy, which needs no DeepSpeed.
+    module = nn.Linear(2, 2)
+    reducer = DEEPSPEED.grad_reducer(module, module)
+    loss = module(torch.ones(1, 2)).mean()
+    values = {"retain_graph": True, "create_graph": True, "inputs": (module.weight,)}
+    with pytest.raises(ModelError, match=f"{name}=.*under DeepSpeed") as caught:
+        reducer.before_backward(loss, BackwardOptions(**{name: values[name]}))
+    assert "loss = loss_1 + loss_2" in caught.value.fix
+    reducer.before_backward(loss, BackwardOptions(retain_graph=False))
+    assert reducer.param_ids == {id(module.weight), id(module.bias)}
 
 
 def test_sparse_gradients_and_static_graphs_are_errors():

@@ -369,6 +369,27 @@ def test_a_module_is_wrapped_once(mesh):
     simulate(fn, 2 if mesh else 1, mesh=mesh)
 
 
+@pytest.mark.parametrize("mesh", [None, "dp_replicate=2", "dp_shard=2"])
+@pytest.mark.parametrize("make_opt", [torch.optim.SGD, type("Custom", (torch.optim.SGD,), {})])
+def test_an_optimizer_made_before_wrap_raises_on_every_mesh_in_debug_mode(make_opt, mesh):
+    def fn(ctx):
+        net, other = Net(), Net()
+        early = make_opt(net.parameters(), lr=RATE)
+        make_opt(other.parameters(), lr=RATE)
+        model = faccel.wrap(net, ctx)
+        with pytest.raises(OptimizerError, match="before `wrap`") as caught:
+            faccel.wrap_optimizer(early, model, ctx)
+        assert "`model.parameters()`" in caught.value.fix
+        late = faccel.wrap_optimizer(make_opt(model.parameters(), lr=RATE), model, ctx)
+        second = faccel.wrap(other, ctx)  # `late` has none of its parameters
+        faccel.wrap_optimizer(make_opt(second.parameters(), lr=RATE), second, ctx)
+        # Where the parameters stay, an optimizer may outlive `rewrap`.
+        if mesh != "dp_shard=2":
+            faccel.wrap_optimizer(late, faccel.rewrap(model, ctx), ctx)
+
+    simulate(fn, 2 if mesh else 1, mesh=mesh, config={"debug": True})
+
+
 # Orders of forwards, backwards and `grad_sync`: gradients of replicas are equal, or a step raises.
 
 

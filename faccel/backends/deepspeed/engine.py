@@ -40,6 +40,7 @@ from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.errors import BackendError, ConfigError, ModelError, OptimizerError
 from faccel.flat_shard import FlatShard
+from faccel.grad_reducer import GradReducer, OwnedParams
 from faccel.mesh import DATA
 from faccel.parallel.activation_checkpoint import checkpoint_and_compile
 from faccel.parallel.forward import Methods, call_method, to_fp32, with_precision
@@ -48,6 +49,7 @@ from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_struct
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, RunMethod, Stateful, StateIO
 from faccel.tree import Tree, map_leaves
+from faccel.update_options import BackwardOptions
 
 
 @attrs.frozen(eq=False)
@@ -245,6 +247,36 @@ def _grad_sync(engine: nn.Module, *, on: bool) -> Generator[None]:
     yield
 
 
+@attrs.frozen(eq=False)
+class EngineGrads(OwnedParams):
+    """The gradients of a model that an engine of DeepSpeed reduces in backward; a `GradReducer`."""
+
+    def before_backward(self, loss: torch.Tensor, options: BackwardOptions) -> None:
+        """Raise for an option of backward: hooks of the engine reduce and free each gradient once.
+
+        Its `backward` has no `create_graph` and no `inputs`, and takes a second backward through
+        the same graph for an interrupted one.
+        """
+        names: list[str] = []
+        if options.keeps_graph:
+            names.append("retain_graph=True")
+        if options.create_graph:
+            names.append("create_graph=True")
+        if options.inputs is not None:
+            names.append("inputs=...")
+        if names:
+            raise ModelError(
+                f"`{names[-1]}` is unsupported under DeepSpeed, which reduces gradients in hooks",
+                got=f"{', '.join(names)} in `scaled_backward`",
+                fix="run one backward per forward, as in `loss = loss_1 + loss_2`; or write "
+                '`faccel.init(mesh="dp_shard=-1")`, without DeepSpeed',
+            )
+
+
+def _grad_reducer(module: nn.Module, engine: nn.Module) -> GradReducer:
+    return EngineGrads(module, frozenset(map(id, module.parameters())))
+
+
 def _sync_buffers(engine: nn.Module, ctx: DistContext) -> None:
     assert isinstance(engine, DeepSpeedModule)
     # ZeRO shards parameters, gradients and states. Each rank updates its own copy of a buffer.
@@ -299,4 +331,5 @@ DEEPSPEED = Parallelism(
     optimizer_step=step_engine,
     # Gradients are reduced in the engine: no rank has full ones in `.grad`.
     is_replicated=False,
+    grad_reducer=_grad_reducer,
 )
