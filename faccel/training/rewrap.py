@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from faccel.context import DistContext
+from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, consumes, effectful, updates
 from faccel.training.model import WrappedModel, check_context, check_wrapped, registered
 
@@ -43,6 +43,7 @@ def rewrap(model: WrappedModel, ctx: DistContext) -> WrappedModel:
         >>> sorted(model.state_dict())
         ['0.bias', '0.weight', '1.bias', '1.weight']
     """
+    require_context(ctx, "model = faccel.rewrap(model, ctx)")
     check_wrapped(model)
     check_context(model, ctx)
     from faccel.plan import Plan

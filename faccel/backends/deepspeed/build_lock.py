@@ -32,7 +32,10 @@ def check_no_stale_lock(op_names: Iterable[str], ctx: DistContext) -> None:
         BackendError: There is a lock that no process holds.
     """
     for lock in _locks(op_names, os.environ):
-        age_s = time.time() - lock.stat().st_mtime
+        try:
+            age_s = time.time() - lock.stat().st_mtime
+        except FileNotFoundError:  # the build of another rank has ended just now
+            continue
         # A node of this run may be building in a cache that all nodes have.
         if ctx.num_nodes > 1 and age_s < MAX_BUILD_S:
             continue
