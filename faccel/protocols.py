@@ -22,6 +22,22 @@ if TYPE_CHECKING:
     from faccel.plan import Plan
 
 
+class Turn(Protocol):
+    """Ranks that wait while others work alone, however long that takes."""
+
+    def working(self) -> AbstractContextManager[None]:
+        """Run the body of a rank that goes first, while the others can see that it is alive."""
+        ...
+
+    def wait(self, *, went_first: bool) -> None:
+        """Return when the body has ended on all ranks that go first.
+
+        Raises:
+            RankFailedError: One of them has failed.
+        """
+        ...
+
+
 class Collectives(Protocol):
     """Communication between the ranks of an axis: `"data"`, `"world"` or an axis of the mesh.
 
@@ -52,6 +68,10 @@ class Collectives(Protocol):
 
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
         """Return an error that names ranks if communication ended in `error`, else None."""
+        ...
+
+    def new_turn(self, *, local: bool, timeout_s: float) -> Turn:
+        """Return the next turn of `main_first`: each rank of the world calls it where it begins."""
         ...
 
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:

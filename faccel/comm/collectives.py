@@ -18,13 +18,15 @@ from faccel.comm.compared_call import labelled, name_model, subject_of_calls
 from faccel.comm.pack import describe
 from faccel.comm.rank_errors import naming_failed_rank
 from faccel.comm.rank_status import RankStatus
-from faccel.comm.single import axis_error
+from faccel.comm.single import NoTurn, axis_error
+from faccel.comm.turn import WorldTurn
 from faccel.errors import (
     DesyncError,
     FaccelError,
     RankFailedError,
     WorldError,
 )
+from faccel.mesh import WORLD
 from faccel.tree import Tree, flatten, paths
 
 _OPS = {
@@ -124,6 +126,13 @@ class TorchCollectives:
         if self.rank_status is None:  # a simulation, which compares all calls
             self._models.append(type(model).__name__)
             name_model(model, len(self._models))
+
+    def new_turn(self, *, local: bool, timeout_s: float) -> WorldTurn | NoTurn:
+        """Return the next turn of `main_first`."""
+        if self.rank_status is None:
+            return NoTurn()
+        num_ranks = self.size(WORLD)
+        return WorldTurn(self.rank_status, num_ranks, local=local, timeout_s=timeout_s)
 
     def _check_bits(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
         """Return `T[64]` to append to `x` in a reduction: a hash of the call, in bits and inverted.

@@ -159,7 +159,7 @@ def _subject() -> str:
     param: torch.Tensor | None = getattr(node, "variable", None)
     if param is None:
         return ""
-    return _MODELS_OF_PARAMETERS.get(param, "")
+    return str(_MODELS_OF_PARAMETERS.get(param, ""))
 
 
 def _is_method(code: CodeType, file: str) -> bool:

@@ -149,7 +149,9 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
         local: Whether the first process of every node goes first, instead of rank 0 of the world.
 
     Raises:
-        RankFailedError: On the waiting ranks, if the body raised on the rank that went first.
+        RankFailedError: On the waiting ranks, if the body raised on the rank that went first, or
+            the process of that rank ended. They wait as long as it is alive, also longer than
+            `timeout_s`.
 
     Examples:
         >>> from faccel.testing import simulate
@@ -166,11 +168,13 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
     # compares lines, so all of them use the line where it begins.
     site = call_site()
     goes_first = ctx.is_local_main if local else ctx.is_main
+    turn = ctx.comm.new_turn(local=local, timeout_s=ctx.config.timeout_s)
     if goes_first:
         # a `return`, a `break` or a SystemExit leaves the body without an Exception
         failure: Failure | None = Failure(ctx.rank, "a body that was left early")
         try:
-            yield
+            with turn.working():
+                yield
             failure = None
         except Exception as error:
             failure = Failure.of(error, ctx)
@@ -178,9 +182,12 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
         finally:
             # However the body ends, the other ranks wait in the gather below.
             with override_call_site(site):
+                turn.wait(went_first=True)
                 gather_objects(failure, ctx, axis=WORLD)
         return
     with override_call_site(site):
+        # Before the gather, whose timeout does not depend on whether the first rank is alive.
+        turn.wait(went_first=False)
         failures = gather_objects(None, ctx, axis=WORLD)
     # Not `raise_on_all_ranks`: the first rank raises its own error instead, which an `all_or_error`
     # around this block exchanges. So it must exchange this one, too, and not let it pass.

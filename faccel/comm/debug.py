@@ -14,6 +14,9 @@ from faccel.comm.compared_call import ComparedCall, name_model
 from faccel.comm.debug_group import already_compared
 from faccel.comm.pack import describe
 from faccel.comm.rank_errors import raise_naming_rank
+from faccel.comm.single import NoTurn
+from faccel.comm.turn import WorldTurn
+from faccel.mesh import WORLD
 from faccel.tree import Tree, flatten, paths
 
 
@@ -67,6 +70,12 @@ class DebugCollectives:
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
         """Return the error that names the failed rank; None if `error` has another cause."""
         return self.inner.as_rank_error(error, doing, axis)
+
+    def new_turn(self, *, local: bool, timeout_s: float) -> WorldTurn | NoTurn:
+        """Compare, then return the next turn of `main_first`."""
+        # Now, and not after the body: ranks that make another call would be waited for.
+        self._compare("main_first", None, WORLD)
+        return self.inner.new_turn(local=local, timeout_s=timeout_s)
 
     def close(self) -> None:
         """Raise in every later call."""

@@ -159,7 +159,7 @@ class DebugGroup(dist.ProcessGroup):
     def __init__(
         self, inner: dist.ProcessGroup, options: DebugOptions, name: str, ranks: Sequence[int]
     ) -> None:
-        super().__init__(inner.rank(), inner.size())
+        super().__init__(inner.rank(), inner.size())  # pyright: ignore[reportCallIssue]
         self.options = options
         self._inner = inner
         self._name = name

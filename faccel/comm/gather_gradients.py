@@ -45,7 +45,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(fn_ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        fn_ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         own_grads: list[torch.Tensor | None] = []
         for grad, shape in zip(grads, fn_ctx.shapes, strict=True):
             # Also for a leaf that needs no gradient here: another rank may need it.

@@ -28,11 +28,32 @@ class RankStatus:
     def __init__(
         self, store: dist.Store, rank: int, generation: int, patience_s: float = 3.0
     ) -> None:
-        self._store = store
-        self._rank = rank
+        self.store = store
+        self.rank = rank
         self._generation = generation
         self._patience_s = patience_s
         self._has_posted = False
+        # A store that has ended stays so, and its client prints 20 lines from C++ at each request.
+        self._has_store_ended = False
+        self._num_turns = 0
+        self._left_key = f"rank_status/{generation}/left"
+
+    def new_turn(self) -> str:
+        """Return the prefix of the keys of the next `main_first`: equal on all ranks, and new."""
+        # All contexts of a process share this object, and all ranks make the calls in one order.
+        self._num_turns += 1
+        prefix = f"turn/{self._generation}"
+        if self.rank == 0:
+            # The store would grow with each turn. All ranks have left the previous one.
+            self._delete_turn(f"{prefix}/{self._num_turns - 1}")
+        return f"{prefix}/{self._num_turns}"
+
+    def _delete_turn(self, prefix: str) -> None:
+        with suppress(dist.DistError):  # the store may have ended; ranks that wait report it
+            num_first = self.store.add(f"{prefix}/first", 0)
+            numbered = [f"{prefix}/first/{number + 1}" for number in range(num_first)]
+            for key in (f"{prefix}/arrived", f"{prefix}/first", *numbered):
+                self.store.delete_key(key)
 
     def _key(self, rank: int) -> str:
         # The store outlives a shutdown: "left" of an earlier generation must not be read again.
@@ -40,32 +61,47 @@ class RankStatus:
 
     def _post(self, status: str) -> None:
         self._has_posted = True
+        self._set(self._key(self.rank), status)
+
+    def _set(self, key: str, value: str) -> None:
+        if self._has_store_ended:
+            return
         with suppress(dist.DistError):  # the store may have ended
-            self._store.set(self._key(self._rank), status)
+            self.store.set(key, value)
 
     def leave(self, error: BaseException | None) -> None:
         """Post that this rank leaves, and its error, unless it has posted a failure before."""
         # The first post is the cause: what follows, such as a RankFailedError, is its consequence.
-        if self._has_posted:
-            return
-        if error is None:
-            self._post("left")
-            return
-        message = str(error).partition("\n")[0]
-        if isinstance(error, FaccelError):
-            message = error.problem
-        self._post(f"raised {type(error).__name__}: {message}")
+        if not self._has_posted:
+            self._post(_described(error))
+        # After the status, which the readers of this key report.
+        self._set(self._left_key, "")
+
+    def has_any_left(self) -> bool:
+        """Return whether any rank has left, with or without an error.
+
+        Raises:
+            dist.DistError: The store has ended.
+        """
+        return self.store.check([self._left_key])
 
     def read(self, rank: int) -> str | None:
         """Return the status that a rank has posted, None if there is none."""
+        if self._has_store_ended:
+            return None
         key = self._key(rank)
         try:
             # `get` alone would block until the key exists.
-            if self._store.check([key]):
-                return self._store.get(key).decode()
-        except dist.DistError:
-            pass
+            if self.store.check([key]):
+                return self.store.get(key).decode()
+        except dist.DistError as error:
+            self.note(error)
         return None
+
+    def note(self, error: dist.DistError) -> None:
+        """Stop using the store if this error of a request means that it has ended."""
+        if isinstance(error, dist.DistNetworkError):
+            self._has_store_ended = True
 
     def report(self, ranks: Sequence[int], doing: str) -> str:
         """Post that this rank fails in `doing`; return the status of each of `ranks`."""
@@ -75,7 +111,7 @@ class RankStatus:
         deadline = time.monotonic() + self._patience_s
         statuses: dict[int, str] = {}
         for rank in ranks:
-            if rank == self._rank:
+            if rank == self.rank:
                 statuses[rank] = doing
             else:
                 statuses[rank] = self._wait(rank, deadline) or "no status"
@@ -83,8 +119,17 @@ class RankStatus:
 
     def _wait(self, rank: int, deadline: float) -> str | None:
         status = self.read(rank)
-        while status is None and time.monotonic() < deadline:
+        while status is None and not self._has_store_ended and time.monotonic() < deadline:
             # not `Store.wait`, which prints a line from C++ at each timeout
             time.sleep(_POLL_S)
             status = self.read(rank)
         return status
+
+
+def _described(error: BaseException | None) -> str:
+    if error is None:
+        return "left"
+    message = str(error).partition("\n")[0]
+    if isinstance(error, FaccelError):
+        message = error.problem
+    return f"raised {type(error).__name__}: {message}"

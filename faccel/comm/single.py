@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import attrs
 import torch
@@ -18,6 +19,18 @@ def axis_error(axis: str, allowed: Iterable[str]) -> ConfigError:
     return ConfigError(
         "`axis` must be an axis of the mesh", got=repr(axis), fix=nearest(axis, allowed)
     )
+
+
+@attrs.frozen
+class NoTurn:
+    """The `Turn` of one process, and of a simulation, whose scheduler finds ranks that wait."""
+
+    def working(self) -> AbstractContextManager[None]:
+        """Run the body."""
+        return nullcontext()
+
+    def wait(self, *, went_first: bool) -> None:
+        """Return at once."""
 
 
 @attrs.frozen
@@ -54,6 +67,10 @@ class SingleCollectives:
 
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> None:
         """Return None: there are no other ranks that could have failed."""
+
+    def new_turn(self, *, local: bool, timeout_s: float) -> NoTurn:
+        """Return a turn without waiting: there are no other ranks."""
+        return NoTurn()
 
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
         """Return a copy of `x`."""

@@ -23,7 +23,8 @@ class SimulatedWork(Work):
         super().__init__()
         self._wait = wait
         self._outputs = outputs
-        self.source_rank: int | None = None  # of a message that was received, in its group
+        # of a message that was received, in its group
+        self.source_rank: int | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def _source_rank(self) -> int:
         assert self.source_rank is not None
