@@ -10,10 +10,15 @@ from faccel.testing import simulate
 from tests.docs.pages import README, blocks, page_id, pages
 
 
-def run_page(path, namespace):
-    """Run the blocks of a page in one namespace, then the tests that they define."""
+def run_page(path, namespace, contexts):
+    """Run the blocks of a page in one namespace, then the tests that they define.
+
+    Appends the contexts that the blocks make to `contexts`.
+    """
     for source in blocks(path, "python"):
         exec(compile(source, page_id(path), "exec"), namespace)
+        # After each block: a later one may use the same name for another context.
+        contexts += [x for x in namespace.values() if isinstance(x, faccel.DistContext)]
     for name, value in list(namespace.items()):
         if isinstance(value, types.FunctionType) and name.startswith("test_"):
             run_test(value)
@@ -36,13 +41,12 @@ def run_test(function):
 @pytest.mark.parametrize("path", pages(), ids=page_id)
 def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": path.stem}
+    contexts = []
     try:
-        run_page(path, namespace)
+        run_page(path, {"__name__": path.stem}, contexts)
     finally:
-        for value in namespace.values():
-            if isinstance(value, faccel.DistContext):
-                faccel.shutdown(value)
+        for ctx in contexts:
+            faccel.shutdown(ctx)
 
 
 @pytest.mark.parametrize("path", pages(), ids=page_id)
