@@ -119,7 +119,7 @@ def test_results_are_compared_within_the_tolerances():
     def sums(ctx):
         return {"x": torch.tensor(100.0 + 1e-3 * ctx.world_size), "loss": 10.0 + ctx.world_size}
 
-    with pytest.raises(AssertionError, match="'loss'.*11.0 and 12.0"):
+    with pytest.raises(AssertionError, match=r"'loss'.*11\.0 and 12\.0"):
         equal_to_single_process(sums, world_sizes=(2,), atol=0.5)
     with pytest.raises(AssertionError, match="'x'"):
         equal_to_single_process(lambda ctx: {"x": sums(ctx)["x"]}, world_sizes=(2,), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""`gather(differentiable=True)` equals one process in value and gradient, simulated and over gloo."""
+"""`gather(differentiable=True)` has the values and gradients of one process."""
 
 import pytest
 import torch

@@ -94,7 +94,8 @@ def read_uneven(ctx):
     """Train on a loader of which rank 0 has a batch more."""
     net = faccel.wrap(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(1)).double(), ctx)
     opt = faccel.wrap_optimizer(torch.optim.SGD(net.parameters(), lr=0.1), net, ctx)
-    # Two steps of 2 rows on each rank, then a single row on rank 0; 3 values for batch norm in each.
+    # Two steps of 2 rows on each rank, then a single row on rank 0, each with 3 values for batch
+    # norm.
     rows = torch.arange(27.0, dtype=torch.float64).reshape(9, 1, 3)
     loader = faccel.shard(DataLoader(rows, batch_size=2), ctx, tail="uneven")
     scaler, count = faccel.init_scaler(ctx), 0
