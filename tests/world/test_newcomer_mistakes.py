@@ -57,6 +57,29 @@ opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, 
 loss = F.cross_entropy(model(x), y)
 scaler = faccel.scaled_backward(loss, faccel.init_scaler(ctx), ctx)
 """
+TWO_RANKS = """\
+def train(ctx):
+    net = torch.nn.Linear(4, 2)
+    {line}
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = model(torch.ones(2, 4)).mean()
+    scaler = faccel.scaled_backward(loss, faccel.init_scaler(ctx), ctx)
+    faccel.optimizer_step(opt, scaler, ctx)
+faccel.testing.simulate(train, 2)
+"""
+ACCUMULATED = """\
+ctx = faccel.init(device="cpu", env={{"FACCEL_GRAD_ACCUM": "8"}})
+model = faccel.wrap(net, ctx)
+opt = torch.optim.SGD(model.parameters(), lr=0.1)
+loss = model(x).mean()
+for window in {call}: pass
+"""
+EARLY_OPTIMIZER = """\
+ctx = faccel.init(device="cpu", debug=True, env={{}})
+SGD = torch.optim.SGD
+{lines}
+opt = faccel.wrap_optimizer(opt, model, ctx)
+"""
 MISTAKES = [
     # Data
     Mistake("faccel.shard(loader, ctx, tail='padding')", DATA, "tail", "padding", "pad", "padding"),
@@ -398,6 +421,64 @@ MISTAKES = [
         "SGD",
         "info, scaler = faccel.optimizer_step(opt, scaler, ctx)",
         fixed=FP16 + "info, scaler = faccel.optimizer_step(opt, scaler, ctx)",
+    ),
+    # Mistakes that trained in silence
+    Mistake(
+        "model = faccel.wrap(net, ctx)\nother = faccel.wrap(net, ctx)",
+        MODEL,
+        "model",
+        "`weight` of a Linear",
+        "model = faccel.rewrap(model, ctx)",
+        fixed="model = faccel.wrap(net, ctx)\nmodel = faccel.rewrap(model, ctx)",
+    ),
+    Mistake(
+        TWO_RANKS.format(line="model = net"),
+        OPTIMIZER,
+        "opt",
+        "which no wrapped model has",
+        "model = faccel.wrap(net, ctx)",
+        "model = net",
+    ),
+    Mistake(
+        ACCUMULATED.format(call="faccel.windows(train.at(0), ctx, size=2)"),
+        CONFIG,
+        "grad_accum",
+        "size=2, grad_accum=8",
+        "faccel.windows(loader, ctx)",
+        fixed="loader = train.at(0)\n" + ACCUMULATED.format(call="faccel.windows(loader, ctx)"),
+    ),
+    Mistake(
+        ACCUMULATED.format(call="[]")
+        + "scaler = faccel.scaled_backward(loss, scaler, ctx)\n"
+        + "faccel.optimizer_step(opt, scaler, ctx)",
+        CONFIG,
+        "grad_accum",
+        "grad_accum=8",
+        "for window in faccel.windows(loader, ctx)",
+        fixed=ACCUMULATED.format(call="[]") + "loader = train.at(0)\n"
+        "for window in faccel.windows(loader, ctx):\n"
+        "    for micro in window:\n"
+        "        loss = F.cross_entropy(model(micro.data[0]), micro.data[1])\n"
+        "        scaler = faccel.scaled_backward(loss, scaler, ctx, scale=micro.scale)\n"
+        "    _, scaler = faccel.optimizer_step(opt, scaler, ctx)",
+    ),
+    Mistake(
+        EARLY_OPTIMIZER.format(lines="opt = SGD(net.parameters())\nmodel = faccel.wrap(net, ctx)"),
+        OPTIMIZER,
+        "opt",
+        "SGD",
+        "model.parameters()",
+        fixed=EARLY_OPTIMIZER.format(
+            lines="model = faccel.wrap(net, ctx)\nopt = SGD(model.parameters())"
+        ),
+    ),
+    Mistake(
+        "list(faccel.batches(faccel.shard(DataLoader([], 4), ctx).at(0)))",
+        DATA,
+        "loader",
+        "0 samples",
+        'tail="pad"',
+        fixed='list(faccel.batches(faccel.shard(DataLoader(dataset, 4), ctx, tail="pad").at(0)))',
     ),
     Mistake(
         "faccel.optimizer_step(ctx, opt, scaler)",
