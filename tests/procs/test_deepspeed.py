@@ -1,5 +1,6 @@
 """DeepSpeed in real processes: every ZeRO stage computes what one process of torch does."""
 
+import functools
 import json
 import os
 
@@ -537,7 +538,7 @@ def misuses(ctx):
         kind_of(lambda: faccel.wrap(Wide(5, 2, seed=1).double(), ctx)),
         kind_of(lambda: faccel.parallel.local_sgd(model, ctx, step=1, every=1)),
         kind_of(lambda: faccel.parallel.join(model, opt, ctx).__enter__()),
-        *[kind_of(lambda: backward(options)) for options in BACKWARD_OPTIONS],
+        *[kind_of(functools.partial(backward, options)) for options in BACKWARD_OPTIONS],
     ]
 
 
