@@ -9,6 +9,11 @@ torch.set_num_threads(1)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
+# A shell starts background processes with SIGINT ignored. Python keeps that, and so would every
+# process of a test: Ctrl-C would end none of them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
