@@ -39,7 +39,8 @@ def split_batch(batch: Tree, num_micro_batches: int, *, is_mean: bool) -> list[T
     Args:
         batch: A tree of tensors `T[n, ...]`, or a `Batch` with one. Other leaves, such as 0-d
             tensors, are repeated in each micro-batch.
-        num_micro_batches: How many micro-batches.
+        num_micro_batches: How many micro-batches. A sum over fewer rows, as of the last batch of an
+            epoch, has a micro-batch per row.
         is_mean: Whether the loss is a mean over rows: then the sizes must be equal.
 
     Raises:
@@ -59,12 +60,13 @@ def split_batch(batch: Tree, num_micro_batches: int, *, is_mean: bool) -> list[T
         )
     (num_rows,) = lengths
     # The mean of the means of micro-batches is the mean over the rows only if they are equal.
-    if num_rows < num_micro_batches or (is_mean and num_rows % num_micro_batches):
+    if is_mean and (num_rows < num_micro_batches or num_rows % num_micro_batches):
         raise DataError(
             "`num_micro_batches` must divide the number of rows of the batch",
             got=f"{num_rows} rows, num_micro_batches={num_micro_batches}",
             fix="choose a divisor, or pass `weight=` with a loss that is a sum",
         )
+    num_micro_batches = max(1, min(num_micro_batches, num_rows))
     # Sizes differ by at most one; views, no copies.
     cuts = [num_rows * i // num_micro_batches for i in range(num_micro_batches + 1)]
     micro_batches: list[Tree] = []
