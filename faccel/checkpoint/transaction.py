@@ -341,8 +341,9 @@ class SaveTransaction:
         """
         if self._lock is None:
             return
-        if self._destination is not None:
-            with suppress(OSError):  # a second call, or it is committed
+        # The folder is gone after a commit, and after an earlier call.
+        if self._destination is not None and os.path.exists(self._destination.temporary):
+            with suppress(OSError):  # the disk may be gone, too
                 # Another rank may still be writing. It cannot create files in a renamed folder.
                 _delete(self._destination.temporary)
         self._lock.release()
