@@ -67,7 +67,7 @@ def main(ctx):
         known = F.normalize(model(train_set.tensors[0]), dim=-1)
         closest = (F.normalize(model(test_set.tensors[0]), dim=-1) @ known.T).argmax(-1)
     accuracy = (train_set.tensors[1][closest] == test_set.tensors[1]).float().mean().item()
-    faccel.print(f"accuracy {accuracy:.3f}", ctx=ctx)
+    faccel.print(f"accuracy {accuracy:.4f}", ctx=ctx)
 
 
 if __name__ == "__main__":
