@@ -100,7 +100,8 @@ def _has_memory(tensor: torch.Tensor) -> bool:
         return True
     try:
         return tensor.untyped_storage().data_ptr() != 0
-    except (RuntimeError, NotImplementedError):  # a wrapper
+    # PyTorch raises for a tensor subclass whose storage cannot be read.
+    except (RuntimeError, NotImplementedError):
         return False
 
 

@@ -32,22 +32,31 @@ def check_no_stale_lock(op_names: Iterable[str], ctx: DistContext) -> None:
         BackendError: There is a lock that no process holds.
     """
     for lock in _locks(op_names, os.environ):
-        try:
-            age_s = time.time() - lock.stat().st_mtime
-        except FileNotFoundError:  # the build of another rank has ended just now
-            continue
-        # A node of this run may be building in a cache that all nodes have.
-        if ctx.num_nodes > 1 and age_s < MAX_BUILD_S:
-            continue
-        # Checked again afterwards: a build that ends closes the file before it removes it.
-        if not is_held_open(lock) and lock.exists():
-            raise BackendError(
-                "a build of an operator of DeepSpeed was killed, and left a lock that later runs "
-                "wait for",
-                got=str(lock),
-                fix=f"delete the folder, as in `rm -r {lock.parent}`, unless a process on another "
-                "node is building there now",
-            )
+        check_lock(lock, ctx)
+
+
+def check_lock(lock: Path, ctx: DistContext) -> None:
+    """Raise if no process holds a lock. Effects: ambient; reads the file system.
+
+    Raises:
+        BackendError: The build that made it was killed.
+    """
+    try:
+        age_s = time.time() - lock.stat().st_mtime
+    except FileNotFoundError:  # the build of another rank has ended since the search
+        return
+    # A node of this run may be building in a cache that all nodes have.
+    if ctx.num_nodes > 1 and age_s < MAX_BUILD_S:
+        return
+    # `exists` comes last: a build that ends closes the file before it removes it.
+    if not is_held_open(lock) and lock.exists():
+        raise BackendError(
+            "a build of an operator of DeepSpeed was killed, and left a lock that later runs "
+            "wait for",
+            got=str(lock),
+            fix=f"delete the folder, as in `rm -r {lock.parent}`, unless a process on another "
+            "node is building there now",
+        )
 
 
 def _locks(op_names: Iterable[str], env: Mapping[str, str]) -> list[Path]:
