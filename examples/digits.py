@@ -14,9 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import faccel
 
 EPOCHS = 12
-GLOBAL_BATCH = (
-    64  # samples per update over all processes: every number of processes trains the same
-)
+GLOBAL_BATCH = 64  # samples per update, over all processes
 LEARNING_RATE = 3e-3
 CLIP_NORM = 1.0
 NUM_TEST = 360  # images for evaluation, of 1797
@@ -48,8 +46,10 @@ def datasets():
 def main(ctx):
     train_set, test_set = datasets()
 
-    # The batch size is the global one: each process reads its part of every batch.
-    train = faccel.shard(DataLoader(train_set, GLOBAL_BATCH, shuffle=True), ctx, split_batches=True)
+    # The batch size is the global one: each process reads its part of every batch. Without the
+    # short last batch, any number of processes that divides 64 trains on the same samples.
+    loader = DataLoader(train_set, GLOBAL_BATCH, shuffle=True, drop_last=True)
+    train = faccel.shard(loader, ctx, split_batches=True)
     test = faccel.shard(DataLoader(test_set, 256), ctx)
 
     # All processes have the same weights, and gradients are averaged.

@@ -28,7 +28,9 @@ def compiled(step: Step, ctx: DistContext, **options: Any) -> Step:
     Args:
         step: From `make_step`, `ensemble`, `sam`, `dp_sgd`.
         ctx: The context.
-        **options: Options of `torch.compile`: `mode`, `backend`, ...
+        **options: Options of `torch.compile`: `mode`, `backend`, ... `dynamic` is False unless
+            given: each batch shape has a graph of its own. With `dynamic=None` the second shape
+            is compiled for any size, which PyTorch cannot do for random layers under `vmap`.
 
     Returns:
         `step(state, batch) -> (metrics, state)`, compiled at its first call for each batch shape.
@@ -46,7 +48,7 @@ def compiled(step: Step, ctx: DistContext, **options: Any) -> Step:
     """
     require_context(ctx, "faccel.func.compiled(step, ctx)")
     graph: Callable[..., tuple[Metrics, TrainState]] = torch.compile(
-        step, fullgraph=True, **options
+        step, fullgraph=True, **{"dynamic": False, **options}
     )
     # Made once: making a generator takes longer than seeding it.
     step_generator = torch.Generator(ctx.device)

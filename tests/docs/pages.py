@@ -74,3 +74,8 @@ def generated_table(name):
     tables = [match for path in pages() for match in pattern.findall(path.read_text())]
     assert len(tables) == 1, f"{len(tables)} pages have the table `{name}`"
     return tables[0]
+
+
+def accuracy_in_readme():
+    """Return the last line that the digits example prints, according to the README."""
+    return re.search(r"accuracy \d\.\d{4}", README.read_text())[0]

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import faccel
+from tests.docs.pages import accuracy_in_readme
 from tests.ranks import TIMEOUT_S
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -70,6 +71,7 @@ def last_number(lines, name):
 )
 def test_digits_learns_and_prints_each_line_once(launcher):
     lines = run("examples/digits.py", launcher=launcher)
+    assert lines[-1] == accuracy_in_readme()
     assert last_number(lines, "accuracy") >= 0.97
     assert len(lines) == 13  # one for each epoch and the last one, on any number of processes
 

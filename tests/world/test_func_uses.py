@@ -453,6 +453,21 @@ def test_a_compiled_step_with_dropout_is_seeded_and_restores_the_default_generat
     assert first["loss"] == again["loss"] != second["loss"]
 
 
+def test_a_compiled_ensemble_with_dropout_takes_a_short_last_batch():
+    optimizer = func.sgd(0.1)
+    model = nn.Sequential(nn.Dropout(0.5), small_net())
+    states = func.stack([func.init_state(model, optimizer, CTX, seed=i) for i in range(2)])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = func.ensemble(func.make_step(loss_of(model), optimizer, CTX), CTX)
+    step = func.compiled(step, CTX, backend="aot_eager")
+    x, y = batch_of(0, CTX)
+    for rows in (8, 5, 8, 3):
+        metrics, states = step(states, (x[:rows], y[:rows]))
+        assert metrics["loss"].isfinite().all()
+    assert num_graphs() == 3
+
+
 def test_torch_compile_of_dropout_raises_with_a_fix():
     model, optimizer = net(dropout=0.5), func.sgd(0.1)
     state = func.init_state(model, optimizer, CTX, seed=0)
