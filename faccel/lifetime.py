@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -40,6 +40,8 @@ class Lifetime:
         # By `id` of the wrapped model. Weak, so that a model is freed when the user drops it.
         self._models: dict[int, weakref.ref[object]] = {}
         self._reducers: dict[int, GradReducer] = {}
+        # Read twice in every step, so the sequence is made when a model comes or goes.
+        self._reducers_in_order: tuple[GradReducer, ...] = ()
 
     def on_close(self, callback: Callable[[], None]) -> None:
         """Register a function that `close` calls, for example to wait for a background save."""
@@ -85,16 +87,20 @@ class Lifetime:
         key = id(model)
 
         def forget(_: object) -> None:
-            self._models.pop(key, None)
-            self._reducers.pop(key, None)
+            self._forget(key)
 
         self._models[key] = weakref.ref(model, forget)
         self._reducers[key] = reducer
+        self._reducers_in_order = tuple(self._reducers.values())
 
     def remove_model(self, model: object) -> None:
         """Remove a wrapped model that another one replaces."""
-        self._models.pop(id(model), None)
-        self._reducers.pop(id(model), None)
+        self._forget(id(model))
+
+    def _forget(self, key: int) -> None:
+        self._models.pop(key, None)
+        self._reducers.pop(key, None)
+        self._reducers_in_order = tuple(self._reducers.values())
 
     def models(self) -> list[object]:
         """Return the wrapped models of this context, oldest first."""
@@ -105,9 +111,9 @@ class Lifetime:
                 models.append(model)
         return models
 
-    def reducers(self) -> list[GradReducer]:
+    def reducers(self) -> Sequence[GradReducer]:
         """Return the gradient reducers of the wrapped models, oldest first."""
-        return list(self._reducers.values())
+        return self._reducers_in_order
 
     @contextmanager
     def uneven_iteration(self) -> Generator[None]:

@@ -255,7 +255,7 @@ def call_watched(fn: Callable[[A], R], argument: A) -> tuple[R, bool]:
         drew = (
             random.getrandbits(32) != next_word
             or detector.has_drawn()
-            or not torch.equal(torch_state, torch.default_generator.get_state())
+            or _bytes(torch.default_generator.get_state()) != _bytes(torch_state)
         )
     finally:
         np.random.set_bit_generator(bits)  # type: ignore[attr-defined]
@@ -264,6 +264,11 @@ def call_watched(fn: Callable[[A], R], argument: A) -> tuple[R, bool]:
             detector.reset()
             torch.default_generator.set_state(torch_state)
     return result, drew
+
+
+def _bytes(state: torch.Tensor) -> bytes:
+    """Return the contents, which Python compares in half the time of `torch.equal`."""
+    return state.numpy().tobytes()
 
 
 def detect_draws(fn: Callable[[], R], *, torch_only: bool = False) -> tuple[R, bool]:

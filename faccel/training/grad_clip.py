@@ -103,7 +103,8 @@ def check_limits(options: UpdateOptions) -> None:
     Raises:
         ConfigError: One is not positive.
     """
-    positive("norm_type", options.norm_type)
+    if options.norm_type != 2.0:  # the default, in a step without any limit
+        positive("norm_type", options.norm_type)
     if options.clip_norm is not None:
         positive_or_tensor("clip_norm", options.clip_norm)
     if options.clip_value is not None:
