@@ -29,7 +29,7 @@ def compiled(step: Step, ctx: DistContext, **options: Any) -> Step:
         step: From `make_step`, `ensemble`, `sam`, `dp_sgd`.
         ctx: The context.
         **options: Options of `torch.compile`: `mode`, `backend`, ... `dynamic` is False unless
-            given: each batch shape has a graph of its own. With `dynamic=None` the second shape
+            given: there is one graph for each batch shape. With `dynamic=None` the second shape
             is compiled for any size, which PyTorch cannot do for random layers under `vmap`.
 
     Returns:
