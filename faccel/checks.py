@@ -9,7 +9,7 @@ from collections.abc import Collection
 from numbers import Real
 from typing import TypeVar
 
-from faccel.errors import ConfigError, FaccelError, nearest
+from faccel.errors import ConfigError, FaccelError, nearest, short_repr
 
 # `scheme://...`. `pathlib.Path` turns the two slashes into one. The drive of a Windows path is one
 # letter.
@@ -26,6 +26,12 @@ _FSSPEC_PACKAGES = {
     "hf": "huggingface_hub",
 }
 _MOUNTS = {"s3fs": "mount-s3", "gcsfs": "gcsfuse", "adlfs": "blobfuse2"}
+
+MAX_COUNT = 10**9
+"""A count of processes, nodes or ranks along an axis is below it."""
+
+_MAX_INT = 2**64  # seeds of torch and NumPy have 64 bits
+_MAX_SECONDS = 10**9  # 30 years; from 292 years, timeouts overflow in Python and C++
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
@@ -50,13 +56,15 @@ def one_of(
         faccel.errors.ConfigError: `op` must be one of 'mean', 'sum'. Got 'sun'.
         To fix: use `sum` (allowed: `mean`, `sum`).
     """
-    # an unhashable value is compared, not hashed
-    if any(value == candidate for candidate in allowed):
-        return value
+    # An unhashable value is compared, not hashed. Arrays of another type are not compared: their
+    # `==` returns an array.
+    for candidate in allowed:
+        if isinstance(value, type(candidate)) and value == candidate:
+            return value
     # the reprs are sorted: values of several types, such as None and str, have no order
-    listed = ", ".join(sorted(repr(candidate) for candidate in allowed))
-    fix = nearest(str(value), [str(candidate) for candidate in allowed])
-    raise error(f"`{name}` must be one of {listed}", got=repr(value), fix=fix)
+    listed = ", ".join(sorted(short_repr(candidate) for candidate in allowed))
+    fix = nearest(value, [str(candidate) for candidate in allowed])
+    raise error(f"`{name}` must be one of {listed}", got=short_repr(value), fix=fix)
 
 
 def positive(name: str, value: Number, error: type[FaccelError] = ConfigError) -> Number:
@@ -78,7 +86,7 @@ def positive(name: str, value: Number, error: type[FaccelError] = ConfigError) -
     fix = f"use `{name}=1` or more"
     if isinstance(value, float):
         fix = f"use `{name}=1.0`, or any number above 0"
-    raise error(f"`{name}` must be positive", got=f"{name}={value!r}", fix=fix)
+    raise error(f"`{name}` must be positive", got=f"{name}={short_repr(value)}", fix=fix)
 
 
 def positive_or_tensor(name: str, value: T, error: type[FaccelError] = ConfigError) -> T:
@@ -119,19 +127,35 @@ def integer(
         To fix: use `grad_accum=1` or more.
     """
     # a bool is an int in Python, but `grad_accum=True` is a mistake and not 1
-    if isinstance(value, int) and not isinstance(value, bool) and value >= at_least:
-        return value
-    raise error(
-        f"`{name}` must be an int of at least {at_least}",
-        got=f"{name}={value!r}",
-        fix=f"use `{name}={at_least}` or more",
-    )
+    problem = f"`{name}` must be an int of at least {at_least}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        if at_least <= value < _MAX_INT:
+            return value
+        if value >= _MAX_INT:
+            problem += " and of at most 64 bits"
+    fix = f"use `{name}={at_least}` or more"
+    raise error(problem, got=f"{name}={short_repr(value)}", fix=fix)
+
+
+def parse_count(text: str) -> int | None:
+    """Return the number of a text of decimal digits; None for another text or a large number.
+
+    Effects: pure.
+
+    Examples:
+        >>> parse_count("16"), parse_count("auto"), parse_count("9" * 5000)
+        (16, None, None)
+    """
+    # `int` raises for thousands of digits, which `isdecimal` accepts
+    if text.isdecimal() and len(text) < len(str(MAX_COUNT)):
+        return int(text)
+    return None
 
 
 def finite(
     name: str, value: object, *, at_least: float, error: type[FaccelError] = ConfigError
 ) -> float:
-    """Return `value`, which must be a finite number and not a bool.
+    """Return a number of seconds, which must be finite and not a bool.
 
     Effects: pure.
 
@@ -142,14 +166,14 @@ def finite(
         To fix: use `wait_s=1` or more.
     """
     # NaN needs no check: every comparison with it is False.
-    is_bool = isinstance(value, bool)
-    if isinstance(value, int | float) and not is_bool and at_least <= value < math.inf:
-        return value
-    raise error(
-        f"`{name}` must be a finite number of at least {at_least}",
-        got=f"{name}={value!r}",
-        fix=f"use `{name}={at_least}` or more",
-    )
+    problem = f"`{name}` must be a finite number of at least {at_least}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if at_least <= value <= _MAX_SECONDS:
+            return value
+        if _MAX_SECONDS < value < math.inf:
+            problem += f" and at most {_MAX_SECONDS}"
+    fix = f"use `{name}={at_least}` or more"
+    raise error(problem, got=f"{name}={short_repr(value)}", fix=fix)
 
 
 def in_range(
@@ -165,11 +189,17 @@ def in_range(
         faccel.errors.ConfigError: `decay` must be between 0.0 and 1.0. Got decay=1.5.
         To fix: use a value such as `decay=1.0`.
     """
-    if low <= value <= high:
+    is_real = isinstance(value, int | float | Real)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if is_real and low <= value <= high:
         return value
-    nearest_valid = min(max(value, low), high)
-    fix = f"use a value such as `{name}={nearest_valid!r}`"
-    raise error(f"`{name}` must be between {low!r} and {high!r}", got=f"{name}={value!r}", fix=fix)
+    nearest_valid = low
+    if is_real and value > high:
+        nearest_valid = high
+    raise error(
+        f"`{name}` must be between {low} and {high}",
+        got=f"{name}={short_repr(value)}",
+        fix=f"use a value such as `{name}={nearest_valid}`",
+    )
 
 
 def instance_of(
@@ -250,7 +280,11 @@ def local_path(
         faccel.errors.ConfigError: `path` must be a local path, not a URL. Got 'file:///data/run'.
         To fix: write `path="/data/run"`.
     """
+    instance_of(name, path, (str, os.PathLike), fix=f'write `{name}="runs"`', error=error)
     text = os.fspath(path)
+    if "\0" in text:
+        fix = f"remove the null character from `{name}`"
+        raise error(f"`{name}` has a null character", got=short_repr(text), fix=fix)
     match = _URL.match(text)
     if match is None:
         return text
@@ -258,7 +292,7 @@ def local_path(
     fix = f'write `{name}="/{rest}"`'
     if scheme != "file":
         fix = _fix_for_remote(name, scheme, f"{scheme}://{rest}")
-    raise error(f"`{name}` must be a local path, not a URL", got=repr(text), fix=fix)
+    raise error(f"`{name}` must be a local path, not a URL", got=short_repr(text), fix=fix)
 
 
 def _fix_for_remote(name: str, scheme: str, url: str) -> str:
@@ -284,7 +318,9 @@ def shown(value: object, limit: int = 80) -> str:
         'an object of type str'
     """
     # The repr of a tensor or a model can be megabytes: only plain values are shown.
-    text = repr(value) if isinstance(value, str | int | float | bool | None) else ""
+    text = ""
+    if isinstance(value, str | int | float | bool | None):
+        text = short_repr(value)
     if not text or len(text) > limit:
         return f"an object of type {type(value).__name__}"
     return f"{text}, of type {type(value).__name__}"

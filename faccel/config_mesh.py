@@ -16,7 +16,7 @@ def mesh_for(config: Config, world_size: int) -> MeshSpec:
         ConfigError: The mesh does not fit. The message names the file or variable it is from.
 
     Examples:
-        >>> from faccel.config import resolve
+        >>> from faccel.config_sources import resolve
         >>> mesh_for(resolve({"mesh": "dp_shard=-1"}), 4).dp_shard
         4
     """

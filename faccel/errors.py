@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -130,7 +131,77 @@ class ScalerError(FaccelError, RuntimeError):
     """A `ScalerState` is missing, outdated, or has no `scaled_backward` since the last step."""
 
 
-def nearest(word: str, allowed: Iterable[str]) -> str:
+_MAX_REPR = 200  # characters
+_MAX_TEXT = 300
+_MAX_NAMES = 60
+
+
+class _ShortRepr(reprlib.Repr):
+    """`repr` with a limit on nesting, items and characters, so that its cost has a limit, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 6
+        self.maxstring = 120
+        self.maxother = _MAX_REPR
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Return the number, or its size: Python prints no int of thousands of digits."""
+        if x.bit_length() > 128:
+            return f"an int of {x.bit_length()} bits"
+        return repr(x)
+
+
+_SHORT_REPR = _ShortRepr()
+
+
+def short_repr(value: object) -> str:
+    """Return the repr of a user's value for a message, shortened to at most 200 characters.
+
+    A value of a configuration file or an argument can be megabytes. Nested lists with aliases can
+    have more items than fit in memory.
+
+    Effects: pure.
+
+    Examples:
+        >>> short_repr([0] * 1000)
+        '[0, 0, 0, 0, 0, 0, ...]'
+    """
+    # The `__repr__` of a user's class may raise, which must not replace the error of the message.
+    try:
+        text = _SHORT_REPR.repr(value)
+    except Exception:
+        return f"an object of type {type(value).__name__}"
+    return _without_middle(text, _MAX_REPR)
+
+
+def short_text(value: object, limit: int = _MAX_TEXT) -> str:
+    r"""Return a user's name or text for a message: shortened, with control characters escaped.
+
+    Effects: pure.
+
+    Examples:
+        >>> short_text("lr\n\x1b[2J")
+        'lr\\n\\x1b[2J'
+    """
+    if not isinstance(value, str):
+        return short_repr(value)
+    text = _without_middle(value, limit)
+    # A terminal would execute an escape sequence, and a log has one line per message.
+    if not text.isprintable():
+        text = _without_middle(repr(text)[1:-1], limit)
+    return text
+
+
+def _without_middle(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    half = limit // 2 - 2  # the dots take the rest
+    return f"{text[:half]}...{text[-half:]}"
+
+
+def nearest(word: object, allowed: Iterable[str]) -> str:
     """Return a fix that lists `allowed`, with the nearest to `word` first.
 
     Effects: pure.
@@ -141,12 +212,15 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """
     # sorted, because the order of a set of strings differs from process to process
     names = sorted(allowed)
-    listed = ", ".join(f"`{name}`" for name in names)
+    listed = ", ".join(f"`{short_text(name)}`" for name in names[:_MAX_NAMES])
+    # a model or a file can have thousands of names
+    if len(names) > _MAX_NAMES:
+        listed += f" and {len(names) - _MAX_NAMES} others"
     # similarity of at least 0.6, so that an unrelated word gets no suggestion
-    matches = difflib.get_close_matches(word, names, n=1)
+    matches = difflib.get_close_matches(short_text(word), names, n=1)
     if not matches:
         return f"use one of {listed}"
-    return f"use `{matches[0]}` (allowed: {listed})"
+    return f"use `{short_text(matches[0])}` (allowed: {listed})"
 
 
 ErrorT = TypeVar("ErrorT", bound=FaccelError)

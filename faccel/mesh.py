@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 import attrs
 
-from faccel.errors import ConfigError, nearest
+from faccel.checks import MAX_COUNT
+from faccel.errors import ConfigError, nearest, short_repr, short_text
 
 # Tensor parallel communicates in every layer, so its ranks are neighbours, usually on one node.
 # Stages of a pipeline communicate least, so they are furthest apart. torchtitan has the same order.
@@ -40,11 +41,13 @@ of a pipeline.
 
 
 def _check_extent(mesh: object, attribute: attrs.Attribute[int], value: object) -> None:
-    if isinstance(value, int) and not isinstance(value, bool) and (value >= 1 or value == -1):
-        return
+    # a bool is an int in Python
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value == -1 or 1 <= value < MAX_COUNT:
+            return
     raise ConfigError(
         f"`{attribute.name}` must be an int of at least 1, or -1 to fill the world",
-        got=f"{attribute.name}={value!r}",
+        got=f"{attribute.name}={short_repr(value)}",
         fix=f"write `{attribute.name}=1` to leave the axis out",
     )
 
@@ -87,12 +90,19 @@ class MeshSpec:
             axis, _, extent = item.partition("=")
             if not item.strip():  # an empty text, or a comma at the end
                 continue
+            axis = axis.strip()
+            if axis in extents:
+                raise ConfigError(
+                    f"`mesh` has the axis `{short_text(axis)}` twice",
+                    got=short_repr(text),
+                    fix="remove one of the two",
+                )
             try:
-                extents[axis.strip()] = int(extent)
+                extents[axis] = int(extent)
             except ValueError:
                 raise ConfigError(
                     "`mesh` must have the form `axis=number,...`",
-                    got=repr(text),
+                    got=short_repr(text),
                     fix='write `mesh="dp_shard=2,tp=2"`',
                 ) from None
         return cls.of(extents)
@@ -107,7 +117,7 @@ class MeshSpec:
         if not isinstance(value, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(
                 "`mesh` must be a `MeshSpec`, a mapping or a str",
-                got=repr(value),
+                got=short_repr(value),
                 fix='write `mesh="dp_shard=2,tp=2"`',
             )
         # Before the constructor, whose TypeError would not suggest an axis.
@@ -115,8 +125,8 @@ class MeshSpec:
         for axis in value:
             if axis not in fields:
                 raise ConfigError(
-                    f"`mesh` has the unknown axis `{axis}`",
-                    got=f"{axis}={value[axis]!r}",
+                    f"`mesh` has the unknown axis `{short_text(axis)}`",
+                    got=f"{short_text(axis)}={short_repr(value[axis])}",
                     fix=nearest(axis, fields),
                 )
         return cls(**value)

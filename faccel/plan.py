@@ -9,7 +9,7 @@ from typing import TypeVar
 import attrs
 
 from faccel.checks import instance_of, one_of, shown
-from faccel.errors import ConfigError
+from faccel.errors import ConfigError, short_repr
 from faccel.validators import boolean, choice, positive_number
 
 R = TypeVar("R")
@@ -160,7 +160,7 @@ def _settings(value: object) -> str | Mapping[str, object] | None:
         return value
     raise ConfigError(
         "`settings` must be the path of a DeepSpeed configuration, or its content as a mapping",
-        got=repr(value),
+        got=short_repr(value),
         fix='write `settings="ds_config.json"`',
     )
 
@@ -221,7 +221,7 @@ def _activation_checkpoint(value: object) -> ActivationCheckpointing | None:
         return ActivationCheckpointing(every=value)
     raise ConfigError(
         "`activation_checkpoint` must be 'full', an int or an `ActivationCheckpointing`",
-        got=repr(value),
+        got=short_repr(value),
         fix='write `activation_checkpoint="full"`, or `activation_checkpoint=2` for every second '
         "unit",
     )
@@ -231,7 +231,7 @@ def _tensor_styles(value: object) -> Mapping[str, str]:
     if not isinstance(value, Mapping):
         raise ConfigError(
             "`tensor` must be a mapping from name patterns to styles",
-            got=repr(value),
+            got=short_repr(value),
             fix='write `tensor={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}`',
         )
     # The patterns are compared with the names of the modules in `wrap`, which has the model.
@@ -251,7 +251,7 @@ def _units(value: object) -> tuple[str, ...] | int | None:
         return tuple(value)
     raise ConfigError(
         "`units` must be names of classes or modules, or a number of parameters",
-        got=repr(value),
+        got=short_repr(value),
         fix='write `units="Block"`, `units=("blocks.*",)` or `units=1_000_000`',
     )
 
@@ -285,7 +285,7 @@ class PipelineConfig:
         # PyTorch's classes for 1F1B and GPipe run exactly one stage on each rank.
         if self.stages_per_rank > 1 and self.schedule != "interleaved":
             raise ConfigError(
-                f"`stages_per_rank` must be 1 with the schedule {self.schedule!r}",
+                f"`stages_per_rank` must be 1 with the schedule {short_repr(self.schedule)}",
                 got=f"stages_per_rank={self.stages_per_rank}",
                 fix='write `schedule="interleaved"`',
             )

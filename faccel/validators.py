@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from faccel.checks import finite, instance_of, integer, local_path, one_of, positive
-from faccel.errors import ConfigError
+from faccel.errors import ConfigError, short_repr
 
 # A text, because `attrs.Attribute` cannot be subscripted at run time.
 Validator = Callable[[object, "attrs.Attribute[Any]", Any], None]
@@ -66,7 +66,7 @@ def boolean() -> Validator:
         # not `value in (True, False)`, which 0 and 1 pass
         if not isinstance(value, bool):
             raise ConfigError(
-                f"`{name}` must be True or False", got=repr(value), fix=f"write `{name}=True`"
+                f"`{name}` must be True or False", got=short_repr(value), fix=f"write `{name}=True`"
             )
 
     return _validator(check, optional=False)

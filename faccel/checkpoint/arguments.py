@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from faccel.checks import local_path, shown
-from faccel.errors import ConfigError
+from faccel.errors import ConfigError, short_repr
 
 
 def path_argument(name: str, value: object, path: object, call: str) -> str:
@@ -34,7 +34,7 @@ def path_argument(name: str, value: object, path: object, call: str) -> str:
     if isinstance(value, (str, os.PathLike)):
         raise ConfigError(
             f"`{name}` and `path` are swapped",
-            got=f"{name}={os.fspath(value)!r}, path=<{type(path).__name__}>",
+            got=f"{name}={short_repr(os.fspath(value))}, path=<{type(path).__name__}>",
             fix=f"write `{call}`",
         )
     raise ConfigError(
@@ -67,6 +67,6 @@ def check_step(step: object) -> None:
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ConfigError(
             "`step` must be an int of at least 0",
-            got=repr(step),
+            got=short_repr(step),
             fix="pass the number of updates so far, as in `step=100`",
         )

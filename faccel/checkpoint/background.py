@@ -187,7 +187,7 @@ def _marker_path(folder: str, rank: int) -> str:
 
 def _write_marker(transaction: SaveTransaction, marker: Mapping[str, Any]) -> None:
     path = _marker_path(transaction.destination.temporary, transaction.rank)
-    with open(f"{path}.new", "w") as file:
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
         json.dump(marker, file)  # not fsynced: if the node crashes, the save has failed anyway
     os.rename(f"{path}.new", path)  # atomic: rank 0 never reads half of it
 
@@ -233,7 +233,7 @@ def wait_for_markers(
 
 
 def _read_marker(path: str, rank: int) -> list[FileEntry]:
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         marker = json.load(file)
     if "error" in marker:
         raise CheckpointError(

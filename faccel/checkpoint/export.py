@@ -22,7 +22,7 @@ from faccel.checkpoint.tensor_views import check_storable, has_inner_tensors
 from faccel.checks import shown
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
-from faccel.errors import CheckpointError, ConfigError
+from faccel.errors import CheckpointError, ConfigError, short_repr
 from faccel.flat_shard import FlatShard
 from faccel.training.full_tensors import FullTensors
 from faccel.training.model import WrappedModel
@@ -69,7 +69,7 @@ def parse_size(size: str | int) -> int:
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise ConfigError(
             "`max_shard_size` must be a positive size",
-            got=repr(size),
+            got=short_repr(size),
             fix='write `"5GB"`, `"500MB"` or a number of bytes',
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -116,7 +116,7 @@ def _files_with_weights(path: str) -> tuple[str, list[str]]:
         return os.path.dirname(path), [os.path.basename(path)]
     index = os.path.join(path, INDEX_FILE)
     if os.path.exists(index):
-        with open(index) as file:
+        with open(index, encoding="utf-8") as file:
             names = sorted(set(json.load(file).get("weight_map", {}).values()))
         # a name with a directory, such as `../secret`, would read outside the folder
         if not names or any(os.path.basename(name) != name for name in names):

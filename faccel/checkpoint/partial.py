@@ -9,7 +9,7 @@ import attrs
 
 from faccel.checkpoint.codec import Node, kind_of
 from faccel.checkpoint.tensor_names import child_name
-from faccel.errors import ConfigError, nearest
+from faccel.errors import ConfigError, nearest, short_repr
 
 
 @attrs.frozen
@@ -138,12 +138,12 @@ def _unknown(
     if must_be:
         return ConfigError(
             f"`rename` must name {must_be}",
-            got=f"rename={{{old!r}: {new!r}}}",
+            got=f"rename={{{short_repr(old)}: {short_repr(new)}}}",
             fix="change the name",
         )
     return ConfigError(
         "`rename` has a name that is not in the checkpoint",
-        got=f"{old!r}",
+        got=short_repr(old),
         fix=nearest(old.rpartition(".")[2], [str(key) for key in known]),
     )
 

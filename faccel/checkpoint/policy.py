@@ -8,7 +8,7 @@ import attrs
 
 from faccel.checkpoint.manifest import Checkpoint
 from faccel.checks import instance_of, one_of, positive
-from faccel.errors import ConfigError
+from faccel.errors import ConfigError, short_repr
 
 
 @attrs.frozen
@@ -230,7 +230,7 @@ def keep_policy(keep: object) -> KeepPolicy:
         return keep_latest(keep)
     raise ConfigError(
         "`keep` must be a positive int, a KeepPolicy or None",
-        got=repr(keep),
+        got=short_repr(keep),
         fix="write `keep=3` or `keep=faccel.checkpoint.keep_best(1, 'accuracy')`",
     )
 
@@ -238,7 +238,7 @@ def keep_policy(keep: object) -> KeepPolicy:
 def _check_count(n: object, call: str) -> None:
     """Raise unless `n` is a positive int; `call` is an example with a valid one."""
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ConfigError("`n` must be a positive int", got=repr(n), fix=f"write `{call}`")
+        raise ConfigError("`n` must be a positive int", got=short_repr(n), fix=f"write `{call}`")
 
 
 def _sign(mode: str) -> int:

@@ -51,7 +51,7 @@ from faccel.checkpoint.rank_calls import on_all_ranks
 from faccel.checkpoint.verified import VerifiedFolders
 from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
-from faccel.errors import CheckpointError
+from faccel.errors import CheckpointError, short_repr
 from faccel.tree import Tree
 
 if TYPE_CHECKING:
@@ -356,7 +356,7 @@ def _check_equal_requests(requests: Sequence[SaveRequest]) -> None:
             if value != first[name]:
                 raise CheckpointError(
                     f"`{name}` differs between ranks",
-                    got=f"rank 0: {first[name]!r}, rank {rank}: {value!r}",
+                    got=f"rank 0: {short_repr(first[name])}, rank {rank}: {short_repr(value)}",
                     fix="decide on one rank, and send the decision to the others "
                     "with `faccel.agree` or `faccel.broadcast_objects`",
                 )

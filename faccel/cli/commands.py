@@ -6,6 +6,7 @@ torch, which takes seconds.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import ExitStack
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 @click.version_option(package_name="faccel")
 def main() -> None:
     """Run a PyTorch training loop on any device and any number of processes."""
+    # In the locale C, text outside of ASCII would raise when it is printed.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 main.add_command(config)
@@ -120,8 +124,8 @@ def env(*, explain: bool, as_json: bool) -> None:
     """
     import faccel
     from faccel.cli.environment import as_rows, describe
-    from faccel.config import resolve
     from faccel.config_file import find, read
+    from faccel.config_sources import resolve
 
     try:
         reference = find(os.environ)

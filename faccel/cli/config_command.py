@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from faccel.checks import parse_count
 from faccel.cli.flags import LocalPath, UsageError
 from faccel.cli.output import explain_rows, fields_document, json_option, present
 from faccel.config_file import NPROC
-from faccel.errors import ConfigError, FaccelError, nearest
+from faccel.errors import ConfigError, FaccelError, nearest, short_text
 
 if TYPE_CHECKING:
     from faccel.config import Config
@@ -66,8 +68,8 @@ def _questionnaire() -> None:
             )
         )
     from faccel.cli.questions import ask
-    from faccel.config import resolve
     from faccel.config_file import ConfigFile
+    from faccel.config_sources import resolve
 
     file = _user_file()
     try:
@@ -128,11 +130,13 @@ def _check_new(file: str, *, force: bool, fix: str) -> None:
         raise click.ClickException(f"`{file}` already exists. To fix: add `--force`, or {fix}")
 
 
-def _write(path: str, values: Mapping[str, Any], comment: str = "") -> None:
-    from faccel.config_file import write
+def _write(
+    path: str, values: Mapping[str, Any], comment: str = "", *, is_replaced: bool = False
+) -> None:
+    from faccel.config_edit import write
 
     with _errors_as_messages():
-        write(path, values, comment)
+        write(path, values, comment, is_replaced=is_replaced)
 
 
 @config.command()
@@ -145,8 +149,8 @@ def path() -> None:
 @json_option
 def show(*, as_json: bool) -> None:
     """Print the value and the source of each field."""
-    from faccel.config import resolve
     from faccel.config_file import find, read
+    from faccel.config_sources import resolve
 
     with _errors_as_messages():
         reference = find(os.environ)
@@ -169,7 +173,7 @@ def default(*, force: bool) -> None:
     _check_new(file, force=force, fix="change it with `faccel config set`")
     # Without the number of processes: it would be that of `--nproc auto`.
     values, _ = _recommended()
-    _write(file, values)
+    _write(file, values, is_replaced=force)
     print(file)
 
 
@@ -194,12 +198,12 @@ def set_(pairs: tuple[str, ...]) -> None:
 
 def _validated(file: ConfigFile) -> Config:
     """Return the configuration of a file, whose mesh fits its number of processes."""
-    from faccel.config import resolve
     from faccel.config_mesh import check_num_processes
+    from faccel.config_sources import resolve
 
     resolved = resolve(file=file)
-    if file.nproc is not None and file.nproc.isdecimal():
-        check_num_processes(resolved, int(file.nproc))
+    if file.num_processes is not None:
+        check_num_processes(resolved, file.num_processes)
     return resolved
 
 
@@ -210,7 +214,9 @@ def _parse_pair(pair: str) -> tuple[str, Any]:
     name, mark, text = pair.partition("=")
     if not mark:
         raise ConfigError(
-            "`faccel config set` expects `key=value`", got=f"`{pair}`", fix=f"write `{name}=...`"
+            "`faccel config set` expects `key=value`",
+            got=f"`{short_text(pair)}`",
+            fix=f"write `{short_text(name)}=...`",
         )
     if name == NPROC:
         return name, _int_or_word(text)
@@ -218,7 +224,8 @@ def _parse_pair(pair: str) -> tuple[str, Any]:
     # Before parsing: an unknown name has no parser.
     if name not in fields:
         raise ConfigError(
-            f"`{name}` is not a field of the configuration", fix=nearest(name, [*fields, NPROC])
+            f"`{short_text(name)}` is not a field of the configuration",
+            fix=nearest(name, [*fields, NPROC]),
         )
     try:
         return name, fields[name].metadata["parse"](text)
@@ -227,8 +234,9 @@ def _parse_pair(pair: str) -> tuple[str, Any]:
 
 
 def _int_or_word(text: str) -> int | str:
-    if text.isdecimal():
-        return int(text)
+    count = parse_count(text)
+    if count is not None:
+        return count
     return text  # `auto`, or a mistake, which the validation of the file reports
 
 
@@ -245,7 +253,7 @@ def check(file: str, *, as_json: bool) -> None:
 
     try:
         content = read(file)
-        try_configuration(_validated(content), content.nproc)
+        try_configuration(_validated(content), content.num_processes or 1)
     except FaccelError as error:
         if not as_json:
             raise click.ClickException(str(error)) from None
@@ -271,13 +279,13 @@ def import_(file: str, out: str | None, *, force: bool, as_json: bool) -> None:
     with _errors_as_messages():
         converted = from_accelerate(read_accelerate(file))
         _validated(ConfigFile(target, converted.values))
-    command = " ".join(["faccel", "launch", *converted.options, "script.py"])
+    command = shlex.join(["faccel", "launch", *converted.options, "script.py"])
     # The comment is the only place in the file for options of the launcher and code of the script.
-    comment = f"# from {os.path.basename(file)}; start with: {command}\n"
+    comment = f"from {os.path.basename(file)}; start with: {command}"
     rows = [(target,), (f"start with: {command}",)]
     if converted.plan:
         code = f"in the script: model = faccel.wrap(model, ctx, plan={converted.plan})"
-        comment += f"# {code}\n"
+        comment += f"\n{code}"
         rows.append((code,))
     _write(target, converted.values, comment)
     document = {
@@ -291,4 +299,6 @@ def import_(file: str, out: str | None, *, force: bool, as_json: bool) -> None:
     if not as_json:
         for key, value in converted.without_equivalent.items():
             # To standard error: standard output holds what a script would read.
-            sys.stderr.write(f"no equivalent in this version: {key}: {value}\n")
+            sys.stderr.write(
+                f"no equivalent in this version: {short_text(key)}: {short_text(value)}\n"
+            )

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from faccel.checks import parse_count
 from faccel.cli.flags import UsageError, config_flags, parse_flags
 from faccel.cli.foreign_options import LaunchCommand
 from faccel.cli.output import json_option
 from faccel.config_file import NPROC, NPROC_WORDS
-from faccel.errors import FaccelError, LaunchError, with_source
+from faccel.errors import FaccelError, LaunchError, short_text, with_source
 
 if TYPE_CHECKING:
     from faccel.config import Config
@@ -165,14 +166,15 @@ def _check_mesh(spec: LaunchSpec, config: Config) -> None:
     from faccel.config_mesh import mesh_for
 
     # With a range of nodes the world size is unknown, and one process here may be a task of many
-    is_counted = spec.nnodes.isdecimal() and (spec.nproc > 1 or spec.nnodes != "1")
-    if is_counted:
-        mesh_for(config, spec.nproc * int(spec.nnodes))
+    num_nodes = parse_count(spec.nnodes)
+    if num_nodes is not None and (spec.nproc > 1 or num_nodes != 1):
+        mesh_for(config, spec.nproc * num_nodes)
 
 
 def _spec(command: tuple[str, ...], options: Mapping[str, Any]) -> tuple[LaunchSpec, Config]:
     """Convert the options of the command line to a launch, and the configuration of its ranks."""
-    from faccel.config import LAUNCH, resolve
+    from faccel.config import LAUNCH
+    from faccel.config_sources import resolve
     from faccel.launching.slurm import within_slurm
     from faccel.launching.spec import LaunchSpec
 
@@ -239,11 +241,11 @@ def _num_processes(nproc: str, config: Config, source: str) -> int:
 
     PyTorch is imported only if the number depends on the accelerators.
     """
-    is_number = nproc.isdecimal() and int(nproc) > 0
+    is_number = bool(parse_count(nproc))
     if nproc not in NPROC_WORDS and not is_number:
         raise LaunchError(
             "`--nproc` must be a number of processes, or one of auto, cpu, gpu",
-            got=f"--nproc {nproc}",
+            got=f"--nproc {short_text(nproc)}",
             fix="write for example `--nproc 2`",
         )
     # Before the test for devices: `--nproc cpu` counts cores, also with `--device cuda`.

@@ -23,7 +23,8 @@ def present(document: object, rows: Iterable[Sequence[str]], *, as_json: bool) -
     Effects: ambient. Writes to standard output.
     """
     if as_json:
-        print(json.dumps(document))
+        # dates and other values of YAML have no JSON
+        print(json.dumps(document, default=str))
         return
     # For pipes and files: no colours and no line breaks within a row.
     if not sys.stdout.isatty():

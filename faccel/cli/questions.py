@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from faccel.checks import parse_count
 from faccel.config import PRECISIONS, Config, config_fields
 from faccel.config_file import NPROC
 from faccel.config_mesh import check_num_processes, fixed_mesh_size
@@ -85,10 +86,11 @@ def _ask_num_processes(mesh: Any, current: object, num_processes: int) -> int:
         proposal = fixed_mesh_size(config) or num_processes
 
     def validate(text: str) -> bool | str:
-        if not text.isdecimal() or int(text) < 1:
+        count = parse_count(text)
+        if not count:
             return "expected a number of processes: 1, 2, ..."
         try:
-            check_num_processes(config, int(text))
+            check_num_processes(config, count)
         except ConfigError as error:
             return str(error).replace("\n", " ")
         return True

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from faccel.mesh import MeshSpec
 
 
-def try_configuration(config: Config, nproc: str | None) -> None:
+def try_configuration(config: Config, num_processes: int) -> None:
     """Raise what `init` would raise on this node for the device, the mesh and the strategy.
 
     Effects: ambient. Asks PyTorch for the accelerators of this node; imports no engine.
 
     Args:
         config: The configuration of a file.
-        nproc: Processes per node, as the file has it.
+        num_processes: Processes per node.
 
     Raises:
         DeviceError: The device does not exist, or there are more processes than devices.
@@ -31,9 +31,6 @@ def try_configuration(config: Config, nproc: str | None) -> None:
     from faccel.context import Topology
     from faccel.runtime.devices import choose_device
 
-    num_processes = 1
-    if nproc is not None and nproc.isdecimal():
-        num_processes = int(nproc)
     spec = _filled(config, num_processes)
     # The last process of the node: it fails if there are fewer devices.
     topology = Topology(

@@ -18,7 +18,7 @@ from faccel.comm.objects import gather_objects
 from faccel.comm.pack import check_rank
 from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
-from faccel.errors import ConfigError, DesyncError, RankFailedError, nearest
+from faccel.errors import ConfigError, DesyncError, RankFailedError, nearest, short_repr
 from faccel.mesh import WORLD
 
 P = ParamSpec("P")
@@ -61,7 +61,7 @@ class Agreement:
         if flag not in self.raised_by:
             raise ConfigError(
                 "`flag` must be one of the flags that `agree` was called with",
-                got=repr(flag),
+                got=short_repr(flag),
                 fix=nearest(flag, self.raised_by),
             )
         return self.raised_by[flag] is not None

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from faccel.context import DistContext
-from faccel.errors import ConfigError
+from faccel.errors import ConfigError, short_repr
 
 # Bytes: the size of complex128, the widest dtype. Rows of a multiple of it can be stacked, and each
 # leaf still begins at a multiple of its item size, which `view(dtype)` requires.
@@ -145,6 +145,6 @@ def check_rank(name: str, rank: int, ctx: DistContext, axis: str) -> None:
         return
     raise ConfigError(
         f"`{name}` must be a rank of the axis `{axis}`, from 0 to {size - 1}",
-        got=f"{name}={rank!r}",
+        got=f"{name}={short_repr(rank)}",
         fix=f"write `{name}=0`",
     )

@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import nn
 
-from faccel.errors import ConfigError, nearest
+from faccel.errors import ConfigError, nearest, short_repr
 from faccel.mesh import AXES, VIEWS, WORLD
 from faccel.tree import Tree
 
@@ -17,7 +17,7 @@ from faccel.tree import Tree
 def axis_error(axis: str, allowed: Iterable[str]) -> ConfigError:
     """Return the error for a name that is not an axis of the mesh."""
     return ConfigError(
-        "`axis` must be an axis of the mesh", got=repr(axis), fix=nearest(axis, allowed)
+        "`axis` must be an axis of the mesh", got=short_repr(axis), fix=nearest(axis, allowed)
     )
 
 

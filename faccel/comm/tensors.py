@@ -12,7 +12,7 @@ from faccel.comm.pack import Packed, check_rank, describe, digest, pack, pad_to
 from faccel.comm.row_count import RowCount
 from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
-from faccel.errors import DataError, DesyncError
+from faccel.errors import DataError, DesyncError, short_repr
 from faccel.mesh import DATA, WORLD
 from faccel.tree import Tree, flatten, leaf_error
 
@@ -231,7 +231,7 @@ def _count(
     if not is_integer or not 0 <= num_valid <= num_rows:
         raise DataError(
             f"`num_valid` must be an integer from 0 to {num_rows}, the number of rows of `x`",
-            got=f"num_valid={num_valid!r}",
+            got=f"num_valid={short_repr(num_valid)}",
             fix="pass `num_valid=batch.num_valid` of the batch that `x` was computed from",
         )
     return num_valid

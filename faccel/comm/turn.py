@@ -183,7 +183,7 @@ def _process_space() -> str:
     """Return what identifies the numbers of processes that this one can see; empty if unknown."""
     # Containers of one node may have one host name, and yet their own numbers. Linux only.
     with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return ""
 
@@ -194,7 +194,7 @@ def _has_process_ended(process: tuple[str, int]) -> bool:
     if not space or space != _process_space():
         return False  # of another node or container: only its beats are known
     try:
-        status = Path(f"/proc/{number}/stat").read_text()
+        status = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return True
     except OSError:

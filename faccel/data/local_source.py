@@ -16,7 +16,7 @@ from faccel.data.fetch import Reader, Row
 from faccel.data.order import Cursor, Ints, Order
 from faccel.data.stream_dataset import iterate_sampler
 from faccel.data.stream_sources import rows_of_whole_batch
-from faccel.errors import DataError
+from faccel.errors import DataError, short_repr
 from faccel.mesh import DATA
 from faccel.random.hashing import mix
 from faccel.tree import Tree
@@ -155,7 +155,7 @@ class LocalSource:
         # Every rank has the same plan, so all of them raise.
         if plan.num_global_steps == 0:
             raise empty_error(
-                f"{list(plan.counts)} samples on the ranks, with `tail={self.tail!r}`",
+                f"{list(plan.counts)} samples on the ranks, with `tail={short_repr(self.tail)}`",
                 "check the files and filters of the dataset of each rank",
             )
         if min(plan.counts) == 0 and self.tail in ("full", "pad"):

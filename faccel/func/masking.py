@@ -9,7 +9,7 @@ import attrs
 import torch
 from tensordict import TensorDict
 
-from faccel.errors import ConfigError, OptimizerError, nearest
+from faccel.errors import ConfigError, OptimizerError, nearest, short_repr
 from faccel.func.gradient_transformation import (
     GradientTransformation,
     Role,
@@ -209,7 +209,7 @@ def _label_of(
     if label not in transformations:
         raise ConfigError(
             f"the label of `{name}` must be a key of `transformations`",
-            got=f"`{name}` with label {label!r}",
+            got=f"`{name}` with label {short_repr(label)}",
             fix=nearest(str(label), transformations),
         )
     return label

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch.nn.utils import get_total_norm
 
 from faccel.checks import in_range, positive, positive_or_tensor
-from faccel.errors import ConfigError, OptimizerError
+from faccel.errors import ConfigError, OptimizerError, short_repr
 from faccel.func.gradient_transformation import (
     GradientTransformation,
     Role,
@@ -153,7 +153,7 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
     if not callable(schedule):
         raise ConfigError(
             "`schedule` must be a function of the number of updates",
-            got=repr(schedule),
+            got=short_repr(schedule),
             fix="write `scale_by_schedule(cosine(1000))`, or `lambda count: 0.5`",
         )
 

@@ -57,8 +57,12 @@ def _layers(value: object) -> Arguments:
 
 
 def _min_num_params(value: Any) -> Arguments | None:
-    if int(value) > 0:
-        return {"units": int(value)}
+    try:
+        num_params = int(value)
+    except (TypeError, ValueError, OverflowError):  # reported as a key without an equivalent
+        return None
+    if num_params > 0:
+        return {"units": num_params}
     return {}
 
 
@@ -70,7 +74,7 @@ def _number(name: str) -> Callable[[Any], Arguments | None]:
             return {}
         try:
             return {"deepspeed.settings": {name: float(value)}}
-        except ValueError:
+        except (TypeError, ValueError, OverflowError):
             return None
 
     return convert

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from faccel.config import Config, resolve
+from faccel.config import Config
 from faccel.config_file import find, read
+from faccel.config_sources import resolve
 from faccel.effects import AMBIENT, effectful
-from faccel.errors import ConfigError, LaunchError, RankFailedError
+from faccel.errors import ConfigError, LaunchError, RankFailedError, short_repr
 from faccel.launching.main_module import check_guarded, is_importable
 from faccel.runtime.excepthook import CONSEQUENCES, GRACE_S
 from faccel.runtime.initialize import init
@@ -109,8 +110,8 @@ def _count(num_processes: int | None, config: _ConfigLike) -> int:
     if num_processes is not None:
         return _positive_int(num_processes)
     file = _config_file(config)
-    if file is not None and file.nproc is not None and file.nproc.isdecimal():
-        return int(file.nproc)
+    if file is not None and file.num_processes is not None:
+        return file.num_processes
     if not torch.accelerator.is_available():
         return 1
     return max(1, torch.accelerator.device_count())
@@ -131,7 +132,7 @@ def _positive_int(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(
             "`num_processes` must be a positive int",
-            got=repr(value),
+            got=short_repr(value),
             fix="write `num_processes=2`",
         )
     return value
@@ -180,7 +181,7 @@ def _check(fn: Callable[..., object], config: _ConfigLike) -> None:
     if not callable(fn):
         raise LaunchError(
             "`fn` must be a function",
-            got=repr(fn),
+            got=short_repr(fn),
             fix="write `faccel.launch(train, num_processes=2)`",
         )
     # Nested launches would start `n * n` processes, all with the rank of the outer one.
@@ -246,7 +247,7 @@ def _call(fn: Callable[..., T], args: tuple[object, ...], config: _ConfigLike) -
         if exit.code in (None, 0):
             return None  # type: ignore[return-value]  # the function ended without a result
         raise RankFailedError(
-            "the function called `sys.exit`", got=f"`sys.exit({exit.code!r})`"
+            "the function called `sys.exit`", got=f"`sys.exit({short_repr(exit.code)})`"
         ) from None
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import attrs
 
 from faccel.config_file import NPROC
-from faccel.errors import ConfigError
+from faccel.errors import ConfigError, short_repr
 from faccel.launching.accelerate_plan import convert_section, plan_code
 
 _Keys = dict[str, Any]
@@ -77,7 +78,7 @@ def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
     if "distributed_type" not in config and "compute_environment" not in config:
         raise ConfigError(
             "the file is not a configuration of Accelerate",
-            got=", ".join(map(str, config)) or "an empty file",
+            got=f"the keys {short_repr(list(config))}",
             fix="use a file that `accelerate config` wrote",
         )
     # Each function below removes the keys that it converts; those that remain are unsupported.
@@ -124,7 +125,7 @@ def _section(remaining: Mapping[str, Any], key: str) -> _Keys:
     if not isinstance(section, dict):
         raise ConfigError(
             f"section `{key}` of the file must be a mapping",
-            got=repr(section),
+            got=short_repr(section),
             fix=f"write the keys of `{key}` on indented lines below it",
         )
     return section
@@ -133,12 +134,26 @@ def _section(remaining: Mapping[str, Any], key: str) -> _Keys:
 def _int(name: str, value: Any) -> int:
     try:
         return int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # OverflowError: infinity
         raise ConfigError(
             f"`{name}` of the file must be a whole number",
-            got=repr(value),
+            got=short_repr(value),
             fix=f"write `{name}: 1`",
         ) from None
+
+
+def _host(value: object) -> str:
+    # The address may be missing in a file for one node that was edited by hand.
+    if value is None:
+        return "HOST"
+    # A host is printed in a command that users copy to a shell.
+    if isinstance(value, str) and re.fullmatch(r"[\w.:%\[\]-]+", value):
+        return value
+    raise ConfigError(
+        "`main_process_ip` of the file must be the name or the address of a host",
+        got=short_repr(value),
+        fix="write `main_process_ip: 127.0.0.1`",
+    )
 
 
 def _convert_switches(remaining: _Keys, kind: str, values: _Keys) -> None:
@@ -248,9 +263,9 @@ def _convert_launch(remaining: _Keys, values: _Keys) -> tuple[str, ...]:
             got=f"{num_processes} processes on {num_nodes} nodes",
             fix=f"write `num_processes: {valid}`",
         )
-    node_rank = remaining.pop("machine_rank", None)
-    host = remaining.pop("main_process_ip", None)
-    port = remaining.pop("main_process_port", None)
+    node_rank = _int("machine_rank", remaining.pop("machine_rank", None) or 0)
+    host = _host(remaining.pop("main_process_ip", None))
+    port = _int("main_process_port", remaining.pop("main_process_port", None) or 0)
     is_elastic = remaining.pop("rdzv_backend", "static") == "c10d"
     options: list[str] = []
     if has_count:
@@ -258,10 +273,9 @@ def _convert_launch(remaining: _Keys, values: _Keys) -> tuple[str, ...]:
     if num_nodes > 1:
         options += ["--nnodes", str(num_nodes)]
         if is_elastic:
-            endpoint = f"{host or 'HOST'}:{port or 29400}"
+            endpoint = f"{host}:{port or 29400}"
             return (*options, "--rdzv-endpoint", endpoint)
-        # The address may be missing in a file for one node that was edited by hand.
-        options += ["--node-rank", str(node_rank or 0), "--main-address", str(host or "HOST")]
+        options += ["--node-rank", str(node_rank), "--main-address", host]
     if port:
         options += ["--main-port", str(port)]
     return tuple(options)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import attrs
 
-from faccel.checks import local_path, one_of
+from faccel.checks import finite, local_path, one_of, parse_count
 from faccel.config import LAUNCH
 from faccel.config_file import VARIABLE, absolute
-from faccel.errors import LaunchError
+from faccel.errors import LaunchError, short_text
 
 _KIND_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "script": (),
@@ -19,6 +19,7 @@ _KIND_OPTIONS: Mapping[str, tuple[str, ...]] = {
 }
 _STATIC_PORT = 29500  # the default ports of torchrun
 _ELASTIC_PORT = 29400
+_MAX_PORT = 65535
 
 
 @attrs.frozen(kw_only=True)
@@ -65,6 +66,7 @@ class LaunchSpec:
     def __attrs_post_init__(self) -> None:
         one_of("kind", self.kind, _KIND_OPTIONS, LaunchError)
         _check_nnodes(self)
+        finite("join_timeout_s", self.join_timeout_s, at_least=1, error=LaunchError)
         if self.tee and self.log_dir is None:
             raise LaunchError(
                 "`--tee` needs a folder for the logs",
@@ -85,22 +87,21 @@ class LaunchSpec:
 def _check_nnodes(spec: LaunchSpec) -> None:
     low, _, high = spec.nnodes.partition(":")
     # A single number is a range from it to itself.
-    bounds = (low, high or low)
-    is_range = all(bound.isdecimal() and int(bound) > 0 for bound in bounds)
-    if not is_range or int(bounds[0]) > int(bounds[1]):
+    smallest, largest = parse_count(low), parse_count(high or low)
+    if not smallest or not largest or smallest > largest:
         raise LaunchError(
             "`--nnodes` must be a number of nodes or a range MIN:MAX",
-            got=f"--nnodes {spec.nnodes}",
+            got=f"--nnodes {short_text(spec.nnodes)}",
             fix="write `--nnodes 2`, or `--nnodes 1:4`",
         )
     # Nodes of a range have no fixed ranks.
     if high or spec.node_rank is None:
         return
-    if not 0 <= spec.node_rank < int(low):
+    if not 0 <= spec.node_rank < smallest:
         raise LaunchError(
             "`--node-rank` must be less than `--nnodes`",
             got=f"--node-rank {spec.node_rank} with --nnodes {low}",
-            fix=f"use 0 to {int(low) - 1}",
+            fix=f"use 0 to {smallest - 1}",
         )
 
 
@@ -165,14 +166,15 @@ def rendezvous_address(spec: LaunchSpec) -> tuple[str, int]:
     host, mark, text = spec.rdzv_endpoint.rpartition(":")
     if not mark:
         return spec.rdzv_endpoint, _ELASTIC_PORT
-    if text and not text.isdecimal():
+    # The port may be missing after the colon, as torchrun allows.
+    port = parse_count(text or str(_ELASTIC_PORT))
+    if port is None or port > _MAX_PORT:
         raise LaunchError(
             "`--rdzv-endpoint` must be a host and a port",
-            got=f"--rdzv-endpoint {spec.rdzv_endpoint}",
+            got=f"--rdzv-endpoint {short_text(spec.rdzv_endpoint)}",
             fix="write `--rdzv-endpoint host:29400`",
         )
-    # The port may be missing after the colon, as torchrun allows.
-    return host, int(text or _ELASTIC_PORT)
+    return host, port
 
 
 def torchrun_arguments(spec: LaunchSpec) -> list[str]:

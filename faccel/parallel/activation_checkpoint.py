@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from faccel.errors import ConfigError
+from faccel.errors import ConfigError, short_repr
 from faccel.parallel.compilation import apply_compile
 from faccel.parallel.units import units_of
 from faccel.plan import Plan
@@ -163,7 +163,7 @@ def _operator(name: str) -> object:
     except AttributeError:
         raise ConfigError(
             "`save_ops` must name operators of torch",
-            got=repr(name),
+            got=short_repr(name),
             fix='write it like `"aten.mm.default"`',
         ) from None
     return operator

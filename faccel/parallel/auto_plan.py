@@ -9,7 +9,7 @@ import attrs
 from torch import nn
 
 from faccel.context import DistContext, require_context
-from faccel.errors import FaccelError, ModelError
+from faccel.errors import FaccelError, ModelError, short_repr
 from faccel.parallel.pipeline_stages import chain_of, is_loss, stages_of
 from faccel.parallel.trace_chain import why_not_chain
 from faccel.parallel.units import matches
@@ -133,7 +133,7 @@ def _translate(model: nn.Module, tp_plan: Mapping[str, str]) -> dict[str, str]:
         if style not in _STYLES:
             raise ModelError(
                 "the model's `tp_plan` has an unsupported style",
-                got=f"`{pattern}`: {style!r} of a {type(model).__name__}",
+                got=f"`{pattern}`: {short_repr(style)} of a {type(model).__name__}",
                 fix="name the modules to split yourself, as in `faccel.Plan(tensor={...})`, or "
                 "use another mesh",
             )

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from faccel.errors import short_repr
+
 
 class _ChainTracer(fx.Tracer):
     """Records calls of the modules of a chain, without looking into them.
@@ -105,7 +107,7 @@ def _unexpected_input(
     """Return why a call is not the next one of the chain, or None if it is."""
     # A stage calls its modules without options.
     for option, value in _constants(module, node).items():
-        return f"`{name}` is called with {option}={value!r}"
+        return f"`{name}` is called with {option}={short_repr(value)}"
     if previous is None:
         if any(input_node.op != "placeholder" for input_node in node.all_input_nodes):
             return f"`{name}` takes other inputs than the arguments of the model"

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from faccel.errors import ConfigError, ModelError, nearest
+from faccel.errors import ConfigError, ModelError, nearest, short_repr
 from faccel.plan import Plan
 
 
@@ -34,7 +34,7 @@ def matching(pattern: str, names: Iterable[str], kind: str) -> list[str]:
     if not matched:
         raise ConfigError(
             f"the pattern `{pattern}` matches no {kind} of this model",
-            got=repr(pattern),
+            got=short_repr(pattern),
             fix=nearest(pattern, candidates),
         )
     return matched

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import attrs
 
+from faccel.checks import MAX_COUNT
 from faccel.context import Topology
-from faccel.errors import TopologyError
+from faccel.errors import TopologyError, short_repr, short_text
 
 Env = Mapping[str, str]
 _LOCALHOST = "127.0.0.1"
+_MAX_PORT = 65535
 
 
 @attrs.frozen
@@ -91,7 +94,7 @@ def detect_torchrun(env: Env) -> Topology | None:
     if "GROUP_WORLD_SIZE" in env:
         node = (_int(env, "GROUP_RANK"), _int(env, "GROUP_WORLD_SIZE"))
     # torchrun always sets both, so nothing is derived.
-    address = (env["MASTER_ADDR"], _int(env, "MASTER_PORT"))
+    address = (env["MASTER_ADDR"], _port(env))
     topology = _topology("torchrun", _ranks(env, "torchrun", keys), address, node)
     return attrs.evolve(
         topology,
@@ -164,18 +167,18 @@ def num_tasks_of_node(tasks: str, node: int) -> int:
         >>> [num_tasks_of_node("2(x3),1", node) for node in range(4)]
         [2, 2, 2, 1]
     """
-    counts: list[int] = []
+    num_nodes = 0
     for entry in tasks.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry.strip())
+        match = re.fullmatch(r"(\d{1,9})(?:\(x(\d{1,9})\))?", entry.strip())
         if match:
-            counts += [int(match[1])] * int(match[2] or 1)
-    if node >= len(counts):
-        raise TopologyError(
-            "the list of SLURM tasks per node is too short for this node",
-            got=f"{tasks!r}, node {node}",
-            fix="start the processes with `srun`",
-        )
-    return counts[node]
+            num_nodes += int(match[2] or 1)
+            if node < num_nodes:
+                return int(match[1])
+    raise TopologyError(
+        "the list of SLURM tasks per node is too short for this node",
+        got=f"{short_repr(tasks)}, node {node}",
+        fix="start the processes with `srun`",
+    )
 
 
 def _keys(prefix: str) -> tuple[str, ...]:
@@ -206,7 +209,7 @@ def detect_mpi(env: Env) -> Topology | None:
     if "PMIX_RANK" in env and "SLURM_STEP_NUM_TASKS" not in env:
         raise TopologyError(
             "this PMIx launcher sets the rank but not the world size",
-            got=f"PMIX_RANK={env['PMIX_RANK']}",
+            got=f"PMIX_RANK={short_text(env['PMIX_RANK'])}",
             fix="start the processes with `mpirun`, `srun` or torchrun",
         )
     return None
@@ -264,7 +267,7 @@ def detect_kubeflow(env: Env) -> Topology | None:
     _check_complete(env, "Kubeflow", ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     # Kubeflow's `RANK` counts pods, and each pod is a node of one process.
     ranks = _Ranks(_int(env, "RANK"), _int(env, "WORLD_SIZE"), 0, 1)
-    return _topology("Kubeflow", ranks, (env["MASTER_ADDR"], _int(env, "MASTER_PORT")))
+    return _topology("Kubeflow", ranks, (env["MASTER_ADDR"], _port(env)))
 
 
 def _is_kubeflow(env: Env) -> bool:
@@ -309,14 +312,27 @@ def _int(env: Env, key: str, default: int | None = None) -> int:
     text = env.get(key)
     if text is None and default is not None:
         return default
-    try:
-        return int(text or "")
-    except ValueError:
-        raise TopologyError(
-            f"`{key}` must be a whole number",
-            got=repr(text),
-            fix=f"unset `{key}`, so that only the launcher sets it",
-        ) from None
+    number = None
+    with suppress(ValueError):
+        number = int(text or "")
+    if number is not None and abs(number) < MAX_COUNT:
+        return number
+    raise TopologyError(
+        f"`{key}` must be a whole number",
+        got=short_repr(text),
+        fix=f"unset `{key}`, so that only the launcher sets it",
+    )
+
+
+def _port(env: Env, default: int | None = None) -> int:
+    port = _int(env, "MASTER_PORT", default)
+    if 0 <= port <= _MAX_PORT:
+        return port
+    raise TopologyError(
+        f"`MASTER_PORT` must be a port, from 0 to {_MAX_PORT}",
+        got=f"MASTER_PORT={port}",
+        fix="unset `MASTER_PORT`, so that only the launcher sets it",
+    )
 
 
 def _check_complete(env: Env, launcher: str, keys: tuple[str, ...]) -> None:
@@ -324,7 +340,7 @@ def _check_complete(env: Env, launcher: str, keys: tuple[str, ...]) -> None:
     missing = [f"`{key}`" for key in keys if key not in env]
     if not missing:
         return
-    present = [f"{key}={env[key]}" for key in keys if key in env]
+    present = [f"{key}={short_text(env[key])}" for key in keys if key in env]
     raise TopologyError(
         f"the environment of {launcher} lacks {', '.join(missing)}",
         got=", ".join(present),
@@ -345,7 +361,7 @@ def _address(env: Env, host: str, job: str) -> tuple[str, int]:
     """
     # CRC, not `hash`, which is salted in each process.
     port = 20000 + zlib.crc32(job.encode()) % 20000
-    return env.get("MASTER_ADDR", host), _int(env, "MASTER_PORT", port)
+    return env.get("MASTER_ADDR", host), _port(env, port)
 
 
 def _topology(

@@ -8,7 +8,7 @@ import torch
 
 from faccel.config import Config
 from faccel.context import Topology
-from faccel.errors import DeviceError, with_source
+from faccel.errors import DeviceError, short_repr, with_source
 
 # The communication library of each device type. Other types (mps, for example) have none, so that
 # they serve a single process only.
@@ -76,7 +76,9 @@ def _requested_device(name: str | None, topology: Topology) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise DeviceError(
-            "`device` is not a device of PyTorch", got=repr(name), fix='use `"cpu"` or `"cuda"`'
+            "`device` is not a device of PyTorch",
+            got=short_repr(name),
+            fix='use `"cpu"` or `"cuda"`',
         ) from error
     if topology.world_size > 1 and not _can_communicate(device):
         raise DeviceError(

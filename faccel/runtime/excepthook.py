@@ -138,7 +138,7 @@ def _write_error_file(error: BaseException, path: str) -> None:
     message = {"message": f"{type(error).__name__}: {error}", "extraInfo": details}
     # Without the file the agent reports the exit code alone, which is better than a second
     # exception in the hook.
-    with suppress(OSError), open(path, "w") as file:
+    with suppress(OSError), open(path, "w", encoding="utf-8") as file:
         json.dump({"message": message}, file)
 
 

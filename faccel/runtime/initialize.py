@@ -13,11 +13,12 @@ import torch
 
 from faccel.backends.table import choose
 from faccel.comm.single import SingleCollectives
-from faccel.config import Config, launcher_flags, resolve
+from faccel.config import Config
 from faccel.config_mesh import mesh_for
+from faccel.config_sources import launcher_flags, resolve
 from faccel.context import DistContext, Mesh, Topology, require_context
 from faccel.effects import AMBIENT, effectful
-from faccel.errors import ConfigError
+from faccel.errors import ConfigError, short_repr, short_text
 from faccel.mesh import MeshSpec
 from faccel.runtime.detect import detect
 from faccel.runtime.devices import choose_device
@@ -138,7 +139,8 @@ def _check_launcher_config(reference: str, env: Mapping[str, str]) -> None:
         return
     raise ConfigError(
         "the script and the launcher use different configuration files",
-        got=f"`faccel.init({reference!r})` and `faccel launch --config {launcher_reference}`",
+        got=f"`faccel.init({short_repr(reference)})` and `faccel launch --config "
+        f"{short_text(launcher_reference)}`",
         fix="remove one of the two",
     )
 

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from faccel.backends.table import choose
 from faccel.checks import positive
 from faccel.comm.single import SingleCollectives
-from faccel.config import Config, resolve
+from faccel.config import Config
+from faccel.config_sources import resolve
 from faccel.context import DistContext, Mesh, Topology
 from faccel.errors import WorldError
 from faccel.mesh import MeshSpec

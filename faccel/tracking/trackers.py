@@ -16,7 +16,7 @@ import attrs
 from faccel.checks import instance_of, local_path, one_of
 from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, effectful, updates
-from faccel.errors import ConfigError, FaccelError
+from faccel.errors import ConfigError, FaccelError, short_repr
 from faccel.tracking.values import plain_value, run_config, to_json
 
 if TYPE_CHECKING:
@@ -82,8 +82,10 @@ class Trackers:
 
 
 def _open_jsonl(folder: Path, config: RunConfig) -> TextIO:
-    (folder / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
-    return (folder / "metrics.jsonl").open("a")
+    (folder / "config.json").write_text(
+        json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8"
+    )
+    return (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
 
 def _log_jsonl(file: TextIO, values: Mapping[str, object], step: int) -> None:
@@ -97,7 +99,7 @@ def _open_csv(folder: Path, config: RunConfig) -> TextIO:
     # a continued run has its header already
     is_new = not path.exists() or path.stat().st_size == 0
     # The csv module writes the ends of lines; text mode would translate them a second time.
-    file = path.open("a", newline="")
+    file = path.open("a", newline="", encoding="utf-8")
     # One row per number, because a column per name needs all names before the first row.
     if is_new:
         csv.writer(file).writerow(("step", "name", "value"))
@@ -207,7 +209,9 @@ def _named_trackers(trackers: Sequence[str | Tracker]) -> dict[str, Tracker]:
     fix = 'write `trackers=("jsonl",)`'
     # A str is a sequence of letters.
     if isinstance(trackers, str):
-        raise ConfigError("`trackers` must be a list of trackers", got=repr(trackers), fix=fix)
+        raise ConfigError(
+            "`trackers` must be a list of trackers", got=short_repr(trackers), fix=fix
+        )
     by_name: dict[str, Tracker] = {}
     for index, tracker in enumerate(trackers):
         if isinstance(tracker, Tracker):
@@ -215,7 +219,9 @@ def _named_trackers(trackers: Sequence[str | Tracker]) -> dict[str, Tracker]:
             continue
         one_of("trackers", tracker, TRACKERS)
         if tracker in by_name:  # it would write each value twice into one file
-            raise ConfigError(f"`trackers` has `{tracker}` twice", got=repr(trackers), fix=fix)
+            raise ConfigError(
+                f"`trackers` has `{tracker}` twice", got=short_repr(trackers), fix=fix
+            )
         by_name[tracker] = TRACKERS[tracker]
     return by_name
 
@@ -254,7 +260,7 @@ def log(values: Mapping[str, object], trackers: Trackers, *, step: int) -> None:
             plain[str(name)] = plain_value(value)
         # One value of an unexpected type must not drop the others.
         except Exception as error:
-            trackers.report_omission("`log`", str(name), repr(error))
+            trackers.report_omission("`log`", str(name), short_repr(error))
     for name, tracker, state in trackers.opened:
         source = f"the tracker `{name}`"
         try:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from faccel.checks import instance_of, shown
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
-from faccel.errors import ModelError, OptimizerError
+from faccel.errors import ModelError, OptimizerError, short_repr
 from faccel.training import module_checks
 from faccel.training.full_values import shard_full_values
 from faccel.training.optimizer_checks import (
@@ -187,7 +187,9 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
     """
     if isinstance(model, WrappedModel):
         raise ModelError(
-            "`model` is wrapped already", got=repr(model), fix="use the `WrappedModel` you have"
+            "`model` is wrapped already",
+            got=short_repr(model),
+            fix="use the `WrappedModel` you have",
         )
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ModelError(

@@ -11,7 +11,7 @@ import torch
 
 from faccel.checks import instance_of
 from faccel.context import DistContext, require_context
-from faccel.errors import ConfigError, ScalerError, nearest
+from faccel.errors import ConfigError, ScalerError, nearest, short_repr
 from faccel.mesh import WORLD
 from faccel.tree import local_tensor
 
@@ -231,7 +231,7 @@ def init_scaler(ctx: DistContext, **options: float) -> ScalerState:
         if name not in _OPTIONS:
             raise ConfigError(
                 f"`{name}` is not an option of `init_scaler`",
-                got=f"{name}={options[name]!r}",
+                got=f"{name}={short_repr(options[name])}",
                 fix=nearest(name, _OPTIONS),
             )
     # A misspelled option raises in any precision; only fp16 uses them.

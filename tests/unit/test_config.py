@@ -6,8 +6,9 @@ import json
 import pytest
 
 import faccel
-from faccel.config import Config, config_fields, resolve
+from faccel.config import Config, config_fields
 from faccel.config_file import ConfigFile
+from faccel.config_sources import resolve
 from faccel.errors import ConfigError
 from faccel.mesh import MeshSpec
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import faccel
 from faccel import Plan
 from faccel.cli.commands import main
-from faccel.config import resolve
+from faccel.config_sources import resolve
 from faccel.errors import ConfigError
 from faccel.launching.import_accelerate import from_accelerate
 from faccel.parallel import DeepSpeedConfig, FsdpConfig

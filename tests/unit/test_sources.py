@@ -9,8 +9,9 @@ from click.testing import CliRunner
 
 import faccel
 from faccel.cli.commands import main
-from faccel.config import LAUNCH, config_fields, flag_of, resolve
+from faccel.config import LAUNCH, config_fields, flag_of
 from faccel.config_file import ConfigFile, default_path, find, read
+from faccel.config_sources import resolve
 from faccel.errors import ConfigError
 from tests.unit.test_config import VALUES
 

@@ -287,7 +287,8 @@ def path_calls(url):
     """Return every function of the library that takes a path, called with a URL."""
     import pathlib
 
-    from faccel.config_file import read, write
+    from faccel.config_edit import write
+    from faccel.config_file import read
     from faccel.launching.spec import LaunchSpec
 
     net, check = nn.Linear(1, 1), faccel.checkpoint

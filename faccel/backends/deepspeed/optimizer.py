@@ -12,7 +12,7 @@ from faccel.backends.deepspeed.availability import rank_environment_if_missing
 from faccel.backends.deepspeed.partition import ParamShard
 from faccel.backends.param_groups import check_same_sizes, copy_options, params_of
 from faccel.context import DistContext
-from faccel.errors import ConfigError, OptimizerError
+from faccel.errors import ConfigError, OptimizerError, short_repr
 from faccel.flat_shard import FlatShard
 from faccel.update_options import UpdateOptions
 
@@ -117,7 +117,7 @@ class ZeroOptimizer(Optimizer):
         if closure is not None:
             raise OptimizerError(
                 "`closure` is unsupported under DeepSpeed",
-                got=repr(closure),
+                got=short_repr(closure),
                 fix="call `faccel.optimizer_step`",
             )
         # Schedulers write the learning rate into these groups, the engine reads those of `base`.

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from faccel.checks import local_path
+from faccel.checks import instance_of, local_path
 from faccel.context import DistContext
-from faccel.errors import ConfigError, nearest
+from faccel.errors import ConfigError, nearest, short_repr, short_text
 from faccel.plan import DeepSpeedConfig, Plan
+from faccel.small_file import read_small_file
 
 Json: TypeAlias = Any  # a JSON value; `json` itself has no narrower type
 Settings: TypeAlias = dict[str, Json]
@@ -73,17 +74,26 @@ def read_settings(options: DeepSpeedConfig) -> Settings:
     """
     settings = options.settings
     if isinstance(settings, str):
+        fix = 'pass the path of a JSON file, as in `settings="ds_config.json"`'
+        text = read_small_file(local_path("settings", settings), "the DeepSpeed settings", fix=fix)
         try:
-            with open(local_path("settings", settings)) as file:
-                settings = json.load(file)
-        except (OSError, ValueError) as error:
+            settings = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
-                "`settings` of DeepSpeed is not a readable JSON file",
-                got=f"`{settings}`: {error}",
-                fix='pass the path of a JSON file, as in `settings="ds_config.json"`',
+                f"the DeepSpeed settings `{short_text(settings)}` are not JSON",
+                got=short_text(str(error)),
+                fix=fix,
             ) from None
+    instance_of("settings", settings or {}, Mapping, fix='write `settings={"fp16": {}}`')
     # A round trip through JSON is a deep copy: the user's mapping is never modified.
-    copied: Settings = json.loads(json.dumps(dict(settings or {})))
+    try:
+        copied: Settings = json.loads(json.dumps(dict(settings or {})))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            "`settings` of DeepSpeed must contain JSON values only",
+            got=short_text(str(error)),
+            fix='write numbers, texts, lists and mappings, as in `settings={"fp16": {}}`',
+        ) from None
     for key in copied:
         # Not ignored: the user would believe that the key had an effect.
         if key in _SET_ELSEWHERE:
@@ -339,7 +349,7 @@ def _check_zero_section(zero: Mapping[str, Json]) -> None:
         if key in _UNSUPPORTED_ZERO and value not in (AUTO, False, None, 1, -1):
             raise ConfigError(
                 f"`zero_optimization.{key}` is unsupported: {_UNSUPPORTED_ZERO[key]}",
-                got=f"{value!r}",
+                got=short_repr(value),
                 fix="leave it out",
             )
 
