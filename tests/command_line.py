@@ -64,6 +64,14 @@ class Command:
         self._reader = threading.Thread(target=lambda: self._errors.append(self._stderr.read()))
         self._reader.start()
 
+    @property
+    def pid(self):
+        return self._process.pid
+
+    def is_running(self):
+        """Return whether the command has not ended."""
+        return self._process.is_alive()
+
     def send_signal(self, number):
         """Send a signal to the command, not to its ranks."""
         os.kill(self._process.pid, number)

@@ -22,8 +22,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous import RendezvousHandler
 from torch.distributed.launcher.api import LaunchConfig
 
 from faccel.checkpoint.preemption import Preemption
@@ -137,16 +136,18 @@ def supervise(
     entrypoint: Callable[..., object] | str,
     args: list[str],
     on_restart: OnRestart,
+    rendezvous: RendezvousHandler,
 ) -> tuple[Failures, int | None]:
     """Start the ranks and wait until all have ended.
 
     Effects: ambient. Starts processes, and handles signals until they end.
 
     Args:
-        config: Number of processes, rendezvous, restarts and logs.
+        config: Number of processes, restarts and logs.
         entrypoint: A function, or the path of an executable.
         args: Arguments of the entry point.
         on_restart: Called with the failures of an attempt before the next one starts.
+        rendezvous: Of the agents of all nodes. It is shut down at the end.
 
     Returns:
         The failures by rank, and the signal that ended the launch, if one did.
@@ -155,31 +156,14 @@ def supervise(
         SignalException: A second signal, or one before the ranks started.
         RendezvousError: The nodes lost each other.
     """
-    rendezvous = RendezvousParameters(
-        backend=config.rdzv_backend,
-        endpoint=config.rdzv_endpoint,
-        run_id=config.run_id,
-        min_nodes=config.min_nodes,
-        max_nodes=config.max_nodes,
-        local_addr=config.local_addr,
-        **config.rdzv_configs,
-    )
-    host, port = None, None
-    is_static = config.rdzv_backend == "static"
-    if is_static:
-        # Only here the address of the rendezvous is also that of the ranks' store.
-        host, _, text = config.rdzv_endpoint.rpartition(":")
-        port = int(text)
     spec = WorkerSpec(
         role=config.role,
         local_world_size=config.nproc_per_node,
         entrypoint=entrypoint,
         args=tuple(args),
-        rdzv_handler=get_rendezvous_handler(rendezvous),
+        rdzv_handler=rendezvous,
         max_restarts=config.max_restarts,
         monitor_interval=config.monitor_interval,
-        master_addr=host,
-        master_port=port,
         local_addr=config.local_addr,
     )
     assert config.logs_specs is not None
@@ -190,7 +174,7 @@ def supervise(
         except SignalException:
             raise  # the rendezvous stays open: the other nodes may continue
         except BaseException:
-            spec.rdzv_handler.shutdown()
+            rendezvous.shutdown()
             raise
-        spec.rdzv_handler.shutdown()
+        rendezvous.shutdown()
     return result.failures, agent.end_signal

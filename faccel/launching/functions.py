@@ -21,6 +21,7 @@ from faccel.config_file import find, read
 from faccel.config_sources import resolve
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError, LaunchError, RankFailedError, short_repr
+from faccel.launching.loopback import loopback_variables
 from faccel.launching.main_module import check_guarded, is_importable
 from faccel.runtime.excepthook import CONSEQUENCES, GRACE_S
 from faccel.runtime.initialize import init
@@ -148,6 +149,8 @@ def _run(
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
+    from faccel.launching.torch_rendezvous import ONE_NODE, register_one_node
+
     _check(fn, config)
     # No process, no pickling: a debugger works, and lambdas are allowed.
     if num_processes == 1:
@@ -158,6 +161,7 @@ def _run(
     # Both log each failure as a table or a traceback; `_start` raises it instead.
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    register_one_node()
     with tempfile.TemporaryDirectory(prefix="faccel-launch-") as folder:
         spec = LaunchConfig(
             min_nodes=1,
@@ -165,8 +169,7 @@ def _run(
             nproc_per_node=num_processes,
             # Concurrent launches on this node must not share a rendezvous.
             run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            rdzv_backend=ONE_NODE,
             max_restarts=0,
             start_method=start_method,
             # Required by the elastic launcher, which stores each rank's error file there.
@@ -226,8 +229,14 @@ def _pickled(value: object, description: str, fix: str) -> bytes:
         raise LaunchError(f"{description} cannot be pickled", got=str(error), fix=fix) from None
 
 
+def _call_as_rank(fn: Callable[..., T], args: tuple[object, ...], config: _ConfigLike) -> T:
+    """Run the function in a launched process, of which this is the entry point."""
+    os.environ.update(loopback_variables(os.environ))
+    return _call(fn, args, config)
+
+
 def _call(fn: Callable[..., T], args: tuple[object, ...], config: _ConfigLike) -> T:
-    """Run the function in this process; the entry point of each launched process."""
+    """Run the function in this process."""
     try:
         with init(config) as ctx:
             result = fn(ctx, *args)
@@ -259,7 +268,7 @@ def _start(
     from torch.distributed.launcher.api import elastic_launch
 
     try:
-        return elastic_launch(spec, _call)(fn, args, config)
+        return elastic_launch(spec, _call_as_rank)(fn, args, config)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message: object = failure.message

@@ -5,6 +5,8 @@ It runs before torchrun's rendezvous, which waits without a message.
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import socket
 import sys
 import time
@@ -58,6 +60,14 @@ def join_nodes(spec: LaunchSpec) -> TCPStore:
             fix=f"read the output on `{host}`, and start all nodes again",
         ) from None
     return store
+
+
+def agree_on_run_id(spec: LaunchSpec, store: TCPStore, proposal: str) -> str:
+    """Return the proposal of the first node that calls it; PyTorch's keys contain it.
+
+    Effects: ambient, collective over the nodes.
+    """
+    return store.compare_set(f"faccel/joining/{spec.rdzv_id}/run_id", "", proposal).decode()
 
 
 def _register(spec: LaunchSpec, store: TCPStore, prefix: str) -> None:
@@ -128,12 +138,12 @@ def _open_store(spec: LaunchSpec, host: str, port: int) -> TCPStore:
         is_server = spec.node_rank == 0
         server = "with `--node-rank 0`"
     if is_server:
-        # Another launcher on this node may serve the port already: then connect to it.
-        with suppress(dist.DistNetworkError):
-            return _tcp_store(host, port, is_server=True)
+        store = _serve(host, port)
+        if store is not None:
+            return store
     if _poll(lambda: _accepts_connections(host, port), spec.join_timeout_s):
         with suppress(dist.DistNetworkError):  # the server has just ended
-            return _tcp_store(host, port, is_server=False)
+            return dist.TCPStore(host, port, wait_for_workers=False)
     raise JoinError(
         "the rendezvous of the nodes is unreachable",
         got=(
@@ -147,11 +157,46 @@ def _open_store(spec: LaunchSpec, host: str, port: int) -> TCPStore:
     )
 
 
-def _tcp_store(host: str, port: int, *, is_server: bool) -> TCPStore:
-    import torch.distributed as dist
+def _serve(host: str, port: int) -> TCPStore | None:
+    """Serve the store on the address of `host`; None if another launcher serves the port already.
 
-    # multi_tenant: torchrun opens the same port in this process and then shares the server
-    return dist.TCPStore(host, port, is_master=is_server, wait_for_workers=False, multi_tenant=True)
+    Raises:
+        LaunchError: `host` is not an address of this node that other nodes can reach.
+    """
+    from faccel.runtime.store_server import serve_store
+
+    try:
+        _check_reachable(host)
+        # shared: PyTorch's static rendezvous opens the same port in this process
+        store = serve_store(host, port, shared=True)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise LaunchError(
+            "the address of the rendezvous is not one of this node",
+            got=f"{host}: {error.strerror}",
+            fix=(
+                "name an address of this node, or, if its port is forwarded, "
+                "`--main-address 0.0.0.0` on this node only: it listens on all interfaces"
+            ),
+        ) from None
+    return store
+
+
+def _check_reachable(host: str) -> None:
+    """Raise if `host` is a name of this node that means the node itself on each node.
+
+    Some systems write `127.0.1.1 NAME` into `/etc/hosts`.
+    """
+    address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][4][0]
+    # `localhost`, or the address itself, is for several launchers on one host.
+    if host in ("localhost", address) or not ipaddress.ip_address(address).is_loopback:
+        return
+    raise LaunchError(
+        "the other nodes cannot reach the address of the rendezvous",
+        got=f"`{host}` is {address} on this node",
+        fix="pass the address of its network card, as in `--main-address 10.0.0.1`, on all nodes",
+    )
 
 
 def is_local_address(host: str) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import errno
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -16,9 +18,17 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, NoReturn
 
 from faccel.errors import JoinError, LaunchError
-from faccel.launching.node_rendezvous import join_nodes
-from faccel.launching.spec import LaunchSpec, check_complete, environment_of, torchrun_arguments
+from faccel.launching.loopback import ADDRESS, loopback_variables
+from faccel.launching.node_rendezvous import agree_on_run_id, join_nodes
+from faccel.launching.spec import (
+    LaunchSpec,
+    check_complete,
+    environment_of,
+    rendezvous_address,
+    torchrun_arguments,
+)
 from faccel.runtime.excepthook import CONSEQUENCES
+from faccel.runtime.listener import bind
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -52,6 +62,8 @@ def run(spec: LaunchSpec, env: Mapping[str, str]) -> int:
     env = {**env, **environment_of(spec, env, os.cpu_count() or 1)}
     if spec.is_single_process:
         _replace_process(spec, env)
+    if spec.nnodes == "1":
+        env |= loopback_variables(env)
     os.environ.update(env)  # the agent copies it for the ranks
     return _supervise(spec)
 
@@ -76,7 +88,10 @@ def _check(spec: LaunchSpec) -> None:
         _check_log_dir(spec.log_dir)
     # only node 0 serves the port; on one node the rank is None
     if spec.main_port is not None and not spec.node_rank:
-        _check_port(spec.main_port)
+        host = ADDRESS
+        if spec.nnodes != "1":
+            host, _ = rendezvous_address(spec)
+        _check_port(host, spec.main_port)
 
 
 def _check_log_dir(path: str) -> None:
@@ -90,18 +105,18 @@ def _check_log_dir(path: str) -> None:
         ) from None
 
 
-def _check_port(port: int) -> None:
-    with socket.socket() as probe:
-        # without the option a port is blocked for a minute after the previous launch
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise LaunchError(
-                "the port is unavailable",
-                got=f"--main-port {port}: {error.strerror}",
-                fix="name another port; on one node, remove `--main-port`",
-            ) from None
+def _check_port(host: str, port: int) -> None:
+    try:
+        bind(host, port).close()
+    except OSError as error:
+        # `join_nodes` reports an address that is not one of this node.
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            return
+        raise LaunchError(
+            "the port is unavailable",
+            got=f"--main-port {port}: {error.strerror}",
+            fix="name another port; on one node, remove `--main-port`",
+        ) from None
 
 
 def _check_syntax(script: str) -> None:
@@ -146,27 +161,34 @@ def _supervise(spec: LaunchSpec) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     from faccel.launching.agent import supervise
+    from faccel.launching.torch_rendezvous import (
+        OneNodeRendezvous,
+        elastic_rendezvous,
+        static_rendezvous,
+    )
 
     # torchrun logs each failure as a table; `_exit_code` prints the first one instead
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     arguments = torchrun.parse_args(torchrun_arguments(spec))
-    if arguments.standalone:
-        # `torchrun.run` sets these three for `--standalone`; `config_from_args` does not
-        arguments.rdzv_backend = "c10d"
-        arguments.rdzv_endpoint = "localhost:0"
-        arguments.rdzv_id = f"faccel-{os.getpid()}"
     with ExitStack() as stack:
         if arguments.log_dir is None:
             # torchrun would leave its temporary folder
             folder = tempfile.TemporaryDirectory(prefix="faccel-launch-")
             arguments.log_dir = stack.enter_context(folder)
         config, command, args = torchrun.config_from_args(arguments)
-        store = None
-        if spec.nnodes != "1":
+        store, run_id = None, secrets.token_hex(16)
+        if spec.nnodes == "1":
+            rendezvous = OneNodeRendezvous(run_id, spec.main_port or 0)
+        else:
             store = join_nodes(spec)
+            run_id = agree_on_run_id(spec, store, run_id)
+            if spec.rdzv_endpoint is None:
+                rendezvous = static_rendezvous(config, run_id)
+            else:
+                rendezvous = elastic_rendezvous(config, run_id, store)
         try:
             # Returns when all ranks have ended.
-            failures, end_signal = supervise(config, command, args, _report_restart)
+            failures, end_signal = supervise(config, command, args, _report_restart, rendezvous)
         except SignalException as error:
             return 128 + int(error.sigval)
         except OSError as error:

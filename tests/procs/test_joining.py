@@ -69,6 +69,22 @@ def test_a_rendezvous_without_a_server_is_an_error_within_the_timeout(script, po
     assert f"no answer from 127.0.0.1:{port} within 1 s" in errors
 
 
+def test_an_address_of_another_host_is_an_error_with_a_fix_that_works(script, port):
+    options = ["--nnodes", "2", "--main-port", port]
+    address = ["--node-rank", "0", "--main-address", "192.0.2.1"]  # reserved for documentation
+    code, out, errors = launch(*options, *address, script).wait()
+    assert (code, out, "Traceback" in errors) == (2, "", False), errors
+    assert "not one of this node. Got 192.0.2.1: Cannot assign requested address" in errors
+    assert "`--main-address 0.0.0.0` on this node only" in errors
+    commands = [
+        launch(*options, "--node-rank", str(rank), "--main-address", host, script)
+        for rank, host in enumerate(("0.0.0.0", "127.0.0.1"))
+    ]
+    results = [command.wait() for command in commands]
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert [out for _, out, _ in results] == EXPECTED
+
+
 def test_two_nodes_of_an_elastic_rendezvous_start_one_world(script, port):
     options = ["--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     commands = [launch(*options, script) for _ in range(2)]

@@ -1,5 +1,6 @@
 """Two nodes: network namespaces with their host names, connected by a pair of virtual cards."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -51,7 +52,7 @@ def hosts():
         shutil.rmtree(pathlib.Path("/etc/netns", space), ignore_errors=True)
 
 
-def start(host, *words):
+def start(host, *words, **variables):
     space, card, name = host
     command = [
         "ip",
@@ -69,11 +70,10 @@ def start(host, *words):
         "faccel",
         "launch",
         "--cpu",
-        "--nproc",
-        "1",
         *words,
     ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": card}
+    variables = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": card, **variables}
+    env = os.environ | {name: value for name, value in variables.items() if value is not None}
     return subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
@@ -81,7 +81,7 @@ def start(host, *words):
 
 def run(hosts, words):
     """Run on both hosts; `words(rank)` are the options of each. Return what they printed."""
-    processes = [start(host, *words(rank)) for rank, host in enumerate(hosts)]
+    processes = [start(host, "--nproc", "1", *words(rank)) for rank, host in enumerate(hosts)]
     out = [process.communicate(timeout=TIMEOUT_S) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], [
         errors[-2000:] for _, errors in out
@@ -113,3 +113,42 @@ def test_a_killed_rank_on_one_node_is_a_restart_on_both(hosts, tmp_path):
     uninterrupted = launch(script, tmp_path / "uninterrupted", -1)
     assert printed[0].endswith(" resumes after step 7")
     assert printed[1:] == [uninterrupted.stdout.strip()]
+
+
+SOCKETS = """
+import json, sys
+import faccel
+from tests.procs.test_door import sockets_of_launch
+
+with faccel.init() as ctx:
+    faccel.barrier(ctx)
+    sys.stdout.write(json.dumps(sockets_of_launch(ctx)) + "\\n")
+"""
+RENDEZVOUS = {
+    "static": lambda rank: ["--node-rank", str(rank), "--main-address", "faccel-a"],
+    "elastic": lambda rank: ["--rdzv-endpoint", "faccel-a:29500"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RENDEZVOUS)
+def test_two_nodes_listen_on_the_named_address_only(hosts, tmp_path, kind):
+    script = tmp_path / "sockets.py"
+    script.write_text(SOCKETS)
+    printed = run(hosts, lambda rank: ["--nnodes", "2", *RENDEZVOUS[kind](rank), str(script)])
+    first, second = ({tuple(pair) for pair in json.loads(lines[-1])} for lines in printed)
+    # The store on the node that was named. The other ports are gloo's on the network card.
+    assert ("10.77.0.1", 29500) in first
+    assert {host for host, _ in first} == {"10.77.0.1"}
+    assert {host for host, _ in second} == {"10.77.0.2"}
+
+
+@pytest.mark.slow
+def test_one_node_listens_on_loopback_although_its_name_is_that_of_a_network_card(hosts, tmp_path):
+    script = tmp_path / "sockets.py"
+    script.write_text(SOCKETS)
+    process = start(hosts[0], "--nproc", "2", str(script), GLOO_SOCKET_IFNAME=None)
+    out, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, errors
+    addresses = [pair for line in out.splitlines() for pair in json.loads(line)]
+    assert {host for host, _ in addresses} == {"127.0.0.1"}
