@@ -1,5 +1,15 @@
-"""Entry point of `python -m faccel`."""
+"""Entry point of the command `faccel`, and of `python -m faccel`."""
 
-from faccel.cli.commands import main
+from faccel.launching.command_end import CommandEnd
 
-main(prog_name="faccel")
+
+def main() -> None:
+    """Run the command line. A signal ends it with one line, also while it is imported."""
+    CommandEnd().install()
+    from faccel.cli.commands import main as run_command
+
+    run_command(prog_name="faccel")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from tests.ranks import SERVER, TIMEOUT_S
 
 
 def _run_command(arguments, env, stdout, stderr, terminal):
-    from faccel.cli.commands import main
+    from faccel.__main__ import main
 
     os.environ.clear()
     os.environ.update(env)
@@ -28,7 +28,7 @@ def _run_command(arguments, env, stdout, stderr, terminal):
     sys.argv = ["faccel", *arguments]
     code = 0
     try:
-        main(args=arguments, prog_name="faccel")
+        main()
     except SystemExit as exit:
         code = exit.code or 0
     sys.stdout.flush()

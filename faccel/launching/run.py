@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import functools
 import logging
 import os
 import secrets
@@ -18,6 +19,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, NoReturn
 
 from faccel.errors import JoinError, LaunchError
+from faccel.launching.command_end import CommandEnd, ending_by_signals
 from faccel.launching.loopback import ADDRESS, loopback_variables
 from faccel.launching.node_rendezvous import agree_on_run_id, join_nodes
 from faccel.launching.spec import (
@@ -171,10 +173,12 @@ def _supervise(spec: LaunchSpec) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     arguments = torchrun.parse_args(torchrun_arguments(spec))
     with ExitStack() as stack:
+        folder = None
         if arguments.log_dir is None:
             # torchrun would leave its temporary folder
-            folder = tempfile.TemporaryDirectory(prefix="faccel-launch-")
-            arguments.log_dir = stack.enter_context(folder)
+            directory = tempfile.TemporaryDirectory(prefix="faccel-launch-")
+            folder = arguments.log_dir = stack.enter_context(directory)
+        end = stack.enter_context(ending_by_signals(functools.partial(_remove, folder)))
         config, command, args = torchrun.config_from_args(arguments)
         store, run_id = None, secrets.token_hex(16)
         if spec.nnodes == "1":
@@ -188,9 +192,11 @@ def _supervise(spec: LaunchSpec) -> int:
                 rendezvous = elastic_rendezvous(config, run_id, store)
         try:
             # Returns when all ranks have ended.
-            failures, end_signal = supervise(config, command, args, _report_restart, rendezvous)
+            failures, end_signal = supervise(
+                config, command, args, _report_restart, rendezvous, end.handle
+            )
         except SignalException as error:
-            return 128 + int(error.sigval)
+            return end.report(error.sigval)
         except OSError as error:
             raise _start_error(spec, error) from None
         # After `join_nodes`: a node has ended, or restarts without this one.
@@ -202,16 +208,34 @@ def _supervise(spec: LaunchSpec) -> int:
             ) from None
         finally:
             del store  # until here: this node may serve the rendezvous
-        return _exit_code(failures, end_signal, is_single_node=spec.nnodes == "1")
+        if end_signal is not None and failures and _is_end(failures, end_signal):
+            return end.report(end_signal)
+        return _exit_code(failures, end, is_single_node=spec.nnodes == "1")
 
 
-def _exit_code(failures: Failures, end_signal: int | None, *, is_single_node: bool) -> int:
+def _remove(folder: str | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_end(failures: Failures, end_signal: int) -> bool:
+    """Whether all failures come from the signal that ended the launch."""
+    # A rank without a context gets SIGTERM, whatever the signal was.
+    codes = {-end_signal, 128 + end_signal, -signal.SIGTERM}
+    for failure in failures.values():
+        if failure.exitcode not in codes and not _is_consequence(failure):
+            return False
+    return True
+
+
+def _exit_code(failures: Failures, end: CommandEnd, *, is_single_node: bool) -> int:
     """Return the exit code, and print the reason if it is not 0."""
     from faccel.launching.agent import is_preemption
 
     # The usual case prints nothing.
     if not failures:
         return 0
+    end.restore_terminal()
     codes = {failure.exitcode for failure in failures.values()}
     if is_preemption(failures):
         code = max(codes)  # the other codes are negative: signals of the agent
@@ -219,9 +243,6 @@ def _exit_code(failures: Failures, end_signal: int | None, *, is_single_node: bo
             f"preempted: a checkpoint is saved; run the same command to resume (exit code {code})\n"
         )
         return code
-    # The ranks ended by the signal, as asked: the user needs no report of that.
-    if end_signal is not None and codes <= {-end_signal, 128 + end_signal}:
-        return 128 + end_signal
     text, code = _describe_first(failures, is_single_node=is_single_node)
     sys.stderr.write(f"\n{text}\n")
     return code

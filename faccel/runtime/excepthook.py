@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from faccel.config import LAUNCH
 from faccel.errors import RankFailedError
+from faccel.runtime.end_signals import context_file, end_by_interrupt, is_ended_by_signals
 
 GRACE_S = 3.0
 """A rank waits this long after the failure of another: the launcher must see the cause first."""
@@ -45,7 +46,6 @@ class _Hook:
         ] = sys.excepthook
         self.world_size = world_size
         self.is_retired = False
-        self._rank = rank
         # PyTorch's elastic agent reads the failures of its ranks from this file.
         self._error_file = env.get("TORCHELASTIC_ERROR_FILE")
         # `faccel launch` prints the first failure of all ranks, so a rank prints its traceback only
@@ -55,6 +55,11 @@ class _Hook:
         has_log = os.path.exists(os.path.join(folder, "stderr.log"))
         # Without `faccel launch` the rank itself is the only one that can print it.
         self._prints_traceback = not is_launched or has_log
+        # Ctrl-C reaches all ranks of a terminal, and one line is enough.
+        self._prints_interrupt = rank == 0 and not is_launched
+        self._context_file: str | None = None
+        if self._error_file and is_launched:
+            self._context_file = context_file(self._error_file)
 
     def __call__(
         self,
@@ -65,9 +70,10 @@ class _Hook:
         if self.is_retired:
             self.previous(error_type, error, tb)
             return
+        if self.world_size > 1:
+            end_by_interrupt()  # a Ctrl-C while this hook waits would print an error in the hook
         if issubclass(error_type, KeyboardInterrupt):
-            # Ctrl-C reaches all ranks of a terminal, and one line is enough.
-            if self._rank == 0:
+            if self._prints_interrupt:
                 sys.stderr.write("interrupted\n")
             self._end_process(signal.SIGINT)
             return
@@ -82,10 +88,20 @@ class _Hook:
 
     def _end_process(self, end_signal: signal.Signals | None) -> None:
         """End this process, unless it is alone, a thread failed, or a prompt would return."""
-        is_interactive = bool(sys.flags.inspect) or hasattr(sys, "ps1")
-        is_main_thread = threading.current_thread() is threading.main_thread()
-        if self.world_size > 1 and is_main_thread and not is_interactive:
+        if self.world_size > 1 and is_ended_by_signals():
             _exit_without_finalizing(end_signal)
+
+    def create_context_file(self) -> None:
+        """Let `faccel launch` forward Ctrl-C, which this hook reports."""
+        if self._context_file is not None:
+            with suppress(OSError), open(self._context_file, "w"):  # the launcher has ended
+                pass
+
+    def remove_context_file(self) -> None:
+        """Let `faccel launch` send SIGTERM at Ctrl-C: no hook would report a KeyboardInterrupt."""
+        if self._context_file is not None:
+            with suppress(OSError):
+                os.remove(self._context_file)
 
 
 class ExceptHook:
@@ -94,6 +110,11 @@ class ExceptHook:
     def __init__(self) -> None:
         self._context_ids: set[int] = set()
         self._hook: _Hook | None = None
+
+    @property
+    def num_contexts(self) -> int:
+        """The number of open contexts."""
+        return len(self._context_ids)
 
     def install(self, context_id: int, rank: int, world_size: int, env: Mapping[str, str]) -> None:
         """Install a hook for the first context, and a new one for a context of a larger world.
@@ -106,6 +127,7 @@ class ExceptHook:
             self._retire()
             self._hook = _Hook(rank, world_size, env)
             sys.excepthook = self._hook
+            self._hook.create_context_file()
         self._context_ids.add(context_id)
 
     def uninstall(self, context_id: int, error: BaseException | None) -> None:
@@ -122,6 +144,7 @@ class ExceptHook:
     def _retire(self) -> None:
         if self._hook is None:
             return
+        self._hook.remove_context_file()
         # Another library may have installed a hook that calls this one: it stays callable.
         self._hook.is_retired = True
         if sys.excepthook is self._hook:

@@ -7,6 +7,7 @@ import functools
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from faccel.errors import ConfigError, short_repr, short_text
 from faccel.mesh import MeshSpec
 from faccel.runtime.detect import detect
 from faccel.runtime.devices import choose_device
+from faccel.runtime.end_signals import end_by_interrupt, ended_by_signals
 from faccel.runtime.excepthook import ExceptHook
 
 if TYPE_CHECKING:
@@ -50,7 +52,8 @@ def init(
     Effects: ambient. Reads the environment once. With several processes it creates PyTorch's
     default process group, or adopts an existing one, and `shutdown` destroys what it created. It
     installs a `sys.excepthook` until `shutdown`, so that Ctrl-C prints one line on rank 0 instead
-    of a traceback on each rank. `shutdown` also runs at the exit of the process.
+    of a traceback on each rank. While `init` waits for other processes, signals end this one at
+    once. `shutdown` also runs at the exit of the process.
 
     Args:
         config: A `Config`, a mapping of its fields, or a file: `"training.yaml"`, or a section
@@ -84,18 +87,19 @@ def init(
     parallelism = choose(spec, env, resolved, device.type)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL and `torch.cuda` use the current device
-    comm = _connect(spec, resolved, topology, device)
-    ctx = DistContext(
-        topology=topology,
-        config=resolved,
-        device=device,
-        mesh=Mesh(spec, functools.partial(_create_device_mesh, device.type)),
-        comm=comm,
-        parallelism=parallelism,
-        close=_close,
-    )
-    # After everything that may raise: a failed `init` leaves no hook.
-    _except_hook.install(id(ctx), topology.rank, topology.world_size, env)
+    with _ended_by_signals(topology.world_size):
+        comm = _connect(spec, resolved, topology, device)
+        ctx = DistContext(
+            topology=topology,
+            config=resolved,
+            device=device,
+            mesh=Mesh(spec, functools.partial(_create_device_mesh, device.type)),
+            comm=comm,
+            parallelism=parallelism,
+            close=_close,
+        )
+        # After everything that may raise: a failed `init` leaves no hook.
+        _except_hook.install(id(ctx), topology.rank, topology.world_size, env)
     if not isinstance(comm, SingleCollectives):
         from faccel.runtime.process_groups import DEFAULT_GROUP
 
@@ -145,6 +149,14 @@ def _check_launcher_config(reference: str, env: Mapping[str, str]) -> None:
     )
 
 
+def _ended_by_signals(world_size: int) -> AbstractContextManager[None]:
+    """Let signals end this process while it waits for the other ranks, unless it has a context."""
+    # There is nothing to save yet. An open context may have handlers that save.
+    if world_size == 1 or _except_hook.num_contexts:
+        return nullcontext()
+    return ended_by_signals(also_handled=True)
+
+
 def _connect(
     spec: MeshSpec, config: Config, topology: Topology, device: torch.device
 ) -> TorchCollectives | DebugCollectives | SingleCollectives:
@@ -189,15 +201,30 @@ def shutdown(ctx: DistContext) -> None:
 def _close(ctx: DistContext, error: BaseException | None) -> None:
     try:
         ctx.lifetime.close()
+    except BaseException as close_error:  # a failed save, or Ctrl-C while this waits for it
+        if error is None:
+            error = close_error
+        raise
     finally:
         # Also after a failed save: an open group would keep the other ranks waiting.
-        _except_hook.uninstall(id(ctx), error)
-        if ctx.world_size > 1:
-            from faccel.runtime.process_groups import DEFAULT_GROUP
+        _disconnect(ctx, error)
 
-            DEFAULT_GROUP.release(id(ctx), error)
+
+def _disconnect(ctx: DistContext, error: BaseException | None) -> None:
+    if ctx.world_size == 1:
+        _except_hook.uninstall(id(ctx), error)
+        return
+    from faccel.runtime.process_groups import DEFAULT_GROUP
+
+    # Without the hook a Ctrl-C would print a traceback of this function.
+    with ended_by_signals(also_handled=False):
+        _except_hook.uninstall(id(ctx), error)
+        DEFAULT_GROUP.release(id(ctx), error)
 
 
 def _close_at_exit(ctx: DistContext) -> None:
+    if ctx.world_size > 1:
+        # A Ctrl-C from here on would print a traceback of an exit handler, once for each rank.
+        end_by_interrupt()
     # Python stores an uncaught exception here before it runs the exit handlers.
     _close(ctx, getattr(sys, "last_value", None))

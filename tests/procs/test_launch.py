@@ -170,10 +170,14 @@ def test_a_signal_reaches_the_ranks_which_save_and_are_not_restarted(start, numb
     assert command.wait() == (75, "", message)
 
 
-def test_ctrl_c_reaches_the_ranks_and_prints_nothing(start):
+LINES = {signal.SIGINT: "interrupted\n", signal.SIGHUP: "ended by SIGHUP\n"}
+
+
+@pytest.mark.parametrize("number", LINES)
+def test_a_signal_ends_ranks_without_a_context_and_prints_one_line(start, number):
     command = start("sleep")
-    command.send_signal(signal.SIGINT)
-    assert command.wait() == (130, "", "")
+    command.send_signal(number)
+    assert command.wait() == (128 + number, "", LINES[number])
 
 
 @pytest.mark.slow  # PyTorch's agent waits 30 seconds before it kills a rank
