@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 
@@ -54,15 +55,32 @@ def call_site() -> str:
     if site is not None:
         return site
     # Not `inspect.stack()`, which reads the source file of every frame from the disk.
-    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
-    while frame is not None:
-        path = frame.f_code.co_filename
-        # `<frozen runpy>`, `<frozen importlib._bootstrap>`: Python modules that have no file
-        if not path.startswith(_LIBRARY_FOLDERS) and not path.startswith("<frozen"):
-            return f"{path.removeprefix(_START_FOLDER)}:{frame.f_lineno}"
-        frame = frame.f_back
+    return call_site_of(sys._getframe(1))  # pyright: ignore[reportPrivateUsage]
+
+
+def call_site_of(frame: FrameType) -> str:
+    """Return the `call_site` of a frame of any thread.
+
+    Effects: pure.
+    """
+    current: FrameType | None = frame
+    while current is not None:
+        if is_user_frame(current):
+            path = current.f_code.co_filename
+            return f"{path.removeprefix(_START_FOLDER)}:{current.f_lineno}"
+        current = current.f_back
     # A hook that a C++ thread calls, as autograd's threads do, has no frame of the user.
     return "unknown"
+
+
+def is_user_frame(frame: FrameType) -> bool:
+    """Return whether a frame executes code of neither torch, faccel nor Python's own library.
+
+    Effects: pure.
+    """
+    path = frame.f_code.co_filename
+    # `<frozen runpy>`, `<frozen importlib._bootstrap>`: Python modules that have no file
+    return not path.startswith(_LIBRARY_FOLDERS) and not path.startswith("<frozen")
 
 
 def describe_ranks(actions: Mapping[int, str]) -> str:

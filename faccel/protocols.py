@@ -66,6 +66,21 @@ class Collectives(Protocol):
         """Give the units of a model names, by which ranks compare what they communicate."""
         ...
 
+    def begin_call(self, call: str) -> None:
+        """Return when every rank of the world begins this call.
+
+        For calls outside of the inner loop: it is a collective in addition to those of the call.
+
+        Args:
+            call: The name of the public function.
+
+        Raises:
+            DesyncError: A rank makes another call, or waits in a collective that this one has not
+                begun.
+            RankFailedError: A rank has left.
+        """
+        ...
+
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
         """Return an error that names ranks if communication ended in `error`, else None."""
         ...

@@ -279,6 +279,7 @@ def export_model(
     call = "faccel.checkpoint.export_model(model, path, ctx)"
     directory = path_argument("model", model, path, call)
     module = user_module(model)
+    ctx.comm.begin_call("export_model")
     weights = Weights.of(model, model.state_dict(), trained_only=trained_only)
     full_tensors = FullTensors(weights.tensors, ctx)
     adapter = None

@@ -38,6 +38,7 @@ def latest(path: str | os.PathLike[str], ctx: DistContext) -> Checkpoint | None:
     """
     require_context(ctx, "faccel.latest(path, ctx)")
     directory = folder_argument(path)
+    ctx.comm.begin_call("latest")
     wait_for_pending_saves(ctx)
     for checkpoint in _list(directory, ctx):
         if checkpoint.problem is None:
@@ -102,6 +103,7 @@ def load(
         {'step': 3, 'x': tensor([1., 1.])}
     """
     directory = path_argument("state", state, path, "faccel.load(state, path, ctx)")
+    ctx.comm.begin_call("load")
     # The newest checkpoint may be the one that is being written.
     wait_for_pending_saves(ctx)
     existing = _list(directory, ctx)

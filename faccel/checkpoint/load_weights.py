@@ -56,6 +56,7 @@ def load_model(
     call = "faccel.checkpoint.load_model(model, path, ctx)"
     absolute = path_argument("model", model, path, call)
     user_module(model)  # raises if it is none
+    ctx.comm.begin_call("load_model")
     state = model.state_dict()
     weights = Weights.of(model, state, trained_only=trained_only)
     readers: list[Reader] = []

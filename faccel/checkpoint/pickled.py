@@ -40,6 +40,7 @@ def save_object(obj: object, path: str | os.PathLike[str], ctx: DistContext) -> 
     """
     call = "faccel.checkpoint.save_object(obj, path, ctx)"
     target = path_argument("obj", obj, path, call)
+    ctx.comm.begin_call("save_object")
     on_rank_0(lambda: _write_pickle(obj, target), ctx, f"write `{target}`")
 
 

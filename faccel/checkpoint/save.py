@@ -79,6 +79,7 @@ def save(
     """
     directory = path_argument("state", state, path, "faccel.save(state, path, ctx, step=step)")
     policy = keep_policy(keep)
+    ctx.comm.begin_call("save")
     # Never two saves at once: the second one could be committed before the first one.
     wait_for_pending_saves(ctx)
     request = SaveRequest(directory, step, overwrite, background, trained_only)

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import nn
 
 from faccel.call_site import call_site
+from faccel.comm.c10d_names import all_gather_single
+from faccel.comm.call_order import CallOrder
 from faccel.comm.compared_call import labelled, name_model, subject_of_calls
 from faccel.comm.pack import describe
 from faccel.comm.rank_errors import naming_failed_rank
@@ -37,11 +39,6 @@ _OPS = {
 }
 # PyTorch's functional collectives take the operation as a string, with another name for "prod".
 _OPS_IN_GRAPHS = {"sum": "sum", "min": "min", "max": "max", "prod": "product"}
-# PyTorch 2.13 renamed it and warns about the old name, which is the only one in 2.9
-_all_gather_name = "all_gather_single"
-if not hasattr(dist, _all_gather_name):
-    _all_gather_name = "all_gather_into_tensor"
-_all_gather_single = getattr(dist, _all_gather_name)
 
 
 def _is_referenced(alias: torch.Tensor) -> bool:
@@ -64,10 +61,13 @@ class TorchCollectives:
         groups: A process group for each axis.
         rank_status: The status of the other ranks, for errors; None in a simulation, which reports
             them itself.
+        call_order: Compares the rare calls of the ranks; None in a simulation and in debug mode,
+            which compare all calls.
     """
 
     groups: dict[str, dist.ProcessGroup]
     rank_status: RankStatus | None = None
+    call_order: CallOrder | None = None
     # at most one: the call that the next collective belongs to
     _label: list[tuple[str, Tree]] = attrs.field(factory=list, init=False, repr=False)
     _models: list[str] = attrs.field(factory=list, init=False, repr=False)  # those that were named
@@ -134,6 +134,13 @@ class TorchCollectives:
         num_ranks = self.size(WORLD)
         return WorldTurn(self.rank_status, num_ranks, local=local, timeout_s=timeout_s)
 
+    def begin_call(self, call: str) -> None:
+        """Return when every rank of the world begins this call."""
+        if self.call_order is not None:
+            with naming_failed_rank(call, WORLD, self):
+                self.call_order.begin(call, self._tracked)
+            self._forget_finished()
+
     def _check_bits(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
         """Return `T[64]` to append to `x` in a reduction: a hash of the call, in bits and inverted.
 
@@ -157,12 +164,16 @@ class TorchCollectives:
         inverted_bits = [1 - bit for bit in bits]
         return torch.tensor(bits + inverted_bits, dtype=x.dtype)
 
-    def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> RankFailedError | None:
+    def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> FaccelError | None:
         """Return the error that names the failed rank; None if `error` has another cause."""
         # gloo raises a plain RuntimeError; only the path of its source file identifies it.
         is_from_collective = isinstance(error, dist.DistError) or "gloo/" in str(error)
         if self.rank_status is None or isinstance(error, FaccelError) or not is_from_collective:
             return None
+        if self.call_order is not None:
+            disagreement = self.call_order.disagreement()
+            if disagreement is not None:
+                return disagreement
         # Statuses are keyed by the rank of the world, which is not the rank on the axis.
         ranks = dist.get_process_group_ranks(self.group(axis))
         statuses = self.rank_status.report(ranks, f"{doing} over `{axis}` at {call_site()}")
@@ -239,7 +250,7 @@ class TorchCollectives:
             if flat.device.type == "cpu":
                 self.in_flight.append(flat)
             with self._running("all_gather", axis):
-                _all_gather_single(flat, self._tracked(x), group=self.group(axis))
+                all_gather_single(flat, self._tracked(x), group=self.group(axis))
         return flat.clone().view(size, *x.shape)
 
     def broadcast(self, x: torch.Tensor, src: int, axis: str) -> torch.Tensor:

@@ -37,6 +37,8 @@ def barrier(ctx: DistContext, *, axis: str = WORLD) -> None:
         'barrier'
     """
     require_context(ctx, "faccel.barrier(ctx)")
+    if axis == WORLD:
+        ctx.comm.begin_call("barrier")
     ctx.comm.barrier(axis)
 
 

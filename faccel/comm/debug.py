@@ -67,6 +67,10 @@ class DebugCollectives:
         self._models.append(type(model).__name__)
         name_model(model, len(self._models))
 
+    def begin_call(self, call: str) -> None:
+        """Compare the call with those of the other ranks."""
+        self._compare(call, None, WORLD)
+
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> Exception | None:
         """Return the error that names the failed rank; None if `error` has another cause."""
         return self.inner.as_rank_error(error, doing, axis)

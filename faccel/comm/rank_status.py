@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from faccel.call_site import describe_ranks
+from faccel.call_site import call_site, describe_ranks
 from faccel.errors import FaccelError
 
 _POLL_S = 0.02  # only after an error, so a rank never polls while training runs
@@ -36,6 +36,8 @@ class RankStatus:
         # A store that has ended stays so, and its client prints 20 lines from C++ at each request.
         self._has_store_ended = False
         self._num_turns = 0
+        self.call_prefix = f"call/{generation}"
+        """Of the keys of calls that ranks compare."""
         self._left_key = f"rank_status/{generation}/left"
 
     def new_turn(self) -> str:
@@ -61,21 +63,42 @@ class RankStatus:
 
     def _post(self, status: str) -> None:
         self._has_posted = True
-        self._set(self._key(self.rank), status)
+        self.write_key(self._key(self.rank), status)
 
-    def _set(self, key: str, value: str) -> None:
+    def write_position(self, position: str) -> None:
+        """Write where this rank is."""
+        self.write_key(f"position/{self._generation}/{self.rank}", position)
+
+    def read_position(self, rank: int) -> str | None:
+        """Return where a rank was when it wrote its position the last time, None if never."""
+        return self.read_key(f"position/{self._generation}/{rank}")
+
+    def write_key(self, key: str, value: str) -> None:
+        """Set a key of the store, unless the store has ended."""
         if self._has_store_ended:
             return
-        with suppress(dist.DistError):  # the store may have ended
+        try:
             self.store.set(key, value)
+        except dist.DistError as error:
+            self.note(error)
 
     def leave(self, error: BaseException | None) -> None:
         """Post that this rank leaves, and its error, unless it has posted a failure before."""
         # The first post is the cause: what follows, such as a RankFailedError, is its consequence.
         if not self._has_posted:
-            self._post(_described(error))
+            status = self.leaving()
+            if error is not None:
+                status = _described(error)
+            self._post(status)
         # After the status, which the readers of this key report.
-        self._set(self._left_key, "")
+        self.write_key(self._left_key, "")
+
+    def leaving(self) -> str:
+        """Return the status of a rank that leaves without an error, with its line."""
+        site = call_site()
+        if site == "unknown":  # at the end of the process
+            return "left at the end of the program"
+        return f"left at {site}"
 
     def has_any_left(self) -> bool:
         """Return whether any rank has left, with or without an error.
@@ -87,9 +110,12 @@ class RankStatus:
 
     def read(self, rank: int) -> str | None:
         """Return the status that a rank has posted, None if there is none."""
+        return self.read_key(self._key(rank))
+
+    def read_key(self, key: str) -> str | None:
+        """Return the value of a key of the store, None if there is none."""
         if self._has_store_ended:
             return None
-        key = self._key(rank)
         try:
             # `get` alone would block until the key exists.
             if self.store.check([key]):
@@ -126,9 +152,7 @@ class RankStatus:
         return status
 
 
-def _described(error: BaseException | None) -> str:
-    if error is None:
-        return "left"
+def _described(error: BaseException) -> str:
     message = str(error).partition("\n")[0]
     if isinstance(error, FaccelError):
         message = error.problem

@@ -65,6 +65,9 @@ class SingleCollectives:
     def name_model(self, model: nn.Module) -> None:
         """Do nothing: there are no other ranks to compare with."""
 
+    def begin_call(self, call: str) -> None:
+        """Return at once: there are no other ranks."""
+
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> None:
         """Return None: there are no other ranks that could have failed."""
 

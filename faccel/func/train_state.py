@@ -213,6 +213,7 @@ def init_state(
     require_context(ctx, "faccel.func.init_state(model, optimizer, ctx)")
     check_replicas(ctx, "use `faccel.wrap` and `faccel.optimizer_step`, which train on every mesh")
     check_transformation(optimizer, "optimizer")
+    ctx.comm.begin_call("init_state")
     # Tied parameters have one name here, as in `named_parameters`.
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not trainable:

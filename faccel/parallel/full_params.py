@@ -61,6 +61,7 @@ def full_state_dict(
     check_wrapped(model)
     check_context(model, ctx)
     _check_rank("rank", rank, ctx)
+    ctx.comm.begin_call("full_state_dict")
     tensors, extra = _split(with_user_names(model.state_dict()))
     full_tensors = FullTensors(tensors, ctx)
     first_names = _first_names(model, ctx)
@@ -164,6 +165,7 @@ def gathered(
     check_wrapped(model)
     check_context(model, ctx)
     _check_rank("modifier_rank", modifier_rank, ctx)
+    ctx.comm.begin_call("gathered")
     return _gathered(model, ctx, modifier_rank)
 
 

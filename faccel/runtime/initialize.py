@@ -170,13 +170,19 @@ def _connect(
     groups = create_axis_groups(spec, topology.rank)
     # Debug mode keeps the calls of different contexts apart by it.
     number = DEFAULT_GROUP.num_contexts
-    return create_collectives(groups, config, store, rank_status, number)
+    call_order = DEFAULT_GROUP.call_order
+    if call_order is not None:
+        call_order.add_groups(groups.values(), groups.get("pp"))
+    return create_collectives(groups, config, store, rank_status, number, call_order)
 
 
 def _create_device_mesh(device_type: str, extents: Mapping[str, int]) -> DeviceMesh:
-    from faccel.runtime.process_groups import create_device_mesh
+    from faccel.runtime.process_groups import DEFAULT_GROUP, create_device_mesh
 
-    return create_device_mesh(device_type, extents)
+    mesh = create_device_mesh(device_type, extents)
+    if DEFAULT_GROUP.call_order is not None:
+        DEFAULT_GROUP.call_order.add_groups(mesh.get_all_groups())
+    return mesh
 
 
 @effectful(AMBIENT)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from faccel.comm.call_exchange import CallExchange
+from faccel.comm.call_order import CallOrder
 from faccel.comm.collectives import TorchCollectives
 from faccel.comm.debug import DebugCollectives
 from faccel.comm.debug_group import BACKEND as DEBUG_BACKEND
@@ -22,7 +23,7 @@ from faccel.comm.debug_group import DebugGroup, DebugOptions
 from faccel.comm.rank_status import RankStatus
 from faccel.config import Config
 from faccel.context import Topology
-from faccel.errors import WorldError
+from faccel.errors import FaccelError, WorldError
 from faccel.mesh import VIEWS, WORLD, MeshSpec
 from faccel.runtime.devices import c10d_backend
 from faccel.runtime.rendezvous import agree_on_name
@@ -48,11 +49,14 @@ class DefaultGroup:
         self._num_generations = 0
         self._hooks: tuple[_Hook, _Hook] | None = None  # `sys.excepthook` before and after c10d
         self._rank_status: RankStatus | None = None
+        self._call_group: dist.ProcessGroup | None = None
+        self.call_order: CallOrder | None = None
+        """Compares the rare calls of the ranks; None in debug mode, which compares all calls."""
 
     def acquire(
         self, topology: Topology, device: torch.device, timeout_s: float, *, debug: bool = False
     ) -> tuple[dist.Store, RankStatus]:
-        """Return the store of the world and the status of its ranks.
+        """Return the store of the world and the status of its ranks; afterwards see `call_order`.
 
         The first call creates the group. Collective then.
 
@@ -72,6 +76,16 @@ class DefaultGroup:
             self._rank_status = RankStatus(store, topology.rank, self._num_generations)
             if isinstance(dist.group.WORLD, DebugGroup):
                 dist.group.WORLD.options.exchange.set_rank_status(self._rank_status)
+            if not debug and dist.is_gloo_available():
+                # gloo also where the ranks have accelerators: the names of calls are on the host
+                group = dist.new_group(
+                    backend="gloo",
+                    timeout=timedelta(seconds=timeout_s),
+                    group_desc="faccel_calls",
+                )
+                assert isinstance(group, dist.ProcessGroup)
+                self._call_group = group
+                self.call_order = CallOrder(self._rank_status, group)
         return store, self._rank_status
 
     def add_context(self, context_id: int, close: Callable[[], None]) -> None:
@@ -93,12 +107,27 @@ class DefaultGroup:
         # Other contexts of this process still use the group.
         if self._close_fns:
             return
+        disagreement: FaccelError | None = None
+        # c10d prints 20 lines at each request to a store that has ended, with rank 0 for example.
+        is_served = self._rank_status is not None and _is_served(self._rank_status.store)
+        if self.call_order is not None:
+            self.call_order.close()
+            if error is None and is_served:
+                disagreement = self.call_order.unanswered_call()
+            self.call_order = None
         if self._rank_status is not None:
-            # Before the store is gone: the other ranks read the reason from it.
-            self._rank_status.leave(error)
+            if is_served:
+                # Before the store is gone: the other ranks read the reason from it.
+                self._rank_status.leave(error)
             self._rank_status = None
+        # After the status: a rank that waits in this group reads it when the connection closes.
+        call_group, self._call_group = self._call_group, None
         if self._is_created:
             self._destroy()
+        elif call_group is not None and dist.is_initialized():
+            dist.destroy_process_group(call_group)
+        if disagreement is not None:
+            raise disagreement
 
     def _create(
         self, topology: Topology, device: torch.device, timeout: timedelta, *, debug: bool
@@ -181,6 +210,15 @@ def _accepts_connections(address: str, port: int) -> bool:
             return True
     except OSError:
         return False
+
+
+def _is_served(store: dist.Store) -> bool:
+    """Return whether the process that serves a store still runs."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, dist.TCPStore):
+        return _accepts_connections(store.host, store.port)
+    return True
 
 
 def _open_store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
@@ -274,13 +312,14 @@ def create_collectives(
     store: dist.Store,
     rank_status: RankStatus | None = None,
     context_number: int = 0,
+    call_order: CallOrder | None = None,
 ) -> TorchCollectives | DebugCollectives:
     """Return the collectives over the groups of a world, with checks if `config.debug` is set.
 
     Effects: pure.
     """
     # A simulation has no rank status: its scheduler names the ranks.
-    comm = TorchCollectives(dict(groups), rank_status)
+    comm = TorchCollectives(dict(groups), rank_status, call_order)
     if config.debug:
         world = dist.group.WORLD
         if isinstance(world, DebugGroup):

@@ -199,6 +199,7 @@ def ema_weights(
     """
     require_context(ctx, "faccel.parallel.ema_weights(model, ema, ctx)")
     _check(ema, model, ctx)
+    ctx.comm.begin_call("ema_weights")
     return _applied(model, ema, ctx)
 
 

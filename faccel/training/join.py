@@ -76,6 +76,7 @@ def join(
         schedulers = scheduler
     else:
         schedulers = (scheduler,)
+    ctx.comm.begin_call("join")
     return _joining(model.parallelism.join(model.engine, (opt, *schedulers), ctx), ctx)
 
 

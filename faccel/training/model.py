@@ -214,6 +214,7 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
     module_checks.check_wrapped_once(model, ctx)
     if ctx.config.debug:
         note_optimizers(model)
+    ctx.comm.begin_call("wrap")
     # A model on `meta` gets its memory from the strategy, in shards.
     if ctx.config.device_placement and not module_checks.has_meta(model):
         model.to(ctx.device)

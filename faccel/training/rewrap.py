@@ -46,6 +46,7 @@ def rewrap(model: WrappedModel, ctx: DistContext) -> WrappedModel:
     require_context(ctx, "model = faccel.rewrap(model, ctx)")
     check_wrapped(model)
     check_context(model, ctx)
+    ctx.comm.begin_call("rewrap")
     from faccel.plan import Plan
 
     plan = model._plan or Plan()  # pyright: ignore[reportPrivateUsage]
