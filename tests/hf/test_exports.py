@@ -85,16 +85,3 @@ def test_an_export_does_not_change_the_config_of_the_model(tmp_path):
     assert net.config.to_dict() == before
     faccel.checkpoint.export_model(torch.nn.Sequential(net), tmp_path / "b", fake_context(0, 1))
     assert not (tmp_path / "b" / "config.json").exists()
-
-
-def test_a_model_that_was_compiled_before_wrap_is_exported_for_from_pretrained(tmp_path):
-    net = build("llama")
-    names = set(net.state_dict())
-    ctx = fake_context(0, 1)
-    compiled = torch.compile(net, backend="eager")
-    faccel.checkpoint.export_model(faccel.wrap(compiled, ctx), tmp_path, ctx)
-    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded) is type(net)
-    assert set(loaded.state_dict()) == names
-    for a, b in zip(net.parameters(), loaded.parameters(), strict=True):
-        assert torch.equal(a, b)

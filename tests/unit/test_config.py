@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-import faccel
 from faccel.config import Config, config_fields
 from faccel.config_file import ConfigFile
 from faccel.config_sources import resolve
@@ -65,13 +64,6 @@ def test_none_is_not_given_in_every_source_and_for_every_field(name):
             assert getattr(resolve(env=env, **options), name) == value
     with pytest.raises(ConfigError, match="`sed` is not a field"):  # a misspelled one still raises
         resolve(overrides={"sed": None})
-
-
-@pytest.mark.parametrize("name", VALUES)
-def test_init_takes_none_for_every_field(name):
-    ctx = faccel.init(env={}, **{name: None})
-    assert getattr(ctx.config, name) == getattr(Config(), name)
-    faccel.shutdown(ctx)
 
 
 @pytest.mark.parametrize("present", list(itertools.product([False, True], repeat=3)))

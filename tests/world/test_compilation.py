@@ -103,51 +103,10 @@ def eager_loss(make):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["dp_replicate=1", "dp_replicate=2", "dp_shard=2"])
-@pytest.mark.parametrize(
-    ("make", "compile"),
-    [
-        (encoder, "units"),
-        (encoder, "whole"),
-        (sequential, "whole"),
-        (blocks, "units"),
-        (blocks, "whole"),
-    ],
-)
-def test_units_and_models_of_every_class_are_compiled(mesh, make, compile):
-    torch._dynamo.reset()
-    expected = eager_loss(make)
-    world_size = int(mesh[-1])
-    results = simulate(loss_and_graphs, world_size, make, compile, mesh=mesh)
-    # Ranks are threads of one process: the second one may find the graphs of the first.
-    assert sum(graphs[0] for _, graphs in results) > 0
-    for loss, graphs in results:
-        assert abs(loss - expected) < 1e-5
-        assert graphs[1] == 0  # no recompilation in the second step
-
-
-@pytest.mark.slow
 def test_a_second_model_may_have_the_graphs_of_the_first():
     for _ in range(2):
         loss, _ = loss_and_graphs(fake_context(0, 1), blocks, "units")
         assert abs(loss - eager_loss(blocks)) < 1e-5
-
-
-@pytest.mark.parametrize("mesh", ["dp_replicate=1", "dp_replicate=2", "dp_shard=2"])
-@pytest.mark.parametrize("make", [Layers, EagerLayers])
-@pytest.mark.parametrize("compile", ["units", "whole"])
-def test_a_first_forward_that_compiled_nothing_raises(mesh, make, compile):
-    if make is Layers and compile == "whole" and mesh != "dp_shard=2":
-        make = EagerLayers  # without the hooks of FSDP2, the loop over the layers is a graph
-
-    def fn(ctx):
-        model = faccel.wrap(make(EagerBlock), ctx, plan=faccel.Plan(compile=compile))
-        with pytest.raises(ModelError, match=rf'compile="{compile}"` has compiled nothing') as info:
-            model(X)
-        assert "0 graphs of" in info.value.got
-        return True
-
-    assert all(simulate(fn, int(mesh[-1]), mesh=mesh))
 
 
 def test_the_check_waits_while_the_compiler_is_turned_off():

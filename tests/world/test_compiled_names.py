@@ -11,7 +11,7 @@ import faccel
 from faccel.checkpoint.manifest import MANIFEST, read_manifest
 from faccel.cli.commands import main
 from faccel.errors import CheckpointError, ModelError
-from faccel.testing import fake_context, simulate
+from faccel.testing import fake_context
 
 ONE = fake_context(0, 1)
 
@@ -45,7 +45,6 @@ def nested(net):
 
 NAMES = set(Net().state_dict())
 FORMS = (plain, compiled, part, nested)
-MESHES = ("dp_replicate=2", "dp_shard=2")
 
 
 def make(ctx, form, seed):
@@ -85,17 +84,6 @@ def load(ctx, form, path):
     same = zip(state["model"].parameters(), other["model"].parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in same)
     return loaded
-
-
-@pytest.mark.parametrize("saved", [plain, compiled, nested])
-def test_every_form_loads_what_every_form_has_saved(tmp_path, saved):
-    index = FORMS.index(saved)
-    expected = simulate(save, 2, saved, tmp_path, mesh=MESHES[index % 2])[0]
-    assert set(load_file(tmp_path / "export" / "model.safetensors")) == NAMES
-    for number, form in enumerate(FORMS):
-        mesh = MESHES[number // 2]
-        for loaded in simulate(load, 2, form, tmp_path, mesh=mesh):
-            assert all(torch.equal(a, b) for a, b in zip(loaded, expected, strict=True)), form
 
 
 def test_without_frozen_parameters_a_compiled_model_has_the_same_names(tmp_path):

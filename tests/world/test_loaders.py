@@ -22,7 +22,6 @@ import faccel
 from faccel.data.local_source import LocalPlan
 from faccel.errors import DataError, RankFailedError
 from faccel.testing import fake_context, simulate
-from tests.ranks import run_ranks
 
 
 class Stream(IterableDataset):
@@ -89,37 +88,6 @@ def gathered(ctx, kind, options):
         assert result["y"][:, 0].tolist() == result["x"].tolist()
         seen += result["x"].tolist()
     return seen
-
-
-OPTIONS = [{}, {"tail": "full"}, {"mode": "dispatch"}, {"split_batches": True}]
-
-
-def accepts(kind, options):
-    if options.get("split_batches"):
-        return kind in ("map", "sampler", "batch_sampler", "ragged", "stream")
-    return options.get("mode") != "dispatch" or kind in ("stream", "batches", "texts")
-
-
-GATHERS = [(kind, options) for kind in LOADERS for options in OPTIONS if accepts(kind, options)]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize(("kind", "options"), GATHERS, ids=str)
-def test_gather_with_num_valid_is_exact_for_every_loader(kind, options, world_size):
-    rows = [row for batch in LOADERS[kind]() for row in rows_of(batch).tolist()]
-    for config in (None, {"debug": True}):
-        for seen in simulate(gathered, world_size, kind, options, config=config):
-            assert seen == rows
-
-
-def gather_all(ctx):
-    return [gathered(ctx, kind, {}) for kind in LOADERS]
-
-
-def test_gather_is_exact_for_every_loader_over_gloo():
-    """gloo aborts the process if ranks send different numbers of rows."""
-    want = [[row for b in LOADERS[kind]() for row in rows_of(b).tolist()] for kind in LOADERS]
-    assert run_ranks(gather_all, 2) == [want, want]
 
 
 def test_gather_of_equal_batches_needs_one_collective_and_of_ragged_ones_no_more():
@@ -243,26 +211,6 @@ SHUFFLED = {
 }
 
 
-@pytest.mark.parametrize("kind", SHUFFLED)
-def test_the_order_is_seeded_by_the_generator_of_rank_0(kind):
-    def fn(ctx, seed):
-        generator = seeded(seed + 100 * ctx.rank)  # ranks that forget to agree
-        loader = faccel.shard(SHUFFLED[kind](generator), ctx)
-        epochs = [
-            [faccel.gather(batch, ctx).tolist() for batch in loader.at(epoch)] for epoch in range(2)
-        ]
-        assert generator.initial_seed() == seed + 100 * ctx.rank
-        return epochs
-
-    first = simulate(fn, 2, 1)
-    assert first[0] == first[1]
-    assert first[0][0] != first[0][1]
-    assert simulate(fn, 2, 1) == first
-    assert simulate(fn, 2, 2)[0] != first[0]
-    if kind != "replacement" and kind != "weighted":
-        assert sorted(i for rows in first[0][0] for i in rows) == list(range(32))
-
-
 def test_an_argument_is_stronger_than_the_generator_which_is_stronger_than_the_configuration():
     def order(seed, generator, config):
         data = DataLoader(torch.arange(32), 32, shuffle=True, generator=generator)
@@ -322,24 +270,6 @@ def read_local(ctx, kind, n, tail="pad", cursor=None):
         (b.data.tolist(), int(b.num_valid), b.step, b.is_last, b.cursor)
         for b in faccel.batches(loader)
     ]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("n", [24, 23, 13])
-@pytest.mark.parametrize("kind", LOCAL)
-def test_local_data_is_read_whole_with_equal_steps(kind, n, world_size):
-    if kind == "distributed" and n % world_size:
-        pytest.skip("a DistributedSampler drops or repeats samples itself")
-    parts = simulate(read_local, world_size, kind, n)
-    seen = [x for part in parts for rows, count, *_ in part for x in rows[:count]]
-    assert sorted(seen) == list(range(n))
-    for steps in zip(*parts, strict=True):  # equally many steps
-        assert len({step for _, _, step, _, _ in steps}) == 1
-        assert len({is_last for _, _, _, is_last, _ in steps}) == 1
-        assert len({cursor for *_, cursor in steps}) == 1
-        if kind not in ("batch sampler", "batches"):
-            assert len({len(rows) for rows, *_ in steps}) == 1
-    assert parts[0][-1][4] == faccel.Cursor(1)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LOCAL if kind != "workers"])
@@ -420,23 +350,6 @@ def test_a_rank_without_local_samples_is_an_error_on_every_rank():
 
 def first_batch(ctx, make, mode):
     return next(iter(faccel.shard(make(ctx), ctx, mode=mode))).tolist()
-
-
-SPLIT = {
-    "length": lambda ctx: DataLoader(torch.arange(5 + ctx.rank), 2),
-    "sample": lambda ctx: DataLoader(torch.arange(ctx.rank, 8 + ctx.rank), 2),
-    "stream": lambda ctx: DataLoader(Stream(ctx.rank, 8, 2), 2),
-    "batches": lambda ctx: list((torch.arange(8) + ctx.rank).split(2)),
-}
-
-
-@pytest.mark.parametrize("kind", SPLIT)
-def test_debug_mode_finds_data_that_is_split_already(kind):
-    debug = {"debug": True}
-    with pytest.raises(DataError, match='mode="local"'):
-        simulate(first_batch, 2, SPLIT[kind], "auto", config=debug)
-    simulate(first_batch, 2, SPLIT[kind], "local", config=debug)
-    simulate(first_batch, 2, lambda ctx: DataLoader(torch.arange(8), 2), "auto", config=debug)
 
 
 def test_debug_mode_accepts_unseeded_augmentation():

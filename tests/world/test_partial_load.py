@@ -141,25 +141,6 @@ def test_values_are_cast_to_the_dtype_of_the_model(tmp_path):
     assert report.missing + report.unexpected + report.mismatched == ()
 
 
-@pytest.mark.parametrize("saved", MESHES)
-def test_the_tensors_of_a_model_are_loaded_without_the_model(tmp_path, saved):
-    world_size = faccel.MeshSpec.of(saved).size
-    simulate(
-        lambda ctx: faccel.save(
-            {"model": faccel.wrap(net(), ctx), "step": 4}, tmp_path, ctx, step=1
-        ),
-        world_size,
-        mesh=saved,
-    )
-    raw = faccel.load({"model": None, "step": 0}, tmp_path, ONE)
-    expected = net().state_dict()
-    assert raw["step"] == 4
-    assert raw["model"].keys() == expected.keys()
-    assert all(torch.equal(raw["model"][name], expected[name]) for name in expected)
-    everything = faccel.load(None, tmp_path, ONE)
-    assert everything["model"].keys() == expected.keys()
-
-
 RENAMES = {
     "a key": ({"net": net(), "n": 1}, {"net": "model"}, lambda new: {"model": new, "n": 0}),
     "a prefix less": (
@@ -226,15 +207,10 @@ class Broken:
 
 
 @pytest.mark.parametrize("mesh", ["dp_replicate=2", "dp_shard=2"])
-def test_a_model_that_does_not_fit_leaves_those_before_it_unchanged(tmp_path, mesh):
+def test_an_object_that_refuses_its_state_is_named(tmp_path, mesh):
     def run(ctx):
         first = faccel.wrap(net(), ctx)
-        faccel.save({"a": first, "b": net(), "c": Broken()}, tmp_path, ctx, step=1)
-        with torch.no_grad():
-            first.module["body"].weight.fill_(7.0)
-        with pytest.raises(CheckpointError, match="does not fit"):
-            faccel.load({"a": first, "b": net(3)}, tmp_path, ctx)
-        assert full(first.module["body"].weight).eq(7.0).all()
+        faccel.save({"a": first, "c": Broken()}, tmp_path, ctx, step=1)
         with pytest.raises(CheckpointError, match="the state is loaded in part"):
             faccel.load({"a": first, "c": Broken()}, tmp_path, ctx)
 

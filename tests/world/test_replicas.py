@@ -10,7 +10,6 @@ from torch import nn
 import faccel
 from faccel.errors import ConfigError, FaccelError, ModelError, OptimizerError
 from faccel.testing import simulate
-from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's advice on layouts
 ROWS, UPDATES, RATE = 8, 4, 0.1
@@ -136,13 +135,6 @@ def check_same(ranks, expected, atol=1e-12):
             assert torch.allclose(param, value.to(param.dtype), rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_change_with_rewrap_trains_as_one_process(change, world_size):
-    atol = 1e-6 if change is cast else 1e-12
-    check_same(simulate(train, world_size, change, True), plain_torch(change), atol)
-
-
 RAISES = {
     unfreeze: "`encoder.weight`",
     add_layer: "`decoder.1.weight`",
@@ -150,19 +142,6 @@ RAISES = {
     cast: "`encoder.weight`",
     freeze: "`encoder.weight`",
 }
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("change", RAISES, ids=lambda change: change.__name__)
-def test_a_change_without_rewrap_raises_and_names_the_parameter_and_the_fix(change, world_size):
-    with pytest.raises(FaccelError) as caught:
-        simulate(train, world_size, change, False)
-    assert RAISES[change] in str(caught.value)
-    assert "faccel.rewrap(model, ctx)" in caught.value.fix
-
-
-def test_changes_over_gloo():
-    check_same(run_ranks(train, 2, add_layer, True), plain_torch(add_layer))
 
 
 @pytest.mark.parametrize("mesh", ["dp_shard=2", "tp=2", "dp_replicate=2,dp_shard=2"])
@@ -316,26 +295,6 @@ def test_a_part_alone_trains_with_find_unused_parameters():
 
 
 # Optimizers with a parameter that no engine averages.
-
-
-def test_a_criterion_with_parameters_raises_until_it_is_wrapped():
-    def fn(ctx, is_wrapped):
-        torch.manual_seed(0)
-        model, criterion = faccel.wrap(Net(), ctx), nn.Linear(4, 4)
-        if is_wrapped:
-            criterion = faccel.wrap(criterion, ctx)
-        opt = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=RATE)
-        x = batch(0, ctx.rank, ctx.world_size, torch.float32)
-        scaler = faccel.scaled_backward(
-            criterion(model(x)).square().sum(), faccel.init_scaler(ctx), ctx
-        )
-        faccel.optimizer_step(opt, scaler, ctx)
-        return criterion.weight.detach()
-
-    with pytest.raises(OptimizerError, match="parameter 4 of group 0") as caught:
-        simulate(fn, 2, False)
-    assert "criterion = faccel.wrap(criterion, ctx)" in caught.value.fix
-    assert torch.equal(*simulate(fn, 2, True))
 
 
 @pytest.mark.parametrize("mesh", ["dp_replicate=2", "dp_shard=2"])
@@ -584,11 +543,6 @@ def test_buffers_are_rank_0s_after_each_update_and_one_rank_evaluates_alone(back
     x = batch(0, 0, 2, torch.float32)
     assert torch.allclose(first[0]["norm.running_mean"], 0.1 * net.linear(x).mean(0), atol=1e-6)
     assert torch.allclose(second[0]["num_calls"], x.sum(), atol=1e-6)
-
-
-def test_one_rank_evaluates_alone_over_gloo():
-    real, simulated = run_ranks(one_rank_evaluates, 2), simulate(one_rank_evaluates, 2)
-    assert torch.equal(real[1][1], simulated[1][1])
 
 
 def test_buffers_cost_one_broadcast_per_update_and_none_in_evaluation():

@@ -8,7 +8,7 @@ from torch import nn
 
 import faccel
 from faccel.errors import ModelError, OptimizerError
-from faccel.testing import fake_context, simulate
+from faccel.testing import simulate
 from faccel.tree import full_tensor
 from tests.laws.test_backends import PLAN
 from tests.laws.test_backends import Net as LayerNet
@@ -133,17 +133,6 @@ def test_a_penalty_on_parameters_equals_one_process(world):
     check_equal_to_one_process(weight_penalty, world)
 
 
-def test_a_penalty_that_is_still_a_dtensor_is_an_error():
-    def fn(ctx):
-        model = faccel.wrap(Net(), ctx)
-        loss = model(rows(ctx)).square().mean()
-        loss = loss + sum(param.square().sum() for param in model.parameters())
-        with pytest.raises(ModelError, match=r"full_tensor\(\)"):
-            faccel.scaled_backward(loss, faccel.init_scaler(ctx), ctx)
-
-    simulate(fn, 2, mesh="dp_shard=2")
-
-
 def gradient_penalty(ctx, plan, make, num_micro_batches, has_other_losses):
     """WGAN-GP. The first micro-batch of each update is dropped by `zero_grad`."""
     model = faccel.wrap(make(), ctx, plan=plan)
@@ -262,41 +251,6 @@ def test_the_fix_for_an_optimizer_of_full_parameters_works(optimizer):
 # Modules.
 
 
-class Image(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(2, 4, 3, padding=1)
-        self.norm = nn.BatchNorm2d(4)
-        self.head = nn.Linear(4, 1)
-
-    def forward(self, x):
-        return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
-
-
-@pytest.mark.parametrize("mesh", ["dp_shard=2", "dp_replicate=2"])
-def test_a_channels_last_model_trains_as_a_contiguous_one(mesh):
-    def fn(ctx, memory_format):
-        net = Image().to(memory_format=memory_format)
-        model = faccel.wrap(net, ctx)
-        opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
-        scaler = faccel.init_scaler(ctx)
-        x = torch.randn(4, 2, 5, 5, generator=faccel.random.generator(ctx.rank))
-        x = x.to(memory_format=memory_format)
-        conv = net.conv(x) if ctx.is_replicated else None
-        for _ in range(2):
-            scaler = faccel.scaled_backward(model(x).square().mean(), scaler, ctx)
-            faccel.optimizer_step(opt, scaler, ctx)
-        assert conv is None or conv.is_contiguous(memory_format=memory_format)
-        return values(model)
-
-    expected = simulate(fn, 2, torch.contiguous_format, mesh=mesh)
-    states = simulate(fn, 2, torch.channels_last, mesh=mesh)
-    for state, expected_state in zip(states, expected, strict=True):
-        for name, value in state.items():
-            assert torch.allclose(value, expected_state[name], atol=1e-5), name
-
-
 @pytest.mark.parametrize(("world_size", "mesh"), [(1, None), (2, None), (2, "dp_shard=2")])
 def test_a_lazy_module_is_an_error_until_it_has_seen_a_batch(world_size, mesh):
     def fn(ctx):
@@ -309,89 +263,6 @@ def test_a_lazy_module_is_an_error_until_it_has_seen_a_batch(world_size, mesh):
         return faccel.wrap(net, ctx)(torch.ones(2, 4)).shape
 
     assert set(simulate(fn, world_size, mesh=mesh)) == {(2, 1)}
-
-
-class Meta(nn.Module):
-    """With a tied parameter and a buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.down.weight = self.up.weight
-        self.norm = nn.BatchNorm1d(4)
-
-    def forward(self, x):
-        return self.norm(self.down(self.up(x)))
-
-
-@pytest.mark.parametrize(
-    ("world_size", "mesh"), [(1, None), (2, None), (2, "dp_shard=2"), (2, "tp=2")]
-)
-@pytest.mark.parametrize("has_values_on_rank_0", [False, True])
-def test_a_model_on_meta_gets_one_set_of_values_on_every_mesh(
-    world_size, mesh, has_values_on_rank_0
-):
-    plan = faccel.Plan(tensor={"up": "replicate"})
-
-    def fn(ctx):
-        torch.manual_seed(0)
-        is_meta = not (has_values_on_rank_0 and ctx.rank == 0)
-        with torch.device("meta" if is_meta else "cpu"):
-            net = Meta()
-        model = faccel.wrap(net, ctx, plan=plan)
-        assert net.down.weight is net.up.weight
-        assert model(torch.randn(4, 4)).shape == (4, 4)
-        return values(model)
-
-    # `reset_parameters` of both layers, in the order of `modules()`; then they are tied.
-    torch.manual_seed(0)
-    net = Meta()
-    for state in simulate(fn, world_size, mesh=mesh):
-        for name, param in net.named_parameters():
-            assert torch.equal(state[name], param), name
-
-
-class System(nn.Module):
-    def __init__(self, backbone):
-        super().__init__()
-        self.backbone, self.head = backbone, nn.Linear(4, 1)
-
-    def forward(self, x):
-        return self.head(self.backbone(x))
-
-
-CONTAINERS = {
-    "attribute": lambda model: model,
-    "list": lambda model: [model],
-    "dict": lambda model: {"a": model},
-    "module": System,
-}
-
-
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_a_wrapped_model_inside_a_module_is_an_error(container, tmp_path):
-    ctx = fake_context(0, 1)
-    system = System(CONTAINERS[container](faccel.wrap(nn.Linear(4, 4), ctx)))
-    with pytest.raises(ModelError, match="backbone` is a wrapped model inside a module"):
-        faccel.wrap(system, ctx)
-    # It would save the head alone.
-    with pytest.raises(ModelError, match="backbone` is a wrapped model inside a module"):
-        faccel.save({"model": system}, str(tmp_path), ctx, step=1)
-
-
-@pytest.mark.parametrize(("world_size", "mesh"), [(1, None), (2, None), (2, "dp_shard=2")])
-def test_the_fix_for_a_wrapped_model_inside_a_module_trains_all_parameters(world_size, mesh):
-    def fn(ctx):
-        torch.manual_seed(0)
-        model = faccel.wrap(System(nn.Linear(4, 4)), ctx)
-        before = values(model)
-        opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
-        scaler = faccel.init_scaler(ctx)
-        scaler = faccel.scaled_backward(model(torch.ones(2, 4)).sum(), scaler, ctx)
-        faccel.optimizer_step(opt, scaler, ctx)
-        return [name for name, value in values(model).items() if torch.equal(value, before[name])]
-
-    assert simulate(fn, world_size, mesh=mesh) == ([],) * world_size
 
 
 class TwoMethods(Net):
