@@ -53,9 +53,9 @@ def num_tokens(batch):
     return (batch.data["labels"][: batch.num_valid] != PAD).sum()
 
 
-def summed_loss(model, micro):
-    logits = model(micro.data["x"])[: micro.num_valid]
-    labels = micro.data["labels"][: micro.num_valid]
+def summed_loss(model, batch):
+    logits = model(batch.data["x"])[: batch.num_valid]
+    labels = batch.data["labels"][: batch.num_valid]
     return F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=PAD, reduction="sum"
     )
@@ -72,13 +72,10 @@ def main(ctx):
     for epoch, epoch_loader in train.epochs(EPOCHS):
         sums = torch.zeros(2, dtype=torch.float64)  # loss and tokens of this epoch and rank
         for window in faccel.windows(epoch_loader, ctx, size=ACCUMULATE, weight=num_tokens):
-            for micro in window:
-                # Gradients are reduced once per update. `scale` turns the sum into the mean over
-                # all tokens of the window, on all ranks.
-                with faccel.grad_sync(model, on=micro.sync):
-                    loss = summed_loss(model, micro)
-                    scaler = faccel.scaled_backward(loss, scaler, ctx, scale=micro.scale)
-                sums += torch.stack([loss.detach(), num_tokens(micro)])
+            # Gradients are reduced once per update. They are those of the mean over all tokens of
+            # the window, on all ranks.
+            losses, scaler = faccel.forward_backward(summed_loss, model, window, scaler, ctx)
+            sums += torch.stack([losses.sum(), sum(map(num_tokens, window.batches))])
             _, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
         total, tokens = faccel.reduce(sums, ctx).tolist()
         if epoch % 10 == 9:

@@ -37,8 +37,8 @@ class Text(Dataset):
         return self.bytes[index * LENGTH :][:LENGTH]
 
 
-def loss_fn(model, tokens):
-    return model(input_ids=tokens, labels=tokens).loss
+def loss_fn(model, batch):
+    return model(input_ids=batch.data, labels=batch.data).loss
 
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -76,12 +76,11 @@ if args.runs and faccel.latest(args.runs, ctx):
 scaler, step = state["scaler"], state["step"]
 loss = torch.zeros(())
 
-# `pipeline_step` runs on every mesh; without a pipeline it takes the micro-batches one by one.
 for _, epoch_loader in train.epochs(10**6, start=state["cursor"]):
     for window in faccel.windows(epoch_loader, ctx):
         if step == args.steps:
             break
-        losses, scaler = faccel.parallel.pipeline_step(loss_fn, model, window, scaler, ctx)
+        losses, scaler = faccel.forward_backward(loss_fn, model, window, scaler, ctx)
         info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
         loss = losses.mean()
         step += 1

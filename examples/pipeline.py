@@ -31,8 +31,11 @@ def main(ctx, steps):
     opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), model, ctx)
     scaler = faccel.init_scaler(ctx)
 
+    def loss_of(model, batch):
+        return loss_fn(model, batch.data)
+
     for window in islice(faccel.windows(loader.at(0), ctx, size=NUM_MICRO_BATCHES), steps):
-        losses, scaler = faccel.parallel.pipeline_step(loss_fn, model, window, scaler, ctx)
+        losses, scaler = faccel.forward_backward(loss_of, model, window, scaler, ctx)
         _, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
     mean = faccel.reduce(losses.mean(), ctx, op="mean")
 

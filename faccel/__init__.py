@@ -52,8 +52,10 @@ if TYPE_CHECKING:
     from faccel.tracking.console import get_logger as get_logger
     from faccel.tracking.console import print as print
     from faccel.tracking.console import progress as progress
+    from faccel.training.backward import scaled_backward as scaled_backward
     from faccel.training.ema import init_ema as init_ema
     from faccel.training.ema import update_ema as update_ema
+    from faccel.training.forward_backward import forward_backward as forward_backward
     from faccel.training.gradients import grad_norm as grad_norm
     from faccel.training.gradients import unscale as unscale
     from faccel.training.model import WrappedModel as WrappedModel
@@ -67,7 +69,6 @@ if TYPE_CHECKING:
     from faccel.training.rewrap import rewrap as rewrap
     from faccel.training.step import StepInfo as StepInfo
     from faccel.training.step import optimizer_step as optimizer_step
-    from faccel.training.step import scaled_backward as scaled_backward
     from faccel.training.windows import MicroBatch as MicroBatch
     from faccel.training.windows import Window as Window
     from faccel.training.windows import windows as windows
@@ -91,12 +92,14 @@ _NAMES = {
     "faccel.random.seeding": ("rng_state", "seed_everything", "set_rng_state"),
     "faccel.runtime.initialize": ("init", "shutdown"),
     "faccel.tracking.console": ("get_logger", "print", "progress"),
+    "faccel.training.backward": ("scaled_backward",),
     "faccel.training.ema": ("init_ema", "update_ema"),
+    "faccel.training.forward_backward": ("forward_backward",),
     "faccel.training.gradients": ("grad_norm", "unscale"),
     "faccel.training.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
     "faccel.training.precision": ("ScalerState", "autocast", "init_scaler"),
     "faccel.training.rewrap": ("rewrap",),
-    "faccel.training.step": ("StepInfo", "optimizer_step", "scaled_backward"),
+    "faccel.training.step": ("StepInfo", "optimizer_step"),
     "faccel.training.windows": ("MicroBatch", "Window", "windows"),
 }  # fmt: skip
 _NAMESPACES = (

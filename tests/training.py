@@ -46,8 +46,8 @@ def train(
     losses, norms, grads = [], [], []
     for window in faccel.windows(loader, ctx, size=accum):
         with faccel.parallel.context_parallel(ctx):
-            window_losses, scaler = faccel.parallel.pipeline_step(
-                lambda net, batch: loss_fn(net, batch, ctx), wrapped, window, scaler, ctx
+            window_losses, scaler = faccel.forward_backward(
+                lambda net, batch: loss_fn(net, batch.data, ctx), wrapped, window, scaler, ctx
             )
         losses += faccel.reduce(window_losses, ctx, op="mean", axis="loss").tolist()
         grads.append(

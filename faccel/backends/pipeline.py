@@ -15,6 +15,7 @@ from faccel.backends.fsdp_layout import Layout, contains
 from faccel.backends.fsdp_param_hooks import gather_before_inference_mode
 from faccel.backends.pipeline_engine import PipelineEngine, StageInputs, TiedParam
 from faccel.backends.pipeline_inference import infer
+from faccel.comm.all_or_error import raise_on_all_ranks
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
 from faccel.errors import ConfigError, DataError, ModelError
@@ -162,7 +163,7 @@ def _make_run(engine: PipelineEngine, ctx: DistContext) -> RunMethod:
             raise ModelError(
                 "a pipeline runs forward and backward of all micro-batches together",
                 got="a call with gradients enabled",
-                fix="write `faccel.parallel.pipeline_step(loss_fn, model, window, scaler, ctx)`, "
+                fix="write `faccel.forward_backward(loss_fn, model, window, scaler, ctx)`, "
                 "or `with torch.no_grad():`",
             )
         gather_before_inference_mode(engine)
@@ -171,8 +172,11 @@ def _make_run(engine: PipelineEngine, ctx: DistContext) -> RunMethod:
     return run
 
 
-class _Intercepted(Exception):  # noqa: N818 (not an error)
-    """Carries the arguments with which a loss function called its model."""
+class _Intercepted(BaseException):
+    """Carries the arguments with which a loss function called its model.
+
+    No `Exception`, which the loss function might catch.
+    """
 
     def __init__(self, inputs: StageInputs) -> None:
         super().__init__()
@@ -180,22 +184,74 @@ class _Intercepted(Exception):  # noqa: N818 (not an error)
 
 
 def _intercept_inputs(loss: MicroBatchLoss) -> StageInputs:
-    """Return the arguments with which a loss function calls its model."""
+    """Run a loss function up to the call of its model; return the arguments of the call."""
 
     def intercept(*args: Tree, **kwargs: Tree) -> NoReturn:
         raise _Intercepted(StageInputs(args, kwargs))
 
     try:
         # The loss function prepares the inputs itself, for example renames them. The exception
-        # stops it where it calls the model: what follows needs an output of the last stage.
+        # ends it there: the rest is for the last rank, which has the output of the model.
         loss(intercept)
     except _Intercepted as intercepted:
         return intercepted.inputs
-    raise ModelError(
-        "`loss_fn` returned without calling its model",
-        got="no call",
-        fix="write `loss_fn(model, batch)` so that it calls `model` once",
+    raise _calls_error("no call")
+
+
+def _calls_error(got: str) -> ModelError:
+    return ModelError(
+        "`loss_fn` must call its model once",
+        got=got,
+        fix="write `loss_fn(model, batch)` with one `model(...)`, as a pipeline runs it",
     )
+
+
+def _first_inputs(
+    engine: PipelineEngine, losses: Sequence[MicroBatchLoss], seed: int
+) -> list[StageInputs]:
+    """Return the inputs of the first stage, of equal shapes; no inputs on other ranks."""
+    if engine.pp_rank != 0:
+        return [StageInputs((), {}) for _ in losses]
+    inputs = [call_seeded(_intercept_inputs, loss, mix(seed, i)) for i, loss in enumerate(losses)]
+    # The shapes that torch's stages send are fixed.
+    first_key = inputs[0].key()
+    for index, micro_batch in enumerate(inputs):
+        key = micro_batch.key()
+        if key != first_key:
+            raise DataError(
+                f"`window` has micro-batches of different shapes, of which number {index} is the "
+                "first that differs, but a pipeline needs equal ones",
+                got=f"{first_key} and {key}",
+                fix='write `faccel.shard(loader, ctx, tail="full")` or `tail="drop"`, so that the '
+                "last batch of an epoch is as large as the others",
+            )
+    return inputs
+
+
+def _begin_window(
+    engine: PipelineEngine, losses: Sequence[MicroBatchLoss], ctx: DistContext
+) -> tuple[list[StageInputs], int, int]:
+    """Return the inputs of the first stage, the number of their shapes, and a common seed."""
+    # Every rank draws, so that their generators advance by the same number of draws.
+    seed = int(torch.randint(2**62, (), dtype=torch.int64).item())
+    own_error: Exception | None = None
+    inputs: list[StageInputs] = []
+    shapes = _NO_SHAPES
+    try:
+        inputs = _first_inputs(engine, losses, seed)
+        if engine.pp_rank == 0:
+            shapes = engine.number_of_shapes(inputs[0])
+    except Exception as error:  # of the user's function: the other ranks wait below
+        own_error = error
+    row = torch.tensor([seed, shapes], device=ctx.device)
+    seed, shapes = ctx.comm.broadcast(row, 0, "pp").tolist()
+    if shapes == _NO_SHAPES:
+        raise_on_all_ranks(own_error, ctx, "compute the inputs of the pipeline", axis="pp")
+    return inputs, shapes, seed
+
+
+# In place of the number of the shapes, if the first rank has failed.
+_NO_SHAPES = -1
 
 
 def _forward_backward(
@@ -209,27 +265,31 @@ def _forward_backward(
     assert isinstance(engine, PipelineEngine)
     num_micro_batches = len(losses)
     make_schedule = SCHEDULES[_schedule_of(engine, num_micro_batches)]
-    # A loss function runs twice: for the inputs of the first stage, and for the loss of the last.
-    # Under the same seed both draw the same random numbers.
-    seed = _common_seed(ctx)
-    inputs = [call_seeded(_intercept_inputs, loss, mix(seed, i)) for i, loss in enumerate(losses)]
-    _check_equal_shapes(inputs)
+    # The first rank runs a loss function for the inputs of the first stage, the last rank for the
+    # loss of the last one. Under the same seed both draw the same random numbers.
+    inputs, shapes, seed = _begin_window(engine, losses, ctx)
     values: dict[int, torch.Tensor] = {}
 
     def loss_of(output: Tree, index: int) -> torch.Tensor:
+        num_calls = 0
+
         def model(*args: Tree, **kwargs: Tree) -> Tree:
+            nonlocal num_calls
+            num_calls += 1
             if ctx.compute_dtype is None:
                 return output
             return to_fp32(output)
 
         loss = call_seeded(losses[index], model, mix(seed, index))
+        if num_calls != 1:
+            raise _calls_error(f"{num_calls} calls")
         # Detached, so that each graph is freed after its backward. Under `loss_parallel` a loss is
         # a DTensor.
         values[index] = full_tensor(loss.detach())
         # The gradient is sum_i factors[i] * d loss_i: torch's schedules do not divide it again.
         return loss * factors[index]
 
-    stages = engine.make_stages(inputs[0], trains=True)
+    stages = engine.make_training_stages(shapes, inputs[0])
     engine.shard_hooks.before_backward()
     schedule = make_schedule(stages, num_micro_batches, loss_of)
     # Taken out first: their sum over the ranks was computed in earlier windows, and the
@@ -246,23 +306,6 @@ def _forward_backward(
     _add_tied_grads(engine, grads)
     engine.has_run = True
     return _broadcast_losses(values, num_micro_batches, engine, ctx)
-
-
-def _check_equal_shapes(inputs: Sequence[StageInputs]) -> None:
-    """Raise unless all micro-batches of a window have the same shapes and dtypes."""
-    # The shapes that torch's stages send are fixed. Every rank of the pipeline has the same
-    # micro-batches, so all of them raise.
-    first_key = inputs[0].key()
-    for index, micro_batch in enumerate(inputs):
-        key = micro_batch.key()
-        if key != first_key:
-            raise DataError(
-                f"`window` has micro-batches of different shapes, of which number {index} is the "
-                "first that differs, but a pipeline needs equal ones",
-                got=f"{first_key} and {key}",
-                fix='write `faccel.shard(loader, ctx, tail="full")` or `tail="drop"`, so that the '
-                "last batch of an epoch is as large as the others",
-            )
 
 
 def _broadcast_losses(
@@ -304,13 +347,6 @@ def _schedule_of(engine: PipelineEngine, num_micro_batches: int) -> str:
     return "gpipe"
 
 
-def _common_seed(ctx: DistContext) -> int:
-    """Return a seed that is the same on all ranks, whose generators have different states."""
-    # Every rank draws, so that their generators advance by the same number of draws.
-    seed = torch.randint(2**62, (), dtype=torch.int64).to(ctx.device)
-    return int(ctx.comm.broadcast(seed, 0, "pp").item())
-
-
 def _take_tied_grads(engine: PipelineEngine) -> list[torch.Tensor | None]:
     """Remove and return the gradients of tied parameters that earlier windows have added up."""
     grads: list[torch.Tensor | None] = []
@@ -341,7 +377,7 @@ def _grad_sync(engine: nn.Module, *, on: bool) -> AbstractContextManager[None]:
     raise ModelError(
         "a pipeline reduces gradients once per window, so `grad_sync` has no effect",
         got=f"`grad_sync(model, on={on})`",
-        fix="write `faccel.parallel.pipeline_step`, which reduces once for a window",
+        fix="write `faccel.forward_backward`, which reduces once for a window",
     )
 
 

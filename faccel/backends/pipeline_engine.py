@@ -95,8 +95,10 @@ class PipelineEngine(nn.Module):
         self.pp_size = ctx.comm.size("pp")
         self.has_run = False
         self.shard_hooks = ShardHooks.of(self)
-        # Keyed by the shapes of the inputs: training and evaluation batches alternate.
-        self._metas: dict[str, list[list[TensorMeta]]] = {}
+        # By the number of the shapes in training, and by the key of the inputs in inference, where
+        # every rank has the inputs: training and evaluation batches alternate.
+        self._metas: dict[int | str, list[list[TensorMeta]]] = {}
+        self._numbers: dict[str, int] = {}
 
     @property
     def num_stages(self) -> int:
@@ -111,16 +113,32 @@ class PipelineEngine(nn.Module):
                     return param
         raise KeyError(name)
 
-    def make_stages(self, inputs: StageInputs, *, trains: bool) -> list[Stage]:
-        """Return torch's stages for micro-batches like `inputs`.
+    def number_of_shapes(self, inputs: StageInputs) -> int:
+        """Return the number of the shapes of `inputs`, on the first rank: 0 for the first ones."""
+        return self._numbers.setdefault(inputs.key(), len(self._numbers))
 
-        Collective over the pipeline if the inputs have new shapes. One forward without gradients
-        then finds the shapes between the stages. torch would find them by a forward and a backward
-        in every window, which clears the gradients.
+    def make_training_stages(self, number: int, inputs: StageInputs) -> list[Stage]:
+        """Return torch's stages for micro-batches like `inputs`, which the first rank has.
+
+        Collective over the pipeline if `number`, from the first rank, is a new one.
+        """
+        return self._make_stages(number, inputs, trains=True)
+
+    def make_inference_stages(self, inputs: StageInputs) -> list[Stage]:
+        """Return torch's stages for micro-batches like `inputs`, which every rank has.
+
+        Collective over the pipeline if the inputs have new shapes.
+        """
+        return self._make_stages(inputs.key(), inputs, trains=False)
+
+    def _make_stages(self, key: int | str, inputs: StageInputs, *, trains: bool) -> list[Stage]:
+        """Find the shapes between the stages by one forward without gradients, where they are new.
+
+        torch would find them by a forward and a backward in every window, which clears the
+        gradients.
         """
         from faccel.parallel.pipeline_schedules import Stage  # torch's pipelining is slow to import
 
-        key = inputs.key()
         if key not in self._metas:
             self._metas[key] = self._find_metas(inputs)
         metas = self._metas[key]
@@ -147,7 +165,11 @@ class PipelineEngine(nn.Module):
     def _find_metas(self, inputs: StageInputs) -> list[list[TensorMeta]]:
         """Return the shapes before the first stage, between the stages and after the last."""
         args = inputs.args
-        metas = [[_meta_of(arg) for arg in args]]
+        # In training only the first rank has them.
+        own_metas = [_meta_of(arg) for arg in args]
+        metas: list[list[TensorMeta]] = [
+            broadcast_objects([own_metas], self.ctx, src=0, axis="pp")[0]
+        ]
         # One stage after the other: the shapes of a stage depend on those of the stage before it.
         for number in range(self.num_stages):
             output: list[TensorMeta | str] = []

@@ -39,7 +39,7 @@ def infer(engine: PipelineEngine, inputs: StageInputs, ctx: DistContext) -> Tree
     micro_batches = [
         _micro_batch(inputs, i * size, size, num_rows) for i in range(num_micro_batches)
     ]
-    stages = engine.make_stages(micro_batches[0], trains=False)
+    stages = engine.make_inference_stages(micro_batches[0])
     # GPipe runs one stage per rank. Without backward no other schedule is faster.
     kind = "gpipe"
     if len(stages) > 1:

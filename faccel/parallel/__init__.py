@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from faccel.training.local_sgd import averaged as averaged
     from faccel.training.local_sgd import local_sgd as local_sgd
     from faccel.training.optimizer_in_backward import step_in_backward as step_in_backward
-    from faccel.training.step import pipeline_step as pipeline_step
 
 _NAMES = {
     "faccel.parallel.auto_plan": ("plan_for",),
@@ -44,7 +43,6 @@ _NAMES = {
     "faccel.training.join": ("join",),
     "faccel.training.local_sgd": ("SyncInfo", "averaged", "local_sgd"),
     "faccel.training.optimizer_in_backward": ("step_in_backward",),
-    "faccel.training.step": ("pipeline_step",),
 }  # fmt: skip
 __getattr__, __dir__, __all__ = lazy(  # pyright: ignore[reportUnsupportedDunderAll]
     __name__, _NAMES

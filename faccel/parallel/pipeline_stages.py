@@ -214,7 +214,7 @@ class RemoteModule(nn.Module):
         raise ModelError(
             "this module is on another rank of the pipeline",
             got="a call of a module of another stage",
-            fix="call the wrapped model, or `faccel.parallel.pipeline_step`",
+            fix="call the wrapped model, or `faccel.forward_backward`",
         )
 
 

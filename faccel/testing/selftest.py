@@ -27,9 +27,10 @@ from faccel.random.seeding import generator
 from faccel.runtime.initialize import init
 from faccel.testing.simulation import fake_context
 from faccel.tracking.console import print as print_on_main
+from faccel.training.backward import scaled_backward
 from faccel.training.model import grad_sync, wrap, wrap_optimizer
 from faccel.training.precision import init_scaler
-from faccel.training.step import optimizer_step, scaled_backward
+from faccel.training.step import optimizer_step
 from faccel.training.windows import windows
 
 # Divisible by most world sizes, so that each rank gets equally many samples of a global batch.

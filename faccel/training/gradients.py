@@ -42,7 +42,8 @@ def unscale(opt: Optimizer, scaler: ScalerState, ctx: DistContext) -> ScalerStat
 
     Examples:
         >>> from faccel.training.precision import init_scaler
-        >>> from faccel.training.step import optimizer_step, scaled_backward
+        >>> from faccel.training.backward import scaled_backward
+        >>> from faccel.training.step import optimizer_step
         >>> from faccel.testing import fake_context
         >>> ctx = fake_context(0, 1, config={"mixed_precision": "fp16"})
         >>> w = torch.nn.Parameter(torch.ones(()))

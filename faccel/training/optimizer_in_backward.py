@@ -43,7 +43,7 @@ def step_in_backward(
     Examples:
         >>> from faccel.training.model import wrap
         >>> from faccel.training.precision import init_scaler
-        >>> from faccel.training.step import scaled_backward
+        >>> from faccel.training.backward import scaled_backward
         >>> from faccel.testing import fake_context
         >>> ctx = fake_context(0, 1)
         >>> model = wrap(torch.nn.Linear(1, 1, bias=False), ctx)

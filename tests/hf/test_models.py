@@ -203,9 +203,9 @@ def test_a_model_that_is_a_chain_of_modules_trains_as_a_pipeline(mesh):
     plan = faccel.Plan(pipeline=faccel.parallel.PipelineConfig(chain=BERT_CHAIN))
 
     def loss_of(net, batch):
-        out = net(batch[0])
+        out = net(batch.data[0])
         # a pipeline returns the output of its last module
-        return F.cross_entropy(getattr(out, "logits", out), batch[1])
+        return F.cross_entropy(getattr(out, "logits", out), batch.data[1])
 
     def fn(ctx):
         model = faccel.wrap(build("bert"), ctx, plan=plan)
@@ -216,7 +216,7 @@ def test_a_model_that_is_a_chain_of_modules_trains_as_a_pipeline(mesh):
         for window in faccel.windows(
             faccel.shard(DataLoader(data, 2), ctx), ctx, size=4 // ctx.data_world_size
         ):
-            step_losses, scaler = faccel.parallel.pipeline_step(loss_of, model, window, scaler, ctx)
+            step_losses, scaler = faccel.forward_backward(loss_of, model, window, scaler, ctx)
             info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
             losses += faccel.reduce(step_losses, ctx, op="mean").mean(0, keepdim=True).tolist()
             norms.append(info.grad_norm.item())

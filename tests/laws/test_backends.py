@@ -130,8 +130,8 @@ def train(ctx, wrapped, opt, num_updates, num_micro_batches=4):
             rows(update).to(dtype_of(ctx)), 16 // num_micro_batches // ctx.data_world_size
         )
         window = next(faccel.windows(faccel.shard(loader, ctx), ctx, size=num_micro_batches))
-        losses, scaler = faccel.parallel.pipeline_step(
-            lambda f, x: f(x).square().mean(), wrapped, window, scaler, ctx
+        losses, scaler = faccel.forward_backward(
+            lambda f, batch: f(batch.data).square().mean(), wrapped, window, scaler, ctx
         )
         info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1e9)
         yield losses, info

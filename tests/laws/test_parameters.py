@@ -90,8 +90,8 @@ def evaluate(model):
 def backward(ctx, model, scaler):
     loader = torch.utils.data.DataLoader(rows().float(), 4 // ctx.data_world_size)
     window = next(faccel.windows(faccel.shard(loader, ctx), ctx, size=4))
-    loss_fn = lambda f, x: f(x).square().mean()  # noqa: E731
-    return faccel.parallel.pipeline_step(loss_fn, model, window, scaler, ctx)[1]
+    loss_fn = lambda f, batch: f(batch.data).square().mean()  # noqa: E731
+    return faccel.forward_backward(loss_fn, model, window, scaler, ctx)[1]
 
 
 def law(ctx, plan, folder):

@@ -96,7 +96,7 @@ def data(rows):
 
 
 def loss_fn(model, batch):
-    return model(*batch).square().mean()
+    return model(*batch.data).square().mean()
 
 
 def in_autocast(rows, dtype):
@@ -116,7 +116,7 @@ def gradients(ctx, plan, rows):
     loader = faccel.shard(DataLoader(data(rows), 4), ctx)
     window = next(faccel.windows(loader, ctx, size=2))
     scaler = faccel.ScalerState(enabled=True, scale=SCALE)
-    losses, _ = faccel.parallel.pipeline_step(loss_fn, model, window, scaler, ctx)
+    losses, _ = faccel.forward_backward(loss_fn, model, window, scaler, ctx)
     grads = {name: full(param.grad) / SCALE for name, param in model.named_parameters()}
     times = []
     if hasattr(model.module, "front") and hasattr(model.module.front, "times"):

@@ -72,7 +72,7 @@ def train(ctx, wrapped, opt, ema, start, stop):
     data = torch.cat([batch_of(step) for step in range(start, stop)])
     loader = faccel.shard(DataLoader(data, ROWS // ACCUM // ctx.data_world_size), ctx)
     for window in faccel.windows(loader, ctx, size=ACCUM):
-        _, scaler = faccel.parallel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
+        _, scaler = faccel.forward_backward(loss_fn, wrapped, window, scaler, ctx)
         _, scaler = faccel.optimizer_step(opt, scaler, ctx)
         ema = faccel.update_ema(ema, wrapped, ctx)
     return ema

@@ -26,8 +26,8 @@ def updates(ctx, wrapped, opt, seeds):
             tokens(ROWS, seed=seed), ROWS // 3 // ctx.data_world_size or 1
         )
         window = next(faccel.windows(faccel.shard(data, ctx), ctx, size=ROWS))
-        _, scaler = faccel.parallel.pipeline_step(
-            lambda net, batch: loss_of(net(batch[:, :-1]), batch[:, 1:]),
+        _, scaler = faccel.forward_backward(
+            lambda net, batch: loss_of(net(batch.data[:, :-1]), batch.data[:, 1:]),
             wrapped,
             window,
             scaler,

@@ -250,7 +250,7 @@ def test_too_few_micro_batches_and_a_call_with_gradients_are_errors():
     def call(ctx):
         faccel.wrap(model(), ctx, plan=plan)(tokens(2)[:, :-1])
 
-    with pytest.raises(ModelError, match="pipeline_step"):
+    with pytest.raises(ModelError, match="forward_backward"):
         simulate(call, 2, mesh="pp=2")
 
 

@@ -113,8 +113,8 @@ def test_a_hook_or_an_attribute_may_be_on_one_rank_only(mesh, is_meta):
         model = faccel.wrap(net, ctx, plan=PLAN)
         loader = torch.utils.data.DataLoader(torch.ones(8, 4), 2)
         window = next(faccel.windows(faccel.shard(loader, ctx), ctx, size=2))
-        loss_fn = lambda f, x: f(x).square().mean()  # noqa: E731
-        faccel.parallel.pipeline_step(loss_fn, model, window, faccel.init_scaler(ctx), ctx)
+        loss_fn = lambda f, batch: f(batch.data).square().mean()  # noqa: E731
+        faccel.forward_backward(loss_fn, model, window, faccel.init_scaler(ctx), ctx)
 
     simulate(fn, faccel.MeshSpec.of(mesh).size, mesh=mesh)
     assert num_calls
@@ -170,11 +170,11 @@ def test_a_hook_of_a_shard_runs_in_a_pipeline():
         before = {name: full_tensor(param).clone() for name, param in params.items()}
         loader = torch.utils.data.DataLoader(torch.ones(4, 4), 2)
         window = next(faccel.windows(faccel.shard(loader, ctx), ctx, size=2))
-        loss_fn = lambda f, x: f(x).square().mean()  # noqa: E731
+        loss_fn = lambda f, batch: f(batch.data).square().mean()  # noqa: E731
         opt = torch.optim.SGD(params.values(), lr=1.0)
         opt = faccel.wrap_optimizer(opt, model, ctx)
         scaler = faccel.init_scaler(ctx)
-        _, scaler = faccel.parallel.pipeline_step(loss_fn, model, window, scaler, ctx)
+        _, scaler = faccel.forward_backward(loss_fn, model, window, scaler, ctx)
         faccel.optimizer_step(opt, scaler, ctx)
         return all(torch.equal(full_tensor(params[name]), value) for name, value in before.items())
 

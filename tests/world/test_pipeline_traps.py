@@ -19,7 +19,7 @@ def loader_of(ctx, data, size):
 
 
 def loss_fn(net, batch):
-    return loss_of(net(batch[:, :-1]), batch[:, 1:])
+    return loss_of(net(batch.data[:, :-1]), batch.data[:, 1:])
 
 
 def grads_of(wrapped):
@@ -31,7 +31,7 @@ def test_gradients_of_windows_add_up_with_inference_between_them(mesh):
     def step(ctx):
         wrapped, scaler = faccel.wrap(model(), ctx, plan=plan_of(mesh)), faccel.init_scaler(ctx)
         for window in faccel.windows(loader_of(ctx, tokens(16), 4), ctx, size=2):
-            _, scaler = faccel.parallel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
+            _, scaler = faccel.forward_backward(loss_fn, wrapped, window, scaler, ctx)
             with torch.no_grad():
                 wrapped(tokens(3)[:, :-1])
         return grads_of(wrapped)
@@ -52,7 +52,7 @@ def test_a_short_last_window_runs_and_a_window_of_weight_0_has_losses():
         for window in faccel.windows(
             loader_of(ctx, tokens(20), 4), ctx, size=4, weight=lambda batch: 0
         ):
-            losses, scaler = faccel.parallel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
+            losses, scaler = faccel.forward_backward(loss_fn, wrapped, window, scaler, ctx)
             values += losses.tolist()
         return values
 
@@ -70,7 +70,7 @@ def test_a_window_with_a_shorter_batch_is_an_error_and_a_full_tail_runs(num_rows
         loader = faccel.shard(data, ctx, tail=tail)
         num_windows = 0
         for window in faccel.windows(loader, ctx, size=2):
-            _, scaler = faccel.parallel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
+            _, scaler = faccel.forward_backward(loss_fn, wrapped, window, scaler, ctx)
             num_windows += 1
         return num_windows
 
@@ -89,17 +89,12 @@ def test_noise_that_a_loss_draws_is_the_same_for_inputs_and_loss():
         wrapped, scaler = faccel.wrap(net, ctx, plan=plan), faccel.init_scaler(ctx)
 
         def denoise(call, batch):
-            noise = torch.randn_like(batch)
+            noise = torch.randn_like(batch.data)
             return (call(noise) - noise).square().mean()
 
         data = torch.ones(8, 4, dtype=torch.float64)
         window = next(faccel.windows(loader_of(ctx, data, 2), ctx, size=4))
-        return (
-            faccel.parallel.pipeline_step(denoise, wrapped, window, scaler, ctx)[0]
-            .abs()
-            .max()
-            .item()
-        )
+        return faccel.forward_backward(denoise, wrapped, window, scaler, ctx)[0].abs().max().item()
 
     assert max(simulate(step, 2, mesh="pp=2")) < 1e-12
 
@@ -112,7 +107,7 @@ def test_a_frozen_stage_and_a_stage_with_only_a_tied_copy():
         wrapped, scaler = faccel.wrap(net, ctx, plan=plan), faccel.init_scaler(ctx)
         opt = faccel.wrap_optimizer(torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, ctx)
         window = next(faccel.windows(loader_of(ctx, tokens(8), 2), ctx, size=4))
-        _, scaler = faccel.parallel.pipeline_step(loss_fn, wrapped, window, scaler, ctx)
+        _, scaler = faccel.forward_backward(loss_fn, wrapped, window, scaler, ctx)
         info, _ = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0)
         return info.grad_norm.item()
 

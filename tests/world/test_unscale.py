@@ -56,8 +56,8 @@ def backward(ctx, plan):
     loader = faccel.shard(DataLoader(tokens(ROWS), ROWS // 2 // ctx.data_world_size), ctx)
     window = next(faccel.windows(loader, ctx, size=2))
     scaler = faccel.ScalerState(enabled=True, scale=SCALE)
-    _, scaler = faccel.parallel.pipeline_step(
-        lambda net, batch: loss_fn(net, batch, ctx), wrapped, window, scaler, ctx
+    _, scaler = faccel.forward_backward(
+        lambda net, batch: loss_fn(net, batch.data, ctx), wrapped, window, scaler, ctx
     )
     return wrapped, opt, scaler
 
@@ -263,11 +263,11 @@ def test_one_optimizer_of_two_models_is_connected_to_both(precision, mesh):
         for one in wrapped:
             opt = faccel.wrap_optimizer(opt, one, ctx)
         scaler = faccel.init_scaler(ctx)
-        loss_of_rows = lambda f, rows: loss_of(f(rows[:, :-1]), rows[:, 1:])  # noqa: E731
+        loss_of_rows = lambda f, x: loss_of(f(x.data[:, :-1]), x.data[:, 1:])  # noqa: E731
         for one in wrapped:
             loader = faccel.shard(DataLoader(tokens(ROWS), 4 // ctx.data_world_size), ctx)
             window = next(faccel.windows(loader, ctx, size=4))
-            _, scaler = faccel.parallel.pipeline_step(loss_of_rows, one, window, scaler, ctx)
+            _, scaler = faccel.forward_backward(loss_of_rows, one, window, scaler, ctx)
         info, _ = faccel.optimizer_step(opt, scaler, ctx, clip_norm=math.inf)
         return info.grad_norm.item()
 
