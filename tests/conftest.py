@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread per process, and no signal handler stays after a test."""
+"""Settings of all tests: threads, signal handlers, and which meshes are slow."""
 
 import signal
 
@@ -24,3 +24,16 @@ def signal_handlers():
     for number, handler in zip(SIGNALS, before, strict=True):
         signal.signal(number, handler)
     assert after == before
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items):
+    """Mark tests on meshes of several axes as slow: their DTensors take seconds."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and any(map(_is_large_mesh, callspec.params.values())):
+            item.add_marker(pytest.mark.slow)
+
+
+def _is_large_mesh(value):
+    return isinstance(value, str) and value.count("=") > 1 and "," in value

@@ -1,7 +1,6 @@
 """A training loop for the small language model on any mesh, and its comparison with one process."""
 
 import attrs
-import pytest
 import torch
 from torch.utils.data import DataLoader
 
@@ -71,11 +70,6 @@ def plan_of(mesh, **options):
     cuts = {"tensor": TENSOR} if "tp=" in mesh else {}
     pipeline = {"pipeline": faccel.parallel.PipelineConfig(chain=CHAIN)} if "pp=" in mesh else {}
     return faccel.Plan(**{"units": "Block", **cuts, **pipeline, **options})
-
-
-def slow_if_large(mesh):
-    """Return a parameter of a test that is slow for two axes, whose DTensors take seconds."""
-    return pytest.param(mesh, marks=[pytest.mark.slow] if "," in mesh else [])
 
 
 def differences(got, reference):

@@ -165,6 +165,7 @@ def test_the_parameters_are_the_same_objects_at_every_moment(world, tmp_path):
     check_law(simulate(law, world_size, plan, str(tmp_path), mesh=mesh))
 
 
+@pytest.mark.slow
 def test_the_parameters_are_the_same_objects_over_gloo(tmp_path):
     check_law(run_ranks(law, 2, PLAN, str(tmp_path), mesh="dp_shard=2"))
 

@@ -18,6 +18,7 @@ def is_error(value):
     return isinstance(value, str) and "Error: " in value
 
 
+@pytest.mark.slow
 def test_a_simulated_world_and_debug_mode_compute_what_gloo_computes():
     names = list(CASES)
     gloo = run_ranks(all_outcomes, WORLD_SIZE, names)

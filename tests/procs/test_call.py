@@ -78,6 +78,7 @@ TOP_LEVELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOP_LEVELS)
 def test_a_launch_at_the_top_level_of_a_script_raises_before_a_process_starts(name, tmp_path):
     text, line = TOP_LEVELS[name]
@@ -126,6 +127,7 @@ def launch_failures(pipe):
     pipe.send(messages)
 
 
+@pytest.mark.slow
 def test_a_failed_process_raises_an_error_with_its_traceback():
     receiver, sender = SERVER.Pipe(duplex=False)
     process = SERVER.Process(target=launch_failures, args=(sender,))
@@ -142,6 +144,7 @@ def test_a_failed_process_raises_an_error_with_its_traceback():
         assert traceback.splitlines()[-2:] == ["ValueError: bad sample", "on rank 1 of 2"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_function_of_a_notebook_cell_trains_on_two_processes():
     cells = [

@@ -57,6 +57,7 @@ for world_size, how, workers in itertools.product((1, 2), STARTS, (0, 2)):
         CASES.append(pytest.param(world_size, how, workers, marks=pytest.mark.slow))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "how", "workers"), CASES)
 def test_ctrl_c_prints_one_line_and_ends_each_process_by_the_signal(
     tmp_path, world_size, how, workers
@@ -114,6 +115,7 @@ def init_and_send_error(rank, port, pipe):
     os._exit(0)  # a thread still waits for the store
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_an_error_on_every_rank():
     """Rank 0 cannot serve the store; the other ranks do not wait for the other server."""
     with socket.socket() as other:

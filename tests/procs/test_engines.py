@@ -35,6 +35,7 @@ def init_error(tmp_path, version, **env):
     return out.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["0.17.5", "0.20.0", "1.19.0"])
 def test_an_unsupported_version_of_deepspeed_is_an_error_with_the_pip_command(version, tmp_path):
     message = init_error(tmp_path, version)
@@ -43,6 +44,7 @@ def test_an_unsupported_version_of_deepspeed_is_an_error_with_the_pip_command(ve
     assert 'pip install --no-build-isolation "deepspeed>=0.19,<0.20"' in message
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_for_deepspeed_is_an_error(tmp_path):
     message = init_error(tmp_path, "0.19.8", CXX="no-such-compiler")
     assert "`no-such-compiler` is not on the PATH" in message

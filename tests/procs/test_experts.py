@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import faccel
@@ -13,6 +14,7 @@ from tests.ranks import run_ranks
 from tests.world.test_experts import check_equal, full, model, reference, train
 
 
+@pytest.mark.slow
 def test_processes_train_as_one_process_does():
     check_equal(run_ranks(train, 2, mesh="dp_shard=2,ep=2"), reference())
 
@@ -21,6 +23,7 @@ def in_debug_mode(ctx):
     return train(ctx, capacity_factor=4.0)
 
 
+@pytest.mark.slow
 def test_debug_mode_finds_no_disagreement():
     check_equal(
         run_ranks(in_debug_mode, 2, mesh="dp_shard=2,ep=2", debug=True),
@@ -54,6 +57,7 @@ def example(*launcher):
     return float(re.fullmatch(r"loss (\d\.\d{4})", last)[1])
 
 
+@pytest.mark.slow
 def test_the_example_learns_the_same_on_any_number_of_processes():
     one = example()
     two = example("-m", "faccel", "launch", "--cpu", "--nproc", "2", "--mesh", "dp_shard=2,ep=2")

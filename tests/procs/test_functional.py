@@ -55,6 +55,7 @@ def compiled(ctx):
     )
 
 
+@pytest.mark.slow
 def test_over_gloo_a_compiled_step_equals_the_eager_one():
     assert max(run_ranks(compiled, 2)) < 1e-12
 

@@ -107,6 +107,7 @@ def slurm_environment(node, *, tasks="1(x2)", count=2, local=0):
     }
 
 
+@pytest.mark.slow
 def test_a_slurm_task_per_node_launches_the_ranks_of_its_node(tmp_path):
     path = tmp_path / "train.py"
     path.write_text(TRAINING)

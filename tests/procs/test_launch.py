@@ -114,6 +114,7 @@ def test_the_first_failure_is_printed_once_and_determines_the_exit_code(
     assert errors == f"\nrank 1 on {socket.gethostname()} failed first ({reason})\n"
 
 
+@pytest.mark.slow
 def test_a_failure_is_reported_before_a_restart_and_the_cause_of_the_last_failure_is_found(
     tmp_path,
 ):
@@ -221,6 +222,7 @@ def test_a_flag_that_contradicts_the_script_is_an_error(tmp_path):
     assert "--seed 2, argument 1" in errors
 
 
+@pytest.mark.slow
 def test_faccel_test_reports_every_check():
     code, out, errors = run_command("test", "--cpu", "--nproc", "2", "--json")
     assert code == 0, errors

@@ -23,6 +23,7 @@ def slow_body(ctx, local):
     return finished_s, int(faccel.reduce(torch.tensor(1), ctx))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("local", "debug"),
     [
@@ -60,7 +61,8 @@ def ends_in_the_body(ctx, local):
         os._exit(3)
 
 
-@pytest.mark.parametrize("local", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("local", [False, True])
 def test_the_others_name_a_first_rank_whose_process_ended(local):
     _, (_, second), (_, third) = outcomes(ends_in_the_body, 3, local, timeout_s=600)
     for rank, error in ((1, second), (2, third)):

@@ -135,6 +135,7 @@ def run_script(folder, *options):
     return result.returncode, result.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_stopped_script_exits_with_its_code_and_can_be_resumed(tmp_path):
     folder = str(tmp_path / "stopped")
     exit_code = faccel.checkpoint.Preemption.exit_code
@@ -188,6 +189,7 @@ def documented_loop():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_the_documented_loop_saves_and_exits_with_75_after_a_signal(number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

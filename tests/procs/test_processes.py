@@ -153,6 +153,7 @@ def different_collectives(ctx):
         faccel.gather(torch.ones(4), ctx)
 
 
+@pytest.mark.slow
 def test_without_debug_mode_different_collectives_raise_within_the_timeout_and_name_the_ranks():
     errors = [error for _, error in outcomes(different_collectives, 2, timeout_s=2)]
     assert all(isinstance(error, RankFailedError) for error in errors), errors
@@ -165,6 +166,7 @@ def different_sizes(ctx):
     faccel.reduce(torch.ones(400 if ctx.rank else 4), ctx)
 
 
+@pytest.mark.slow
 def test_without_debug_mode_the_other_ranks_name_a_rank_that_gloo_aborts():
     errors = [error for _, error in outcomes(different_sizes, 3, timeout_s=5)]
     errors_with_names = [
@@ -228,6 +230,7 @@ def several_debug_contexts(ctx):
     return True
 
 
+@pytest.mark.slow
 def test_debug_mode_distinguishes_the_contexts_of_a_world():
     assert run_ranks(several_debug_contexts, 2, debug=True, timeout_s=120) == [True, True]
 

@@ -48,24 +48,22 @@ def last_number(lines, name):
     return float(match[1])
 
 
+@SLOW
 @pytest.mark.parametrize(
     "launcher",
     [
         pytest.param([*FACCEL_LAUNCH, "--nproc", "2"], id="faccel launch"),
-        pytest.param(launcher_of(0), id="python", marks=SLOW),
-        pytest.param(launcher_of(1), id="torchrun 1", marks=SLOW),
-        pytest.param(launcher_of(2), id="torchrun 2", marks=SLOW),
-        pytest.param(launcher_of(4), id="torchrun 4", marks=SLOW),
+        pytest.param(launcher_of(0), id="python"),
+        pytest.param(launcher_of(1), id="torchrun 1"),
+        pytest.param(launcher_of(2), id="torchrun 2"),
+        pytest.param(launcher_of(4), id="torchrun 4"),
         pytest.param(
             MPIRUN,
             id="mpirun 2",
-            marks=[
-                SLOW,
-                pytest.mark.skipif(
-                    shutil.which("mpirun") is None,
-                    reason="mpirun is not installed (Debian: apt-get install openmpi-bin)",
-                ),
-            ],
+            marks=pytest.mark.skipif(
+                shutil.which("mpirun") is None,
+                reason="mpirun is not installed (Debian: apt-get install openmpi-bin)",
+            ),
         ),
     ],
 )
@@ -177,9 +175,8 @@ def test_every_precision_learns(num_processes):
     assert [line.split()[0] for line in lines[:3]] == ["no", "bf16", "fp16"]
 
 
-@pytest.mark.parametrize(
-    "num_processes", [pytest.param(0, marks=SLOW), 2, pytest.param(3, marks=SLOW)]
-)
+@SLOW
+@pytest.mark.parametrize("num_processes", [0, 2, 3])
 def test_inference_returns_every_answer_in_order(num_processes):
     lines = run("examples/inference.py", launcher=launcher_of(num_processes))
     assert last_number(lines, "accuracy") == 1.0
@@ -191,7 +188,8 @@ def first_readme_block():
     return re.findall(r"```python\n(.*?)```", text, re.S)[0]
 
 
-@pytest.mark.parametrize("num_processes", [pytest.param(0, marks=SLOW), 2])
+@SLOW
+@pytest.mark.parametrize("num_processes", [0, 2])
 def test_the_first_block_of_the_readme_trains(tmp_path, num_processes):
     script = tmp_path / "train.py"
     script.write_text(first_readme_block())

@@ -121,6 +121,7 @@ def check_rows_and_repeats(n, b, w, tail, read):
     assert repeated == [i % n for i in range(repeats)]
 
 
+@pytest.mark.slow
 def test_every_small_domain_is_read_exactly_once_and_resumed_on_any_world_size():
     for n, b, w, tail in itertools.product(range(40), range(1, 6), range(1, 9), TAILS):
         read, steps = steps_in_order(n, b, w, tail)

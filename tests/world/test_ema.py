@@ -15,7 +15,7 @@ from faccel.parallel import ema_weights
 from faccel.testing import fake_context, simulate
 from tests.laws.test_backends import PLAN, Net
 from tests.models import loss_of, model, tokens
-from tests.training import TIED, full, plan_of, slow_if_large
+from tests.training import TIED, full, plan_of
 
 CTX = fake_context(0, 1)
 DECAY, ROWS, STEPS, ACCUM = 0.9, 24, 3, 2
@@ -118,7 +118,7 @@ def trains_and_evaluates(ctx, mesh):
     }
 
 
-@pytest.mark.parametrize("mesh", [slow_if_large(mesh) for mesh in MESHES])
+@pytest.mark.parametrize("mesh", MESHES)
 def test_averages_equal_those_of_torch_on_one_process(mesh):
     average, net = reference()
     for got in simulated(trains_and_evaluates, mesh):
@@ -149,10 +149,7 @@ def resumes(ctx, mesh, folder):
 
 @pytest.mark.parametrize(
     ("saved", "loaded"),
-    [
-        pytest.param(saved, loaded, marks=[pytest.mark.slow] if "," in saved + loaded else [])
-        for saved, loaded in zip(MESHES, (*MESHES[4:], *MESHES[:4]), strict=True)
-    ],
+    list(zip(MESHES, (*MESHES[4:], *MESHES[:4]), strict=True)),
 )
 def test_averages_are_saved_loaded_and_exported_in_every_layout(saved, loaded, tmp_path):
     simulated(saves, saved, str(tmp_path))

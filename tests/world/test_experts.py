@@ -109,12 +109,14 @@ PLANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_no_plan_changes_the_result(name):
     mesh, plan = PLANS[name]
     check_equal(on(mesh, plan=plan), reference())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "num_experts", [2, 6]
 )  # one or three on each rank of `ep`, for four ranks that hold the same

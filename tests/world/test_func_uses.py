@@ -392,6 +392,7 @@ def small_net(norm=False, seed=0):
     return nn.Sequential(*layers).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("donate", [False, True])
 def test_a_step_compiles_into_one_graph_for_each_shape(donate):
     model = small_net(norm=True)
@@ -453,6 +454,7 @@ def test_a_compiled_step_with_dropout_is_seeded_and_restores_the_default_generat
     assert first["loss"] == again["loss"] != second["loss"]
 
 
+@pytest.mark.slow
 def test_a_compiled_ensemble_with_dropout_takes_a_short_last_batch():
     optimizer = func.sgd(0.1)
     model = nn.Sequential(nn.Dropout(0.5), small_net())

@@ -11,7 +11,7 @@ from faccel.errors import ConfigError, ModelError, RankFailedError
 from faccel.parallel import full_state_dict, gathered
 from faccel.testing import fake_context, simulate
 from tests.models import model, tokens
-from tests.training import full, plan_of, slow_if_large
+from tests.training import full, plan_of
 
 MESHES = (
     "dp_replicate=1", "dp_replicate=2", "dp_shard=2", "dp_shard=3", "dp_replicate=2,dp_shard=2",
@@ -57,7 +57,7 @@ def logits_of(wrapped):
 
 
 @pytest.mark.parametrize("rank", [0, 1, None])
-@pytest.mark.parametrize("mesh", [slow_if_large(mesh) for mesh in MESHES])
+@pytest.mark.parametrize("mesh", MESHES)
 def test_a_full_state_dict_equals_that_of_one_process(mesh, rank):
     world_size = faccel.MeshSpec.of(mesh).size
     rank = None if rank == 1 and world_size == 1 else rank
@@ -88,7 +88,7 @@ def test_a_full_state_dict_equals_that_of_one_process(mesh, rank):
         net.load_state_dict(state)
 
 
-@pytest.mark.parametrize("mesh", [slow_if_large(mesh) for mesh in MESHES])
+@pytest.mark.parametrize("mesh", MESHES)
 def test_gathered_parameters_are_plain_and_the_modules_get_theirs_back(mesh):
     expected = dict(make().named_parameters(remove_duplicate=False))
 
@@ -115,7 +115,7 @@ def test_gathered_parameters_are_plain_and_the_modules_get_theirs_back(mesh):
 
 
 @pytest.mark.parametrize("modifier_rank", [0, 1])
-@pytest.mark.parametrize("mesh", [slow_if_large(mesh) for mesh in MESHES])
+@pytest.mark.parametrize("mesh", MESHES)
 def test_what_the_modifier_rank_writes_is_written_on_every_rank(mesh, modifier_rank):
     world_size = faccel.MeshSpec.of(mesh).size
     modifier_rank = min(modifier_rank, world_size - 1)

@@ -427,6 +427,7 @@ def train_on(ctx, make_loader, how):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("mesh", ["dp_replicate=2", "dp_shard=2"])
 def test_debug_mode_finds_a_loader_that_was_not_sharded(mesh, shuffle):

@@ -160,6 +160,7 @@ def resumed(ctx, path, layouts):
     return run(ctx, again, range(3, STEPS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layouts", [(ZERO, ZERO), (ZERO, PLAIN), (PLAIN, ZERO)], ids=["both", "saved", "loaded"]
 )
