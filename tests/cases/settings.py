@@ -30,7 +30,7 @@ NETS = {
 
 
 def a_compiled_model(folder, world, net, compile):
-    """Graphs are compiled in the first step and not in the second; the loss equals the eager one."""
+    """Graphs are compiled in the first step and not in the second, and compute what eager does."""
     torch._dynamo.reset()
     make = NETS[net]
     expected = compilation.eager_loss(make)

@@ -244,6 +244,7 @@ CASES = {
             replicas.a_collective_on_the_main_rank,
             "ddp|fsdp-root|ddp-gloo|fsdp-gloo", "save", "debug",
         ),
+        check(replicas.a_collective_on_the_main_rank, GLOO, "save|export", "ordinary"),
     ],
     "seed": [
         check(loaders.the_seed_of_the_order, "config|argument|generator"),
