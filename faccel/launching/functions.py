@@ -7,7 +7,6 @@ import logging
 import multiprocessing
 import os
 import pickle
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -23,8 +22,10 @@ from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError, LaunchError, RankFailedError, short_repr
 from faccel.launching.loopback import loopback_variables
 from faccel.launching.main_module import check_guarded, is_importable
+from faccel.launching.rank_process import end_with_launcher
 from faccel.runtime.excepthook import CONSEQUENCES, GRACE_S
 from faccel.runtime.initialize import init
+from faccel.runtime.private_folder import private_folder
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -162,7 +163,7 @@ def _run(
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     register_one_node()
-    with tempfile.TemporaryDirectory(prefix="faccel-launch-") as folder:
+    with private_folder("faccel-launch-") as folder:
         spec = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -229,8 +230,11 @@ def _pickled(value: object, description: str, fix: str) -> bytes:
         raise LaunchError(f"{description} cannot be pickled", got=str(error), fix=fix) from None
 
 
-def _call_as_rank(fn: Callable[..., T], args: tuple[object, ...], config: _ConfigLike) -> T:
+def _call_as_rank(
+    launcher: int, fn: Callable[..., T], args: tuple[object, ...], config: _ConfigLike
+) -> T:
     """Run the function in a launched process, of which this is the entry point."""
+    end_with_launcher(launcher)
     os.environ.update(loopback_variables(os.environ))
     return _call(fn, args, config)
 
@@ -268,7 +272,7 @@ def _start(
     from torch.distributed.launcher.api import elastic_launch
 
     try:
-        return elastic_launch(spec, _call_as_rank)(fn, args, config)
+        return elastic_launch(spec, _call_as_rank)(os.getpid(), fn, args, config)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message: object = failure.message

@@ -12,16 +12,16 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import tokenize
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from faccel.errors import JoinError, LaunchError
 from faccel.launching.command_end import CommandEnd, ending_by_signals
 from faccel.launching.loopback import ADDRESS, loopback_variables
 from faccel.launching.node_rendezvous import agree_on_run_id, join_nodes
+from faccel.launching.rank_process import with_launcher
 from faccel.launching.spec import (
     LaunchSpec,
     check_complete,
@@ -31,6 +31,7 @@ from faccel.launching.spec import (
 )
 from faccel.runtime.excepthook import CONSEQUENCES
 from faccel.runtime.listener import bind
+from faccel.runtime.private_folder import private_folder
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -176,10 +177,11 @@ def _supervise(spec: LaunchSpec) -> int:
         folder = None
         if arguments.log_dir is None:
             # torchrun would leave its temporary folder
-            directory = tempfile.TemporaryDirectory(prefix="faccel-launch-")
-            folder = arguments.log_dir = stack.enter_context(directory)
+            folder = arguments.log_dir = stack.enter_context(private_folder("faccel-launch-"))
         end = stack.enter_context(ending_by_signals(functools.partial(_remove, folder)))
         config, command, args = torchrun.config_from_args(arguments)
+        assert isinstance(command, str)  # not a function
+        command, args = with_launcher(command, args)
         store, run_id = None, secrets.token_hex(16)
         if spec.nnodes == "1":
             rendezvous = OneNodeRendezvous(run_id, spec.main_port or 0)
@@ -195,6 +197,7 @@ def _supervise(spec: LaunchSpec) -> int:
             failures, end_signal = supervise(
                 config, command, args, _report_restart, rendezvous, end.handle
             )
+            _check_started(failures)
         except SignalException as error:
             return end.report(error.sigval)
         except OSError as error:
@@ -226,6 +229,16 @@ def _is_end(failures: Failures, end_signal: int) -> bool:
         if failure.exitcode not in codes and not _is_consequence(failure):
             return False
     return True
+
+
+def _check_started(failures: Failures) -> None:
+    """Raise the error of a rank that could not become its command."""
+    for failure in failures.values():
+        # PyTorch's annotation is `str`, and its error file has a dict.
+        message: Any = failure.message
+        if isinstance(message, dict) and "errno" in message:
+            number = int(message["errno"])
+            raise OSError(number, os.strerror(number))
 
 
 def _exit_code(failures: Failures, end: CommandEnd, *, is_single_node: bool) -> int:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 import attrs
 import torch
@@ -25,6 +24,7 @@ from faccel.data.loader import batches, shard
 from faccel.errors import FaccelError
 from faccel.random.seeding import generator
 from faccel.runtime.initialize import init
+from faccel.runtime.private_folder import private_folder
 from faccel.testing.simulation import fake_context
 from faccel.tracking.console import print as print_on_main
 from faccel.training.backward import scaled_backward
@@ -133,18 +133,15 @@ def _train(ctx: DistContext) -> torch.Tensor:
 def _check_checkpoint(ctx: DistContext) -> str:
     # Rank 0 chooses the name, the others receive it.
     folders: list[str] = []
-    if ctx.is_main:
-        folders.append(tempfile.mkdtemp(prefix="faccel-test-"))
-    folder = broadcast_objects(folders, ctx)[0]
-    try:
+    with ExitStack() as stack:
+        if ctx.is_main:
+            folders.append(stack.enter_context(private_folder("faccel-test-")))
+        folder = broadcast_objects(folders, ctx)[0]
         # /tmp usually differs between nodes.
         if agree(ctx, missing=not os.path.isdir(folder)).missing:
             parent = os.path.dirname(folder)
             return f"skipped: {parent} is not on all nodes; set TMPDIR to a common folder"
-        return _save_and_load(folder, ctx)
-    finally:
-        if ctx.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+        return _save_and_load(os.path.join(folder, "checkpoints"), ctx)
 
 
 def _save_and_load(folder: str, ctx: DistContext) -> str:

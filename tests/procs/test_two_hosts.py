@@ -144,7 +144,7 @@ def test_two_nodes_listen_on_the_named_address_only(hosts, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_one_node_listens_on_loopback_although_its_name_is_that_of_a_network_card(hosts, tmp_path):
+def test_one_node_listens_on_loopback_also_if_its_name_has_another_address(hosts, tmp_path):
     script = tmp_path / "sockets.py"
     script.write_text(SOCKETS)
     process = start(hosts[0], "--nproc", "2", str(script), GLOO_SOCKET_IFNAME=None)
