@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 
 import torch
 
@@ -71,6 +71,20 @@ def call_site_of(frame: FrameType) -> str:
         current = current.f_back
     # A hook that a C++ thread calls, as autograd's threads do, has no frame of the user.
     return "unknown"
+
+
+def call_site_of_error(tb: TracebackType | None) -> str:
+    """Return `file:line` of the innermost frame of a traceback that is the user's.
+
+    Effects: pure.
+    """
+    site = "unknown"
+    while tb is not None:
+        if is_user_frame(tb.tb_frame):
+            path = tb.tb_frame.f_code.co_filename
+            site = f"{path.removeprefix(_START_FOLDER)}:{tb.tb_lineno}"
+        tb = tb.tb_next
+    return site
 
 
 def is_user_frame(frame: FrameType) -> bool:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
+from faccel.call_site import call_site_of_error, override_call_site
 from faccel.checks import instance_of
 from faccel.config import Config
 from faccel.errors import TopologyError
 from faccel.lifetime import Lifetime
-from faccel.mesh import MeshSpec
+from faccel.mesh import WORLD, MeshSpec
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh  # noqa: TID251 (a name for the type checker)
@@ -207,14 +208,34 @@ class DistContext:
         # Torchrun mixes the tracebacks of all ranks in one output.
         if error is not None and self.world_size > 1:
             error.add_note(f"on rank {self.rank} of {self.world_size}")
+        failure: Exception | None = None
+        if isinstance(error, RuntimeError):
+            # Of a collective that the script called itself. While the group is still open.
+            failure = rank_error(error, traceback, self.comm)
         # After an error, too: a process group that stays open keeps the other ranks waiting.
         try:
-            self._close(self, error)
+            self._close(self, failure or error)
         except Exception as close_error:
             if error is None:
                 raise
             # the first error is the cause: closing may fail because of it
             error.add_note(f"closing the context failed too: {close_error}")
+        if failure is not None:
+            raise failure from error
+
+
+def rank_error(
+    error: RuntimeError, traceback: TracebackType | None, comm: Collectives
+) -> Exception | None:
+    """Return the error that names the failed rank for one that nothing has caught.
+
+    Effects: ambient. Reads the status of the other ranks from the store of the world.
+
+    Returns:
+        None if another rank is not the cause.
+    """
+    with override_call_site(call_site_of_error(traceback)):
+        return comm.as_rank_error(error, "a collective", WORLD)
 
 
 def require_context(ctx: object, call: str) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from faccel.call_site import describe_ranks
 from faccel.comm.compared_call import ComparedCall
 from faccel.comm.rank_status import RankStatus
+from faccel.comm.world_store import WorldStore
 from faccel.errors import DesyncError
 
 _SAME = "the same"
@@ -36,7 +37,7 @@ class CallExchange:
         name: A prefix of the keys: equal on all ranks, and other than those of other exchanges.
     """
 
-    store: dist.Store
+    store: dist.Store | WorldStore
     timeout_s: float
     name: str
     _rank_status: list[RankStatus] = attrs.field(factory=list, init=False)  # at most one

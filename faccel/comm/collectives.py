@@ -22,6 +22,7 @@ from faccel.comm.rank_errors import naming_failed_rank
 from faccel.comm.rank_status import RankStatus
 from faccel.comm.single import NoTurn, axis_error
 from faccel.comm.turn import WorldTurn
+from faccel.comm.world_store import without_frames
 from faccel.errors import (
     DesyncError,
     FaccelError,
@@ -171,7 +172,8 @@ class TorchCollectives:
         if self.rank_status is None or isinstance(error, FaccelError) or not is_from_collective:
             return None
         if self.call_order is not None:
-            disagreement = self.call_order.disagreement()
+            with without_frames():
+                disagreement = self.call_order.disagreement()
             if disagreement is not None:
                 return disagreement
         # Statuses are keyed by the rank of the world, which is not the rank on the axis.

@@ -9,6 +9,7 @@ from contextlib import suppress
 import torch.distributed as dist
 
 from faccel.call_site import call_site, describe_ranks
+from faccel.comm.world_store import WorldStore, without_frames
 from faccel.errors import FaccelError
 
 _POLL_S = 0.02  # only after an error, so a rank never polls while training runs
@@ -26,7 +27,7 @@ class RankStatus:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, generation: int, patience_s: float = 3.0
+        self, store: dist.Store | WorldStore, rank: int, generation: int, patience_s: float = 3.0
     ) -> None:
         self.store = store
         self.rank = rank
@@ -63,7 +64,8 @@ class RankStatus:
 
     def _post(self, status: str) -> None:
         self._has_posted = True
-        self.write_key(self._key(self.rank), status)
+        with without_frames():
+            self.write_key(self._key(self.rank), status)
 
     def write_position(self, position: str) -> None:
         """Write where this rank is."""
@@ -144,12 +146,16 @@ class RankStatus:
         return describe_ranks(statuses)
 
     def _wait(self, rank: int, deadline: float) -> str | None:
-        status = self.read(rank)
+        status = self._read_quietly(rank)
         while status is None and not self._has_store_ended and time.monotonic() < deadline:
             # not `Store.wait`, which prints a line from C++ at each timeout
             time.sleep(_POLL_S)
-            status = self.read(rank)
+            status = self._read_quietly(rank)
         return status
+
+    def _read_quietly(self, rank: int) -> str | None:
+        with without_frames():
+            return self.read(rank)
 
 
 def _described(error: BaseException) -> str:

@@ -32,6 +32,9 @@ CONSEQUENCES = re.compile(
 )
 """Matches `class: message` of errors that a rank raises because another rank failed."""
 
+AsRankError = Callable[[RuntimeError, TracebackType | None], Exception | None]
+"""`as_rank_error(error, traceback)` for an error that nothing has caught."""
+
 
 class _Hook:
     """One installation of `sys.excepthook`. Once retired, it calls the previous hook only.
@@ -40,25 +43,29 @@ class _Hook:
     recorded for the launcher and passed to the previous hook.
     """
 
-    def __init__(self, rank: int, world_size: int, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, rank: int, world_size: int, env: Mapping[str, str], as_rank_error: AsRankError
+    ) -> None:
         self.previous: Callable[
             [type[BaseException], BaseException, TracebackType | None], object
         ] = sys.excepthook
         self.world_size = world_size
         self.is_retired = False
+        self._as_rank_error = as_rank_error
+        self._rank = rank
         # PyTorch's elastic agent reads the failures of its ranks from this file.
         self._error_file = env.get("TORCHELASTIC_ERROR_FILE")
         # `faccel launch` prints the first failure of all ranks, so a rank prints its traceback only
         # to its own log, which exists with `--log-dir`.
-        is_launched = bool(self._error_file) and LAUNCH in env
+        self._is_launched = bool(self._error_file) and LAUNCH in env
         folder = os.path.dirname(self._error_file or "")
         has_log = os.path.exists(os.path.join(folder, "stderr.log"))
         # Without `faccel launch` the rank itself is the only one that can print it.
-        self._prints_traceback = not is_launched or has_log
+        self._prints_traceback = not self._is_launched or has_log
         # Ctrl-C reaches all ranks of a terminal, and one line is enough.
-        self._prints_interrupt = rank == 0 and not is_launched
+        self._prints_interrupt = rank == 0 and not self._is_launched
         self._context_file: str | None = None
-        if self._error_file and is_launched:
+        if self._error_file and self._is_launched:
             self._context_file = context_file(self._error_file)
 
     def __call__(
@@ -77,14 +84,29 @@ class _Hook:
                 sys.stderr.write("interrupted\n")
             self._end_process(signal.SIGINT)
             return
-        if self._error_file:
-            _write_error_file(error, self._error_file)
-        if self._prints_traceback:
-            self.previous(error_type, error, tb)
+        error = self._report(error, tb)
         if self._error_file and isinstance(error, RankFailedError):
             # The rank that caused this error ends first, and then the agent ends this one.
             time.sleep(GRACE_S)
         self._end_process(None)
+
+    def _report(self, error: BaseException, tb: TracebackType | None) -> BaseException:
+        """Record and print an error; return the one that names the failed rank, if one failed."""
+        if isinstance(error, RuntimeError):
+            error = self._as_rank_error(error, tb) or error
+        if self._error_file:
+            _write_error_file(error, self._error_file)
+        if self._prints_traceback:
+            self._print(error, tb)
+        return error
+
+    def _print(self, error: BaseException, tb: TracebackType | None) -> None:
+        if self._is_launched or not isinstance(error, RankFailedError):
+            self.previous(type(error), error, tb)
+            return
+        # Its cause is in another process, and that of this traceback would be frames of C++.
+        lines = f"{type(error).__name__}: {error}".splitlines()
+        sys.stderr.write("".join(f"[rank{self._rank}]: {line}\n" for line in lines))
 
     def _end_process(self, end_signal: signal.Signals | None) -> None:
         """End this process, unless it is alone, a thread failed, or a prompt would return."""
@@ -116,16 +138,30 @@ class ExceptHook:
         """The number of open contexts."""
         return len(self._context_ids)
 
-    def install(self, context_id: int, rank: int, world_size: int, env: Mapping[str, str]) -> None:
+    def install(
+        self,
+        context_id: int,
+        rank: int,
+        world_size: int,
+        env: Mapping[str, str],
+        as_rank_error: AsRankError = lambda error, traceback: None,
+    ) -> None:
         """Install a hook for the first context, and a new one for a context of a larger world.
 
         Effects: ambient. Replaces `sys.excepthook`.
+
+        Args:
+            context_id: Identity of the context.
+            rank: Rank of this process.
+            world_size: Number of ranks.
+            env: The environment.
+            as_rank_error: Returns an error that names the failed rank, if one is the cause.
         """
         # Another library may have replaced it since.
         is_current = self._hook is not None and sys.excepthook is self._hook
         if self._hook is None or not is_current or self._hook.world_size < world_size:
             self._retire()
-            self._hook = _Hook(rank, world_size, env)
+            self._hook = _Hook(rank, world_size, env, as_rank_error)
             sys.excepthook = self._hook
             self._hook.create_context_file()
         self._context_ids.add(context_id)

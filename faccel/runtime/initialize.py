@@ -17,9 +17,9 @@ from faccel.comm.single import SingleCollectives
 from faccel.config import Config
 from faccel.config_mesh import mesh_for
 from faccel.config_sources import launcher_flags, resolve
-from faccel.context import DistContext, Mesh, Topology, require_context
+from faccel.context import DistContext, Mesh, Topology, rank_error, require_context
 from faccel.effects import AMBIENT, effectful
-from faccel.errors import ConfigError, short_repr, short_text
+from faccel.errors import ConfigError, WorldError, short_repr, short_text
 from faccel.mesh import MeshSpec
 from faccel.runtime.detect import detect
 from faccel.runtime.devices import choose_device
@@ -88,7 +88,11 @@ def init(
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL and `torch.cuda` use the current device
     with _ended_by_signals(topology.world_size):
-        comm = _connect(spec, resolved, topology, device)
+        try:
+            comm = _connect(spec, resolved, topology, device)
+        except WorldError as error:
+            # The cause is in another process, so the frames of this one would only add lines.
+            raise error.with_traceback(None) from None
         ctx = DistContext(
             topology=topology,
             config=resolved,
@@ -99,7 +103,8 @@ def init(
             close=_close,
         )
         # After everything that may raise: a failed `init` leaves no hook.
-        _except_hook.install(id(ctx), topology.rank, topology.world_size, env)
+        as_rank_error = functools.partial(rank_error, comm=comm)
+        _except_hook.install(id(ctx), topology.rank, topology.world_size, env, as_rank_error)
     if not isinstance(comm, SingleCollectives):
         from faccel.runtime.process_groups import DEFAULT_GROUP
 
@@ -164,10 +169,11 @@ def _connect(
         return SingleCollectives()
     from faccel.runtime.process_groups import DEFAULT_GROUP, create_axis_groups, create_collectives
 
-    store, rank_status = DEFAULT_GROUP.acquire(
-        topology, device, config.timeout_s, debug=config.debug
-    )
-    groups = create_axis_groups(spec, topology.rank)
+    with DEFAULT_GROUP.naming_ranks(topology):
+        store, rank_status = DEFAULT_GROUP.acquire(
+            topology, device, config.timeout_s, debug=config.debug
+        )
+        groups = create_axis_groups(spec, topology.rank)
     # Debug mode keeps the calls of different contexts apart by it.
     number = DEFAULT_GROUP.num_contexts
     call_order = DEFAULT_GROUP.call_order

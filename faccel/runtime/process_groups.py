@@ -6,7 +6,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 
@@ -21,6 +22,7 @@ from faccel.comm.debug import DebugCollectives
 from faccel.comm.debug_group import BACKEND as DEBUG_BACKEND
 from faccel.comm.debug_group import DebugGroup, DebugOptions
 from faccel.comm.rank_status import RankStatus
+from faccel.comm.world_store import WorldStore
 from faccel.config import Config
 from faccel.context import Topology
 from faccel.errors import FaccelError, WorldError
@@ -31,6 +33,8 @@ from faccel.runtime.rendezvous import agree_on_name
 _Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 # A store that accepts a connection answers at once; this allows for a busy node.
 _STORE_REPLY_S = 5.0
+_FIRST_POLL_S = 0.01
+_MAX_POLL_S = 0.5
 
 
 class DefaultGroup:
@@ -48,6 +52,7 @@ class DefaultGroup:
         self._num_created = 0
         self._num_generations = 0
         self._hooks: tuple[_Hook, _Hook] | None = None  # `sys.excepthook` before and after c10d
+        self._store: WorldStore | None = None
         self._rank_status: RankStatus | None = None
         self._call_group: dist.ProcessGroup | None = None
         self.call_order: CallOrder | None = None
@@ -55,7 +60,7 @@ class DefaultGroup:
 
     def acquire(
         self, topology: Topology, device: torch.device, timeout_s: float, *, debug: bool = False
-    ) -> tuple[dist.Store, RankStatus]:
+    ) -> tuple[WorldStore, RankStatus]:
         """Return the store of the world and the status of its ranks; afterwards see `call_order`.
 
         The first call creates the group. Collective then.
@@ -68,7 +73,8 @@ class DefaultGroup:
         else:
             self._create(topology, device, timedelta(seconds=timeout_s), debug=debug)
         # The private function is the only way to the store of an adopted group.
-        store = c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+        store = WorldStore(c10d._get_default_store())  # pyright: ignore[reportPrivateUsage]
+        self._store = store
         self.num_contexts += 1
         if self._rank_status is None:
             # A new generation: what ranks reported to earlier contexts must not be read again.
@@ -87,6 +93,27 @@ class DefaultGroup:
                 self._call_group = group
                 self.call_order = CallOrder(self._rank_status, group)
         return store, self._rank_status
+
+    @contextmanager
+    def naming_ranks(self, topology: Topology) -> Generator[None]:
+        """Raise a `WorldError` for an error of c10d while groups are created in the body."""
+        try:
+            yield
+        except FaccelError:
+            raise
+        except (dist.DistError, RuntimeError) as error:
+            statuses = "no status"
+            if self._rank_status is not None:
+                statuses = self._rank_status.report(range(topology.world_size), "init")
+            if not self._close_fns and self._is_created:
+                self._rank_status = None
+                self._destroy()  # a failed `init` leaves nothing open
+            raise WorldError(
+                f"rank {topology.rank} could not connect to all of the {topology.world_size} "
+                "processes: one of them ended",
+                got=f"{statuses}; {first_line(error)}",
+                fix="read the output of that process, and start all of them again",
+            ) from None  # of c10d, with 20 lines of C++ frames
 
     def add_context(self, context_id: int, close: Callable[[], None]) -> None:
         """Keep the group until `release(context_id)`, which calls `close`."""
@@ -108,8 +135,7 @@ class DefaultGroup:
         if self._close_fns:
             return
         disagreement: FaccelError | None = None
-        # c10d prints 20 lines at each request to a store that has ended, with rank 0 for example.
-        is_served = self._rank_status is not None and _is_served(self._rank_status.store)
+        is_served = self._store is not None and not self._store.has_ended()
         if self.call_order is not None:
             self.call_order.close()
             if error is None and is_served:
@@ -137,7 +163,9 @@ class DefaultGroup:
             store = _open_store(topology, timeout)
             backend, options = c10d_backend(device), None
             if debug:
-                exchange = CallExchange(store, timeout.total_seconds(), f"c10d_{self._num_created}")
+                exchange = CallExchange(
+                    WorldStore(store), timeout.total_seconds(), f"c10d_{self._num_created}"
+                )
                 device_id = device if device.type == "cuda" else None
                 options = DebugOptions(backend, device_id, exchange)
                 backend = DEBUG_BACKEND
@@ -157,9 +185,9 @@ class DefaultGroup:
             raise WorldError(
                 f"rank {topology.rank} could not connect to the {topology.world_size} processes "
                 f"at {address}",
-                got=str(error).strip().split("\n")[0],
+                got=first_line(error),
                 fix="start all of them, with the same `MASTER_ADDR` and a free `MASTER_PORT`",
-            ) from error
+            ) from None  # of c10d, with 20 lines of C++ frames
         # `init_process_group` replaces `sys.excepthook`, and `destroy_process_group` leaves it.
         self._hooks = (previous_hook, sys.excepthook)
         # A failed attempt is not counted: the other ranks may not have tried yet.
@@ -170,10 +198,9 @@ class DefaultGroup:
         """Return a prefix of the store's keys that no earlier world used.
 
         Otherwise a restarted rank, or a second world, would read the addresses of an earlier one.
+        The agents of several nodes count restarts separately, so the ranks agree on a name. This
+        also waits for all ranks: c10d would print lines from C++ for one that is missing.
         """
-        if topology.num_nodes == 1:
-            return f"faccel/attempt_{topology.attempt}/world_{self._num_created}"
-        # The agents of several nodes count restarts separately, so the ranks agree on a name.
         rank, world_size = topology.rank, topology.world_size
         return f"faccel/{agree_on_name(store, rank, world_size, timeout.total_seconds())}"
 
@@ -190,6 +217,14 @@ class DefaultGroup:
 
 DEFAULT_GROUP = DefaultGroup()
 """The one of this process: PyTorch has one default group."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the message of an error of c10d without its 20 lines of C++ frames.
+
+    Effects: pure.
+    """
+    return str(error).strip().split("\n")[0]
 
 
 def _check_same_world(topology: Topology) -> None:
@@ -212,13 +247,14 @@ def _accepts_connections(address: str, port: int) -> bool:
         return False
 
 
-def _is_served(store: dist.Store) -> bool:
-    """Return whether the process that serves a store still runs."""
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    if isinstance(store, dist.TCPStore):
-        return _accepts_connections(store.host, store.port)
-    return True
+def _wait_for_server(topology: Topology, deadline: float) -> None:
+    """Return when the server of the store accepts connections. C++ would print each attempt."""
+    pause_s = _FIRST_POLL_S
+    while not _accepts_connections(topology.main_address, topology.main_port):
+        if time.monotonic() > deadline:
+            raise dist.DistNetworkError("rank 0, or the launcher, did not start")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _MAX_POLL_S)
 
 
 def _open_store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
@@ -231,6 +267,10 @@ def _open_store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
         dist.DistError: The port is in use, or no store answers within the timeout.
     """
     outcome: list[dist.TCPStore | BaseException] = []
+    is_server = topology.rank == 0 and not topology.store_is_hosted
+    deadline = time.monotonic() + timeout.total_seconds()
+    if not is_server:
+        _wait_for_server(topology, deadline)
 
     def connect() -> None:
         try:
@@ -239,7 +279,7 @@ def _open_store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
                     topology.main_address,
                     topology.main_port,
                     topology.world_size,
-                    is_master=topology.rank == 0 and not topology.store_is_hosted,
+                    is_master=is_server,
                     timeout=timeout,
                     # A second world of this process may serve the same port.
                     multi_tenant=True,
@@ -254,7 +294,6 @@ def _open_store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
     thread = threading.Thread(target=connect, name="faccel-store", daemon=True)
     thread.start()
     thread.join(min(_STORE_REPLY_S, timeout.total_seconds()))
-    deadline = time.monotonic() + timeout.total_seconds()
     while not outcome and time.monotonic() < deadline:
         # Without a server, rank 0 may still start. With a server, a store would have answered.
         is_open = _accepts_connections(topology.main_address, topology.main_port)
@@ -309,7 +348,7 @@ def create_axis_groups(
 def create_collectives(
     groups: Mapping[str, dist.ProcessGroup],
     config: Config,
-    store: dist.Store,
+    store: dist.Store | WorldStore,
     rank_status: RankStatus | None = None,
     context_number: int = 0,
     call_order: CallOrder | None = None,

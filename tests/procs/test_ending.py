@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -133,3 +135,29 @@ def test_a_port_in_use_is_an_error_on_every_rank():
         assert "free `MASTER_PORT`" in fix
     assert "address already in use" in messages[0][1]
     assert "is not a PyTorch store" in messages[1][1]
+
+
+def init_alone(port, pipe):
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # a script that saves, later
+    pipe.send("started")
+    faccel.init(env=env_of(0, 2, port))  # with the default timeout of 10 minutes
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_ends_a_rank_that_waits_in_init_for_another_one(number):
+    store = hosted_store()
+    receiver, sender = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=init_alone, args=(store.port, sender))
+    process.start()
+    assert receiver.recv() == "started"
+    while handles(process.pid, number):  # until `init` waits
+        assert process.is_alive()
+    os.kill(process.pid, number)
+    process.join(TIMEOUT_S)
+    assert process.exitcode == -number
+
+
+def handles(pid, number):
+    """Return whether a process has a handler for a signal."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (number - 1) & 1)

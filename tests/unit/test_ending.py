@@ -1,9 +1,12 @@
 """`sys.excepthook` with several contexts, and with hooks of other libraries."""
 
+import signal
 import sys
 
 import pytest
 
+import faccel
+from faccel.launching.command_end import ending_by_signals
 from faccel.runtime.excepthook import ExceptHook
 
 
@@ -57,3 +60,28 @@ def test_ctrl_c_in_a_single_process_prints_one_line_and_returns(hooks, capsys):
     hook.uninstall(1, None)
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert calls == [KeyboardInterrupt]
+
+
+def test_ctrl_c_while_a_context_closes_prints_one_line(hooks, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    _, calls = hooks
+    ctx = faccel.init(env={})
+    ctx.lifetime.on_close(interrupt)  # as a background save that `shutdown` waits for
+    with pytest.raises(KeyboardInterrupt) as caught:
+        faccel.shutdown(ctx)
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    assert capsys.readouterr().err == "interrupted\n"
+    assert calls == []
+
+
+def test_the_command_line_leaves_an_ignored_signal_ignored_as_nohup_asks():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ending_by_signals(lambda: None):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert callable(signal.getsignal(signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
