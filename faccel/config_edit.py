@@ -142,7 +142,7 @@ def _set_key(lines: list[str], key: str, value: object, suffix: str) -> None:
         lines.append(line)
         return
     # the user's comment on the line stays
-    comment = re.search(r"\s+#.*$", lines[index])
+    comment = re.search(r"(?<!\s)\s+#.*$", lines[index])
     if comment:
         line += comment[0]
     lines[index] = line

@@ -18,7 +18,8 @@ _SUFFIXES = (".json", ".toml", ".yaml", ".yml")
 _MAX_DEPTH = 20  # a configuration of Accelerate has three levels
 _MAX_INT_BITS = 1024  # Python prints no int of more than 14,000 bits
 # tomllib takes quadratic time and memory for the parts of one key: minutes for 200 kB.
-_LONG_TOML_KEY = re.compile(r"""(?:[\w"'-]+[ \t]*\.[ \t]*){100}""")
+# The part before must be complete, so that the search itself takes linear time.
+_LONG_TOML_KEY = re.compile(r"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){100}""")
 
 
 def suffix_of(path: str) -> str:

@@ -66,7 +66,10 @@ def _file_settings(file: ConfigFile | None) -> dict[str, _Setting]:
 def _flag_settings(env: Mapping[str, str]) -> dict[str, _Setting]:
     flags = launcher_flags(env)
     flags.pop("config", None)  # `--config` names the file, which `faccel.init` has read already
-    return {name: _Setting(value, f"flag {flag_of(name)}") for name, value in flags.items()}
+    settings: dict[str, _Setting] = {}
+    for name, value in flags.items():
+        settings[name] = _Setting(value, f"flag {flag_of(short_text(name))}")
+    return settings
 
 
 def launcher_flags(env: Mapping[str, str]) -> dict[str, Any]:

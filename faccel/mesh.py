@@ -42,9 +42,9 @@ of a pipeline.
 
 def _check_extent(mesh: object, attribute: attrs.Attribute[int], value: object) -> None:
     # a bool is an int in Python
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value == -1 or 1 <= value < MAX_COUNT:
-            return
+    is_bool = isinstance(value, bool)
+    if isinstance(value, int) and not is_bool and (value == -1 or 1 <= value < MAX_COUNT):
+        return
     raise ConfigError(
         f"`{attribute.name}` must be an int of at least 1, or -1 to fill the world",
         got=f"{attribute.name}={short_repr(value)}",

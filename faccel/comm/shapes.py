@@ -8,8 +8,8 @@ from collections.abc import Mapping, MutableMapping
 import torch
 
 from faccel.checks import shown
-from faccel.comm.pack import pack, pad_to
-from faccel.comm.tensors import tensor_leaves
+from faccel.comm.pack import digest, pack, pad_to
+from faccel.comm.tensors import check_same, tensor_leaves
 from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DataError
@@ -173,6 +173,7 @@ def all_to_all(x: Tree, ctx: DistContext, *, axis: str = WORLD) -> Tree:
         The same structure and shapes, copied and detached, on the device of `ctx`.
 
     Raises:
+        DesyncError: Shapes or dtypes differ between ranks (detected on the CPU).
         TreeError: A leaf does not have one row per rank.
 
     Examples:
@@ -187,12 +188,17 @@ def all_to_all(x: Tree, ctx: DistContext, *, axis: str = WORLD) -> Tree:
         if leaf.ndim == 0 or leaf.shape[0] != size:
             problem = f"`x` must have {size} rows, one row per rank of the axis `{axis}`"
             raise leaf_error(x, i, problem, f"reshape it to `x.reshape({size}, -1)`")
-    packed = pack(leaves, num_rows=size)
+    # A row that is shorter than expected would be read as other values, so each one has a digest.
+    own_digest = digest(leaves)
+    digests = torch.full((size, 1), own_digest, device=ctx.device)
+    packed = pack([digests, *leaves], num_rows=size)
     # Without the label debug mode would compare rows of bytes, which do not show the leaves.
     ctx.comm.set_call_label("all_to_all", x)
     rows = ctx.comm.all_to_all(packed.row, axis)
+    if ctx.device.type == "cpu":  # on other devices the host would wait for the digests
+        check_same(packed.read(rows, 0).flatten().tolist(), leaves, ctx, axis)
     results: list[torch.Tensor] = []
-    for i in range(len(leaves)):
+    for i in range(1, 1 + len(leaves)):
         leaf_rows = packed.read(rows, i)
         # A view would keep the rows of all leaves alive.
         results.append(leaf_rows.clone())

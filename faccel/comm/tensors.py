@@ -122,7 +122,7 @@ def gather(
     if counts_rows:
         return rebuild(_valid_rows(packed, rows, leaves, is_scalar, ctx, axis))
     if ctx.device.type == "cpu":  # on other devices the host would wait for the header
-        _check_same(packed.read(rows, len(leaves))[:, 0].tolist(), leaves, ctx, axis)
+        check_same(packed.read(rows, len(leaves))[:, 0].tolist(), leaves, ctx, axis)
     # `T[W, n, ...]` to `T[W*n, ...]`: row `i` of rank `r` becomes row `r*n + i`.
     return rebuild([_read_copy(packed, rows, i).flatten(0, 1) for i in range(len(leaves))])
 
@@ -170,7 +170,7 @@ def _valid_rows(
     """Return the leaves of all ranks, each rank's rows up to its count."""
     # Before any leaf is read: with other shapes the bytes would be read as wrong values.
     digests, counts = packed.read(rows, len(leaves)).T.tolist()
-    _check_same(digests, leaves, ctx, axis)
+    check_same(digests, leaves, ctx, axis)
     results: list[torch.Tensor] = []
     for i, scalar in enumerate(is_scalar):
         values = packed.read(rows, i)
@@ -184,10 +184,22 @@ def _valid_rows(
     return results
 
 
-def _check_same(
+def check_same(
     digests: Sequence[int], leaves: list[torch.Tensor], ctx: DistContext, axis: str
 ) -> None:
-    """Raise if ranks have sent tensors of different shapes or dtypes."""
+    """Raise if ranks have sent tensors of different shapes or dtypes.
+
+    Effects: pure.
+
+    Args:
+        digests: That of each rank of the axis, or of the source and of this rank.
+        leaves: What this rank has sent.
+        ctx: The world.
+        axis: The axis of the collective.
+
+    Raises:
+        DesyncError: The digests differ.
+    """
     # After a gather all ranks have the same digests: all raise, or none. After a broadcast only
     # the ranks raise whose digest differs from the one of `src`.
     if len(set(digests)) == 1:
@@ -374,7 +386,7 @@ def broadcast(x: Tree, ctx: DistContext, *, src: int = 0, axis: str = WORLD) -> 
     packed = pack([*leaves, torch.tensor([own_digest], device=ctx.device)])
     rows = ctx.comm.broadcast(packed.row, src, axis)[None]
     if ctx.device.type == "cpu":  # on other devices the host would wait for the digest
-        _check_same([own_digest, int(packed.read(rows, len(leaves)))], leaves, ctx, axis)
+        check_same([own_digest, int(packed.read(rows, len(leaves)))], leaves, ctx, axis)
     results: list[torch.Tensor] = []
     for i in range(len(leaves)):
         leaf_rows = packed.read(rows, i)

@@ -152,7 +152,7 @@ def first_host(nodes: str) -> str:
     if match:
         nodes = match[0]
     # of each bracket the first number
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes)
+    return re.sub(r"\[([^\],\[-]++)[^\]\[]*+\]", r"\1", nodes)
 
 
 def num_tasks_of_node(tasks: str, node: int) -> int:

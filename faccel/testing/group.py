@@ -24,13 +24,14 @@ import torch.distributed.nn.functional  # pyright: ignore[reportUnusedImport]
 from faccel.call_site import call_site
 from faccel.comm.compared_call import compared_call
 from faccel.comm.pack import describe
-from faccel.errors import DesyncError, WorldError
+from faccel.errors import WorldError
 from faccel.testing.reductions import (
     ReduceOp,
     check_fits,
     check_reduction,
     check_tensors,
     copy,
+    message_error,
     op_name,
     reduce_tensors,
 )
@@ -364,8 +365,13 @@ class SimulatedGroup(dist.ProcessGroup):
     def _exchange(self, outputs: _Tensors, inputs: _Tensors, result: object) -> SimulatedWork:
         def compute(values: list[tuple[_Tensors, _Tensors]]) -> None:
             for rank, (targets, _) in enumerate(values):
-                for target, (_, sources) in zip(targets, values, strict=True):
-                    copy(target, sources[rank])
+                for source, target in enumerate(targets):
+                    message = values[source][1][rank]
+                    # Not left to `copy`, which would repeat a message of one element.
+                    if message.numel() != target.numel():
+                        ranks = self._ranks[source], self._ranks[rank]
+                        raise self._world.scheduler.fail(message_error(message, target, *ranks))
+                    copy(target, message.reshape(target.shape))
 
         # Shapes may differ between ranks here; dtypes may not.
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in inputs}
@@ -409,14 +415,7 @@ class SimulatedGroup(dist.ProcessGroup):
             work.source_rank = group_source
             message, source = queues[group_source].pop(0), self._ranks[group_source]
             if describe([message]) != describe(tensors):
-                raise scheduler.fail(
-                    DesyncError(
-                        "the shape or dtype of a message differs from the receiver's tensor",
-                        got=f"{describe([message])} from rank {source}, "
-                        f"{describe(tensors)} on rank {rank} at {site}",
-                        fix="send and receive the same shape and dtype",
-                    )
-                )
+                raise scheduler.fail(message_error(message, tensors[0], source, rank, site))
             copy(tensors[0], message)
 
         return work

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from faccel.comm.pack import describe
-from faccel.errors import DataError
+from faccel.errors import DataError, DesyncError
 
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 
@@ -66,6 +66,30 @@ def copy(target: torch.Tensor, source: torch.Tensor) -> None:
         target._coalesced_(True)
         return
     target.detach().copy_(source.detach())
+
+
+def message_error(
+    message: torch.Tensor, target: torch.Tensor, source: int, rank: int, site: str = ""
+) -> DesyncError:
+    """Return the error for a message that does not fill the tensor of its receiver.
+
+    Effects: pure.
+
+    Args:
+        message: What rank `source` has sent.
+        target: The tensor of rank `rank`.
+        source: A rank of the world.
+        rank: A rank of the world.
+        site: Call site of the receiver, if it is known.
+    """
+    receiver = f"rank {rank}"
+    if site:
+        receiver += f" at {site}"
+    return DesyncError(
+        "the shape or dtype of a message differs from the receiver's tensor",
+        got=f"{describe([message])} from rank {source}, {describe([target])} on {receiver}",
+        fix="send and receive the same shape and dtype",
+    )
 
 
 def check_tensors(call: str, tensors: Sequence[torch.Tensor]) -> None:

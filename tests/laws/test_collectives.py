@@ -226,6 +226,10 @@ def different_shapes_or_dtypes_are_an_error_on_every_rank(ctx):
         faccel.gather(torch.ones(4, dtype=torch.int32 if first else torch.float32), ctx)
     with pytest.raises(DesyncError):
         faccel.gather(torch.ones(3 if first else 4), ctx, num_valid=2)
+    dtype, shape = (torch.int32, (3, 2)) if first else (torch.float32, (2, 3))
+    for rows in (torch.ones(ctx.world_size, 4, dtype=dtype), torch.ones(ctx.world_size, *shape)):
+        with pytest.raises(DesyncError, match=r"int32|float32"):
+            faccel.comm.all_to_all({"x": rows}, ctx)
     own_value = torch.ones(4, dtype=torch.float32 if first else torch.int32)
     with (
         suppress(DesyncError) if first else pytest.raises(DesyncError)

@@ -88,6 +88,30 @@ def test_an_error_names_both_calls_of_ranks_that_disagree(other):
         simulate(fn, 2)
 
 
+@pytest.mark.parametrize("counts", [(2, 3), (3, 2), (1, 2), (2, 1), (5, 1)], ids=str)
+@pytest.mark.parametrize("is_public", [True, False])
+def test_an_exchange_of_rows_of_other_sizes_is_an_error_on_every_rank(counts, is_public):
+    raised = []
+
+    def fn(ctx):
+        rows = torch.ones(2, counts[ctx.rank])
+        try:
+            if is_public:
+                faccel.comm.all_to_all(rows, ctx)
+            else:
+                dist.all_to_all_single(torch.empty_like(rows), rows)
+            faccel.barrier(ctx)
+        except DesyncError:
+            raised.append(ctx.rank)
+            raise
+
+    with pytest.raises(DesyncError) as error:
+        simulate(fn, 2)
+    assert sorted(raised) == [0, 1]
+    if not is_public:  # whose rows are bytes
+        assert all(f"{count}]" in error.value.got for count in counts), error.value.got
+
+
 def test_the_error_of_the_first_failing_rank_is_raised_with_a_note():
     def fn(ctx):
         if ctx.rank == 1:
