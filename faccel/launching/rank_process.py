@@ -57,7 +57,7 @@ def _main(launcher: int, command: list[str]) -> None:
     except OSError as error:
         # In the format of PyTorch's agent, which reads it for the launcher.
         message = {"message": str(error), "errno": error.errno, "extraInfo": {"timestamp": "0"}}
-        with open(os.environ[_ERROR_FILE], "w") as file:
+        with open(os.environ[_ERROR_FILE], "w", encoding="utf-8") as file:
             json.dump({"message": message}, file)
         sys.exit(_NOT_EXECUTABLE)
 

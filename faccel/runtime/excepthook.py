@@ -116,7 +116,10 @@ class _Hook:
     def create_context_file(self) -> None:
         """Let `faccel launch` forward Ctrl-C, which this hook reports."""
         if self._context_file is not None:
-            with suppress(OSError), open(self._context_file, "w"):  # the launcher has ended
+            with (
+                suppress(OSError),
+                open(self._context_file, "w", encoding="utf-8"),
+            ):  # the launcher has ended
                 pass
 
     def remove_context_file(self) -> None:

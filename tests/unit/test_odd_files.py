@@ -475,7 +475,7 @@ try:
     read("é.yaml")
 except FaccelError as error:
     sys.stderr.write("refused " + ascii(str(error)))
-for words in ("set run_dir=b", "show", "path", "check é.yaml"):
+for words in ("show", "set run_dir=b", "path", "check é.yaml"):
     try:
         main(["config", *words.split()])
     except SystemExit as end:
