@@ -15,7 +15,7 @@ import faccel
 
 EPOCHS = 12
 GLOBAL_BATCH = 64  # samples per update, over all processes
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 6e-3
 CLIP_NORM = 1.0
 NUM_TEST = 360  # images for evaluation, of 1797
 SEED = 0
