@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
+from typing import Any
 
+from faccel.checkpoint.node_checks import json_problem
 from faccel.checks import local_path, shown
-from faccel.errors import ConfigError, short_repr
+from faccel.errors import CheckpointError, ConfigError, short_repr
 
 
 def path_argument(name: str, value: object, path: object, call: str) -> str:
@@ -29,7 +33,7 @@ def path_argument(name: str, value: object, path: object, call: str) -> str:
         To fix: write `faccel.load(state, path, ctx)`.
     """
     if isinstance(path, (str, os.PathLike)):
-        return os.path.abspath(local_path("path", path))
+        return _absolute("path", path)
     # The order of `torch.save` is `(obj, path)`; Accelerate and older versions have the path first.
     if isinstance(value, (str, os.PathLike)):
         raise ConfigError(
@@ -42,8 +46,8 @@ def path_argument(name: str, value: object, path: object, call: str) -> str:
     )
 
 
-def folder_argument(path: str | os.PathLike[str]) -> str:
-    """Return the argument `path` of a function that lists checkpoints as an absolute path.
+def folder_argument(path: str | os.PathLike[str], name: str = "path") -> str:
+    """Return the argument `name` of a function that lists checkpoints as an absolute path.
 
     Effects: ambient. Reads the current directory.
 
@@ -51,9 +55,61 @@ def folder_argument(path: str | os.PathLike[str]) -> str:
         ConfigError: `path` is not a local path.
     """
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        fix = 'pass a directory, as in `path="runs/first"`'
-        raise ConfigError("`path` must be a str or an os.PathLike", got=shown(path), fix=fix)
-    return os.path.abspath(local_path("path", path))
+        fix = f'pass a directory, as in `{name}="runs/first"`'
+        raise ConfigError(f"`{name}` must be a str or an os.PathLike", got=shown(path), fix=fix)
+    return _absolute(name, path)
+
+
+def _absolute(name: str, path: str | os.PathLike[str]) -> str:
+    text = local_path(name, path)
+    if "\0" in text:  # the operating system would raise a ValueError
+        fix = f'remove it, as in `{name}="runs/first"`'
+        raise ConfigError(f"`{name}` contains a null character", got=short_repr(text), fix=fix)
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):  # else a folder of this name would be made here
+        raise ConfigError(
+            f"`{name}` is below the home directory of an unknown user",
+            got=short_repr(text),
+            fix=f"write `{name}={os.path.join('.', text)!r}` for a folder of this name",
+        )
+    return os.path.abspath(expanded)
+
+
+def check_encodable(path: str) -> None:
+    """Raise unless UTF-8 can encode a path, which the readers of the files require.
+
+    Effects: pure.
+
+    Raises:
+        ConfigError: It contains other bytes.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            "`path` must be a text that UTF-8 can encode",
+            got=ascii(path)[:200],
+            fix='rename the directory, as in `path="runs/first"`',
+        ) from None
+
+
+def metadata_argument(metadata: object) -> dict[str, Any]:
+    """Return the argument `metadata` of `save` as it is when JSON has stored it.
+
+    Effects: pure.
+
+    Raises:
+        CheckpointError: It cannot; the message names the value.
+    """
+    if metadata is None:
+        return {}
+    fix = 'pass a dict of numbers and strings, as in `metadata={"loss": float(loss)}`'
+    if not isinstance(metadata, Mapping):
+        raise CheckpointError("`metadata` must be a dict", got=shown(metadata), fix=fix)
+    problem = json_problem(dict(metadata), "metadata")
+    if problem is not None:
+        raise CheckpointError("`metadata` cannot be stored as JSON", got=problem, fix=fix)
+    return json.loads(json.dumps(dict(metadata)))
 
 
 def check_step(step: object) -> None:

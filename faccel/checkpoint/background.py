@@ -142,7 +142,6 @@ def _raise_first(saves: Sequence[PendingSave], ctx: DistContext, timeout_s: floa
 def start_background_save(
     transaction: SaveTransaction,
     ctx: DistContext,
-    metadata: Mapping[str, Any] | None,
     policy: KeepPolicy,
 ) -> None:
     """Copy the slices of this rank, and start a thread that writes and commits them.
@@ -152,7 +151,6 @@ def start_background_save(
     Args:
         transaction: After `plan`.
         ctx: The world.
-        metadata: See `save`.
         policy: See `SaveTransaction.commit`.
     """
     on_all_ranks(transaction.copy_to_host, ctx, "copy its shards")
@@ -163,7 +161,7 @@ def start_background_save(
             _write_with_marker(transaction)
             if transaction.rank == 0:
                 files = wait_for_markers(folder, transaction.world_size, timeout_s, pending)
-                transaction.commit(files, metadata, policy)
+                transaction.commit(files, policy)
         finally:
             transaction.close()
 

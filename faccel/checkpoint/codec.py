@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import attrs
 import torch
 
-from faccel.checkpoint.tensor_names import check_no_cycle, parameter_names, parameters_by_name
+from faccel.checkpoint.tensor_names import check_nesting, parameter_names, parameters_by_name
 from faccel.context import DistContext
 from faccel.errors import CheckpointError
 from faccel.tree import Tree
@@ -25,8 +25,9 @@ Any other value stands for itself: a dict with string keys, a list, a string, a 
 finite float or None."""
 
 Restore = Callable[[], Tree]
-"""Returns the decoded value; called after all tensors were read. Models, optimizers and other
-objects with `load_state_dict` are updated in place, every other value is new."""
+"""Returns the decoded value; called after the tensors of values were read. Models, optimizers and
+other objects with `load_state_dict` are returned as they are: their updates come afterwards. Every
+other value is new."""
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -90,6 +91,19 @@ class StoredTensor:
     dtype: torch.dtype
 
 
+@attrs.frozen(eq=False)
+class Update:
+    """A planned change of an object in the state.
+
+    Args:
+        target: The object.
+        apply: Changes it.
+    """
+
+    target: object
+    apply: Callable[[], object]
+
+
 class Encoder:
     """Encodes a state.
 
@@ -126,7 +140,7 @@ class Encoder:
 
     def encode(self, value: Tree, path: str = "") -> Node:
         """Return the node of `value`; afterwards its tensors are in `tensors`."""
-        check_no_cycle(value, path, self._ancestors)
+        check_nesting(value, path, self._ancestors)
         for codec in self._codecs:
             if codec.matches(value):
                 self._ancestors.append(value)
@@ -175,9 +189,10 @@ class Encoder:
 
 
 class Decoder:
-    """Decodes a state in two phases.
+    """Decodes a state in three phases, of which only the last one changes the state.
 
-    `decode` checks and plans; the `Restore` that it returns updates the state.
+    `decode` checks and plans. The `Restore` that it returns builds all values, which may still
+    fail. Then `updates` change the objects of the state, and `module_updates` its models.
 
     Args:
         codecs: The table that encoded the state.
@@ -208,7 +223,11 @@ class Decoder:
         # The paths that entries of models have now, by those in the files.
         self.current_names: Mapping[str, str] = {}
         self._stored_path = stored_path
+        # New tensors, and those of models, which are read last: that cannot be undone.
         self.destinations: dict[str, torch.Tensor] = {}
+        self.module_destinations: dict[str, torch.Tensor] = {}
+        self.updates: list[Update] = []
+        self.module_updates: list[Update] = []
         # A rank of a pipeline has the modules of its stages, so it loads a subset of a model.
         self.is_pipeline = ctx.mesh.spec.pp > 1
         self.parameter_names = parameter_names(state)
@@ -236,7 +255,7 @@ class Decoder:
             )
         codec = self._by_kind.get(kind)
         if codec is None:  # written by a newer version
-            raise mismatch(path, f"a value of the unknown kind `{kind}`", "update faccel")
+            raise mismatch(path, f"a value of the unknown kind `{kind[:80]}`", "update faccel")
         return codec.decode(node, target, path, self)
 
     def stored(self, path: str) -> StoredTensor:
@@ -251,8 +270,12 @@ class Decoder:
         return self._stored_path(path) in self._stored
 
     def read_into(self, path: str, destination: torch.Tensor) -> None:
-        """Plan to read the tensor named `path` into a tensor of its stored shape and dtype."""
+        """Plan to read the tensor named `path` into a new tensor of its stored shape and dtype."""
         self.destinations[self._stored_path(path)] = destination
+
+    def read_into_module(self, path: str, destination: torch.Tensor) -> None:
+        """Plan to read the tensor named `path` into a tensor of a module."""
+        self.module_destinations[self._stored_path(path)] = destination
 
     def new_tensor(self, path: str) -> torch.Tensor:
         """Return CPU memory that the tensor named `path` will be read into, in the stored dtype."""
@@ -281,7 +304,7 @@ class Decoder:
 
 
 def restore_all(restores: Mapping[K, Restore]) -> dict[K, Tree]:
-    """Return the restored values by key; updates what is restored in place."""
+    """Return the restored values by key."""
     return {key: restore() for key, restore in restores.items()}
 
 

@@ -16,6 +16,7 @@ from faccel.checkpoint.codec import (
     Node,
     Restore,
     StoredTensor,
+    Update,
     kind_of,
     mismatch,
     restore_all,
@@ -97,13 +98,15 @@ def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
             restores[original_name] = _decode_entry(
                 node["v"][saved_name], entry, child_name(path, saved_name), decoder
             )
-    versions = _versions(node, target)
+    versions = _versions(node, target, path)
 
     def restore() -> Tree:
         loaded = _StateDict(restore_all(restores), versions)
-        # Parameters are already read in place; this also calls hooks, and copies what is not a
+        # Parameters are read in place before; this also calls hooks, and copies what is not a
         # parameter.
-        target.load_state_dict(loaded, strict=len(loaded) == len(state))
+        is_complete = len(loaded) == len(state)
+        update = Update(target, lambda: target.load_state_dict(loaded, strict=is_complete))
+        decoder.module_updates.append(update)
         return target
 
     return restore
@@ -121,15 +124,23 @@ def _is_misshapen(node: Node, name: str, entry: Tree, path: str, decoder: Decode
     return True
 
 
-def _versions(node: Node, target: WrappedModel | nn.Module) -> Mapping[str, Mapping[str, int]]:
+def _versions(
+    node: Node, target: WrappedModel | nn.Module, path: str
+) -> Mapping[str, Mapping[str, int]]:
     """Return the versions of the target's modules when they were saved, by their own names."""
     stored: dict[str, int] = {}
     for name, version in node.get("versions", {}).items():
         stored[user_name(name)] = version
     metadata = OrderedDict[str, dict[str, int]]()
-    for name, _ in _user_module(target).named_modules(remove_duplicate=False):
-        if user_name(name) in stored:
-            metadata[name] = {"version": stored[user_name(name)]}
+    for name, module in _user_module(target).named_modules(remove_duplicate=False):
+        version = stored.get(user_name(name))
+        if version is None:
+            continue
+        # A module compares it with its own, which must not raise when others are loaded already.
+        if not isinstance(version, type(getattr(module, "_version", version))):
+            got = f"the version {version!r} in the checkpoint, {module._version!r} in the model"
+            raise mismatch(child_name(path, name), got)
+        metadata[name] = {"version": version}
     return metadata
 
 
@@ -183,7 +194,7 @@ def _decode_entry(node: Node, entry: Tree, path: str, decoder: Decoder) -> Resto
     entry = entry.detach()
     if entry.is_conj() or entry.is_neg():  # a lazy result has no memory
         return decoder.decode(node, entry, path)
-    decoder.read_into(path, stored_view(entry))  # no second copy of the parameter
+    decoder.read_into_module(path, stored_view(entry))  # no second copy of the parameter
     return lambda: entry
 
 
@@ -291,7 +302,8 @@ def _decode_stateful(node: Node, target: Tree, path: str, decoder: Decoder) -> R
     restore_state = decoder.decode(node["v"], None, path)
 
     def restore() -> Tree:
-        target.load_state_dict(restore_state())
+        state = restore_state()
+        decoder.updates.append(Update(target, lambda: target.load_state_dict(state)))
         return target
 
     return restore

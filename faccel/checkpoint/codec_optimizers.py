@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore, mismatch, restore_all
+from faccel.checkpoint.codec import (
+    Codec,
+    Decoder,
+    Encoder,
+    Node,
+    Restore,
+    Update,
+    mismatch,
+    restore_all,
+)
 from faccel.checkpoint.codec_modules import name_difference
 from faccel.checkpoint.codec_values import mapping_nodes
 from faccel.checkpoint.tensor_names import child_name, optimizer_parameter_names, user_path
@@ -71,7 +80,7 @@ def _decode_optimizer(node: Node, target: Tree, path: str, decoder: Decoder) -> 
         current: dict[int, Tree] = target.state_dict()["state"]
         state = restore_state() | {index: current[index] for index in kept & current.keys()}
         state_dict = {"state": state, "param_groups": packed} | restore_extras()
-        _load_exactly(target, state_dict)
+        decoder.updates.append(Update(target, lambda: _load_exactly(target, state_dict)))
         return target
 
     return restore

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 import zlib
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 
-from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore
+from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore, mismatch
 from faccel.checkpoint.tensor_names import child_name
 from faccel.errors import CheckpointError
 from faccel.random.generators import Generators
@@ -43,6 +44,7 @@ def _decode_rng_state(node: Node, target: Tree, path: str, decoder: Decoder) -> 
 
     def restore() -> RngState:
         state = _from_tensors(tensors)
+        _check_state(state, path)
         if rank == saved_rank:
             return state
         return _derive(state, rank)
@@ -93,6 +95,16 @@ def _from_tensors(tensors: Mapping[str, torch.Tensor]) -> RngState:
         python=(python_version, tuple(python_words), python_gauss),
         device=tensors.get("device"),
     )
+
+
+def _check_state(state: RngState, path: str) -> None:
+    """Raise unless generators accept a state: `set_rng_state` could not undo a failure."""
+    try:
+        torch.Generator().set_state(state.torch)
+        random.Random().setstate(state.python)
+        np.random.RandomState().set_state(state.numpy)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise mismatch(path, f"an invalid random state ({error})", "load it without") from error
 
 
 def _derive(state: RngState, rank: int) -> RngState:

@@ -17,6 +17,7 @@ from faccel.checkpoint.codec import (
 )
 from faccel.checkpoint.tensor_names import child_name
 from faccel.checkpoint.tensor_views import (
+    DTYPES,
     check_storable,
     empty_in_layout,
     has_inner_tensors,
@@ -73,8 +74,8 @@ def decode_spec(node: Node, path: str, decoder: Decoder) -> StoredTensor:
     if node["!"] == "complex":
         return StoredTensor(stored.shape[:-1], stored.dtype.to_complex())
     if node["!"] == "bits":
-        dtype = getattr(torch, node["dtype"], None)
-        if not isinstance(dtype, torch.dtype) or dtype.itemsize != 1:
+        dtype = DTYPES.get(node["dtype"])
+        if dtype is None or dtype.itemsize != 1:
             raise mismatch(path, f"the unknown dtype `{node['dtype']}`", "update torch")
         return StoredTensor(stored.shape, dtype)
     return stored

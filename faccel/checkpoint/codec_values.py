@@ -24,6 +24,8 @@ from faccel.checkpoint.codec import (
 )
 from faccel.checkpoint.codec_modules import is_stateful
 from faccel.checkpoint.tensor_names import child_name, item_name
+from faccel.checkpoint.tensor_views import DTYPES
+from faccel.checks import shown
 from faccel.data.order import Cursor
 from faccel.errors import CheckpointError, nearest
 from faccel.training.precision import ScalerState
@@ -128,9 +130,9 @@ def _encode_dtype(value: torch.dtype, path: str, encoder: Encoder) -> Node:
 
 
 def _decode_dtype(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
-    dtype = getattr(torch, node["v"], None)
-    if not isinstance(dtype, torch.dtype):  # the manifest must not name other attributes of torch
-        raise mismatch(path, f"the unknown dtype `{node['v']}`", "update torch")
+    dtype = DTYPES.get(node["v"])
+    if dtype is None:
+        raise mismatch(path, f"the unknown dtype `{node['v'][:80]}`", "update torch")
     return lambda: dtype
 
 
@@ -146,7 +148,11 @@ def _encode_device(value: torch.device, path: str, encoder: Encoder) -> Node:
 
 
 def _decode_device(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
-    return lambda: torch.device(node["v"])
+    try:
+        device = torch.device(node["v"])
+    except RuntimeError:
+        raise mismatch(path, f"the unknown device `{node['v'][:80]}`", "update torch") from None
+    return lambda: device
 
 
 DEVICE = Codec(("device",), _is_device, _encode_device, _decode_device)
@@ -337,13 +343,20 @@ def _encode_record(value: object, path: str, encoder: Encoder) -> Node:
 
 
 def _decode_record(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
-    cls = _FACCEL_RECORDS[node["class"]] if node.get("own") else type(target)
+    cls = type(target)
+    if node.get("own"):
+        cls = _FACCEL_RECORDS.get(node["class"])
+        if cls is None:
+            got = f"a record of the unknown class `{node['class'][:80]}`"
+            raise mismatch(path, got, "update faccel")
     targets = field_values(target) or {}
     restores: dict[str, Restore] = {}
     for field, child in node["v"].items():
         restores[field] = decoder.decode(child, targets.get(field), child_name(path, field))
+    if node.get("own"):
+        return lambda: _build_faccel_record(cls, restores, path)
     if cls.__name__ == node["class"]:
-        return lambda: _build_record(cls, restores)
+        return lambda: _build_record(cls, restore_all(restores))
     if node.get("tuple"):  # without its class, a named tuple becomes an equal tuple
         return lambda: tuple(restore_all(restores).values())
     raise mismatch(
@@ -353,8 +366,25 @@ def _decode_record(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
     )
 
 
-def _build_record(cls: type, restores: Mapping[str, Restore]) -> object:
-    arguments = restore_all(restores)
+def _build_faccel_record(cls: type, restores: Mapping[str, Restore], path: str) -> object:
+    """Return a record of faccel, after a check of the types of its fields."""
+    defaults: dict[str, object] = {}
+    for field in attrs.fields(cls):
+        defaults[field.name] = field.default
+    values = restore_all(restores)
+    for name, value in values.items():
+        default = defaults.get(name)
+        expected = (type(default),)
+        if isinstance(default, float):
+            expected = (int, float)
+        # a default of None may stand for any value
+        is_valid = default is None or type(value) in expected
+        if name not in defaults or not is_valid:
+            raise mismatch(child_name(path, name), f"{shown(value)}, in a {cls.__name__}")
+    return _build_record(cls, values)
+
+
+def _build_record(cls: type, arguments: dict[str, Tree]) -> object:
     if attrs.has(cls):  # it strips leading underscores from the names of arguments
         for field in attrs.fields(cls):
             if field.name in arguments:

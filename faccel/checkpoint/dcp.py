@@ -53,7 +53,8 @@ def planned_slices(plan: SavePlan, planner: DefaultSavePlanner) -> list[Slice]:
         offsets: Sequence[int] | None = item.index.offset
         if offsets is None:  # a replicated tensor is one slice
             offsets = [0] * tensor.ndim
-        slices.append(Slice(item.index.fqn, tensor, offsets))
+        assert item.tensor_data is not None
+        slices.append(Slice(item.index.fqn, tensor, offsets, item.tensor_data.size))
     return slices
 
 

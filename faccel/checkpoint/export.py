@@ -202,7 +202,9 @@ class _ExportWriter:
         name = WEIGHTS_FILE
         if self._num_shards > 1:
             name = f"model-{index + 1:05d}-of-{self._num_shards:05d}.safetensors"
-        slices = [Slice(key, tensor, [0] * tensor.ndim) for key, tensor in tensors.items()]
+        slices: list[Slice] = []
+        for key, tensor in tensors.items():
+            slices.append(Slice(key, tensor, [0] * tensor.ndim, tensor.shape))
         # transformers requires the format; safetensors' `load_model` reads the other names of tied
         # tensors
         metadata = {"format": "pt", **self._ties}

@@ -18,6 +18,11 @@ from faccel.errors import CheckpointError
 _CHUNK_BYTES = (
     1 << 22
 )  # small enough that a chunk is still in the cache when it is written after hashing
+# Keys in the metadata of a header. PyTorch's HuggingFaceStorageReader looks for the first two, to
+# put shards together. The third one shows that the last shard is missing, which they do not.
+SHARDING = "DCP_SHARDING_INFO"
+SAVED_OFFSETS = "saved_offsets"
+FULL_SHAPE = "full_shape"
 # The names in the header, https://github.com/huggingface/safetensors#format. There is none for
 # complex128, which the codec of tensors stores as pairs of float64.
 SAFETENSORS_DTYPES = {
@@ -63,11 +68,13 @@ class Slice:
         key: Name of the tensor.
         tensor: `T[...]`, the block, on any device.
         offsets: Index of its first element in the full tensor.
+        full_shape: Of the full tensor.
     """
 
     key: str
     tensor: torch.Tensor
     offsets: Sequence[int]
+    full_shape: Sequence[int]
 
 
 def _byte_chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
@@ -101,14 +108,12 @@ def _header(slices: Sequence[Slice], metadata: Mapping[str, str] | None) -> byte
             "shape": list(piece.tensor.shape),
             "data_offsets": [start, end],
         }
-        sharding[piece.key] = {"saved_offsets": list(piece.offsets)}
-    if metadata is None:
-        # The keys that PyTorch's HuggingFaceStorageReader looks for, to put shards together.
-        metadata = {
-            "format": "pt",
-            "DCP_SHARDING_INFO": json.dumps(sharding),
-            "DCP_VERSION": "1.0",
+        sharding[piece.key] = {
+            SAVED_OFFSETS: list(piece.offsets),
+            FULL_SHAPE: list(piece.full_shape),
         }
+    if metadata is None:
+        metadata = {"format": "pt", SHARDING: json.dumps(sharding), "DCP_VERSION": "1.0"}
     header["__metadata__"] = dict(metadata)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data after the header is aligned to 8 bytes
@@ -245,7 +250,8 @@ class DirectoryLock:
     """
 
     def __init__(self, directory: str) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        # O_NOFOLLOW: a link would create a file outside of the directory.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._fd: int | None = os.open(os.path.join(directory, ".lock"), flags, 0o644)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
-
-import torch
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
 from faccel.checkpoint.arguments import folder_argument, path_argument
 from faccel.checkpoint.background import wait_for_pending_saves
+from faccel.checkpoint.codec import Decoder, Update
 from faccel.checkpoint.codecs import decoder_for
 from faccel.checkpoint.dcp import Reader
-from faccel.checkpoint.manifest import Checkpoint, check_hash, checkpoints, read_manifest
+from faccel.checkpoint.manifest import (
+    Checkpoint,
+    check_format,
+    check_hash,
+    checkpoints,
+    newest_committed,
+    read_manifest,
+)
 from faccel.checkpoint.partial import LoadReport, Renamed, dotted
 from faccel.checkpoint.rank_calls import on_all_ranks, on_rank_0
+from faccel.checkpoint.snapshot import Snapshot
+from faccel.checkpoint.verification import content_problem
 from faccel.checkpoint.verified import VerifiedFolders
 from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
@@ -31,6 +40,9 @@ def latest(path: str | os.PathLike[str], ctx: DistContext) -> Checkpoint | None:
     Effects: ambient, collective. The result is equal on every rank. Rank 0 reads manifests and
     sizes of files; `load` compares hashes too.
 
+    Raises:
+        CheckpointError: A newer one was written by a newer version of faccel, or `path` is a file.
+
     Examples:
         >>> from faccel.testing import fake_context
         >>> latest("missing/directory", fake_context(0, 1)) is None
@@ -40,10 +52,8 @@ def latest(path: str | os.PathLike[str], ctx: DistContext) -> Checkpoint | None:
     directory = folder_argument(path)
     ctx.comm.begin_call("latest")
     wait_for_pending_saves(ctx)
-    for checkpoint in _list(directory, ctx):
-        if checkpoint.problem is None:
-            return checkpoint
-    return None
+    # Rank 0's list is on every rank, so all raise for a checkpoint of a newer version.
+    return newest_committed(_list(directory, ctx))
 
 
 def _list(path: str, ctx: DistContext) -> list[Checkpoint]:
@@ -86,9 +96,10 @@ def load(
         rank.
 
     Raises:
-        CheckpointError: There is no checkpoint, the one of `step` is corrupt, all are, or it does
-            not fit `state`; on every rank. The state is unchanged. Only a failure of the disk after
-            the verification, or of a `load_state_dict`, leaves a state that is loaded in part.
+        CheckpointError: There is no checkpoint, the one of `step` is corrupt, all are, a newer
+            version of faccel has written it, or it does not fit `state`; on every rank. The state
+            is unchanged. Only a failure of the disk after the verification, or of a model's
+            `load_state_dict`, leaves models that are loaded in part.
         ConfigError: `state` and `path` are swapped, or a name in `rename` is not in the checkpoint.
 
     Examples:
@@ -116,6 +127,7 @@ def load(
     problems: list[str] = []
     for checkpoint in candidates:
         # `problem` is rank 0's and `_verify` is collective: all ranks take the same branch
+        check_format(checkpoint)
         problem = checkpoint.problem or _verify(checkpoint, ctx)
         VerifiedFolders.of(ctx).record(checkpoint.path, is_valid=problem is None)
         if problem is None:
@@ -154,32 +166,42 @@ def _all_corrupt(directory: str, step: int | None, problems: list[str]) -> Check
 def _verify(checkpoint: Checkpoint, ctx: DistContext) -> str | None:
     """Compare the hash of every file on one rank; return the first problem, equal on every rank."""
 
-    def problems_on_this_rank() -> list[str]:
+    def problems_on_this_rank() -> list[str | None]:
         manifest = read_manifest(checkpoint.path)
-        problems: list[str] = []
         # Files are distributed over the ranks, so that each byte is hashed once.
-        for entry in manifest.files[ctx.rank :: ctx.world_size]:
-            problem = check_hash(checkpoint.path, entry)
-            if problem is not None:
-                problems.append(problem)
+        entries = manifest.files[ctx.rank :: ctx.world_size]
+        problems = [check_hash(checkpoint.path, entry) for entry in entries]
+        if ctx.is_main:
+            problems.append(content_problem(checkpoint.path, manifest))
         return problems
 
     try:
         by_rank = on_all_ranks(problems_on_this_rank, ctx, "verify")
     except CheckpointError as error:  # the folder is not readable on a rank
         return error.got
-    for problems in by_rank:
-        if problems:
-            return problems[0]
+    # Rank 0's last, because a wrong hash is the cause of wrong content.
+    for problem in [*chain.from_iterable(by_rank[1:]), *by_rank[0]]:
+        if problem is not None:
+            return problem
     return None
 
 
 def _load_verified(load_plan: _LoadPlan, ctx: DistContext) -> Tree:
-    # Three phases: no rank changes its state before all ranks have a plan.
+    # No rank changes its state before all ranks have built all values. Models are changed last:
+    # their parameters are read in place, which needs no second copy, and has no way back.
     reports = on_all_ranks(load_plan.make, ctx, "fit the checkpoint to the state")
-    in_part = "the checkpoint to the end, so the state is loaded in part"
-    on_all_ranks(load_plan.read, ctx, f"read {in_part}")
-    on_all_ranks(load_plan.restore, ctx, f"load {in_part}")
+    on_all_ranks(load_plan.build, ctx, "read the values of the checkpoint")
+    snapshot = Snapshot(update.target for update in load_plan.updates)
+    try:
+        on_all_ranks(load_plan.update_objects, ctx, "load the checkpoint into an object")
+        on_all_ranks(
+            load_plan.update_modules,
+            ctx,
+            "load the checkpoint to the end, so models are loaded in part",
+        )
+    except BaseException:  # Ctrl-C, too
+        snapshot.restore()
+        raise
     if load_plan.strict:
         return load_plan.result
     return load_plan.result, LoadReport.of_ranks(reports)
@@ -203,9 +225,15 @@ class _LoadPlan:
         self._ctx = ctx
         self._rename = rename or {}
         self._reader: Reader | None = None
-        self._destinations: Mapping[str, torch.Tensor] = {}
+        self._decoder: Decoder | None = None
         self._restore: Callable[[], Tree] | None = None
         self.result: Tree = None
+
+    @property
+    def updates(self) -> Sequence[Update]:
+        """The changes of objects that are no models; known after `build`."""
+        assert self._decoder is not None
+        return self._decoder.updates
 
     def make(self) -> LoadReport:
         manifest = read_manifest(self._checkpoint.path)
@@ -221,17 +249,28 @@ class _LoadPlan:
         )
         decoder.current_names = renamed.current_names
         self._restore = decoder.decode(renamed.node, self._state)
-        self._reader, self._destinations = reader, decoder.destinations
+        self._reader, self._decoder = reader, decoder
         return LoadReport(
             tuple(map(dotted, decoder.missing)),
             tuple(map(dotted, decoder.unexpected)),
             tuple(map(dotted, decoder.mismatched)),
         )
 
-    def read(self) -> None:
-        assert self._reader is not None
-        self._reader.read(self._destinations)
-
-    def restore(self) -> None:
+    def build(self) -> None:
+        """Read the tensors of values, and build all values. Changes nothing in the state."""
+        assert self._reader is not None and self._decoder is not None
         assert self._restore is not None
+        self._reader.read(self._decoder.destinations)
         self.result = self._restore()
+
+    def update_objects(self) -> None:
+        """Update optimizers and other objects, except models."""
+        for update in self.updates:
+            update.apply()
+
+    def update_modules(self) -> None:
+        """Read the tensors of models in place, and update the models."""
+        assert self._reader is not None and self._decoder is not None
+        self._reader.read(self._decoder.module_destinations)
+        for update in self._decoder.module_updates:
+            update.apply()

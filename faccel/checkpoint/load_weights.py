@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -12,12 +15,15 @@ from faccel.checkpoint.arguments import path_argument
 from faccel.checkpoint.codec_modules import first_names
 from faccel.checkpoint.dcp import Reader
 from faccel.checkpoint.export import INDEX_FILE, WEIGHTS_FILE, Weights, user_module
+from faccel.checkpoint.headers import check_slices, read_slices
 from faccel.checkpoint.rank_calls import on_all_ranks
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import CheckpointError
 from faccel.training.model import WrappedModel
 from faccel.training.module_names import original_names, with_user_names
+
+_FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 @effectful(AMBIENT, COLLECTIVE, updates("model"))
@@ -64,6 +70,7 @@ def load_model(
 
     def plan() -> None:
         folder, files = _files_with_weights(absolute)
+        _check_complete(folder, files)
         readers.append(Reader(folder, files))
         destinations.update(_destinations(weights, readers[0]))
 
@@ -102,6 +109,17 @@ def _destinations(weights: Weights, reader: Reader) -> dict[str, torch.Tensor]:
     return {file_names[name]: tensor for name, tensor in destinations.items()}
 
 
+def _check_complete(folder: str, files: Sequence[str]) -> None:
+    try:
+        check_slices(read_slices(folder, files))
+    except ValueError as error:
+        raise CheckpointError(
+            "the weights are incomplete or corrupt",
+            got=str(error),
+            fix="export or download them again",
+        ) from None
+
+
 def _check_empty(names: set[str], problem: str) -> None:
     if names:
         raise CheckpointError(
@@ -117,6 +135,7 @@ def _files_with_weights(path: str) -> tuple[str, list[str]]:
         return os.path.dirname(path), [os.path.basename(path)]
     index = os.path.join(path, INDEX_FILE)
     if os.path.exists(index):
+<<<<<<< HEAD
         with open(index, encoding="utf-8") as file:
             names = sorted(set(json.load(file).get("weight_map", {}).values()))
         # a name with a directory, such as `../secret`, would read outside the folder
@@ -125,6 +144,9 @@ def _files_with_weights(path: str) -> tuple[str, list[str]]:
                 "the index names no files of its directory", got=f"`{index}`", fix="export it again"
             )
         return path, names
+=======
+        return path, _names_in_index(index)
+>>>>>>> a8a266e (Checkpoint folders of any origin: every field, hash and slice is checked, a failed load changes nothing, foreign folders are left alone)
     if os.path.exists(os.path.join(path, WEIGHTS_FILE)):
         return path, [WEIGHTS_FILE]
     raise CheckpointError(
@@ -132,3 +154,19 @@ def _files_with_weights(path: str) -> tuple[str, list[str]]:
         got=f"neither `{WEIGHTS_FILE}` nor `{INDEX_FILE}`",
         fix="pass the directory that `export_model` has written",
     )
+
+
+def _names_in_index(index: str) -> list[str]:
+    """Return the names of the files in an index of Hugging Face."""
+    names: set[str] = set()
+    with (
+        suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError),
+        open(index) as file,
+    ):
+        names = set(json.load(file)["weight_map"].values())
+    # A name with a directory, such as `../secret`, would read outside the folder.
+    if not names or not all(isinstance(name, str) and _FILE_NAME.fullmatch(name) for name in names):
+        raise CheckpointError(
+            "the index names no files of its directory", got=f"`{index}`", fix="export it again"
+        )
+    return sorted(names)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -14,14 +15,23 @@ import xxhash
 from faccel.checkpoint.arguments import folder_argument
 from faccel.checkpoint.codec import Node
 from faccel.checkpoint.files import FileEntry, hash_file
+from faccel.checkpoint.node_checks import is_json
 from faccel.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-step-"
 _VERSION = 1  # of the format; a change needs a new number and a reader of the old format
+_FIRST_WORDS = b"faccel checkpoint "
+_MAX_BYTES = 1 << 30  # of a manifest; it is read into memory at once
 # `step-000000100`, or `step-000000100-1` if a corrupt checkpoint has the first name.
 _FOLDER_NAME = re.compile(r"step-(\d{9,})(?:-(\d+))?")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_SHARD_NAME = re.compile(r"shard.*\.safetensors")
+_HASH = re.compile(r"[0-9a-f]{32}")
+
+
+class NewerFormatError(ValueError):
+    """A manifest is of a later version of the format: it is valid, but cannot be read."""
 
 
 @attrs.frozen
@@ -36,6 +46,8 @@ class Checkpoint:
         created_s: When it was saved, in seconds since 1970.
         metadata: The `metadata` argument of `save`.
         problem: Why it cannot be loaded; None for a committed one. Only `load` compares hashes.
+        is_newer_format: Whether a newer version of faccel has written it. Then it is valid, `load`
+            and `latest` raise instead of returning an older one, and `save` never deletes it.
     """
 
     path: str
@@ -45,6 +57,7 @@ class Checkpoint:
     created_s: float = 0.0
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
     problem: str | None = None
+    is_newer_format: bool = False
 
 
 @attrs.frozen
@@ -78,36 +91,108 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return a first line with version and hash, and a second line of JSON."""
+        fields = attrs.asdict(self, recurse=False)  # recursion would need a call per level
+        fields["files"] = [attrs.asdict(entry) for entry in self.files]
         # `allow_nan=False`: NaN is no JSON, and the codec of floats stores it as a string
-        text = json.dumps(attrs.asdict(self), separators=(",", ":"), allow_nan=False)
+        text = json.dumps(fields, separators=(",", ":"), allow_nan=False)
         body = text.encode() + b"\n"
         digest = xxhash.xxh3_128(body).hexdigest()
-        return f"faccel checkpoint {_VERSION} {digest}\n".encode() + body
+        return _FIRST_WORDS + f"{_VERSION} {digest}\n".encode() + body
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
         """Read what `to_bytes` returned.
 
+        Only `check_nodes` looks into the nodes of the state.
+
         Raises:
-            ValueError: It is not a manifest, or its bytes have changed.
+            NewerFormatError: It was written by a later version of faccel.
+            ValueError: It is not a manifest, its bytes have changed, or a field is invalid.
         """
         first_line, _, body = data.partition(b"\n")
         words = first_line.split(b" ")
-        if words[:2] != [b"faccel", b"checkpoint"] or len(words) != 4:
+        if not first_line.startswith(_FIRST_WORDS) or len(words) != 4:
             raise ValueError("the manifest is not faccel's")
         version, digest = words[2:]
         # The hash first: a flipped bit in the version must not be reported as another version.
         if digest != xxhash.xxh3_128(body).hexdigest().encode():
             raise ValueError("the manifest is corrupt: its hash differs")
         if version != str(_VERSION).encode():
-            text = version.decode(errors="replace")
-            raise ValueError(f"version {text} of the format, this faccel reads {_VERSION}")
-        fields = json.loads(body)
-        files = tuple(FileEntry(**entry) for entry in fields.pop("files"))
-        for file in files:  # a name such as `../x` would read outside the folder
-            if not _FILE_NAME.fullmatch(file.name):
-                raise ValueError("the manifest names a file outside its folder")
-        return cls(files=files, **fields)
+            text = version[:20].decode(errors="replace")
+            message = f"version {text} of the format, this faccel reads {_VERSION}"
+            if text.isdecimal() and int(text) > _VERSION:
+                raise NewerFormatError(message)
+            raise ValueError(message)
+        try:
+            fields = json.loads(
+                body, parse_constant=_refuse_constant, object_pairs_hook=_unique_fields
+            )
+        except RecursionError:
+            raise ValueError("the manifest is nested too deeply") from None
+        return cls._of_fields(fields)
+
+    @classmethod
+    def _of_fields(cls, fields: object) -> Manifest:
+        """Return the record of JSON fields, after a check of each of them."""
+        # The hash was valid, so another version or another program has written other fields.
+        if not isinstance(fields, dict) or fields.keys() != _FIELDS.keys():
+            raise ValueError(f"the fields of the manifest are not {', '.join(_FIELDS)}")
+        for name, is_valid in _FIELDS.items():
+            if not is_valid(fields[name]):
+                raise ValueError(f"the field `{name}` of the manifest is invalid")
+        files = list(map(_file_entry, fields["files"]))
+        if len({entry.name for entry in files}) != len(files):
+            raise ValueError("the manifest names a file twice")
+        return cls(**{**fields, "files": tuple(files)})
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"the manifest contains {text}, which is no JSON")
+
+
+def _unique_fields(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("the manifest has two fields of one name")
+    return fields
+
+
+def _is_int(value: object, at_least: int) -> bool:
+    return type(value) is int and value >= at_least  # a bool is an int in Python
+
+
+def _is_time(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) < 1e18  # JSON has infinite numbers, such as 1e999
+
+
+def _is_mesh(value: object) -> bool:
+    return isinstance(value, dict) and all(_is_int(extent, 1) for extent in value.values())
+
+
+_FIELDS = {
+    "step": lambda value: _is_int(value, 0),
+    "world_size": lambda value: _is_int(value, 1),
+    "mesh": _is_mesh,
+    "created_s": _is_time,
+    "metadata": lambda value: isinstance(value, dict) and is_json(value),
+    "files": lambda value: isinstance(value, list),
+    "state": lambda value: True,
+}
+"""Whether a value of each field of a manifest is valid."""
+
+
+def _file_entry(fields: object) -> FileEntry:
+    if not isinstance(fields, dict) or fields.keys() != {"name", "size", "xxh3"}:
+        raise ValueError("a file of the manifest has other fields than name, size and xxh3")
+    entry = FileEntry(**fields)
+    # A name such as `../x` would read outside the folder.
+    if not isinstance(entry.name, str) or not _FILE_NAME.fullmatch(entry.name):
+        raise ValueError("the manifest names a file outside its folder")
+    is_valid = _is_int(entry.size, 0) and isinstance(entry.xxh3, str)
+    if not is_valid or not _HASH.fullmatch(entry.xxh3):
+        raise ValueError(f"the manifest has an invalid size or hash of `{entry.name}`")
+    return entry
 
 
 def folder_name(step: int, attempt: int = 0) -> str:
@@ -131,16 +216,15 @@ def read_manifest(folder: str) -> Manifest:
     Effects: ambient.
 
     Raises:
-        ValueError: A file is missing, additional or of another size; the message names it.
+        NewerFormatError: It was written by a later version of faccel.
+        ValueError: The manifest is invalid, or a file is missing, additional or of another size;
+            the message names it.
     """
     try:
-        with open(os.path.join(folder, MANIFEST), "rb") as file:
-            manifest = Manifest.from_bytes(file.read())
+        data = _read_manifest_file(os.path.join(folder, MANIFEST))
     except OSError as error:
         raise ValueError(f"no manifest ({error.strerror})") from error
-    # The hash was valid, so a manifest with other fields was written by another version.
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"the manifest cannot be read: {error}") from error
+    manifest = Manifest.from_bytes(data)
     sizes = _file_sizes(folder)
     for entry in manifest.files:
         if entry.name not in sizes:
@@ -153,6 +237,47 @@ def read_manifest(folder: str) -> Manifest:
         if name.endswith(".safetensors"):
             raise ValueError(f"`{name}` does not belong to it")
     return manifest
+
+
+def _read_manifest_file(path: str, max_bytes: int = _MAX_BYTES) -> bytes:
+    """Return the first `max_bytes` of a manifest.
+
+    Raises:
+        ValueError: It is a link, a pipe, a device or too large.
+    """
+    # A link leads elsewhere; to open a pipe waits for its writer.
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("the manifest is not a file")
+        if status.st_size > _MAX_BYTES:
+            raise ValueError(f"the manifest has {status.st_size} bytes")
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(max_bytes)
+    finally:
+        os.close(fd)
+
+
+def is_written_by_faccel(folder: str) -> bool:
+    """Return whether a folder has a manifest that faccel has begun.
+
+    Effects: ambient. Only such folders are renamed or deleted.
+    """
+    try:
+        data = _read_manifest_file(os.path.join(folder, MANIFEST), len(_FIRST_WORDS))
+    except (OSError, ValueError):
+        return False
+    return data == _FIRST_WORDS
+
+
+def _has_files_of_checkpoint(folder: str) -> bool:
+    """Return whether a folder has a file that is named as those of a checkpoint."""
+    try:
+        names = os.listdir(folder)
+    except OSError:  # it may be a checkpoint: its problem is reported
+        return True
+    return MANIFEST in names or any(map(_SHARD_NAME.fullmatch, names))
 
 
 def _file_sizes(folder: str) -> dict[str, int]:
@@ -182,18 +307,6 @@ def check_hash(folder: str, entry: FileEntry) -> str | None:
     return None
 
 
-def first_corrupt_file(folder: str, manifest: Manifest) -> str | None:
-    """Compare the hashes of all files; return the first problem, None if all are valid.
-
-    Effects: ambient.
-    """
-    for entry in manifest.files:
-        problem = check_hash(folder, entry)
-        if problem is not None:
-            return problem
-    return None
-
-
 def checkpoints(path: str | os.PathLike[str]) -> list[Checkpoint]:
     """Return the checkpoints of a directory, newest first, with the problems of invalid ones.
 
@@ -205,7 +318,7 @@ def checkpoints(path: str | os.PathLike[str]) -> list[Checkpoint]:
     """
     path = folder_argument(path)
     try:
-        names = [entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
+        names = os.listdir(path)
     except FileNotFoundError:
         return []
     except NotADirectoryError:
@@ -214,24 +327,53 @@ def checkpoints(path: str | os.PathLike[str]) -> list[Checkpoint]:
             got=f"`{path}`, a file",
             fix="pass a directory, as in `path='runs/first'`",
         ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"`path` cannot be listed: {error.strerror}",
+            got=f"`{path}`",
+            fix="pass a directory that this user can read, as in `path='runs/first'`",
+        ) from None
     folders: list[tuple[int, int, str]] = []
     for name in names:
         match = _FOLDER_NAME.fullmatch(name)
-        if match is not None:
+        folder = os.path.join(path, name)
+        # A link to a folder is read as the folder. Another program may have used such a name.
+        if match is not None and os.path.isdir(folder) and _has_files_of_checkpoint(folder):
             folders.append((int(match[1]), int(match[2] or 0), name))
     folders.sort(reverse=True)  # by step, then by attempt
     return [_checkpoint_at(os.path.join(path, name), step) for step, _, name in folders]
 
 
-def newest_valid(path: str | os.PathLike[str]) -> Checkpoint | None:
-    """Return the newest checkpoint of a directory that has no problem; None if there is none.
+def newest_committed(existing: Sequence[Checkpoint]) -> Checkpoint | None:
+    """Return the first checkpoint without a problem; None if there is none.
 
-    Effects: ambient.
+    Effects: pure.
+
+    Raises:
+        CheckpointError: One before it was written by a newer version of faccel.
     """
-    for checkpoint in checkpoints(path):
+    for checkpoint in existing:
+        check_format(checkpoint)
         if checkpoint.problem is None:
             return checkpoint
     return None
+
+
+def check_format(checkpoint: Checkpoint) -> None:
+    """Raise if a checkpoint was written by a newer version of faccel.
+
+    Effects: pure.
+
+    Raises:
+        CheckpointError: It was. An older checkpoint in its place would lose progress silently.
+    """
+    if checkpoint.is_newer_format:
+        raise CheckpointError(
+            f"the checkpoint `{checkpoint.path}` was written by a newer version of faccel",
+            got=checkpoint.problem or "",
+            fix="run `pip install --upgrade faccel`, or use another directory; "
+            "`load(..., step=step)` loads an older checkpoint",
+        )
 
 
 def _checkpoint_at(folder: str, step: int) -> Checkpoint:
@@ -240,7 +382,8 @@ def _checkpoint_at(folder: str, step: int) -> Checkpoint:
         if manifest.step != step:  # a folder that was copied or renamed by hand
             raise ValueError(f"the manifest is of step {manifest.step}")
     except ValueError as error:
-        return Checkpoint(folder, step, problem=str(error))
+        is_newer = isinstance(error, NewerFormatError)
+        return Checkpoint(folder, step, problem=str(error), is_newer_format=is_newer)
     return checkpoint_of(folder, manifest)
 
 

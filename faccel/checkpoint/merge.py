@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 import torch
 
+from faccel.checkpoint.arguments import folder_argument
 from faccel.checkpoint.codec import Node, kind_of
 from faccel.checkpoint.codec_modules import first_names
 from faccel.checkpoint.codec_tensors import TENSOR
@@ -17,13 +18,17 @@ from faccel.checkpoint.dcp import Reader
 from faccel.checkpoint.export import parse_size, split_into_shards, write_export
 from faccel.checkpoint.manifest import (
     MANIFEST,
+    Checkpoint,
     Manifest,
-    first_corrupt_file,
-    newest_valid,
+    NewerFormatError,
+    check_format,
+    checkpoints,
+    newest_committed,
     read_manifest,
 )
 from faccel.checkpoint.tensor_names import child_name, item_name
-from faccel.checks import local_path
+from faccel.checkpoint.tensor_views import DTYPES
+from faccel.checkpoint.verification import first_problem
 from faccel.context import DistContext
 from faccel.errors import CheckpointError
 from faccel.training.module_names import user_name
@@ -56,7 +61,7 @@ def merge(
         CheckpointError: There is no such model, or the checkpoint is corrupt.
         ConfigError: `path` or `out` is not a local path.
     """
-    path, out = local_path("path", path), local_path("out", out)
+    path, out = folder_argument(path), folder_argument(out, "out")
     # An export deletes stale files of its directory, those of a checkpoint would be among them.
     if os.path.exists(os.path.join(out, MANIFEST)):
         raise CheckpointError(
@@ -65,11 +70,9 @@ def merge(
             fix="pass another output directory",
         )
     folder, manifest = _checkpoint_at(path)
-    problem = first_corrupt_file(folder, manifest)
+    problem = first_problem(folder)
     if problem is not None:
-        raise CheckpointError(
-            f"the checkpoint `{folder}` is corrupt", got=problem, fix="merge another one"
-        )
+        raise _corrupt(folder, problem)
     reader = Reader(folder, manifest.file_names)
     weights = _weights(manifest.state, name)
     stored = reader.stored()
@@ -95,8 +98,12 @@ def _checkpoint_at(path: str) -> tuple[str, Manifest]:
     """Return a checkpoint's folder and manifest: of `path` itself, or of the newest one in it."""
     try:  # `path` is a checkpoint
         return path, read_manifest(path)
-    except ValueError:
-        newest = newest_valid(path)
+    except NewerFormatError as error:
+        check_format(Checkpoint(path, 0, problem=str(error), is_newer_format=True))
+    except ValueError as error:
+        if os.path.lexists(os.path.join(path, MANIFEST)):
+            raise _corrupt(path, str(error)) from None
+    newest = newest_committed(checkpoints(path))
     if newest is None:
         raise CheckpointError(
             f"`{path}` does not contain a checkpoint",
@@ -104,6 +111,12 @@ def _checkpoint_at(path: str) -> tuple[str, Manifest]:
             fix="pass a checkpoint, or the `path` that was passed to `faccel.save`",
         )
     return newest.path, read_manifest(newest.path)
+
+
+def _corrupt(folder: str, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint `{folder}` is corrupt", got=problem, fix="merge another one"
+    )
 
 
 @attrs.frozen
@@ -119,7 +132,7 @@ class _Weight:
         if kind == "complex":
             return torch.view_as_complex(tensor)
         if kind == "bits":
-            return tensor.view(getattr(torch, self.node["dtype"]))
+            return tensor.view(DTYPES[self.node["dtype"]])
         return tensor
 
 

@@ -57,7 +57,7 @@ def save(
         trained_only: Whether to leave out frozen parameters, such as the base model of a LoRA
             adapter. `load` does not change them, so build the model with them first.
         metadata: Numbers and strings for policies and for you, as in `{"accuracy": 0.97}`; stored
-            in `Checkpoint`.
+            in `Checkpoint`. Rank 0's is stored. It must be a JSON object on every rank.
 
     Returns:
         The checkpoint, equal on every rank. With `background`, its `problem` is "still being
@@ -65,7 +65,7 @@ def save(
 
     Raises:
         CheckpointError: `step` is not above the newest, another run is writing, the disk is full,
-            ...; on every rank. Older checkpoints are unchanged.
+            `load` could not read the state, ...; on every rank. Older checkpoints are unchanged.
         ConfigError: `state` and `path` are swapped, or an argument is invalid.
 
     Examples:
@@ -83,18 +83,18 @@ def save(
     # Never two saves at once: the second one could be committed before the first one.
     wait_for_pending_saves(ctx)
     request = SaveRequest(directory, step, overwrite, background, trained_only)
-    transaction = SaveTransaction(request, ctx)
+    transaction = SaveTransaction(request, ctx, metadata)
     is_thread_running = False
     try:
         transaction.plan(state)
         if background:
-            start_background_save(transaction, ctx, metadata, policy)
+            start_background_save(transaction, ctx, policy)
             is_thread_running = True
             final = transaction.destination.final
             return Checkpoint(final, step, ctx.world_size, problem="still being written")
         # Rank 0 gets the files of all ranks, for the manifest.
         files = chain.from_iterable(on_all_ranks(transaction.write, ctx, "write its shards"))
-        return on_rank_0(lambda: transaction.commit(files, metadata, policy), ctx, "commit")
+        return on_rank_0(lambda: transaction.commit(files, policy), ctx, "commit")
     finally:
         if not is_thread_running:  # else the thread closes it
             transaction.close()

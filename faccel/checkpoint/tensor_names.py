@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import quote
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -14,6 +15,9 @@ from faccel.training.model import WrappedModel
 from faccel.training.module_names import user_name
 from faccel.tree import Tree
 
+# A state is encoded, checked and restored by recursion, with about three calls per level. Python
+# allows 1000 calls, of which the program may use some.
+MAX_DEPTH = 100
 _SAFE_CHARACTERS = " .:,;@+=()[]-_"
 
 
@@ -26,11 +30,19 @@ def child_name(parent: str, key: object) -> str:
         >>> child_name("model", "layers.0.weight"), child_name("x", "a/b"), child_name("x", 1)
         ('model/layers.0.weight', 'x/a%2Fb', 'x/#1')
     """
-    # `#` marks a key that is not a string: 1 and "1" are different keys.
-    if isinstance(key, str):
-        name = quote(key, safe=_SAFE_CHARACTERS)
-    else:
-        name = f"#{quote(repr(key), safe=_SAFE_CHARACTERS)}"
+    if isinstance(key, np.generic):  # stored as the Python number that it equals
+        key = key.item()
+    prefix, text = "", key
+    if not isinstance(text, str):  # `#` marks it: 1 and "1" are different keys
+        prefix, text = "#", repr(key)
+    try:
+        name = prefix + quote(text, safe=_SAFE_CHARACTERS)
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"a key below `{parent or 'state'}` is no text that UTF-8 can encode",
+            got=ascii(key),
+            fix="use `os.fsencode(key).hex()` as the key",
+        ) from None
     if name in ("", "__metadata__"):  # safetensors reserves `__metadata__` in the header of a file
         name = f"%{name}"
     return _join(parent, name)
@@ -73,13 +85,13 @@ def named_children(state: Tree, path: str) -> Iterable[tuple[str, Tree]]:
     return ()
 
 
-def check_no_cycle(value: Tree, path: str, ancestors: Sequence[Tree]) -> None:
-    """Raise if a value is one of the values that contain it.
+def check_nesting(value: Tree, path: str, ancestors: Sequence[Tree]) -> None:
+    """Raise if a value is one of the values that contain it, or is nested too deeply.
 
     Effects: pure.
 
     Raises:
-        CheckpointError: It is, so that a traversal would not end.
+        CheckpointError: A traversal would not end, or `load` could not read it.
     """
     for ancestor in ancestors:
         # plain values may be one object several times, as `None` is
@@ -89,6 +101,12 @@ def check_no_cycle(value: Tree, path: str, ancestors: Sequence[Tree]) -> None:
                 got=f"a {type(value).__name__} that is inside of itself",
                 fix="leave it out, or store a copy of what it refers to",
             )
+    if len(ancestors) > MAX_DEPTH:
+        raise CheckpointError(
+            f"`{path[:80]}...` is nested too deeply",
+            got=f"more than {MAX_DEPTH} levels",
+            fix="store it as a flat list or dict",
+        )
 
 
 def parameter_names(state: Tree, path: str = "", ancestors: Sequence[Tree] = ()) -> dict[int, str]:
@@ -103,11 +121,11 @@ def parameter_names(state: Tree, path: str = "", ancestors: Sequence[Tree] = ())
         ancestors: The values that contain it.
 
     Raises:
-        CheckpointError: A container is inside of itself.
+        CheckpointError: A container is inside of itself, or nested too deeply.
     """
     names: dict[int, str] = {}
     if not isinstance(state, (WrappedModel, nn.Module)):
-        check_no_cycle(state, path, ancestors)
+        check_nesting(state, path, ancestors)
         for child_path, child in named_children(state, path):
             names |= parameter_names(child, child_path, (*ancestors, state))
         return names

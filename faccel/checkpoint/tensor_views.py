@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+# Looked up instead of `getattr(torch, name)`: that imports modules of torch by their names.
+DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+
 def check_storable(name: str, tensor: torch.Tensor) -> None:
     """Raise unless the elements of a tensor are in memory, dense, and complete on its ranks.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ import attrs
 import torch
 import xxhash
 
-from faccel.checkpoint.arguments import check_step
+from faccel.checkpoint.arguments import check_encodable, check_step, metadata_argument
 from faccel.checkpoint.codec import Node
 from faccel.checkpoint.codec_modules import first_names
 from faccel.checkpoint.codec_per_rank import key_paths
@@ -34,20 +33,22 @@ from faccel.checkpoint.files import (
     write_file,
     write_shards,
 )
+from faccel.checkpoint.folders import delete_folder, remove_left_overs, unused_folder
 from faccel.checkpoint.manifest import (
     MANIFEST,
     TEMPORARY_PREFIX,
     Checkpoint,
     Manifest,
+    check_format,
     checkpoint_of,
     checkpoints,
-    first_corrupt_file,
-    folder_name,
-    read_manifest,
+    is_written_by_faccel,
 )
 from faccel.checkpoint.merge_pipeline import merge_stages
+from faccel.checkpoint.node_checks import check_nodes
 from faccel.checkpoint.policy import KeepPolicy
 from faccel.checkpoint.rank_calls import on_all_ranks
+from faccel.checkpoint.verification import first_problem
 from faccel.checkpoint.verified import VerifiedFolders
 from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
@@ -114,10 +115,14 @@ class SaveTransaction:
     Args:
         request: What to save where.
         ctx: The world.
+        metadata: See `save`. Rank 0's is stored.
     """
 
-    def __init__(self, request: SaveRequest, ctx: DistContext) -> None:
+    def __init__(
+        self, request: SaveRequest, ctx: DistContext, metadata: Mapping[str, Any] | None = None
+    ) -> None:
         self.request = request
+        self._metadata = metadata
         self.rank = ctx.rank
         self.world_size = ctx.world_size
         self._ctx = ctx
@@ -164,8 +169,12 @@ class SaveTransaction:
 
     def _propose(self, state: Tree) -> _Proposal:
         check_step(self.request.step)
+        check_encodable(self.request.path)
+        # A copy: in the background, the commit comes after the user's next changes.
+        self._metadata = metadata_argument(self._metadata)
         encoder = encoder_for(state, self._ctx, trained_only=self.request.trained_only)
         self._node = encoder.encode(state)
+        _check_loadable(self._node)
         self._per_rank_lists = encoder.per_rank_lists
         self._planner, plan = local_save_plan(encoder.tensors, self.rank)
         if self._ctx.is_main:
@@ -219,19 +228,19 @@ class SaveTransaction:
         path, step = self.request.path, self.request.step
         make_directory(path)
         self._lock = DirectoryLock(path)
-        for entry in os.scandir(path):
-            if entry.name.startswith(TEMPORARY_PREFIX):
-                shutil.rmtree(entry.path, ignore_errors=True)
+        remove_left_overs(path)
         existing = checkpoints(path)
         # A run that resumed from an older checkpoint saves the steps of corrupt ones again.
         # Only those can hide the new one; hashing all checkpoints would be slow.
         at_or_above = [checkpoint for checkpoint in existing if checkpoint.step >= step]
+        for checkpoint in at_or_above:  # newest first
+            check_format(checkpoint)
         corrupt = [checkpoint.path for checkpoint in at_or_above if _is_corrupt(checkpoint)]
         if not self.request.overwrite:
             _check_newest(step, existing, corrupt)
         temporary = os.path.join(path, f"{TEMPORARY_PREFIX}{step}-{secrets.token_hex(4)}")
         os.mkdir(temporary)
-        final = _unused_folder(path, step)
+        final = unused_folder(path, step)
         return Destination(temporary, final, tuple(corrupt))
 
     def copy_to_host(self) -> None:
@@ -265,7 +274,6 @@ class SaveTransaction:
     def commit(
         self,
         files: Iterable[FileEntry],
-        metadata: Mapping[str, Any] | None,
         policy: KeepPolicy,
     ) -> Checkpoint:
         """Turn the temporary folder into a checkpoint, then delete older ones. On rank 0.
@@ -274,7 +282,6 @@ class SaveTransaction:
 
         Args:
             files: The files of all ranks.
-            metadata: See `save`.
             policy: Which checkpoints to keep.
         """
         manifest = Manifest(
@@ -282,7 +289,7 @@ class SaveTransaction:
             world_size=self.world_size,
             mesh=attrs.asdict(self._ctx.mesh.spec),
             created_s=time.time(),
-            metadata=dict(metadata or {}),
+            metadata=self._metadata or {},
             files=tuple(files),
             state=self._node,
         )
@@ -303,10 +310,10 @@ class SaveTransaction:
         sync_directory(path)
         self._verified.forget(final)
         try:
-            for folder in self.destination.corrupt:
+            for folder in filter(is_written_by_faccel, self.destination.corrupt):
                 os.rename(folder, f"{folder}.corrupt-{secrets.token_hex(4)}")
             for checkpoint in obsolete:
-                _delete(checkpoint.path)
+                delete_folder(checkpoint.path)
         except OSError as error:  # the checkpoint is committed, so `save` has succeeded
             _logger.warning("old checkpoints could not be deleted: %s", error)
         return new
@@ -345,7 +352,7 @@ class SaveTransaction:
         if self._destination is not None and os.path.exists(self._destination.temporary):
             with suppress(OSError):  # the disk may be gone, too
                 # Another rank may still be writing. It cannot create files in a renamed folder.
-                _delete(self._destination.temporary)
+                delete_folder(self._destination.temporary)
         self._lock.release()
 
 
@@ -377,22 +384,19 @@ def _check_newest(step: int, existing: Sequence[Checkpoint], corrupt: Sequence[s
         return
 
 
-def _unused_folder(path: str, step: int) -> str:
-    attempt = 0
-    while os.path.exists(os.path.join(path, folder_name(step, attempt))):
-        attempt += 1
-    return os.path.join(path, folder_name(step, attempt))
-
-
 def _is_corrupt(checkpoint: Checkpoint) -> bool:
     if checkpoint.problem is not None:
         return True
-    return first_corrupt_file(checkpoint.path, read_manifest(checkpoint.path)) is not None
+    return first_problem(checkpoint.path) is not None
 
 
-def _delete(folder: str) -> None:
-    """Delete a checkpoint; renaming it first makes that atomic."""
-    name = f"{TEMPORARY_PREFIX}old-{secrets.token_hex(4)}"
-    renamed = os.path.join(os.path.dirname(folder), name)
-    os.rename(folder, renamed)
-    shutil.rmtree(renamed, ignore_errors=True)
+def _check_loadable(node: Node) -> None:
+    """Raise if `load` would refuse a node."""
+    try:
+        check_nodes(node)
+    except ValueError as error:
+        raise CheckpointError(
+            "the state contains a value that `load` could not read",
+            got=str(error),
+            fix="leave it out, or store it as tensors, numbers and strings",
+        ) from None

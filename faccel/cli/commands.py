@@ -44,7 +44,7 @@ main.add_command(test)
 def checkpoints(directory: str, *, as_json: bool) -> None:
     """List the checkpoints in DIRECTORY and verify the hash of every file.
 
-    The exit code is 1 if a checkpoint is incomplete or corrupt.
+    The exit code is 1 if a checkpoint is incomplete, corrupt, or of a newer version of faccel.
     """
     from faccel.checkpoint.manifest import checkpoints as list_checkpoints
 
@@ -57,6 +57,8 @@ def checkpoints(directory: str, *, as_json: bool) -> None:
         if problem is not None:
             is_corrupt = True
             status = f"CORRUPT: {problem}"
+        if checkpoint.is_newer_format:  # it is valid
+            status = f"NEWER: {problem}"
         rows.append((f"step {checkpoint.step}", status, checkpoint.path))
         documents.append(
             {
@@ -76,18 +78,14 @@ def checkpoints(directory: str, *, as_json: bool) -> None:
 
 
 def _verify(checkpoint: Checkpoint) -> str | None:
-    """Return what is wrong with a checkpoint: its manifest, or the first file with another hash."""
-    from faccel.checkpoint.manifest import check_hash, read_manifest
+    """Return what is wrong with a checkpoint: its manifest, a hash, or the content of a file."""
+    from faccel.checkpoint.verification import first_problem
 
     if checkpoint.problem is not None:
         return checkpoint.problem
     # Hashes of all files, which `checkpoints` alone does not read: it takes as long as
     # reading the files.
-    for entry in read_manifest(checkpoint.path).files:
-        problem = check_hash(checkpoint.path, entry)
-        if problem is not None:
-            return problem
-    return None
+    return first_problem(checkpoint.path)
 
 
 @main.command()

@@ -544,9 +544,8 @@ def test_an_error_in_the_background_is_raised_by_the_next_call_on_every_rank(tmp
     def fn(ctx):
         faccel.save({"x": 1}, tmp_path, ctx, step=1, background=True)
         faccel.save({"x": torch.ones(3)}, tmp_path, ctx, step=2)
-        faccel.save(
-            {"x": torch.ones(3)}, tmp_path, ctx, step=3, background=True, metadata={"bad": object()}
-        )
+        broken = faccel.checkpoint.KeepPolicy(lambda existing: 1 / 0)
+        faccel.save({"x": torch.ones(3)}, tmp_path, ctx, step=3, background=True, keep=broken)
         with pytest.raises(CheckpointError, match="background"):
             faccel.save({"x": 4}, tmp_path, ctx, step=4)
         faccel.save({"x": 4}, tmp_path, ctx, step=4)
@@ -556,8 +555,9 @@ def test_an_error_in_the_background_is_raised_by_the_next_call_on_every_rank(tmp
 
 
 def test_an_error_in_the_background_is_raised_by_shutdown(tmp_path):
-    with pytest.raises(CheckpointError, match="TypeError"), faccel.init(env={}) as ctx:
-        faccel.save({"x": 1}, tmp_path, ctx, step=1, background=True, metadata={"bad": object()})
+    broken = faccel.checkpoint.KeepPolicy(lambda existing: 1 / 0)
+    with pytest.raises(CheckpointError, match="ZeroDivisionError"), faccel.init(env={}) as ctx:
+        faccel.save({"x": 1}, tmp_path, ctx, step=1, background=True, keep=broken)
 
 
 def test_a_warning_reports_each_corrupt_checkpoint_that_was_skipped(tmp_path, caplog):
