@@ -280,15 +280,11 @@ def local_path(
         faccel.errors.ConfigError: `path` must be a local path, not a URL. Got 'file:///data/run'.
         To fix: write `path="/data/run"`.
     """
-<<<<<<< HEAD
     instance_of(name, path, (str, os.PathLike), fix=f'write `{name}="runs"`', error=error)
-    text = os.fspath(path)
+    text = os.fsdecode(path)  # an entry of `os.scandir(b"...")` has a path of bytes
     if "\0" in text:
         fix = f"remove the null character from `{name}`"
         raise error(f"`{name}` has a null character", got=short_repr(text), fix=fix)
-=======
-    text = os.fsdecode(path)  # an entry of `os.scandir(b"...")` has a path of bytes
->>>>>>> a8a266e (Checkpoint folders of any origin: every field, hash and slice is checked, a failed load changes nothing, foreign folders are left alone)
     match = _URL.match(text)
     if match is None:
         return text

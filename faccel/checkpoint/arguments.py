@@ -62,9 +62,6 @@ def folder_argument(path: str | os.PathLike[str], name: str = "path") -> str:
 
 def _absolute(name: str, path: str | os.PathLike[str]) -> str:
     text = local_path(name, path)
-    if "\0" in text:  # the operating system would raise a ValueError
-        fix = f'remove it, as in `{name}="runs/first"`'
-        raise ConfigError(f"`{name}` contains a null character", got=short_repr(text), fix=fix)
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):  # else a folder of this name would be made here
         raise ConfigError(

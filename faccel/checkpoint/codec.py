@@ -16,7 +16,7 @@ import torch
 
 from faccel.checkpoint.tensor_names import check_nesting, parameter_names, parameters_by_name
 from faccel.context import DistContext
-from faccel.errors import CheckpointError
+from faccel.errors import CheckpointError, short_text
 from faccel.tree import Tree
 
 Node = Any
@@ -255,7 +255,9 @@ class Decoder:
             )
         codec = self._by_kind.get(kind)
         if codec is None:  # written by a newer version
-            raise mismatch(path, f"a value of the unknown kind `{kind[:80]}`", "update faccel")
+            raise mismatch(
+                path, f"a value of the unknown kind `{short_text(kind)}`", "update faccel"
+            )
         return codec.decode(node, target, path, self)
 
     def stored(self, path: str) -> StoredTensor:

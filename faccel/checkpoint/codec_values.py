@@ -27,7 +27,7 @@ from faccel.checkpoint.tensor_names import child_name, item_name
 from faccel.checkpoint.tensor_views import DTYPES
 from faccel.checks import shown
 from faccel.data.order import Cursor
-from faccel.errors import CheckpointError, nearest
+from faccel.errors import CheckpointError, nearest, short_text
 from faccel.training.precision import ScalerState
 from faccel.tree import Tree
 
@@ -132,7 +132,7 @@ def _encode_dtype(value: torch.dtype, path: str, encoder: Encoder) -> Node:
 def _decode_dtype(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
     dtype = DTYPES.get(node["v"])
     if dtype is None:
-        raise mismatch(path, f"the unknown dtype `{node['v'][:80]}`", "update torch")
+        raise mismatch(path, f"the unknown dtype `{short_text(node['v'])}`", "update torch")
     return lambda: dtype
 
 
@@ -151,7 +151,9 @@ def _decode_device(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
     try:
         device = torch.device(node["v"])
     except RuntimeError:
-        raise mismatch(path, f"the unknown device `{node['v'][:80]}`", "update torch") from None
+        raise mismatch(
+            path, f"the unknown device `{short_text(node['v'])}`", "update torch"
+        ) from None
     return lambda: device
 
 
@@ -347,7 +349,7 @@ def _decode_record(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
     if node.get("own"):
         cls = _FACCEL_RECORDS.get(node["class"])
         if cls is None:
-            got = f"a record of the unknown class `{node['class'][:80]}`"
+            got = f"a record of the unknown class `{short_text(node['class'])}`"
             raise mismatch(path, got, "update faccel")
     targets = field_values(target) or {}
     restores: dict[str, Restore] = {}

@@ -11,6 +11,7 @@ import attrs
 
 from faccel.checkpoint.coverage import Box, first_gap
 from faccel.checkpoint.files import FULL_SHAPE, SAVED_OFFSETS, SHARDING
+from faccel.errors import short_text
 
 
 @attrs.frozen
@@ -48,7 +49,7 @@ def read_slices(folder: str, names: Iterable[str]) -> list[StoredSlice]:
             slices += _slices_of_file(os.path.join(folder, name))
         # The parsers are other libraries', and the bytes may be anything.
         except Exception as error:
-            raise ValueError(f"`{name}` has an invalid header: {error}") from error
+            raise ValueError(f"`{name}` has an invalid header: {short_text(str(error))}") from error
     return slices
 
 
@@ -113,7 +114,7 @@ def check_slices(slices: Sequence[StoredSlice]) -> None:
     for key, pieces in by_key.items():
         problem = _problem(pieces)
         if problem is not None:
-            raise ValueError(f"the slices of `{key}` {problem}")
+            raise ValueError(f"the slices of `{short_text(key)}` {problem}")
 
 
 def _problem(pieces: Sequence[StoredSlice]) -> str | None:

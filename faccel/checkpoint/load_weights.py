@@ -135,18 +135,7 @@ def _files_with_weights(path: str) -> tuple[str, list[str]]:
         return os.path.dirname(path), [os.path.basename(path)]
     index = os.path.join(path, INDEX_FILE)
     if os.path.exists(index):
-<<<<<<< HEAD
-        with open(index, encoding="utf-8") as file:
-            names = sorted(set(json.load(file).get("weight_map", {}).values()))
-        # a name with a directory, such as `../secret`, would read outside the folder
-        if not names or any(os.path.basename(name) != name for name in names):
-            raise CheckpointError(
-                "the index names no files of its directory", got=f"`{index}`", fix="export it again"
-            )
-        return path, names
-=======
         return path, _names_in_index(index)
->>>>>>> a8a266e (Checkpoint folders of any origin: every field, hash and slice is checked, a failed load changes nothing, foreign folders are left alone)
     if os.path.exists(os.path.join(path, WEIGHTS_FILE)):
         return path, [WEIGHTS_FILE]
     raise CheckpointError(
@@ -161,7 +150,7 @@ def _names_in_index(index: str) -> list[str]:
     names: set[str] = set()
     with (
         suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError),
-        open(index) as file,
+        open(index, encoding="utf-8") as file,
     ):
         names = set(json.load(file)["weight_map"].values())
     # A name with a directory, such as `../secret`, would read outside the folder.

@@ -17,6 +17,7 @@ import attrs
 from faccel.checkpoint.codec import Node, kind_of
 from faccel.checkpoint.tensor_names import MAX_DEPTH, child_name, item_name
 from faccel.checks import shown
+from faccel.errors import short_text
 
 # The dtypes of numpy whose items are numbers, as `dtype.str` returns them.
 _ARRAY_DTYPE = re.compile(r"[<>|=][biufc]\d{1,2}")
@@ -67,7 +68,7 @@ def check_nodes(state: Node) -> set[str]:
     while pending:
         path, node, depth = pending.pop()
         if depth > MAX_DEPTH:
-            raise ValueError(f"`{path[:80]}...` is nested more than {MAX_DEPTH} levels deep")
+            raise ValueError(f"`{short_text(path)}` is nested more than {MAX_DEPTH} levels deep")
         kind = _checked_kind(node, path)
         if kind is None:
             continue
@@ -81,10 +82,10 @@ def _checked_kind(node: Node, path: str) -> _Kind | None:
     """Return the kind of a node after a check of its fields; None if it is unknown."""
     name = kind_of(node)
     if not isinstance(name, str):
-        raise ValueError(f"`{path}`: the kind is no string")
+        raise ValueError(f"`{short_text(path)}`: the kind is no string")
     if name == "plain":
         if not _is_plain(node):
-            raise ValueError(f"`{path}`: {type(node).__name__} that JSON cannot store")
+            raise ValueError(f"`{short_text(path)}`: {type(node).__name__} that JSON cannot store")
         return _PLAIN
     if "!" not in node:  # a JSON list or object
         return _LIST if isinstance(node, list) else _ENTRIES
@@ -98,7 +99,7 @@ def _check_fields(node: Node, name: str, kind: _Kind, path: str) -> None:
     for field, is_valid in {**kind.checks, **kind.optional}.items():
         is_needed = field in node or field in kind.checks
         if is_needed and not (field in node and is_valid(node[field])):
-            raise ValueError(f"`{path}`: the field `{field}` of a {name} is invalid")
+            raise ValueError(f"`{short_text(path)}`: the field `{field}` of a {name} is invalid")
 
 
 def is_json(value: object) -> bool:
@@ -126,18 +127,18 @@ def json_problem(value: object, name: str = "value") -> str | None:
     while pending:
         path, item, depth = pending.pop()
         if depth > MAX_DEPTH:
-            return f"`{path[:80]}...` is nested more than {MAX_DEPTH} levels deep"
+            return f"`{short_text(path)}` is nested more than {MAX_DEPTH} levels deep"
         children: Iterable[tuple[object, object]] = ()
         if isinstance(item, (list, tuple)):
             children = enumerate(item)
         elif isinstance(item, dict):
             children = item.items()
             if not all(isinstance(key, str) for key in item):
-                return f"`{path}` has keys that are no strings"
+                return f"`{short_text(path)}` has keys that are no strings"
         elif not _is_plain_or_subclass(item):
             if isinstance(item, int):  # its text would be too long
-                return f"`{path}` is an int of {item.bit_length()} bits"
-            return f"`{path}` is {shown(item)}"
+                return f"`{short_text(path)}` is an int of {item.bit_length()} bits"
+            return f"`{short_text(path)}` is {shown(item)}"
         pending += [(f"{path}[{key!r}]", child, depth + 1) for key, child in children]
     return None
 
@@ -298,7 +299,7 @@ def _entries_of_dict(nodes: Mapping[str, Node], path: str) -> Children:
 def _keyed(node: Node, path: str) -> Iterator[tuple[str, Node]]:
     keys, nodes = node["k"], node["v"]
     if len(keys) != len(nodes):
-        raise ValueError(f"`{path}` has {len(keys)} keys and {len(nodes)} values")
+        raise ValueError(f"`{short_text(path)}` has {len(keys)} keys and {len(nodes)} values")
     for key in keys:
         yield path, key
     for key, child in zip(keys, nodes, strict=True):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from faccel.errors import CheckpointError
+from faccel.errors import CheckpointError, short_repr, short_text
 from faccel.training.model import WrappedModel
 from faccel.training.module_names import user_name
 from faccel.tree import Tree
@@ -40,7 +40,7 @@ def child_name(parent: str, key: object) -> str:
     except UnicodeEncodeError:
         raise CheckpointError(
             f"a key below `{parent or 'state'}` is no text that UTF-8 can encode",
-            got=ascii(key),
+            got=short_repr(key),
             fix="use `os.fsencode(key).hex()` as the key",
         ) from None
     if name in ("", "__metadata__"):  # safetensors reserves `__metadata__` in the header of a file
@@ -103,7 +103,7 @@ def check_nesting(value: Tree, path: str, ancestors: Sequence[Tree]) -> None:
             )
     if len(ancestors) > MAX_DEPTH:
         raise CheckpointError(
-            f"`{path[:80]}...` is nested too deeply",
+            f"`{short_text(path)}` is nested too deeply",
             got=f"more than {MAX_DEPTH} levels",
             fix="store it as a flat list or dict",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from faccel.checkpoint.headers import check_slices, read_slices
 from faccel.checkpoint.manifest import Manifest, check_hash, read_manifest
 from faccel.checkpoint.node_checks import check_nodes
+from faccel.errors import short_text
 
 
 def first_problem(folder: str) -> str | None:
@@ -37,5 +38,5 @@ def content_problem(folder: str, manifest: Manifest) -> str | None:
     except ValueError as error:
         return str(error)
     if missing:
-        return f"the tensor `{min(missing)}` is in no file"
+        return f"the tensor `{short_text(min(missing))}` is in no file"
     return None
