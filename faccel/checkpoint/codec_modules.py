@@ -137,8 +137,9 @@ def _versions(
         if version is None:
             continue
         # A module compares it with its own, which must not raise when others are loaded already.
-        if not isinstance(version, type(getattr(module, "_version", version))):
-            got = f"the version {version!r} in the checkpoint, {module._version!r} in the model"
+        current: object = getattr(module, "_version", version)
+        if not isinstance(version, type(current)):
+            got = f"the version {version!r} in the checkpoint, {current!r} in the model"
             raise mismatch(child_name(path, name), got)
         metadata[name] = {"version": version}
     return metadata

@@ -266,7 +266,15 @@ class _LoadPlan:
     def update_objects(self) -> None:
         """Update optimizers and other objects, except models."""
         for update in self.updates:
-            update.apply()
+            try:
+                update.apply()
+            except Exception as error:  # of the user's class
+                name = type(update.target).__name__
+                raise CheckpointError(
+                    f"a {name} raised in `load_state_dict`, so the state is unchanged",
+                    got=f"{type(error).__name__}: {error}",
+                    fix="load the object that was saved, or leave it out of the state",
+                ) from error
 
     def update_modules(self) -> None:
         """Read the tensors of models in place, and update the models."""

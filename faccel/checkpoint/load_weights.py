@@ -147,15 +147,16 @@ def _files_with_weights(path: str) -> tuple[str, list[str]]:
 
 def _names_in_index(index: str) -> list[str]:
     """Return the names of the files in an index of Hugging Face."""
-    names: set[str] = set()
+    names: set[object] = set()
     with (
         suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError),
         open(index, encoding="utf-8") as file,
     ):
         names = set(json.load(file)["weight_map"].values())
     # A name with a directory, such as `../secret`, would read outside the folder.
-    if not names or not all(isinstance(name, str) and _FILE_NAME.fullmatch(name) for name in names):
+    valid = [name for name in names if isinstance(name, str) and _FILE_NAME.fullmatch(name)]
+    if not valid or len(valid) < len(names):
         raise CheckpointError(
             "the index names no files of its directory", got=f"`{index}`", fix="export it again"
         )
-    return sorted(names)
+    return sorted(valid)

@@ -16,7 +16,7 @@ from faccel.checkpoint.arguments import folder_argument
 from faccel.checkpoint.codec import Node
 from faccel.checkpoint.files import FileEntry, hash_file
 from faccel.checkpoint.node_checks import is_json
-from faccel.errors import CheckpointError
+from faccel.errors import CheckpointError, short_text
 
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-step-"
@@ -143,7 +143,8 @@ class Manifest:
         files = list(map(_file_entry, fields["files"]))
         if len({entry.name for entry in files}) != len(files):
             raise ValueError("the manifest names a file twice")
-        return cls(**{**fields, "files": tuple(files)})
+        fields["files"] = tuple(files)
+        return cls(**fields)
 
 
 def _refuse_constant(text: str) -> None:
@@ -162,8 +163,9 @@ def _is_int(value: object, at_least: int) -> bool:
 
 
 def _is_time(value: object) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and abs(value) < 1e18  # JSON has infinite numbers, such as 1e999
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) < 1e18  # JSON has infinite numbers, such as 1e999
 
 
 def _is_mesh(value: object) -> bool:
@@ -185,14 +187,14 @@ _FIELDS = {
 def _file_entry(fields: object) -> FileEntry:
     if not isinstance(fields, dict) or fields.keys() != {"name", "size", "xxh3"}:
         raise ValueError("a file of the manifest has other fields than name, size and xxh3")
-    entry = FileEntry(**fields)
+    name, size, xxh3 = fields["name"], fields["size"], fields["xxh3"]
     # A name such as `../x` would read outside the folder.
-    if not isinstance(entry.name, str) or not _FILE_NAME.fullmatch(entry.name):
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
         raise ValueError("the manifest names a file outside its folder")
-    is_valid = _is_int(entry.size, 0) and isinstance(entry.xxh3, str)
-    if not is_valid or not _HASH.fullmatch(entry.xxh3):
-        raise ValueError(f"the manifest has an invalid size or hash of `{entry.name}`")
-    return entry
+    is_hash = isinstance(xxh3, str) and _HASH.fullmatch(xxh3) is not None
+    if not _is_int(size, 0) or not is_hash:
+        raise ValueError(f"the manifest has an invalid size or hash of `{short_text(name)}`")
+    return FileEntry(name, size, xxh3)
 
 
 def folder_name(step: int, attempt: int = 0) -> str:

@@ -81,7 +81,7 @@ def check_nodes(state: Node) -> set[str]:
 def _checked_kind(node: Node, path: str) -> _Kind | None:
     """Return the kind of a node after a check of its fields; None if it is unknown."""
     name = kind_of(node)
-    if not isinstance(name, str):
+    if not _is_text(name):  # it comes from a file
         raise ValueError(f"`{short_text(path)}`: the kind is no string")
     if name == "plain":
         if not _is_plain(node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
@@ -55,7 +56,7 @@ class Snapshot:
             return self._store_dict(vars(value))
         return ()
 
-    def _store_dict(self, value: dict[object, Tree]) -> Iterable[object]:
+    def _store_dict(self, value: dict[Any, Tree]) -> Iterable[object]:
         entries = dict(value)
         self._undos.append(lambda: _set_entries(value, entries))
         return entries.values()
@@ -70,6 +71,6 @@ def _set_members(value: set[Tree], members: set[Tree]) -> None:
     value.update(members)
 
 
-def _set_entries(value: dict[object, Tree], entries: dict[object, Tree]) -> None:
+def _set_entries(value: dict[Any, Tree], entries: dict[Any, Tree]) -> None:
     value.clear()
     value.update(entries)

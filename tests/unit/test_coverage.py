@@ -18,7 +18,7 @@ def draw_case(draw):
     return shape, boxes
 
 
-def test_the_first_gap_is_that_of_a_mask_also_for_slices_that_overlap():
+def test_the_first_gap_equals_that_of_a_mask_also_for_slices_that_overlap():
     draw = random.Random(0)
     num_covered = 0
     for _ in range(5000):

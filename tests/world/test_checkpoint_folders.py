@@ -785,6 +785,6 @@ def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"runs", "export", "x.pt", "merged"}
     with pytest.raises(ConfigError, match="unknown user") as caught:
-        faccel.save({}, "~nobody-of-this-name/runs", ONE, step=1)
-    assert "./~nobody-of-this-name/runs" in caught.value.fix
-    faccel.save({}, "./~nobody-of-this-name/runs", ONE, step=1)
+        faccel.save({}, "~unknown-user/runs", ONE, step=1)
+    assert "./~unknown-user/runs" in caught.value.fix
+    faccel.save({}, "./~unknown-user/runs", ONE, step=1)
