@@ -1,6 +1,7 @@
 """Mutated checkpoints are loaded, or refused by an error of faccel, and nothing else happens.
 
-`FUZZ_CHECKPOINTS=10000 python -m pytest -n 0 -s tests/world/test_fuzzed_checkpoints.py` tries more.
+To try more, set the number and another seed:
+`FUZZ_CHECKPOINTS=10000 FUZZ_SEED=1 python -m pytest -n 0 -s tests/world/test_fuzzed_checkpoints.py`
 """
 
 import os
@@ -22,7 +23,8 @@ from tests.golden.test_checkpoint_format import build
 from tests.mutations import mutate
 
 ONE = fake_context(0, 1)
-NUM_MUTATIONS = int(os.environ.get("FUZZ_CHECKPOINTS", "120"))
+NUM_MUTATIONS = int(os.environ.get("FUZZ_CHECKPOINTS", "100"))
+SEED = os.environ.get("FUZZ_SEED", "0")
 # Events of `sys.addaudithook`: code is executed, and files change.
 EXECUTING = (
     "exec", "compile", "import", "marshal.loads", "pickle.find_class", "subprocess.Popen",
@@ -137,7 +139,7 @@ def test_mutated_checkpoints_are_loaded_or_refused_and_change_nothing_else(saved
     merge(os.path.dirname(saved), str(tmp_path / "first"), ONE, name="model")
     counts, failures = Counter(mutations=NUM_MUTATIONS), []
     for number in range(NUM_MUTATIONS):
-        draw = random.Random(number)
+        draw = random.Random(f"{SEED} {number}")
         folder = runs / "step-000000003"
         shutil.copytree(saved, folder)
         names = mutate(folder, draw)
