@@ -19,7 +19,7 @@ from faccel.checkpoint.node_checks import KINDS
 from faccel.cli.commands import main
 from faccel.errors import CheckpointError, ConfigError, FaccelError
 from faccel.testing import fake_context, simulate
-from tests.mutations import (
+from tests.fuzz.mutations import (
     fields_of,
     reseal,
     sealed,
