@@ -9,7 +9,7 @@ from collections.abc import Collection
 from numbers import Real
 from typing import TypeVar
 
-from faccel.errors import ConfigError, FaccelError, nearest, short_repr
+from faccel.errors import ConfigError, FaccelError, nearest, short_repr, short_text
 
 # `scheme://...`. `pathlib.Path` turns the two slashes into one. The drive of a Windows path is one
 # letter.
@@ -288,7 +288,7 @@ def local_path(
     match = _URL.match(text)
     if match is None:
         return text
-    scheme, rest = match[1].lower(), text[match.end() :]
+    scheme, rest = match[1].lower(), short_text(text[match.end() :])
     fix = f'write `{name}="/{rest}"`'
     if scheme != "file":
         fix = _fix_for_remote(name, scheme, f"{scheme}://{rest}")

@@ -1,7 +1,9 @@
 """Configurations of every source: each is read, or refused with an error of faccel."""
 
+import importlib
 import json
 import os
+import pkgutil
 import signal
 
 import pytest
@@ -245,6 +247,8 @@ EXECUTED = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fo
 def warm_up(folder):
     """Import what is imported at the first use, so that no case imports anything."""
     repr(torch.ones(1))
+    for module in pkgutil.iter_modules(faccel.backends.__path__, "faccel.backends."):
+        importlib.import_module(module.name)
     for suffix, text in ((".yaml", "seed: 1"), (".toml", "seed = 1"), (".json", '{"seed": 1}')):
         path = os.path.join(folder, f"warm{suffix}")
         with open(path, "w") as file:

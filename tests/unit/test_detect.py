@@ -3,7 +3,7 @@
 import pytest
 
 from faccel.errors import TopologyError
-from faccel.runtime.detect import detect
+from faccel.runtime.detect import detect, first_host
 
 TORCHRUN = {
     "RANK": "3",
@@ -33,6 +33,17 @@ OMPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "PMIX_NAMESPACE": "77",
 }
+# Values that no launcher sets: huge, empty lists of thousands of brackets, ports out of range.
+ODD = (
+    SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x" + "9" * 12 + ")", "SLURM_NODEID": "9" * 8},
+    SLURM | {"SLURM_STEP_TASKS_PER_NODE": "9" * 5000},
+    SLURM | {"SLURM_PROCID": "9" * 30},
+    TORCHRUN | {"WORLD_SIZE": "9" * 5000},
+    TORCHRUN | {"WORLD_SIZE": "9" * 30},
+    TORCHRUN | {"MASTER_PORT": "70000"},
+    TORCHRUN | {"MASTER_PORT": "-1"},
+    {"RANK": "x" * 10**6},
+)
 FAR = {"MASTER_ADDR": "head", "MASTER_PORT": "1"}
 OMPI_FAR = OMPI | FAR | {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
 PMI = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
@@ -266,3 +277,16 @@ def test_the_attempt_is_the_restart_count_of_torchrun():
     )
     assert (t.attempt, t.store_is_hosted) == (2, True)
     assert (detect(TORCHRUN).attempt, detect(TORCHRUN).store_is_hosted) == (0, False)
+
+
+@pytest.mark.parametrize("env", ODD, ids=range(len(ODD)))
+def test_a_value_that_no_launcher_sets_is_an_error_with_a_short_message(env):
+    with pytest.raises(TopologyError) as caught:
+        detect(env)
+    assert len(str(caught.value)) < 1000
+
+
+def test_the_first_host_of_any_list_is_found_in_linear_time():
+    for text in ("[" * 20_000, "[1" * 20_000, "a[" + "1-" * 20_000, "n[" + "1," * 20_000 + "]"):
+        first_host(text)
+    assert first_host("gpu[03-05,9],login1") == "gpu03"

@@ -13,6 +13,7 @@ import yaml
 from click.testing import CliRunner
 
 import faccel
+from faccel.backends.deepspeed.settings import read_settings
 from faccel.checks import local_path
 from faccel.cli.commands import main
 from faccel.config import LAUNCH
@@ -22,10 +23,21 @@ from faccel.errors import ConfigError, nearest, short_repr, short_text
 from faccel.launching.import_accelerate import from_accelerate
 from faccel.launching.spec import LaunchSpec
 from faccel.mesh import MeshSpec
+from faccel.parallel import DeepSpeedConfig
 from faccel.small_file import MAX_BYTES
 from tests.unit.test_config import VALUES as FIELDS
 
 VALID = {name: value for name, (_, value) in FIELDS.items()}
+ODD_KINDS = (
+    "FIFO",
+    "folder",
+    "socket",
+    "device",
+    "endless device",
+    "1 MB",
+    "not UTF-8",
+    "link to a FIFO",
+)
 MAX_MESSAGE = 4000  # characters: the longest list of allowed names
 
 
@@ -210,6 +222,7 @@ def test_aliases_within_the_limit_are_read(tmp_path):
         (".toml", "seed = " + "[" * 5000),
         (".toml", "seed = 0x1" + "0" * 5000),
         (".toml", "[[seed]]\n" * 1000),
+        (".toml", "seed = " + "x" * 900_000),  # a search for long keys takes linear time
     ],
     ids=lambda text: text[:20],
 )
@@ -274,19 +287,7 @@ def odd(tmp_path):
     server.close()
 
 
-KINDS = (
-    "FIFO",
-    "folder",
-    "socket",
-    "device",
-    "endless device",
-    "1 MB",
-    "not UTF-8",
-    "link to a FIFO",
-)
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ODD_KINDS)
 def test_what_is_no_small_file_of_text_is_refused_without_waiting(odd, tmp_path, kind):
     path = odd[kind]
     before = sorted(os.listdir(tmp_path))
@@ -351,6 +352,7 @@ def test_a_key_of_another_type_is_an_error(key):
         "[" * 100_000,
         '{"seed": 1' + "0" * 5000 + "}",
         '{"sed": 1}',
+        '{"\\r\\n": 1}',
         '{"seed": [1]}',
         '{"mesh": {"1": 2}}',
         '{"seed": -1}',
@@ -379,6 +381,34 @@ def test_what_is_no_path_is_an_error(path):
             faccel.init(path, env={})
         with pytest.raises(ConfigError):
             faccel.Config(run_dir=path)
+
+
+@pytest.mark.parametrize("url", ["s3://" + LONG, "file:///" + LONG, "x" * 1000 + "://a"])
+def test_the_fix_for_a_url_is_short(url):
+    with pytest.raises(ConfigError) as caught:
+        faccel.Config(run_dir=url)
+    check_message(caught.value)
+
+
+def deepspeed_settings(settings):
+    return lambda: read_settings(DeepSpeedConfig(settings=settings))
+
+
+@pytest.mark.parametrize("kind", ODD_KINDS)
+def test_settings_of_deepspeed_are_a_small_file_too(odd, kind):
+    with pytest.raises(ConfigError) as caught:
+        deepspeed_settings(str(odd[kind]))()
+    check_message(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[", "[1]", "[" * 100_000, '{"x": NaN}'], ids=lambda t: t[:9])
+def test_invalid_settings_of_deepspeed_are_an_error(tmp_path, text):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    for call in (deepspeed_settings(str(path)), deepspeed_settings({"fp16": {1, 2}})):
+        with pytest.raises(ConfigError) as caught:
+            call()
+        check_message(caught.value)
 
 
 def test_a_folder_or_a_fifo_in_place_of_the_default_file_is_an_error(tmp_path):
@@ -453,6 +483,18 @@ def test_a_value_is_written_so_that_it_is_read_or_not_at_all(tmp_path, suffix, t
         if is_new:
             assert runner.invoke(main, ["config", "set", "run_dir=b"]).exit_code == 0
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_long_line_without_a_comment_is_edited_in_linear_time(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("seed: 1" + " " * 500_000 + "\n")
+    assert (
+        CliRunner(env={"FACCEL_CONFIG": str(path)})
+        .invoke(main, ["config", "set", "seed=2"])
+        .exit_code
+        == 0
+    )
+    assert read(str(path)).values == {"seed": 2}
 
 
 def test_force_replaces_an_invalid_file(tmp_path):
