@@ -264,6 +264,8 @@ def document(draw, mapping):
         text, parts = json.dumps(mapping, indent=draw.choice([None, 2])), JSON_PARTS
     else:
         text, parts = yaml.safe_dump(mapping, allow_unicode=draw.random() < 0.5), YAML_PARTS
+        if draw.random() < 0.2:  # not quoted, as `safe_dump` would
+            text += f"{draw.choice([name(draw), 'x'])}: {draw.choice(parts)}\n"
     text = mutated(draw, text, parts)
     if draw.random() < 0.01:
         text *= draw.choice([10, 300])

@@ -261,6 +261,7 @@ def warm_up(folder):
             ["config", "import", path, "-o", path],
             ["config", "default", "--force"],
             ["config", "show"],
+            ["launch", "--help"],
             *(["launch", "--print", to, "--nproc", "auto", path] for to in ("slurm", "mpirun")),
         ):
             CliRunner(env={"FACCEL_CONFIG": path}).invoke(main, words)
