@@ -20,6 +20,7 @@ from faccel.config_file import find, read
 from faccel.config_sources import resolve
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError, LaunchError, RankFailedError, short_repr
+from faccel.launching.guard import guarded
 from faccel.launching.loopback import loopback_variables
 from faccel.launching.main_module import check_guarded, is_importable
 from faccel.launching.rank_process import end_with_launcher
@@ -176,7 +177,8 @@ def _run(
             # Required by the elastic launcher, which stores each rank's error file there.
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
-        results = _start(spec, fn, args, config)
+        with guarded(folder):
+            results = _start(spec, fn, args, config)
     return [results[rank] for rank in range(num_processes)]
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from faccel.errors import JoinError, LaunchError
 from faccel.launching.command_end import CommandEnd, ending_by_signals
+from faccel.launching.guard import guarded
 from faccel.launching.loopback import ADDRESS, loopback_variables
 from faccel.launching.node_rendezvous import agree_on_run_id, join_nodes
 from faccel.launching.rank_process import with_launcher
@@ -192,6 +193,7 @@ def _supervise(spec: LaunchSpec) -> int:
                 rendezvous = static_rendezvous(config, run_id)
             else:
                 rendezvous = elastic_rendezvous(config, run_id, store)
+        stack.enter_context(guarded(folder))
         try:
             # Returns when all ranks have ended.
             failures, end_signal = supervise(

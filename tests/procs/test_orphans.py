@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import pathlib
 import select
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import faccel
 from faccel.runtime.private_folder import private_folder
 from tests.command_line import Command
 from tests.ranks import SERVER
+from tests.sockets import tree
 
 FORK = multiprocessing.get_context("fork")
 # `PyDLL` holds the interpreter's lock during the call: no Python code of the process runs.
@@ -75,6 +77,24 @@ def test_the_ranks_of_a_killed_launcher_end(tmp_path, action):
     command.wait()
 
 
+def test_what_a_shell_script_of_a_killed_launcher_started_ends_and_its_folder_is_removed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    shell = ["sh", "-c", '"$@"; true', "sh", sys.executable, str(script), "in a C call"]
+    command = Command("launch", "--cpu", "--nproc", "2", "--no-python", *shell)
+    pids = [int(command.stdout.readline()) for _ in range(2)]
+    folders, guards = [], []
+    for pid in tree(command.pid):
+        words = pathlib.Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        if words[-3].startswith("_FACCEL_LAUNCH_ID"):
+            guards.append(pid)
+            folders.append(words[-2])
+    check_ended([*pids, *guards], command.kill)
+    command.wait()
+    assert len(guards) == 1
+    assert not os.path.exists(folders[0])
+
+
 def report_and_wait(ctx, descriptor):
     os.write(descriptor, f"{os.getpid()}\n".encode())
     ctypes.PyDLL(None).sleep(600)
@@ -94,17 +114,20 @@ def test_the_ranks_of_a_killed_notebook_end():
 
 
 @pytest.mark.slow
-def test_the_ranks_of_a_killed_script_end(tmp_path):
+@pytest.mark.parametrize("action", ["in the function", "in an import"])
+def test_the_ranks_of_a_killed_script_end(tmp_path, action):
     script = tmp_path / "script.py"
     script.write_text(
-        "import faccel\n"
+        "import faccel, sys\n"
         "from tests.procs.test_orphans import report_and_wait\n"
         'if __name__ == "__main__":\n'
         "    faccel.launch(report_and_wait, 1, num_processes=2)\n"
+        "elif sys.argv[1] == 'in an import':\n"
+        "    report_and_wait(None, 1)\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     process = subprocess.Popen(
-        [sys.executable, str(script)],
+        [sys.executable, str(script), action],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": root},
