@@ -7,9 +7,12 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +27,7 @@ from faccel.launching.guard import guarded
 from faccel.launching.loopback import loopback_variables
 from faccel.launching.main_module import check_guarded, is_importable
 from faccel.launching.rank_process import end_with_launcher
+from faccel.runtime.end_signals import END_SIGNALS
 from faccel.runtime.excepthook import CONSEQUENCES, GRACE_S
 from faccel.runtime.initialize import init
 from faccel.runtime.private_folder import private_folder
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from faccel.config_file import ConfigFile
 
 T = TypeVar("T")
+# The signals for which PyTorch's agent installs handlers.
+_AGENT_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _ConfigLike = Config | Mapping[str, Any] | str | None
 
 
@@ -270,11 +276,15 @@ def _start(
     spec: LaunchConfig, fn: Callable[..., T], args: tuple[object, ...], config: _ConfigLike
 ) -> dict[int, T]:
     """Start the processes, and return the results by rank or raise the first failure."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
     try:
-        return elastic_launch(spec, _call_as_rank)(os.getpid(), fn, args, config)
+        with _signals_of_agent():
+            return elastic_launch(spec, _call_as_rank)(os.getpid(), fn, args, config)
+    except SignalException as error:
+        number = error.sigval
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message: object = failure.message
@@ -287,3 +297,34 @@ def _start(
         raise RankFailedError(
             f"rank {rank} of {spec.nproc_per_node} failed", got=got, fix=fix
         ) from None
+    # The ranks have ended. Now the script gets the signal, as without a launch: Ctrl-C raises
+    # KeyboardInterrupt, and SIGTERM ends this process.
+    signal.raise_signal(number)
+    raise RankFailedError(
+        "a signal ended the ranks",
+        got=number.name,
+        fix="end the program in the handler of this signal",
+    )
+
+
+@contextmanager
+def _signals_of_agent() -> Generator[None]:
+    """Restore the signal handlers of the script, which PyTorch's agent replaces and leaves."""
+    handlers: dict[int, Any] = {}
+    for number in END_SIGNALS:
+        handler = signal.getsignal(number)
+        # An ignored signal stays ignored, as `nohup` asks.
+        if handler is not signal.SIG_IGN:
+            handlers[number] = handler
+    previous = os.environ.get(_AGENT_SIGNALS)
+    os.environ[_AGENT_SIGNALS] = ",".join(signal.Signals(number).name for number in handlers)
+    try:
+        yield
+    finally:
+        # Python allows it on the main thread only, and so does the agent.
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        del os.environ[_AGENT_SIGNALS]
+        if previous is not None:
+            os.environ[_AGENT_SIGNALS] = previous

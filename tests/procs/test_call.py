@@ -1,6 +1,7 @@
 """`faccel.launch` and `faccel.notebook_launch`: from a script, a fork, and a notebook's kernel."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -179,3 +180,41 @@ for launch in (faccel.launch, faccel.notebook_launch):
     assert spawned.startswith("LaunchError")
     assert spawned.endswith("write `faccel.notebook_launch(train, ...)`")
     assert forked.startswith("RankFailedError | ['TypeError: ")
+
+
+def launch_and_wait(pipe):
+    def work(ctx):
+        pipe.send((ctx.rank, os.getpid()))
+        while True:
+            faccel.barrier(ctx)
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    try:
+        faccel.notebook_launch(work, num_processes=2)
+    except KeyboardInterrupt:
+        pipe.send([signal.getsignal(number) for number in SIGNALS] == before)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_ends_the_ranks_and_then_reaches_the_script(number):
+    receiver, sender = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=launch_and_wait, args=(sender,))
+    process.start()
+    sender.close()
+    pids = dict(receiver.recv() for _ in range(2))
+    os.kill(process.pid, number)
+    if number == signal.SIGINT:
+        assert receiver.recv()  # KeyboardInterrupt, and the handlers of before
+    with pytest.raises(EOFError):
+        receiver.recv()  # no process has the pipe
+    process.join(TIMEOUT_S)
+    expected = -number
+    if number == signal.SIGINT:
+        expected = 0
+    assert process.exitcode == expected
+    for pid in pids.values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
