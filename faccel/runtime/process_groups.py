@@ -134,18 +134,7 @@ class DefaultGroup:
         # Other contexts of this process still use the group.
         if self._close_fns:
             return
-        disagreement: FaccelError | None = None
-        is_served = self._store is not None and not self._store.has_ended()
-        if self.call_order is not None:
-            self.call_order.close()
-            if error is None and is_served:
-                disagreement = self.call_order.unanswered_call()
-            self.call_order = None
-        if self._rank_status is not None:
-            if is_served:
-                # Before the store is gone: the other ranks read the reason from it.
-                self._rank_status.leave(error)
-            self._rank_status = None
+        disagreement = self._leave(error)
         # After the status: a rank that waits in this group reads it when the connection closes.
         call_group, self._call_group = self._call_group, None
         if self._is_created:
@@ -154,6 +143,21 @@ class DefaultGroup:
             dist.destroy_process_group(call_group)
         if disagreement is not None:
             raise disagreement
+
+    def _leave(self, error: BaseException | None) -> FaccelError | None:
+        """Post that this rank leaves; return an error if another rank waits for a call of it."""
+        rank_status, self._rank_status = self._rank_status, None
+        call_order, self.call_order = self.call_order, None
+        if call_order is not None:
+            call_order.close()
+        if rank_status is None or self._store is None or self._store.has_ended():
+            return None
+        disagreement: FaccelError | None = None
+        if call_order is not None and error is None:
+            disagreement = call_order.unanswered_call()
+        # Before the store is gone: the other ranks read the reason from it.
+        rank_status.leave(error)
+        return disagreement
 
     def _create(
         self, topology: Topology, device: torch.device, timeout: timedelta, *, debug: bool
