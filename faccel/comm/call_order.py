@@ -1,7 +1,8 @@
 """Ranks that make different calls raise within seconds, also without debug mode.
 
 Functions that are called rarely, such as `save`, first exchange their names. They use a separate
-process group: a rank that waits here does not interfere with a collective of the others.
+process group: a rank that waits here does not interfere with a collective of the others. A rank
+that waits for longer, here or in another collective of faccel, looks where the other ranks are.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 
@@ -18,12 +19,12 @@ import torch.distributed as dist
 
 from faccel.call_site import call_site, describe_ranks
 from faccel.comm.c10d_names import all_gather_single
-from faccel.comm.position import Position, ThreadSample, sample_thread
+from faccel.comm.position import Position, ThreadSample, call_of, sample_thread
 from faccel.comm.rank_status import RankStatus
 from faccel.errors import DesyncError
 
 _NUM_BYTES = 256  # of a call and its line; the start of a long path is cut off
-
+_CALLS = "calls"  # the name of the group in which rare calls are compared
 
 # The destructor of a gloo group waits for its collectives. One that has not ended ends with the
 # other processes, or with this one.
@@ -31,7 +32,7 @@ _UNFINISHED_GROUPS: list[dist.ProcessGroup] = []
 
 
 class CallOrder:
-    """Compares the rare calls of all ranks of the world, in the order in which a rank makes them.
+    """Compares the calls of all ranks of the world, in the order in which a rank makes them.
 
     A rank may be late by any time. It is an error if it never comes: because it makes another call,
     because it has left, or because it waits in a collective which the waiting ranks have not begun.
@@ -52,9 +53,10 @@ class CallOrder:
         self._num_ranks = dist.get_world_size()
         self._prefix = rank_status.call_prefix
         self._num_calls = 0
-        self._is_waiting = False
+        self._is_waiting = False  # in a collective of faccel, on the CPU
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._message_groups: list[dist.ProcessGroup] = []
+        self._last_num_collectives: dict[str, int] = {}  # at the end
         # Calls of other threads have no order, and are not compared.
         self._thread_id = threading.get_ident()
         self._stop = threading.Event()
@@ -76,8 +78,7 @@ class CallOrder:
         for group in groups:
             if any(group is messages for messages in self._message_groups):
                 continue
-            ranks = dist.get_process_group_ranks(group)
-            self._groups[f"{group.group_name} of {len(ranks)} from {ranks[0]}"] = group
+            self._groups[_name(group)] = group
 
     def begin(self, call: str, track: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Return when every rank of the world begins the same call.
@@ -95,47 +96,89 @@ class CallOrder:
         self._num_calls += 1
         doing = f"{call} at {call_site()}"
         # For a rank that leaves: it has no other way to find out that this one waits.
-        self._set("call", json.dumps([self._rank, doing]))
+        self._rank_status.write_key(
+            self._call_key(self._num_calls), json.dumps([self._rank, doing])
+        )
         rows = torch.empty(self._num_ranks * _NUM_BYTES, dtype=torch.uint8)
         work = all_gather_single(
             track(rows), track(_to_row(doing)), group=self._group, async_op=True
         )
-        self._is_waiting = True
-        try:
-            is_reader = False
-            while not _is_finished(work, self.slow_s):
-                is_reader = self._look_for_others(doing, is_reader=is_reader)
-        finally:
-            self._is_waiting = False
-            if not work.is_completed():
-                _UNFINISHED_GROUPS.append(self._group)
+        self._wait(work, call, self._group, _CALLS)
         self._compare(rows.view(self._num_ranks, _NUM_BYTES))
         if self._rank == 0:
-            # The store would grow with each call. No rank needs the keys of the previous one.
-            self._delete(self._num_calls - 1)
+            # The store would grow with each call. No rank needs the key of the previous one.
+            self._delete(self._call_key(self._num_calls - 1))
+
+    def wait(self, work: dist.Work, call: str, group: dist.ProcessGroup) -> None:
+        """Wait for a collective on the CPU, as `work.wait()` does.
+
+        Args:
+            work: The collective.
+            call: Its name, for errors.
+            group: Its group, which has no messages.
+
+        Raises:
+            DesyncError: The ranks wait in different collectives.
+            RuntimeError: The communication failed.
+        """
+        if threading.get_ident() == self._thread_id:
+            self._wait(work, call, group, "")
+        else:
+            work.wait()
+
+    def _wait(self, work: dist.Work, call: str, group: dist.ProcessGroup, name: str) -> None:
+        if _is_finished(work, self.slow_s):
+            return
+        name = name or _name(group)
+        doing = f"{call} at {call_site()}"
+        self._is_waiting = True
+        reader_key = ""
+        try:
+            reader_key = self._look_for_others(doing, name, reader_key)
+            while not _is_finished(work, self.slow_s):
+                reader_key = self._look_for_others(doing, name, reader_key)
+        finally:
+            self._is_waiting = False
+            self._delete(reader_key)
+            if not work.is_completed():
+                _UNFINISHED_GROUPS.append(group)
 
     def _compare(self, rows: torch.Tensor) -> None:
         doings = list(map(_from_row, rows))
         # The lines may differ: `if ctx.is_main: save(a, ...) else: save(b, ...)` is one call.
-        if len({doing.partition(" at ")[0] for doing in doings}) > 1:
-            raise _error(describe_ranks(dict(enumerate(doings))), doings[self._rank])
+        if len(set(map(call_of, doings))) > 1:
+            raise _error(_described(dict(enumerate(doings))), doings[self._rank])
 
-    def _look_for_others(self, doing: str, *, is_reader: bool) -> bool:
-        """Raise if a rank never comes; return whether this rank reads the positions of all."""
+    def _look_for_others(self, doing: str, name: str, reader_key: str) -> str:
+        """Raise if a rank never comes.
+
+        Args:
+            doing: What this rank does, with the user's line.
+            name: The group in whose last collective it waits.
+            reader_key: What the previous call has returned.
+
+        Returns:
+            A key of the store if this rank reads the positions of the others, else nothing.
+        """
         disagreement = self.disagreement()
         if disagreement is not None:
             raise disagreement
-        position = Position(self._num_calls, True, doing, self._num_collectives())
+        position = Position(doing, name, self._num_collectives())
         self._rank_status.write_position(position.to_json())
+        self._rank_status.write_key(
+            f"{self._prefix}/waiting", json.dumps([self._rank, position.to_json()])
+        )
         # One rank reads for all that wait: the requests are proportional to the number of ranks.
-        if not is_reader:
-            is_reader = self._rank_status.store.add(self._key("reader", self._num_calls), 1) == 1
-        if is_reader:
+        if not reader_key:
+            key = f"{self._prefix}/reader/{name}/{position.num_collectives.get(name)}"
+            if self._rank_status.store.add(key, 1) == 1:
+                reader_key = key
+        if reader_key:
             self._find_disagreement(position)
-        return is_reader
+        return reader_key
 
     def _find_disagreement(self, last: Position) -> None:
-        """Raise if a rank that has not come waits for one that has; `last` is of this rank."""
+        """Raise if a rank waits forever; `last` is the position of this one."""
         waiting = {self._rank: last}
         others: dict[int, Position] = {}
         for rank in range(self._num_ranks):
@@ -143,31 +186,31 @@ class CallOrder:
             if text is None or rank == self._rank:
                 continue
             position = Position.from_json(text)
-            if position.is_waiting and position.num_calls == self._num_calls:
+            if position.is_in_call_of(last):
                 waiting[rank] = position
             else:
                 others[rank] = position
         doings: dict[int, str] = {}
         for rank, other in others.items():
-            for position in waiting.values():
-                if position.waits_forever_for(other):
-                    doings[rank] = other.doing
+            if any(position.waits_forever_for(other) for position in waiting.values()):
+                doings[rank] = other.doing
         if doings:
             doings |= {rank: position.doing for rank, position in waiting.items()}
-            got = describe_ranks(dict(sorted(doings.items())))
-            self._set("disagreement", json.dumps([got, last.doing]))
+            got = _described(doings)
+            key = f"{self._prefix}/disagreement"
+            self._rank_status.write_key(key, json.dumps([got, last.doing]))
             raise _error(got, last.doing)
 
     def disagreement(self) -> DesyncError | None:
-        """Return the error that a rank has found about the last call of this one, or the next."""
-        for number in (self._num_calls, self._num_calls + 1):
-            text = self._rank_status.read_key(self._key("disagreement", number))
-            if text is not None:
-                return _error(*json.loads(text))
-        return None
+        """Return the error that a rank has found."""
+        text = self._rank_status.read_key(f"{self._prefix}/disagreement")
+        if text is None:
+            return None
+        return _error(*json.loads(text))
 
     def close(self) -> None:
         """Stop comparing."""
+        self._last_num_collectives = self._num_collectives()
         self._group = None
         self._groups.clear()
         self._message_groups.clear()
@@ -177,17 +220,27 @@ class CallOrder:
     def unanswered_call(self) -> DesyncError | None:
         """Return an error if another rank waits in a call that this one has not made.
 
-        For a rank that leaves, and so makes no more calls.
+        For a rank that leaves, and so makes no more calls. After `close`.
         """
-        text = self._rank_status.read_key(self._key("call", self._num_calls + 1))
-        if text is None:
-            return None
-        rank, doing = json.loads(text)
+        text = self._rank_status.read_key(self._call_key(self._num_calls + 1))
+        if text is not None:
+            return self._missed(*json.loads(text))
+        text = self._rank_status.read_key(f"{self._prefix}/waiting")
+        if text is not None:
+            rank, position_text = json.loads(text)
+            position = Position.from_json(position_text)
+            number = self._last_num_collectives.get(position.waits_in)
+            # It may be an old position, of a collective which all ranks have made since.
+            if number is not None and number < position.num_collectives[position.waits_in]:
+                return self._missed(rank, position.doing)
+        return None
+
+    def _missed(self, rank: int, doing: str) -> DesyncError:
         doings = {rank: doing, self._rank: self._rank_status.leaving()}
-        return _error(describe_ranks(dict(sorted(doings.items()))), doing)
+        return _error(_described(doings), doing)
 
     def _num_collectives(self) -> dict[str, int]:
-        numbers: dict[str, int] = {}
+        numbers = {_CALLS: self._num_calls}
         for name, group in list(self._groups.items()):
             with suppress(RuntimeError):  # a backend that does not count
                 numbers[name] = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
@@ -199,8 +252,7 @@ class CallOrder:
         is_written = False
         sampled_s = time.monotonic()
         while not self._stop.wait(self.slow_s):
-            # In this order: a call that begins in between must not have too many collectives.
-            numbers, num_calls = self._num_collectives(), self._num_calls
+            numbers = self._num_collectives()
             sample = sample_thread(self._thread_id)
             now_s = time.monotonic()
             elapsed_s, sampled_s = now_s - sampled_s, now_s
@@ -212,22 +264,25 @@ class CallOrder:
                 and sample.is_blocked_since(previous[0], elapsed_s)
             )
             previous = (sample, numbers)
-            # A rank that waits in `begin` writes its own position.
+            # A rank that waits in a collective of faccel writes its position itself.
             if is_blocked and not is_written and not self._is_waiting:
-                position = Position(num_calls, False, sample.doing, numbers)
+                position = Position(sample.doing, "", numbers)
                 self._rank_status.write_position(position.to_json())
             is_written = is_blocked
 
-    def _key(self, name: str, number: int) -> str:
-        return f"{self._prefix}/{number}/{name}"
+    def _call_key(self, number: int) -> str:
+        return f"{self._prefix}/{number}"
 
-    def _set(self, name: str, value: str) -> None:
-        self._rank_status.write_key(self._key(name, self._num_calls), value)
+    def _delete(self, key: str) -> None:
+        if key:
+            with suppress(dist.DistError):  # the store may have ended
+                self._rank_status.store.delete_key(key)
 
-    def _delete(self, number: int) -> None:
-        with suppress(dist.DistError):  # the store may have ended
-            for name in ("call", "reader"):
-                self._rank_status.store.delete_key(self._key(name, number))
+
+def _name(group: dist.ProcessGroup) -> str:
+    """Return a name of a group, equal on its ranks and other than those of other groups."""
+    ranks = dist.get_process_group_ranks(group)
+    return f"{group.group_name} of {len(ranks)} from {ranks[0]}"
 
 
 def _is_finished(work: dist.Work, wait_s: float) -> bool:
@@ -250,6 +305,10 @@ def _to_row(text: str) -> torch.Tensor:
 
 def _from_row(row: torch.Tensor) -> str:
     return row.numpy().tobytes().decode(errors="replace").rstrip()
+
+
+def _described(doings: Mapping[int, str]) -> str:
+    return describe_ranks(dict(sorted(doings.items())))
 
 
 def _error(got: str, doing: str) -> DesyncError:

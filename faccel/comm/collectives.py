@@ -62,13 +62,17 @@ class TorchCollectives:
         groups: A process group for each axis.
         rank_status: The status of the other ranks, for errors; None in a simulation, which reports
             them itself.
-        call_order: Compares the rare calls of the ranks; None in a simulation and in debug mode,
-            which compare all calls.
+        call_order: Compares the calls of the ranks; None in a simulation and in debug mode, which
+            compare all calls.
+        private_groups: Groups for the collectives of this class only. A rank that calls one of them
+            does not interfere with the gradients that the others reduce. Those of `groups` where
+            this has none.
     """
 
     groups: dict[str, dist.ProcessGroup]
     rank_status: RankStatus | None = None
     call_order: CallOrder | None = None
+    private_groups: dict[str, dist.ProcessGroup] = attrs.field(factory=dict)
     # at most one: the call that the next collective belongs to
     _label: list[tuple[str, Tree]] = attrs.field(factory=list, init=False, repr=False)
     _models: list[str] = attrs.field(factory=list, init=False, repr=False)  # those that were named
@@ -107,6 +111,7 @@ class TorchCollectives:
         """Drain; every later call raises."""
         self.drain()
         self.groups.clear()
+        self.private_groups.clear()
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """Return the process group of the axis."""
@@ -117,6 +122,10 @@ class TorchCollectives:
         if axis not in self.groups:
             raise axis_error(axis, self.groups)
         return self.groups[axis]
+
+    def _own_group(self, axis: str) -> dist.ProcessGroup:
+        group = self.group(axis)
+        return self.private_groups.get(axis, group)
 
     def set_call_label(self, call: str, x: Tree) -> None:
         """Set the name of the user's call that the next collective belongs to."""
@@ -188,10 +197,23 @@ class TorchCollectives:
         )
 
     @contextmanager
-    def _running(self, op: str, axis: str) -> Generator[None]:
+    def _running(self, op: str, axis: str) -> Generator[list[dist.Work | None]]:
+        """Wait for the collectives that the body puts in the list; name the rank that failed."""
+        call = op
+        if self._label:
+            call = self._label[0][0]
+        works: list[dist.Work | None] = []
         with naming_failed_rank(op, axis, self), self._subject():
-            yield
+            yield works
+            for work in works:
+                # None if the collective has ended already.
+                if work is not None and self.call_order is not None:
+                    self.call_order.wait(work, call, self._own_group(axis))
         self._forget_finished()
+
+    def _is_async(self, x: torch.Tensor) -> bool:
+        # On an accelerator `wait` does not wait for the other ranks, but orders streams.
+        return self.call_order is not None and x.device.type == "cpu"
 
     def _subject(self) -> AbstractContextManager[None]:
         """Remove the label; in a simulation, it is the subject of the calls in the body."""
@@ -223,8 +245,10 @@ class TorchCollectives:
         num_bits = len(bits)
         # A copy in both cases: `dist.all_reduce` writes into its argument, and `x` is the caller's.
         out = torch.cat([x.reshape(-1), bits]) if num_bits else x.clone()
-        with self._running("all_reduce", axis):
-            dist.all_reduce(self._tracked(out), op=_OPS[op], group=self.group(axis))
+        group, is_async = self._own_group(axis), self._is_async(out)
+        with self._running("all_reduce", axis) as works:
+            flat = self._tracked(out)
+            works.append(dist.all_reduce(flat, op=_OPS[op], group=group, async_op=is_async))
         if not num_bits:
             return out
         if op == "sum":
@@ -251,8 +275,10 @@ class TorchCollectives:
             # only. So `flat` itself is tracked, and the caller gets a copy.
             if flat.device.type == "cpu":
                 self.in_flight.append(flat)
-            with self._running("all_gather", axis):
-                all_gather_single(flat, self._tracked(x), group=self.group(axis))
+            group, is_async = self._own_group(axis), self._is_async(flat)
+            with self._running("all_gather", axis) as works:
+                row = self._tracked(x)
+                works.append(all_gather_single(flat, row, group=group, async_op=is_async))
         return flat.clone().view(size, *x.shape)
 
     def broadcast(self, x: torch.Tensor, src: int, axis: str) -> torch.Tensor:
@@ -260,16 +286,23 @@ class TorchCollectives:
         out = x.clone()
         # Without elements there is nothing to send. Shapes agree, so every rank returns here.
         if out.numel():
-            with self._running("broadcast", axis):
-                dist.broadcast(self._tracked(out), group_src=src, group=self.group(axis))
+            group, is_async = self._own_group(axis), self._is_async(out)
+            with self._running("broadcast", axis) as works:
+                flat = self._tracked(out)
+                works.append(dist.broadcast(flat, group_src=src, group=group, async_op=is_async))
         return out
 
     def all_to_all(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         """Return each rank's row for this rank."""
         out = torch.empty_like(x)
         if out.numel():
-            with self._running("all_to_all", axis):
-                dist.all_to_all_single(self._tracked(out), self._tracked(x), group=self.group(axis))
+            group, is_async = self._own_group(axis), self._is_async(out)
+            with self._running("all_to_all", axis) as works:
+                rows = self._tracked(x)
+                work = dist.all_to_all_single(
+                    self._tracked(out), rows, group=group, async_op=is_async
+                )
+                works.append(work)
         return out
 
     def scatter(
@@ -282,11 +315,16 @@ class TorchCollectives:
             pieces = None
             if rows is not None:
                 pieces = [self._tracked(row) for row in rows]
-            with self._running("scatter", axis):
-                dist.scatter(self._tracked(out), pieces, group_src=src, group=self.group(axis))
+            group, is_async = self._own_group(axis), self._is_async(out)
+            with self._running("scatter", axis) as works:
+                row = self._tracked(out)
+                work = dist.scatter(row, pieces, group_src=src, group=group, async_op=is_async)
+                works.append(work)
         return out
 
     def barrier(self, axis: str) -> None:
         """Return when every rank of the axis has called it."""
-        with self._running("barrier", axis):
-            dist.barrier(group=self.group(axis))
+        group = self._own_group(axis)
+        is_async = self.call_order is not None and bool(self.private_groups)
+        with self._running("barrier", axis) as works:
+            works.append(dist.barrier(group=group, async_op=is_async))

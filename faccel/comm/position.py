@@ -28,15 +28,14 @@ class Position:
     """Where a rank is.
 
     Args:
-        num_calls: How many compared calls it has begun.
-        is_waiting: Whether it waits for the other ranks in the last of them.
         doing: What it does, with the user's line.
+        waits_in: The process group in whose last collective it waits for the other ranks; empty if
+            that is unknown.
         num_collectives: By process group, how many collectives this rank has begun.
     """
 
-    num_calls: int
-    is_waiting: bool
     doing: str
+    waits_in: str
     num_collectives: dict[str, int]
 
     def to_json(self) -> str:
@@ -48,27 +47,49 @@ class Position:
         """Return the position that `to_json` has written."""
         return cls(**json.loads(text))
 
+    def is_in_call_of(self, other: Position) -> bool:
+        """Return whether both ranks wait in one collective, as the same call."""
+        if not self.waits_in or self.waits_in != other.waits_in:
+            return False
+        if call_of(self.doing) != call_of(other.doing):
+            return False
+        number = self.num_collectives.get(self.waits_in)
+        return number == other.num_collectives.get(self.waits_in)
+
     def waits_forever_for(self, other: Position) -> bool:
         """Return whether neither of two ranks can continue.
 
-        This one waits for `other` in a call. If `other` has not begun the call, but a collective
-        that this rank has not begun, then `other` waits for this rank. A rank that is late has
+        This one waits for `other` in a collective. If `other` has not begun that one, but another
+        one that this rank has not begun, then `other` waits for this rank. A rank that is late has
         begun no such collective.
 
         Examples:
-            >>> saving = Position(3, True, "save", {"world": 7})
-            >>> saving.waits_forever_for(Position(2, False, "backward", {"world": 8}))
+            >>> saving = Position("save", "calls", {"calls": 3, "world": 7})
+            >>> saving.waits_forever_for(Position("backward", "", {"calls": 2, "world": 8}))
             True
-            >>> saving.waits_forever_for(Position(2, False, "read a file", {"world": 7}))
+            >>> saving.waits_forever_for(Position("read a file", "", {"calls": 2, "world": 7}))
             False
         """
-        if not self.is_waiting or other.is_waiting or other.num_calls >= self.num_calls:
+        number = self.num_collectives.get(self.waits_in)
+        other_number = other.num_collectives.get(self.waits_in)
+        # A group that only one of the ranks has created concerns one of them.
+        if number is None or other_number is None or other_number > number:
             return False
-        for group, number in self.num_collectives.items():
-            # A group that only one of the ranks has created concerns one of them.
-            if other.num_collectives.get(group, 0) > number:
+        if other_number == number:
+            # both in the collective of one number: they exchange nothing if it is not the same
+            return other.waits_in == self.waits_in and call_of(other.doing) != call_of(self.doing)
+        for group, num_begun in self.num_collectives.items():
+            if other.num_collectives.get(group, 0) > num_begun:
                 return True
         return False
+
+
+def call_of(doing: str) -> str:
+    """Return the name of the call in a text such as `"save at train.py:3"`.
+
+    Effects: pure.
+    """
+    return doing.partition(" at ")[0]
 
 
 @attrs.frozen

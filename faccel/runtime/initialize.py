@@ -27,7 +27,7 @@ from faccel.runtime.end_signals import end_by_interrupt, ended_by_signals
 from faccel.runtime.excepthook import ExceptHook
 
 if TYPE_CHECKING:
-    from torch.distributed import DeviceMesh
+    from torch.distributed import DeviceMesh, ProcessGroup
 
     from faccel.comm.collectives import TorchCollectives
     from faccel.comm.debug import DebugCollectives
@@ -174,12 +174,20 @@ def _connect(
             topology, device, config.timeout_s, debug=config.debug
         )
         groups = create_axis_groups(spec, topology.rank)
+        private_groups: dict[str, ProcessGroup] = {}
+        call_order = DEFAULT_GROUP.call_order
+        if call_order is not None:
+            call_order.add_groups(groups.values(), groups.get("pp"))
+            # A second communicator of an accelerator would need memory on it.
+            if device.type == "cpu":
+                private_world = DEFAULT_GROUP.private_world
+                private_groups = create_axis_groups(spec, topology.rank, world=private_world)
+                call_order.add_groups(private_groups.values())
     # Debug mode keeps the calls of different contexts apart by it.
     number = DEFAULT_GROUP.num_contexts
-    call_order = DEFAULT_GROUP.call_order
-    if call_order is not None:
-        call_order.add_groups(groups.values(), groups.get("pp"))
-    return create_collectives(groups, config, store, rank_status, number, call_order)
+    return create_collectives(
+        groups, config, store, rank_status, number, call_order, private_groups
+    )
 
 
 def _create_device_mesh(device_type: str, extents: Mapping[str, int]) -> DeviceMesh:

@@ -54,9 +54,11 @@ class DefaultGroup:
         self._hooks: tuple[_Hook, _Hook] | None = None  # `sys.excepthook` before and after c10d
         self._store: WorldStore | None = None
         self._rank_status: RankStatus | None = None
-        self._call_group: dist.ProcessGroup | None = None
+        self._private_groups: list[dist.ProcessGroup] = []
         self.call_order: CallOrder | None = None
-        """Compares the rare calls of the ranks; None in debug mode, which compares all calls."""
+        """Compares the calls of the ranks; None in debug mode, which compares all of them."""
+        self.private_world: dist.ProcessGroup | None = None
+        """A gloo group of all ranks for faccel's collectives on the CPU; None in debug mode."""
 
     def acquire(
         self, topology: Topology, device: torch.device, timeout_s: float, *, debug: bool = False
@@ -83,15 +85,11 @@ class DefaultGroup:
             if isinstance(dist.group.WORLD, DebugGroup):
                 dist.group.WORLD.options.exchange.set_rank_status(self._rank_status)
             if not debug and dist.is_gloo_available():
-                # gloo also where the ranks have accelerators: the names of calls are on the host
-                group = dist.new_group(
-                    backend="gloo",
-                    timeout=timedelta(seconds=timeout_s),
-                    group_desc="faccel_calls",
-                )
-                assert isinstance(group, dist.ProcessGroup)
-                self._call_group = group
-                self.call_order = CallOrder(self._rank_status, group)
+                timeout = timedelta(seconds=timeout_s)
+                call_group = _new_world("faccel_calls", timeout)
+                self.call_order = CallOrder(self._rank_status, call_group)
+                self.private_world = _new_world("faccel_collectives", timeout)
+                self._private_groups += [call_group, self.private_world]
         return store, self._rank_status
 
     @contextmanager
@@ -107,6 +105,10 @@ class DefaultGroup:
                 statuses = self._rank_status.report(range(topology.world_size), "init")
             if not self._close_fns and self._is_created:
                 self._rank_status = None
+                if self.call_order is not None:
+                    self.call_order.close()
+                self.call_order, self.private_world = None, None
+                self._private_groups.clear()
                 self._destroy()  # a failed `init` leaves nothing open
             raise WorldError(
                 f"rank {topology.rank} could not connect to all of the {topology.world_size} "
@@ -135,12 +137,14 @@ class DefaultGroup:
         if self._close_fns:
             return
         disagreement = self._leave(error)
-        # After the status: a rank that waits in this group reads it when the connection closes.
-        call_group, self._call_group = self._call_group, None
+        # After the status: a rank that waits in these groups reads it when the connection closes.
+        private_groups, self._private_groups = self._private_groups, []
+        self.private_world = None
         if self._is_created:
             self._destroy()
-        elif call_group is not None and dist.is_initialized():
-            dist.destroy_process_group(call_group)
+        elif dist.is_initialized():
+            for group in private_groups:
+                dist.destroy_process_group(group)
         if disagreement is not None:
             raise disagreement
 
@@ -261,6 +265,14 @@ def _wait_for_server(topology: Topology, deadline: float) -> None:
         pause_s = min(2 * pause_s, _MAX_POLL_S)
 
 
+def _new_world(name: str, timeout: timedelta) -> dist.ProcessGroup:
+    """Create a group of all ranks for tensors on the CPU. Collective."""
+    # gloo also where the ranks have accelerators: the names of calls are on the host
+    group = dist.new_group(backend="gloo", timeout=timeout, group_desc=name)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def _open_store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
     """Serve the store on rank 0, or connect to it.
 
@@ -313,7 +325,7 @@ def _open_store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
 
 
 def create_axis_groups(
-    spec: MeshSpec, rank: int, *, share: bool = True
+    spec: MeshSpec, rank: int, *, share: bool = True, world: dist.ProcessGroup | None = None
 ) -> dict[str, dist.ProcessGroup]:
     """Create the process group of each mesh axis and view. Collective.
 
@@ -327,8 +339,10 @@ def create_axis_groups(
         rank: Rank of this process in the world.
         share: Whether axes with the same ranks share a group. Otherwise each group has the name of
             its axis, which a trace shows.
+        world: The group of all ranks; None is PyTorch's default group.
     """
-    world = dist.group.WORLD
+    if world is None:
+        world = dist.group.WORLD
     assert world is not None
     names = [axis for axis, size in spec.extents.items() if size > 1]
     names += VIEWS
@@ -356,13 +370,14 @@ def create_collectives(
     rank_status: RankStatus | None = None,
     context_number: int = 0,
     call_order: CallOrder | None = None,
+    private_groups: dict[str, dist.ProcessGroup] | None = None,
 ) -> TorchCollectives | DebugCollectives:
     """Return the collectives over the groups of a world, with checks if `config.debug` is set.
 
     Effects: pure.
     """
     # A simulation has no rank status: its scheduler names the ranks.
-    comm = TorchCollectives(dict(groups), rank_status, call_order)
+    comm = TorchCollectives(dict(groups), rank_status, call_order, private_groups or {})
     if config.debug:
         world = dist.group.WORLD
         if isinstance(world, DebugGroup):
