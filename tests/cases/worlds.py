@@ -125,7 +125,7 @@ def backward(ctx, model, scaler, update):
     """Compute the gradients of a global batch in two micro-batches; pipelines do it as well."""
     loader = faccel.shard(DataLoader(rows(update), 8 // ctx.data_world_size), ctx)
     window = next(faccel.windows(loader, ctx, size=2))
-    _, scaler = faccel.parallel.pipeline_step(square, model, window, scaler, ctx)
+    _, scaler = faccel.forward_backward(square, model, window, scaler, ctx)
     return scaler
 
 
