@@ -265,7 +265,8 @@ def document(draw, mapping):
     else:
         text, parts = yaml.safe_dump(mapping, allow_unicode=draw.random() < 0.5), YAML_PARTS
         if draw.random() < 0.2:  # not quoted, as `safe_dump` would
-            text += f"{draw.choice([name(draw), 'x'])}: {draw.choice(parts)}\n"
+            part = draw.choice(draw.choice([PAYLOADS[:2], parts]))
+            text += f"{draw.choice([name(draw), 'x'])}: {part}\n"
     text = mutated(draw, text, parts)
     if draw.random() < 0.01:
         text *= draw.choice([10, 300])
