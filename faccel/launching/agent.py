@@ -89,7 +89,9 @@ class Agent(LocalElasticAgent):
         # Signals that arrived while the ranks were starting; None at any other time.
         self._delayed: list[int] | None = None
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+    def _start_workers(  # type: ignore[override]
+        self, worker_group: WorkerGroup
+    ) -> dict[int, Any]:
         if self.end_signal is not None:
             self._on_end(self.end_signal, None)  # it arrived between two attempts
         # PyTorch's agent refers to the ranks when all have started: an exception before, or the end

@@ -38,6 +38,9 @@ elif action in ("exit", "kill", "sleep"):
     except KeyboardInterrupt:  # as faccel's hook: no traceback, and the process ends by SIGINT
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
+elif action == "idle":
+    write("waiting")
+    time.sleep(600)
 elif action == "stubborn":
     signal.signal(signal.SIGTERM, lambda *_: write("signal") if rank == "0" else None)
     write("waiting")
@@ -176,7 +179,7 @@ LINES = {signal.SIGINT: "interrupted\n", signal.SIGHUP: "ended by SIGHUP\n"}
 
 @pytest.mark.parametrize("number", LINES)
 def test_a_signal_ends_ranks_without_a_context_and_prints_one_line(start, number):
-    command = start("sleep")
+    command = start("idle")
     command.send_signal(number)
     assert command.wait() == (128 + number, "", LINES[number])
 
