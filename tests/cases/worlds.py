@@ -115,6 +115,10 @@ def square(model, x):
     return model(x).square().mean()
 
 
+def square_of_batch(model, batch):
+    return square(model, batch.data)
+
+
 def build(ctx, plan, optimizer):
     model = faccel.wrap(Net().double(), ctx, plan=plan)
     opt = OPTIMIZERS[optimizer](model.parameters())
@@ -125,7 +129,7 @@ def backward(ctx, model, scaler, update):
     """Compute the gradients of a global batch in two micro-batches; pipelines do it as well."""
     loader = faccel.shard(DataLoader(rows(update), 8 // ctx.data_world_size), ctx)
     window = next(faccel.windows(loader, ctx, size=2))
-    _, scaler = faccel.forward_backward(square, model, window, scaler, ctx)
+    _, scaler = faccel.forward_backward(square_of_batch, model, window, scaler, ctx)
     return scaler
 
 
