@@ -38,7 +38,7 @@ def check(fn, *words):
 # What starts processes, needs four sharded ranks, or takes seconds.
 SLOW = {
     "ddp-gloo", "fsdp-gloo", "hsdp", "pp-fsdp", "workers", "plain", "part", "nested",
-    settings.a_compiled_model,
+    "gpt2", "bert", settings.a_compiled_model,
 }  # fmt: skip
 SHARDED = "fsdp|fsdp-root|hsdp|fsdp-gloo"
 REPLICAS = "ddp|ddp-3|ddp-4|ddp-gloo"
