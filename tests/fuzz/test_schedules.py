@@ -71,7 +71,7 @@ def test_a_program_of_real_processes_has_the_right_values_or_raises(debug):
     report = Report(f"gloo schedules, debug={debug}")
     # Without debug mode a call with another source or shape may only fail later.
     faults = schedules.FAULTS if debug else ("raises", "leaves", "leaves out")
-    for label, draw in cases("gloo_schedules", 6):
+    for label, draw in cases("gloo_schedules", 3):
         program = draw_program(draw, meshes=schedules.MESHES[:7], length=6, faults=faults)
         start_s = time.monotonic()
         results = outcomes(
