@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from faccel.backends.ddp_engine import DdpEngine
-from faccel.comm.objects import gather_objects
+from faccel.comm.objects import gather_json
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
 from faccel.grad_reducer import GradReducer, OwnedParams
@@ -32,7 +32,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     # First: its error names the parameter that differs, where DDP's check gives an index.
     check_same_structure(module, ctx, DATA)
     # Some ranks may have values, which are then rank 0's.
-    if any(gather_objects(has_meta(module), ctx, axis=DATA)):
+    if any(gather_json(has_meta(module), ctx, axis=DATA)):
         materialize(module, ctx, DATA)
     if not any(param.requires_grad for param in module.parameters()):
         # DDP raises for a module of which no parameter requires a gradient.

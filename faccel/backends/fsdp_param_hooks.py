@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from faccel.backends.fsdp_registration import fsdp_groups
-from faccel.comm.objects import gather_objects
+from faccel.comm.objects import gather_json
 from faccel.context import DistContext
 from faccel.parallel.param_hooks import ParamHooks
 
@@ -44,7 +44,7 @@ def attach(module: nn.Module, hooks: Mapping[str, ParamHooks], ctx: DistContext)
         used_by_unit.append([param for param in fsdp_params if id(param.sharded_param) in by_shard])
     is_used = [bool(used) for used in used_by_unit]
     # A hook may be on one rank only, such as one that logs on rank 0, and all have to gather.
-    is_used_on_ranks = zip(*gather_objects(is_used, ctx, axis="stage"), strict=True)
+    is_used_on_ranks = zip(*gather_json(is_used, ctx, axis="stage"), strict=True)
     for (submodule, _), used, flags in zip(units, used_by_unit, is_used_on_ranks, strict=True):
         if not any(flags):
             continue

@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 import attrs
 
-from faccel.comm.objects import gather_objects
+from faccel.comm.objects import gather_json, gather_objects
 from faccel.context import DistContext
 from faccel.errors import FaccelError, RankFailedError
 from faccel.mesh import WORLD
@@ -127,8 +127,22 @@ def raise_on_all_ranks(
     if own_error is not None:
         failure = Failure.of(own_error, ctx)
     # Also on a rank without an error: the others cannot continue before they have its answer.
-    failures = gather_objects(failure, ctx, axis=axis)
+    failures = gather_failures(failure, ctx, axis=axis)
     raise_first(failures, own_error, ctx, doing, error=error)
+
+
+def gather_failures(
+    failure: Failure | None, ctx: DistContext, *, axis: str = WORLD
+) -> list[Failure | None]:
+    """Return the failure of every rank of the axis, None for a rank without one.
+
+    Effects: collective.
+    """
+    fields = None
+    if failure is not None:
+        fields = attrs.asdict(failure)
+    all_fields = gather_json(fields, ctx, axis=axis)
+    return [Failure(**values) if values else None for values in all_fields]
 
 
 def raise_first(

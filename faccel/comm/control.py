@@ -13,8 +13,7 @@ import torch
 
 from faccel.call_site import call_site, override_call_site
 from faccel.checks import flag_value
-from faccel.comm.all_or_error import Failure
-from faccel.comm.objects import gather_objects
+from faccel.comm.all_or_error import Failure, gather_failures
 from faccel.comm.pack import check_rank
 from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
@@ -185,12 +184,12 @@ def main_first(ctx: DistContext, *, local: bool = False) -> Generator[None]:
             # However the body ends, the other ranks wait in the gather below.
             with override_call_site(site):
                 turn.wait(went_first=True)
-                gather_objects(failure, ctx, axis=WORLD)
+                gather_failures(failure, ctx)
         return
     with override_call_site(site):
         # Before the gather, whose timeout does not depend on whether the first rank is alive.
         turn.wait(went_first=False)
-        failures = gather_objects(None, ctx, axis=WORLD)
+        failures = gather_failures(None, ctx)
     # Not `raise_on_all_ranks`: the first rank raises its own error instead, which an `all_or_error`
     # around this block exchanges. So it must exchange this one, too, and not let it pass.
     for first_failure in failures:

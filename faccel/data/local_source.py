@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 
 from faccel.checks import integer
-from faccel.comm.objects import gather_objects
+from faccel.comm.objects import gather_json
 from faccel.comm.row_count import RowCount
 from faccel.context import DistContext
 from faccel.data.batch import BatchInfo, empty_error
@@ -194,7 +194,7 @@ class LocalSource:
 
 def exchange_counts(count: int, ctx: DistContext) -> tuple[int, ...]:
     """Return the number of units of each rank. Collective."""
-    return tuple(gather_objects(count, ctx, axis=DATA))
+    return tuple(gather_json(count, ctx, axis=DATA))
 
 
 @attrs.frozen(eq=False)

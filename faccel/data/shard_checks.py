@@ -10,7 +10,7 @@ import xxhash
 from torch.utils.data import DataLoader, IterableDataset
 
 from faccel.comm.all_or_error import all_or_error
-from faccel.comm.objects import broadcast_objects, gather_objects
+from faccel.comm.objects import broadcast_objects, gather_json
 from faccel.context import DistContext
 from faccel.errors import DataError
 from faccel.mesh import DATA
@@ -55,7 +55,7 @@ def check_same_dataset(loader: Iterable[Tree], ctx: DistContext, *, has_own_orde
         return
     if not hasattr(dataset, "__len__"):
         return
-    lengths = gather_objects(len(dataset), ctx, axis=DATA)
+    lengths = gather_json(len(dataset), ctx, axis=DATA)
     if len(set(lengths)) > 1:
         raise DataError(
             "the dataset of `loader` has another length on each rank, and `shard` would split it "
@@ -81,7 +81,7 @@ def check_same_first(sample: Tree, ctx: DistContext) -> None:
 
     Effects: collective.
     """
-    _raise_unless_same(gather_objects(digest(sample), ctx, axis=DATA))
+    _raise_unless_same(gather_json(digest(sample), ctx, axis=DATA))
 
 
 def _raise_unless_same(digests: list[str | None]) -> None:

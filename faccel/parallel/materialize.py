@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import nn
 
-from faccel.comm.objects import gather_objects
+from faccel.comm.objects import gather_json
 from faccel.context import DistContext
 from faccel.errors import ModelError
 from faccel.parallel.param_hooks import hooks_of
@@ -40,7 +40,7 @@ class InitialValues:
         """
         # Ranks must take the same branch, whatever this one has: the collectives differ.
         own_is_meta = has_meta(module)
-        if not any(gather_objects(own_is_meta, ctx, axis=axis)):
+        if not any(gather_json(own_is_meta, ctx, axis=axis)):
             broadcast_from_rank_0(_tensors(module), ctx, axis)
             return cls(is_meta=False, full={}, ties=())
         # Recorded first, because `to_empty` makes two parameters of a tied one.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from faccel.call_site import describe_ranks
-from faccel.comm.objects import gather_objects
+from faccel.comm.objects import gather_json
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
 from faccel.errors import ModelError
@@ -27,7 +27,7 @@ def check_same_structure(module: nn.Module, ctx: DistContext, axis: str) -> None
     ]
     # A checksum, because the structure of a large model would be megabytes on every rank. Not
     # `hash`, which differs between processes.
-    digests = gather_objects(zlib.crc32(repr(structure).encode()), ctx, axis=axis)
+    digests = gather_json(zlib.crc32(repr(structure).encode()), ctx, axis=axis)
     distinct = sorted(set(digests))
     if len(distinct) > 1:
         models = {rank: f"model {distinct.index(digest)}" for rank, digest in enumerate(digests)}

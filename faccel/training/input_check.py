@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from faccel.comm.objects import gather_objects
+from faccel.comm.objects import gather_json
 from faccel.context import DistContext
 from faccel.data.shard_checks import digest
 from faccel.errors import DataError
@@ -31,7 +31,7 @@ def with_compared_inputs(run: RunMethod, ctx: DistContext) -> RunMethod:
         is_done = len(num_equal) == _NUM_COMPARED or ctx.lifetime.has_loader
         if not is_done and torch.is_grad_enabled():
             # A loader of `shard` yields other rows on each rank; without one all may read the same.
-            digests = gather_objects(digest([list(args), kwargs]), ctx, axis=DATA)
+            digests = gather_json(digest([list(args), kwargs]), ctx, axis=DATA)
             is_equal = digests[0] is not None and len(set(digests)) == 1
             num_equal.append(int(is_equal))
             if sum(num_equal) == _NUM_COMPARED:
