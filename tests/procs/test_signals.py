@@ -20,7 +20,7 @@ import pytest
 
 from tests.ranks import TIMEOUT_S
 
-NUM_MOMENTS = int(os.environ.get("NUM_SIGNALS", "7"))
+NUM_MOMENTS = int(os.environ.get("NUM_SIGNALS", "5"))
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 TARGETS = ("launcher", "group", "rank 0", "rank 1")
 LIMIT_S = 5
@@ -113,10 +113,11 @@ class Launch:
             reader.start()
 
     def _read(self, stream, lines):
-        for line in stream:
-            with self._has_changed:
-                lines.append(line)
-                self._has_changed.notify()
+        with stream:
+            for line in stream:
+                with self._has_changed:
+                    lines.append(line)
+                    self._has_changed.notify()
         with self._has_changed:
             self._num_ended += 1
             self._has_changed.notify()
