@@ -16,7 +16,7 @@ TASKS = 32  # per step, over all processes
 SHOTS = 5  # examples of a task
 INNER_STEPS = 5
 INNER_RATE = 0.02
-META_RATE = 2e-3
+META_RATE = 1e-2
 SEED = 0
 
 
