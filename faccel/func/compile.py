@@ -47,8 +47,9 @@ def compiled(step: Step, ctx: DistContext, **options: Any) -> Step:
         1
     """
     require_context(ctx, "faccel.func.compiled(step, ctx)")
+    options.setdefault("dynamic", False)
     graph: Callable[..., tuple[Metrics, TrainState]] = torch.compile(
-        step, fullgraph=True, **{"dynamic": False, **options}
+        step, fullgraph=True, **options
     )
     # Made once: making a generator takes longer than seeding it.
     step_generator = torch.Generator(ctx.device)
