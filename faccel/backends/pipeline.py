@@ -271,18 +271,17 @@ def _forward_backward(
     values: dict[int, torch.Tensor] = {}
 
     def loss_of(output: Tree, index: int) -> torch.Tensor:
-        num_calls = 0
+        calls: list[Tree] = []
 
         def model(*args: Tree, **kwargs: Tree) -> Tree:
-            nonlocal num_calls
-            num_calls += 1
+            calls.append(args)
             if ctx.compute_dtype is None:
                 return output
             return to_fp32(output)
 
         loss = call_seeded(losses[index], model, mix(seed, index))
-        if num_calls != 1:
-            raise _calls_error(f"{num_calls} calls")
+        if len(calls) != 1:
+            raise _calls_error(f"{len(calls)} calls")
         # Detached, so that each graph is freed after its backward. Under `loss_parallel` a loss is
         # a DTensor.
         values[index] = full_tensor(loss.detach())

@@ -37,11 +37,6 @@ class DebugCollectives:
     _label: list[str] = attrs.field(factory=list, init=False)  # at most one, of the next collective
     _models: list[str] = attrs.field(factory=list, init=False, repr=False)  # those that were named
 
-    @property
-    def store(self) -> dist.Store:
-        """The store through which the calls are compared."""
-        return self.exchange.store
-
     def size(self, axis: str) -> int:
         """Return the number of ranks of the axis."""
         return self.inner.size(axis)

@@ -228,6 +228,9 @@ class _NoPeers:
     def name_model(self, model: object) -> None:
         """Do nothing: there are no peers to compare with."""
 
+    def begin_call(self, call: str) -> None:
+        """Do nothing: there are no peers to compare with."""
+
     def as_rank_error(self, error: RuntimeError, action: str, axis: str) -> None:
         """Return None: the error was not raised by a collective."""
 

@@ -111,11 +111,11 @@ def test_keys_are_deleted_from_the_store():
     def body(ctx):
         for _ in range(5):
             faccel.barrier(ctx)
-        return ctx.comm.store.num_keys()
+        return ctx.comm.exchange.store.num_keys()
 
     def more(ctx):
         for _ in range(50):
             faccel.barrier(ctx)
-        return ctx.comm.store.num_keys()
+        return ctx.comm.exchange.store.num_keys()
 
     assert max(simulate(more, 2, config=CHECKED)) <= max(simulate(body, 2, config=CHECKED))
