@@ -18,8 +18,6 @@ def _run_command(arguments, env, stdout, stderr, terminal):
     if terminal is None:
         os.dup2(stdout.fileno(), 1)
         os.dup2(stderr.fileno(), 2)
-        # The former output may have been a file, which is seekable; a pipe is not.
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     else:
         os.setsid()  # so that the terminal becomes the controlling one, which sends Ctrl-C
         descriptor = os.open(terminal, os.O_RDWR)
@@ -27,6 +25,8 @@ def _run_command(arguments, env, stdout, stderr, terminal):
             os.dup2(descriptor, number)
         # multiprocessing has replaced it by /dev/null
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    # The former output may have been a file, which is seekable; a pipe or terminal is not.
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.argv = ["faccel", *arguments]
     code = 0
     try:

@@ -67,7 +67,7 @@ def _absolute(name: str, path: str | os.PathLike[str]) -> str:
         raise ConfigError(
             f"`{name}` is below the home directory of an unknown user",
             got=short_repr(text),
-            fix=f"write `{name}={os.path.join('.', text)!r}` for a folder of this name",
+            fix=f"write `{name}={short_repr(os.path.join('.', text))}` for a folder of this name",
         )
     return os.path.abspath(expanded)
 

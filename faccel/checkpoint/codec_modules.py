@@ -30,7 +30,7 @@ from faccel.checkpoint.codec_wrappers import (
 )
 from faccel.checkpoint.tensor_names import child_name, trainable_entries
 from faccel.checkpoint.tensor_views import check_storable, stored_view
-from faccel.errors import CheckpointError
+from faccel.errors import CheckpointError, short_repr
 from faccel.training.model import WrappedModel
 from faccel.training.module_checks import check_contains_no_model
 from faccel.training.module_names import original_names, user_name, with_user_names
@@ -139,7 +139,8 @@ def _versions(
         # A module compares it with its own, which must not raise when others are loaded already.
         current: object = getattr(module, "_version", version)
         if not isinstance(version, type(current)):
-            got = f"the version {version!r} in the checkpoint, {current!r} in the model"
+            versions = f"{short_repr(version)} in the checkpoint, {short_repr(current)} in the model"
+            got = f"the version {versions}"
             raise mismatch(child_name(path, name), got)
         metadata[name] = {"version": version}
     return metadata
