@@ -139,7 +139,9 @@ def _versions(
         # A module compares it with its own, which must not raise when others are loaded already.
         current: object = getattr(module, "_version", version)
         if not isinstance(version, type(current)):
-            versions = f"{short_repr(version)} in the checkpoint, {short_repr(current)} in the model"
+            versions = (
+                f"{short_repr(version)} in the checkpoint, {short_repr(current)} in the model"
+            )
             got = f"the version {versions}"
             raise mismatch(child_name(path, name), got)
         metadata[name] = {"version": version}
