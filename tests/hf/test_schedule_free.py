@@ -55,6 +55,7 @@ def run(ctx, name, path=None, mode="train"):
         return [*values, loss_of(state, ctx, 9)[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, "dp_replicate=2", "dp_shard=2"])
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_it_trains_and_evaluates_as_on_one_process_and_resumes_from_either_mode(

@@ -36,6 +36,7 @@ def run_script(path, env):
     )
 
 
+@pytest.mark.slow
 def test_a_function_runs_in_every_process_and_its_results_are_in_rank_order(tmp_path):
     config = tmp_path / "training.yaml"
     config.write_text("faccel: {seed: 5}\n")

@@ -185,6 +185,7 @@ def late_for_each_call(ctx, folder):
     return min(waits_s)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_late_does_not_raise(tmp_path):
     shortest_s = run_ranks(late_for_each_call, 3, str(tmp_path), timeout_s=TIMEOUT_S)[0]
     assert shortest_s > LATE_S / 2  # rank 0 has waited each time

@@ -477,6 +477,7 @@ def test_torch_compile_of_dropout_raises_with_a_fix():
         compile_of(func.make_step(loss_of(model), optimizer, CTX))(state, batch_of(0, CTX))
 
 
+@pytest.mark.slow
 def test_an_ensemble_compiles():
     optimizer = transformation()
     step = func.ensemble(func.make_step(loss_of(small_net()), optimizer, CTX), CTX)
