@@ -15,7 +15,7 @@ import xxhash
 from faccel.checkpoint.arguments import folder_argument
 from faccel.checkpoint.codec import Node
 from faccel.checkpoint.files import FileEntry, hash_file
-from faccel.checkpoint.node_checks import is_json
+from faccel.checkpoint.node_checks import json_problem
 from faccel.errors import CheckpointError, short_text
 
 MANIFEST = "manifest.json"
@@ -177,7 +177,7 @@ _FIELDS = {
     "world_size": lambda value: _is_int(value, 1),
     "mesh": _is_mesh,
     "created_s": _is_time,
-    "metadata": lambda value: isinstance(value, dict) and is_json(value),
+    "metadata": lambda value: isinstance(value, dict) and json_problem(value) is None,
     "files": lambda value: isinstance(value, list),
     "state": lambda value: True,
 }

@@ -102,18 +102,6 @@ def _check_fields(node: Node, name: str, kind: _Kind, path: str) -> None:
             raise ValueError(f"`{short_text(path)}`: the field `{field}` of a {name} is invalid")
 
 
-def is_json(value: object) -> bool:
-    """Return whether JSON can store a value that is nested at most as deeply as a state.
-
-    Effects: pure.
-
-    Examples:
-        >>> is_json({"loss": [0.5, None]}), is_json({1: "x"}), is_json({"loss": float("nan")})
-        (True, False, False)
-    """
-    return json_problem(value) is None
-
-
 def json_problem(value: object, name: str = "value") -> str | None:
     """Return which item of a value JSON cannot store, and why; None if it can store all.
 
