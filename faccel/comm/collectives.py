@@ -23,6 +23,7 @@ from faccel.comm.rank_status import RankStatus
 from faccel.comm.single import NoTurn, axis_error
 from faccel.comm.turn import WorldTurn
 from faccel.comm.world_store import without_frames
+from faccel.device_table import is_host
 from faccel.errors import (
     DesyncError,
     FaccelError,
@@ -84,7 +85,7 @@ class TorchCollectives:
         # A new tensor object over the same storage: only c10d adds references to it, whatever
         # references the caller has to `x`.
         flat = x.detach().view(-1)
-        if flat.device.type == "cpu":
+        if is_host(flat.device):
             self.in_flight.append(flat)
         return flat
 
@@ -160,7 +161,7 @@ class TorchCollectives:
         where comparing the bits would make the host wait.
         """
         # Above 256 the sum of bits may be inexact: bfloat16 has 8 bits of precision.
-        if self.rank_status is None or x.device.type != "cpu" or self.size(axis) > 256:
+        if self.rank_status is None or not is_host(x.device) or self.size(axis) > 256:
             return x.new_empty(0)
         text = f"{op}{x.dtype}{x.numel()}"
         if self._label:
@@ -213,7 +214,7 @@ class TorchCollectives:
 
     def _is_async(self, x: torch.Tensor) -> bool:
         # On an accelerator `wait` does not wait for the other ranks, but orders streams.
-        return self.call_order is not None and x.device.type == "cpu"
+        return self.call_order is not None and is_host(x.device)
 
     def _subject(self) -> AbstractContextManager[None]:
         """Remove the label; in a simulation, it is the subject of the calls in the body."""
@@ -273,7 +274,7 @@ class TorchCollectives:
         else:
             # gloo's threads reference views of the output, which count as references to `flat`
             # only. So `flat` itself is tracked, and the caller gets a copy.
-            if flat.device.type == "cpu":
+            if is_host(flat.device):
                 self.in_flight.append(flat)
             group, is_async = self._own_group(axis), self._is_async(flat)
             with self._running("all_gather", axis) as works:
