@@ -45,7 +45,7 @@ def init_spike(*, threshold: float = 7.0, decay: float = 0.99, warmup: int = 100
     Effects: pure.
 
     Args:
-        threshold: How many standard deviations above the mean a spike is. The default is that of
+        threshold: How many standard deviations above the mean a spike is. The default comes from
             the spike score of OLMo 2 (arXiv:2501.00656).
         decay: A loss moves the mean by `1 - decay` of its distance, so that about
             `2 / (1 - decay)` losses count. Until there are enough, all have equal weights.
@@ -81,7 +81,7 @@ def detect_spike(state: SpikeState, loss: float | torch.Tensor) -> tuple[bool, S
 
     Args:
         state: From `init_spike` or `detect_spike`.
-        loss: A number or a scalar. Ranks decide alike only if it is equal on all of them, as
+        loss: A number or a scalar. All ranks decide the same only if it is equal on them, as
             `faccel.reduce(loss, ctx, op="mean")` and the losses of `make_step` are.
 
     Raises:
