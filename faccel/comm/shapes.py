@@ -198,9 +198,4 @@ def all_to_all(x: Tree, ctx: DistContext, *, axis: str = WORLD) -> Tree:
     rows = ctx.comm.all_to_all(packed.row, axis)
     if is_host(ctx.device):  # on other devices the host would wait for the digests
         check_same(packed.read(rows, 0).flatten().tolist(), leaves, ctx, axis)
-    results: list[torch.Tensor] = []
-    for i in range(1, 1 + len(leaves)):
-        leaf_rows = packed.read(rows, i)
-        # A view would keep the rows of all leaves alive.
-        results.append(leaf_rows.clone())
-    return rebuild(results)
+    return rebuild(packed.read_copies(rows)[1:])

@@ -125,7 +125,8 @@ def gather(
     if is_host(ctx.device):  # on other devices the host would wait for the header
         check_same(packed.read(rows, len(leaves))[:, 0].tolist(), leaves, ctx, axis)
     # `T[W, n, ...]` to `T[W*n, ...]`: row `i` of rank `r` becomes row `r*n + i`.
-    return rebuild([_read_copy(packed, rows, i).flatten(0, 1) for i in range(len(leaves))])
+    copies = packed.read_copies(rows)
+    return rebuild([copy.flatten(0, 1) for copy in copies[: len(leaves)]])
 
 
 def _gather_differentiably(
@@ -149,15 +150,6 @@ def _gather_differentiably(
     # On the device of the context first, by an operation that autograd records.
     moved = [leaf.to(ctx.device) for leaf in leaves]
     return rebuild(gather_with_gradients(call, moved))
-
-
-def _read_copy(packed: Packed, rows: torch.Tensor, leaf: int) -> torch.Tensor:
-    """Return a leaf of every rank as `T[w, ...]` that does not keep the gathered bytes alive."""
-    values = packed.read(rows, leaf)
-    # `read` has copied already unless the leaf's bytes can be viewed. A second copy costs time.
-    if values.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
-        return values.clone()
-    return values
 
 
 def _valid_rows(
@@ -388,9 +380,5 @@ def broadcast(x: Tree, ctx: DistContext, *, src: int = 0, axis: str = WORLD) -> 
     rows = ctx.comm.broadcast(packed.row, src, axis)[None]
     if is_host(ctx.device):  # on other devices the host would wait for the digest
         check_same([own_digest, int(packed.read(rows, len(leaves)))], leaves, ctx, axis)
-    results: list[torch.Tensor] = []
-    for i in range(len(leaves)):
-        leaf_rows = packed.read(rows, i)
-        # A view would keep the bytes of all leaves alive.
-        results.append(leaf_rows[0].clone())
-    return rebuild(results)
+    copies = packed.read_copies(rows)
+    return rebuild([copy[0] for copy in copies[: len(leaves)]])
