@@ -50,6 +50,10 @@ class FaccelError(Exception):
             message += f"\nTo fix: {fix}."
         Exception.__init__(self, message)  # torch.compile cannot trace `super().__init__` here
 
+    def __str__(self) -> str:
+        # Names in a message may come from a file of other origin.
+        return printable(Exception.__str__(self))
+
     # `Exception.__reduce__` calls the class with the message alone, which is not its signature.
     # Process pools, such as those of `concurrent.futures`, return an exception as a pickle.
     def __reduce__(self) -> tuple[Callable[..., FaccelError], tuple[object, ...]]:
@@ -192,6 +196,27 @@ def short_text(value: object, limit: int = _MAX_TEXT) -> str:
     if not text.isprintable():
         text = _without_middle(repr(text)[1:-1], limit)
     return text
+
+
+def printable(text: str) -> str:
+    r"""Return a text with control characters escaped, except line breaks and tabs.
+
+    A terminal would execute an escape sequence: clear the screen, or hide the lines before.
+
+    Effects: pure.
+
+    Examples:
+        >>> printable("a\x1b[2J\nb")
+        'a\\x1b[2J\nb'
+    """
+    if text.isprintable():
+        return text
+    characters: list[str] = []
+    for character in text:
+        if not character.isprintable() and character not in "\n\t":
+            character = repr(character)[1:-1]
+        characters.append(character)
+    return "".join(characters)
 
 
 def _without_middle(text: str, limit: int) -> str:

@@ -30,7 +30,7 @@ from faccel.checkpoint.codec_wrappers import (
 )
 from faccel.checkpoint.tensor_names import child_name, trainable_entries
 from faccel.checkpoint.tensor_views import check_storable, stored_view
-from faccel.errors import CheckpointError, short_repr
+from faccel.errors import CheckpointError, short_repr, short_text
 from faccel.training.model import WrappedModel
 from faccel.training.module_checks import check_contains_no_model
 from faccel.training.module_names import original_names, user_name, with_user_names
@@ -93,7 +93,7 @@ def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
     restores: dict[str, Restore] = {}
     for original_name, entry in original_state.items():
         name = user_name(original_name)
-        if name in saved_names and not _is_misshapen(node, saved_names[name], entry, path, decoder):
+        if name in saved_names and not _is_unfit(node, saved_names[name], entry, path, decoder):
             saved_name = saved_names[name]
             restores[original_name] = _decode_entry(
                 node["v"][saved_name], entry, child_name(path, saved_name), decoder
@@ -112,13 +112,15 @@ def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
     return restore
 
 
-def _is_misshapen(node: Node, name: str, entry: Tree, path: str, decoder: Decoder) -> bool:
-    """Return whether an entry has another shape and may be left out; add it to the report."""
+def _is_unfit(node: Node, name: str, entry: Tree, path: str, decoder: Decoder) -> bool:
+    """Return whether an entry does not fit and may be left out; add it to the report."""
     entry_path, entry_node = child_name(path, name), node["v"][name]
     is_tensor = isinstance(entry, torch.Tensor) and kind_of(entry_node) in TENSOR.kinds
     if decoder.strict or not is_tensor:
         return False
-    if decode_spec(entry_node, entry_path, decoder).shape == entry.shape:
+    spec = decode_spec(entry_node, entry_path, decoder)
+    # A cast of complex numbers to real ones, or of real numbers to ints, would lose a part of each.
+    if spec.shape == entry.shape and torch.can_cast(spec.dtype, entry.dtype):
         return False
     decoder.mismatched.add(entry_path)
     return True
@@ -264,7 +266,7 @@ def first_names(names: Set[str], limit: int = 3) -> str:
     Effects: pure.
     """
     listed = sorted(names)
-    text = ", ".join(f"`{name}`" for name in listed[:limit])
+    text = ", ".join(f"`{short_text(name)}`" for name in listed[:limit])
     if len(listed) > limit:
         text += f" and {len(listed) - limit} more"
     return text

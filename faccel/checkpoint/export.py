@@ -65,7 +65,8 @@ def parse_size(size: str | int) -> int:
         (1500, 2097152, 100)
     """
     # decimal units as transformers, and binary ones
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    # A file system has 64-bit sizes.
+    match = re.fullmatch(r"\s*(\d{1,19}(?:\.\d{1,19})?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise ConfigError(
             "`max_shard_size` must be a positive size",

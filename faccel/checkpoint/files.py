@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -18,6 +19,7 @@ from faccel.errors import CheckpointError
 _CHUNK_BYTES = (
     1 << 22
 )  # small enough that a chunk is still in the cache when it is written after hashing
+_MAX_BYTES = 1 << 30  # of a file that is read into memory at once
 # Keys in the metadata of a header. PyTorch's HuggingFaceStorageReader looks for the first two, to
 # put shards together. The third one shows that the last shard is missing, which they do not.
 SHARDING = "DCP_SHARDING_INFO"
@@ -186,6 +188,37 @@ def write_file(directory: str, name: str, chunks: Iterable[bytes | memoryview]) 
     finally:
         os.close(fd)
     return FileEntry(name, size, digest.hexdigest())
+
+
+def read_regular_file(path: str, num_bytes: int = -1, *, follows_links: bool = False) -> bytes:
+    """Return the first `num_bytes` of a file; all of it by default.
+
+    Effects: ambient.
+
+    Args:
+        path: The file, which another program may have written.
+        num_bytes: How much to read.
+        follows_links: Whether it may be a symbolic link, which leads elsewhere.
+
+    Raises:
+        ValueError: It is a pipe, a device, a folder, or larger than 1 GiB.
+        OSError: It cannot be read, or is a link.
+    """
+    # To open a pipe waits for its writer.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    if not follows_links:
+        flags |= os.O_NOFOLLOW
+    fd = os.open(path, flags)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        if status.st_size > _MAX_BYTES:
+            raise ValueError(f"it has {status.st_size} bytes")
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(num_bytes)
+    finally:
+        os.close(fd)
 
 
 def hash_file(path: str) -> str:

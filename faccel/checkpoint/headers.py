@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from faccel.checkpoint.coverage import Box, first_gap
-from faccel.checkpoint.files import FULL_SHAPE, SAVED_OFFSETS, SHARDING
+from faccel.checkpoint.files import FULL_SHAPE, SAFETENSORS_DTYPES, SAVED_OFFSETS, SHARDING
 from faccel.errors import short_text
+
+# Other programs write the last two.
+_DTYPES = frozenset({*SAFETENSORS_DTYPES.values(), "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 
 
 @attrs.frozen
@@ -56,6 +60,9 @@ def read_slices(folder: str, names: Iterable[str]) -> list[StoredSlice]:
 def _slices_of_file(path: str) -> list[StoredSlice]:
     from safetensors import safe_open
 
+    # The library would wait for the writer of a pipe, and Ctrl-C could not end that.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is not a regular file")
     slices: list[StoredSlice] = []
     with safe_open(path, framework="pt") as file:
         sharding = _sharding(file.metadata())
@@ -67,7 +74,10 @@ def _slices_of_file(path: str) -> list[StoredSlice]:
                 offsets, full_shape = _place(sharding[key])
                 if len(offsets) != len(sizes):
                     raise ValueError(f"`{key}` has offsets {offsets} and shape {sizes}")
-            slices.append(StoredSlice(key, stored.get_dtype(), sizes, offsets, full_shape))
+            dtype = stored.get_dtype()
+            if dtype not in _DTYPES:
+                raise ValueError(f"`{key}` has the unsupported dtype {dtype}")
+            slices.append(StoredSlice(key, dtype, sizes, offsets, full_shape))
     return slices
 
 

@@ -15,6 +15,7 @@ from faccel.checkpoint.arguments import path_argument
 from faccel.checkpoint.codec_modules import first_names
 from faccel.checkpoint.dcp import Reader
 from faccel.checkpoint.export import INDEX_FILE, WEIGHTS_FILE, Weights, user_module
+from faccel.checkpoint.files import read_regular_file
 from faccel.checkpoint.headers import check_slices, read_slices
 from faccel.checkpoint.rank_calls import on_all_ranks
 from faccel.context import DistContext
@@ -47,8 +48,8 @@ def load_model(
         trained_only: Whether the files are from `export_model(..., trained_only=True)`.
 
     Raises:
-        CheckpointError: Names or shapes differ from the model's; the message names them. The model
-            is unchanged.
+        CheckpointError: Names or shapes differ from the model's, or dtypes cannot be cast to the
+            model's; the message names them. The model is unchanged.
 
     Examples:
         >>> import tempfile
@@ -85,7 +86,7 @@ def _destinations(weights: Weights, reader: Reader) -> dict[str, torch.Tensor]:
     """Return the model's tensors under the names in the files.
 
     Raises:
-        CheckpointError: Names or shapes differ.
+        CheckpointError: Names or shapes differ, or dtypes cannot be cast.
     """
     all_stored = reader.stored()
     # Files that were exported from a compiled model have its names.
@@ -100,12 +101,17 @@ def _destinations(weights: Weights, reader: Reader) -> dict[str, torch.Tensor]:
     missing = destinations.keys() - stored.keys()
     unknown = stored.keys() - destinations.keys() - weights.ties.keys()
     misshapen: set[str] = set()
+    mistyped: set[str] = set()
     for name, tensor in destinations.items():
         if name in stored and stored[name].shape != tensor.shape:
             misshapen.add(name)
+        if name in stored and not torch.can_cast(stored[name].dtype, tensor.dtype):
+            mistyped.add(name)
     _check_empty(missing, "missing in the files")
     _check_empty(unknown, "unknown to the model")
     _check_empty(misshapen, "of another shape")
+    # A cast of complex numbers to real ones, or of real numbers to ints, would lose a part of each.
+    _check_empty(mistyped, "of a dtype that cannot be cast to the model's")
     return {file_names[name]: tensor for name, tensor in destinations.items()}
 
 
@@ -148,11 +154,10 @@ def _files_with_weights(path: str) -> tuple[str, list[str]]:
 def _names_in_index(index: str) -> list[str]:
     """Return the names of the files in an index of Hugging Face."""
     names: set[object] = set()
-    with (
-        suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError),
-        open(index, encoding="utf-8") as file,
-    ):
-        names = set(json.load(file)["weight_map"].values())
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        # A cache of Hugging Face has links to the files.
+        text = read_regular_file(index, follows_links=True)
+        names = set(json.loads(text)["weight_map"].values())
     # A name with a directory, such as `../secret`, would read outside the folder.
     valid = [name for name in names if isinstance(name, str) and _FILE_NAME.fullmatch(name)]
     if not valid or len(valid) < len(names):

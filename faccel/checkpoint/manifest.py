@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import xxhash
 
 from faccel.checkpoint.arguments import folder_argument
 from faccel.checkpoint.codec import Node
-from faccel.checkpoint.files import FileEntry, hash_file
+from faccel.checkpoint.files import FileEntry, hash_file, read_regular_file
 from faccel.checkpoint.node_checks import json_problem
 from faccel.errors import CheckpointError, short_text
 
@@ -22,7 +21,6 @@ MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-step-"
 _VERSION = 1  # of the format; a change needs a new number and a reader of the old format
 _FIRST_WORDS = b"faccel checkpoint "
-_MAX_BYTES = 1 << 30  # of a manifest; it is read into memory at once
 # `step-000000100`, or `step-000000100-1` if a corrupt checkpoint has the first name.
 _FOLDER_NAME = re.compile(r"step-(\d{9,})(?:-(\d+))?")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -223,9 +221,11 @@ def read_manifest(folder: str) -> Manifest:
             the message names it.
     """
     try:
-        data = _read_manifest_file(os.path.join(folder, MANIFEST))
+        data = read_regular_file(os.path.join(folder, MANIFEST))
     except OSError as error:
         raise ValueError(f"no manifest ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"the manifest is invalid: {error}") from None
     manifest = Manifest.from_bytes(data)
     sizes = _file_sizes(folder)
     for entry in manifest.files:
@@ -241,33 +241,13 @@ def read_manifest(folder: str) -> Manifest:
     return manifest
 
 
-def _read_manifest_file(path: str, max_bytes: int = _MAX_BYTES) -> bytes:
-    """Return the first `max_bytes` of a manifest.
-
-    Raises:
-        ValueError: It is a link, a pipe, a device or too large.
-    """
-    # A link leads elsewhere; to open a pipe waits for its writer.
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("the manifest is not a file")
-        if status.st_size > _MAX_BYTES:
-            raise ValueError(f"the manifest has {status.st_size} bytes")
-        with open(fd, "rb", closefd=False) as file:
-            return file.read(max_bytes)
-    finally:
-        os.close(fd)
-
-
 def is_written_by_faccel(folder: str) -> bool:
     """Return whether a folder has a manifest that faccel has begun.
 
     Effects: ambient. Only such folders are renamed or deleted.
     """
     try:
-        data = _read_manifest_file(os.path.join(folder, MANIFEST), len(_FIRST_WORDS))
+        data = read_regular_file(os.path.join(folder, MANIFEST), len(_FIRST_WORDS))
     except (OSError, ValueError):
         return False
     return data == _FIRST_WORDS

@@ -21,7 +21,7 @@ class LoadReport:
     Args:
         missing: In the state and not in the checkpoint.
         unexpected: In a model or an optimizer of the checkpoint and not in that of the state.
-        mismatched: In both, with another shape.
+        mismatched: In both, with another shape, or a dtype that cannot be cast to the model's.
     """
 
     missing: tuple[str, ...] = ()

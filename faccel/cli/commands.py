@@ -6,6 +6,7 @@ torch, which takes seconds.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -18,13 +19,38 @@ from faccel.cli.config_command import config
 from faccel.cli.flags import LocalPath
 from faccel.cli.launch_command import launch, test
 from faccel.cli.output import explain_rows, json_option, present
+from faccel.errors import FaccelError, printable
 
 if TYPE_CHECKING:
     from faccel.checkpoint.manifest import Checkpoint
     from faccel.context import DistContext
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Commands that end with the message of an error, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()
+        except FaccelError as error:
+            raise click.ClickException(str(error)) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `faccel env | head -1`; click ends silently
+                raise
+            _discard_output()
+            raise click.ClickException(printable(str(error))) from None
+
+
+def _discard_output() -> None:
+    """Drop what is buffered: at its end Python would write it again, and fail again."""
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), sys.stdout.fileno())
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="faccel")
 def main() -> None:
     """Run a PyTorch training loop on any device and any number of processes."""
@@ -103,13 +129,10 @@ def merge(
     import faccel
     from faccel.checkpoint.merge import merge as merge_checkpoint
 
-    try:
-        # An empty environment: the export runs on one process, whatever launched this command.
-        with faccel.init(env={}) as ctx:
-            files = merge_checkpoint(checkpoint, out, ctx, name=name, max_shard_size=max_shard_size)
-            present(list(files), [(file,) for file in files], as_json=as_json)
-    except faccel.errors.FaccelError as error:
-        raise click.ClickException(str(error)) from None
+    # An empty environment: the export runs on one process, whatever launched this command.
+    with faccel.init(env={}) as ctx:
+        files = merge_checkpoint(checkpoint, out, ctx, name=name, max_shard_size=max_shard_size)
+        present(list(files), [(file,) for file in files], as_json=as_json)
 
 
 @main.command()
@@ -120,30 +143,26 @@ def env(*, explain: bool, as_json: bool) -> None:
 
     With --explain, also print each field of the configuration and its source.
     """
-    import faccel
     from faccel.cli.environment import as_rows, describe
     from faccel.config_file import find, read
     from faccel.config_sources import resolve
 
-    try:
-        reference = find(os.environ)
-        # Without a file the environment and the defaults still apply.
-        file = None
-        if reference is not None:
-            file = read(reference)
-        config = resolve(env=os.environ, file=file)
-        # The context stays open until everything about it is printed.
-        with ExitStack() as stack:
-            ctx, problem = _try_init(stack)
-            document = describe(config, ctx)
-            if problem is not None:
-                document["problem"] = problem
-            rows: list[tuple[str, ...]] = [("file", reference or "none"), *as_rows(ctx)]
-            if explain:
-                rows += explain_rows(config)
-            present(document, rows, as_json=as_json)
-    except faccel.errors.FaccelError as error:
-        raise click.ClickException(str(error)) from None
+    reference = find(os.environ)
+    # Without a file the environment and the defaults still apply.
+    file = None
+    if reference is not None:
+        file = read(reference)
+    config = resolve(env=os.environ, file=file)
+    # The context stays open until everything about it is printed.
+    with ExitStack() as stack:
+        ctx, problem = _try_init(stack)
+        document = describe(config, ctx)
+        if problem is not None:
+            document["problem"] = problem
+        rows: list[tuple[str, ...]] = [("file", reference or "none"), *as_rows(ctx)]
+        if explain:
+            rows += explain_rows(config)
+        present(document, rows, as_json=as_json)
     if problem is not None:
         raise click.ClickException(problem)
 
@@ -155,5 +174,5 @@ def _try_init(stack: ExitStack) -> tuple[DistContext | None, str | None]:
     try:
         # The stack shuts the context down, so that `env` also works below `faccel launch`.
         return stack.enter_context(faccel.init()), None
-    except faccel.errors.FaccelError as error:
+    except FaccelError as error:
         return None, str(error)

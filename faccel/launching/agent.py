@@ -6,6 +6,7 @@ whatever the exit codes of the ranks were, and terminates on SIGUSR1.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -43,6 +44,21 @@ OnRestart = Callable[[Failures, int], None]
 """`on_restart(failures, num_restarts_left)`, called before all ranks are restarted."""
 OnEnd = Callable[[int, FrameType | None], NoReturn]
 """The handler of a signal that ends the process."""
+
+
+def silence_loggers() -> None:
+    """Turn off the log of PyTorch's agent: a table for each failure, a line for a second signal.
+
+    faccel prints or raises the first failure instead.
+
+    Effects: ambient. Sets the levels of loggers.
+    """
+    for parent in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(parent).setLevel(logging.CRITICAL)
+        # Some modules set the level of their logger, and then that of its parent has no effect.
+        for name in logging.root.manager.loggerDict:
+            if name.startswith(f"{parent}."):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def is_preemption(failures: Failures) -> bool:

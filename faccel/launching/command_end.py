@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -16,6 +17,29 @@ from typing import Any, NoReturn
 from faccel.runtime.end_signals import END_SIGNALS
 
 _SHOW_CURSOR = b"\x1b[?25h"
+
+
+def open_standard_streams() -> None:
+    """Open closed standard streams, as of `faccel launch ... <&- >&- 2>&-`, on the null device.
+
+    A file or socket that is opened later would get the number of such a stream, and messages would
+    be written into it. Python has no objects for closed streams.
+
+    Effects: ambient.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the smallest number that is free: this one
+            os.set_inheritable(number, True)
+    # They stay open until the process ends.
+    if sys.stdin is None:
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 class CommandEnd:

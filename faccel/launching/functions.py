@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import multiprocessing
 import os
 import pickle
@@ -21,7 +20,6 @@ import torch
 from faccel.config import Config
 from faccel.config_file import find, read
 from faccel.config_sources import resolve
-from faccel.device_table import is_initialized, kind_of
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError, LaunchError, RankFailedError, short_repr
 from faccel.launching.guard import guarded
@@ -93,7 +91,7 @@ def notebook_launch(
             accelerator, or one without them.
 
     Raises:
-        LaunchError: This process has used the accelerator, so that a fork could not.
+        LaunchError: CUDA is initialized in this process, so that a fork could not use it.
         RankFailedError: A process failed. The message contains the traceback of the first one.
 
     Examples:
@@ -101,8 +99,12 @@ def notebook_launch(
         [0]
     """
     count = _count(num_processes, config)
-    if count > 1:
-        _check_can_fork()
+    if count > 1 and torch.cuda.is_initialized():
+        raise LaunchError(
+            "CUDA is initialized in this notebook, and a forked process cannot use it",
+            got="a tensor or model on the GPU, or a call of `torch.cuda`",
+            fix="restart the kernel, and create tensors and models inside the launched function",
+        )
     num_threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, num_threads)
@@ -110,26 +112,6 @@ def notebook_launch(
         # parallel region of a child would wait for them forever.
         torch.set_num_threads(1)
         return _run(fn, args, config, count, "fork")
-
-
-def _check_can_fork() -> None:
-    """Raise if a forked process could not use the accelerator of this node."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return
-    device_type = accelerator.type
-    if not kind_of(accelerator).can_fork:
-        raise LaunchError(
-            f"a forked process cannot use `{device_type}` devices",
-            got="`faccel.notebook_launch` with several processes",
-            fix="write a script, and start it with `faccel launch`",
-        )
-    if is_initialized(device_type):
-        raise LaunchError(
-            f"`{device_type}` is initialized in this notebook, and a forked process cannot use it",
-            got=f"a tensor or model on the device, or a call of `torch.{device_type}`",
-            fix="restart the kernel, and create tensors and models inside the launched function",
-        )
 
 
 def _count(num_processes: int | None, config: _ConfigLike) -> int:
@@ -174,6 +156,7 @@ def _run(
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
+    from faccel.launching.agent import silence_loggers
     from faccel.launching.torch_rendezvous import ONE_NODE, register_one_node
 
     _check(fn, config)
@@ -183,9 +166,7 @@ def _run(
     if start_method == "spawn":
         check_guarded()
         _check_arguments(fn, args)
-    # Both log each failure as a table or a traceback; `_start` raises it instead.
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    silence_loggers()  # `_start` raises the first failure
     register_one_node()
     with private_folder("faccel-launch-") as folder:
         spec = LaunchConfig(

@@ -6,6 +6,7 @@ launcher PID ends. It imports the standard library only, so that it takes millis
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -57,8 +58,13 @@ def _main(launcher: int, command: list[str]) -> None:
     except OSError as error:
         # In the format of PyTorch's agent, which reads it for the launcher.
         message = {"message": str(error), "errno": error.errno, "extraInfo": {"timestamp": "0"}}
-        with open(os.environ[_ERROR_FILE], "w", encoding="utf-8") as file:
-            json.dump({"message": message}, file)
+        path = os.environ[_ERROR_FILE]
+        # Without the file, as on a full disk, the agent reports the exit code. It would raise for a
+        # part of the file.
+        with contextlib.suppress(OSError):
+            with open(f"{path}.new", "w", encoding="utf-8") as file:
+                json.dump({"message": message}, file)
+            os.replace(f"{path}.new", path)
         sys.exit(_NOT_EXECUTABLE)
 
 

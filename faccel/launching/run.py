@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import errno
 import functools
-import logging
 import os
 import secrets
 import shutil
@@ -164,15 +163,14 @@ def _supervise(spec: LaunchSpec) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    from faccel.launching.agent import supervise
+    from faccel.launching.agent import silence_loggers, supervise
     from faccel.launching.torch_rendezvous import (
         OneNodeRendezvous,
         elastic_rendezvous,
         static_rendezvous,
     )
 
-    # torchrun logs each failure as a table; `_exit_code` prints the first one instead
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    silence_loggers()  # `_exit_code` prints the first failure
     arguments = torchrun.parse_args(torchrun_arguments(spec))
     with ExitStack() as stack:
         folder = None

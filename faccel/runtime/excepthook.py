@@ -200,8 +200,11 @@ def _write_error_file(error: BaseException, path: str) -> None:
     message = {"message": f"{type(error).__name__}: {error}", "extraInfo": details}
     # Without the file the agent reports the exit code alone, which is better than a second
     # exception in the hook.
-    with suppress(OSError), open(path, "w", encoding="utf-8") as file:
-        json.dump({"message": message}, file)
+    with suppress(OSError):
+        # Renamed when it is complete: the agent would raise for a part of it, as on a full disk.
+        with open(f"{path}.new", "w", encoding="utf-8") as file:
+            json.dump({"message": message}, file)
+        os.replace(f"{path}.new", path)
 
 
 def _exit_without_finalizing(end_signal: signal.Signals | None) -> NoReturn:

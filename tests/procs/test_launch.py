@@ -190,7 +190,8 @@ def test_a_second_signal_ends_ranks_that_ignore_the_first(start):
     command.send_signal(signal.SIGTERM)
     assert command.stdout.readline() == "signal\n"
     command.send_signal(signal.SIGTERM)
-    assert command.wait()[0] == 128 + signal.SIGTERM
+    code, _, errors = command.wait()
+    assert (code, errors) == (128 + signal.SIGTERM, "ended by SIGTERM\n")
 
 
 def test_an_executable_that_cannot_start_is_one_message(tmp_path):

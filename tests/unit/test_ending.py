@@ -1,13 +1,20 @@
 """`sys.excepthook` with several contexts, and with hooks of other libraries."""
 
+import json
+import multiprocessing
+import os
+import resource
 import signal
 import sys
 
 import pytest
 
 import faccel
+from faccel.launching import rank_process
 from faccel.launching.command_end import ending_by_signals
 from faccel.runtime.excepthook import ExceptHook
+
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -85,3 +92,32 @@ def test_the_command_line_leaves_an_ignored_signal_ignored_as_nohup_asks():
     finally:
         signal.signal(signal.SIGHUP, previous)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def hook_with_a_limit(path, num_bytes):
+    """Report an error of 1000 characters while a file can have `num_bytes`, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sys.excepthook = lambda error_type, error, traceback: None
+    ExceptHook().install(1, 0, 1, {"TORCHELASTIC_ERROR_FILE": path})
+    sys.excepthook(ValueError, ValueError("x" * 1000), None)
+
+
+def start_with_a_limit(path, num_bytes):
+    """Start a command that does not exist, as `faccel launch` does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    words = ["-I", "-S", rank_process.__file__, str(os.getppid()), "missing/" + "x" * 200]
+    os.execve(sys.executable, ["python", *words], {"TORCHELASTIC_ERROR_FILE": path})
+
+
+@pytest.mark.parametrize("report", [hook_with_a_limit, start_with_a_limit])
+def test_the_file_with_the_error_of_a_rank_is_complete_or_missing(tmp_path, report):
+    for num_bytes in (0, 1, 100, 100_000):
+        path = tmp_path / f"{num_bytes}.json"
+        process = FORK.Process(target=report, args=(str(path), num_bytes))
+        process.start()
+        process.join()
+        if path.exists():
+            assert json.loads(path.read_text())["message"]
+        assert path.exists() == (num_bytes == 100_000)
