@@ -55,7 +55,7 @@ def main(ctx, output):
     scaler = faccel.init_scaler(ctx)
 
     # Each rank stores the averages of the parameters, or of the shards, that it has.
-    ema = faccel.init_ema(model, ctx, decay=DECAY, warmup=True)
+    ema = faccel.parallel.init_ema(model, ctx, decay=DECAY, warmup=True)
 
     for epoch, loader in train.epochs(EPOCHS):
         for x, y in loader:
@@ -63,7 +63,7 @@ def main(ctx, output):
             scaler = faccel.scaled_backward(loss, scaler, ctx)
             _, scaler = faccel.optimizer_step(opt, scaler, ctx)
             # The averages are updated in place, so use the returned record from here on.
-            ema = faccel.update_ema(ema, model, ctx)
+            ema = faccel.parallel.update_ema(ema, model, ctx)
 
         # Inside of `ema_weights` the model has the averages, afterwards its own weights again.
         weights = accuracy(model, test, ctx)

@@ -53,8 +53,6 @@ if TYPE_CHECKING:
     from faccel.tracking.console import print as print
     from faccel.tracking.console import progress as progress
     from faccel.training.backward import scaled_backward as scaled_backward
-    from faccel.training.ema import init_ema as init_ema
-    from faccel.training.ema import update_ema as update_ema
     from faccel.training.forward_backward import forward_backward as forward_backward
     from faccel.training.gradients import grad_norm as grad_norm
     from faccel.training.gradients import unscale as unscale
@@ -93,7 +91,6 @@ _NAMES = {
     "faccel.runtime.initialize": ("init", "shutdown"),
     "faccel.tracking.console": ("get_logger", "print", "progress"),
     "faccel.training.backward": ("scaled_backward",),
-    "faccel.training.ema": ("init_ema", "update_ema"),
     "faccel.training.forward_backward": ("forward_backward",),
     "faccel.training.gradients": ("grad_norm", "unscale"),
     "faccel.training.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
@@ -107,7 +104,8 @@ _NAMESPACES = (
     "tracking",
 )  # fmt: skip
 
-# Names of Accelerate and Lightning Fabric that have no similar name here, for the error message.
+# For the error message: names of Accelerate and Lightning Fabric that have no similar name here,
+# and names that live in a namespace.
 _HINTS = {
     "Accelerator": "`ctx = faccel.init()`",
     "AcceleratorState": "`ctx = faccel.init()`",
@@ -119,11 +117,13 @@ _HINTS = {
     "unscale_": "`scaler = faccel.unscale(opt, scaler, ctx)`",
     "unscale_gradients": "`scaler = faccel.unscale(opt, scaler, ctx)`",
     "gather_for_metrics": "`faccel.gather(x, ctx, num_valid=batch.num_valid)`",
+    "init_ema": "`faccel.parallel.init_ema(model, ctx)`",
     "is_main_process": "`ctx.is_main`",
     "prepare": "`faccel.wrap`, `faccel.wrap_optimizer` and `faccel.shard`",
     "set_seed": "`faccel.seed_everything(seed, ctx)`",
     "setup": "`faccel.wrap` and `faccel.wrap_optimizer`",
     "setup_dataloaders": "`faccel.shard(loader, ctx)`",
+    "update_ema": "`faccel.parallel.update_ema(ema, model, ctx)`",
     "wait_for_everyone": "`faccel.barrier(ctx)`",
 }
 

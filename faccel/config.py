@@ -104,7 +104,7 @@ class Config:
             stay fp32.
         grad_accum: Micro-batches per step, the default `size` of `windows`.
         seed: Seed of the data order and of `seed_everything`.
-        device: `"cpu"`, `"cuda"`, `"cuda:1"`, ...; None is the best available device.
+        device: `"cpu"`, `"cuda:1"`, `"tpu"`, ...; None is the accelerator, or the CPU without one.
         mesh: A `MeshSpec`, a mapping of its fields or a text such as `"dp_replicate=4"`. None
             replicates over the world.
         strategy: `"deepspeed"` replaces the strategy that the mesh chooses.

@@ -23,6 +23,7 @@ from faccel.backends.fsdp_second_order import SecondOrder
 from faccel.backends.fsdp_unreduced import UnreducedGrads
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
+from faccel.device_table import kind_of
 from faccel.errors import ModelError, OptimizerError
 from faccel.mesh import WORLD
 from faccel.parallel.activation_checkpoint import apply_checkpointing
@@ -225,8 +226,10 @@ def _options(plan: Plan, ctx: DistContext) -> dict[str, Any]:
         "reshard_after_forward": plan.fsdp.reshard_after_forward,
     }
     if plan.offload:
-        # Copies to a GPU overlap with computation only if the memory of the host is pinned.
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=ctx.device.type == "cuda")
+        # Copies overlap with computation only if the memory of the host is pinned.
+        options["offload_policy"] = CPUOffloadPolicy(
+            pin_memory=kind_of(ctx.device).has_pinned_memory
+        )
     return options
 
 

@@ -27,6 +27,7 @@ from faccel.plan import PipelineConfig, Plan
 from faccel.protocols import MicroBatchLoss, Parallelism, RunMethod
 from faccel.random.generators import call_seeded
 from faccel.random.hashing import mix
+from faccel.training.gradient_guard import gradient_guard
 from faccel.tree import Tree, full_tensor, local_tensor
 
 
@@ -255,6 +256,16 @@ _NO_SHAPES = -1
 
 
 def _forward_backward(
+    engine: nn.Module,
+    losses: Sequence[MicroBatchLoss],
+    factors: Sequence[float | torch.Tensor],
+    ctx: DistContext,
+) -> torch.Tensor:
+    with gradient_guard(ctx):
+        return _run_schedule(engine, losses, factors, ctx)
+
+
+def _run_schedule(
     engine: nn.Module,
     losses: Sequence[MicroBatchLoss],
     factors: Sequence[float | torch.Tensor],

@@ -26,7 +26,7 @@ def _encode_ema(value: EmaState, path: str, encoder: Encoder) -> Node:
 def _decode_ema(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
     if not isinstance(target, EmaState):
         got = f"averages in the checkpoint, {type(target).__name__} in the state"
-        raise mismatch(path, got, "pass the result of `faccel.init_ema(model, ctx)`")
+        raise mismatch(path, got, "pass the result of `faccel.parallel.init_ema(model, ctx)`")
     nodes: Mapping[str, Node] = node["v"]
     averages = target.averages
     # In a pipeline the checkpoint has the parameters of all stages.

@@ -12,6 +12,7 @@ import torch
 
 from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore, mismatch
 from faccel.checkpoint.tensor_names import child_name
+from faccel.device_table import is_host
 from faccel.errors import CheckpointError
 from faccel.random.generators import Generators
 from faccel.random.hashing import mix
@@ -27,15 +28,20 @@ def _encode_rng_state(value: RngState, path: str, encoder: Encoder) -> Node:
     rank_path = child_name(path, f"rank-{encoder.ctx.rank:05d}")
     for name, tensor in _to_tensors(value).items():
         encoder.tensors[child_name(rank_path, name)] = tensor
-    return {"!": "rng", "ranks": encoder.ctx.world_size, "device": value.device is not None}
+    node: Node = {"!": "rng", "ranks": encoder.ctx.world_size, "device": value.device is not None}
+    if value.device is not None:
+        node["device_type"] = encoder.ctx.device.type
+    return node
 
 
 def _decode_rng_state(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
     rank = decoder.ctx.rank
     saved_rank = rank % node["ranks"]  # a larger world derives its generators from the saved ones
     names = ["torch", "python", "numpy", "pairs"]
-    # A run that moves to a CPU has no generator for the stored state of a device.
-    if node["device"] and decoder.ctx.device.type != "cpu":
+    # A generator of another device type has another algorithm, and a CPU has none for a device.
+    device_type = decoder.ctx.device.type
+    is_same_type = node.get("device_type", device_type) == device_type
+    if node["device"] and is_same_type and not is_host(decoder.ctx.device):
         names.append("device")
     rank_path = child_name(path, f"rank-{saved_rank:05d}")
     tensors: dict[str, torch.Tensor] = {}

@@ -378,7 +378,7 @@ KINDS: dict[str, _Kind] = {
     ),
     "stateful": _Kind({"v": _is_any}, children=_value),
     "optimizer": _Kind({"v": _is_optimizer}, children=_entries),
-    "rng": _Kind({"ranks": _is_positive, "device": _is_bool}),
+    "rng": _Kind({"ranks": _is_positive, "device": _is_bool}, {"device_type": _is_text}),
     "ema": _Kind(
         {"v": _is_entries, "num_updates": _is_count, "options": _is_ema_options},
         children=_entries,

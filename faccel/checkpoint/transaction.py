@@ -52,6 +52,7 @@ from faccel.checkpoint.verification import first_problem
 from faccel.checkpoint.verified import VerifiedFolders
 from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
+from faccel.device_table import is_host, kind_of
 from faccel.errors import CheckpointError, short_repr
 from faccel.tree import Tree
 
@@ -251,12 +252,16 @@ class SaveTransaction:
         copies: list[Slice] = []
         is_on_device = False
         for piece in self._slices:
-            if piece.tensor.device.type == "cpu":
+            if is_host(piece.tensor.device):
                 copy = piece.tensor.clone()
             else:
-                # pinned memory: the copies of all slices overlap, and one synchronization waits for
-                # them
-                copy = torch.empty(piece.tensor.shape, dtype=piece.tensor.dtype, pin_memory=True)
+                # Pinned memory: the copies of all slices overlap, and one synchronization waits for
+                # them.
+                copy = torch.empty(
+                    piece.tensor.shape,
+                    dtype=piece.tensor.dtype,
+                    pin_memory=kind_of(piece.tensor.device).has_pinned_memory,
+                )
                 copy.copy_(piece.tensor, non_blocking=True)
                 is_on_device = True
             copies.append(attrs.evolve(piece, tensor=copy))

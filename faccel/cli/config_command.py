@@ -46,13 +46,15 @@ def _recommended() -> tuple[dict[str, Any], int]:
     """Return the fields that are recommended for this node, and the number of processes."""
     import torch
 
+    from faccel.device_table import computes_bf16
+
     # The same choice as `--nproc auto`.
     num_processes = 1
     if torch.accelerator.is_available():
         num_processes = max(1, torch.accelerator.device_count())
     values: dict[str, Any] = {}
-    # PyTorch also counts GPUs that emulate bf16, on which it is slower than fp32.
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and computes_bf16(accelerator.type):
         values["mixed_precision"] = "bf16"
     return values, num_processes
 

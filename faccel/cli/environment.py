@@ -6,12 +6,17 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from faccel.cli.output import fields_document
 from faccel.config import Config
 from faccel.context import DistContext
+
+if TYPE_CHECKING:
+    import torch
 
 # Packages whose versions matter in a bug report.
 _PACKAGES = (
@@ -24,7 +29,6 @@ _PACKAGES = (
     "datasets",
     "deepspeed",
     "torchao",
-    "torch-xla",
 )
 
 
@@ -35,7 +39,7 @@ class _Devices:
     Args:
         cpu_cores: Number of CPU cores.
         memory_bytes: Physical memory; None if the system does not report it.
-        accelerators: Kind, name and memory of each accelerator.
+        accelerators: Kind, name and memory of each accelerator; 0 bytes are unknown.
         libraries: Versions of the libraries that drive the accelerators.
     """
 
@@ -94,8 +98,10 @@ def as_rows(ctx: DistContext | None) -> list[tuple[str, str]]:
         ("cpu", cpu),
     ]
     for index, card in enumerate(devices.accelerators):
-        memory = f"{card.memory_bytes / 2**30:.1f} GiB"
-        rows.append((f"{card.kind}:{index}", f"{card.name}, {memory}"))
+        description = card.name
+        if card.memory_bytes:
+            description += f", {card.memory_bytes / 2**30:.1f} GiB"
+        rows.append((f"{card.kind}:{index}", description))
     if ctx is not None:
         rows += _process_rows(ctx)
     if devices.libraries:
@@ -143,38 +149,28 @@ def _memory_bytes() -> int | None:
 def _devices() -> _Devices:
     import torch
 
+    from faccel.device_table import library_versions
+
     cpu_cores, memory_bytes = os.cpu_count(), _memory_bytes()
     if not torch.accelerator.is_available():
         return _Devices(cpu_cores, memory_bytes)
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         return _Devices(cpu_cores, memory_bytes)
-    if accelerator.type == "cuda":
-        return _Devices(cpu_cores, memory_bytes, _cuda_cards(), _cuda_libraries())
-    # PyTorch reports name and memory of CUDA and ROCm devices only
-    card = _Accelerator(accelerator.type, accelerator.type, 0)
-    return _Devices(cpu_cores, memory_bytes, (card,) * torch.accelerator.device_count())
+    indices = range(torch.accelerator.device_count())
+    cards = tuple(_accelerator(torch.device(accelerator.type, index)) for index in indices)
+    return _Devices(cpu_cores, memory_bytes, cards, library_versions(accelerator.type))
 
 
-def _cuda_cards() -> tuple[_Accelerator, ...]:
+def _accelerator(device: torch.device) -> _Accelerator:
     import torch
 
-    cards: list[_Accelerator] = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        cards.append(_Accelerator("cuda", properties.name, properties.total_memory))
-    return tuple(cards)
+    from faccel.device_table import without_stage_warnings
 
-
-def _cuda_libraries() -> dict[str, str]:
-    import torch
-    from torch.cuda import nccl
-
-    version = ()
-    if torch.distributed.is_nccl_available():
-        version = nccl.version()
-    return {
-        # ROCm builds of PyTorch also use the name cuda, and set `hip`.
-        "CUDA": str(torch.version.cuda or torch.version.hip),
-        "NCCL": ".".join(map(str, version)),
-    }
+    module: Any = torch.get_device_module(device)
+    properties: object = None
+    # Not every type has the function, and the devices may be in use or broken.
+    with suppress(AttributeError, RuntimeError, ValueError), without_stage_warnings():
+        properties = module.get_device_properties(device)
+    name = getattr(properties, "name", device.type)
+    return _Accelerator(device.type, str(name), int(getattr(properties, "total_memory", 0)))

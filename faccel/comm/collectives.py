@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import time
 import zlib
-from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 
 import attrs
 import torch
@@ -18,11 +17,12 @@ from faccel.comm.c10d_names import all_gather_single
 from faccel.comm.call_order import CallOrder
 from faccel.comm.compared_call import labelled, name_model, subject_of_calls
 from faccel.comm.pack import describe
-from faccel.comm.rank_errors import naming_failed_rank
+from faccel.comm.rank_errors import naming_failed_rank, raise_naming_rank
 from faccel.comm.rank_status import RankStatus
 from faccel.comm.single import NoTurn, axis_error
 from faccel.comm.turn import WorldTurn
 from faccel.comm.world_store import without_frames
+from faccel.device_table import is_host
 from faccel.errors import (
     DesyncError,
     FaccelError,
@@ -84,7 +84,7 @@ class TorchCollectives:
         # A new tensor object over the same storage: only c10d adds references to it, whatever
         # references the caller has to `x`.
         flat = x.detach().view(-1)
-        if flat.device.type == "cpu":
+        if is_host(flat.device):
             self.in_flight.append(flat)
         return flat
 
@@ -160,7 +160,7 @@ class TorchCollectives:
         where comparing the bits would make the host wait.
         """
         # Above 256 the sum of bits may be inexact: bfloat16 has 8 bits of precision.
-        if self.rank_status is None or x.device.type != "cpu" or self.size(axis) > 256:
+        if self.rank_status is None or not is_host(x.device) or self.size(axis) > 256:
             return x.new_empty(0)
         text = f"{op}{x.dtype}{x.numel()}"
         if self._label:
@@ -196,34 +196,49 @@ class TorchCollectives:
             "lines before each collective",
         )
 
-    @contextmanager
-    def _running(self, op: str, axis: str) -> Generator[list[dist.Work | None]]:
-        """Wait for the collectives that the body puts in the list; name the rank that failed."""
-        call = op
-        if self._label:
-            call = self._label[0][0]
-        works: list[dist.Work | None] = []
-        with naming_failed_rank(op, axis, self), self._subject():
-            yield works
-            for work in works:
-                # None if the collective has ended already.
-                if work is not None and self.call_order is not None:
-                    self.call_order.wait(work, call, self._own_group(axis))
+    def _run(
+        self,
+        op: str,
+        axis: str,
+        x: torch.Tensor | None,
+        begin: Callable[[dist.ProcessGroup, bool], dist.Work | None],
+    ) -> None:
+        """Run a collective on the tensor `x`; an error names the rank that failed.
+
+        Args:
+            op: Its name, for errors.
+            axis: The axis.
+            x: A tensor of it; None for a barrier, which waits on the host.
+            begin: `begin(group, is_async)` begins it. It returns None if it has ended already.
+        """
+        group = self._own_group(axis)
+        labels = self._label[:]
+        # Removed in any case: it would describe a later, other collective, and keep its tensors.
+        self._label.clear()
+        # No context managers: their frames would cost as much as a quarter of a small collective.
+        try:
+            if labels and self.rank_status is None:
+                # in a simulation the label is the subject of the call
+                with subject_of_calls(labelled(*labels[0])):
+                    begin(group, False)
+            elif self.call_order is None or not self._host_waits(x):
+                begin(group, False)
+            else:
+                call = op
+                if labels:
+                    call = labels[0][0]
+                work = begin(group, True)
+                if work is not None:
+                    self.call_order.wait(work, call, group)
+        except RuntimeError as error:
+            raise_naming_rank(error, op, axis, self)
         self._forget_finished()
 
-    def _is_async(self, x: torch.Tensor) -> bool:
+    def _host_waits(self, x: torch.Tensor | None) -> bool:
         # On an accelerator `wait` does not wait for the other ranks, but orders streams.
-        return self.call_order is not None and x.device.type == "cpu"
-
-    def _subject(self) -> AbstractContextManager[None]:
-        """Remove the label; in a simulation, it is the subject of the calls in the body."""
-        # Removed in any case: it would describe a later, other collective, and keep its tensors.
-        labels = self._label[:]
-        self._label.clear()
-        if not labels or self.rank_status is not None:
-            return nullcontext()
-        call, tree = labels[0]
-        return subject_of_calls(labelled(call, tree))
+        if x is None:
+            return bool(self.private_groups)
+        return is_host(x.device)
 
     def size(self, axis: str) -> int:
         """Return the number of ranks of the axis."""
@@ -245,10 +260,13 @@ class TorchCollectives:
         num_bits = len(bits)
         # A copy in both cases: `dist.all_reduce` writes into its argument, and `x` is the caller's.
         out = torch.cat([x.reshape(-1), bits]) if num_bits else x.clone()
-        group, is_async = self._own_group(axis), self._is_async(out)
-        with self._running("all_reduce", axis) as works:
-            flat = self._tracked(out)
-            works.append(dist.all_reduce(flat, op=_OPS[op], group=group, async_op=is_async))
+        flat = self._tracked(out)
+        self._run(
+            "all_reduce",
+            axis,
+            flat,
+            lambda group, is_async: dist.all_reduce(flat, _OPS[op], group, is_async),
+        )
         if not num_bits:
             return out
         if op == "sum":
@@ -273,12 +291,15 @@ class TorchCollectives:
         else:
             # gloo's threads reference views of the output, which count as references to `flat`
             # only. So `flat` itself is tracked, and the caller gets a copy.
-            if flat.device.type == "cpu":
+            if is_host(flat.device):
                 self.in_flight.append(flat)
-            group, is_async = self._own_group(axis), self._is_async(flat)
-            with self._running("all_gather", axis) as works:
-                row = self._tracked(x)
-                works.append(all_gather_single(flat, row, group=group, async_op=is_async))
+            row = self._tracked(x)
+            self._run(
+                "all_gather",
+                axis,
+                row,
+                lambda group, is_async: all_gather_single(flat, row, group, is_async),
+            )
         return flat.clone().view(size, *x.shape)
 
     def broadcast(self, x: torch.Tensor, src: int, axis: str) -> torch.Tensor:
@@ -286,23 +307,30 @@ class TorchCollectives:
         out = x.clone()
         # Without elements there is nothing to send. Shapes agree, so every rank returns here.
         if out.numel():
-            group, is_async = self._own_group(axis), self._is_async(out)
-            with self._running("broadcast", axis) as works:
-                flat = self._tracked(out)
-                works.append(dist.broadcast(flat, group_src=src, group=group, async_op=is_async))
+            flat = self._tracked(out)
+            self._run(
+                "broadcast",
+                axis,
+                flat,
+                lambda group, is_async: dist.broadcast(
+                    flat, group_src=src, group=group, async_op=is_async
+                ),
+            )
         return out
 
     def all_to_all(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         """Return each rank's row for this rank."""
         out = torch.empty_like(x)
         if out.numel():
-            group, is_async = self._own_group(axis), self._is_async(out)
-            with self._running("all_to_all", axis) as works:
-                rows = self._tracked(x)
-                work = dist.all_to_all_single(
-                    self._tracked(out), rows, group=group, async_op=is_async
-                )
-                works.append(work)
+            rows, received = self._tracked(x), self._tracked(out)
+            self._run(
+                "all_to_all",
+                axis,
+                rows,
+                lambda group, is_async: dist.all_to_all_single(
+                    received, rows, group=group, async_op=is_async
+                ),
+            )
         return out
 
     def scatter(
@@ -315,16 +343,22 @@ class TorchCollectives:
             pieces = None
             if rows is not None:
                 pieces = [self._tracked(row) for row in rows]
-            group, is_async = self._own_group(axis), self._is_async(out)
-            with self._running("scatter", axis) as works:
-                row = self._tracked(out)
-                work = dist.scatter(row, pieces, group_src=src, group=group, async_op=is_async)
-                works.append(work)
+            row = self._tracked(out)
+            self._run(
+                "scatter",
+                axis,
+                row,
+                lambda group, is_async: dist.scatter(
+                    row, pieces, group_src=src, group=group, async_op=is_async
+                ),
+            )
         return out
 
     def barrier(self, axis: str) -> None:
         """Return when every rank of the axis has called it."""
-        group = self._own_group(axis)
-        is_async = self.call_order is not None and bool(self.private_groups)
-        with self._running("barrier", axis) as works:
-            works.append(dist.barrier(group=group, async_op=is_async))
+        self._run(
+            "barrier",
+            axis,
+            None,
+            lambda group, is_async: dist.barrier(group, async_op=is_async),
+        )

@@ -238,7 +238,22 @@ def _create(group: _GroupOptions, options: DebugOptions | None) -> DebugGroup:
     return DebugGroup(inner, options, group.group_id, ranks)  # type: ignore[arg-type]
 
 
-if not hasattr(dist.Backend, BACKEND.upper()):  # this module may be reloaded
-    dist.Backend.register_backend(
-        BACKEND, _create, extended_api=True, devices=["cpu", "cuda", "xpu", "npu", "hpu"]
-    )
+def register_backend(device_type: str) -> str:
+    """Register the backend with c10d, for all devices that have a library; return its name.
+
+    Effects: ambient. Does nothing if it is registered already.
+
+    Args:
+        device_type: Type of the device of this process, whose library is registered.
+    """
+    device_types = {"cpu", device_type}
+    # c10d makes it the default of a type that has none, before a plugin registers its library.
+    for other_type, library in dist.Backend.default_device_backend_map.items():
+        if library != dist.Backend.FAKE:
+            device_types.add(other_type)
+    # Fields of the class, because this module may be reloaded.
+    if not device_types <= set(dist.Backend.backend_capability.get(BACKEND, ())):
+        dist.Backend.register_backend(
+            BACKEND, _create, extended_api=True, devices=sorted(device_types)
+        )
+    return BACKEND

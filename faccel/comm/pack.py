@@ -104,6 +104,26 @@ class Packed:
             return rows.new_empty((rows.shape[0], *shape), dtype=dtype)
         return rows[:, start:end].view(dtype).reshape(rows.shape[0], *shape)
 
+    def read_copies(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Return copies `T[w, ...]` of all leaves of `rows: uint8[w, num_bytes]`.
+
+        Much faster than `read` for each leaf, and no result keeps the bytes of the others alive.
+        """
+        by_offset = sorted(range(len(self.offsets)), key=self.offsets.__getitem__)
+        sizes = [self.shapes[i].numel() * self.dtypes[i].itemsize for i in by_offset]
+        sizes.append(rows.shape[1] - sum(sizes))  # the padding at the end
+        # One call for all leaves: for a small leaf the calls take longer than the copies.
+        # Ignored: PyTorch's stub has only the overload with `out`, which returns None.
+        pieces: list[torch.Tensor] = torch.split_with_sizes_copy(rows, sizes, 1)  # type: ignore
+        copies: list[torch.Tensor] = [rows] * len(by_offset)
+        for piece, i in zip(pieces, by_offset, strict=False):
+            shape = (rows.shape[0], *self.shapes[i])
+            if piece.numel():
+                copies[i] = piece.view(self.dtypes[i]).view(shape)
+            else:  # `view(dtype)` raises for a dimension of size 0
+                copies[i] = rows.new_empty(shape, dtype=self.dtypes[i])
+        return copies
+
 
 def pack(leaves: Sequence[torch.Tensor], *, num_rows: int | None = None) -> Packed:
     """Copy contiguous tensors of one device into one row of bytes.

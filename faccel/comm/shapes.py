@@ -11,6 +11,7 @@ from faccel.checks import shown
 from faccel.comm.pack import digest, pack, pad_to
 from faccel.comm.tensors import check_same, tensor_leaves
 from faccel.context import DistContext, require_context
+from faccel.device_table import is_host
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DataError
 from faccel.mesh import DATA, WORLD
@@ -195,11 +196,6 @@ def all_to_all(x: Tree, ctx: DistContext, *, axis: str = WORLD) -> Tree:
     # Without the label debug mode would compare rows of bytes, which do not show the leaves.
     ctx.comm.set_call_label("all_to_all", x)
     rows = ctx.comm.all_to_all(packed.row, axis)
-    if ctx.device.type == "cpu":  # on other devices the host would wait for the digests
+    if is_host(ctx.device):  # on other devices the host would wait for the digests
         check_same(packed.read(rows, 0).flatten().tolist(), leaves, ctx, axis)
-    results: list[torch.Tensor] = []
-    for i in range(1, 1 + len(leaves)):
-        leaf_rows = packed.read(rows, i)
-        # A view would keep the rows of all leaves alive.
-        results.append(leaf_rows.clone())
-    return rebuild(results)
+    return rebuild(packed.read_copies(rows)[1:])

@@ -11,6 +11,7 @@ from faccel.comm.gather_gradients import GatherCall, gather_with_gradients
 from faccel.comm.pack import Packed, check_rank, describe, digest, pack, pad_to
 from faccel.comm.row_count import RowCount
 from faccel.context import DistContext, require_context
+from faccel.device_table import is_host
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DataError, DesyncError, short_repr
 from faccel.mesh import DATA, WORLD
@@ -121,10 +122,11 @@ def gather(
     rows = ctx.comm.all_gather(packed.row, axis)
     if counts_rows:
         return rebuild(_valid_rows(packed, rows, leaves, is_scalar, ctx, axis))
-    if ctx.device.type == "cpu":  # on other devices the host would wait for the header
+    if is_host(ctx.device):  # on other devices the host would wait for the header
         check_same(packed.read(rows, len(leaves))[:, 0].tolist(), leaves, ctx, axis)
     # `T[W, n, ...]` to `T[W*n, ...]`: row `i` of rank `r` becomes row `r*n + i`.
-    return rebuild([_read_copy(packed, rows, i).flatten(0, 1) for i in range(len(leaves))])
+    copies = packed.read_copies(rows)
+    return rebuild([copy.flatten(0, 1) for copy in copies[: len(leaves)]])
 
 
 def _gather_differentiably(
@@ -148,15 +150,6 @@ def _gather_differentiably(
     # On the device of the context first, by an operation that autograd records.
     moved = [leaf.to(ctx.device) for leaf in leaves]
     return rebuild(gather_with_gradients(call, moved))
-
-
-def _read_copy(packed: Packed, rows: torch.Tensor, leaf: int) -> torch.Tensor:
-    """Return a leaf of every rank as `T[w, ...]` that does not keep the gathered bytes alive."""
-    values = packed.read(rows, leaf)
-    # `read` has copied already unless the leaf's bytes can be viewed. A second copy costs time.
-    if values.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
-        return values.clone()
-    return values
 
 
 def _valid_rows(
@@ -385,11 +378,7 @@ def broadcast(x: Tree, ctx: DistContext, *, src: int = 0, axis: str = WORLD) -> 
     ctx.comm.set_call_label(f"broadcast(src={src})", x)
     packed = pack([*leaves, torch.tensor([own_digest], device=ctx.device)])
     rows = ctx.comm.broadcast(packed.row, src, axis)[None]
-    if ctx.device.type == "cpu":  # on other devices the host would wait for the digest
+    if is_host(ctx.device):  # on other devices the host would wait for the digest
         check_same([own_digest, int(packed.read(rows, len(leaves)))], leaves, ctx, axis)
-    results: list[torch.Tensor] = []
-    for i in range(len(leaves)):
-        leaf_rows = packed.read(rows, i)
-        # A view would keep the bytes of all leaves alive.
-        results.append(leaf_rows[0].clone())
-    return rebuild(results)
+    copies = packed.read_copies(rows)
+    return rebuild([copy[0] for copy in copies[: len(leaves)]])

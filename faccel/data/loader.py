@@ -14,6 +14,7 @@ from faccel.data.order import Cursor, Order, check_tail
 from faccel.data.ordered_source import OrderedSource
 from faccel.data.select_source import select_source
 from faccel.data.shard_checks import check_same_dataset, order_seed
+from faccel.device_table import is_host
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import DataError
 from faccel.tree import Tree, map_leaves
@@ -271,7 +272,7 @@ def shard(
     if ctx.config.debug and ctx.data_world_size > 1 and _reads_one_dataset(source):
         check_same_dataset(loader, ctx, has_own_order=isinstance(source, OrderedSource))
     to_device = _unchanged
-    if device_placement and ctx.device.type != "cpu":  # loaders return CPU tensors
+    if device_placement and not is_host(ctx.device):  # loaders return CPU tensors
         to_device = _mover(ctx.device, non_blocking=non_blocking)
     ctx.lifetime.add_loader()
     return ShardedLoader(

@@ -19,6 +19,7 @@ from faccel.func.optimizers import adagrad, adam, adamw, rmsprop, sgd
 from faccel.func.per_sample import clip_per_sample, dp_sgd, per_sample_grads
 from faccel.func.rollback import History, is_nonfinite, rollback
 from faccel.func.schedules import cosine, exponential, join_schedules, linear
+from faccel.func.spike import SpikeState, detect_spike, init_spike
 from faccel.func.train_state import TrainState, init_state, merge
 from faccel.func.train_step import make_step
 from faccel.func.transforms import (
@@ -36,6 +37,7 @@ __all__ = [
     "GradientTransformation",
     "History",
     "Role",
+    "SpikeState",
     "TrainState",
     "Updates",
     "accumulate",
@@ -51,6 +53,7 @@ __all__ = [
     "clip_per_sample",
     "compiled",
     "cosine",
+    "detect_spike",
     "dp_sgd",
     "ema",
     "ema_params",
@@ -60,6 +63,7 @@ __all__ = [
     "functional_call",
     "global_norm",
     "hessian_vector_product",
+    "init_spike",
     "init_state",
     "is_nonfinite",
     "join_schedules",

@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+from faccel.device_table import is_host
 from faccel.effects import effectful, updates
 from faccel.errors import ModelError, PurityError
 from faccel.func.gradient_transformation import is_traced
@@ -146,7 +147,7 @@ def _differs(copy: torch.Tensor, original: torch.Tensor) -> bool:
 
     Compares values, on the CPU only: on a device it would wait.
     """
-    return original.device.type == "cpu" and not torch.equal(copy, original)
+    return is_host(original.device) and not torch.equal(copy, original)
 
 
 class _Slot(NamedTuple):

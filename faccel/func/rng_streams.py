@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from faccel.context import DistContext
+from faccel.device_table import default_generator, is_host
 from faccel.errors import PurityError
 from faccel.random.hashing import mix
-from faccel.tree import Tree
 
 _DROPOUT_LAYERS = (
     nn.Dropout,
@@ -99,13 +99,6 @@ def clone_generator(generator: RandomSource) -> RandomSource:
     return generator
 
 
-def _default_generator(device: torch.device) -> torch.Generator:
-    if device.type == "cpu":
-        return torch.default_generator
-    generators: Tree = getattr(torch, device.type).default_generators
-    return generators[device.index or 0]
-
-
 @contextmanager
 def as_default_generator(generator: torch.Generator) -> Generator[None]:
     """Run the body with the default generator of the device in the state of `generator`.
@@ -113,7 +106,7 @@ def as_default_generator(generator: torch.Generator) -> Generator[None]:
     Layers such as dropout draw from the default generator only. `generator` advances as if they
     had drawn from it; the state of the default generator is restored.
     """
-    default = _default_generator(generator.device)
+    default = default_generator(generator.device)
     # A copy of 5 kB: little beside a step.
     saved_state = default.get_state()
     default.set_state(generator.get_state())
@@ -130,6 +123,6 @@ def device_rng_state(ctx: DistContext) -> torch.Tensor | None:
 
     The CPU's is compared by `faccel.random.generators`, without a copy.
     """
-    if ctx.device.type == "cpu":
+    if is_host(ctx.device):
         return None
-    return getattr(torch, ctx.device.type).get_rng_state(ctx.device)
+    return default_generator(ctx.device).get_state()

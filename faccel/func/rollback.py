@@ -9,6 +9,7 @@ import torch
 
 from faccel.checks import positive
 from faccel.effects import COLLECTIVE, effectful
+from faccel.func.spike import SpikeState, detect_spike
 from faccel.func.train_state import TrainState, check_state
 from faccel.func.train_step import Metrics, Step
 from faccel.tree import Tree
@@ -22,11 +23,13 @@ class History:
         states: Oldest first; the last one is the current state.
         num_skipped: Number of batches that were skipped.
         is_in_doubt: Whether the last batch was skipped, so that the current state may be bad.
+        spikes: Statistics of the losses, if loss spikes are skipped.
     """
 
     states: tuple[TrainState, ...]
     num_skipped: int = 0
     is_in_doubt: bool = False
+    spikes: SpikeState | None = None
 
     @property
     def state(self) -> TrainState:
@@ -53,7 +56,11 @@ def is_nonfinite(metrics: Mapping[str, Tree]) -> bool:
 
 @effectful(COLLECTIVE)
 def rollback(
-    step: Step, *, keep: int = 2, is_poisoned: Callable[[Metrics], bool] = is_nonfinite
+    step: Step,
+    *,
+    keep: int = 2,
+    is_poisoned: Callable[[Metrics], bool] = is_nonfinite,
+    spikes: SpikeState | None = None,
 ) -> Callable[[History | TrainState, Tree], tuple[Metrics, History]]:
     """Return the step that skips poisoned batches and stores the last states.
 
@@ -68,6 +75,8 @@ def rollback(
         step: From `make_step`, `sam` or `dp_sgd`, without `donate`.
         keep: Number of states to store, the current one included.
         is_poisoned: Returns from the metrics of a step whether to skip its batch.
+        spikes: From `init_spike`, to skip batches with a loss spike, too. The statistics continue
+            in `history.spikes`; None detects none.
 
     Returns:
         `run(history, batch) -> (metrics, history)`. The first call takes a state instead of a
@@ -95,19 +104,23 @@ def rollback(
     def run(history: History | TrainState, batch: Tree) -> tuple[Metrics, History]:
         # The first call: nothing was skipped yet.
         if not isinstance(history, History):
-            history = History((history,))
+            history = History((history,), spikes=spikes)
         metrics, new_state = step(history.state, batch)
         check_state(history.state)  # a donating step has overwritten it
-        if not is_poisoned(metrics):
+        is_spike, new_spikes = False, history.spikes
+        if new_spikes is not None:
+            is_spike, new_spikes = detect_spike(new_spikes, metrics["loss"])
+        if not is_spike and not is_poisoned(metrics):
             # Older states than `keep` are released here.
             states = (*history.states, new_state)[-keep:]
-            return metrics, History(states, history.num_skipped)
+            return metrics, History(states, history.num_skipped, spikes=new_spikes)
         # The state before this step, unless it was already in doubt; the oldest one always stays.
         states = history.states
         if history.is_in_doubt and len(states) > 1:
             states = states[:-1]
         skipped = metrics["loss"].new_ones((), dtype=torch.bool)
-        new_history = History(states, history.num_skipped + 1, is_in_doubt=True)
+        num_skipped = history.num_skipped + 1
+        new_history = History(states, num_skipped, is_in_doubt=True, spikes=new_spikes)
         return {**metrics, "skipped": skipped}, new_history
 
     return run

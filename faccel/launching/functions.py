@@ -20,6 +20,7 @@ import torch
 from faccel.config import Config
 from faccel.config_file import find, read
 from faccel.config_sources import resolve
+from faccel.device_table import is_initialized, kind_of
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError, LaunchError, RankFailedError, short_repr
 from faccel.launching.guard import guarded
@@ -91,7 +92,7 @@ def notebook_launch(
             accelerator, or one without them.
 
     Raises:
-        LaunchError: CUDA is initialized in this process, so that a fork could not use it.
+        LaunchError: This process has used the accelerator, so that a fork could not.
         RankFailedError: A process failed. The message contains the traceback of the first one.
 
     Examples:
@@ -99,12 +100,8 @@ def notebook_launch(
         [0]
     """
     count = _count(num_processes, config)
-    if count > 1 and torch.cuda.is_initialized():
-        raise LaunchError(
-            "CUDA is initialized in this notebook, and a forked process cannot use it",
-            got="a tensor or model on the GPU, or a call of `torch.cuda`",
-            fix="restart the kernel, and create tensors and models inside the launched function",
-        )
+    if count > 1:
+        _check_can_fork()
     num_threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, num_threads)
@@ -112,6 +109,26 @@ def notebook_launch(
         # parallel region of a child would wait for them forever.
         torch.set_num_threads(1)
         return _run(fn, args, config, count, "fork")
+
+
+def _check_can_fork() -> None:
+    """Raise if a forked process could not use the accelerator of this node."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return
+    device_type = accelerator.type
+    if not kind_of(accelerator).can_fork:
+        raise LaunchError(
+            f"a forked process cannot use `{device_type}` devices",
+            got="`faccel.notebook_launch` with several processes",
+            fix="write a script, and start it with `faccel launch`",
+        )
+    if is_initialized(device_type):
+        raise LaunchError(
+            f"`{device_type}` is initialized in this notebook, and a forked process cannot use it",
+            got=f"a tensor or model on the device, or a call of `torch.{device_type}`",
+            fix="restart the kernel, and create tensors and models inside the launched function",
+        )
 
 
 def _count(num_processes: int | None, config: _ConfigLike) -> int:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from faccel.plan import PowerSgdConfig as PowerSgdConfig
     from faccel.training.ema import EmaState as EmaState
     from faccel.training.ema import ema_weights as ema_weights
+    from faccel.training.ema import init_ema as init_ema
+    from faccel.training.ema import update_ema as update_ema
     from faccel.training.join import join as join
     from faccel.training.local_sgd import SyncInfo as SyncInfo
     from faccel.training.local_sgd import averaged as averaged
@@ -39,7 +41,7 @@ _NAMES = {
         "ActivationCheckpointing", "DdpConfig", "DeepSpeedConfig", "FsdpConfig", "PipelineConfig",
         "PowerSgdConfig",
     ),
-    "faccel.training.ema": ("EmaState", "ema_weights"),
+    "faccel.training.ema": ("EmaState", "ema_weights", "init_ema", "update_ema"),
     "faccel.training.join": ("join",),
     "faccel.training.local_sgd": ("SyncInfo", "averaged", "local_sgd"),
     "faccel.training.optimizer_in_backward": ("step_in_backward",),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
 
 from faccel.checks import instance_of
 from faccel.context import DistContext, require_context
+from faccel.device_table import default_generator, is_host, without_stage_warnings
 from faccel.effects import AMBIENT, effectful
 from faccel.random.generators import Generators, seed_all
 from faccel.random.hashing import mix
@@ -69,7 +70,8 @@ def seed_everything(seed: int, ctx: DistContext, *, per_data_rank: bool = False)
     if per_data_rank:
         seed = mix(seed, ctx.data_rank + 1)
     seed_all(seed)
-    torch.manual_seed(seed)  # of the devices, too
+    with without_stage_warnings():
+        torch.manual_seed(seed)  # of the devices, too
 
 
 @attrs.frozen(eq=False)
@@ -89,11 +91,6 @@ class RngState:
     device: torch.Tensor | None = attrs.field(repr=False)
 
 
-def _device_module(device_type: str) -> Any:
-    # `torch.cuda`, `torch.xpu`, `torch.mps`, ...: each has its own get_rng_state and set_rng_state
-    return getattr(torch, device_type)
-
-
 @effectful(AMBIENT)
 def rng_state(ctx: DistContext) -> RngState:
     """Return the state of this rank's process-wide generators.
@@ -111,8 +108,8 @@ def rng_state(ctx: DistContext) -> RngState:
     require_context(ctx, "faccel.rng_state(ctx)")
     host = Generators.current()
     device_state = None
-    if ctx.device.type != "cpu":
-        device_state = _device_module(ctx.device.type).get_rng_state(ctx.device)
+    if not is_host(ctx.device):
+        device_state = default_generator(ctx.device).get_state()
     return RngState(host.torch, host.numpy, host.python, device_state)
 
 
@@ -130,4 +127,5 @@ def set_rng_state(state: RngState) -> None:
     if state.device is not None:
         accelerator = torch.accelerator.current_accelerator()
         assert accelerator is not None
-        _device_module(accelerator.type).set_rng_state(state.device)
+        index = torch.accelerator.current_device_index()
+        default_generator(torch.device(accelerator.type, index)).set_state(state.device)

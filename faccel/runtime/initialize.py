@@ -18,11 +18,12 @@ from faccel.config import Config
 from faccel.config_mesh import mesh_for
 from faccel.config_sources import launcher_flags, resolve
 from faccel.context import DistContext, Mesh, Topology, rank_error, require_context
+from faccel.device_table import is_host
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError, WorldError, short_repr, short_text
 from faccel.mesh import MeshSpec
 from faccel.runtime.detect import detect
-from faccel.runtime.devices import choose_device
+from faccel.runtime.devices import check_launched, choose_device, use_device
 from faccel.runtime.end_signals import end_by_interrupt, ended_by_signals
 from faccel.runtime.excepthook import ExceptHook
 
@@ -85,8 +86,8 @@ def init(
     device = choose_device(resolved, topology)
     # Before the process group: an unsupported mesh raises on each rank and leaves nothing open.
     parallelism = choose(spec, env, resolved, device.type)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # NCCL and `torch.cuda` use the current device
+    check_launched(device, topology, env)
+    use_device(device)
     with _ended_by_signals(topology.world_size):
         try:
             comm = _connect(spec, resolved, topology, device)
@@ -179,7 +180,7 @@ def _connect(
         if call_order is not None:
             call_order.add_groups(groups.values(), groups.get("pp"))
             # A second communicator of an accelerator would need memory on it.
-            if device.type == "cpu":
+            if is_host(device):
                 private_world = DEFAULT_GROUP.private_world
                 private_groups = create_axis_groups(spec, topology.rank, world=private_world)
                 call_order.add_groups(private_groups.values())

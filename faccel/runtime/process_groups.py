@@ -19,15 +19,15 @@ from faccel.comm.call_exchange import CallExchange
 from faccel.comm.call_order import CallOrder
 from faccel.comm.collectives import TorchCollectives
 from faccel.comm.debug import DebugCollectives
-from faccel.comm.debug_group import BACKEND as DEBUG_BACKEND
 from faccel.comm.debug_group import DebugGroup, DebugOptions
+from faccel.comm.debug_group import register_backend as register_debug_backend
 from faccel.comm.rank_status import RankStatus
 from faccel.comm.world_store import WorldStore
 from faccel.config import Config
 from faccel.context import Topology
 from faccel.errors import FaccelError, WorldError
 from faccel.mesh import VIEWS, WORLD, MeshSpec
-from faccel.runtime.devices import c10d_backend
+from faccel.runtime.devices import bound_device, c10d_backend
 from faccel.runtime.rendezvous import agree_on_name
 
 _Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
@@ -174,9 +174,9 @@ class DefaultGroup:
                 exchange = CallExchange(
                     WorldStore(store), timeout.total_seconds(), f"c10d_{self._num_created}"
                 )
-                device_id = device if device.type == "cuda" else None
+                device_id = bound_device(device)
                 options = DebugOptions(backend, device_id, exchange)
-                backend = DEBUG_BACKEND
+                backend = register_debug_backend(device.type)
             dist.init_process_group(
                 backend,
                 store=dist.PrefixStore(self._prefix(store, topology, timeout), store),
@@ -184,7 +184,7 @@ class DefaultGroup:
                 world_size=topology.world_size,
                 timeout=timeout,
                 # With it NCCL connects now and not in the first collective.
-                device_id=device if device.type == "cuda" and not debug else None,
+                device_id=None if debug else bound_device(device),
                 pg_options=options,
             )
         except (dist.DistError, RuntimeError, TypeError) as error:

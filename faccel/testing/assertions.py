@@ -12,6 +12,7 @@ from faccel.comm.objects import gather_objects
 from faccel.context import DistContext, require_context
 from faccel.mesh import WORLD
 from faccel.random.generators import Generators
+from faccel.testing.replica_hash import check_replicas_by_hash
 from faccel.training.model import WrappedModel
 from faccel.tree import Tree, flatten, paths
 
@@ -40,25 +41,36 @@ def assert_all_finite(tree: Tree) -> None:
             )
 
 
-def assert_replicated(tree: Tree, ctx: DistContext, *, axis: str = WORLD) -> None:
+def assert_replicated(
+    tree: Tree, ctx: DistContext, *, axis: str = WORLD, hashed: bool = False
+) -> None:
     """Raise on every rank if the ranks of an axis have different values, compared bit by bit.
 
-    Effects: collective.
+    Effects: collective. `hashed`: one all-reduce of one number, for which the host waits.
 
     Args:
         tree: Any nested values, or a wrapped model: its parameters and buffers, full ones where
             the strategy shards them.
         ctx: The world.
         axis: The axis whose ranks are compared.
+        hashed: Whether ranks compare hashes of the bits instead of exchanging all values, so that
+            a training loop can check every 100 steps. A model or an optimizer may be a value of
+            `tree`: parameters, buffers, gradients and the state of the optimizer. A sharded tensor
+            is compared on the axes of the mesh on which shards are replicated.
 
     Raises:
-        AssertionError: Names the leaf and the first rank that differs from rank 0.
+        AssertionError: Names the leaf and the first rank that differs from rank 0; with `hashed`,
+            the ranks that differ from the majority.
+        TreeError: With `hashed`, a leaf is neither a tensor, an array, a number nor text.
 
     Examples:
         >>> from faccel.testing import simulate
         >>> _ = simulate(lambda ctx: assert_replicated({"x": torch.ones(2)}, ctx), 2)
     """
     require_context(ctx, "faccel.testing.assert_replicated(tree, ctx)")
+    if hashed:
+        check_replicas_by_hash(tree, ctx, axis)
+        return
     if isinstance(tree, WrappedModel):
         tree = _full_tensors(tree)
     # Each rank compares all trees, so that each raises and none waits for another.

@@ -13,6 +13,7 @@ from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ModelError
 from faccel.mesh import DATA
+from faccel.training.gradient_guard import gradient_guard
 from faccel.training.precision import ScalerState, check_scaler
 from faccel.training.windows import uneven_tail_error
 from faccel.tree import is_sharded
@@ -86,7 +87,8 @@ def scaled_backward(
 
     Raises:
         ModelError: The loss is not a scalar, or depends on no parameter. Or the strategy does not
-            support an option of backward.
+            support an option of backward. Or, in debug mode, a gradient of this rank is not finite
+            before it is averaged; fp16 has no such check.
         ScalerError: `scaler` is not a `ScalerState`, or the gradients are unscaled already.
         DataError: A loader with an uneven tail is iterated outside of `join`: the other ranks
             would wait for those with fewer batches.
@@ -146,12 +148,13 @@ def _backward(loss: torch.Tensor, options: BackwardOptions, ctx: DistContext) ->
             reducer.before_backward(loss, options)
             if inputs is not None:
                 inputs = reducer.graph_inputs(inputs)
-        torch.autograd.backward(
-            loss,
-            retain_graph=options.retain_graph,
-            create_graph=options.create_graph,
-            inputs=inputs,
-        )
+        with gradient_guard(ctx):
+            torch.autograd.backward(
+                loss,
+                retain_graph=options.retain_graph,
+                create_graph=options.create_graph,
+                inputs=inputs,
+            )
     except BaseException as error:
         for reducer in reducers:
             reducer.after_failed_backward()

@@ -102,7 +102,7 @@ def init_ema(
         >>> init_ema(model, ctx, decay=0.99)
         EmaState(decay=0.99, warmup=False, buffers='copy', num_updates=0)
     """
-    require_context(ctx, "faccel.init_ema(model, ctx)")
+    require_context(ctx, "faccel.parallel.init_ema(model, ctx)")
     check_wrapped(model)
     check_context(model, ctx)
     in_range("decay", decay, 0.0, 1.0)
@@ -152,7 +152,7 @@ def update_ema(ema: EmaState, model: WrappedModel, ctx: DistContext) -> EmaState
         >>> ema.num_updates, ema.averages["weight"].item()
         (1, 0.25)
     """
-    require_context(ctx, "ema = faccel.update_ema(ema, model, ctx)")
+    require_context(ctx, "ema = faccel.parallel.update_ema(ema, model, ctx)")
     _check(ema, model, ctx)
     decay = ema.decay
     if ema.warmup:
@@ -248,7 +248,7 @@ def _publish(model: WrappedModel) -> None:
 
 
 def _check(ema: EmaState, model: WrappedModel, ctx: DistContext) -> None:
-    instance_of("ema", ema, EmaState, fix="write `ema = faccel.init_ema(model, ctx)`")
+    instance_of("ema", ema, EmaState, fix="write `ema = faccel.parallel.init_ema(model, ctx)`")
     check_wrapped(model)
     check_context(model, ctx)
     check_current(ema)
@@ -271,7 +271,7 @@ def check_current(ema: EmaState) -> None:
             "`ema` was consumed by `update_ema`, which has updated its averages in place",
             got=f"the record of update {ema.num_updates}; the newest one is of update "
             f"{ema.lineage.num_updates}",
-            fix="write `ema = faccel.update_ema(ema, model, ctx)`, and use the result",
+            fix="write `ema = faccel.parallel.update_ema(ema, model, ctx)`, and use the result",
         )
     if ema.lineage.is_applied:
         raise DonatedError(
@@ -336,7 +336,7 @@ def _pairs(ema: EmaState, model: WrappedModel) -> tuple[list[torch.Tensor], list
             raise ModelError(
                 f"the average of `{name}` has another layout than the parameter",
                 got=f"{list(average.shape)} on this rank, for {list(tensor.shape)}",
-                fix="call `faccel.init_ema` after `faccel.wrap_optimizer`, for this model",
+                fix="call `faccel.parallel.init_ema` after `faccel.wrap_optimizer`, for this model",
             )
         averages.append(average)
         current.append(tensor)
@@ -353,7 +353,8 @@ def _other_parameters(ema: EmaState, tensors: Mapping[str, torch.Tensor]) -> Mod
     return ModelError(
         "the trainable parameters of the model are not those that `ema` averages",
         got=got,
-        fix="call `ema = faccel.init_ema(model, ctx)` after parameters were unfrozen or added",
+        fix="after parameters were unfrozen or added, call "
+        "`ema = faccel.parallel.init_ema(model, ctx)`",
     )
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from faccel.checks import positive, positive_or_tensor
 from faccel.context import DistContext
+from faccel.device_table import widest_dtype
 from faccel.errors import OptimizerError
 from faccel.training.precision import StepGuard
 from faccel.tree import is_dtensor, local_tensor
@@ -249,7 +250,7 @@ def total_norm(
         norms = [_local_norm(shards, norm_type, ctx) for shards in by_axes.values()]
         powers = _power(torch.stack(norms), norm_type)
     else:  # a pipeline stage without trainable parameters
-        powers = torch.zeros(1, dtype=torch.float64, device=ctx.device)
+        powers = torch.zeros(1, dtype=widest_dtype(ctx.device), device=ctx.device)
     all_axes: set[str] = set().union(*by_axes)
     # Sorted, because every rank must reduce over the axes in the same order.
     for axis in sorted(all_axes):
@@ -258,8 +259,9 @@ def total_norm(
     # |x|^p = sum over groups of the sums of their shards
     total = powers.max() if op == "max" else powers.sum()
     if ctx.mesh.spec.pp > 1:
-        # In double, because stages may have gradients of different dtypes.
-        total = ctx.comm.all_reduce(total.double(), op, "pp").to(total.dtype)
+        # In the widest type, because stages may have gradients of different dtypes.
+        wide_total = total.to(widest_dtype(ctx.device))
+        total = ctx.comm.all_reduce(wide_total, op, "pp").to(total.dtype)
     return _root(total, norm_type)
 
 

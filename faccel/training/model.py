@@ -144,7 +144,7 @@ class WrappedModel:
             fix="copy the module before `faccel.wrap`; or copy values, as in "
             "`{name: x.clone() for name, x in model.state_dict().items()}`, which "
             "`model.load_state_dict` takes; for a moving average write "
-            "`ema = faccel.init_ema(model, ctx)`",
+            "`ema = faccel.parallel.init_ema(model, ctx)`",
         )
 
     # Hidden from type checkers, which would accept every misspelled attribute.

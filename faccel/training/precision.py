@@ -11,6 +11,7 @@ import torch
 
 from faccel.checks import instance_of
 from faccel.context import DistContext, require_context
+from faccel.device_table import kind_of
 from faccel.errors import ConfigError, ScalerError, nearest, short_repr
 from faccel.mesh import WORLD
 from faccel.tree import local_tensor
@@ -265,7 +266,7 @@ def unscale_(grads: Iterable[torch.Tensor], scale: float, ctx: DistContext) -> t
     """Divide gradients by `scale` in place, and return whether one is not finite on any rank.
 
     Collective where ranks have different gradients. DDP's replicas have the same ones. It uses the
-    kernel of torch's GradScaler, and does not wait for the device.
+    kernel of torch's GradScaler where the device has it, and does not wait for the device.
 
     Args:
         grads: Gradients of any dtypes and devices; DTensors and sparse ones, too.
@@ -287,14 +288,36 @@ def unscale_(grads: Iterable[torch.Tensor], scale: float, ctx: DistContext) -> t
     for (device, _), values in groups.items():
         group_overflow = torch.zeros((), dtype=torch.float32, device=device)
         inverse = torch.full((), 1.0 / scale, dtype=torch.float32, device=device)
-        torch._amp_foreach_non_finite_check_and_unscale_(  # pyright: ignore[reportPrivateUsage]
-            values, group_overflow, inverse
-        )
+        if kind_of(device).has_fp16_unscale:
+            torch._amp_foreach_non_finite_check_and_unscale_(  # pyright: ignore[reportPrivateUsage]
+                values, group_overflow, inverse
+            )
+        else:
+            group_overflow = unscale_without_kernel(values, inverse)
         overflow = torch.maximum(overflow, group_overflow.to(ctx.device))
     # All ranks must skip the same updates, or their parameters would differ.
     if not ctx.is_replicated:
         overflow = ctx.comm.all_reduce(overflow, "max", WORLD)
     return overflow
+
+
+def unscale_without_kernel(values: list[torch.Tensor], inverse: torch.Tensor) -> torch.Tensor:
+    """Do what the kernel of torch's GradScaler does, with ordinary operators.
+
+    Args:
+        values: Gradients of one device and dtype, which are multiplied in place.
+        inverse: float32[]: one over the loss scale.
+
+    Returns:
+        float32[]: 1 if an element was not finite, else 0.
+    """
+    # The largest |x| is infinite or NaN if an element is. An empty tensor has none.
+    filled = [tensor for tensor in values if tensor.numel() > 0]
+    if not filled:
+        return torch.zeros_like(inverse)
+    largest = torch.stack(torch._foreach_norm(filled, torch.inf))
+    torch._foreach_mul_(filled, inverse)
+    return largest.isfinite().logical_not().any().to(inverse)
 
 
 class StepGuard:

@@ -76,7 +76,8 @@ def optimizer_step(
         scheduler: One scheduler or several, stepped once per update and not on a skipped one.
             Step a scheduler that moves per epoch or needs a metric yourself.
         skip_nonfinite: Whether to skip an update with a gradient that is not finite, in any
-            precision.
+            precision, on all ranks. The host waits for the device once. Where ranks have different
+            shards, they reduce one number; replicas communicate nothing.
 
     Returns:
         The result, and the new scaler.
@@ -154,13 +155,15 @@ def _update(
     """
     finite = True
     grad_norm = None
+    overflow = options.overflow
     # fp16 always skips, so unscaling and the check are one pass over the gradients.
     if options.skip_nonfinite:
         grads = [param.grad for param in params if param.grad is not None]
+        nonfinite = unscale_(grads, options.grad_scale, ctx)
+        overflow = nonfinite if overflow is None else torch.maximum(overflow, nonfinite)
+    if overflow is not None:
         # The one point where the host waits for the device.
-        finite = not unscale_(grads, options.grad_scale, ctx).item()
-    if options.overflow is not None:
-        finite = finite and not options.overflow.item()
+        finite = not overflow.item()
     if options.clip_norm is not None or options.clip_value is not None:
         grad_norm = clip_(params, options, ctx, tied_copies=tied_copies_of(opt, binding, ctx))
     if finite:

@@ -14,6 +14,7 @@ from faccel.context import DistContext
 from faccel.data.batch import Batch
 from faccel.data.loader import ShardedLoader, batches
 from faccel.data.order import Cursor
+from faccel.device_table import widest_dtype
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import ConfigError, DataError, with_source
 from faccel.mesh import DATA
@@ -202,10 +203,8 @@ class _ReadAhead:
 
 
 def _scale(window: Sequence[Batch], weight: Weight, ctx: DistContext) -> torch.Tensor:
-    # Counts in double are exact up to 2**53; MPS has no double.
-    dtype = torch.float64
-    if ctx.device.type == "mps":
-        dtype = torch.float32
+    # Counts are exact up to 2**53, on devices without double up to 2**24.
+    dtype = widest_dtype(ctx.device)
     # Numbers are added on the host, so that only tensors cost a kernel each.
     host_sum = 0.0
     local_sum = torch.zeros((), dtype=dtype, device=ctx.device)

@@ -144,12 +144,12 @@ DECAY = 0.9
 
 def average_with_faccel(ctx, plan, optimizer):
     model, opt = build(ctx, plan, optimizer)
-    ema = faccel.init_ema(model, ctx, decay=DECAY)
+    ema = faccel.parallel.init_ema(model, ctx, decay=DECAY)
     scaler = faccel.init_scaler(ctx)
     for update in range(3):
         scaler = backward(ctx, model, scaler, update)
         _, scaler = faccel.optimizer_step(opt, scaler, ctx)
-        ema = faccel.update_ema(ema, model, ctx)
+        ema = faccel.parallel.update_ema(ema, model, ctx)
     with faccel.parallel.ema_weights(model, ema, ctx):
         return values(model)
 
@@ -369,7 +369,7 @@ class Idiom:
     raises: str = "never"
 
 
-COPY = (ModelError, "faccel.init_ema(model, ctx)")
+COPY = (ModelError, "faccel.parallel.init_ema(model, ctx)")
 MATRICES = (OptimizerError, "dp_replicate=-1")
 IDIOMS = {
     "full state dict": Idiom(full_state_dict),

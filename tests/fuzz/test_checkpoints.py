@@ -39,7 +39,7 @@ def contents(state):
 def full_state(ctx, value):
     """Return a state with every kind of value."""
     state = build(ctx, value)
-    ema = faccel.init_ema(state["model"], ctx)
+    ema = faccel.parallel.init_ema(state["model"], ctx)
     return state | {"ema": ema, "own": faccel.checkpoint.per_rank([value, torch.ones(2)])}
 
 

@@ -188,13 +188,14 @@ def test_a_checkpoint_resumes_on_any_world_size_and_strategy_bit_for_bit(stage, 
 
 def averages(ctx, folder):
     model, opt = prepared(ctx)
-    ema = faccel.init_ema(model, ctx, decay=0.9)
+    ema = faccel.parallel.init_ema(model, ctx, decay=0.9)
     for number in range(3):
         train(ctx, model, opt, number, number + 1)
-        ema = faccel.update_ema(ema, model, ctx)
+        ema = faccel.parallel.update_ema(ema, model, ctx)
     before = full_state(model.state_dict())
     faccel.save({"ema": ema}, folder, ctx, step=3)
-    loaded = faccel.load({"ema": faccel.init_ema(model, ctx, decay=0.5)}, folder, ctx)["ema"]
+    target = {"ema": faccel.parallel.init_ema(model, ctx, decay=0.5)}
+    loaded = faccel.load(target, folder, ctx)["ema"]
     with faccel.parallel.ema_weights(model, loaded, ctx), torch.no_grad():
         applied = full_state(model.state_dict())
         output = model(rows(9))
@@ -275,11 +276,11 @@ def test_full_parameters_are_read_and_written_under_every_stage(stage):
 
 def averages_before_the_engine(ctx):
     model = faccel.wrap(Net(), ctx)
-    ema = faccel.init_ema(model, ctx)
+    ema = faccel.parallel.init_ema(model, ctx)
     trained = [p for p in model.parameters() if p.requires_grad]
     faccel.wrap_optimizer(torch.optim.AdamW(trained), model, ctx)
-    with pytest.raises(FaccelError, match=r"call `faccel\.init_ema` after"):
-        faccel.update_ema(ema, model, ctx)
+    with pytest.raises(FaccelError, match=r"call `faccel\.parallel\.init_ema` after"):
+        faccel.parallel.update_ema(ema, model, ctx)
 
 
 def test_averages_made_before_the_engine_raise():

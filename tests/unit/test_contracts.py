@@ -47,6 +47,8 @@ UNKNOWN_NAMES = {
     ("", "accelerator"): "use `ctx = faccel.init()`",
     ("", "optimiser_step"): "use `faccel.optimizer_step`",
     ("", "distcontext"): "use `faccel.DistContext`",
+    ("", "init_ema"): "use `faccel.parallel.init_ema(model, ctx)`",
+    ("", "update_ema"): "use `faccel.parallel.update_ema(ema, model, ctx)`",
     ("checkpoint", "keep_last"): "use `faccel.checkpoint.keep_latest`",
     ("checkpoint", "windows"): "use `faccel.windows`",
     ("tracking", "init_tracker"): "use `faccel.tracking.init_trackers`",

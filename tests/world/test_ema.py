@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import faccel
 from faccel.errors import CheckpointError, ConfigError, DonatedError, ModelError
-from faccel.parallel import ema_weights
+from faccel.parallel import ema_weights, init_ema, update_ema
 from faccel.testing import fake_context, simulate
 from tests.laws.test_backends import PLAN, Net
 from tests.models import loss_of, model, tokens
@@ -60,7 +60,7 @@ def prepared(ctx, mesh, **options):
     wrapped = faccel.wrap(model(depth=1), ctx, plan=plan_of(mesh, ddp=ddp))
     opt = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
     opt = faccel.wrap_optimizer(opt, wrapped, ctx)
-    return wrapped, opt, faccel.init_ema(wrapped, ctx, decay=DECAY, **options)
+    return wrapped, opt, init_ema(wrapped, ctx, decay=DECAY, **options)
 
 
 def loss_fn(net, batch):
@@ -74,7 +74,7 @@ def train(ctx, wrapped, opt, ema, start, stop):
     for window in faccel.windows(loader, ctx, size=ACCUM):
         _, scaler = faccel.forward_backward(loss_fn, wrapped, window, scaler, ctx)
         _, scaler = faccel.optimizer_step(opt, scaler, ctx)
-        ema = faccel.update_ema(ema, wrapped, ctx)
+        ema = update_ema(ema, wrapped, ctx)
     return ema
 
 
@@ -164,12 +164,12 @@ def test_averages_are_saved_loaded_and_exported_in_every_layout(saved, loaded, t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_update_is_its_formula_also_with_warmup_and_in_low_precision(warmup, dtype):
     wrapped = faccel.wrap(nn.Linear(3, 2, dtype=dtype), CTX)
-    ema = faccel.init_ema(wrapped, CTX, decay=0.99, warmup=warmup)
+    ema = init_ema(wrapped, CTX, decay=0.99, warmup=warmup)
     expected = wrapped.module.weight.detach().double()
     for step in range(20):
         with torch.no_grad():
             wrapped.module.weight.add_(0.01)
-        ema = faccel.update_ema(ema, wrapped, CTX)
+        ema = update_ema(ema, wrapped, CTX)
         decay = min(0.99, (1 + step) / (10 + step)) if warmup else 0.99
         expected = decay * expected + (1 - decay) * wrapped.module.weight.detach().double()
     assert ema.averages["weight"].dtype == torch.float32
@@ -182,10 +182,10 @@ def test_an_update_is_its_formula_also_with_warmup_and_in_low_precision(warmup, 
 
 def test_an_update_allocates_no_tensors():
     wrapped = faccel.wrap(nn.Linear(3, 2), CTX)
-    ema = faccel.init_ema(wrapped, CTX)
+    ema = init_ema(wrapped, CTX)
     pointers = {name: value.data_ptr() for name, value in ema.averages.items()}
     with torch.profiler.profile(profile_memory=True) as profile:
-        ema = faccel.update_ema(ema, wrapped, CTX)
+        ema = update_ema(ema, wrapped, CTX)
     assert {name: value.data_ptr() for name, value in ema.averages.items()} == pointers
     assert sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()) == 0
 
@@ -205,11 +205,11 @@ class Normed(nn.Module):
 def test_buffers_are_the_models_or_averaged(mesh, buffers):
     def fn(ctx, mesh):
         wrapped = faccel.wrap(Normed(), ctx)
-        ema = faccel.init_ema(wrapped, ctx, decay=DECAY, buffers=buffers)
+        ema = init_ema(wrapped, ctx, decay=DECAY, buffers=buffers)
         for step in range(3):
             # Equal batches on all ranks, so that one process computes the same statistics.
             wrapped(torch.randn(8, 3, generator=faccel.random.generator(step)) + step)
-            ema = faccel.update_ema(ema, wrapped, ctx)
+            ema = update_ema(ema, wrapped, ctx)
         before = tensors_of(dict(wrapped.module.named_buffers()))
         with ema_weights(wrapped, ema, ctx):
             inside = tensors_of(dict(wrapped.module.named_buffers()))
@@ -233,9 +233,9 @@ def test_buffers_are_the_models_or_averaged(mesh, buffers):
 def test_batch_statistics_that_differ_between_ranks_are_rank_0s():
     def fn(ctx, mesh):
         wrapped = faccel.wrap(Normed(), ctx)
-        ema = faccel.init_ema(wrapped, ctx, decay=DECAY, buffers="average")
+        ema = init_ema(wrapped, ctx, decay=DECAY, buffers="average")
         wrapped(torch.randn(8, 3, generator=faccel.random.generator(ctx.rank)) + ctx.rank)
-        ema = faccel.update_ema(ema, wrapped, ctx)
+        ema = update_ema(ema, wrapped, ctx)
         with ema_weights(wrapped, ema, ctx):
             return wrapped.module.norm.running_mean.clone(), ema.averages["norm.running_mean"]
 
@@ -246,13 +246,13 @@ def test_batch_statistics_that_differ_between_ranks_are_rank_0s():
 def test_frozen_parameters_have_no_average():
     wrapped = faccel.wrap(Normed(), CTX)
     wrapped.module.linear.requires_grad_(False)
-    ema = faccel.init_ema(wrapped, CTX)
+    ema = init_ema(wrapped, CTX)
     assert sorted(ema.averages) == ["norm.bias", "norm.weight"]
     wrapped.module.norm.bias.requires_grad_(False)  # it keeps its average
-    ema = faccel.update_ema(ema, wrapped, CTX)
+    ema = update_ema(ema, wrapped, CTX)
     wrapped.module.linear.bias.requires_grad_(True)
     with pytest.raises(ModelError, match=r"`linear\.bias` in the model, without an average"):
-        faccel.update_ema(ema, wrapped, CTX)
+        update_ema(ema, wrapped, CTX)
 
 
 @pytest.mark.parametrize("frozen", ["first", "last"])
@@ -262,7 +262,7 @@ def test_a_stage_of_a_pipeline_may_have_no_average(frozen, tmp_path):
         getattr(net, frozen).requires_grad_(False)
         net.layers.requires_grad_(False)
         wrapped = faccel.wrap(net, ctx, plan=PLAN)
-        ema = faccel.update_ema(faccel.init_ema(wrapped, ctx), wrapped, ctx)
+        ema = update_ema(init_ema(wrapped, ctx), wrapped, ctx)
         faccel.save({"model": wrapped, "ema": ema}, str(tmp_path), ctx, step=1)
         ema = faccel.load({"model": wrapped, "ema": ema}, str(tmp_path), ctx)["ema"]
         with ema_weights(wrapped, ema, ctx), torch.no_grad():
@@ -285,18 +285,18 @@ def test_the_parameters_are_restored_after_an_exception(mesh):
             1 / 0  # noqa: B018
         after = tensors_of(dict(wrapped.named_parameters()))
         assert all(torch.equal(value, after[name]) for name, value in before.items())
-        faccel.update_ema(ema, wrapped, ctx)
+        update_ema(ema, wrapped, ctx)
 
     simulated(fn, mesh)
 
 
 def test_a_consumed_or_applied_record_raises(tmp_path):
     wrapped = faccel.wrap(nn.Linear(3, 2), CTX)
-    first = faccel.init_ema(wrapped, CTX)
+    first = init_ema(wrapped, CTX)
     duplicate = copy.deepcopy(first)
-    ema = faccel.update_ema(first, wrapped, CTX)
+    ema = update_ema(first, wrapped, CTX)
     uses = (
-        lambda ema: faccel.update_ema(ema, wrapped, CTX),
+        lambda ema: update_ema(ema, wrapped, CTX),
         lambda ema: ema_weights(wrapped, ema, CTX),
         lambda ema: faccel.save({"ema": ema}, tmp_path, CTX, step=1),
     )
@@ -314,16 +314,16 @@ def test_a_consumed_or_applied_record_raises(tmp_path):
             pytest.raises(DonatedError, match="another average is applied"),
         ):
             use(duplicate)
-    faccel.update_ema(ema, wrapped, CTX)
-    faccel.update_ema(duplicate, wrapped, CTX)  # a deep copy lives on
+    update_ema(ema, wrapped, CTX)
+    update_ema(duplicate, wrapped, CTX)  # a deep copy lives on
 
 
 def test_a_checkpoint_of_other_parameters_does_not_load(tmp_path):
     wrapped = faccel.wrap(nn.Linear(3, 2), CTX)
-    ema = faccel.init_ema(wrapped, CTX)
+    ema = init_ema(wrapped, CTX)
     faccel.save({"ema": ema}, tmp_path, CTX, step=1)
-    wider = faccel.init_ema(faccel.wrap(nn.Linear(4, 2), CTX), CTX)
-    other = faccel.init_ema(faccel.wrap(Normed(), CTX), CTX)
+    wider = init_ema(faccel.wrap(nn.Linear(4, 2), CTX), CTX)
+    other = init_ema(faccel.wrap(Normed(), CTX), CTX)
     for state, message in (
         ({"ema": wider}, r"\[2, 3\] in the checkpoint, \[2, 4\] in the state"),
         ({"ema": other}, "only in the checkpoint"),
@@ -336,14 +336,14 @@ def test_a_checkpoint_of_other_parameters_does_not_load(tmp_path):
 
 def test_mistakes_raise():
     wrapped = faccel.wrap(nn.Linear(3, 2), CTX)
-    ema = faccel.init_ema(wrapped, CTX)
+    ema = init_ema(wrapped, CTX)
     for options in ({"decay": 1.5}, {"decay": float("nan")}, {"buffers": "mean"}, {"warmup": 10}):
         with pytest.raises(ConfigError, match=f"`{next(iter(options))}`"):
-            faccel.init_ema(wrapped, CTX, **options)
+            init_ema(wrapped, CTX, **options)
     with pytest.raises(ConfigError, match="`ema` must be an EmaState"):
-        faccel.update_ema(wrapped, ema, CTX)
+        update_ema(wrapped, ema, CTX)
     with pytest.raises(ModelError, match="another layout"):
-        faccel.update_ema(ema, faccel.wrap(nn.Linear(1, 2), CTX), CTX)
+        update_ema(ema, faccel.wrap(nn.Linear(1, 2), CTX), CTX)
     frozen = faccel.wrap(nn.Linear(3, 2).requires_grad_(False), CTX)
     with pytest.raises(ModelError, match="frozen"):
-        faccel.init_ema(frozen, CTX)
+        init_ema(frozen, CTX)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import faccel
+from faccel.parallel import ema_weights, init_ema, update_ema
 from faccel.testing import simulate
 
 
@@ -155,15 +156,13 @@ CALLS = {
     "per_rank": (lambda s, ctx: faccel.checkpoint.per_rank(s["x"]), set()),
     "full_state_dict": (lambda s, ctx: faccel.parallel.full_state_dict(s["model"], ctx), set()),
     "gathered": (lambda s, ctx: entered(faccel.parallel.gathered(s["model"], ctx)), set()),
-    "init_ema": (lambda s, ctx: faccel.init_ema(s["model"], ctx), set()),
+    "init_ema": (lambda s, ctx: init_ema(s["model"], ctx), set()),
     "update_ema": (
-        lambda s, ctx: faccel.update_ema(faccel.init_ema(s["model"], ctx), s["model"], ctx),
+        lambda s, ctx: update_ema(init_ema(s["model"], ctx), s["model"], ctx),
         set(),
     ),
     "ema_weights": (
-        lambda s, ctx: entered(
-            faccel.parallel.ema_weights(s["model"], faccel.init_ema(s["model"], ctx), ctx)
-        ),
+        lambda s, ctx: entered(ema_weights(s["model"], init_ema(s["model"], ctx), ctx)),
         set(),
     ),
 }

@@ -11,8 +11,11 @@ from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
+
 from faccel.config import Config
 from faccel.context import DistContext
+from faccel.device_table import is_host
 from faccel.errors import BackendError
 
 SUPPORTED = ">=0.19,<0.20"
@@ -50,7 +53,7 @@ def refuse(config: Config, device_type: str) -> str | None:
 
     Effects: pure.
     """
-    if config.mixed_precision == "fp16" and device_type == "cpu":
+    if config.mixed_precision == "fp16" and is_host(torch.device(device_type)):
         return "mixed_precision=fp16 on a CPU, where DeepSpeed supports bf16 and fp32"
     return None
 
@@ -86,7 +89,7 @@ def rank_environment(ctx: DistContext) -> Generator[None]:
         "MASTER_ADDR": ctx.topology.main_address or "localhost",
         "MASTER_PORT": str(port),
     }
-    if ctx.device.type == "cpu":
+    if is_host(ctx.device):
         # Otherwise DeepSpeed takes a GPU of the node, though the context is on the CPU.
         variables["DS_ACCELERATOR"] = "cpu"
     # Restored afterwards: user code and later contexts must not take them for a launcher's.

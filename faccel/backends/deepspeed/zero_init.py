@@ -14,6 +14,7 @@ from torch import nn
 from faccel.backends.deepspeed.availability import import_deepspeed, setup_environment
 from faccel.backends.deepspeed.settings import Json, dtype_of
 from faccel.context import DistContext
+from faccel.device_table import is_host
 from faccel.mesh import DATA
 from faccel.parallel.materialize import InitialValues, tie_parameters
 from faccel.parallel.sync_states import broadcast_from_rank_0
@@ -27,7 +28,7 @@ def ensure_process_group(ctx: DistContext) -> None:
     if dist.is_initialized():
         return
     backend = None
-    if ctx.device.type == "cpu":
+    if is_host(ctx.device):
         backend = "gloo"
     # A `HashStore` needs no port: there is no other process to meet.
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
