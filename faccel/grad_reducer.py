@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Protocol
 
@@ -41,6 +41,13 @@ class GradReducer(Protocol):
         """Drop what a backward that has raised left. Not collective."""
         ...
 
+    def discard(self) -> None:
+        """Drop all gradients, and what an unfinished forward or backward left. Not collective.
+
+        Every rank calls it, also one without a failure: they continue from the same state.
+        """
+        ...
+
     def check_step(self, opt: torch.optim.Optimizer) -> None:
         """Raise if the gradients of the model may differ between replicas."""
         ...
@@ -61,10 +68,13 @@ class OwnedParams:
     Args:
         module: The user's module.
         param_ids: As in `GradReducer`.
+        reset: Drops all gradients, and what an unfinished forward or backward left. None where
+            that is only gradients.
     """
 
     module: torch.nn.Module
     param_ids: AbstractSet[int]
+    _reset: Callable[[], None] | None = None
 
     def before_backward(self, loss: torch.Tensor, options: BackwardOptions) -> None:
         """Do nothing."""
@@ -78,6 +88,13 @@ class OwnedParams:
 
     def after_failed_backward(self) -> None:
         """Do nothing."""
+
+    def discard(self) -> None:
+        """Drop all gradients, and what an unfinished forward or backward left."""
+        if self._reset is not None:
+            self._reset()
+        for param in self.module.parameters():
+            param.grad = None
 
     def check_step(self, opt: torch.optim.Optimizer) -> None:
         """Do nothing."""

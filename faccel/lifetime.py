@@ -37,6 +37,7 @@ class Lifetime:
         self._has_loader = False
         self._num_backwards = 0
         self._has_accumulated = False
+        self._num_windows = 0
         # By `id` of the wrapped model. Weak, so that a model is freed when the user drops it.
         self._models: dict[int, weakref.ref[object]] = {}
         self._reducers: dict[int, GradReducer] = {}
@@ -111,6 +112,10 @@ class Lifetime:
                 models.append(model)
         return models
 
+    def reducer_of(self, model: object) -> GradReducer:
+        """Return the gradient reducer of a wrapped model."""
+        return self._reducers[id(model)]
+
     def reducers(self) -> Sequence[GradReducer]:
         """Return the gradient reducers of the wrapped models, oldest first."""
         return self._reducers_in_order
@@ -144,6 +149,20 @@ class Lifetime:
         if self._num_backwards >= grad_accum:
             self._has_accumulated = True
         self._num_backwards = 0
+
+    def drop_backwards(self) -> None:
+        """Forget the backwards of the present update, whose gradients were dropped."""
+        self._num_backwards = 0
+
+    def begin_window(self) -> int:
+        """Count a call of `forward_backward`; return its number, the same on all ranks."""
+        self._num_windows += 1
+        return self._num_windows
+
+    @property
+    def num_windows(self) -> int:
+        """How often `forward_backward` was called."""
+        return self._num_windows
 
     def add_windows(self) -> None:
         """Note that `windows` groups micro-batches, so that updates may have any number of them."""

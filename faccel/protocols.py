@@ -38,6 +38,36 @@ class Turn(Protocol):
         ...
 
 
+class Recovery(Protocol):
+    """Lets the ranks of a world leave their collectives after a failure, and communicate again.
+
+    Attributes:
+        is_active: Whether the ranks will agree on a failure. Errors of collectives then do not
+            look for the rank that caused them.
+    """
+
+    is_active: bool
+
+    def interrupt(self) -> None:
+        """End the collectives of this rank and of the ranks that wait for it: they raise."""
+        ...
+
+    def exchange(self, report: str) -> list[str | None]:
+        """Return the report of each rank, the same list on all ranks.
+
+        A rank calls it after `interrupt`. None for a rank that has ended, or that does not call it
+        within a tenth of the timeout of the context.
+        """
+        ...
+
+    def renew(self) -> bool:
+        """Let the ranks communicate again; return whether they can. Collective.
+
+        Call it if every rank has reported.
+        """
+        ...
+
+
 class Collectives(Protocol):
     """Communication between the ranks of an axis: `"data"`, `"world"` or an axis of the mesh.
 
@@ -55,6 +85,11 @@ class Collectives(Protocol):
 
     def group(self, axis: str) -> ProcessGroup | None:
         """Return torch's process group of the axis, or None where the axis has none."""
+        ...
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """How the ranks continue after a failure of one; None where they cannot."""
         ...
 
     # Not an argument of each collective, because only debug mode uses it.

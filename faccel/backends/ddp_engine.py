@@ -246,6 +246,15 @@ class DdpEngine(DistributedDataParallel):
         if not self.require_backward_grad_sync or state.averages_here:
             state.has_local = state.has_local or state.marks != self._mark_grads()
 
+    def discard(self) -> None:
+        """Drop all gradients, and what an unfinished backward left in the reducer."""
+        # Every rank builds its buckets again: some may not have built them before the failure.
+        self.reducer._reset_state()
+        self._has_rebuilt_buckets = False
+        self.grads = _GradState(num_checks=self.grads.num_checks)
+        for param in self.parameters():
+            param.grad = None
+
     def _average(self, options: BackwardOptions) -> None:
         state = self.grads
         if not self.require_backward_grad_sync:

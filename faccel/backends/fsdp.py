@@ -19,6 +19,7 @@ from faccel.backends.fsdp_layout import Layout, data_mesh, engine_mesh
 from faccel.backends.fsdp_param_hooks import ShardHooks, attach, gather_before_inference_mode
 from faccel.backends.fsdp_precision import precision_policy, switch_autocast
 from faccel.backends.fsdp_registration import Registration
+from faccel.backends.fsdp_reset import reset_iteration
 from faccel.backends.fsdp_second_order import SecondOrder
 from faccel.backends.fsdp_unreduced import UnreducedGrads
 from faccel.comm.rank_errors import raise_naming_rank
@@ -137,6 +138,13 @@ class FsdpEngine(nn.Module):
         self.second_order.reset()
         # What FSDP2 does at the end of a backward. Without gradients it reduces nothing.
         state._root_post_backward_final_callback()
+        self.registration.after_forward(has_backward=False)
+
+    def reset(self) -> None:
+        """Drop all gradients, and what an unfinished forward or backward left."""
+        self.unreduced.drop_all()
+        self.second_order.reset()
+        reset_iteration(self.module)
         self.registration.after_forward(has_backward=False)
 
     def _call(self, method: str, args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> Tree:

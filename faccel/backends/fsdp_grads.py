@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from faccel.backends.fsdp_reset import reset_iteration
 from faccel.backends.fsdp_unreduced import fsdp_params, unsharded_param
 from faccel.errors import ModelError
 from faccel.grad_reducer import GradReducer, name_of
@@ -26,11 +28,13 @@ class ShardedGrads:
         param_ids: The `id` of each sharded parameter. Those that a plan ignores are left out: FSDP2
             does not average their gradients.
         recover: Drops what a backward that has raised left in the engine.
+        reset: Drops what any unfinished forward or backward left in the engine.
     """
 
     module: nn.Module
     param_ids: AbstractSet[int]
     _recover: Callable[[], None]
+    _reset: Callable[[], None]
 
     def before_backward(self, loss: torch.Tensor, options: BackwardOptions) -> None:
         """Raise for an option that FSDP2 does not support."""
@@ -57,6 +61,10 @@ class ShardedGrads:
         """Drop what a backward that has raised left."""
         self._recover()
 
+    def discard(self) -> None:
+        """Drop all gradients, and what an unfinished forward or backward left."""
+        self._reset()
+
     def check_step(self, opt: Optimizer) -> None:
         """Do nothing: gradients that are not reduced are not in `.grad`."""
 
@@ -73,7 +81,8 @@ def sharded_grads(module: nn.Module, engine: nn.Module) -> GradReducer:
     params = [param for param in module.parameters() if is_dtensor(param)]
     # A pipeline runs backward in its schedule.
     recover = getattr(engine, "recover", _nothing)
-    return ShardedGrads(module, frozenset(map(id, params)), recover)
+    reset = getattr(engine, "reset", functools.partial(reset_iteration, engine))
+    return ShardedGrads(module, frozenset(map(id, params)), recover, reset)
 
 
 def _nothing() -> None:

@@ -81,7 +81,7 @@ class UnreducedGrads:
             # By `zero_grad(set_to_none=False)`, or by True.
             is_cleared = param.grad is None or (is_set and not placeholder.is_unreduced)
             if is_cleared:
-                _drop_accumulated(fsdp_param)
+                drop_accumulated(fsdp_param)
             if reduces and is_set:
                 param.grad = placeholder.reduced
             if reduces or is_cleared:
@@ -95,7 +95,7 @@ class UnreducedGrads:
                 param.grad = placeholder.reduced
         self._placeholders.clear()
         for fsdp_param in fsdp_params(self.module):
-            _drop_accumulated(fsdp_param)
+            drop_accumulated(fsdp_param)
 
 
 def fsdp_params(module: nn.Module) -> Iterator[_FsdpParam]:
@@ -118,7 +118,8 @@ def _has_accumulated(fsdp_param: _FsdpParam) -> bool:
     return param is not None and param.grad is not None
 
 
-def _drop_accumulated(fsdp_param: _FsdpParam) -> None:
+def drop_accumulated(fsdp_param: _FsdpParam) -> None:
+    """Drop what a backward without reduction has accumulated. Updates `fsdp_param`."""
     fsdp_param.unsharded_accumulated_grad = None
     param = unsharded_param(fsdp_param)
     if param is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NoReturn
@@ -13,12 +14,14 @@ from torch import nn
 from faccel.backends.fsdp import same_optimizer, shard_module, sync_buffers
 from faccel.backends.fsdp_layout import Layout, contains
 from faccel.backends.fsdp_param_hooks import gather_before_inference_mode
+from faccel.backends.fsdp_reset import reset_iteration
 from faccel.backends.pipeline_engine import PipelineEngine, StageInputs, TiedParam
 from faccel.backends.pipeline_inference import infer
 from faccel.comm.all_or_error import raise_on_all_ranks
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
 from faccel.errors import ConfigError, DataError, ModelError
+from faccel.grad_reducer import GradReducer, OwnedParams
 from faccel.mesh import WORLD
 from faccel.parallel.forward import to_fp32
 from faccel.parallel.pipeline_stages import StageModule, remove_other_stages, stages_of, tied_params
@@ -243,6 +246,8 @@ def _begin_window(
         if engine.pp_rank == 0:
             shapes = engine.number_of_shapes(inputs[0])
     except Exception as error:  # of the user's function: the other ranks wait below
+        if ctx.comm.recovery is not None:
+            raise  # `forward_backward` lets the other ranks know
         own_error = error
     row = torch.tensor([seed, shapes], device=ctx.device)
     seed, shapes = ctx.comm.broadcast(row, 0, "pp").tolist()
@@ -315,16 +320,21 @@ def _run_schedule(
     )
     _add_tied_grads(engine, grads)
     engine.has_run = True
-    return _broadcast_losses(values, num_micro_batches, engine, ctx)
+    return _losses_on_all_ranks(values, num_micro_batches, engine, ctx)
 
 
-def _broadcast_losses(
+def _losses_on_all_ranks(
     values: Mapping[int, torch.Tensor],
     num_micro_batches: int,
     engine: PipelineEngine,
     ctx: DistContext,
 ) -> torch.Tensor:
-    """Return the losses, which the last rank has, on every rank of the pipeline."""
+    """Return the losses, which the last rank has, on every rank of the pipeline.
+
+    The ranks add them up: no rank has them before every rank has ended its backward. After a
+    broadcast the last rank would step while another one may still fail, and could not run the
+    window again.
+    """
     # Every rank must pass the dtype to receive, and only the last rank has a loss to read it from.
     dtype = torch.float32
     if next(engine.parameters()).dtype == torch.float64:
@@ -333,7 +343,7 @@ def _broadcast_losses(
     for index, value in values.items():
         losses[index] = value
     # The last stage is on the last rank under each schedule: stage `i` is on rank `i % pp_size`.
-    return ctx.comm.broadcast(losses, engine.pp_size - 1, "pp")
+    return ctx.comm.all_reduce(losses, "sum", "pp")
 
 
 def _schedule_of(engine: PipelineEngine, num_micro_batches: int) -> str:
@@ -400,6 +410,11 @@ def _tied_copies(engine: nn.Module) -> Mapping[int, str]:
     return copies
 
 
+def _grad_reducer(module: nn.Module, engine: nn.Module) -> GradReducer:
+    params = frozenset(map(id, module.parameters()))
+    return OwnedParams(module, params, functools.partial(reset_iteration, engine))
+
+
 PIPELINE = Parallelism(
     "pipeline",
     _wrap,
@@ -408,4 +423,5 @@ PIPELINE = Parallelism(
     sync_buffers,
     pipeline_forward_backward=_forward_backward,
     tied_copies=_tied_copies,
+    grad_reducer=_grad_reducer,
 )

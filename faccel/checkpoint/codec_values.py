@@ -45,7 +45,7 @@ _SEQUENCES: dict[str, Callable[[list[Tree]], Tree]] = {
     "Size": torch.Size,
 }
 _FACCEL_RECORDS: dict[str, type] = {"Cursor": Cursor, "ScalerState": ScalerState}
-_TRANSIENT_FIELDS = {"ScalerState": ("stepped", "unscaled")}
+_TRANSIENT_FIELDS = {"ScalerState": ("stepped", "unscaled", "has_skipped_window")}
 
 
 # Plain values are JSON values. A subclass of int or str, such as an enum, would come back as

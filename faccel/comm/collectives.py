@@ -30,6 +30,7 @@ from faccel.errors import (
     WorldError,
 )
 from faccel.mesh import WORLD
+from faccel.protocols import Recovery
 from faccel.tree import Tree, flatten, paths
 
 _OPS = {
@@ -64,6 +65,7 @@ class TorchCollectives:
             them itself.
         call_order: Compares the calls of the ranks; None in a simulation and in debug mode, which
             compare all calls.
+        recovery: How the ranks continue after a failure; None where they cannot.
         private_groups: Groups for the collectives of this class only. A rank that calls one of them
             does not interfere with the gradients that the others reduce. Those of `groups` where
             this has none.
@@ -73,6 +75,7 @@ class TorchCollectives:
     rank_status: RankStatus | None = None
     call_order: CallOrder | None = None
     private_groups: dict[str, dist.ProcessGroup] = attrs.field(factory=dict)
+    recovery: Recovery | None = None
     # at most one: the call that the next collective belongs to
     _label: list[tuple[str, Tree]] = attrs.field(factory=list, init=False, repr=False)
     _models: list[str] = attrs.field(factory=list, init=False, repr=False)  # those that were named
@@ -180,6 +183,8 @@ class TorchCollectives:
         is_from_collective = isinstance(error, dist.DistError) or "gloo/" in str(error)
         if self.rank_status is None or isinstance(error, FaccelError) or not is_from_collective:
             return None
+        if self.recovery is not None and self.recovery.is_active:
+            return None  # the ranks find out together, after this one has left its collectives
         if self.call_order is not None:
             with without_frames():
                 disagreement = self.call_order.disagreement()

@@ -37,6 +37,10 @@ class DebugCollectives:
     _label: list[str] = attrs.field(factory=list, init=False)  # at most one, of the next collective
     _models: list[str] = attrs.field(factory=list, init=False, repr=False)  # those that were named
 
+    @property
+    def recovery(self) -> None:
+        """None: in debug mode ranks compare their calls in the store, where they wait."""
+
     def size(self, axis: str) -> int:
         """Return the number of ranks of the axis."""
         return self.inner.size(axis)

@@ -6,6 +6,10 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
+import torch.distributed as dist
+
+from faccel.errors import DesyncError, RankFailedError
+
 if TYPE_CHECKING:
     from faccel.protocols import Collectives
 
@@ -34,6 +38,17 @@ def raise_naming_rank(error: RuntimeError, doing: str, axis: str, comm: Collecti
         raise error
     # The message of gloo, such as "Connection closed by peer", stays visible as the cause.
     raise failure from error
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Return whether an exception only says that another rank failed.
+
+    Effects: pure.
+    """
+    if isinstance(error, (RankFailedError, DesyncError, dist.DistError)):
+        return True
+    # gloo raises a plain RuntimeError; only the path of its source file identifies it.
+    return isinstance(error, RuntimeError) and "gloo/" in str(error)
 
 
 @contextmanager

@@ -41,6 +41,10 @@ class SingleCollectives:
     # unknown axis raises here, too: a script that runs on one process also runs on several.
     axes: tuple[str, ...] = (WORLD, *VIEWS, *AXES, "ep", "ep_storage")
 
+    @property
+    def recovery(self) -> None:
+        """None: there are no other ranks."""
+
     def _check(self, axis: str) -> None:
         if axis not in self.axes:
             raise axis_error(axis, self.axes)

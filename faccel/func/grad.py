@@ -10,13 +10,14 @@ from tensordict import TensorDict
 
 from faccel.comm.buckets import BUCKET_CAP_MB, check_replicas, summed_buckets
 from faccel.context import DistContext, require_context
+from faccel.data.batch_split import split_batch
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DataError, ModelError
 from faccel.func.gradient_transformation import is_traced
 from faccel.func.loss import LossFunction, LossOptions, Weight, call_loss, describe_type
-from faccel.func.micro_batches import split_batch, stack_outputs
 from faccel.func.purity import call_pure
 from faccel.func.rng_streams import RandomSource
+from faccel.func.stacked_outputs import stack_outputs
 from faccel.func.tensordicts import NamedTensors, flat_dict, foreach, to_tensordict
 from faccel.tree import Tree, flatten, map_leaves
 

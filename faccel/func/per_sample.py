@@ -10,12 +10,12 @@ from tensordict import TensorDict
 from faccel.checks import positive
 from faccel.context import DistContext, require_context
 from faccel.data.batch import Batch
+from faccel.data.batch_split import split_batch
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import ConfigError
 from faccel.func.grad import GradInputs, LossAndGrads, LossSums, mean_over_ranks
 from faccel.func.gradient_transformation import GradientTransformation, is_traced
 from faccel.func.loss import LossFunction, LossOptions, call_loss
-from faccel.func.micro_batches import split_batch
 from faccel.func.rng_streams import RandomSource
 from faccel.func.tensordicts import NamedTensors, flat_dict, to_tensordict
 from faccel.func.train_step import Step, build_step

@@ -174,7 +174,8 @@ def _connect(
         store, rank_status = DEFAULT_GROUP.acquire(
             topology, device, config.timeout_s, debug=config.debug
         )
-        groups = create_axis_groups(spec, topology.rank)
+        with DEFAULT_GROUP.connections.recording():
+            groups = create_axis_groups(spec, topology.rank)
         private_groups: dict[str, ProcessGroup] = {}
         call_order = DEFAULT_GROUP.call_order
         if call_order is not None:
@@ -182,19 +183,22 @@ def _connect(
             # A second communicator of an accelerator would need memory on it.
             if is_host(device):
                 private_world = DEFAULT_GROUP.private_world
-                private_groups = create_axis_groups(spec, topology.rank, world=private_world)
+                with DEFAULT_GROUP.connections.recording():
+                    private_groups = create_axis_groups(spec, topology.rank, world=private_world)
                 call_order.add_groups(private_groups.values())
     # Debug mode keeps the calls of different contexts apart by it.
     number = DEFAULT_GROUP.num_contexts
+    recovery = DEFAULT_GROUP.recovery(topology, config.timeout_s)
     return create_collectives(
-        groups, config, store, rank_status, number, call_order, private_groups
+        groups, config, store, rank_status, number, call_order, private_groups, recovery
     )
 
 
 def _create_device_mesh(device_type: str, extents: Mapping[str, int]) -> DeviceMesh:
     from faccel.runtime.process_groups import DEFAULT_GROUP, create_device_mesh
 
-    mesh = create_device_mesh(device_type, extents)
+    with DEFAULT_GROUP.connections.recording():
+        mesh = create_device_mesh(device_type, extents)
     if DEFAULT_GROUP.call_order is not None:
         DEFAULT_GROUP.call_order.add_groups(mesh.get_all_groups())
     return mesh

@@ -22,11 +22,14 @@ from faccel.comm.debug import DebugCollectives
 from faccel.comm.debug_group import DebugGroup, DebugOptions
 from faccel.comm.debug_group import register_backend as register_debug_backend
 from faccel.comm.rank_status import RankStatus
+from faccel.comm.recovery import ProcessRecovery
 from faccel.comm.world_store import WorldStore
 from faccel.config import Config
 from faccel.context import Topology
 from faccel.errors import FaccelError, WorldError
 from faccel.mesh import VIEWS, WORLD, MeshSpec
+from faccel.protocols import Recovery
+from faccel.runtime.connections import Connections
 from faccel.runtime.devices import bound_device, c10d_backend
 from faccel.runtime.rendezvous import agree_on_name
 
@@ -55,6 +58,8 @@ class DefaultGroup:
         self._store: WorldStore | None = None
         self._rank_status: RankStatus | None = None
         self._private_groups: list[dist.ProcessGroup] = []
+        self.connections = Connections()
+        """Of the groups that faccel has created."""
         self.call_order: CallOrder | None = None
         """Compares the calls of the ranks; None in debug mode, which compares all of them."""
         self.private_world: dist.ProcessGroup | None = None
@@ -86,9 +91,10 @@ class DefaultGroup:
                 dist.group.WORLD.options.exchange.set_rank_status(self._rank_status)
             if not debug and dist.is_gloo_available():
                 timeout = timedelta(seconds=timeout_s)
-                call_group = _new_world("faccel_calls", timeout)
+                with self.connections.recording():
+                    call_group = _new_world("faccel_calls", timeout)
+                    self.private_world = _new_world("faccel_collectives", timeout)
                 self.call_order = CallOrder(self._rank_status, call_group)
-                self.private_world = _new_world("faccel_collectives", timeout)
                 self._private_groups += [call_group, self.private_world]
         return store, self._rank_status
 
@@ -177,16 +183,18 @@ class DefaultGroup:
                 device_id = bound_device(device)
                 options = DebugOptions(backend, device_id, exchange)
                 backend = register_debug_backend(device.type)
-            dist.init_process_group(
-                backend,
-                store=dist.PrefixStore(self._prefix(store, topology, timeout), store),
-                rank=topology.rank,
-                world_size=topology.world_size,
-                timeout=timeout,
-                # With it NCCL connects now and not in the first collective.
-                device_id=None if debug else bound_device(device),
-                pg_options=options,
-            )
+            prefix = self._prefix(store, topology, timeout)
+            with self.connections.recording():
+                dist.init_process_group(
+                    backend,
+                    store=dist.PrefixStore(prefix, store),
+                    rank=topology.rank,
+                    world_size=topology.world_size,
+                    timeout=timeout,
+                    # With it NCCL connects now and not in the first collective.
+                    device_id=None if debug else bound_device(device),
+                    pg_options=options,
+                )
         except (dist.DistError, RuntimeError, TypeError) as error:
             sys.excepthook = previous_hook
             address = f"{topology.main_address}:{topology.main_port}"
@@ -212,8 +220,28 @@ class DefaultGroup:
         rank, world_size = topology.rank, topology.world_size
         return f"faccel/{agree_on_name(store, rank, world_size, timeout.total_seconds())}"
 
+    def recovery(self, topology: Topology, timeout_s: float) -> ProcessRecovery | None:
+        """Return how ranks continue after a failure; None where their groups cannot be renewed."""
+        # In debug mode ranks wait in the store. The connections of an adopted group are unknown.
+        if self.call_order is None or self._rank_status is None or not self._is_created:
+            return None
+        # NCCL's and others' connections are not sockets that belong to one group.
+        if dist.get_backend() != "gloo" or not self.connections.is_supported():
+            return None
+        # The private function is the only way to the store without the checks of `WorldStore`.
+        store = c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+        timeout = timedelta(seconds=timeout_s)
+
+        def renew(prefix: str) -> None:
+            self.connections.renew(store, prefix, timeout)
+
+        return ProcessRecovery(
+            self.connections, self._rank_status, topology.world_size, timeout_s, renew
+        )
+
     def _destroy(self) -> None:
         self._is_created = False
+        self.connections = Connections()
         if dist.is_initialized():
             dist.destroy_process_group()
         if self._hooks is None:
@@ -371,13 +399,14 @@ def create_collectives(
     context_number: int = 0,
     call_order: CallOrder | None = None,
     private_groups: dict[str, dist.ProcessGroup] | None = None,
+    recovery: Recovery | None = None,
 ) -> TorchCollectives | DebugCollectives:
     """Return the collectives over the groups of a world, with checks if `config.debug` is set.
 
     Effects: pure.
     """
     # A simulation has no rank status: its scheduler names the ranks.
-    comm = TorchCollectives(dict(groups), rank_status, call_order, private_groups or {})
+    comm = TorchCollectives(dict(groups), rank_status, call_order, private_groups or {}, recovery)
     if config.debug:
         world = dist.group.WORLD
         if isinstance(world, DebugGroup):

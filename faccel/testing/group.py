@@ -83,6 +83,7 @@ class SimulatedGroup(dist.ProcessGroup):
         self._ranks = tuple(ranks)
         self._group_rank = rank
         self._num_calls = 0
+        self._num_renewals = world.num_renewals
 
     def size(self) -> int:
         return len(self._ranks)
@@ -130,6 +131,23 @@ class SimulatedGroup(dist.ProcessGroup):
         self._inject_fault(op, tensors, site)
         return site
 
+    def _wait(
+        self,
+        is_ready: Callable[[], bool],
+        missing: Callable[[], set[int]],
+        action: str,
+        group: str = "",
+    ) -> None:
+        """Let other ranks run until `is_ready()`; raise if a rank of `missing()` has left."""
+        world = self._world
+
+        def is_over() -> bool:
+            return is_ready() or not world.interrupted.isdisjoint(missing())
+
+        world.scheduler.wait(self._world_rank, is_over, action, group=group)
+        if not is_ready():
+            world.check_interrupted(missing())
+
     def _inject_fault(self, op: str, tensors: Sequence[torch.Tensor], site: str) -> None:
         rank = self._world_rank
         # Counted over all groups of the rank, as `Fault.collective` is.
@@ -174,6 +192,9 @@ class SimulatedGroup(dist.ProcessGroup):
         check_tensors(op, tensors)
         self._record(op, tensors)
         call = compared_call(op, detail)
+        if self._num_renewals != world.num_renewals:
+            # Ranks had made different numbers of calls when one of them failed.
+            self._num_renewals, self._num_calls = world.num_renewals, 0
         # The n-th call of a group on one rank belongs to the n-th call on every other rank.
         key = (self._key, self._num_calls)
         self._num_calls += 1
@@ -198,9 +219,12 @@ class SimulatedGroup(dist.ProcessGroup):
                 compute([collective.inputs[r] for r in range(self.size())])
             collective.is_done = True
 
+        def missing() -> set[int]:
+            return set(self._ranks) - collective.calls.keys()
+
         def wait() -> None:
             group = f"group {self.group_name!r} (`{self.axis}`)"
-            world.scheduler.wait(rank, lambda: collective.is_done, str(call), group=group)
+            self._wait(lambda: collective.is_done, missing, str(call), group)
 
         return SimulatedWork(wait, outputs)
 
@@ -410,7 +434,8 @@ class SimulatedGroup(dist.ProcessGroup):
         def wait() -> None:
             if work.source_rank is not None:  # `wait` may be called again
                 return
-            scheduler.wait(rank, lambda: any(queues.values()), f"{action} at {site}")
+            senders = {self._ranks[source] for source in sources}
+            self._wait(lambda: any(queues.values()), lambda: senders, f"{action} at {site}")
             group_source = next(source for source, queue in queues.items() if queue)
             work.source_rank = group_source
             message, source = queues[group_source].pop(0), self._ranks[group_source]

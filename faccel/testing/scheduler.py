@@ -251,6 +251,10 @@ class Scheduler:
             raise self.fail(self._failure)
         rank.action = "running"
 
+    def is_done(self, number: int) -> bool:
+        """Return whether the function of a rank has ended."""
+        return self._ranks[number].is_done
+
     def check_user(self, owner: int, op: str) -> None:
         """Raise unless the rank that runs is `owner`, whose process group makes the call `op`.
 

@@ -32,6 +32,7 @@ from faccel.testing.assertions import (
 )
 from faccel.testing.group import BACKEND, Endpoint
 from faccel.testing.limits import LIMITS
+from faccel.testing.recovery import SimulatedRecovery
 from faccel.testing.scheduler import Scheduler
 from faccel.testing.store import SimulatedStore
 from faccel.testing.world import Fault, InjectedError, TraceEvent, World
@@ -210,11 +211,14 @@ def _connect(
     )
     # One group per axis, so that the trace names the axis.
     groups = create_axis_groups(spec, rank, share=False)
-    return create_collectives(groups, resolve(config), store)
+    recovery = SimulatedRecovery(world, rank, world_size)
+    return create_collectives(groups, resolve(config), store, recovery=recovery)
 
 
 class _NoPeers:
     """The collectives of a fake context: every one raises."""
+
+    recovery = None
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size

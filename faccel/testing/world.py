@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 import attrs
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from faccel.comm.compared_call import ComparedCall
-from faccel.errors import DesyncError
+from faccel.errors import DesyncError, RankFailedError
 from faccel.testing.scheduler import Scheduler
 from faccel.validators import choice
 
@@ -121,6 +121,34 @@ class World:
         self.trace: list[TraceEvent] = []
         # c10d keeps only the C++ half of a store alive, so the Python half is kept here.
         self.stores: list[dist.Store] = []
+        # The ranks that have left their collectives after a failure.
+        self.interrupted: set[int] = set()
+        self.reports: dict[int, dict[int, str]] = {}  # of each failure, by rank
+        self.num_renewals = 0
+
+    def check_interrupted(self, ranks: Iterable[int]) -> None:
+        """Raise if one of `ranks` has left its collectives after a failure.
+
+        Raises:
+            RankFailedError: It has.
+        """
+        left = sorted(self.interrupted.intersection(ranks))
+        if left:
+            raise RankFailedError(
+                f"rank {left[0]} failed, or left its collectives because another rank failed",
+                fix="fix the error of the rank that failed",
+            )
+
+    def renew(self, number: int) -> None:
+        """Let all ranks communicate again after failure `number`; the first one drops what is open.
+
+        Effects: updates the world.
+        """
+        if self.num_renewals < number:
+            self.num_renewals = number
+            self.interrupted.clear()
+            self.collectives.clear()
+            self.messages.clear()
 
     def check_complete(self) -> None:
         """Raise if a collective was not completed or a message was not received.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal, overload
 
+import attrs
 import torch
 
 from faccel.checks import instance_of, shown
@@ -13,8 +14,30 @@ from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import DataError, ModelError
 from faccel.training.backward import is_loss, loss_error, scaled_backward
+from faccel.training.failures import (
+    RAISE,
+    RETRY,
+    SKIP,
+    FailurePolicy,
+    FailureReport,
+    Retry,
+    agree_on_failure,
+    agreeing,
+    check_exception_types,
+    check_recovery,
+    described,
+    is_agreeing,
+    is_caused_by,
+    log_decision,
+)
 from faccel.training.model import WrappedModel, check_context, check_wrapped, grad_sync
 from faccel.training.precision import ScalerState, check_scaler
+from faccel.training.window_attempt import (
+    WindowStart,
+    drop_gradients,
+    micro_batches,
+    num_rows_of,
+)
 from faccel.training.windows import MicroBatch, Window
 from faccel.tree import Tree, full_tensor, map_leaves
 
@@ -36,6 +59,8 @@ def forward_backward(
     scaler: ScalerState,
     ctx: DistContext,
     *,
+    retry: Retry | None = None,
+    skip: tuple[type[Exception], ...] = (),
     has_aux: Literal[False] = False,
 ) -> tuple[torch.Tensor, ScalerState]: ...
 
@@ -48,6 +73,8 @@ def forward_backward(
     scaler: ScalerState,
     ctx: DistContext,
     *,
+    retry: Retry | None = None,
+    skip: tuple[type[Exception], ...] = (),
     has_aux: Literal[True],
 ) -> tuple[tuple[torch.Tensor, list[Tree]], ScalerState]: ...
 
@@ -60,6 +87,8 @@ def forward_backward(
     scaler: ScalerState,
     ctx: DistContext,
     *,
+    retry: Retry | None = None,
+    skip: tuple[type[Exception], ...] = (),
     has_aux: bool = False,
 ) -> tuple[torch.Tensor | tuple[torch.Tensor, list[Tree]], ScalerState]:
     """Run forward and backward of all micro-batches of a window, on any mesh.
@@ -69,6 +98,20 @@ def forward_backward(
 
     Where the mesh has pipeline stages, micro-batches run through the pipeline. On other meshes
     they run one by one.
+
+    If a rank raises, in the loader, `loss_fn` or backward, all ranks stop and agree on what to do:
+
+    - `retry`: all ranks run the window again with smaller micro-batches. Random numbers and buffers
+      are those of before the window, and the gradients those of a run that had this size from the
+      start. The size is in the returned scaler, for later windows and checkpoints.
+    - `skip`: all ranks leave the window out. The next `optimizer_step` does nothing and returns
+      `skipped=True`.
+    - Otherwise the rank raises its exception, and the others `RankFailedError`.
+
+    The gradients of the model are dropped in each case. Gradients of an earlier backward, such as
+    of another loss, cannot be computed again: then a failure is raised. A step without a failure
+    has no further collective, except that `retry` and `skip` end it with a barrier of the ranks of
+    `tp`, which would not meet otherwise.
 
     Args:
         loss_fn: `loss_fn(model, batch)` gets a `MicroBatch`, calls `model` once and returns a
@@ -81,12 +124,15 @@ def forward_backward(
             equal shapes.
         scaler: From `init_scaler`, or from the last function that returned it.
         ctx: The context.
+        retry: When to run the window again; None is never.
+        skip: Classes of exceptions after which the window is left out.
         has_aux: Whether `loss_fn` returns `(loss, aux)`.
 
     Returns:
-        The loss of each micro-batch as `T[len(window)]`, without its `scale`, equal on all ranks
-        of a pipeline; and the new scaler. With `has_aux`, `(losses, auxs)` instead of the losses:
-        a list of what each micro-batch returned, with its tensors detached.
+        The loss of each micro-batch as `T[n]`, without its `scale`, equal on all ranks of a
+        pipeline; and the new scaler. `n` is `len(window)`, more where micro-batches were cut into
+        smaller ones, and 0 where the window was left out. With `has_aux`, `(losses, auxs)`
+        instead of the losses: a list of what each micro-batch returned, with its tensors detached.
 
     Raises:
         ModelError: A loss is not a scalar, `loss_fn` does not call its model once, or `model` is
@@ -94,6 +140,8 @@ def forward_backward(
         ConfigError: The window has too few micro-batches for the schedule.
         DataError: `window` is not from `windows`, or its micro-batches have different shapes on
             a pipeline.
+        RankFailedError: Another rank failed, and neither `retry` nor `skip` applies. Or a rank did
+            not answer within a tenth of `timeout_s`, or had used the gradients already.
 
     Examples:
         >>> from torch.utils.data import DataLoader
@@ -118,26 +166,114 @@ def forward_backward(
     fix = f"write `for window in faccel.windows(loader, ctx)` and `{call}`"
     instance_of("window", window, Window, fix=fix, error=DataError)
     check_scaler(scaler)
-    auxs: list[Tree] = [None] * len(window)
+    check_exception_types("skip", skip)
+    policy = FailurePolicy(retry, skip)
+    if policy.is_given:
+        check_recovery("`retry` or `skip`", ctx)
+    number = ctx.lifetime.begin_window()
+    # Only a policy needs the state before the window.
+    start = WindowStart.of(model, ctx) if policy.is_given else None
+    while True:
+        attempt = _Attempt(loss_fn, window, scaler.max_rows, has_aux=has_aux)
+        try:
+            with agreeing(ctx):
+                result = attempt.run(model, scaler, ctx)
+                if policy.is_given and ctx.mesh.spec.tp > 1:
+                    # Data ranks meet in the reduction of gradients, and stages in that of losses.
+                    ctx.comm.barrier("tp")
+                return result
+        except Exception as error:
+            report = _report(error, number, attempt, policy, start, ctx)
+            drop_gradients(model, ctx)
+            if not policy.is_given and is_agreeing(ctx):
+                raise  # inside of `find_batch_size`, which agrees on it
+            decision = agree_on_failure(error, report, "forward_backward", ctx)
+        assert start is not None
+        start.restore()
+        log_decision(decision)
+        if decision.action == SKIP:
+            losses = torch.zeros(0, device=ctx.device)
+            return (losses, []) if has_aux else losses, scaler.after_skipped_window()
+        scaler = attrs.evolve(scaler, max_rows=decision.max_rows)
 
-    def bind(index: int, batch: MicroBatch) -> MicroBatchLoss:
+
+def _report(
+    error: Exception,
+    number: int,
+    attempt: _Attempt,
+    policy: FailurePolicy,
+    start: WindowStart | None,
+    ctx: DistContext,
+) -> FailureReport:
+    """Return what this rank reports after its exception."""
+    action, max_rows = RAISE, 0
+    # Gradients of an earlier backward are lost with those of this window.
+    if start is not None and not start.has_gradients:
+        max_rows = policy.rows_after(error, attempt.max_rows())
+        if max_rows:
+            action = RETRY
+        elif is_caused_by(error, policy.skip):
+            action = SKIP
+    return FailureReport(ctx.rank, number, action, described(error), max_rows)
+
+
+class _Attempt:
+    """One run of a window.
+
+    Args:
+        loss_fn: See `forward_backward`.
+        window: See `forward_backward`.
+        max_rows: The most rows of a micro-batch; None is no limit.
+        has_aux: See `forward_backward`.
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFn | LossAndAuxFn,
+        window: Window,
+        max_rows: int | None,
+        *,
+        has_aux: bool,
+    ) -> None:
+        self._loss_fn = loss_fn
+        self._window = window
+        self._max_rows = max_rows
+        self._has_aux = has_aux
+        self._auxs: dict[int, Tree] = {}
+
+    def max_rows(self) -> int:
+        """Return the most rows of a micro-batch."""
+        largest = max((num_rows_of(batch) for batch in self._window.batches), default=0)
+        if self._max_rows is None:
+            return largest
+        return min(largest, self._max_rows)
+
+    def run(
+        self, model: WrappedModel, scaler: ScalerState, ctx: DistContext
+    ) -> tuple[torch.Tensor | tuple[torch.Tensor, list[Tree]], ScalerState]:
+        """Run forward and backward of all micro-batches."""
+        parts = micro_batches(self._window, self._max_rows)
+        if model.parallelism.pipeline_forward_backward is None:
+            losses, scaler = _one_by_one(self._bind, model, parts, scaler, ctx)
+        else:
+            losses, scaler = _pipelined(self._bind, model, parts, scaler, ctx)
+        if not self._has_aux:
+            return losses, scaler
+        # A schedule may run micro-batches in another order.
+        auxs = [self._auxs[index] for index in sorted(self._auxs)]
+        if model.parallelism.pipeline_forward_backward is not None:
+            # The last rank has them, because it alone computes losses.
+            auxs = broadcast_objects(auxs, ctx, src=ctx.mesh.spec.pp - 1, axis="pp")
+        return (losses, auxs), scaler
+
+    def _bind(self, index: int, batch: MicroBatch) -> MicroBatchLoss:
         def loss_of(called: Model) -> torch.Tensor:
-            loss, aux = _loss_and_aux(loss_fn(called, batch), has_aux=has_aux)
-            auxs[index] = map_leaves(_detached, aux)
+            result = self._loss_fn(called, batch)
+            loss, aux = _loss_and_aux(result, has_aux=self._has_aux)
+            self._auxs[index] = map_leaves(_detached, aux)
             return loss
 
         return loss_of
-
-    if model.parallelism.pipeline_forward_backward is None:
-        losses, scaler = _one_by_one(bind, model, window, scaler, ctx)
-    else:
-        losses, scaler = _pipelined(bind, model, window, scaler, ctx)
-        if has_aux:
-            # The last rank has them, because it alone computes losses.
-            auxs = broadcast_objects(auxs, ctx, src=ctx.mesh.spec.pp - 1, axis="pp")
-    if has_aux:
-        return (losses, auxs), scaler
-    return losses, scaler
 
 
 def _loss_and_aux(result: object, *, has_aux: bool) -> tuple[torch.Tensor, Tree]:
@@ -172,12 +308,12 @@ def _detached(leaf: Tree) -> Tree:
 def _one_by_one(
     bind: Callable[[int, MicroBatch], MicroBatchLoss],
     model: WrappedModel,
-    window: Window,
+    parts: Iterable[MicroBatch],
     scaler: ScalerState,
     ctx: DistContext,
 ) -> tuple[torch.Tensor, ScalerState]:
     losses: list[torch.Tensor] = []
-    for index, batch in enumerate(window):
+    for index, batch in enumerate(parts):
         with grad_sync(model, on=batch.sync):
             loss = bind(index, batch)(model)
             scaler = scaled_backward(loss, scaler, ctx, scale=batch.scale)
@@ -189,7 +325,7 @@ def _one_by_one(
 def _pipelined(
     bind: Callable[[int, MicroBatch], MicroBatchLoss],
     model: WrappedModel,
-    window: Window,
+    parts: Iterable[MicroBatch],
     scaler: ScalerState,
     ctx: DistContext,
 ) -> tuple[torch.Tensor, ScalerState]:
@@ -199,7 +335,7 @@ def _pipelined(
     # A pipeline interleaves forward and backward of all micro-batches: it needs them at once.
     losses: list[MicroBatchLoss] = []
     factors: list[float | torch.Tensor] = []
-    for index, batch in enumerate(window):
+    for index, batch in enumerate(parts):
         losses.append(bind(index, batch))
         factors.append(batch.scale * scaler.scale)
     values = run(model.engine, losses, factors, ctx)

@@ -74,6 +74,10 @@ class ScalerState:
             as one update, and none steps twice.
         unscaled: The optimizers whose present gradients `unscale` has divided by the scale.
         num_good_steps: The number of finite updates since the scale last changed.
+        max_rows: The most rows of a micro-batch in `forward_backward`; None is no limit. It gets
+            smaller where a window has run again after a rank ran out of memory.
+        has_skipped_window: Whether `forward_backward` has left out the last window: the next
+            `optimizer_step` of each optimizer does nothing.
         num_skipped: The number of updates skipped so far.
         growth_factor: Multiplies the scale after `growth_interval` finite updates.
         backoff_factor: Multiplies the scale after an update that is not finite.
@@ -87,6 +91,8 @@ class ScalerState:
     unscaled: tuple[Unscaled, ...] = attrs.field(default=(), eq=False, repr=False)
     num_good_steps: int = 0
     num_skipped: int = 0
+    max_rows: int | None = None
+    has_skipped_window: bool = False
     growth_factor: float = 2.0
     backoff_factor: float = 0.5
     growth_interval: int = 2000
@@ -111,9 +117,22 @@ class ScalerState:
     def after_backward(self) -> ScalerState:
         """Return the state after a backward with the current scale."""
         # The second micro-batch of a window changes nothing: the same record, without allocation.
-        if self.grad_scale == self.scale and not self.stepped:
+        if self.grad_scale == self.scale and not self.stepped and not self.has_skipped_window:
             return self
-        return attrs.evolve(self, grad_scale=self.scale, stepped=(), unscaled=())
+        return attrs.evolve(
+            self, grad_scale=self.scale, stepped=(), unscaled=(), has_skipped_window=False
+        )
+
+    def after_skipped_window(self) -> ScalerState:
+        """Return the state after a window was left out, which counts as one skipped update."""
+        return attrs.evolve(
+            self,
+            grad_scale=self.scale,
+            stepped=(),
+            unscaled=(),
+            num_skipped=self.num_skipped + 1,
+            has_skipped_window=True,
+        )
 
     def after_unscale(self, opt: object, overflow: torch.Tensor) -> ScalerState:
         """Return the state after `unscale` divided the gradients of `opt`."""

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError
+from faccel.training.failures import raise_on_all_ranks
 from faccel.training.grad_clip import (
     check_limits,
     clip_,
@@ -90,6 +91,8 @@ def optimizer_step(
         ScalerError: `scaler` was not returned by `scaled_backward` (in fp16: since the last step
             of `opt`).
         ConfigError: A limit or a scheduler is invalid, or the loop ignores a given `grad_accum`.
+        RankFailedError: Another rank failed in its step. Parameters may differ between ranks then:
+            load a checkpoint to continue.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -105,6 +108,8 @@ def optimizer_step(
     require_context(ctx, "info, scaler = faccel.optimizer_step(opt, scaler, ctx)")
     check_scaler(scaler)
     binding = binding_of(opt, ctx)
+    if scaler.has_skipped_window:
+        return _without_gradients(opt, scaler, ctx)
     engine_step = ctx.parallelism.optimizer_step
     params: list[torch.Tensor] = []
     if engine_step is None:
@@ -127,10 +132,10 @@ def optimizer_step(
     check_limits(options)
     check_accumulated(ctx)
     reducers = check_gradients(opt, params, ctx)
-    if engine_step is None:
-        grad_norm, finite = _update(opt, params, options, ctx, binding)
-    else:
-        grad_norm, finite = engine_step(opt, options, ctx)
+    try:
+        grad_norm, finite = _run_step(opt, params, options, ctx, binding)
+    except Exception as error:
+        raise_on_all_ranks(error, "optimizer_step", ctx)
     for reducer in reducers:
         reducer.after_step(opt)
     ctx.lifetime.add_update(ctx.config.grad_accum)
@@ -139,6 +144,31 @@ def optimizer_step(
         for one_scheduler in schedulers:
             one_scheduler.step()
     return StepInfo(grad_norm, not finite, grad_scale), scaler.after_step(opt, finite=finite)
+
+
+def _run_step(
+    opt: Optimizer,
+    params: Sequence[torch.Tensor],
+    options: UpdateOptions,
+    ctx: DistContext,
+    binding: OptimizerBinding | None,
+) -> tuple[torch.Tensor | None, bool]:
+    """Run the step of the strategy, or `_update`."""
+    engine_step = ctx.parallelism.optimizer_step
+    if engine_step is None:
+        return _update(opt, params, options, ctx, binding)
+    return engine_step(opt, options, ctx)
+
+
+def _without_gradients(
+    opt: Optimizer, scaler: ScalerState, ctx: DistContext
+) -> tuple[StepInfo, ScalerState]:
+    """Skip the update of a window that was left out."""
+    ctx.lifetime.add_update(ctx.config.grad_accum)
+    for group in opt.param_groups:
+        for param in group["params"]:
+            param.grad = None
+    return StepInfo(None, True, scaler.scale), scaler
 
 
 def _update(

@@ -50,17 +50,23 @@ class Window:
         scale: The factor of each loss.
         cursor: The position to resume from after this update. A saved state never contains
             partial gradients.
+        is_mean: Whether losses are means over rows, and not sums.
+        failure: The exception that reading a batch has raised; iterating raises it.
     """
 
     batches: Sequence[Batch] = attrs.field(repr=False)
     scale: float | torch.Tensor
     cursor: Cursor
     _read_ahead: Callable[[], None] = attrs.field(repr=False)
+    is_mean: bool = attrs.field(default=True, repr=False)
+    failure: Exception | None = attrs.field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[MicroBatch]:
+        if self.failure is not None:
+            raise self.failure
         last = len(self.batches) - 1
         for index, batch in enumerate(self.batches):
             yield MicroBatch(batch.data, batch.num_valid, self.scale, index == last)
@@ -79,6 +85,9 @@ def windows(
 
     Effects: ambient, collective. Reads the dataset. With `weight`, one all-reduce of a number per
     window, for which the host does not wait.
+
+    If reading a batch raises, iterating its window does, so that all ranks get as far as this
+    window. The next window starts after it.
 
     The last window of an epoch may be shorter. While a window is iterated, the batches of the next
     one are read, one for each micro-batch.
@@ -166,39 +175,83 @@ def check_accumulated(ctx: DistContext) -> None:
 def _windows(
     loader: ShardedLoader, ctx: DistContext, num_micro_batches: int, weight: Weight | None
 ) -> Iterator[Window]:
-    source = batches(loader)
-    current = list(islice(source, num_micro_batches))
+    before = loader.cursor
     # One window is read before the first is yielded: its length gives the scale.
-    while current:
-        ahead = _ReadAhead(source, num_micro_batches)
-        if weight is None:
-            scale: float | torch.Tensor = 1 / len(current)
+    reader = _WindowReader(batches(loader), num_micro_batches)
+    while reader.finish():
+        current, failure = tuple(reader.batches), reader.failure
+        source: Iterator[Batch] = reader.source
+        if failure is None:
+            after = current[-1].cursor
         else:
+            after = _position_after(before, num_micro_batches, loader)
+            source = iter(())
+            if after is not None and after.epoch == before.epoch:
+                source = batches(loader.resume(after))
+        if weight is None:
+            scale: float | torch.Tensor = 1 / max(1, len(current))
+        else:
+            # Also after a failure: the other ranks communicate here.
             scale = _scale(current, weight, ctx)
-        yield Window(tuple(current), scale, current[-1].cursor, ahead.read)
+        reader = _WindowReader(source, num_micro_batches)
+        yield Window(
+            current, scale, after or before, reader.read, is_mean=weight is None, failure=failure
+        )
         # Also after a `break` inside the window: the next one starts where this one ends.
-        current = ahead.finish()
+        if after is None:
+            assert failure is not None
+            raise failure
+        before = after
 
 
-class _ReadAhead:
-    """Reads the batches of the next window, one at a time."""
+def _position_after(before: Cursor, num_batches: int, loader: ShardedLoader) -> Cursor | None:
+    """Return the position after some batches, without reading them; None for a stream."""
+    try:
+        num_left = len(loader.resume(before))
+        # Steps are counted from the start of the epoch.
+        step = len(loader.resume(Cursor(before.epoch))) - num_left + num_batches
+    except TypeError:  # its length is unknown
+        return None
+    if num_left <= num_batches:
+        return Cursor(before.epoch + 1, of=before.of)
+    return loader.at(before.epoch, step).cursor
+
+
+class _WindowReader:
+    """Reads the batches of one window, while the previous one is used.
+
+    Args:
+        source: The batches of the loader.
+        num_batches: Batches of the window.
+
+    Attributes:
+        source: As above.
+        batches: Those that were read.
+        failure: The exception that reading one has raised. It belongs to this window, and is raised
+            where this window is used.
+    """
 
     def __init__(self, source: Iterator[Batch], num_batches: int) -> None:
-        self._source = source
+        self.source = source
         self._num_missing = num_batches
-        self._batches: list[Batch] = []
+        self.batches: list[Batch] = []
+        self.failure: Exception | None = None
 
     def read(self) -> None:
-        """Read one batch, unless the next window has all of its batches."""
+        """Read one batch, unless the window has all of its batches."""
         self._read(min(1, self._num_missing))
 
-    def finish(self) -> list[Batch]:
-        """Return the batches of the next window; `read` does nothing afterwards."""
+    def finish(self) -> bool:
+        """Read all batches; return whether there are any. `read` does nothing afterwards."""
         self._read(self._num_missing)
-        return self._batches
+        return bool(self.batches) or self.failure is not None
 
     def _read(self, num_batches: int) -> None:
-        self._batches.extend(islice(self._source, num_batches))
+        try:
+            self.batches.extend(islice(self.source, num_batches))
+        except Exception as error:
+            self.failure = error
+            num_batches = self._num_missing
         self._num_missing -= num_batches
 
 

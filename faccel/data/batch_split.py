@@ -1,4 +1,4 @@
-"""Batches split into micro-batches, and the outputs of several micro-batches stacked."""
+"""A batch cut into micro-batches along its rows."""
 
 from __future__ import annotations
 
@@ -10,23 +10,6 @@ import torch
 from faccel.data.batch import Batch
 from faccel.errors import DataError
 from faccel.tree import Tree, flatten
-
-
-def stack_outputs(outputs: list[Tree]) -> Tree:
-    """Return one tree for those of several micro-batches.
-
-    Tensors are stacked along a new dim 0, all other leaves are collected in lists.
-    """
-    # All micro-batches return the same structure: it is the same function.
-    _, rebuild = flatten(outputs[0])
-    all_leaves = [flatten(output)[0] for output in outputs]
-    stacked: list[Tree] = []
-    for leaves in zip(*all_leaves, strict=True):
-        if isinstance(leaves[0], torch.Tensor):
-            stacked.append(torch.stack(leaves))
-        else:
-            stacked.append(list(leaves))
-    return rebuild(stacked)
 
 
 def _has_rows(leaf: Tree) -> bool:

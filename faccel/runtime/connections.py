@@ -1,0 +1,119 @@
+"""The connections of gloo groups: closing them ends the collectives of all ranks, at once.
+
+gloo has no `abort`: a rank that waits in a collective waits for its peers, until a timeout of
+minutes. It stops when a connection closes. A process group looks its backend up in every call, so a
+group whose connections were closed gets a new backend, and DDP, FSDP2 and DTensor keep the group.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+
+import attrs
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+_DESCRIPTORS = Path("/proc/self/fd")
+# torch keeps a backend for each type and never replaces one. Its last type is 6, `CUSTOM`, and it
+# takes any number of 8 bits.
+_FIRST_TYPE = 7
+MAX_RENEWALS = 200
+"""How often a group can get a new backend. Each one keeps two threads of gloo until the end."""
+
+
+@attrs.define(eq=False)
+class Connections:
+    """The sockets of the process groups that were created inside of `recording`.
+
+    Args:
+        groups: The groups, in the order of their creation.
+    """
+
+    groups: list[dist.ProcessGroup] = attrs.field(factory=list)
+    _links: dict[int, str] = attrs.field(factory=dict)
+    _num_renewals: int = 0
+
+    @staticmethod
+    def is_supported() -> bool:
+        """Return whether this system lists the sockets of a process: Linux does."""
+        return _DESCRIPTORS.is_dir() and dist.is_gloo_available()
+
+    @contextmanager
+    def recording(self) -> Generator[None]:
+        """Add the groups that the body creates."""
+        table = c10d._world.pg_map  # pyright: ignore[reportPrivateUsage]
+        groups_before, before = list(table), _open_sockets()
+        yield
+        for group in table:
+            if not any(group is other for other in groups_before):
+                self.groups.append(group)
+        for descriptor, link in _open_sockets().items():
+            if before.get(descriptor) != link:
+                self._links[descriptor] = link
+
+    def close(self) -> None:
+        """Close all connections: the collectives of this rank and of its peers raise."""
+        for descriptor, link in self._links.items():
+            # A descriptor is a number that may belong to another file by now.
+            if _link_of(descriptor) == link:
+                _shut_down(descriptor)
+        self._links.clear()
+
+    @property
+    def can_renew(self) -> bool:
+        """Whether the groups can get new backends."""
+        return self._num_renewals < MAX_RENEWALS
+
+    def renew(self, store: dist.Store, prefix: str, timeout: timedelta) -> None:
+        """Connect all groups again. Collective.
+
+        Args:
+            store: A store of the world.
+            prefix: Of the keys: equal on all ranks, and not used before.
+            timeout: How long to wait for the peers, and of later collectives.
+        """
+        backend_type = dist.ProcessGroup.BackendType(_FIRST_TYPE + self._num_renewals)
+        self._num_renewals += 1
+        for group in self.groups:
+            keys = dist.PrefixStore(f"{prefix}/{group.group_name}", store)
+            with self.recording():
+                backend = dist.ProcessGroupGloo(keys, group.rank(), group.size(), timeout)
+            group._register_backend(  # pyright: ignore[reportPrivateUsage]
+                torch.device("cpu"), backend_type, backend
+            )
+
+
+def _open_sockets() -> dict[int, str]:
+    """Return what identifies the socket of each descriptor."""
+    sockets: dict[int, str] = {}
+    with suppress(OSError):
+        for name in os.listdir(_DESCRIPTORS):
+            link = _link_of(int(name))
+            if link.startswith("socket:"):
+                sockets[int(name)] = link
+    return sockets
+
+
+def _link_of(descriptor: int) -> str:
+    with suppress(OSError):  # closed meanwhile
+        return os.readlink(_DESCRIPTORS / str(descriptor))
+    return ""
+
+
+def _shut_down(descriptor: int) -> None:
+    with suppress(OSError):  # gloo may close it at the same time
+        connection = socket.socket(fileno=descriptor)
+        try:
+            # One that listens has no peer. gloo's thread would end the process without it.
+            connection.getpeername()
+            # Open for reading: a peer may still send the end of a collective, and would get an
+            # error before it has read what this rank has sent.
+            connection.shutdown(socket.SHUT_WR)
+        finally:
+            connection.detach()  # it belongs to gloo

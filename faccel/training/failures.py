@@ -1,0 +1,330 @@
+"""What all ranks do when one of them fails in a window: try again, leave it out, or raise."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import attrs
+
+from faccel.call_site import call_site
+from faccel.checks import shown
+from faccel.comm.rank_errors import is_consequence, raise_naming_rank
+from faccel.context import DistContext
+from faccel.errors import ConfigError, RankFailedError, short_text
+from faccel.mesh import WORLD
+from faccel.training.out_of_memory import is_out_of_memory
+from faccel.validators import int_at_least
+
+if TYPE_CHECKING:
+    from faccel.protocols import Recovery
+
+_logger = logging.getLogger(__name__)
+
+RAISE, SKIP, RETRY, FOLLOW = "raise", "skip", "retry", "follow"
+# If ranks fail at the same time in different ways, the first of these wins.
+_SEVEREST_FIRST = (RAISE, SKIP, RETRY)
+
+
+def _check_types(instance: Retry, attribute: attrs.Attribute[Any], value: Any) -> None:
+    check_exception_types(attribute.name, value)
+
+
+def check_exception_types(name: str, value: object) -> None:
+    """Raise unless `value` is a tuple of classes of exceptions.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    classes = value if isinstance(value, tuple) else (None,)
+    if all(isinstance(item, type) and issubclass(item, Exception) for item in classes):
+        return
+    raise ConfigError(
+        f"`{name}` must be a tuple of classes of exceptions",
+        got=shown(value),
+        fix=f"write `{name}=(faccel.errors.DataError,)`",
+    )
+
+
+@attrs.frozen
+class Retry:
+    """Runs a window again with smaller micro-batches, after a rank ran out of memory.
+
+    Args:
+        split: By how much micro-batches get smaller: 2 is half the rows.
+        at_least: The fewest rows of a micro-batch. A failure with fewer rows is raised.
+        on: Classes of other exceptions after which a window runs again.
+
+    Examples:
+        >>> Retry()
+        Retry(split=2, at_least=1, on=())
+    """
+
+    split: int = attrs.field(default=2, validator=int_at_least(2))
+    at_least: int = attrs.field(default=1, validator=int_at_least(1))
+    on: tuple[type[Exception], ...] = attrs.field(default=(), validator=_check_types)
+
+    def handles(self, error: BaseException) -> bool:
+        """Return whether a window runs again after `error`."""
+        return is_caused_by(error, self.on) or is_out_of_memory(error)
+
+
+@attrs.frozen
+class FailurePolicy:
+    """What to do after a failure; the same on all ranks.
+
+    Args:
+        retry: When a window runs again; None is never.
+        skip: Classes of exceptions after which a window is left out.
+    """
+
+    retry: Retry | None = None
+    skip: tuple[type[Exception], ...] = ()
+
+    @property
+    def is_given(self) -> bool:
+        """Whether some failures are not raised."""
+        return self.retry is not None or bool(self.skip)
+
+    def rows_after(self, error: BaseException, num_rows: int) -> int:
+        """Return the rows of a micro-batch in the next attempt; 0 if there is none.
+
+        Args:
+            error: The failure.
+            num_rows: The most rows of a micro-batch in the attempt that failed.
+        """
+        if self.retry is None or not self.retry.handles(error):
+            return 0
+        max_rows = num_rows // self.retry.split
+        if max_rows < self.retry.at_least:
+            return 0
+        return max_rows
+
+
+@attrs.frozen
+class FailureReport:
+    """What one rank reports after a failure.
+
+    Args:
+        rank: The rank of the world.
+        window: The number of its call of `forward_backward`, the same on all ranks.
+        action: `"follow"` on a rank that has only noticed the failure of another one.
+        got: Its error, and the line.
+        max_rows: For `"retry"`: the most rows of a micro-batch in the next attempt.
+    """
+
+    rank: int
+    window: int
+    action: str
+    got: str = ""
+    max_rows: int = 0
+
+
+@attrs.frozen
+class Decision:
+    """What all ranks do.
+
+    Args:
+        action: `"raise"`, `"skip"` or `"retry"`.
+        cause: The report of the rank that failed; None if no rank knows the cause.
+        max_rows: For `"retry"`: the most rows of a micro-batch.
+    """
+
+    action: str
+    cause: FailureReport | None
+    max_rows: int = 0
+
+
+def decide(reports: Sequence[FailureReport | None]) -> Decision:
+    """Return what all ranks do, from the reports of all of them.
+
+    Effects: pure.
+
+    Args:
+        reports: None for a rank that has ended, or has not come in time.
+
+    Examples:
+        >>> decide([FailureReport(0, 3, "follow"), FailureReport(1, 3, "retry", "OOM", 4)]).max_rows
+        4
+        >>> decide([FailureReport(0, 4, "follow"), FailureReport(1, 3, "skip", "bad")]).action
+        'raise'
+    """
+    known = [report for report in reports if report is not None]
+    causes = [report for report in known if report.action != FOLLOW]
+    # The severest first; of equal ones that of the lowest rank.
+    causes.sort(key=lambda report: _SEVEREST_FIRST.index(report.action))
+    if not causes:
+        return Decision(RAISE, None)
+    # A rank in another window has already used the gradients of this one.
+    is_same_window = len({report.window for report in known}) == 1
+    if len(known) < len(reports) or not is_same_window:
+        return Decision(RAISE, causes[0])
+    max_rows = min(report.max_rows for report in causes)
+    return Decision(causes[0].action, causes[0], max_rows)
+
+
+def check_recovery(name: str, ctx: DistContext) -> None:
+    """Raise if the ranks cannot continue after a failure of one of them.
+
+    Args:
+        name: The function or the arguments that need it, in backticks.
+        ctx: The context.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    # DeepSpeed has process groups of its own, which ranks cannot leave.
+    if ctx.world_size > 1 and ctx.parallelism.optimizer_step is not None:
+        got = f"strategy {ctx.parallelism.name}"
+    elif ctx.world_size > 1 and ctx.comm.recovery is None:
+        got = f"device={ctx.device.type}, debug={ctx.config.debug}"
+    else:
+        return
+    raise ConfigError(
+        f"{name} needs ranks that can leave their collectives after a failure",
+        got=got,
+        fix="run one process; or several on the CPU, with a process group that `faccel.init` "
+        "has created, without debug mode and DeepSpeed",
+    )
+
+
+@contextmanager
+def agreeing(ctx: DistContext) -> Generator[None]:
+    """Let errors of collectives in the body pass as they are: `agree_on_failure` finds the cause.
+
+    Effects: ambient.
+    """
+    recovery = ctx.comm.recovery
+    if recovery is None or recovery.is_active:
+        yield
+        return
+    recovery.is_active = True
+    try:
+        yield
+    finally:
+        recovery.is_active = False
+
+
+def is_agreeing(ctx: DistContext) -> bool:
+    """Return whether the body of `agreeing` runs: a caller agrees on failures."""
+    recovery = ctx.comm.recovery
+    return recovery is not None and recovery.is_active
+
+
+def agree_on_failure(
+    error: Exception, report: FailureReport, doing: str, ctx: DistContext
+) -> Decision:
+    """Find out with all other ranks what to do after `error`. Collective, for ranks that fail.
+
+    A rank that has not failed takes part because its collectives raise. Afterwards the ranks can
+    communicate again, unless one of them is missing.
+
+    Args:
+        error: The exception of this rank.
+        report: What this rank reports, unless its exception follows from that of another rank.
+        doing: The name of the function that fails.
+        ctx: The context.
+
+    Returns:
+        `"skip"` or `"retry"`.
+
+    Raises:
+        Exception: `error` itself, if it is raised.
+        RankFailedError: Another rank failed, and it is raised there.
+    """
+    recovery = ctx.comm.recovery
+    if recovery is None:
+        decision = decide([report])
+        if ctx.world_size > 1 or decision.action == RAISE:
+            raise error
+        return decision
+    follows = is_consequence(error)
+    if follows:
+        report = attrs.evolve(report, action=FOLLOW, got="", max_rows=0)
+    else:
+        _logger.warning("rank %d failed in `%s`: %s", ctx.rank, doing, report.got)
+    decision = decide(_exchange(report, recovery))
+    if decision.action != RAISE:
+        return decision
+    if not follows:
+        raise error
+    if decision.cause is None:
+        assert isinstance(error, RuntimeError)
+        raise_naming_rank(error, doing, WORLD, ctx.comm)
+    raise _failed_elsewhere(decision.cause) from None
+
+
+def raise_on_all_ranks(error: Exception, doing: str, ctx: DistContext) -> NoReturn:
+    """Raise `error`, and a `RankFailedError` on the other ranks.
+
+    Args:
+        error: The exception of this rank.
+        doing: The name of the function that fails.
+        ctx: The context.
+    """
+    if ctx.comm.recovery is None or is_agreeing(ctx) or is_consequence(error):
+        raise error
+    report = FailureReport(ctx.rank, ctx.lifetime.num_windows, RAISE, described(error))
+    agree_on_failure(error, report, doing, ctx)
+    raise error
+
+
+def _exchange(report: FailureReport, recovery: Recovery) -> list[FailureReport | None]:
+    """Return the reports of all ranks, and let them communicate again if all have reported."""
+    recovery.interrupt()
+    texts = recovery.exchange(json.dumps(attrs.asdict(report)))
+    reports = [FailureReport(**json.loads(text)) if text else None for text in texts]
+    if all(text is not None for text in texts) and not recovery.renew():
+        # Every rank has as many renewals left: all of them raise.
+        return [None, *reports]
+    return reports
+
+
+def is_caused_by(error: BaseException, classes: tuple[type[Exception], ...]) -> bool:
+    """Return whether an exception, or one that it was raised from, is of one of the classes.
+
+    A pipeline of torch raises a `RuntimeError` from the exception of a stage.
+
+    Effects: pure.
+    """
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, classes):
+            return True
+        current = current.__cause__
+    return False
+
+
+def described(error: BaseException) -> str:
+    """Return the class, the message and the line of the cause of an exception."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {short_text(str(error))} at {call_site()}"
+
+
+def _failed_elsewhere(cause: FailureReport) -> RankFailedError:
+    return RankFailedError(
+        f"rank {cause.rank} failed, so all ranks stop",
+        got=cause.got,
+        fix="fix the error of that rank; to continue after such an error, pass "
+        "`retry=faccel.Retry()` (out of memory) or `skip=(ValueError,)` to "
+        "`faccel.forward_backward`",
+    )
+
+
+def log_decision(decision: Decision) -> None:
+    """Log what the ranks do after a failure, on each of them."""
+    assert decision.cause is not None
+    rank, got = decision.cause.rank, decision.cause.got
+    if decision.action == SKIP:
+        _logger.warning("left out a window, because rank %d failed: %s", rank, got)
+        return
+    _logger.warning(
+        "run a window again with at most %d rows per micro-batch, because rank %d failed: %s",
+        decision.max_rows,
+        rank,
+        got,
+    )

@@ -1,0 +1,87 @@
+"""The state before a window, to which a failed attempt returns, and its smaller micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import attrs
+import torch
+
+from faccel.context import DistContext
+from faccel.data.batch import Batch
+from faccel.data.batch_split import split_batch
+from faccel.random.seeding import RngState, rng_state, set_rng_state
+from faccel.training.model import WrappedModel
+from faccel.training.windows import MicroBatch, Window
+from faccel.tree import flatten
+
+
+@attrs.frozen(eq=False)
+class WindowStart:
+    """What an attempt changes: random numbers, buffers and gradients.
+
+    Args:
+        rng: The process-wide generators before the window.
+        buffers: Each buffer of the model, and a copy of it.
+        has_gradients: Whether gradients of another backward would be lost.
+    """
+
+    rng: RngState
+    buffers: list[tuple[torch.Tensor, torch.Tensor]]
+    has_gradients: bool
+
+    @classmethod
+    def of(cls, model: WrappedModel, ctx: DistContext) -> WindowStart:
+        """Return the state before a window; copies the buffers of the model."""
+        buffers = [(buffer, buffer.clone()) for buffer in model.module.buffers()]
+        return cls(rng_state(ctx), buffers, ctx.lifetime.num_backwards > 0)
+
+    def restore(self) -> None:
+        """Return to this state. Updates the generators and the buffers."""
+        set_rng_state(self.rng)
+        with torch.no_grad():
+            for buffer, copy in self.buffers:
+                buffer.copy_(copy)
+
+
+def drop_gradients(model: WrappedModel, ctx: DistContext) -> None:
+    """Drop the gradients of `model`, and what an unfinished backward left. Not collective.
+
+    Effects: updates model.
+    """
+    ctx.lifetime.reducer_of(model).discard()
+    ctx.lifetime.drop_backwards()
+
+
+def num_rows_of(batch: Batch) -> int:
+    """Return the number of rows of a batch, 0 if it has no tensors with rows.
+
+    Effects: pure.
+    """
+    for leaf in flatten(batch.data)[0]:
+        if isinstance(leaf, torch.Tensor) and leaf.ndim > 0:
+            return len(leaf)
+    return 0
+
+
+def micro_batches(window: Window, max_rows: int | None) -> Iterable[MicroBatch]:
+    """Return the micro-batches of a window, cut into parts of at most `max_rows` rows.
+
+    The gradient stays the same. Without a `weight` the loss is a mean over rows, and the factor of
+    a part is that of the whole times its share of the rows.
+    """
+    if max_rows is None:
+        return window
+    return _parts(window, max_rows)
+
+
+def _parts(window: Window, max_rows: int) -> Iterator[MicroBatch]:
+    for micro, batch in zip(window, window.batches, strict=True):
+        num_rows = num_rows_of(batch)
+        parts = split_batch(batch, max(1, -(-num_rows // max_rows)), is_mean=False)
+        for index, part in enumerate(parts):
+            scale = micro.scale
+            if window.is_mean and len(parts) > 1:
+                scale = scale * num_rows_of(part) / num_rows
+            is_last = index == len(parts) - 1
+            yield MicroBatch(part.data, part.num_valid, scale, micro.sync and is_last)
