@@ -36,7 +36,7 @@ from faccel.testing.reductions import (
     reduce_tensors,
 )
 from faccel.testing.work import SimulatedWork, join_works
-from faccel.testing.world import Channel, InjectedError, OpenCollective, TraceEvent, World, corrupt
+from faccel.testing.world import Channel, OpenCollective, TraceEvent, World
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import (
@@ -128,7 +128,7 @@ class SimulatedGroup(dist.ProcessGroup):
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         event = TraceEvent(self._world_rank, op, self.axis, num_bytes, site)
         self._world.trace.append(event)
-        self._inject_fault(op, tensors, site)
+        self._world.inject_fault(self._world_rank, op, tensors, site)
         return site
 
     def _wait(
@@ -147,23 +147,6 @@ class SimulatedGroup(dist.ProcessGroup):
         world.scheduler.wait(self._world_rank, is_over, action, group=group)
         if not is_ready():
             world.check_interrupted(missing())
-
-    def _inject_fault(self, op: str, tensors: Sequence[torch.Tensor], site: str) -> None:
-        rank = self._world_rank
-        # Counted over all groups of the rank, as `Fault.collective` is.
-        index = self._world.num_calls.get(rank, 0)
-        self._world.num_calls[rank] = index + 1
-        fault = self._world.faults.get((rank, index))
-        if fault is None:
-            return
-        if fault.kind == "raise":
-            raise InjectedError(f"rank {rank}, collective {index}: {op} at {site}")
-        if fault.kind == "stall":
-            # Raises as soon as no other rank can run.
-            self._world.scheduler.wait(rank, lambda: False, f"stalled before {op} at {site}")
-        # A barrier has no input to corrupt.
-        for tensor in tensors[:1]:
-            corrupt(tensor)
 
     def _collective(
         self,

@@ -126,6 +126,27 @@ class World:
         self.reports: dict[int, dict[int, str]] = {}  # of each failure, by rank
         self.num_renewals = 0
 
+    def inject_fault(self, rank: int, op: str, tensors: Sequence[torch.Tensor], site: str) -> None:
+        """Inject the fault of a rank's next call, if it has one. Updates `tensors`.
+
+        Raises:
+            InjectedError: The fault is of kind `"raise"`.
+        """
+        # Counted over all groups of the rank, as `Fault.collective` is.
+        index = self.num_calls.get(rank, 0)
+        self.num_calls[rank] = index + 1
+        fault = self.faults.get((rank, index))
+        if fault is None:
+            return
+        if fault.kind == "raise":
+            raise InjectedError(f"rank {rank}, collective {index}: {op} at {site}")
+        if fault.kind == "stall":
+            # Raises as soon as no other rank can run.
+            self.scheduler.wait(rank, lambda: False, f"stalled before {op} at {site}")
+        # A barrier has no input to corrupt.
+        for tensor in tensors[:1]:
+            corrupt(tensor)
+
     def check_interrupted(self, ranks: Iterable[int]) -> None:
         """Raise if one of `ranks` has left its collectives after a failure.
 
