@@ -131,23 +131,6 @@ class SimulatedGroup(dist.ProcessGroup):
         self._world.inject_fault(self._world_rank, op, tensors, site)
         return site
 
-    def _wait(
-        self,
-        is_ready: Callable[[], bool],
-        missing: Callable[[], set[int]],
-        action: str,
-        group: str = "",
-    ) -> None:
-        """Let other ranks run until `is_ready()`; raise if a rank of `missing()` has left."""
-        world = self._world
-
-        def is_over() -> bool:
-            return is_ready() or not world.interrupted.isdisjoint(missing())
-
-        world.scheduler.wait(self._world_rank, is_over, action, group=group)
-        if not is_ready():
-            world.check_interrupted(missing())
-
     def _collective(
         self,
         op: str,
@@ -207,7 +190,7 @@ class SimulatedGroup(dist.ProcessGroup):
 
         def wait() -> None:
             group = f"group {self.group_name!r} (`{self.axis}`)"
-            self._wait(lambda: collective.is_done, missing, str(call), group)
+            world.wait(rank, lambda: collective.is_done, missing, str(call), group)
 
         return SimulatedWork(wait, outputs)
 
@@ -406,24 +389,26 @@ class SimulatedGroup(dist.ProcessGroup):
     def _receive(
         self, tensors: _Tensors, sources: Sequence[int], tag: int, action: str
     ) -> SimulatedWork:
-        scheduler, rank = self._world.scheduler, self._world_rank
+        world, rank = self._world, self._world_rank
         site = self._record("recv", [])
         queues: dict[int, list[torch.Tensor]] = {}
         for source in sources:
             channel = Channel(self._key, source, self._group_rank, tag)
-            queues[source] = self._world.messages.setdefault(channel, [])
+            queues[source] = world.messages.setdefault(channel, [])
         work = SimulatedWork(lambda: wait(), tensors)
 
         def wait() -> None:
             if work.source_rank is not None:  # `wait` may be called again
                 return
             senders = {self._ranks[source] for source in sources}
-            self._wait(lambda: any(queues.values()), lambda: senders, f"{action} at {site}")
+            doing = f"{action} at {site}"
+            world.wait(rank, lambda: any(queues.values()), lambda: senders, doing)
             group_source = next(source for source, queue in queues.items() if queue)
             work.source_rank = group_source
             message, source = queues[group_source].pop(0), self._ranks[group_source]
             if describe([message]) != describe(tensors):
-                raise scheduler.fail(message_error(message, tensors[0], source, rank, site))
+                error = message_error(message, tensors[0], source, rank, site)
+                raise world.scheduler.fail(error)
             copy(tensors[0], message)
 
         return work

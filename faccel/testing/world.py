@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 import attrs
@@ -146,6 +146,28 @@ class World:
         # A barrier has no input to corrupt.
         for tensor in tensors[:1]:
             corrupt(tensor)
+
+    def wait(
+        self,
+        rank: int,
+        is_ready: Callable[[], bool],
+        missing: Callable[[], set[int]],
+        action: str,
+        group: str = "",
+    ) -> None:
+        """Let other ranks run until `is_ready()`.
+
+        Raises:
+            RankFailedError: A rank of `missing()` has left its collectives.
+            DesyncError: No rank can run any more.
+        """
+
+        def is_over() -> bool:
+            return is_ready() or not self.interrupted.isdisjoint(missing())
+
+        self.scheduler.wait(rank, is_over, action, group=group)
+        if not is_ready():
+            self.check_interrupted(missing())
 
     def check_interrupted(self, ranks: Iterable[int]) -> None:
         """Raise if one of `ranks` has left its collectives after a failure.
