@@ -17,6 +17,7 @@ from faccel.func.masking import frozen, masked, partition
 from faccel.func.matrix_optimizers import adafactor, muon
 from faccel.func.optimizers import adagrad, adam, adamw, rmsprop, sgd
 from faccel.func.per_sample import clip_per_sample, dp_sgd, per_sample_grads
+from faccel.func.replay import replay
 from faccel.func.rollback import History, is_nonfinite, rollback
 from faccel.func.schedules import cosine, exponential, join_schedules, linear
 from faccel.func.spike import SpikeState, detect_spike, init_spike
@@ -75,6 +76,7 @@ __all__ = [
     "muon",
     "partition",
     "per_sample_grads",
+    "replay",
     "rmsprop",
     "rollback",
     "sam",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 import numpy as np
@@ -246,11 +246,13 @@ def _first_copy(spec: MeshSpec, rank: int, axes: Sequence[str]) -> int:
 def _describe(path: str, hash_of_rank: Mapping[int, int | None]) -> str:
     (majority, count), *others = Counter(hash_of_rank.values()).most_common()
     if others and others[0][1] == count:
-        return f"`{path}` differs between ranks {_join(hash_of_rank)}, none of which is a majority"
+        ranks = list(hash_of_rank)
+        return f"`{path}` differs between {_join(ranks)}, and no value has a majority"
     different = [rank for rank, value in hash_of_rank.items() if value != majority]
     equal = [rank for rank, value in hash_of_rank.items() if value == majority]
-    return f"`{path}` on rank {_join(different)} differs from ranks {_join(equal)}"
+    return f"`{path}` differs on {_join(different)} from {_join(equal)}"
 
 
-def _join(ranks: Iterable[int]) -> str:
-    return ", ".join(map(str, ranks))
+def _join(ranks: Sequence[int]) -> str:
+    noun = "rank" if len(ranks) == 1 else "ranks"
+    return f"{noun} {', '.join(map(str, ranks))}"

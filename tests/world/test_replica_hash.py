@@ -164,9 +164,9 @@ def test_a_flipped_bit_is_found_and_named_on_every_rank(name):
 @pytest.mark.parametrize(
     ("world_size", "bad", "expected"),
     [
-        (2, {1}, "`['x']` differs between ranks 0, 1, none of which is a majority"),
-        (3, {0}, "`['x']` on rank 0 differs from ranks 1, 2"),
-        (5, {1, 3}, "`['x']` on rank 1, 3 differs from ranks 0, 2, 4"),
+        (2, {1}, "`['x']` differs between ranks 0, 1, and no value has a majority"),
+        (3, {0}, "`['x']` differs on rank 0 from ranks 1, 2"),
+        (5, {1, 3}, "`['x']` differs on ranks 1, 3 from ranks 0, 2, 4"),
     ],
 )
 def test_the_ranks_that_differ_from_the_majority_are_named(world_size, bad, expected):
