@@ -42,9 +42,9 @@ def test_it_returns_what_the_step_returns(name, world_size):
             metrics, replayed = func.replay(step, replayed, batch_of(i, ctx), ctx)
             expected_metrics, expected = step(expected, batch_of(i, ctx))
             assert torch.equal(metrics["loss"], expected_metrics["loss"])
-        got, wanted = tensors_of(replayed), tensors_of(expected)
-        assert got.keys() == wanted.keys()
-        assert all(torch.equal(got[path], wanted[path]) for path in wanted)
+        actual, target = tensors_of(replayed), tensors_of(expected)
+        assert actual.keys() == target.keys()
+        assert all(torch.equal(actual[path], target[path]) for path in target)
         if name == "donate":
             with pytest.raises(DonatedError):
                 before.params["first.weight"]
