@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -22,15 +23,16 @@ from faccel.config_file import find, read
 from faccel.config_sources import resolve
 from faccel.device_table import is_initialized, kind_of
 from faccel.effects import AMBIENT, effectful
-from faccel.errors import ConfigError, LaunchError, RankFailedError, short_repr
+from faccel.errors import ConfigError, FaccelError, LaunchError, RankFailedError, short_repr
 from faccel.launching.guard import guarded
 from faccel.launching.loopback import loopback_variables
 from faccel.launching.main_module import check_guarded, is_importable
 from faccel.launching.rank_process import end_with_launcher
 from faccel.runtime.end_signals import END_SIGNALS
-from faccel.runtime.excepthook import CONSEQUENCES, GRACE_S
+from faccel.runtime.excepthook import CONSEQUENCES, GRACE_S, write_error_file
 from faccel.runtime.initialize import init
 from faccel.runtime.private_folder import private_folder
+from faccel.runtime.user_traceback import hide_frames, shows_frames, uncaught_without_frames
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -71,7 +73,8 @@ def launch(
         >>> launch(lambda ctx: ctx.world_size, num_processes=1)
         [1]
     """
-    return _run(fn, args, config, _count(num_processes, config), "spawn")
+    with uncaught_without_frames(os.environ):
+        return _run(fn, args, config, _count(num_processes, config), "spawn")
 
 
 @effectful(AMBIENT)
@@ -99,11 +102,11 @@ def notebook_launch(
         >>> notebook_launch(lambda ctx: ctx.rank, num_processes=1)
         [0]
     """
-    count = _count(num_processes, config)
-    if count > 1:
-        _check_can_fork()
     num_threads = torch.get_num_threads()
-    with contextlib.ExitStack() as stack:
+    with uncaught_without_frames(os.environ), contextlib.ExitStack() as stack:
+        count = _count(num_processes, config)
+        if count > 1:
+            _check_can_fork()
         stack.callback(torch.set_num_threads, num_threads)
         # A fork copies the state of the OpenMP pool but not its threads, so that the first
         # parallel region of a child would wait for them forever.
@@ -259,7 +262,16 @@ def _call_as_rank(
     """Run the function in a launched process, of which this is the entry point."""
     end_with_launcher(launcher)
     os.environ.update(loopback_variables(os.environ))
-    return _call(fn, args, config)
+    try:
+        return _call(fn, args, config)
+    except FaccelError as error:
+        error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if error_file is None or shows_frames(os.environ):
+            raise
+        # PyTorch would write the file itself, with the frames of this function.
+        hide_frames(error)
+        write_error_file(error, error_file)
+        sys.exit(1)
 
 
 def _call(fn: Callable[..., T], args: tuple[object, ...], config: _ConfigLike) -> T:

@@ -21,8 +21,9 @@ from types import TracebackType
 from typing import NoReturn
 
 from faccel.config import LAUNCH
-from faccel.errors import RankFailedError
+from faccel.errors import FaccelError, RankFailedError
 from faccel.runtime.end_signals import context_file, end_by_interrupt, is_ended_by_signals
+from faccel.runtime.user_traceback import hide_frames
 
 GRACE_S = 3.0
 """A rank waits this long after the failure of another: the launcher must see the cause first."""
@@ -44,7 +45,13 @@ class _Hook:
     """
 
     def __init__(
-        self, rank: int, world_size: int, env: Mapping[str, str], as_rank_error: AsRankError
+        self,
+        rank: int,
+        world_size: int,
+        env: Mapping[str, str],
+        as_rank_error: AsRankError,
+        *,
+        shows_frames: bool,
     ) -> None:
         self.previous: Callable[
             [type[BaseException], BaseException, TracebackType | None], object
@@ -52,6 +59,7 @@ class _Hook:
         self.world_size = world_size
         self.is_retired = False
         self._as_rank_error = as_rank_error
+        self._shows_frames = shows_frames
         self._rank = rank
         # PyTorch's elastic agent reads the failures of its ranks from this file.
         self._error_file = env.get("TORCHELASTIC_ERROR_FILE")
@@ -94,8 +102,11 @@ class _Hook:
         """Record and print an error; return the one that names the failed rank, if one failed."""
         if isinstance(error, RuntimeError):
             error = self._as_rank_error(error, tb) or error
+        if not self._shows_frames and isinstance(error, FaccelError):
+            hide_frames(error)
+            tb = error.__traceback__
         if self._error_file:
-            _write_error_file(error, self._error_file)
+            write_error_file(error, self._error_file)
         if self._prints_traceback:
             self._print(error, tb)
         return error
@@ -148,6 +159,8 @@ class ExceptHook:
         world_size: int,
         env: Mapping[str, str],
         as_rank_error: AsRankError = lambda error, traceback: None,
+        *,
+        shows_frames: bool = False,
     ) -> None:
         """Install a hook for the first context, and a new one for a context of a larger world.
 
@@ -159,12 +172,13 @@ class ExceptHook:
             world_size: Number of ranks.
             env: The environment.
             as_rank_error: Returns an error that names the failed rank, if one is the cause.
+            shows_frames: Whether the traceback of an error of faccel has the frames inside of it.
         """
         # Another library may have replaced it since.
         is_current = self._hook is not None and sys.excepthook is self._hook
         if self._hook is None or not is_current or self._hook.world_size < world_size:
             self._retire()
-            self._hook = _Hook(rank, world_size, env, as_rank_error)
+            self._hook = _Hook(rank, world_size, env, as_rank_error, shows_frames=shows_frames)
             sys.excepthook = self._hook
             self._hook.create_context_file()
         self._context_ids.add(context_id)
@@ -192,8 +206,11 @@ class ExceptHook:
         self._hook = None
 
 
-def _write_error_file(error: BaseException, path: str) -> None:
-    """Record an error in the JSON format of PyTorch's elastic agent."""
+def write_error_file(error: BaseException, path: str) -> None:
+    """Record an error in the JSON format of PyTorch's elastic agent.
+
+    Effects: ambient. Writes the file.
+    """
     lines = "".join(traceback.format_exception(error))
     # The keys are those of torch.distributed.elastic's ErrorHandler.
     details = {"py_callstack": lines, "timestamp": str(int(time.time()))}

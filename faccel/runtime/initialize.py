@@ -26,6 +26,7 @@ from faccel.runtime.detect import detect
 from faccel.runtime.devices import check_launched, choose_device, use_device
 from faccel.runtime.end_signals import end_by_interrupt, ended_by_signals
 from faccel.runtime.excepthook import ExceptHook
+from faccel.runtime.user_traceback import uncaught_without_frames
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
@@ -53,8 +54,9 @@ def init(
     Effects: ambient. Reads the environment once. With several processes it creates PyTorch's
     default process group, or adopts an existing one, and `shutdown` destroys what it created. It
     installs a `sys.excepthook` until `shutdown`, so that Ctrl-C prints one line on rank 0 instead
-    of a traceback on each rank. While `init` waits for other processes, signals end this one at
-    once. `shutdown` also runs at the exit of the process.
+    of a traceback on each rank, and an error of faccel is printed without the frames inside of
+    faccel. While `init` waits for other processes, signals end this one at once. `shutdown` also
+    runs at the exit of the process.
 
     Args:
         config: A `Config`, a mapping of its fields, or a file: `"training.yaml"`, or a section
@@ -79,6 +81,15 @@ def init(
     """
     if env is None:
         env = os.environ
+    with uncaught_without_frames(env):
+        return _create_context(config, env, overrides)
+
+
+def _create_context(
+    config: Config | Mapping[str, Any] | str | None,
+    env: Mapping[str, str],
+    overrides: Mapping[str, Any],
+) -> DistContext:
     resolved = _resolve(config, env, overrides)
     # After the configuration, whose errors are the same on any number of processes.
     topology = detect(env)
@@ -105,7 +116,14 @@ def init(
         )
         # After everything that may raise: a failed `init` leaves no hook.
         as_rank_error = functools.partial(rank_error, comm=comm)
-        _except_hook.install(id(ctx), topology.rank, topology.world_size, env, as_rank_error)
+        _except_hook.install(
+            id(ctx),
+            topology.rank,
+            topology.world_size,
+            env,
+            as_rank_error,
+            shows_frames=resolved.debug,
+        )
     if not isinstance(comm, SingleCollectives):
         from faccel.runtime.process_groups import DEFAULT_GROUP
 

@@ -161,3 +161,36 @@ def handles(pid, number):
     """Return whether a process has a handler for a signal."""
     status = pathlib.Path(f"/proc/{pid}/status").read_text()
     return bool(int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (number - 1) & 1)
+
+
+WRONG = """
+import faccel
+
+def train(ctx):
+    faccel.gather("text", ctx)
+
+if __name__ == "__main__":
+    {start}
+"""
+WITH = 'with faccel.init(device="cpu") as ctx: train(ctx)'
+LAUNCH = ["-m", "faccel", "launch", "--cpu", "--nproc", "2"]
+ENDS = {
+    "python": ([], WITH, "TreeError"),
+    "faccel launch": (LAUNCH, WITH, "TreeError"),
+    "faccel.launch": ([], "faccel.launch(train, num_processes=2)", "TreeError"),
+    "init": ([], 'faccel.init(seed="text")', "ConfigError"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ENDS)
+def test_an_error_of_faccel_prints_the_frames_of_the_script_only(tmp_path, end):
+    options, start_line, error = ENDS[end]
+    script = tmp_path / "wrong.py"
+    script.write_text(WRONG.format(start=start_line))
+    command = [sys.executable, *options, str(script)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert run.returncode == 1
+    assert f"faccel.errors.{error}: " in run.stderr
+    files = set(re.findall(r'File "([^"]*)"', run.stderr))
+    assert files == {str(script)}, run.stderr
