@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import yaml
 
+from faccel.unique_keys import duplicate_key
+
 MAX_VALUES = 20_000
 """The largest number of values of a file, each alias counted as a copy."""
 
@@ -15,7 +17,7 @@ class TooManyValuesError(yaml.YAMLError):
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also counts values.
+    """PyYAML's safe loader, which also counts values and refuses a key that occurs twice.
 
     A text of 400 bytes can have 10^9 values: lists of aliases of lists of aliases. PyYAML
     represents them without copies, but merge keys, comparisons and messages visit each of them.
@@ -37,6 +39,8 @@ class _BoundedLoader(yaml.SafeLoader):
         self._depth -= 1
         if node is None or id(node) in self._num_values:
             return node
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
         num_values = 1
         for child in _children(node):
             # Parents are counted after their children: without a count, a child is its ancestor.
@@ -48,6 +52,20 @@ class _BoundedLoader(yaml.SafeLoader):
         if max(num_values, len(self._num_values)) > MAX_VALUES:
             raise TooManyValuesError(f"more than {MAX_VALUES:,} values, each alias counted")
         return node
+
+
+def _check_keys(mapping: yaml.MappingNode) -> None:
+    """Raise if a key occurs twice: YAML forbids it, but PyYAML takes the last value."""
+    lines: dict[str, int] = {}
+    for key, _ in mapping.value:
+        # A list as a key is refused later, and `<<` merges a mapping.
+        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            continue
+        # As text: `1` and `"1"` are one key of a configuration.
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise duplicate_key(key.value, [lines[key.value], line])
+        lines[key.value] = line
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:
@@ -67,6 +85,7 @@ def load(text: str) -> object:
 
     Raises:
         yaml.YAMLError: The text is invalid or has too many values.
+        ConfigError: A mapping has a key twice; names its lines.
 
     Examples:
         >>> load("seed: 3")

@@ -13,6 +13,7 @@ import attrs
 
 from faccel.errors import ConfigError, nearest, short_text
 from faccel.small_file import read_small_file
+from faccel.unique_keys import load_json
 
 _SUFFIXES = (".json", ".toml", ".yaml", ".yml")
 _MAX_DEPTH = 20  # a configuration of Accelerate has three levels
@@ -76,12 +77,15 @@ def parse(path: str, text: str) -> Any:
     Effects: pure.
 
     Raises:
-        ConfigError: The text is invalid.
+        ConfigError: The text is invalid, or a mapping has a key twice.
     """
     try:
         return FORMATS[suffix_of(path)].load(text)
     except RecursionError:
         _raise_syntax_error(path, "values that are nested too deeply")
+    except ConfigError as error:  # a key that occurs twice
+        problem = f"in `{short_text(path)}` {error.problem}"
+        raise ConfigError(problem, got=error.got, fix=error.fix) from None
     except Exception as error:  # each parser has its own errors
         _raise_syntax_error(path, " ".join(str(error).split()))  # messages span several lines
 
@@ -207,7 +211,7 @@ class Format:
 
 _YAML = Format(_load_yaml, _to_yaml)
 FORMATS: Mapping[str, Format] = {
-    ".json": Format(json.loads, _to_json),
+    ".json": Format(load_json, _to_json),
     ".toml": Format(_load_toml, _to_toml),
     ".yaml": _YAML,
     ".yml": _YAML,

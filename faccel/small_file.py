@@ -44,7 +44,7 @@ def read_small_file(path: str, description: str, *, fix: str) -> str:
     """
     name = f"{description} `{short_text(path)}`"
     try:
-        kind = _kind_of(path)
+        kind = kind_of(path)
         data = b""
         if kind is None:
             data = _first_bytes(path, MAX_BYTES + 1)
@@ -67,8 +67,14 @@ def read_small_file(path: str, description: str, *, fix: str) -> str:
         ) from None
 
 
-def _kind_of(path: str) -> str | None:
-    """Return what the path is instead of a regular file, or None."""
+def kind_of(path: str) -> str | None:
+    """Return what the path is instead of a regular file, such as `"a device"`, or None.
+
+    Effects: ambient. Reads the metadata of the file.
+
+    Raises:
+        OSError: It does not exist.
+    """
     mode = os.stat(path).st_mode
     if stat.S_ISREG(mode):
         return None

@@ -32,12 +32,14 @@ from faccel.launching.spec import (
 from faccel.runtime.excepthook import CONSEQUENCES
 from faccel.runtime.listener import bind
 from faccel.runtime.private_folder import private_folder
+from faccel.small_file import kind_of
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     from faccel.launching.agent import Failures
 
+_MAX_SCRIPT_BYTES = 10_000_000
 _PYTHON: Mapping[str, tuple[str, ...]] = {
     "script": (sys.executable,),
     "module": (sys.executable, "-m"),
@@ -75,13 +77,7 @@ def _check(spec: LaunchSpec) -> None:
     """Raise once what each rank would raise."""
     command = spec.command[0]
     if spec.kind == "script":
-        if not os.path.isfile(command):
-            raise LaunchError(
-                "the script does not exist",
-                got=f"`{command}`",
-                fix="name a script, `-m` and a module, or `--no-python` and an executable",
-            )
-        _check_syntax(command)
+        _check_script(command)
     # A module is not checked: importing its package would execute code.
     if spec.kind == "executable" and shutil.which(command) is None:
         raise LaunchError(
@@ -120,6 +116,24 @@ def _check_port(host: str, port: int) -> None:
             got=f"--main-port {port}: {error.strerror}",
             fix="name another port; on one node, remove `--main-port`",
         ) from None
+
+
+def _check_script(script: str) -> None:
+    fix = "name a script, `-m` and a module, or `--no-python` and an executable"
+    if not os.path.exists(script):
+        raise LaunchError("the script does not exist", got=f"`{script}`", fix=fix)
+    # A device or a FIFO may have no end, and each rank would read it again.
+    kind = kind_of(script)
+    if kind is not None:
+        raise LaunchError("the script must be a regular file", got=f"`{script}`, {kind}", fix=fix)
+    num_bytes = os.path.getsize(script)
+    if num_bytes > _MAX_SCRIPT_BYTES:
+        raise LaunchError(
+            f"the script is larger than {_MAX_SCRIPT_BYTES // 10**6} MB",
+            got=f"`{script}` of {num_bytes // 10**6} MB",
+            fix=fix,
+        )
+    _check_syntax(script)
 
 
 def _check_syntax(script: str) -> None:

@@ -94,6 +94,8 @@ USAGE = {
     "`--nproc gpu` needs a GPU": ["--nproc", "gpu", "x.py"],
     "no accelerator": ["--nproc", "2", "--device", "cuda", "FILE"],
     "script does not exist": ["--cpu", "x.py"],
+    "must be a regular file. Got `/dev/zero`, a device": ["--cpu", "/dev/zero"],
+    "must be a regular file. Got `/`, a folder": ["--cpu", "--nproc", "2", "/"],
     "executable does not exist": ["--cpu", "--no-python", "no-such-program"],
     "a module or an executable": ["-m", "--no-python", "x"],
     "`--cpu` contradicts `--device`": ["--cpu", "--device", "cuda", "x.py"],

@@ -263,16 +263,7 @@ COMMANDS = (
 def odd(tmp_path):
     """Return paths with the suffix of a configuration that are no small regular file."""
     paths = {}
-    for kind in (
-        "FIFO",
-        "folder",
-        "socket",
-        "device",
-        "endless device",
-        "1 MB",
-        "not UTF-8",
-        "link to a FIFO",
-    ):
+    for kind in ODD_KINDS:
         paths[kind] = tmp_path / f"{kind.replace(' ', '-')}.yaml"
     os.mkfifo(paths["FIFO"])
     paths["folder"].mkdir()
@@ -308,6 +299,56 @@ def test_a_file_of_exactly_1_mb_is_read(tmp_path):
     path.write_text("seed: 1\n" + "#" * (MAX_BYTES - 8))
     assert path.stat().st_size == MAX_BYTES == 1_000_000
     assert read(str(path)).values == {"seed": 1}
+
+
+# Texts with a key twice: the key, and the lines with it. PyYAML and `json` take the last value.
+TWICE = {
+    "yaml": ("a.yaml", "seed: 1\nrun_dir: a\nseed: 2\n", "seed", "1, 3"),
+    "yaml, number and text": ("a.yaml", "1: a\n'1': b\n", "1", "1, 2"),
+    "yaml, nested": ("a.yaml", "mesh:\n  tp: 2\n  tp: 4\n", "tp", "2, 3"),
+    "yaml, one line": ("a.yaml", "mesh: {tp: 2, tp: 4}\n", "tp", "1, 1"),
+    "yaml, in a list": ("a.yaml", "x:\n- a: 1\n  a: 1\n", "a", "2, 3"),
+    "json": ("a.json", '{"seed": 1,\n"run_dir": "a",\n"seed": 2}', "seed", "1, 3"),
+    "json, nested": ("a.json", '{"mesh":\n{"tp": 2,\n"tp": 4}}', "tp", "2, 3"),
+}
+
+
+@pytest.mark.parametrize("kind", TWICE)
+def test_a_key_that_occurs_twice_is_an_error(tmp_path, kind):
+    name, text, key, lines = TWICE[kind]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=f"the key `{key}` occurs twice") as caught:
+        read(str(tmp_path / name))
+    assert caught.value.got == f"it on the lines {lines}"
+    check_message(caught.value)
+
+
+def test_toml_and_the_settings_of_deepspeed_refuse_a_key_that_occurs_twice(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text("seed = 1\nseed = 2\n")
+    with pytest.raises(ConfigError, match="line 2"):
+        read(str(path))
+    path = tmp_path / "ds.json"
+    path.write_text('{"steps_per_print": 1,\n"steps_per_print": 2}')
+    with pytest.raises(ConfigError, match=r"steps_per_print.* lines 1, 2"):
+        read_settings(DeepSpeedConfig(settings=str(path)))
+
+
+def test_a_merged_mapping_and_equal_keys_of_different_mappings_are_no_duplicates(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("base: &a\n  seed: 1\nfaccel:\n  <<: *a\n  seed: 2\n")
+    assert read(f"{path}#faccel").values == {"seed": 2}
+    path.with_suffix(".json").write_text('{"a": {"seed": 1}, "faccel": {"seed": 2}}')
+    assert read(f"{path.with_suffix('.json')}#faccel").values == {"seed": 2}
+
+
+def test_a_script_of_gigabytes_is_an_error_before_it_is_read(tmp_path):
+    path = tmp_path / "huge.py"
+    with open(path, "wb") as file:
+        file.truncate(1 << 34)  # a file with a hole takes no space
+    out = CliRunner().invoke(main, ["launch", "--cpu", "--nproc", "2", str(path)])
+    assert out.exit_code == 2
+    assert "the script is larger than 10 MB" in out.output
 
 
 def test_files_of_other_editors_are_read(tmp_path):

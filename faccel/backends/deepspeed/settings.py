@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from faccel.context import DistContext
 from faccel.errors import ConfigError, nearest, short_repr, short_text
 from faccel.plan import DeepSpeedConfig, Plan
 from faccel.small_file import read_small_file
+from faccel.unique_keys import load_json
 
 Json: TypeAlias = Any  # a JSON value; `json` itself has no narrower type
 Settings: TypeAlias = dict[str, Json]
@@ -77,7 +78,10 @@ def read_settings(options: DeepSpeedConfig) -> Settings:
         fix = 'pass the path of a JSON file, as in `settings="ds_config.json"`'
         text = read_small_file(local_path("settings", settings), "the DeepSpeed settings", fix=fix)
         try:
-            settings = json.loads(text)
+            settings = cast("Settings", load_json(text))
+        except ConfigError as error:  # a key that occurs twice
+            problem = f"in the DeepSpeed settings `{short_text(settings)}` {error.problem}"
+            raise ConfigError(problem, got=error.got, fix=error.fix) from None
         except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"the DeepSpeed settings `{short_text(settings)}` are not JSON",
