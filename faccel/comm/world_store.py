@@ -11,13 +11,11 @@ import socket
 import tempfile
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch.distributed as dist
 
-_DESCRIPTORS = Path("/proc/self/fd")
-
+from faccel.comm.descriptors import link_of, open_sockets
 
 _redirection = threading.Lock()
 
@@ -111,7 +109,7 @@ class WorldStore:
         if self._port is None:
             return False
         # A descriptor is a number that may belong to another socket by now.
-        if not self._link or _link_of(self._descriptor) != self._link:
+        if not self._link or link_of(self._descriptor) != self._link:
             self._descriptor, self._link = _find_connection(self._port)
         if not self._link:
             return False
@@ -134,21 +132,11 @@ def _port_of(store: dist.Store) -> int | None:
     return None
 
 
-def _link_of(descriptor: int) -> str:
-    """Return what a descriptor refers to, such as `socket:[number]`; empty if it is closed."""
-    with suppress(OSError):
-        return os.readlink(_DESCRIPTORS / str(descriptor))
-    return ""
-
-
 def _find_connection(port: int | None) -> tuple[int, str]:
     """Return the descriptor and the link of a connection to a port, `(-1, "")` without one."""
-    with suppress(OSError):
-        for name in os.listdir(_DESCRIPTORS):
-            descriptor = int(name)
-            link = _link_of(descriptor)
-            if link.startswith("socket:") and _peer_port(descriptor) == port:
-                return descriptor, link
+    for descriptor, link in open_sockets().items():
+        if _peer_port(descriptor) == port:
+            return descriptor, link
     return -1, ""
 
 

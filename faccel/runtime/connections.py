@@ -7,19 +7,18 @@ group whose connections were closed gets a new backend, and DDP, FSDP2 and DTens
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 
 import attrs
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-_DESCRIPTORS = Path("/proc/self/fd")
+from faccel.comm.descriptors import FOLDER, link_of, open_sockets
+
 # torch keeps a backend for each type and never replaces one. Its last type is 6, `CUSTOM`, and it
 # takes any number of 8 bits.
 _FIRST_TYPE = 7
@@ -42,26 +41,25 @@ class Connections:
     @staticmethod
     def is_supported() -> bool:
         """Return whether this system lists the sockets of a process: Linux does."""
-        return _DESCRIPTORS.is_dir() and dist.is_gloo_available()
+        return FOLDER.is_dir() and dist.is_gloo_available()
 
     @contextmanager
     def recording(self) -> Generator[None]:
         """Add the groups that the body creates."""
         table = c10d._world.pg_map  # pyright: ignore[reportPrivateUsage]
-        groups_before, before = list(table), _open_sockets()
+        groups_before, before = list(table), open_sockets()
         yield
         for group in table:
             if not any(group is other for other in groups_before):
                 self.groups.append(group)
-        for descriptor, link in _open_sockets().items():
+        for descriptor, link in open_sockets().items():
             if before.get(descriptor) != link:
                 self._links[descriptor] = link
 
     def close(self) -> None:
         """Close all connections: the collectives of this rank and of its peers raise."""
         for descriptor, link in self._links.items():
-            # A descriptor is a number that may belong to another file by now.
-            if _link_of(descriptor) == link:
+            if link_of(descriptor) == link:
                 _shut_down(descriptor)
         self._links.clear()
 
@@ -87,23 +85,6 @@ class Connections:
             group._register_backend(  # pyright: ignore[reportPrivateUsage]
                 torch.device("cpu"), backend_type, backend
             )
-
-
-def _open_sockets() -> dict[int, str]:
-    """Return what identifies the socket of each descriptor."""
-    sockets: dict[int, str] = {}
-    with suppress(OSError):
-        for name in os.listdir(_DESCRIPTORS):
-            link = _link_of(int(name))
-            if link.startswith("socket:"):
-                sockets[int(name)] = link
-    return sockets
-
-
-def _link_of(descriptor: int) -> str:
-    with suppress(OSError):  # closed meanwhile
-        return os.readlink(_DESCRIPTORS / str(descriptor))
-    return ""
 
 
 def _shut_down(descriptor: int) -> None:
