@@ -58,6 +58,8 @@ def unscale(opt: Optimizer, scaler: ScalerState, ctx: DistContext) -> ScalerStat
     """
     require_context(ctx, "scaler = faccel.unscale(opt, scaler, ctx)")
     check_scaler(scaler)
+    if scaler.has_skipped_window:  # there are no gradients
+        return scaler
     binding_of(opt, ctx)
     _check_has_grads("unscale", ctx)
     params = parameters_with_gradients(opt, ctx)

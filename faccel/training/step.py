@@ -109,7 +109,7 @@ def optimizer_step(
     check_scaler(scaler)
     binding = binding_of(opt, ctx)
     if scaler.has_skipped_window:
-        return _without_gradients(opt, scaler, ctx)
+        return _without_gradients(opt, scaler, ctx, measures=clip_norm is not None)
     engine_step = ctx.parallelism.optimizer_step
     params: list[torch.Tensor] = []
     if engine_step is None:
@@ -161,14 +161,17 @@ def _run_step(
 
 
 def _without_gradients(
-    opt: Optimizer, scaler: ScalerState, ctx: DistContext
+    opt: Optimizer, scaler: ScalerState, ctx: DistContext, *, measures: bool
 ) -> tuple[StepInfo, ScalerState]:
-    """Skip the update of a window that was left out."""
+    """Skip the update of a window that was left out; the norm of no gradients is 0."""
     ctx.lifetime.add_update(ctx.config.grad_accum)
     for group in opt.param_groups:
         for param in group["params"]:
             param.grad = None
-    return StepInfo(None, True, scaler.scale), scaler
+    grad_norm = None
+    if measures:
+        grad_norm = torch.zeros((), device=ctx.device)
+    return StepInfo(grad_norm, True, scaler.scale), scaler
 
 
 def _update(
