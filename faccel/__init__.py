@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from faccel.training.model import grad_sync as grad_sync
     from faccel.training.model import unwrap as unwrap
     from faccel.training.model import wrap as wrap
-    from faccel.training.model import wrap_optimizer as wrap_optimizer
+    from faccel.training.optimizer_binding import wrap_optimizer as wrap_optimizer
     from faccel.training.precision import ScalerState as ScalerState
     from faccel.training.precision import autocast as autocast
     from faccel.training.precision import init_scaler as init_scaler
@@ -97,7 +97,8 @@ _NAMES = {
     "faccel.training.failures": ("Retry",),
     "faccel.training.forward_backward": ("forward_backward",),
     "faccel.training.gradients": ("grad_norm", "unscale"),
-    "faccel.training.model": ("WrappedModel", "grad_sync", "unwrap", "wrap", "wrap_optimizer"),
+    "faccel.training.model": ("WrappedModel", "grad_sync", "unwrap", "wrap"),
+    "faccel.training.optimizer_binding": ("wrap_optimizer",),
     "faccel.training.precision": ("ScalerState", "autocast", "init_scaler"),
     "faccel.training.rewrap": ("rewrap",),
     "faccel.training.step": ("StepInfo", "optimizer_step"),

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from faccel.checkpoint.node_checks import json_problem
+from faccel.checkpoint.json_values import json_problem
 from faccel.checks import local_path, shown
 from faccel.errors import CheckpointError, ConfigError, short_repr
 

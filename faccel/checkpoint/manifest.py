@@ -14,7 +14,7 @@ import xxhash
 from faccel.checkpoint.arguments import folder_argument
 from faccel.checkpoint.codec import Node
 from faccel.checkpoint.files import FileEntry, hash_file, read_regular_file
-from faccel.checkpoint.node_checks import json_problem
+from faccel.checkpoint.json_values import json_problem
 from faccel.errors import CheckpointError, short_text
 
 MANIFEST = "manifest.json"

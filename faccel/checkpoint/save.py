@@ -12,7 +12,8 @@ from faccel.checkpoint.background import start_background_save, wait_for_pending
 from faccel.checkpoint.manifest import Checkpoint
 from faccel.checkpoint.policy import KeepPolicy, keep_policy
 from faccel.checkpoint.rank_calls import on_all_ranks, on_rank_0
-from faccel.checkpoint.transaction import SaveRequest, SaveTransaction
+from faccel.checkpoint.save_request import SaveRequest
+from faccel.checkpoint.transaction import SaveTransaction
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.tree import Tree

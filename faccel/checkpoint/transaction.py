@@ -48,12 +48,13 @@ from faccel.checkpoint.merge_pipeline import merge_stages
 from faccel.checkpoint.node_checks import check_nodes
 from faccel.checkpoint.policy import KeepPolicy
 from faccel.checkpoint.rank_calls import on_all_ranks
+from faccel.checkpoint.save_request import SaveRequest, check_equal_requests
 from faccel.checkpoint.verification import first_problem
 from faccel.checkpoint.verified import VerifiedFolders
 from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
 from faccel.device_table import is_host, kind_of
-from faccel.errors import CheckpointError, short_repr
+from faccel.errors import CheckpointError
 from faccel.tree import Tree
 
 if TYPE_CHECKING:
@@ -61,25 +62,6 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan
 
 _logger = logging.getLogger(__name__)
-
-
-@attrs.frozen
-class SaveRequest:
-    """Arguments of `save` that must be equal on all ranks.
-
-    Args:
-        path: The directory of checkpoints, absolute.
-        step: See `save`.
-        overwrite: See `save`.
-        background: See `save`.
-        trained_only: See `save`.
-    """
-
-    path: str
-    step: int
-    overwrite: bool
-    background: bool
-    trained_only: bool
 
 
 @attrs.frozen
@@ -150,7 +132,7 @@ class SaveTransaction:
             CheckpointError: On every rank; nothing was written.
         """
         proposals = on_all_ranks(lambda: self._propose(state), self._ctx, "begin a checkpoint")
-        _check_equal_requests([proposal.request for proposal in proposals])
+        check_equal_requests([proposal.request for proposal in proposals])
         self._check_equal_keys([proposal.keys for proposal in proposals])
         self._fill_per_rank([proposal.per_rank for proposal in proposals])
         self._destination = proposals[0].destination
@@ -359,19 +341,6 @@ class SaveTransaction:
                 # Another rank may still be writing. It cannot create files in a renamed folder.
                 delete_folder(self._destination.temporary)
         self._lock.release()
-
-
-def _check_equal_requests(requests: Sequence[SaveRequest]) -> None:
-    first = attrs.asdict(requests[0])
-    for rank, request in enumerate(requests):
-        for name, value in attrs.asdict(request).items():
-            if value != first[name]:
-                raise CheckpointError(
-                    f"`{name}` differs between ranks",
-                    got=f"rank 0: {short_repr(first[name])}, rank {rank}: {short_repr(value)}",
-                    fix="decide on one rank, and send the decision to the others "
-                    "with `faccel.agree` or `faccel.broadcast_objects`",
-                )
 
 
 def _check_newest(step: int, existing: Sequence[Checkpoint], corrupt: Sequence[str]) -> None:

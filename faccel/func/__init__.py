@@ -4,7 +4,7 @@ from faccel.func.compile import compiled
 from faccel.func.curvature import hessian_vector_product, sam, sharpness
 from faccel.func.ensembles import ensemble, stack, unstack
 from faccel.func.functional_call import functional_call
-from faccel.func.grad import value_and_grad
+from faccel.func.gradient_function import value_and_grad
 from faccel.func.gradient_transformation import (
     GradientTransformation,
     Role,

@@ -28,7 +28,8 @@ from faccel.runtime.private_folder import private_folder
 from faccel.testing.simulation import fake_context
 from faccel.tracking.console import print as print_on_main
 from faccel.training.backward import scaled_backward
-from faccel.training.model import grad_sync, wrap, wrap_optimizer
+from faccel.training.model import grad_sync, wrap
+from faccel.training.optimizer_binding import wrap_optimizer
 from faccel.training.precision import init_scaler
 from faccel.training.step import optimizer_step
 from faccel.training.windows import windows

@@ -12,7 +12,7 @@ from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import OptimizerError, ScalerError
 from faccel.training.grad_clip import is_unreduced, norm_of, parameters_with_gradients
-from faccel.training.model import all_tied_copies, binding_of
+from faccel.training.optimizer_binding import all_tied_copies, binding_of
 from faccel.training.precision import ScalerState, check_scaler, unscale_
 
 

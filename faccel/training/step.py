@@ -20,7 +20,7 @@ from faccel.training.grad_clip import (
     parameters_with_gradients,
     step_optimizer,
 )
-from faccel.training.model import OptimizerBinding, binding_of, tied_copies_of
+from faccel.training.optimizer_binding import OptimizerBinding, binding_of, tied_copies_of
 from faccel.training.precision import ScalerState, check_scaler, unscale_
 from faccel.training.replica_checks import check_gradients
 from faccel.training.windows import check_accumulated

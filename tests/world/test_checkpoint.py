@@ -961,7 +961,8 @@ def test_a_background_save_ends_when_the_other_ranks_are_not_reachable(tmp_path)
 
 
 def test_nothing_is_left_of_a_failed_save_while_another_rank_is_still_writing(tmp_path):
-    from faccel.checkpoint.transaction import SaveRequest, SaveTransaction
+    from faccel.checkpoint.save_request import SaveRequest
+    from faccel.checkpoint.transaction import SaveTransaction
 
     def write(folder, started):
         number = 0
