@@ -267,3 +267,42 @@ def library_versions(device_type: str) -> dict[str, str]:
         with suppress(AttributeError):  # a build without it
             versions["NCCL"] = ".".join(map(str, nccl.version()))
     return versions
+
+
+def table() -> str:
+    """Return the table of device types in Markdown, for the documentation.
+
+    Effects: pure.
+    """
+    lines = [
+        "| device | hardware | package | communicates by | differs from CUDA |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for device_type, kind in KINDS.items():
+        package = "torch"
+        if kind.package:
+            package = f"`{kind.package}`"
+        library = kind.library or "nothing: one process"
+        differences = ", ".join(_differences(kind)) or "nothing"
+        lines.append(
+            f"| `{device_type}` | {kind.hardware} | {package} | {library} | {differences} |"
+        )
+    return "\n".join(lines)
+
+
+def _differences(kind: DeviceKind) -> Iterator[str]:
+    """Yield in words how a device type differs from CUDA."""
+    if kind.is_host:
+        yield "memory of the host"
+    if kind.is_process_bound:
+        yield "one device per process, number 0"
+    if not kind.has_pinned_memory and not kind.is_host:
+        yield "no pinned memory"
+    if not kind.can_fork:
+        yield "no `notebook_launch`"
+    if not kind.has_fp16_unscale:
+        yield "fp16 unscaled by ordinary operators"
+    if not kind.has_float64:
+        yield "sums in float32"
+    if kind.launch_variable:
+        yield "`faccel launch` sets its environment"

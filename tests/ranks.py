@@ -62,10 +62,13 @@ def hosted_store():
 
 def _run_rank(fn, rank, world_size, port, pipe, args, options):
     torch.set_num_threads(1)
+    before, env = options.pop("before", None), options.pop("env", {})
     # The workers of a loader use the default of the system, not that of the server.
     multiprocessing.set_start_method("fork", force=True)
     try:
-        with faccel.init(env=env_of(rank, world_size, port), **options) as ctx:
+        if before is not None:
+            before()
+        with faccel.init(env=env_of(rank, world_size, port) | env, **options) as ctx:
             outcome = (True, fn(ctx, *args))
     except BaseException as error:
         traceback.print_exc(file=sys.stderr)
@@ -80,7 +83,7 @@ def _run_rank(fn, rank, world_size, port, pipe, args, options):
 def outcomes(fn, world_size, *args, **options):
     """Run a module's `fn(ctx, *args)` in processes; return `(succeeded, result or error)` by rank.
 
-    `options` are those of `faccel.init`.
+    `options` are those of `faccel.init`; `before` is called first, and `env` has more variables.
     """
     store = hosted_store()
     processes = []

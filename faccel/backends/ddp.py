@@ -25,6 +25,7 @@ from faccel.parallel.materialize import has_meta, materialize
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import DdpConfig, Plan
 from faccel.protocols import Parallelism, RunMethod, Stateful
+from faccel.training.move_module import move_module
 from faccel.tree import Tree
 
 
@@ -47,7 +48,7 @@ def _rewrap(
     module: nn.Module, engine: nn.Module, plan: Plan, ctx: DistContext
 ) -> tuple[nn.Module, RunMethod]:
     if ctx.config.device_placement:  # new parameters are on the CPU
-        module.to(ctx.device)
+        move_module(module, ctx.device)
     check_same_structure(module, ctx, DATA)
     if isinstance(engine, DdpEngine):
         # A second reducer would reduce the same gradients again.

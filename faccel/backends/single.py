@@ -16,6 +16,7 @@ from faccel.parallel.forward import call_method, with_precision
 from faccel.parallel.materialize import has_meta, materialize
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, RunMethod, Stateful
+from faccel.training.move_module import move_module
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
@@ -49,7 +50,7 @@ def _rewrap(
     module: nn.Module, engine: nn.Module, plan: Plan, ctx: DistContext
 ) -> tuple[nn.Module, RunMethod]:
     if ctx.config.device_placement:  # new parameters are on the CPU
-        module.to(ctx.device)
+        move_module(module, ctx.device)
     # Without `checkpoint_and_compile`, which has changed the units of the first `wrap`.
     return module, with_precision(functools.partial(call_method, module), ctx)
 

@@ -90,8 +90,8 @@ def _replace_zero_0(config: Config, spec: MeshSpec) -> str | None:
     return "single"
 
 
-_GLOO = "CPU (gloo), simulated"
-_NCCL = "CUDA (NCCL), XPU"
+_GLOO = "CPU (gloo), simulated, pretended accelerator"
+_NCCL = "CUDA (NCCL), TPU (tpu_dist), every other row of the table of devices"
 
 # A row names its record as text: importing FSDP2, pipelining and the DeepSpeed engine takes longer
 # than the rest of faccel, and a process runs one of them.
@@ -101,8 +101,8 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             "faccel.backends.single:SINGLE",
             serves=lambda spec: spec.size == 1,
             probe=_always_runs,
-            tested_on="CPU",
-            written_for="CUDA, XPU, MPS",
+            tested_on="CPU, pretended accelerator",
+            written_for="CUDA, TPU, MPS, every other row of the table of devices",
         ),
         "ddp": Backend(
             "faccel.backends.ddp:DDP",

@@ -110,7 +110,7 @@ _OPTIONS = (
 @click.option(
     "--print",
     "rendering",
-    type=click.Choice(("mpirun", "slurm", "torchrun")),
+    type=click.Choice(("mpirun", "slurm", "torchrun", "tpu-pod")),
     help="Print the launch for another launcher, and start nothing.",
 )
 @click.argument("script")
@@ -139,6 +139,7 @@ def test(*, as_json: bool, **options: Any) -> None:
 
 def _launch(command: tuple[str, ...], options: Mapping[str, Any]) -> None:
     from faccel.launching.run import run
+    from faccel.launching.tpu import is_tpu, prepare_tpus
 
     try:
         # Errors up to here are about the command line and the configuration file: exit code 2.
@@ -149,6 +150,8 @@ def _launch(command: tuple[str, ...], options: Mapping[str, Any]) -> None:
             print(RENDERINGS[options["rendering"]](spec), end="")
             return
         _check_mesh(spec, config)
+        if not spec.is_single_process and is_tpu(config):
+            prepare_tpus(spec)
     except FaccelError as error:
         raise UsageError(error) from None
     try:
@@ -177,6 +180,7 @@ def _spec(command: tuple[str, ...], options: Mapping[str, Any]) -> tuple[LaunchS
     from faccel.config_sources import resolve
     from faccel.launching.slurm import within_slurm
     from faccel.launching.spec import LaunchSpec
+    from faccel.launching.tpu import is_tpu, within_tpu_pod
 
     flags = parse_flags(options)
     # `--cpu` becomes the field, so that the ranks need no second flag.
@@ -207,7 +211,10 @@ def _spec(command: tuple[str, ...], options: Mapping[str, Any]) -> tuple[LaunchS
     if options["rendering"]:
         return spec, config  # a text for another node must not depend on the SLURM job of this one
     has_nproc = options["nproc"] not in (None, "auto")
-    return within_slurm(spec, os.environ, has_nproc=has_nproc), config
+    spec = within_slurm(spec, os.environ, has_nproc=has_nproc)
+    if is_tpu(config):
+        spec = within_tpu_pod(spec, os.environ)
+    return spec, config
 
 
 def _config_file(reference: str | None) -> ConfigFile | None:

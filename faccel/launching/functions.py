@@ -28,6 +28,7 @@ from faccel.launching.guard import guarded
 from faccel.launching.loopback import loopback_variables
 from faccel.launching.main_module import check_guarded, is_importable
 from faccel.launching.rank_process import end_with_launcher
+from faccel.launching.tpu import is_tpu, set_tpu_variables
 from faccel.runtime.end_signals import END_SIGNALS
 from faccel.runtime.excepthook import CONSEQUENCES, GRACE_S, write_error_file
 from faccel.runtime.initialize import init
@@ -179,7 +180,7 @@ def _run(
     from faccel.launching.agent import silence_loggers
     from faccel.launching.torch_rendezvous import ONE_NODE, register_one_node
 
-    _check(fn, config)
+    resolved = _check(fn, config)
     # No process, no pickling: a debugger works, and lambdas are allowed.
     if num_processes == 1:
         return [_call(fn, args, config)]
@@ -188,6 +189,8 @@ def _run(
         _check_arguments(fn, args)
     silence_loggers()  # `_start` raises the first failure
     register_one_node()
+    if is_tpu(resolved):
+        set_tpu_variables(1, num_processes)
     with private_folder("faccel-launch-") as folder:
         spec = LaunchConfig(
             min_nodes=1,
@@ -206,8 +209,8 @@ def _run(
     return [results[rank] for rank in range(num_processes)]
 
 
-def _check(fn: Callable[..., object], config: _ConfigLike) -> None:
-    """Raise once, before a process starts, what each process would raise."""
+def _check(fn: Callable[..., object], config: _ConfigLike) -> Config:
+    """Return the configuration; raise once, before a process starts, what each one would raise."""
     if not callable(fn):
         raise LaunchError(
             "`fn` must be a function",
@@ -231,7 +234,7 @@ def _check(fn: Callable[..., object], config: _ConfigLike) -> None:
     file = _config_file(config)
     if isinstance(config, str):  # the name of the file
         config = None
-    resolve(config, env=os.environ, file=file)
+    return resolve(config, env=os.environ, file=file)
 
 
 def _check_arguments(fn: Callable[..., object], args: tuple[object, ...]) -> None:

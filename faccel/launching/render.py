@@ -6,12 +6,13 @@ import json
 import shlex
 from collections.abc import Callable, Mapping
 
-from faccel.config import LAUNCH
+from faccel.config import LAUNCH, flag_of
 from faccel.config_file import VARIABLE
 from faccel.errors import LaunchError
 from faccel.launching.spec import LaunchSpec, torchrun_arguments
 
 _RUN = {"script": "python {}", "module": "python -m {}", "executable": "{}"}
+_OPTION = {"script": [], "module": ["-m"], "executable": ["--no-python"]}
 # `faccel.preemption` handles SIGUSR1. The exit code 75 is `Preemption.exit_code` (EX_TEMPFAIL).
 _SLURM_PREEMPTION = """\
 # `faccel.preemption` receives SIGUSR1 two minutes before the time limit
@@ -23,6 +24,23 @@ code=$?
 # 75: the script saved a checkpoint, and the same command resumes from it
 [ $code -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
 exit $code"""
+# GKE sets both variables. A Cloud TPU VM has the values in its metadata: the third field of each
+# endpoint is an address.
+_TPU_HOSTS = """\
+#!/bin/bash
+# Run it on every host: gcloud compute tpus tpu-vm ssh NAME --worker=all --command "bash FILE"
+set -euo pipefail
+metadata() {
+  curl -sf -H 'Metadata-Flavor: Google' \\
+    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
+}
+if [ -z "${TPU_WORKER_HOSTNAMES:-}" ]; then
+  endpoints=$(metadata worker-network-endpoints)
+  TPU_WORKER_HOSTNAMES=$(tr , '\\n' <<<"$endpoints" | cut -d : -f 3 | paste -sd ,)
+  TPU_WORKER_ID=$(metadata agent-worker-number)
+fi
+export TPU_WORKER_HOSTNAMES TPU_WORKER_ID="${TPU_WORKER_ID:-${JOB_COMPLETION_INDEX:-}}"
+"""
 
 
 def as_torchrun(spec: LaunchSpec) -> str:
@@ -85,10 +103,53 @@ def as_slurm(spec: LaunchSpec) -> str:
     return "\n".join(lines) + "\n"
 
 
+def as_tpu_pod(spec: LaunchSpec) -> str:
+    """Return a script that starts the ranks of one host of a TPU pod; run it on every host.
+
+    Effects: pure.
+
+    Raises:
+        LaunchError: The launch names its nodes, which the script reads from the pod.
+    """
+    if spec.nnodes != "1" or spec.main_address is not None or spec.rdzv_endpoint is not None:
+        raise LaunchError(
+            "a TPU pod sets the number of nodes and their addresses",
+            got=f"--nnodes {spec.nnodes}",
+            fix="remove `--nnodes`, `--node-rank`, `--main-address` and `--rdzv-endpoint`",
+        )
+    words = ["faccel", "launch", "--nproc", str(spec.nproc)]
+    options = {
+        "--config": spec.config,
+        "--main-port": spec.main_port,
+        "--max-restarts": spec.max_restarts,
+        "--log-dir": spec.log_dir,
+    }
+    for option, value in options.items():
+        if value:
+            words += [option, str(value)]
+    if spec.tee:
+        words.append("--tee")
+    for name, value in spec.flags.items():
+        words += _flag(name, value)
+    words += _OPTION[spec.kind]
+    return f"{_TPU_HOSTS}exec {shlex.join([*words, *spec.command])}\n"
+
+
+def _flag(name: str, value: object) -> list[str]:
+    """Return the words of the command line that set a field of the configuration."""
+    flag = flag_of(name)
+    if value is True:
+        return [flag]
+    if value is False:
+        return [f"--no-{flag[2:]}"]
+    return [flag, str(value)]
+
+
 RENDERINGS: Mapping[str, Callable[[LaunchSpec], str]] = {
     "mpirun": as_mpirun,
     "slurm": as_slurm,
     "torchrun": as_torchrun,
+    "tpu-pod": as_tpu_pod,
 }
 
 

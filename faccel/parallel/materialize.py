@@ -14,6 +14,7 @@ from faccel.errors import ModelError
 from faccel.parallel.param_hooks import hooks_of
 from faccel.parallel.sync_states import broadcast_from_rank_0
 from faccel.training.full_values import local_slice
+from faccel.training.move_module import move_module
 from faccel.tree import is_dtensor, local_tensor
 
 
@@ -61,7 +62,7 @@ class InitialValues:
         if has_meta(module):
             module.to_empty(device=ctx.device)
         else:
-            module.to(ctx.device)
+            move_module(module, ctx.device)
         tie_parameters(module, self.ties)
         with torch.no_grad():
             for name, tensor in _tensors(module).items():

@@ -276,34 +276,12 @@ def _is_kubeflow(env: Env) -> bool:
     return "KUBERNETES_SERVICE_HOST" in env or "KUBERNETES_PORT" in env
 
 
-def detect_xla(env: Env) -> Topology | None:
-    """Read the variables of a TPU pod: one process per host.
-
-    Effects: pure.
-
-    Raises:
-        TopologyError: Only some of the variables are set.
-    """
-    if "TPU_WORKER_ID" not in env and "TPU_WORKER_HOSTNAMES" not in env:
-        return None
-    _check_complete(env, "the TPU pod", ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"))
-    names = env["TPU_WORKER_HOSTNAMES"]
-    hosts = list(filter(None, names.split(",")))
-    host = _LOCALHOST
-    if hosts:
-        host = hosts[0]
-    # One process drives all chips of its host.
-    ranks = _Ranks(_int(env, "TPU_WORKER_ID"), len(hosts), 0, 1)
-    return _topology("XLA", ranks, _address(env, host, names))
-
-
 DETECTORS: tuple[Callable[[Env], Topology | None], ...] = (
     detect_torchrun,
     detect_slurm,
     detect_mpi,
     detect_lsf,
     detect_kubeflow,
-    detect_xla,
 )
 """The order decides between launchers with the same world size: torchrun sets the most."""
 

@@ -44,11 +44,14 @@ def _library(device: torch.device) -> str | None:
 
 
 def bound_device(device: torch.device) -> torch.device | None:
-    """Return the `device_id` of `init_process_group`: None on the CPU.
+    """Return the `device_id` of `init_process_group`; None if the group cannot be bound.
 
     Effects: pure.
     """
-    if is_host(device):
+    # c10d looks the bound device up in every later group, and raises in those of gloo if gloo does
+    # not serve its type.
+    served_types = dist.Backend.backend_capability[dist.Backend.GLOO]
+    if is_host(device) or device.type not in served_types:
         return None
     return device
 

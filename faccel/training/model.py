@@ -17,6 +17,7 @@ from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ModelError, short_repr
 from faccel.training import module_checks
 from faccel.training.full_values import shard_full_values
+from faccel.training.move_module import move_module
 from faccel.training.optimizer_checks import (
     note_optimizers,
 )
@@ -212,7 +213,7 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
     ctx.comm.begin_call("wrap")
     # A model on `meta` gets its memory from the strategy, in shards.
     if ctx.config.device_placement and not module_checks.has_meta(model):
-        model.to(ctx.device)
+        move_module(model, ctx.device)
     engine, run = ctx.parallelism.wrap(model, plan, ctx)
     if ctx.config.debug and ctx.data_world_size > 1:
         from faccel.training.input_check import with_compared_inputs

@@ -3,6 +3,7 @@
 import json
 
 from benchmarks import char_lm
+from faccel import device_table
 from faccel.backends.table import BACKENDS, table
 from faccel.config import field_table
 from tests.docs.pages import generated_table, pages
@@ -12,6 +13,10 @@ def test_the_table_of_backends_is_generated_from_the_records():
     assert generated_table("backends") == table()
     for row in BACKENDS.values():
         assert row.tested_on and row.written_for
+
+
+def test_the_table_of_devices_is_generated_from_the_records():
+    assert generated_table("devices") == device_table.table()
 
 
 def test_the_table_of_configuration_fields_is_generated_from_the_record():

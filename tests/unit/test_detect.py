@@ -147,7 +147,14 @@ WORLDS = {
         TORCHRUN | {"KUBERNETES_PORT": "x"},
         ("torchrun", 3, 4, 1, 2, 1, 2, "host"),
     ),
-    "TPU pod": (TPU, ("XLA", 1, 2, 0, 1, 1, 2, "t0")),
+    # Ambient variables of a TPU VM: its launcher reads them, `init` does not.
+    "a host of a TPU pod": (TPU, ("single", 0, 1, 0, 1, 0, 1, "")),
+    "a TPU VM of one host": (
+        {"TPU_WORKER_HOSTNAMES": "localhost"},
+        ("single", 0, 1, 0, 1, 0, 1, ""),
+    ),
+    "half of a TPU pod": ({"TPU_WORKER_ID": "1"}, ("single", 0, 1, 0, 1, 0, 1, "")),
+    "torchrun on a host of a TPU pod": (TORCHRUN | TPU, ("torchrun", 3, 4, 1, 2, 1, 2, "host")),
     "srun torchrun, one per node": (
         TORCHRUN
         | SLURM
@@ -230,7 +237,6 @@ BROKEN = {
     "nodes without an address": (OMPI | {"OMPI_COMM_WORLD_SIZE": "4"}, ["mpirun -x MASTER_ADDR"]),
     "PMIx alone": ({"PMIX_RANK": "1"}, ["PMIX_RANK=1", "torchrun"]),
     "half of Kubeflow": (without(KUBEFLOW, "WORLD_SIZE"), ["`WORLD_SIZE`", "Kubeflow"]),
-    "half of a TPU pod": ({"TPU_WORKER_ID": "1"}, ["`TPU_WORKER_HOSTNAMES`"]),
     "srun -n7 torchrun --standalone": (
         TORCHRUN | SLURM,
         ["SLURM: rank 5 of 7", "torchrun: rank 3 of 4"],

@@ -1,0 +1,35 @@
+"""Everything on a pretended accelerator, which has the manners of a TPU, an Ascend NPU or a GPU.
+
+The device is compiled from `device.cpp` once (25 s), and takes the operators of the CPU. So results
+equal those on the CPU, and a tensor on a wrong device is an error, as on real hardware.
+"""
+
+import functools
+import shutil
+
+import pytest
+
+from tests.accelerator import device, job
+from tests.ranks import run_ranks
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (shutil.which("g++") and shutil.which("ninja")), reason="needs g++ and ninja"
+    ),
+]
+
+
+CELLS = [("tpu", 2), ("npu", 2), ("musa", 2), ("tpu", 4), ("npu", 4)]
+
+
+@pytest.mark.parametrize(("kind", "world_size"), CELLS)
+def test_every_cell_equals_the_cpu(kind, world_size):
+    before = functools.partial(device.enable, device.library_path(), kind)
+    options = {"before": before, "env": job.launch_env(kind), "timeout_s": 60}
+    names = run_ranks(job.run_cells, world_size, **options)
+    assert names == [list(job.cells(world_size))] * world_size
+
+
+def test_the_cells_are_enough():
+    assert sum(len(job.cells(world_size)) for _, world_size in CELLS) >= 60
