@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from faccel.device_table import is_host
+
 # Odd constants: a multiplication by one is reversible modulo 2^64. The second one comes from the
 # finalizer of P. Degski, which changes half of the bits of the result for each bit of the input.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIER = 0xD6E8FEB86659FD93 - (1 << 64)
 _LOW_32_BITS = (1 << 32) - 1
-_CHUNK = 1 << 22  # words of 8 bytes, so that the temporary tensors have 32 MiB
+# Words of 8 bytes of which temporary tensors are made. Those of the host fit into a cache.
+_HOST_CHUNK = 1 << 17
+_DEVICE_CHUNK = 1 << 22
 
 
 def hash_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,8 +75,9 @@ def _hash_of(hashes: list[torch.Tensor]) -> torch.Tensor:
 
 def _hash_words(words: torch.Tensor) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.int64, device=words.device)
+    num_words = _HOST_CHUNK if is_host(words.device) else _DEVICE_CHUNK
     start = 0
-    for chunk in words.split(_CHUNK):
+    for chunk in words.split(num_words):
         stop = start + len(chunk)
         numbers = torch.arange(start + 1, stop + 1, device=words.device)
         total += mix_(numbers.mul_(_GOLDEN).add_(chunk)).sum()

@@ -28,7 +28,9 @@ STEPS = {
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Dynamo
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name", ["plain", "donate", "sam", pytest.param("compiled", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_it_returns_what_the_step_returns(name, world_size):
     def fn(ctx):
