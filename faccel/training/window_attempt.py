@@ -67,8 +67,8 @@ def num_rows_of(batch: Batch) -> int:
 def micro_batches(window: Window, max_rows: int | None) -> Iterable[MicroBatch]:
     """Return the micro-batches of a window, cut into parts of at most `max_rows` rows.
 
-    The gradient stays the same. Without a `weight` the loss is a mean over rows, and the factor of
-    a part is that of the whole times its share of the rows.
+    The gradient stays the same. Without a `weight` the loss is a mean over rows, so the factor of
+    the whole is divided between the parts in proportion to their rows.
     """
     if max_rows is None:
         return window
