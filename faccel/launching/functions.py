@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -32,7 +33,7 @@ from faccel.launching.tpu import is_tpu, set_tpu_variables
 from faccel.runtime.end_signals import END_SIGNALS
 from faccel.runtime.excepthook import CONSEQUENCES, GRACE_S, write_error_file
 from faccel.runtime.initialize import init
-from faccel.runtime.private_folder import private_folder
+from faccel.runtime.private_folder import TemporaryFiles, private_folder
 from faccel.runtime.user_traceback import hide_frames, shows_frames, uncaught_without_frames
 
 if TYPE_CHECKING:
@@ -204,8 +205,11 @@ def _run(
             # Required by the elastic launcher, which stores each rank's error file there.
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
-        with guarded(folder):
-            results = _start(spec, fn, args, config)
+        # PyTorch names a temporary file for the error of each rank, and unpickles it. In a folder
+        # of all users, another one could create it first.
+        with guarded(folder), TemporaryFiles(folder) as files:
+            spec.rdzv_configs["on_started"] = files.restore
+            results = _start(spec, files.previous, fn, args, config)
     return [results[rank] for rank in range(num_processes)]
 
 
@@ -260,10 +264,15 @@ def _pickled(value: object, description: str, fix: str) -> bytes:
 
 
 def _call_as_rank(
-    launcher: int, fn: Callable[..., T], args: tuple[object, ...], config: _ConfigLike
+    launcher: int,
+    temporary: str | None,
+    fn: Callable[..., T],
+    args: tuple[object, ...],
+    config: _ConfigLike,
 ) -> T:
     """Run the function in a launched process, of which this is the entry point."""
     end_with_launcher(launcher)
+    tempfile.tempdir = temporary  # a forked process has that of the launch
     os.environ.update(loopback_variables(os.environ))
     try:
         return _call(fn, args, config)
@@ -303,7 +312,11 @@ def _call(fn: Callable[..., T], args: tuple[object, ...], config: _ConfigLike) -
 
 
 def _start(
-    spec: LaunchConfig, fn: Callable[..., T], args: tuple[object, ...], config: _ConfigLike
+    spec: LaunchConfig,
+    temporary: str | None,
+    fn: Callable[..., T],
+    args: tuple[object, ...],
+    config: _ConfigLike,
 ) -> dict[int, T]:
     """Start the processes, and return the results by rank or raise the first failure."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -312,7 +325,7 @@ def _start(
 
     try:
         with _signals_of_agent():
-            return elastic_launch(spec, _call_as_rank)(os.getpid(), fn, args, config)
+            return elastic_launch(spec, _call_as_rank)(os.getpid(), temporary, fn, args, config)
     except SignalException as error:
         number = error.sigval
     except ChildFailedError as error:

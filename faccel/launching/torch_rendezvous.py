@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 from torch.distributed import HashStore, TCPStore
@@ -37,11 +38,15 @@ class OneNodeRendezvous(RendezvousHandler):
     Args:
         run_id: Name of the run.
         port: Port of the store of the ranks; 0 takes a free one.
+        on_started: Called again and again while the ranks run.
     """
 
-    def __init__(self, run_id: str, port: int = 0) -> None:
+    def __init__(
+        self, run_id: str, port: int = 0, on_started: Callable[[], object] = lambda: None
+    ) -> None:
         self._run_id = run_id
         self._port = port
+        self._on_started = on_started
         self._server: TCPStore | None = None
 
     def get_backend(self) -> str:
@@ -67,6 +72,7 @@ class OneNodeRendezvous(RendezvousHandler):
         pass
 
     def num_nodes_waiting(self) -> int:
+        self._on_started()  # the agent asks while it monitors the ranks
         return 0
 
     def get_run_id(self) -> str:
@@ -78,7 +84,7 @@ class OneNodeRendezvous(RendezvousHandler):
 
 
 def _create_one_node(parameters: RendezvousParameters) -> RendezvousHandler:
-    return OneNodeRendezvous(parameters.run_id)
+    return OneNodeRendezvous(parameters.run_id, on_started=parameters.config["on_started"])
 
 
 def register_one_node() -> None:

@@ -36,6 +36,28 @@ def private_folder(prefix: str) -> Generator[str]:
             os.close(lock)
 
 
+class TemporaryFiles:
+    """Puts temporary files of this process into a folder, until `restore` or the end of a block.
+
+    Args:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.previous = tempfile.tempdir
+        tempfile.tempdir = folder
+
+    def restore(self) -> None:
+        """Put temporary files where they were before."""
+        tempfile.tempdir = self.previous
+
+    def __enter__(self) -> TemporaryFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+
 def _remove_leftovers(parent: str, prefix: str) -> None:
     """Remove the folders of this user whose lock no process holds."""
     with os.scandir(parent) as entries:
