@@ -35,6 +35,11 @@ def check(fn, *words):
     return Check(fn, list(itertools.product(*(text.split("|") for text in words))))
 
 
+def low_precision(worlds, models, precisions="bf16|fp16", plans="default"):
+    """Return a check of models in a low precision."""
+    return check(precision.low_precision, worlds, models, precisions, plans)
+
+
 # What starts processes, needs four sharded ranks, or takes seconds.
 SLOW = {
     "ddp-gloo", "fsdp-gloo", "hsdp", "pp-fsdp", "workers", "plain", "part", "nested",
@@ -130,24 +135,12 @@ CASES = {
         ),
     ],
     "fsdp_bf16_buffers": [
-        check(
-            precision.low_precision,
-            "ddp|fsdp-root|hsdp", "positions|kernel", "bf16|fp16", "default",
-        ),
-        check(
-            precision.low_precision,
-            "ddp|fsdp-root", "batch norm", "bf16|fp16", "default|fp32_units|fp32_units of all",
-        ),
+        low_precision("ddp|fsdp-root|hsdp", "positions|kernel"),
+        low_precision("ddp|fsdp-root", "batch norm", plans="default|fp32_units|fp32_units of all"),
     ],
     "fsdp_bf16_inputs": [
-        check(
-            precision.low_precision,
-            "ddp|fsdp-root|hsdp", "float inputs|a block in fp32", "bf16|fp16", "default",
-        ),
-        check(
-            precision.low_precision,
-            "fsdp-gloo", "float inputs|a block in fp32", "bf16", "default",
-        ),
+        low_precision("ddp|fsdp-root|hsdp", "float inputs|a block in fp32"),
+        low_precision("fsdp-gloo", "float inputs|a block in fp32", "bf16"),
     ],
     "generator_ignored": [
         check(
