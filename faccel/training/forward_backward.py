@@ -108,10 +108,10 @@ def forward_backward(
       `skipped=True`.
     - Otherwise the rank raises its exception, and the others `RankFailedError`.
 
-    The gradients of the model are dropped in each case. Gradients of an earlier backward, such as
-    of another loss, cannot be computed again: then a failure is raised. A step without a failure
-    has no further collective, except that `retry` and `skip` end it with a barrier of the ranks of
-    `tp`, which would not meet otherwise.
+    In each case the gradients of the model are dropped. If there was another backward since the
+    last update, the exception is raised, because its gradients cannot be computed again. Without a
+    failure there is no further collective. Only on a mesh with `tp`, whose ranks would not meet,
+    `retry` and `skip` add a barrier.
 
     Args:
         loss_fn: `loss_fn(model, batch)` gets a `MicroBatch`, calls `model` once and returns a
