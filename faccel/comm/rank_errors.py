@@ -41,14 +41,21 @@ def raise_naming_rank(error: RuntimeError, doing: str, axis: str, comm: Collecti
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Return whether an exception only says that another rank failed.
+    """Return whether an exception, or one that it was raised from, is another rank's failure.
+
+    A pipeline of torch raises a `RuntimeError` from the exception of a stage.
 
     Effects: pure.
     """
-    if isinstance(error, (RankFailedError, DesyncError, dist.DistError)):
-        return True
-    # gloo raises a plain RuntimeError; only the path of its source file identifies it.
-    return isinstance(error, RuntimeError) and "gloo/" in str(error)
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, (RankFailedError, DesyncError, dist.DistError)):
+            return True
+        # gloo raises a plain RuntimeError; only the path of its source file identifies it.
+        if isinstance(current, RuntimeError) and "gloo/" in str(current):
+            return True
+        current = current.__cause__
+    return False
 
 
 @contextmanager

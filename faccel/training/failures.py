@@ -89,6 +89,10 @@ class FailurePolicy:
         """Whether some failures are not raised."""
         return self.retry is not None or bool(self.skip)
 
+    def retries(self, error: BaseException) -> bool:
+        """Return whether a window runs again after `error`, if its micro-batches get smaller."""
+        return self.retry is not None and self.retry.handles(error)
+
     def rows_after(self, error: BaseException, num_rows: int) -> int:
         """Return the rows of a micro-batch in the next attempt; 0 if there is none.
 
@@ -96,7 +100,7 @@ class FailurePolicy:
             error: The failure.
             num_rows: The most rows of a micro-batch in the attempt that failed.
         """
-        if self.retry is None or not self.retry.handles(error):
+        if self.retry is None or not self.retries(error):
             return 0
         max_rows = num_rows // self.retry.split
         if max_rows < self.retry.at_least:
@@ -114,6 +118,7 @@ class FailureReport:
         action: `"follow"` on a rank that has only noticed the failure of another one.
         got: Its error, and the line.
         max_rows: For `"retry"`: the most rows of a micro-batch in the next attempt.
+        has_read: Whether it has read the batches of the window again.
     """
 
     rank: int
@@ -121,6 +126,7 @@ class FailureReport:
     action: str
     got: str = ""
     max_rows: int = 0
+    has_read: bool = False
 
 
 @attrs.frozen
@@ -129,13 +135,15 @@ class Decision:
 
     Args:
         action: `"raise"`, `"skip"` or `"retry"`.
-        cause: The report of the rank that failed; None if no rank knows the cause.
+        cause: The report of the rank that failed; None if no rank has reported it.
         max_rows: For `"retry"`: the most rows of a micro-batch.
+        has_read: Whether a rank has read its batches again: the weights are counted again.
     """
 
     action: str
     cause: FailureReport | None
     max_rows: int = 0
+    has_read: bool = False
 
 
 def decide(reports: Sequence[FailureReport | None]) -> Decision:
@@ -163,7 +171,8 @@ def decide(reports: Sequence[FailureReport | None]) -> Decision:
     if len(known) < len(reports) or not is_same_window:
         return Decision(RAISE, causes[0])
     max_rows = min(report.max_rows for report in causes)
-    return Decision(causes[0].action, causes[0], max_rows)
+    has_read = any(report.has_read for report in causes)
+    return Decision(causes[0].action, causes[0], max_rows, has_read)
 
 
 def check_recovery(name: str, ctx: DistContext) -> None:
@@ -252,7 +261,8 @@ def agree_on_failure(
     if not follows:
         raise error
     if decision.cause is None:
-        assert isinstance(error, RuntimeError)
+        if not isinstance(error, RuntimeError):
+            raise error  # the user's, from one of a collective
         raise_naming_rank(error, doing, WORLD, ctx.comm)
     raise _failed_elsewhere(decision.cause) from None
 
@@ -265,7 +275,7 @@ def raise_on_all_ranks(error: Exception, doing: str, ctx: DistContext) -> NoRetu
         doing: The name of the function that fails.
         ctx: The context.
     """
-    if ctx.comm.recovery is None or is_agreeing(ctx) or is_consequence(error):
+    if ctx.comm.recovery is None or is_agreeing(ctx):
         raise error
     report = FailureReport(ctx.rank, ctx.lifetime.num_windows, RAISE, described(error))
     agree_on_failure(error, report, doing, ctx)

@@ -103,7 +103,8 @@ def forward_backward(
 
     - `retry`: all ranks run the window again with smaller micro-batches. Random numbers and buffers
       are those of before the window, and the gradients those of a run that had this size from the
-      start. The size is in the returned scaler, for later windows and checkpoints.
+      start. A rank that could not read its batches reads them once more. The size is in the
+      returned scaler, for later windows and checkpoints.
     - `skip`: all ranks leave the window out. The next `optimizer_step` does nothing and returns
       `skipped=True`.
     - Otherwise the rank raises its exception, and the others `RankFailedError`.
@@ -183,8 +184,8 @@ def forward_backward(
                     ctx.comm.barrier("tp")
                 return result
         except Exception as error:
-            report = _report(error, number, attempt, policy, start, ctx)
             drop_gradients(model, ctx)
+            report, window = _report(error, number, attempt, policy, start, ctx)
             if not policy.is_given and is_agreeing(ctx):
                 raise  # inside of `find_batch_size`, which agrees on it
             decision = agree_on_failure(error, report, "forward_backward", ctx)
@@ -194,6 +195,8 @@ def forward_backward(
         if decision.action == SKIP:
             losses = torch.zeros(0, device=ctx.device)
             return (losses, []) if has_aux else losses, scaler.after_skipped_window()
+        if decision.has_read:
+            window = window.weighed_again()
         scaler = attrs.evolve(scaler, max_rows=decision.max_rows)
 
 
@@ -204,17 +207,25 @@ def _report(
     policy: FailurePolicy,
     start: WindowStart | None,
     ctx: DistContext,
-) -> FailureReport:
-    """Return what this rank reports after its exception."""
-    action, max_rows = RAISE, 0
+) -> tuple[FailureReport, Window]:
+    """Return what this rank reports after its exception, and the window for the next attempt."""
+    action, max_rows, window = RAISE, 0, attempt.window
+    is_reading = window.failure is error
     # Gradients of an earlier backward are lost with those of this window.
     if start is not None and not start.has_gradients:
-        max_rows = policy.rows_after(error, attempt.max_rows())
+        if is_reading and policy.retries(error):
+            window = window.read_again()
+            error = window.failure or error
+        if window.failure is None:
+            max_rows = policy.rows_after(error, attempt.max_rows(window))
         if max_rows:
             action = RETRY
         elif is_caused_by(error, policy.skip):
             action = SKIP
-    return FailureReport(ctx.rank, number, action, described(error), max_rows)
+    report = FailureReport(
+        ctx.rank, number, action, described(error), max_rows, has_read=is_reading
+    )
+    return report, window
 
 
 class _Attempt:
@@ -236,14 +247,14 @@ class _Attempt:
         has_aux: bool,
     ) -> None:
         self._loss_fn = loss_fn
-        self._window = window
+        self.window = window
         self._max_rows = max_rows
         self._has_aux = has_aux
         self._auxs: dict[int, Tree] = {}
 
-    def max_rows(self) -> int:
-        """Return the most rows of a micro-batch."""
-        largest = max((num_rows_of(batch) for batch in self._window.batches), default=0)
+    def max_rows(self, window: Window) -> int:
+        """Return the most rows of a micro-batch of `window`."""
+        largest = max((num_rows_of(batch) for batch in window.batches), default=0)
         if self._max_rows is None:
             return largest
         return min(largest, self._max_rows)
@@ -252,7 +263,7 @@ class _Attempt:
         self, model: WrappedModel, scaler: ScalerState, ctx: DistContext
     ) -> tuple[torch.Tensor | tuple[torch.Tensor, list[Tree]], ScalerState]:
         """Run forward and backward of all micro-batches."""
-        parts = micro_batches(self._window, self._max_rows)
+        parts = micro_batches(self.window, self._max_rows)
         if model.parallelism.pipeline_forward_backward is None:
             losses, scaler = _one_by_one(self._bind, model, parts, scaler, ctx)
         else:

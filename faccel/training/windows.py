@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 import attrs
@@ -41,6 +42,14 @@ class MicroBatch:
     sync: bool
 
 
+def _equal_scale(batches: Sequence[Batch]) -> float:
+    return 1 / max(1, len(batches))
+
+
+def _no_batches() -> Iterator[Batch]:
+    return iter(())
+
+
 @attrs.frozen(eq=False)
 class Window:
     """The micro-batches of one update; iterate it once.
@@ -52,6 +61,8 @@ class Window:
             partial gradients.
         is_mean: Whether losses are means over rows, and not sums.
         failure: The exception that reading a batch has raised; iterating raises it.
+        weigh: Returns the factor of each loss for these batches. Collective with a `weight`.
+        read: Reads the batches of the window from the dataset.
     """
 
     batches: Sequence[Batch] = attrs.field(repr=False)
@@ -60,6 +71,27 @@ class Window:
     _read_ahead: Callable[[], None] = attrs.field(repr=False)
     is_mean: bool = attrs.field(default=True, repr=False)
     failure: Exception | None = attrs.field(default=None, repr=False)
+    _weigh: Callable[[Sequence[Batch]], float | torch.Tensor] = attrs.field(
+        default=_equal_scale, repr=False
+    )
+    _read: Callable[[], Iterator[Batch]] = attrs.field(default=_no_batches, repr=False)
+
+    def read_again(self) -> Window:
+        """Return the window with all of its batches, after a failure. Reads the dataset.
+
+        Not collective: `weighed_again` returns the factor of its losses.
+        """
+        if self.failure is None:
+            return self
+        try:
+            batches = tuple(self._read())
+        except Exception as error:
+            return attrs.evolve(self, failure=error)
+        return attrs.evolve(self, batches=batches, failure=None)
+
+    def weighed_again(self) -> Window:
+        """Return the window with the factor of all of its batches. Collective with a `weight`."""
+        return attrs.evolve(self, scale=self._weigh(self.batches))
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -176,6 +208,9 @@ def _windows(
     loader: ShardedLoader, ctx: DistContext, num_micro_batches: int, weight: Weight | None
 ) -> Iterator[Window]:
     before = loader.cursor
+    weigh: Callable[[Sequence[Batch]], float | torch.Tensor] = _equal_scale
+    if weight is not None:
+        weigh = partial(_scale, weight=weight, ctx=ctx)
     # One window is read before the first is yielded: its length gives the scale.
     reader = _WindowReader(batches(loader), num_micro_batches)
     while reader.finish():
@@ -188,20 +223,26 @@ def _windows(
             source = iter(())
             if after is not None and after.epoch == before.epoch:
                 source = batches(loader.resume(after))
-        if weight is None:
-            scale: float | torch.Tensor = 1 / max(1, len(current))
-        else:
-            # Also after a failure: the other ranks communicate here.
-            scale = _scale(current, weight, ctx)
         reader = _WindowReader(source, num_micro_batches)
         yield Window(
-            current, scale, after or before, reader.read, is_mean=weight is None, failure=failure
+            current,
+            weigh(current),  # also after a failure: the other ranks communicate here
+            after or before,
+            reader.read,
+            is_mean=weight is None,
+            failure=failure,
+            weigh=weigh,
+            read=partial(_read_window, loader, before, num_micro_batches),
         )
         # Also after a `break` inside the window: the next one starts where this one ends.
         if after is None:
             assert failure is not None
             raise failure
         before = after
+
+
+def _read_window(loader: ShardedLoader, start: Cursor, num_batches: int) -> Iterator[Batch]:
+    return islice(batches(loader.resume(start)), num_batches)
 
 
 def _position_after(before: Cursor, num_batches: int, loader: ShardedLoader) -> Cursor | None:

@@ -1,0 +1,124 @@
+"""Ranks fail at every point of a window, on every layout: all of them do the same afterwards.
+
+If they run the window again, losses, gradients, parameters and buffers are bit for bit those of a
+loop that had the smaller micro-batches from the start.
+"""
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+from faccel.testing import simulate
+from tests.fault_cells import KINDS, Cell, Fault, failure_of, run, run_reference
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # advice of torch on layouts
+POINTS = ("loader", "before", "enter", "inside", "after", "start", "middle", "end")
+CELLS = {
+    "ddp": Cell("dp_replicate=2"),
+    "fsdp": Cell("dp_shard=2"),
+    "hsdp": Cell("dp_replicate=2,dp_shard=2"),
+    "tp": Cell("tp=2"),
+    "zero1": Cell("dp_replicate=2", zero1=True),
+    "1f1b": Cell("pp=2"),
+    "gpipe": Cell("pp=2", schedule="gpipe"),
+    "interleaved": Cell("pp=2", schedule="interleaved"),
+    "pp x dp_shard": Cell("pp=2,dp_shard=2"),
+    "pp x dp_replicate": Cell("pp=2,dp_replicate=2"),
+    "tp x dp_shard": Cell("dp_shard=2,tp=2"),
+    "experts": Cell("dp_shard=2,ep=2", experts=True),
+    "batch norm": Cell("dp_replicate=2", norm=True),
+    "checkpointing": Cell("dp_shard=2", checkpoint=True),
+    "weight": Cell("dp_replicate=2", weight=True),
+    "weight, pp": Cell("pp=2", weight=True),
+    "aux": Cell("dp_shard=2", has_aux=True),
+    "aux, pp": Cell("pp=2", has_aux=True),
+    "one micro-batch": Cell("dp_shard=2", size=1),
+    "short window": Cell("dp_replicate=2", short=True, weight=True),
+    "fp16": Cell("dp_replicate=2", precision="fp16", dtype=torch.float32),
+    "bf16": Cell("dp_shard=2", precision="bf16", dtype=torch.float32),
+}
+
+
+@functools.cache
+def reference_of(cell, parts):
+    return simulate(
+        run_reference, cell.world_size, cell, parts, mesh=cell.mesh, config=cell.config()
+    )
+
+
+def check(cell, faults, *, action=None):
+    """Run a cell, and compare it with its reference; `action` is what all ranks must have done."""
+    faults = [Fault(*fault) for fault in faults]
+    records = simulate(run, cell.world_size, cell, faults, mesh=cell.mesh, config=cell.config())
+
+    def reference(parts):
+        return reference_of(cell, tuple(parts))
+
+    problem = failure_of(cell, records, faults, reference)
+    assert problem is None, (cell, faults, problem)
+    if not sum(record.num_raised for record in records):
+        return False  # a stage of a pipeline does not have this point
+    if action == "raise":
+        assert all(record.error for record in records)
+    elif action == "skip":
+        assert any(entry.is_skipped for entry in records[0].entries)
+    elif action == "retry":
+        assert records[0].error is None and records[0].entries[-1].max_rows is not None
+    return True
+
+
+def fault(rank, point, micro, kind="oom", num_times=1):
+    return rank, point, 1, micro, KINDS[kind]("planned"), num_times
+
+
+FAST = [
+    ("ddp", 1, "loader", 0),
+    ("weight", 0, "loader", 3),
+    ("fsdp", 0, "inside", 1),
+    ("tp", 1, "middle", 3),
+    ("pp x dp_shard", 0, "before", 0),
+    ("pp x dp_shard", 3, "start", 3),
+    ("interleaved", 1, "middle", 1),
+    ("experts", 1, "after", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "rank", "point", "micro"), FAST)
+def test_a_window_runs_again_as_if_it_had_the_smaller_size_from_the_start(name, rank, point, micro):
+    assert check(CELLS[name], [fault(rank, point, micro)], action="retry")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CELLS)
+def test_every_point_of_a_window(name):
+    cell = CELLS[name]
+    num_reached = 0
+    micros = sorted({0, cell.size - 1})
+    for point, micro in itertools.product(POINTS, micros):
+        rank = (POINTS.index(point) + micro) % cell.world_size
+        is_late = point == "end" and micro == cell.size - 1
+        # After the last gradient was reduced another rank may have ended its backward.
+        action = None if is_late else "retry"
+        num_reached += check(cell, [fault(rank, point, micro)], action=action)
+    assert num_reached >= len(POINTS)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "1f1b"])
+@pytest.mark.parametrize(("kind", "action"), [("data", "skip"), ("other", "raise")])
+def test_ranks_that_fail_differently_do_the_same(name, kind, action):
+    assert check(CELLS[name], [fault(0, "before", 0), fault(1, "loader", 0, kind)], action=action)
+
+
+@pytest.mark.parametrize("name", ["ddp", "1f1b"])
+def test_a_failure_in_the_retry_halves_again_until_it_cannot(name):
+    cell = CELLS[name]
+    twice = fault(0, "before", 0, "named", 2)
+    assert check(cell, [twice], action="retry")
+    assert check(cell, [fault(0, "before", 0, "named", 9)], action="raise")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "tp", "zero1"])
+def test_an_optimizer_that_fails_on_one_rank_ends_all(name):
+    assert check(CELLS[name], [fault(1, "optimizer", 0)], action="raise")
