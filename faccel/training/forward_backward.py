@@ -110,7 +110,7 @@ def forward_backward(
     - Otherwise the rank raises its exception, and the others `RankFailedError`.
 
     In each case the gradients of the model are dropped. If there was another backward since the
-    last update, the exception is raised, because its gradients cannot be computed again. Without a
+    last update, the exception is raised, because its gradients would be lost. Without a
     failure there is no further collective. Only on a mesh with `tp`, whose ranks would not meet,
     `retry` and `skip` add a barrier.
 
