@@ -185,7 +185,7 @@ def check_recovery(name: str, ctx: DistContext) -> None:
     Raises:
         ConfigError: They cannot.
     """
-    # DeepSpeed has process groups of its own, which ranks cannot leave.
+    # DeepSpeed creates process groups, which ranks cannot leave.
     if ctx.world_size > 1 and ctx.parallelism.optimizer_step is not None:
         got = f"strategy {ctx.parallelism.name}"
     elif ctx.world_size > 1 and ctx.comm.recovery is None:
