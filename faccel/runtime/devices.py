@@ -107,7 +107,8 @@ def use_device(device: torch.device) -> None:
             # FSDP2, DTensor and the communication libraries use the current device.
             if not kind_of(device).is_process_bound:
                 torch.accelerator.set_device_index(device)
-            torch.empty(0, device=device)
+            # A copy, because without a chip TorchTPU aborts the process in an operator.
+            torch.zeros(1).to(device)
     except (RuntimeError, ValueError) as error:
         raise DeviceError(
             f"the device `{device}` cannot be used",

@@ -9,6 +9,7 @@ import torch
 
 from faccel.checks import integer
 from faccel.context import DistContext, require_context
+from faccel.device_table import is_host
 from faccel.effects import COLLECTIVE, effectful
 from faccel.mesh import WORLD
 from faccel.training.failures import (
@@ -58,7 +59,7 @@ def find_batch_size(fn: Callable[[int], object], ctx: DistContext, *, start: int
         size, num_attempts = size // 2, num_attempts + 1
         # The frames of the exception are freed only now, and with them their tensors.
         gc.collect()
-        if ctx.device.type != "cpu":
+        if not is_host(ctx.device):
             torch.accelerator.empty_cache()
     return size
 
