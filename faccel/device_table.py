@@ -13,7 +13,7 @@ import importlib
 import importlib.metadata
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import Any
@@ -172,7 +172,7 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def without_stage_warnings() -> Iterator[None]:
+def without_stage_warnings() -> Generator[None]:
     """Run the body without TorchTPU's warnings that an API is experimental.
 
     They would end a program that runs with `-W error`, and users cannot act on them.

@@ -244,6 +244,8 @@ def _to_json(results: Mapping[str, CheckResult], num_failed: int, world: str) ->
 
 
 if __name__ == "__main__":
+    # TPUs round matrices of fp32 to bf16 by default, and would differ from the CPU.
+    torch.set_float32_matmul_precision("highest")
     with init() as context:
         num_failed = run(context, as_json="--json" in sys.argv)
     sys.exit(min(num_failed, 1))

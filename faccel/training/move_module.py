@@ -20,10 +20,7 @@ def move_module(module: nn.Module, device: torch.device) -> None:
         ModelError: A parameter is in use, so that it cannot be moved in place.
     """
     on_host = [param for param in module.parameters() if param.device != device]
-    is_in_place = not on_host or torch._has_compatible_shallow_copy_type(
-        on_host[0], torch.empty(0, device=device)
-    )
-    if is_in_place:
+    if not on_host or _keeps_params(on_host[0], device):
         module.to(device)
         return
     # PyTorch's swap of a gradient fails for the second name of a tied parameter.
@@ -45,3 +42,11 @@ def move_module(module: nn.Module, device: torch.device) -> None:
         for param, grad in grads.items():
             if grad is not None:
                 param.grad = grad.to(param.device)
+
+
+def _keeps_params(param: nn.Parameter, device: torch.device) -> bool:
+    """Return whether `nn.Module.to` moves the data of a parameter, as to a GPU."""
+    target = torch.empty(0, device=device)
+    return torch._has_compatible_shallow_copy_type(  # pyright: ignore[reportPrivateUsage]
+        param, target
+    )

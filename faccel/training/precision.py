@@ -334,8 +334,9 @@ def unscale_without_kernel(values: list[torch.Tensor], inverse: torch.Tensor) ->
     filled = [tensor for tensor in values if tensor.numel() > 0]
     if not filled:
         return torch.zeros_like(inverse)
-    largest = torch.stack(torch._foreach_norm(filled, torch.inf))
-    torch._foreach_mul_(filled, inverse)
+    norms = torch._foreach_norm(filled, torch.inf)  # pyright: ignore[reportPrivateUsage]
+    largest = torch.stack(norms)
+    torch._foreach_mul_(filled, inverse)  # pyright: ignore[reportPrivateUsage]
     return largest.isfinite().logical_not().any().to(inverse)
 
 

@@ -117,10 +117,40 @@ def _module(library, kind, generators):
         "_is_in_bad_fork": lambda: False,
         "_lazy_init": lambda: None,
     }
+    if kind == "tpu":
+        distributed = types.SimpleNamespace(set_tpu_launch_env=_set_tpu_launch_env)
+        functions["distributed"] = distributed
     module = types.ModuleType(f"torch.{kind}")
     for name, function in functions.items():
         setattr(module, name, function)
     return module
+
+
+def _set_tpu_launch_env(*, nnodes=None, nproc_per_node=None):
+    """What TorchTPU's function of this name does on one host of four chips."""
+    if nproc_per_node not in (1, 2, 4):
+        raise RuntimeError(f"No TPU topology found for count: {nproc_per_node}")
+    addresses = ",".join(f"localhost:{8070 + i}" for i in range(nproc_per_node))
+    os.environ.setdefault("TORCH_TPU_SLICEBUILDER_ADDRESSES", addresses)
+    os.environ.setdefault("TORCH_TPU_TOPOLOGY", "2,2,1")
+
+
+def plugin_folder(folder, path, kind):
+    """Write a package into a folder that makes PyTorch load the device, as an installed one does.
+
+    Every process whose PYTHONPATH has the folder then has the device.
+    """
+    info = folder / "pretended-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pretended\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\npretended = pretended:load\n")
+    (folder / "pretended.py").write_text(
+        "def load():\n"
+        "    from tests.accelerator import device\n"
+        f"    device.enable({path!r}, {kind!r})\n"
+    )
+    (folder / "torch_tpu.py").write_text("")  # only its name is looked up
+    return str(folder)
 
 
 def enable(path, kind):
