@@ -113,7 +113,8 @@ def noisy_loss(net, batch, ctx):
 def losses_of(state, ctx, epoch):
     loader = faccel.shard(DataLoader(tokens(32), 4, pin_memory=True), ctx).at(epoch)
     losses = []
-    for window in faccel.windows(loader, ctx, size=2):
+    # The weights are summed in the widest type of the device.
+    for window in faccel.windows(loader, ctx, size=2, weight=lambda batch: batch.data.shape[0]):
         window_losses, scaler = faccel.forward_backward(
             lambda net, batch: noisy_loss(net, batch.data, ctx),
             state["model"],
