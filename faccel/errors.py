@@ -198,6 +198,23 @@ def short_text(value: object, limit: int = _MAX_TEXT) -> str:
     return text
 
 
+def summary(error: BaseException) -> str:
+    """Return the class of an exception, and the first line of its message.
+
+    Effects: pure.
+
+    Examples:
+        >>> summary(KeyError("label"))
+        "KeyError: 'label'"
+        >>> summary(DataError("`batch` has no rows", fix="read another file"))
+        'DataError: `batch` has no rows'
+    """
+    message = str(error).partition("\n")[0]
+    if isinstance(error, FaccelError):
+        message = error.problem
+    return f"{type(error).__name__}: {message}"
+
+
 def printable(text: str) -> str:
     r"""Return a text with control characters escaped, except line breaks and tabs.
 

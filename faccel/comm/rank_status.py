@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from faccel.call_site import call_site, describe_ranks
 from faccel.comm.world_store import WorldStore, without_frames
-from faccel.errors import FaccelError
+from faccel.errors import summary
 
 _POLL_S = 0.02  # only after an error, so a rank never polls while training runs
 
@@ -90,7 +90,7 @@ class RankStatus:
         if not self._has_posted:
             status = self.leaving()
             if error is not None:
-                status = _described(error)
+                status = f"raised {summary(error)}"
             self._post(status)
         # After the status, which the readers of this key report.
         self.write_key(self._left_key, "")
@@ -156,10 +156,3 @@ class RankStatus:
     def _read_quietly(self, rank: int) -> str | None:
         with without_frames():
             return self.read(rank)
-
-
-def _described(error: BaseException) -> str:
-    message = str(error).partition("\n")[0]
-    if isinstance(error, FaccelError):
-        message = error.problem
-    return f"raised {type(error).__name__}: {message}"

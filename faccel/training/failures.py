@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
 
-from faccel.call_site import call_site
+from faccel.call_site import call_site, call_site_of_error
 from faccel.checks import shown
 from faccel.comm.rank_errors import is_consequence, raise_naming_rank
 from faccel.context import DistContext
-from faccel.errors import ConfigError, RankFailedError, short_text
+from faccel.errors import ConfigError, FaccelError, RankFailedError, short_text, summary
 from faccel.mesh import WORLD
 from faccel.training.out_of_memory import is_out_of_memory
 from faccel.validators import int_at_least
@@ -116,9 +116,10 @@ class FailureReport:
         rank: The rank of the world.
         window: The number of its call of `forward_backward`, the same on all ranks.
         action: `"follow"` on a rank that has only noticed the failure of another one.
-        got: Its error, and the line.
+        got: Its error, and the line of the user's code that raised it.
         max_rows: For `"retry"`: the most rows of a micro-batch in the next attempt.
         has_read: Whether it has read the batches of the window again.
+        fix: What the other ranks print, if all ranks raise.
     """
 
     rank: int
@@ -127,6 +128,7 @@ class FailureReport:
     got: str = ""
     max_rows: int = 0
     has_read: bool = False
+    fix: str = "fix the error of that rank"
 
 
 @attrs.frozen
@@ -185,18 +187,25 @@ def check_recovery(name: str, ctx: DistContext) -> None:
     Raises:
         ConfigError: They cannot.
     """
-    # DeepSpeed creates process groups, which ranks cannot leave.
-    if ctx.world_size > 1 and ctx.parallelism.optimizer_step is not None:
-        got = f"strategy {ctx.parallelism.name}"
-    elif ctx.world_size > 1 and ctx.comm.recovery is None:
-        got = f"device={ctx.device.type}, debug={ctx.config.debug}"
-    else:
+    if ctx.world_size == 1:
         return
+    # DeepSpeed has process groups that only it can leave.
+    if ctx.parallelism.optimizer_step is not None:
+        got = f"strategy {ctx.parallelism.name}"
+        fix = "train with DDP or FSDP2, without DeepSpeed"
+    elif ctx.comm.recovery is not None:
+        return
+    elif ctx.config.debug:
+        got = "debug=True"
+        fix = "write `faccel.init(debug=False)`, or run without `FACCEL_DEBUG`"
+    elif ctx.device.type != "cpu":
+        got = f"{ctx.world_size} processes on {ctx.device.type}"
+        fix = f"run one process, or leave {name} out"
+    else:
+        got = "a process group that `faccel.init` has not created, or a system other than Linux"
+        fix = "leave `torch.distributed.init_process_group` out: `faccel.init` calls it"
     raise ConfigError(
-        f"{name} needs ranks that can leave their collectives after a failure",
-        got=got,
-        fix="run one process; or several on the CPU, with a process group that `faccel.init` "
-        "has created, without debug mode and DeepSpeed",
+        f"{name} needs ranks that can leave their collectives after a failure", got=got, fix=fix
     )
 
 
@@ -277,7 +286,14 @@ def raise_on_all_ranks(error: Exception, doing: str, ctx: DistContext) -> NoRetu
     """
     if ctx.comm.recovery is None or is_agreeing(ctx):
         raise error
-    report = FailureReport(ctx.rank, ctx.lifetime.num_windows, RAISE, described(error))
+    report = FailureReport(
+        ctx.rank,
+        ctx.lifetime.num_windows,
+        RAISE,
+        described(error),
+        fix="fix the error of that rank, and load a checkpoint: ranks may have different "
+        "parameters",
+    )
     agree_on_failure(error, report, doing, ctx)
     raise error
 
@@ -308,20 +324,63 @@ def is_caused_by(error: BaseException, classes: tuple[type[Exception], ...]) -> 
     return False
 
 
-def described(error: BaseException) -> str:
-    """Return the class, the message and the line of the cause of an exception."""
+def _root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {short_text(str(error))} at {call_site()}"
+    return error
+
+
+def described(error: BaseException) -> str:
+    """Return the class and the message of the cause of an exception, and the user's line.
+
+    Effects: pure.
+    """
+    cause = _root_cause(error)
+    site = call_site_of_error(cause.__traceback__)
+    if site == "unknown":
+        # faccel has raised it: the line is the user's call.
+        site = call_site()
+    return f"{short_text(summary(cause))} at {site}"
+
+
+def fix_of(error: BaseException, policy: FailurePolicy, action: str, *, has_gradients: bool) -> str:
+    """Return how to fix a failure in `forward_backward`, if all ranks raise.
+
+    Effects: pure.
+
+    Args:
+        error: The exception of the rank that failed.
+        policy: The arguments of `forward_backward`.
+        action: What that rank reports.
+        has_gradients: Whether `policy` does not apply, because of an earlier backward.
+    """
+    if action != RAISE or has_gradients:
+        # A rank alone cannot find out which of these it is.
+        return (
+            "fix the error of that rank; `retry` and `skip` do not apply after another backward "
+            "of the same update, after a rank has ended the window, or if a rank does not answer "
+            "within a tenth of `timeout_s`"
+        )
+    if policy.retry is not None and policy.retry.handles(error):
+        return (
+            "fix the error of that rank; its micro-batches cannot get smaller, or its batches "
+            "could not be read twice"
+        )
+    if is_out_of_memory(error):
+        return "pass `retry=faccel.Retry()` to `faccel.forward_backward`, or use less memory"
+    cause = _root_cause(error)
+    name = type(cause).__name__
+    if isinstance(cause, FaccelError):
+        name = f"faccel.errors.{name}"
+    return (
+        f"fix the error of that rank, or pass `skip=({name},)` to `faccel.forward_backward` to "
+        "leave out its window"
+    )
 
 
 def _failed_elsewhere(cause: FailureReport) -> RankFailedError:
     return RankFailedError(
-        f"rank {cause.rank} failed, so all ranks stop",
-        got=cause.got,
-        fix="fix the error of that rank; to continue after such an error, pass "
-        "`retry=faccel.Retry()` (out of memory) or `skip=(ValueError,)` to "
-        "`faccel.forward_backward`",
+        f"rank {cause.rank} failed, so all ranks stop", got=cause.got, fix=cause.fix
     )
 
 

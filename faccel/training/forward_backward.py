@@ -26,6 +26,7 @@ from faccel.training.failures import (
     check_exception_types,
     check_recovery,
     described,
+    fix_of,
     is_agreeing,
     is_caused_by,
     log_decision,
@@ -193,8 +194,11 @@ def forward_backward(
         start.restore()
         log_decision(decision)
         if decision.action == SKIP:
+            scaler = scaler.after_skipped_window()
             losses = torch.zeros(0, device=ctx.device)
-            return (losses, []) if has_aux else losses, scaler.after_skipped_window()
+            if has_aux:
+                return (losses, []), scaler
+            return losses, scaler
         if decision.has_read:
             window = window.weighed_again()
         scaler = attrs.evolve(scaler, max_rows=decision.max_rows)
@@ -212,7 +216,8 @@ def _report(
     action, max_rows, window = RAISE, 0, attempt.window
     is_reading = window.failure is error
     # Gradients of an earlier backward are lost with those of this window.
-    if start is not None and not start.has_gradients:
+    has_gradients = start is not None and start.has_gradients
+    if start is not None and not has_gradients:
         if is_reading and policy.retries(error):
             window = window.read_again()
             error = window.failure or error
@@ -222,9 +227,9 @@ def _report(
             action = RETRY
         elif is_caused_by(error, policy.skip):
             action = SKIP
-    report = FailureReport(
-        ctx.rank, number, action, described(error), max_rows, has_read=is_reading
-    )
+    fix = fix_of(error, policy, action, has_gradients=has_gradients)
+    got = described(error)
+    report = FailureReport(ctx.rank, number, action, got, max_rows, has_read=is_reading, fix=fix)
     return report, window
 
 

@@ -1,6 +1,7 @@
 """A rank that fails in a window: all ranks run it again, leave it out, or raise."""
 
 import itertools
+import traceback
 
 import attrs
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import faccel
-from faccel.errors import DataError, RankFailedError
+from faccel.errors import ConfigError, DataError, RankFailedError
 from faccel.testing import simulate
 from tests.training import full
 
@@ -66,7 +67,10 @@ def setup(ctx, mesh, *, weight=None, dataset=None):
 
 
 class Fault:
-    """Raises once: on a rank, where a micro-batch has `rows` rows, before or in backward."""
+    """Raises `error` once, on `rank`, at the call number `micro` of `loss_fn`.
+
+    `where` is "forward" or "backward".
+    """
 
     def __init__(self, error, rank, micro, where):
         self.error, self.rank, self.micro, self.where = error, rank, micro, where
@@ -113,8 +117,6 @@ def run(ctx, mesh, fault=None, max_rows=None):
 
 
 OOM = torch.OutOfMemoryError("out of memory")
-
-
 POINTS = [("forward", 0, 0), ("forward", 1, 1), ("backward", 0, 1), ("backward", SIZE - 1, 1)]
 
 
@@ -146,10 +148,6 @@ class Bad:
         if index == self.index:
             raise DataError("no such file")
         return self.data[index]
-
-
-def dummy(ctx):
-    return None
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -287,3 +285,90 @@ def test_a_loop_reads_the_norm_and_unscales_after_a_window_was_left_out():
 
     first, second, third = simulate(train, 2, config={"mixed_precision": "fp16"})[0]
     assert first == 0 and second > 0 and third > 0
+
+
+def step_with(opt, error):
+    """Let the optimizer raise."""
+
+    def hook(*args):
+        raise error
+
+    opt.register_step_pre_hook(hook)
+
+
+# (where it is raised, exception, arguments of `forward_backward`, part of the fix)
+FIXES = {
+    "an exception": ("forward", KeyError("label"), {}, "`skip=(KeyError,)`"),
+    "in backward": ("backward", KeyError("label"), {}, "`skip=(KeyError,)`"),
+    "of faccel": ("forward", DataError("bad"), {}, "`skip=(faccel.errors.DataError,)`"),
+    "another class": ("forward", KeyError(1), {"skip": (OSError,)}, "`skip=(KeyError,)`"),
+    "out of memory": ("forward", OOM, {}, "`retry=faccel.Retry()`"),
+    "the smallest": ("forward", OOM, {"retry": faccel.Retry(at_least=8)}, "cannot get smaller"),
+    "the optimizer": ("optimizer", KeyError("exp_avg"), {}, "load a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", FIXES)
+def test_the_error_of_the_other_ranks_has_a_fix_that_works(name):
+    where, error, policy, expected = FIXES[name]
+
+    def train(ctx, policy):
+        model, windows = setup(ctx, "dp_replicate=2")
+        opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
+        fn = loss_fn
+        if ctx.rank == 1 and where == "optimizer":
+            step_with(opt, error)
+        elif ctx.rank == 1:
+            fn = Fault(error, 1, 1, where).loss_fn
+        scaler = faccel.init_scaler(ctx)
+        try:
+            for window in windows:
+                _, scaler = faccel.forward_backward(fn, model, window, scaler, ctx, **policy)
+                _, scaler = faccel.optimizer_step(opt, scaler, ctx)
+        except (RankFailedError, type(error)) as caught:
+            return caught
+        return None
+
+    failure, cause = simulate(train, 2, policy)
+    assert cause is error and isinstance(failure, RankFailedError)
+    assert expected in failure.fix
+    # the line that has raised, not that of `forward_backward`
+    line = traceback.extract_tb(cause.__traceback__)[-1].lineno
+    assert failure.got.endswith(f"tests/world/test_failures.py:{line}")
+    if "=" in expected:
+        keyword, _, value = expected.strip("`").partition("=")
+        assert simulate(train, 2, {keyword: eval(value)}) == (None, None)
+
+
+def test_a_window_with_earlier_gradients_is_not_run_again():
+    def train(ctx):
+        model, windows = setup(ctx, "dp_replicate=2")
+        scaler = faccel.init_scaler(ctx)
+        scaler = faccel.scaled_backward(model(torch.ones(1, WIDTH).double()).sum(), scaler, ctx)
+        fn = Fault(OOM, 1, 1, "forward").loss_fn if ctx.rank == 1 else loss_fn
+        try:
+            faccel.forward_backward(fn, model, next(windows), scaler, ctx, retry=faccel.Retry())
+        except Exception as error:
+            return error
+
+    failure, cause = simulate(train, 2)
+    assert cause is OOM
+    assert "after another backward" in failure.fix
+
+
+@pytest.mark.parametrize("name", ["retry", "find_batch_size"])
+def test_ranks_that_cannot_leave_their_collectives_raise_before_they_run(name):
+    def call(ctx):
+        if name == "find_batch_size":
+            return faccel.find_batch_size(lambda rows: None, ctx, start=8)
+        model, windows = setup(ctx, "dp_replicate=2")
+        window, scaler = next(windows), faccel.init_scaler(ctx)
+        losses, _ = faccel.forward_backward(
+            loss_fn, model, window, scaler, ctx, retry=faccel.Retry()
+        )
+        return len(losses)
+
+    with pytest.raises(ConfigError) as caught:
+        simulate(call, 2, config={"debug": True})
+    assert caught.value.got == "debug=True" and "`faccel.init(debug=False)`" in caught.value.fix
+    assert simulate(call, 2, config={"debug": False})[0] > 0
