@@ -194,11 +194,7 @@ def forward_backward(
         start.restore()
         log_decision(decision)
         if decision.action == SKIP:
-            scaler = scaler.after_skipped_window()
-            losses = torch.zeros(0, device=ctx.device)
-            if has_aux:
-                return (losses, []), scaler
-            return losses, scaler
+            return attempt.skipped(scaler, ctx)
         if decision.has_read:
             window = window.weighed_again()
         scaler = attrs.evolve(scaler, max_rows=decision.max_rows)
@@ -281,6 +277,16 @@ class _Attempt:
             # The last rank has them, because it alone computes losses.
             auxs = broadcast_objects(auxs, ctx, src=ctx.mesh.spec.pp - 1, axis="pp")
         return (losses, auxs), scaler
+
+    def skipped(
+        self, scaler: ScalerState, ctx: DistContext
+    ) -> tuple[torch.Tensor | tuple[torch.Tensor, list[Tree]], ScalerState]:
+        """Return the result of a window that is left out: no losses."""
+        losses = torch.zeros(0, device=ctx.device)
+        scaler = scaler.after_skipped_window()
+        if self._has_aux:
+            return (losses, []), scaler
+        return losses, scaler
 
     def _bind(self, index: int, batch: MicroBatch) -> MicroBatchLoss:
         def loss_of(called: Model) -> torch.Tensor:

@@ -34,7 +34,12 @@ class WindowStart:
     def of(cls, model: WrappedModel, ctx: DistContext) -> WindowStart:
         """Return the state before a window; copies the buffers of the model."""
         buffers = [(buffer, buffer.clone()) for buffer in model.module.buffers()]
-        return cls(rng_state(ctx), buffers, ctx.lifetime.num_backwards > 0)
+        # `zero_grad` drops the gradients of a backward, and another model has none here. A
+        # gradient that FSDP2 has not reduced has a placeholder in `.grad`.
+        has_gradients = ctx.lifetime.num_backwards > 0 and any(
+            param.grad is not None for param in model.module.parameters()
+        )
+        return cls(rng_state(ctx), buffers, has_gradients)
 
     def restore(self) -> None:
         """Return to this state. Updates the generators and the buffers."""

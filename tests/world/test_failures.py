@@ -340,20 +340,31 @@ def test_the_error_of_the_other_ranks_has_a_fix_that_works(name):
         assert simulate(train, 2, {keyword: eval(value)}) == (None, None)
 
 
-def test_a_window_with_earlier_gradients_is_not_run_again():
-    def train(ctx):
-        model, windows = setup(ctx, "dp_replicate=2")
+@pytest.mark.parametrize("mesh", ["dp_replicate=2", "dp_shard=2"])
+@pytest.mark.parametrize("reduced", [True, False])
+def test_a_window_runs_again_unless_gradients_of_an_earlier_backward_would_be_lost(mesh, reduced):
+    def train(ctx, clears):
+        model, windows = setup(ctx, mesh)
+        opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
         scaler = faccel.init_scaler(ctx)
-        scaler = faccel.scaled_backward(model(torch.ones(1, WIDTH).double()).sum(), scaler, ctx)
+        with faccel.grad_sync(model, on=reduced):
+            loss = model(torch.ones(1, WIDTH).double()).sum()
+            scaler = faccel.scaled_backward(loss, scaler, ctx)
+        if clears:
+            opt.zero_grad()
         fn = Fault(OOM, 1, 1, "forward").loss_fn if ctx.rank == 1 else loss_fn
         try:
-            faccel.forward_backward(fn, model, next(windows), scaler, ctx, retry=faccel.Retry())
-        except Exception as error:
+            _, scaler = faccel.forward_backward(
+                fn, model, next(windows), scaler, ctx, retry=faccel.Retry()
+            )
+        except (RankFailedError, torch.OutOfMemoryError) as error:
             return error
+        return scaler.max_rows
 
-    failure, cause = simulate(train, 2)
-    assert cause is OOM
-    assert "after another backward" in failure.fix
+    failure, cause = simulate(train, 2, False, mesh=mesh)
+    assert cause is OOM and "after another backward" in failure.fix
+    rows = ROWS // SIZE // 2 // 2
+    assert simulate(train, 2, True, mesh=mesh) == (rows, rows)
 
 
 @pytest.mark.parametrize("name", ["retry", "find_batch_size"])
