@@ -164,6 +164,10 @@ class Lifetime:
         """How often `forward_backward` was called."""
         return self._num_windows
 
+    def continue_from_window(self, number: int) -> None:
+        """Note the number of the last window, on which ranks agree after one of them failed."""
+        self._num_windows = number
+
     def add_windows(self) -> None:
         """Note that `windows` groups micro-batches, so that updates may have any number of them."""
         self._has_accumulated = True

@@ -295,8 +295,10 @@ class Record:
 
     entries: list = attrs.field(factory=list)
     error: Exception | None = None
+    cause: str = ""  # the class of its cause
     num_raised: int = 0
-    waited_s: float = 0.0
+    raised_s: float = 0.0  # when the fault of this rank raised
+    ended_s: float = 0.0
 
     def actions(self):
         return [(entry.max_rows, entry.is_skipped) for entry in self.entries]
@@ -324,9 +326,10 @@ def run(ctx, cell, faults, policy=POLICY):
             entry = Entry(losses, grads, values_of(model), scaler.max_rows, bool(info.skipped))
             record.entries.append(entry)
     except Exception as error:
-        record.error = error
+        record.error, record.cause = error, type(error.__cause__).__name__
+    record.ended_s = time.monotonic()
     if fault is not None:
-        record.num_raised = fault.num_raised
+        record.num_raised, record.raised_s = fault.num_raised, fault.raised_s
     return record
 
 
@@ -415,11 +418,10 @@ def disagreement(cell, records, faults):
     # A rank that fails raises its exception; a pipeline of torch wraps it.
     raised = {fault.rank for fault in faults if records[fault.rank].num_raised}
     for rank, error in enumerate(errors):
-        is_own = isinstance(error, tuple(KINDS.values())) or isinstance(
-            error.__cause__, tuple(KINDS.values())
-        )
+        names = {kind.__name__ for kind in KINDS.values()}
+        is_own = type(error).__name__ in names or records[rank].cause in names
         if not isinstance(error, RankFailedError) and not (is_own and rank in raised):
-            return f"rank {rank} raised {error!r}, {error.__cause__!r}"
+            return f"rank {rank} raised {error!r}, from a {records[rank].cause}"
     return None
 
 

@@ -264,7 +264,10 @@ def agree_on_failure(
         report = attrs.evolve(report, action=FOLLOW, got="", max_rows=0)
     else:
         _logger.warning("rank %d failed in `%s`: %s", ctx.rank, doing, report.got)
-    decision = decide(_exchange(report, recovery))
+    reports = _exchange(report, recovery)
+    # A rank may have begun its next window already: all of them count from there.
+    ctx.lifetime.continue_from_window(max(item.window for item in reports if item is not None))
+    decision = decide(reports)
     if decision.action != RAISE:
         return decision
     if not follows:

@@ -122,3 +122,17 @@ def test_a_failure_in_the_retry_halves_again_until_it_cannot(name):
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "tp", "zero1"])
 def test_an_optimizer_that_fails_on_one_rank_ends_all(name):
     assert check(CELLS[name], [fault(1, "optimizer", 0)], action="raise")
+
+
+def test_ranks_that_stopped_in_different_windows_agree_again():
+    # The optimizer of rank 0 fails, while rank 1 has begun its next window.
+    cell = CELLS["ddp"]
+
+    def two_runs(ctx):
+        first = run(ctx, cell, [Fault(*fault(0, "optimizer", 0))])
+        assert first.error is not None
+        return run(ctx, cell, [Fault(*fault(1, "before", 0))])
+
+    records = simulate(two_runs, cell.world_size, mesh=cell.mesh)
+    assert [record.error for record in records] == [None, None]
+    assert [entry.max_rows for entry in records[0].entries] == [None, 2, 2]
