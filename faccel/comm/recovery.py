@@ -66,8 +66,7 @@ class ProcessRecovery:
 
     def exchange(self, report: str) -> list[str | None]:
         """Return the report of each rank; None for one that has ended or does not come in time."""
-        prefix = f"{self._rank_status.call_prefix}/recovery/{self._num_rounds}"
-        self._num_rounds += 1
+        prefix = self._prefix(self._num_rounds)
         rank = self._rank_status.rank
         reports: list[str | None] = [None] * self._num_ranks
         reports[rank] = report
@@ -77,9 +76,10 @@ class ProcessRecovery:
                 # One rank decides who has reported, or ranks would disagree about a late one.
                 reports = self._collect(prefix)
                 self._rank_status.store.set(f"{prefix}/answer", json.dumps(reports))
-                self._delete(prefix)
+                self._delete_previous()
             elif self._wait([f"{prefix}/answer"], [0], self._limit_s + _ANSWER_S):
                 reports = json.loads(self._rank_status.store.get(f"{prefix}/answer"))
+        self._num_rounds += 1
         return reports
 
     def renew(self) -> bool:
@@ -107,8 +107,11 @@ class ProcessRecovery:
             pause_s = min(2 * pause_s, _MAX_POLL_S)
         return True
 
-    def _delete(self, prefix: str) -> None:
-        """Delete the keys of the previous round, which every rank has read."""
-        previous = f"{prefix.rpartition('/')[0]}/{self._num_rounds - 2}"
+    def _prefix(self, number: int) -> str:
+        return f"{self._rank_status.call_prefix}/recovery/{number}"
+
+    def _delete_previous(self) -> None:
+        """Delete the keys of the previous round: a rank that has reported again has read them."""
+        prefix = self._prefix(self._num_rounds - 1)
         for name in (*range(self._num_ranks), "answer"):
-            self._rank_status.store.delete_key(f"{previous}/{name}")
+            self._rank_status.store.delete_key(f"{prefix}/{name}")

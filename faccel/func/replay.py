@@ -112,18 +112,24 @@ def _leaves(metrics: Metrics, state: TrainState) -> Leaves:
 def _check_equal(first: Leaves, second: Leaves, ctx: DistContext) -> None:
     """Raise on all ranks if two runs differ on one, or the results of two ranks. Collective."""
     hashes = _hashes(second, ctx)
-    differs = (_hashes(first, ctx) != hashes).any() if first.keys() == second.keys() else True
-    # What the loss function returns in addition belongs to the rows of this rank.
-    is_replicated = [not path.startswith("metrics['aux']") for path in second]
+    differs = torch.ones((), dtype=torch.bool, device=ctx.device)
+    if first.keys() == second.keys():
+        differs = (_hashes(first, ctx) != hashes).any()
+    is_replicated = [_is_replicated(path) for path in second]
     total = (hashes * torch.tensor(is_replicated, device=ctx.device)).sum()
     # max(x) == -1 - max(-1 - x) where all ranks have the same x; `~x` is -1 - x.
-    flags = torch.stack([torch.as_tensor(differs, device=ctx.device).long(), total, ~total])
+    flags = torch.stack([differs.long(), total, ~total])
     ctx.comm.set_call_label("replay", flags)
     num_different, high, low = ctx.comm.all_reduce(flags, "max", DATA).tolist()
     if num_different:
         _raise_not_repeatable(first, second, ctx)
     if high != -1 - low:
         _raise_different_ranks(second, hashes.tolist(), ctx)
+
+
+def _is_replicated(path: str) -> bool:
+    """Return whether all ranks have the same leaf: `aux` belongs to the rows of this rank."""
+    return not path.startswith("metrics['aux']")
 
 
 def _hashes(leaves: Leaves, ctx: DistContext) -> torch.Tensor:
@@ -134,14 +140,14 @@ def _hashes(leaves: Leaves, ctx: DistContext) -> torch.Tensor:
 
 
 def _raise_not_repeatable(first: Leaves, second: Leaves, ctx: DistContext) -> None:
-    own: list[str] = []
+    report: list[str] = []  # empty on a rank where both runs are equal
     for path, leaf in second.items():
         difference = _difference(first.get(path), leaf)
         if difference is not None:
-            own = [path, difference]
+            report = [path, difference]
             break
-    reports = gather_json(own, ctx)
-    ranks = [rank for rank, report in enumerate(reports) if report]
+    reports = gather_json(report, ctx)
+    ranks = [rank for rank, differing in enumerate(reports) if differing]
     path, difference = reports[ranks[0]]
     raise PurityError(
         "two runs of `step` from the same state have different results",
@@ -151,11 +157,11 @@ def _raise_not_repeatable(first: Leaves, second: Leaves, ctx: DistContext) -> No
 
 
 def _raise_different_ranks(leaves: Leaves, hashes: Sequence[int], ctx: DistContext) -> None:
-    own = dict(zip(leaves, hashes, strict=True))
-    by_rank = gather_json(own, ctx)
-    for path in by_rank[0]:
-        on_ranks = [ranks_hashes.get(path) for ranks_hashes in by_rank]
-        if len(set(on_ranks)) == 1 or path.startswith("metrics['aux']"):
+    hash_of_path = dict(zip(leaves, hashes, strict=True))
+    by_rank = gather_json(hash_of_path, ctx)
+    for path in filter(_is_replicated, by_rank[0]):
+        on_ranks = [hashes_of_rank.get(path) for hashes_of_rank in by_rank]
+        if len(set(on_ranks)) == 1:
             continue
         majority = Counter(on_ranks).most_common(1)[0][0]
         reference = on_ranks.index(majority)
