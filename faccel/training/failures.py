@@ -374,6 +374,9 @@ def fix_of(error: BaseException, policy: FailurePolicy, action: str, *, has_grad
     cause = _root_cause(error)
     name = type(cause).__name__
     if isinstance(cause, FaccelError):
+        # faccel raises its errors with a fix; a user's `DataError` may have none.
+        if cause.fix:
+            return f"on that rank, {cause.fix}"
         name = f"faccel.errors.{name}"
     return (
         f"fix the error of that rank, or pass `skip=({name},)` to `faccel.forward_backward` to "
