@@ -405,6 +405,16 @@ def parts_of(cell, record):
     return parts
 
 
+def is_after_last_meeting(cell, records, faults):
+    """Return whether a rank fails where the others need nothing from it, until their run ends."""
+    last = NUM_WINDOWS + cell.short - 1
+    return any(
+        fault.window == last and fault.point in ("optimizer", "end")
+        for fault in faults
+        if records[fault.rank].error is not None and records[fault.rank].num_raised
+    )
+
+
 def disagreement(cell, records, faults):
     """Return what is wrong with the ends of the runs of all ranks, or None."""
     errors = [record.error for record in records]
@@ -413,11 +423,13 @@ def disagreement(cell, records, faults):
             return f"different actions: {[record.actions() for record in records]}"
         num = NUM_WINDOWS + cell.short
         return None if len(records[0].entries) == num else "windows are missing"
-    if not all(errors):
+    if not all(errors) and not is_after_last_meeting(cell, records, faults):
         return f"some ranks raised, others not: {errors}"
     # A rank that fails raises its exception; a pipeline of torch wraps it.
     raised = {fault.rank for fault in faults if records[fault.rank].num_raised}
     for rank, error in enumerate(errors):
+        if error is None:
+            continue
         names = {kind.__name__ for kind in KINDS.values()}
         is_own = type(error).__name__ in names or records[rank].cause in names
         if not isinstance(error, RankFailedError) and not (is_own and rank in raised):

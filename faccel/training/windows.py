@@ -19,6 +19,7 @@ from faccel.device_table import widest_dtype
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import ConfigError, DataError, with_source
 from faccel.mesh import DATA
+from faccel.training.failures import raise_on_all_ranks
 from faccel.tree import Tree
 
 Weight = Callable[[Batch], int | float | torch.Tensor]
@@ -210,7 +211,7 @@ def _windows(
     before = loader.cursor
     weigh: Callable[[Sequence[Batch]], float | torch.Tensor] = _equal_scale
     if weight is not None:
-        weigh = partial(_scale, weight=weight, ctx=ctx)
+        weigh = partial(_agreed_scale, weight=weight, ctx=ctx)
     # One window is read before the first is yielded: its length gives the scale.
     reader = _WindowReader(batches(loader), num_micro_batches)
     while reader.finish():
@@ -294,6 +295,14 @@ class _WindowReader:
             self.failure = error
             num_batches = self._num_missing
         self._num_missing -= num_batches
+
+
+def _agreed_scale(window: Sequence[Batch], weight: Weight, ctx: DistContext) -> torch.Tensor:
+    try:
+        return _scale(window, weight, ctx)
+    # Of `weight` on this rank, or of another rank that failed before it came here.
+    except Exception as error:
+        raise_on_all_ranks(error, "windows", ctx)
 
 
 def _scale(window: Sequence[Batch], weight: Weight, ctx: DistContext) -> torch.Tensor:

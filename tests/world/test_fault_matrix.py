@@ -9,7 +9,10 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+import faccel
+from faccel.errors import RankFailedError
 from faccel.testing import simulate
 from tests.fault_cells import KINDS, Cell, Fault, failure_of, run, run_reference
 
@@ -124,9 +127,10 @@ def test_an_optimizer_that_fails_on_one_rank_ends_all(name):
     assert check(CELLS[name], [fault(1, "optimizer", 0)], action="raise")
 
 
-def test_ranks_that_stopped_in_different_windows_agree_again():
+@pytest.mark.parametrize("name", ["ddp", "weight"])
+def test_ranks_that_stopped_in_different_windows_agree_again(name):
     # The optimizer of rank 0 fails, while rank 1 has begun its next window.
-    cell = CELLS["ddp"]
+    cell = CELLS[name]
 
     def two_runs(ctx):
         first = run(ctx, cell, [Fault(*fault(0, "optimizer", 0))])
@@ -136,3 +140,18 @@ def test_ranks_that_stopped_in_different_windows_agree_again():
     records = simulate(two_runs, cell.world_size, mesh=cell.mesh)
     assert [record.error for record in records] == [None, None]
     assert [entry.max_rows for entry in records[0].entries] == [None, 2, 2]
+
+
+def test_a_weight_that_fails_on_one_rank_is_named_on_the_others():
+    def fn(ctx):
+        def weight(batch):
+            if ctx.rank == 1:
+                raise KeyError("no mask")
+            return batch.num_valid
+
+        loader = faccel.shard(DataLoader(torch.ones(8, 2), 2), ctx)
+        with pytest.raises(KeyError if ctx.rank == 1 else RankFailedError, match="no mask"):
+            next(faccel.windows(loader, ctx, size=2, weight=weight))
+        return faccel.reduce(torch.ones(()), ctx, op="sum").item()
+
+    assert simulate(fn, 2, mesh="dp_replicate=2") == (2, 2)
