@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 __all__ = [
@@ -196,6 +196,22 @@ def short_text(value: object, limit: int = _MAX_TEXT) -> str:
     if not text.isprintable():
         text = _without_middle(repr(text)[1:-1], limit)
     return text
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception, the one that it was raised from, and so on; each once.
+
+    PyTorch's pipeline raises a `RuntimeError` from the exception of a stage.
+
+    Effects: pure.
+    """
+    visited: list[BaseException] = []
+    link: BaseException | None = error
+    # Python permits a cycle.
+    while link is not None and not any(link is other for other in visited):
+        yield link
+        visited.append(link)
+        link = link.__cause__
 
 
 def summary(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-FOLDER = Path("/proc/self/fd")
+DESCRIPTOR_FOLDER = Path("/proc/self/fd")
 """Has a link for each descriptor."""
 
 
@@ -18,7 +18,7 @@ def link_of(descriptor: int) -> str:
     Effects: pure.
     """
     with suppress(OSError):
-        return os.readlink(FOLDER / str(descriptor))
+        return os.readlink(DESCRIPTOR_FOLDER / str(descriptor))
     return ""
 
 
@@ -29,7 +29,7 @@ def open_sockets() -> dict[int, str]:
     """
     sockets: dict[int, str] = {}
     with suppress(OSError):
-        for name in os.listdir(FOLDER):
+        for name in os.listdir(DESCRIPTOR_FOLDER):
             link = link_of(int(name))
             if link.startswith("socket:"):
                 sockets[int(name)] = link

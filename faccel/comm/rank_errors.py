@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch.distributed as dist
 
-from faccel.errors import DesyncError, RankFailedError
+from faccel.errors import DesyncError, RankFailedError, causes
 
 if TYPE_CHECKING:
     from faccel.protocols import Collectives
@@ -43,18 +43,14 @@ def raise_naming_rank(error: RuntimeError, doing: str, axis: str, comm: Collecti
 def is_consequence(error: BaseException) -> bool:
     """Return whether an exception, or one that it was raised from, is another rank's failure.
 
-    A pipeline of torch raises a `RuntimeError` from the exception of a stage.
-
     Effects: pure.
     """
-    current: BaseException | None = error
-    while current is not None:
-        if isinstance(current, (RankFailedError, DesyncError, dist.DistError)):
+    for link in causes(error):
+        if isinstance(link, (RankFailedError, DesyncError, dist.DistError)):
             return True
         # gloo raises a plain RuntimeError; only the path of its source file identifies it.
-        if isinstance(current, RuntimeError) and "gloo/" in str(current):
+        if isinstance(link, RuntimeError) and "gloo/" in str(link):
             return True
-        current = current.__cause__
     return False
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from faccel.comm.descriptors import FOLDER, link_of, open_sockets
+from faccel.comm.descriptors import DESCRIPTOR_FOLDER, link_of, open_sockets
 
 # torch keeps a backend for each type and never replaces one. Its last type is 6, `CUSTOM`, and it
 # takes any number of 8 bits.
@@ -41,7 +41,7 @@ class Connections:
     @staticmethod
     def is_supported() -> bool:
         """Return whether this system lists the sockets of a process: Linux does."""
-        return FOLDER.is_dir() and dist.is_gloo_available()
+        return DESCRIPTOR_FOLDER.is_dir() and dist.is_gloo_available()
 
     @contextmanager
     def recording(self) -> Generator[None]:

@@ -14,7 +14,7 @@ from faccel.call_site import call_site, call_site_of_error
 from faccel.checks import shown
 from faccel.comm.rank_errors import is_consequence, raise_naming_rank
 from faccel.context import DistContext
-from faccel.errors import ConfigError, FaccelError, RankFailedError, short_text, summary
+from faccel.errors import ConfigError, FaccelError, RankFailedError, causes, short_text, summary
 from faccel.mesh import WORLD
 from faccel.training.out_of_memory import is_out_of_memory
 from faccel.validators import int_at_least
@@ -315,22 +315,14 @@ def _exchange(report: FailureReport, recovery: Recovery) -> list[FailureReport |
 def is_caused_by(error: BaseException, classes: tuple[type[Exception], ...]) -> bool:
     """Return whether an exception, or one that it was raised from, is of one of the classes.
 
-    A pipeline of torch raises a `RuntimeError` from the exception of a stage.
-
     Effects: pure.
     """
-    current: BaseException | None = error
-    while current is not None:
-        if isinstance(current, classes):
-            return True
-        current = current.__cause__
-    return False
+    return any(isinstance(link, classes) for link in causes(error))
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+    *_, root = causes(error)
+    return root
 
 
 def described(error: BaseException) -> str:

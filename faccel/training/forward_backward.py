@@ -264,11 +264,11 @@ class _Attempt:
         self, model: WrappedModel, scaler: ScalerState, ctx: DistContext
     ) -> tuple[torch.Tensor | tuple[torch.Tensor, list[Tree]], ScalerState]:
         """Run forward and backward of all micro-batches."""
-        parts = micro_batches(self.window, self._max_rows)
+        batches = micro_batches(self.window, self._max_rows)
         if model.parallelism.pipeline_forward_backward is None:
-            losses, scaler = _one_by_one(self._bind, model, parts, scaler, ctx)
+            losses, scaler = _one_by_one(self._bind, model, batches, scaler, ctx)
         else:
-            losses, scaler = _pipelined(self._bind, model, parts, scaler, ctx)
+            losses, scaler = _pipelined(self._bind, model, batches, scaler, ctx)
         if not self._has_aux:
             return losses, scaler
         # A schedule may run micro-batches in another order.
@@ -330,12 +330,12 @@ def _detached(leaf: Tree) -> Tree:
 def _one_by_one(
     bind: Callable[[int, MicroBatch], MicroBatchLoss],
     model: WrappedModel,
-    parts: Iterable[MicroBatch],
+    batches: Iterable[MicroBatch],
     scaler: ScalerState,
     ctx: DistContext,
 ) -> tuple[torch.Tensor, ScalerState]:
     losses: list[torch.Tensor] = []
-    for index, batch in enumerate(parts):
+    for index, batch in enumerate(batches):
         with grad_sync(model, on=batch.sync):
             loss = bind(index, batch)(model)
             scaler = scaled_backward(loss, scaler, ctx, scale=batch.scale)
@@ -347,7 +347,7 @@ def _one_by_one(
 def _pipelined(
     bind: Callable[[int, MicroBatch], MicroBatchLoss],
     model: WrappedModel,
-    parts: Iterable[MicroBatch],
+    batches: Iterable[MicroBatch],
     scaler: ScalerState,
     ctx: DistContext,
 ) -> tuple[torch.Tensor, ScalerState]:
@@ -357,7 +357,7 @@ def _pipelined(
     # A pipeline interleaves forward and backward of all micro-batches: it needs them at once.
     losses: list[MicroBatchLoss] = []
     factors: list[float | torch.Tensor] = []
-    for index, batch in enumerate(parts):
+    for index, batch in enumerate(batches):
         losses.append(bind(index, batch))
         factors.append(batch.scale * scaler.scale)
     values = run(model.engine, losses, factors, ctx)

@@ -70,23 +70,23 @@ def num_rows_of(batch: Batch) -> int:
 
 
 def micro_batches(window: Window, max_rows: int | None) -> Iterable[MicroBatch]:
-    """Return the micro-batches of a window, cut into parts of at most `max_rows` rows.
+    """Return the micro-batches of a window, cut into smaller ones of at most `max_rows` rows.
 
     The gradient stays the same. Without a `weight` the loss is a mean over rows, so the factor of
-    the whole is divided between the parts in proportion to their rows.
+    a micro-batch is divided between the smaller ones in proportion to their rows.
     """
     if max_rows is None:
         return window
-    return _parts(window, max_rows)
+    return _split(window, max_rows)
 
 
-def _parts(window: Window, max_rows: int) -> Iterator[MicroBatch]:
+def _split(window: Window, max_rows: int) -> Iterator[MicroBatch]:
     for micro, batch in zip(window, window.batches, strict=True):
         num_rows = num_rows_of(batch)
-        parts = split_batch(batch, max(1, -(-num_rows // max_rows)), is_mean=False)
-        for index, part in enumerate(parts):
+        splits = split_batch(batch, max(1, -(-num_rows // max_rows)), is_mean=False)
+        for index, split in enumerate(splits):
             scale = micro.scale
-            if window.is_mean and len(parts) > 1:
-                scale = scale * num_rows_of(part) / num_rows
-            is_last = index == len(parts) - 1
-            yield MicroBatch(part.data, part.num_valid, scale, micro.sync and is_last)
+            if window.is_mean and len(splits) > 1:
+                scale = scale * num_rows_of(split) / num_rows
+            is_last = index == len(splits) - 1
+            yield MicroBatch(split.data, split.num_valid, scale, micro.sync and is_last)
