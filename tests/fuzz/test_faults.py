@@ -94,7 +94,7 @@ def test_random_faults_in_processes():
     report = Report("gloo faults")
     for label, draw in cases("gloo_faults", 2):
         cell = draw_cell(draw, meshes=MESHES[:5])
-        schedules = [draw_schedule(draw, cell) for _ in range(15)]
+        schedules = [draw_schedule(draw, cell) for _ in range(8)]
         by_rank = run_ranks(
             run_schedules, cell.world_size, cell, schedules, mesh=cell.mesh, timeout_s=100
         )

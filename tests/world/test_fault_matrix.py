@@ -5,7 +5,6 @@ loop that had the smaller micro-batches from the start.
 """
 
 import functools
-import itertools
 
 import pytest
 import torch
@@ -98,14 +97,14 @@ def test_a_window_runs_again_as_if_it_had_the_smaller_size_from_the_start(name, 
 def test_every_point_of_a_window(name):
     cell = CELLS[name]
     num_reached = 0
-    micros = sorted({0, cell.size - 1})
-    for point, micro in itertools.product(POINTS, micros):
-        rank = (POINTS.index(point) + micro) % cell.world_size
+    for index, point in enumerate(POINTS):
+        micro = (0, cell.size // 2, cell.size - 1)[(index + len(name)) % 3]
         is_late = point == "end" and micro == cell.size - 1
         # After the last gradient was reduced another rank may have ended its backward.
         action = None if is_late else "retry"
-        num_reached += check(cell, [fault(rank, point, micro)], action=action)
-    assert num_reached >= len(POINTS)
+        ranks = {0, cell.world_size - 1}
+        num_reached += any([check(cell, [fault(r, point, micro)], action=action) for r in ranks])
+    assert num_reached == len(POINTS)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "1f1b"])
