@@ -71,7 +71,7 @@ def check(report, label, cell, schedule, records, reference_of):
 def test_random_faults_in_a_simulation():
     report = Report("simulated faults")
     references = {}
-    for label, draw in cases("faults", 6):
+    for label, draw in cases("faults", 3):
         cell = draw_cell(draw)
         schedule = draw_schedule(draw, cell)
         faults = [Fault(*fault) for fault in schedule]
