@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from faccel.tracking.console import progress as progress
     from faccel.training.backward import scaled_backward as scaled_backward
     from faccel.training.batch_size import find_batch_size as find_batch_size
-    from faccel.training.failures import Retry as Retry
+    from faccel.training.failure_policy import Retry as Retry
     from faccel.training.forward_backward import forward_backward as forward_backward
     from faccel.training.gradients import grad_norm as grad_norm
     from faccel.training.gradients import unscale as unscale
@@ -94,7 +94,7 @@ _NAMES = {
     "faccel.tracking.console": ("get_logger", "print", "progress"),
     "faccel.training.backward": ("scaled_backward",),
     "faccel.training.batch_size": ("find_batch_size",),
-    "faccel.training.failures": ("Retry",),
+    "faccel.training.failure_policy": ("Retry",),
     "faccel.training.forward_backward": ("forward_backward",),
     "faccel.training.gradients": ("grad_norm", "unscale"),
     "faccel.training.model": ("WrappedModel", "grad_sync", "unwrap", "wrap"),

@@ -6,18 +6,17 @@ import json
 import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import attrs
 
 from faccel.call_site import call_site, call_site_of_error
-from faccel.checks import shown
 from faccel.comm.rank_errors import is_consequence, raise_naming_rank
 from faccel.context import DistContext
 from faccel.errors import ConfigError, FaccelError, RankFailedError, causes, short_text, summary
 from faccel.mesh import WORLD
+from faccel.training.failure_policy import FailurePolicy
 from faccel.training.out_of_memory import is_out_of_memory
-from faccel.validators import int_at_least
 
 if TYPE_CHECKING:
     from faccel.protocols import Recovery
@@ -27,85 +26,6 @@ _logger = logging.getLogger(__name__)
 RAISE, SKIP, RETRY, FOLLOW = "raise", "skip", "retry", "follow"
 # If ranks fail at the same time in different ways, the first of these wins.
 _SEVEREST_FIRST = (RAISE, SKIP, RETRY)
-
-
-def _check_types(instance: Retry, attribute: attrs.Attribute[Any], value: Any) -> None:
-    check_exception_types(attribute.name, value)
-
-
-def check_exception_types(name: str, value: object) -> None:
-    """Raise unless `value` is a tuple of classes of exceptions.
-
-    Raises:
-        ConfigError: It is not.
-    """
-    classes = value if isinstance(value, tuple) else (None,)
-    if all(isinstance(item, type) and issubclass(item, Exception) for item in classes):
-        return
-    raise ConfigError(
-        f"`{name}` must be a tuple of classes of exceptions",
-        got=shown(value),
-        fix=f"write `{name}=(faccel.errors.DataError,)`",
-    )
-
-
-@attrs.frozen
-class Retry:
-    """Runs a window again with smaller micro-batches, after a rank ran out of memory.
-
-    Args:
-        split: By how much micro-batches get smaller: 2 is half the rows.
-        at_least: The fewest rows of a micro-batch. A failure with fewer rows is raised.
-        on: Classes of other exceptions after which a window runs again.
-
-    Examples:
-        >>> Retry()
-        Retry(split=2, at_least=1, on=())
-    """
-
-    split: int = attrs.field(default=2, validator=int_at_least(2))
-    at_least: int = attrs.field(default=1, validator=int_at_least(1))
-    on: tuple[type[Exception], ...] = attrs.field(default=(), validator=_check_types)
-
-    def handles(self, error: BaseException) -> bool:
-        """Return whether a window runs again after `error`."""
-        return is_caused_by(error, self.on) or is_out_of_memory(error)
-
-
-@attrs.frozen
-class FailurePolicy:
-    """What to do after a failure; the same on all ranks.
-
-    Args:
-        retry: When a window runs again; None is never.
-        skip: Classes of exceptions after which a window is left out.
-    """
-
-    retry: Retry | None = None
-    skip: tuple[type[Exception], ...] = ()
-
-    @property
-    def is_given(self) -> bool:
-        """Whether some failures are not raised."""
-        return self.retry is not None or bool(self.skip)
-
-    def retries(self, error: BaseException) -> bool:
-        """Return whether a window runs again after `error`, if its micro-batches get smaller."""
-        return self.retry is not None and self.retry.handles(error)
-
-    def rows_after(self, error: BaseException, num_rows: int) -> int:
-        """Return the rows of a micro-batch in the next attempt; 0 if there is none.
-
-        Args:
-            error: The failure.
-            num_rows: The most rows of a micro-batch in the attempt that failed.
-        """
-        if self.retry is None or not self.retries(error):
-            return 0
-        max_rows = num_rows // self.retry.split
-        if max_rows < self.retry.at_least:
-            return 0
-        return max_rows
 
 
 @attrs.frozen
@@ -312,14 +232,6 @@ def _exchange(report: FailureReport, recovery: Recovery) -> list[FailureReport |
     return reports
 
 
-def is_caused_by(error: BaseException, classes: tuple[type[Exception], ...]) -> bool:
-    """Return whether an exception, or one that it was raised from, is of one of the classes.
-
-    Effects: pure.
-    """
-    return any(isinstance(link, classes) for link in causes(error))
-
-
 def _root_cause(error: BaseException) -> BaseException:
     *_, root = causes(error)
     return root
@@ -382,9 +294,11 @@ def _failed_elsewhere(cause: FailureReport) -> RankFailedError:
     )
 
 
-def log_decision(decision: Decision) -> None:
-    """Log what the ranks do after a failure, on each of them."""
+def log_decision(decision: Decision, ctx: DistContext) -> None:
+    """Log on rank 0 what all ranks do after a failure, which the rank that failed has logged."""
     assert decision.cause is not None
+    if ctx.rank != 0:
+        return
     rank, got = decision.cause.rank, decision.cause.got
     if decision.action == SKIP:
         _logger.warning("left out a window, because rank %d failed: %s", rank, got)

@@ -14,21 +14,23 @@ from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import DataError, ModelError
 from faccel.training.backward import is_loss, loss_error, scaled_backward
+from faccel.training.failure_policy import (
+    FailurePolicy,
+    Retry,
+    check_exception_types,
+    is_caused_by,
+)
 from faccel.training.failures import (
     RAISE,
     RETRY,
     SKIP,
-    FailurePolicy,
     FailureReport,
-    Retry,
     agree_on_failure,
     agreeing,
-    check_exception_types,
     check_recovery,
     described,
     fix_of,
     is_agreeing,
-    is_caused_by,
     log_decision,
 )
 from faccel.training.model import WrappedModel, check_context, check_wrapped, grad_sync
@@ -185,14 +187,14 @@ def forward_backward(
                     ctx.comm.barrier("tp")
                 return result
         except Exception as error:
-            drop_gradients(model, ctx)
+            drop_gradients([model] if start is None else start.models, ctx)
             report, window = _report(error, number, attempt, policy, start, ctx)
             if not policy.is_given and is_agreeing(ctx):
                 raise  # inside of `find_batch_size`, which agrees on it
             decision = agree_on_failure(error, report, "forward_backward", ctx)
         assert start is not None
         start.restore()
-        log_decision(decision)
+        log_decision(decision, ctx)
         if decision.action == SKIP:
             return attempt.skipped(scaler, ctx)
         if decision.has_read:

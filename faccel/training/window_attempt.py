@@ -22,24 +22,31 @@ class WindowStart:
 
     Args:
         rng: The process-wide generators before the window.
-        buffers: Each buffer of the model, and a copy of it.
+        buffers: Each buffer of all models, and a copy of it.
+        models: The model, and the others without gradients, which a loss may reach as well.
         has_gradients: Whether gradients of another backward would be lost.
     """
 
     rng: RngState
     buffers: list[tuple[torch.Tensor, torch.Tensor]]
+    models: list[WrappedModel]
     has_gradients: bool
 
     @classmethod
     def of(cls, model: WrappedModel, ctx: DistContext) -> WindowStart:
-        """Return the state before a window; copies the buffers of the model."""
-        buffers = [(buffer, buffer.clone()) for buffer in model.module.buffers()]
-        # `zero_grad` drops the gradients of a backward, and another model has none here. A
-        # gradient that FSDP2 has not reduced has a placeholder in `.grad`.
-        has_gradients = ctx.lifetime.num_backwards > 0 and any(
-            param.grad is not None for param in model.module.parameters()
-        )
-        return cls(rng_state(ctx), buffers, has_gradients)
+        """Return the state before a window; copies the buffers of all models of `ctx`."""
+        buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        models = [model]
+        for other in ctx.lifetime.models():
+            assert isinstance(other, WrappedModel)
+            buffers.extend((buffer, buffer.clone()) for buffer in other.module.buffers())
+            # Gradients that exist are of another backward: a loop sets them to None before it
+            # uses those of this window, as for the discriminator of a GAN.
+            if other is not model and not _has_gradients(other):
+                models.append(other)
+        # `zero_grad` drops the gradients of a backward, and another model has none here.
+        has_gradients = ctx.lifetime.num_backwards > 0 and _has_gradients(model)
+        return cls(rng_state(ctx), buffers, models, has_gradients)
 
     def restore(self) -> None:
         """Return to this state. Updates the generators and the buffers."""
@@ -49,12 +56,18 @@ class WindowStart:
                 buffer.copy_(copy)
 
 
-def drop_gradients(model: WrappedModel, ctx: DistContext) -> None:
-    """Drop the gradients of `model`, and what an unfinished backward left. Not collective.
+def _has_gradients(model: WrappedModel) -> bool:
+    # A gradient that FSDP2 has not reduced has a placeholder in `.grad`.
+    return any(param.grad is not None for param in model.module.parameters())
 
-    Effects: updates model.
+
+def drop_gradients(models: Iterable[WrappedModel], ctx: DistContext) -> None:
+    """Drop the gradients of `models`, and what an unfinished backward left. Not collective.
+
+    Effects: updates models.
     """
-    ctx.lifetime.reducer_of(model).discard()
+    for model in models:
+        ctx.lifetime.reducer_of(model).discard()
     ctx.lifetime.drop_backwards()
 
 

@@ -388,3 +388,30 @@ def test_ranks_that_cannot_leave_their_collectives_raise_before_they_run(name):
         simulate(call, 2, config={"debug": True})
     assert caught.value.got == "debug=True" and "`faccel.init(debug=False)`" in caught.value.fix
     assert simulate(call, 2, config={"debug": False})[0] > 0
+
+
+def test_a_second_model_that_the_loss_reaches_has_the_gradients_of_one_attempt():
+    def train(ctx, fails):
+        torch.manual_seed(0)
+        model = faccel.wrap(nn.Linear(WIDTH, WIDTH), ctx)
+        critic = faccel.wrap(nn.Sequential(nn.Linear(WIDTH, 1), nn.BatchNorm1d(1)), ctx)
+        calls = []
+
+        def loss_fn(net, batch):
+            calls.append(1)
+            if fails and ctx.rank == 1 and len(calls) == SIZE:
+                raise OOM
+            return critic(net(batch.data)).square().mean()
+
+        loader = faccel.shard(
+            DataLoader(torch.linspace(0, 1, ROWS * WIDTH).view(-1, WIDTH), 4), ctx
+        )
+        window = next(faccel.windows(loader, ctx, size=SIZE))
+        scaler = attrs.evolve(faccel.init_scaler(ctx), max_rows=None if fails else 2)
+        faccel.forward_backward(loss_fn, model, window, scaler, ctx, retry=faccel.Retry())
+        return gradients(critic), dict(critic.named_buffers())
+
+    again, expected = simulate(train, 2, True), simulate(train, 2, False)
+    for (grads, buffers), (other_grads, other_buffers) in zip(again, expected, strict=True):
+        assert all(torch.equal(grads[name], other_grads[name]) for name in other_grads)
+        assert all(torch.equal(buffers[name], other_buffers[name]) for name in other_buffers)
