@@ -73,9 +73,11 @@ class Window:
     is_mean: bool = attrs.field(default=True, repr=False)
     failure: Exception | None = attrs.field(default=None, repr=False)
     _weigh: Callable[[Sequence[Batch]], float | torch.Tensor] = attrs.field(
-        default=_equal_scale, repr=False
+        default=_equal_scale, repr=False, alias="weigh"
     )
-    _read: Callable[[], Iterator[Batch]] = attrs.field(default=_no_batches, repr=False)
+    _read: Callable[[], Iterator[Batch]] = attrs.field(
+        default=_no_batches, repr=False, alias="read"
+    )
 
     def read_again(self) -> Window:
         """Return the window with all of its batches, after a failure. Reads the dataset.
