@@ -195,10 +195,12 @@ class PipelineEngine(nn.Module):
         stage_module = self.stage_modules[index]
         # One by one: `train()` would also change modules that the user has set to evaluation mode.
         modes = {module: module.training for module in stage_module.modules()}
-        with torch.no_grad():
-            output = stage_module.eval()(*args, **kwargs)
-        for module, mode in modes.items():
-            module.training = mode
+        try:
+            with torch.no_grad():
+                output = stage_module.eval()(*args, **kwargs)
+        finally:  # a stage that fails here, such as out of memory, is trained in the next attempt
+            for module, mode in modes.items():
+                module.training = mode
         # FSDP2 may keep the root gathered for a backward, which does not follow here.
         cast("FSDPModule", stage_module).reshard()
         if not isinstance(output, tuple):

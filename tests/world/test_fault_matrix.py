@@ -153,3 +153,9 @@ def test_a_weight_that_fails_on_one_rank_is_named_on_the_others():
         return faccel.reduce(torch.ones(()), ctx, op="sum").item()
 
     assert simulate(fn, 2, mesh="dp_replicate=2") == (2, 2)
+
+
+def test_a_stage_that_fails_while_its_shapes_are_found_keeps_its_dropout():
+    cell = CELLS["1f1b"]
+    # The first window of a shape runs each stage once in evaluation mode.
+    assert check(cell, [(1, "inside", 0, 0, KINDS["oom"]("planned"))], action="retry")
