@@ -15,7 +15,7 @@ from faccel.errors import RankFailedError
 from faccel.testing import simulate
 from tests.fault_cells import KINDS, Cell, Fault, failure_of, run, run_reference
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # advice of torch on layouts
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # advice of torch on layouts
 POINTS = ("loader", "before", "enter", "inside", "after", "start", "middle", "end")
 CELLS = {
     "ddp": Cell("dp_replicate=2"),
