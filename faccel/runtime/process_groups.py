@@ -202,7 +202,7 @@ class DefaultGroup:
                 f"rank {topology.rank} could not connect to the {topology.world_size} processes "
                 f"at {address}",
                 got=first_line(error),
-                fix="start all of them, with the same `MASTER_ADDR` and a free `MASTER_PORT`",
+                fix=_connection_fix(error),
             ) from None  # of c10d, with 20 lines of C++ frames
         # `init_process_group` replaces `sys.excepthook`, and `destroy_process_group` leaves it.
         self._hooks = (previous_hook, sys.excepthook)
@@ -261,6 +261,17 @@ def first_line(error: BaseException) -> str:
     Effects: pure.
     """
     return str(error).strip().split("\n")[0]
+
+
+def _connection_fix(error: BaseException) -> str:
+    """Return how to fix an error of c10d while a process connects to the others."""
+    # gloo has found no interface of the name in `GLOO_SOCKET_IFNAME`.
+    if "Unable to find address for" in str(error):
+        return (
+            "set `GLOO_SOCKET_IFNAME` to a network interface of this node (`ip -br address` lists "
+            "them), or leave it out"
+        )
+    return "start all of them, with the same `MASTER_ADDR` and a free `MASTER_PORT`"
 
 
 def _check_same_world(topology: Topology) -> None:

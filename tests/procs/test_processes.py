@@ -321,3 +321,16 @@ def test_more_processes_than_devices_is_an_error():
     with pytest.raises(DeviceError) as error:
         faccel.init(env=env_of(1, 2, 1), device="cuda")
     assert error.value.got == "0 devices for 2 processes"
+
+
+def set_unknown_interface():
+    os.environ["GLOO_SOCKET_IFNAME"] = "nope"
+
+
+@pytest.mark.slow
+def test_an_unknown_network_interface_is_named_with_its_variable():
+    for succeeded, error in outcomes(world, 2, before=set_unknown_interface):
+        assert not succeeded
+        assert isinstance(error, WorldError)
+        assert "nope" in error.got
+        assert "GLOO_SOCKET_IFNAME" in error.fix
