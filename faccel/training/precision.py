@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import attrs
 import torch
 
-from faccel.checks import instance_of
+from faccel.checks import instance_of, integer
 from faccel.context import DistContext, require_context
 from faccel.device_table import kind_of
 from faccel.errors import ConfigError, ScalerError, nearest, short_repr
@@ -98,6 +98,9 @@ class ScalerState:
     growth_interval: int = 2000
 
     def __attrs_post_init__(self) -> None:
+        # A checkpoint of any origin may have the value.
+        if self.max_rows is not None:
+            integer("max_rows", self.max_rows, at_least=1)
         # `not >`, so that NaN is invalid, too
         invalid = (
             not self.scale > 0

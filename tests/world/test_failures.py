@@ -415,3 +415,25 @@ def test_a_second_model_that_the_loss_reaches_has_the_gradients_of_one_attempt()
     for (grads, buffers), (other_grads, other_buffers) in zip(again, expected, strict=True):
         assert all(torch.equal(grads[name], other_grads[name]) for name in other_grads)
         assert all(torch.equal(buffers[name], other_buffers[name]) for name in other_buffers)
+
+
+def test_a_checkpoint_keeps_the_size_of_micro_batches(tmp_path):
+    def train(ctx):
+        model, windows = setup(ctx, "dp_replicate=2")
+        fn = Fault(OOM, 1, 0, "forward").loss_fn if ctx.rank == 1 else loss_fn
+        window, scaler = next(windows), faccel.init_scaler(ctx)
+        _, scaler = faccel.forward_backward(
+            fn, model, window, scaler, ctx, retry=faccel.Retry(split=4)
+        )
+        faccel.save({"scaler": scaler}, tmp_path, ctx, step=1)
+        loaded = faccel.load({"scaler": faccel.init_scaler(ctx)}, tmp_path, ctx)["scaler"]
+        losses, _ = faccel.forward_backward(loss_fn, model, window, loaded, ctx)
+        return loaded.max_rows, len(losses)
+
+    assert simulate(train, 2) == ((1, 4 * SIZE),) * 2
+
+
+@pytest.mark.parametrize("rows", [0, -1, 2.5, "4", True])
+def test_a_size_of_micro_batches_is_a_positive_int(rows):
+    with pytest.raises(ConfigError, match="max_rows"):
+        faccel.ScalerState(max_rows=rows)
