@@ -80,7 +80,7 @@ def _make_engine(module: nn.Module, options: DdpConfig, ctx: DistContext) -> Ddp
     # torch's default is False. True avoids a copy of all gradients: `.grad` aliases the buckets.
     arguments: dict[str, Any] = {"gradient_as_bucket_view": True}
     for name, value in attrs.asdict(options, recurse=False).items():
-        # Defaults are left to torch: torch 2.9 lacks some of these arguments.
+        # Defaults are left to torch: torch 2.11 lacks some of these arguments.
         if name not in _NOT_ARGUMENTS and value != getattr(_DEFAULTS, name):
             arguments[name] = value  # noqa: PERF403
     # The engine copies buffers at the end of backward instead, so that replicas are equal between

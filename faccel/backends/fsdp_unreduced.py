@@ -120,7 +120,9 @@ def _has_accumulated(fsdp_param: _FsdpParam) -> bool:
 
 def drop_accumulated(fsdp_param: _FsdpParam) -> None:
     """Drop what a backward without reduction has accumulated. Updates `fsdp_param`."""
-    fsdp_param.unsharded_accumulated_grad = None
+    # In PyTorch 2.15 a property, which reads `.grad` of the gathered parameter.
+    if not isinstance(getattr(type(fsdp_param), "unsharded_accumulated_grad", None), property):
+        fsdp_param.unsharded_accumulated_grad = None
     param = unsharded_param(fsdp_param)
     if param is not None:
         param.grad = None

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 
 from faccel.call_site import call_site, describe_ranks
-from faccel.comm.c10d_names import all_gather_single
 from faccel.comm.position import Position, ThreadSample, call_of, sample_thread
 from faccel.comm.rank_status import RankStatus
 from faccel.errors import DesyncError
+from faccel.torch_names import all_gather_single
 
 _NUM_BYTES = 256  # of a call and its line; the start of a long path is cut off
 _CALLS = "calls"  # the name of the group in which rare calls are compared

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import nn
 
 from faccel.call_site import call_site
-from faccel.comm.c10d_names import all_gather_single
 from faccel.comm.call_order import CallOrder
 from faccel.comm.compared_call import labelled, name_model, subject_of_calls
 from faccel.comm.pack import describe
@@ -31,6 +30,7 @@ from faccel.errors import (
 )
 from faccel.mesh import WORLD
 from faccel.protocols import Recovery
+from faccel.torch_names import all_gather_single
 from faccel.tree import Tree, flatten, paths
 
 _OPS = {

@@ -35,10 +35,10 @@ from faccel.func.tensordicts import (
     NamedTensors,
     check_same_structure,
     flat_dict,
-    foreach,
     to_tensordict,
 )
 from faccel.func.transforms import initial_count, schedule_value
+from faccel.torch_names import clone_all
 from faccel.tree import Tree
 
 SlotDicts = dict[str, TensorDict]
@@ -221,7 +221,7 @@ def _run_kernel(
     if not updates.donate:
         # Gradients are the caller's: nothing may be written to them.
         if algorithm.writes_grads:
-            grads = foreach._foreach_clone(grads)
+            grads = clone_all(grads)
         params, *slot_copies = _clone([params, *slots.values()])
         slots = dict(zip(slots, slot_copies, strict=True))
     # The count is on the CPU, so this does not wait for a device.
@@ -250,7 +250,7 @@ def _clone(trees: list[TensorDict]) -> list[TensorDict]:
     tensors: list[torch.Tensor] = []
     for tree in flat_trees:
         tensors.extend(tree.values())
-    copies = iter(foreach._foreach_clone(tensors))
+    copies = iter(clone_all(tensors))
     return [to_tensordict({name: next(copies) for name in tree}) for tree in flat_trees]
 
 

@@ -4,7 +4,7 @@ The last rank that calls a collective computes it for all ranks. The other ranks
 scheduler until it is done.
 """
 
-# pyright: reportIncompatibleMethodOverride=false, reportCallIssue=false
+# pyright: reportIncompatibleMethodOverride=false, reportCallIssue=false, reportAssignmentType=false
 # The stubs of c10d list overloads under other names; these are the methods that c10d calls.
 
 from __future__ import annotations
@@ -93,6 +93,10 @@ class SimulatedGroup(dist.ProcessGroup):
 
     def getBackendName(self) -> str:  # noqa: N802 (a name of c10d)
         return BACKEND
+
+    def _get_backend(self, device: torch.device) -> SimulatedGroup:
+        # From PyTorch 2.14 on, batched messages ask the backend whether it coalesces.
+        return self
 
     @property
     def endpoint(self) -> Endpoint:
@@ -341,6 +345,13 @@ class SimulatedGroup(dist.ProcessGroup):
         outputs = self._split(output, output_sizes)
         return self._exchange(outputs, self._split(input, input_sizes), output)
 
+    # The names before PyTorch 2.13.
+    _allgather_base = all_gather_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    _reduce_scatter_base = reduce_scatter_single
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    alltoall_base = all_to_all_single
+
     def _split(self, tensor: torch.Tensor, sizes: list[int] | None) -> _Tensors:
         """Return views of a tensor's rows for each rank; equally many without `sizes`."""
         if sizes:
@@ -406,10 +417,11 @@ class SimulatedGroup(dist.ProcessGroup):
             group_source = next(source for source, queue in queues.items() if queue)
             work.source_rank = group_source
             message, source = queues[group_source].pop(0), self._ranks[group_source]
-            if describe([message]) != describe(tensors):
+            # As bytes: the pipelines of PyTorch 2.11 receive `float32[]` into `float32[1]`.
+            if (message.dtype, message.numel()) != (tensors[0].dtype, tensors[0].numel()):
                 error = message_error(message, tensors[0], source, rank, site)
                 raise world.scheduler.fail(error)
-            copy(tensors[0], message)
+            copy(tensors[0], message.view(tensors[0].shape))
 
         return work
 
