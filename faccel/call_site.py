@@ -7,9 +7,8 @@ import sys
 import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import FrameType, TracebackType
-
-import torch
 
 
 def _folder_of(file: str) -> str:
@@ -17,9 +16,17 @@ def _folder_of(file: str) -> str:
     return os.path.join(os.path.dirname(os.path.abspath(file)), "")
 
 
+def _folder_of_torch() -> str:
+    # Found, not imported: the launcher prints tracebacks, and importing torch takes seconds.
+    spec = find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    return _folder_of(spec.origin)
+
+
 # Frames of these folders are not the user's: torch, faccel, and Python's own library.
 _LIBRARY_FOLDERS = (
-    _folder_of(torch.__file__),
+    _folder_of_torch(),
     _folder_of(__file__),
     # `threading` is a module of the standard library, so its folder contains all of it.
     _folder_of(threading.__file__),

@@ -46,6 +46,8 @@ _SEQUENCES: dict[str, Callable[[list[Tree]], Tree]] = {
 }
 _FACCEL_RECORDS: dict[str, type] = {"Cursor": Cursor, "ScalerState": ScalerState}
 _TRANSIENT_FIELDS = {"ScalerState": ("stepped", "unscaled", "has_skipped_window")}
+# Fields that were added: without a value, a checkpoint is the one of earlier versions.
+_OPTIONAL_FIELDS = {"ScalerState": ("max_rows",)}
 
 
 # Plain values are JSON values. A subclass of int or str, such as an enum, would come back as
@@ -326,6 +328,14 @@ def _is_record(value: object) -> bool:
     return _field_names(type(value)) is not None
 
 
+def _is_left_out(name: str, field: str, value: object) -> bool:
+    """Return whether a checkpoint does not have a field of a record of faccel."""
+    # A transient field belongs to the current step, which ends with the process.
+    if field in _TRANSIENT_FIELDS.get(name, ()):
+        return True
+    return value is None and field in _OPTIONAL_FIELDS.get(name, ())
+
+
 def _encode_record(value: object, path: str, encoder: Encoder) -> Node:
     name = type(value).__name__
     is_faccel, is_tuple = _FACCEL_RECORDS.get(name) is type(value), isinstance(value, tuple)
@@ -338,9 +348,9 @@ def _encode_record(value: object, path: str, encoder: Encoder) -> Node:
         )
     nodes: dict[str, Node] = {}
     for field, child in (field_values(value) or {}).items():
-        # a field that is transient belongs to the current step, which ends with the process
-        if not is_faccel or field not in _TRANSIENT_FIELDS.get(name, ()):
-            nodes[field] = encoder.encode(child, child_name(path, field))
+        if is_faccel and _is_left_out(name, field, child):
+            continue
+        nodes[field] = encoder.encode(child, child_name(path, field))
     return {"!": "record", "class": name, "own": is_faccel, "tuple": is_tuple, "v": nodes}
 
 

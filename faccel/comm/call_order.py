@@ -51,7 +51,6 @@ class CallOrder:
         self._group: dist.ProcessGroup | None = group
         self._rank = dist.get_rank()
         self._num_ranks = dist.get_world_size()
-        self._prefix = rank_status.call_prefix
         self._num_calls = 0
         self._is_waiting = False  # in a collective of faccel, on the CPU
         self._groups: dict[str, dist.ProcessGroup] = {}
@@ -207,6 +206,14 @@ class CallOrder:
         if text is None:
             return None
         return _error(*json.loads(text))
+
+    @property
+    def _prefix(self) -> str:
+        return self._rank_status.call_prefix
+
+    def renew(self) -> None:
+        """Count the calls from 0: some ranks may have made fewer before a failure."""
+        self._num_calls = 0
 
     def close(self) -> None:
         """Stop comparing."""

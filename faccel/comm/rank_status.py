@@ -37,9 +37,15 @@ class RankStatus:
         # A store that has ended stays so, and its client prints 20 lines from C++ at each request.
         self._has_store_ended = False
         self._num_turns = 0
+        self._num_renewals = 0
         self.call_prefix = f"call/{generation}"
         """Of the keys of calls that ranks compare."""
         self._left_key = f"rank_status/{generation}/left"
+
+    def renew(self) -> None:
+        """Use other keys for calls and positions: groups that were renewed count from 0."""
+        self._num_renewals += 1
+        self.call_prefix = f"call/{self._generation}/renewed/{self._num_renewals}"
 
     def new_turn(self) -> str:
         """Return the prefix of the keys of the next `main_first`: equal on all ranks, and new."""
@@ -69,11 +75,14 @@ class RankStatus:
 
     def write_position(self, position: str) -> None:
         """Write where this rank is."""
-        self.write_key(f"position/{self._generation}/{self.rank}", position)
+        self.write_key(self._position_key(self.rank), position)
 
     def read_position(self, rank: int) -> str | None:
         """Return where a rank was when it wrote its position the last time, None if never."""
-        return self.read_key(f"position/{self._generation}/{rank}")
+        return self.read_key(self._position_key(rank))
+
+    def _position_key(self, rank: int) -> str:
+        return f"position/{self._generation}/{self._num_renewals}/{rank}"
 
     def write_key(self, key: str, value: str) -> None:
         """Set a key of the store, unless the store has ended."""

@@ -58,6 +58,7 @@ class ProcessRecovery:
         self._limit_s = timeout_s / 10
         self._renew = renew
         self._num_rounds = 0
+        self._keys = f"{rank_status.call_prefix}/recovery"  # now: calls use other keys later
         self.is_active = False
 
     def interrupt(self) -> None:
@@ -86,7 +87,7 @@ class ProcessRecovery:
         """Connect all groups again; return whether that was possible. Collective."""
         if not self._connections.can_renew:
             return False
-        self._renew(f"{self._rank_status.call_prefix}/renewed/{self._num_rounds}")
+        self._renew(f"{self._keys}/renewed/{self._num_rounds}")
         return True
 
     def _collect(self, prefix: str) -> list[str | None]:
@@ -108,7 +109,7 @@ class ProcessRecovery:
         return True
 
     def _prefix(self, number: int) -> str:
-        return f"{self._rank_status.call_prefix}/recovery/{number}"
+        return f"{self._keys}/{number}"
 
     def _delete_previous(self) -> None:
         """Delete the keys of the previous round: a rank that has reported again has read them."""

@@ -31,7 +31,7 @@ from faccel.mesh import VIEWS, WORLD, MeshSpec
 from faccel.protocols import Recovery
 from faccel.runtime.connections import Connections
 from faccel.runtime.devices import bound_device, c10d_backend
-from faccel.runtime.rendezvous import agree_on_name
+from faccel.runtime.rendezvous import agree_on_name, connection_fix
 
 _Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 # A store that accepts a connection answers at once; this allows for a busy node.
@@ -60,6 +60,7 @@ class DefaultGroup:
         self._private_groups: list[dist.ProcessGroup] = []
         self.connections = Connections()
         """Of the groups that faccel has created."""
+        self._recovery: ProcessRecovery | None = None
         self.call_order: CallOrder | None = None
         """Compares the calls of the ranks; None in debug mode, which compares all of them."""
         self.private_world: dist.ProcessGroup | None = None
@@ -87,6 +88,7 @@ class DefaultGroup:
             # A new generation: what ranks reported to earlier contexts must not be read again.
             self._num_generations += 1
             self._rank_status = RankStatus(store, topology.rank, self._num_generations)
+            self._recovery = None
             if isinstance(dist.group.WORLD, DebugGroup):
                 dist.group.WORLD.options.exchange.set_rank_status(self._rank_status)
             if not debug and dist.is_gloo_available():
@@ -202,7 +204,7 @@ class DefaultGroup:
                 f"rank {topology.rank} could not connect to the {topology.world_size} processes "
                 f"at {address}",
                 got=first_line(error),
-                fix=_connection_fix(error),
+                fix=connection_fix(error),
             ) from None  # of c10d, with 20 lines of C++ frames
         # `init_process_group` replaces `sys.excepthook`, and `destroy_process_group` leaves it.
         self._hooks = (previous_hook, sys.excepthook)
@@ -222,8 +224,11 @@ class DefaultGroup:
 
     def recovery(self, topology: Topology, timeout_s: float) -> ProcessRecovery | None:
         """Return how ranks continue after a failure; None where their groups cannot be renewed."""
+        if self._recovery is not None:  # of another context, which uses the same groups
+            return self._recovery
+        call_order, rank_status = self.call_order, self._rank_status
         # In debug mode ranks wait in the store. The connections of an adopted group are unknown.
-        if self.call_order is None or self._rank_status is None or not self._is_created:
+        if call_order is None or rank_status is None or not self._is_created:
             return None
         # NCCL's and others' connections are not sockets that belong to one group.
         if dist.get_backend() != "gloo" or not self.connections.is_supported():
@@ -234,10 +239,13 @@ class DefaultGroup:
 
         def renew(prefix: str) -> None:
             self.connections.renew(store, prefix, timeout)
+            rank_status.renew()
+            call_order.renew()
 
-        return ProcessRecovery(
-            self.connections, self._rank_status, topology.world_size, timeout_s, renew
+        self._recovery = ProcessRecovery(
+            self.connections, rank_status, topology.world_size, timeout_s, renew
         )
+        return self._recovery
 
     def _destroy(self) -> None:
         self._is_created = False
@@ -261,17 +269,6 @@ def first_line(error: BaseException) -> str:
     Effects: pure.
     """
     return str(error).strip().split("\n")[0]
-
-
-def _connection_fix(error: BaseException) -> str:
-    """Return how to fix an error of c10d while a process connects to the others."""
-    # gloo has found no interface of the name in `GLOO_SOCKET_IFNAME`.
-    if "Unable to find address for" in str(error):
-        return (
-            "set `GLOO_SOCKET_IFNAME` to a network interface of this node (`ip -br address` lists "
-            "them), or leave it out"
-        )
-    return "start all of them, with the same `MASTER_ADDR` and a free `MASTER_PORT`"
 
 
 def _check_same_world(topology: Topology) -> None:

@@ -86,3 +86,17 @@ def _get(store: dist.Store, key: str) -> str | None:
     if not store.check([key]):
         return None
     return store.get(key).decode()
+
+
+def connection_fix(error: BaseException) -> str:
+    """Return how to fix an error of c10d while a process connects to the others.
+
+    Effects: pure.
+    """
+    # gloo has found no interface of the name in `GLOO_SOCKET_IFNAME`.
+    if "Unable to find address for" in str(error):
+        return (
+            "set `GLOO_SOCKET_IFNAME` to a network interface of this node (`ip -br address` lists "
+            "them), or leave it out"
+        )
+    return "start all of them, with the same `MASTER_ADDR` and a free `MASTER_PORT`"

@@ -13,6 +13,7 @@ import attrs
 from faccel.call_site import call_site, call_site_of_error
 from faccel.comm.rank_errors import is_consequence, raise_naming_rank
 from faccel.context import DistContext
+from faccel.device_table import is_host
 from faccel.errors import ConfigError, FaccelError, RankFailedError, causes, short_text, summary
 from faccel.mesh import WORLD
 from faccel.training.failure_policy import FailurePolicy
@@ -118,7 +119,7 @@ def check_recovery(name: str, ctx: DistContext) -> None:
     elif ctx.config.debug:
         got = "debug=True"
         fix = "write `faccel.init(debug=False)`, or run without `FACCEL_DEBUG`"
-    elif ctx.device.type != "cpu":
+    elif not is_host(ctx.device):
         got = f"{ctx.world_size} processes on {ctx.device.type}"
         fix = f"run one process, or leave {name} out"
     else:

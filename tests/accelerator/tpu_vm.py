@@ -7,17 +7,21 @@ registered device has no hardware, so every tensor on it is an error.
 import os
 import sys
 
-os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # otherwise it asks Google's metadata server for minutes
 
-import torch
-from torch_tpu import _loader
-from torch_tpu._internal.utils import hardware
+def main(num_chips, code):
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # otherwise it asks Google's metadata server for minutes
+    import torch
+    from torch_tpu import _loader
+    from torch_tpu._internal.utils import hardware
 
-num_chips = int(sys.argv[1])
-if num_chips:
-    hardware._scan_pci_tpus = lambda: (num_chips, hardware._V4_TOPOLOGY)
-    _loader._init_device("tpu")
-# The ranks of a launch are ordinary processes.
-del os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"]
-exec(sys.argv[2], {"torch": torch})
+    if num_chips:
+        hardware._scan_pci_tpus = lambda: (num_chips, hardware._V4_TOPOLOGY)
+        _loader._init_device("tpu")
+    # The ranks of a launch are ordinary processes.
+    del os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"]
+    exec(code, {"torch": torch})
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
