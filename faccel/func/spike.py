@@ -92,8 +92,12 @@ def detect_spike(state: SpikeState, loss: float | torch.Tensor) -> tuple[bool, S
         >>> spikes = init_spike(warmup=3)
         >>> for loss in (2.0, 2.1, 1.9, 50.0, 2.0):
         ...     is_spike, spikes = detect_spike(spikes, loss)
-        ...     print(is_spike, end=" ")
-        False False False True False
+        ...     print(is_spike)
+        False
+        False
+        False
+        True
+        False
         >>> spikes.num_losses, spikes.num_spikes, round(spikes.mean, 3)
         (4, 1, 2.0)
     """
