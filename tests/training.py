@@ -11,6 +11,19 @@ CHAIN = ("embed", "blocks.*", "norm", "head")
 TIED = {"head.weight": "embed.token.weight"}
 
 
+class RaisesInBackward(torch.autograd.Function):
+    """Returns a copy of a tensor; its backward raises `error`."""
+
+    @staticmethod
+    def forward(ctx, x, error):
+        ctx.error = error
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ctx.error
+
+
 def full(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 

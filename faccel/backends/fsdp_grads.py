@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from typing import Any, Protocol, cast
 
 import attrs
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from faccel.backends.fsdp_reset import reset_iteration
 from faccel.backends.fsdp_unreduced import fsdp_params, unsharded_param
 from faccel.errors import ModelError
 from faccel.grad_reducer import GradReducer, name_of
 from faccel.tree import is_dtensor
 from faccel.update_options import BackwardOptions
+
+
+class _Engine(Protocol):
+    """What runs the model: `FsdpEngine`."""
+
+    def recover(self) -> None:
+        """Drop what a backward that has raised left."""
+        ...
+
+    def reset(self) -> None:
+        """Drop all gradients, and what an unfinished forward or backward left."""
+        ...
 
 
 @attrs.frozen(eq=False)
@@ -27,14 +38,12 @@ class ShardedGrads:
         module: The user's module.
         param_ids: The `id` of each sharded parameter. Those that a plan ignores are left out: FSDP2
             does not average their gradients.
-        recover: Drops what a backward that has raised left in the engine.
-        reset: Drops what any unfinished forward or backward left in the engine.
+        engine: What runs the model.
     """
 
     module: nn.Module
     param_ids: AbstractSet[int]
-    _recover: Callable[[], None]
-    _reset: Callable[[], None]
+    _engine: _Engine
 
     def before_backward(self, loss: torch.Tensor, options: BackwardOptions) -> None:
         """Raise for an option that FSDP2 does not support."""
@@ -59,11 +68,11 @@ class ShardedGrads:
 
     def after_failed_backward(self) -> None:
         """Drop what a backward that has raised left."""
-        self._recover()
+        self._engine.recover()
 
     def discard(self) -> None:
         """Drop all gradients, and what an unfinished forward or backward left."""
-        self._reset()
+        self._engine.reset()
 
     def check_step(self, opt: Optimizer) -> None:
         """Do nothing: gradients that are not reduced are not in `.grad`."""
@@ -79,11 +88,5 @@ class ShardedGrads:
 def sharded_grads(module: nn.Module, engine: nn.Module) -> GradReducer:
     """Return the reducer of a model after `fully_shard`."""
     params = [param for param in module.parameters() if is_dtensor(param)]
-    # A pipeline runs backward in its schedule.
-    recover = getattr(engine, "recover", _nothing)
-    reset = getattr(engine, "reset", functools.partial(reset_iteration, engine))
-    return ShardedGrads(module, frozenset(map(id, params)), recover, reset)
-
-
-def _nothing() -> None:
-    """Do nothing."""
+    # Any: `Parallelism` has one type for the engines of all strategies.
+    return ShardedGrads(module, frozenset(map(id, params)), cast("Any", engine))

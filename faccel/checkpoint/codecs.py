@@ -11,6 +11,7 @@ from faccel.checkpoint.codec_modules import MODULE, STATEFUL
 from faccel.checkpoint.codec_optimizers import OPTIMIZER
 from faccel.checkpoint.codec_per_rank import PER_RANK
 from faccel.checkpoint.codec_random import RNG_STATE
+from faccel.checkpoint.codec_records import RECORD
 from faccel.checkpoint.codec_tensors import ARRAY, TENSOR, TENSORDICT
 from faccel.checkpoint.codec_values import (
     BYTES,
@@ -20,7 +21,6 @@ from faccel.checkpoint.codec_values import (
     FLOAT,
     MAPPING,
     PLAIN,
-    RECORD,
     SEQUENCE,
 )
 from faccel.checkpoint.codec_wrappers import WRAPPER

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,3 +35,26 @@ def open_sockets() -> dict[int, str]:
             if link.startswith("socket:"):
                 sockets[int(name)] = link
     return sockets
+
+
+def ports_of(descriptor: int) -> tuple[int | None, int | None]:
+    """Return the port of a socket on this node, and that of its peer; None where there is none.
+
+    Effects: pure.
+    """
+    own_port = peer_port = None
+    with suppress(OSError):  # closed meanwhile
+        connection = socket.socket(fileno=descriptor)
+        try:
+            own_port = _port(connection.getsockname())
+            peer_port = _port(connection.getpeername())  # raises if it is not connected
+        finally:
+            connection.detach()  # the owner of the descriptor closes it
+    return own_port, peer_port
+
+
+def _port(address: object) -> int | None:
+    # Of an address of the internet; that of a pipe between processes is text.
+    if isinstance(address, tuple) and len(address) >= 2:
+        return int(address[1])
+    return None

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from faccel.comm.descriptors import link_of, open_sockets
+from faccel.comm.descriptors import link_of, open_sockets, ports_of
 
 _redirection = threading.Lock()
 
@@ -135,20 +135,6 @@ def _port_of(store: dist.Store) -> int | None:
 def _find_connection(port: int | None) -> tuple[int, str]:
     """Return the descriptor and the link of a connection to a port, `(-1, "")` without one."""
     for descriptor, link in open_sockets().items():
-        if _peer_port(descriptor) == port:
+        if ports_of(descriptor)[1] == port:
             return descriptor, link
     return -1, ""
-
-
-def _peer_port(descriptor: int) -> int | None:
-    connection = socket.socket(fileno=descriptor)
-    try:
-        address = connection.getpeername()
-    except OSError:
-        return None  # not connected
-    finally:
-        connection.detach()
-    # Of an address of the internet; that of a pipe between processes is text.
-    if isinstance(address, tuple) and len(address) >= 2:
-        return int(address[1])
-    return None

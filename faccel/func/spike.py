@@ -29,9 +29,9 @@ class SpikeState:
         num_consecutive: Number of spikes since the last loss that was none.
     """
 
-    threshold: float = 7.0
-    decay: float = 0.99
-    warmup: int = 100
+    threshold: float
+    decay: float
+    warmup: int
     num_losses: int = 0
     mean: float = 0.0
     variance: float = 0.0

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from faccel.comm.descriptors import DESCRIPTOR_FOLDER, link_of, open_sockets
+from faccel.comm.descriptors import DESCRIPTOR_FOLDER, link_of, open_sockets, ports_of
 
 # torch keeps a backend for each type and never replaces one. Its last type is 6, `CUSTOM`, and it
 # takes any number of 8 bits.
@@ -32,9 +32,11 @@ class Connections:
 
     Args:
         groups: The groups, in the order of their creation.
+        store_port: The port of the store of the world, whose connections stay open.
     """
 
     groups: list[dist.ProcessGroup] = attrs.field(factory=list)
+    store_port: int | None = None
     _links: dict[int, str] = attrs.field(factory=dict)
     _num_renewals: int = 0
 
@@ -53,8 +55,13 @@ class Connections:
             if not any(group is other for other in groups_before):
                 self.groups.append(group)
         for descriptor, link in open_sockets().items():
-            if before.get(descriptor) != link:
+            if before.get(descriptor) != link and self._is_of_group(descriptor):
                 self._links[descriptor] = link
+
+    def _is_of_group(self, descriptor: int) -> bool:
+        own_port, peer_port = ports_of(descriptor)
+        # Pairs of sockets inside of the process have no port.
+        return own_port is not None and self.store_port not in (own_port, peer_port)
 
     def close(self) -> None:
         """Close all connections: the collectives of this rank and of its peers raise."""

@@ -188,12 +188,11 @@ def _connect(
         return SingleCollectives()
     from faccel.runtime.process_groups import DEFAULT_GROUP, create_axis_groups, create_collectives
 
-    with DEFAULT_GROUP.naming_ranks(topology):
+    with DEFAULT_GROUP.creating_groups(topology):
         store, rank_status = DEFAULT_GROUP.acquire(
             topology, device, config.timeout_s, debug=config.debug
         )
-        with DEFAULT_GROUP.connections.recording():
-            groups = create_axis_groups(spec, topology.rank)
+        groups = create_axis_groups(spec, topology.rank)
         private_groups: dict[str, ProcessGroup] = {}
         call_order = DEFAULT_GROUP.call_order
         if call_order is not None:
@@ -201,8 +200,7 @@ def _connect(
             # A second communicator of an accelerator would need memory on it.
             if is_host(device):
                 private_world = DEFAULT_GROUP.private_world
-                with DEFAULT_GROUP.connections.recording():
-                    private_groups = create_axis_groups(spec, topology.rank, world=private_world)
+                private_groups = create_axis_groups(spec, topology.rank, world=private_world)
                 call_order.add_groups(private_groups.values())
     # Debug mode keeps the calls of different contexts apart by it.
     number = DEFAULT_GROUP.num_contexts

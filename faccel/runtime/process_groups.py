@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import socket
 import sys
-import threading
-import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,12 +29,9 @@ from faccel.protocols import Recovery
 from faccel.runtime.connections import Connections
 from faccel.runtime.devices import bound_device, c10d_backend
 from faccel.runtime.rendezvous import agree_on_name, connection_fix
+from faccel.runtime.store_client import open_store
 
 _Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
-# A store that accepts a connection answers at once; this allows for a busy node.
-_STORE_REPLY_S = 5.0
-_FIRST_POLL_S = 0.01
-_MAX_POLL_S = 0.5
 
 
 class DefaultGroup:
@@ -93,18 +87,19 @@ class DefaultGroup:
                 dist.group.WORLD.options.exchange.set_rank_status(self._rank_status)
             if not debug and dist.is_gloo_available():
                 timeout = timedelta(seconds=timeout_s)
-                with self.connections.recording():
-                    call_group = _new_world("faccel_calls", timeout)
-                    self.private_world = _new_world("faccel_collectives", timeout)
+                call_group = _new_world("faccel_calls", timeout)
+                self.private_world = _new_world("faccel_collectives", timeout)
                 self.call_order = CallOrder(self._rank_status, call_group)
                 self._private_groups += [call_group, self.private_world]
         return store, self._rank_status
 
     @contextmanager
-    def naming_ranks(self, topology: Topology) -> Generator[None]:
-        """Raise a `WorldError` for an error of c10d while groups are created in the body."""
+    def creating_groups(self, topology: Topology) -> Generator[None]:
+        """Record the groups of the body; raise a `WorldError` for an error of c10d in it."""
+        self.connections.store_port = topology.main_port
         try:
-            yield
+            with self.connections.recording():
+                yield
         except FaccelError:
             raise
         except (dist.DistError, RuntimeError) as error:
@@ -176,7 +171,7 @@ class DefaultGroup:
     ) -> None:
         previous_hook = sys.excepthook
         try:
-            store = _open_store(topology, timeout)
+            store = open_store(topology, timeout)
             backend, options = c10d_backend(device), None
             if debug:
                 exchange = CallExchange(
@@ -185,18 +180,16 @@ class DefaultGroup:
                 device_id = bound_device(device)
                 options = DebugOptions(backend, device_id, exchange)
                 backend = register_debug_backend(device.type)
-            prefix = self._prefix(store, topology, timeout)
-            with self.connections.recording():
-                dist.init_process_group(
-                    backend,
-                    store=dist.PrefixStore(prefix, store),
-                    rank=topology.rank,
-                    world_size=topology.world_size,
-                    timeout=timeout,
-                    # With it NCCL connects now and not in the first collective.
-                    device_id=None if debug else bound_device(device),
-                    pg_options=options,
-                )
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore(self._prefix(store, topology, timeout), store),
+                rank=topology.rank,
+                world_size=topology.world_size,
+                timeout=timeout,
+                # With it NCCL connects now and not in the first collective.
+                device_id=None if debug else bound_device(device),
+                pg_options=options,
+            )
         except (dist.DistError, RuntimeError, TypeError) as error:
             sys.excepthook = previous_hook
             address = f"{topology.main_address}:{topology.main_port}"
@@ -283,81 +276,12 @@ def _check_same_world(topology: Topology) -> None:
     )
 
 
-def _accepts_connections(address: str, port: int) -> bool:
-    try:
-        with socket.create_connection((address, port), timeout=1):
-            return True
-    except OSError:
-        return False
-
-
-def _wait_for_server(topology: Topology, deadline: float) -> None:
-    """Return when the server of the store accepts connections. C++ would print each attempt."""
-    pause_s = _FIRST_POLL_S
-    while not _accepts_connections(topology.main_address, topology.main_port):
-        if time.monotonic() > deadline:
-            raise dist.DistNetworkError("rank 0, or the launcher, did not start")
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _MAX_POLL_S)
-
-
 def _new_world(name: str, timeout: timedelta) -> dist.ProcessGroup:
     """Create a group of all ranks for tensors on the CPU. Collective."""
     # gloo also where the ranks have accelerators: the names of calls are on the host
     group = dist.new_group(backend="gloo", timeout=timeout, group_desc=name)
     assert isinstance(group, dist.ProcessGroup)
     return group
-
-
-def _open_store(topology: Topology, timeout: timedelta) -> dist.TCPStore:
-    """Serve the store on rank 0, or connect to it.
-
-    The client of `TCPStore` waits without a timeout for a server that accepts the connection but is
-    not a store (an HTTP server on the port, for example). So it runs in a thread.
-
-    Raises:
-        dist.DistError: The port is in use, or no store answers within the timeout.
-    """
-    outcome: list[dist.TCPStore | BaseException] = []
-    is_server = topology.rank == 0 and not topology.store_is_hosted
-    deadline = time.monotonic() + timeout.total_seconds()
-    if not is_server:
-        _wait_for_server(topology, deadline)
-
-    def connect() -> None:
-        try:
-            outcome.append(
-                dist.TCPStore(
-                    topology.main_address,
-                    topology.main_port,
-                    topology.world_size,
-                    is_master=is_server,
-                    timeout=timeout,
-                    # A second world of this process may serve the same port.
-                    multi_tenant=True,
-                    # The agreement on a name and `init_process_group` wait, with better messages.
-                    wait_for_workers=False,
-                )
-            )
-        except Exception as error:
-            outcome.append(error)
-
-    # A daemon: a client that never returns must not keep the process alive.
-    thread = threading.Thread(target=connect, name="faccel-store", daemon=True)
-    thread.start()
-    thread.join(min(_STORE_REPLY_S, timeout.total_seconds()))
-    while not outcome and time.monotonic() < deadline:
-        # Without a server, rank 0 may still start. With a server, a store would have answered.
-        is_open = _accepts_connections(topology.main_address, topology.main_port)
-        thread.join(_STORE_REPLY_S)
-        if is_open and not outcome:
-            raise dist.DistNetworkError("the server on this port is not a PyTorch store")
-    if not outcome:
-        raise dist.DistNetworkError(f"no answer within {timeout.total_seconds():g} s")
-    # Raised here, because an exception in the thread would be lost.
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
 
 
 def create_axis_groups(

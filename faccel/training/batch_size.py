@@ -22,6 +22,7 @@ from faccel.training.failures import (
     described,
 )
 from faccel.training.out_of_memory import is_out_of_memory
+from faccel.training.window_attempt import drop_gradients
 
 
 @effectful(COLLECTIVE)
@@ -75,9 +76,7 @@ def _succeeds(fn: Callable[[int], object], size: int, attempt: int, ctx: DistCon
         action = RAISE
         if size > 1 and is_out_of_memory(error):
             action = RETRY
-        for reducer in ctx.lifetime.reducers():
-            reducer.discard()
-        ctx.lifetime.drop_backwards()
+        drop_gradients(ctx.lifetime.models(), ctx)
         report = FailureReport(ctx.rank, attempt, action, described(error))
         agree_on_failure(error, report, "find_batch_size", ctx)
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import attrs
 import torch
@@ -110,10 +111,11 @@ def optimizer_step(
     binding = binding_of(opt, ctx)
     if scaler.has_skipped_window:
         return _without_gradients(opt, scaler, ctx, measures=clip_norm is not None)
-    engine_step = ctx.parallelism.optimizer_step
+    run = ctx.parallelism.optimizer_step
     params: list[torch.Tensor] = []
-    if engine_step is None:
+    if run is None:
         params = parameters_with_gradients(opt, ctx)
+        run = partial(_update, params=params, binding=binding)
     # Everything is checked before a gradient changes: an error leaves the gradients as they were.
     grad_scale = scaler.scale_of_gradients(opt)
     schedulers = _schedulers(scheduler)
@@ -133,7 +135,7 @@ def optimizer_step(
     check_accumulated(ctx)
     reducers = check_gradients(opt, params, ctx)
     try:
-        grad_norm, finite = _run_step(opt, params, options, ctx, binding)
+        grad_norm, finite = run(opt, options, ctx)
     except Exception as error:
         raise_on_all_ranks(error, "optimizer_step", ctx)
     for reducer in reducers:
@@ -144,20 +146,6 @@ def optimizer_step(
         for one_scheduler in schedulers:
             one_scheduler.step()
     return StepInfo(grad_norm, not finite, grad_scale), scaler.after_step(opt, finite=finite)
-
-
-def _run_step(
-    opt: Optimizer,
-    params: Sequence[torch.Tensor],
-    options: UpdateOptions,
-    ctx: DistContext,
-    binding: OptimizerBinding | None,
-) -> tuple[torch.Tensor | None, bool]:
-    """Run the step of the strategy, or `_update`."""
-    engine_step = ctx.parallelism.optimizer_step
-    if engine_step is None:
-        return _update(opt, params, options, ctx, binding)
-    return engine_step(opt, options, ctx)
 
 
 def _without_gradients(
@@ -176,9 +164,10 @@ def _without_gradients(
 
 def _update(
     opt: Optimizer,
-    params: Sequence[torch.Tensor],
     options: UpdateOptions,
     ctx: DistContext,
+    *,
+    params: Sequence[torch.Tensor],
     binding: OptimizerBinding | None,
 ) -> tuple[torch.Tensor | None, bool]:
     """Unscale, clip and step with the gradients in `.grad` of `params`, then drop them.

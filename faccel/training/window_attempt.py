@@ -61,8 +61,8 @@ def _has_gradients(model: WrappedModel) -> bool:
     return any(param.grad is not None for param in model.module.parameters())
 
 
-def drop_gradients(models: Iterable[WrappedModel], ctx: DistContext) -> None:
-    """Drop the gradients of `models`, and what an unfinished backward left. Not collective.
+def drop_gradients(models: Iterable[object], ctx: DistContext) -> None:
+    """Drop the gradients of wrapped models, and what an unfinished backward left. Not collective.
 
     Effects: updates models.
     """

@@ -47,10 +47,6 @@ def _equal_scale(batches: Sequence[Batch]) -> float:
     return 1 / max(1, len(batches))
 
 
-def _no_batches() -> Iterator[Batch]:
-    return iter(())
-
-
 @attrs.frozen(eq=False)
 class Window:
     """The micro-batches of one update; iterate it once.
@@ -62,6 +58,7 @@ class Window:
             partial gradients.
         is_mean: Whether losses are means over rows, and not sums.
         failure: The exception that reading a batch has raised; iterating raises it.
+        read_ahead: Reads a batch of the next window.
         weigh: Returns the factor of each loss for these batches. Collective with a `weight`.
         read: Reads the batches of the window from the dataset.
     """
@@ -69,15 +66,13 @@ class Window:
     batches: Sequence[Batch] = attrs.field(repr=False)
     scale: float | torch.Tensor
     cursor: Cursor
-    _read_ahead: Callable[[], None] = attrs.field(repr=False)
-    is_mean: bool = attrs.field(default=True, repr=False)
-    failure: Exception | None = attrs.field(default=None, repr=False)
+    is_mean: bool = attrs.field(repr=False)
+    failure: Exception | None = attrs.field(repr=False)
+    _read_ahead: Callable[[], None] = attrs.field(repr=False, alias="read_ahead")
     _weigh: Callable[[Sequence[Batch]], float | torch.Tensor] = attrs.field(
-        default=_equal_scale, repr=False, alias="weigh"
+        repr=False, alias="weigh"
     )
-    _read: Callable[[], Iterator[Batch]] = attrs.field(
-        default=_no_batches, repr=False, alias="read"
-    )
+    _read: Callable[[], Iterator[Batch]] = attrs.field(repr=False, alias="read")
 
     def read_again(self) -> Window:
         """Return the window with all of its batches, after a failure. Reads the dataset.
@@ -231,9 +226,9 @@ def _windows(
             current,
             weigh(current),  # also after a failure: the other ranks communicate here
             after or before,
-            reader.read,
             is_mean=weight is None,
             failure=failure,
+            read_ahead=reader.read,
             weigh=weigh,
             read=partial(_read_window, loader, before, num_micro_batches),
         )

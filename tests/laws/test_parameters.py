@@ -18,6 +18,7 @@ from faccel.testing import simulate
 from faccel.tree import full_tensor, local_tensor
 from tests.laws.test_backends import PLAN, Net, rows
 from tests.ranks import run_ranks
+from tests.training import RaisesInBackward
 
 NUMBERED = pathlib.Path(__file__).parent.parent / "golden" / "numbered_optimizer"
 SHARDS_OPTIMIZER = faccel.Plan(ddp=faccel.parallel.DdpConfig(shard_optimizer=True))
@@ -303,16 +304,6 @@ def test_a_model_may_return_a_distribution(mesh):
             assert torch.allclose(grad, expected_grad, atol=1e-5)
 
 
-class RaisesInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise ValueError("a bad batch")
-
-
 @pytest.mark.parametrize("syncs", [True, False])
 @pytest.mark.parametrize(
     "world",
@@ -327,7 +318,7 @@ def test_a_loop_continues_after_a_backward_that_raised(world, syncs):
         scaler = faccel.init_scaler(ctx)
         for update in range(2):
             fails = net.layers[1].register_forward_hook(
-                lambda *args: RaisesInBackward.apply(args[2])
+                lambda *args: RaisesInBackward.apply(args[2], ValueError("a bad batch"))
             )
             loss = model(rows().float()).square().mean()
             fails.remove()

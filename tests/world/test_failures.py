@@ -1,6 +1,7 @@
 """A rank that fails in a window: all ranks run it again, leave it out, or raise."""
 
 import itertools
+import os
 import traceback
 
 import attrs
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 import faccel
 from faccel.errors import ConfigError, DataError, RankFailedError
 from faccel.testing import simulate
-from tests.training import full
+from tests.training import RaisesInBackward, full
 
 ROWS, WIDTH, SIZE = 32, 6, 4  # of a window, and its micro-batches
 MESHES = ["dp_replicate=2", "dp_shard=2", "tp=2", "pp=2", "dp_replicate=2,dp_shard=2"]
@@ -32,19 +33,6 @@ class Net(nn.Module):
     def forward(self, x):
         self.num_calls += 1
         return self.second(self.drop(self.first(x).relu()))
-
-
-class Raises(torch.autograd.Function):
-    """Raises in backward."""
-
-    @staticmethod
-    def forward(ctx, x, error):
-        ctx.error = error
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise ctx.error
 
 
 def plan_of(mesh):
@@ -86,7 +74,7 @@ class Fault:
         y = net(x)
         if fails and self.where == "backward":
             self.has_failed = True
-            y = Raises.apply(y, self.error)
+            y = RaisesInBackward.apply(y, self.error)
         return y.square().mean()
 
 
@@ -338,8 +326,9 @@ def test_the_error_of_the_other_ranks_has_a_fix_that_works(name):
     assert cause is error and isinstance(failure, RankFailedError)
     assert expected in failure.fix
     # the line that has raised, not that of `forward_backward`
-    line = traceback.extract_tb(cause.__traceback__)[-1].lineno
-    assert failure.got.endswith(f"tests/world/test_failures.py:{line}")
+    frame = traceback.extract_tb(cause.__traceback__)[-1]
+    site = f"{os.path.relpath(frame.filename)}:{frame.lineno}"
+    assert failure.got.endswith(site)
     if "=" in expected:
         keyword, _, value = expected.strip("`").partition("=")
         assert simulate(train, 2, {keyword: eval(value)}) == (None, None)

@@ -1,0 +1,242 @@
+"""Forward and backward of all micro-batches of a window through a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from faccel.backends.pipeline_engine import PipelineEngine, StageInputs
+from faccel.comm.all_or_error import raise_on_all_ranks
+from faccel.context import DistContext
+from faccel.errors import ConfigError, DataError, ModelError
+from faccel.parallel.forward import to_fp32
+from faccel.protocols import MicroBatchLoss
+from faccel.random.generators import call_seeded
+from faccel.random.hashing import mix
+from faccel.training.gradient_guard import gradient_guard
+from faccel.tree import Tree, full_tensor, local_tensor
+
+
+class _Intercepted(BaseException):
+    """Carries the arguments with which a loss function called its model.
+
+    No `Exception`, which the loss function might catch.
+    """
+
+    def __init__(self, inputs: StageInputs) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+def _intercept_inputs(loss: MicroBatchLoss) -> StageInputs:
+    """Run a loss function up to the call of its model; return the arguments of the call."""
+
+    def intercept(*args: Tree, **kwargs: Tree) -> NoReturn:
+        raise _Intercepted(StageInputs(args, kwargs))
+
+    try:
+        # The loss function prepares the inputs itself, for example renames them. The exception
+        # ends it there: the rest is for the last rank, which has the output of the model.
+        loss(intercept)
+    except _Intercepted as intercepted:
+        return intercepted.inputs
+    raise _calls_error("no call")
+
+
+def _calls_error(got: str) -> ModelError:
+    return ModelError(
+        "`loss_fn` must call its model once",
+        got=got,
+        fix="write `loss_fn(model, batch)` with one `model(...)`, as a pipeline runs it",
+    )
+
+
+def _first_inputs(
+    engine: PipelineEngine, losses: Sequence[MicroBatchLoss], seed: int
+) -> list[StageInputs]:
+    """Return the inputs of the first stage, of equal shapes; no inputs on other ranks."""
+    if engine.pp_rank != 0:
+        return [StageInputs((), {}) for _ in losses]
+    inputs = [call_seeded(_intercept_inputs, loss, mix(seed, i)) for i, loss in enumerate(losses)]
+    # The shapes that torch's stages send are fixed.
+    first_key = inputs[0].key()
+    for index, micro_batch in enumerate(inputs):
+        key = micro_batch.key()
+        if key != first_key:
+            raise DataError(
+                f"`window` has micro-batches of different shapes, of which number {index} is the "
+                "first that differs, but a pipeline needs equal ones",
+                got=f"{first_key} and {key}",
+                fix='write `faccel.shard(loader, ctx, tail="full")` or `tail="drop"`, so that the '
+                "last batch of an epoch is as large as the others",
+            )
+    return inputs
+
+
+def _begin_window(
+    engine: PipelineEngine, losses: Sequence[MicroBatchLoss], ctx: DistContext
+) -> tuple[list[StageInputs], int, int]:
+    """Return the inputs of the first stage, the number of their shapes, and a common seed."""
+    # Every rank draws, so that their generators advance by the same number of draws.
+    seed = int(torch.randint(2**62, (), dtype=torch.int64).item())
+    own_error: Exception | None = None
+    inputs: list[StageInputs] = []
+    shapes = _NO_SHAPES
+    try:
+        inputs = _first_inputs(engine, losses, seed)
+        if engine.pp_rank == 0:
+            shapes = engine.number_of_shapes(inputs[0])
+    except Exception as error:  # of the user's function: the other ranks wait below
+        if ctx.comm.recovery is not None:
+            raise  # `forward_backward` lets the other ranks know
+        own_error = error
+    row = torch.tensor([seed, shapes], device=ctx.device)
+    seed, shapes = ctx.comm.broadcast(row, 0, "pp").tolist()
+    if shapes == _NO_SHAPES:
+        raise_on_all_ranks(own_error, ctx, "compute the inputs of the pipeline", axis="pp")
+    return inputs, shapes, seed
+
+
+# In place of the number of the shapes, if the first rank has failed.
+_NO_SHAPES = -1
+
+
+def forward_backward(
+    engine: nn.Module,
+    losses: Sequence[MicroBatchLoss],
+    factors: Sequence[float | torch.Tensor],
+    ctx: DistContext,
+) -> torch.Tensor:
+    """Run all micro-batches of a window through the pipeline; see `PipelineForwardBackward`.
+
+    Effects: updates engine, collective.
+    """
+    with gradient_guard(ctx):
+        return _run_schedule(engine, losses, factors, ctx)
+
+
+def _run_schedule(
+    engine: nn.Module,
+    losses: Sequence[MicroBatchLoss],
+    factors: Sequence[float | torch.Tensor],
+    ctx: DistContext,
+) -> torch.Tensor:
+    from faccel.parallel.pipeline_schedules import SCHEDULES  # torch's are slow to import
+
+    assert isinstance(engine, PipelineEngine)
+    num_micro_batches = len(losses)
+    make_schedule = SCHEDULES[_schedule_of(engine, num_micro_batches)]
+    # The first rank runs a loss function for the inputs of the first stage, the last rank for the
+    # loss of the last one. Under the same seed both draw the same random numbers.
+    inputs, shapes, seed = _begin_window(engine, losses, ctx)
+    values: dict[int, torch.Tensor] = {}
+
+    def loss_of(output: Tree, index: int) -> torch.Tensor:
+        calls: list[Tree] = []
+
+        def model(*args: Tree, **kwargs: Tree) -> Tree:
+            calls.append(args)
+            if ctx.compute_dtype is None:
+                return output
+            return to_fp32(output)
+
+        loss = call_seeded(losses[index], model, mix(seed, index))
+        if len(calls) != 1:
+            raise _calls_error(f"{len(calls)} calls")
+        # Detached, so that each graph is freed after its backward. Under `loss_parallel` a loss is
+        # a DTensor.
+        values[index] = full_tensor(loss.detach())
+        # The gradient is sum_i factors[i] * d loss_i: torch's schedules do not divide it again.
+        return loss * factors[index]
+
+    stages = engine.make_training_stages(shapes, inputs[0])
+    engine.shard_hooks.before_backward()
+    schedule = make_schedule(stages, num_micro_batches, loss_of)
+    # Taken out first: their sum over the ranks was computed in earlier windows, and the
+    # all-reduce must not add it once for each rank.
+    grads = _take_tied_grads(engine)
+    # `step` would split one batch into chunks, and a window has separate micro-batches. The target
+    # of a micro-batch is its index, by which `loss_of` finds the loss function.
+    schedule._step_microbatches(  # pyright: ignore[reportPrivateUsage]
+        [micro_batch.args for micro_batch in inputs],
+        [dict(micro_batch.kwargs) for micro_batch in inputs],
+        list(range(num_micro_batches)),
+        [],
+    )
+    _add_tied_grads(engine, grads)
+    engine.has_run = True
+    return _losses_on_all_ranks(values, num_micro_batches, engine, ctx)
+
+
+def _losses_on_all_ranks(
+    values: Mapping[int, torch.Tensor],
+    num_micro_batches: int,
+    engine: PipelineEngine,
+    ctx: DistContext,
+) -> torch.Tensor:
+    """Return the losses, which the last rank has, on every rank of the pipeline.
+
+    The ranks add them up: no rank has them before every rank has ended its backward. After a
+    broadcast the last rank would step while another one may still fail, and could not run the
+    window again.
+    """
+    # Every rank must pass the dtype to receive, and only the last rank has a loss to read it from.
+    dtype = torch.float32
+    if next(engine.parameters()).dtype == torch.float64:
+        dtype = torch.float64
+    losses = torch.zeros(num_micro_batches, dtype=dtype, device=ctx.device)
+    for index, value in values.items():
+        losses[index] = value
+    # The last stage is on the last rank under each schedule: stage `i` is on rank `i % pp_size`.
+    return ctx.comm.all_reduce(losses, "sum", "pp")
+
+
+def _schedule_of(engine: PipelineEngine, num_micro_batches: int) -> str:
+    """Return the schedule of a window. A shorter one at the end of an epoch runs with GPipe.
+
+    Raises:
+        ConfigError: The first window has fewer micro-batches than there are ranks.
+    """
+    kind = engine.plan.schedule
+    # 1F1B needs a micro-batch for each stage in its warmup. GPipe runs with any number. The
+    # interleaved schedule raises its own error.
+    if num_micro_batches >= engine.pp_size or kind == "interleaved":
+        return kind
+    # A first window that is too short is a mistake in the settings, not the end of an epoch.
+    if not engine.has_run:
+        raise ConfigError(
+            "a pipeline needs at least as many micro-batches as ranks",
+            got=f"{num_micro_batches} micro-batches on {engine.pp_size} ranks",
+            fix=f"use `grad_accum={engine.pp_size}` or more, or a smaller `pp`",
+        )
+    return "gpipe"
+
+
+def _take_tied_grads(engine: PipelineEngine) -> list[torch.Tensor | None]:
+    """Remove and return the gradients of tied parameters that earlier windows have added up."""
+    grads: list[torch.Tensor | None] = []
+    for tied in engine.tied:
+        param = engine.parameter(tied.name)
+        grads.append(param.grad)
+        param.grad = None
+    return grads
+
+
+def _add_tied_grads(engine: PipelineEngine, grads: Sequence[torch.Tensor | None]) -> None:
+    """Add the gradients of the other ranks, then those of earlier windows."""
+    for tied, earlier_grad in zip(engine.tied, grads, strict=True):
+        param = engine.parameter(tied.name)
+        if param.grad is not None:
+            # FSDP2 has averaged each over the data ranks, and shards have the same coordinates. A
+            # sum over stages, not a mean: d loss / d w is the sum over all uses of `w`.
+            dist.all_reduce(local_tensor(param.grad), group=tied.group)
+        if earlier_grad is None:
+            continue
+        if param.grad is None:
+            param.grad = earlier_grad
+        else:
+            param.grad = param.grad + earlier_grad
