@@ -185,7 +185,7 @@ def _requested_device(name: str | None) -> torch.device:
         raise DeviceError(
             "`device` is not a device of PyTorch",
             got=short_repr(name),
-            fix='use `device="cpu"`, or leave it out to take the accelerator of this node',
+            fix='use `"cpu"`, or leave it out to take the accelerator of this node',
         ) from error
 
 

@@ -78,5 +78,6 @@ def _succeeds(fn: Callable[[int], object], size: int, attempt: int, ctx: DistCon
             action = RETRY
         drop_gradients(ctx.lifetime.models(), ctx)
         report = FailureReport(ctx.rank, attempt, action, described(error))
-        agree_on_failure(error, report, "find_batch_size", ctx)
+        if agree_on_failure(error, report, "find_batch_size", ctx).action == RAISE:
+            raise
     return False

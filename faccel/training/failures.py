@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -168,18 +168,17 @@ def agree_on_failure(
         ctx: The context.
 
     Returns:
-        `"skip"` or `"retry"`.
+        What all ranks do. For `"raise"` the caller raises `error`, with a `raise` in its `except`,
+        which adds no frame to the traceback.
 
     Raises:
-        Exception: `error` itself, if it is raised.
         RankFailedError: Another rank failed, and it is raised there.
     """
     recovery = ctx.comm.recovery
     if recovery is None:
-        decision = decide([report])
-        if ctx.world_size > 1 or decision.action == RAISE:
-            raise error
-        return decision
+        if ctx.world_size > 1:
+            return Decision(RAISE, None)
+        return decide([report])
     follows = is_consequence(error)
     if follows:
         report = attrs.evolve(report, action=FOLLOW, got="", max_rows=0)
@@ -189,27 +188,28 @@ def agree_on_failure(
     # A rank may have begun its next window already: all of them count from there.
     ctx.lifetime.continue_from_window(max(item.window for item in reports if item is not None))
     decision = decide(reports)
-    if decision.action != RAISE:
+    if decision.action != RAISE or not follows:
         return decision
-    if not follows:
-        raise error
-    if decision.cause is None:
-        if not isinstance(error, RuntimeError):
-            raise error  # the user's, from one of a collective
+    if decision.cause is not None:
+        raise _failed_elsewhere(decision.cause) from None
+    if isinstance(error, RuntimeError):
         raise_naming_rank(error, doing, WORLD, ctx.comm)
-    raise _failed_elsewhere(decision.cause) from None
+    return decision  # the user has raised another exception from that of a collective
 
 
-def raise_on_all_ranks(error: Exception, doing: str, ctx: DistContext) -> NoReturn:
-    """Raise `error`, and a `RankFailedError` on the other ranks.
+def stop_all_ranks(error: Exception, doing: str, ctx: DistContext) -> None:
+    """Let the other ranks raise a `RankFailedError`; the caller raises `error`.
 
     Args:
         error: The exception of this rank.
         doing: The name of the function that fails.
         ctx: The context.
+
+    Raises:
+        RankFailedError: `error` follows from the failure of another rank.
     """
     if ctx.comm.recovery is None or is_agreeing(ctx):
-        raise error
+        return
     report = FailureReport(
         ctx.rank,
         ctx.lifetime.num_windows,
@@ -219,7 +219,6 @@ def raise_on_all_ranks(error: Exception, doing: str, ctx: DistContext) -> NoRetu
         "parameters",
     )
     agree_on_failure(error, report, doing, ctx)
-    raise error
 
 
 def _exchange(report: FailureReport, recovery: Recovery) -> list[FailureReport | None]:

@@ -24,6 +24,7 @@ from faccel.training.failures import (
     RAISE,
     RETRY,
     SKIP,
+    Decision,
     FailureReport,
     agree_on_failure,
     agreeing,
@@ -189,9 +190,9 @@ def forward_backward(
         except Exception as error:
             drop_gradients([model] if start is None else start.models, ctx)
             report, window = _report(error, number, attempt, policy, start, ctx)
-            if not policy.is_given and is_agreeing(ctx):
-                raise  # inside of `find_batch_size`, which agrees on it
-            decision = agree_on_failure(error, report, "forward_backward", ctx)
+            decision = _decide(error, report, policy, ctx)
+            if decision.action == RAISE:
+                raise
         assert start is not None
         start.restore()
         log_decision(decision, ctx)
@@ -200,6 +201,15 @@ def forward_backward(
         if decision.has_read:
             window = window.weighed_again()
         scaler = attrs.evolve(scaler, max_rows=decision.max_rows)
+
+
+def _decide(
+    error: Exception, report: FailureReport, policy: FailurePolicy, ctx: DistContext
+) -> Decision:
+    """Return what all ranks do after the failure of this rank. Collective."""
+    if not policy.is_given and is_agreeing(ctx):
+        return Decision(RAISE, None)  # inside of `find_batch_size`, which agrees on it
+    return agree_on_failure(error, report, "forward_backward", ctx)
 
 
 def _report(

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError
-from faccel.training.failures import raise_on_all_ranks
+from faccel.training.failures import stop_all_ranks
 from faccel.training.grad_clip import (
     check_limits,
     clip_,
@@ -137,7 +137,8 @@ def optimizer_step(
     try:
         grad_norm, finite = run(opt, options, ctx)
     except Exception as error:
-        raise_on_all_ranks(error, "optimizer_step", ctx)
+        stop_all_ranks(error, "optimizer_step", ctx)
+        raise
     for reducer in reducers:
         reducer.after_step(opt)
     ctx.lifetime.add_update(ctx.config.grad_accum)

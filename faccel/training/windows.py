@@ -19,7 +19,7 @@ from faccel.device_table import widest_dtype
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import ConfigError, DataError, with_source
 from faccel.mesh import DATA
-from faccel.training.failures import raise_on_all_ranks
+from faccel.training.failures import stop_all_ranks
 from faccel.tree import Tree
 
 Weight = Callable[[Batch], int | float | torch.Tensor]
@@ -299,7 +299,8 @@ def _agreed_scale(window: Sequence[Batch], weight: Weight, ctx: DistContext) -> 
         return _scale(window, weight, ctx)
     # Of `weight` on this rank, or of another rank that failed before it came here.
     except Exception as error:
-        raise_on_all_ranks(error, "windows", ctx)
+        stop_all_ranks(error, "windows", ctx)
+        raise
 
 
 def _scale(window: Sequence[Batch], weight: Weight, ctx: DistContext) -> torch.Tensor:
