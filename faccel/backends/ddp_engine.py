@@ -24,6 +24,7 @@ from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.errors import ModelError, OptimizerError
 from faccel.mesh import DATA
+from faccel.parallel.eager_code import without_graph
 from faccel.parallel.forward import Methods, call_method
 from faccel.parallel.sync_states import check_same_values
 from faccel.plan import DdpConfig
@@ -106,6 +107,7 @@ class DdpEngine(DistributedDataParallel):
         """Return the name of a parameter that the model has now, else None."""
         return self.at_wrap.name_of(param)
 
+    @without_graph
     def run(self, method: str, *args: Tree, **kwargs: Tree) -> Tree:
         """Call a method of the module; a backward through its outputs reduces gradients."""
         if self.grads.is_replaced:

@@ -29,6 +29,7 @@ from faccel.errors import ModelError, OptimizerError
 from faccel.mesh import WORLD
 from faccel.parallel.activation_checkpoint import apply_checkpointing
 from faccel.parallel.compilation import apply_compile
+from faccel.parallel.eager_code import without_graph
 from faccel.parallel.expert_parallel import shard_experts
 from faccel.parallel.forward import call_method, forward_precision, to_fp32
 from faccel.parallel.materialize import InitialValues
@@ -80,6 +81,7 @@ class FsdpEngine(nn.Module):
         self.reduces_grads = on
         cast("FSDPModule", self.module).set_requires_gradient_sync(on)
 
+    @without_graph
     def run(self, method: str, *args: Tree, **kwargs: Tree) -> Tree:
         """Call a method of the module, with FSDP2's hooks; outputs are fp32."""
         self.recover()  # from a `loss.backward()` of the user that has raised

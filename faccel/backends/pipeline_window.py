@@ -13,6 +13,7 @@ from faccel.backends.pipeline_engine import PipelineEngine, StageInputs
 from faccel.comm.all_or_error import raise_on_all_ranks
 from faccel.context import DistContext
 from faccel.errors import ConfigError, DataError, ModelError
+from faccel.parallel.eager_code import untraced
 from faccel.parallel.forward import to_fp32
 from faccel.protocols import MicroBatchLoss
 from faccel.random.generators import call_seeded
@@ -35,16 +36,19 @@ class _Intercepted(BaseException):
 def _intercept_inputs(loss: MicroBatchLoss) -> StageInputs:
     """Run a loss function up to the call of its model; return the arguments of the call."""
 
-    def intercept(*args: Tree, **kwargs: Tree) -> NoReturn:
-        raise _Intercepted(StageInputs(args, kwargs))
-
     try:
         # The loss function prepares the inputs itself, for example renames them. The exception
         # ends it there: the rest is for the last rank, which has the output of the model.
-        loss(intercept)
+        loss(_intercept)
     except _Intercepted as intercepted:
         return intercepted.inputs
     raise _calls_error("no call")
+
+
+# One function for all calls: a compiled loss function would have a graph for each.
+@untraced
+def _intercept(*args: Tree, **kwargs: Tree) -> NoReturn:
+    raise _Intercepted(StageInputs(args, kwargs))
 
 
 def _calls_error(got: str) -> ModelError:

@@ -12,6 +12,7 @@ from torch import nn
 
 from faccel.context import DistContext
 from faccel.errors import ModelError
+from faccel.parallel.eager_code import without_graph, without_graphs
 from faccel.plan import Plan
 from faccel.training.precision import autocast
 from faccel.tree import Tree, map_leaves
@@ -45,6 +46,7 @@ def with_precision(run: RunMethod, ctx: DistContext) -> RunMethod:
     if ctx.compute_dtype is None:
         return run
 
+    @without_graph
     def run_autocast(method: str, *args: Tree, **kwargs: Tree) -> Tree:
         with autocast(ctx):
             out = run(method, *args, **kwargs)
@@ -86,6 +88,7 @@ def _names_dtypes(error: RuntimeError) -> bool:
     return any(word in message for word in ("BFloat16", "Half", "dtype", "scalar type"))
 
 
+@without_graphs
 def to_fp32(tree: Tree) -> Tree:
     """Return `tree` with its fp16 and bf16 tensors in fp32."""
     return map_leaves(_leaf_to_fp32, tree)

@@ -22,6 +22,7 @@ import torch.distributed.nn.functional  # pyright: ignore[reportUnusedImport]
 
 from faccel.comm.compared_call import compared_call
 from faccel.comm.pack import describe
+from faccel.parallel.eager_code import methods_without_graphs
 from faccel.testing.group_member import GroupMember
 from faccel.testing.reductions import (
     ReduceOp,
@@ -64,6 +65,7 @@ class _GroupOptions(Protocol):
     global_ranks_in_group: list[int]
 
 
+@methods_without_graphs
 class SimulatedGroup(GroupMember):
     """The process group of some ranks of a simulated world, as one of them uses it."""
 

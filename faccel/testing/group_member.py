@@ -12,6 +12,7 @@ import torch.distributed.distributed_c10d as c10d
 
 from faccel.call_site import call_site
 from faccel.errors import WorldError
+from faccel.parallel.eager_code import methods_without_graphs
 from faccel.testing.reductions import copy, message_error
 from faccel.testing.work import SimulatedWork
 from faccel.testing.world import Channel, TraceEvent, World
@@ -19,6 +20,7 @@ from faccel.testing.world import Channel, TraceEvent, World
 _Tensors = list[torch.Tensor]
 
 
+@methods_without_graphs
 class GroupMember(dist.ProcessGroup):
     """A rank of a group: what its collectives and its messages have in common.
 

@@ -10,7 +10,10 @@ from datetime import timedelta
 from torch._C._distributed_c10d import Work  # pyright: ignore
 from torch.futures import Future
 
+from faccel.parallel.eager_code import methods_without_graphs
 
+
+@methods_without_graphs
 class SimulatedWork(Work):
     """A handle of an asynchronous collective. Waiting for it lets other ranks run.
 
