@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
     from faccel.protocols import Collectives, Parallelism
 
-_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# fp8 is the precision of some linear layers; all other operations are autocast to bf16.
+_DTYPES = {
+    "no": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+}
 
 
 @attrs.frozen

@@ -40,6 +40,9 @@ class DeviceKind:
         module: The name under which that package is imported.
         launch_variable: A variable of the environment that a launcher must set for several
             processes; "" if there is none.
+        fp8_capability: The compute capability from which a device multiplies in fp8; None where
+            PyTorch has no such product.
+        fp8_rowwise_capability: The same, with one scale for each row.
     """
 
     hardware: str = ""
@@ -54,12 +57,21 @@ class DeviceKind:
     package: str = ""
     module: str = ""
     launch_variable: str = ""
+    # Not CUDA's: a type without a row is not known to multiply in fp8.
+    fp8_capability: tuple[int, int] | None = None
+    fp8_rowwise_capability: tuple[int, int] | None = None
 
 
 KINDS: Mapping[str, DeviceKind] = MappingProxyType(
     {
         "cpu": DeviceKind("any CPU", is_host=True, has_pinned_memory=False, library="gloo"),
-        "cuda": DeviceKind("NVIDIA GPUs, AMD GPUs (ROCm)", library="nccl"),
+        # fp8 from Ada and Hopper, the devices on which torchao tests its recipes.
+        "cuda": DeviceKind(
+            "NVIDIA GPUs, AMD GPUs (ROCm)",
+            library="nccl",
+            fp8_capability=(8, 9),
+            fp8_rowwise_capability=(9, 0),
+        ),
         # Arc cards have no float64.
         "xpu": DeviceKind("Intel GPUs", has_float64=False, library="xccl"),
         "mps": DeviceKind(
@@ -237,6 +249,21 @@ def computes_bf16(device_type: str) -> bool:
     if "including_emulation" in inspect.signature(supports).parameters:
         return bool(supports(including_emulation=False))
     return bool(supports())
+
+
+def fp8_capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of a device; None where PyTorch does not multiply in fp8.
+
+    Effects: ambient. Asks PyTorch.
+
+    Examples:
+        >>> fp8_capability(torch.device("cpu")) is None
+        True
+    """
+    if kind_of(device).fp8_capability is None:
+        return None
+    module: Any = torch.get_device_module(device)
+    return module.get_device_capability(device)
 
 
 def library_versions(device_type: str) -> dict[str, str]:

@@ -291,6 +291,51 @@ class PipelineConfig:
             )
 
 
+FP8_RECIPES = ("rowwise", "rowwise_with_gw_hp", "tensorwise")
+"""How fp8 layers scale their operands, under torchao's names."""
+
+
+@attrs.frozen(kw_only=True)
+class Fp8:
+    """Linear layers that multiply in fp8, for `mixed_precision="fp8"`.
+
+    Args:
+        recipe: `"tensorwise"`: one scale for each operand, the fastest. `"rowwise"`: one for each
+            row, more exact. `"rowwise_with_gw_hp"`: rowwise, with weight gradients in bf16.
+        backend: `"torchao"`, or `"te"` for NVIDIA's Transformer Engine (`"tensorwise"` only).
+        skip: Patterns of the names of modules that stay in bf16, with all layers inside. None is
+            the output layer: modules with the name `head` or `lm_head`, and the one that
+            `get_output_embeddings()` of a transformers model returns.
+        all_gather: Whether FSDP2 gathers the weights of these layers in fp8, a quarter of the bytes
+            of fp32. For `"tensorwise"` of torchao; the other recipes gather weights as stored.
+        emulate: Whether to compute with rounded values in fp32, on any device. It is slow, for
+            tests of the numbers without the hardware.
+
+    Examples:
+        >>> Plan(fp8=Fp8(recipe="rowwise", skip=("head", "blocks.0"))).fp8.skip
+        ('head', 'blocks.0')
+    """
+
+    recipe: str = attrs.field(default="tensorwise", validator=choice(*FP8_RECIPES))
+    backend: str = attrs.field(default="torchao", validator=choice("te", "torchao"))
+    skip: tuple[str, ...] | None = attrs.field(
+        default=None, converter=attrs.converters.optional(_patterns)
+    )
+    all_gather: bool = _bool_field(default=True)
+    emulate: bool = _bool_field(default=False)
+
+    def __attrs_post_init__(self) -> None:
+        if self.backend != "te":
+            return
+        # Transformer Engine has other recipes, and no emulation.
+        if self.recipe != "tensorwise" or self.emulate:
+            raise ConfigError(
+                '`backend="te"` takes the recipe "tensorwise" only, and does not emulate',
+                got=f"recipe={short_repr(self.recipe)}, emulate={self.emulate}",
+                fix='write `backend="torchao"`',
+            )
+
+
 @attrs.frozen(kw_only=True)
 class Plan:
     """How `wrap` runs one model. Options of a strategy that the mesh does not use have no effect.
@@ -317,6 +362,7 @@ class Plan:
             forward raises if nothing was compiled.
         offload: Whether parameters, gradients and optimizer states are kept in the memory of the
             host.
+        fp8: How linear layers multiply with `mixed_precision="fp8"`; None is `Fp8()`.
 
     Examples:
         >>> Plan(ddp=DdpConfig(find_unused_parameters=True, comm_hook="fp16")).ddp.comm_hook
@@ -340,6 +386,7 @@ class Plan:
         default=None, validator=choice("whole", "units", optional=True)
     )
     offload: bool = _bool_field(default=False)
+    fp8: Fp8 | None = None
 
     def __reduce__(self) -> tuple[Callable[..., Plan], tuple[object, ...]]:
         fields = attrs.asdict(self, recurse=False)
@@ -353,6 +400,8 @@ class Plan:
         self._check_class("deepspeed", DeepSpeedConfig)
         if self.pipeline is not None:
             self._check_class("pipeline", PipelineConfig)
+        if self.fp8 is not None:
+            self._check_class("fp8", Fp8)
         if self.activation_checkpoint is not None:
             self._check_memory_budget(self.activation_checkpoint.memory_budget)
 

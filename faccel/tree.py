@@ -250,10 +250,36 @@ def is_dtensor(value: object) -> bool:
 
 
 def local_tensor(value: torch.Tensor) -> torch.Tensor:
-    """Return this rank's shard of a sharded tensor, which it aliases; any other tensor itself."""
-    if is_sharded(value):
-        return value.to_local()
-    return value
+    """Return this rank's shard of a sharded tensor, which it aliases; any other tensor itself.
+
+    Of weights that FSDP2 gathers in fp8 it is a plain, detached tensor of the stored elements.
+    """
+    if not is_sharded(value):
+        return value
+    # The attribute: `to_local` of such a weight makes a copy of the wrapper, and writing into that
+    # does not change the version of the weight.
+    local = getattr(value, "_local_tensor", None)
+    if is_cast_shard(local):
+        return plain_tensor(local)
+    return value.to_local()
+
+
+def is_cast_shard(local: object) -> TypeIs[torch.Tensor]:
+    """Return whether FSDP2 casts a shard before it gathers it, such as to fp8.
+
+    Effects: pure.
+    """
+    return hasattr(type(local), "fsdp_pre_all_gather")  # the method of FSDP2's protocol
+
+
+def plain_tensor(local: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a shard that FSDP2 casts, which it aliases; any other shard itself.
+
+    Effects: pure.
+    """
+    if is_cast_shard(local):
+        return getattr(local, "_tensor", local)  # of torchao's class
+    return local
 
 
 def full_tensor(value: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from faccel.grad_reducer import GradReducer, OwnedParams
 from faccel.mesh import DATA
 from faccel.parallel.activation_checkpoint import checkpoint_and_compile
 from faccel.parallel.forward import call_method, with_precision
+from faccel.parallel.fp8 import fp8_layers
 from faccel.parallel.materialize import has_meta, materialize
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import DdpConfig, Plan
@@ -35,6 +36,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     # Some ranks may have values, which are then rank 0's.
     if any(gather_json(has_meta(module), ctx, axis=DATA)):
         materialize(module, ctx, DATA)
+    fp8_layers(module, plan, ctx).convert()
     if not any(param.requires_grad for param in module.parameters()):
         # DDP raises for a module of which no parameter requires a gradient.
         return _wrap_frozen(module, ctx)
@@ -50,6 +52,7 @@ def _rewrap(
     if ctx.config.device_placement:  # new parameters are on the CPU
         move_module(module, ctx.device)
     check_same_structure(module, ctx, DATA)
+    fp8_layers(module, plan, ctx).convert()  # of the layers that are new
     if isinstance(engine, DdpEngine):
         # A second reducer would reduce the same gradients again.
         engine.reducer._remove_autograd_hooks()

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from faccel.backends.fsdp_fp8 import Fp8Scales, convert_layers, gather_as_bytes
 from faccel.backends.fsdp_grads import sharded_grads
 from faccel.backends.fsdp_layout import Layout, data_mesh, engine_mesh
 from faccel.backends.fsdp_param_hooks import ShardHooks, attach, gather_before_inference_mode
@@ -61,6 +62,7 @@ class FsdpEngine(nn.Module):
         registration: Which parameters the modules have.
         shard_hooks: The hooks that users register on shards.
         second_order: What a backward through a backward needs.
+        fp8_scales: The scales of weights that are gathered in fp8.
     """
 
     def __init__(self, module: nn.Module, plan: Plan, ctx: DistContext) -> None:
@@ -71,6 +73,7 @@ class FsdpEngine(nn.Module):
         self.reduces_grads = True
         self.unreduced = UnreducedGrads(module)
         self.registration = Registration.of(module)
+        self.fp8_scales = Fp8Scales(module)
         self.shard_hooks = ShardHooks.of(module)
         self.second_order = SecondOrder(
             module, self.registration, self.shard_hooks.fsdp_params, self._after_second_backward
@@ -85,6 +88,7 @@ class FsdpEngine(nn.Module):
     def run(self, method: str, *args: Tree, **kwargs: Tree) -> Tree:
         """Call a method of the module, with FSDP2's hooks; outputs are fp32."""
         self.recover()  # from a `loss.backward()` of the user that has raised
+        self.fp8_scales.refresh()
         gather_before_inference_mode(self.module)
         self.registration.before_forward()
         try:
@@ -162,7 +166,8 @@ class FsdpEngine(nn.Module):
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     check_same_structure(module, ctx, WORLD)
-    shard_module(module, plan, Layout.from_plan(module, plan, ctx), ctx)
+    layout = Layout.from_plan(module, plan, ctx).with_fp8(module, plan, ctx)
+    shard_module(module, plan, layout, ctx)
     engine = FsdpEngine(module, plan, ctx)
     return engine, engine.run
 
@@ -176,6 +181,7 @@ def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext
     _make_contiguous(module)
     # First, because all later steps take local slices: every rank must have the same values.
     values = InitialValues.of(module, ctx, "stage")
+    convert_layers(module, layout, plan, ctx)
     if layout.tp_styles:
         # Before FSDP2, which shards the DTensors of `tp` once more, along dim 0.
         # The reverse is impossible: `parallelize_module` needs full parameters on each rank.
@@ -187,6 +193,7 @@ def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext
     # Before sharding: FSDP2's hooks stay outside the graphs, which they would break.
     apply_compile(module, layout.units, plan)
     _fully_shard(module, layout, plan, ctx)
+    gather_as_bytes(module)
     # Last: of a model on meta, each rank now allocates its shards and one full tensor at a time.
     values.fill(module, ctx, "stage")
     attach(module, hooks, ctx)
@@ -280,6 +287,8 @@ def same_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optim
                 fix='write `faccel.init(mesh="dp_replicate=-1")`, or use an element-wise optimizer '
                 "such as AdamW",
             )
+    scales = cast("Any", engine).fp8_scales  # of this engine, or of a pipeline's
+    scales.watch(opt)
     return opt
 
 

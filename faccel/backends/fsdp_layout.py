@@ -13,10 +13,11 @@ from faccel.context import DistContext
 from faccel.errors import ModelError
 from faccel.parallel.activation_checkpoint import check_has_units
 from faccel.parallel.expert_parallel import moes_of
+from faccel.parallel.fp8 import Fp8Layers, fp8_layers
 from faccel.parallel.moe import MoE
 from faccel.parallel.param_hooks import hooks_of
 from faccel.parallel.units import matching, units_of
-from faccel.plan import Plan
+from faccel.plan import Fp8, Plan
 
 T = TypeVar("T")
 
@@ -31,6 +32,7 @@ class Layout:
         ignored: Names of parameters that stay replicated.
         fp32_units: Names of units that compute in fp32.
         moes: `MoE` modules by name, whose experts are sharded over the axis `ep`.
+        fp8: The linear layers in fp8.
     """
 
     units: Mapping[str, nn.Module]
@@ -38,6 +40,7 @@ class Layout:
     ignored: frozenset[str]
     fp32_units: frozenset[str]
     moes: Mapping[str, MoE]
+    fp8: Fp8Layers = attrs.field(factory=lambda: Fp8Layers({}, Fp8()))
 
     @classmethod
     def from_plan(cls, module: nn.Module, plan: Plan, ctx: DistContext) -> Layout:
@@ -60,6 +63,16 @@ class Layout:
         _check_hooks(module, {**tp_styles, **_experts(moes)}, ignored)
         return cls(units, tp_styles, ignored, frozenset(fp32_units), moes)
 
+    def with_fp8(self, module: nn.Module, plan: Plan, ctx: DistContext) -> Layout:
+        """Return the layout with the linear layers in fp8.
+
+        Raises:
+            FaccelError: See `fp8_layers`.
+        """
+        layers = fp8_layers(module, plan, ctx)
+        in_fp32 = [name for name in layers.layers if self.computes_in_fp32(name)]
+        return attrs.evolve(self, fp8=layers.without(in_fp32))
+
     def below(self, names: Sequence[str]) -> Layout:
         """Return the layout of the modules of these names and of the modules inside them."""
         return attrs.evolve(
@@ -67,6 +80,7 @@ class Layout:
             units=_inside(names, self.units),
             tp_styles=_inside(names, self.tp_styles),
             moes=_inside(names, self.moes),
+            fp8=self.fp8.only(_inside(names, self.fp8.layers)),
             # A stage of a pipeline does not have the ignored parameters of the other stages.
             ignored=frozenset(_inside(names, dict.fromkeys(self.ignored))),
         )

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import attrs
 from torch import nn
 
+from faccel.tree import plain_tensor
+
 
 class FsdpParam(Protocol):
     """The attributes of FSDP2's private `FSDPParam` that are used here."""
@@ -137,8 +139,13 @@ def _version(group: FsdpGroup) -> int:
     """Return a number that changes when a shard of the group is written."""
     version = 0
     for param in group.fsdp_params:
-        shard = param.sharded_param
-        # An operation on a DTensor changes its version, one on its local tensor that one's. The
-        # attribute, because `to_local` records a node of the graph.
-        version += shard._version + shard._local_tensor._version
+        version += version_of_shard(param.sharded_param)
     return version
+
+
+def version_of_shard(shard: Any) -> int:
+    """Return a number that changes when a shard is written."""
+    # An operation on a DTensor changes its version, one on its local tensor that one's. The
+    # attribute, because `to_local` records a node of the graph.
+    local = shard._local_tensor
+    return shard._version + local._version + plain_tensor(local)._version

@@ -41,7 +41,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
         )
     pp_rank, pp_size = ctx.comm.rank("pp"), ctx.comm.size("pp")
     stages = stages_of(module, config, pp_size * config.stages_per_rank)
-    layout = Layout.from_plan(module, plan, ctx)
+    layout = Layout.from_plan(module, plan, ctx).with_fp8(module, plan, ctx)
     tied = tied_params(module, stages)
     _check_tied(tied, layout, pp_size)
     _check_units(stages, layout)
@@ -165,6 +165,7 @@ def _make_run(engine: PipelineEngine, ctx: DistContext) -> RunMethod:
                 fix="write `faccel.forward_backward(loss_fn, model, window, scaler, ctx)`, "
                 "or `with torch.no_grad():`",
             )
+        engine.fp8_scales.refresh()
         gather_before_inference_mode(engine)
         return infer(engine, StageInputs(args, kwargs), ctx)
 

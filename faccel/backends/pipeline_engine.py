@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from faccel.backends.fsdp_fp8 import Fp8Scales
 from faccel.backends.fsdp_param_hooks import ShardHooks
 from faccel.comm.objects import broadcast_objects
 from faccel.context import DistContext
@@ -77,6 +78,7 @@ class PipelineEngine(nn.Module):
     Attributes:
         has_run: Whether a window has run.
         shard_hooks: The hooks that users register on shards.
+        fp8_scales: The scales of weights that are gathered in fp8.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class PipelineEngine(nn.Module):
         self.pp_size = ctx.comm.size("pp")
         self.has_run = False
         self.shard_hooks = ShardHooks.of(self)
+        self.fp8_scales = Fp8Scales(self)
         # By the number of the shapes in training, and by the key of the inputs in inference, where
         # every rank has the inputs: training and evaluation batches alternate.
         self._metas: dict[int | str, list[list[TensorMeta]]] = {}

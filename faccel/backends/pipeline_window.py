@@ -132,6 +132,7 @@ def _run_schedule(
     from faccel.parallel.pipeline_schedules import SCHEDULES  # torch's are slow to import
 
     assert isinstance(engine, PipelineEngine)
+    engine.fp8_scales.refresh()
     num_micro_batches = len(losses)
     make_schedule = SCHEDULES[_schedule_of(engine, num_micro_batches)]
     # The first rank runs a loss function for the inputs of the first stage, the last rank for the

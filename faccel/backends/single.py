@@ -13,6 +13,7 @@ from faccel.context import DistContext
 from faccel.mesh import DATA
 from faccel.parallel.activation_checkpoint import checkpoint_and_compile
 from faccel.parallel.forward import call_method, with_precision
+from faccel.parallel.fp8 import fp8_layers
 from faccel.parallel.materialize import has_meta, materialize
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, RunMethod, Stateful
@@ -22,6 +23,7 @@ from faccel.training.move_module import move_module
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     if has_meta(module):
         materialize(module, ctx, DATA)
+    fp8_layers(module, plan, ctx).convert()
     checkpoint_and_compile(module, plan)
     return module, with_precision(functools.partial(call_method, module), ctx)
 
@@ -51,6 +53,7 @@ def _rewrap(
 ) -> tuple[nn.Module, RunMethod]:
     if ctx.config.device_placement:  # new parameters are on the CPU
         move_module(module, ctx.device)
+    fp8_layers(module, plan, ctx).convert()  # of the layers that are new
     # Without `checkpoint_and_compile`, which has changed the units of the first `wrap`.
     return module, with_precision(functools.partial(call_method, module), ctx)
 

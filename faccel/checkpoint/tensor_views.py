@@ -7,14 +7,14 @@ those are stored as pairs of real numbers, and as bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn.parameter import is_lazy
 
 from faccel.checkpoint.files import SAFETENSORS_DTYPES
 from faccel.errors import CheckpointError
-from faccel.tree import is_dtensor, is_sharded, local_tensor
+from faccel.tree import is_cast_shard, is_dtensor, is_sharded, local_tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -79,7 +79,7 @@ def _problem_of_shards(tensor: DTensor) -> tuple[str, str] | None:
             f"a DTensor of placements {tensor.placements}",
             "call `.full_tensor()` on every rank",
         )
-    local = tensor.to_local()
+    local = local_tensor(tensor)
     if has_inner_tensors(local):  # blocks of elements have one scale, and no part of a block
         return (
             f"a DTensor whose shards are of class {type(local).__name__}",
@@ -128,11 +128,24 @@ def stored_view(tensor: torch.Tensor) -> torch.Tensor:
 
     Effects: pure. A complex number is a pair of real ones in a new last dim.
     """
+    tensor = _with_plain_shards(tensor)
     if not is_view_needed(tensor.dtype):
         return tensor
     if tensor.dtype.is_complex:
         return _of_local(tensor, torch.view_as_real, (2,))
     return _of_local(tensor, lambda local: local.view(torch.uint8), ())
+
+
+def _with_plain_shards(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a DTensor whose shard is gathered in fp8 as one of its elements in memory.
+
+    Any other tensor is returned itself. Checkpoints do not depend on how parameters are gathered.
+    """
+    if not is_dtensor(tensor):
+        return tensor
+    if not is_cast_shard(cast("Any", tensor)._local_tensor):
+        return tensor
+    return with_local(cast("DTensor", tensor), local_tensor(tensor))
 
 
 def _of_local(

@@ -10,7 +10,7 @@ from faccel.comm.buckets import BUCKET_CAP_MB, check_replicas
 from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
 from faccel.func.grad import GradInputs, mean_gradient
-from faccel.func.loss import LossFunction, LossOptions, Weight
+from faccel.func.loss import LossFunction, LossOptions, Weight, check_precision
 from faccel.func.rng_streams import RandomSource
 from faccel.func.tensordicts import to_tensordict
 from faccel.tree import Tree
@@ -80,6 +80,7 @@ def value_and_grad(
         (tensor(0.6667), tensor(0.3333))
     """
     require_context(ctx, "faccel.func.value_and_grad(loss_fn, ctx)")
+    check_precision(ctx)
     check_replicas(ctx, "use `faccel.wrap` and `faccel.scaled_backward`")
     options = LossOptions(loss_fn, has_buffers, has_aux, weight, num_micro_batches, bucket_cap_mb)
 

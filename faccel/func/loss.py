@@ -10,7 +10,7 @@ import torch
 from faccel.checks import positive
 from faccel.comm.buckets import BUCKET_CAP_MB, check_cap
 from faccel.context import DistContext
-from faccel.errors import ModelError
+from faccel.errors import ConfigError, ModelError
 from faccel.func.rng_streams import RandomSource
 from faccel.func.tensordicts import NamedTensors, check_same_structure, flat_dict, to_tensordict
 from faccel.training.precision import autocast
@@ -83,6 +83,20 @@ def call_loss(
     # Buffers that kept a graph would keep the activations of every step alive.
     detached = {name: buffer.detach() for name, buffer in flat_dict(new_buffers).items()}
     return loss, (detached, aux)
+
+
+def check_precision(ctx: DistContext) -> None:
+    """Raise for a precision that converts layers: a pure function has no module to convert.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if ctx.config.mixed_precision == "fp8":
+        raise ConfigError(
+            "`faccel.func` does not support fp8, which converts the layers of a module",
+            got="mixed_precision='fp8'",
+            fix='use `mixed_precision="bf16"`, or `faccel.wrap` and `faccel.optimizer_step`',
+        )
 
 
 def _split_output(options: LossOptions, output: Tree) -> tuple[Tree, Tree, Tree]:

@@ -18,6 +18,7 @@ from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DesyncError, DonatedError, ModelError
 from faccel.func.gradient_transformation import GradientTransformation, check_transformation
+from faccel.func.loss import check_precision
 from faccel.func.purity import digest
 from faccel.func.tensordicts import NamedTensors, to_dict, to_tensordict
 from faccel.training.precision import ScalerState, init_scaler
@@ -211,6 +212,7 @@ def init_state(
         (['bias', 'weight'], 0)
     """
     require_context(ctx, "faccel.func.init_state(model, optimizer, ctx)")
+    check_precision(ctx)
     check_replicas(ctx, "use `faccel.wrap` and `faccel.optimizer_step`, which train on every mesh")
     check_transformation(optimizer, "optimizer")
     ctx.comm.begin_call("init_state")

@@ -22,7 +22,7 @@ from faccel.func.gradient_transformation import (
     check_transformation,
     is_traced,
 )
-from faccel.func.loss import LossFunction, LossOptions, Weight
+from faccel.func.loss import LossFunction, LossOptions, Weight, check_precision
 from faccel.func.rng_streams import NoGenerator, RandomSource, reseed
 from faccel.func.tensordicts import named_leaves, to_tensordict
 from faccel.func.train_state import TrainState, check_state, mark_donated
@@ -134,6 +134,7 @@ def build_step(
     donate: bool,
 ) -> Step:
     """Return the step that applies what `gradient_fn` returns; see `make_step`."""
+    check_precision(ctx)
     check_replicas(ctx, "use `faccel.wrap` and `faccel.optimizer_step`, which train on every mesh")
     _check_micro_batches(options.num_micro_batches, ctx)
     check_transformation(transformation)

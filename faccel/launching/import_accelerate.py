@@ -217,7 +217,7 @@ def _convert_precision(remaining: _Keys, values: _Keys) -> None:
     if precision is False:  # YAML reads an unquoted `no` as False
         precision = "no"
     precision = str(precision).lower()
-    if precision in ("fp16", "bf16"):
+    if precision in ("fp16", "bf16", "fp8"):
         values["mixed_precision"] = precision
     elif precision != "no":
         remaining["mixed_precision"] = precision

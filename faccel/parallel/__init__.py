@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from faccel.plan import ActivationCheckpointing as ActivationCheckpointing
     from faccel.plan import DdpConfig as DdpConfig
     from faccel.plan import DeepSpeedConfig as DeepSpeedConfig
+    from faccel.plan import Fp8 as Fp8
     from faccel.plan import FsdpConfig as FsdpConfig
     from faccel.plan import PipelineConfig as PipelineConfig
     from faccel.plan import PowerSgdConfig as PowerSgdConfig
@@ -38,8 +39,8 @@ _NAMES = {
     "faccel.parallel.moe": ("MoE",),
     "faccel.parallel.tensor_parallel": ("loss_parallel",),
     "faccel.plan": (
-        "ActivationCheckpointing", "DdpConfig", "DeepSpeedConfig", "FsdpConfig", "PipelineConfig",
-        "PowerSgdConfig",
+        "ActivationCheckpointing", "DdpConfig", "DeepSpeedConfig", "Fp8", "FsdpConfig",
+        "PipelineConfig", "PowerSgdConfig",
     ),
     "faccel.training.ema": ("EmaState", "ema_weights", "init_ema", "update_ema"),
     "faccel.training.join": ("join",),

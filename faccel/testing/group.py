@@ -130,8 +130,9 @@ class SimulatedGroup(GroupMember):
         collective.inputs[self._group_rank] = value
         if len(collective.inputs) == self.size():
             del world.collectives[key]
-            # Communication is not differentiated; autograd of collectives is built above it.
-            with torch.no_grad():
+            # Communication is not differentiated; autograd of collectives is built above it. It
+            # does not know the autocast of the last rank that called it, either.
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 compute([collective.inputs[r] for r in range(self.size())])
             collective.is_done = True
 

@@ -61,7 +61,7 @@ ACCELERATE = {
 
 def check_valid(config, given):
     """Compare a resolved configuration with what was given, and with the types of its fields."""
-    assert config.mixed_precision in ("no", "bf16", "fp16")
+    assert config.mixed_precision in ("no", "bf16", "fp16", "fp8")
     for name, smallest in (("grad_accum", 1), ("seed", 0), ("timeout_s", 1)):
         assert type(getattr(config, name)) in (int, float) and getattr(config, name) >= smallest
     assert config.zero is None or config.zero in (0, 1, 2, 3)

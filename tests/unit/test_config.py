@@ -104,7 +104,7 @@ def test_a_resolved_record_keeps_its_values_when_it_is_resolved_again():
         (lambda: resolve(env={"FACCEL_SEEDS": "1"}), ["FACCEL_SEEDS", "use `FACCEL_SEED`"]),
         (lambda: resolve(env={"FACCEL_SEED": "one"}), ["FACCEL_SEED", "'one'"]),
         (lambda: resolve(env={"FACCEL_DEVICE_PLACEMENT": "maybe"}), ["'maybe'"]),
-        (lambda: Config(mixed_precision="fp8"), ["`bf16`", "'fp8'"]),
+        (lambda: Config(mixed_precision="fp4"), ["`bf16`", "'fp4'"]),
         (lambda: Config(grad_accum=0), ["at least 1", "0"]),
         (lambda: Config(grad_accum=True), ["`grad_accum`", "True"]),
         (lambda: Config(grad_accum="4"), ["`grad_accum`", "'4'"]),

@@ -157,13 +157,12 @@ FILES = {
         "num_machines: 2\nnum_processes: 16\n"
         "machine_rank: 1\nmain_process_ip: head\nmain_process_port: 1234\n"
         "rdzv_backend: c10d\nuse_cpu: false\n",
-        {"grad_accum": 4, "strategy": "deepspeed", "zero": 2, "nproc": 8},
+        {"mixed_precision": "fp8", "grad_accum": 4, "strategy": "deepspeed", "zero": 2, "nproc": 8},
         "faccel.Plan(compile='whole')",
         "--nnodes 2 --rdzv-endpoint head:1234",
         [
             "fp8_config.backend",
             "fp8_config.fp8_format",
-            "mixed_precision",
         ],
     ),
     "latest": (

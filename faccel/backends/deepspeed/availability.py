@@ -53,6 +53,8 @@ def refuse(config: Config, device_type: str) -> str | None:
 
     Effects: pure.
     """
+    if config.mixed_precision == "fp8":
+        return "mixed_precision=fp8, whose layers DeepSpeed's flat parameters do not support"
     if config.mixed_precision == "fp16" and is_host(torch.device(device_type)):
         return "mixed_precision=fp16 on a CPU, where DeepSpeed supports bf16 and fp32"
     return None
