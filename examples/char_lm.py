@@ -3,9 +3,11 @@
     faccel launch --cpu --nproc 2 examples/char_lm.py --steps 50
     faccel launch --cpu --nproc 2 --mesh dp_shard=2 examples/char_lm.py --steps 50
     faccel launch --cpu --nproc 2 --strategy deepspeed --zero 2 examples/char_lm.py --steps 50
+    faccel launch --cpu --mixed-precision fp8 examples/char_lm.py --model gpt_neox --emulate
 
 Needs `pip install transformers`. `--runs DIR` saves checkpoints there and resumes from the newest.
-`--export DIR` writes a model that `GPT2LMHeadModel.from_pretrained` loads.
+`--export DIR` writes a model that `GPT2LMHeadModel.from_pretrained` loads. fp8 needs
+`pip install "faccel[ao]"` and `--model gpt_neox`: the layers of GPT-2 are no `nn.Linear`.
 """
 
 import argparse
@@ -13,7 +15,7 @@ from pydoc_data.topics import topics  # English text that is part of every Pytho
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import faccel
 
@@ -45,25 +47,42 @@ parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--runs", help="directory of checkpoints")
 parser.add_argument("--export", help="directory of the trained model")
+parser.add_argument("--model", choices=("gpt2", "gpt_neox"), default="gpt2")
+parser.add_argument("--emulate", action="store_true", help="compute fp8 on any device, slowly")
 args = parser.parse_args()
 
 ctx = faccel.init()
 loader = DataLoader(Text(), GLOBAL_BATCH, shuffle=True)
 train = faccel.shard(loader, ctx, split_batches=True)  # the batch size is the global one
 faccel.seed_everything(0, ctx)
-config = GPT2Config(
-    vocab_size=256,
-    n_positions=LENGTH,
-    n_embd=64,
-    n_layer=3,
-    n_head=4,
-    resid_pdrop=0.0,
-    embd_pdrop=0.0,
-    attn_pdrop=0.0,
-    bos_token_id=None,
-    eos_token_id=None,
-)
-model = faccel.wrap(GPT2LMHeadModel(config), ctx)
+if args.model == "gpt2":
+    config = GPT2Config(
+        vocab_size=256,
+        n_positions=LENGTH,
+        n_embd=64,
+        n_layer=3,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    net = GPT2LMHeadModel(config)
+else:
+    config = GPTNeoXConfig(
+        vocab_size=256,
+        max_position_embeddings=LENGTH,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+    )
+    net = GPTNeoXForCausalLM(config)
+plan = None
+if ctx.config.mixed_precision == "fp8":
+    plan = faccel.Plan(fp8=faccel.parallel.Fp8(emulate=args.emulate))
+model = faccel.wrap(net, ctx, plan=plan)
 opt = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
 opt = faccel.wrap_optimizer(opt, model, ctx)
 scaler = faccel.init_scaler(ctx)

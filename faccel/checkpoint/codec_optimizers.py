@@ -20,6 +20,7 @@ from faccel.checkpoint.codec import (
     restore_all,
 )
 from faccel.checkpoint.codec_modules import name_difference
+from faccel.checkpoint.codec_sharded_wrappers import check_shards_of_one_class
 from faccel.checkpoint.codec_values import mapping_nodes
 from faccel.checkpoint.tensor_names import child_name, optimizer_parameter_names, user_path
 from faccel.tree import Tree
@@ -35,6 +36,7 @@ def _is_optimizer(value: object) -> bool:
 
 def _encode_optimizer(value: Optimizer, path: str, encoder: Encoder) -> Node:
     names = optimizer_parameter_names(value, encoder.parameter_names)
+    check_shards_of_one_class(value, path)
     state_dict = dict(value.state_dict())
     state: dict[object, Tree] = {}
     for index, entry in state_dict.pop("state").items():

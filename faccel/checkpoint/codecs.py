@@ -12,6 +12,7 @@ from faccel.checkpoint.codec_optimizers import OPTIMIZER
 from faccel.checkpoint.codec_per_rank import PER_RANK
 from faccel.checkpoint.codec_random import RNG_STATE
 from faccel.checkpoint.codec_records import RECORD
+from faccel.checkpoint.codec_sharded_wrappers import SHARDED_WRAPPER
 from faccel.checkpoint.codec_tensors import ARRAY, TENSOR, TENSORDICT
 from faccel.checkpoint.codec_values import (
     BYTES,
@@ -30,6 +31,7 @@ from faccel.tree import Tree
 CODECS: tuple[Codec[Any], ...] = (
     PLAIN,
     FLOAT,
+    SHARDED_WRAPPER,  # before TENSOR: a DTensor is one
     TENSOR,
     WRAPPER,
     # Before STATEFUL: these have `state_dict`, too.

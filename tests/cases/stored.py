@@ -183,13 +183,12 @@ def step_lowbit(state, ctx, seed):
 
 
 def resume_lowbit(ctx, name, folder):
-    with torch.compiler.set_stance("force_eager"):
-        state, other = make_lowbit(ctx, name), make_lowbit(ctx, name)
-        step_lowbit(state, ctx, 0)
-        faccel.save(state, folder, ctx, step=1)
-        faccel.load(other, folder, ctx)
-        for run in (state, other):
-            step_lowbit(run, ctx, 1)
+    state, other = make_lowbit(ctx, name), make_lowbit(ctx, name)
+    step_lowbit(state, ctx, 0)
+    faccel.save(state, folder, ctx, step=1)
+    faccel.load(other, folder, ctx)
+    for run in (state, other):
+        step_lowbit(run, ctx, 1)
     return [
         {name: full(value) for name, value in run["model"].state_dict().items()}
         for run in (state, other)
@@ -197,13 +196,11 @@ def resume_lowbit(ctx, name, folder):
 
 
 def a_low_bit_optimizer(folder, world, name):
-    """A resumed run is the run that was not interrupted, or the first save raises."""
+    """A resumed run is the run that was not interrupted."""
     pytest.importorskip("torchao", reason="torchao is not installed")
-    if "fsdp" in world:
-        with pytest.raises(CheckpointError, match="shards are of class"):
-            WORLDS[world].run(resume_lowbit, name, str(folder))
-        return
-    for expected, resumed in WORLDS[world].run(resume_lowbit, name, str(folder)):
+    with torch.compiler.set_stance("force_eager"):  # of the process, so outside of the ranks
+        results = WORLDS[world].run(resume_lowbit, name, str(folder))
+    for expected, resumed in results:
         torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
 
 
