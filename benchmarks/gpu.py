@@ -76,7 +76,7 @@ def run(args):
     outcome = Outcome()
     if not args.cpu:
         check_device(env)
-    device, size = ("cpu", "quick" if args.quick else "cpu") if args.cpu else ("cuda", "gpu")
+    device, size = ("cpu", "quick" if args.quick else "cpu") if args.cpu else ("cuda:0", "gpu")
     measure = [sys.executable, str(ROOT / "benchmarks" / "gpu_measure.py")]
     measure += ["--device", device, "--size", size]
 

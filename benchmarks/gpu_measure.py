@@ -328,7 +328,7 @@ def main():
     parser.add_argument("--size", required=True, choices=SIZES)
     parser.add_argument("names", nargs="*")
     args = parser.parse_args()
-    device = torch.device(args.device, 0 if args.device == "cuda" else None)
+    device = torch.device(args.device)
     warnings.filterwarnings("ignore")
     about(device)
     for name in args.names:

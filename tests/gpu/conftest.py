@@ -21,9 +21,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def device():
-    if os.environ.get("FACCEL_GPU_TESTS"):
-        return torch.device("cpu")
-    return torch.device("cuda", 0)
+    name = os.environ.get("FACCEL_GPU_TESTS", "cuda:0")
+    return torch.device("cpu" if name == "quick" else name)
 
 
 @pytest.fixture

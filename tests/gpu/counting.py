@@ -11,24 +11,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 _READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+_COPIES = ("aten::_to_copy", "aten::copy_")
 
 
 class _ReadsOfTensors(TorchDispatchMode):
-    """Counts the operators that return a value of a tensor to the host.
+    """Counts the operators that return values of a device's tensors to the host.
 
     On the CPU they wait for nothing. On an accelerator the host would wait there.
     """
 
-    def __init__(self):
+    def __init__(self, device):
         super().__init__()
+        self.device = device
         self.places = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if torch.distributed.tensor.DTensor in types:
             return NotImplemented  # its operators on plain tensors come here afterwards
-        if func.name().partition(".")[0] in _READS:
+        result = func(*args, **(kwargs or {}))
+        sources = [leaf for leaf in tree_iter(args) if self._is_on_device(leaf)]
+        is_read = func.name().partition(".")[0] in _READS
+        is_copy = func.name().partition(".")[0] in _COPIES and not self._is_on_device(result)
+        if sources and (is_read or is_copy):
             self.places[func.name()] += 1
-        return func(*args, **(kwargs or {}))
+        return result
+
+    def _is_on_device(self, leaf):
+        return isinstance(leaf, torch.Tensor) and leaf.device.type == self.device.type
 
 
 @contextlib.contextmanager
@@ -37,7 +46,7 @@ def synchronisations(device):
     if device.type != "cuda":
         import torch.distributed.tensor
 
-        with _ReadsOfTensors() as mode:
+        with _ReadsOfTensors(device) as mode:
             yield mode.places
         return
     places = Counter()

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 import faccel
+from faccel.device_table import KINDS
 from tests.gpu.plain import assert_same, plain_training, training
 from tests.gpu.test_precision import TOLERANCES
 from tests.gpu.world_of_one import world_of_one
@@ -26,7 +27,7 @@ PLANS = {
 @pytest.mark.parametrize("debug", [False, True])
 def test_collectives_run_on_the_device(device, debug):
     with world_of_one(device, "ddp", debug=debug) as ctx:
-        library = "nccl" if device.type == "cuda" else "gloo"
+        library = KINDS[device.type].library
         assert dist.Backend.default_device_backend_map[device.type] == library
         assert debug or f"{device.type}:{library}" in dist.get_backend_config()
         values = {"x": torch.arange(4.0, device=device), "n": torch.tensor(3, device=device)}
