@@ -28,13 +28,13 @@ from gpu_workers import ROOT, Outcome, run_all
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def environment(args):
-    """Return the environment of the workers."""
+def environment(args, folder):
+    """Return the environment of the workers; installs the wheels into `folder`."""
     paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     env = dict(os.environ)
+    env.pop("FACCEL_GPU_TESTS", None)
     if args.wheels:
-        # Into a folder of this run: the packages of the node stay as they are.
-        folder = tempfile.mkdtemp(prefix="faccel-gpu-")
+        # The packages of the node stay as they are.
         wheels = sorted(map(str, pathlib.Path(args.wheels).glob("*.whl")))
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
         subprocess.run([*command, "--target", folder, *wheels], check=True)
@@ -68,11 +68,11 @@ def test_command(names):
     return [*command, "-q", "--import-mode=importlib", *options, *plugins]
 
 
-def run(args):
-    """Run everything; return the outcome."""
+def run(args, folder):
+    """Run everything, and write the rows."""
     start = time.monotonic()
     deadline = start + 60 * args.minutes
-    env = environment(args)
+    env = environment(args, folder)
     outcome = Outcome()
     if not args.cpu:
         check_device(env)
@@ -91,7 +91,6 @@ def run(args):
     names = [name for name in MEASUREMENTS if args.only in name]
     run_all(names, rows_of_measurement, measure_command, env, deadline, outcome)
     write(args, outcome, time.monotonic() - start)
-    return outcome
 
 
 def judged(row, args):
@@ -147,7 +146,7 @@ def line_of(row):
     text = f"{verdict}  {name:<70}"
     if row["value"] is not None:
         text += f"{row['value']:>10.4g} {row['unit']}"
-    if row.get("ratio_to"):
+    if row.get("ratio") is not None:
         text += f"  x {row['ratio']:.3f} of {row['ratio_to']}"
     if row["limit"] is not None:
         text += f" (at most {row['limit']:g})"
@@ -170,7 +169,8 @@ def main():
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose names contain it")
     args = parser.parse_args()
     args.out = args.out or RESULTS / ("gpu_cpu.json" if args.cpu else "gpu.json")
-    run(args)
+    with tempfile.TemporaryDirectory(prefix="faccel-gpu-") as folder:
+        run(args, folder)
     record = json.loads(pathlib.Path(args.out).read_text())
     rows = record["rows"]
     for row in rows:

@@ -59,7 +59,7 @@ def test_engines_train_as_plain_torch(device, name, precision):
 def test_an_overflow_is_skipped(device, name):
     strategy, plan = PLANS[name]
     with world_of_one(device, strategy, mixed_precision="fp16") as ctx:
-        _, _, scaler, infos = training(ctx, plan, overflow_at=1, scale=1024.0)
+        _, _, _, scaler, infos = training(ctx, plan, overflow_at=1, scale=1024.0)
         assert [info.skipped for info in infos] == [step == 1 for step in range(6)]
         assert scaler.scale == 512.0
 
