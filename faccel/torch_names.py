@@ -26,3 +26,67 @@ def clone_all(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     if _foreach_clone is None:
         return [tensor.clone() for tensor in tensors]
     return list(_foreach_clone(list(tensors)))
+
+
+def fsdp_param_groups(state: Any) -> Sequence[Any]:
+    """Return FSDP2's records of the parameters of one unit.
+
+    Effects: pure.
+
+    Args:
+        state: The `FSDPState` of the unit.
+    """
+    # PyTorch 2.12 allows several for each unit.
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    if state._fsdp_param_group is None:  # a unit without parameters
+        return ()
+    return (state._fsdp_param_group,)
+
+
+def reset_fsdp_iteration(root_state: Any) -> None:
+    """Forget an unfinished forward or backward of an FSDP2 model; its parameters are sharded.
+
+    Effects: updates root_state. Not collective.
+
+    Args:
+        root_state: The `FSDPState` of the root.
+    """
+    if hasattr(root_state, "_reset_iter_state"):
+        root_state._reset_iter_state()
+        return
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    # PyTorch 2.11: what `_reset_iter_state` of PyTorch 2.13 does.
+    comm = root_state._comm_ctx
+    stream = root_state._device_handle.current_stream()
+    for state in (comm.all_gather_state, comm.reduce_scatter_state):
+        if state is not None and state.event is not None:
+            stream.wait_event(state.event)
+    comm.all_gather_state = comm.reduce_scatter_state = None
+    comm.post_forward_order.clear()
+    for state in root_state._state_ctx.all_states:
+        state._modules_to_run_forward.clear()
+        state._training_state = TrainingState.IDLE
+        for group in fsdp_param_groups(state):
+            _reset_group(group, stream)
+            group._training_state = TrainingState.IDLE
+    root_state._state_ctx.iter_forward_root = None
+    root_state._state_ctx.post_backward_final_callback_queued = False
+
+
+def _reset_group(group: Any, stream: Any) -> None:
+    for event in (
+        getattr(group._all_gather_result, "all_gather_event", None),
+        group._post_reduce_event,
+        getattr(group._all_reduce_state, "event", None),
+    ):
+        if event is not None:
+            stream.wait_event(event)
+    if group._reshard_after_forward_event is not None:
+        group._wait_all_gather_streams_on_event(group._reshard_after_forward_event)
+    group._all_gather_result = group._post_reduce_event = None
+    group._all_reduce_state = group._reshard_after_forward_event = None
+    group._partial_reduce_output = None
+    group._post_forward_indices.clear()
+    group._to_sharded()

@@ -18,6 +18,7 @@ from faccel.backends.fsdp_registration import fsdp_groups
 from faccel.comm.objects import gather_json
 from faccel.context import DistContext
 from faccel.parallel.param_hooks import ParamHooks
+from faccel.torch_names import fsdp_param_groups
 
 
 def attach(module: nn.Module, hooks: Mapping[str, ParamHooks], ctx: DistContext) -> None:
@@ -76,7 +77,7 @@ def _units(module: nn.Module) -> Iterator[tuple[Any, list[Any]]]:
         get_state = getattr(submodule, "_get_fsdp_state", None)
         if get_state is not None:
             fsdp_params: list[Any] = []
-            for group in get_state()._fsdp_param_groups:
+            for group in fsdp_param_groups(get_state()):
                 fsdp_params.extend(group.fsdp_params)
             yield submodule, fsdp_params
 

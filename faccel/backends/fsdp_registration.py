@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import attrs
 from torch import nn
 
+from faccel.torch_names import fsdp_param_groups
 from faccel.tree import plain_tensor
 
 
@@ -49,8 +50,14 @@ def fsdp_groups(module: nn.Module) -> list[Any]:
         get_state = getattr(submodule, "_get_fsdp_state", None)
         if get_state is not None:
             # Private: torch has no public access to what a unit has gathered.
-            groups.extend(get_state()._fsdp_param_groups)
+            groups.extend(fsdp_param_groups(get_state()))
     return groups
+
+
+def free_gathered(module: nn.Module) -> None:
+    """Free the parameters that FSDP2 may have kept for a backward, which does not follow."""
+    for group in fsdp_groups(module):
+        group._to_sharded()  # pyright: ignore[reportPrivateUsage]
 
 
 @attrs.frozen(eq=False)

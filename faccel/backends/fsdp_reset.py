@@ -9,6 +9,7 @@ from torch import nn
 
 from faccel.backends.fsdp_registration import fsdp_groups
 from faccel.backends.fsdp_unreduced import drop_accumulated, fsdp_params
+from faccel.torch_names import reset_fsdp_iteration
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -21,7 +22,7 @@ def reset_iteration(engine: nn.Module) -> None:
     """
     _finish_collectives(engine)
     for root in _roots(engine):
-        cast("Any", root)._get_fsdp_state()._reset_iter_state()
+        reset_fsdp_iteration(cast("Any", root)._get_fsdp_state())
     for fsdp_param in fsdp_params(engine):
         drop_accumulated(fsdp_param)
     for param in engine.parameters():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from faccel.backends.fsdp_fp8 import Fp8Scales
 from faccel.backends.fsdp_param_hooks import ShardHooks
+from faccel.backends.fsdp_registration import free_gathered
 from faccel.comm.objects import broadcast_objects
 from faccel.context import DistContext
 from faccel.errors import ModelError
@@ -20,8 +21,6 @@ from faccel.plan import PipelineConfig
 from faccel.tree import Tree, map_leaves
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
-
     from faccel.parallel.pipeline_schedules import Stage
 
 TensorMeta = tuple[tuple[int, ...], torch.dtype]
@@ -204,8 +203,7 @@ class PipelineEngine(nn.Module):
         finally:  # a stage that fails here, such as out of memory, is trained in the next attempt
             for module, mode in modes.items():
                 module.training = mode
-        # FSDP2 may keep the root gathered for a backward, which does not follow here.
-        cast("FSDPModule", stage_module).reshard()
+        free_gathered(stage_module)
         if not isinstance(output, tuple):
             output = (output,)
         return [_meta_or_type(value) for value in output]

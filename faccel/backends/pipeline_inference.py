@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from faccel.backends.fsdp_registration import free_gathered
 from faccel.backends.pipeline_engine import PipelineEngine, StageInputs, TensorMeta
 from faccel.comm.objects import broadcast_objects
 from faccel.comm.tensors import broadcast
@@ -51,6 +52,7 @@ def infer(engine: PipelineEngine, inputs: StageInputs, ctx: DistContext) -> Tree
         None,
         None,
     )
+    free_gathered(engine)
     outputs: Sequence[Tree] | None = None
     for stage in stages:
         # The last stage has the outputs of the model, in the order of the micro-batches.

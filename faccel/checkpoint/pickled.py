@@ -52,7 +52,7 @@ def _write_pickle(obj: object, path: str) -> None:
     temporary_name = f".tmp-{name}-{secrets.token_hex(4)}"
     temporary = os.path.join(folder, temporary_name)
     try:
-        write_file(folder, temporary_name, [buffer.getbuffer()])
+        write_file(folder, temporary_name, [buffer.getvalue()])
         os.replace(temporary, path)  # atomic: readers see the old file or the new one
     finally:
         if os.path.exists(temporary):

@@ -189,8 +189,8 @@ class DebugGroup(dist.ProcessGroup):
         self.options.exchange.compare(call, self._ranks, own_rank, self._name)
 
 
-def _comparing(name: str) -> Callable[..., object]:
-    op, detail = _DETAILS[name]
+def _comparing(name: str, detail_name: str) -> Callable[..., object]:
+    op, detail = _DETAILS[detail_name]
 
     def call(self: DebugGroup, *args: object, **kwargs: object) -> object:
         self._compare(op, detail(*args, **kwargs))  # pyright: ignore[reportPrivateUsage]
@@ -208,9 +208,9 @@ def _passing_on(name: str) -> Callable[..., object]:
 
 # One method for each of c10d's, which differ in nothing but what they compare.
 for _name in _DETAILS:
-    setattr(DebugGroup, _name, _comparing(_name))
+    setattr(DebugGroup, _name, _comparing(_name, _name))
 for _old, _name in _OLD_NAMES.items():
-    setattr(DebugGroup, _old, getattr(DebugGroup, _name))
+    setattr(DebugGroup, _old, _comparing(_old, _name))
 for _name in _PASSED_ON:
     setattr(DebugGroup, _name, _passing_on(_name))
 
