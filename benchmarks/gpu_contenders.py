@@ -1,5 +1,6 @@
 """The same training step in plain PyTorch, faccel and Accelerate."""
 
+import dataclasses
 import itertools
 import os
 import sys
@@ -20,7 +21,7 @@ from tests.gpu.world_of_one import world_of_one
 
 LEARNING_RATE = 1e-4
 CLIP_NORM = 1.0
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 @attrs.frozen
@@ -151,6 +152,16 @@ def sharded_by_torch(setup, model):
 SHARDED = faccel.Plan(
     units=Block.__name__, fsdp=faccel.parallel.FsdpConfig(low_precision_params=True)
 )
+
+
+def fp8_by_torchao(model, *, emulate):
+    """Convert the linear layers of all blocks, as faccel does, and compile the model."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig.from_recipe_name("tensorwise")
+    config = dataclasses.replace(config, emulate=emulate, pad_inner_dim=True)
+    convert_to_float8_training(model.blocks, config=config)
+    return model if emulate else torch.compile(model)
 
 
 class Checkpointed(nn.Module):

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import importlib.util
 import platform
 import traceback
 import warnings
@@ -20,6 +21,7 @@ from gpu_contenders import (
     checkpointed_by_torch,
     context,
     faccel_step,
+    fp8_by_torchao,
     sharded_by_torch,
     synchronize,
     torch_step,
@@ -94,6 +96,23 @@ def step_compiled(name, device, size):
     }
     torch._dynamo.reset()
     measure_step(name, Setup(device, size, "bf16", faccel.Plan(compile="whole")), makers)
+
+
+def step_fp8(name, device, size):
+    if importlib.util.find_spec("torchao") is None:
+        raise UnavailableError("torchao is not installed")
+    # A CPU emulates it, and the compiler would take minutes for that.
+    emulate = device.type != "cuda"
+    fp8 = faccel.parallel.Fp8(emulate=emulate)
+    plan = faccel.Plan(compile=None if emulate else "whole", fp8=fp8)
+    makers = {
+        "torch": functools.partial(
+            torch_step, change=functools.partial(fp8_by_torchao, emulate=emulate)
+        ),
+        "faccel": faccel_step,
+    }
+    torch._dynamo.reset()
+    measure_step(name, Setup(device, size, "fp8", plan), makers)
 
 
 class SmallModel(nn.Sequential):
@@ -284,6 +303,7 @@ FUNCTIONS = {
     "step bf16": functools.partial(step_in, precision="bf16"),
     "step fp16": functools.partial(step_in, precision="fp16"),
     "step compiled": step_compiled,
+    "step fp8": step_fp8,
     "step small": step_small,
     "step sharded": step_sharded,
     "synchronisations fp32": functools.partial(count_in, precision="no"),

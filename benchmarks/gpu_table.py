@@ -58,6 +58,7 @@ MEASUREMENTS = {
     "step bf16": contenders("GPT step, bf16", STEP_LIMIT),
     "step fp16": contenders("GPT step, fp16", STEP_LIMIT),
     "step compiled": contenders("GPT step, bf16, compiled", STEP_LIMIT),
+    "step fp8": contenders("GPT step, fp8 by torchao, compiled", STEP_LIMIT)[:2],
     "step small": contenders("step of a small model, fp32", HOST_LIMIT),
     "step sharded": contenders("GPT step, FSDP2 on a mesh of 1, bf16", STEP_LIMIT)[:2],
     "synchronisations fp32": synchronisations("fp32"),

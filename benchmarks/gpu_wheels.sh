@@ -11,6 +11,8 @@ packages=(
   attrs click PyYAML questionary rich safetensors tensordict xxhash
   # what these need
   cloudpickle markdown-it-py mdurl prompt_toolkit pygments pyvers wcwidth
+  # fp8
+  torchao
   # for tests/gpu
   iniconfig packaging pluggy pytest
 )
