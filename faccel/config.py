@@ -15,7 +15,7 @@ from faccel.validators import Validator, boolean, choice, float_at_least, folder
 if TYPE_CHECKING:
     pass
 
-PRECISIONS = ("no", "bf16", "fp16", "fp8")
+PRECISIONS = ("no", "bf16", "fp16", "fp8", "bf16-true", "fp16-true")
 STRATEGIES = ("deepspeed",)
 """Engines that replace the strategy that the mesh chooses."""
 
@@ -101,7 +101,8 @@ class Config:
 
     Args:
         mixed_precision: `"no"`, `"bf16"` or `"fp16"`: the dtype of forward and backward. `"fp8"`:
-            bf16, and linear layers in fp8. Parameters stay fp32.
+            bf16, and linear layers in fp8. Parameters stay fp32 in these. `"bf16-true"` and
+            `"fp16-true"` cast parameters and inputs instead.
         grad_accum: Micro-batches per step, the default `size` of `windows`.
         seed: Seed of the data order and of `seed_everything`.
         device: `"cpu"`, `"cuda:1"`, `"tpu"`, ...; None is the accelerator, or the CPU without one.
@@ -121,7 +122,7 @@ class Config:
     mixed_precision: str = _field(
         "no",
         str,
-        "dtype of forward and backward: no, bf16, fp16 or fp8",
+        "dtype of forward and backward: no, bf16, fp16, fp8; of parameters: bf16-true, fp16-true",
         validator=choice(*PRECISIONS),
         converter=_to_precision,
     )

@@ -27,7 +27,11 @@ _DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp8": torch.bfloat16,
+    # Without autocast: the parameters themselves have the dtype.
+    "bf16-true": None,
+    "fp16-true": None,
 }
+_PARAM_DTYPES = {"bf16-true": torch.bfloat16, "fp16-true": torch.float16}
 
 
 @attrs.frozen
@@ -199,8 +203,13 @@ class DistContext:
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        """The dtype of autocast in forward; None for `mixed_precision="no"`."""
+        """The dtype of autocast in forward; None without it, as for `mixed_precision="no"`."""
         return _DTYPES[self.config.mixed_precision]
+
+    @property
+    def param_dtype(self) -> torch.dtype | None:
+        """The dtype to which `wrap` casts parameters; None where they keep theirs."""
+        return _PARAM_DTYPES.get(self.config.mixed_precision)
 
     def __enter__(self) -> DistContext:
         return self

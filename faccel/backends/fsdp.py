@@ -32,7 +32,7 @@ from faccel.parallel.activation_checkpoint import apply_checkpointing
 from faccel.parallel.compilation import apply_compile
 from faccel.parallel.eager_code import without_graph
 from faccel.parallel.expert_parallel import shard_experts
-from faccel.parallel.forward import call_method, forward_precision, to_fp32
+from faccel.parallel.forward import call_method, forward_precision, to_fp32, with_precision
 from faccel.parallel.materialize import InitialValues
 from faccel.parallel.param_hooks import hooks_of
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
@@ -169,7 +169,15 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     layout = Layout.from_plan(module, plan, ctx).with_fp8(module, plan, ctx)
     shard_module(module, plan, layout, ctx)
     engine = FsdpEngine(module, plan, ctx)
-    return engine, engine.run
+    return engine, _run_of(engine, ctx)
+
+
+def _run_of(engine: FsdpEngine, ctx: DistContext) -> RunMethod:
+    # Autocast is inside of `engine.run`. Casts of inputs and outputs are outside, so that hooks of
+    # FSDP2 see the tensors of the module.
+    if ctx.param_dtype is None:
+        return engine.run
+    return with_precision(engine.run, ctx)
 
 
 def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext) -> None:
@@ -327,7 +335,7 @@ def _rewrap(
                 fix="add layers and adapters first, and then write `model = faccel.wrap(net, ctx)`",
             )
     # FSDP2 reads `requires_grad` of the shards in each forward, so the engine stays.
-    return engine, engine.run
+    return engine, _run_of(engine, ctx)
 
 
 FSDP = Parallelism(

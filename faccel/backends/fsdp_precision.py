@@ -16,6 +16,7 @@ from torch import nn
 
 from faccel.backends.fsdp_layout import Layout
 from faccel.context import DistContext
+from faccel.errors import ConfigError
 from faccel.plan import Plan
 from faccel.tree import Tree
 
@@ -29,6 +30,11 @@ def precision_policy(
     """Return a function from the name of a module to its policy. Gradients reduce in fp32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
+    if ctx.param_dtype is not None:
+        _check_no_fp32_units(plan, ctx)
+        # Gradients have 16 bits; their sum over the ranks has 32.
+        true_precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        return lambda name: true_precision
     if ctx.compute_dtype is None:
         full_precision = MixedPrecisionPolicy()
         return lambda name: full_precision
@@ -46,6 +52,16 @@ def precision_policy(
         return low
 
     return policy_of
+
+
+def _check_no_fp32_units(plan: Plan, ctx: DistContext) -> None:
+    if plan.fsdp.fp32_units:
+        raise ConfigError(
+            "`fp32_units` needs parameters in fp32",
+            got=f"mixed_precision={ctx.config.mixed_precision!r}, "
+            f"fp32_units={plan.fsdp.fp32_units}",
+            fix='use `mixed_precision="bf16"`, or leave `fp32_units` out',
+        )
 
 
 def switch_autocast(layout: Layout, plan: Plan, ctx: DistContext) -> None:

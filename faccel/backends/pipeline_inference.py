@@ -130,7 +130,7 @@ def _concatenate(outputs: Sequence[Tree], num_rows: int, ctx: DistContext) -> li
     """Concatenate the outputs of the micro-batches, without the repeated rows."""
     rows: list[tuple[torch.Tensor, ...]] = []
     for output in outputs:
-        if ctx.compute_dtype is not None:
+        if ctx.compute_dtype is not None or ctx.param_dtype is not None:
             output = to_fp32(output)
         if not isinstance(output, tuple):
             output = (output,)

@@ -145,7 +145,7 @@ def _run_schedule(
 
         def model(*args: Tree, **kwargs: Tree) -> Tree:
             calls.append(args)
-            if ctx.compute_dtype is None:
+            if ctx.compute_dtype is None and ctx.param_dtype is None:
                 return output
             return to_fp32(output)
 

@@ -18,7 +18,7 @@ _EXPLANATIONS: Mapping[str, str] = {
     "mixed_precision": (
         "bf16 roughly halves time and memory on devices that support it; parameters stay fp32. "
         "fp16 is for older GPUs and scales the loss. fp8 is for large layers on GPUs from 2022 on. "
-        "no computes in fp32."
+        "no computes in fp32. bf16-true and fp16-true also store parameters in 16 bits."
     ),
     "grad_accum": "Micro-batches per optimizer update: a larger batch than fits into memory.",
     "seed": "The same seed gives the same data order and a reproducible run.",

@@ -86,15 +86,17 @@ def call_loss(
 
 
 def check_precision(ctx: DistContext) -> None:
-    """Raise for a precision that converts layers: a pure function has no module to convert.
+    """Raise for a precision that changes modules: a pure function has none.
 
     Raises:
         ConfigError: It does.
     """
-    if ctx.config.mixed_precision == "fp8":
+    precision = ctx.config.mixed_precision
+    if precision == "fp8" or ctx.param_dtype is not None:
         raise ConfigError(
-            "`faccel.func` does not support fp8, which converts the layers of a module",
-            got="mixed_precision='fp8'",
+            f"`faccel.func` does not support {precision}, which changes the layers or parameters "
+            "of a module",
+            got=f"mixed_precision={precision!r}",
             fix='use `mixed_precision="bf16"`, or `faccel.wrap` and `faccel.optimizer_step`',
         )
 

@@ -15,6 +15,7 @@ from faccel.errors import ModelError
 from faccel.parallel.eager_code import without_graph, without_graphs
 from faccel.plan import Plan
 from faccel.training.precision import autocast
+from faccel.training.true_precision import cast_inputs
 from faccel.tree import Tree, map_leaves
 
 if TYPE_CHECKING:
@@ -42,7 +43,10 @@ def call_method(module: nn.Module, method: str, *args: Tree, **kwargs: Tree) -> 
 
 
 def with_precision(run: RunMethod, ctx: DistContext) -> RunMethod:
-    """Return `run` under autocast, with fp32 outputs; `run` itself in full precision."""
+    """Return `run` in the precision of the context, with fp32 outputs; `run` itself in fp32."""
+    dtype = ctx.param_dtype
+    if dtype is not None:
+        return _with_param_dtype(run, dtype)
     if ctx.compute_dtype is None:
         return run
 
@@ -53,6 +57,14 @@ def with_precision(run: RunMethod, ctx: DistContext) -> RunMethod:
         return to_fp32(out)
 
     return run_autocast
+
+
+def _with_param_dtype(run: RunMethod, dtype: torch.dtype) -> RunMethod:
+    def run_cast(method: str, *args: Tree, **kwargs: Tree) -> Tree:
+        args, kwargs = cast_inputs(args, kwargs, dtype)
+        return to_fp32(run(method, *args, **kwargs))
+
+    return run_cast
 
 
 @contextmanager

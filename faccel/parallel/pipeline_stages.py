@@ -13,6 +13,7 @@ from faccel.errors import ConfigError, ModelError
 from faccel.parallel.forward import forward_precision
 from faccel.parallel.units import matching
 from faccel.plan import PipelineConfig, Plan
+from faccel.training.true_precision import cast_inputs
 from faccel.tree import Tree
 
 
@@ -190,6 +191,8 @@ class StageModule(nn.Module):
     def forward(self, *inputs: Tree, **kwargs: Tree) -> Tree:
         """Run the modules. Keyword arguments are for the first module of the model."""
         # Here and not around the schedule, which also computes the loss: that is in fp32.
+        if self.ctx.param_dtype is not None:
+            inputs, kwargs = cast_inputs(inputs, kwargs, self.ctx.param_dtype)
         with forward_precision(self.plan, self.ctx):
             return self._run_chain(inputs, kwargs)
 

@@ -21,6 +21,7 @@ from faccel.training.move_module import move_module
 from faccel.training.optimizer_checks import (
     note_optimizers,
 )
+from faccel.training.true_precision import cast_module
 from faccel.tree import Tree
 
 if TYPE_CHECKING:
@@ -157,8 +158,9 @@ class WrappedModel:
 def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> WrappedModel:
     """Return `model` as it runs on the ranks of the mesh.
 
-    Effects: updates model, collective. Moves it to `ctx.device` (unless `device_placement` is off)
-    and copies rank 0's parameters and buffers to every data rank.
+    Effects: updates model, collective. Moves it to `ctx.device` (unless `device_placement` is off),
+    copies rank 0's parameters and buffers to every data rank, and applies a `mixed_precision` that
+    changes modules: fp8, bf16-true or fp16-true.
 
     Gradients are averaged over the data ranks in backward. Any number of models can be wrapped.
 
@@ -211,6 +213,7 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
     if ctx.config.debug:
         note_optimizers(model)
     ctx.comm.begin_call("wrap")
+    cast_module(model, ctx)
     # A model on `meta` gets its memory from the strategy, in shards.
     if ctx.config.device_placement and not module_checks.has_meta(model):
         move_module(model, ctx.device)

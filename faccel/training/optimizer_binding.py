@@ -22,6 +22,7 @@ from faccel.training.model import (
 )
 from faccel.training.optimizer_checks import check_made_after_wrap, check_owns_parameters
 from faccel.training.precision import StepGuard, guard_steps
+from faccel.training.true_precision import prepare_optimizer
 
 
 @attrs.frozen(eq=False)
@@ -93,6 +94,8 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
     previous = _BINDINGS.get(connected)
     if previous is not None:
         tied_copies |= previous.tied_copies
+    if previous is None:
+        prepare_optimizer(connected, ctx)
     guard = guard_steps(connected, getattr(previous, "guard", None), ctx)
     _BINDINGS[connected] = OptimizerBinding(model.ctx, tied_copies, guard)
     return connected

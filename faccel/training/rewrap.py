@@ -5,6 +5,7 @@ from __future__ import annotations
 from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, consumes, effectful, updates
 from faccel.training.model import WrappedModel, check_context, check_wrapped, registered
+from faccel.training.true_precision import cast_module
 
 
 @effectful(updates("model"), consumes("model"), COLLECTIVE)
@@ -50,6 +51,7 @@ def rewrap(model: WrappedModel, ctx: DistContext) -> WrappedModel:
     from faccel.plan import Plan
 
     plan = model._plan or Plan()  # pyright: ignore[reportPrivateUsage]
+    cast_module(model.module, ctx)  # new parameters
     engine, run = model.parallelism.rewrap(model.module, model.engine, plan, ctx)
     model.ctx.lifetime.remove_model(model)
     return registered(WrappedModel(model.module, engine, model.parallelism, model.ctx, run, plan))

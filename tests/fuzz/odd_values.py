@@ -6,7 +6,7 @@ import json
 import yaml
 
 FIELDS = {
-    "mixed_precision": ["no", "bf16", "fp16", "fp8"],
+    "mixed_precision": ["no", "bf16", "fp16", "fp8", "bf16-true", "fp16-true"],
     "grad_accum": [1, 2, 4],
     "seed": [0, 7, 2**63],
     "device": ["cpu"],

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import faccel
 from faccel.cli.commands import main
 from faccel.cli.output import fields_document
-from faccel.config import LAUNCH, Config, config_fields
+from faccel.config import LAUNCH, PRECISIONS, Config, config_fields
 from faccel.config_file import read, read_accelerate
 from faccel.config_sources import resolve
 from faccel.errors import FaccelError
@@ -61,7 +61,7 @@ ACCELERATE = {
 
 def check_valid(config, given):
     """Compare a resolved configuration with what was given, and with the types of its fields."""
-    assert config.mixed_precision in ("no", "bf16", "fp16", "fp8")
+    assert config.mixed_precision in PRECISIONS
     for name, smallest in (("grad_accum", 1), ("seed", 0), ("timeout_s", 1)):
         assert type(getattr(config, name)) in (int, float) and getattr(config, name) >= smallest
     assert config.zero is None or config.zero in (0, 1, 2, 3)

@@ -172,7 +172,7 @@ def test_the_help_lists_the_values_of_mesh_strategy_and_precision():
     for field in attrs.fields(MeshSpec):
         assert field.name in text.partition("--mesh")[2].partition("--strategy")[0]
     assert "deepspeed" in text.partition("--strategy")[2].partition("--zero")[0]
-    assert "no, bf16, fp16 or fp8" in text
+    assert "no, bf16, fp16, fp8" in text
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.unit.test_config import VALUES
 
 SOURCES = ("file", "environment", "flag", "config", "argument")
 OTHERS = {
-    "mixed_precision": ["no", "bf16", "fp16", "fp8"],
+    "mixed_precision": ["no", "bf16", "fp16", "fp8", "bf16-true", "fp16-true"],
     "grad_accum": [2, 3, 4, 5, 6],
     "seed": [1, 2, 3, 4, 5],
     "device": ["cpu", "cuda", "cuda:1", "mps", "xpu"],

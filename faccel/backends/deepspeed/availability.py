@@ -55,6 +55,11 @@ def refuse(config: Config, device_type: str) -> str | None:
     """
     if config.mixed_precision == "fp8":
         return "mixed_precision=fp8, whose layers DeepSpeed's flat parameters do not support"
+    if config.mixed_precision.endswith("-true"):
+        return (
+            f"mixed_precision={config.mixed_precision}; with bf16, DeepSpeed computes with "
+            "parameters in bf16, and keeps fp32 copies"
+        )
     if config.mixed_precision == "fp16" and is_host(torch.device(device_type)):
         return "mixed_precision=fp16 on a CPU, where DeepSpeed supports bf16 and fp32"
     return None
