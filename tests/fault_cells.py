@@ -5,21 +5,22 @@ each micro-batch. On a pipeline, which has no such loop, it is a run whose loade
 half the size. Its dataset is ordered so that each rank gets the same rows in the same order.
 """
 
+import contextlib
+import functools
 import itertools
 import time
 
 import attrs
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader
 
 import faccel
 from faccel.errors import DataError, RankFailedError
-from faccel.parallel import DdpConfig, PipelineConfig
-from faccel.parallel.moe import MoE
+from faccel.parallel import context_parallel, split_sequence
+from tests.fault_models import LENGTH, WIDTH, Critic, Net, Probe, plan_of
 
-ROWS, WIDTH, SIZE = 32, 8, 4  # of a window, of a row, and micro-batches
+ROWS, SIZE = 32, 4  # of a window, and its micro-batches
 NUM_WINDOWS = 3
 
 
@@ -39,64 +40,6 @@ KINDS = {
 POLICY = {"retry": faccel.Retry(on=(NamedError,)), "skip": (DataError,)}
 
 
-class Probe(nn.Module):
-    """Returns its input; at the chosen micro-batch it raises in forward, or in backward."""
-
-    def __init__(self, points):
-        super().__init__()
-        self.points, self.fault, self.count = points, None, None
-
-    def forward(self, x):
-        if self.points["backward"] == "end" and not x.requires_grad:
-            # On all ranks: the backward of a layer depends on whether its input has a gradient.
-            x = x.detach().requires_grad_()
-        if self.fault is None:
-            return x
-        micro = self.fault.micro_batch
-        if self.count is not None:  # a stage of a pipeline
-            micro = next(self.count)
-        self.fault.fail_at(self.points["forward"], micro)
-        return self.fault.attach(self.points["backward"], micro, x)
-
-
-class Net(nn.Module):
-    """Layers with dropout and a buffer; probes before the first and between the last two."""
-
-    def __init__(self, norm=False, experts=False):
-        super().__init__()
-        self.enter = Probe({"forward": "enter", "backward": "end"})
-        self.first = nn.Linear(WIDTH, WIDTH)
-        self.norm = nn.BatchNorm1d(WIDTH) if norm else nn.Identity()
-        self.inside = Probe({"forward": "inside", "backward": "middle"})
-        self.drop = nn.Dropout(0.5)
-        self.late = Probe({"forward": "inside", "backward": "middle"})
-        self.moe = MoE(WIDTH, 8, 4) if experts else nn.Identity()
-        self.second = nn.Linear(WIDTH, WIDTH)
-        self.third = nn.Linear(WIDTH, 2)
-        self.register_buffer("num_calls", torch.zeros(()))
-
-    def forward(self, x):
-        self.num_calls += 1
-        x = self.inside(self.norm(self.first(self.enter(x)).relu()))
-        return self.third(self.late(self.second(self.moe(self.drop(x)))))
-
-
-CHAIN = ("enter", "first", "norm", "inside", "drop", "moe", "second", "late", "third")
-
-
-def plan_of(mesh, **options):
-    if "pp=" in mesh:
-        pipeline = {"schedule": options.pop("schedule", "1f1b")}
-        if pipeline["schedule"] == "interleaved":
-            pipeline["stages_per_rank"] = 2
-        return faccel.Plan(pipeline=PipelineConfig(chain=CHAIN, **pipeline), **options)
-    if "tp=" in mesh:
-        options["tensor"] = {"first": "colwise_gather", "second": "colwise", "third": "rowwise"}
-    if options.pop("zero1", False):
-        options["ddp"] = DdpConfig(shard_optimizer=True)
-    return faccel.Plan(units="Linear", **options)
-
-
 @attrs.define(eq=False)
 class Fault:
     """Where a rank raises: the rank, the point, the window and the micro-batch; `num_times`."""
@@ -107,8 +50,7 @@ class Fault:
     micro: int
     error: Exception
     num_times: int = 1
-    num_raised: int = 0
-    raised_s: float = 0.0
+    raised: list = attrs.field(factory=list)
     current_window: int = -1
     micro_batch: int = -1  # counted by the loss function
 
@@ -117,16 +59,15 @@ class Fault:
 
     def fail(self):
         """Raise, if the fault is not used up."""
-        if self.num_raised == self.num_times:
+        if len(self.raised) == self.num_times:
             return
-        self.num_raised += 1
         self.micro_batch = -1  # a second attempt starts again
-        self.raised_s = time.monotonic()
+        self.raised.append((self.window, time.monotonic()))
         raise self.error
 
     def is_at(self, point, micro):
         position = (self.point, self.window, self.micro)
-        return self.num_raised < self.num_times and position == (point, self.current_window, micro)
+        return len(self.raised) < self.num_times and position == (point, self.current_window, micro)
 
     def fail_at(self, point, micro):
         if self.is_at(point, micro):
@@ -165,6 +106,8 @@ class Cell:
     zero1: bool = False
     norm: bool = False
     experts: bool = False
+    attention: bool = False
+    adversary: bool = False
     compile: str | None = None
     checkpoint: bool = False
     weight: bool = False
@@ -177,6 +120,24 @@ class Cell:
     @property
     def is_pipeline(self):
         return "pp=" in self.mesh
+
+    @property
+    def shape(self):
+        """The shape of a row: a sequence where the model has attention."""
+        if self.attention:
+            return LENGTH, WIDTH
+        return (WIDTH,)
+
+    @contextlib.contextmanager
+    def environment(self):
+        """Run graphs of a compiled cell as they are: Inductor would compile for seconds."""
+        if self.compile is None:
+            yield
+            return
+        stance = torch.compiler.set_stance("default", force_backend="eager")
+        # The limit for all models of a process.
+        with stance, torch._dynamo.config.patch(recompile_limit=1000):
+            yield
 
     @property
     def world_size(self):
@@ -196,7 +157,9 @@ class Cell:
     def data(self):
         num = self.rows * self.data_size * (self.size * NUM_WINDOWS + (self.size // 2) * self.short)
         generator = torch.Generator().manual_seed(5)
-        return torch.randn(num, WIDTH, generator=generator, dtype=torch.float64).to(self.dtype)
+        return torch.randn(num, *self.shape, generator=generator, dtype=torch.float64).to(
+            self.dtype
+        )
 
     def plan(self):
         options = {"zero1": self.zero1}
@@ -213,13 +176,20 @@ def weight_of(batch):
     return batch.num_valid
 
 
-def loss_of(cell, fault):
+def loss_of(cell, fault, mean_error=None, ctx=None):
+    """Return the loss function of a cell, with the points at which it fails.
+
+    Args:
+        mean_error: Returns an error for each row; None is that of regression.
+        ctx: Where rows are sequences that ranks have parts of.
+    """
+    error_of = mean_error or functools.partial(regression_error, ctx=ctx)
+
     def loss_fn(net, batch):
         if fault is not None:
             fault.micro_batch += 1
             fault.fail_at("before", fault.micro_batch)
-        rows = batch.data
-        loss = F.mse_loss(net(rows), rows[:, :2], reduction="none").mean(1)
+        loss = error_of(net, batch.data)
         if fault is not None:
             fault.fail_at("after", fault.micro_batch)
         loss = loss.sum() if cell.weight else loss.mean()
@@ -232,12 +202,50 @@ def loss_of(cell, fault):
     return loss_fn
 
 
+def regression_error(net, rows, ctx=None):
+    """Return the error for each row; of the tokens of this rank, if rows are sequences."""
+    if rows.ndim == 3:
+        rows = split_sequence(rows, ctx, dim=1)
+    return F.mse_loss(net(rows), rows[..., :2], reduction="none").flatten(1).mean(1)
+
+
+@attrs.frozen(eq=False)
+class Player:
+    """A model that some windows train: one of two models takes every second window."""
+
+    model: object
+    opt: torch.optim.Optimizer
+    error_of: object = None
+
+
+def players_of(ctx, cell, fault):
+    """Return the models of a cell in the order of their windows."""
+    player = Player(*setup(ctx, cell, fault))
+    if not cell.adversary:
+        return [player]
+    generator = player.model
+    critic = faccel.wrap(Critic().to(cell.dtype), ctx, plan=cell.plan())
+    opt = faccel.wrap_optimizer(torch.optim.AdamW(critic.parameters(), lr=0.05), critic, ctx)
+
+    def critic_error(model, rows):
+        with torch.no_grad():
+            generated = generator(rows)
+        return (model(generated).square() + (model(rows[:, :2]) - 1).square()).mean(1)
+
+    def generator_error(model, rows):
+        return (critic(model(rows)) - 1).square().mean(1)
+
+    return [Player(critic, opt, critic_error), attrs.evolve(player, error_of=generator_error)]
+
+
 def setup(ctx, cell, fault):
     torch.manual_seed(0)
-    net = Net(cell.norm, cell.experts).to(cell.dtype)
+    net = Net(cell.norm, cell.experts, cell.attention).to(cell.dtype)
     probes = [module for module in net.modules() if isinstance(module, Probe)]
     for probe in probes:
         probe.fault = fault
+        if cell.compile:
+            probe.forward = torch.compiler.disable(probe.forward)
     model = faccel.wrap(net, ctx, plan=cell.plan())
     opt = faccel.wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=0.05), model, ctx)
     if fault is not None and fault.point == "optimizer":
@@ -257,8 +265,8 @@ def windows_of(ctx, cell, fault=None, *, num_parts=1):
     """Return the windows of a cell; their micro-batches are cut into parts by another loader."""
     data = cell.data()
     # [micro, data rank, part, row] to [micro, part, data rank, row]: each rank has the same rows
-    data = data.view(-1, cell.data_size, num_parts, cell.rows // num_parts, WIDTH).transpose(1, 2)
-    data = data.reshape(-1, WIDTH)
+    data = data.view(-1, cell.data_size, num_parts, cell.rows // num_parts, *cell.shape)
+    data = data.transpose(1, 2).reshape(-1, *cell.shape)
     dataset = data
     if fault is not None:
         micro = fault.window * cell.size + fault.micro
@@ -268,14 +276,30 @@ def windows_of(ctx, cell, fault=None, *, num_parts=1):
     return faccel.windows(loader, ctx, size=cell.size * num_parts, weight=weight)
 
 
-def values_of(model):
-    params = {name: local(p) for name, p in model.named_parameters()}
-    buffers = {f"buffer {name}": local(b) for name, b in model.module.named_buffers()}
-    return params | buffers
+def values_of(players):
+    values = {}
+    for number, player in enumerate(players):
+        model = player.model
+        values |= {f"{number} {name}": local(p) for name, p in model.named_parameters()}
+        values |= {f"{number} buffer {n}": local(b) for n, b in model.module.named_buffers()}
+    return values
 
 
-def gradients(model):
-    return {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+def gradients(players):
+    grads = {}
+    for number, player in enumerate(players):
+        for name, param in player.model.named_parameters():
+            if param.grad is not None:
+                grads[f"{number} {name}"] = local(param.grad)
+    return grads
+
+
+def take_turn(players, number):
+    """Return the player of a window, without gradients of the other one's loss."""
+    for player in players[1:]:
+        player.opt.zero_grad()
+        players[0].opt.zero_grad()
+    return players[number % len(players)]
 
 
 @attrs.frozen(eq=False)
@@ -287,6 +311,7 @@ class Entry:
     values: dict
     max_rows: int | None = None
     is_skipped: bool = False
+    ended_s: float = 0.0
 
 
 @attrs.define(eq=False)
@@ -296,9 +321,12 @@ class Record:
     entries: list = attrs.field(factory=list)
     error: Exception | None = None
     cause: str = ""  # the class of its cause
-    num_raised: int = 0
-    raised_s: float = 0.0  # when the fault of this rank raised
+    raised: list = attrs.field(factory=list)  # the window and the time, for each failure
     ended_s: float = 0.0
+
+    @property
+    def num_raised(self):
+        return len(self.raised)
 
     def actions(self):
         return [(entry.max_rows, entry.is_skipped) for entry in self.entries]
@@ -308,29 +336,41 @@ def run(ctx, cell, faults, policy=POLICY):
     """Train with `forward_backward`; return what this rank has seen."""
     fault = next((fault for fault in faults if fault.rank == ctx.rank), None)
     record = Record()
-    model, opt = setup(ctx, cell, fault)
+    players = players_of(ctx, cell, fault)
     scaler = faccel.init_scaler(ctx)
-    loss_fn = loss_of(cell, fault)
     try:
         for number, window in enumerate(windows_of(ctx, cell, fault)):
             torch.manual_seed(100 + number)
-            count_micro_batches(model, fault, cell, number)
-            losses, scaler = faccel.forward_backward(
-                loss_fn, model, window, scaler, ctx, has_aux=cell.has_aux, **policy
-            )
+            player = take_turn(players, number)
+            count_micro_batches(player.model, fault, cell, number)
+            loss_fn = loss_of(cell, fault, player.error_of, ctx)
+            with attention_of(ctx, cell):
+                losses, scaler = faccel.forward_backward(
+                    loss_fn, player.model, window, scaler, ctx, has_aux=cell.has_aux, **policy
+                )
+            ended_s = time.monotonic()
             if cell.has_aux:
                 losses, auxs = losses
                 assert [local(aux["loss"]).item() for aux in auxs] == losses.tolist()
-            grads = gradients(model)
-            info, scaler = faccel.optimizer_step(opt, scaler, ctx)
-            entry = Entry(losses, grads, values_of(model), scaler.max_rows, bool(info.skipped))
+            grads = gradients(players)
+            info, scaler = faccel.optimizer_step(player.opt, scaler, ctx)
+            entry = Entry(
+                losses, grads, values_of(players), scaler.max_rows, bool(info.skipped), ended_s
+            )
             record.entries.append(entry)
     except Exception as error:
         record.error, record.cause = error, type(error.__cause__).__name__
     record.ended_s = time.monotonic()
     if fault is not None:
-        record.num_raised, record.raised_s = fault.num_raised, fault.raised_s
+        record.raised = fault.raised
     return record
+
+
+def attention_of(ctx, cell):
+    """Return the context in which attention is over the full sequence."""
+    if cell.attention:
+        return context_parallel(ctx)
+    return contextlib.nullcontext()
 
 
 def count_micro_batches(model, fault, cell, number):
@@ -346,7 +386,7 @@ def count_micro_batches(model, fault, cell, number):
 def run_reference(ctx, cell, parts):
     """Train with a loop written by hand; `parts` of a micro-batch for each window, 0 to skip."""
     entries = []
-    model, opt = setup(ctx, cell, None)
+    players = players_of(ctx, cell, None)
     scaler = faccel.init_scaler(ctx)
     num_loader_parts = [1 if not cell.is_pipeline else max(1, num) for num in parts]
     loaders = {num: windows_of(ctx, cell, num_parts=num) for num in sorted({*num_loader_parts})}
@@ -355,29 +395,31 @@ def run_reference(ctx, cell, parts):
             continue
         window = windows[list(loaders).index(num_loader_parts[number])]
         torch.manual_seed(100 + number)
+        player = take_turn(players, number)
         if cell.is_pipeline:
             fn = loss_of(attrs.evolve(cell, has_aux=False), None)
-            losses, scaler = faccel.forward_backward(fn, model, window, scaler, ctx)
+            losses, scaler = faccel.forward_backward(fn, player.model, window, scaler, ctx)
         else:
-            losses, scaler = forward_by_hand(cell, model, window, scaler, ctx, parts[number])
-        grads = gradients(model)
-        _, scaler = faccel.optimizer_step(opt, scaler, ctx)
-        entries.append(Entry(losses, grads, values_of(model)))
+            with attention_of(ctx, cell):
+                losses, scaler = forward_by_hand(cell, player, window, scaler, ctx, parts[number])
+        grads = gradients(players)
+        _, scaler = faccel.optimizer_step(player.opt, scaler, ctx)
+        entries.append(Entry(losses, grads, values_of(players)))
     return entries
 
 
-def forward_by_hand(cell, model, window, scaler, ctx, num_parts):
+def forward_by_hand(cell, player, window, scaler, ctx, num_parts):
     losses = []
-    loss_fn = loss_of(attrs.evolve(cell, has_aux=False), None)
+    loss_fn = loss_of(attrs.evolve(cell, has_aux=False), None, player.error_of, ctx)
     for micro in window:
         parts = micro.data.chunk(num_parts)
         for index, part in enumerate(parts):
             scale = micro.scale
             if not cell.weight:
                 scale = scale * len(part) / len(micro.data)
-            with faccel.grad_sync(model, on=micro.sync and index == num_parts - 1):
+            with faccel.grad_sync(player.model, on=micro.sync and index == num_parts - 1):
                 batch = attrs.evolve(micro, data=part, num_valid=len(part))
-                loss = loss_fn(model, batch)
+                loss = loss_fn(player.model, batch)
                 scaler = faccel.scaled_backward(loss, scaler, ctx, scale=scale)
             losses.append(local(loss))
     return torch.stack(losses), scaler
@@ -403,6 +445,22 @@ def parts_of(cell, record):
     for max_rows, is_skipped in record.actions():
         parts.append(0 if is_skipped else cell.rows // (max_rows or cell.rows))
     return parts
+
+
+def agreement_s(records):
+    """Return the longest time from a failure to the end of its window on a rank.
+
+    The ranks have agreed before it: a second attempt of the window is included.
+    """
+    longest_s = 0.0
+    for record in records:
+        for window, raised_s in record.raised:
+            for other in records:
+                ended_s = other.ended_s
+                if window < len(other.entries):
+                    ended_s = other.entries[window].ended_s
+                longest_s = max(longest_s, ended_s - raised_s)
+    return longest_s
 
 
 def is_after_last_meeting(cell, records, faults):

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from faccel.backends.ddp_changes import StructureAtWrap
 from faccel.backends.ddp_mean import average_grads
+from faccel.backends.graph_search import reaches
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.errors import ModelError, OptimizerError
@@ -46,6 +47,7 @@ class _GradState:
         has_local: Whether gradients were accumulated that are not reduced.
         averages_here: Whether this update's backwards are averaged by `average_grads`.
         num_averages: How often `average_grads` has run.
+        is_ordered: Whether DDP has seen the order of the gradients, by which it rebuilds buckets.
         marks: The gradients before a backward that the reducer does not reduce.
         stats: The reducer's statistics before a backward.
         has_failed: Whether a backward has raised before the reducer was finished.
@@ -60,6 +62,7 @@ class _GradState:
     has_local: bool = False
     averages_here: bool = False
     num_averages: int = 0
+    is_ordered: bool = False
     marks: list[tuple[int, int]] = attrs.field(factory=list)
     stats: list[int] = attrs.field(factory=list)
     has_failed: bool = False
@@ -151,6 +154,7 @@ class DdpEngine(DistributedDataParallel):
         if state.in_scaled_backward:
             state.is_armed = False
             return
+        state.is_ordered = True
         # The user's own `loss.backward()`.
         if not self.require_backward_grad_sync:
             self._disarm()
@@ -182,14 +186,36 @@ class DdpEngine(DistributedDataParallel):
         """
         self._check_complete()
         try:
-            self.reducer._rebuild_buckets()
+            # torch's own attribute: its forward sets it, too.
+            self._has_rebuilt_buckets |= self.reducer._rebuild_buckets()
         except RuntimeError as error:
             raise_naming_rank(error, "backward", DATA, self.ctx.comm)
+
+    def _rebuild_buckets_of(self, loss: torch.Tensor) -> None:
+        """Rebuild buckets before a second backward, if it reaches the model. Collective that once.
+
+        A rank may have a model that the others have freed: the garbage collector must not decide
+        what ranks communicate.
+        """
+        self._check_complete()
+        if not self.grads.is_ordered or self._has_rebuilt_buckets:
+            return  # nearly always: DDP rebuilds them in the second forward
+        # DDP rebuilds none if some parameters may have no gradients.
+        if self.find_unused_parameters and not self.static_graph:
+            return
+        if reaches(loss, self.param_ids):
+            self._rebuild_buckets()
+
+    def _reset_reducer(self) -> None:
+        """Drop what a backward has prepared or begun, and the order of the buckets."""
+        self.reducer._reset_state()
+        self._has_rebuilt_buckets = False
+        self.grads.is_ordered = False
 
     def _disarm(self) -> None:
         """Let the next backward accumulate only. Updates the reducer."""
         if self.grads.is_armed and not self.static_graph:
-            self.reducer._reset_state()
+            self._reset_reducer()
         self.grads.is_armed = False
 
     def before_backward(self, loss: torch.Tensor, options: BackwardOptions) -> None:
@@ -206,8 +232,8 @@ class DdpEngine(DistributedDataParallel):
             state.marks = self._mark_grads()
             state.stats = self.reducer.get_backward_stats()
             return
-        self._rebuild_buckets()
-        if state.has_local or self._has_buffers_to_sync():
+        self._rebuild_buckets_of(loss)
+        if state.has_local or self._has_buffers_to_sync() or not state.is_ordered:
             state.stats = self.reducer.get_backward_stats()
         # The graph of the loss, not that of one output: a loss may use several calls.
         outputs = [loss] if self.find_unused_parameters else []
@@ -230,8 +256,9 @@ class DdpEngine(DistributedDataParallel):
                 state.has_local = True
         # Asked in this order: an ordinary update needs no statistics.
         elif (
-            state.has_local or self._has_buffers_to_sync()
+            state.has_local or self._has_buffers_to_sync() or not state.is_ordered
         ) and state.stats != self.reducer.get_backward_stats():
+            state.is_ordered = True
             state.has_local = False
             self._sync_after(options)
 
@@ -251,8 +278,7 @@ class DdpEngine(DistributedDataParallel):
     def discard(self) -> None:
         """Drop all gradients, and what an unfinished backward left in the reducer."""
         # Every rank builds its buckets again: some may not have built them before the failure.
-        self.reducer._reset_state()
-        self._has_rebuilt_buckets = False
+        self._reset_reducer()
         self.grads = _GradState(num_checks=self.grads.num_checks)
         for param in self.parameters():
             param.grad = None

@@ -1,5 +1,7 @@
 """The options of DDP and the compression of its gradients: simulated, and over gloo."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -211,3 +213,38 @@ def test_a_plan_is_checked():
     ):
         with pytest.raises(ConfigError):
             make()
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_a_model_that_only_one_rank_still_has_changes_no_collective(reduced):
+    def fn(ctx):
+        models = []
+        for _ in range(2):
+            models.append(faccel.wrap(nn.Linear(2, 1), ctx))
+            scaler = faccel.init_scaler(ctx)
+            with faccel.grad_sync(models[-1], on=reduced):
+                loss = models[-1](torch.ones(1, 2)).sum() * (ctx.rank + 1)
+                faccel.scaled_backward(loss, scaler, ctx)
+            if ctx.rank == 1:
+                # an engine is in a cycle: without a collection the rank may have it for long
+                del models[:-1], loss
+                gc.collect()
+        return [grad.item() for grad in models[-1].weight.grad[0]]
+
+    first, second = simulate(fn, 2)
+    assert (first, second) == (([1.5] * 2,) * 2 if reduced else ([1.0] * 2, [2.0] * 2))
+
+
+def test_backwards_without_a_forward_between_them_reduce():
+    def fn(ctx):
+        torch.manual_seed(0)
+        model = faccel.wrap(nn.Linear(2, 1, bias=False), ctx)
+        scaler = faccel.init_scaler(ctx)
+        outputs = [model(torch.ones(1, 2)).sum() for _ in range(2)]
+        # two forwards, their backwards, and a penalty without a forward
+        for loss in (*outputs, model.weight.sum()):
+            scaler = faccel.scaled_backward(loss * (ctx.rank + 1), scaler, ctx)
+        scaler = faccel.scaled_backward(model(torch.ones(1, 2)).sum(), scaler, ctx)
+        return model.weight.grad.tolist()
+
+    assert simulate(fn, 2) == ([[3 * 1.5 + 1] * 2],) * 2

@@ -38,22 +38,35 @@ CELLS = {
     "aux, pp": Cell("pp=2", has_aux=True),
     "one micro-batch": Cell("dp_shard=2", size=1),
     "short window": Cell("dp_replicate=2", short=True, weight=True),
+    "cp": Cell("cp=2", attention=True, weight=True),
+    "two models": Cell("dp_replicate=2", adversary=True),
+    "two sharded models": Cell("dp_shard=2", adversary=True, weight=True),
     "fp16": Cell("dp_replicate=2", precision="fp16", dtype=torch.float32),
     "bf16": Cell("dp_shard=2", precision="bf16", dtype=torch.float32),
+}
+# Few, because each run compiles.
+COMPILED = {
+    "one process": Cell("dp_replicate=1", compile="whole"),
+    "ddp": Cell("dp_replicate=2", compile="whole"),
+    "fsdp": Cell("dp_shard=2", compile="units"),
+    "pp": Cell("pp=2", compile="units"),
+    "two models": Cell("dp_replicate=2", compile="whole", adversary=True),
 }
 
 
 @functools.cache
 def reference_of(cell, parts):
-    return simulate(
-        run_reference, cell.world_size, cell, parts, mesh=cell.mesh, config=cell.config()
-    )
+    with cell.environment():
+        return simulate(
+            run_reference, cell.world_size, cell, parts, mesh=cell.mesh, config=cell.config()
+        )
 
 
 def check(cell, faults, *, action=None):
     """Run a cell, and compare it with its reference; `action` is what all ranks must have done."""
     faults = [Fault(*fault) for fault in faults]
-    records = simulate(run, cell.world_size, cell, faults, mesh=cell.mesh, config=cell.config())
+    with cell.environment():
+        records = simulate(run, cell.world_size, cell, faults, mesh=cell.mesh, config=cell.config())
 
     def reference(parts):
         return reference_of(cell, tuple(parts))
@@ -106,6 +119,15 @@ def test_every_point_of_a_window(name):
     assert num_reached == len(POINTS)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_models_run_a_window_again(name):
+    cell = COMPILED[name]
+    rank = cell.world_size - 1
+    for point, micro in (("loader", 0), ("inside", 1), ("middle", cell.size - 1)):
+        assert check(cell, [fault(rank, point, micro)], action="retry")
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "1f1b"])
 @pytest.mark.parametrize(("kind", "action"), [("data", "skip"), ("other", "raise")])
 def test_ranks_that_fail_differently_do_the_same(name, kind, action):
@@ -120,7 +142,7 @@ def test_a_failure_in_the_retry_halves_again_until_it_cannot(name):
     assert check(cell, [fault(0, "before", 0, "named", 9)], action="raise")
 
 
-@pytest.mark.parametrize("name", ["ddp", "tp", "zero1"])
+@pytest.mark.parametrize("name", ["ddp", "tp", "zero1", "two models", "cp"])
 def test_an_optimizer_that_fails_on_one_rank_ends_all(name):
     assert check(CELLS[name], [fault(1, "optimizer", 0)], action="raise")
 

@@ -7,7 +7,7 @@ import torch
 
 import faccel
 from faccel.testing import simulate
-from tests.fault_cells import POLICY, Cell, forward_by_hand, loss_of, setup, windows_of
+from tests.fault_cells import POLICY, Cell, Player, forward_by_hand, loss_of, setup, windows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # advice of torch on layouts
 
@@ -16,7 +16,7 @@ def window_by_hand(ctx, cell, _):
     model, opt = setup(ctx, cell, None)
     scaler = faccel.init_scaler(ctx)
     for window in windows_of(ctx, cell):
-        _, scaler = forward_by_hand(cell, model, window, scaler, ctx, 1)
+        _, scaler = forward_by_hand(cell, Player(model, opt), window, scaler, ctx, 1)
         _, scaler = faccel.optimizer_step(opt, scaler, ctx)
 
 
