@@ -63,7 +63,7 @@ class Net(nn.Module):
 
 
 class Critic(nn.Module):
-    """Tells rows of the data from outputs of `Net`, as in a GAN."""
+    """Separates rows of the data from outputs of `Net`, as in a GAN."""
 
     def __init__(self):
         super().__init__()
