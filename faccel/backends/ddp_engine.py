@@ -186,7 +186,7 @@ class DdpEngine(DistributedDataParallel):
         """
         self._check_complete()
         try:
-            # torch's own attribute: its forward sets it, too.
+            # An attribute of DDP, which its forward sets, too.
             self._has_rebuilt_buckets |= self.reducer._rebuild_buckets()
         except RuntimeError as error:
             raise_naming_rank(error, "backward", DATA, self.ctx.comm)
