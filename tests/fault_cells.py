@@ -176,14 +176,14 @@ def weight_of(batch):
     return batch.num_valid
 
 
-def loss_of(cell, fault, mean_error=None, ctx=None):
+def loss_of(cell, fault, error_of_rows=None, ctx=None):
     """Return the loss function of a cell, with the points at which it fails.
 
     Args:
-        mean_error: Returns an error for each row; None is that of regression.
+        error_of_rows: Returns an error for each row; None is `regression_error`.
         ctx: Where rows are sequences that ranks have parts of.
     """
-    error_of = mean_error or functools.partial(regression_error, ctx=ctx)
+    error_of = error_of_rows or functools.partial(regression_error, ctx=ctx)
 
     def loss_fn(net, batch):
         if fault is not None:
