@@ -133,10 +133,16 @@ _DYNAMO: Mapping[str, _Convert] = {
     "dynamo_use_dynamic": _only("false"),
     "dynamo_use_fullgraph": _only("false"),
 }
+_FP8: Mapping[str, _Convert] = {
+    "backend": _by_word({"ao": {}, "te": {"fp8.backend": "te"}}),
+    "enable_fsdp_float8_all_gather": _by_word({"true": {}, "false": {"fp8.all_gather": False}}),
+    "pad_inner_dim": _only("true"),  # always
+}
 _TABLES: Mapping[str, Mapping[str, _Convert]] = {
     "fsdp_config": _FSDP,
     "deepspeed_config": _DEEPSPEED,
     "dynamo_config": _DYNAMO,
+    "fp8_config": _FP8,
 }
 
 
@@ -163,7 +169,7 @@ def convert_section(name: str, section: Arguments) -> Arguments:
 
 
 # Records of `faccel.parallel` that are arguments of `Plan`.
-_RECORDS = {"fsdp": "FsdpConfig", "deepspeed": "DeepSpeedConfig"}
+_RECORDS = {"fsdp": "FsdpConfig", "deepspeed": "DeepSpeedConfig", "fp8": "Fp8"}
 
 
 def plan_code(arguments: Mapping[str, Any]) -> str:

@@ -85,7 +85,7 @@ def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
     remaining = _copy(config)
     kind = str(remaining.pop("distributed_type", "NO"))
     values: _Keys = {}
-    _convert_precision(remaining, values)
+    _convert_precision(remaining, kind, values)
     _convert_switches(remaining, kind, values)
     options = _convert_launch(remaining, values)
     _convert_engine(remaining, kind, values)
@@ -93,6 +93,8 @@ def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
     if mesh:
         values["mesh"] = mesh
     plan = _convert_plan(remaining, kind)
+    if values.get("mixed_precision") == "fp8":
+        plan |= convert_section("fp8_config", _section(remaining, "fp8_config"))
     _remove_unneeded(remaining)
     if kind in _ENGINES and not _section(remaining, _ENGINES[kind]):
         # an engine without a section would disappear from the report
@@ -209,7 +211,7 @@ def _convert_plan(remaining: _Keys, kind: str) -> dict[str, Any]:
     return plan
 
 
-def _convert_precision(remaining: _Keys, values: _Keys) -> None:
+def _convert_precision(remaining: _Keys, kind: str, values: _Keys) -> None:
     default = "no"
     if remaining.pop("fp16", False):  # Accelerate before 0.12
         default = "fp16"
@@ -217,7 +219,10 @@ def _convert_precision(remaining: _Keys, values: _Keys) -> None:
     if precision is False:  # YAML reads an unquoted `no` as False
         precision = "no"
     precision = str(precision).lower()
-    if precision in ("fp16", "bf16", "fp8"):
+    is_supported = precision in ("fp16", "bf16")
+    if precision == "fp8":
+        is_supported = kind != "DEEPSPEED"
+    if is_supported:
         values["mixed_precision"] = precision
     elif precision != "no":
         remaining["mixed_precision"] = precision

@@ -35,6 +35,17 @@ def test_every_strategy_ends_with_the_loss_of_one_process():
     assert losses["one process"] < 4  # a uniform guess among 256 bytes has log(256) = 5.5
 
 
+@pytest.mark.slow
+@needs_transformers
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_fp8_ends_with_the_loss_of_bf16():
+    flags = "--nproc 2 --mesh dp_shard=2 --mixed-precision "
+    options = ["--model", "gpt_neox", "--emulate"]
+    fp8, bf16 = (char_lm.loss_of(flags + precision, 40, options) for precision in ("fp8", "bf16"))
+    assert fp8 == pytest.approx(bf16, rel=0.02) and fp8 != bf16
+    assert bf16 < 4  # a uniform guess among 256 bytes has log(256) = 5.5
+
+
 def ranks_of(pid):
     """Return all descendants of a launcher. Each rank has a separate session: no `killpg`."""
     fields = {}

@@ -157,12 +157,13 @@ FILES = {
         "num_machines: 2\nnum_processes: 16\n"
         "machine_rank: 1\nmain_process_ip: head\nmain_process_port: 1234\n"
         "rdzv_backend: c10d\nuse_cpu: false\n",
-        {"mixed_precision": "fp8", "grad_accum": 4, "strategy": "deepspeed", "zero": 2, "nproc": 8},
+        {"grad_accum": 4, "strategy": "deepspeed", "zero": 2, "nproc": 8},
         "faccel.Plan(compile='whole')",
         "--nnodes 2 --rdzv-endpoint head:1234",
         [
             "fp8_config.backend",
             "fp8_config.fp8_format",
+            "mixed_precision",
         ],
     ),
     "latest": (
@@ -179,6 +180,32 @@ FILES = {
         [],
     ),
 }
+
+
+FP8_SECTIONS = [
+    ("{backend: AO, enable_fsdp_float8_all_gather: true, pad_inner_dim: true}", "", []),
+    (
+        "{backend: AO, enable_fsdp_float8_all_gather: false, pad_inner_dim: false}",
+        "faccel.Plan(fp8=faccel.parallel.Fp8(all_gather=False))",
+        ["fp8_config.pad_inner_dim"],
+    ),
+    (
+        "{backend: TE, fp8_format: E4M3}",
+        "faccel.Plan(fp8=faccel.parallel.Fp8(backend='te'))",
+        ["fp8_config.fp8_format"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("section", "plan", "unsupported"), FP8_SECTIONS)
+def test_a_file_with_fp8_is_imported(section, plan, unsupported):
+    text = f"distributed_type: MULTI_GPU\nmixed_precision: fp8\nfp8_config: {section}\n"
+    imported = from_accelerate(yaml.safe_load(text))
+    assert imported.values["mixed_precision"] == "fp8"
+    assert imported.plan == plan
+    assert sorted(imported.without_equivalent) == unsupported
+    if plan:
+        assert isinstance(eval(plan, {"faccel": faccel}), faccel.Plan)
 
 
 @pytest.mark.parametrize("version", FILES)
