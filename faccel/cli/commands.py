@@ -18,6 +18,7 @@ import click
 from faccel.cli.config_command import config
 from faccel.cli.flags import LocalPath
 from faccel.cli.launch_command import launch, test
+from faccel.cli.migrate_command import migrate
 from faccel.cli.output import explain_rows, json_option, present
 from faccel.errors import FaccelError, printable
 
@@ -61,6 +62,7 @@ def main() -> None:
 
 main.add_command(config)
 main.add_command(launch)
+main.add_command(migrate)
 main.add_command(test)
 
 
