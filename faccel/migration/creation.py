@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import libcst as cst
 
@@ -20,6 +20,12 @@ _ELSEWHERE = {
     "megatron_lm_plugin": '`faccel.init(mesh="tp=2,pp=2")`; see docs/parallelism.md',
     "parallelism_config": '`faccel.init(mesh="tp=2")`; see docs/parallelism.md',
     "torch_tp_plugin": '`faccel.init(mesh="tp=2")`; see docs/parallelism.md',
+}
+_RENAMED = {
+    "device_placement": "device_placement",
+    "gradient_accumulation_steps": "grad_accum",
+    "mixed_precision": "mixed_precision",
+    "project_dir": "run_dir",
 }
 # These change nothing here: `log_with` is read where the trackers start, and the others are
 # arguments of other calls, or of a kind that faccel does not need.
@@ -48,40 +54,40 @@ class Creation:
     def __init__(self, facts: Facts, report: Report) -> None:
         self._facts = facts
         self._report = report
+        self._converters: dict[str, Callable[[cst.BaseExpression], list[str]]] = {
+            "cpu": self._cpu,
+            "gradient_accumulation_plugin": self._accumulation,
+            "kwargs_handlers": self._handlers,
+            "project_config": self._project,
+        }
 
     def init_call(self, call: cst.Call) -> str:
         """Return the code of `faccel.init` for a call of `Accelerator`."""
         args: list[str] = []
-        given = arguments(call, ("device_placement", "split_batches", "mixed_precision"))
-        for name, arg in given.items():
+        options = arguments(call, ("device_placement", "split_batches", "mixed_precision"))
+        for name, arg in options.items():
             args += self._init_argument(name, arg)
         self._report.convert()
         return call_code("faccel.init", args)
 
     def _init_argument(self, name: str, arg: cst.Arg) -> list[str]:
         code = text_of(arg.value)
-        if name in ("mixed_precision", "device_placement"):
-            return [f"{name}={code}"]
-        if name == "gradient_accumulation_steps":
-            return [f"grad_accum={code}"]
-        if name == "project_dir":
-            return [f"run_dir={code}"]
-        if name == "cpu":
-            return ['device="cpu"' if code == "True" else f'device="cpu" if {code} else None']
-        if name == "gradient_accumulation_plugin":
-            return self._accumulation(arg.value)
-        if name == "project_config":
-            return self._project(arg.value)
-        if name == "kwargs_handlers":
-            return self._handlers(arg.value)
+        if name in _RENAMED:
+            return [f"{_RENAMED[name]}={code}"]
+        if name in self._converters:
+            return self._converters[name](arg.value)
         if name.startswith("*"):
             self._report.refuse("`Accelerator` with `**` arguments", "docs/configuration.md")
-            return []
-        if name not in _READ_ELSEWHERE:
-            fix = _ELSEWHERE.get(name, "see docs/configuration.md")
-            self._report.unconverted += 1
-            self._report.note(f"not converted: `{name}={code}`: {fix}")
+        elif name not in _READ_ELSEWHERE:
+            fix = _ELSEWHERE.get(name, "docs/configuration.md")
+            self._report.refuse(f"`{name}={code}`", fix)
         return []
+
+    def _cpu(self, value: cst.BaseExpression) -> list[str]:
+        code = text_of(value)
+        if code == "True":
+            return ['device="cpu"']
+        return [f'device="cpu" if {code} else None']
 
     def _record(self, value: cst.BaseExpression) -> Mapping[str, cst.Arg] | None:
         """Return the arguments of a record of Accelerate, also through a variable."""

@@ -8,7 +8,7 @@ from typing import cast
 import libcst as cst
 
 from faccel.migration.facts import Facts
-from faccel.migration.syntax import nodes_of, statements_of, text_of, variables_of
+from faccel.migration.syntax import children_of, nodes_of, statements_of, text_of, variables_of
 
 Body = cst.SimpleStatementLine | cst.BaseCompoundStatement
 # Modules that new calls use, beside faccel.
@@ -23,16 +23,13 @@ def rewrite_imports(module: cst.Module, facts: Facts) -> cst.Module:
     used, imported = _used_and_imported(module)
     remover = _Remover(facts, used)
     new = module.visit(remover)
-    lines: list[str] = []
-    for name in (*_MODULES, "faccel"):
-        if name in used and name not in imported:
-            lines.append(f"import {name}\n")
-    body = list(cast("Sequence[Body]", new.body))
+    missing = [name for name in (*_MODULES, "faccel") if name in used - imported]
+    body: list[Body] = list(new.body)
     position = remover.position
     if position is None or position > len(body):
         position = _after_imports(body)
-    if lines:
-        statements = statements_of("".join(lines))
+    if missing:
+        statements = statements_of("".join(f"import {name}\n" for name in missing))
         statements[0] = statements[0].with_changes(leading_lines=remover.leading_lines)
         body[position:position] = statements
     return new.with_changes(body=body)
@@ -59,7 +56,7 @@ def _outside_imports(module: cst.Module) -> list[cst.CSTNode]:
             nodes += [] if is_import else [node]
         elif isinstance(node, cst.BaseCompoundStatement):
             # Everything but the block, whose lines are counted above.
-            nodes += [child for child in node.children if not isinstance(child, cst.BaseSuite)]
+            nodes += [child for child in children_of(node) if not isinstance(child, cst.BaseSuite)]
     return nodes
 
 
@@ -96,7 +93,7 @@ class _Remover(cst.CSTTransformer):
                 # A line that stays keeps its comments.
                 kept = self._kept(cast("cst.SimpleStatementLine", statement))
                 if not kept:
-                    self.leading_lines = cast("Body", statement).leading_lines
+                    self.leading_lines = statement.leading_lines
 
     def _kept(self, statement: cst.SimpleStatementLine) -> bool:
         line = statement.body[0]

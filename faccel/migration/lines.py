@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import libcst as cst
 
@@ -66,7 +66,7 @@ class LineRewriter:
         """Return the new code of a line; None if it stays."""
         line, new = simple_call(original), simple_call(updated)
         if line is None or new is None:
-            return None
+            return self._assignment(original, updated)
         member = self._facts.member_call(line[1])
         if not member:
             return self._of_loader(line[0], line[1])
@@ -86,6 +86,24 @@ class LineRewriter:
             self._report.refuse(f"this form of `{member}`", docs)
         return code
 
+    def _assignment(
+        self, original: cst.SimpleStatementLine, updated: cst.SimpleStatementLine
+    ) -> str | None:
+        """Rewrite `accelerator.gradient_accumulation_steps = n`: a context is immutable."""
+        line, new = original.body[0], updated.body[0]
+        if not isinstance(line, cst.Assign) or not isinstance(new, cst.Assign):
+            return None
+        target = line.targets[0].target
+        member = self._facts.member(target)
+        if not member:
+            return None
+        assert isinstance(target, cst.Attribute)
+        ctx = self._facts.context_of(target.value)
+        if member == "gradient_accumulation_steps":
+            return f"{ctx} = faccel.init({ctx}.config, grad_accum={text_of(new.value)})\n"
+        self._report.refuse(f"an assignment to `{member}`", "docs/training-loop.md#the-context")
+        return None
+
     def _of_loader(self, target: cst.BaseExpression | None, call: cst.Call) -> str | None:
         """Remove `loader.set_epoch(epoch)`: the loop reads `loader.at(epoch)`."""
         if target is not None and self._facts.is_used_up(target, call):
@@ -102,25 +120,25 @@ class LineRewriter:
         if member == "split_between_processes":
             return self._split(call, ctx)
         if member == "gather_for_metrics":
-            given = arguments(call, ("input_data", "use_gather_object"))
-            if "use_gather_object" in given:
+            options = arguments(call, ("input_data", "use_gather_object"))
+            if "use_gather_object" in options:
                 return None
             self._report.convert()
             self._report.note(
                 "outside of a loop over a prepared loader no rows are dropped: pass "
                 "`num_valid=batch.num_valid`; see docs/data.md#the-last-step"
             )
-            return f"faccel.gather({text_of(given['input_data'].value)}, {ctx})"
+            return f"faccel.gather({text_of(options['input_data'].value)}, {ctx})"
         if member in PREPARE:
             code = self._state.prepared_expression(member, call, ctx)
             return code
         return None
 
     def _split(self, call: cst.Call, ctx: str) -> str:
-        given = arguments(call, ("inputs", "apply_padding"))
-        args = [text_of(given["inputs"].value), ctx]
-        if "apply_padding" in given:
-            args.append(f"pad={text_of(given['apply_padding'].value)}")
+        options = arguments(call, ("inputs", "apply_padding"))
+        args = [text_of(options["inputs"].value), ctx]
+        if "apply_padding" in options:
+            args.append(f"pad={text_of(options['apply_padding'].value)}")
         self._report.convert()
         # `faccel.split` is a function; the block that it is in stays as it is.
         return f"contextlib.nullcontext({call_code('faccel.split', args)})"
@@ -164,10 +182,7 @@ class LineRewriter:
     def _clip(self, target: cst.BaseExpression | None, call: cst.Call, ctx: str) -> str:
         """A norm that is not that of one optimizer: PyTorch's function, after `unscale`."""
         assert isinstance(call.func, cst.Attribute)
-        scaler = self._sibling("scaler")
-        lines: list[str] = []
-        for optimizer in self._facts.of_kind("optimizer"):
-            lines.append(f"{scaler} = faccel.unscale({optimizer}, {scaler}, {ctx})\n")
+        lines = self._unscale_lines(self._facts.of_kind("optimizer"), ctx)
         args = "".join(text_of(arg) for arg in call.args)
         clip = f"torch.nn.utils.{call.func.attr.value}({args})\n"
         if target is not None:
@@ -177,16 +192,19 @@ class LineRewriter:
             "with sharded parameters, clip in `optimizer_step`; "
             "see docs/training-loop.md#gradients-between-backward-and-step"
         )
-        return "".join(lines) + clip
+        return lines + clip
 
     def _unscale(self, target: object, call: cst.Call, ctx: str) -> str:
         optimizers = [text_of(arg.value) for arg in call.args]
-        scaler = self._sibling("scaler")
         self._report.convert()
-        lines: list[str] = []
-        for optimizer in optimizers or self._facts.of_kind("optimizer"):
-            lines.append(f"{scaler} = faccel.unscale({optimizer}, {scaler}, {ctx})\n")
-        return "".join(lines)
+        return self._unscale_lines(optimizers or self._facts.of_kind("optimizer"), ctx)
+
+    def _unscale_lines(self, optimizers: Sequence[str], ctx: str) -> str:
+        scaler = self._sibling("scaler")
+        lines = ""
+        for optimizer in optimizers:
+            lines += f"{scaler} = faccel.unscale({optimizer}, {scaler}, {ctx})\n"
+        return lines
 
     def _free_memory(self, target: cst.BaseExpression | None, call: cst.Call, ctx: str) -> str:
         self._report.convert()
@@ -201,12 +219,12 @@ class LineRewriter:
     # --- trackers
 
     def _init_trackers(self, target: object, call: cst.Call, ctx: str) -> str:
-        given = arguments(call, ("project_name", "config", "init_kwargs"))
-        args = [text_of(given["project_name"].value), ctx]
+        options = arguments(call, ("project_name", "config", "init_kwargs"))
+        args = [text_of(options["project_name"].value), ctx]
         args.append(f"trackers={self._creation.tracker_names()}")
-        if "config" in given:
-            args.append(f"config={text_of(given['config'].value)}")
-        if "init_kwargs" in given:
+        if "config" in options:
+            args.append(f"config={text_of(options['config'].value)}")
+        if "init_kwargs" in options:
             self._report.refuse("`init_kwargs`", "docs/logging.md")
         self._report.convert()
         call_text = call_code("faccel.tracking.init_trackers", args)
@@ -215,18 +233,18 @@ class LineRewriter:
     def _log(self, target: object, call: cst.Call, ctx: str) -> str | None:
         if "init_trackers" not in self._facts.members:
             return None
-        given = arguments(call, ("values", "step", "log_kwargs"))
-        if "step" in given:
-            step = text_of(given["step"].value)
+        options = arguments(call, ("values", "step", "log_kwargs"))
+        if "step" in options:
+            step = text_of(options["step"].value)
         else:
             step = next((name for name in _STEPS if name in self._facts.assigned), "")
             self._report.note("`log` needs `step=`; see docs/logging.md")
-        if not step or "values" not in given:
+        if not step or "values" not in options:
             return None
-        if "log_kwargs" in given:
+        if "log_kwargs" in options:
             self._report.refuse("`log_kwargs`", "docs/logging.md")
         self._report.convert()
-        args = [text_of(given["values"].value), self._sibling("trackers"), f"step={step}"]
+        args = [text_of(options["values"].value), self._sibling("trackers"), f"step={step}"]
         return call_code("faccel.tracking.log", args) + "\n"
 
     def _end_training(self, target: object, call: cst.Call, ctx: str) -> str:
@@ -235,5 +253,3 @@ class LineRewriter:
         if "init_trackers" in self._facts.members:
             lines = f"faccel.tracking.finish({self._sibling('trackers')})\n"
         return f"{lines}faccel.shutdown({ctx})\n"
-
-

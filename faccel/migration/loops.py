@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import cast
 
@@ -13,6 +14,7 @@ from faccel.migration.report import Report
 from faccel.migration.syntax import (
     arguments,
     callee_name,
+    children_of,
     comment_lines,
     nodes_of,
     replaced,
@@ -25,6 +27,8 @@ from faccel.migration.updates import Body, UpdateRewriter
 
 # Functions around a loader in the head of a loop: `enumerate(tqdm(loader))`.
 _WRAPPERS = ("enumerate", "tqdm", "track", "progress", "islice", "prog_bar")
+# A loss is one number, without rows that could be padding.
+_SCALAR = re.compile(r"(^|[._])loss(\.(detach|float|cpu|clone)\(\))*$")
 _EPOCH = "the order of each pass is a function of the epoch: write `{loader}.at(epoch)`"
 
 
@@ -121,7 +125,7 @@ class LoopRewriter(cst.CSTTransformer):
     def _members_in(self, node: cst.CSTNode) -> set[str]:
         """Return the members that a loop uses itself, outside of loops over other loaders."""
         members: set[str] = set()
-        for child in node.children:
+        for child in children_of(node):
             if isinstance(child, cst.FunctionDef | cst.Lambda):
                 continue
             if isinstance(child, cst.For) and self._loader_in(child.iter) is not None:
@@ -264,17 +268,14 @@ class LoopRewriter(cst.CSTTransformer):
     def _with_items(self, item: cst.WithItem) -> list[cst.WithItem]:
         call = item.item
         name = self.facts.member_call(call)
-        if not isinstance(call, cst.Call) or name not in ("accumulate", "no_sync"):
+        if not isinstance(call, cst.Call) or name != "accumulate":
             return [item]
-        sync = "False"
-        if name == "accumulate":
-            if self._micro() == "" or not call.args:
-                return [item]  # the second pass adds a note
-            sync = f"{self._micro()}.sync"
+        if self._micro() == "" or not call.args:
+            return [item]  # the second pass adds a note
         self.report.convert()
         items: list[cst.WithItem] = []
         for arg in call.args:
-            code = f"faccel.grad_sync({text_of(arg.value)}, on={sync})"
+            code = f"faccel.grad_sync({text_of(arg.value)}, on={self._micro()}.sync)"
             items.append(cst.WithItem(cst.parse_expression(code), asname=item.asname))
         return items
 
@@ -290,9 +291,13 @@ class LoopRewriter(cst.CSTTransformer):
     def leave_Attribute(
         self, original_node: cst.Attribute, updated_node: cst.Attribute
     ) -> cst.BaseExpression:
-        if self.facts.member(original_node) != "sync_gradients":
-            return updated_node
+        member = self.facts.member(original_node)
         micro = self._micro()
+        if member == "optimizer_step_was_skipped" and micro:
+            self.report.convert()
+            return cst.parse_expression(f"({micro}.sync and {self.facts.info}.skipped)")
+        if member != "sync_gradients":
+            return updated_node
         if micro:
             self.report.convert()
             return cst.parse_expression(f"{micro}.sync")
@@ -320,17 +325,29 @@ class LoopRewriter(cst.CSTTransformer):
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.BaseExpression:
         if self._skips(original_node):
             return self._skip(original_node, updated_node)
+        if callee_name(original_node) == "iter" and len(original_node.args) == 1:
+            return self._iterator(updated_node)
         if self.facts.member_call(original_node) != "gather_for_metrics":
             return updated_node
         loop = self._record_loop()
-        given = arguments(updated_node, ("input_data", "use_gather_object"))
-        if "use_gather_object" in given or loop is None:
+        options = arguments(updated_node, ("input_data", "use_gather_object"))
+        if "use_gather_object" in options or loop is None:
             return updated_node
         assert isinstance(original_node.func, cst.Attribute)
         ctx = self.facts.context_of(original_node.func.value)
-        data = text_of(given["input_data"].value)
+        data = text_of(options["input_data"].value)
         self.report.convert()
+        if _SCALAR.search(data):
+            return cst.parse_expression(f"faccel.gather({data}, {ctx})")
         return cst.parse_expression(f"faccel.gather({data}, {ctx}, num_valid={loop}.num_valid)")
+
+    def _iterator(self, call: cst.Call) -> cst.Call:
+        """Replace `iter(loader)` in a loop over epochs."""
+        code = text_of(call.args[0].value)
+        if not self.facts.has_kind(code, "loader") or not self._epoch():
+            return call
+        arg = call.args[0].with_changes(value=cst.parse_expression(f"{code}.at({self._epoch()})"))
+        return call.with_changes(args=[arg])
 
     def _record_loop(self) -> str | None:
         for loop in reversed(self._loops):
@@ -341,9 +358,9 @@ class LoopRewriter(cst.CSTTransformer):
         return None
 
     def _skip(self, original_node: cst.Call, updated_node: cst.Call) -> cst.BaseExpression:
-        given = arguments(updated_node, ("dataloader", "num_batches"))
+        options = arguments(updated_node, ("dataloader", "num_batches"))
         epoch = self._epoch() or "0"
-        loader, count = given.get("dataloader"), given.get("num_batches")
+        loader, count = options.get("dataloader"), options.get("num_batches")
         if loader is None or count is None:
             return updated_node
         self.report.convert()
@@ -379,9 +396,9 @@ def _exchange(node: cst.BaseExpression, code: str) -> cst.BaseExpression:
     if isinstance(node, cst.Call) and node.args and callee_name(node) in _WRAPPERS:
         first = node.args[0]
         # A generator as the only argument needs no further parentheses.
-        if len(node.args) == 1 and code.startswith("(\n") and first.value is not None:
-            if callee_name(first.value) not in _WRAPPERS:
-                return cst.parse_expression(f"{text_of(node.func)}{code}")
+        is_single = len(node.args) == 1 and callee_name(first.value) not in _WRAPPERS
+        if is_single and code.startswith("(\n"):
+            return cst.parse_expression(f"{text_of(node.func)}{code}")
         value = _exchange(first.value, code)
         return node.with_changes(args=[first.with_changes(value=value), *node.args[1:]])
     return cst.parse_expression(code)
@@ -400,5 +417,3 @@ def _with_commas(items: Sequence[cst.WithItem]) -> list[cst.WithItem]:
     result = [item.with_changes(comma=comma) for item in items]
     result[-1] = result[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
     return result
-
-

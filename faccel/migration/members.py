@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import libcst as cst
 
 from faccel.migration.creation import Creation
-from faccel.migration.facts import Facts, assignments
+from faccel.migration.facts import Facts, makes_accelerator
 from faccel.migration.lines import LineRewriter
 from faccel.migration.report import Report
 from faccel.migration.rules import (
@@ -24,6 +24,7 @@ from faccel.migration.state import StateRewriter
 from faccel.migration.syntax import (
     Statement,
     arguments,
+    assignments,
     call_code,
     comment_lines,
     nodes_of,
@@ -55,8 +56,10 @@ class MemberRewriter(cst.CSTTransformer):
         self._inner: set[cst.CSTNode] = set()
         # Calls that are replaced with the line or the condition that they are in.
         self._in_lines: set[cst.CSTNode] = set()
-        # Whether each function around the node has a context.
+        # Whether each function around the node has a context, and whether it is a method.
         self._has_context: list[bool] = []
+        self._methods: list[bool] = []
+        self._is_module_scope = False
 
     # --- statements: notes become comments before them
 
@@ -107,10 +110,15 @@ class MemberRewriter(cst.CSTTransformer):
 
     # --- functions
 
+    def visit_Module(self, node: cst.Module) -> None:
+        for child in nodes_of(node, into_functions=False):
+            for target, _ in assignments(child):
+                if text_of(target) in self.facts.accelerators:
+                    self._is_module_scope = True
+
     def visit_FunctionDef(self, node: cst.FunctionDef) -> None:
-        has_param = any(
-            param.name.value in self.facts.accelerators for param in node.params.params
-        )
+        self._methods.append(any(param.name.value == "self" for param in node.params.params))
+        has_param = any(param.name.value in self.facts.accelerators for param in node.params.params)
         makes = any(
             text_of(target) in self.facts.accelerators
             for child in nodes_of(node.body, into_functions=False)
@@ -122,12 +130,11 @@ class MemberRewriter(cst.CSTTransformer):
         self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef
     ) -> cst.FunctionDef:
         self._has_context.pop()
+        self._methods.pop()
         if original_node.name.value not in self.facts.batch_sizes:
             return updated_node
-        decorators: list[cst.Decorator] = []
-        for decorator in updated_node.decorators:
-            if "find_executable_batch_size" not in text_of(decorator):
-                decorators.append(decorator)
+        search = "find_executable_batch_size"
+        decorators = [line for line in updated_node.decorators if search not in text_of(line)]
         self.report.convert()
         return updated_node.with_changes(decorators=decorators)
 
@@ -223,11 +230,11 @@ class MemberRewriter(cst.CSTTransformer):
         if name == "get_logger":
             return self._logger(updated_node)
         if name in FUNCTIONS:
-            return self._ruled(FUNCTIONS[name], updated_node, self.facts.default_context)
+            return self._function(name, updated_node)
         member = self.facts.member_call(original_node)
         if not member:
             return self._other_call(name, updated_node)
-        if original_node in self._in_lines or member in ATTRIBUTES and member not in METHODS:
+        if original_node in self._in_lines or (member in ATTRIBUTES and member not in METHODS):
             return updated_node
         assert isinstance(original_node.func, cst.Attribute)
         ctx = self.facts.context_of(original_node.func.value)
@@ -240,6 +247,24 @@ class MemberRewriter(cst.CSTTransformer):
         self._refuse(member)
         return updated_node
 
+    def _context(self) -> str:
+        """Return the code of a context that exists at this place, "" if there is none."""
+        if self._is_module_scope or any(self._has_context):
+            return self.facts.ctx
+        if self._methods and self._methods[-1] and self.facts.accelerator_attributes:
+            return f"self.{self.facts.ctx}"
+        return ""
+
+    def _function(self, name: str, call: cst.Call) -> cst.BaseExpression:
+        """Replace a call of a function that finds the state of the process itself."""
+        ctx = self._context()
+        if not ctx and name == "set_seed":
+            ctx = "faccel.init()"
+        if not ctx:
+            self.report.refuse(f"`{name}` without an accelerator", "docs/communication.md")
+            return call
+        return self._ruled(FUNCTIONS[name], call, ctx)
+
     def _other_call(self, name: str, call: cst.Call) -> cst.BaseExpression:
         """Replace a call of a function that searches a batch size, or of a logger."""
         if name in NAMES_WITHOUT_EQUAL:
@@ -247,8 +272,8 @@ class MemberRewriter(cst.CSTTransformer):
         function = text_of(call.func)
         start = self.facts.batch_sizes.get(function)
         if start is not None and not call.args:
-            code = f"faccel.find_batch_size({function}, {self.facts.default_context}, start={start})"
-            return cst.parse_expression(code)
+            args = [function, self._context() or self.facts.ctx, f"start={start}"]
+            return cst.parse_expression(call_code("faccel.find_batch_size", args))
         return self._log_call(call)
 
     def visit_Comparison(self, node: cst.Comparison) -> None:
@@ -285,10 +310,10 @@ class MemberRewriter(cst.CSTTransformer):
     def _logger(self, call: cst.Call) -> cst.BaseExpression:
         """Replace `get_logger(name)`: at the top of a module there is no context yet."""
         self.report.convert()
-        given = arguments(call, ("name", "log_level"))
-        name = text_of(given["name"].value)
+        options = arguments(call, ("name", "log_level"))
+        name = text_of(options["name"].value)
         if self._has_context and self._has_context[-1]:
-            return cst.parse_expression(f"faccel.get_logger({name}, {self.facts.default_context})")
+            return cst.parse_expression(f"faccel.get_logger({name}, {self._context()})")
         self.facts.logger_name = name
         return cst.parse_expression(f"logging.getLogger({name})")
 
@@ -302,9 +327,10 @@ class MemberRewriter(cst.CSTTransformer):
             name = "" if arg.keyword is None else arg.keyword.value
             if name not in ("main_process_only", "in_order"):
                 args.append(arg)
-            elif name == "main_process_only" and text_of(arg.value) == "False":
-                if self._has_context and self._has_context[-1]:
-                    args.append(_keyword("every_rank", "True"))
+            is_everywhere = name == "main_process_only" and text_of(arg.value) == "False"
+            # Without a context the logger comes from the standard library.
+            if is_everywhere and self._has_context and self._has_context[-1]:
+                args.append(_keyword("every_rank", "True"))
         if args:
             args[-1] = args[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
         return call.with_changes(args=args)
@@ -313,11 +339,14 @@ class MemberRewriter(cst.CSTTransformer):
         args: list[str] = []
         further: list[str] = []
         for index, (name, arg) in enumerate(arguments(call, rule.params).items()):
-            code = text_of(arg.with_changes(comma=cst.MaybeSentinel.DEFAULT, keyword=None))
+            bare: dict[str, object] = {"comma": cst.MaybeSentinel.DEFAULT, "keyword": None}
+            bare["equal"] = cst.MaybeSentinel.DEFAULT
+            bare["whitespace_after_arg"] = cst.SimpleWhitespace("")
+            code = text_of(arg.with_changes(**bare))
             keyword = rule.keywords.get(name)
-            if name.startswith("*") or index < rule.positional and arg.keyword is None:
-                args.append(code)
-            elif name in rule.params[: rule.positional] or keyword == "":
+            is_leading = index < rule.positional and arg.keyword is None
+            is_leading = is_leading or name in rule.params[: rule.positional]
+            if name.startswith("*") or is_leading or keyword == "":
                 args.append(code)
             elif keyword is not None or not rule.params:
                 further.append(f"{keyword or name}={code}")
@@ -342,7 +371,7 @@ class MemberRewriter(cst.CSTTransformer):
             if self._saves(original_arg):
                 self.report.convert()
                 continue
-            if keyword is None or not self.facts.is_accelerator(original_arg.value):
+            if keyword is None or not makes_accelerator(original_arg.value, self.facts):
                 args.append(arg)
                 continue
             name = text_of(call.func).rpartition(".")[2]

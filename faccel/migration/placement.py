@@ -7,9 +7,17 @@ from typing import cast
 
 import libcst as cst
 
-from faccel.migration.facts import Facts, assignments
+from faccel.migration.facts import Facts
 from faccel.migration.report import Report
-from faccel.migration.syntax import comment_lines, statements_of, text_of, variables_of, with_leading
+from faccel.migration.syntax import (
+    assignments,
+    children_of,
+    comment_lines,
+    statements_of,
+    text_of,
+    variables_of,
+    with_leading,
+)
 
 Body = cst.SimpleStatementLine | cst.BaseCompoundStatement
 _FP16 = (
@@ -39,8 +47,7 @@ class Placement(cst.CSTTransformer):
         self._scopes.append(_bound_names(node))
 
     def leave_Module(self, original_node: cst.Module, updated_node: cst.Module) -> cst.Module:
-        body = cast("Sequence[Body]", updated_node.body)
-        return updated_node.with_changes(body=self._place(body, is_given=False))
+        return updated_node.with_changes(body=self._place(updated_node.body, is_given=False))
 
     def visit_FunctionDef(self, node: cst.FunctionDef) -> None:
         names = _bound_names(node.body)
@@ -125,9 +132,9 @@ class Placement(cst.CSTTransformer):
         for index, statement in enumerate(body):
             result.append(statement)
             is_choice = isinstance(statement, cst.If) and statement.orelse is not None
-            if is_choice and _creates(statement, self.facts.ctx):
-                if self._uses_logger(body[index + 1 :]):
-                    result += statements_of(self._logger_line(self.facts.ctx))
+            is_creation = is_choice and _creates(statement, self.facts.ctx)
+            if is_creation and self._uses_logger(body[index + 1 :]):
+                result += statements_of(self._logger_line(self.facts.ctx))
             for target, _ in _line_assignments(statement):
                 code = text_of(target)
                 if code == self.facts.ctx and self._uses_logger(body[index + 1 :]):
@@ -159,7 +166,7 @@ def _line_assignments(
 def _bound_names(node: cst.CSTNode) -> set[str]:
     """Return the names that the statements of a scope assign."""
     names: set[str] = set()
-    for child in node.children:
+    for child in children_of(node):
         if isinstance(child, cst.FunctionDef | cst.ClassDef):
             names.add(child.name.value)
             continue

@@ -39,6 +39,13 @@ class Report:
             self._pending[-1].append(text)
         return text
 
+    def note_once(self, text: str) -> list[str]:
+        """Return a note in a list; an empty one if the script has the note already."""
+        if text in self.notes:
+            return []
+        self.notes.append(text)
+        return [text]
+
     def refuse(self, what: str, docs: str) -> str:
         """Count a use that is not converted, and add its note."""
         self.unconverted += 1

@@ -5,11 +5,11 @@ from __future__ import annotations
 import attrs
 import libcst as cst
 
-from faccel.migration.facts import read_facts
 from faccel.migration.imports import rewrite_imports
 from faccel.migration.loops import LoopRewriter
 from faccel.migration.members import MemberRewriter
 from faccel.migration.placement import Placement
+from faccel.migration.read_facts import read_facts
 from faccel.migration.report import Report
 
 

@@ -71,6 +71,7 @@ METHODS = {
     ),
     "local_main_process_first": CallRule("faccel.main_first", extra="local=True"),
     "main_process_first": CallRule("faccel.main_first"),
+    "no_sync": CallRule("faccel.grad_sync", ("model",), 1, context="", extra="on=False"),
     "on_main_process": CallRule("faccel.on_main", ()),
     "on_process": CallRule(
         "faccel.on_rank", ("function", "process_index"), keywords={"process_index": ""}
@@ -142,8 +143,7 @@ DISTRIBUTED_TYPES = {
 
 # Functions and classes of accelerate without an equal, and what replaces them.
 NAMES_WITHOUT_EQUAL = {
-    "LocalSGD": "`faccel.parallel.local_sgd(model, ctx, step=n, every=8)`; "
-    "see docs/parallelism.md",
+    "LocalSGD": "`faccel.parallel.local_sgd(model, ctx, step=n, every=8)`; see docs/parallelism.md",
     "dispatch_model": "see docs/parallelism.md",
     "init_empty_weights": "see docs/parallelism.md",
     "load_checkpoint_and_dispatch": "see docs/parallelism.md",
@@ -166,7 +166,6 @@ REWRITTEN = frozenset(
         "init_trackers",
         "load_state",
         "log",
-        "no_sync",
         "optimizer_step_was_skipped",
         "prepare",
         "prepare_data_loader",
@@ -205,8 +204,8 @@ WITHOUT_EQUAL = {
     "on_local_process": "`faccel.on_rank(rank, ctx)`; see docs/communication.md#work-of-one-rank",
     "profile": "`torch.profiler.profile`; see docs/debugging.md",
     "project_configuration": "docs/logging.md",
-    "register_load_state_pre_hook": "the state of `faccel.load` is explicit; see docs/checkpoints.md",
-    "register_save_state_pre_hook": "the state of `faccel.save` is explicit; see docs/checkpoints.md",
+    "register_load_state_pre_hook": "`faccel.load` takes a state; see docs/checkpoints.md",
+    "register_save_state_pre_hook": "`faccel.save` takes a state; see docs/checkpoints.md",
     "save_iteration": "`step=` of `faccel.save`; see docs/checkpoints.md",
     "scaler": "the loss scale is the value `scaler`; see docs/training-loop.md#mixed-precision",
     "tracker": "docs/logging.md",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import libcst as cst
 
 from faccel.migration.creation import Creation
-from faccel.migration.facts import PREPARE, Facts, prepare_pairs
+from faccel.migration.facts import PREPARE, Facts
 from faccel.migration.report import Report
-from faccel.migration.syntax import arguments, text_of
+from faccel.migration.syntax import arguments, prepare_pairs, text_of
 
 _ORDER = ("model", "optimizer", "loader", "scheduler")
 
@@ -47,7 +47,8 @@ class StateRewriter:
 
     def _refuse_options(self, call: cst.Call) -> None:
         for arg in call.args:
-            if arg.keyword is not None:
+            # A frozen model is not communicated, as with `evaluation_mode=True`.
+            if arg.keyword is not None and arg.keyword.value != "evaluation_mode":
                 self._report.refuse(f"`{arg.keyword.value}` of `prepare`", "docs/training-loop.md")
 
     def _prepared(self, kind: str, name: str, value: str, ctx: str) -> list[str]:
@@ -58,11 +59,6 @@ class StateRewriter:
             return [f"{name} = faccel.shard({value}, {ctx}{options})"]
         if kind == "optimizer":
             return self._optimizer(name, value, ctx)
-        if "split_batches" not in self._facts.creation:
-            self._report.note(
-                "the scheduler is stepped once per process at each update, as under Accelerate; "
-                "see docs/coming-from-accelerate.md#learning-rates-and-schedulers"
-            )
         return [] if name == value else [f"{name} = {value}"]
 
     def _optimizer(self, name: str, value: str, ctx: str) -> list[str]:
@@ -90,11 +86,11 @@ class StateRewriter:
 
     def save(self, call: cst.Call, ctx: str, scaler: str) -> str | None:
         """Return the line for `save_state(folder)`; None without a folder."""
-        given = arguments(call, ("output_dir", "safe_serialization"))
+        options = arguments(call, ("output_dir", "safe_serialization"))
         state = self._state(ctx, scaler)
-        if "output_dir" not in given or not state:
+        if "output_dir" not in options or not state:
             return None
-        folder = text_of(given["output_dir"].value)
+        folder = text_of(options["output_dir"].value)
         self._report.convert()
         # Accelerate replaces what the folder has.
         return (
@@ -104,11 +100,11 @@ class StateRewriter:
 
     def load(self, call: cst.Call, ctx: str, scaler: str) -> str | None:
         """Return the lines for `load_state(folder)`; None without a folder."""
-        given = arguments(call, ("input_dir", "load_kwargs"))
+        options = arguments(call, ("input_dir", "load_kwargs"))
         state = self._state(ctx, scaler)
-        if "input_dir" not in given or not state:
+        if "input_dir" not in options or not state:
             return None
-        folder = text_of(given["input_dir"].value)
+        folder = text_of(options["input_dir"].value)
         name = "state" if "state" not in self._facts.names else "faccel_state"
         self._report.convert()
         return (

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import libcst as cst
 
+# Fields of nodes that hold layout: whitespace, commas, parentheses.
+_LAYOUT = re.compile(
+    r"whitespace|lpar|rpar|lines|header|footer|comma|semicolon|equal$|dot$|bracket"
+)
 _EMPTY = cst.Module([])
 Statement = cst.SimpleStatementLine | cst.BaseCompoundStatement
 
@@ -105,8 +111,8 @@ def comment_lines(notes: Sequence[str]) -> list[cst.EmptyLine]:
     """
     lines: list[cst.EmptyLine] = []
     for note in notes:
-        for line in textwrap.wrap(f"# faccel: {note}", 92, subsequent_indent="#   "):
-            lines.append(cst.EmptyLine(comment=cst.Comment(line)))
+        wrapped = textwrap.wrap(f"# faccel: {note}", 92, subsequent_indent="#   ")
+        lines += [cst.EmptyLine(comment=cst.Comment(line)) for line in wrapped]
     return lines
 
 
@@ -139,6 +145,29 @@ def replaced(
     return new
 
 
+@cache
+def _fields_of(kind: type[cst.CSTNode]) -> tuple[str, ...]:
+    names = kind.__dataclass_fields__
+    return tuple(name for name in names if not _LAYOUT.search(name))
+
+
+def children_of(node: cst.CSTNode) -> list[cst.CSTNode]:
+    """Return the nodes directly below a node, without layout.
+
+    `CSTNode.children` builds a copy of the node, which takes ten times as long.
+
+    Effects: pure.
+    """
+    children: list[cst.CSTNode] = []
+    for name in _fields_of(type(node)):
+        value = getattr(node, name)
+        if isinstance(value, cst.CSTNode):
+            children.append(value)
+        elif isinstance(value, list | tuple):
+            children += [item for item in value if isinstance(item, cst.CSTNode)]
+    return children
+
+
 def names_in(node: cst.CSTNode) -> set[str]:
     """Return all identifiers below a node, attributes included.
 
@@ -158,7 +187,7 @@ def variables_of(node: cst.CSTNode, *, into_functions: bool = False) -> Iterator
     """
     if isinstance(node, cst.Name):
         yield node.value
-    children: Sequence[cst.CSTNode] = node.children
+    children: Sequence[cst.CSTNode] = children_of(node)
     if isinstance(node, cst.Attribute | cst.Arg):
         children = [node.value]
     for child in children:
@@ -175,7 +204,57 @@ def nodes_of(node: cst.CSTNode, *, into_functions: bool = True) -> Iterator[cst.
     while stack:
         current = stack.pop()
         yield current
-        for child in reversed(current.children):
+        for child in reversed(children_of(current)):
             is_scope = isinstance(child, cst.FunctionDef | cst.ClassDef | cst.Lambda)
             if into_functions or not is_scope:
                 stack.append(child)
+
+
+def assignments(node: cst.CSTNode) -> Iterator[tuple[cst.BaseExpression, cst.BaseExpression]]:
+    """Yield `(target, value)` of an assignment; each target of a tuple, with its own value.
+
+    Effects: pure.
+    """
+    if isinstance(node, cst.AnnAssign) and node.value is not None:
+        yield node.target, node.value
+    if not isinstance(node, cst.Assign):
+        return
+    for assign_target in node.targets:
+        target, value = assign_target.target, node.value
+        if not isinstance(target, cst.Tuple | cst.List):
+            yield target, value
+            continue
+        values: Sequence[cst.BaseExpression] = [value] * len(target.elements)
+        if isinstance(value, cst.Tuple) and len(value.elements) == len(target.elements):
+            values = [element.value for element in value.elements]
+        for element, element_value in zip(target.elements, values, strict=True):
+            yield element.value, element_value
+
+
+def is_single(node: cst.Assign) -> bool:
+    """Return whether an assignment has one target, which is no tuple.
+
+    Effects: pure.
+    """
+    return len(node.targets) == 1 and not isinstance(node.targets[0].target, cst.Tuple | cst.List)
+
+
+def prepare_pairs(
+    target: cst.BaseExpression, call: cst.Call
+) -> list[tuple[cst.BaseExpression, cst.BaseExpression]]:
+    """Return `(target, argument)` for each object that is prepared; none if they do not match.
+
+    Effects: pure.
+    """
+    args: list[cst.BaseExpression] = []
+    for arg in call.args:
+        if arg.star:
+            return []
+        if arg.keyword is None:
+            args.append(arg.value)
+    targets = [target]
+    if isinstance(target, cst.Tuple | cst.List):
+        targets = [element.value for element in target.elements]
+    if len(targets) != len(args):
+        return []
+    return list(zip(targets, args, strict=True))

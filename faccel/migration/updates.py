@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import attrs
 import libcst as cst
@@ -31,6 +32,10 @@ _CLIPS = {
 _PARTIAL = (
     "Accelerate clips the partial gradients of each micro-batch here, without "
     "`if accelerator.sync_gradients:`; now the update is clipped once; see docs/accumulation.md"
+)
+_SCHEDULE = (
+    "as under Accelerate, the scheduler is stepped once per process at each update; "
+    "see docs/coming-from-accelerate.md#learning-rates-and-schedulers"
 )
 
 
@@ -170,13 +175,20 @@ class UpdateRewriter:
             schedulers = self._schedulers_of(optimizer, optimizers, run)
             new += self._step(optimizer, clips.get(optimizer, []), schedulers)
         comments: list[cst.EmptyLine] = []
-        for clip in sum(clips.values(), []):
+        for clip in chain.from_iterable(clips.values()):
             comments += _comments(clip.node)
             clip.kind = "taken"
-            if self.micro and not clip.is_gated and not self.is_gated and not _tests_sync(clip.node, self.micro):
+            if (
+                self.micro
+                and not clip.is_gated
+                and not self.is_gated
+                and not _tests_sync(clip.node, self.micro)
+            ):
                 comments += comment_lines([self.report.note(_PARTIAL)])
         for item in run:
             comments += _comments(item.node)
+        if any(item.kind == "schedule" for item in run) and not self._splits_batches():
+            comments += comment_lines(self.report.note_once(_SCHEDULE))
         new[0].node = new[0].node.with_changes(leading_lines=comments)
         # A zero_grad later in the block has nothing left to do.
         for item in items[end:]:
@@ -247,15 +259,15 @@ class UpdateRewriter:
     def _clip_arguments(self, clip: _Item) -> list[str]:
         assert clip.call is not None
         name = self.facts.member_call(clip.call)
-        given = arguments(clip.call, _CLIPS[name])
-        limit = text_of(given[_CLIPS[name][1]].value)
+        options = arguments(clip.call, _CLIPS[name])
+        limit = text_of(options[_CLIPS[name][1]].value)
         if clip.condition:
             limit = f"{limit} if {clip.condition} else None"
         if name == "clip_grad_value_":
             return [f"clip_value={limit}"]
         args = [f"clip_norm={limit}"]
-        if "norm_type" in given:
-            args.append(f"norm_type={text_of(given['norm_type'].value)}")
+        if "norm_type" in options:
+            args.append(f"norm_type={text_of(options['norm_type'].value)}")
         return args
 
     def _repeated(self, schedulers: Sequence[str]) -> str:
@@ -278,9 +290,7 @@ class UpdateRewriter:
             return [self._separate_schedule(item, item.call, items[:position])]
         return [item]
 
-    def _separate_schedule(
-        self, item: _Item, call: cst.Call, before: Sequence[_Item]
-    ) -> _Item:
+    def _separate_schedule(self, item: _Item, call: cst.Call, before: Sequence[_Item]) -> _Item:
         """A scheduler that other statements separate from the step of its optimizer."""
         line = f"{item.subject}.step({', '.join(text_of(arg) for arg in call.args)})"
         code = line
@@ -291,7 +301,10 @@ class UpdateRewriter:
             code = f"if not {self.facts.info}.skipped:\n    " + code.replace("\n", "\n    ")
         self.report.convert()
         new = statements_of(code + "\n")[0]
-        return _Item(with_leading(new, _comments(item.node)), True)
+        comments = _comments(item.node)
+        if not self._splits_batches():
+            comments += comment_lines(self.report.note_once(_SCHEDULE))
+        return _Item(with_leading(new, comments), True)
 
     def _grouped(self, items: Sequence[_Item]) -> list[Body]:
         """Return the statements; those that follow each other under one `if micro.sync:`."""
@@ -309,10 +322,14 @@ class UpdateRewriter:
 
     def _gate(self, body: Sequence[Body]) -> Body:
         block = statements_of(f"if {self.micro}.sync:\n    pass\n")[0]
-        comments = list(getattr(body[0], "leading_lines", ()))
-        first = body[0].with_changes(leading_lines=[])
+        # Empty lines separate the block from what is before it; comments belong to the line.
+        lines: list[cst.EmptyLine] = list(getattr(body[0], "leading_lines", ()))
+        num_empty = 0
+        while num_empty < len(lines) and lines[num_empty].comment is None:
+            num_empty += 1
+        first = body[0].with_changes(leading_lines=lines[num_empty:])
         return block.with_changes(
-            body=cst.IndentedBlock(body=[first, *body[1:]]), leading_lines=comments
+            body=cst.IndentedBlock(body=[first, *body[1:]]), leading_lines=lines[:num_empty]
         )
 
     def _code(self, name: str) -> str:
@@ -323,7 +340,7 @@ class UpdateRewriter:
 
 def _comments(node: Body) -> list[cst.EmptyLine]:
     """Return the comments of a statement that is replaced: those before it and after it."""
-    comments = list(getattr(node, "leading_lines", ()))
+    comments: list[cst.EmptyLine] = list(getattr(node, "leading_lines", ()))
     lines: list[cst.CSTNode] = [node]
     if isinstance(node, cst.If):
         lines += node.body.body
