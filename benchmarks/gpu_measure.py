@@ -5,6 +5,7 @@ Each measurement writes its rows as soon as it has them, and one that raises fai
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import gc
 import importlib.util
@@ -63,6 +64,7 @@ def measure_step(name, setup, makers):
             try:
                 step = make(setup, stack)
                 step()  # compiles, and allocates the states of the optimizer
+                write(progress=contender)  # so that the worker does not seem to hang
             except Exception as error:
                 if contender != "accelerate":
                     raise
@@ -95,6 +97,8 @@ def step_compiled(name, device, size):
         "accelerate": functools.partial(accelerate_step, change=torch.compile),
     }
     torch._dynamo.reset()
+    if device.type == "cpu":  # where each kernel takes seconds to compile
+        size = dataclasses.replace(size, depth=1)
     measure_step(name, Setup(device, size, "bf16", faccel.Plan(compile="whole")), makers)
 
 

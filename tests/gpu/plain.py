@@ -24,9 +24,9 @@ def gains_of(overflow_at):
     return [float("inf") if step == overflow_at else 1.0 for step in range(STEPS)]
 
 
-def plain_training(device, precision, overflow_at=None, scale=65536.0):
+def plain_training(device, precision, overflow_at=None, scale=65536.0, depth=2):
     """Return losses, parameters, norms and the last loss scale of plain PyTorch."""
-    net = model(torch.float32, tied=False).to(device)
+    net = model(torch.float32, tied=False, depth=depth).to(device)
     opt = sgd(net)
     grad_scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=precision == "fp16")
     losses, norms = [], []
