@@ -39,6 +39,8 @@ class LineRewriter:
         self._report = report
         self._state = state
         self._creation = creation
+        # How many `if accelerator.is_main_process:` are around the line.
+        self.on_main = 0
         self._receiver: cst.BaseExpression = cst.Name("accelerator")
         self._rewrites: dict[str, _Rewrite] = {
             "clear": self._free_memory,
@@ -100,7 +102,11 @@ class LineRewriter:
         assert isinstance(target, cst.Attribute)
         ctx = self._facts.context_of(target.value)
         if member == "gradient_accumulation_steps":
+            self._report.convert()
             return f"{ctx} = faccel.init({ctx}.config, grad_accum={text_of(new.value)})\n"
+        if member == "native_amp" and text_of(new.value) == "False":
+            self._report.convert()
+            return f'{ctx} = faccel.init({ctx}.config, mixed_precision="no")\n'
         self._report.refuse(f"an assignment to `{member}`", "docs/training-loop.md#the-context")
         return None
 
@@ -168,7 +174,7 @@ class LineRewriter:
     def _save_state(
         self, target: cst.BaseExpression | None, call: cst.Call, ctx: str
     ) -> str | None:
-        return self._state.save(call, ctx, self._sibling("scaler"))
+        return self._state.save(call, ctx, self._sibling("scaler"), on_main=self.on_main > 0)
 
     def _load_state(
         self, target: cst.BaseExpression | None, call: cst.Call, ctx: str

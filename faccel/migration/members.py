@@ -101,6 +101,19 @@ class MemberRewriter(cst.CSTTransformer):
             return cst.RemoveFromParent()
         return cst.FlattenSentinel(replaced(updated_node, code))
 
+    def visit_AssignTarget(self, node: cst.AssignTarget) -> None:
+        self._inner.add(node.target)  # the line is replaced, or gets the note
+
+    def visit_If_body(self, node: cst.If) -> None:
+        self.lines.on_main += self._is_main(node)
+
+    def leave_If_body(self, node: cst.If) -> None:
+        self.lines.on_main -= self._is_main(node)
+
+    def _is_main(self, node: cst.If) -> bool:
+        names = {self.facts.member(child) for child in nodes_of(node.test)}
+        return "is_main_process" in names
+
     def visit_If(self, node: cst.If) -> None:
         if self.facts.member_call(node.test) == "check_trigger":
             self._in_lines.add(node.test)
@@ -208,7 +221,8 @@ class MemberRewriter(cst.CSTTransformer):
 
     def _called_functions(self, node: cst.Attribute, member: str) -> set[cst.CSTNode]:
         # `accelerator.state.device` replaces `accelerator.state`, which is part of it.
-        return self._inner if member not in ATTRIBUTES or member == "state" else set()
+        is_read = member in ATTRIBUTES and member != "gradient_accumulation_steps"
+        return set() if is_read and member != "state" else self._inner
 
     def _ctx(self, node: cst.CSTNode) -> str:
         assert isinstance(node, cst.Attribute)

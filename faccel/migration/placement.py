@@ -18,6 +18,7 @@ from faccel.migration.syntax import (
     variables_of,
     with_leading,
 )
+from faccel.migration.wrap_order import wrap_before_optimizers
 
 Body = cst.SimpleStatementLine | cst.BaseCompoundStatement
 _FP16 = (
@@ -43,11 +44,18 @@ class Placement(cst.CSTTransformer):
         # Names that the functions around the node assign or take.
         self._scopes: list[set[str]] = []
 
+    def leave_IndentedBlock(
+        self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
+    ) -> cst.IndentedBlock:
+        body = cast("Sequence[Body]", updated_node.body)
+        return updated_node.with_changes(body=wrap_before_optimizers(body, self.facts.ctx))
+
     def visit_Module(self, node: cst.Module) -> None:
         self._scopes.append(_bound_names(node))
 
     def leave_Module(self, original_node: cst.Module, updated_node: cst.Module) -> cst.Module:
-        return updated_node.with_changes(body=self._place(updated_node.body, is_given=False))
+        body = wrap_before_optimizers(updated_node.body, self.facts.ctx)
+        return updated_node.with_changes(body=self._place(body, is_given=False))
 
     def visit_FunctionDef(self, node: cst.FunctionDef) -> None:
         names = _bound_names(node.body)

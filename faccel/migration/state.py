@@ -25,6 +25,8 @@ class StateRewriter:
         self._facts = facts
         self._report = report
         self._creation = creation
+        # The models of the `prepare` that is being rewritten.
+        self._together: list[str] = []
 
     def prepare(self, target: cst.BaseExpression, call: cst.Call, ctx: str) -> str | None:
         """Return the lines for `target = accelerator.prepare(...)`; None for other forms."""
@@ -34,10 +36,13 @@ class StateRewriter:
             return None
         self._refuse_options(call)
         lines: list[str] = []
+        method = call.func.attr.value
+        names = [text_of(name) for name, _ in pairs]
+        self._together = [name for name in names if self._kind(method, name) == "model"]
         # Models first: an optimizer is connected to the wrapped one.
         for kind in _ORDER:
             for name, value in pairs:
-                if self._kind(call.func.attr.value, text_of(name)) == kind:
+                if self._kind(method, text_of(name)) == kind:
                     lines += self._prepared(kind, text_of(name), text_of(value), ctx)
         self._report.convert()
         return "\n".join(lines) + "\n" if lines else ""
@@ -64,6 +69,9 @@ class StateRewriter:
     def _optimizer(self, name: str, value: str, ctx: str) -> list[str]:
         lines: list[str] = []
         models = self._facts.models_of(name) or self._facts.models_of(value)
+        # Another branch may prepare further models with the same optimizer.
+        together = [model for model in models if model in self._together]
+        models = together or models
         if not models:
             self._report.refuse(f"the model of `{name}` is unknown", "docs/training-loop.md")
             models = ["model"]
@@ -84,14 +92,22 @@ class StateRewriter:
             return f"faccel.shard({value}, {ctx}{self._creation.loader_arguments()})"
         return None
 
-    def save(self, call: cst.Call, ctx: str, scaler: str) -> str | None:
-        """Return the line for `save_state(folder)`; None without a folder."""
+    def save(self, call: cst.Call, ctx: str, scaler: str, *, on_main: bool) -> str | None:
+        """Return the line for `save_state(folder)`; None without a folder.
+
+        With `on_main` the line runs on the main process only.
+        """
         options = arguments(call, ("output_dir", "safe_serialization"))
         state = self._state(ctx, scaler)
         if "output_dir" not in options or not state:
             return None
         folder = text_of(options["output_dir"].value)
         self._report.convert()
+        if on_main:
+            self._report.note(
+                "every rank must call `save`: move it out of `if ctx.is_main`; "
+                "see docs/checkpoints.md#what-a-state-may-contain"
+            )
         # Accelerate replaces what the folder has.
         return (
             f"faccel.save(\n    {state},\n    {folder},\n    {ctx},\n    step=0,\n"

@@ -111,7 +111,7 @@ def comment_lines(notes: Sequence[str]) -> list[cst.EmptyLine]:
     """
     lines: list[cst.EmptyLine] = []
     for note in notes:
-        wrapped = textwrap.wrap(f"# faccel: {note}", 92, subsequent_indent="#   ")
+        wrapped = textwrap.wrap(f"# faccel: {note}", 80, subsequent_indent="#   ")
         lines += [cst.EmptyLine(comment=cst.Comment(line)) for line in wrapped]
     return lines
 

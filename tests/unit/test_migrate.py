@@ -60,6 +60,7 @@ LINES = {
         "f(f'{ctx.rank} of {ctx.world_size}')"
     ),
     "accelerator.gradient_accumulation_steps = 3": "ctx = faccel.init(ctx.config, grad_accum=3)",
+    "accelerator.native_amp = False": 'ctx = faccel.init(ctx.config, mixed_precision="no")',
     "loader = accelerator.prepare(loader)": "loader = faccel.shard(loader, ctx)",
     "train_dl = accelerator.prepare_data_loader(train_dl)": "train_dl = faccel.shard(train_dl, ctx)",
     "f(accelerator.prepare_model(net))": "f(faccel.wrap(net, ctx))",
@@ -166,8 +167,8 @@ for epoch in range(3):
             if micro.sync:
                 # by norm
                 # once
-                # faccel: as under Accelerate, the scheduler is stepped once per process at each update; see
-                #   docs/coming-from-accelerate.md#learning-rates-and-schedulers
+                # faccel: as under Accelerate, the scheduler is stepped once per process at each
+                #   update; see docs/coming-from-accelerate.md#learning-rates-and-schedulers
                 info, scaler = faccel.optimizer_step(
                     optimizer,
                     scaler,
@@ -253,6 +254,49 @@ def test_an_optimizer_is_connected_to_the_model_that_it_was_made_from():
     )
     assert "opt_a = faccel.wrap_optimizer(opt_a, a, ctx)" in new
     assert "opt_b = faccel.wrap_optimizer(opt_b, b, ctx)" in new
+
+
+@pytest.mark.parametrize(
+    "between, is_moved",
+    [
+        ("", True),
+        ("schedule = get_scheduler(opt, len(loader))\n", True),
+        ("other = [p for n, p in net.named_parameters()]\n", True),
+        ("net.train()\n", False),  # a use of the module itself
+        ("f(net)\n", False),
+        ("for p in net.parameters():\n    p.requires_grad = False\n", False),
+    ],
+)
+def test_a_model_is_wrapped_before_its_optimizer_is_built_if_nothing_else_uses_it(
+    between, is_moved
+):
+    new = rewritten(
+        f"{HEAD}net = Net()\n# its optimizer\nopt = Adam(net.parameters())\n{between}"
+        "net, opt = accelerator.prepare(net, opt)\n"
+    )
+    wrap = "net = faccel.wrap(net, ctx)\n"
+    built = "opt = Adam(net.parameters())\n"
+    assert new.count(wrap) == 1
+    assert (f"net = Net()\n# its optimizer\n{wrap}{built}" in new) == is_moved
+    assert new.endswith("opt = faccel.wrap_optimizer(opt, net, ctx)\n")
+
+
+def test_a_branch_connects_an_optimizer_to_the_models_that_it_prepares():
+    new = rewritten(
+        HEAD
+        + "opt = Adam([*a.parameters(), *b.parameters()])\n"
+        + "if both:\n    a, b, opt = accelerator.prepare(a, b, opt)\n"
+        + "else:\n    a, opt = accelerator.prepare(a, opt)\n"
+    )
+    assert new.count("opt = faccel.wrap_optimizer(opt, a, ctx)") == 2
+    assert new.count("opt = faccel.wrap_optimizer(opt, b, ctx)") == 1
+
+
+def test_a_save_on_the_main_process_only_has_a_note():
+    code = HEAD + "model = accelerator.prepare(model)\nif accelerator.is_main_process:\n"
+    migration = migrate_script(f"{code}    accelerator.save_state('a')\n".encode())
+    assert migration.unconverted == 0
+    assert b"    # faccel: every rank must call `save`" in migration.code
 
 
 WAYS = {
