@@ -304,8 +304,8 @@ class Fp8:
             row, more exact. `"rowwise_with_gw_hp"`: rowwise, with weight gradients in bf16.
         backend: `"torchao"`, or `"te"` for NVIDIA's Transformer Engine (`"tensorwise"` only).
         skip: Patterns of the names of modules that stay in bf16, with all layers inside. None is
-            the output layer: modules with the name `head` or `lm_head`, and the one that
-            `get_output_embeddings()` of a transformers model returns.
+            the output layer and the routers of experts: modules with the name `head`, `lm_head`,
+            `router` or `gate`, and what `get_output_embeddings()` of a transformers model returns.
         all_gather: Whether FSDP2 gathers the weights of these layers in fp8, a quarter of the bytes
             of fp32. For `"tensorwise"` of torchao; the other recipes gather weights as stored.
         emulate: Whether to compute with rounded values in fp32, on any device. It is slow, for

@@ -23,8 +23,9 @@ _logger = logging.getLogger(__name__)
 
 # The matrix units take operands whose sides are multiples of 16.
 _MULTIPLE = 16
-# Names of output layers, whose rounding would go into the loss directly.
-_OUTPUT_LAYERS = ("head", "lm_head")
+# Output layers, whose rounding would go into the loss directly, and routers, which would send tokens
+# to other experts.
+_SENSITIVE_LAYERS = ("gate", "head", "lm_head", "router")
 
 
 @attrs.frozen(eq=False)
@@ -162,7 +163,7 @@ def _skipped(module: nn.Module, options: Fp8) -> set[str]:
     """Return the names of the modules that the options skip, and of all modules inside."""
     modules = dict(module.named_modules())
     if options.skip is None:
-        outer = [name for name in modules if name.rpartition(".")[2] in _OUTPUT_LAYERS]
+        outer = [name for name in modules if name.rpartition(".")[2] in _SENSITIVE_LAYERS]
         outer += _output_embeddings(module, modules)
     else:
         outer: list[str] = []

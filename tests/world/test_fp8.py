@@ -303,6 +303,35 @@ def test_an_export_has_the_weights_of_a_run_without_fp8(tmp_path):
     expected = {name: value.detach() for name, value in make_net().state_dict().items()}
     torch.testing.assert_close(load_file(path), expected, rtol=0, atol=0)
 
+    def load(ctx):
+        net = make_net()
+        nn.init.zeros_(net[0].weight)
+        model = faccel.wrap(net, ctx, plan=PLAN)
+        faccel.checkpoint.load_model(model, tmp_path, ctx)
+        return faccel.parallel.full_state_dict(model, ctx, rank=None)
+
+    for state in simulate(load, 2, config=FP8, mesh="dp_shard=2"):
+        torch.testing.assert_close(state, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mesh", ["dp_replicate=2", "dp_shard=2"])
+def test_debug_mode_computes_the_same(mesh):
+    expected = simulate(losses_of, 2, PLAN, config=FP8, mesh=mesh)
+    assert list(simulate(losses_of, 2, PLAN, config=FP8 | {"debug": True}, mesh=mesh)) == list(
+        expected
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [None, "dp_shard=2"])
+def test_compiled_units_compute_the_same(mesh):
+    num_ranks = 1 if mesh is None else 2
+    plan = attrs.evolve(PLAN, compile="units")
+    # The compiler runs in other processes, for which the simulation waits.
+    compiled = simulate(losses_of, num_ranks, plan, config=FP8, mesh=mesh, timeout_s=float("inf"))
+    for losses in compiled:
+        assert losses == pytest.approx(by_hand("tensorwise"), rel=0.02)
+
 
 def averages(ctx):
     model = faccel.wrap(make_net(), ctx, plan=PLAN)
@@ -414,6 +443,12 @@ def test_skip_leaves_out_the_layers_inside_of_a_module():
     net = nn.ModuleDict({"a": nn.Sequential(nn.Linear(16, 16)), "b": nn.Linear(16, 16)})
     faccel.wrap(net, fake_context(0, 1, config=FP8), plan=with_fp8(faccel.Plan(), skip="a"))
     assert in_fp8(net) == ["b"]
+
+
+def test_routers_stay_in_bf16():
+    net = nn.Sequential(faccel.parallel.MoE(16, 32, 16), nn.Linear(16, 16))
+    faccel.wrap(net, fake_context(0, 1, config=FP8), plan=with_fp8(faccel.Plan()))
+    assert in_fp8(net) == ["1"]
 
 
 def test_a_layer_that_is_added_later_is_converted_by_rewrap():
