@@ -23,8 +23,8 @@ _logger = logging.getLogger(__name__)
 
 # The matrix units take operands whose sides are multiples of 16.
 _MULTIPLE = 16
-# Output layers, whose rounding would go into the loss directly, and routers, which would send tokens
-# to other experts.
+# Output layers, whose rounding would go into the loss directly, and routers, which would choose
+# other experts.
 _SENSITIVE_LAYERS = ("gate", "head", "lm_head", "router")
 
 
