@@ -13,7 +13,7 @@ from faccel.mesh import MeshSpec
 from faccel.validators import Validator, boolean, choice, float_at_least, folder, int_at_least, text
 
 if TYPE_CHECKING:
-    pass
+    from faccel.plan import Plan
 
 PRECISIONS = ("no", "bf16", "fp16", "fp8", "bf16-true", "fp16-true")
 STRATEGIES = ("deepspeed",)
@@ -60,6 +60,15 @@ def _to_mesh(value: MeshSpec | Mapping[str, int] | str | None) -> MeshSpec | Non
     if value is None:
         return None
     return MeshSpec.of(value)
+
+
+def _to_plan(value: Plan | Mapping[str, object] | str | None) -> Plan | None:
+    if value is None:
+        return None
+    # Imported here, because the records of a plan are a tenth of `import faccel`.
+    from faccel.plan_values import to_plan
+
+    return to_plan(value)
 
 
 def _check_zero(config: object, attribute: object, value: object) -> None:
@@ -111,6 +120,8 @@ class Config:
         strategy: `"deepspeed"` replaces the strategy that the mesh chooses.
         zero: Stage of DeepSpeed: 1 shards optimizer states over the data ranks, 2 gradients too, 3
             parameters too, 0 nothing. None is 2.
+        plan: The `Plan` of each `wrap` that gets none: a `Plan`, a mapping of its fields, or text
+            such as `"units=Block,fsdp.prefetch=1"`.
         device_placement: Whether models and batches are moved to the device.
         debug: Whether ranks compare call, shapes, dtypes and call site before each collective of
             faccel. Slow.
@@ -148,6 +159,12 @@ class Config:
         validator=choice(*STRATEGIES, optional=True),
     )
     zero: int | None = _field(None, int, "ZeRO stage of DeepSpeed, 0 to 3", validator=_check_zero)
+    plan: Plan | None = _field(
+        None,
+        str,
+        "how models run, as in `units=Block,activation_checkpoint=full,offload=true`",
+        converter=_to_plan,
+    )
     device_placement: bool = _field(
         True, _parse_bool, "move models and batches", validator=boolean()
     )
@@ -186,6 +203,10 @@ def text_of(value: object) -> str:
         >>> text_of(MeshSpec(dp_shard=2, tp=2))
         'dp_shard=2,tp=2'
     """
+    if type(value).__name__ == "Plan":  # by name, because few runs import the class
+        from faccel.plan_values import plan_text
+
+        return plan_text(value) or "Plan()"  # pyright: ignore[reportArgumentType]
     if not isinstance(value, MeshSpec):
         return short_text(value)
     axes: list[str] = []

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import attrs
@@ -18,6 +18,7 @@ from faccel.unique_keys import load_json
 _SUFFIXES = (".json", ".toml", ".yaml", ".yml")
 _MAX_DEPTH = 20  # a configuration of Accelerate has three levels
 _MAX_INT_BITS = 1024  # Python prints no int of more than 14,000 bits
+_BARE_KEY = re.compile(r"[\w-]+", re.ASCII)  # in TOML; others are quoted
 # tomllib takes quadratic time and memory for the parts of one key: minutes for 200 kB.
 # The part before must be complete, so that the search itself takes linear time.
 _LONG_TOML_KEY = re.compile(r"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){100}""")
@@ -173,14 +174,19 @@ def _to_json(values: Mapping[str, Any]) -> str:
 
 
 def _to_toml(values: Mapping[str, Any]) -> str:
-    # A mesh is the only nested value; TOML writes it as dotted keys: `mesh.tp = 2`.
-    lines: list[str] = []
-    for key, value in values.items():
+    return "".join(f"{key} = {scalar(value)}\n" for key, value in _dotted_keys(values, ""))
+
+
+def _dotted_keys(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, object]]:
+    """Yield the leaves of nested mappings under TOML's dotted keys, such as `mesh.tp`."""
+    for name, value in values.items():
+        if not _BARE_KEY.fullmatch(name):  # such as a pattern of module names
+            name = scalar(name)
+        key = prefix + name
         if isinstance(value, Mapping):
-            lines += [f"{key}.{name} = {scalar(item)}\n" for name, item in value.items()]
+            yield from _dotted_keys(value, f"{key}.")
         else:
-            lines.append(f"{key} = {scalar(value)}\n")
-    return "".join(lines)
+            yield key, value
 
 
 def scalar(value: object) -> str:

@@ -282,19 +282,14 @@ def import_(file: str, out: str | None, *, force: bool, as_json: bool) -> None:
         converted = from_accelerate(read_accelerate(file))
         _validated(ConfigFile(target, converted.values))
     command = shlex.join(["faccel", "launch", *converted.options, "script.py"])
-    # The comment is the only place in the file for options of the launcher and code of the script.
+    # The comment is the only place in the file for options of the launcher.
     comment = f"from {os.path.basename(file)}; start with: {command}"
     rows = [(target,), (f"start with: {command}",)]
-    if converted.plan:
-        code = f"in the script: model = faccel.wrap(model, ctx, plan={converted.plan})"
-        comment += f"\n{code}"
-        rows.append((code,))
     _write(target, converted.values, comment)
     document = {
         "file": target,
         "command": command,
         "values": dict(converted.values),
-        "plan": converted.plan,
         "without_equivalent": dict(converted.without_equivalent),
     }
     present(document, rows, as_json=as_json)

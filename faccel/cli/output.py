@@ -59,8 +59,12 @@ def fields_document(config: Config) -> dict[str, dict[str, object]]:
     document: dict[str, dict[str, object]] = {}
     for field in config_fields():
         value = getattr(config, field.name)
-        # The mesh is a record; the other fields are JSON values.
-        if attrs.has(type(value)):
+        # The mesh and the plan are records; the other fields are JSON values.
+        if field.name == "plan" and value is not None:
+            from faccel.plan_values import plan_values
+
+            value = plan_values(value)
+        elif attrs.has(type(value)):
             value = attrs.asdict(value)
         document[field.name] = {"value": value, "source": config.sources[field.name]}
     return document

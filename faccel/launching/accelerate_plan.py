@@ -53,7 +53,7 @@ def _by_word(table: Mapping[str, Arguments]) -> _Convert:
 
 def _layers(value: object) -> Arguments:
     names = value if isinstance(value, list) else str(value).split(",")
-    return {"units": tuple(str(name).strip() for name in names)}
+    return {"units": [str(name).strip() for name in names]}
 
 
 def _min_num_params(value: Any) -> Arguments | None:
@@ -168,29 +168,20 @@ def convert_section(name: str, section: Arguments) -> Arguments:
     return arguments
 
 
-# Records of `faccel.parallel` that are arguments of `Plan`.
-_RECORDS = {"fsdp": "FsdpConfig", "deepspeed": "DeepSpeedConfig", "fp8": "Fp8"}
-
-
-def plan_code(arguments: Mapping[str, Any]) -> str:
-    """Return Python code for a `Plan`; empty without arguments.
+def nested(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments as the section `plan` of a configuration file.
 
     Effects: pure.
 
     Examples:
-        >>> plan_code({"offload": True, "fsdp.prefetch": 1})
-        'faccel.Plan(offload=True, fsdp=faccel.parallel.FsdpConfig(prefetch=1))'
+        >>> nested({"offload": True, "fsdp.prefetch": 1})
+        {'offload': True, 'fsdp': {'prefetch': 1}}
     """
-    if not arguments:
-        return ""
-    fields: list[str] = []
-    records: dict[str, list[str]] = {}
+    section: dict[str, Any] = {}
     for name, value in arguments.items():
         record, mark, field = name.partition(".")
         if mark:
-            records.setdefault(record, []).append(f"{field}={value!r}")
+            section.setdefault(record, {})[field] = value
         else:
-            fields.append(f"{name}={value!r}")
-    for record, items in records.items():
-        fields.append(f"{record}=faccel.parallel.{_RECORDS[record]}({', '.join(items)})")
-    return f"faccel.Plan({', '.join(fields)})"
+            section[name] = value
+    return section

@@ -10,7 +10,7 @@ import attrs
 
 from faccel.config_file import NPROC
 from faccel.errors import ConfigError, short_repr
-from faccel.launching.accelerate_plan import convert_section, plan_code
+from faccel.launching.accelerate_plan import convert_section, nested
 
 _Keys = dict[str, Any]
 # Keys without a field or option, because faccel detects the value or has no use for it.
@@ -50,14 +50,12 @@ class ImportedConfig:
 
     Args:
         values: Fields of `Config`, and `nproc`, the processes per node.
-        plan: Python code of a `Plan`, for `faccel.wrap`; empty if none is needed.
         options: Options of `faccel launch`. The configuration file does not hold them, because they
             differ between nodes.
         without_equivalent: Keys that this version of faccel does not support, and their values.
     """
 
     values: Mapping[str, Any]
-    plan: str
     options: tuple[str, ...]
     without_equivalent: Mapping[str, Any]
 
@@ -95,11 +93,13 @@ def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
     plan = _convert_plan(remaining, kind)
     if values.get("mixed_precision") == "fp8":
         plan |= convert_section("fp8_config", _section(remaining, "fp8_config"))
+    if plan:
+        values["plan"] = nested(plan)
     _remove_unneeded(remaining)
     if kind in _ENGINES and not _section(remaining, _ENGINES[kind]):
         # an engine without a section would disappear from the report
         remaining["distributed_type"] = kind
-    return ImportedConfig(values, plan_code(plan), options, _flatten(remaining))
+    return ImportedConfig(values, options, _flatten(remaining))
 
 
 def _copy(config: Mapping[str, Any]) -> _Keys:

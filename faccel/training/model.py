@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from faccel.checks import instance_of, shown
+from faccel.config import Config, text_of
 from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
-from faccel.errors import ModelError, short_repr
+from faccel.errors import ConfigError, ModelError, short_repr
 from faccel.training import module_checks
 from faccel.training.full_values import shard_full_values
 from faccel.training.move_module import move_module
@@ -167,7 +168,7 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
     Args:
         model: The user's module; `unwrap` returns it.
         ctx: The context.
-        plan: How the model is run; None is `Plan()`.
+        plan: How the model is run; None is the `plan` of the configuration, else `Plan()`.
 
     Returns:
         A callable record.
@@ -175,7 +176,7 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
     Raises:
         ModelError: `model` is not a module, is wrapped already, contains a wrapped model, or has no
             parameters or lazy ones.
-        ConfigError: `plan` is not a `Plan`.
+        ConfigError: `plan` is not a `Plan`, or contradicts `--plan` of the launcher.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -203,12 +204,7 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
         )
     module_checks.check_contains_no_model(model, WrappedModel)
     module_checks.check_is_initialized(model)
-    # Imported here, because the seven records of a plan are a tenth of `import faccel`.
-    from faccel.plan import Plan
-
-    if plan is None:
-        plan = Plan()
-    instance_of("plan", plan, Plan, fix="write `plan=faccel.Plan()`, with the options as arguments")
+    plan = _plan_for(plan, ctx.config)
     module_checks.check_wrapped_once(model, ctx)
     if ctx.config.debug:
         note_optimizers(model)
@@ -224,6 +220,25 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
         run = with_compared_inputs(run, ctx)
     ctx.comm.name_model(model)
     return registered(WrappedModel(model, engine, ctx.parallelism, ctx, run, plan))
+
+
+def _plan_for(plan: Plan | None, config: Config) -> Plan:
+    """Return the plan of a model: the argument of `wrap`, else that of the configuration."""
+    # Imported here, because the records of a plan are a tenth of `import faccel`.
+    from faccel.plan import Plan
+
+    if plan is None:
+        return config.plan or Plan()
+    instance_of("plan", plan, Plan, fix="write `plan=faccel.Plan()`, with the options as arguments")
+    # As for the fields of the configuration, neither wins over the other.
+    is_flag = config.sources.get("plan", "").startswith("flag")
+    if is_flag and plan != config.plan:
+        raise ConfigError(
+            "the script and the launcher contradict each other about `plan`",
+            got=f"flag --plan {text_of(config.plan)}, argument {text_of(plan)}",
+            fix="leave out `--plan`, or remove `plan` from the call of `faccel.wrap`",
+        )
+    return plan
 
 
 def registered(model: WrappedModel) -> WrappedModel:

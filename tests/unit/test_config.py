@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import attrs
 import pytest
 
 from faccel.config import Config, config_fields
@@ -10,6 +11,7 @@ from faccel.config_file import ConfigFile
 from faccel.config_sources import resolve
 from faccel.errors import ConfigError
 from faccel.mesh import MeshSpec
+from faccel.plan import Plan
 
 
 def test_every_field_has_a_default_and_its_source_is_default():
@@ -27,6 +29,7 @@ VALUES = {
     "mesh": ("dp_replicate=2", MeshSpec(dp_replicate=2)),
     "strategy": ("deepspeed", "deepspeed"),
     "zero": ("3", 3),
+    "plan": ("units=Block", Plan(units="Block")),
     "device_placement": ("no", False),
     "timeout_s": ("30", 30.0),
     "debug": ("1", True),
@@ -59,8 +62,9 @@ def test_none_is_not_given_in_every_source_and_for_every_field(name):
         {"overrides": {name: None}},
         {"config": Config(**{name: None})},
     ):
-        flag = {"FACCEL_LAUNCH": json.dumps({name: value})} if name != "mesh" else {}
-        for env in ({f"FACCEL_{name.upper()}": text}, flag or {"FACCEL_MESH": text}):
+        plain = text if attrs.has(type(value)) else value
+        flag = {"FACCEL_LAUNCH": json.dumps({name: plain})}
+        for env in ({f"FACCEL_{name.upper()}": text}, flag):
             assert getattr(resolve(env=env, **options), name) == value
     with pytest.raises(ConfigError, match="`sed` is not a field"):  # a misspelled one still raises
         resolve(overrides={"sed": None})

@@ -24,6 +24,7 @@ OTHERS = {
     "mesh": ["dp_replicate=2", "tp=2", "dp_shard=3", "dp_shard=4", "pp=2"],
     "strategy": ["deepspeed"],
     "zero": [0, 1, 2, 3],
+    "plan": ["units=A", "units=B", "offload=true", "fsdp.prefetch=1", "compile=whole"],
     "device_placement": [True, False],
     "debug": [True, False],
     "timeout_s": [10.0, 20.0, 30.0, 40.0, 50.0],

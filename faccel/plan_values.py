@@ -1,0 +1,207 @@
+"""A plan as values of a configuration file, or as one line of text for a flag or a variable."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import attrs
+
+from faccel.checks import shown
+from faccel.errors import ConfigError, nearest, short_repr, short_text
+from faccel.plan import (
+    ActivationCheckpointing,
+    DdpConfig,
+    DeepSpeedConfig,
+    Fp8,
+    FsdpConfig,
+    PipelineConfig,
+    Plan,
+    PowerSgdConfig,
+)
+
+# The fields that are records, by the record that has them.
+_RECORDS: Mapping[type, Mapping[str, type]] = {
+    Plan: {
+        "activation_checkpoint": ActivationCheckpointing,
+        "ddp": DdpConfig,
+        "deepspeed": DeepSpeedConfig,
+        "fp8": Fp8,
+        "fsdp": FsdpConfig,
+        "pipeline": PipelineConfig,
+    },
+    DdpConfig: {"powersgd": PowerSgdConfig},
+}
+_FIX = (
+    "write for example `plan: {units: Block, offload: true}` or `--plan units=Block,offload=true`"
+)
+# Commas separate entries, except within brackets.
+_ENTRY = re.compile(r"(?:[^,\[]|\[[^\]]*\])+")
+_WORDS: Mapping[str, bool | None] = {"true": True, "false": False, "none": None}
+
+
+def to_plan(value: object) -> Plan:
+    """Return the plan for a text, or for a mapping as a configuration file has it.
+
+    Effects: pure.
+
+    Args:
+        value: A `Plan`, its fields as a mapping, or text such as
+            `"units=Block,fsdp.prefetch=1,tensor.blocks.*.up=colwise"`. A list is in brackets:
+            `"units=[Block,Head]"`.
+
+    Raises:
+        ConfigError: A field is unknown, or its value invalid.
+
+    Examples:
+        >>> to_plan("units=Block,offload=true") == to_plan({"units": "Block", "offload": True})
+        True
+        >>> to_plan("fsdp.prefetch=2").fsdp.prefetch
+        2
+    """
+    if isinstance(value, Plan):
+        return value
+    if isinstance(value, str):
+        value = _parsed(value)
+    if not isinstance(value, Mapping):
+        raise ConfigError("`plan` must be a `Plan`, a mapping or text", got=shown(value), fix=_FIX)
+    try:
+        return _record(Plan, value, "plan")
+    except ConfigError as error:
+        if error.problem.startswith("`plan"):
+            raise
+        problem = f"`plan` has an invalid value: {error.problem}"
+        raise ConfigError(problem, got=error.got, fix=error.fix) from None
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """Return the values of `name=value,record.name=value`."""
+    values: dict[str, Any] = {}
+    for entry in _ENTRY.findall(text):
+        name, mark, value = entry.partition("=")
+        if not mark or not name.strip():
+            raise ConfigError(
+                "`plan` must be entries `name=value`", got=short_repr(entry), fix=_FIX
+            )
+        path = name.strip().split(".")
+        if path[0] == "tensor":  # whose keys are patterns of names, with dots
+            path = ["tensor", ".".join(path[1:])]
+        _set(values, path, _scalar(value.strip()))
+    return values
+
+
+def _set(values: dict[str, Any], path: list[str], value: object) -> None:
+    for name in path[:-1]:
+        child = values.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(
+                f"`plan` has two values for `{short_text(name)}`",
+                got=f"{short_repr(child)} and `{short_text('.'.join(path))}`",
+                fix="remove one of the two",
+            )
+        values = child
+    values[path[-1]] = value
+
+
+def _scalar(text: str) -> object:
+    if text.startswith("[") and text.endswith("]"):
+        return tuple(_scalar(item.strip()) for item in text[1:-1].split(",") if item.strip())
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for parse in (int, float):
+        with suppress(ValueError):
+            return parse(text)
+    return text
+
+
+def _record(cls: type, values: Mapping[Any, Any], path: str) -> Any:
+    """Return a record of `cls` for the values of its fields."""
+    known = [field.name for field in attrs.fields(cls)]
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(
+                f"`{path}.{short_text(name)}` is not a field of `{cls.__name__}`",
+                got=f"{short_text(name)}={short_repr(value)}",
+                fix=nearest(str(name), known),
+            )
+        nested = _RECORDS.get(cls, {}).get(name)
+        if nested is not None and isinstance(value, Mapping):
+            value = _record(nested, value, f"{path}.{name}")
+        # A record that is left out has its defaults; YAML writes an empty value as null.
+        if value is not None:
+            arguments[name] = value
+    try:
+        return cls(**arguments)
+    except TypeError as error:  # a field without a default is missing
+        raise ConfigError(f"`{path}` is incomplete", got=str(error), fix=_FIX) from None
+
+
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """Return the fields that differ from the defaults, as a configuration file has them.
+
+    Effects: pure.
+
+    Examples:
+        >>> plan_values(to_plan("units=Block,activation_checkpoint=full,fsdp.prefetch=1"))
+        {'fsdp': {'prefetch': 1}, 'units': 'Block', 'activation_checkpoint': 'full'}
+    """
+    return _values(plan)
+
+
+def _values(record: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field in attrs.fields(type(record)):
+        value, default = getattr(record, field.name), field.default
+        if isinstance(default, attrs.Factory):  # pyright: ignore[reportArgumentType]
+            default = default.factory()
+        if value != default:
+            values[field.name] = _plain(value)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a field as YAML, JSON and TOML have it."""
+    if isinstance(value, ActivationCheckpointing):
+        fields = _values(value)
+        short_forms = {(): "full", ("every",): value.every}
+        return short_forms.get(tuple(fields), fields)
+    if attrs.has(type(value)):
+        return _values(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple) and len(value) == 1:
+        return value[0]
+    if isinstance(value, tuple):
+        return list(value)
+    return value
+
+
+def plan_text(plan: Plan) -> str:
+    """Return a plan as one line of text, which `to_plan` parses.
+
+    Effects: pure.
+
+    Examples:
+        >>> plan_text(to_plan({"units": ["Block", "Head"], "fsdp": {"prefetch": 1}}))
+        'fsdp.prefetch=1,units=[Block,Head]'
+    """
+    return ",".join(_entries(plan_values(plan), ""))
+
+
+def _entries(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}={_text(value)}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
