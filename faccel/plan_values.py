@@ -155,8 +155,8 @@ def _values(record: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in attrs.fields(type(record)):
         value, default = getattr(record, field.name), field.default
-        if isinstance(default, attrs.Factory):  # pyright: ignore[reportArgumentType]
-            default = default.factory()
+        if field.name == "tensor":  # whose default is made by a factory
+            default = {}
         if value != default:
             values[field.name] = _plain(value)
     return values
@@ -166,8 +166,9 @@ def _plain(value: Any) -> Any:
     """Return a value of a field as YAML, JSON and TOML have it."""
     if isinstance(value, ActivationCheckpointing):
         fields = _values(value)
-        short_forms = {(): "full", ("every",): value.every}
-        return short_forms.get(tuple(fields), fields)
+        if not fields:
+            return "full"
+        return fields
     if attrs.has(type(value)):
         return _values(value)
     if isinstance(value, Mapping):

@@ -16,7 +16,7 @@ from torch import nn
 
 from faccel.backends.fsdp_layout import Layout
 from faccel.context import DistContext
-from faccel.errors import ConfigError
+from faccel.errors import ConfigError, short_repr
 from faccel.plan import Plan
 from faccel.tree import Tree
 
@@ -58,7 +58,7 @@ def _check_no_fp32_units(plan: Plan, ctx: DistContext) -> None:
     if plan.fsdp.fp32_units:
         raise ConfigError(
             "`fp32_units` needs parameters in fp32",
-            got=f"mixed_precision={ctx.config.mixed_precision!r}, "
+            got=f"mixed_precision={short_repr(ctx.config.mixed_precision)}, "
             f"fp32_units={plan.fsdp.fp32_units}",
             fix='use `mixed_precision="bf16"`, or leave `fp32_units` out',
         )

@@ -10,7 +10,7 @@ import torch
 from faccel.checks import positive
 from faccel.comm.buckets import BUCKET_CAP_MB, check_cap
 from faccel.context import DistContext
-from faccel.errors import ConfigError, ModelError
+from faccel.errors import ConfigError, ModelError, short_repr
 from faccel.func.rng_streams import RandomSource
 from faccel.func.tensordicts import NamedTensors, check_same_structure, flat_dict, to_tensordict
 from faccel.training.precision import autocast
@@ -96,7 +96,7 @@ def check_precision(ctx: DistContext) -> None:
         raise ConfigError(
             f"`faccel.func` does not support {precision}, which changes the layers or parameters "
             "of a module",
-            got=f"mixed_precision={precision!r}",
+            got=f"mixed_precision={short_repr(precision)}",
             fix='use `mixed_precision="bf16"`, or `faccel.wrap` and `faccel.optimizer_step`',
         )
 

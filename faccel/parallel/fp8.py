@@ -15,7 +15,7 @@ from torch import nn
 
 from faccel.context import DistContext
 from faccel.device_table import fp8_capability, kind_of
-from faccel.errors import BackendError, ConfigError, DeviceError
+from faccel.errors import BackendError, ConfigError, DeviceError, short_repr
 from faccel.parallel.units import matching
 from faccel.plan import Fp8, Plan
 
@@ -79,7 +79,7 @@ def fp8_layers(module: nn.Module, plan: Plan, ctx: DistContext) -> Fp8Layers:
         if plan.fp8 is not None:
             raise ConfigError(
                 '`Plan(fp8=...)` needs `mixed_precision="fp8"`',
-                got=f"mixed_precision={precision!r}",
+                got=f"mixed_precision={short_repr(precision)}",
                 fix='write `faccel.init(mixed_precision="fp8")`, or leave `fp8` out of the plan',
             )
         return Fp8Layers({}, Fp8())
@@ -111,7 +111,7 @@ def _check_device(options: Fp8, device: torch.device) -> None:
         )
     if capability < needed:
         raise DeviceError(
-            f"fp8 with the recipe {options.recipe!r} needs a device of compute capability "
+            f"fp8 with the recipe {short_repr(options.recipe)} needs a device of compute capability "
             f"{needed[0]}.{needed[1]}",
             got=f"`{device}` of compute capability {capability[0]}.{capability[1]}",
             fix='use `mixed_precision="bf16"`; or, to compute the same numbers slowly, write '
