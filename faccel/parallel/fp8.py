@@ -111,7 +111,7 @@ def _check_device(options: Fp8, device: torch.device) -> None:
         )
     if capability < needed:
         raise DeviceError(
-            f"fp8 with the recipe {short_repr(options.recipe)} needs a device of compute capability "
+            f"the recipe {short_repr(options.recipe)} of fp8 needs a device of compute capability "
             f"{needed[0]}.{needed[1]}",
             got=f"`{device}` of compute capability {capability[0]}.{capability[1]}",
             fix='use `mixed_precision="bf16"`; or, to compute the same numbers slowly, write '
