@@ -134,11 +134,11 @@ DISTRIBUTED_TYPES = {
     "DEEPSPEED": '{ctx}.config.strategy == "deepspeed"',
     "FSDP": "{ctx}.mesh.spec.dp_shard > 1",
     "MEGATRON_LM": "False",
-    "MULTI_CPU": '({ctx}.world_size > 1 and {ctx}.device.type == "cpu")',
-    "MULTI_GPU": '({ctx}.world_size > 1 and {ctx}.device.type == "cuda")',
+    "MULTI_CPU": '({ctx}.world_size > 1 and str({ctx}.device).startswith("cpu"))',
+    "MULTI_GPU": '({ctx}.world_size > 1 and str({ctx}.device).startswith("cuda:"))',
     "NO": "{ctx}.world_size == 1",
-    "TPU": '{ctx}.device.type in ("tpu", "xla")',
-    "XLA": '{ctx}.device.type in ("tpu", "xla")',
+    "TPU": 'str({ctx}.device).startswith(("tpu", "xla"))',
+    "XLA": 'str({ctx}.device).startswith(("tpu", "xla"))',
 }
 
 # Functions and classes of accelerate without an equal, and what replaces them.
