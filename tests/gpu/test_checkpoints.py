@@ -53,8 +53,9 @@ def deterministic(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(
+    ("background", "precision"), [(False, "no"), (True, "bf16"), (True, "fp16")]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_resumed_run_has_the_same_bits(
     device, tmp_path, layout, background, precision, deterministic
