@@ -95,7 +95,7 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
     if previous is not None:
         tied_copies |= previous.tied_copies
     if previous is None:
-        prepare_optimizer(connected, ctx)
+        prepare_optimizer(opt, connected, ctx)
     guard = guard_steps(connected, getattr(previous, "guard", None), ctx)
     _BINDINGS[connected] = OptimizerBinding(model.ctx, tied_copies, guard)
     return connected

@@ -61,16 +61,21 @@ def cast_inputs(
     return tuple(map_leaves(cast, list(args))), map_leaves(cast, dict(kwargs))
 
 
-def prepare_optimizer(opt: Optimizer, ctx: DistContext) -> None:
+def prepare_optimizer(opt: Optimizer, connected: Optimizer, ctx: DistContext) -> None:
     """Warn if `opt` loses small updates; make replicas round equally if it is stochastic.
 
-    Effects: updates opt. Registers hooks of `Optimizer` around the step.
+    Effects: updates connected. Registers hooks of `Optimizer` around the step.
+
+    Args:
+        opt: The user's optimizer.
+        connected: The optimizer to step with; another one under ZeRO-1.
+        ctx: The context.
     """
     rounds = bool(getattr(opt, "bf16_stochastic_round", False))
     if rounds:
         rounding = _EqualRounding(ctx)
-        opt.register_step_pre_hook(rounding.before_step)
-        opt.register_step_post_hook(rounding.after_step)
+        connected.register_step_pre_hook(rounding.before_step)
+        connected.register_step_post_hook(rounding.after_step)
     elif ctx.param_dtype is not None and ctx.is_main:
         _logger.warning(
             "%s rounds its updates to %s: those below about 1/%d of a parameter are lost. Use "

@@ -152,10 +152,13 @@ def test_an_optimizer_that_loses_small_updates_is_reported(caplog):
     assert not caplog.records
 
 
-def updated(ctx, is_stochastic, num_steps, seed, folder=None):
+ZERO_1 = faccel.Plan(ddp=faccel.parallel.DdpConfig(shard_optimizer=True))
+
+
+def updated(ctx, is_stochastic, num_steps, seed, folder=None, plan=None):
     """Return the weights after steps of a ten-thousandth, beginning with 1."""
     torch.manual_seed(seed + ctx.rank)  # as `seed_everything(per_data_rank=True)`
-    model = faccel.wrap(nn.Linear(64, 64, bias=False), ctx)
+    model = faccel.wrap(nn.Linear(64, 64, bias=False), ctx, plan=plan)
     with torch.no_grad():
         model.module.weight.fill_(1.0)
     cls = torch.optim.AdamW
@@ -201,6 +204,14 @@ def test_stochastic_rounding_keeps_the_mean_and_replicas_equal(without_compiler,
         assert weights.mean().item() == pytest.approx(1 - 20 * 1e-4, abs=4e-4)
         assert torch.equal(weights, results[0][0])
     assert len({drawn.item() for _, drawn in results}) == len(results)
+
+
+def test_stochastic_rounding_under_zero_1(without_compiler, caplog):
+    results = simulate(updated, 2, True, 20, 0, None, ZERO_1, config=CONFIG)
+    for weights, _ in results:
+        assert weights.mean().item() == pytest.approx(1 - 20 * 1e-4, abs=4e-4)
+        assert torch.equal(weights, results[0][0])
+    assert not [record for record in caplog.records if record.name.startswith("faccel")]
 
 
 def test_a_resumed_run_rounds_as_one_that_was_not_interrupted(without_compiler, tmp_path):
