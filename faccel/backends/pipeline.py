@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -13,7 +12,6 @@ from torch import nn
 from faccel.backends.fsdp import same_optimizer, shard_module, sync_buffers
 from faccel.backends.fsdp_layout import Layout, contains
 from faccel.backends.fsdp_param_hooks import gather_before_inference_mode
-from faccel.backends.fsdp_reset import reset_iteration
 from faccel.backends.pipeline_engine import PipelineEngine, StageInputs, TiedParam
 from faccel.backends.pipeline_inference import infer
 from faccel.backends.pipeline_window import forward_backward
@@ -190,8 +188,8 @@ def _tied_copies(engine: nn.Module) -> Mapping[int, str]:
 
 
 def _grad_reducer(module: nn.Module, engine: nn.Module) -> GradReducer:
-    params = frozenset(map(id, module.parameters()))
-    return OwnedParams(module, params, functools.partial(reset_iteration, engine))
+    assert isinstance(engine, PipelineEngine)
+    return OwnedParams(module, frozenset(map(id, module.parameters())), engine.reset)
 
 
 PIPELINE = Parallelism(

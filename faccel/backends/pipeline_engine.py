@@ -13,6 +13,7 @@ from torch import nn
 from faccel.backends.fsdp_fp8 import Fp8Scales
 from faccel.backends.fsdp_param_hooks import ShardHooks
 from faccel.backends.fsdp_registration import free_gathered
+from faccel.backends.fsdp_reset import reset_iteration
 from faccel.comm.objects import broadcast_objects
 from faccel.context import DistContext
 from faccel.errors import ModelError
@@ -101,6 +102,15 @@ class PipelineEngine(nn.Module):
         # every rank has the inputs: training and evaluation batches alternate.
         self._metas: dict[int | str, list[list[TensorMeta]]] = {}
         self._numbers: dict[str, int] = {}
+
+    def reset(self) -> None:
+        """Drop what an unfinished window left. Every rank calls it after a failure of one of them.
+
+        The shapes between stages, too: a rank may have been interrupted before it got them.
+        """
+        self._metas.clear()
+        self._numbers.clear()
+        reset_iteration(self)
 
     @property
     def num_stages(self) -> int:

@@ -178,6 +178,7 @@ def forward_backward(
     number = ctx.lifetime.begin_window()
     # Only a policy needs the state before the window.
     start = WindowStart.of(model, ctx) if policy.is_given else None
+    rules = _Rules(policy, start)
     while True:
         attempt = _Attempt(loss_fn, window, scaler.max_rows, has_aux=has_aux)
         try:
@@ -189,8 +190,9 @@ def forward_backward(
                 return result
         except Exception as error:
             drop_gradients([model] if start is None else start.models, ctx)
-            report, window = _report(error, number, attempt, policy, start, ctx)
-            decision = _decide(error, report, policy, ctx)
+            outcome = rules.outcome_of(error, attempt)
+            window = outcome.window
+            decision = _decide(error, outcome.report(ctx.rank, number), policy, ctx)
             if decision.action == RAISE:
                 raise
         assert start is not None
@@ -212,33 +214,64 @@ def _decide(
     return agree_on_failure(error, report, "forward_backward", ctx)
 
 
-def _report(
-    error: Exception,
-    number: int,
-    attempt: _Attempt,
-    policy: FailurePolicy,
-    start: WindowStart | None,
-    ctx: DistContext,
-) -> tuple[FailureReport, Window]:
-    """Return what this rank reports after its exception, and the window for the next attempt."""
-    action, max_rows, window = RAISE, 0, attempt.window
-    is_reading = window.failure is error
-    # Gradients of an earlier backward are lost with those of this window.
-    has_gradients = start is not None and start.has_gradients
-    if start is not None and not has_gradients:
-        if is_reading and policy.retries(error):
-            window = window.read_again()
-            error = window.failure or error
-        if window.failure is None:
-            max_rows = policy.rows_after(error, attempt.max_rows(window))
-        if max_rows:
-            action = RETRY
-        elif is_caused_by(error, policy.skip):
-            action = SKIP
-    fix = fix_of(error, policy, action, has_gradients=has_gradients)
-    got = described(error)
-    report = FailureReport(ctx.rank, number, action, got, max_rows, has_read=is_reading, fix=fix)
-    return report, window
+@attrs.frozen(eq=False)
+class _Outcome:
+    """What a rank reports after its exception.
+
+    Args:
+        error: The exception; that of the second read, if its batches could not be read twice.
+        action: What it asks for.
+        max_rows: For a retry: the most rows of a micro-batch in the next attempt.
+        has_read: Whether its batches could not be read, so that they were read again.
+        fix: What the other ranks print, if all ranks raise.
+        window: The window for the next attempt.
+    """
+
+    error: Exception
+    action: str
+    max_rows: int
+    has_read: bool
+    fix: str
+    window: Window
+
+    def report(self, rank: int, number: int) -> FailureReport:
+        """Return it for the other ranks; `number` is that of the window."""
+        got = described(self.error)
+        return FailureReport(
+            rank, number, self.action, got, self.max_rows, has_read=self.has_read, fix=self.fix
+        )
+
+
+@attrs.frozen(eq=False)
+class _Rules:
+    """What this rank asks for after a failure in a window.
+
+    Args:
+        policy: The arguments of `forward_backward`.
+        start: The state before the window; None without a policy.
+    """
+
+    policy: FailurePolicy
+    start: WindowStart | None
+
+    def outcome_of(self, error: Exception, attempt: _Attempt) -> _Outcome:
+        """Return what to report after `error` in an attempt."""
+        action, max_rows, window = RAISE, 0, attempt.window
+        is_reading = window.failure is error
+        # Gradients of an earlier backward are lost with those of this window.
+        has_gradients = self.start is not None and self.start.has_gradients
+        if self.start is not None and not has_gradients:
+            if is_reading and self.policy.retries(error):
+                window = window.read_again()
+                error = window.failure or error
+            if window.failure is None:
+                max_rows = self.policy.rows_after(error, attempt.max_rows(window))
+            if max_rows:
+                action = RETRY
+            elif is_caused_by(error, self.policy.skip):
+                action = SKIP
+        fix = fix_of(error, self.policy, action, has_gradients=has_gradients)
+        return _Outcome(error, action, max_rows, is_reading, fix, window)
 
 
 class _Attempt:

@@ -93,7 +93,7 @@ def optimizer_step(
             of `opt`).
         ConfigError: A limit or a scheduler is invalid, or the loop ignores a given `grad_accum`.
         RankFailedError: Another rank failed in its step. Parameters may differ between ranks then:
-            load a checkpoint to continue.
+            load a checkpoint to continue. The gradients of `opt` are dropped after a failure.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -137,6 +137,9 @@ def optimizer_step(
     try:
         grad_norm, finite = run(opt, options, ctx)
     except Exception as error:
+        # Some of them may be unscaled, clipped or used already: the next window begins without.
+        _drop_gradients(params)
+        ctx.lifetime.drop_backwards()
         stop_all_ranks(error, "optimizer_step", ctx)
         raise
     for reducer in reducers:
@@ -191,10 +194,14 @@ def _update(
         grad_norm = clip_(params, options, ctx, tied_copies=tied_copies_of(opt, binding, ctx))
     if finite:
         step_optimizer(opt, None if binding is None else binding.guard)
+    _drop_gradients(params)
+    return grad_norm, finite
+
+
+def _drop_gradients(params: Sequence[torch.Tensor]) -> None:
     # Not `opt.zero_grad()`: its profiler range costs 9 us, which a small step would notice.
     for param in params:
         param.grad = None
-    return grad_norm, finite
 
 
 def _schedulers(

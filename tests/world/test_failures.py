@@ -426,3 +426,53 @@ def test_a_checkpoint_keeps_the_size_of_micro_batches(tmp_path):
 def test_a_size_of_micro_batches_is_a_positive_int(rows):
     with pytest.raises(ConfigError, match="max_rows"):
         faccel.ScalerState(max_rows=rows)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_loop_that_continues_after_its_optimizer_failed_has_no_old_gradients(mesh):
+    def train(ctx, fails):
+        model, windows = setup(ctx, mesh)
+        opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0), model, ctx)
+        fn = Fault(OOM, 1, SIZE, "forward").loss_fn if ctx.rank == 1 else loss_fn
+        scaler = faccel.init_scaler(ctx)
+        _, scaler = faccel.forward_backward(fn, model, next(windows), scaler, ctx)
+        if fails:
+            # on all ranks, as where each checks its loss
+            handle = opt.register_step_pre_hook(lambda *args: {}["label"])
+            with pytest.raises((KeyError, RankFailedError)):
+                faccel.optimizer_step(opt, scaler, ctx)
+            handle.remove()
+        else:
+            _, scaler = faccel.optimizer_step(opt, scaler, ctx)
+        torch.manual_seed(3)
+        _, scaler = faccel.forward_backward(
+            fn, model, next(windows), scaler, ctx, retry=faccel.Retry()
+        )
+        return scaler.max_rows, gradients(model)
+
+    size = faccel.MeshSpec.of(mesh).size
+    for (rows, grads), (expected_rows, expected) in zip(
+        simulate(train, size, True, mesh=mesh), simulate(train, size, False, mesh=mesh), strict=True
+    ):
+        assert rows == expected_rows is not None and grads.keys() == expected.keys()
+        assert all(torch.equal(grads[name], expected[name]) for name in grads)
+
+
+def test_stages_find_their_shapes_again_after_a_failure():
+    def train(ctx):
+        model, windows = setup(ctx, "pp=2")
+        opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ctx)
+        fn = Fault(DataError("bad"), 0, SIZE, "forward").loss_fn if ctx.rank == 0 else loss_fn
+        scaler, num_losses = faccel.init_scaler(ctx), []
+        for window in windows:
+            losses, scaler = faccel.forward_backward(
+                fn, model, window, scaler, ctx, skip=(DataError,)
+            )
+            _, scaler = faccel.optimizer_step(opt, scaler, ctx)
+            num_losses.append(len(losses))
+            if len(num_losses) == 1 and ctx.rank == 1:
+                # as if the failure had interrupted the exchange of shapes on this rank
+                model.engine._metas.clear()
+        return num_losses
+
+    assert simulate(train, 2, mesh="pp=2") == ([SIZE, 0, SIZE],) * 2
