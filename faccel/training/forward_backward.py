@@ -235,7 +235,7 @@ class _Outcome:
     window: Window
 
     def report(self, rank: int, number: int) -> FailureReport:
-        """Return it for the other ranks; `number` is that of the window."""
+        """Return what the other ranks get about the window of this number."""
         got = described(self.error)
         return FailureReport(
             rank, number, self.action, got, self.max_rows, has_read=self.has_read, fix=self.fix
