@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from faccel.call_site import describe_ranks
 from faccel.comm.compared_call import ComparedCall
-from faccel.comm.rank_status import RankStatus
+from faccel.comm.rank_status import RankStatus, is_failure
 from faccel.comm.world_store import WorldStore
-from faccel.errors import DesyncError
+from faccel.errors import DesyncError, RankFailedError
 
 _SAME = "the same"
 # Polling begins fast, because ranks that arrive together wait for each other in each collective. It
@@ -61,18 +61,26 @@ class CallExchange:
 
         Raises:
             DesyncError: Ranks make different calls, or a rank makes none; names all of them.
+            RankFailedError: A rank makes none because it has raised.
         """
         result = self._exchange(call, ranks, own_rank, group)
         if result != _SAME:
+            failed_ranks, got = json.loads(result)
+            if failed_ranks:
+                raise RankFailedError(
+                    f"rank {failed_ranks[0]} failed, so all ranks stop",
+                    got=got,
+                    fix="fix the error of that rank",
+                )
             raise DesyncError(
                 "ranks disagree about the next collective",
-                got=result,
+                got=got,
                 fix="make the same call, of the same values with the same shapes and dtypes, from "
                 "the same line on every rank",
             )
 
     def _exchange(self, call: ComparedCall, ranks: Sequence[int], own_rank: int, group: str) -> str:
-        """Post this rank's call; return `_SAME`, or the call of each rank."""
+        """Post this rank's call; return `_SAME`, or what `_described` returns."""
         # the same key for every group of these ranks: they may disagree about the group
         group_key = f"{self.name}-{zlib.crc32(str(list(ranks)).encode()):x}"
         # The ranks of a simulation, which has no status of ranks, are threads.
@@ -137,7 +145,7 @@ class CallExchange:
 
 
 def _compared(call: ComparedCall, calls: Mapping[int, ComparedCall | str]) -> str:
-    """Return `_SAME`, or the call of each rank."""
+    """Return `_SAME`, or what `_described` returns."""
     for other in calls.values():
         if isinstance(other, str) or call.differs_from(other):
             return _described(calls)
@@ -145,12 +153,16 @@ def _compared(call: ComparedCall, calls: Mapping[int, ComparedCall | str]) -> st
 
 
 def _described(calls: Mapping[int, ComparedCall | str]) -> str:
+    """Return the ranks that have raised, and the call of each rank, as JSON."""
     # The subjects only where they make the difference: operations that differ explain enough.
     is_one_op = len({call.op for call in calls.values() if isinstance(call, ComparedCall)}) == 1
     actions: dict[int, str] = {}
+    failed_ranks: list[int] = []
     for rank, call in calls.items():
+        if isinstance(call, str) and is_failure(call):
+            failed_ranks.append(rank)
         if isinstance(call, ComparedCall) and is_one_op:
             actions[rank] = call.shown(call)
         else:
             actions[rank] = str(call)
-    return describe_ranks(actions)
+    return json.dumps([failed_ranks, describe_ranks(actions)])

@@ -12,7 +12,16 @@ from faccel.call_site import call_site, describe_ranks
 from faccel.comm.world_store import WorldStore, without_frames
 from faccel.errors import summary
 
+_RAISED = "raised "
 _POLL_S = 0.02  # only after an error, so a rank never polls while training runs
+
+
+def is_failure(status: str) -> bool:
+    """Return whether a rank with this status has left with an error.
+
+    Effects: pure.
+    """
+    return status.startswith(_RAISED)
 
 
 class RankStatus:
@@ -99,7 +108,7 @@ class RankStatus:
         if not self._has_posted:
             status = self.leaving()
             if error is not None:
-                status = f"raised {summary(error)}"
+                status = f"{_RAISED}{summary(error)}"
             self._post(status)
         # After the status, which the readers of this key report.
         self.write_key(self._left_key, "")
