@@ -98,6 +98,18 @@ def decide(reports: Sequence[FailureReport | None]) -> Decision:
     return Decision(causes[0].action, causes[0], max_rows, has_read)
 
 
+def _has_own_groups(ctx: DistContext) -> bool:
+    """Whether the engine has process groups that only it can leave, as DeepSpeed does."""
+    return ctx.parallelism.optimizer_step is not None
+
+
+def _recovery(ctx: DistContext) -> Recovery | None:
+    """Return how the ranks agree on a failure; None where a rank that fails must end at once."""
+    if _has_own_groups(ctx):
+        return None
+    return ctx.comm.recovery
+
+
 def check_recovery(name: str, ctx: DistContext) -> None:
     """Raise if the ranks cannot continue after a failure of one of them.
 
@@ -108,14 +120,11 @@ def check_recovery(name: str, ctx: DistContext) -> None:
     Raises:
         ConfigError: They cannot.
     """
-    if ctx.world_size == 1:
+    if ctx.world_size == 1 or _recovery(ctx) is not None:
         return
-    # DeepSpeed has process groups that only it can leave.
-    if ctx.parallelism.optimizer_step is not None:
+    if _has_own_groups(ctx):
         got = f"strategy {ctx.parallelism.name}"
         fix = "train with DDP or FSDP2, without DeepSpeed"
-    elif ctx.comm.recovery is not None:
-        return
     elif ctx.config.debug:
         got = "debug=True"
         fix = "write `faccel.init(debug=False)`, or run without `FACCEL_DEBUG`"
@@ -136,7 +145,7 @@ def agreeing(ctx: DistContext) -> Generator[None]:
 
     Effects: ambient.
     """
-    recovery = ctx.comm.recovery
+    recovery = _recovery(ctx)
     if recovery is None or recovery.is_active:
         yield
         return
@@ -149,7 +158,7 @@ def agreeing(ctx: DistContext) -> Generator[None]:
 
 def is_agreeing(ctx: DistContext) -> bool:
     """Return whether the body of `agreeing` runs: a caller agrees on failures."""
-    recovery = ctx.comm.recovery
+    recovery = _recovery(ctx)
     return recovery is not None and recovery.is_active
 
 
@@ -174,7 +183,7 @@ def agree_on_failure(
     Raises:
         RankFailedError: Another rank failed, and it is raised there.
     """
-    recovery = ctx.comm.recovery
+    recovery = _recovery(ctx)
     if recovery is None:
         if ctx.world_size > 1:
             return Decision(RAISE, None)
@@ -208,7 +217,7 @@ def stop_all_ranks(error: Exception, doing: str, ctx: DistContext) -> None:
     Raises:
         RankFailedError: `error` follows from the failure of another rank.
     """
-    if ctx.comm.recovery is None or is_agreeing(ctx):
+    if _recovery(ctx) is None or is_agreeing(ctx):
         return
     report = FailureReport(
         ctx.rank,

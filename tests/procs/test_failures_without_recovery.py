@@ -1,4 +1,4 @@
-"""Ranks that cannot leave their collectives: a failure of one of them ends all, long before a timeout."""
+"""Ranks that cannot leave their collectives: a failure of one ends all, long before a timeout."""
 
 import pickle
 import sys

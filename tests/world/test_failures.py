@@ -476,3 +476,21 @@ def test_stages_find_their_shapes_again_after_a_failure():
         return num_losses
 
     assert simulate(train, 2, mesh="pp=2") == ([SIZE, 0, SIZE],) * 2
+
+
+def test_a_rank_whose_engine_has_its_own_groups_ends_without_waiting_for_the_others():
+    def train(ctx):
+        # as DeepSpeed
+        parallelism = attrs.evolve(ctx.parallelism, optimizer_step=lambda *args: None)
+        ctx = attrs.evolve(ctx, parallelism=parallelism)
+        model, windows = setup(ctx, "dp_replicate=2")
+        fn = Fault(KeyError("label"), 1, 1, "forward").loss_fn if ctx.rank == 1 else loss_fn
+        try:
+            faccel.forward_backward(fn, model, next(windows), faccel.init_scaler(ctx), ctx)
+        finally:
+            num_rounds.append(ctx.comm.recovery._num_rounds)
+
+    num_rounds = []
+    with pytest.raises(KeyError):
+        simulate(train, 2)
+    assert num_rounds == [0, 0]
