@@ -63,7 +63,7 @@ def run_rank(rank, port, pipe, case, policy, point):
             train(ctx, policy, point)
     except Exception as caught:
         error = caught
-    # A script ends now. The store is that of the test.
+    # As a script ends. The test serves the store.
     pipe.send_bytes(pickle.dumps((error, time.monotonic())))
     sys.exit(0)
 
