@@ -16,6 +16,7 @@ def reaches(loss: torch.Tensor, param_ids: AbstractSet[int]) -> bool:
         loss: The root of the graph.
         param_ids: The `id` of each parameter.
     """
+    # A loss that is a parameter itself has no node.
     if loss.grad_fn is None:
         return id(loss) in param_ids
     # A dict of nodes, because a node that has no reference gets another `id`.
@@ -27,6 +28,7 @@ def reaches(loss: torch.Tensor, param_ids: AbstractSet[int]) -> bool:
         if id(getattr(node, "variable", None)) in param_ids:
             return True
         for child, _ in node.next_functions:
+            # None where an input needs no gradient.
             if child is not None and id(child) not in visited:
                 visited[id(child)] = child
                 nodes.append(child)

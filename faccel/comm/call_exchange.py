@@ -66,6 +66,7 @@ class CallExchange:
         result = self._exchange(call, ranks, own_rank, group)
         if result != _SAME:
             failed_ranks, got = json.loads(result)
+            # Not a mistake in the order of calls, which is what the other error is about.
             if failed_ranks:
                 raise RankFailedError(
                     f"rank {failed_ranks[0]} failed, so all ranks stop",

@@ -262,10 +262,12 @@ class _Rules:
         has_gradients = self.start is not None and self.start.has_gradients
         if self.start is not None and not has_gradients:
             if is_reading and self.policy.retries(error):
+                # The other ranks wait for the report of this one, so it reads its batches once.
                 window = window.read_again()
                 error = window.failure or error
             if window.failure is None:
                 max_rows = self.policy.rows_after(error, attempt.max_rows(window))
+            # Retry first: an exception may be of both kinds, and no rows are lost by it.
             if max_rows:
                 action = RETRY
             elif is_caused_by(error, self.policy.skip):
