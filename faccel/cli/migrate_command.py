@@ -83,6 +83,8 @@ def _migrate_file(path: Path, target: Path, *, check: bool) -> dict[str, object]
     except (libcst.ParserSyntaxError, SyntaxError, UnicodeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return {**document, "changed": False, "problem": f"no valid Python: {lines[0]}"}
+    except ConfigError as error:
+        return {**document, "changed": False, "problem": str(error)}
     changed = migration.code != source
     if not check and (changed or target != path):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -166,7 +166,9 @@ def arguments_of_function(call: cst.Call, facts: Facts) -> Iterator[tuple[str, c
     Effects: pure.
     """
     function = facts.functions.get(callee_name(call))
-    if function is None:
+    # A function of another module may have the same name and other parameters.
+    owner = text_of(call.func).rpartition(".")[0]
+    if function is None or owner not in ("", "self", "cls", "super()"):
         return
     params = [param.name.value for param in function.params.params]
     if params[:1] == ["self"]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import attrs
 import libcst as cst
 
+from faccel.errors import ConfigError, short_text
 from faccel.migration.imports import rewrite_imports
 from faccel.migration.loops import LoopRewriter
 from faccel.migration.members import MemberRewriter
@@ -40,6 +43,7 @@ def migrate_script(source: bytes) -> Migration:
 
     Raises:
         libcst.ParserSyntaxError: It is no valid Python.
+        ConfigError: The new script would be no valid Python.
 
     Examples:
         >>> script = b"accelerator = Accelerator(cpu=True)\\nprint(accelerator.device)\\n"
@@ -60,4 +64,25 @@ def migrate_script(source: bytes) -> Migration:
     module = module.visit(members)
     module = module.visit(Placement(facts, report, members.creation.scaler_arguments()))
     module = rewrite_imports(module, facts)
+    _check_valid(source, module.bytes)
     return Migration(module.bytes, report.converted, report.unconverted, tuple(report.notes))
+
+
+def _check_valid(source: bytes, code: bytes) -> None:
+    """Raise if the new script does not compile, and the old one does.
+
+    Raises:
+        ConfigError: The new script would be no valid Python.
+    """
+    # libcst builds trees that the compiler refuses, such as two parameters with one name.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in the user's strings
+        try:
+            compile(code, "script", "exec", dont_inherit=True)
+        except SyntaxError as error:
+            compile(source, "script", "exec", dont_inherit=True)
+            raise ConfigError(
+                "the script cannot be rewritten: the result would be no valid Python",
+                got=f"{error.msg} in line {error.lineno}: {short_text(error.text or '')}",
+                fix="rename the variables in this line, and run `faccel migrate` again",
+            ) from None

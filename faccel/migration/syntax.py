@@ -111,7 +111,9 @@ def comment_lines(notes: Sequence[str]) -> list[cst.EmptyLine]:
     """
     lines: list[cst.EmptyLine] = []
     for note in notes:
-        wrapped = textwrap.wrap(f"# faccel: {note}", 80, subsequent_indent="#   ")
+        wrapped = textwrap.wrap(
+            f"# faccel: {note}", 80, subsequent_indent="#   ", break_on_hyphens=False
+        )
         lines += [cst.EmptyLine(comment=cst.Comment(line)) for line in wrapped]
     return lines
 

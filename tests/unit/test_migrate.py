@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from faccel.cli.migrate_command import migrate
+from faccel.errors import ConfigError
 from faccel.migration.rewrite import migrate_script
 from tests.docs.pages import ROOT, anchors
 
@@ -328,6 +329,10 @@ WAYS = {
         "acc = Accelerator()\ndef f():\n    acc.print(1)\n",
         "def f():\n    faccel.print(1, ctx=ctx)\n",
     ),
+    "no function of another module": (
+        "def f(acc, dtype):\n    acc.print(dtype)\n\nacc = Accelerator()\nother.f(1, acc)\n",
+        "def f(ctx, dtype):\n    faccel.print(dtype, ctx=ctx)\n",
+    ),
     "a used name": (
         "ctx = 3\nacc = Accelerator()\nacc.print(ctx)\n",
         "faccel.print(ctx, ctx=faccel_ctx)\n",
@@ -503,6 +508,12 @@ def test_each_note_names_a_section_that_exists():
 def test_other_scripts_stay_as_they_are():
     code = b"import torch\nmodel.step( )  # no accelerate\n"
     assert migrate_script(code).code is code
+
+
+def test_a_result_that_is_no_python_is_an_error():
+    code = HEAD + "def f(accelerator, other: Accelerator):\n    accelerator.print(1)\n"
+    with pytest.raises(ConfigError, match="duplicate argument 'ctx'"):
+        migrate_script(code.encode())
 
 
 def test_the_encoding_of_a_script_stays():
