@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Literal, overload
 
 import attrs
@@ -173,24 +174,24 @@ def forward_backward(
     check_scaler(scaler)
     check_exception_types("skip", skip)
     policy = FailurePolicy(retry, skip)
+    number = ctx.lifetime.begin_window()
+    start = None
     if policy.is_given:
         check_recovery("`retry` or `skip`", ctx)
-    number = ctx.lifetime.begin_window()
-    # Only a policy needs the state before the window.
-    start = WindowStart.of(model, ctx) if policy.is_given else None
-    rules = _Rules(policy, start)
+        # Only a policy needs the state before the window.
+        start = WindowStart.of(model, ctx)
     while True:
         attempt = _Attempt(loss_fn, window, scaler.max_rows, has_aux=has_aux)
         try:
             with agreeing(ctx):
                 result = attempt.run(model, scaler, ctx)
-                if policy.is_given and ctx.mesh.spec.tp > 1:
+                if start is not None and ctx.mesh.spec.tp > 1:
                     # Data ranks meet in the reduction of gradients, and stages in that of losses.
                     ctx.comm.barrier("tp")
                 return result
         except Exception as error:
             drop_gradients([model] if start is None else start.models, ctx)
-            outcome = rules.outcome_of(error, attempt)
+            outcome = _Rules(policy, start).outcome_of(error, attempt)
             window = outcome.window
             decision = _decide(error, outcome.report(ctx.rank, number), policy, ctx)
             if decision.action == RAISE:
@@ -313,9 +314,9 @@ class _Attempt:
         """Run forward and backward of all micro-batches."""
         batches = micro_batches(self.window, self._max_rows)
         if model.parallelism.pipeline_forward_backward is None:
-            losses, scaler = _one_by_one(self._bind, model, batches, scaler, ctx)
+            losses, scaler = _one_by_one(self._loss_of, model, batches, scaler, ctx)
         else:
-            losses, scaler = _pipelined(self._bind, model, batches, scaler, ctx)
+            losses, scaler = _pipelined(self._loss_of, model, batches, scaler, ctx)
         if not self._has_aux:
             return losses, scaler
         # A schedule may run micro-batches in another order.
@@ -335,16 +336,15 @@ class _Attempt:
             return (losses, []), scaler
         return losses, scaler
 
-    def _bind(self, index: int, batch: MicroBatch) -> MicroBatchLoss:
-        def loss_of(called: Model) -> torch.Tensor:
-            result = self._loss_fn(called, batch)
-            loss, aux = _loss_and_aux(result, has_aux=self._has_aux)
-            # Mapping over a tree takes 5 us, of a window that may take 1 ms.
-            if self._has_aux:
-                self._auxs[index] = map_leaves(_detached, aux)
-            return loss
-
-        return loss_of
+    def _loss_of(self, index: int, batch: MicroBatch, called: Model) -> torch.Tensor:
+        """Return the loss of micro-batch `index`, computed with the model `called`."""
+        result = self._loss_fn(called, batch)
+        # First the usual case: a window may take 1 ms.
+        if not self._has_aux and is_loss(result):
+            return result
+        loss, aux = _loss_and_aux(result, has_aux=self._has_aux)
+        self._auxs[index] = map_leaves(_detached, aux)
+        return loss
 
 
 def _loss_and_aux(result: object, *, has_aux: bool) -> tuple[torch.Tensor, Tree]:
@@ -377,7 +377,7 @@ def _detached(leaf: Tree) -> Tree:
 
 
 def _one_by_one(
-    bind: Callable[[int, MicroBatch], MicroBatchLoss],
+    loss_of: Callable[[int, MicroBatch, Model], torch.Tensor],
     model: WrappedModel,
     batches: Iterable[MicroBatch],
     scaler: ScalerState,
@@ -386,7 +386,7 @@ def _one_by_one(
     losses: list[torch.Tensor] = []
     for index, batch in enumerate(batches):
         with grad_sync(model, on=batch.sync):
-            loss = bind(index, batch)(model)
+            loss = loss_of(index, batch, model)
             scaler = scaled_backward(loss, scaler, ctx, scale=batch.scale)
         # Under `loss_parallel` a loss is a DTensor.
         losses.append(full_tensor(loss.detach()))
@@ -394,7 +394,7 @@ def _one_by_one(
 
 
 def _pipelined(
-    bind: Callable[[int, MicroBatch], MicroBatchLoss],
+    loss_of: Callable[[int, MicroBatch, Model], torch.Tensor],
     model: WrappedModel,
     batches: Iterable[MicroBatch],
     scaler: ScalerState,
@@ -407,7 +407,7 @@ def _pipelined(
     losses: list[MicroBatchLoss] = []
     factors: list[float | torch.Tensor] = []
     for index, batch in enumerate(batches):
-        losses.append(bind(index, batch))
+        losses.append(partial(loss_of, index, batch))
         factors.append(batch.scale * scaler.scale)
     values = run(model.engine, losses, factors, ctx)
     return values, scaler.after_backward()
