@@ -93,6 +93,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _set(values: dict[str, Any], path: list[str], value: object) -> None:
+    # A record for each part of the name but the last one.
     for name in path[:-1]:
         child = values.setdefault(name, {})
         if not isinstance(child, dict):
@@ -203,6 +204,6 @@ def _entries(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
 def _text(value: object) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_text, value))}]"
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, bool):  # as in YAML
         return str(value).lower()
     return str(value)

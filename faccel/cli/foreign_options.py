@@ -1,82 +1,286 @@
-"""Options of `accelerate launch` and `torchrun`: an error with the equal of faccel."""
+"""Options of `accelerate launch` and `torchrun`, translated to those of `faccel launch`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
+import attrs
 import click
 
 from faccel.cli.flags import UsageError
-from faccel.errors import LaunchError
+from faccel.config import flag_of, text_of
+from faccel.config_file import NPROC
+from faccel.errors import FaccelError, LaunchError, short_repr
 
-_IMPORT = "`faccel config import FILE -o faccel.yaml`, then `faccel launch --config faccel.yaml`"
-_FSDP = "`--mesh dp_shard=-1`, and options such as `faccel.Plan(units=...)` in the script"
-_DEEPSPEED = "`--strategy deepspeed --zero 2`, and options in `faccel.parallel.DeepSpeedConfig`"
-_COMPILE = '`faccel.Plan(compile="whole")` in the script'
-# Options of Accelerate 1.15 and torchrun as Accelerate writes them. The longest prefix applies.
-EQUALS: Mapping[str, str] = {
-    "num_processes": "`--nproc N`, the processes per node",
-    "nproc_per_node": "`--nproc N`",
-    "multi_gpu": "`--nproc auto`",
-    "gpu_ids": "the variable `CUDA_VISIBLE_DEVICES`",
-    "use_cpu": "`--cpu`",
-    "num_machines": "`--nnodes N`",
-    "machine_rank": "`--node-rank R`",
-    "main_process_ip": "`--main-address HOST`",
-    "master_addr": "`--main-address HOST`",
-    "main_process_port": "`--main-port P`",
-    "master_port": "`--main-port P`",
-    "standalone": "`faccel launch` without it: one node is the default",
-    "rdzv_backend": "`--rdzv-endpoint HOST:PORT`",
-    "config_file": _IMPORT,
-    "gradient_accumulation_steps": "`--grad-accum N`",
-    "use_fsdp": _FSDP,
-    "fsdp_": _FSDP,
-    "use_deepspeed": _DEEPSPEED,
-    "deepspeed_": _DEEPSPEED,
-    "zero_stage": _DEEPSPEED,
-    "zero3_": _DEEPSPEED,
-    "offload_": _DEEPSPEED,
-    "gradient_clipping": "`faccel.optimizer_step(..., clip_norm=1.0)` in the script",
-    "dynamo_": _COMPILE,
-    "use_parallelism_config": "`--mesh dp_shard=2,tp=2`",
-    "parallelism_config_": "`--mesh dp_shard=2,tp=2`",
-    "same_network": "`faccel launch` without it",
-    "tee_": "`--log-dir DIR --tee`",
+# Options of Accelerate 1.15 and torchrun without a value.
+_SWITCHES: Mapping[str, tuple[str, str]] = {
+    "multi_gpu": ("distributed_type", "MULTI_GPU"),
+    "use_fsdp": ("distributed_type", "FSDP"),
+    "use_deepspeed": ("distributed_type", "DEEPSPEED"),
+    "use_megatron_lm": ("distributed_type", "MEGATRON_LM"),
+    "tpu": ("distributed_type", "TPU"),
+    "use_cpu": ("use_cpu", "true"),
+    "enable_cpu_affinity": ("enable_cpu_affinity", "true"),
+    "dynamo_use_fullgraph": ("dynamo_use_fullgraph", "true"),
+    "dynamo_use_dynamic": ("dynamo_use_dynamic", "true"),
+    "dynamo_use_regional_compilation": ("dynamo_use_regional_compilation", "true"),
+    "fp8_use_autocast_during_eval": ("fp8_use_autocast_during_eval", "true"),
+    "downcast_bf16": ("downcast_bf16", "true"),
+    # What faccel does without an option: one node, sections that are written.
+    "use_parallelism_config": ("", ""),
+    "same_network": ("", ""),
+    "standalone": ("", ""),
+    "quiet": ("", ""),
+    "q": ("", ""),
+    "tpu_cluster": ("tpu_cluster", "true"),
+    "no_tpu_cluster": ("", ""),
+    "tpu_use_sudo": ("tpu_use_sudo", "true"),
 }
+# Options with a value, by the key of a file of Accelerate that has the meaning.
+_VALUES: Mapping[str, str] = {
+    "num_processes": "num_processes",
+    "num_machines": "num_machines",
+    "machine_rank": "machine_rank",
+    "main_process_ip": "main_process_ip",
+    "main_process_port": "main_process_port",
+    "master_addr": "main_process_ip",
+    "master_port": "main_process_port",
+    "main_training_function": "main_training_function",
+    "rdzv_backend": "rdzv_backend",
+    "zero_stage": "deepspeed_config.zero_stage",
+    "gradient_accumulation_steps": "deepspeed_config.gradient_accumulation_steps",
+    "gradient_clipping": "deepspeed_config.gradient_clipping",
+    "mpirun_hostfile": "mpirun_config.mpirun_hostfile",
+}
+# Families of options, by the section of a file that they are keys of.
+_SECTIONS: Mapping[str, str] = {
+    "fsdp_": "fsdp_config",
+    "deepspeed_": "deepspeed_config",
+    "offload_": "deepspeed_config",
+    "zero3_": "deepspeed_config",
+    "dynamo_": "dynamo_config",
+    "parallelism_config_": "parallelism_config",
+    "megatron_lm_": "megatron_lm_config",
+}
+# Options of `faccel launch` that another launcher names otherwise.
+_RENAMED: Mapping[str, str] = {
+    "nproc_per_node": "--nproc",
+    "num_cpu_threads_per_process": "--threads-per-process",
+}
+_NOT_ONE = "leave it out: faccel launches with torchrun's elastic agent"
+# What to write instead of the other options. A name with `_` at the end is a family.
+EQUALS: Mapping[str, str] = {
+    "role": _NOT_ONE,
+    "t": "use `--log-dir DIR --tee`",
+    "rdzv_conf": "use `--join-timeout SECONDS`",
+    "monitor_interval": _NOT_ONE,
+    "vm": "print the commands of a TPU pod with `faccel launch --print tpu-pod`",
+    "env": "set the variables in the shell",
+    "aws_": "start `faccel launch` inside of the job on Amazon SageMaker",
+    "fsdp_": "use `--plan`, as in `--plan units=Block`, with the fields of `faccel.Plan`",
+    "deepspeed_": "use `--plan deepspeed.settings=ds.json`, with the keys of DeepSpeed in the file",
+    "offload_": "use `--plan deepspeed.settings=ds.json`, with the keys of DeepSpeed in the file",
+    "zero_stage": "use `--strategy deepspeed --zero 2`",
+    "zero3_": "leave it out, or use `--strategy deepspeed --zero 3`",
+    "gradient_": "use `--grad-accum N`, and `faccel.optimizer_step(..., clip_norm=1.0)`",
+    "dynamo_": "use `--plan compile=whole`, or call `torch.compile` in the script",
+    "parallelism_config_": "use `--mesh dp_shard=2,tp=2`",
+    "megatron_lm_": "use `--mesh dp_shard=2,tp=2,pp=2`: Megatron-LM is no strategy of faccel",
+    "distributed_type": "use `--mesh`, as in `--mesh dp_shard=2,tp=2`",
+    "fp8_": "use `--mixed-precision fp8 --plan fp8.recipe=rowwise`",
+    "tpu_": "print the commands of a TPU pod with `faccel launch --print tpu-pod`",
+    "mpirun_": "print the command of mpirun with `faccel launch --print mpirun`",
+    "rdzv_backend": "use `--rdzv-endpoint HOST:PORT`",
+    "mixed_precision": "use `--mixed-precision bf16`",
+}
+_NOT_CONVERTED = "remove it"
 
 
 class LaunchCommand(click.Command):
-    """A command that names the equal of an option of another launcher."""
+    """A command that takes the options of `accelerate launch`, too."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words after the command.
 
         Raises:
-            UsageError: One of them is an option of another launcher.
+            UsageError: An option of another launcher has no equivalent, or contradicts another.
         """
         try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            equal = self._equal(ctx, error.option_name)
-            if equal is None:
-                raise
-            raise UsageError(
-                LaunchError(
-                    f"`{error.option_name}` is not an option of `faccel launch`",
-                    got=f"`{error.option_name}` before the script",
-                    fix=f"use {equal}",
-                )
-            ) from None
+            own = _OwnOptions.of(self.get_params(ctx))
+            translated = translate(args, own)
+        except FaccelError as error:
+            raise UsageError(error) from None
+        return super().parse_args(ctx, translated)
 
-    def _equal(self, ctx: click.Context, option: str) -> str | None:
-        """Return what to use instead of an option; None if it is not one of another launcher."""
-        dashed = option.replace("_", "-")
-        for param in self.get_params(ctx):
-            if dashed in param.opts:  # `--mixed_precision`
-                return f"`{dashed}`"
-        underscored = option.lstrip("-").replace("-", "_")
-        matches = [name for name in EQUALS if underscored.startswith(name)]
-        if not matches:
-            return None
-        return EQUALS[max(matches, key=len)]
+
+@attrs.frozen
+class _OwnOptions:
+    """The options of a command, by name, and those that take no value."""
+
+    names: frozenset[str]
+    switches: frozenset[str]
+
+    @classmethod
+    def of(cls, params: Sequence[click.Parameter]) -> _OwnOptions:
+        names: set[str] = set()
+        switches: set[str] = set()
+        for param in params:
+            if isinstance(param, click.Option):
+                options = (*param.opts, *param.secondary_opts)
+                names.update(options)
+                if param.is_flag:
+                    switches.update(options)
+        return cls(frozenset(names), frozenset((*switches, "--help")))
+
+
+def translate(args: Sequence[str], own: _OwnOptions) -> list[str]:
+    """Return the words of a command line with each option of another launcher as ours.
+
+    Only options before the script are translated. A dash in a name may be an underscore.
+
+    Effects: ambient. Reads the file of `--config_file`.
+
+    Raises:
+        LaunchError: An option has no equivalent, or contradicts another one.
+        ConfigError: The file is invalid.
+    """
+    kept: list[str] = []
+    foreign: dict[str, str] = {}
+    words = list(args)
+    # Up to the script: what follows belongs to it, even if it has a name of the launcher.
+    while words and words[0].startswith("-") and words[0] != "--":
+        option, mark, value = words.pop(0).partition("=")
+        name = option.lstrip("-").replace("-", "_")
+        own_name = _RENAMED.get(name, option.replace("_", "-"))
+        is_own = own_name in own.names
+        if name not in _SWITCHES and own_name not in own.switches and not mark:
+            # The next word is the value, unless it is the first of a typing mistake.
+            if not is_own and not _takes_value(name):
+                return [*args]  # an unknown option, for which click suggests one
+            mark, value = "=", words.pop(0) if words else ""
+        if is_own and name not in _SWITCHES:
+            kept.append(own_name)
+            kept += [value] if mark else []
+        else:
+            foreign[name] = value
+    if not foreign:
+        return [*kept, *words]
+    return [*_converted(foreign, kept), *kept, *words]
+
+
+def _takes_value(name: str) -> bool:
+    return name in _VALUES or name == "config_file" or _matches(name, (*_SECTIONS, *EQUALS)) != ""
+
+
+def _matches(name: str, names: Iterable[str]) -> str:
+    """Return the longest of `names` that is `name`, or its family; empty without one."""
+    families = [item for item in names if item.endswith("_") and name.startswith(item)]
+    if name in names:
+        return name
+    return max(families, key=len, default="")
+
+
+def _converted(foreign: Mapping[str, str], kept: Sequence[str]) -> list[str]:
+    """Return our options for those of Accelerate, by the conversion of its files."""
+    from faccel.config_file import read_accelerate
+    from faccel.launching.import_accelerate import from_accelerate
+
+    keys: dict[str, Any] = {"distributed_type": "NO"}
+    if "config_file" in foreign:
+        keys |= read_accelerate(foreign["config_file"])
+    for name, value in foreign.items():
+        if name != "config_file":
+            _set_key(keys, name, value)
+    given = dict(pairwise([*kept, ""]))  # an option and its value, or the next option
+    if "--mixed-precision" in given:  # which decides whether a section for fp8 applies
+        keys["mixed_precision"] = given["--mixed-precision"]
+    converted = from_accelerate(keys)
+    for key, value in converted.without_equivalent.items():
+        raise _no_equivalent(key, value, foreign)
+    # Of the nodes first, then the fields of the configuration.
+    options = [*converted.options]
+    for name, value in converted.values.items():
+        options += _own_option(name, value)
+    return _without_given(options, given, foreign)
+
+
+def _without_given(
+    options: Sequence[str], given: Mapping[str, str], foreign: Mapping[str, str]
+) -> list[str]:
+    """Return the options that are not given under our names, too."""
+    kept: list[str] = []
+    for option, value in pairwise([*options, ""]):
+        if not option.startswith("--"):
+            continue
+        pair = [option]
+        if not value.startswith("--"):
+            pair = [option, value]
+        if option not in given:
+            kept += pair
+        # Options are stronger than a file, but two of them must agree.
+        elif given[option] != value and "config_file" not in foreign:
+            raise LaunchError(
+                f"`{option}` is given in two ways",
+                got=f"`{option} {given[option]}`, and `{option} {value}` from "
+                f"{', '.join(f'`--{name}`' for name in foreign)}",
+                fix="remove one of them",
+            )
+    return kept
+
+
+def _set_key(keys: dict[str, Any], name: str, value: Any) -> None:
+    """Set the key of a file of Accelerate that an option stands for."""
+    if name in _SWITCHES:
+        name, value = _SWITCHES[name]
+    if value.isdecimal():  # as a file has it
+        value = int(value)
+    family = _matches(name, _SECTIONS)
+    if name in _VALUES:
+        name = _VALUES[name]
+    elif family:
+        name = f"{_SECTIONS[family]}.{name}"
+    if name.startswith("fp8_"):  # whose keys in a file have no prefix
+        name = f"fp8_config.{name.removeprefix('fp8_')}"
+    section, mark, key = name.partition(".")
+    if mark:
+        keys[section] = {**(keys.get(section) or {}), key: value}
+    elif name:
+        keys[name] = value
+
+
+def _own_option(name: str, value: Any) -> list[str]:
+    if name == NPROC:
+        return ["--nproc", str(value)]
+    if value is True:
+        return [flag_of(name)]
+    # The records of a configuration, as text.
+    if name == "mesh":
+        return ["--mesh", ",".join(f"{axis}={size}" for axis, size in value.items())]
+    if name == "plan":
+        from faccel.plan_values import to_plan
+
+        value = to_plan(value)
+    return [flag_of(name), text_of(value)]
+
+
+def _no_equivalent(key: str, value: object, foreign: Mapping[str, str]) -> LaunchError:
+    name = key.rpartition(".")[2]
+    if key.startswith("fp8_config."):
+        name = f"fp8_{name}"
+    fix = EQUALS.get(_matches(name, EQUALS), _NOT_CONVERTED)
+    if name in foreign:
+        return LaunchError(
+            f"`--{name}` is not an option of `faccel launch`",
+            got=f"--{name} {short_repr(value)}",
+            fix=fix,
+        )
+    file = foreign.get("config_file", "")
+    if file:
+        return LaunchError(
+            f"`{key}` has no equivalent in faccel",
+            got=f"{key}: {short_repr(value)}, from `{file}`",
+            fix=f"convert the file with `faccel config import {file} -o faccel.yaml`, or {fix}",
+        )
+    return LaunchError(f"`{name}` has no equivalent", got=short_repr(value), fix=fix)

@@ -60,6 +60,17 @@ _OPTIONS = (
     ),
     click.option("--cpu", is_flag=True, help="Run on the CPU: short for `--device cpu`."),
     click.option(
+        "--gpu-ids",
+        metavar="I,J,...",
+        help="The GPUs of this node to use: sets CUDA_VISIBLE_DEVICES. Default: all.",
+    ),
+    click.option(
+        "--threads-per-process",
+        type=click.IntRange(1),
+        metavar="N",
+        help="CPU threads of each process: sets OMP_NUM_THREADS. Default: the cores, divided.",
+    ),
+    click.option(
         "--nnodes", default="1", show_default=True, metavar="N|MIN:MAX", help="Number of nodes."
     ),
     click.option("--node-rank", type=int, help="Rank of this node, starting at 0."),
@@ -141,6 +152,7 @@ def _launch(command: tuple[str, ...], options: Mapping[str, Any]) -> None:
     from faccel.launching.run import run
     from faccel.launching.tpu import is_tpu, prepare_tpus
 
+    _set_environment(options)
     try:
         # Errors up to here are about the command line and the configuration file: exit code 2.
         spec, config = _spec(command, options)
@@ -162,6 +174,23 @@ def _launch(command: tuple[str, ...], options: Mapping[str, Any]) -> None:
     except FaccelError as error:
         raise click.ClickException(str(error)) from None
     sys.exit(code)
+
+
+def _set_environment(options: Mapping[str, Any]) -> None:
+    """Set the variables that options stand for, before PyTorch reads them, for the ranks too."""
+    gpu_ids, num_threads = options["gpu_ids"], options["threads_per_process"]
+    if options["rendering"] and (gpu_ids or num_threads):
+        raise UsageError(
+            LaunchError(
+                "`--gpu-ids` and `--threads-per-process` set variables of this node only",
+                got=f"`--print {options['rendering']}`",
+                fix="set CUDA_VISIBLE_DEVICES and OMP_NUM_THREADS in the printed script",
+            )
+        )
+    if gpu_ids and gpu_ids != "all":
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu_ids
+    if num_threads:
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
 
 def _check_mesh(spec: LaunchSpec, config: Config) -> None:

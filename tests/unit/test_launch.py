@@ -3,6 +3,7 @@
 import re
 
 import attrs
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -12,6 +13,7 @@ from faccel.cli.launch_command import launch
 from faccel.errors import LaunchError
 from faccel.launching.spec import LaunchSpec, environment_of, torchrun_arguments
 from faccel.mesh import MeshSpec
+from faccel.plan_values import to_plan
 
 ARGUMENTS = {
     "one node": (
@@ -136,35 +138,120 @@ def test_wrong_usage_is_one_message_and_exit_code_2(message):
 
 
 # Options of Accelerate and torchrun, and the option of faccel that the error names.
-FOREIGN = {
-    "--multi_gpu": "`--nproc auto`",
-    "--num_processes": "`--nproc N`",
-    "--nproc_per_node": "`--nproc N`",
-    "--num_machines": "`--nnodes N`",
-    "--main_process_port": "`--main-port P`",
-    "--mixed_precision": "`--mixed-precision`",
-    "--node_rank": "`--node-rank`",
-    "--use_fsdp": "`--mesh dp_shard=-1`",
-    "--fsdp_offload_params": "`--mesh dp_shard=-1`",
-    "--use_deepspeed": "`--strategy deepspeed --zero 2`",
-    "--zero_stage": "`--strategy deepspeed --zero 2`",
-    "--config_file": "`faccel config import FILE -o faccel.yaml`",
-    "--gradient_accumulation_steps": "`--grad-accum N`",
-    "--dynamo_backend": '`faccel.Plan(compile="whole")`',
+# Command lines with the words of Accelerate and torchrun, and those of faccel that they stand for.
+COMMANDS = {
+    "--num_processes 2": "--nproc 2",
+    "--num-processes=2": "--nproc 2",
+    "--multi_gpu --num_processes 8 --mixed_precision bf16": "--nproc 8 --mixed-precision bf16",
+    "--num_processes 16 --num_machines 2 --machine_rank 1 --main_process_ip node0 "
+    "--main_process_port 29501": "--nproc 8 --nnodes 2 --node-rank 1 --main-address node0 "
+    "--main-port 29501",
+    "--num_machines 1 --mixed_precision no --dynamo_backend no": "--mixed-precision no",
+    "--cpu --num_processes 2": "--cpu --nproc 2",
+    "--use_cpu --num_processes 2": "--device cpu --nproc 2",
+    "--gpu_ids 0,1 --num_processes 2": "--gpu-ids 0,1 --nproc 2",
+    "--gpu_ids=all": "--gpu-ids all",
+    "--num_cpu_threads_per_process 4 --num_processes 1": "--threads-per-process 4 --nproc 1",
+    "--use_fsdp --num_processes 4": "--nproc 4 --mesh dp_shard=-1",
+    "--use_fsdp --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
+    "--fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer --fsdp_sharding_strategy FULL_SHARD "
+    "--fsdp_offload_params false": "--mesh dp_shard=-1 --plan units=LlamaDecoderLayer",
+    "--use_fsdp --fsdp_version 2 --fsdp_reshard_after_forward false "
+    "--fsdp_activation_checkpointing true": "--mesh dp_shard=-1 "
+    "--plan fsdp.reshard_after_forward=false,activation_checkpoint=full",
+    "--use_fsdp --fsdp_sharding_strategy HYBRID_SHARD --num_processes 4": "--nproc 4 "
+    "--mesh dp_replicate=-1,dp_shard=4",
+    "--use_deepspeed --zero_stage 2 --num_processes 2": "--nproc 2 --strategy deepspeed --zero 2",
+    "--use_deepspeed --deepspeed_config_file ds.json": "--strategy deepspeed "
+    "--plan deepspeed.settings=ds.json",
+    "--use_deepspeed --zero_stage 3 --offload_optimizer_device cpu --offload_param_device cpu "
+    "--zero3_init_flag true": "--strategy deepspeed --zero 3 "
+    "--plan deepspeed.offload_optimizer=cpu,deepspeed.offload_params=cpu",
+    "--use_deepspeed --gradient_accumulation_steps 4 --gradient_clipping 1.0": "--grad-accum 4 "
+    "--strategy deepspeed --plan deepspeed.settings.gradient_clipping=1.0",
+    "--dynamo_backend inductor": "--plan compile=whole",
+    "--dynamo_backend inductor --dynamo_use_regional_compilation": "--plan compile=units",
+    "--use_parallelism_config --parallelism_config_dp_shard_size 2 "
+    "--parallelism_config_tp_size 2 --num_processes 4": "--nproc 4 --mesh dp_shard=2,tp=2",
+    "--mixed_precision fp8 --fp8_backend te": "--mixed-precision fp8 --plan fp8.backend=te",
+    "--debug --same_network --main_training_function main": "--debug",
+    "--nproc_per_node 2 --nnodes 1 --standalone": "--nproc 2 --nnodes 1",
+    "--nproc-per-node=2 --nnodes=2 --node_rank=0 --main-address=node0": "--nproc 2 --nnodes 2 "
+    "--node-rank 0 --main-address node0",
+    "--max_restarts 3 --log_dir logs": "--max-restarts 3 --log-dir logs",
+    "--rdzv_backend c10d --rdzv_endpoint node0:29400": "--rdzv-endpoint node0:29400",
+    "--multi_gpu -m": "-m",
 }
+SCRIPT = ["train.py", "--num_processes", "3", "--lr", "1"]
 
 
-@pytest.mark.parametrize("option", FOREIGN)
-def test_an_option_of_another_launcher_names_the_equal_one(option):
-    check_usage_error(["--nproc", "2", option, "x", "FILE"], f"use {FOREIGN[option]}")
-    check_usage_error([f"{option}=x", "FILE"], f"use {FOREIGN[option]}")
+def options_of(words):
+    """The options and the script that `faccel launch` runs with."""
+    with launch.make_context("launch", [*words, *SCRIPT]) as context:
+        params = dict(context.params)
+    if params["plan"]:
+        params["plan"] = to_plan(params["plan"])
+    return params
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_words_of_another_launcher_start_what_they_name(command):
+    assert options_of(command.split()) == options_of(COMMANDS[command].split())
+
+
+def test_a_file_of_accelerate_is_read_and_options_are_stronger(tmp_path):
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_processes: 4\n"
+        "mixed_precision: fp16\nfsdp_config:\n  fsdp_offload_params: true\n"
+    )
+    words = ["--config_file", str(file), "--mixed_precision", "bf16"]
+    expected = "--nproc 4 --mesh dp_shard=-1 --mixed-precision bf16 --plan offload=true"
+    assert options_of(words) == options_of(expected.split())
+
+
+def accelerate_options():
+    parser = pytest.importorskip("accelerate.commands.launch").launch_command_parser()
+    for action in parser._actions:
+        for option in action.option_strings:
+            yield option, action.nargs == 0
+
+
+def test_each_option_of_accelerate_is_translated_or_an_error_with_what_to_write():
+    unknown = []
+    for option, is_switch in accelerate_options():
+        if option in ("--help", "-h"):
+            continue
+        words = [option] if is_switch else [option, "1"]
+        try:
+            options_of(words)
+        except click.ClickException as error:
+            if "To fix: " not in error.message:
+                unknown.append((option, error.message))
+    assert not unknown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--aws_access_key_id x", "`--aws_access_key_id` is not an option"),
+        ("--use_fsdp --fsdp_backward_prefetch BACKWARD_POST", "`--plan`"),
+        ("--use_megatron_lm --megatron_lm_tp_degree 2", "`--mesh"),
+        ("--nproc 2 --num_processes 3", "`--nproc` is given in two ways"),
+        ("--num_processes 3 --num_machines 2", "a multiple of `num_machines`"),
+        ("--num_processes many", "`num_processes` of the file must be a whole number"),
+        ("--config_file none.yaml", "none.yaml"),
+        ("--num_processs 2", "Did you mean"),
+    ],
+)
+def test_an_option_without_an_equivalent_is_an_error_with_what_to_write(words, message):
+    check_usage_error([*words.split(), "FILE"], message)
 
 
 def test_the_options_that_the_errors_name_exist():
     options = {name for param in launch.params for name in (*param.opts, *param.secondary_opts)}
     for text in EQUALS.values():
-        if "in the script" not in text and "variable" not in text:
-            assert set(re.findall(r"--[a-z-]+", text)) <= options
+        assert set(re.findall(r"--[a-z-]+", text)) <= options
 
 
 def test_the_help_lists_the_values_of_mesh_strategy_and_precision():
