@@ -147,6 +147,7 @@ def translate(args: Sequence[str], own: _OwnOptions) -> list[str]:
         ConfigError: The file is invalid.
     """
     kept: list[str] = []
+    given: dict[str, str] = {}
     foreign: dict[str, str] = {}
     words = list(args)
     # Up to the script: what follows belongs to it, even if it has a name of the launcher.
@@ -161,13 +162,13 @@ def translate(args: Sequence[str], own: _OwnOptions) -> list[str]:
                 return [*args]  # an unknown option, for which click suggests one
             mark, value = "=", words.pop(0) if words else ""
         if is_own and name not in _SWITCHES:
-            kept.append(own_name)
-            kept += [value] if mark else []
+            given[own_name] = value
+            kept.append(own_name + mark + value)
         else:
             foreign[name] = value
     if not foreign:
         return [*kept, *words]
-    return [*_converted(foreign, kept), *kept, *words]
+    return [*_converted(foreign, given), *kept, *words]
 
 
 def _takes_value(name: str) -> bool:
@@ -182,8 +183,13 @@ def _matches(name: str, names: Iterable[str]) -> str:
     return max(families, key=len, default="")
 
 
-def _converted(foreign: Mapping[str, str], kept: Sequence[str]) -> list[str]:
-    """Return our options for those of Accelerate, by the conversion of its files."""
+def _converted(foreign: Mapping[str, str], given: Mapping[str, str]) -> list[str]:
+    """Return our options for those of Accelerate, by the conversion of its files.
+
+    Args:
+        foreign: The options of Accelerate, and their values.
+        given: Our options on the same command line, and their values.
+    """
     from faccel.config_file import read_accelerate
     from faccel.launching.import_accelerate import from_accelerate
 
@@ -193,7 +199,6 @@ def _converted(foreign: Mapping[str, str], kept: Sequence[str]) -> list[str]:
     for name, value in foreign.items():
         if name != "config_file":
             _set_key(keys, name, value)
-    given = dict(pairwise([*kept, ""]))  # an option and its value, or the next option
     if "--mixed-precision" in given:  # which decides whether a section for fp8 applies
         keys["mixed_precision"] = given["--mixed-precision"]
     converted = from_accelerate(keys)
