@@ -9,6 +9,8 @@ import libcst as cst
 
 from faccel.migration.syntax import callee_name, nodes_of, text_of
 
+# `PartialState` has the members of an accelerator that concern processes.
+CONSTRUCTORS = ("Accelerator", "AcceleratorState", "PartialState")
 # What prepares objects, and their kind; "" for those that prepare objects of several kinds.
 PREPARE = {
     "prepare": "",
@@ -86,7 +88,12 @@ class Facts:
         if isinstance(node, cst.Name):
             return node.value in self.accelerators
         if isinstance(node, cst.Attribute):
-            return node.attr.value in self.accelerator_attributes
+            # `accelerator.state` has the members that concern processes, too.
+            is_state = node.attr.value == "state" and self.is_accelerator(node.value)
+            return is_state or node.attr.value in self.accelerator_attributes
+        # `PartialState().is_main_process`
+        if isinstance(node, cst.Call) and not node.args:
+            return self.accelerate_name(node.func) in CONSTRUCTORS
         return False
 
     def member(self, node: cst.CSTNode) -> str:
@@ -101,8 +108,12 @@ class Facts:
 
     def context_of(self, receiver: cst.CSTNode) -> str:
         """Return the code of the context that replaces an accelerator."""
+        if isinstance(receiver, cst.Attribute) and self.member(receiver) == "state":
+            return self.context_of(receiver.value)
         if isinstance(receiver, cst.Attribute):
             return f"{text_of(receiver.value)}.{self.ctx}"
+        if isinstance(receiver, cst.Call):
+            return "faccel.init()"
         return self.ctx
 
     def sibling(self, receiver: cst.CSTNode, name: str) -> str:
@@ -177,7 +188,7 @@ def makes_accelerator(value: cst.BaseExpression, facts: Facts) -> bool:
         return makes_accelerator(value.body, facts) or makes_accelerator(value.orelse, facts)
     if not isinstance(value, cst.Call):
         return False
-    is_constructor = facts.accelerate_name(value.func) == "Accelerator"
+    is_constructor = facts.accelerate_name(value.func) in CONSTRUCTORS
     return is_constructor or _returns_accelerator(callee_name(value), facts)
 
 
@@ -191,6 +202,6 @@ def _returns_accelerator(name: str, facts: Facts) -> bool:
             continue
         # Not `makes_accelerator`, which would not end for a function that calls itself.
         callee = getattr(node.value, "func", node)
-        if facts.is_accelerator(node.value) or facts.accelerate_name(callee) == "Accelerator":
+        if facts.is_accelerator(node.value) or facts.accelerate_name(callee) in CONSTRUCTORS:
             return True
     return False

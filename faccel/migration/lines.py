@@ -60,17 +60,21 @@ class LineRewriter:
     def takes(self, line: tuple[cst.BaseExpression | None, cst.Call]) -> bool:
         """Return whether a call is replaced together with the line that it is in."""
         member = self._facts.member_call(line[1])
-        return member in self._rewrites or (member in PREPARE and line[0] is not None)
+        is_prepare = member in PREPARE and line[0] is not None
+        is_broadcast = self._facts.accelerate_name(line[1].func) == "broadcast_object_list"
+        return member in self._rewrites or is_prepare or is_broadcast
 
     def rewrite(
-        self, original: cst.SimpleStatementLine, updated: cst.SimpleStatementLine
+        self, original: cst.SimpleStatementLine, updated: cst.SimpleStatementLine, context: str
     ) -> str | None:
-        """Return the new code of a line; None if it stays."""
+        """Return the new code of a line; None if it stays. `context` exists there, or is ""."""
         line, new = simple_call(original), simple_call(updated)
         if line is None or new is None:
             return self._assignment(original, updated)
         member = self._facts.member_call(line[1])
         if not member:
+            if self._facts.accelerate_name(line[1].func) == "broadcast_object_list" and context:
+                return self._broadcast(line[0], new[1], context)
             return self._of_loader(line[0], line[1])
         assert isinstance(line[1].func, cst.Attribute)
         self._receiver = line[1].func.value
@@ -109,6 +113,17 @@ class LineRewriter:
             return f'{ctx} = faccel.init({ctx}.config, mixed_precision="no")\n'
         self._report.refuse(f"an assignment to `{member}`", "docs/training-loop.md#the-context")
         return None
+
+    def _broadcast(self, target: cst.BaseExpression | None, call: cst.Call, ctx: str) -> str:
+        """Accelerate writes into the list; faccel returns a new one."""
+        options = arguments(call, ("object_list", "from_process"))
+        name = text_of(options["object_list"].value)
+        args = [name, ctx]
+        if "from_process" in options:
+            args.append(f"src={text_of(options['from_process'].value)}")
+        self._report.convert()
+        into = f"{name}[:]" if target is None else text_of(target)
+        return f"{into} = {call_code('faccel.broadcast_objects', args)}\n"
 
     def _of_loader(self, target: cst.BaseExpression | None, call: cst.Call) -> str | None:
         """Remove `loader.set_epoch(epoch)`: the loop reads `loader.at(epoch)`."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import libcst as cst
 
 from faccel.migration.creation import Creation
-from faccel.migration.facts import Facts, makes_accelerator
+from faccel.migration.facts import CONSTRUCTORS, Facts, makes_accelerator
 from faccel.migration.lines import LineRewriter
 from faccel.migration.report import Report
 from faccel.migration.rules import (
@@ -34,6 +34,10 @@ from faccel.migration.syntax import (
     with_leading,
 )
 
+_NO_COMMA = cst.MaybeSentinel.DEFAULT
+# Records of arguments: `creation` reads those that the constructor gets.
+# Functions such as `is_xpu_available` read no state of a process.
+_STATELESS = ("Kwargs", "Plugin", "Configuration", "Type", "_available")
 _LEVELS = ("debug", "info", "warning", "warn", "error", "exception", "critical", "log")
 
 
@@ -94,7 +98,7 @@ class MemberRewriter(cst.CSTTransformer):
     def leave_SimpleStatementLine(
         self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
     ) -> cst.BaseStatement | cst.FlattenSentinel[cst.BaseStatement] | cst.RemovalSentinel:
-        code = self.lines.rewrite(original_node, updated_node)
+        code = self.lines.rewrite(original_node, updated_node, self._context())
         if code is None:
             return updated_node
         if code == "":
@@ -197,7 +201,7 @@ class MemberRewriter(cst.CSTTransformer):
         node = updated_node.with_changes(attr=original_node.attr)
         if original_node.attr.value in self.facts.accelerator_attributes:
             return node.with_changes(attr=cst.Name(self.facts.ctx))
-        member = self._member(original_node)
+        member = self.facts.member(original_node)
         if not member or original_node in self._called_functions(original_node, member):
             return node
         template = ATTRIBUTES.get(member)
@@ -213,12 +217,6 @@ class MemberRewriter(cst.CSTTransformer):
             self._refuse(member)
         return node
 
-    def _member(self, node: cst.CSTNode) -> str:
-        """Return the member of an accelerator, also of its `state`: `accelerator.state.device`."""
-        if isinstance(node, cst.Attribute) and self.facts.member(node.value) == "state":
-            return node.attr.value
-        return self.facts.member(node)
-
     def _called_functions(self, node: cst.Attribute, member: str) -> set[cst.CSTNode]:
         # `accelerator.state.device` replaces `accelerator.state`, which is part of it.
         is_read = member in ATTRIBUTES and member != "gradient_accumulation_steps"
@@ -226,10 +224,7 @@ class MemberRewriter(cst.CSTTransformer):
 
     def _ctx(self, node: cst.CSTNode) -> str:
         assert isinstance(node, cst.Attribute)
-        value = node.value
-        if isinstance(value, cst.Attribute) and self.facts.member(value) == "state":
-            value = value.value
-        return self.facts.context_of(value)
+        return self.facts.context_of(node.value)
 
     def _refuse(self, member: str) -> None:
         self.report.refuse(f"`{member}`", WITHOUT_EQUAL.get(member, DOCS))
@@ -239,7 +234,7 @@ class MemberRewriter(cst.CSTTransformer):
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.BaseExpression:
         updated_node = self._renamed_keywords(original_node, updated_node)
         name = self.facts.accelerate_name(original_node.func)
-        if name == "Accelerator":
+        if name in CONSTRUCTORS:
             return cst.parse_expression(self.creation.init_call(updated_node))
         if name == "get_logger":
             return self._logger(updated_node)
@@ -247,7 +242,8 @@ class MemberRewriter(cst.CSTTransformer):
             return self._function(name, updated_node)
         member = self.facts.member_call(original_node)
         if not member:
-            return self._other_call(name, updated_node)
+            is_line = original_node in self._in_lines and bool(self._context())
+            return updated_node if is_line else self._other_call(name, updated_node)
         if original_node in self._in_lines or (member in ATTRIBUTES and member not in METHODS):
             return updated_node
         assert isinstance(original_node.func, cst.Attribute)
@@ -281,14 +277,18 @@ class MemberRewriter(cst.CSTTransformer):
 
     def _other_call(self, name: str, call: cst.Call) -> cst.BaseExpression:
         """Replace a call of a function that searches a batch size, or of a logger."""
-        if name in NAMES_WITHOUT_EQUAL:
-            self.report.refuse(f"`{name}`", NAMES_WITHOUT_EQUAL[name])
+        if name and not name.endswith(_STATELESS) and name != "find_executable_batch_size":
+            self.report.refuse(f"`{name}`", NAMES_WITHOUT_EQUAL.get(name, DOCS))
         function = text_of(call.func)
         start = self.facts.batch_sizes.get(function)
-        if start is not None and not call.args:
-            args = [function, self._context() or self.facts.ctx, f"start={start}"]
-            return cst.parse_expression(call_code("faccel.find_batch_size", args))
-        return self._log_call(call)
+        if start is None:
+            return self._log_call(call)
+        # Accelerate passes the batch size before the other arguments.
+        if call.args:
+            others = ", ".join(text_of(arg.with_changes(comma=_NO_COMMA)) for arg in call.args)
+            function = f"lambda batch_size: {function}(batch_size, {others})"
+        args = [function, self._context() or self.facts.ctx, f"start={start}"]
+        return cst.parse_expression(call_code("faccel.find_batch_size", args))
 
     def visit_Comparison(self, node: cst.Comparison) -> None:
         if self._question(node) is not None:
@@ -305,7 +305,7 @@ class MemberRewriter(cst.CSTTransformer):
 
     def _question(self, node: cst.Comparison) -> str | None:
         """Return the code for `accelerator.distributed_type == DistributedType.NO`."""
-        if self._member(node.left) != "distributed_type" or len(node.comparisons) != 1:
+        if self.facts.member(node.left) != "distributed_type" or len(node.comparisons) != 1:
             return None
         operator = node.comparisons[0].operator
         values = [node.comparisons[0].comparator]

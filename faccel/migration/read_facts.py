@@ -56,6 +56,9 @@ def read_facts(module: cst.Module) -> Facts:
         _read_uses(node, facts)
     for node in nodes:
         _pass_kinds(node, facts)
+        # In a module of functions, the objects are prepared elsewhere.
+        if not facts.prepared and isinstance(node, cst.FunctionDef):
+            _read_parameters(node, facts)
     _choose_names(facts)
     return facts
 
@@ -224,6 +227,17 @@ def _kind_of(code: str, facts: Facts) -> str:
             if pattern.search(origin):
                 return kind
     return "model"
+
+
+def _read_parameters(node: cst.FunctionDef, facts: Facts) -> None:
+    """Read what a function with an accelerator gets, by the names of its parameters."""
+    names = [param.name.value for param in node.params.params]
+    if not facts.accelerators.intersection(names):
+        return
+    for name in names:
+        for kind, pattern in _BY_NAME:
+            if pattern.search(name.lower()):
+                facts.kinds.setdefault(name, kind)
 
 
 def _pass_kinds(node: cst.CSTNode, facts: Facts) -> None:

@@ -11,6 +11,7 @@ from faccel.errors import ConfigError, short_text
 from faccel.migration.imports import rewrite_imports
 from faccel.migration.loops import LoopRewriter
 from faccel.migration.members import MemberRewriter
+from faccel.migration.one_line import OneLineSplitter
 from faccel.migration.placement import Placement
 from faccel.migration.read_facts import read_facts
 from faccel.migration.report import Report
@@ -58,6 +59,7 @@ def migrate_script(source: bytes) -> Migration:
     report = Report()
     if not facts.imported and not facts.accelerators and not facts.accelerator_attributes:
         return Migration(source, 0, 0, ())
+    module = module.visit(OneLineSplitter(facts))
     # Loops first: what a call becomes depends on the loop around it.
     module = module.visit(LoopRewriter(facts, report))
     members = MemberRewriter(facts, report)

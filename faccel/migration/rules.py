@@ -58,6 +58,7 @@ ATTRIBUTES = {
 
 METHODS = {
     "autocast": CallRule("faccel.autocast", ("autocast_handler",)),
+    "destroy_process_group": CallRule("faccel.shutdown"),
     "gather": CallRule("faccel.gather", ("tensor",), 1),
     "get_state_dict": CallRule(
         "faccel.unwrap",

@@ -53,6 +53,7 @@ LINES = {
     "x.save_pretrained('d', is_main_process=True, save_function=accelerator.save)": (
         "x.save_pretrained('d', is_main_process=True)"
     ),
+    "accelerator.state.destroy_process_group()": "faccel.shutdown(ctx)",
     "accelerator.end_training()": "faccel.shutdown(ctx)",
     "x = accelerator.sync_gradients": "x = True",
     "if accelerator.distributed_type == DistributedType.NO: f()": ("if (ctx.world_size == 1): f()"),
@@ -190,6 +191,12 @@ def test_the_loop_with_accumulation_becomes():
 
 UPDATE_HEAD = HEAD + "model, optimizer = accelerator.prepare(model, optimizer)\n"
 UPDATES = {
+    "optimizer.step(); optimizer.zero_grad()  # both": (
+        "# both\ninfo, scaler = faccel.optimizer_step(optimizer, scaler, ctx)"
+    ),
+    "if last: optimizer.step()": (
+        "if last:\n    info, scaler = faccel.optimizer_step(optimizer, scaler, ctx)"
+    ),
     "optimizer.step()\noptimizer.zero_grad()": (
         "info, scaler = faccel.optimizer_step(optimizer, scaler, ctx)"
     ),
@@ -301,6 +308,21 @@ def test_a_save_on_the_main_process_only_has_a_note():
 
 
 WAYS = {
+    "a state of the processes": (
+        "from accelerate import PartialState\nstate = PartialState()\nf(state.device)\n",
+        "ctx = faccel.init()\nf(ctx.device)\n",
+    ),
+    "a state without a name": (
+        "from accelerate import PartialState\nwith PartialState().main_process_first():\n    f()\n",
+        "with faccel.main_first(faccel.init()):\n    f()\n",
+    ),
+    "a module without a constructor": (
+        "def f(accelerator, optimizer, loader, epoch):\n    for x in loader:\n"
+        "        accelerator.backward(x)\n        optimizer.step()\n",
+        "    for x in loader.at(epoch):\n"
+        "        scaler = faccel.scaled_backward(x, scaler, ctx, scale=1 / ctx.config.grad_accum)\n"
+        "        info, scaler = faccel.optimizer_step(optimizer, scaler, ctx)\n",
+    ),
     "another name": ("acc = Accelerator()\nacc.wait_for_everyone()\n", "faccel.barrier(ctx)"),
     "the module": (
         "import accelerate\nacc = accelerate.Accelerator()\nacc.wait_for_everyone()\n",
@@ -428,6 +450,36 @@ def test_only_the_batches_of_a_loader_are_counted():
     assert "for record in faccel.batches(loader):\n    x = record.data\n" in new
     assert "    f(faccel.gather(x, ctx, num_valid=record.num_valid))\n" in new
     assert "faccel.gather(y, ctx)\n" in new
+
+
+def test_lists_are_broadcast_in_place():
+    new = rewritten(
+        "from accelerate.utils import broadcast_object_list\n"
+        + HEAD
+        + "broadcast_object_list(names, from_process=1)\n"
+    )
+    assert new.endswith("names[:] = faccel.broadcast_objects(names, ctx, src=1)\n")
+    assert "accelerate" not in new
+
+
+def test_a_search_of_the_batch_size_passes_the_other_arguments():
+    new = rewritten(
+        "from accelerate.utils import find_executable_batch_size\n"
+        + HEAD
+        + "@find_executable_batch_size(starting_batch_size=64)\n"
+        + "def train(batch_size, model, lr=1):\n    pass\n\ntrain(model, lr=3)\n"
+    )
+    assert new.endswith(
+        "\ndef train(batch_size, model, lr=1):\n    pass\n\nfaccel.find_batch_size(\n"
+        "    lambda batch_size: train(batch_size, model, lr=3),\n    ctx,\n    start=64,\n)\n"
+    )
+
+
+def test_a_function_of_accelerate_that_stays_has_a_note():
+    code = "from accelerate.utils import tqdm, release_memory\n" + HEAD
+    migration = migrate_script(f"{code}for x in tqdm(y):\n    release_memory(x)\n".encode())
+    assert migration.unconverted == 2
+    assert b"from accelerate.utils import tqdm, release_memory\n" in migration.code
 
 
 def test_what_is_skipped_is_a_position():
