@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import attrs
 from torch import nn
 
+from faccel.parallel.eager_code import methods_without_graphs
 from faccel.torch_names import fsdp_param_groups
 from faccel.tree import plain_tensor
 
@@ -87,6 +88,7 @@ def _slots(group: Any) -> list[_Slot]:
     return slots
 
 
+@methods_without_graphs
 @attrs.frozen(eq=False)
 class Registration:
     """Registers the sharded or the gathered parameters of one model with its modules.
