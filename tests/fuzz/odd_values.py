@@ -13,6 +13,7 @@ FIELDS = {
     "mesh": ["dp_replicate=-1", {"dp_shard": -1}, "tp=1"],
     "strategy": [None],
     "zero": [None, 0, 3],
+    "plan": [{"units": "A", "fsdp": {"prefetch": 1}}, "units=[A,B],tensor.a.*=colwise", {}],
     "device_placement": [True, False],
     "debug": [True, False],
     "run_dir": ["runs", "a/b"],

@@ -69,7 +69,8 @@ def check_valid(config, given):
     assert isinstance(config.run_dir, str) and config.run_dir
     assert {type(config.debug), type(config.device_placement)} == {bool}
     for name, value in given.items():
-        is_plain = type(value) in (int, float, str, bool) and name != "mesh"
+        is_record = name in ("mesh", "plan")
+        is_plain = type(value) in (int, float, str, bool) and not is_record
         if is_plain and not (name == "mixed_precision" and value is False):
             assert getattr(config, name) == value, name
     assert len(config.explain().splitlines()) == len(config_fields())
@@ -249,6 +250,7 @@ def warm_up(folder):
     repr(torch.ones(1))
     for module in pkgutil.iter_modules(faccel.backends.__path__, "faccel.backends."):
         importlib.import_module(module.name)
+    resolve({"plan": "offload=true"})
     for suffix, text in ((".yaml", "seed: 1"), (".toml", "seed = 1"), (".json", '{"seed": 1}')):
         path = os.path.join(folder, f"warm{suffix}")
         with open(path, "w") as file:
