@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -37,8 +36,6 @@ _RECORDS: Mapping[type, Mapping[str, type]] = {
 _FIX = (
     "write for example `plan: {units: Block, offload: true}` or `--plan units=Block,offload=true`"
 )
-# Commas separate entries, except within brackets.
-_ENTRY = re.compile(r"(?:[^,\[]|\[[^\]]*\])+")
 _WORDS: Mapping[str, bool | None] = {"true": True, "false": False, "none": None}
 
 
@@ -79,7 +76,7 @@ def to_plan(value: object) -> Plan:
 def _parsed(text: str) -> dict[str, Any]:
     """Return the values of `name=value,record.name=value`."""
     values: dict[str, Any] = {}
-    for entry in _ENTRY.findall(text):
+    for entry in _entries_of(text):
         name, mark, value = entry.partition("=")
         if not mark or not name.strip():
             raise ConfigError(
@@ -90,6 +87,22 @@ def _parsed(text: str) -> dict[str, Any]:
             path = ["tensor", ".".join(path[1:])]
         _set(values, path, _scalar(value.strip()))
     return values
+
+
+def _entries_of(text: str) -> list[str]:
+    """Return the parts between commas, except those within brackets. Takes linear time."""
+    entries: list[str] = []
+    parts: list[str] = []
+    num_open = 0
+    for part in text.split(","):
+        parts.append(part)
+        num_open += part.count("[") - part.count("]")
+        if num_open <= 0:
+            entries.append(",".join(parts))
+            parts, num_open = [], 0
+    if parts:  # a bracket that is not closed
+        entries.append(",".join(parts))
+    return entries
 
 
 def _set(values: dict[str, Any], path: list[str], value: object) -> None:

@@ -257,12 +257,12 @@ MISTAKES = [
     ),
     # Configuration
     Mistake(
-        "faccel.init(mixed_precision='fp8', env={})",
+        "faccel.init(mixed_precision='int8', env={})",
         CONFIG,
         "mixed_precision",
-        "fp8",
+        "int8",
         "bf16",
-        "fp8",
+        "int8",
     ),
     Mistake(
         "faccel.init(grad_acum=4, env={})", CONFIG, "grad_acum", "4", "grad_accum", "grad_acum"
