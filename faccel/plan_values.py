@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -75,17 +75,35 @@ def to_plan(value: object) -> Plan:
 
 def _parsed(text: str) -> dict[str, Any]:
     """Return the values of `name=value,record.name=value`."""
-    values: dict[str, Any] = {}
+    entries: list[tuple[str, object]] = []
     for entry in _entries_of(text):
         name, mark, value = entry.partition("=")
         if not mark or not name.strip():
             raise ConfigError(
                 "`plan` must be entries `name=value`", got=short_repr(entry), fix=_FIX
             )
-        path = name.strip().split(".")
+        entries.append((name.strip(), _scalar(value.strip())))
+    return nested(entries)
+
+
+def nested(entries: Iterable[tuple[str, object]]) -> dict[str, Any]:
+    """Return the section `plan` of a configuration file for values by dotted name.
+
+    Effects: pure.
+
+    Raises:
+        ConfigError: A name has both a value and fields.
+
+    Examples:
+        >>> nested([("offload", True), ("fsdp.prefetch", 1), ("tensor.blocks.*.up", "colwise")])
+        {'offload': True, 'fsdp': {'prefetch': 1}, 'tensor': {'blocks.*.up': 'colwise'}}
+    """
+    values: dict[str, Any] = {}
+    for name, value in entries:
+        path = name.split(".")
         if path[0] == "tensor":  # whose keys are patterns of names, with dots
             path = ["tensor", ".".join(path[1:])]
-        _set(values, path, _scalar(value.strip()))
+        _set(values, path, value)
     return values
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import attrs
@@ -14,13 +13,13 @@ from faccel.config import flag_of, text_of
 from faccel.config_file import NPROC
 from faccel.errors import FaccelError, LaunchError, short_repr
 
+_STRATEGY = "distributed_type"
 # Options of Accelerate 1.15 and torchrun without a value.
 _SWITCHES: Mapping[str, tuple[str, str]] = {
-    "multi_gpu": ("distributed_type", "MULTI_GPU"),
-    "use_fsdp": ("distributed_type", "FSDP"),
-    "use_deepspeed": ("distributed_type", "DEEPSPEED"),
-    "use_megatron_lm": ("distributed_type", "MEGATRON_LM"),
-    "tpu": ("distributed_type", "TPU"),
+    "use_fsdp": (_STRATEGY, "FSDP"),
+    "use_deepspeed": (_STRATEGY, "DEEPSPEED"),
+    "use_megatron_lm": (_STRATEGY, "MEGATRON_LM"),
+    "tpu": (_STRATEGY, "TPU"),
     "use_cpu": ("use_cpu", "true"),
     "enable_cpu_affinity": ("enable_cpu_affinity", "true"),
     "dynamo_use_fullgraph": ("dynamo_use_fullgraph", "true"),
@@ -28,7 +27,8 @@ _SWITCHES: Mapping[str, tuple[str, str]] = {
     "dynamo_use_regional_compilation": ("dynamo_use_regional_compilation", "true"),
     "fp8_use_autocast_during_eval": ("fp8_use_autocast_during_eval", "true"),
     "downcast_bf16": ("downcast_bf16", "true"),
-    # What faccel does without an option: one node, sections that are written.
+    # What faccel does without an option: all devices, one node, the sections that are there.
+    "multi_gpu": ("", ""),
     "use_parallelism_config": ("", ""),
     "same_network": ("", ""),
     "standalone": ("", ""),
@@ -193,9 +193,14 @@ def _converted(foreign: Mapping[str, str], given: Mapping[str, str]) -> list[str
     from faccel.config_file import read_accelerate
     from faccel.launching.import_accelerate import from_accelerate
 
-    keys: dict[str, Any] = {"distributed_type": "NO"}
+    keys: dict[str, Any] = {_STRATEGY: "NO"}
     if "config_file" in foreign:
         keys |= read_accelerate(foreign["config_file"])
+    strategies = [f"`--{name}`" for name in foreign if _SWITCHES.get(name, ("",))[0] == _STRATEGY]
+    if len(strategies) > 1:
+        raise LaunchError(
+            "a launch has one strategy", got=" and ".join(strategies), fix="remove one of them"
+        )
     for name, value in foreign.items():
         if name != "config_file":
             _set_key(keys, name, value)
@@ -205,25 +210,21 @@ def _converted(foreign: Mapping[str, str], given: Mapping[str, str]) -> list[str
     for key, value in converted.without_equivalent.items():
         raise _no_equivalent(key, value, foreign)
     # Of the nodes first, then the fields of the configuration.
-    options = [*converted.options]
+    options = dict(zip(converted.options[::2], converted.options[1::2], strict=True))
     for name, value in converted.values.items():
-        options += _own_option(name, value)
+        option, text = _own_option(name, value)
+        options[option] = text
     return _without_given(options, given, foreign)
 
 
 def _without_given(
-    options: Sequence[str], given: Mapping[str, str], foreign: Mapping[str, str]
+    options: Mapping[str, str], given: Mapping[str, str], foreign: Mapping[str, str]
 ) -> list[str]:
-    """Return the options that are not given under our names, too."""
-    kept: list[str] = []
-    for option, value in pairwise([*options, ""]):
-        if not option.startswith("--"):
-            continue
-        pair = [option]
-        if not value.startswith("--"):
-            pair = [option, value]
+    """Return the words of the options that are not given under our names, too."""
+    words: list[str] = []
+    for option, value in options.items():
         if option not in given:
-            kept += pair
+            words += filter(None, (option, value))
         # Options are stronger than a file, but two of them must agree.
         elif given[option] != value and "config_file" not in foreign:
             raise LaunchError(
@@ -232,7 +233,7 @@ def _without_given(
                 f"{', '.join(f'`--{name}`' for name in foreign)}",
                 fix="remove one of them",
             )
-    return kept
+    return words
 
 
 def _set_key(keys: dict[str, Any], name: str, value: Any) -> None:
@@ -255,19 +256,20 @@ def _set_key(keys: dict[str, Any], name: str, value: Any) -> None:
         keys[name] = value
 
 
-def _own_option(name: str, value: Any) -> list[str]:
+def _own_option(name: str, value: Any) -> tuple[str, str]:
+    """Return our option for a field of the configuration, and its value; empty for a switch."""
     if name == NPROC:
-        return ["--nproc", str(value)]
+        return "--nproc", str(value)
     if value is True:
-        return [flag_of(name)]
+        return flag_of(name), ""
     # The records of a configuration, as text.
     if name == "mesh":
-        return ["--mesh", ",".join(f"{axis}={size}" for axis, size in value.items())]
+        return "--mesh", ",".join(f"{axis}={size}" for axis, size in value.items())
     if name == "plan":
         from faccel.plan_values import to_plan
 
         value = to_plan(value)
-    return [flag_of(name), text_of(value)]
+    return flag_of(name), text_of(value)
 
 
 def _no_equivalent(key: str, value: object, foreign: Mapping[str, str]) -> LaunchError:

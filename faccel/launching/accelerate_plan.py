@@ -166,22 +166,3 @@ def convert_section(name: str, section: Arguments) -> Arguments:
             arguments |= converted
             del section[key]
     return arguments
-
-
-def nested(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments as the section `plan` of a configuration file.
-
-    Effects: pure.
-
-    Examples:
-        >>> nested({"offload": True, "fsdp.prefetch": 1})
-        {'offload': True, 'fsdp': {'prefetch': 1}}
-    """
-    section: dict[str, Any] = {}
-    for name, value in arguments.items():
-        record, mark, field = name.partition(".")
-        if mark:
-            section.setdefault(record, {})[field] = value
-        else:
-            section[name] = value
-    return section

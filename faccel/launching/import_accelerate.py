@@ -10,7 +10,8 @@ import attrs
 
 from faccel.config_file import NPROC
 from faccel.errors import ConfigError, short_repr
-from faccel.launching.accelerate_plan import convert_section, nested
+from faccel.launching.accelerate_plan import convert_section
+from faccel.plan_values import nested
 
 _Keys = dict[str, Any]
 # Keys without a field or option, because faccel detects the value or has no use for it.
@@ -94,7 +95,7 @@ def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
     if values.get("mixed_precision") == "fp8":
         plan |= convert_section("fp8_config", _section(remaining, "fp8_config"))
     if plan:
-        values["plan"] = nested(plan)
+        values["plan"] = nested(plan.items())
     _remove_unneeded(remaining)
     if kind in _ENGINES and not _section(remaining, _ENGINES[kind]):
         # an engine without a section would disappear from the report

@@ -92,10 +92,10 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
     tied_copies = dict(model.parallelism.tied_copies(model.engine))
     # An optimizer may be connected to several models, one after the other.
     previous = _BINDINGS.get(connected)
-    if previous is not None:
-        tied_copies |= previous.tied_copies
     if previous is None:
         prepare_optimizer(opt, connected, ctx)
+    else:
+        tied_copies |= previous.tied_copies
     guard = guard_steps(connected, getattr(previous, "guard", None), ctx)
     _BINDINGS[connected] = OptimizerBinding(model.ctx, tied_copies, guard)
     return connected

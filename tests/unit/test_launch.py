@@ -152,6 +152,7 @@ COMMANDS = {
     "--gpu_ids 0,1 --num_processes 2": "--gpu-ids 0,1 --nproc 2",
     "--gpu_ids=all": "--gpu-ids all",
     "--num_cpu_threads_per_process 4 --num_processes 1": "--threads-per-process 4 --nproc 1",
+    "--use_fsdp --multi_gpu --num_processes 4": "--nproc 4 --mesh dp_shard=-1",
     "--use_fsdp --num_processes 4": "--nproc 4 --mesh dp_shard=-1",
     "--use_fsdp --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
     "--fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer --fsdp_sharding_strategy FULL_SHARD "
@@ -238,6 +239,7 @@ def test_each_option_of_accelerate_is_translated_or_an_error_with_what_to_write(
         ("--use_fsdp --fsdp_backward_prefetch BACKWARD_POST", "`--plan`"),
         ("--use_megatron_lm --megatron_lm_tp_degree 2", "`--mesh"),
         ("--nproc 2 --num_processes 3", "`--nproc` is given in two ways"),
+        ("--use_fsdp --use_deepspeed", "a launch has one strategy"),
         ("--num_processes 3 --num_machines 2", "a multiple of `num_machines`"),
         ("--num_processes many", "`num_processes` of the file must be a whole number"),
         ("--config_file none.yaml", "none.yaml"),
