@@ -1,5 +1,7 @@
 """Settings of all tests: threads, signal handlers, and which meshes are slow."""
 
+import logging
+import os
 import signal
 
 import pytest
@@ -7,6 +9,8 @@ import torch
 
 torch.set_num_threads(1)
 
+# pytest changes it for each phase of a test.
+PYTEST_NAMES = {"PYTEST_CURRENT_TEST"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 # A shell starts background processes with SIGINT ignored. Python keeps that, and so would every
@@ -15,15 +19,61 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _process_settings():
+    """What every later test of this process depends on."""
+    return {
+        "working directory": os.getcwd(),
+        "level of the root logger": logging.getLogger().level,
+        "default dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "grad mode": torch.is_grad_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        **{number.name: signal.getsignal(number) for number in SIGNALS},
+        **{f"${name}": value for name, value in os.environ.items() if name not in PYTEST_NAMES},
+    }
+
+
+def _restore(settings):
+    os.chdir(settings["working directory"])
+    for name in os.environ.keys() - PYTEST_NAMES:
+        if f"${name}" not in settings:
+            del os.environ[name]
+    os.environ.update({name[1:]: text for name, text in settings.items() if name[0] == "$"})
+    logging.getLogger().setLevel(settings["level of the root logger"])
+    torch.set_default_dtype(settings["default dtype"])
+    torch.set_num_threads(settings["threads"])
+    torch.set_grad_enabled(settings["grad mode"])
+    torch.set_float32_matmul_precision(settings["matmul precision"])
+    torch.use_deterministic_algorithms(settings["deterministic algorithms"])
+    for number in SIGNALS:
+        signal.signal(number, settings[number.name])
+
+
 @pytest.fixture(autouse=True)
-def signal_handlers():
-    """Fail for a test that leaves a handler: later tests would not receive their signals."""
-    before = [signal.getsignal(number) for number in SIGNALS]
+def process_settings():
+    """Fail for a test that leaves a setting of the process changed, and change it back."""
+    before = _process_settings()
     yield
-    after = [signal.getsignal(number) for number in SIGNALS]
-    for number, handler in zip(SIGNALS, before, strict=True):
-        signal.signal(number, handler)
-    assert after == before
+    after = _process_settings()
+    if after != before:
+        _restore(before)
+        names = sorted(dict(before.items() ^ after.items()))
+        changed = {name: (before.get(name), after.get(name)) for name in names}
+        pytest.fail(f"the test changed settings of the process (before, after): {changed}")
+
+
+@pytest.fixture
+def log_records(caplog):
+    """Return a function: the records logged so far by the loggers below `name`.
+
+    `caplog.records` also has those of every library that logs in this process.
+    """
+
+    def records(name="faccel"):
+        return [record for record in caplog.records if f"{record.name}.".startswith(f"{name}.")]
+
+    return records
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects

@@ -410,12 +410,12 @@ class Tied(nn.Module):
         return self.lm_head(self.body(x))
 
 
-def test_layers_that_stay_in_bf16_are_reported_with_the_reason(caplog):
+def test_layers_that_stay_in_bf16_are_reported_with_the_reason(caplog, log_records):
     net = Tied()
     with caplog.at_level(logging.INFO):
         faccel.wrap(net, fake_context(0, 1, config=FP8), plan=with_fp8(faccel.Plan()))
     assert in_fp8(net) == ["body"]
-    text = "\n".join(record.getMessage() for record in caplog.records if "fp8" in record.name)
+    text = "\n".join(record.getMessage() for record in log_records() if "fp8" in record.name)
     assert "fp8 in 1 of 4 linear layers of Tied" in text
     assert "`odd` (24 x 16, not multiples of 16)" in text
     assert "`tied` (its weight is tied)" in text
@@ -423,9 +423,9 @@ def test_layers_that_stay_in_bf16_are_reported_with_the_reason(caplog):
     assert "not compiled" in text
 
 
-def test_rank_0_alone_reports(caplog):
+def test_rank_0_alone_reports(log_records):
     simulate(losses_of, 2, PLAN, config=FP8)
-    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    warnings = [record for record in log_records() if record.levelno >= logging.WARNING]
     texts = [record.getMessage() for record in warnings if "fp8" in record.name]
     assert len(texts) == len(set(texts)) == 3
 

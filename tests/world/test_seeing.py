@@ -70,7 +70,9 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 0.5), (1, 1.5), (2, 2.5)]
 
 
-def test_the_failure_of_a_custom_tracker_is_logged_once_and_does_not_stop_the_run(tmp_path, caplog):
+def test_the_failure_of_a_custom_tracker_is_logged_once_and_does_not_stop_the_run(
+    tmp_path, log_records
+):
     steps = []
 
     def fail(state, values, step):
@@ -84,7 +86,7 @@ def test_the_failure_of_a_custom_tracker_is_logged_once_and_does_not_stop_the_ru
         faccel.tracking.log({"x": 1}, trackers, step=step)
     faccel.tracking.finish(trackers)
     assert steps == [0, 1, 2]
-    assert [r.getMessage().count("the server is gone") for r in caplog.records] == [1]
+    assert [r.getMessage().count("the server is gone") for r in log_records()] == [1]
     assert len((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -139,7 +141,7 @@ LOGGED = {
 
 @pytest.mark.parametrize("kind", LOGGED)
 @pytest.mark.filterwarnings("error")
-def test_a_value_of_any_type_drops_no_other_value(kind, tmp_path, caplog):
+def test_a_value_of_any_type_drops_no_other_value(kind, tmp_path, log_records):
     value, in_jsonl, in_csv = LOGGED[kind]
     ctx = fake_context(0, 1, config={"run_dir": str(tmp_path)})
     trackers = faccel.tracking.init_trackers("run", ctx, trackers=("jsonl", "csv"))
@@ -157,12 +159,12 @@ def test_a_value_of_any_type_drops_no_other_value(kind, tmp_path, caplog):
     expected = [pair for pair in expected if pair[1] is not ABSENT]
     assert rows == [(str(step), *pair) for step in range(3) for pair in expected]
     assert len(lines) == 3
-    assert len(caplog.records) == (in_csv is ABSENT)
-    assert all("`it`" in record.getMessage() for record in caplog.records)
+    assert len(log_records()) == (in_csv is ABSENT)
+    assert all("`it`" in record.getMessage() for record in log_records())
 
 
 @pytest.mark.filterwarnings("ignore")  # from the imports of tensorboard
-def test_tensorboard_records_text_next_to_numbers(tmp_path, caplog):
+def test_tensorboard_records_text_next_to_numbers(tmp_path, log_records):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     ctx = fake_context(0, 1, config={"run_dir": str(tmp_path)})
@@ -176,7 +178,7 @@ def test_tensorboard_records_text_next_to_numbers(tmp_path, caplog):
     assert [event.value for event in events.Scalars("loss")] == [0.5, 0.5]
     texts = events.Tensors("phase/text_summary")
     assert [text.tensor_proto.string_val[0] for text in texts] == [b"warm-up"] * 2
-    assert [record.getMessage().count("`none`") for record in caplog.records] == [1]
+    assert [record.getMessage().count("`none`") for record in log_records()] == [1]
 
 
 def test_a_sharded_value_is_left_out_because_its_number_needs_the_other_ranks(tmp_path, caplog):
@@ -227,7 +229,7 @@ FIELDS = {"lr": 0.1, "path": pathlib.PurePosixPath("a/b")}
     ids=lambda config: type(config).__name__,
 )
 @pytest.mark.filterwarnings("ignore")  # from the imports of tensorboard
-def test_a_config_of_any_type_with_fields_is_stored(config, tmp_path, caplog):
+def test_a_config_of_any_type_with_fields_is_stored(config, tmp_path, log_records):
     ctx = fake_context(0, 1, config={"run_dir": str(tmp_path)})
     for nested in (config, {"args": config}):
         names = ("jsonl", "csv", "tensorboard")
@@ -240,7 +242,7 @@ def test_a_config_of_any_type_with_fields_is_stored(config, tmp_path, caplog):
             if type(config).__name__ == "Arguments":  # not a record: its text below the top level
                 continue
         assert stored == {"lr": 0.1, "path": "a/b"}
-    assert not caplog.records
+    assert not log_records()
 
 
 def test_custom_trackers_have_different_names_and_each_failure_is_logged(tmp_path, caplog):
@@ -275,7 +277,7 @@ def test_a_custom_tracker_gets_values_of_its_types_only(tmp_path):
     assert seen == [{"loss": 1.0, "table": [1, 2]}]
 
 
-def test_a_logger_logs_on_rank_0_with_rank_and_step(caplog):
+def test_a_logger_logs_on_rank_0_with_rank_and_step(caplog, log_records):
     caplog.set_level(logging.INFO)
     root = (logging.root.level, list(logging.root.handlers))
 
@@ -286,12 +288,12 @@ def test_a_logger_logs_on_rank_0_with_rank_and_step(caplog):
         log.debug("not at this level", every_rank=True)
 
     simulate(fn, 2)
-    assert [(r.getMessage(), r.rank, r.world_size, r.step) for r in caplog.records] == [
+    assert [(r.getMessage(), r.rank, r.world_size, r.step) for r in log_records()] == [
         ("loss 0.5", 0, 2, 7),
         ("[rank 0] here", 0, 2, None),
         ("[rank 1] here", 1, 2, None),
     ]
-    assert {r.filename for r in caplog.records} == {"test_seeing.py"}
+    assert {r.filename for r in log_records()} == {"test_seeing.py"}
     assert (logging.root.level, list(logging.root.handlers)) == root
 
 
