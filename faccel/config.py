@@ -14,6 +14,7 @@ from faccel.validators import Validator, boolean, choice, float_at_least, folder
 
 if TYPE_CHECKING:
     from faccel.plan import Plan
+    from faccel.plan_units import Compile
 
 PRECISIONS = ("no", "bf16", "fp16", "fp8", "bf16-true", "fp16-true")
 STRATEGIES = ("deepspeed",)
@@ -71,6 +72,14 @@ def _to_plan(value: Plan | Mapping[str, object] | str | None) -> Plan | None:
     return to_plan(value)
 
 
+def _to_compile(value: Compile | Mapping[str, object] | str | None) -> Compile | None:
+    if value is None:
+        return None
+    from faccel.plan_values import to_compile
+
+    return to_compile(value)
+
+
 def _check_zero(config: object, attribute: object, value: object) -> None:
     if value is None:
         return
@@ -122,6 +131,8 @@ class Config:
             parameters too, 0 nothing. None is 2.
         plan: The `Plan` of each `wrap` that gets none: a `Plan`, a mapping of its fields, or text
             such as `"units=Block,fsdp.prefetch=1"`.
+        compile: The `compile` of each plan that has none: `"whole"`, `"units"`, a `Compile`, or its
+            fields as a mapping or text such as `"what=units,mode=max-autotune"`.
         device_placement: Whether models and batches are moved to the device.
         debug: Whether ranks compare call, shapes, dtypes and call site before each collective of
             faccel. Slow.
@@ -165,6 +176,12 @@ class Config:
         "how models run, as in `units=Block,activation_checkpoint=full,offload=true`",
         converter=_to_plan,
     )
+    compile: Compile | None = _field(
+        None,
+        str,
+        "what is compiled: whole, units, or as in `what=units,mode=max-autotune`",
+        converter=_to_compile,
+    )
     device_placement: bool = _field(
         True, _parse_bool, "move models and batches", validator=boolean()
     )
@@ -203,10 +220,10 @@ def text_of(value: object) -> str:
         >>> text_of(MeshSpec(dp_shard=2, tp=2))
         'dp_shard=2,tp=2'
     """
-    if type(value).__name__ == "Plan":  # by name, because few runs import the class
-        from faccel.plan_values import plan_text
+    if type(value).__name__ in ("Plan", "Compile"):  # by name, because few runs import the classes
+        from faccel.plan_values import record_text
 
-        return plan_text(value) or "Plan()"  # pyright: ignore[reportArgumentType]
+        return record_text(value)  # pyright: ignore[reportArgumentType]
     if not isinstance(value, MeshSpec):
         return short_text(value)
     axes: list[str] = []

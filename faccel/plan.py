@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TypeVar
 
 import attrs
 
-from faccel.checks import instance_of, one_of, shown
+from faccel.checks import instance_of, one_of
 from faccel.errors import ConfigError, short_repr
-from faccel.validators import boolean, choice, positive_number
-
-R = TypeVar("R")
+from faccel.plan_units import (
+    ActivationCheckpointing,
+    Compile,
+    Fp8,
+    to_activation_checkpoint,
+    to_compile,
+)
+from faccel.validators import bool_field, choice, construct, patterns, positive_number
 
 HOOKS = ("bf16", "bf16_powersgd", "fp16", "fp16_powersgd", "powersgd")
 """Compressions of the gradients that DDP reduces."""
@@ -26,28 +30,6 @@ STYLES = (
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved")
 """Pipeline schedules, under PyTorch's names."""
-
-
-def _patterns(value: object) -> tuple[str, ...]:
-    """Return a tuple of patterns for one pattern or several."""
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, Iterable):
-        return tuple(value)
-    raise ConfigError(
-        "name patterns must be a str or a tuple of str",
-        got=shown(value),
-        fix='write `"blocks.*"` or `("blocks.*", "head")`',
-    )
-
-
-def _bool_field(*, default: bool) -> bool:
-    return attrs.field(default=default, validator=boolean())
-
-
-def _construct(cls: Callable[..., R], fields: Mapping[str, object]) -> R:
-    """Return a record from its fields; for `__reduce__`: a `MappingProxyType` has no pickle."""
-    return cls(**fields)
 
 
 @attrs.frozen(kw_only=True)
@@ -71,8 +53,8 @@ class PowerSgdConfig:
     rank: int = attrs.field(default=1, validator=positive_number())
     start_step: int = attrs.field(default=1000, validator=positive_number())
     min_compression_rate: float = attrs.field(default=2, validator=positive_number())
-    use_error_feedback: bool = _bool_field(default=True)
-    warm_start: bool = _bool_field(default=True)
+    use_error_feedback: bool = bool_field(default=True)
+    warm_start: bool = bool_field(default=True)
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
@@ -109,20 +91,20 @@ class DdpConfig:
             and returns full states on every rank.
     """
 
-    find_unused_parameters: bool = _bool_field(default=False)
-    static_graph: bool = _bool_field(default=False)
-    forward_sync_buffers: bool = _bool_field(default=True)
+    find_unused_parameters: bool = bool_field(default=False)
+    static_graph: bool = bool_field(default=False)
+    forward_sync_buffers: bool = bool_field(default=True)
     # None and not a number: PyTorch's default (25 MB) has a smaller first bucket, which a number
     # would replace, too.
     bucket_cap_mb: float | None = attrs.field(
         default=None, validator=positive_number(optional=True)
     )
-    gradient_as_bucket_view: bool = _bool_field(default=True)
-    skip_all_reduce_unused_params: bool = _bool_field(default=False)
+    gradient_as_bucket_view: bool = bool_field(default=True)
+    skip_all_reduce_unused_params: bool = bool_field(default=False)
     comm_hook: str | None = attrs.field(default=None, validator=choice(*HOOKS, optional=True))
     # frozen, so that one instance can be the default of all
     powersgd: PowerSgdConfig = PowerSgdConfig()
-    shard_optimizer: bool = _bool_field(default=False)
+    shard_optimizer: bool = bool_field(default=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -146,10 +128,10 @@ class FsdpConfig:
     """
 
     reshard_after_forward: bool | int | None = None
-    ignored: tuple[str, ...] = attrs.field(default=(), converter=_patterns)
+    ignored: tuple[str, ...] = attrs.field(default=(), converter=patterns)
     prefetch: int | None = attrs.field(default=None, validator=positive_number(optional=True))
-    fp32_units: tuple[str, ...] = attrs.field(default=(), converter=_patterns)
-    low_precision_params: bool = _bool_field(default=False)
+    fp32_units: tuple[str, ...] = attrs.field(default=(), converter=patterns)
+    low_precision_params: bool = bool_field(default=False)
 
 
 def _settings(value: object) -> str | Mapping[str, object] | None:
@@ -188,43 +170,7 @@ class DeepSpeedConfig:
         fields = attrs.asdict(self, recurse=False)
         if isinstance(self.settings, Mapping):
             fields["settings"] = dict(self.settings)
-        return _construct, (DeepSpeedConfig, fields)
-
-
-@attrs.frozen(kw_only=True)
-class ActivationCheckpointing:
-    """Activation checkpointing: activations are not kept for backward, but computed a second time.
-
-    Args:
-        every: Every `every`-th unit is checkpointed; 1 is all of them.
-        save_ops: Names of operators whose results are kept, such as `"aten.mm.default"` (selective
-            checkpointing).
-        memory_budget: Fraction of the activations that the compiler may keep: above 0, and at most
-            1, which keeps everything. Needs `Plan(compile=...)`.
-    """
-
-    every: int = attrs.field(default=1, validator=positive_number())
-    save_ops: tuple[str, ...] = attrs.field(default=(), converter=_patterns)
-    memory_budget: float | None = attrs.field(
-        default=None, validator=positive_number(optional=True)
-    )
-
-
-def _activation_checkpoint(value: object) -> ActivationCheckpointing | None:
-    if value is None or isinstance(value, ActivationCheckpointing):
-        return value
-    # the short forms of the common cases
-    if value == "full":
-        return ActivationCheckpointing()
-    # a bool is an int in Python: `True` must raise instead of being read as 1
-    if isinstance(value, int) and not isinstance(value, bool):
-        return ActivationCheckpointing(every=value)
-    raise ConfigError(
-        "`activation_checkpoint` must be 'full', an int or an `ActivationCheckpointing`",
-        got=short_repr(value),
-        fix='write `activation_checkpoint="full"`, or `activation_checkpoint=2` for every second '
-        "unit",
-    )
+        return construct, (DeepSpeedConfig, fields)
 
 
 def _tensor_styles(value: object) -> Mapping[str, str]:
@@ -274,9 +220,9 @@ class PipelineConfig:
     are split with the batch.
     """
 
-    chain: tuple[str, ...] = attrs.field(converter=_patterns)
+    chain: tuple[str, ...] = attrs.field(converter=patterns)
     split: tuple[str, ...] | None = attrs.field(
-        default=None, converter=attrs.converters.optional(_patterns)
+        default=None, converter=attrs.converters.optional(patterns)
     )
     schedule: str = attrs.field(default="1f1b", validator=choice(*SCHEDULES))
     stages_per_rank: int = attrs.field(default=1, validator=positive_number())
@@ -288,51 +234,6 @@ class PipelineConfig:
                 f"`stages_per_rank` must be 1 with the schedule {short_repr(self.schedule)}",
                 got=f"stages_per_rank={self.stages_per_rank}",
                 fix='write `schedule="interleaved"`',
-            )
-
-
-FP8_RECIPES = ("rowwise", "rowwise_with_gw_hp", "tensorwise")
-"""How fp8 layers scale their operands, under torchao's names."""
-
-
-@attrs.frozen(kw_only=True)
-class Fp8:
-    """Linear layers that multiply in fp8, for `mixed_precision="fp8"`.
-
-    Args:
-        recipe: `"tensorwise"`: one scale for each operand, the fastest. `"rowwise"`: one for each
-            row, more exact. `"rowwise_with_gw_hp"`: rowwise, with weight gradients in bf16.
-        backend: `"torchao"`, or `"te"` for NVIDIA's Transformer Engine (`"tensorwise"` only).
-        skip: Patterns of the names of modules that stay in bf16, with all layers inside. None is
-            the output layer and the routers of experts: modules with the name `head`, `lm_head`,
-            `router` or `gate`, and what `get_output_embeddings()` of a transformers model returns.
-        all_gather: Whether FSDP2 gathers the weights of these layers in fp8, a quarter of the bytes
-            of fp32. For `"tensorwise"` of torchao; the other recipes gather weights as stored.
-        emulate: Whether to compute with rounded values in fp32, on any device. It is slow, for
-            tests of the numbers without the hardware.
-
-    Examples:
-        >>> Plan(fp8=Fp8(recipe="rowwise", skip=("head", "blocks.0"))).fp8.skip
-        ('head', 'blocks.0')
-    """
-
-    recipe: str = attrs.field(default="tensorwise", validator=choice(*FP8_RECIPES))
-    backend: str = attrs.field(default="torchao", validator=choice("te", "torchao"))
-    skip: tuple[str, ...] | None = attrs.field(
-        default=None, converter=attrs.converters.optional(_patterns)
-    )
-    all_gather: bool = _bool_field(default=True)
-    emulate: bool = _bool_field(default=False)
-
-    def __attrs_post_init__(self) -> None:
-        if self.backend != "te":
-            return
-        # Transformer Engine has other recipes, and no emulation.
-        if self.recipe != "tensorwise" or self.emulate:
-            raise ConfigError(
-                '`backend="te"` takes the recipe "tensorwise" only, and does not emulate',
-                got=f"recipe={short_repr(self.recipe)}, emulate={self.emulate}",
-                fix='write `backend="torchao"`',
             )
 
 
@@ -358,8 +259,9 @@ class Plan:
             as input or output. Other modules are replicated.
         pipeline: For a mesh with `pp`: how to split the model into stages.
         activation_checkpoint: `"full"`, `n` for every n-th unit, or an `ActivationCheckpointing`.
-        compile: `"whole"` compiles the model, `"units"` each unit; None does not compile. The first
-            forward raises if nothing was compiled.
+        compile: `"whole"` compiles the model, `"units"` each unit, a `Compile` has the options of
+            `torch.compile`; None does not compile. The first forward raises if nothing was
+            compiled.
         offload: Whether parameters, gradients and optimizer states are kept in the memory of the
             host.
         fp8: How linear layers multiply with `mixed_precision="fp8"`; None is `Fp8()`.
@@ -380,18 +282,16 @@ class Plan:
     tensor: Mapping[str, str] = attrs.field(factory=dict, converter=_tensor_styles)
     pipeline: PipelineConfig | None = None
     activation_checkpoint: ActivationCheckpointing | None = attrs.field(
-        default=None, converter=_activation_checkpoint
+        default=None, converter=to_activation_checkpoint
     )
-    compile: str | None = attrs.field(
-        default=None, validator=choice("whole", "units", optional=True)
-    )
-    offload: bool = _bool_field(default=False)
+    compile: Compile | None = attrs.field(default=None, converter=to_compile)
+    offload: bool = bool_field(default=False)
     fp8: Fp8 | None = None
 
     def __reduce__(self) -> tuple[Callable[..., Plan], tuple[object, ...]]:
         fields = attrs.asdict(self, recurse=False)
         fields["tensor"] = dict(self.tensor)
-        return _construct, (Plan, fields)
+        return construct, (Plan, fields)
 
     # Whether the plan fits the mesh and the model is checked by `wrap`, which has both.
     def __attrs_post_init__(self) -> None:
@@ -419,9 +319,9 @@ class Plan:
                 got=f"memory_budget={budget}",
                 fix="write `memory_budget=0.5` to keep half of the activations",
             )
-        if self.compile is None:
+        if self.compile is None or self.compile.backend != "inductor":
             raise ConfigError(
                 "`memory_budget` needs `compile`, because the compiler chooses what to keep",
-                got="compile=None",
+                got=f"compile={short_repr(self.compile)}",
                 fix='write `compile="units"`, too',
             )

@@ -12,6 +12,7 @@ from faccel.checks import shown
 from faccel.errors import ConfigError, nearest, short_repr, short_text
 from faccel.plan import (
     ActivationCheckpointing,
+    Compile,
     DdpConfig,
     DeepSpeedConfig,
     Fp8,
@@ -25,6 +26,7 @@ from faccel.plan import (
 _RECORDS: Mapping[type, Mapping[str, type]] = {
     Plan: {
         "activation_checkpoint": ActivationCheckpointing,
+        "compile": Compile,
         "ddp": DdpConfig,
         "deepspeed": DeepSpeedConfig,
         "fp8": Fp8,
@@ -33,9 +35,10 @@ _RECORDS: Mapping[type, Mapping[str, type]] = {
     },
     DdpConfig: {"powersgd": PowerSgdConfig},
 }
-_FIX = (
-    "write for example `plan: {units: Block, offload: true}` or `--plan units=Block,offload=true`"
-)
+_FIXES: Mapping[str, str] = {
+    "compile": "write `compile: units`, or `--compile what=units,mode=max-autotune`",
+    "plan": "write `plan: {units: Block, offload: true}` or `--plan units=Block,offload=true`",
+}
 _WORDS: Mapping[str, bool | None] = {"true": True, "false": False, "none": None}
 
 
@@ -58,30 +61,51 @@ def to_plan(value: object) -> Plan:
         >>> to_plan("fsdp.prefetch=2").fsdp.prefetch
         2
     """
-    if isinstance(value, Plan):
+    return _converted(Plan, "plan", value)
+
+
+def to_compile(value: object) -> Compile:
+    """Return the compilation for `"whole"`, `"units"`, or the fields of `Compile`.
+
+    Effects: pure.
+
+    Raises:
+        ConfigError: A field is unknown, or its value invalid.
+
+    Examples:
+        >>> to_compile("what=units,mode=max-autotune").mode
+        'max-autotune'
+    """
+    if isinstance(value, str) and "=" not in value:
+        value = {"what": value}
+    return _converted(Compile, "compile", value)
+
+
+def _converted(cls: type, name: str, value: object) -> Any:
+    if isinstance(value, cls):
         return value
     if isinstance(value, str):
-        value = _parsed(value)
+        value = _parsed(name, value)
     if not isinstance(value, Mapping):
-        raise ConfigError("`plan` must be a `Plan`, a mapping or text", got=shown(value), fix=_FIX)
+        problem = f"`{name}` must be a `{cls.__name__}`, a mapping or text"
+        raise ConfigError(problem, got=shown(value), fix=_FIXES[name])
     try:
-        return _record(Plan, value, "plan")
+        return _record(cls, value, name)
     except ConfigError as error:
-        if error.problem.startswith("`plan"):
+        if error.problem.startswith(f"`{name}"):
             raise
-        problem = f"`plan` has an invalid value: {error.problem}"
+        problem = f"`{name}` has an invalid value: {error.problem}"
         raise ConfigError(problem, got=error.got, fix=error.fix) from None
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _parsed(record: str, text: str) -> dict[str, Any]:
     """Return the values of `name=value,record.name=value`."""
     entries: list[tuple[str, object]] = []
     for entry in _entries_of(text):
         name, mark, value = entry.partition("=")
         if not mark or not name.strip():
-            raise ConfigError(
-                "`plan` must be entries `name=value`", got=short_repr(entry), fix=_FIX
-            )
+            problem = f"`{record}` must be entries `name=value`"
+            raise ConfigError(problem, got=short_repr(entry), fix=_FIXES[record])
         entries.append((name.strip(), _scalar(value.strip())))
     return nested(entries)
 
@@ -168,10 +192,11 @@ def _record(cls: type, values: Mapping[Any, Any], path: str) -> Any:
     try:
         return cls(**arguments)
     except TypeError as error:  # a field without a default is missing
-        raise ConfigError(f"`{path}` is incomplete", got=str(error), fix=_FIX) from None
+        problem = f"`{path}` is incomplete"
+        raise ConfigError(problem, got=str(error), fix=_FIXES["plan"]) from None
 
 
-def plan_values(plan: Plan) -> dict[str, Any]:
+def plan_values(record: Plan | Compile) -> dict[str, Any]:
     """Return the fields that differ from the defaults, as a configuration file has them.
 
     Effects: pure.
@@ -180,7 +205,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         >>> plan_values(to_plan("units=Block,activation_checkpoint=full,fsdp.prefetch=1"))
         {'fsdp': {'prefetch': 1}, 'units': 'Block', 'activation_checkpoint': 'full'}
     """
-    return _values(plan)
+    return _values(record)
 
 
 def _values(record: Any) -> dict[str, Any]:
@@ -201,6 +226,8 @@ def _plain(value: Any) -> Any:
         if not fields:
             return "full"
         return fields
+    if isinstance(value, Compile) and attrs.evolve(value, what="whole") == Compile():
+        return value.what
     if attrs.has(type(value)):
         return _values(value)
     if isinstance(value, Mapping):
@@ -212,16 +239,22 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def plan_text(plan: Plan) -> str:
-    """Return a plan as one line of text, which `to_plan` parses.
+def record_text(record: Plan | Compile) -> str:
+    """Return a record as one line of text, which `to_plan` or `to_compile` parses.
 
     Effects: pure.
 
     Examples:
-        >>> plan_text(to_plan({"units": ["Block", "Head"], "fsdp": {"prefetch": 1}}))
+        >>> record_text(to_plan({"units": ["Block", "Head"], "fsdp": {"prefetch": 1}}))
         'fsdp.prefetch=1,units=[Block,Head]'
+        >>> record_text(Compile("units"))
+        'units'
     """
-    return ",".join(_entries(plan_values(plan), ""))
+    plain = _plain(record)
+    if isinstance(plain, str):
+        return plain
+    # The defaults of `Plan` are empty text, which is no value of a variable.
+    return ",".join(_entries(plan_values(record), "")) or f"{type(record).__name__}()"
 
 
 def _entries(values: Mapping[str, Any], prefix: str) -> Iterator[str]:

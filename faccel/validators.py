@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import attrs
 
-from faccel.checks import finite, instance_of, integer, local_path, one_of, positive
+from faccel.checks import finite, instance_of, integer, local_path, one_of, positive, shown
 from faccel.errors import ConfigError, short_repr
 
+R = TypeVar("R")
 # A text, because `attrs.Attribute` cannot be subscripted at run time.
 Validator = Callable[[object, "attrs.Attribute[Any]", Any], None]
 
@@ -56,10 +57,13 @@ def float_at_least(minimum: float) -> Validator:
     return _validator(lambda name, value: finite(name, value, at_least=minimum), optional=False)
 
 
-def boolean() -> Validator:
+def boolean(*, optional: bool = False) -> Validator:
     """Return a validator for a field that must be a bool.
 
     Effects: pure.
+
+    Args:
+        optional: Whether None is valid.
     """
 
     def check(name: str, value: object) -> None:
@@ -69,7 +73,7 @@ def boolean() -> Validator:
                 f"`{name}` must be True or False", got=short_repr(value), fix=f"write `{name}=True`"
             )
 
-    return _validator(check, optional=False)
+    return _validator(check, optional=optional)
 
 
 def text(example: str, *, optional: bool = False) -> Validator:
@@ -107,3 +111,35 @@ def folder(example: str) -> Validator:
         local_path(attribute.name, value)
 
     return validate
+
+
+def patterns(value: object) -> tuple[str, ...]:
+    """Return a tuple of patterns for one pattern or several.
+
+    Effects: pure.
+    """
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, Iterable):
+        return tuple(value)
+    raise ConfigError(
+        "name patterns must be a str or a tuple of str",
+        got=shown(value),
+        fix='write `"blocks.*"` or `("blocks.*", "head")`',
+    )
+
+
+def bool_field(*, default: bool) -> bool:
+    """Return a field of an attrs record that must be a bool.
+
+    Effects: pure.
+    """
+    return attrs.field(default=default, validator=boolean())
+
+
+def construct(cls: Callable[..., R], fields: Mapping[str, object]) -> R:
+    """Return a record from its fields; for `__reduce__`: a `MappingProxyType` has no pickle.
+
+    Effects: pure.
+    """
+    return cls(**fields)

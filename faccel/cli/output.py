@@ -59,8 +59,8 @@ def fields_document(config: Config) -> dict[str, dict[str, object]]:
     document: dict[str, dict[str, object]] = {}
     for field in config_fields():
         value = getattr(config, field.name)
-        # The mesh and the plan are records; the other fields are JSON values.
-        if field.name == "plan" and value is not None:
+        # The mesh, the plan and its compilation are records; other fields are JSON values.
+        if field.name in ("plan", "compile") and value is not None:
             from faccel.plan_values import plan_values
 
             value = plan_values(value)

@@ -80,6 +80,19 @@ def _number(name: str) -> Callable[[Any], Arguments | None]:
     return convert
 
 
+def _compiler(value: object) -> Arguments:
+    compiler = str(value).lower()
+    if compiler == "inductor":
+        return {"compile.what": "whole"}
+    return {"compile.what": "whole", "compile.backend": compiler}
+
+
+def _compile_mode(value: object) -> Arguments:
+    if str(value) == "default":
+        return {}
+    return {"compile.mode": str(value)}
+
+
 # FSDP1's words and numbers, and FSDP2's switch. The mesh, which `HYBRID_SHARD` needs too, follows
 # in `import_accelerate`.
 _KEEP_UNSHARDED: Arguments = {"fsdp.reshard_after_forward": False}
@@ -127,11 +140,11 @@ _DEEPSPEED: Mapping[str, _Convert] = {
     "deepspeed_multinode_launcher": _only("standard"),
 }
 _DYNAMO: Mapping[str, _Convert] = {
-    "dynamo_backend": _by_word({"inductor": {"compile": "whole"}}),
-    "dynamo_use_regional_compilation": _if_true(compile="units"),
-    "dynamo_mode": _only("default"),
-    "dynamo_use_dynamic": _only("false"),
-    "dynamo_use_fullgraph": _only("false"),
+    "dynamo_backend": _compiler,
+    "dynamo_use_regional_compilation": _if_true(compile__what="units"),
+    "dynamo_mode": _compile_mode,
+    "dynamo_use_dynamic": _if_true(compile__dynamic=True),
+    "dynamo_use_fullgraph": _if_true(compile__fullgraph=True),
 }
 _FP8: Mapping[str, _Convert] = {
     "backend": _by_word({"ao": {}, "te": {"fp8.backend": "te"}}),

@@ -207,7 +207,7 @@ def _convert_plan(remaining: _Keys, kind: str) -> dict[str, Any]:
     compiler = str(section.get("dynamo_backend", "no")).lower()
     if compiler in ("no", "false"):  # YAML reads an unquoted `no` as False
         section.clear()  # the other keys have no effect
-    if compiler == "inductor":
+    else:
         plan |= convert_section("dynamo_config", section)
     return plan
 

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from faccel.parallel.full_params import full_state_dict as full_state_dict
     from faccel.parallel.full_params import gathered as gathered
     from faccel.parallel.moe import MoE as MoE
+    from faccel.parallel.recompilations import num_recompilations as num_recompilations
     from faccel.parallel.tensor_parallel import loss_parallel as loss_parallel
     from faccel.plan import ActivationCheckpointing as ActivationCheckpointing
+    from faccel.plan import Compile as Compile
     from faccel.plan import DdpConfig as DdpConfig
     from faccel.plan import DeepSpeedConfig as DeepSpeedConfig
     from faccel.plan import Fp8 as Fp8
@@ -37,9 +39,10 @@ _NAMES = {
     "faccel.parallel.context_parallelism": ("attention", "context_parallel", "split_sequence"),
     "faccel.parallel.full_params": ("full_state_dict", "gathered"),
     "faccel.parallel.moe": ("MoE",),
+    "faccel.parallel.recompilations": ("num_recompilations",),
     "faccel.parallel.tensor_parallel": ("loss_parallel",),
     "faccel.plan": (
-        "ActivationCheckpointing", "DdpConfig", "DeepSpeedConfig", "Fp8", "FsdpConfig",
+        "ActivationCheckpointing", "Compile", "DdpConfig", "DeepSpeedConfig", "Fp8", "FsdpConfig",
         "PipelineConfig", "PowerSgdConfig",
     ),
     "faccel.training.ema": ("EmaState", "ema_weights", "init_ema", "update_ema"),

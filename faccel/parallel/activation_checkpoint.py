@@ -55,7 +55,7 @@ def check_has_units(units: Mapping[str, nn.Module], plan: Plan) -> None:
             got="a model without `nn.ModuleList` and `_no_split_modules`",
             fix='name them, as in `units="Block"`',
         )
-    if plan.compile == "units":
+    if plan.compile is not None and plan.compile.what == "units":
         raise ConfigError(
             '`compile="units"` needs units, and the model has none',
             got="a model without `nn.ModuleList` and `_no_split_modules`",

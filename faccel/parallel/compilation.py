@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from faccel.errors import ModelError
-from faccel.plan import Plan
+from faccel.parallel.recompilations import start_counting
+from faccel.plan import Compile, Plan
 from faccel.tree import Tree
 
 
@@ -25,26 +26,36 @@ def apply_compile(module: nn.Module, units: Mapping[str, nn.Module], plan: Plan)
     """
     if plan.compile is None:
         return
-    backend: str | Callable[..., Tree] = "inductor"
+    start_counting()
+    arguments = _arguments(plan.compile)
     options = plan.activation_checkpoint
     if options is not None and options.memory_budget is not None:
-        backend = _inductor_with_budget(options.memory_budget)
-    targets = _targets(module, units, plan.compile)
+        arguments["backend"] = _inductor_with_budget(options.memory_budget)
+    targets = _targets(module, units, plan.compile.what)
     if not targets:
         return  # a stage of a pipeline without units; the other stages have some
     # By class: one graph serves all units of a class.
     frames: dict[type[nn.Module], FunctionType] = {}
     for target in targets.values():
         if not _is_skipped(target):
-            target.compile(backend=backend)
+            target.compile(**arguments)
             continue
         # A new code object for each class: the number of graphs for one is limited.
         frame = FunctionType(_forward.__code__.replace(), globals())
         frame = frames.setdefault(type(target), frame)
         # In place of `forward`, not of `__call__`: the hooks of FSDP2 must stay outside of the
         # graph. A method, so that a deep copy of the module computes with its own parameters.
-        target.forward = MethodType(torch.compile(frame, backend=backend), target)
-    _FirstForward(plan.compile, targets).watch(module)
+        target.forward = MethodType(torch.compile(frame, **arguments), target)
+    _FirstForward(plan.compile.what, targets).watch(module)
+
+
+def _arguments(options: Compile) -> dict[str, Any]:
+    """Return the arguments of `torch.compile`."""
+    arguments = attrs.asdict(options, recurse=False)
+    del arguments["what"]
+    if options.options is not None:
+        arguments["options"] = dict(options.options)
+    return arguments
 
 
 def _targets(
@@ -80,7 +91,7 @@ class _FirstForward:
     """Raises after the first forward of a model if the compiler has compiled nothing.
 
     Args:
-        compiled: The plan's `compile`.
+        compiled: What the plan compiles.
         targets: The compiled modules by name.
         handles: Of the hooks that call this record.
         num_graphs: The number of graphs of the process before the forward; empty outside of it.

@@ -228,17 +228,28 @@ def _plan_for(plan: Plan | None, config: Config) -> Plan:
     from faccel.plan import Plan
 
     if plan is None:
-        return config.plan or Plan()
-    instance_of("plan", plan, Plan, fix="write `plan=faccel.Plan()`, with the options as arguments")
-    # As for the fields of the configuration, neither wins over the other.
-    is_flag = config.sources.get("plan", "").startswith("flag")
-    if is_flag and plan != config.plan:
-        raise ConfigError(
-            "the script and the launcher contradict each other about `plan`",
-            got=f"flag --plan {text_of(config.plan)}, argument {text_of(plan)}",
-            fix="leave out `--plan`, or remove `plan` from the call of `faccel.wrap`",
-        )
+        plan = config.plan or Plan()
+    else:
+        fix = "write `plan=faccel.Plan()`, with the options as arguments"
+        instance_of("plan", plan, Plan, fix=fix)
+        _check_agreement("plan", config.plan, plan, config)
+    if config.compile is None:
+        return plan
+    if plan.compile is None:
+        return attrs.evolve(plan, compile=config.compile)
+    _check_agreement("compile", config.compile, plan.compile, config)
     return plan
+
+
+def _check_agreement(name: str, flag: object, argument: object, config: Config) -> None:
+    """Raise if the launcher has another value; neither wins, as for all fields."""
+    if argument == flag or not config.sources.get(name, "").startswith("flag"):
+        return
+    raise ConfigError(
+        f"the script and the launcher contradict each other about `{name}`",
+        got=f"flag --{name} {text_of(flag)}, argument {text_of(argument)}",
+        fix=f"leave out `--{name}`, or remove `{name}` from the plan of `faccel.wrap`",
+    )
 
 
 def registered(model: WrappedModel) -> WrappedModel:

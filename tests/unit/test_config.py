@@ -12,6 +12,7 @@ from faccel.config_sources import resolve
 from faccel.errors import ConfigError
 from faccel.mesh import MeshSpec
 from faccel.plan import Plan
+from faccel.plan_units import Compile
 
 
 def test_every_field_has_a_default_and_its_source_is_default():
@@ -30,6 +31,7 @@ VALUES = {
     "strategy": ("deepspeed", "deepspeed"),
     "zero": ("3", 3),
     "plan": ("units=Block", Plan(units="Block")),
+    "compile": ("units", Compile("units")),
     "device_placement": ("no", False),
     "timeout_s": ("30", 30.0),
     "debug": ("1", True),

@@ -15,7 +15,7 @@ from faccel.cli.commands import main
 from faccel.config_sources import resolve
 from faccel.errors import ConfigError
 from faccel.launching.import_accelerate import from_accelerate
-from faccel.parallel import DeepSpeedConfig, Fp8, FsdpConfig
+from faccel.parallel import Compile, DeepSpeedConfig, Fp8, FsdpConfig
 from faccel.plan_values import to_plan
 
 
@@ -423,14 +423,14 @@ EQUALS = [
     (
         dynamo(dynamo_backend="EAGER", dynamo_use_regional_compilation=True),
         {},
-        Plan(),
-        ["dynamo_config.dynamo_backend", "dynamo_config.dynamo_use_regional_compilation"],
+        Plan(compile=Compile("units", backend="eager")),
+        [],
     ),
     (
         dynamo(dynamo_backend="INDUCTOR", dynamo_mode="max-autotune"),
         {},
-        Plan(compile="whole"),
-        ["dynamo_config.dynamo_mode"],
+        Plan(compile=Compile(mode="max-autotune")),
+        [],
     ),
     ({"distributed_type": "NO", "dynamo_backend": "INDUCTOR"}, {}, Plan(compile="whole"), []),
 ]

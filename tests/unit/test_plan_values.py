@@ -12,6 +12,7 @@ from faccel.config_sources import resolve
 from faccel.errors import ConfigError
 from faccel.parallel import (
     ActivationCheckpointing,
+    Compile,
     DdpConfig,
     DeepSpeedConfig,
     Fp8,
@@ -19,7 +20,7 @@ from faccel.parallel import (
     PipelineConfig,
     PowerSgdConfig,
 )
-from faccel.plan_values import plan_text, plan_values, to_plan
+from faccel.plan_values import plan_values, record_text, to_plan
 
 PLANS = {
     "units=Block,activation_checkpoint=full,offload=true": Plan(
@@ -49,6 +50,16 @@ PLANS = {
             offload_optimizer="cpu", settings={"zero_optimization": {"stage": 2}}
         )
     ),
+    "compile=units": Plan(compile=Compile("units")),
+    "compile.mode=max-autotune,compile.fullgraph=true": Plan(
+        compile=Compile("whole", mode="max-autotune", fullgraph=True)
+    ),
+    "compile.backend=eager,compile.dynamic=false": Plan(
+        compile=Compile(backend="eager", dynamic=False)
+    ),
+    "compile.options.epilogue_fusion=true": Plan(
+        compile=Compile(options={"epilogue_fusion": True})
+    ),
     "fp8.recipe=rowwise,fp8.skip=head": Plan(fp8=Fp8(recipe="rowwise", skip=("head",))),
 }
 
@@ -56,7 +67,7 @@ PLANS = {
 @pytest.mark.parametrize(("text", "plan"), PLANS.items(), ids=PLANS)
 def test_text_is_the_plan_of_its_fields(text, plan):
     assert to_plan(text) == plan
-    assert to_plan(plan_text(plan)) == plan
+    assert to_plan(record_text(plan)) == plan
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".toml", ".json"])
@@ -106,7 +117,7 @@ def test_sources_from_weakest_to_strongest(tmp_path):
 
 
 def net():
-    return torch.nn.Linear(2, 1)
+    return torch.nn.Sequential(torch.nn.Linear(2, 1))
 
 
 def test_wrap_takes_the_plan_of_the_configuration():
@@ -124,6 +135,60 @@ def test_a_plan_of_wrap_may_not_contradict_the_launcher():
         with pytest.raises(ConfigError, match="contradict each other about `plan`") as caught:
             faccel.wrap(net(), ctx, plan=Plan())
     assert "ddp.bucket_cap_mb=3" in caught.value.got
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("whole", Compile("whole")),
+        ("units", Compile("units")),
+        ("what=units,mode=max-autotune", Compile("units", mode="max-autotune")),
+        ({"what": "units", "dynamic": True}, Compile("units", dynamic=True)),
+        (Compile("units"), Compile("units")),
+    ],
+    ids=str,
+)
+def test_compile_is_a_field_of_the_configuration(value, expected):
+    config = resolve({"compile": value})
+    assert config.compile == expected
+    assert resolve(env={"FACCEL_COMPILE": record_text(expected)}).compile == expected
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's modules
+def test_a_plan_without_compile_takes_that_of_the_configuration():
+    env = {"FACCEL_PLAN": "units=Linear", "FACCEL_COMPILE": "what=units,backend=eager"}
+    with faccel.init(env=env, device="cpu") as ctx:
+        compiled = Compile("units", backend="eager")
+        assert faccel.wrap(net(), ctx)._plan == Plan(units="Linear", compile=compiled)
+        own = Plan(units="Linear", compile=Compile(backend="aot_eager"))
+        assert faccel.wrap(net(), ctx, plan=own)._plan is own
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's modules
+def test_compile_of_a_plan_may_not_contradict_the_launcher():
+    env = {"FACCEL_LAUNCH": '{"compile": "whole"}'}
+    with faccel.init(env=env, device="cpu") as ctx:
+        assert faccel.wrap(net(), ctx, plan=Plan(offload=False))._plan.compile == Compile()
+        with pytest.raises(ConfigError, match="contradict each other about `compile`"):
+            faccel.wrap(net(), ctx, plan=Plan(units="Linear", compile="units"))
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("all", "`compile` has an invalid value: `what`"),
+        ("what=units,mod=x", "`compile.mod` is not a field of `Compile`"),
+        ({"mode": "max-autotune", "options": {}}, "`compile` has an invalid value: `mode` and"),
+        ({"fullgraph": 2}, "`compile` has an invalid value: `fullgraph`"),
+        ({"options": 1}, "`compile` has an invalid value: `options`"),
+        (3, "`compile` must be a `Compile`"),
+    ],
+    ids=str,
+)
+def test_the_error_of_compile_names_the_value(value, problem):
+    with pytest.raises(ConfigError) as caught:
+        resolve({"compile": value})
+    assert caught.value.problem.startswith(problem)
 
 
 def test_the_command_line_shows_the_plan():

@@ -138,3 +138,85 @@ def test_a_copy_of_a_compiled_module_computes_with_its_own_parameters():
     with torch.compiler.set_stance("force_eager"):
         assert torch.equal(duplicate(X), torch.zeros_like(X))
         assert model(X).abs().max() > 0
+
+
+class Sines(nn.Module):
+    """A class for these tests alone: Dynamo remembers which shapes of a function have changed."""
+
+    def forward(self, x):
+        return torch.sin(self.weight * x)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+
+def num_compilations(shapes, **options):
+    """Of plain torch, for inputs of these shapes."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    net = Sines()
+    net.compile(backend=backend, **options)
+    for shape in shapes:
+        net(torch.zeros(shape))
+    return len(graphs)
+
+
+@pytest.mark.parametrize("shapes", [[2, 2], [2, 3], [2, 3, 4], [(2, 2), (2, 2, 2), (1,)]], ids=str)
+@pytest.mark.parametrize("dynamic", [None, False, True])
+def test_recompilations_are_counted_and_logged(shapes, dynamic, caplog):
+    expected = num_compilations(shapes, dynamic=dynamic) - 1
+    torch._dynamo.reset()
+    compile_ = faccel.parallel.Compile(backend="eager", dynamic=dynamic)
+    net = faccel.wrap(Sines(), fake_context(0, 1), plan=faccel.Plan(compile=compile_))
+    before = faccel.parallel.num_recompilations()
+    with caplog.at_level("WARNING", logger="faccel"):
+        for shape in shapes:
+            net(torch.zeros(shape))
+    assert faccel.parallel.num_recompilations() - before == expected
+    if before == 0 and expected:
+        assert "compiled a function again, 1 times" in caplog.text
+
+
+class Breaks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Block()])
+
+    def forward(self, x):
+        x = self.layers[0](x)
+        torch._dynamo.graph_break()
+        return x
+
+
+def test_the_arguments_reach_the_compiler(monkeypatch):
+    calls = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **kwargs: calls.append(kwargs))
+    compile_ = faccel.parallel.Compile("units", mode="max-autotune", dynamic=True)
+    faccel.wrap(Breaks(), fake_context(0, 1), plan=faccel.Plan(compile=compile_))
+    expected = {"mode": "max-autotune", "dynamic": True, "fullgraph": False}
+    assert calls == [{**expected, "backend": "inductor", "options": None}]
+
+
+def test_fullgraph_raises_for_a_part_that_is_not_in_the_graph():
+    compile_ = faccel.parallel.Compile(backend="eager", fullgraph=True)
+    net = faccel.wrap(Breaks(), fake_context(0, 1), plan=faccel.Plan(compile=compile_))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        net(X)
+
+
+def test_units_of_one_class_are_compiled_once():
+    x = X.clone().requires_grad_()  # as the output of a unit: the graph depends on it
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_ = faccel.parallel.Compile("units", backend="eager")
+    net = faccel.wrap(Layers(Block), fake_context(0, 1), plan=faccel.Plan(compile=compile_))
+    before = faccel.parallel.num_recompilations()
+    net(x)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert faccel.parallel.num_recompilations() == before

@@ -1,0 +1,176 @@
+"""What happens to the units of a model: activation checkpointing, compilation, fp8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import attrs
+
+from faccel.checks import shown
+from faccel.errors import ConfigError, short_repr
+from faccel.validators import (
+    bool_field,
+    boolean,
+    choice,
+    construct,
+    patterns,
+    positive_number,
+    text,
+)
+
+
+@attrs.frozen(kw_only=True)
+class ActivationCheckpointing:
+    """Activation checkpointing: activations are not kept for backward, but computed a second time.
+
+    Args:
+        every: Every `every`-th unit is checkpointed; 1 is all of them.
+        save_ops: Names of operators whose results are kept, such as `"aten.mm.default"` (selective
+            checkpointing).
+        memory_budget: Fraction of the activations that the compiler may keep: above 0, and at most
+            1, which keeps everything. Needs `Plan(compile=...)`.
+    """
+
+    every: int = attrs.field(default=1, validator=positive_number())
+    save_ops: tuple[str, ...] = attrs.field(default=(), converter=patterns)
+    memory_budget: float | None = attrs.field(
+        default=None, validator=positive_number(optional=True)
+    )
+
+
+def to_activation_checkpoint(value: object) -> ActivationCheckpointing | None:
+    """Return the record for `"full"`, or `n` for every n-th unit.
+
+    Effects: pure.
+    """
+    if value is None or isinstance(value, ActivationCheckpointing):
+        return value
+    # the short forms of the common cases
+    if value == "full":
+        return ActivationCheckpointing()
+    # a bool is an int in Python: `True` must raise instead of being read as 1
+    if isinstance(value, int) and not isinstance(value, bool):
+        return ActivationCheckpointing(every=value)
+    raise ConfigError(
+        "`activation_checkpoint` must be 'full', an int or an `ActivationCheckpointing`",
+        got=short_repr(value),
+        fix='write `activation_checkpoint="full"`, or `activation_checkpoint=2` for every second '
+        "unit",
+    )
+
+
+COMPILED = ("units", "whole")
+"""What can be compiled: each unit, or the model."""
+
+
+def _options(value: object) -> Mapping[str, object] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            "`options` must be a mapping from names of Inductor's options to values",
+            got=shown(value),
+            fix='write `options={"epilogue_fusion": True}`',
+        )
+    return MappingProxyType(dict(value))
+
+
+@attrs.frozen
+class Compile:
+    """What is compiled, and the arguments of `torch.compile`.
+
+    Args:
+        what: `"whole"` is the model, `"units"` each unit: units of one class are compiled once.
+        mode: `"reduce-overhead"`, `"max-autotune"`, ...; None is PyTorch's default.
+        dynamic: Whether shapes are variables of the graph; None makes those variable that change.
+        fullgraph: Whether a part that cannot be in the graph is an error.
+        backend: The name of a compiler, as in `torch._dynamo.list_backends()`.
+        options: Options of the compiler, instead of a `mode`.
+
+    Examples:
+        >>> Compile("units", mode="max-autotune").mode
+        'max-autotune'
+    """
+
+    what: str = attrs.field(default="whole", validator=choice(*COMPILED))
+    mode: str | None = attrs.field(default=None, validator=text("max-autotune", optional=True))
+    dynamic: bool | None = attrs.field(default=None, validator=boolean(optional=True))
+    fullgraph: bool = bool_field(default=False)
+    backend: str = attrs.field(default="inductor", validator=text("inductor"))
+    options: Mapping[str, object] | None = attrs.field(default=None, converter=_options)
+
+    def __attrs_post_init__(self) -> None:
+        if self.mode is not None and self.options is not None:  # as `torch.compile` raises
+            raise ConfigError(
+                "`mode` and `options` exclude each other",
+                got=f"mode={short_repr(self.mode)}",
+                fix="remove one of the two",
+            )
+
+    def __reduce__(self) -> tuple[Callable[..., Compile], tuple[object, ...]]:
+        fields = attrs.asdict(self, recurse=False)
+        if self.options is not None:
+            fields["options"] = dict(self.options)
+        return construct, (Compile, fields)
+
+
+def to_compile(value: object) -> Compile | None:
+    """Return the record for `"whole"` or `"units"`.
+
+    Effects: pure.
+    """
+    if value is None or isinstance(value, Compile):
+        return value
+    if isinstance(value, str) and value in COMPILED:
+        return Compile(value)
+    raise ConfigError(
+        "`compile` must be 'whole', 'units' or a `Compile`",
+        got=short_repr(value),
+        fix='write `compile="units"`, or `compile=faccel.parallel.Compile("units", mode=...)`',
+    )
+
+
+FP8_RECIPES = ("rowwise", "rowwise_with_gw_hp", "tensorwise")
+"""How fp8 layers scale their operands, under torchao's names."""
+
+
+@attrs.frozen(kw_only=True)
+class Fp8:
+    """Linear layers that multiply in fp8, for `mixed_precision="fp8"`.
+
+    Args:
+        recipe: `"tensorwise"`: one scale for each operand, the fastest. `"rowwise"`: one for each
+            row, more exact. `"rowwise_with_gw_hp"`: rowwise, with weight gradients in bf16.
+        backend: `"torchao"`, or `"te"` for NVIDIA's Transformer Engine (`"tensorwise"` only).
+        skip: Patterns of the names of modules that stay in bf16, with all layers inside. None is
+            the output layer and the routers of experts: modules with the name `head`, `lm_head`,
+            `router` or `gate`, and what `get_output_embeddings()` of a transformers model returns.
+        all_gather: Whether FSDP2 gathers the weights of these layers in fp8, a quarter of the bytes
+            of fp32. For `"tensorwise"` of torchao; the other recipes gather weights as stored.
+        emulate: Whether to compute with rounded values in fp32, on any device. It is slow, for
+            tests of the numbers without the hardware.
+
+    Examples:
+        >>> Fp8(recipe="rowwise", skip=("head", "blocks.0")).skip
+        ('head', 'blocks.0')
+    """
+
+    recipe: str = attrs.field(default="tensorwise", validator=choice(*FP8_RECIPES))
+    backend: str = attrs.field(default="torchao", validator=choice("te", "torchao"))
+    skip: tuple[str, ...] | None = attrs.field(
+        default=None, converter=attrs.converters.optional(patterns)
+    )
+    all_gather: bool = bool_field(default=True)
+    emulate: bool = bool_field(default=False)
+
+    def __attrs_post_init__(self) -> None:
+        if self.backend != "te":
+            return
+        # Transformer Engine has other recipes, and no emulation.
+        if self.recipe != "tensorwise" or self.emulate:
+            raise ConfigError(
+                '`backend="te"` takes the recipe "tensorwise" only, and does not emulate',
+                got=f"recipe={short_repr(self.recipe)}, emulate={self.emulate}",
+                fix='write `backend="torchao"`',
+            )
