@@ -223,7 +223,8 @@ def test_each_option_of_accelerate_is_translated_or_an_error_with_what_to_write(
     for option, is_switch in accelerate_options():
         if option in ("--help", "-h"):
             continue
-        words = [option] if is_switch else [option, "1"]
+        value = "eager" if "backend" in option else "1"
+        words = [option] if is_switch else [option, value]
         try:
             options_of(words)
         except click.ClickException as error:
