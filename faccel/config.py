@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from faccel.plan_units import Compile
 
 PRECISIONS = ("no", "bf16", "fp16", "fp8", "bf16-true", "fp16-true")
+MATMUL_PRECISIONS = ("highest", "high", "medium")
 STRATEGIES = ("deepspeed",)
 """Engines that replace the strategy that the mesh chooses."""
 
@@ -136,8 +137,15 @@ class Config:
         device_placement: Whether models and batches are moved to the device.
         debug: Whether ranks compare call, shapes, dtypes and call site before each collective of
             faccel. Slow.
+        matmul_precision: How fp32 matrices are multiplied, as in
+            `torch.set_float32_matmul_precision`; None leaves PyTorch's setting. Until `shutdown`.
+        deterministic: Whether a kernel whose results differ between runs raises, as in
+            `torch.use_deterministic_algorithms`. Until `shutdown`.
+        comm_backend: The c10d backend for tensors of the device; None is the library that is
+            registered for it. Objects and counters use gloo.
         run_dir: Folder in which trackers create their folders.
         timeout_s: Seconds until a collective fails that one of the ranks does not call.
+        start_timeout_s: Seconds in which all processes must start and connect; None is `timeout_s`.
         sources: Where the value of each field comes from (filled in by `resolve`).
     """
 
@@ -188,9 +196,30 @@ class Config:
     debug: bool = _field(
         False, _parse_bool, "compare ranks before each collective", validator=boolean()
     )
+    matmul_precision: str | None = _field(
+        None,
+        str,
+        "fp32 matrix products: highest (fp32), high (TF32) or medium (bf16)",
+        validator=choice(*MATMUL_PRECISIONS, optional=True),
+    )
+    deterministic: bool = _field(
+        False, _parse_bool, "kernels with equal results in every run", validator=boolean()
+    )
+    comm_backend: str | None = _field(
+        None,
+        str,
+        "c10d backend for tensors of the device, such as gloo or ucc",
+        validator=text("gloo", optional=True),
+    )
     run_dir: str = _field("runs", str, "folder of the trackers", validator=folder("runs"))
     timeout_s: float = _field(
         600.0, float, "seconds until a collective fails", validator=float_at_least(1)
+    )
+    start_timeout_s: float | None = _field(
+        None,
+        float,
+        "seconds in which all processes must start; the default is `timeout_s`",
+        validator=float_at_least(1, optional=True),
     )
     # Not compared: equal values make equal configurations, wherever they come from.
     sources: Mapping[str, str] = attrs.field(factory=dict, eq=False, repr=False)

@@ -49,12 +49,16 @@ def int_at_least(minimum: int) -> Validator:
     return _validator(lambda name, value: integer(name, value, at_least=minimum), optional=False)
 
 
-def float_at_least(minimum: float) -> Validator:
+def float_at_least(minimum: float, *, optional: bool = False) -> Validator:
     """Return a validator for a field that must be a finite number.
 
     Effects: pure.
+
+    Args:
+        minimum: The smallest valid number.
+        optional: Whether None is valid.
     """
-    return _validator(lambda name, value: finite(name, value, at_least=minimum), optional=False)
+    return _validator(lambda name, value: finite(name, value, at_least=minimum), optional=optional)
 
 
 def boolean(*, optional: bool = False) -> Validator:

@@ -238,7 +238,7 @@ def _without_given(
 
 def _set_key(keys: dict[str, Any], name: str, value: Any) -> None:
     """Set the key of a file of Accelerate that an option stands for."""
-    if name in _SWITCHES:
+    if name in _SWITCHES:  # that it is there is its value
         name, value = _SWITCHES[name]
     if value.isdecimal():  # as a file has it
         value = int(value)

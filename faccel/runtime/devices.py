@@ -11,26 +11,39 @@ import torch.distributed as dist
 from faccel.config import Config
 from faccel.context import Topology
 from faccel.device_table import KINDS, is_host, kind_of, without_stage_warnings
-from faccel.errors import DeviceError, WorldError, short_repr, with_source
+from faccel.errors import ConfigError, DeviceError, WorldError, short_repr, with_source
 
 # c10d's names of backends that do not communicate between devices: gloo serves the host, and
 # "fake" stands where a plugin has not registered its library yet.
 _NOT_OF_DEVICES = (None, "gloo", "fake", "undefined")
 
 
-def c10d_backend(device: torch.device) -> str:
+def c10d_backend(device: torch.device, name: str | None = None) -> str:
     """Return the backend of `init_process_group`: gloo for CPU tensors, the device's library too.
 
     Effects: pure.
+
+    Args:
+        device: The device of this process.
+        name: The backend for its tensors; None is the library of its type.
+
+    Raises:
+        ConfigError: PyTorch has no such backend.
 
     Examples:
         >>> c10d_backend(torch.device("xpu", 0))
         'cpu:gloo,xpu:xccl'
     """
+    if name is not None and not dist.is_backend_available(name):
+        raise ConfigError(
+            "`comm_backend` is not a backend of this PyTorch",
+            got=short_repr(name),
+            fix='use `"gloo"`, or leave it out for the library of the device',
+        )
     if is_host(device):
-        return "gloo"
+        return name or "gloo"
     # gloo as well: objects and counters are CPU tensors on every device.
-    return f"cpu:gloo,{device.type}:{_library(device)}"
+    return f"cpu:gloo,{device.type}:{name or _library(device)}"
 
 
 def _library(device: torch.device) -> str | None:

@@ -26,6 +26,7 @@ from faccel.runtime.detect import detect
 from faccel.runtime.devices import check_launched, choose_device, use_device
 from faccel.runtime.end_signals import end_by_interrupt, ended_by_signals
 from faccel.runtime.excepthook import ExceptHook
+from faccel.runtime.numerics import Numerics
 from faccel.runtime.user_traceback import uncaught_without_frames
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from faccel.comm.debug import DebugCollectives
 
 # `runtime.process_groups` is imported in functions: one process does not need it.
+_numerics = Numerics()
 _except_hook = ExceptHook()  # process-wide, as `sys.excepthook` is
 
 
@@ -98,6 +100,7 @@ def _create_context(
     # Before the process group: an unsupported mesh raises on each rank and leaves nothing open.
     parallelism = choose(spec, env, resolved, device.type)
     check_launched(device, topology, env)
+    _numerics.check(resolved)
     use_device(device)
     with _ended_by_signals(topology.world_size):
         try:
@@ -115,6 +118,7 @@ def _create_context(
             close=_close,
         )
         # After everything that may raise: a failed `init` leaves no hook.
+        _numerics.install(id(ctx), resolved)
         as_rank_error = functools.partial(rank_error, comm=comm)
         _except_hook.install(
             id(ctx),
@@ -189,9 +193,7 @@ def _connect(
     from faccel.runtime.process_groups import DEFAULT_GROUP, create_axis_groups, create_collectives
 
     with DEFAULT_GROUP.creating_groups(topology):
-        store, rank_status = DEFAULT_GROUP.acquire(
-            topology, device, config.timeout_s, debug=config.debug
-        )
+        store, rank_status = DEFAULT_GROUP.acquire(topology, device, config)
         groups = create_axis_groups(spec, topology.rank)
         private_groups: dict[str, ProcessGroup] = {}
         call_order = DEFAULT_GROUP.call_order
@@ -252,6 +254,7 @@ def _close(ctx: DistContext, error: BaseException | None) -> None:
 
 
 def _disconnect(ctx: DistContext, error: BaseException | None) -> None:
+    _numerics.uninstall(id(ctx))
     if ctx.world_size == 1:
         _except_hook.uninstall(id(ctx), error)
         return

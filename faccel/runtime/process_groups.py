@@ -61,7 +61,7 @@ class DefaultGroup:
         """A gloo group of all ranks for faccel's collectives on the CPU; None in debug mode."""
 
     def acquire(
-        self, topology: Topology, device: torch.device, timeout_s: float, *, debug: bool = False
+        self, topology: Topology, device: torch.device, config: Config
     ) -> tuple[WorldStore, RankStatus]:
         """Return the store of the world and the status of its ranks; afterwards see `call_order`.
 
@@ -73,7 +73,7 @@ class DefaultGroup:
         if dist.is_initialized():
             _check_same_world(topology)
         else:
-            self._create(topology, device, timedelta(seconds=timeout_s), debug=debug)
+            self._create(topology, device, config)
         # The private function is the only way to the store of an adopted group.
         store = WorldStore(c10d._get_default_store())  # pyright: ignore[reportPrivateUsage]
         self._store = store
@@ -85,8 +85,8 @@ class DefaultGroup:
             self._recovery = None
             if isinstance(dist.group.WORLD, DebugGroup):
                 dist.group.WORLD.options.exchange.set_rank_status(self._rank_status)
-            if not debug and dist.is_gloo_available():
-                timeout = timedelta(seconds=timeout_s)
+            if not config.debug and dist.is_gloo_available():
+                timeout = timedelta(seconds=config.timeout_s)
                 call_group = _new_world("faccel_calls", timeout)
                 self.private_world = _new_world("faccel_collectives", timeout)
                 self.call_order = CallOrder(self._rank_status, call_group)
@@ -166,14 +166,16 @@ class DefaultGroup:
         rank_status.leave(error)
         return disagreement
 
-    def _create(
-        self, topology: Topology, device: torch.device, timeout: timedelta, *, debug: bool
-    ) -> None:
+    def _create(self, topology: Topology, device: torch.device, config: Config) -> None:
+        backend, options = c10d_backend(device, config.comm_backend), None
         previous_hook = sys.excepthook
+        timeout = timedelta(seconds=config.timeout_s)
+        start_timeout = timedelta(seconds=config.start_timeout_s or config.timeout_s)
         try:
-            store = open_store(topology, timeout)
-            backend, options = c10d_backend(device), None
-            if debug:
+            store = open_store(topology, start_timeout)
+            # It waits for all ranks to start; later calls have the timeout of collectives.
+            prefix = self._prefix(store, topology, start_timeout)
+            if config.debug:
                 exchange = CallExchange(
                     WorldStore(store), timeout.total_seconds(), f"c10d_{self._num_created}"
                 )
@@ -182,12 +184,12 @@ class DefaultGroup:
                 backend = register_debug_backend(device.type)
             dist.init_process_group(
                 backend,
-                store=dist.PrefixStore(self._prefix(store, topology, timeout), store),
+                store=dist.PrefixStore(prefix, store),
                 rank=topology.rank,
                 world_size=topology.world_size,
                 timeout=timeout,
                 # With it NCCL connects now and not in the first collective.
-                device_id=None if debug else bound_device(device),
+                device_id=None if config.debug else bound_device(device),
                 pg_options=options,
             )
         except (dist.DistError, RuntimeError, TypeError) as error:

@@ -233,6 +233,7 @@ def _plan_for(plan: Plan | None, config: Config) -> Plan:
         fix = "write `plan=faccel.Plan()`, with the options as arguments"
         instance_of("plan", plan, Plan, fix=fix)
         _check_agreement("plan", config.plan, plan, config)
+    # The configuration completes a plan that compiles nothing.
     if config.compile is None:
         return plan
     if plan.compile is None:

@@ -34,9 +34,7 @@ def world_of_one(device, strategy, **overrides):
     topology = Topology(source="tests", main_address="127.0.0.1", main_port=free_port())
     use_device(device)
     with DEFAULT_GROUP.creating_groups(topology):
-        store, rank_status = DEFAULT_GROUP.acquire(
-            topology, device, config.timeout_s, debug=config.debug
-        )
+        store, rank_status = DEFAULT_GROUP.acquire(topology, device, config)
         groups = create_axis_groups(spec, topology.rank)
         call_order = DEFAULT_GROUP.call_order
         if call_order is not None:  # None in debug mode

@@ -101,7 +101,7 @@ def check_message(error):
 @pytest.mark.parametrize("name", VALID)
 def test_a_message_shortens_the_value_of_every_field_from_every_source(name, what):
     value = VALUES[what]
-    if name in ("run_dir", "device") and isinstance(value, str):
+    if name in ("run_dir", "device", "comm_backend") and isinstance(value, str):
         value = {"not": value}
     for options in (
         {"overrides": {name: value}},

@@ -28,6 +28,10 @@ OTHERS = {
     "compile": ["whole", "units", "mode=max-autotune", "dynamic=true", "backend=eager"],
     "device_placement": [True, False],
     "debug": [True, False],
+    "matmul_precision": ["highest", "high", "medium"],
+    "deterministic": [True, False],
+    "comm_backend": ["gloo", "nccl", "ucc", "mpi", "x"],
+    "start_timeout_s": [10.0, 20.0, 30.0],
     "timeout_s": [10.0, 20.0, 30.0, 40.0, 50.0],
     "run_dir": ["a", "b", "c", "d", "e"],
 }
