@@ -125,6 +125,8 @@ class FsdpConfig:
             That halves their traffic, and backward keeps no cast copies of them. It is another
             computation than autocast: the inputs of every unit, and the parameters of norms and of
             blocks with `torch.autocast(enabled=False)` are rounded to that dtype, too.
+        reduce_dtype: `"bf16"` or `"fp16"` halve the traffic of fp32 gradients, whose sum over the
+            ranks is then rounded. None is `"fp32"`.
     """
 
     reshard_after_forward: bool | int | None = None
@@ -132,6 +134,9 @@ class FsdpConfig:
     prefetch: int | None = attrs.field(default=None, validator=positive_number(optional=True))
     fp32_units: tuple[str, ...] = attrs.field(default=(), converter=patterns)
     low_precision_params: bool = bool_field(default=False)
+    reduce_dtype: str | None = attrs.field(
+        default=None, validator=choice("fp32", "bf16", "fp16", optional=True)
+    )
 
 
 def _settings(value: object) -> str | Mapping[str, object] | None:

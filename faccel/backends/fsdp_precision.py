@@ -24,27 +24,32 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def precision_policy(
     layout: Layout, plan: Plan, ctx: DistContext
 ) -> Callable[[str], MixedPrecisionPolicy]:
-    """Return a function from the name of a module to its policy. Gradients reduce in fp32."""
+    """Return a function from the name of a module to its policy."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
+    # A sum over many ranks in bf16 or fp16 rounds small gradients away, so it is a user's choice.
+    reduce_dtype = _DTYPES[plan.fsdp.reduce_dtype or "fp32"]
     if ctx.param_dtype is not None:
         _check_no_fp32_units(plan, ctx)
-        # Gradients have 16 bits; their sum over the ranks has 32.
-        true_precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        true_precision = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
         return lambda name: true_precision
     if ctx.compute_dtype is None:
-        full_precision = MixedPrecisionPolicy()
+        if plan.fsdp.reduce_dtype is None:
+            reduce_dtype = None  # that of the parameters, such as fp64
+        full_precision = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
         return lambda name: full_precision
     param_dtype = None
     if plan.fsdp.low_precision_params:
         param_dtype = ctx.compute_dtype
-    # A sum over many ranks in bf16 or fp16 would round small gradients away.
-    low = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    low = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     # FSDP2 casts the inputs of a unit to its `param_dtype`, so a unit in fp32 gets fp32 inputs.
-    high = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+    high = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=reduce_dtype)
 
     def policy_of(name: str) -> MixedPrecisionPolicy:
         if layout.computes_in_fp32(name):

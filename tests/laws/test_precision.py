@@ -246,3 +246,31 @@ def test_parameters_gathered_in_low_precision_compute_nearly_the_same():
 def test_two_dtypes_in_one_operation_raise_an_error_with_a_fix(make):
     with pytest.raises(ModelError, match="low_precision_params"):
         simulate(low_precision, 2, make, mesh="dp_shard=2", config={"mixed_precision": "bf16"})
+
+
+def reduced_in(ctx, reduce_dtype):
+    torch.manual_seed(0)
+    plan = faccel.Plan(fsdp=FsdpConfig(reduce_dtype=reduce_dtype))
+    model = faccel.wrap(torch.nn.Linear(64, 64, bias=False), ctx, plan=plan)
+    rows = torch.linspace(-1, 1, 4 * 64).reshape(4, 64) * (ctx.rank + 1)
+    faccel.scaled_backward(model(rows).square().mean(), faccel.init_scaler(ctx), ctx)
+    return full(model.weight.grad)
+
+
+def num_bytes(results):
+    events = [event for event in results.trace if event.rank == 0]
+    return sum(event.num_bytes for event in events if event.op == "reduce_scatter")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("reduce_dtype", ["bf16", "fp16"])
+def test_gradients_are_reduced_in_the_dtype_of_the_plan(reduce_dtype, precision):
+    config = {"mixed_precision": precision}
+    exact = simulate(reduced_in, 2, "fp32", mesh="dp_shard=2", config=config)
+    rounded = simulate(reduced_in, 2, reduce_dtype, mesh="dp_shard=2", config=config)
+    assert num_bytes(exact) == 64 * 64 * 4
+    assert num_bytes(rounded) == 64 * 64 * 2
+    difference = (rounded[0] - exact[0]).abs().max() / exact[0].abs().max()
+    assert 0 < difference < 2**-7  # the rounding of bf16
+    default = simulate(reduced_in, 2, None, mesh="dp_shard=2", config=config)
+    assert torch.equal(default[0], exact[0])
