@@ -122,6 +122,7 @@ def to_compile(value: object) -> Compile | None:
     """
     if value is None or isinstance(value, Compile):
         return value
+    # The short form: `torch.compile` with its defaults.
     if isinstance(value, str) and value in COMPILED:
         return Compile(value)
     raise ConfigError(

@@ -232,6 +232,7 @@ def _plain(value: Any) -> Any:
         return _values(value)
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
+    # One name is written without brackets; the fields accept both.
     if isinstance(value, tuple) and len(value) == 1:
         return value[0]
     if isinstance(value, tuple):

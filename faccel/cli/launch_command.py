@@ -35,6 +35,7 @@ _SPEC_FIELDS = (
     "max_restarts",
     "log_dir",
     "tee",
+    "numa_binding",
     "config",
 )
 
@@ -106,6 +107,11 @@ _OPTIONS = (
     ),
     click.option("--log-dir", metavar="DIR", help="Write the output of each process to DIR."),
     click.option("--tee", is_flag=True, help="With --log-dir: also print the output."),
+    click.option(
+        "--numa-binding",
+        metavar="node|socket|exclusive|core-complex",
+        help="Bind each process to the CPU cores near its GPU, as torchrun does.",
+    ),
     click.option("--config", metavar="FILE[#SECTION]", help="Configuration file or section."),
 )
 

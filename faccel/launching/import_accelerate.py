@@ -10,7 +10,7 @@ import attrs
 
 from faccel.config_file import NPROC
 from faccel.errors import ConfigError, short_repr
-from faccel.launching.accelerate_plan import convert_section
+from faccel.launching.accelerate_plan import convert_section, is_true
 from faccel.plan_values import nested
 
 _Keys = dict[str, Any]
@@ -19,7 +19,6 @@ _NOT_NEEDED = (
     "same_network",
     "main_training_function",
     "use_cpu",
-    "enable_cpu_affinity",
     "tpu_use_cluster",
     "tpu_use_sudo",
     "downcast_bf16",
@@ -87,6 +86,9 @@ def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
     _convert_precision(remaining, kind, values)
     _convert_switches(remaining, kind, values)
     options = _convert_launch(remaining, values)
+    # Accelerate binds to the NUMA node of the GPU, too.
+    if is_true(remaining.pop("enable_cpu_affinity", False)):
+        options = (*options, "--numa-binding", "node")
     _convert_engine(remaining, kind, values)
     mesh = _convert_mesh(remaining, kind, values)
     if mesh:

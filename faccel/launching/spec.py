@@ -17,6 +17,8 @@ _KIND_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "module": ("--module",),
     "executable": ("--no-python",),
 }
+NUMA_BINDINGS = ("node", "socket", "exclusive", "core-complex")
+"""Which CPU cores torchrun binds a process to: those near its GPU."""
 _STATIC_PORT = 29500  # the default ports of torchrun
 _ELASTIC_PORT = 29400
 _MAX_PORT = 65535
@@ -40,6 +42,7 @@ class LaunchSpec:
         max_restarts: How often all processes are restarted after a failure.
         log_dir: Folder for the output of each process.
         tee: Whether the output is also printed.
+        numa_binding: One of `NUMA_BINDINGS`; None does not bind. Needs GPUs.
         flags: Fields of `Config` that were set by flags.
         config: Configuration file, as `path` or `path#section`.
 
@@ -60,11 +63,14 @@ class LaunchSpec:
     max_restarts: int = 0
     log_dir: str | None = None
     tee: bool = False
+    numa_binding: str | None = None
     flags: Mapping[str, object] = attrs.field(factory=dict)
     config: str | None = None
 
     def __attrs_post_init__(self) -> None:
         one_of("kind", self.kind, _KIND_OPTIONS, LaunchError)
+        if self.numa_binding is not None:
+            one_of("numa_binding", self.numa_binding, NUMA_BINDINGS, LaunchError)
         _check_nnodes(self)
         finite("join_timeout_s", self.join_timeout_s, at_least=1, error=LaunchError)
         if self.tee and self.log_dir is None:
@@ -81,7 +87,8 @@ class LaunchSpec:
     def is_single_process(self) -> bool:
         """Whether the command needs no supervision, so that it can replace this process."""
         is_alone = self.nproc == 1 and self.nnodes == "1" and self.rdzv_endpoint is None
-        return is_alone and self.max_restarts == 0 and self.log_dir is None
+        has_agent = self.max_restarts > 0 or self.log_dir is not None
+        return is_alone and not has_agent and self.numa_binding is None
 
 
 def _check_nnodes(spec: LaunchSpec) -> None:
@@ -199,6 +206,8 @@ def torchrun_arguments(spec: LaunchSpec) -> list[str]:
         if spec.tee:
             output = "--tee"
         arguments += ["--log-dir", spec.log_dir, output, "3"]  # 3: stdout and stderr
+    if spec.numa_binding is not None:  # torchrun has none by default
+        arguments += ["--numa-binding", spec.numa_binding]
     arguments += _KIND_OPTIONS[spec.kind]
     return [*arguments, "--", *spec.command]
 

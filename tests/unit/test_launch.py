@@ -20,6 +20,11 @@ ARGUMENTS = {
         {"nproc": 2},
         "--nnodes 1 --nproc-per-node 2 --max-restarts 0 --standalone -- train.py --lr 1",
     ),
+    "bound to the cores near the GPUs": (
+        {"nproc": 2, "numa_binding": "node"},
+        "--nnodes 1 --nproc-per-node 2 --max-restarts 0 --standalone --numa-binding node "
+        "-- train.py --lr 1",
+    ),
     "a fixed port": (
         {"nproc": 2, "main_port": 1234},
         "--nnodes 1 --nproc-per-node 2 --max-restarts 0 --master-addr 127.0.0.1 "
@@ -94,6 +99,7 @@ USAGE = {
     "dp_replicate": ["--mesh", "dp_replicat=2", "x.py"],
     "`--nproc` must be a number": ["--nproc", "many", "x.py"],
     "`--nproc gpu` needs a GPU": ["--nproc", "gpu", "x.py"],
+    "`numa_binding` must be one of": ["--numa-binding", "nod", "--nproc", "2", "--cpu", "FILE"],
     "no accelerator": ["--nproc", "2", "--device", "cuda", "FILE"],
     "script does not exist": ["--cpu", "x.py"],
     "must be a regular file. Got `/dev/zero`, a device": ["--cpu", "/dev/zero"],
@@ -182,6 +188,8 @@ COMMANDS = {
     "--max_restarts 3 --log_dir logs": "--max-restarts 3 --log-dir logs",
     "--rdzv_backend c10d --rdzv_endpoint node0:29400": "--rdzv-endpoint node0:29400",
     "--multi_gpu -m": "-m",
+    "--numa_binding=node": "--numa-binding node",
+    "--enable_cpu_affinity --num_processes 2": "--nproc 2 --numa-binding node",
 }
 SCRIPT = ["train.py", "--num_processes", "3", "--lr", "1"]
 
