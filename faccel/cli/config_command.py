@@ -81,12 +81,16 @@ def _questionnaire() -> None:
                 file=ConfigFile(file, current)
             )  # an invalid file fails before the first question
             recommended, num_processes = _recommended()
-            values = ask(current, recommended, num_processes)
+            values, num_nodes = ask(current, recommended, num_processes)
     # Answers so far are dropped: a file with half of them would look complete.
     except KeyboardInterrupt:
         raise click.ClickException("interrupted; nothing was written") from None
     _write(file, values)
-    print(f"{file}\nstart with: faccel launch script.py")
+    options = ""
+    if num_nodes > 1:
+        # They differ between nodes, so no file has them.
+        options = f"--nnodes {num_nodes} --node-rank RANK --main-address HOST "
+    print(f"{file}\nstart with: faccel launch {options}script.py")
 
 
 def _values_of(file: str) -> dict[str, Any]:

@@ -22,11 +22,17 @@ NAMES = (
     "grad_accum",
     "seed",
     "device",
+    "strategy",
+    "zero",
     "mesh",
+    "units",
     "run_dir",
     "timeout_s",
     "processes",
+    "nodes",
 )
+# Asked only after some answers.
+RARE = ("zero", "units")
 
 
 class Terminal:
@@ -65,7 +71,7 @@ class Terminal:
 def answer(terminal, answers):
     """Answer each question, by default with an unchanged proposal."""
     for name in NAMES:
-        if name in answers or answers.get("all"):
+        if name in answers or (answers.get("all") and name not in RARE):
             terminal.until(f"? {name}")
             terminal.type(answers.get(name, "") + ENTER)
 
@@ -80,12 +86,13 @@ def test_answers_become_the_file_and_the_proposals_of_the_next_time(tmp_path):
     terminal.type(BACKSPACE + "x" + ENTER)  # prints an error and waits for another answer
     terminal.until("invalid literal")
     terminal.type(BACKSPACE + "4" + ENTER)
-    answers = {"seed": BACKSPACE + "7", "device": "cpu", "mesh": "dp_replicate=2"}
+    answers = {"seed": BACKSPACE + "7", "device": "cpu", "strategy": "", "mesh": "dp_replicate=2"}
     answer(terminal, answers | {"run_dir": "", "timeout_s": ""})
     terminal.until("? processes")
     terminal.type(BACKSPACE + "3" + ENTER)  # the proposal is 2, the ranks of the mesh
     terminal.until("`mesh` does not fit 3 processes")
     terminal.type(BACKSPACE + "2" + ENTER)
+    answer(terminal, {"nodes": ""})
     terminal.until("start with: faccel launch script.py")
     assert terminal.wait() == 0
     values = {"mixed_precision": "bf16", "grad_accum": 4, "seed": 7, "device": "cpu"}
@@ -96,6 +103,28 @@ def test_answers_become_the_file_and_the_proposals_of_the_next_time(tmp_path):
     terminal.until("start with: faccel launch script.py")
     assert terminal.wait() == 0
     assert yaml.safe_load(file.read_text()) == values | {"seed": 8}
+
+
+def test_a_sharded_model_has_units_and_several_nodes_their_command(tmp_path):
+    file = tmp_path / "config.yaml"
+    terminal = Terminal({"FACCEL_CONFIG": str(file)}, "config")
+    answers = {"mesh": "dp_shard=-1", "units": "Block", "nodes": BACKSPACE + "2"}
+    answer(terminal, {name: "" for name in NAMES if name != "zero"} | answers)
+    terminal.until("--nnodes 2 --node-rank RANK --main-address HOST script.py")
+    assert terminal.wait() == 0
+    values = {"mesh": "dp_shard=-1", "plan": {"units": "Block"}}
+    assert yaml.safe_load(file.read_text()) == values | {"nproc": 1}
+
+
+def test_deepspeed_has_a_stage_and_no_mesh(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("mesh: dp_shard=-1\n")
+    terminal = Terminal({"FACCEL_CONFIG": str(file)}, "config")
+    answers = {"strategy": DOWN, "zero": "3"}
+    answer(terminal, {name: "" for name in NAMES if name not in ("mesh", "units")} | answers)
+    terminal.until("start with: faccel launch script.py")
+    assert terminal.wait() == 0
+    assert yaml.safe_load(file.read_text()) == {"strategy": "deepspeed", "zero": 3, "nproc": 1}
 
 
 def test_ctrl_c_writes_nothing(tmp_path):
