@@ -24,7 +24,7 @@ _EXPLANATIONS: Mapping[str, str] = {
     "seed": "The same seed gives the same data order and a reproducible run.",
     "device": "Leave empty to use the best available device when the script starts.",
     "strategy": (
-        "Leave it at none for PyTorch's own strategies, which the mesh chooses: DDP, FSDP2, tensor "
+        "Leave it at none for PyTorch's strategies, which the mesh chooses: DDP, FSDP2, tensor "
         "and pipeline parallel. deepspeed runs DeepSpeed's ZeRO."
     ),
     "zero": (
@@ -100,6 +100,7 @@ _CHOICES: Mapping[str, Sequence[str]] = {
 
 def _applies(name: str, values: Mapping[str, Any]) -> bool:
     """Return whether the answers so far leave a question open."""
+    # DeepSpeed has one axis, over which it shards.
     if name == "zero":
         return values.get("strategy") == "deepspeed"
     if name == "mesh":
@@ -114,7 +115,7 @@ def _select(name: str, choices: Sequence[str], proposal: object) -> str | None:
 
     default = str(proposal or choices[0])
     answer = questionary.select(name, choices=list(choices), default=default).unsafe_ask()
-    if answer == "none":
+    if answer == "none":  # a list has no empty entry
         return None
     return answer
 
