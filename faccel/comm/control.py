@@ -222,10 +222,14 @@ def on_rank(rank: int, ctx: DistContext) -> Callable[[Callable[P, T]], Callable[
     # would mean that the function never runs, without an error.
     check_rank("rank", rank, ctx, WORLD)
 
+    return _runs_if(is_here=ctx.rank == rank)
+
+
+def _runs_if(*, is_here: bool) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
     def decorate(fn: Callable[P, T]) -> Callable[P, T | None]:
         @functools.wraps(fn)
         def run(*args: P.args, **kwargs: P.kwargs) -> T | None:
-            if ctx.rank != rank:
+            if not is_here:
                 return None
             return fn(*args, **kwargs)
 
@@ -246,3 +250,18 @@ def on_main(ctx: DistContext) -> Callable[[Callable[P, T]], Callable[P, T | None
     """
     require_context(ctx, "faccel.on_main(ctx)")
     return on_rank(0, ctx)
+
+
+def on_local_main(ctx: DistContext) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
+    """Return a decorator: the function runs on one rank of each node, local rank 0.
+
+    Effects: pure. On the other ranks it returns None. The decorated function must not call a
+    collective.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> on_local_main(fake_context(0, 2))(lambda: "ran")()
+        'ran'
+    """
+    require_context(ctx, "faccel.comm.on_local_main(ctx)")
+    return _runs_if(is_here=ctx.is_local_main)

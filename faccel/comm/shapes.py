@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, MutableMapping
+from typing import Any, TypeGuard
 
 import torch
 
@@ -19,13 +20,14 @@ from faccel.tree import Tree, leaf_error
 
 
 def split(xs: Tree, ctx: DistContext, *, pad: bool = False, axis: str = DATA) -> Tree:
-    """Return this rank's slice of a list, tuple or tensor, or of each of those in a dict.
+    """Return this rank's slice of a list, tuple, tensor or dataset, or of each of those in a dict.
 
     Effects: pure. The slices are contiguous and in rank order; the first `n % W` ranks get one item
     more than the others.
 
     Args:
         xs: A value that is the same on every rank. All values of a dict must have the same length.
+            A `datasets.Dataset` of Hugging Face is sliced without a copy of its table.
         ctx: The world.
         pad: Whether shorter slices repeat the last item of `xs`, so that all ranks have equally
             many items. The last `-n % W` ranks get one repeat each.
@@ -47,9 +49,10 @@ def split(xs: Tree, ctx: DistContext, *, pad: bool = False, axis: str = DATA) ->
     require_context(ctx, "faccel.split(xs, ctx)")
     if isinstance(xs, Mapping):
         return _split_mapping(xs, ctx, pad=pad, axis=axis)
-    if not isinstance(xs, list | tuple | torch.Tensor):
+    is_dataset = _is_hugging_face_dataset(xs)
+    if not isinstance(xs, list | tuple | torch.Tensor) and not is_dataset:
         raise DataError(
-            "`xs` must be a list, a tuple, a tensor or a dict of those",
+            "`xs` must be a list, a tuple, a tensor, a `datasets.Dataset` or a dict of those",
             got=shown(xs),
             fix="convert it, for example with `list(xs)`",
         )
@@ -61,6 +64,11 @@ def split(xs: Tree, ctx: DistContext, *, pad: bool = False, axis: str = DATA) ->
     num_each, num_extra = divmod(len(xs), size)
     start = rank * num_each + min(rank, num_extra)
     has_extra = rank < num_extra
+    if is_dataset:
+        rows = list(range(start, start + num_each + int(has_extra)))
+        if pad and num_extra and not has_extra:
+            rows.append(len(xs) - 1)
+        return xs.select(rows)  # which finds out that they are contiguous, and copies nothing then
     items: Tree = xs[start : start + num_each + int(has_extra)]
     # Slices differ by one item at most, so one repeat makes them equally long.
     if not pad or has_extra or num_extra == 0:
@@ -69,6 +77,11 @@ def split(xs: Tree, ctx: DistContext, *, pad: bool = False, axis: str = DATA) ->
     if isinstance(xs, torch.Tensor):
         return torch.cat([items, xs[-1:]])
     return items + xs[-1:]
+
+
+def _is_hugging_face_dataset(xs: Any) -> TypeGuard[Any]:
+    # By name: the package takes seconds to import.
+    return f"{type(xs).__module__}.{type(xs).__name__}" == "datasets.arrow_dataset.Dataset"
 
 
 def _split_mapping(

@@ -47,6 +47,7 @@ ATTRIBUTES = {
     "logging_dir": "{ctx}.config.run_dir",
     "mixed_precision": "{ctx}.config.mixed_precision",
     "num_processes": "{ctx}.world_size",
+    "on_local_main_process": "faccel.comm.on_local_main({ctx})",
     "on_main_process": "faccel.on_main({ctx})",
     "process_index": "{ctx}.rank",
     "project_dir": "{ctx}.config.run_dir",
@@ -73,6 +74,7 @@ METHODS = {
     "local_main_process_first": CallRule("faccel.main_first", extra="local=True"),
     "main_process_first": CallRule("faccel.main_first"),
     "no_sync": CallRule("faccel.grad_sync", ("model",), 1, context="", extra="on=False"),
+    "on_local_main_process": CallRule("faccel.comm.on_local_main", ()),
     "on_main_process": CallRule("faccel.on_main", ()),
     "on_process": CallRule(
         "faccel.on_rank", ("function", "process_index"), keywords={"process_index": ""}
@@ -201,7 +203,6 @@ WITHOUT_EQUAL = {
     "lomo_backward": "docs/training-loop.md",
     "maybe_context_parallel": "docs/parallelism.md",
     "on_last_process": "`faccel.on_rank(rank, ctx)`; see docs/communication.md#work-of-one-rank",
-    "on_local_main_process": "`if ctx.is_local_main:`; see docs/communication.md#work-of-one-rank",
     "on_local_process": "`faccel.on_rank(rank, ctx)`; see docs/communication.md#work-of-one-rank",
     "profile": "`torch.profiler.profile`; see docs/debugging.md",
     "project_configuration": "docs/logging.md",

@@ -1,10 +1,12 @@
 """`main_first`, `on_rank` and `print` on several ranks."""
 
+import attrs
 import pytest
 import torch
 
 import faccel
 from faccel.comm.all_or_error import all_or_error
+from faccel.context import Topology
 from faccel.errors import ConfigError, RankFailedError
 from faccel.testing import fake_context, simulate
 
@@ -56,6 +58,15 @@ def test_functions_run_on_one_rank_and_keep_their_names():
     assert simulate(fn, 3) == ((7, None), (None, None), (None, "two"))
     with pytest.raises(ConfigError):
         faccel.on_rank(3, fake_context(0, 3))
+
+
+def test_a_function_runs_on_one_rank_of_each_node():
+    # Ranks dealt over two nodes in turn, as `srun --distribution=cyclic` does.
+    for rank, local_rank in enumerate((0, 0, 1, 1)):
+        topology = Topology(rank=rank, world_size=4, local_rank=local_rank, local_world_size=2)
+        ctx = attrs.evolve(fake_context(rank, 4), topology=topology)
+        ran = faccel.comm.on_local_main(ctx)(lambda: "ran")()
+        assert ran == (None if local_rank else "ran")
 
 
 def test_print_writes_once():

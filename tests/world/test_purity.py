@@ -106,6 +106,8 @@ CALLS = {
     "gather_objects": (lambda s, ctx: faccel.gather_objects(s["x"], ctx), set()),
     "init_scaler": (lambda s, ctx: faccel.init_scaler(ctx), set()),
     "on_main": (lambda s, ctx: faccel.on_main(ctx)(lambda: 1)(), set()),
+    "num_recompilations": (lambda s, ctx: faccel.parallel.num_recompilations(), set()),
+    "on_local_main": (lambda s, ctx: faccel.comm.on_local_main(ctx)(lambda: 1)(), set()),
     "on_rank": (lambda s, ctx: faccel.on_rank(1, ctx)(lambda: 1)(), set()),
     "split": (lambda s, ctx: faccel.split(s["x"], ctx, pad=True), set()),
     "pad_across": (lambda s, ctx: faccel.comm.pad_across(s["x"], ctx), set()),
