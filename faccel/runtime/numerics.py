@@ -31,8 +31,10 @@ class _Settings:
     # Each of them is one variable of PyTorch, for all threads.
     def apply(self) -> None:
         torch.set_float32_matmul_precision(self.matmul_precision)
-        torch.use_deterministic_algorithms(self.is_deterministic)
         torch.backends.cudnn.benchmark = self.tunes_convolutions
+        # Only a change: the function imports the compiler, which takes a second.
+        if torch.are_deterministic_algorithms_enabled() != self.is_deterministic:
+            torch.use_deterministic_algorithms(self.is_deterministic)
 
 
 def _asked(config: Config) -> str | None:

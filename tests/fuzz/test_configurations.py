@@ -69,7 +69,7 @@ def check_valid(config, given):
     assert isinstance(config.run_dir, str) and config.run_dir
     assert {type(config.debug), type(config.device_placement)} == {bool}
     for name, value in given.items():
-        is_record = name in ("mesh", "plan")
+        is_record = name in ("mesh", "plan", "compile")
         is_plain = type(value) in (int, float, str, bool) and not is_record
         if is_plain and not (name == "mixed_precision" and value is False):
             assert getattr(config, name) == value, name
