@@ -183,9 +183,9 @@ def _record(cls: type, values: Mapping[Any, Any], path: str) -> Any:
                 got=f"{short_text(name)}={short_repr(value)}",
                 fix=nearest(str(name), known),
             )
-        nested = _RECORDS.get(cls, {}).get(name)
-        if nested is not None and isinstance(value, Mapping):
-            value = _record(nested, value, f"{path}.{name}")
+        field_type = _RECORDS.get(cls, {}).get(name)
+        if field_type is not None and isinstance(value, Mapping):
+            value = _record(field_type, value, f"{path}.{name}")
         # A record that is left out has its defaults; YAML writes an empty value as null.
         if value is not None:
             arguments[name] = value
