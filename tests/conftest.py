@@ -9,8 +9,8 @@ import torch
 
 torch.set_num_threads(1)
 
-# pytest changes it for each phase of a test.
-PYTEST_NAMES = {"PYTEST_CURRENT_TEST"}
+# pytest sets the first for each phase of a test, the compiler the second when it is imported.
+LIBRARY_NAMES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 # A shell starts background processes with SIGINT ignored. Python keeps that, and so would every
@@ -30,13 +30,13 @@ def _process_settings():
         "matmul precision": torch.get_float32_matmul_precision(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         **{number.name: signal.getsignal(number) for number in SIGNALS},
-        **{f"${name}": value for name, value in os.environ.items() if name not in PYTEST_NAMES},
+        **{f"${name}": value for name, value in os.environ.items() if name not in LIBRARY_NAMES},
     }
 
 
 def _restore(settings):
     os.chdir(settings["working directory"])
-    for name in os.environ.keys() - PYTEST_NAMES:
+    for name in os.environ.keys() - LIBRARY_NAMES:
         if f"${name}" not in settings:
             del os.environ[name]
     os.environ.update({name[1:]: text for name, text in settings.items() if name[0] == "$"})

@@ -19,6 +19,7 @@ class _Settings:
     matmul_precision: str
     is_deterministic: bool
     tunes_convolutions: bool
+    workspace: str | None
 
     @classmethod
     def current(cls) -> _Settings:
@@ -26,15 +27,19 @@ class _Settings:
             torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
             torch.backends.cudnn.benchmark,
+            os.environ.get(_WORKSPACE),
         )
 
-    # Each of them is one variable of PyTorch, for all threads.
+    # Each of them is one variable of the process, for all threads.
     def apply(self) -> None:
         torch.set_float32_matmul_precision(self.matmul_precision)
         torch.backends.cudnn.benchmark = self.tunes_convolutions
         # Only a change: the function imports the compiler, which takes a second.
         if torch.are_deterministic_algorithms_enabled() != self.is_deterministic:
             torch.use_deterministic_algorithms(self.is_deterministic)
+        os.environ.pop(_WORKSPACE, None)
+        if self.workspace is not None:
+            os.environ[_WORKSPACE] = self.workspace
 
 
 def _asked(config: Config) -> str | None:
@@ -72,17 +77,21 @@ class Numerics:
         asked = _asked(config)
         if asked is None:
             return
-        before = _Settings.current()
+        settings = _Settings.current()
         if self._before is None:
-            self._before = before
+            self._before = settings
         self._asked_by_key[key] = asked
         if config.deterministic:
-            # The user's own value stays: it may be smaller, for the memory.
-            os.environ.setdefault(_WORKSPACE, ":4096:8")
-            before = attrs.evolve(before, is_deterministic=True, tunes_convolutions=False)
+            # The user's value of the workspace stays: it may be smaller, for the memory.
+            settings = attrs.evolve(
+                settings,
+                is_deterministic=True,
+                tunes_convolutions=False,
+                workspace=settings.workspace or ":4096:8",
+            )
         if config.matmul_precision is not None:
-            before = attrs.evolve(before, matmul_precision=config.matmul_precision)
-        before.apply()
+            settings = attrs.evolve(settings, matmul_precision=config.matmul_precision)
+        settings.apply()
 
     def uninstall(self, key: int) -> None:
         """Restore the settings, if this was the last context that had asked for some."""

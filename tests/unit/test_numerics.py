@@ -19,13 +19,24 @@ def settings():
     )
 
 
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.delenv(WORKSPACE, raising=False)
     before = settings()
     yield
     assert settings() == before
-    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.parametrize("workspace", [None, ":16:8"])
+def test_the_workspace_of_the_user_stays(workspace, monkeypatch):
+    if workspace is not None:
+        monkeypatch.setenv(WORKSPACE, workspace)
+    with faccel.init(deterministic=True, device="cpu", env={}):
+        assert os.environ[WORKSPACE] == (workspace or ":4096:8")
+    assert os.environ.get(WORKSPACE) == workspace
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
@@ -38,7 +49,7 @@ def test_deterministic_raises_for_a_kernel_that_is_not():
     x = torch.ones(2, 2, requires_grad=True)
     with faccel.init(deterministic=True, device="cpu", env={}):
         assert settings() == ("highest", True, False)
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert os.environ[WORKSPACE] == ":4096:8"
         with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
             torch.nn.functional.max_unpool1d(x, torch.zeros(2, 2, dtype=torch.long), 1)
 
