@@ -23,10 +23,11 @@ from faccel.backends.fsdp_registration import Registration
 from faccel.backends.fsdp_reset import reset_iteration
 from faccel.backends.fsdp_second_order import SecondOrder
 from faccel.backends.fsdp_unreduced import UnreducedGrads
+from faccel.backends.shard_support import check_steps_shards
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.device_table import kind_of
-from faccel.errors import ModelError, OptimizerError
+from faccel.errors import ModelError
 from faccel.mesh import WORLD
 from faccel.parallel.activation_checkpoint import apply_checkpointing
 from faccel.parallel.compilation import apply_compile
@@ -277,24 +278,13 @@ def _set_prefetch(units: Sequence[nn.Module], count: int) -> None:
         unit.set_modules_to_backward_prefetch(preceding[::-1])
 
 
-# These multiply matrices, or compute one direction from all parameters. They need full tensors.
-_NEED_FULL_PARAMETERS = ("LBFGS", "Muon")
-
-
 def same_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:
     """Return `opt`: FSDP2 shards parameters in place, so optimizers need no engine.
 
     Raises:
-        OptimizerError: `opt` needs full parameters.
+        OptimizerError: `opt` cannot step shards.
     """
-    for cls in type(opt).__mro__:
-        if cls.__name__ in _NEED_FULL_PARAMETERS and cls.__module__.startswith("torch.optim"):
-            raise OptimizerError(
-                f"{cls.__name__} needs full parameters, and this mesh shards them",
-                got=f"a {type(opt).__name__} on the mesh {ctx.mesh.spec}",
-                fix='write `faccel.init(mesh="dp_replicate=-1")`, or use an element-wise optimizer '
-                "such as AdamW",
-            )
+    check_steps_shards(opt, ctx)
     scales = cast("Any", engine).fp8_scales  # of this engine, or of a pipeline's
     scales.watch(opt)
     return opt

@@ -50,8 +50,29 @@ def shard_optimizer(opt: Optimizer, ctx: DistContext) -> Optimizer:
             fix='leave `shard_optimizer` out, or write `faccel.init(mesh="dp_shard=-1")`, which '
             "shards its states too",
         )
+    _check_no_numbered_overrides(opt)
     check_no_scheduler(opt)
     return ShardedOptimizer(opt, ctx)
+
+
+def _check_no_numbered_overrides(opt: Optimizer) -> None:
+    """Raise if bitsandbytes stores options under the numbers of parameters.
+
+    A shard numbers its parameters from 0, so the options would apply to other parameters.
+
+    Raises:
+        OptimizerError: It does.
+    """
+    # Its `GlobalOptimManager`; of other optimizers there is none.
+    manager = getattr(opt, "mng", None)
+    if getattr(manager, "index2config", None):
+        raise OptimizerError(
+            "`GlobalOptimManager` of bitsandbytes has options for the numbers of parameters, which "
+            "differ on the ranks that shard an optimizer",
+            got=f"a {type(opt).__name__} after `register_parameters`",
+            fix="call `override_config` after `register_parameters`, which stores options by "
+            "parameter, or leave `shard_optimizer` out",
+        )
 
 
 class ShardedOptimizer(ZeroRedundancyOptimizer):

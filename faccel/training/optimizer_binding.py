@@ -20,7 +20,11 @@ from faccel.training.model import (
     describe_context,
     is_same_world,
 )
-from faccel.training.optimizer_checks import check_made_after_wrap, check_owns_parameters
+from faccel.training.optimizer_checks import (
+    check_made_after_wrap,
+    check_owns_parameters,
+    check_steps_gradients,
+)
 from faccel.training.precision import StepGuard, guard_steps
 from faccel.training.true_precision import prepare_optimizer
 
@@ -66,7 +70,8 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
         ModelError: `model` is not wrapped, or was wrapped with another context.
         OptimizerError: `opt` is not an optimizer, or none of its parameters belongs to `model`. Or,
             in debug mode, it was made before `wrap`. Or its state has to be sharded, and it needs
-            all parameters at once or has a scheduler already.
+            all parameters at once, does not step shards or has a scheduler already. Or it copies
+            gradients in backward.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -84,6 +89,7 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
     )
     check_wrapped(model)
     check_context(model, ctx)
+    check_steps_gradients(opt)
     check_owns_parameters(opt, model.parameters())
     if ctx.config.debug:
         check_made_after_wrap(opt)

@@ -30,6 +30,24 @@ def check_owns_parameters(opt: Optimizer, params: Iterable[torch.Tensor]) -> Non
         )
 
 
+def check_steps_gradients(opt: Optimizer) -> None:
+    """Raise for an optimizer that does not step with `.grad` as it is after backward.
+
+    Raises:
+        OptimizerError: It copies gradients in backward.
+    """
+    # Its hooks copy each gradient before ranks have reduced it, and before it is unscaled and
+    # clipped: replicas would train apart, without an error.
+    if type(opt).__module__ == "torchao.optim.cpu_offload":
+        raise OptimizerError(
+            "this optimizer copies gradients to the host in backward, before they are reduced, "
+            "unscaled or clipped",
+            got=f"a {type(opt).__name__} of torchao",
+            fix='write `faccel.init(mesh="dp_shard=-1")` and `faccel.Plan(offload=True)`, with '
+            "`torch.optim.AdamW`",
+        )
+
+
 def note_optimizers(module: nn.Module) -> None:
     """Note the optimizers that have parameters of a module which is about to be wrapped.
 

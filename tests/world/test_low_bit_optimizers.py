@@ -172,19 +172,6 @@ def test_a_state_whose_blocks_cross_the_shards_is_an_error(tmp_path):
         simulate(load_of_size, 3, "AdamW8bit", (50, 256), folder, mesh="dp_shard=3")
 
 
-def test_tensor_parallel_states_are_an_error(tmp_path):
-    def save(ctx):
-        plan = faccel.Plan(tensor={"0": "colwise", "1": "rowwise"})
-        net = nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 256))
-        model = faccel.wrap(net, ctx, plan=plan)
-        opt = faccel.wrap_optimizer(optim.AdamW8bit(model.parameters()), model, ctx)
-        step({"model": model, "opt": opt}, ctx)
-        faccel.save({"model": model, "opt": opt}, tmp_path / "run", ctx, step=1)
-
-    with pytest.raises(CheckpointError, match="of placements"):
-        simulate(save, 2, mesh="tp=2")
-
-
 @pytest.mark.parametrize("mesh", ["dp_replicate=2", "dp_shard=2"])
 def test_low_bit_states_of_layers_in_fp8(mesh, tmp_path):
     def train(ctx, folder):
