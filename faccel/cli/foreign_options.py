@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from faccel.config_file import NPROC
 from faccel.errors import FaccelError, LaunchError, short_repr
 
 _STRATEGY = "distributed_type"
+# As torchrun writes them: a number for all ranks, or one for each of some ranks.
+_STREAMS = re.compile(r"[0-3]|\d+:[0-3](,\d+:[0-3])*")
 # Options of Accelerate 1.15 and torchrun without a value.
 _SWITCHES: Mapping[str, tuple[str, str]] = {
     "use_fsdp": (_STRATEGY, "FSDP"),
@@ -37,6 +40,10 @@ _SWITCHES: Mapping[str, tuple[str, str]] = {
     "tpu_cluster": ("tpu_cluster", "true"),
     "no_tpu_cluster": ("", ""),
     "tpu_use_sudo": ("tpu_use_sudo", "true"),
+    # Of torchrun and of `torch.distributed.launch`: ranks read their environment anyway.
+    "use_env": ("", ""),
+    "run_path": ("run_path", "true"),
+    "virtual_local_rank": ("virtual_local_rank", "true"),
 }
 # Options with a value, by the key of a file of Accelerate that has the meaning.
 _VALUES: Mapping[str, str] = {
@@ -45,8 +52,6 @@ _VALUES: Mapping[str, str] = {
     "machine_rank": "machine_rank",
     "main_process_ip": "main_process_ip",
     "main_process_port": "main_process_port",
-    "master_addr": "main_process_ip",
-    "master_port": "main_process_port",
     "main_training_function": "main_training_function",
     "rdzv_backend": "rdzv_backend",
     "zero_stage": "deepspeed_config.zero_stage",
@@ -67,13 +72,29 @@ _SECTIONS: Mapping[str, str] = {
 # Options of `faccel launch` that another launcher names otherwise.
 _RENAMED: Mapping[str, str] = {
     "nproc_per_node": "--nproc",
+    # With `--nnodes` and `--node-rank`, which have the same names in torchrun. Accelerate's
+    # `--main_process_ip` counts only with `--num_machines`.
+    "master_addr": "--main-address",
+    "master_port": "--main-port",
     "num_cpu_threads_per_process": "--threads-per-process",
 }
 _NOT_ONE = "leave it out: faccel launches with torchrun's elastic agent"
 # What to write instead of the other options. A name with `_` at the end is a family.
 EQUALS: Mapping[str, str] = {
     "role": _NOT_ONE,
+    "start_method": "leave it out: each rank is a new process",
+    "event_log_handler": _NOT_ONE,
+    "logs_specs": "use `--log-dir DIR`",
+    "local_addr": "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to a network interface",
+    "local_ranks_filter": "use `--log-dir DIR --tee`",
+    "duplicate_": "use `--log-dir DIR --tee`",
+    "redirects": "use `--log-dir DIR`: both streams of each rank are written there",
+    "r": "use `--log-dir DIR`: both streams of each rank are written there",
+    "run_path": "leave it out: a script runs as with `python SCRIPT`",
+    "shutdown_timeout": "leave it out: ranks may take any time to save; a second signal ends them",
+    "signals_to_handle": "leave it out: SIGINT, SIGTERM, SIGHUP and SIGUSR1 reach the ranks",
     "t": "use `--log-dir DIR --tee`",
+    "virtual_local_rank": "use `ctx.local_rank` and `ctx.device` in the script",
     "rdzv_conf": "use `--join-timeout SECONDS`",
     "monitor_interval": _NOT_ONE,
     "vm": "print the commands of a TPU pod with `faccel launch --print tpu-pod`",
@@ -152,7 +173,7 @@ def translate(args: Sequence[str], own: _OwnOptions) -> list[str]:
     words = list(args)
     # Up to the script: what follows belongs to it, even if it has a name of the launcher.
     while words and words[0].startswith("-") and words[0] != "--":
-        option, mark, value = words.pop(0).partition("=")
+        option, mark, value = _next_option(words)
         name = option.lstrip("-").replace("-", "_")
         own_name = _RENAMED.get(name, option.replace("_", "-"))
         is_own = own_name in own.names
@@ -169,6 +190,18 @@ def translate(args: Sequence[str], own: _OwnOptions) -> list[str]:
     if not foreign:
         return [*kept, *words]
     return [*_converted(foreign, given), *kept, *words]
+
+
+def _next_option(words: list[str]) -> tuple[str, str, str]:
+    """Remove the first option of a command line; return its name, `=` and value."""
+    option, mark, value = words.pop(0).partition("=")
+    # torchrun's `--tee` has a value, the streams; that of faccel has none.
+    if option in ("-t", "--tee") and _STREAMS.fullmatch(value or "".join(words[:1])):
+        streams = value or words.pop(0)
+        if streams == "3":  # stdout and stderr
+            return "--tee", "", ""
+        return "-t", "=", streams
+    return option, mark, value
 
 
 def _takes_value(name: str) -> bool:

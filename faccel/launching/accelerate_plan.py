@@ -126,7 +126,8 @@ _FSDP: Mapping[str, _Convert] = {
     "fsdp_use_orig_params": _needs_nothing,  # parameters keep their names
     "fsdp_sync_module_states": _needs_nothing,  # `wrap` sends the weights of rank 0
     "fsdp_state_dict_type": _needs_nothing,  # checkpoints load in every layout
-    "fsdp_cpu_ram_efficient_loading": _only("false"),
+    # A model on the meta device is made shard by shard, as with `zero3_init_flag`
+    "fsdp_cpu_ram_efficient_loading": _needs_nothing,
 }
 _DEEPSPEED: Mapping[str, _Convert] = {
     "offload_optimizer_device": _by_word(

@@ -363,7 +363,7 @@ EQUALS = [
         fsdp(fsdp_cpu_ram_efficient_loading=True),
         SHARDED,
         Plan(),
-        ["fsdp_config.fsdp_cpu_ram_efficient_loading"],
+        [],
     ),
     (deepspeed(), {"strategy": "deepspeed"}, Plan(), []),
     (deepspeed(zero_stage=0), {"strategy": "deepspeed", "zero": 0}, Plan(), []),

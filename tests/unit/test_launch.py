@@ -1,5 +1,6 @@
 """A launch as a value: arguments of torchrun, environment of the ranks, and usage errors."""
 
+import importlib
 import re
 
 import attrs
@@ -185,6 +186,13 @@ COMMANDS = {
     "--nproc_per_node 2 --nnodes 1 --standalone": "--nproc 2 --nnodes 1",
     "--nproc-per-node=2 --nnodes=2 --node_rank=0 --main-address=node0": "--nproc 2 --nnodes 2 "
     "--node-rank 0 --main-address node0",
+    "--nnodes 2 --node_rank 1 --master_addr node0 --master_port 29501": "--nnodes 2 "
+    "--node-rank 1 --main-address node0 --main-port 29501",
+    "--nproc_per_node 2 --use_env": "--nproc 2",
+    "--tee 3 --log_dir logs": "--tee --log-dir logs",
+    "-t 3 --log_dir logs": "--tee --log-dir logs",
+    "--tee=3 --log_dir logs": "--tee --log-dir logs",
+    "--tee --log_dir logs": "--tee --log-dir logs",
     "--max_restarts 3 --log_dir logs": "--max-restarts 3 --log-dir logs",
     "--rdzv_backend c10d --rdzv_endpoint node0:29400": "--rdzv-endpoint node0:29400",
     "--multi_gpu -m": "-m",
@@ -226,9 +234,19 @@ def accelerate_options():
             yield option, action.nargs == 0
 
 
-def test_each_option_of_accelerate_is_translated_or_an_error_with_what_to_write():
+def torchrun_options():
+    parser = importlib.import_module("torch.distributed.run").get_args_parser()
+    for action in parser._actions:
+        for option in action.option_strings:
+            yield option, action.nargs == 0
+
+
+@pytest.mark.parametrize("options_of_launcher", [accelerate_options, torchrun_options])
+def test_each_option_of_another_launcher_is_translated_or_an_error_with_what_to_write(
+    options_of_launcher,
+):
     unknown = []
-    for option, is_switch in accelerate_options():
+    for option, is_switch in options_of_launcher():
         if option in ("--help", "-h"):
             continue
         value = "eager" if "backend" in option else "1"
@@ -252,6 +270,11 @@ def test_each_option_of_accelerate_is_translated_or_an_error_with_what_to_write(
         ("--num_processes 3 --num_machines 2", "a multiple of `num_machines`"),
         ("--num_processes many", "`num_processes` of the file must be a whole number"),
         ("--config_file none.yaml", "none.yaml"),
+        ("--tee 1", "use `--log-dir DIR --tee`"),
+        ("--tee 0:1,1:3", "use `--log-dir DIR --tee`"),
+        ("-r 3", "use `--log-dir DIR`"),
+        ("--redirects=3", "use `--log-dir DIR`"),
+        ("--virtual-local-rank", "use `ctx.local_rank`"),
         ("--num_processs 2", "Did you mean"),
     ],
 )
