@@ -46,7 +46,7 @@ def write(
         text = _edited(path, read_text(target), values)
     _check_text(path, text, values)
     try:
-        _replace(target, text.encode(), is_new=is_new)
+        replace_file(target, text.encode())
     except OSError as error:
         raise _unwritable(path, error.strerror or str(error)) from None
 
@@ -80,20 +80,31 @@ def _check_text(path: str, text: str, values: Mapping[str, Any]) -> None:
     )
 
 
-def _replace(target: str, data: bytes, *, is_new: bool) -> None:
+def replace_file(target: str, data: bytes) -> None:
+    """Write a file, or replace one, atomically: a failure leaves the old file as it is.
+
+    Effects: writes the file and creates its folder.
+
+    Args:
+        target: Path of the file. A link stays, and the file that it names is replaced.
+        data: The new content.
+    """
+    target = os.path.realpath(target)
     folder = os.path.dirname(target)
     os.makedirs(folder, exist_ok=True)
     mode = 0o644  # a temporary file is readable by its owner only
-    if not is_new:
+    if os.path.exists(target):
         mode = os.stat(target).st_mode
     # In the folder of the target: `os.replace` fails across file systems.
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".faccel-", delete=False) as file:
-        file.write(data)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".faccel-")
     try:
-        os.chmod(file.name, mode)
-        os.replace(file.name, target)
+        # A full disk is reported by the write, or when the file is closed.
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, mode)
+        os.replace(temporary, target)
     except OSError:  # the target is a folder, for example
-        os.unlink(file.name)
+        os.unlink(temporary)
         raise
 
 

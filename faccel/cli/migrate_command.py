@@ -10,7 +10,8 @@ import click
 
 from faccel.cli.flags import LocalPath
 from faccel.cli.output import json_option, present
-from faccel.errors import ConfigError
+from faccel.config_edit import replace_file
+from faccel.errors import ConfigError, short_text
 
 # Folders with scripts of others.
 _SKIPPED = {".git", ".venv", "venv", "node_modules", "__pycache__", "site-packages"}
@@ -77,18 +78,25 @@ def _migrate_file(path: Path, target: Path, *, check: bool) -> dict[str, object]
     from faccel.migration.rewrite import migrate_script
 
     document: dict[str, object] = {"path": str(path), "out": str(target)}
-    source = path.read_bytes()
     try:
+        source = path.read_bytes()
         migration = migrate_script(source)
+    except OSError as error:
+        return {**document, "changed": False, "problem": f"it cannot be read: {error}"}
     except (libcst.ParserSyntaxError, SyntaxError, UnicodeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return {**document, "changed": False, "problem": f"no valid Python: {lines[0]}"}
     except ConfigError as error:
         return {**document, "changed": False, "problem": str(error)}
+    except Exception as error:  # a fault of the rewriting: the other files are rewritten
+        what = f"it cannot be rewritten: {type(error).__name__}: {short_text(str(error))}"
+        return {**document, "changed": False, "problem": what}
     changed = migration.code != source
     if not check and (changed or target != path):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(migration.code)
+        try:
+            replace_file(str(target), migration.code)
+        except OSError as error:
+            return {**document, "changed": False, "problem": f"it cannot be written: {error}"}
     return {
         **document,
         "changed": changed,

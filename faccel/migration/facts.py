@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import attrs
 import libcst as cst
 
-from faccel.migration.syntax import callee_name, nodes_of, text_of
+from faccel.migration.rules import DISTINCTIVE
+from faccel.migration.syntax import arguments, callee_name, elements_of, nodes_of, text_of
 
 # `PartialState` has the members of an accelerator that concern processes.
 CONSTRUCTORS = ("Accelerator", "AcceleratorState", "PartialState")
@@ -29,12 +30,13 @@ class Facts:
         names: All variables.
         attribute_names: All attributes.
         imported: Local names of what is imported from accelerate, and its name there.
+        imported_elsewhere: Local names of what is imported from other modules.
         accelerators: Names of variables that hold an accelerator.
         accelerator_attributes: Names of attributes that do, as in `self.accelerator`.
         functions: The functions and methods, by name.
         assigned: The values that are assigned to an expression, by its code.
         unpacked: Those of them that are assigned to several names at once.
-        kinds: `"model"`, `"optimizer"`, `"loader"` or `"scheduler"`, by code.
+        kinds: `"model"`, `"optimizer"`, `"loader"`, `"scheduler"` or "" for unknown, by code.
         prepared: Code of what is prepared, in order.
         registered: Code of what is registered for checkpoints.
         members: The members of accelerators that the script uses.
@@ -43,6 +45,7 @@ class Facts:
         loggers: The variables with a logger of accelerate.
         logger_name: Code of the name of the logger that is made before the context; "" for none.
         batch_sizes: The first batch size of functions that search one, by their names.
+        repeated: The functions that run several times, as far as the script shows.
         counts: How often each name occurs.
         ctx: Name of the context in the new script; likewise the following.
     """
@@ -50,6 +53,7 @@ class Facts:
     names: set[str]
     attribute_names: set[str] = attrs.field(factory=set)
     imported: dict[str, str] = attrs.field(factory=dict)
+    imported_elsewhere: set[str] = attrs.field(factory=set)
     accelerators: set[str] = attrs.field(factory=set)
     accelerator_attributes: set[str] = attrs.field(factory=set)
     functions: dict[str, cst.FunctionDef] = attrs.field(factory=dict)
@@ -64,6 +68,7 @@ class Facts:
     loggers: set[str] = attrs.field(factory=set)
     logger_name: str = ""
     batch_sizes: dict[str, str] = attrs.field(factory=dict)
+    repeated: set[str] = attrs.field(factory=set)
     counts: Mapping[str, int] = attrs.field(factory=dict)
     ctx: str = "ctx"
     scaler: str = "scaler"
@@ -95,6 +100,15 @@ class Facts:
         if isinstance(node, cst.Call) and not node.args:
             return self.accelerate_name(node.func) in CONSTRUCTORS
         return False
+
+    def may_be_accelerator(self, node: cst.Attribute) -> bool:
+        """Return whether a member that hardly anything else has shows an accelerator."""
+        root = text_of(node.value).partition(".")[0]
+        is_object = text_of(node.value) not in ("self", "cls", "super()")
+        # `utils.is_main_process()` is a function of another module.
+        is_module = root in self.imported or root in self.imported_elsewhere
+        uses_accelerate = bool(self.imported or self.accelerators)
+        return uses_accelerate and node.attr.value in DISTINCTIVE and is_object and not is_module
 
     def member(self, node: cst.CSTNode) -> str:
         """Return the member that an attribute of an accelerator names; "" for other nodes."""
@@ -141,7 +155,16 @@ class Facts:
         """Whether a backward divides its loss by a number other than 1, as far as is known."""
         if "accumulate" in self.members or not self.is_created:
             return True
+        return self.has_steps
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether an update may have several micro-batches, by the arguments of the constructor."""
         if "gradient_accumulation_plugin" in self.creation:
+            return True
+        if any(name.startswith("*") for name in self.creation):
+            return True
+        if any(code.endswith(".gradient_accumulation_steps") for code in self.assigned):
             return True
         steps = self.creation.get("gradient_accumulation_steps")
         return steps is not None and text_of(steps.value) != "1"
@@ -153,7 +176,7 @@ class Facts:
             return models
         used = self._names_used_by(optimizer)
         matches = [model for model in models if model in used]
-        return matches or models[:1]
+        return matches
 
     def optimizer_of(self, scheduler: str) -> str:
         """Return the optimizer that a scheduler was made for; "" if the code does not show it."""
@@ -167,6 +190,9 @@ class Facts:
         """Return what an assigned value is made from, through other variables."""
         used: set[str] = set()
         for value in self.assigned.get(code, ()):
+            # `prepare` gets objects that have nothing to do with each other.
+            if self.member_call(value) in PREPARE:
+                continue
             for node in nodes_of(value):
                 if isinstance(node, cst.Name | cst.Attribute):
                     used.add(text_of(node))
@@ -205,3 +231,42 @@ def _returns_accelerator(name: str, facts: Facts) -> bool:
         if facts.is_accelerator(node.value) or facts.accelerate_name(callee) in CONSTRUCTORS:
             return True
     return False
+
+
+def results_of_function(
+    node: cst.CSTNode, facts: Facts
+) -> Iterator[tuple[cst.BaseExpression, cst.BaseExpression]]:
+    """Yield `(target, result)` for `a, b = f()`, where the function `f` ends with `return x, y`.
+
+    Effects: pure.
+    """
+    if not isinstance(node, cst.Assign) or len(node.targets) != 1:
+        return
+    function = facts.functions.get(callee_name(node.value))
+    if function is None:
+        return
+    targets = elements_of(node.targets[0].target)
+    results: list[cst.BaseExpression] = []
+    for child in nodes_of(function.body, into_functions=False):
+        if isinstance(child, cst.Return) and child.value is not None:
+            results = elements_of(child.value)
+    if len(targets) == len(results):
+        yield from zip(targets, results, strict=True)
+
+
+def arguments_of_function(call: cst.Call, facts: Facts) -> Iterator[tuple[str, cst.Arg]]:
+    """Yield `(parameter, argument)` of a call of a function of this script.
+
+    Effects: pure.
+    """
+    function = facts.functions.get(callee_name(call))
+    # A function of another module may have the same name and other parameters.
+    owner = text_of(call.func).rpartition(".")[0]
+    if function is None or owner not in ("", "self", "cls", "super()"):
+        return
+    params = [param.name.value for param in function.params.params]
+    if params[:1] == ["self"]:
+        params = params[1:]
+    for param, arg in arguments(call, params).items():
+        if not param.startswith("*"):
+            yield param, arg

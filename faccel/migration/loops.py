@@ -10,6 +10,7 @@ import attrs
 import libcst as cst
 
 from faccel.migration.facts import Facts
+from faccel.migration.micro_batches import NOTE, has_windows, may_count_others
 from faccel.migration.report import Report
 from faccel.migration.syntax import (
     arguments,
@@ -26,7 +27,7 @@ from faccel.migration.syntax import (
 from faccel.migration.updates import Body, UpdateRewriter
 
 # Functions around a loader in the head of a loop: `enumerate(tqdm(loader))`.
-_WRAPPERS = ("enumerate", "tqdm", "track", "progress", "islice", "prog_bar")
+_WRAPPERS = ("enumerate", "iter", "tqdm", "track", "progress", "islice", "prog_bar")
 # A loss is one number, without rows that could be padding.
 _SCALAR = re.compile(r"(^|[._])loss(\.(detach|float|cpu|clone)\(\))*$")
 _EPOCH = "the order of each pass is a function of the epoch: write `{loader}.at(epoch)`"
@@ -67,6 +68,11 @@ class LoopRewriter(cst.CSTTransformer):
         self._sync_blocks: list[cst.BaseSuite] = []
         # An accelerator of the current function: `accelerator` or `self.accelerator`.
         self._receivers: list[cst.BaseExpression] = [cst.Name("accelerator")]
+        self._functions: list[str] = []
+        # How many handlers of exceptions are around the node, in each function.
+        self._conditions = [0]
+        # Notes for the line that is being rewritten.
+        self._line_notes: list[str] = []
 
     # --- functions and loops
 
@@ -74,18 +80,21 @@ class LoopRewriter(cst.CSTTransformer):
         self._receivers = [self._receiver_in(node, cst.Name("accelerator"))]
 
     def visit_FunctionDef(self, node: cst.FunctionDef) -> None:
-        epoch = ""
-        for param in node.params.params:
-            if param.name.value in ("epoch", "epoch_idx", "current_epoch"):
-                epoch = param.name.value
+        names = [param.name.value for param in node.params.params]
+        epochs = [name for name in ("epoch", "epoch_idx", "current_epoch") if name in names]
+        epoch = epochs[-1] if epochs else ""
         self._loops.append(_Loop("function", epoch))
         self._receivers.append(self._receiver_in(node.body, self._receivers[-1]))
+        self._functions.append(node.name.value)
+        self._conditions.append(0)
 
     def leave_FunctionDef(
         self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef
     ) -> cst.FunctionDef:
         self._loops.pop()
         self._receivers.pop()
+        self._functions.pop()
+        self._conditions.pop()
         return updated_node
 
     def _receiver_in(self, node: cst.CSTNode, default: cst.BaseExpression) -> cst.BaseExpression:
@@ -96,6 +105,15 @@ class LoopRewriter(cst.CSTTransformer):
 
     def visit_For(self, node: cst.For) -> None:
         self._loops.append(self._loop_of(node))
+
+    def visit_ExceptHandler(self, node: cst.ExceptHandler) -> None:
+        self._conditions[-1] += 1
+
+    def leave_ExceptHandler(
+        self, original_node: cst.ExceptHandler, updated_node: cst.ExceptHandler
+    ) -> cst.ExceptHandler:
+        self._conditions[-1] -= 1
+        return updated_node
 
     def visit_While(self, node: cst.While) -> None:
         self._loops.append(_Loop("loop"))
@@ -116,11 +134,14 @@ class LoopRewriter(cst.CSTTransformer):
         heads = {callee_name(child) for child in nodes_of(node.iter)}
         if isinstance(batch, cst.Tuple) and "enumerate" in heads:
             batch = batch.elements[-1].value
-        if "accumulate" in members:
+        if has_windows(node.body, self.facts):
             return _Loop("windows", self.facts.micro, loader, batch)
         if "gather_for_metrics" in members:
             return _Loop("batches", self.facts.record, loader, batch)
-        return _Loop("plain", "trains" if "backward" in members else "", loader, batch)
+        # A generator passes the batches to a loop elsewhere.
+        yields = any(isinstance(child, cst.Yield) for child in nodes_of(node.body))
+        trains = "backward" in members or yields
+        return _Loop("plain", "trains" if trains else "", loader, batch)
 
     def _members_in(self, node: cst.CSTNode) -> set[str]:
         """Return the members that a loop uses itself, outside of loops over other loaders."""
@@ -152,6 +173,8 @@ class LoopRewriter(cst.CSTTransformer):
         if loop.loader is None:
             return updated_node
         notes: list[str] = []
+        if loop.kind == "windows" and may_count_others(original_node.body, self.facts):
+            notes.append(self.report.note(NOTE))
         new_loader = self._at_epoch(loop, notes)
         updated_node = with_leading(updated_node, comment_lines(notes))  # type: ignore[assignment]
         if loop.kind == "plain":
@@ -204,9 +227,10 @@ class LoopRewriter(cst.CSTTransformer):
 
     def _is_repeated(self) -> bool:
         """Return whether a loop without an epoch may run again."""
-        # In a function that gets the loader, or inside of another loop.
-        is_function = len(self._receivers) > 1 and not self.facts.is_created
-        return is_function or self._loops[-1].kind != "function"
+        # In a function that gets the loader or is called in a loop, or inside of another loop.
+        is_function = bool(self._functions) and not self.facts.is_created
+        is_again = bool(self.facts.repeated.intersection(self._functions))
+        return is_function or is_again or self._loops[-1].kind != "function"
 
     def _aliases(self) -> set[str]:
         """Return the names of loaders that an assignment has put at an epoch already."""
@@ -222,6 +246,8 @@ class LoopRewriter(cst.CSTTransformer):
     def leave_SimpleStatementLine(
         self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
     ) -> cst.SimpleStatementLine | cst.FlattenSentinel[Body]:
+        notes, self._line_notes = self._line_notes, []
+        updated_node = with_leading(updated_node, comment_lines(notes))  # type: ignore[assignment]
         line = simple_call(original_node)
         if line is not None and self.facts.member_call(line[1]) == "backward":
             assert isinstance(line[1].func, cst.Attribute)
@@ -342,11 +368,16 @@ class LoopRewriter(cst.CSTTransformer):
         return cst.parse_expression(f"faccel.gather({data}, {ctx}, num_valid={loop}.num_valid)")
 
     def _iterator(self, call: cst.Call) -> cst.Call:
-        """Replace `iter(loader)` in a loop over epochs."""
+        """Replace `iter(loader)`, outside of loops and in those over epochs."""
         code = text_of(call.args[0].value)
-        if not self.facts.has_kind(code, "loader") or not self._epoch():
+        if not self.facts.has_kind(code, "loader") or code in self._aliases():
             return call
-        arg = call.args[0].with_changes(value=cst.parse_expression(f"{code}.at({self._epoch()})"))
+        epoch = self._epoch()
+        is_late = self._conditions[-1] > 0  # a pass that begins when another one has ended
+        if is_late or (not epoch and self._is_repeated()):
+            self._line_notes.append(self.report.refuse(_EPOCH.format(loader=code), "docs/data.md"))
+            return call
+        arg = call.args[0].with_changes(value=cst.parse_expression(f"{code}.at({epoch or 0})"))
         return call.with_changes(args=[arg])
 
     def _record_loop(self) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import libcst as cst
 
@@ -79,7 +79,9 @@ class MemberRewriter(cst.CSTTransformer):
         if not isinstance(original_node, cst.SimpleStatementLine | cst.BaseCompoundStatement):
             return result
         comments = comment_lines(self.report.leave())
-        if not comments:
+        # A script that is rewritten again has its notes already.
+        before = {text_of(line).strip() for line in getattr(original_node, "leading_lines", ())}
+        if all(text_of(line).strip() in before for line in comments):
             return result
         if isinstance(result, cst.RemovalSentinel):
             # A note needs a line that it belongs to.
@@ -157,12 +159,36 @@ class MemberRewriter(cst.CSTTransformer):
 
     # --- names of the context
 
-    def leave_Name(self, original_node: cst.Name, updated_node: cst.Name) -> cst.Name:
+    def leave_Name(
+        self, original_node: cst.Name, updated_node: cst.Name
+    ) -> cst.Name | cst.Attribute:
         if original_node.value in self.facts.accelerators:
             return updated_node.with_changes(value=self.facts.ctx)
+        name = self.facts.imported.get(original_node.value, "")
+        if original_node in self._inner or not name or name.endswith(_STATELESS):
+            return updated_node
+        # A class or function that is no call: `isinstance(x, Accelerator)`, `map(gather, xs)`.
+        if name == "Accelerator":
+            self.report.convert()
+            return cst.Attribute(cst.Name("faccel"), cst.Name("DistContext"))
+        self.report.refuse(f"`{name}`", NAMES_WITHOUT_EQUAL.get(name, DOCS))
         return updated_node
 
+    def visit_Import(self, node: cst.Import) -> bool:
+        return False
+
+    def visit_ImportFrom(self, node: cst.ImportFrom) -> bool:
+        return False
+
+    def visit_Param(self, node: cst.Param) -> None:
+        self._inner.add(node.name)
+
+    def visit_Decorator(self, node: cst.Decorator) -> None:
+        self._inner.add(node.decorator)
+
     def visit_Arg(self, node: cst.Arg) -> None:
+        if node.keyword is not None:
+            self._inner.add(node.keyword)
         if self._saves(node):
             self._inner.add(node.value)
 
@@ -175,25 +201,13 @@ class MemberRewriter(cst.CSTTransformer):
         # The name of a parameter is no variable; `leave_Call` renames those of this script.
         return updated_node.with_changes(keyword=original_node.keyword)
 
-    def leave_Annotation(
-        self, original_node: cst.Annotation, updated_node: cst.Annotation
-    ) -> cst.Annotation:
-        names = {name for name, real in self.facts.imported.items() if real == "Accelerator"}
-        annotation: cst.CSTNode = updated_node.annotation
-        for name in names:
-            for child in _names_of(updated_node.annotation, name):
-                context = cst.parse_expression("faccel.DistContext")
-                annotation = annotation.deep_replace(child, context)  # type: ignore[assignment]
-                self.report.convert()
-        return updated_node.with_changes(annotation=annotation)
-
     # --- attributes
 
     def visit_Call(self, node: cst.Call) -> None:
         self._inner.add(node.func)
 
     def visit_Attribute(self, node: cst.Attribute) -> None:
-        self._inner.add(node.value)
+        self._inner.update((node.value, node.attr))
 
     def leave_Attribute(
         self, original_node: cst.Attribute, updated_node: cst.Attribute
@@ -202,6 +216,9 @@ class MemberRewriter(cst.CSTTransformer):
         if original_node.attr.value in self.facts.accelerator_attributes:
             return node.with_changes(attr=cst.Name(self.facts.ctx))
         member = self.facts.member(original_node)
+        if not member and self.facts.may_be_accelerator(original_node):
+            owner = text_of(original_node.value)
+            self.report.refuse(f"`{original_node.attr.value}` of `{owner}`", DOCS)
         if not member or original_node in self._called_functions(original_node, member):
             return node
         template = ATTRIBUTES.get(member)
@@ -403,9 +420,3 @@ class MemberRewriter(cst.CSTTransformer):
 def _keyword(name: str, value: str) -> cst.Arg:
     equal = cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace(""))
     return cst.Arg(cst.parse_expression(value), keyword=cst.Name(name), equal=equal)
-
-
-def _names_of(node: cst.CSTNode, name: str) -> Sequence[cst.CSTNode]:
-    return [
-        child for child in nodes_of(node) if isinstance(child, cst.Name) and child.value == name
-    ]

@@ -13,6 +13,7 @@ from faccel.migration.syntax import (
     assignments,
     children_of,
     comment_lines,
+    nodes_of,
     statements_of,
     text_of,
     variables_of,
@@ -43,6 +44,7 @@ class Placement(cst.CSTTransformer):
         self._init_scaler = f"faccel.init_scaler({{ctx}}{scaler_arguments})"
         # Names that the functions around the node assign or take.
         self._scopes: list[set[str]] = []
+        self._has_attributes = True
 
     def leave_IndentedBlock(
         self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
@@ -52,6 +54,12 @@ class Placement(cst.CSTTransformer):
 
     def visit_Module(self, node: cst.Module) -> None:
         self._scopes.append(_bound_names(node))
+        # Whether the script stores a context in an attribute, with the values beside it.
+        self._has_attributes = not self.facts.accelerator_attributes
+        for child in nodes_of(node):
+            for target, _ in assignments(child):
+                if isinstance(target, cst.Attribute) and target.attr.value == self.facts.ctx:
+                    self._has_attributes = True
 
     def leave_Module(self, original_node: cst.Module, updated_node: cst.Module) -> cst.Module:
         body = wrap_before_optimizers(updated_node.body, self.facts.ctx)
@@ -92,6 +100,23 @@ class Placement(cst.CSTTransformer):
             if name in used and name not in bound:
                 what = f"`{name}` must be a parameter of this function"
                 notes.append(self.report.refuse(what, "docs/training-loop.md#the-context"))
+        if not self._has_attributes:
+            notes += self._unset_attributes(node.body)
+        return notes
+
+    def _unset_attributes(self, body: cst.CSTNode) -> list[str]:
+        """Return notes for values beside a context that another class or a decorator stores."""
+        notes: list[str] = []
+        values = {self.facts.scaler: "faccel.init_scaler({ctx})"}
+        values[self.facts.trackers] = "faccel.tracking.Trackers()"
+        values[self.facts.trigger] = "False"
+        for child in nodes_of(body):
+            if not isinstance(child, cst.Attribute) or child.attr.value not in values:
+                continue
+            owner = text_of(child.value)
+            value = values.pop(child.attr.value).format(ctx=f"{owner}.{self.facts.ctx}")
+            what = f"`{text_of(child)} = {value}` is missing where `{owner}` is made"
+            notes.append(self.report.refuse(what, "docs/training-loop.md#the-context"))
         return notes
 
     def _place(self, body: Sequence[Body], *, is_given: bool) -> list[Body]:

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator
 
 import libcst as cst
 
-from faccel.migration.facts import PREPARE, Facts, makes_accelerator
+from faccel.migration.facts import (
+    PREPARE,
+    Facts,
+    arguments_of_function,
+    makes_accelerator,
+    results_of_function,
+)
+from faccel.migration.kinds import Uses, kind_of, pass_kinds, read_parameters, read_uses
 from faccel.migration.rules import is_member
 from faccel.migration.syntax import (
     arguments,
     assignments,
     callee_name,
+    children_of,
     is_single,
     names_in,
     nodes_of,
     prepare_pairs,
     text_of,
     variables_of,
-)
-
-# Kinds of prepared objects, by their names, or else by the class or function that made them.
-_BY_NAME = (
-    ("loader", re.compile(r"loader|_dl$|^dl$|^dl_|dataset|_data$")),
-    ("scheduler", re.compile(r"sched")),
-    ("optimizer", re.compile(r"optim|^opt$|_opt$|^opt_")),
-)
-_BY_ORIGIN = (
-    ("loader", re.compile(r"loader|^get_data")),
-    ("scheduler", re.compile(r"sched|lr$|_warmup$|annealing")),
-    ("optimizer", re.compile(r"optim|^adam|adamw|^sgd$|adafactor|rmsprop|^lion|adagrad")),
 )
 
 
@@ -52,15 +46,49 @@ def read_facts(module: cst.Module) -> Facts:
         size = len(facts.accelerators) + len(facts.accelerator_attributes)
         for node in nodes:
             _read_accelerators(node, facts)
+    uses = read_uses(nodes, facts)
     for node in nodes:
-        _read_uses(node, facts)
-    for node in nodes:
-        _pass_kinds(node, facts)
-        # In a module of functions, the objects are prepared elsewhere.
-        if not facts.prepared and isinstance(node, cst.FunctionDef):
-            _read_parameters(node, facts)
+        _read_uses(node, facts, uses)
+    # Until nothing is added: a function may pass its parameters to one that is defined before it.
+    size = -1
+    while size != len(facts.kinds):
+        size = len(facts.kinds)
+        for node in nodes:
+            pass_kinds(node, facts)
+            # In a module of functions, the objects are prepared elsewhere.
+            if not facts.prepared and isinstance(node, cst.FunctionDef):
+                read_parameters(node, facts)
+    facts.repeated = _repeated_functions(module, facts)
     _choose_names(facts)
     return facts
+
+
+def _repeated_functions(module: cst.Module, facts: Facts) -> set[str]:
+    """Return the functions that are called in a loop, twice, or by such a function."""
+    callers: dict[str, list[str]] = {}
+    for caller, function in [("", module), *facts.functions.items()]:
+        for name in _calls(function, facts):
+            callers.setdefault(name, []).append(caller)
+    repeated = {name for name, names in callers.items() if len(names) > 1}
+    size = -1
+    while size != len(repeated):
+        size = len(repeated)
+        repeated.update(name for name, names in callers.items() if repeated.intersection(names))
+    return repeated
+
+
+def _calls(node: cst.CSTNode, facts: Facts, count: int = 1) -> list[str]:
+    """Return the functions of the script that a scope calls; those in loops twice."""
+    names: list[str] = []
+    for child in children_of(node):
+        if isinstance(child, cst.FunctionDef | cst.ClassDef | cst.Lambda):
+            continue
+        name = callee_name(child)
+        if name in facts.functions:
+            names += [name] * count
+        in_loop = isinstance(child, cst.For | cst.While | cst.CompFor)
+        names += _calls(child, facts, 2 if in_loop else count)
+    return names
 
 
 def _read_definitions(node: cst.CSTNode, facts: Facts) -> None:
@@ -109,6 +137,8 @@ def _read_import(node: cst.ImportFrom | cst.Import, facts: Facts) -> None:
             facts.imported[local] = name
         elif isinstance(node, cst.Import) and name.partition(".")[0] == "accelerate":
             facts.imported[local.partition(".")[0]] = "*module"
+        else:
+            facts.imported_elsewhere.add(local.partition(".")[0])
 
 
 def starting_batch_size(node: cst.FunctionDef, facts: Facts) -> str | None:
@@ -136,15 +166,24 @@ def _read_accelerators(node: cst.CSTNode, facts: Facts) -> None:
         if makes_accelerator(value, facts):
             _add_accelerator(target, facts)
     if isinstance(node, cst.Call):
-        for param, arg in arguments_of_function(node, facts):
-            if facts.is_accelerator(arg.value):
-                facts.accelerators.add(param)
+        _read_arguments(node, facts)
+    for target, value in results_of_function(node, facts):
+        if facts.is_accelerator(value):
+            _add_accelerator(target, facts)
+
+
+def _read_arguments(node: cst.Call, facts: Facts) -> None:
+    for param, arg in arguments_of_function(node, facts):
+        if facts.is_accelerator(arg.value):
+            facts.accelerators.add(param)
 
 
 def _read_member(node: cst.Attribute, facts: Facts) -> None:
     """`accelerator.backward(...)` shows what it is, also in a file without the constructor."""
+    name = node.attr.value
     owner = text_of(node.value)
-    if is_member(node.attr.value) and owner.rpartition(".")[2] == "accelerator":
+    is_named = is_member(name) and owner.rpartition(".")[2] == "accelerator"
+    if is_named or (facts.may_be_accelerator(node) and name != "prepare"):
         _add_accelerator(node.value, facts)
 
 
@@ -163,31 +202,13 @@ def _add_accelerator(target: cst.BaseExpression, facts: Facts) -> None:
         facts.accelerator_attributes.add(target.attr.value)
 
 
-def arguments_of_function(call: cst.Call, facts: Facts) -> Iterator[tuple[str, cst.Arg]]:
-    """Yield `(parameter, argument)` of a call of a function of this script.
-
-    Effects: pure.
-    """
-    function = facts.functions.get(callee_name(call))
-    # A function of another module may have the same name and other parameters.
-    owner = text_of(call.func).rpartition(".")[0]
-    if function is None or owner not in ("", "self", "cls", "super()"):
-        return
-    params = [param.name.value for param in function.params.params]
-    if params[:1] == ["self"]:
-        params = params[1:]
-    for param, arg in arguments(call, params).items():
-        if not param.startswith("*"):
-            yield param, arg
-
-
-def _read_uses(node: cst.CSTNode, facts: Facts) -> None:
+def _read_uses(node: cst.CSTNode, facts: Facts, uses: Uses) -> None:
     member = facts.member(node)
     if member:
         facts.members.add(member)
     if not isinstance(node, cst.Call):
         if isinstance(node, cst.Assign):
-            _read_prepare(node, facts)
+            _read_prepare(node, facts, uses)
         return
     if facts.accelerate_name(node.func) == "Accelerator":
         # A script may create it in two branches, with other arguments.
@@ -200,57 +221,17 @@ def _read_uses(node: cst.CSTNode, facts: Facts) -> None:
                 facts.registered.append(text_of(arg.value))
 
 
-def _read_prepare(node: cst.Assign, facts: Facts) -> None:
+def _read_prepare(node: cst.Assign, facts: Facts, uses: Uses) -> None:
     value = node.value
     name = facts.member_call(value)
     if name not in PREPARE or len(node.targets) != 1 or not isinstance(value, cst.Call):
         return
     for target, arg in prepare_pairs(node.targets[0].target, value):
         code = text_of(target)
-        kind = PREPARE[name] or _kind_of(text_of(arg), facts)
+        kind = PREPARE[name] or kind_of((code, text_of(arg)), facts, uses)
         facts.kinds[code] = kind
         if code not in facts.prepared:
             facts.prepared.append(code)
-
-
-def _kind_of(code: str, facts: Facts) -> str:
-    name = code.rpartition(".")[2].lower()
-    for kind, pattern in _BY_NAME:
-        if pattern.search(name):
-            return kind
-    for value in facts.assigned.get(code, ()):
-        origin = callee_name(value).lower()
-        # A function that returns several objects shows the kind of none of them.
-        if origin in PREPARE or value in facts.unpacked:
-            continue
-        for kind, pattern in _BY_ORIGIN:
-            if pattern.search(origin):
-                return kind
-    return "model"
-
-
-def _read_parameters(node: cst.FunctionDef, facts: Facts) -> None:
-    """Read what a function with an accelerator gets, by the names of its parameters."""
-    names = [param.name.value for param in node.params.params]
-    if not facts.accelerators.intersection(names):
-        return
-    for name in names:
-        for kind, pattern in _BY_NAME:
-            if pattern.search(name.lower()):
-                facts.kinds.setdefault(name, kind)
-
-
-def _pass_kinds(node: cst.CSTNode, facts: Facts) -> None:
-    """Functions of the script that get a prepared object have it under another name."""
-    if isinstance(node, cst.Call):
-        for param, arg in arguments_of_function(node, facts):
-            kind = facts.kinds.get(text_of(arg.value))
-            if kind is not None:
-                facts.kinds.setdefault(param, kind)
-    for target, value in assignments(node):
-        kind = facts.kinds.get(text_of(value))
-        if kind is not None:
-            facts.kinds.setdefault(text_of(target), kind)
 
 
 def _choose_names(facts: Facts) -> None:

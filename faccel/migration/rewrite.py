@@ -9,6 +9,7 @@ import libcst as cst
 
 from faccel.errors import ConfigError, short_text
 from faccel.migration.imports import rewrite_imports
+from faccel.migration.local_names import LocalNameRemover
 from faccel.migration.loops import LoopRewriter
 from faccel.migration.members import MemberRewriter
 from faccel.migration.one_line import OneLineSplitter
@@ -59,6 +60,7 @@ def migrate_script(source: bytes) -> Migration:
     report = Report()
     if not facts.imported and not facts.accelerators and not facts.accelerator_attributes:
         return Migration(source, 0, 0, ())
+    module = module.visit(LocalNameRemover(facts))
     module = module.visit(OneLineSplitter(facts))
     # Loops first: what a call becomes depends on the loop around it.
     module = module.visit(LoopRewriter(facts, report))

@@ -216,6 +216,22 @@ WITHOUT_EQUAL = {
     "verify_device_map": "docs/parallelism.md",
 }
 
+# Members that hardly anything but an accelerator has: they show what an expression holds.
+DISTINCTIVE = frozenset(
+    {
+        "check_trigger",
+        "gather_for_metrics",
+        "is_local_main_process",
+        "is_main_process",
+        "prepare",
+        "register_for_checkpointing",
+        "set_trigger",
+        "sync_gradients",
+        "unwrap_model",
+        "wait_for_everyone",
+    }
+)
+
 
 def is_member(name: str) -> bool:
     """Return whether `Accelerator` has a member of this name that the rewriting looks for.

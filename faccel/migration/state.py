@@ -9,7 +9,7 @@ from faccel.migration.facts import PREPARE, Facts
 from faccel.migration.report import Report
 from faccel.migration.syntax import arguments, prepare_pairs, text_of
 
-_ORDER = ("model", "optimizer", "loader", "scheduler")
+_ORDER = ("model", "optimizer", "loader", "scheduler", "")
 
 
 class StateRewriter:
@@ -39,6 +39,10 @@ class StateRewriter:
         method = call.func.attr.value
         names = [text_of(name) for name, _ in pairs]
         self._together = [name for name in names if self._kind(method, name) == "model"]
+        for name in names:
+            if not self._kind(method, name):
+                what = f"what `{name}` is: `faccel.wrap` takes models, `faccel.shard` loaders"
+                self._report.refuse(what, "docs/training-loop.md#models-and-optimizers")
         # Models first: an optimizer is connected to the wrapped one.
         for kind in _ORDER:
             for name, value in pairs:
@@ -48,7 +52,7 @@ class StateRewriter:
         return "\n".join(lines) + "\n" if lines else ""
 
     def _kind(self, method: str, code: str) -> str:
-        return PREPARE[method] or self._facts.kinds.get(code, "model")
+        return PREPARE[method] or self._facts.kinds.get(code, "")
 
     def _refuse_options(self, call: cst.Call) -> None:
         for arg in call.args:
@@ -64,6 +68,8 @@ class StateRewriter:
             return [f"{name} = faccel.shard({value}, {ctx}{options})"]
         if kind == "optimizer":
             return self._optimizer(name, value, ctx)
+        if not kind:
+            return [f"{name} = {ctx}.prepare({value})"]  # raises, and has a note
         return [] if name == value else [f"{name} = {value}"]
 
     def _optimizer(self, name: str, value: str, ctx: str) -> list[str]:
@@ -72,6 +78,8 @@ class StateRewriter:
         # Another branch may prepare further models with the same optimizer.
         together = [model for model in models if model in self._together]
         models = together or models
+        if len(self._together) == 1:
+            models = models or self._together
         if not models:
             self._report.refuse(f"the model of `{name}` is unknown", "docs/training-loop.md")
             models = ["model"]

@@ -217,20 +217,36 @@ def assignments(node: cst.CSTNode) -> Iterator[tuple[cst.BaseExpression, cst.Bas
 
     Effects: pure.
     """
-    if isinstance(node, cst.AnnAssign) and node.value is not None:
+    if isinstance(node, cst.AnnAssign | cst.NamedExpr) and node.value is not None:
         yield node.target, node.value
-    if not isinstance(node, cst.Assign):
+    # `with Accelerator() as accelerator:`
+    if isinstance(node, cst.WithItem) and node.asname is not None:
+        yield node.asname.name, node.item
+    if isinstance(node, cst.Assign):
+        for assign_target in node.targets:
+            yield from _unpacked(assign_target.target, node.value)
+
+
+def _unpacked(
+    target: cst.BaseExpression, value: cst.BaseExpression
+) -> Iterator[tuple[cst.BaseExpression, cst.BaseExpression]]:
+    if not isinstance(target, cst.Tuple | cst.List):
+        yield target, value
         return
-    for assign_target in node.targets:
-        target, value = assign_target.target, node.value
-        if not isinstance(target, cst.Tuple | cst.List):
-            yield target, value
-            continue
-        values: Sequence[cst.BaseExpression] = [value] * len(target.elements)
-        if isinstance(value, cst.Tuple) and len(value.elements) == len(target.elements):
-            values = [element.value for element in value.elements]
-        for element, element_value in zip(target.elements, values, strict=True):
-            yield element.value, element_value
+    values: Sequence[cst.BaseExpression] = [value] * len(target.elements)
+    if isinstance(value, cst.Tuple) and len(value.elements) == len(target.elements):
+        values = elements_of(value)
+    yield from zip(elements_of(target), values, strict=True)
+
+
+def elements_of(node: cst.BaseExpression) -> list[cst.BaseExpression]:
+    """Return the elements of a tuple or list; a list with the expression for others.
+
+    Effects: pure.
+    """
+    if isinstance(node, cst.Tuple | cst.List):
+        return [element.value for element in node.elements]
+    return [node]
 
 
 def is_single(node: cst.Assign) -> bool:
@@ -254,9 +270,7 @@ def prepare_pairs(
             return []
         if arg.keyword is None:
             args.append(arg.value)
-    targets = [target]
-    if isinstance(target, cst.Tuple | cst.List):
-        targets = [element.value for element in target.elements]
+    targets = elements_of(target)
     if len(targets) != len(args):
         return []
     return list(zip(targets, args, strict=True))

@@ -37,6 +37,14 @@ _SCHEDULE = (
     "as under Accelerate, the scheduler is stepped once per process at each update; "
     "see docs/coming-from-accelerate.md#learning-rates-and-schedulers"
 )
+_NO_GRADIENTS = (
+    "`optimizer_step` sets the gradients to None: read them before it; "
+    "see docs/training-loop.md#one-update"
+)
+_SUMS = (
+    "nothing here calls `zero_grad`, so Accelerate adds up the gradients of all updates; "
+    "`optimizer_step` sets them to None; see docs/training-loop.md#one-update"
+)
 
 
 @attrs.define(eq=False)
@@ -117,6 +125,10 @@ class UpdateRewriter:
 
     def _item(self, statement: Body) -> _Item:
         """Return what a statement is."""
+        line = simple_call(statement)
+        if line is not None and self._is_other_step(*line):
+            note = self.report.refuse(f"`{text_of(line[1])}`", "docs/training-loop.md#one-update")
+            return _Item(with_leading(statement, comment_lines([note])))
         step = method_call(statement, "step")
         if step is not None and not step[1].args and self.facts.has_kind(step[0], "optimizer"):
             return _Item(statement, True, "step", step[0], step[1])
@@ -126,6 +138,13 @@ class UpdateRewriter:
         if zero is not None and self.facts.has_kind(zero[0], "optimizer"):
             return _Item(statement, True, "zero", zero[0], zero[1])
         return self._clip(statement) or _Item(statement)
+
+    def _is_other_step(self, target: cst.BaseExpression | None, call: cst.Call) -> bool:
+        """Return whether a call is `optimizer.step(closure)` or returns something."""
+        if not isinstance(call.func, cst.Attribute) or call.func.attr.value != "step":
+            return False
+        is_optimizer = self.facts.has_kind(text_of(call.func.value), "optimizer")
+        return is_optimizer and (bool(call.args) or target is not None)
 
     def _gates(self) -> bool:
         """Return whether schedulers move with the optimizer, which is Accelerate's default."""
@@ -189,6 +208,7 @@ class UpdateRewriter:
             comments += _comments(item.node)
         if any(item.kind == "schedule" for item in run) and not self._splits_batches():
             comments += comment_lines(self.report.note_once(_SCHEDULE))
+        comments += comment_lines(self._gradient_notes(items[end:], optimizers))
         new[0].node = new[0].node.with_changes(leading_lines=comments)
         # A zero_grad later in the block has nothing left to do.
         for item in items[end:]:
@@ -196,6 +216,28 @@ class UpdateRewriter:
                 item.kind = "taken"
         self.report.convert(len(run))
         return new
+
+    def _gradient_notes(self, items: Sequence[_Item], optimizers: Sequence[str]) -> list[str]:
+        """Return notes about gradients that the script uses after an update."""
+        notes: list[str] = []
+        if self._reads_grad_after(items, optimizers):
+            notes.append(self.report.note(_NO_GRADIENTS))
+        trains = self.facts.is_created and "backward" in self.facts.members
+        if trains and "zero_grad" not in self.facts.attribute_names:
+            notes += self.report.note_once(_SUMS)
+        return notes
+
+    def _reads_grad_after(self, items: Sequence[_Item], optimizers: Sequence[str]) -> bool:
+        """Return whether the statements after an update read gradients before `zero_grad`."""
+        for item in items:
+            if item.kind == "zero" and item.subject in optimizers:
+                return False
+            if "grad" in names_in(item.node):
+                # After another backward there are gradients again.
+                return "backward" not in text_of(item.node)
+            if "backward" in text_of(item.node):
+                return False
+        return False
 
     def _reads_grad(self, items: Sequence[_Item]) -> bool:
         return any(

@@ -1,6 +1,7 @@
 """`faccel migrate` on small scripts: before and after, and what every rewriting keeps."""
 
 import json
+import textwrap
 
 import pytest
 from click.testing import CliRunner
@@ -194,7 +195,7 @@ UPDATES = {
     "optimizer.step(); optimizer.zero_grad()  # both": (
         "# both\ninfo, scaler = faccel.optimizer_step(optimizer, scaler, ctx)"
     ),
-    "if last: optimizer.step()": (
+    "if last: optimizer.step(); optimizer.zero_grad()": (
         "if last:\n    info, scaler = faccel.optimizer_step(optimizer, scaler, ctx)"
     ),
     "optimizer.step()\noptimizer.zero_grad()": (
@@ -623,4 +624,234 @@ def test_a_file_that_is_no_python_is_reported_and_the_others_are_rewritten(tmp_p
     (tmp_path / "a.py").write_text("def f(:\n")
     code, out = run(tmp_path)
     assert code == 1 and "no valid Python" in out
+    assert (tmp_path / "package" / "a.py").read_text() == NEW_HEAD
+
+
+# --- what an object is, and where an accelerator goes
+
+KINDS = {
+    "a loader by a loop": ("data", "for x in data: f(x)", "data = faccel.shard(data, ctx)"),
+    "a loader by a loop in a function": (
+        "d",
+        "def g(rows):\n    for x in rows: f(x)\ng(d)",
+        "d = faccel.shard(d, ctx)",
+    ),
+    "a loader by its length": ("held_out", "n = len(held_out)", "held_out = faccel.shard("),
+    "a model by a call": ("m", "y = m(x)", "m = faccel.wrap(m, ctx)"),
+    "a model by its parameters": ("a", "p = a.parameters()", "a = faccel.wrap(a, ctx)"),
+    "a model with the name of a loader": (
+        "dataset_net",
+        "p = dataset_net.parameters()",
+        "dataset_net = faccel.wrap(dataset_net, ctx)",
+    ),
+    "an optimizer by its methods": (
+        "o",
+        "o.step()\no.zero_grad()",
+        "o = faccel.wrap_optimizer(o, ",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", KINDS)
+def test_what_a_script_does_with_an_object_shows_what_it_is(way):
+    name, use, expected = KINDS[way]
+    new = rewritten(f"{HEAD}net, {name} = accelerator.prepare(net, {name})\n{use}\n")
+    assert expected in new
+
+
+@pytest.mark.parametrize("target", ["x", "self.x", "objs[key]"])
+def test_an_object_that_the_script_does_not_show_is_not_guessed(target):
+    code = f"{HEAD}net, {target} = accelerator.prepare(net, {target})\n"
+    migration = migrate_script(code.encode())
+    assert migration.unconverted == 1
+    assert f"{target} = ctx.prepare({target})" in migration.code.decode()
+    assert b"net = faccel.wrap(net, ctx)" in migration.code
+
+
+def test_each_optimizer_has_the_models_that_it_was_made_from_and_not_those_prepared_with_it():
+    new = rewritten(
+        f"{HEAD}g_opt = Adam(gen.parameters())\nd_opt = Adam(disc.parameters())\n"
+        "gen, disc, g_opt, d_opt = accelerator.prepare(gen, disc, g_opt, d_opt)\n"
+    )
+    assert new.count("faccel.wrap_optimizer(") == 2
+    assert "g_opt = faccel.wrap_optimizer(g_opt, gen, ctx)" in new
+    assert "d_opt = faccel.wrap_optimizer(d_opt, disc, ctx)" in new
+
+
+def test_an_optimizer_of_unknown_models_has_a_note():
+    code = f"{HEAD}opt = make()\na, b, opt = accelerator.prepare(a, b, opt)\na(b(x))\n"
+    migration = migrate_script(code.encode())
+    assert migration.unconverted == 1
+    assert b"the model of `opt` is unknown" in migration.code
+
+
+FLOWS = {
+    "a condition": "if (acc := Accelerator()) and acc.is_main_process: f()\n",
+    "a result with others": (
+        "def setup():\n    accelerator = Accelerator()\n    return accelerator, 1\n"
+        "acc, n = setup()\nif acc.is_main_process: f()\n"
+    ),
+    "a member that shows it": "def g(acc):\n    if acc.is_main_process: f()\n",
+}
+
+
+@pytest.mark.parametrize("way", FLOWS)
+def test_an_accelerator_is_followed_through(way):
+    new = rewritten(f"from accelerate import Accelerator\n{FLOWS[way]}")
+    assert "ctx.is_main:" in new and "accelerate" not in new
+
+
+def test_an_accelerator_in_a_container_has_a_note():
+    code = "from accelerate import Accelerator\nd = {'a': Accelerator()}\nd['a'].prepare(net)\n"
+    migration = migrate_script(code.encode())
+    assert migration.unconverted == 1
+    assert b"`prepare` of `d['a']`" in migration.code
+
+
+def test_a_local_name_of_an_attribute_has_the_loss_scale_of_the_attribute():
+    new = rewritten(
+        "from accelerate import Accelerator\nclass T:\n"
+        "    def __init__(self):\n        self.acc = Accelerator()\n"
+        "    def f(self, loss, opt):\n        acc = self.acc\n        acc.backward(loss)\n"
+        "        def g():\n            acc.print(1, acc=2)\n"
+    )
+    assert "self.scaler = faccel.scaled_backward(loss, self.scaler, self.ctx)" in new
+    assert "faccel.print(1, ctx=self.ctx, acc=2)" in new
+    assert new.count("init_scaler(") == 1
+    assert "acc = " not in new
+
+
+def test_a_loss_scale_that_the_script_does_not_create_has_a_note():
+    migration = migrate_script(
+        b"class T(Base):\n    def f(self, loss):\n        self.accelerator.backward(loss)\n"
+    )
+    assert b"`self.scaler = faccel.init_scaler(self.ctx)` is missing" in migration.code
+    assert migration.unconverted == 1
+
+
+def test_a_class_of_accelerate_that_is_no_call_is_replaced_or_has_a_note():
+    new = rewritten(f"{HEAD}assert isinstance(accelerator, Accelerator)\n")
+    assert "isinstance(ctx, faccel.DistContext)" in new
+    code = f"from accelerate.utils import gather\n{HEAD}y = map(gather, xs)\n"
+    assert b"# faccel: not converted: `gather`" in migrate_script(code.encode()).code
+
+
+# --- meanings that differ
+
+TRAINING = HEAD.replace("()", "(gradient_accumulation_steps=2)") + (
+    "net, opt, loader = accelerator.prepare(net, opt, loader)\nfor epoch in range(2):\n"
+    "    for x in loader:\n"
+)
+ONE_UPDATE = (
+    "with accelerator.accumulate(net):\n    accelerator.backward(net(x))\n"
+    "    opt.step()\n    opt.zero_grad()\n"
+)
+
+
+def loop(*blocks):
+    return (TRAINING + "".join(textwrap.indent(block, " " * 8) for block in blocks)).encode()
+
+
+def test_one_accumulate_for_each_batch_needs_no_note():
+    assert migrate_script(loop(ONE_UPDATE)).notes == ()
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        (ONE_UPDATE, ONE_UPDATE),
+        ("if x is None:\n    continue\n", ONE_UPDATE),
+        ("if x > 0:\n" + textwrap.indent(ONE_UPDATE, "    "),),
+    ],
+)
+def test_batches_that_accelerate_counts_otherwise_have_a_note(blocks):
+    assert "each batch is one micro-batch" in "".join(migrate_script(loop(*blocks)).notes)
+
+
+def test_accumulate_in_an_inner_loop_is_not_converted():
+    block = "for part in x.split(4):\n" + textwrap.indent(ONE_UPDATE, "    ")
+    migration = migrate_script(loop(block))
+    assert migration.unconverted == 1
+    assert b"with ctx.accumulate(net):" in migration.code
+
+
+ORDERS = {
+    "a function that is called in a loop": (
+        "def run(loader):\n    for x in loader: accelerator.backward(x)\n"
+        "for i in steps: run(loader)\n"
+    ),
+    "a function that is called twice": (
+        "def run(loader):\n    for x in loader: accelerator.backward(x)\nrun(loader)\nrun(loader)\n"
+    ),
+    "a generator": "def cycle(loader):\n    while True:\n        for x in loader: yield x\n",
+    "an iterator after another one": (
+        "for step in range(9):\n    try: x = next(it)\n"
+        "    except StopIteration: it = iter(loader)\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("way", ORDERS)
+def test_a_pass_that_is_repeated_has_no_constant_epoch(way):
+    code = f"{HEAD}loader = accelerator.prepare(loader)\n{ORDERS[way]}"
+    migration = migrate_script(code.encode())
+    assert migration.unconverted == 1
+    assert b".at(" not in migration.code.replace(b"`loader.at(epoch)`", b"")
+
+
+def test_a_single_iterator_reads_the_first_epoch():
+    new = rewritten(f"{HEAD}loader = accelerator.prepare(loader)\nx = next(iter(loader))\n")
+    assert "x = next(iter(loader.at(0)))" in new
+
+
+NOTED_UPDATES = {
+    "opt.step(closure)\n": "not converted: `opt.step(closure)`",
+    "y = opt.step()\n": "not converted: `opt.step()`",
+    "accelerator.backward(x)\nopt.step()\nf(w.grad)\nopt.zero_grad()\n": "sets the gradients to",
+    "accelerator.backward(x)\nopt.step()\n": "nothing here calls `zero_grad`",
+}
+
+
+@pytest.mark.parametrize("lines", NOTED_UPDATES)
+def test_an_update_with_another_meaning_has_a_note(lines):
+    code = f"{HEAD}net, opt = accelerator.prepare(net, opt)\n{lines}"
+    assert NOTED_UPDATES[lines] in "".join(migrate_script(code.encode()).notes)
+
+
+def test_a_script_with_notes_gets_them_once():
+    code = f"from accelerate.utils import tqdm\n{HEAD}for x in tqdm(y): f(x)\n"
+    once = migrate_script(code.encode()).code
+    assert once.count(b"# faccel: not converted") == 1
+    assert migrate_script(once).code == once
+
+
+# --- files
+
+
+def test_a_script_keeps_its_mode_its_link_and_its_line_ends(tmp_path):
+    script, link = tmp_path / "real.txt", tmp_path / "a.py"
+    script.write_bytes(b"#!/usr/bin/python\r\n" + HEAD.replace("\n", "\r\n").encode())
+    script.chmod(0o750)
+    link.symlink_to(script)
+    assert run(link)[0] == 0
+    assert link.is_symlink() and script.stat().st_mode & 0o777 == 0o750
+    assert script.read_bytes() == b"#!/usr/bin/python\r\n" + NEW_HEAD.replace("\n", "\r\n").encode()
+
+
+def test_a_script_that_cannot_be_written_stays_and_the_others_are_rewritten(tmp_path):
+    write(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "package").write_text("a file")  # instead of the folder
+    code, out = run(tmp_path, "-o", tmp_path / "out")
+    assert code == 1 and "it cannot be written" in out
+    assert (tmp_path / "out" / "b.py").read_text() == "x = 1\n"
+
+
+def test_a_script_that_is_too_deep_to_be_rewritten_stays(tmp_path):
+    write(tmp_path)
+    deep = HEAD + "x = " + "+".join("1" * 5000) + "\n"
+    (tmp_path / "a.py").write_text(deep)
+    code, out = run(tmp_path)
+    assert code == 1 and "it cannot be rewritten: RecursionError" in out
+    assert (tmp_path / "a.py").read_text() == deep
     assert (tmp_path / "package" / "a.py").read_text() == NEW_HEAD
