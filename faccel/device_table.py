@@ -216,6 +216,23 @@ def default_generator(device: torch.device) -> torch.Generator:
         return module.default_generators[device.index or 0]
 
 
+def empty_cache(device: torch.device) -> None:
+    """Return memory that PyTorch keeps for later tensors to the device.
+
+    Effects: ambient. Does nothing on the host, and on devices without such a cache.
+
+    Examples:
+        >>> empty_cache(torch.device("cpu"))
+    """
+    if is_host(device):
+        return
+    module: Any = torch.get_device_module(device)
+    # Not `torch.accelerator.empty_cache`, which raises for a device that registers no allocator.
+    if hasattr(module, "empty_cache"):
+        with without_stage_warnings():
+            module.empty_cache()
+
+
 def is_initialized(device_type: str) -> bool:
     """Return whether this process has used a device, so that a fork could not use it.
 

@@ -13,8 +13,10 @@ from faccel.plan_units import (
     ActivationCheckpointing,
     Compile,
     Fp8,
+    LayerwiseCasting,
     to_activation_checkpoint,
     to_compile,
+    to_layerwise_casting,
 )
 from faccel.validators import bool_field, choice, construct, patterns, positive_number
 
@@ -270,6 +272,8 @@ class Plan:
         offload: Whether parameters, gradients and optimizer states are kept in the memory of the
             host.
         fp8: How linear layers multiply with `mixed_precision="fp8"`; None is `Fp8()`.
+        layerwise_casting: The dtype in which frozen layers are stored, such as `"float8_e4m3fn"`,
+            or a `LayerwiseCasting`. For one process and replicas.
 
     Examples:
         >>> Plan(ddp=DdpConfig(find_unused_parameters=True, comm_hook="fp16")).ddp.comm_hook
@@ -292,6 +296,9 @@ class Plan:
     compile: Compile | None = attrs.field(default=None, converter=to_compile)
     offload: bool = bool_field(default=False)
     fp8: Fp8 | None = None
+    layerwise_casting: LayerwiseCasting | None = attrs.field(
+        default=None, converter=to_layerwise_casting
+    )
 
     def __reduce__(self) -> tuple[Callable[..., Plan], tuple[object, ...]]:
         fields = attrs.asdict(self, recurse=False)

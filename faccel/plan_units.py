@@ -175,3 +175,51 @@ class Fp8:
                 got=f"recipe={short_repr(self.recipe)}, emulate={self.emulate}",
                 fix='write `backend="torchao"`',
             )
+
+
+STORAGE_DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+"""The dtypes in which layers can be stored, under PyTorch's names."""
+
+
+@attrs.frozen(kw_only=True)
+class LayerwiseCasting:
+    """Frozen layers that are stored in a smaller dtype than they compute in.
+
+    Each linear or convolution layer casts its parameters at the start of its forward, to the dtype
+    of autocast, else to the one they had before `wrap`. Layers with a trainable parameter stay.
+
+    Args:
+        storage_dtype: `"float8_e4m3fn"`, `"float8_e5m2"`, `"bfloat16"` or `"float16"`.
+        skip: Patterns of the names of modules that stay as they are, with all layers inside. None
+            is the modules of `Fp8.skip`, and those whose name contains `norm` or `embed`, or is
+            `proj_in` or `proj_out`.
+
+    Examples:
+        >>> LayerwiseCasting(skip="head").storage_dtype
+        'float8_e4m3fn'
+    """
+
+    storage_dtype: str = attrs.field(default="float8_e4m3fn", validator=choice(*STORAGE_DTYPES))
+    skip: tuple[str, ...] | None = attrs.field(
+        default=None, converter=attrs.converters.optional(patterns)
+    )
+
+
+def to_layerwise_casting(value: object) -> LayerwiseCasting | None:
+    """Return the record; `value` may be the dtype alone.
+
+    Effects: pure.
+
+    Examples:
+        >>> to_layerwise_casting("bfloat16") == LayerwiseCasting(storage_dtype="bfloat16")
+        True
+    """
+    if value is None or isinstance(value, LayerwiseCasting):
+        return value
+    if isinstance(value, str) and value in STORAGE_DTYPES:
+        return LayerwiseCasting(storage_dtype=value)
+    raise ConfigError(
+        "`layerwise_casting` must be a dtype to store layers in, or a `LayerwiseCasting`",
+        got=short_repr(value),
+        fix='write `layerwise_casting="float8_e4m3fn"`',
+    )

@@ -22,6 +22,7 @@ from faccel.mesh import DATA
 from faccel.parallel.activation_checkpoint import checkpoint_and_compile
 from faccel.parallel.forward import call_method, with_precision
 from faccel.parallel.fp8 import fp8_layers
+from faccel.parallel.layerwise_casting import store_layers
 from faccel.parallel.materialize import has_meta, materialize
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import DdpConfig, Plan
@@ -39,10 +40,12 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     fp8_layers(module, plan, ctx).convert()
     if not any(param.requires_grad for param in module.parameters()):
         # DDP raises for a module of which no parameter requires a gradient.
-        return _wrap_frozen(module, ctx)
+        return _wrap_frozen(module, plan, ctx)
     # Units are changed in place, under their names: DDP sees the same parameters as without.
     checkpoint_and_compile(module, plan)
     engine = _make_engine(module, plan.ddp, ctx)
+    # Last: DDP has sent rank 0's values in full, and not every library sends fp8.
+    store_layers(module, plan, ctx)
     return engine, with_precision(engine.run, ctx)
 
 
@@ -58,9 +61,10 @@ def _rewrap(
         engine.reducer._remove_autograd_hooks()
         engine.grads.is_replaced = True
     if not any(param.requires_grad for param in module.parameters()):
-        return _wrap_frozen(module, ctx)
+        return _wrap_frozen(module, plan, ctx)
     # Without `checkpoint_and_compile`, which has changed the units of the first `wrap`.
     new_engine = _make_engine(module, plan.ddp, ctx)
+    store_layers(module, plan, ctx)
     return new_engine, with_precision(new_engine.run, ctx)
 
 
@@ -106,12 +110,13 @@ def _without_buffer_sync(module: nn.Module, ctx: DistContext) -> dict[str, bool]
     return {"broadcast_buffers": False}
 
 
-def _wrap_frozen(module: nn.Module, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
+def _wrap_frozen(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
     """Wrap a model without trainable parameters, which DDP refuses."""
     # DDP's constructor would do this for a model with gradients.
     broadcast_from_rank_0(
         {**dict(module.named_parameters()), **dict(module.named_buffers())}, ctx, DATA
     )
+    store_layers(module, plan, ctx)
 
     def run(method: str, *args: Tree, **kwargs: Tree) -> Tree:
         # A parameter that is unfrozen later would be trained by each replica for itself.

@@ -34,6 +34,7 @@ from faccel.parallel.compilation import apply_compile
 from faccel.parallel.eager_code import without_graph
 from faccel.parallel.expert_parallel import shard_experts
 from faccel.parallel.forward import call_method, forward_precision, to_fp32, with_precision
+from faccel.parallel.layerwise_casting import refuse_stored_layers
 from faccel.parallel.materialize import InitialValues
 from faccel.parallel.param_hooks import hooks_of
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
@@ -166,6 +167,7 @@ class FsdpEngine(nn.Module):
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
+    refuse_stored_layers(plan, ctx)
     check_same_structure(module, ctx, WORLD)
     layout = Layout.from_plan(module, plan, ctx).with_fp8(module, plan, ctx)
     shard_module(module, plan, layout, ctx)

@@ -20,6 +20,7 @@ from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
 from faccel.grad_reducer import GradReducer, OwnedParams
 from faccel.mesh import WORLD
+from faccel.parallel.layerwise_casting import refuse_stored_layers
 from faccel.parallel.pipeline_stages import StageModule, remove_other_stages, stages_of, tied_params
 from faccel.parallel.sync_states import check_same_structure
 from faccel.plan import PipelineConfig, Plan
@@ -28,6 +29,7 @@ from faccel.tree import Tree
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
+    refuse_stored_layers(plan, ctx)
     config = _config(plan, ctx)
     check_same_structure(module, ctx, WORLD)
     # A later stage is on another rank than rank 0, which alone may have values.

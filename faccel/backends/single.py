@@ -14,6 +14,7 @@ from faccel.mesh import DATA
 from faccel.parallel.activation_checkpoint import checkpoint_and_compile
 from faccel.parallel.forward import call_method, with_precision
 from faccel.parallel.fp8 import fp8_layers
+from faccel.parallel.layerwise_casting import store_layers
 from faccel.parallel.materialize import has_meta, materialize
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, RunMethod, Stateful
@@ -25,6 +26,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
         materialize(module, ctx, DATA)
     fp8_layers(module, plan, ctx).convert()
     checkpoint_and_compile(module, plan)
+    store_layers(module, plan, ctx)
     return module, with_precision(functools.partial(call_method, module), ctx)
 
 
@@ -54,6 +56,7 @@ def _rewrap(
     if ctx.config.device_placement:  # new parameters are on the CPU
         move_module(module, ctx.device)
     fp8_layers(module, plan, ctx).convert()  # of the layers that are new
+    store_layers(module, plan, ctx)
     # Without `checkpoint_and_compile`, which has changed the units of the first `wrap`.
     return module, with_precision(functools.partial(call_method, module), ctx)
 

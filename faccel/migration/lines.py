@@ -233,8 +233,7 @@ class LineRewriter:
         if target is not None:
             count = len(target.elements) if isinstance(target, cst.Tuple | cst.List) else 1
             lines.append(f"{text_of(target)} = {', '.join(['None'] * count)}\n")
-        lines.append("gc.collect()\n")
-        lines.append(f'if str({ctx}.device) != "cpu":\n    torch.accelerator.empty_cache()\n')
+        lines.append(f"faccel.parallel.free_memory({ctx})\n")
         return "".join(lines)
 
     # --- trackers

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from faccel.plan import DeepSpeedConfig as DeepSpeedConfig
     from faccel.plan import Fp8 as Fp8
     from faccel.plan import FsdpConfig as FsdpConfig
+    from faccel.plan import LayerwiseCasting as LayerwiseCasting
     from faccel.plan import PipelineConfig as PipelineConfig
     from faccel.plan import PowerSgdConfig as PowerSgdConfig
     from faccel.training.ema import EmaState as EmaState
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from faccel.training.local_sgd import SyncInfo as SyncInfo
     from faccel.training.local_sgd import averaged as averaged
     from faccel.training.local_sgd import local_sgd as local_sgd
+    from faccel.training.memory import empty_cache as empty_cache
+    from faccel.training.memory import free_memory as free_memory
     from faccel.training.optimizer_in_backward import step_in_backward as step_in_backward
 
 _NAMES = {
@@ -43,11 +46,12 @@ _NAMES = {
     "faccel.parallel.tensor_parallel": ("loss_parallel",),
     "faccel.plan": (
         "ActivationCheckpointing", "Compile", "DdpConfig", "DeepSpeedConfig", "Fp8", "FsdpConfig",
-        "PipelineConfig", "PowerSgdConfig",
+        "LayerwiseCasting", "PipelineConfig", "PowerSgdConfig",
     ),
     "faccel.training.ema": ("EmaState", "ema_weights", "init_ema", "update_ema"),
     "faccel.training.join": ("join",),
     "faccel.training.local_sgd": ("SyncInfo", "averaged", "local_sgd"),
+    "faccel.training.memory": ("empty_cache", "free_memory"),
     "faccel.training.optimizer_in_backward": ("step_in_backward",),
 }  # fmt: skip
 __getattr__, __dir__, __all__ = lazy(  # pyright: ignore[reportUnsupportedDunderAll]

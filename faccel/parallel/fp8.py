@@ -16,16 +16,17 @@ from torch import nn
 from faccel.context import DistContext
 from faccel.device_table import fp8_capability, kind_of
 from faccel.errors import BackendError, ConfigError, DeviceError, short_repr
-from faccel.parallel.units import matching
+from faccel.parallel.sensitive_layers import (
+    is_sensitive,
+    num_owners_of_params,
+    skipped_modules,
+)
 from faccel.plan import Fp8, Plan
 
 _logger = logging.getLogger(__name__)
 
 # The matrix units take operands whose sides are multiples of 16.
 _MULTIPLE = 16
-# Output layers, whose rounding would go into the loss directly, and routers, which would choose
-# other experts.
-_SENSITIVE_LAYERS = ("gate", "head", "lm_head", "router")
 
 
 @attrs.frozen(eq=False)
@@ -143,8 +144,8 @@ def _reasons_for_bf16(
     module: nn.Module, layers: Mapping[str, nn.Linear], options: Fp8
 ) -> dict[str, str]:
     """Return why layers stay in bf16, by name."""
-    skipped = _skipped(module, options)
-    num_owners = _num_owners(module)
+    skipped = skipped_modules(module, options.skip, is_sensitive)
+    num_owners = num_owners_of_params(module)
     reasons: dict[str, str] = {}
     for name, layer in layers.items():
         num_columns, num_rows = layer.weight.shape
@@ -157,40 +158,6 @@ def _reasons_for_bf16(
         elif "forward" in vars(layer):
             reasons[name] = "its `forward` was replaced"
     return reasons
-
-
-def _skipped(module: nn.Module, options: Fp8) -> set[str]:
-    """Return the names of the modules that the options skip, and of all modules inside."""
-    modules = dict(module.named_modules())
-    if options.skip is None:
-        outer = [name for name in modules if name.rpartition(".")[2] in _SENSITIVE_LAYERS]
-        outer += _output_embeddings(module, modules)
-    else:
-        outer: list[str] = []
-        for pattern in options.skip:
-            outer += matching(pattern, filter(None, modules), "module")
-    skipped: set[str] = set(outer)
-    for name in outer:
-        skipped.update(inner for inner in modules if inner.startswith(f"{name}."))
-    return skipped
-
-
-def _output_embeddings(module: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    # The method by which transformers' models name their output layer.
-    get_output_embeddings = getattr(module, "get_output_embeddings", None)
-    if get_output_embeddings is None:
-        return []
-    layer = get_output_embeddings()
-    return [name for name, submodule in modules.items() if submodule is layer]
-
-
-def _num_owners(module: nn.Module) -> dict[int, int]:
-    """Return how many modules have each parameter, by `id`."""
-    counts: dict[int, int] = {}
-    for submodule in module.modules():
-        for param in submodule.parameters(recurse=False):
-            counts[id(param)] = counts.get(id(param), 0) + 1
-    return counts
 
 
 def _report(

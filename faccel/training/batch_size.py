@@ -5,11 +5,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 
-import torch
-
 from faccel.checks import integer
 from faccel.context import DistContext, require_context
-from faccel.device_table import is_host
+from faccel.device_table import empty_cache
 from faccel.effects import COLLECTIVE, effectful
 from faccel.mesh import WORLD
 from faccel.training.failures import (
@@ -60,8 +58,7 @@ def find_batch_size(fn: Callable[[int], object], ctx: DistContext, *, start: int
         size, num_attempts = size // 2, num_attempts + 1
         # The frames of the exception are freed only now, and with them their tensors.
         gc.collect()
-        if not is_host(ctx.device):
-            torch.accelerator.empty_cache()
+        empty_cache(ctx.device)
     return size
 
 

@@ -24,6 +24,7 @@ from faccel.training.optimizer_checks import (
     check_made_after_wrap,
     check_owns_parameters,
     check_steps_gradients,
+    check_trainable_dtypes,
 )
 from faccel.training.precision import StepGuard, guard_steps
 from faccel.training.true_precision import prepare_optimizer
@@ -71,7 +72,7 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
         OptimizerError: `opt` is not an optimizer, or none of its parameters belongs to `model`. Or,
             in debug mode, it was made before `wrap`. Or its state has to be sharded, and it needs
             all parameters at once, does not step shards or has a scheduler already. Or it copies
-            gradients in backward.
+            gradients in backward, or a trainable parameter is stored in fp8.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -91,6 +92,7 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
     check_context(model, ctx)
     check_steps_gradients(opt)
     check_owns_parameters(opt, model.parameters())
+    check_trainable_dtypes(opt)
     if ctx.config.debug:
         check_made_after_wrap(opt)
     # An engine may return another optimizer; that one is passed to `optimizer_step`.

@@ -48,6 +48,23 @@ def check_steps_gradients(opt: Optimizer) -> None:
         )
 
 
+def check_trainable_dtypes(opt: Optimizer) -> None:
+    """Raise for a trainable parameter in fp8, in which almost every update is rounded away.
+
+    Raises:
+        OptimizerError: There is one.
+    """
+    for group in opt.param_groups:
+        for param in group["params"]:
+            if param.requires_grad and param.is_floating_point() and param.dtype.itemsize == 1:
+                raise OptimizerError(
+                    "an optimizer cannot train a parameter that is stored in fp8",
+                    got=f"a parameter of shape {list(param.shape)} in {param.dtype}",
+                    fix="leave `layerwise_casting` out of the plan, or cast the model, such as "
+                    "with `net.to(torch.bfloat16)`, before `faccel.wrap(net, ctx)`",
+                )
+
+
 def note_optimizers(module: nn.Module) -> None:
     """Note the optimizers that have parameters of a module which is about to be wrapped.
 

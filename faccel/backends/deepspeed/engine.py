@@ -44,6 +44,7 @@ from faccel.grad_reducer import GradReducer, OwnedParams
 from faccel.mesh import DATA
 from faccel.parallel.activation_checkpoint import checkpoint_and_compile
 from faccel.parallel.forward import Methods, call_method, to_fp32, with_precision
+from faccel.parallel.layerwise_casting import refuse_stored_layers
 from faccel.parallel.materialize import InitialValues
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import Plan
@@ -129,6 +130,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
             "and simulated ranks are threads",
             fix="run the ranks as processes, with `faccel launch` or `faccel.launch`",
         )
+    refuse_stored_layers(plan, ctx)
     with setup_environment(ctx):
         import_deepspeed(ctx)
         # invalid settings raise before anything is moved

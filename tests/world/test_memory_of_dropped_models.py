@@ -1,0 +1,87 @@
+"""What a script drops is freed: the context and the engines keep no reference to it."""
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import faccel
+from faccel import device_table
+from faccel.errors import ConfigError
+from faccel.parallel import DdpConfig, PipelineConfig
+from faccel.testing import fake_context, simulate
+from faccel.tree import local_tensor
+
+ROWS = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+ZERO1 = faccel.Plan(ddp=DdpConfig(shard_optimizer=True))
+TENSOR = faccel.Plan(tensor={"0": "colwise", "2": "rowwise"})
+PIPELINE = faccel.Plan(pipeline=PipelineConfig(chain=("0", "1", "2")))
+LAYOUTS = {
+    "one process": (1, None, None),
+    "DDP": (2, "dp_replicate=2", None),
+    "ZeRO-1": (2, "dp_replicate=2", ZERO1),
+    "FSDP2": (2, "dp_shard=2", None),
+    "tensor parallel": (2, "tp=2", TENSOR),
+    "pipeline": (2, "pp=2", PIPELINE),
+    "compiled": (1, None, faccel.Plan(compile=faccel.parallel.Compile(backend="eager"))),
+}
+
+
+def loss_fn(model, batch):
+    return (model(batch.data) - batch.data).square().mean()
+
+
+def train(ctx, plan):
+    """Train a step and return weak references to what takes memory."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+    model = faccel.wrap(net, ctx, plan=plan)
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1)
+    opt = faccel.wrap_optimizer(opt, model, ctx)
+    scaler = faccel.init_scaler(ctx)
+    loader = faccel.shard(DataLoader(ROWS, batch_size=4), ctx)
+    for window in faccel.windows(loader, ctx, size=2):
+        loss, scaler = faccel.forward_backward(loss_fn, model, window, scaler, ctx)
+    info, scaler = faccel.optimizer_step(opt, scaler, ctx)
+    tensors = [local_tensor(param.detach()) for param in model.parameters()]
+    # The storage and not the tensor, which is a new object at each access.
+    owners = [tensor.untyped_storage() for tensor in tensors]
+    inner = getattr(opt, "optim", opt)  # ZeRO-1's own has the states
+    states = [value for entry in inner.state.values() for value in entry.values()]
+    return [weakref.ref(owner) for owner in (model, net, opt, *states)], len(owners)
+
+
+def train_and_free(ctx, plan):
+    references, num_params = train(ctx, plan)
+    assert num_params
+    assert len(references) > 3 or ctx.world_size > 1
+    faccel.parallel.free_memory(ctx)
+    alive = [type(reference()).__name__ for reference in references if reference() is not None]
+    assert not alive, alive
+    return ctx.lifetime.models()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_script_drops_is_freed_in_every_layout(layout):
+    num_ranks, mesh, plan = LAYOUTS[layout]
+    for models in simulate(train_and_free, num_ranks, plan, mesh=mesh):
+        assert models == []
+
+
+def test_a_call_needs_the_context():
+    for call in (faccel.parallel.empty_cache, faccel.parallel.free_memory):
+        with pytest.raises(ConfigError, match="faccel.parallel"):
+            call(None)
+
+
+def test_the_host_has_no_cache():
+    faccel.parallel.empty_cache(fake_context(0, 1))
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_other_devices_use_the_function_of_their_module(device):
+    # Without such a device it is called and does nothing; `torch.accelerator`'s would raise.
+    device_table.empty_cache(torch.device(device, 0))
