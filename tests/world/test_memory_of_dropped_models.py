@@ -12,7 +12,6 @@ from faccel import device_table
 from faccel.errors import ConfigError
 from faccel.parallel import DdpConfig, PipelineConfig
 from faccel.testing import fake_context, simulate
-from faccel.tree import local_tensor
 
 ROWS = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
 ZERO1 = faccel.Plan(ddp=DdpConfig(shard_optimizer=True))
@@ -43,20 +42,17 @@ def train(ctx, plan):
     scaler = faccel.init_scaler(ctx)
     loader = faccel.shard(DataLoader(ROWS, batch_size=4), ctx)
     for window in faccel.windows(loader, ctx, size=2):
-        loss, scaler = faccel.forward_backward(loss_fn, model, window, scaler, ctx)
-    info, scaler = faccel.optimizer_step(opt, scaler, ctx)
-    tensors = [local_tensor(param.detach()) for param in model.parameters()]
-    # The storage and not the tensor, which is a new object at each access.
-    owners = [tensor.untyped_storage() for tensor in tensors]
+        _, scaler = faccel.forward_backward(loss_fn, model, window, scaler, ctx)
+    faccel.optimizer_step(opt, scaler, ctx)
     inner = getattr(opt, "optim", opt)  # ZeRO-1's own has the states
     states = [value for entry in inner.state.values() for value in entry.values()]
-    return [weakref.ref(owner) for owner in (model, net, opt, *states)], len(owners)
+    params = list(model.parameters())
+    return [weakref.ref(owner) for owner in (model, net, opt, *params, *states)]
 
 
 def train_and_free(ctx, plan):
-    references, num_params = train(ctx, plan)
-    assert num_params
-    assert len(references) > 3 or ctx.world_size > 1
+    references = train(ctx, plan)
+    assert len(references) > 3
     faccel.parallel.free_memory(ctx)
     alive = [type(reference()).__name__ for reference in references if reference() is not None]
     assert not alive, alive
@@ -73,7 +69,7 @@ def test_what_a_script_drops_is_freed_in_every_layout(layout):
 
 def test_a_call_needs_the_context():
     for call in (faccel.parallel.empty_cache, faccel.parallel.free_memory):
-        with pytest.raises(ConfigError, match="faccel.parallel"):
+        with pytest.raises(ConfigError, match="DistContext"):
             call(None)
 
 
