@@ -236,7 +236,8 @@ def shard(
             stream of `datasets.distributed.split_dataset_by_node`, else `"split"`.
         seed: Seed of the order. None takes the `initial_seed` of rank 0's `generator` of the loader
             or its sampler, and without one the configuration's.
-        split_batches: Whether the loader's batch size counts the samples of all ranks together.
+        split_batches: Whether the loader's batch size counts the samples of all ranks together. Of
+            ready-made batches (an iterable, or `batch_size=None`) each rank takes its rows then.
         device_placement: Whether to move batches to `ctx.device`; None takes the configuration's.
         non_blocking: Whether the move may overlap with computation.
 

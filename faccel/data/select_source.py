@@ -54,33 +54,76 @@ def select_source(
     is_dispatched = mode == "dispatch"
     if mode == "shards":
         return _file_shards(loader, ctx, tail, seed, split_batches=split_batches), True
+    if split_batches and _yields_batches(loader):
+        return _divided(loader, ctx, tail, seed, dispatch=is_dispatched)
     if not isinstance(loader, DataLoader):
-        if split_batches:
-            raise _no_batch_size()
         # Any iterable yields whole batches, so a unit of the plan is a batch: size 1.
         return _stream(loader, ctx, 1, tail, seed, dispatch=is_dispatched), True
     tail, size = _tail_and_size(loader, world_size, tail, split_batches=split_batches)
     if isinstance(loader.dataset, IterableDataset):
-        if split_batches and size is None:
-            raise _no_batch_size()
         return _stream(loader, ctx, size or 1, tail, seed, dispatch=is_dispatched), True
-    # Every rank can read any index of a map-style dataset, so sending samples has no purpose.
     if is_dispatched:
-        raise DataError(
-            '`mode="dispatch"` expects an iterable of batches, or a loader of an `IterableDataset`',
-            got=f"a map-style {type(loader.dataset).__name__}",
-            fix="leave `mode` out",
-        )
+        raise _not_dispatched(loader)
     return _map_style(loader, ctx, tail, size, seed, split_batches=split_batches)
 
 
+def _not_dispatched(loader: DataLoader[Tree]) -> DataError:
+    # Every rank can read any index of a map-style dataset, so sending samples has no purpose.
+    return DataError(
+        '`mode="dispatch"` expects an iterable of batches, or a loader of an `IterableDataset`',
+        got=f"a map-style {type(loader.dataset).__name__}",
+        fix="leave `mode` out",
+    )
+
+
+def _yields_batches(loader: Iterable[Tree]) -> bool:
+    """Return whether the loader yields ready-made batches, whose size it does not determine."""
+    if not isinstance(loader, DataLoader):
+        return True
+    return loader.batch_size is None and own_batch_sampler(loader) is None
+
+
+def _divided(
+    loader: Iterable[Tree], ctx: DistContext, tail: str, seed: int, *, dispatch: bool
+) -> tuple[Source, bool]:
+    """Return the source of ready-made batches that are divided over the ranks by rows."""
+    from faccel.data.divided_source import DividedSource
+
+    if isinstance(loader, DataLoader) and loader.drop_last:
+        tail = "drop"
+    if tail == "full":
+        raise DataError(
+            '`tail` must be "pad", "drop" or "uneven" with `split_batches` of ready-made batches',
+            got='tail="full", and batches of unknown sizes',
+            fix='write `tail="pad"`: ranks have equally many rows',
+        )
+    # Every rank reads every batch, as a world of one rank does.
+    base: Source = _stream(loader, ctx, 1, "pad", seed, dispatch=False, world_size=1)
+    has_one_order = True
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        if dispatch:
+            raise _not_dispatched(loader)
+        base, has_one_order = _samples(loader, loader.sampler, 0, 1, "pad", None, seed)
+    dispatch = dispatch and ctx.data_world_size > 1
+    return DividedSource(base, ctx, tail, dispatch), has_one_order
+
+
 def _stream(
-    loader: Iterable[Tree], ctx: DistContext, size: int, tail: str, seed: int, *, dispatch: bool
+    loader: Iterable[Tree],
+    ctx: DistContext,
+    size: int,
+    tail: str,
+    seed: int,
+    *,
+    dispatch: bool,
+    world_size: int | None = None,
 ) -> Source:
     from faccel.data.stream_plan import StreamPlan
     from faccel.data.stream_sources import StreamSource
 
-    return StreamSource(loader, ctx, StreamPlan(size, ctx.data_world_size, tail), seed, dispatch)
+    if world_size is None:
+        world_size = ctx.data_world_size
+    return StreamSource(loader, ctx, StreamPlan(size, world_size, tail), seed, dispatch)
 
 
 def _map_style(
@@ -112,6 +155,21 @@ def _map_style(
         plan = StreamPlan(1, world_size, tail, count=len)
         source = SamplerSource(batch_sampler, plan, rank, seed, reader, True, split_batches)
         return source, _has_one_order(batch_sampler)
+    return _samples(loader, sampler, rank, world_size, tail, size, seed)
+
+
+def _samples(
+    loader: DataLoader[Tree],
+    sampler: Iterable[Tree],
+    rank: int,
+    world_size: int,
+    tail: str,
+    size: int | None,
+    seed: int,
+) -> tuple[Source, bool]:
+    from faccel.data.sampler_source import SamplerSource
+    from faccel.data.stream_plan import StreamPlan
+
     reader = Reader(loader, seed, is_single=size is None)
     plan = StreamPlan(size or 1, world_size, tail)
     return SamplerSource(sampler, plan, rank, seed, reader, False), _has_one_order(sampler)
@@ -245,8 +303,6 @@ def _tail_and_size(
     if not split_batches:
         return tail, size
     if size is None:
-        if own_batch_sampler(loader) is None:
-            raise _no_batch_size()
         return tail, None  # each list of a batch sampler is divided when it is read
     if size % world_size:
         # Rounded up to a multiple of the number of ranks.

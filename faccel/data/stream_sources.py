@@ -54,6 +54,11 @@ class StreamSource:
         return self.plan.tail
 
     @property
+    def _rank(self) -> int:
+        """This rank in the plan: 0 where every rank reads everything."""
+        return self.ctx.data_rank % self.plan.world_size
+
+    @property
     def _is_compared(self) -> bool:
         """Whether debug mode compares the first sample: with "uneven" a rank may have none."""
         is_split = self.ctx.data_world_size > 1 and not self.dispatch
@@ -67,7 +72,7 @@ class StreamSource:
 
     def num_steps(self, epoch: int, start: int) -> int:
         """See `Source`; known for a stream that has a length."""
-        return self.plan.num_steps(len(self._stream) - start, self.ctx.data_rank)
+        return self.plan.num_steps(len(self._stream) - start, self._rank)
 
     def start_of(self, epoch: int, step: int) -> int:
         """See `Source`."""
@@ -81,7 +86,7 @@ class StreamSource:
         if self.dispatch and self.ctx.data_world_size > 1:
             batches = self._dispatched(cursor)
         else:
-            batches = self._iterate(cursor, self.ctx.data_rank)
+            batches = self._iterate(cursor, self._rank)
         is_whole_batch = getattr(self.loader, "batch_size", None) is None
         has_batch = cursor.samples_consumed > 0
         for batch in batches:
@@ -92,7 +97,7 @@ class StreamSource:
             if self._is_compared and batch.first is not None:
                 check_same_first(batch.first, self.ctx)
             # With the rank, because collating may draw, and ranks must not draw the same numbers.
-            seed = mix(self.seed, cursor.epoch, info.consumed, self.ctx.data_rank)
+            seed = mix(self.seed, cursor.epoch, info.consumed, self._rank)
             data = collate_units(batch.units, self.loader, seed)
             if is_whole_batch:
                 info = attrs.evolve(info, num_valid=rows_of_whole_batch(info, data))

@@ -14,7 +14,7 @@ _SENSITIVE_LAYERS = ("gate", "head", "lm_head", "router")
 
 
 def is_sensitive(name: str) -> bool:
-    """Return whether the last part of a module's name is that of an output layer or a router.
+    """Return whether the last part of a module's name names an output layer or a router.
 
     Effects: pure.
 

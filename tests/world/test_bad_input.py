@@ -87,7 +87,7 @@ MISTAKES = {
         "once",
     ),
     "split_batches of an iterable": (
-        lambda ctx: faccel.shard([torch.ones(4)], ctx, split_batches=True),
+        lambda ctx: faccel.shard([torch.ones(4)], ctx, split_batches=True, mode="local"),
         DataError,
         "leave `split_batches` out",
     ),
