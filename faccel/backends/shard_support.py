@@ -70,6 +70,7 @@ def _check_whole_rows(opt: Optimizer, shards: Sequence[DTensor]) -> None:
 
 def _largest_shard(param: DTensor) -> int:
     """Return the number of elements of rank 0's shard, which no rank's exceeds."""
+    # The chunks of `torch.chunk`: all of one length but the last ones.
     shape = list(param.shape)
     for placement, num_ranks in zip(param.placements, param.device_mesh.shape, strict=True):
         if placement.is_shard():
@@ -82,6 +83,7 @@ def _has_consecutive_rows(param: DTensor) -> bool:
     """Return whether each rank has consecutive rows of a parameter, or all."""
     from torch.distributed.tensor import Shard
 
+    # Two cuts of the rows, as under FSDP2 over expert parallel, interleave the rows of ranks.
     num_cuts = 0
     for placement, num_ranks in zip(param.placements, param.device_mesh.shape, strict=True):
         if placement.is_replicate() or num_ranks == 1:
@@ -102,6 +104,7 @@ def _shards(opt: Optimizer) -> Iterator[DTensor]:
 
 def _is_from(opt: Optimizer, module: str, names: tuple[str, ...] | None = None) -> bool:
     """Return whether an optimizer, or a class that it inherits from, is of a library."""
+    # By name, because the library may not be installed. A subclass steps as its parent does.
     for cls in type(opt).__mro__:
         if cls.__module__.startswith(module) and (names is None or cls.__name__ in names):
             return True

@@ -78,6 +78,7 @@ class DividedSource:
 
     def _items(self, cursor: Cursor) -> Iterator[_Item]:
         """Yield this rank's rows of each batch that has some for it."""
+        # Every rank reads every batch: no communication, as with `mode="split"` of a stream.
         if not self.dispatch:
             for info, data in self.base.read(cursor):
                 yield from self._part(info, data, self.ctx.data_rank)
@@ -116,6 +117,8 @@ class DividedSource:
         rows = divide_rows(num_rows, num_rows, rank, world_size, self.tail)
         if rows.num_valid + rows.num_repeats == 0:
             return []
+        # The rows of rank 0, by which `gather` pads without a further collective. A plain number
+        # where all ranks have as many rows, which is the case in most steps.
         largest = -(-num_rows // world_size)
         num_valid: int = rows.num_valid
         if num_rows % world_size:
@@ -135,6 +138,7 @@ def rows_of(data: Tree) -> int:
         >>> rows_of({"x": torch.zeros(4, 2), "names": ["a", "b", "c", "d"], "epoch": 3})
         4
     """
+    # Tensors decide; a list beside them may have any length, such as the names of classes.
     lengths = sorted({len(leaf) for leaf in flatten(data)[0] if _has_rows(leaf)})
     if not lengths:
         lengths = sorted({len(column) for column in _columns(data)})
@@ -176,6 +180,7 @@ def _fields(data: Tree) -> Sequence[Tree]:
 
 def _take(data: Tree, num_rows: int, rows: Rows) -> Tree:
     """Return the rows of a rank, of a batch with `num_rows`; views where nothing repeats."""
+    # It indexes all of its tensors at once, and keeps its batch size.
     if is_tensordict(data):
         return _rows_of_leaf(data, rows)
     # A mapping and a list are containers, or columns of the batch: only here, at the top.
@@ -210,6 +215,7 @@ def _take_field(value: Tree, num_rows: int, rows: Rows) -> Tree:
 
 def _rows_of_leaf(leaf: Tree, rows: Rows) -> Tree:
     valid = leaf[rows.begin : rows.begin + rows.num_valid]
+    # A view, without a copy, in all batches that the ranks divide.
     if not rows.num_repeats:
         return valid
     repeats = leaf[rows.repeat : rows.repeat + rows.num_repeats]

@@ -80,6 +80,7 @@ def _yields_batches(loader: Iterable[Tree]) -> bool:
     """Return whether the loader yields ready-made batches, whose size it does not determine."""
     if not isinstance(loader, DataLoader):
         return True
+    # A batch sampler yields lists of indices, which are divided before they are read.
     return loader.batch_size is None and own_batch_sampler(loader) is None
 
 
@@ -89,8 +90,10 @@ def _divided(
     """Return the source of ready-made batches that are divided over the ranks by rows."""
     from faccel.data.divided_source import DividedSource
 
+    # As in `_tail_and_size`: the loader's own setting is stronger.
     if isinstance(loader, DataLoader) and loader.drop_last:
         tail = "drop"
+    # The size of a full batch is unknown at a resume, before the first batch is read again.
     if tail == "full":
         raise DataError(
             '`tail` must be "pad", "drop" or "uneven" with `split_batches` of ready-made batches',

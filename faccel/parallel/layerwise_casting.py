@@ -182,6 +182,7 @@ class _CastParams:
 
     def restore(self, layer: nn.Module, args: Tree, output: Tree) -> None:
         """Put the stored parameters back."""
+        # Also after an error in `cast`, which may have replaced some of the parameters only.
         while self._stored:
             name, param = self._stored.popitem()
             layer._parameters[name] = param

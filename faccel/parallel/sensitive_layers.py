@@ -41,6 +41,7 @@ def skipped_modules(
     Raises:
         ConfigError: A pattern matches no module.
     """
+    # A skipped module may be a container: its layers are found by the prefix of their names.
     modules = dict(module.named_modules())
     outer: list[str] = []
     if patterns is None:
@@ -60,6 +61,7 @@ def _output_embeddings(module: nn.Module, modules: Mapping[str, nn.Module]) -> l
     get_output_embeddings = getattr(module, "get_output_embeddings", None)
     if get_output_embeddings is None:
         return []
+    # By identity, because models give this layer different names.
     layer = get_output_embeddings()
     return [name for name, submodule in modules.items() if submodule is layer]
 
@@ -69,6 +71,8 @@ def num_owners_of_params(module: nn.Module) -> dict[int, int]:
 
     Effects: pure.
     """
+    # `modules()` yields a module once, also where two parents have it: only a tied parameter counts
+    # twice.
     counts: dict[int, int] = {}
     for submodule in module.modules():
         for param in submodule.parameters(recurse=False):

@@ -54,5 +54,6 @@ def free_memory(ctx: DistContext) -> None:
         True
     """
     require_context(ctx, "faccel.parallel.free_memory(ctx)")
+    # First: the cache has the memory of a tensor only after the tensor is gone.
     gc.collect()
     device_table.empty_cache(ctx.device)
