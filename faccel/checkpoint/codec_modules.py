@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Set
+from collections.abc import Hashable, Mapping, Set
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +29,12 @@ from faccel.checkpoint.codec_wrappers import (
     is_wrapper,
 )
 from faccel.checkpoint.tensor_names import child_name, trainable_entries
-from faccel.checkpoint.tensor_views import check_storable, stored_view
+from faccel.checkpoint.tensor_views import (
+    check_storable,
+    has_inner_tensors,
+    memory_key,
+    stored_view,
+)
 from faccel.errors import CheckpointError, short_repr, short_text
 from faccel.training.model import WrappedModel
 from faccel.training.module_checks import check_contains_no_model
@@ -81,6 +86,8 @@ def _encode_module(value: WrappedModel | nn.Module, path: str, encoder: Encoder)
 def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
     if target is None:  # the tensors, for a program that does not build the model
         return decoder.decode(node["v"], None, path)
+    if node.get("imported") and isinstance(target, Mapping):  # a user's dict of tensors
+        return decoder.decode(node["v"], target, path)
     if not isinstance(target, (WrappedModel, nn.Module)):
         got = f"a model in the checkpoint, {type(target).__name__} in the state"
         raise mismatch(path, got, "pass the model itself")
@@ -171,6 +178,9 @@ def _check_names(
     required = dict(state)
     if node.get("trained_only"):  # frozen parameters keep their values
         required = trainable_entries(_user_module(target), state)
+    if node.get("imported") and not required.keys() <= saved:
+        for name in _tied_to(saved, required):
+            del required[name]
     if not decoder.strict:
         decoder.missing |= {child_name(path, name) for name in required.keys() - saved}
         decoder.unexpected |= {child_name(path, name) for name in saved - state.keys()}
@@ -182,6 +192,19 @@ def _check_names(
     if not (is_complete and is_known):
         got = name_difference(saved, required.keys())
         raise mismatch(path, got, "build the model that was saved")
+
+
+def _tied_to(saved: Set[str], state: Mapping[str, Tree]) -> list[str]:
+    """Return the names that were not saved, of tensors that were saved under another name.
+
+    Files of safetensors have a tied tensor once.
+    """
+    keys: dict[str, Hashable] = {}
+    for name, entry in state.items():
+        if isinstance(entry, torch.Tensor) and not has_inner_tensors(entry):
+            keys[name] = memory_key(name, entry)
+    saved_keys = {key for name, key in keys.items() if name in saved}
+    return [name for name, key in keys.items() if name not in saved and key in saved_keys]
 
 
 def _decode_entry(node: Node, entry: Tree, path: str, decoder: Decoder) -> Restore:
@@ -315,6 +338,20 @@ def _decode_stateful(node: Node, target: Tree, path: str, decoder: Decoder) -> R
     return restore
 
 
+def _decode_state_dict(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
+    """Plan to load a dict, which is what the object's `state_dict` returned in another program."""
+    if not isinstance(node, dict) or kind_of(node) not in ("dict", "OrderedDict"):
+        got = f"no stateful in the checkpoint, a {type(target).__name__} in the state"
+        raise mismatch(path, got, "load the kind of value that was saved, or leave it out")
+    return _decode_stateful({"!": "stateful", "v": node}, target, path, decoder)
+
+
 STATEFUL = Codec(
-    ("stateful",), is_stateful, _encode_stateful, _decode_stateful, is_strict=True, is_in_place=True
+    ("stateful",),
+    is_stateful,
+    _encode_stateful,
+    _decode_stateful,
+    is_strict=True,
+    is_in_place=True,
+    decode_other=_decode_state_dict,
 )

@@ -16,6 +16,7 @@ from faccel.checkpoint.codec import (
     Node,
     Restore,
     Update,
+    kind_of,
     mismatch,
     restore_all,
 )
@@ -218,13 +219,36 @@ def _decode_state(node: Node, indices: Mapping[str, int], path: str, decoder: De
             current_name = str(key)
             if index is not None:
                 current_name = names[index]
-            target = dict.fromkeys(entry, decoder.parameters.get(current_name))
+            param = decoder.parameters.get(current_name)
+            _check_shape(entry, key, param, child_name(path, key), decoder)
+            target = dict.fromkeys(entry, param)
         restore_entry = decoder.decode(entry, target, child_name(path, key))
         if index is None:
             restores[key] = restore_entry
         else:
             restores[index] = restore_entry
     return lambda: restore_all(restores)
+
+
+def _check_shape(
+    entry: Node, name: object, param: torch.Tensor | None, path: str, decoder: Decoder
+) -> None:
+    """Raise if the momentum of a parameter that is stored by its number has another shape.
+
+    Then the optimizer has its parameters in another order than the one that was saved.
+    """
+    if param is None or not str(name).isdecimal():
+        return
+    for key in ("exp_avg", "momentum_buffer"):
+        if kind_of(entry.get(key)) != "tensor":
+            continue
+        stored = decoder.stored(child_name(path, key))
+        if stored.shape != param.shape:
+            got = (
+                f"a momentum of shape {list(stored.shape)}, for a parameter of {list(param.shape)}"
+            )
+            fix = "pass the parameters to the optimizer in the order of the run that was saved"
+            raise mismatch(path, got, fix)
 
 
 def _misshapen_indices(names: Mapping[int, str], decoder: Decoder) -> set[int]:

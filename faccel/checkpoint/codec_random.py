@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -25,13 +25,38 @@ def _is_rng_state(value: object) -> bool:
 
 
 def _encode_rng_state(value: RngState, path: str, encoder: Encoder) -> Node:
-    rank_path = child_name(path, f"rank-{encoder.ctx.rank:05d}")
-    for name, tensor in _to_tensors(value).items():
-        encoder.tensors[child_name(rank_path, name)] = tensor
+    _add_tensors(value, encoder.ctx.rank, path, encoder)
     node: Node = {"!": "rng", "ranks": encoder.ctx.world_size, "device": value.device is not None}
     if value.device is not None:
         node["device_type"] = encoder.ctx.device.type
     return node
+
+
+def random_node(
+    states: Sequence[RngState], device_type: str | None, path: str, encoder: Encoder
+) -> Node:
+    """Return the node of the generators of all ranks of another program's world.
+
+    Effects: updates encoder, by the tensors.
+
+    Args:
+        states: Those of each rank.
+        device_type: The type of the device of `RngState.device`; None if there is none.
+        path: The path of the value.
+        encoder: The encoder.
+    """
+    for rank, state in enumerate(states):
+        _add_tensors(state, rank, path, encoder)
+    node: Node = {"!": "rng", "ranks": len(states), "device": device_type is not None}
+    if device_type is not None:
+        node["device_type"] = device_type
+    return node
+
+
+def _add_tensors(value: RngState, rank: int, path: str, encoder: Encoder) -> None:
+    rank_path = child_name(path, f"rank-{rank:05d}")
+    for name, tensor in _to_tensors(value).items():
+        encoder.tensors[child_name(rank_path, name)] = tensor
 
 
 def _decode_rng_state(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:

@@ -7,6 +7,7 @@ from typing import Any
 
 from faccel.checkpoint.codec import Codec, Decoder, Encoder, StoredTensor
 from faccel.checkpoint.codec_ema import EMA
+from faccel.checkpoint.codec_imported import IMPORTED
 from faccel.checkpoint.codec_modules import MODULE, STATEFUL
 from faccel.checkpoint.codec_optimizers import OPTIMIZER
 from faccel.checkpoint.codec_per_rank import PER_RANK
@@ -42,6 +43,7 @@ CODECS: tuple[Codec[Any], ...] = (
     TENSORDICT,
     STATEFUL,
     # Before RECORD.
+    *IMPORTED,
     PER_RANK,
     # Before SEQUENCE: a named tuple is a tuple.
     RECORD,

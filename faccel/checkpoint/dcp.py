@@ -116,3 +116,51 @@ class Reader:
         planner.set_up_planner(dict(destinations), self._metadata, is_coordinator=True)
         plan = planner.finish_plan(self._reader.prepare_local_plan(planner.create_local_plan()))
         self._reader.read_data(plan, planner).wait()
+
+
+class MemoryReader:
+    """Reads tensors that this process has as full tensors: the same as `Reader`, without files.
+
+    Args:
+        tensors: Full tensors on the CPU by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """Return the full shape and the dtype of each tensor by its name."""
+        stored: dict[str, StoredTensor] = {}
+        for name, tensor in self._tensors.items():
+            stored[name] = StoredTensor(tensor.shape, tensor.dtype)
+        return stored
+
+    def read(self, destinations: Mapping[str, torch.Tensor]) -> None:
+        """Write the values into `destinations`, which it updates; of a sharded tensor its shard."""
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+        from torch.distributed.checkpoint.metadata import (
+            ChunkStorageMetadata,
+            Metadata,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+
+        # A tensor is described as one chunk, as if one file had all of it.
+        entries: dict[str, TensorStorageMetadata] = {}
+        for name in destinations:
+            tensor = self._tensors[name]
+            chunk = ChunkStorageMetadata(torch.Size([0] * tensor.ndim), tensor.shape)
+            entries[name] = TensorStorageMetadata(
+                TensorProperties(dtype=tensor.dtype), tensor.shape, [chunk]
+            )
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        metadata = Metadata(dict(entries))
+        planner.set_up_planner(dict(destinations), metadata, is_coordinator=True)
+        # The plan has the slices that this rank's shards need.
+        for item in planner.finish_plan(planner.create_local_plan()).items:
+            source = self._tensors[item.storage_index.fqn]
+            for dim, (start, size) in enumerate(
+                zip(item.storage_offsets, item.lengths, strict=True)
+            ):
+                source = source.narrow(dim, start, size)
+            planner.resolve_tensor(item).detach().copy_(source)

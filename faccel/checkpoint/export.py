@@ -18,16 +18,15 @@ from faccel.checkpoint.files import Slice, sync_directory, write_file, write_saf
 from faccel.checkpoint.pretrained import active_adapter, write_adapter, write_config
 from faccel.checkpoint.rank_calls import on_rank_0
 from faccel.checkpoint.tensor_names import trainable_entries
-from faccel.checkpoint.tensor_views import check_storable, has_inner_tensors
+from faccel.checkpoint.tensor_views import check_storable, has_inner_tensors, memory_key
 from faccel.checks import shown
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import CheckpointError, ConfigError, short_repr
-from faccel.flat_shard import FlatShard
 from faccel.training.full_tensors import FullTensors
 from faccel.training.model import WrappedModel
 from faccel.training.module_names import uncompiled, with_user_names
-from faccel.tree import Tree, local_tensor
+from faccel.tree import Tree
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -110,16 +109,6 @@ def check_ordinary(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _memory_key(tensor: torch.Tensor) -> Hashable:
-    """Return a key that is equal for two names of one tied tensor."""
-    if isinstance(tensor, FlatShard):
-        return id(tensor.param)
-    # Of a sharded tensor the local shard is compared: ranks hold equal ties.
-    shard = local_tensor(tensor)
-    start = (shard.untyped_storage().data_ptr(), shard.storage_offset())
-    return start, tensor.shape, shard.stride(), tensor.dtype
-
-
 @attrs.frozen(eq=False)
 class Weights:
     """The tensors of a model, without repetitions.
@@ -156,10 +145,7 @@ class Weights:
                 continue  # an extra state of the user's module
             check_storable(name, tensor)
             check_ordinary(name, tensor)
-            key = _memory_key(tensor)
-            if tensor.numel() == 0:  # all empty tensors have the same address
-                key = name
-            first_name = first_names.setdefault(key, name)
+            first_name = first_names.setdefault(memory_key(name, tensor), name)
             if first_name == name:
                 tensors[name] = tensor.detach()
             else:

@@ -6,12 +6,17 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from typing import Protocol
+
+import attrs
 
 from faccel.checkpoint.arguments import folder_argument, path_argument
 from faccel.checkpoint.background import wait_for_pending_saves
-from faccel.checkpoint.codec import Decoder, Update
+from faccel.checkpoint.codec import Decoder, Node, Update
 from faccel.checkpoint.codecs import decoder_for
-from faccel.checkpoint.dcp import Reader
+from faccel.checkpoint.dcp import MemoryReader, Reader
+from faccel.checkpoint.formats import format_argument
+from faccel.checkpoint.import_folder import ImportedSource
 from faccel.checkpoint.manifest import (
     Checkpoint,
     check_format,
@@ -27,7 +32,7 @@ from faccel.checkpoint.verification import content_problem
 from faccel.checkpoint.verified import VerifiedFolders
 from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
-from faccel.errors import CheckpointError
+from faccel.errors import CheckpointError, ConfigError, short_repr
 from faccel.tree import Tree
 
 _logger = logging.getLogger(__name__)
@@ -70,6 +75,7 @@ def load(
     step: int | None = None,
     strict: bool = True,
     rename: Mapping[str, str] | None = None,
+    format: str = "faccel",
 ) -> Tree:
     """Load the newest valid checkpoint of a directory into `state`.
 
@@ -89,6 +95,9 @@ def load(
         rename: New names by those in the checkpoint, as keys joined by dots:
             `{"model.body": "model.backbone"}`. A name stands for everything below it. They are
             applied in order, also to the states of optimizers.
+        format: What has written `path`: "accelerate" (`save_state`), "fabric", "dcp", "torch"
+            (files of `torch.save`), "safetensors", or "auto" for the one that the names of the
+            files show. Each rank reads all files, and needs the memory of their tensors.
 
     Returns:
         The state, with the same objects and new values. Without `strict`, `(state, report)`; the
@@ -115,6 +124,9 @@ def load(
     """
     directory = path_argument("state", state, path, "faccel.load(state, path, ctx)")
     ctx.comm.begin_call("load")
+    if format_argument(format) != "faccel":
+        source = _imported_source(directory, state, format, step, rename)
+        return _load_verified(_LoadPlan(source, state, ctx, strict=strict, rename=rename), ctx)
     # The newest checkpoint may be the one that is being written.
     wait_for_pending_saves(ctx)
     existing = _list(directory, ctx)
@@ -131,7 +143,8 @@ def load(
         problem = checkpoint.problem or _verify(checkpoint, ctx)
         VerifiedFolders.of(ctx).record(checkpoint.path, is_valid=problem is None)
         if problem is None:
-            load_plan = _LoadPlan(checkpoint, state, ctx, strict=strict, rename=rename)
+            source = _CheckpointSource(checkpoint.path)
+            load_plan = _LoadPlan(source, state, ctx, strict=strict, rename=rename)
             return _load_verified(load_plan, ctx)
         problems.append(f"step {checkpoint.step}: {problem}")
         if ctx.is_main:  # one line in the log, not one per rank
@@ -207,12 +220,48 @@ def _load_verified(load_plan: _LoadPlan, ctx: DistContext) -> Tree:
     return load_plan.result, LoadReport.of_ranks(reports)
 
 
+class _Source(Protocol):
+    """Where a state is loaded from."""
+
+    def open(self, ctx: DistContext) -> tuple[Node, Reader | MemoryReader]:
+        """Return the node of the state, and what reads its tensors."""
+        ...
+
+
+@attrs.frozen
+class _CheckpointSource:
+    """The folder of one checkpoint."""
+
+    folder: str
+
+    def open(self, ctx: DistContext) -> tuple[Node, Reader]:
+        manifest = read_manifest(self.folder)
+        return manifest.state, Reader(self.folder, manifest.file_names)
+
+
+def _imported_source(
+    path: str, state: Tree, name: str, step: int | None, rename: Mapping[str, str] | None
+) -> ImportedSource:
+    """Return the source of a folder of another program."""
+    if step is not None:
+        raise ConfigError(
+            "`step` selects one of faccel's checkpoints",
+            got=f"step={short_repr(step)}, format={short_repr(name)}",
+            fix="leave it out, and pass the folder of the step as `path`",
+        )
+    # Files of other keys are not read. The keys of the folder are unknown if they get new names.
+    keys = None
+    if isinstance(state, Mapping) and not rename:
+        keys = frozenset(map(str, state))
+    return ImportedSource(path, name, keys)
+
+
 class _LoadPlan:
     """How this rank loads a checkpoint: what is read where, and how the state is restored."""
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        source: _Source,
         state: Tree,
         ctx: DistContext,
         *,
@@ -220,11 +269,11 @@ class _LoadPlan:
         rename: Mapping[str, str] | None,
     ) -> None:
         self.strict = strict
-        self._checkpoint = checkpoint
+        self._source = source
         self._state = state
         self._ctx = ctx
         self._rename = rename or {}
-        self._reader: Reader | None = None
+        self._reader: Reader | MemoryReader | None = None
         self._decoder: Decoder | None = None
         self._restore: Callable[[], Tree] | None = None
         self.result: Tree = None
@@ -236,9 +285,8 @@ class _LoadPlan:
         return self._decoder.updates
 
     def make(self) -> LoadReport:
-        manifest = read_manifest(self._checkpoint.path)
-        reader = Reader(self._checkpoint.path, manifest.file_names)
-        renamed = Renamed(manifest.state, self._rename)
+        node, reader = self._source.open(self._ctx)
+        renamed = Renamed(node, self._rename)
         # Raises for everything that does not fit, before any rank reads or changes something.
         decoder = decoder_for(
             self._state,

@@ -24,8 +24,6 @@ from faccel.errors import CheckpointError
 from faccel.training.model import WrappedModel
 from faccel.training.module_names import original_names, with_user_names
 
-_FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
-
 
 @effectful(AMBIENT, COLLECTIVE, updates("model"))
 def load_model(
@@ -70,7 +68,7 @@ def load_model(
     destinations: dict[str, torch.Tensor] = {}
 
     def plan() -> None:
-        folder, files = _files_with_weights(absolute)
+        folder, files = files_with_weights(absolute)
         _check_complete(folder, files)
         readers.append(Reader(folder, files))
         destinations.update(_destinations(weights, readers[0]))
@@ -135,13 +133,19 @@ def _check_empty(names: set[str], problem: str) -> None:
         )
 
 
-def _files_with_weights(path: str) -> tuple[str, list[str]]:
-    """Return the folder and the names of the files of an export."""
+def files_with_weights(path: str) -> tuple[str, list[str]]:
+    """Return the folder and the names of the files of an export.
+
+    Effects: ambient.
+
+    Raises:
+        CheckpointError: There are none.
+    """
     if os.path.isfile(path):
         return os.path.dirname(path), [os.path.basename(path)]
     index = os.path.join(path, INDEX_FILE)
     if os.path.exists(index):
-        return path, _names_in_index(index)
+        return path, names_in_index(index)
     if os.path.exists(os.path.join(path, WEIGHTS_FILE)):
         return path, [WEIGHTS_FILE]
     raise CheckpointError(
@@ -151,15 +155,22 @@ def _files_with_weights(path: str) -> tuple[str, list[str]]:
     )
 
 
-def _names_in_index(index: str) -> list[str]:
-    """Return the names of the files in an index of Hugging Face."""
+def names_in_index(index: str, suffix: str = ".safetensors") -> list[str]:
+    """Return the names of the files in an index of Hugging Face.
+
+    Effects: ambient.
+
+    Raises:
+        CheckpointError: It names files elsewhere, or others than files that end with `suffix`.
+    """
     names: set[object] = set()
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         # A cache of Hugging Face has links to the files.
         text = read_regular_file(index, follows_links=True)
         names = set(json.loads(text)["weight_map"].values())
     # A name with a directory, such as `../secret`, would read outside the folder.
-    valid = [name for name in names if isinstance(name, str) and _FILE_NAME.fullmatch(name)]
+    is_valid = re.compile(r"[^/\\\0]+" + re.escape(suffix)).fullmatch
+    valid = [name for name in names if isinstance(name, str) and is_valid(name)]
     if not valid or len(valid) < len(names):
         raise CheckpointError(
             "the index names no files of its directory", got=f"`{index}`", fix="export it again"

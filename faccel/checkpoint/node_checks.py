@@ -333,7 +333,7 @@ KINDS: dict[str, _Kind] = {
     ),
     "module": _Kind(
         {"v": _is_entries},
-        {"versions": _is_versions, "trained_only": _is_bool},
+        {"versions": _is_versions, "trained_only": _is_bool, "imported": _is_bool},
         children=_entries,
     ),
     "stateful": _Kind({"v": _is_any}, children=_value),

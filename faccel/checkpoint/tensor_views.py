@@ -6,7 +6,7 @@ those are stored as pairs of real numbers, and as bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from faccel.checkpoint.files import SAFETENSORS_DTYPES
 from faccel.errors import CheckpointError
+from faccel.flat_shard import FlatShard
 from faccel.tree import is_cast_shard, is_dtensor, is_sharded, local_tensor
 
 if TYPE_CHECKING:
@@ -198,3 +199,18 @@ def empty_in_layout(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if has_inner_tensors(like):
         return torch.empty(like.shape, dtype=dtype, device=like.device)
     return torch.empty_like(like, dtype=dtype)
+
+
+def memory_key(name: str, tensor: torch.Tensor) -> Hashable:
+    """Return a key that is equal for two names of one tied tensor.
+
+    Effects: pure.
+    """
+    if isinstance(tensor, FlatShard):
+        return id(tensor.param)
+    if tensor.numel() == 0:  # all empty tensors have the same address
+        return name
+    # Of a sharded tensor the local shard is compared: ranks hold equal ties.
+    shard = local_tensor(tensor)
+    start = (shard.untyped_storage().data_ptr(), shard.storage_offset())
+    return start, tensor.shape, shard.stride(), tensor.dtype

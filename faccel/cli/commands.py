@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from faccel.cli.checkpoints_command import checkpoints
 from faccel.cli.config_command import config
 from faccel.cli.flags import LocalPath
 from faccel.cli.launch_command import launch, test
@@ -23,7 +24,6 @@ from faccel.cli.output import explain_rows, json_option, present
 from faccel.errors import FaccelError, printable
 
 if TYPE_CHECKING:
-    from faccel.checkpoint.manifest import Checkpoint
     from faccel.context import DistContext
 
 
@@ -60,60 +60,11 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+main.add_command(checkpoints)
 main.add_command(config)
 main.add_command(launch)
 main.add_command(migrate)
 main.add_command(test)
-
-
-@main.command()
-@click.argument("directory", type=LocalPath(exists=True, file_okay=False))
-@json_option
-def checkpoints(directory: str, *, as_json: bool) -> None:
-    """List the checkpoints in DIRECTORY and verify the hash of every file.
-
-    The exit code is 1 if a checkpoint is incomplete, corrupt, or of a newer version of faccel.
-    """
-    from faccel.checkpoint.manifest import checkpoints as list_checkpoints
-
-    documents: list[dict[str, object]] = []
-    rows: list[tuple[str, str, str]] = []
-    is_corrupt = False
-    for checkpoint in list_checkpoints(directory):
-        problem = _verify(checkpoint)
-        status = f"{checkpoint.num_bytes / 1e6:.1f} MB from {checkpoint.world_size} ranks"
-        if problem is not None:
-            is_corrupt = True
-            status = f"CORRUPT: {problem}"
-        if checkpoint.is_newer_format:  # it is valid
-            status = f"NEWER: {problem}"
-        rows.append((f"step {checkpoint.step}", status, checkpoint.path))
-        documents.append(
-            {
-                "step": checkpoint.step,
-                "path": checkpoint.path,
-                "problem": problem,
-                "num_bytes": checkpoint.num_bytes,
-                "world_size": checkpoint.world_size,
-                "created_s": checkpoint.created_s,
-                "metadata": dict(checkpoint.metadata),
-            }
-        )
-    present(documents, rows, as_json=as_json)
-    # After the whole list is printed: a script reads it, and then the exit code.
-    if is_corrupt:
-        sys.exit(1)
-
-
-def _verify(checkpoint: Checkpoint) -> str | None:
-    """Return what is wrong with a checkpoint: its manifest, a hash, or the content of a file."""
-    from faccel.checkpoint.verification import first_problem
-
-    if checkpoint.problem is not None:
-        return checkpoint.problem
-    # Hashes of all files, which `checkpoints` alone does not read: it takes as long as
-    # reading the files.
-    return first_problem(checkpoint.path)
 
 
 @main.command()
