@@ -55,7 +55,9 @@ def _with_names(group: Mapping[str, Any], names: Mapping[object, str]) -> dict[s
 
 def _encode_object(value: ImportedObject, path: str, encoder: Encoder) -> Node:
     with encoder.inside_stateful():
-        return {"!": "stateful", "v": encoder.encode(value.state, path)}
+        content = encoder.encode(value.state, path)
+    # It loads as a dict, too: a `state_dict` and a dict of a user look equal.
+    return {"!": "stateful", "v": content, "imported": True}
 
 
 def _encode_random_states(value: ImportedRandomStates, path: str, encoder: Encoder) -> Node:

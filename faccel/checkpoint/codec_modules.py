@@ -325,6 +325,9 @@ def _encode_stateful(value: Stateful, path: str, encoder: Encoder) -> Node:
 
 
 def _decode_stateful(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
+    # The values of another program's object, or a user's dict: there they look equal.
+    if node.get("imported") and not is_stateful(target):
+        return decoder.decode(node["v"], target, path)
     if not is_stateful(target):
         got = f"an object with `state_dict` in the checkpoint, {type(target).__name__} in the state"
         raise mismatch(path, got, "pass an object with `load_state_dict`")
@@ -338,20 +341,6 @@ def _decode_stateful(node: Node, target: Tree, path: str, decoder: Decoder) -> R
     return restore
 
 
-def _decode_state_dict(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:
-    """Plan to load a dict, which is what the object's `state_dict` returned in another program."""
-    if not isinstance(node, dict) or kind_of(node) not in ("dict", "OrderedDict"):
-        got = f"no stateful in the checkpoint, a {type(target).__name__} in the state"
-        raise mismatch(path, got, "load the kind of value that was saved, or leave it out")
-    return _decode_stateful({"!": "stateful", "v": node}, target, path, decoder)
-
-
 STATEFUL = Codec(
-    ("stateful",),
-    is_stateful,
-    _encode_stateful,
-    _decode_stateful,
-    is_strict=True,
-    is_in_place=True,
-    decode_other=_decode_state_dict,
+    ("stateful",), is_stateful, _encode_stateful, _decode_stateful, is_strict=True, is_in_place=True
 )

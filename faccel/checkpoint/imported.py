@@ -61,10 +61,10 @@ class ImportedOptimizer:
 
 @attrs.frozen(eq=False)
 class ImportedObject:
-    """The `state_dict` of a scheduler or another object with `load_state_dict`.
+    """A dict, which may be the `state_dict` of a scheduler or another object.
 
     Args:
-        state: What its `state_dict` returned.
+        state: The dict.
     """
 
     state: Tree
@@ -120,6 +120,8 @@ def imported_values(tree: Tree) -> Tree:
     """
     # Two passes: the names of an optimizer belong to a model, which may come after it.
     values = _values(tree)
+    if isinstance(values, ImportedObject):  # the state itself is no object
+        values = dict(values.state)
     models = dict(_modules(values, ""))
     return _with_models(values, models)
 
@@ -138,7 +140,20 @@ def _values(tree: Tree) -> Tree:
         return scaler_of(tree)
     if _is_module_state(tree):
         return ImportedModule(tree)
-    return {key: _values(value) for key, value in tree.items()}
+    values = {key: _values(value) for key, value in tree.items()}
+    if any(map(_is_imported, values.values())):
+        return values
+    return ImportedObject(tree)
+
+
+def _is_imported(value: Tree) -> bool:
+    """Return whether a model, an optimizer or a loss scale is in a value."""
+    if isinstance(value, (dict, list)):  # `_values` has replaced it because of its items
+        children = value
+        if isinstance(value, dict):
+            children = value.values()
+        return any(map(_is_imported, children))
+    return isinstance(value, (ImportedModule, ImportedOptimizer, ScalerState))
 
 
 def _has_mapping(items: Iterable[Tree]) -> bool:

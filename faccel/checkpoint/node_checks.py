@@ -336,7 +336,7 @@ KINDS: dict[str, _Kind] = {
         {"versions": _is_versions, "trained_only": _is_bool, "imported": _is_bool},
         children=_entries,
     ),
-    "stateful": _Kind({"v": _is_any}, children=_value),
+    "stateful": _Kind({"v": _is_any}, {"imported": _is_bool}, children=_value),
     "optimizer": _Kind({"v": _is_optimizer}, children=_entries),
     "rng": _Kind({"ranks": _is_positive, "device": _is_bool}, {"device_type": _is_text}),
     "ema": _Kind(

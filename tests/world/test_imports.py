@@ -70,7 +70,7 @@ def write_accelerate(folder, *, num_ranks=1, prefix=""):
     schedule = torch.optim.lr_scheduler.StepLR(opt, 3)
     torch.save(schedule.state_dict(), folder / "scheduler.bin")
     scaler = torch.amp.GradScaler("cpu", init_scale=512.0, growth_interval=7)
-    torch.save(scaler.state_dict(), folder / "scaler.pt")
+    torch.save(scaler.state_dict() | {"_growth_tracker": 5}, folder / "scaler.pt")
     for rank in range(num_ranks):
         torch.save(random_states(rank), folder / f"random_states_{rank}.pkl")
     torch.save({"best": 0.5}, folder / "custom_checkpoint_0.pkl")
@@ -165,17 +165,18 @@ def test_values_of_accelerate_are_those_of_the_run(tmp_path):
         state = fresh(ctx)
         schedule = torch.optim.lr_scheduler.StepLR(state["optimizer"], 5)
         state |= {"scheduler": schedule, "custom_0": None, "cursor": None, "step": None}
-        del state["custom_0"]
         state |= {"scaler": faccel.init_scaler(ctx), "rng": faccel.rng_state(ctx)}
         state = faccel.load(state, tmp_path / "ours", ctx)
         faccel.set_rng_state(state["rng"])
         draws = (torch.rand(()).item(), np.random.rand(), random.random())
+        assert state["custom_0"] == {"best": 0.5}  # without its object, the values
         return state["scheduler"].step_size, state["cursor"], state["step"], state["scaler"], draws
 
     for rank, result in enumerate(simulate(load, 2)):
         step_size, cursor, step, scaler, draws = result
         assert (step_size, cursor, step) == (3, faccel.Cursor(3, 40), 2)
         assert (scaler.enabled, scaler.scale, scaler.growth_interval) == (True, 512.0, 7)
+        assert scaler.num_good_steps == 5
         expected = torch.rand((), generator=torch.Generator().manual_seed(rank)).item()
         python = random.Random(rank).random()
         assert draws == (expected, np.random.RandomState(rank).rand(), python)
@@ -363,15 +364,16 @@ def test_a_file_of_fabric_is_loaded_with_its_values(tmp_path):
     model, opt = trained()
     schedule = torch.optim.lr_scheduler.StepLR(opt, 3)
     state = {"model": model, "optimizer": opt, "scheduler": schedule, "epoch": 4, "hist": [0.5]}
+    state["means"] = {"x": torch.ones(2), "count": 3}
     runner.save(tmp_path / "run.ckpt", state)
     code, output = run(tmp_path / "run.ckpt", tmp_path / "ours", "--step", 17)
     assert code == 0, output
     loaded = fresh(ONE)
     loaded["scheduler"] = torch.optim.lr_scheduler.StepLR(loaded["optimizer"], 9)
-    loaded |= {"epoch": None, "hist": None}
+    loaded |= {"epoch": None, "hist": None, "means": {"count": 0}}
     loaded = faccel.load(loaded, tmp_path / "ours", ONE, step=17)
     assert loaded["scheduler"].step_size == 3
-    assert (loaded["epoch"], loaded["hist"]) == (4, [0.5])
+    assert (loaded["epoch"], loaded["hist"], loaded["means"]) == (4, [0.5], {"count": 3})
     for key, tensor in full_state(loaded, ONE).items():
         assert torch.equal(tensor, expected_state()[key])
 
@@ -439,3 +441,23 @@ def test_the_list_of_checkpoints_still_takes_a_directory(tmp_path):
     assert result.output.startswith("step 1  ")
     output = CliRunner().invoke(main, ["checkpoints", "--help"]).output
     assert "checkpoints import [OPTIONS] DIRECTORY OUT" in output
+
+
+def test_dicts_of_a_file_load_as_dicts_or_into_objects_at_any_depth(tmp_path):
+    model, opt = trained()
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 3)
+    inner = {"net": model.state_dict(), "opts": [opt.state_dict()], "note": {"a": 1}}
+    torch.save({"run": inner, "schedule": schedule.state_dict(), "x": {}}, tmp_path / "run.pt")
+    code, output = run(tmp_path / "run.pt", tmp_path / "ours")
+    assert code == 0, output
+    loaded, other = net(seed=9), torch.optim.lr_scheduler.StepLR(opt, 9)
+    loaded_opt = torch.optim.AdamW(loaded.parameters())
+    state = {"run": {"net": loaded, "opts": [loaded_opt], "note": {}}, "schedule": other, "x": {}}
+    state = faccel.load(state, tmp_path / "ours", ONE)
+    assert all(map(torch.equal, loaded.parameters(), model.parameters()))
+    assert loaded_opt.state_dict()["state"][0]["step"] == 2
+    assert (other.step_size, state["run"]["note"], state["x"]) == (3, {"a": 1}, {})
+    # A state of faccel keeps its rule: an object loads what an object has saved.
+    faccel.save({"schedule": {"step_size": 3}}, tmp_path / "plain", ONE, step=1)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        faccel.load({"schedule": other}, tmp_path / "plain", ONE)
