@@ -23,7 +23,7 @@ from faccel.random.seeding import RngState
 from faccel.training.precision import ScalerState
 from faccel.tree import Tree
 
-# The files of each part of the state by number. Accelerate reads the first kind that exists.
+# The files of each part of the state by number. Accelerate reads the first pattern that exists.
 _FILES: Mapping[str, tuple[re.Pattern[str], ...]] = {
     "model": tuple(map(re.compile, (
         r"model(?:_(\d+))?\.safetensors", r"pytorch_model(?:_(\d+))?\.bin",
@@ -59,27 +59,27 @@ def is_accelerate(names: Collection[str]) -> bool:
         False
     """
     # Weights alone may be of any program of Hugging Face.
-    parts = {part for _, part, _ in _recognized(names)}
-    return bool(parts - {"model"})
+    kinds = {kind for _, kind, _ in _recognized(names)}
+    return bool(kinds - {"model"})
 
 
 def _recognized(names: Iterable[str]) -> list[tuple[str, str, int]]:
-    """Return name, part and number of each file of Accelerate, the preferred kinds first."""
+    """Return name, kind and number of each file of Accelerate, the preferred files first."""
     files: list[tuple[str, str, int]] = []
-    for part, patterns in _FILES.items():
+    for kind, patterns in _FILES.items():
         for pattern in patterns:
             for name in sorted(names):
                 match = pattern.fullmatch(name)
                 if match is not None:
-                    files.append((name, part, int(match[1] or 0)))
+                    files.append((name, kind, int(match[1] or 0)))
     return files
 
 
-def _key(part: str, number: int) -> str:
+def _key(kind: str, number: int) -> str:
     """Return the key of a part in the state: `model`, `model_1`, `custom_0`."""
-    if number == 0 and part != "custom":
-        return part
-    return f"{part}_{number}"
+    if number == 0 and kind != "custom":
+        return kind
+    return f"{kind}_{number}"
 
 
 def read_accelerate(path: str, keys: Collection[str] | None, skip: Collection[str]) -> Imported:
@@ -102,19 +102,19 @@ def read_accelerate(path: str, keys: Collection[str] | None, skip: Collection[st
     files = _recognized(names - skipped)
     for name in sorted(names - skipped - {file for file, _, _ in files}):
         left_out[name] = _reason(name)
-    ranks = [name for name, part, _ in files if part == "rng"]
+    ranks = [name for name, kind, _ in files if kind == "rng"]
     folder = _Folder(path, len(ranks))
     state: dict[str, Tree] = {}
     notes: list[str] = []
     # The preferred kind of file comes first, as in `load_state`.
-    for name, part, number in files:
-        key = _key(part, number)
-        if part == "rng" or (keys is not None and key not in keys):
+    for name, kind, number in files:
+        key = _key(kind, number)
+        if kind == "rng" or (keys is not None and key not in keys):
             continue
         if key in state:
             left_out[name] = f"`{key}` was read from another file"
             continue
-        state[key] = without_prefix(folder.read(name, part, number), key, notes)
+        state[key] = without_prefix(folder.read(name, kind, number), key, notes)
     if ranks and (keys is None or "rng" in keys):
         state["rng"] = folder.random_states()
     if _has_no_scaler(state, files, keys):
@@ -162,21 +162,21 @@ class _Folder:
     path: str
     num_ranks: int
 
-    def read(self, name: str, part: str, number: int) -> Tree:
+    def read(self, name: str, kind: str, number: int) -> Tree:
         """Return a part of the state."""
-        content = self._content(name, part)
-        if part == "model":
+        content = self._content(name, kind)
+        if kind == "model":
             return ImportedModule(content)
-        if part == "optimizer":
+        if kind == "optimizer":
             # Under FSDP the names of parameters are stored; the optimizer belongs to the model of
             # the same number.
             return ImportedOptimizer(content, _key("model", number))
-        if part == "scaler":
+        if kind == "scaler":
             return scaler_of(content)
         return ImportedObject(content)
 
     # Nothing but a mapping is a `state_dict`; a list would fail later, without the file's name.
-    def _content(self, name: str, part: str) -> Mapping[str, Any]:
+    def _content(self, name: str, kind: str) -> Mapping[str, Any]:
         path = os.path.join(self.path, name)
         if name.endswith(".safetensors"):
             return read_safetensors(self.path, [name])
@@ -184,11 +184,11 @@ class _Folder:
         if os.path.isdir(path):
             if not os.path.exists(os.path.join(path, METADATA)):
                 raise unreadable(name, f"no `{METADATA}` in the folder")
-            content = read_dcp(path)[part]
+            content = read_dcp(path)[kind]
         else:
             content = read_pickle(path, name)
-        if not isinstance(content, Mapping) or (part == "optimizer" and not _is_optimizer(content)):
-            raise unreadable(name, f"no `state_dict` of a {part}, a {type(content).__name__}")
+        if not isinstance(content, Mapping) or (kind == "optimizer" and not _is_optimizer(content)):
+            raise unreadable(name, f"no `state_dict` of a {kind}, a {type(content).__name__}")
         return content
 
     def random_states(self) -> ImportedRandomStates:

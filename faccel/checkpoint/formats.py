@@ -131,10 +131,10 @@ def _read_torch(path: str, keys: Collection[str] | None, skip: Collection[str]) 
     # One file may have any dict; shards are parts of one `state_dict`.
     tensors: dict[str, Tree] = {}
     for file in files:
-        part = read_pickle(os.path.join(path, file), file)
-        if not isinstance(part, Mapping) or len(files) == 1:
-            return _of_tree(part, _others(path, [*files]))
-        tensors.update(part)
+        content = read_pickle(os.path.join(path, file), file)
+        if not isinstance(content, Mapping) or len(files) == 1:
+            return _of_tree(content, _others(path, [*files]))
+        tensors.update(content)
     return _of_tree(tensors, _others(path, [*files, _BIN_INDEX]))
 
 
@@ -178,11 +178,11 @@ def _read_fabric(path: str, keys: Collection[str] | None, skip: Collection[str])
     if not os.path.isdir(path):
         return _read_torch(path, keys, skip)
     imported = _read_dcp(path, keys, skip)
-    rest = read_pickle(os.path.join(path, _FABRIC_METADATA), _FABRIC_METADATA)
+    values = read_pickle(os.path.join(path, _FABRIC_METADATA), _FABRIC_METADATA)
     # The folder has the sharded states, the file all other values.
     left_out = dict(imported.left_out)
     del left_out[_FABRIC_METADATA]
-    return _of_tree({**imported.state, **rest}, left_out)
+    return _of_tree({**imported.state, **values}, left_out)
 
 
 def _read_safetensors(path: str, keys: Collection[str] | None, skip: Collection[str]) -> Imported:

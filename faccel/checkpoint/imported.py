@@ -193,8 +193,8 @@ def _model_of(opt: ImportedOptimizer, models: Mapping[str, ImportedModule]) -> s
     labels: set[str] = set()
     # Numbers fit any model.
     for group in opt.state_dict["param_groups"]:
-        named = group.get("param_names") or group["params"]
-        labels |= {user_name(label) for label in named if isinstance(label, str)}
+        names = group.get("param_names") or group["params"]
+        labels |= {user_name(label) for label in names if isinstance(label, str)}
     paths: list[str] = []
     for path, model in models.items():
         if labels <= {user_name(name) for name in model.entries}:
