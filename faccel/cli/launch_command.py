@@ -127,7 +127,10 @@ _OPTIONS = (
 @click.option(
     "--print",
     "rendering",
-    type=click.Choice(("mpirun", "slurm", "torchrun", "tpu-pod")),
+    # The rows of `faccel.launching.render.RENDERINGS`, which is imported only for this option
+    type=click.Choice(
+        ("k8s", "k8s-pytorchjob", "mpirun", "ray", "sky", "slurm", "torchrun", "tpu-pod")
+    ),
     help="Print the launch for another launcher, and start nothing.",
 )
 @click.argument("script")

@@ -6,14 +6,17 @@ import json
 import shlex
 from collections.abc import Callable, Mapping
 
-from faccel.config import LAUNCH, flag_of
+from faccel.config import LAUNCH
 from faccel.config_file import VARIABLE
 from faccel.errors import LaunchError
+from faccel.launching.kubernetes_files import as_jobset, as_pytorchjob
+from faccel.launching.node_command import check_no_addresses, node_command, num_nodes_of
+from faccel.launching.ray_script import as_ray
+from faccel.launching.sky_task import as_sky
 from faccel.launching.spec import LaunchSpec, torchrun_arguments
 
 _RUN = {"script": "python {}", "module": "python -m {}", "executable": "{}"}
-_OPTION = {"script": [], "module": ["-m"], "executable": ["--no-python"]}
-# `faccel.preemption` handles SIGUSR1. The exit code 75 is `Preemption.exit_code` (EX_TEMPFAIL).
+# `faccel.preemption` handles SIGUSR1. The exit code 75 is `node_command.SAVED`.
 _SLURM_PREEMPTION = """\
 # `faccel.preemption` receives SIGUSR1 two minutes before the time limit
 #SBATCH --signal=USR1@120
@@ -61,7 +64,7 @@ def as_mpirun(spec: LaunchSpec) -> str:
         LaunchError: The launch has an option that mpirun does not support.
     """
     # `spec.nproc` counts the processes of a node, mpirun those of the job.
-    num_nodes = _num_nodes(spec)
+    num_nodes = num_nodes_of(spec)
     _check_supported(spec, "mpirun")
     words = ["mpirun", "-np", str(spec.nproc * num_nodes)]
     for key, value in _environment(spec).items():
@@ -84,7 +87,7 @@ def as_slurm(spec: LaunchSpec) -> str:
     Raises:
         LaunchError: The launch has an option that srun does not support.
     """
-    num_nodes = _num_nodes(spec)
+    num_nodes = num_nodes_of(spec)
     _check_supported(spec, "srun")
     lines = [
         "#!/bin/bash",
@@ -111,42 +114,22 @@ def as_tpu_pod(spec: LaunchSpec) -> str:
     Raises:
         LaunchError: The launch names its nodes, which the script reads from the pod.
     """
-    if spec.nnodes != "1" or spec.main_address is not None or spec.rdzv_endpoint is not None:
+    check_no_addresses(spec, "a TPU pod")
+    if spec.nnodes != "1":
         raise LaunchError(
-            "a TPU pod sets the number of nodes and their addresses",
+            "a TPU pod sets the number of nodes",
             got=f"--nnodes {spec.nnodes}",
-            fix="remove `--nnodes`, `--node-rank`, `--main-address` and `--rdzv-endpoint`",
+            fix="remove `--nnodes`",
         )
-    words = ["faccel", "launch", "--nproc", str(spec.nproc)]
-    options = {
-        "--config": spec.config,
-        "--main-port": spec.main_port,
-        "--max-restarts": spec.max_restarts,
-        "--log-dir": spec.log_dir,
-    }
-    for option, value in options.items():
-        if value:
-            words += [option, str(value)]
-    if spec.tee:
-        words.append("--tee")
-    for name, value in spec.flags.items():
-        words += _flag(name, value)
-    words += _OPTION[spec.kind]
-    return f"{_TPU_HOSTS}exec {shlex.join([*words, *spec.command])}\n"
-
-
-def _flag(name: str, value: object) -> list[str]:
-    """Return the words of the command line that set a field of the configuration."""
-    flag = flag_of(name)
-    if value is True:
-        return [flag]
-    if value is False:
-        return [f"--no-{flag[2:]}"]
-    return [flag, str(value)]
+    return f"{_TPU_HOSTS}exec {node_command(spec)}\n"
 
 
 RENDERINGS: Mapping[str, Callable[[LaunchSpec], str]] = {
+    "k8s": as_jobset,
+    "k8s-pytorchjob": as_pytorchjob,
     "mpirun": as_mpirun,
+    "ray": as_ray,
+    "sky": as_sky,
     "slurm": as_slurm,
     "torchrun": as_torchrun,
     "tpu-pod": as_tpu_pod,
@@ -167,22 +150,13 @@ def _command(spec: LaunchSpec) -> str:
     return _RUN[spec.kind].format(shlex.join(spec.command))
 
 
-def _num_nodes(spec: LaunchSpec) -> int:
-    if ":" in spec.nnodes:
-        raise LaunchError(
-            "a batch job needs a fixed number of nodes",
-            got=f"--nnodes {spec.nnodes}",
-            fix="write one number, for example `--nnodes 2`",
-        )
-    return int(spec.nnodes)
-
-
 def _check_supported(spec: LaunchSpec, launcher: str) -> None:
     """Raise for an option without an equivalent, instead of dropping it silently."""
     options = {
         "--max-restarts": spec.max_restarts,
         "--log-dir": spec.log_dir,
         "--rdzv-endpoint": spec.rdzv_endpoint,
+        "--numa-binding": spec.numa_binding,
     }
     for option, value in options.items():
         if value:

@@ -19,6 +19,7 @@ from faccel.config_file import read, read_accelerate
 from faccel.config_sources import resolve
 from faccel.errors import FaccelError
 from faccel.launching.import_accelerate import from_accelerate
+from faccel.launching.render import RENDERINGS
 from faccel.mesh import MeshSpec
 from faccel.runtime.detect import detect
 from tests.fuzz import odd_values
@@ -28,6 +29,7 @@ from tests.unit.test_detect import FAR, KUBEFLOW, LSF, MV2, OMPI, PMI, SLURM, TO
 MAX_MESSAGE = 8000  # characters
 LIMIT_S = 20  # a case that takes longer blocks, or expands without end
 LAUNCHERS = (TORCHRUN, SLURM, OMPI, OMPI | FAR, PMI, MV2, LSF, KUBEFLOW, TPU)
+PRINTED = sorted(RENDERINGS)
 ACCELERATE = {
     "compute_environment": ["LOCAL_MACHINE", "AMAZON_SAGEMAKER"],
     "distributed_type": ["NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED", "MEGATRON_LM", "TPU"],
@@ -198,7 +200,7 @@ def command_line(draw, folder):
     out = os.path.join(folder, draw.choice(["out.yaml", "out.toml", "out.json", "out"]))
     words = draw.choice(
         [
-            ["launch", "--print", draw.choice(["torchrun", "slurm", "mpirun"]), *flags, "x.py"],
+            ["launch", "--print", draw.choice(PRINTED), *flags, "x.py"],
             ["launch", "--print", "torchrun", "--config", path, "x.py"],
             ["config", "set", *pairs[draw.randrange(2) :]],
             ["config", "show", *draw.choice([[], ["--json"]])],
@@ -264,7 +266,7 @@ def warm_up(folder):
             ["config", "default", "--force"],
             ["config", "show"],
             ["launch", "--help"],
-            *(["launch", "--print", to, "--nproc", "auto", path] for to in ("slurm", "mpirun")),
+            *(["launch", "--print", to, "--nproc", "auto", path] for to in PRINTED),
         ):
             CliRunner(env={"FACCEL_CONFIG": path}).invoke(main, words)
         os.unlink(path)
