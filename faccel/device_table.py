@@ -43,6 +43,8 @@ class DeviceKind:
         fp8_capability: The compute capability from which a device multiplies in fp8; None where
             PyTorch has no such product.
         fp8_rowwise_capability: The same, with one scale for each row.
+        kubernetes_resource: The resource of the device plugin that pods request; "" if it depends
+            on the model.
     """
 
     hardware: str = ""
@@ -60,6 +62,7 @@ class DeviceKind:
     # Not CUDA's: a type without a row is not known to multiply in fp8.
     fp8_capability: tuple[int, int] | None = None
     fp8_rowwise_capability: tuple[int, int] | None = None
+    kubernetes_resource: str = ""
 
 
 KINDS: Mapping[str, DeviceKind] = MappingProxyType(
@@ -71,6 +74,7 @@ KINDS: Mapping[str, DeviceKind] = MappingProxyType(
             library="nccl",
             fp8_capability=(8, 9),
             fp8_rowwise_capability=(9, 0),
+            kubernetes_resource="nvidia.com/gpu",
         ),
         # Arc cards have no float64.
         "xpu": DeviceKind("Intel GPUs", has_float64=False, library="xccl"),

@@ -16,8 +16,8 @@ from faccel.launching.yaml_text import as_yaml
 
 _NAME = "faccel"
 _GRACE_PERIOD_S = 120  # between SIGTERM and SIGKILL, for a checkpoint; 30 by default
-# The resource that the device plugin of Kubernetes offers, for the GPUs of a pod
-_RESOURCES = {"": "nvidia.com/gpu", "cuda": "nvidia.com/gpu", "cpu": ""}
+# Without `--device` the device is that of the cluster, not of this node.
+_COMMON_RESOURCE = "nvidia.com/gpu"
 # Node 0 listens on its address: its name resolves only after the pod is ready. RANK is the place
 # of the variable with the rank of the pod.
 _ADDRESS = """\
@@ -159,10 +159,18 @@ def _pod_template(
 def _resource(spec: LaunchSpec) -> str:
     """Return the resource of the devices, which a pod gets only if it requests them."""
     device = str(spec.flags.get("device") or "").partition(":")[0]
-    if device not in _RESOURCES:
+    if not device:
+        return _COMMON_RESOURCE
+    if device.startswith("cpu"):
+        return ""
+    # imported here, because it imports torch
+    from faccel.device_table import KINDS, DeviceKind
+
+    resource = KINDS.get(device, DeviceKind()).kubernetes_resource
+    if not resource:
         raise LaunchError(
             "the resource of this device in Kubernetes is unknown",
             got=f"--device {device}",
             fix="remove `--device`, and replace `nvidia.com/gpu` in the file",
         )
-    return _RESOURCES[device]
+    return resource

@@ -280,7 +280,10 @@ def test_what_the_project_decides_itself_is_an_error(target, options):
     assert REFUSED[options] in out.output
 
 
-def test_kubernetes_needs_the_resource_of_a_device():
+def test_kubernetes_needs_the_resource_of_a_device(printed):
+    document = yaml.safe_load(printed("k8s", ["--nproc", "1", "--device", "cuda", "x.py"]))
+    (container,) = containers(document)
+    assert container["resources"] == {"limits": {"nvidia.com/gpu": "1"}}
     words = ["launch", "--print", "k8s", "--nproc", "1", "--device", "xpu", "x.py"]
     out = CliRunner().invoke(main, words)
     assert (out.exit_code, "replace `nvidia.com/gpu` in the file" in out.output) == (2, True)
