@@ -16,7 +16,7 @@ from faccel.launching.yaml_text import as_yaml
 
 _NAME = "faccel"
 _GRACE_PERIOD_S = 120  # between SIGTERM and SIGKILL, for a checkpoint; 30 by default
-# Without `--device` the device is that of the cluster, not of this node.
+# Without `--device`: the cluster may have other devices than this node.
 _COMMON_RESOURCE = "nvidia.com/gpu"
 # Node 0 listens on its address: its name resolves only after the pod is ready. RANK is the place
 # of the variable with the rank of the pod.
@@ -62,6 +62,7 @@ def as_jobset(spec: LaunchSpec) -> str:
     if num_nodes > 1:
         script = _ADDRESS.format(host=host, rank="JOB_COMPLETION_INDEX") + script
     job = {
+        # All pods at once, and each has an index.
         "parallelism": num_nodes,
         "completions": num_nodes,
         "completionMode": "Indexed",
@@ -76,6 +77,7 @@ def as_jobset(spec: LaunchSpec) -> str:
         },
         "template": _pod_template(spec, _NAME, script, restart_policy="Never"),
     }
+    # The reason that the policy above gives. Preemptions do not count as restarts.
     rule = {
         "name": "preempted",
         "action": "RestartJobSetAndIgnoreMaxRestarts",
@@ -134,6 +136,7 @@ def _pod_template(
     spec: LaunchSpec, container: str, script: str, restart_policy: str = ""
 ) -> dict[str, Any]:
     """Return the pod of one node."""
+    # For `faccel.preemption`, which handles SIGTERM
     pod: dict[str, Any] = {"terminationGracePeriodSeconds": _GRACE_PERIOD_S}
     if restart_policy:
         pod["restartPolicy"] = restart_policy

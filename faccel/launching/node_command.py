@@ -30,6 +30,7 @@ def num_nodes_of(spec: LaunchSpec) -> int:
     Raises:
         LaunchError: It is a range.
     """
+    # A file requests its nodes before it starts.
     if ":" in spec.nnodes:
         raise LaunchError(
             "a batch job needs a fixed number of nodes",
@@ -84,6 +85,7 @@ def node_command(spec: LaunchSpec, node_rank: str = "", main_address: str = "") 
     # One node needs no rendezvous, and takes a free port.
     if num_nodes_of(spec) > 1 and node_rank:
         words += ["--nnodes", spec.nnodes, "--node-rank", node_rank, "--main-address", main_address]
+    # The words above have expressions of the shell, which a quotation would protect.
     return " ".join([*words, shlex.join(node_words(spec))])
 
 
@@ -93,6 +95,7 @@ def node_words(spec: LaunchSpec) -> list[str]:
     Effects: pure.
     """
     words: list[str] = []
+    # The configuration as it was written: the path is resolved in the folder of the job.
     options = {
         "--config": spec.config,
         "--main-port": spec.main_port,
@@ -108,6 +111,7 @@ def node_words(spec: LaunchSpec) -> list[str]:
         words += ["--join-timeout", f"{spec.join_timeout_s:g}"]
     if spec.tee:
         words.append("--tee")
+    # As flags, not in a variable: people edit the file.
     for name, value in spec.flags.items():
         words += _flag(name, value)
     return [*words, *OPTION[spec.kind], *spec.command]
@@ -116,6 +120,7 @@ def node_words(spec: LaunchSpec) -> list[str]:
 def _flag(name: str, value: object) -> list[str]:
     """Return the words of the command line that set a field of the configuration."""
     flag = flag_of(name)
+    # Switches have no value on the command line.
     if value is True:
         return [flag]
     if value is False:

@@ -20,6 +20,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+# The launch: faccel starts the ranks of a node, and an actor starts faccel.
 NUM_NODES = {num_nodes}
 NUM_PROCESSES = {nproc}  # per node
 RESOURCES = {resources}  # of a node
@@ -30,6 +31,7 @@ SAVED = {saved}
 @ray.remote(max_restarts=0)
 class Node:
     def address(self):
+        # The rendezvous of the nodes. The port is free now, and taken in seconds.
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
@@ -45,6 +47,7 @@ class Node:
 
 def run_once():
     """Run the ranks of all nodes; return the exit code."""
+    # One bundle for each node, so that no node has two of them.
     group = placement_group([RESOURCES] * NUM_NODES, strategy="STRICT_SPREAD")
     ray.get(group.ready())
     nodes = []
@@ -60,6 +63,7 @@ def run_once():
         host, port = ray.get(nodes[0].address.remote())
         codes = ray.get([node.run.remote(i, host, port) for i, node in enumerate(nodes)])
     finally:
+        # It ends the actors, whose processes end with them.
         remove_placement_group(group)
     # A failure is stronger than a saved checkpoint, which is stronger than success.
     failures = [code for code in codes if code not in (0, SAVED)]
@@ -67,6 +71,7 @@ def run_once():
 
 
 ray.init()
+# Nothing else is repeated: a rank that fails for another reason would fail again.
 code = SAVED
 while code == SAVED:
     code = run_once()
@@ -84,9 +89,11 @@ def as_ray(spec: LaunchSpec) -> str:
     """
     num_nodes = num_nodes_of(spec)
     check_no_addresses(spec, "Ray")
+    # One core and one GPU for each rank; Ray sets CUDA_VISIBLE_DEVICES.
     resources = {"CPU": spec.nproc, "GPU": spec.nproc}
     if str(spec.flags.get("device") or "").startswith("cpu"):
         del resources["GPU"]
+    # `repr` of the values, which is Python.
     return _SCRIPT.format(
         num_nodes=num_nodes,
         nproc=spec.nproc,

@@ -17,6 +17,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     style = None
+    # PyYAML quotes text that a block cannot have.
     if "\n" in text:
         style = "|"
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
@@ -38,5 +39,6 @@ def as_yaml(document: Mapping[str, Any], comment: str) -> str:
           a
           b
     """
+    # In the order of the document, and long commands on one line
     text = yaml.dump(dict(document), Dumper=_Dumper, sort_keys=False, width=1000)
     return f"{comment}\n{text}"
