@@ -6,9 +6,6 @@ import os
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, set_seed
-from accelerate.utils.fsdp_utils import save_fsdp_model, save_fsdp_optimizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
@@ -62,6 +59,10 @@ def schedule_of(opt):
 
 
 def replicated(folder, *, is_safe):
+    # In the functions: the tests import the network from here, without Accelerate.
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
     set_seed(0)
     accelerator = Accelerator(cpu=True)
     model = Net()
@@ -85,6 +86,10 @@ def replicated(folder, *, is_safe):
 
 
 def sharded(folder, kind):
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin, set_seed
+    from accelerate.utils.fsdp_utils import save_fsdp_model, save_fsdp_optimizer
+
     set_seed(0)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     torch.distributed.init_process_group("gloo", world_size=1, rank=0)

@@ -1,5 +1,6 @@
 """Runs of other libraries are continued by faccel with the losses that the library reaches."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,12 +14,15 @@ import faccel
 from faccel.testing import fake_context
 from tests.command_line import run_command
 from tests.procs import accelerate_run as peer
+from tests.world.test_imports import net, trained
 
 pytestmark = pytest.mark.slow
 ONE = fake_context(0, 1)
 
 
 def run_accelerate(kind, folder):
+    if importlib.util.find_spec("accelerate") is None:
+        pytest.skip("accelerate is not installed; it writes the folder")
     script = [sys.executable, "-m", "tests.procs.accelerate_run", kind, str(folder)]
     output = subprocess.run(script, check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])
@@ -59,7 +63,6 @@ def losses_of(state, cursor):
 
 @pytest.mark.parametrize("kind", ["safetensors", "pickles"])
 def test_a_run_of_accelerate_continues_with_its_losses(tmp_path, kind):
-    pytest.importorskip("accelerate", reason="it writes the folder")
     expected = run_accelerate(kind, tmp_path / "theirs")
     options = ["--epoch", "0", "--samples", str(4 * peer.SAVE_AT), "--json"]
     code, output, errors = run_command(
@@ -81,7 +84,6 @@ def test_a_run_of_accelerate_continues_with_its_losses(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
 def test_a_run_of_accelerate_with_fsdp_continues_with_its_losses(tmp_path, kind):
-    pytest.importorskip("accelerate", reason="it writes the folder")
     expected = run_accelerate(kind, tmp_path / "theirs")
     code, _, errors = run_command(
         "checkpoints", "import", str(tmp_path / "theirs"), str(tmp_path / "ours")
@@ -96,3 +98,37 @@ def test_a_run_of_accelerate_with_fsdp_continues_with_its_losses(tmp_path, kind)
         state = faccel.load(state, path, ONE, format=name)
         losses = losses_of(state, faccel.Cursor(0, 4 * peer.SAVE_AT))
         torch.testing.assert_close(losses, expected)
+
+
+FABRIC = """
+import sys, torch, lightning_fabric
+from tests.world.test_imports import trained
+model, opt = trained()
+state = {"model": model, "optimizer": opt, "epoch": 4, "hist": [0.5]}
+state["scheduler"] = torch.optim.lr_scheduler.StepLR(opt, 3)
+state["means"] = {"x": torch.ones(2), "count": 3}
+lightning_fabric.Fabric(accelerator="cpu", devices=1).save(sys.argv[1], state)
+"""
+
+
+def test_a_file_of_fabric_is_loaded_with_its_values(tmp_path):
+    # In another process, because the import changes the environment.
+    if importlib.util.find_spec("lightning_fabric") is None:
+        pytest.skip("lightning-fabric is not installed; it writes the file")
+    path = tmp_path / "run.ckpt"
+    subprocess.run([sys.executable, "-c", FABRIC, str(path)], check=True, capture_output=True)
+    code, _, errors = run_command(
+        "checkpoints", "import", str(path), str(tmp_path / "imported"), "--step", "17"
+    )
+    assert code == 0, errors
+    model = net(seed=9)
+    opt = torch.optim.AdamW(model.parameters(), lr=0.5)
+    state = {"model": model, "optimizer": opt, "epoch": None, "hist": None, "means": {"count": 0}}
+    state["scheduler"] = torch.optim.lr_scheduler.StepLR(opt, 9)
+    state = faccel.load(state, tmp_path / "imported", ONE, step=17)
+    assert state["scheduler"].step_size == 3
+    assert (state["epoch"], state["hist"], state["means"]) == (4, [0.5], {"count": 3})
+    expected, expected_opt = trained()
+    assert all(map(torch.equal, model.parameters(), expected.parameters()))
+    momentum = [expected_opt.state[param]["exp_avg"] for param in expected.parameters()]
+    assert all(map(torch.equal, [opt.state[p]["exp_avg"] for p in model.parameters()], momentum))

@@ -355,29 +355,6 @@ def test_an_optimizer_with_names_is_loaded_in_any_order(tmp_path):
     assert all(map(torch.equal, got, expected))
 
 
-@pytest.mark.slow  # the import of lightning_fabric takes seconds
-def test_a_file_of_fabric_is_loaded_with_its_values(tmp_path):
-    fabric = pytest.importorskip("lightning_fabric", reason="it writes the file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about SLURM, if its commands are installed
-        runner = fabric.Fabric(accelerator="cpu", devices=1)
-    model, opt = trained()
-    schedule = torch.optim.lr_scheduler.StepLR(opt, 3)
-    state = {"model": model, "optimizer": opt, "scheduler": schedule, "epoch": 4, "hist": [0.5]}
-    state["means"] = {"x": torch.ones(2), "count": 3}
-    runner.save(tmp_path / "run.ckpt", state)
-    code, output = run(tmp_path / "run.ckpt", tmp_path / "ours", "--step", 17)
-    assert code == 0, output
-    loaded = fresh(ONE)
-    loaded["scheduler"] = torch.optim.lr_scheduler.StepLR(loaded["optimizer"], 9)
-    loaded |= {"epoch": None, "hist": None, "means": {"count": 0}}
-    loaded = faccel.load(loaded, tmp_path / "ours", ONE, step=17)
-    assert loaded["scheduler"].step_size == 3
-    assert (loaded["epoch"], loaded["hist"], loaded["means"]) == (4, [0.5], {"count": 3})
-    for key, tensor in full_state(loaded, ONE).items():
-        assert torch.equal(tensor, expected_state()[key])
-
-
 BAD_ARGUMENTS = {
     "format": (dict(format="acelerate"), ConfigError, "accelerate"),
     "step": (dict(format="auto", step=3), ConfigError, "`step` selects one of faccel's"),
