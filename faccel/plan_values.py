@@ -105,20 +105,22 @@ def _parsed(record: str, text: str) -> dict[str, Any]:
     entries: list[tuple[str, object]] = []
     for entry in _entries_of(text):
         name, mark, value = entry.partition("=")
-        if not mark or not name.strip():
+        # No name of a class begins with "=", and a bracket that is not closed is a typing error.
+        is_value = not value.startswith("=") and value.count("[") == value.count("]")
+        if not mark or not name.strip() or not is_value:
             problem = f"`{record}` must be entries `name=value`"
             raise ConfigError(problem, got=short_repr(entry), fix=_FIXES[record])
         entries.append((name.strip(), _scalar(value.strip())))
-    return nested(entries)
+    return nested(entries, record=record)
 
 
-def nested(entries: Iterable[tuple[str, object]]) -> dict[str, Any]:
+def nested(entries: Iterable[tuple[str, object]], *, record: str = "plan") -> dict[str, Any]:
     """Return the section `plan` of a configuration file for values by dotted name.
 
     Effects: pure.
 
     Raises:
-        ConfigError: A name has both a value and fields.
+        ConfigError: A name occurs twice, or has both a value and fields.
 
     Examples:
         >>> nested([("offload", True), ("fsdp.prefetch", 1), ("tensor.blocks.*.up", "colwise")])
@@ -129,7 +131,7 @@ def nested(entries: Iterable[tuple[str, object]]) -> dict[str, Any]:
         path = name.split(".")
         if path[0] == "tensor":  # whose keys are patterns of names, with dots
             path = ["tensor", ".".join(path[1:])]
-        _set(values, path, value)
+        _set(values, path, value, record)
     return values
 
 
@@ -149,18 +151,25 @@ def _entries_of(text: str) -> list[str]:
     return entries
 
 
-def _set(values: dict[str, Any], path: list[str], value: object) -> None:
-    # A record for each part of the name but the last one.
+def _set(values: dict[str, Any], path: list[str], value: object, record: str) -> None:
+    # A mapping for each part of the name but the last one.
+    fields = values
     for name in path[:-1]:
-        child = values.setdefault(name, {})
+        child = fields.setdefault(name, {})
         if not isinstance(child, dict):
-            raise ConfigError(
-                f"`plan` has two values for `{short_text(name)}`",
-                got=f"{short_repr(child)} and `{short_text('.'.join(path))}`",
-                fix="remove one of the two",
-            )
-        values = child
-    values[path[-1]] = value
+            raise _two_values(record, name, child, path)
+        fields = child
+    if path[-1] in fields:
+        raise _two_values(record, path[-1], fields[path[-1]], path)
+    fields[path[-1]] = value
+
+
+def _two_values(record: str, name: str, value: object, path: list[str]) -> ConfigError:
+    return ConfigError(
+        f"`{record}` has two values for `{short_text(name)}`",
+        got=f"{short_repr(value)} and `{short_text('.'.join(path))}`",
+        fix="remove one of the two",
+    )
 
 
 def _scalar(text: str) -> object:

@@ -69,6 +69,8 @@ _SECTIONS: Mapping[str, str] = {
     "parallelism_config_": "parallelism_config",
     "megatron_lm_": "megatron_lm_config",
 }
+# The switches of the sections that apply to one strategy.
+_SWITCH_OF: Mapping[str, str] = {"fsdp_config": "use_fsdp", "deepspeed_config": "use_deepspeed"}
 # Options of `faccel launch` that another launcher names otherwise.
 _RENAMED: Mapping[str, str] = {
     "nproc_per_node": "--nproc",
@@ -241,6 +243,7 @@ def _converted(foreign: Mapping[str, str], given: Mapping[str, str]) -> list[str
         keys["mixed_precision"] = given["--mixed-precision"]
     converted = from_accelerate(keys)
     for key, value in converted.without_equivalent.items():
+        _check_strategy(key, str(keys[_STRATEGY]), foreign)
         raise _no_equivalent(key, value, foreign)
     # Of the nodes first, then the fields of the configuration.
     options = dict(zip(converted.options[::2], converted.options[1::2], strict=True))
@@ -248,6 +251,18 @@ def _converted(foreign: Mapping[str, str], given: Mapping[str, str]) -> list[str
         option, text = _own_option(name, value)
         options[option] = text
     return _without_given(options, given, foreign)
+
+
+def _check_strategy(key: str, strategy: str, foreign: Mapping[str, str]) -> None:
+    """Raise if an option has no effect, because its strategy is not chosen."""
+    section, _, name = key.partition(".")
+    switch = _SWITCH_OF.get(section, "")
+    if name in foreign and switch and strategy != _SWITCHES[switch][1]:
+        raise LaunchError(
+            f"`--{name}` has no effect without `--{switch}`",
+            got=f"--{name} {short_repr(foreign[name])}",
+            fix=f"add `--{switch}`, or remove `--{name}`",
+        )
 
 
 def _without_given(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -34,6 +35,9 @@ _SECTIONS = (
 )
 # Values of `distributed_type` without an equivalent, and the section with their options.
 _ENGINES = {"MEGATRON_LM": "megatron_lm_config", "TPU": "", "XLA": ""}
+# Those whose devices faccel finds itself; MPS is of Accelerate 0.12.
+_DEVICES = ("CPU", "GPU", "HPU", "MLU", "MUSA", "NEURON", "NPU", "SDAA", "XPU")
+_KINDS = ("NO", "MPS", *(f"MULTI_{device}" for device in _DEVICES), "FSDP", "DEEPSPEED")
 # The section that applies to a value of `distributed_type`.
 _SECTION_OF = {"FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}
 _AXES = {
@@ -99,8 +103,9 @@ def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
     if plan:
         values["plan"] = nested(plan.items())
     _remove_unneeded(remaining)
-    if kind in _ENGINES and not _section(remaining, _ENGINES[kind]):
-        # an engine without a section would disappear from the report
+    # An engine without a section would disappear from the report, as would a typing error.
+    is_engine = kind in _ENGINES and not _section(remaining, _ENGINES[kind])
+    if is_engine or kind not in (*_ENGINES, *_KINDS):
         remaining["distributed_type"] = kind
     return ImportedConfig(values, options, _flatten(remaining))
 
@@ -136,15 +141,19 @@ def _section(remaining: Mapping[str, Any], key: str) -> _Keys:
     return section
 
 
-def _int(name: str, value: Any) -> int:
-    try:
-        return int(value)
-    except (TypeError, ValueError, OverflowError):  # OverflowError: infinity
+def _int(name: str, value: Any, minimum: int = 0) -> int:
+    number = None
+    with suppress(TypeError, ValueError, OverflowError):  # OverflowError: infinity
+        number = int(value)
+    # `int` cuts 2.5 off.
+    is_cut = isinstance(value, float) and value != number
+    if number is None or number < minimum or is_cut:
         raise ConfigError(
             f"`{name}` of the file must be a whole number",
             got=short_repr(value),
             fix=f"write `{name}: 1`",
-        ) from None
+        )
+    return number
 
 
 def _host(value: object) -> str:
@@ -162,9 +171,9 @@ def _host(value: object) -> str:
 
 
 def _convert_switches(remaining: _Keys, kind: str, values: _Keys) -> None:
-    if remaining.pop("use_cpu", False) or kind == "MULTI_CPU":
+    if is_true(remaining.pop("use_cpu", False)) or kind == "MULTI_CPU":
         values["device"] = "cpu"
-    if remaining.pop("debug", False):
+    if is_true(remaining.pop("debug", False)):
         values["debug"] = True
 
 
@@ -216,7 +225,7 @@ def _convert_plan(remaining: _Keys, kind: str) -> dict[str, Any]:
 
 def _convert_precision(remaining: _Keys, kind: str, values: _Keys) -> None:
     default = "no"
-    if remaining.pop("fp16", False):  # Accelerate before 0.12
+    if is_true(remaining.pop("fp16", False)):  # Accelerate before 0.12
         default = "fp16"
     precision = remaining.pop("mixed_precision", default)
     if precision is False:  # YAML reads an unquoted `no` as False
@@ -239,7 +248,7 @@ def _convert_mesh(remaining: _Keys, kind: str, values: _Keys) -> dict[str, int]:
     for key, axis in _AXES.items():
         size = sizes.pop(key, None)
         if size not in (None, 1):
-            mesh[axis] = _int(key, size)
+            mesh[axis] = _int(key, size, minimum=-1)
     if sizes:
         remaining["parallelism_config"] = sizes
     if kind != "FSDP" or "dp_shard" in mesh:
@@ -260,9 +269,10 @@ def _convert_mesh(remaining: _Keys, kind: str, values: _Keys) -> dict[str, int]:
 def _convert_launch(remaining: _Keys, values: _Keys) -> tuple[str, ...]:
     """Return the options of `faccel launch`. `num_processes` of Accelerate counts all nodes."""
     # Accelerate accepts 0 and null, and runs one process on one node.
-    num_nodes = max(1, _int("num_machines", remaining.pop("num_machines", None) or 1))
+    num_nodes = _int("num_machines", remaining.pop("num_machines", None) or 1) or 1
     has_count = "num_processes" in remaining
-    num_processes = max(1, _int("num_processes", remaining.pop("num_processes", None) or 1))
+    count = remaining.pop("num_processes", None) or 1
+    num_processes = _int("num_processes", count) or 1
     # `--nproc` is one number for all nodes.
     if num_processes % num_nodes:
         valid = -(-num_processes // num_nodes) * num_nodes
@@ -274,7 +284,9 @@ def _convert_launch(remaining: _Keys, values: _Keys) -> tuple[str, ...]:
     node_rank = _int("machine_rank", remaining.pop("machine_rank", None) or 0)
     host = _host(remaining.pop("main_process_ip", None))
     port = _int("main_process_port", remaining.pop("main_process_port", None) or 0)
-    is_elastic = remaining.pop("rdzv_backend", "static") == "c10d"
+    is_elastic = remaining.get("rdzv_backend", "static") == "c10d"
+    if is_elastic or remaining.get("rdzv_backend") == "static":
+        del remaining["rdzv_backend"]  # others, such as etcd, have no equivalent
     options: list[str] = []
     if has_count:
         values[NPROC] = num_processes // num_nodes

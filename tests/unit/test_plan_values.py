@@ -90,6 +90,11 @@ def test_a_file_is_the_plan_of_its_fields(plan, suffix, tmp_path):
         ("compile=all", "`plan` has an invalid value: `compile`", "'all'"),
         ("pipeline.split=head", "`plan.pipeline` is incomplete", "chain"),
         ("fsdp.prefetch=1,fsdp.prefetch.x=1", "`plan` has two values for `prefetch`", "1 and"),
+        ("units=Block,units=Head", "`plan` has two values for `units`", "'Block' and `units`"),
+        ("fsdp.prefetch=1,fsdp.prefetch=1", "`plan` has two values for `prefetch`", "1 and"),
+        ("units=[Block", "`plan` must be entries `name=value`", "'units=[Block'"),
+        ("units=Block],offload=true", "`plan` must be entries `name=value`", "'units=Block]'"),
+        ("units==Block", "`plan` must be entries `name=value`", "'units==Block'"),
         (3, "`plan` must be a `Plan`, a mapping or text", "int"),
     ],
 )
