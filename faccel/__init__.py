@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from faccel import random as random
     from faccel import testing as testing
     from faccel import tracking as tracking
+    from faccel import tree as tree
     from faccel.checkpoint.load import latest as latest
     from faccel.checkpoint.load import load as load
     from faccel.checkpoint.preemption import preemption as preemption
@@ -106,7 +107,7 @@ _NAMES = {
 }  # fmt: skip
 _NAMESPACES = (
     "backends", "checkpoint", "comm", "data", "errors", "func", "parallel", "random", "testing",
-    "tracking",
+    "tracking", "tree",
 )  # fmt: skip
 
 # For the error message: names of Accelerate and Lightning Fabric that have no similar name here,

@@ -20,6 +20,8 @@ from faccel.errors import TreeError
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
+__all__ = ["find_batch_size", "map_leaves", "to_device"]  # the public ones
+
 # Python's types cannot express "any nesting, records of the user included".
 Tree = Any
 """A leaf, or any nesting of containers with leaves."""
@@ -199,6 +201,67 @@ def map_leaves(fn: Callable[[Tree], Tree], tree: Tree) -> Tree:
     if node is None:
         return fn(tree)
     return node.build([map_leaves(fn, child) for child in node.children])
+
+
+def to_device(tree: Tree, device: torch.device | str, *, non_blocking: bool = False) -> Tree:
+    """Return the same structure with its tensors on a device; other leaves stay as they are.
+
+    Effects: pure. Tensors that are on the device already are not copied.
+
+    Args:
+        tree: A tensor, or any nesting of them. Whatever else has a method `to` is moved by it, such
+            as a `PackedSequence`.
+        device: Where to, for example `ctx.device`.
+        non_blocking: Whether copies from pinned memory may overlap with computation.
+
+    Examples:
+        >>> batch = to_device({"x": torch.zeros(2), "text": ["a", "b"]}, "meta")
+        >>> batch["x"].device, batch["text"]
+        (device(type='meta'), ['a', 'b'])
+    """
+    # A mapping with such a method, as a tokenizer's `BatchEncoding`, would move itself in place.
+    is_mapping = isinstance(tree, Mapping) and not is_tensordict(tree)
+    if hasattr(tree, "to") and not is_mapping:
+        return tree.to(device, non_blocking=non_blocking)
+    node = _split(tree)
+    if node is None:
+        return tree
+    return node.build(
+        [to_device(child, device, non_blocking=non_blocking) for child in node.children]
+    )
+
+
+def find_batch_size(tree: Tree) -> int:
+    """Return the number of rows of a batch: the length along dim 0 of its tensors and arrays.
+
+    Effects: pure.
+
+    Args:
+        tree: A batch. Leaves without a dim 0 have no rows, such as numbers and 0-d tensors.
+
+    Raises:
+        TreeError: It has no tensor with rows, or one with another number of rows; names it.
+
+    Examples:
+        >>> find_batch_size({"x": torch.zeros(4, 2), "y": torch.zeros(4), "epoch": 3})
+        4
+    """
+    size: int | None = None
+    for index, leaf in enumerate(flatten(tree)[0]):
+        # Arrays of NumPy as well, which a `collate_fn` may keep.
+        if getattr(leaf, "ndim", 0) == 0:
+            continue
+        if size is not None and len(leaf) != size:
+            problem = f"the tensors of a batch must have one number of rows; another one has {size}"
+            raise leaf_error(tree, index, problem, "pass the tensors with a row for each sample")
+        size = len(leaf)
+    if size is None:
+        raise TreeError(
+            "a batch without a tensor has no number of rows",
+            got=f"a {type(tree).__name__}",
+            fix="pass the batch that a loader yields, such as `batch.data`",
+        )
+    return size
 
 
 def leaf_error(tree: Tree, index: int, problem: str, fix: str) -> TreeError:

@@ -27,7 +27,6 @@ from faccel.parallel.materialize import has_meta, materialize
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import DdpConfig, Plan
 from faccel.protocols import Parallelism, RunMethod, Stateful
-from faccel.training.move_module import move_module
 from faccel.tree import Tree
 
 
@@ -52,8 +51,6 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
 def _rewrap(
     module: nn.Module, engine: nn.Module, plan: Plan, ctx: DistContext
 ) -> tuple[nn.Module, RunMethod]:
-    if ctx.config.device_placement:  # new parameters are on the CPU
-        move_module(module, ctx.device)
     check_same_structure(module, ctx, DATA)
     fp8_layers(module, plan, ctx).convert()  # of the layers that are new
     if isinstance(engine, DdpEngine):

@@ -18,7 +18,6 @@ from faccel.parallel.layerwise_casting import store_layers
 from faccel.parallel.materialize import has_meta, materialize
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, RunMethod, Stateful
-from faccel.training.move_module import move_module
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
@@ -53,8 +52,6 @@ def _join(
 def _rewrap(
     module: nn.Module, engine: nn.Module, plan: Plan, ctx: DistContext
 ) -> tuple[nn.Module, RunMethod]:
-    if ctx.config.device_placement:  # new parameters are on the CPU
-        move_module(module, ctx.device)
     fp8_layers(module, plan, ctx).convert()  # of the layers that are new
     store_layers(module, plan, ctx)
     # Without `checkpoint_and_compile`, which has changed the units of the first `wrap`.

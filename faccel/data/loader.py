@@ -17,7 +17,7 @@ from faccel.data.shard_checks import check_same_dataset, order_seed
 from faccel.device_table import is_host
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import DataError
-from faccel.tree import Tree, map_leaves
+from faccel.tree import Tree, to_device
 
 
 def _unchanged(data: Tree) -> Tree:
@@ -121,14 +121,14 @@ class ShardedLoader:
 
     def __iter__(self) -> Iterator[Tree]:
         """Yield the data of each batch, on the device of the context."""
-        to_device = self._to_device
-        return self._marked(to_device(data) for _, data in self.source.read(self.cursor))
+        move = self._to_device
+        return self._marked(move(data) for _, data in self.source.read(self.cursor))
 
     def _batches(self, cursor: Cursor) -> Iterator[Batch]:
-        name, to_device = self.source.name, self._to_device
+        name, move = self.source.name, self._to_device
         for info, data in self.source.read(cursor):
             after = info.cursor(cursor.epoch, name)
-            yield Batch(to_device(data), info.num_valid, info.step, info.is_last, after)
+            yield Batch(move(data), info.num_valid, info.step, info.is_last, after)
 
     def _marked(self, batches: Iterator[Tree]) -> Iterator[Tree]:
         """Yield `batches`; while the tail is uneven, `scaled_backward` raises outside of `join`."""
@@ -272,16 +272,16 @@ def shard(
     )
     if ctx.config.debug and ctx.data_world_size > 1 and _reads_one_dataset(source):
         check_same_dataset(loader, ctx, has_own_order=isinstance(source, OrderedSource))
-    to_device = _unchanged
+    move = _unchanged
     if device_placement and not is_host(ctx.device):  # loaders return CPU tensors
-        to_device = _mover(ctx.device, non_blocking=non_blocking)
+        move = _mover(ctx.device, non_blocking=non_blocking)
     ctx.lifetime.add_loader()
     return ShardedLoader(
         loader=loader,
         ctx=ctx,
         source=source,
         epoch=0 if has_one_order else None,
-        to_device=to_device,
+        to_device=move,
     )
 
 
@@ -292,15 +292,10 @@ def _reads_one_dataset(source: Source) -> bool:
 
 
 def _mover(device: torch.device, *, non_blocking: bool) -> Callable[[Tree], Tree]:
-    def move_leaf(leaf: Tree) -> Tree:
-        # A batch may also have strings or numbers, which stay as they are.
-        if hasattr(leaf, "to"):
-            return leaf.to(device, non_blocking=non_blocking)
-        return leaf
-
     def move(data: Tree) -> Tree:
-        if hasattr(data, "to"):  # a tensor, or a batch that moves itself: a `BatchEncoding`
-            return move_leaf(data)
-        return map_leaves(move_leaf, data)
+        # In place where it has a method for it, as a `BatchEncoding`: the loader has just made it.
+        if hasattr(data, "to"):
+            return data.to(device, non_blocking=non_blocking)
+        return to_device(data, device, non_blocking=non_blocking)
 
     return move

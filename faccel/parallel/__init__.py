@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from faccel.plan import LayerwiseCasting as LayerwiseCasting
     from faccel.plan import PipelineConfig as PipelineConfig
     from faccel.plan import PowerSgdConfig as PowerSgdConfig
+    from faccel.training.diloco import DilocoState as DilocoState
+    from faccel.training.diloco import diloco as diloco
+    from faccel.training.diloco import init_diloco as init_diloco
     from faccel.training.ema import EmaState as EmaState
     from faccel.training.ema import ema_weights as ema_weights
     from faccel.training.ema import init_ema as init_ema
@@ -48,6 +51,7 @@ _NAMES = {
         "ActivationCheckpointing", "Compile", "DdpConfig", "DeepSpeedConfig", "Fp8", "FsdpConfig",
         "LayerwiseCasting", "PipelineConfig", "PowerSgdConfig",
     ),
+    "faccel.training.diloco": ("DilocoState", "diloco", "init_diloco"),
     "faccel.training.ema": ("EmaState", "ema_weights", "init_ema", "update_ema"),
     "faccel.training.join": ("join",),
     "faccel.training.local_sgd": ("SyncInfo", "averaged", "local_sgd"),

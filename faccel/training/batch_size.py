@@ -43,6 +43,7 @@ def find_batch_size(fn: Callable[[int], object], ctx: DistContext, *, start: int
         RankFailedError: Another rank has raised.
 
     Examples:
+        >>> import torch
         >>> from faccel.testing import fake_context
         >>> def fn(batch_size):
         ...     if batch_size > 5:

@@ -23,10 +23,13 @@ class SyncInfo:
     Args:
         synced: Whether parameters were averaged, so that they are equal on all data ranks now.
         num_bytes: Bytes that this rank sent into all-reduces; 0 on one process.
+        fragments: The fragments that `diloco` synchronised, of `DilocoState.num_fragments`; empty
+            for `local_sgd`.
     """
 
     synced: bool
     num_bytes: int
+    fragments: tuple[int, ...] = ()
 
 
 @effectful(COLLECTIVE)
@@ -60,13 +63,13 @@ def averaged(
     """
     require_context(ctx, "faccel.parallel.averaged(params, ctx)")
     means: dict[str, torch.Tensor] = {}
-    for bucket in _averaged_buckets(params, ctx, bucket_cap_mb):
+    for bucket in averaged_buckets(params, ctx, bucket_cap_mb):
         means |= bucket
     # Clones, because a view would keep the memory of its whole bucket alive.
     return {name: means[name].clone() for name in params}
 
 
-def _averaged_buckets(
+def averaged_buckets(
     params: Mapping[str, torch.Tensor], ctx: DistContext, bucket_cap_mb: float
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the means by bucket, as views of the reduced bucket, in one order on all ranks."""
@@ -124,7 +127,7 @@ def local_sgd(
         ...     opt.step()
         ...     info = local_sgd(model, ctx, step=step, every=4)
         >>> info
-        SyncInfo(synced=True, num_bytes=0)
+        SyncInfo(synced=True, num_bytes=0, fragments=())
     """
     require_context(ctx, "faccel.parallel.local_sgd(model, ctx)")
     trainable = {
@@ -139,7 +142,7 @@ def local_sgd(
         return SyncInfo(synced=False, num_bytes=0)
     # Bucket by bucket, so that memory never holds a second copy of all parameters.
     with torch.no_grad():
-        for bucket in _averaged_buckets(trainable, ctx, bucket_cap_mb):
+        for bucket in averaged_buckets(trainable, ctx, bucket_cap_mb):
             for name, mean in bucket.items():
                 trainable[name].copy_(mean)
     num_bytes = 0

@@ -47,6 +47,7 @@ class WrappedModel:
         ctx: The context that the model was wrapped with.
         run: Calls a method through the engine.
         plan: The plan that the model was wrapped with.
+        places: Whether `wrap` has moved it to the device of the context.
     """
 
     module: nn.Module
@@ -55,6 +56,7 @@ class WrappedModel:
     ctx: DistContext = attrs.field(repr=False)
     _run: RunMethod = attrs.field(repr=False)
     _plan: Plan | None = attrs.field(default=None, repr=False)
+    _places: bool = attrs.field(default=True, repr=False)
 
     def __call__(self, *args: Tree, **kwargs: Tree) -> Tree:
         return self._run("forward", *args, **kwargs)
@@ -156,7 +158,13 @@ class WrappedModel:
 
 
 @effectful(updates("model"), COLLECTIVE)
-def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> WrappedModel:
+def wrap(
+    model: nn.Module,
+    ctx: DistContext,
+    *,
+    plan: Plan | None = None,
+    device_placement: bool | None = None,
+) -> WrappedModel:
     """Return `model` as it runs on the ranks of the mesh.
 
     Effects: updates model, collective. Moves it to `ctx.device` (unless `device_placement` is off),
@@ -169,6 +177,8 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
         model: The user's module; `unwrap` returns it.
         ctx: The context.
         plan: How the model is run; None is the `plan` of the configuration, else `Plan()`.
+        device_placement: Whether to move the model to `ctx.device`; None takes the configuration's.
+            False keeps a model where it is that is on its device already, or on several.
 
     Returns:
         A callable record.
@@ -176,7 +186,8 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
     Raises:
         ModelError: `model` is not a module, is wrapped already, contains a wrapped model, or has no
             parameters or lazy ones.
-        ConfigError: `plan` is not a `Plan`, or contradicts `--plan` of the launcher.
+        ConfigError: `plan` is not a `Plan`, or contradicts `--plan` of the launcher. Or
+            `device_placement=False` on a mesh that shards parameters.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -208,10 +219,11 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
     module_checks.check_wrapped_once(model, ctx)
     if ctx.config.debug:
         note_optimizers(model)
+    places = _places(ctx, device_placement=device_placement)
     ctx.comm.begin_call("wrap")
     cast_module(model, ctx)
     # A model on `meta` gets its memory from the strategy, in shards.
-    if ctx.config.device_placement and not module_checks.has_meta(model):
+    if places and not module_checks.has_meta(model):
         move_module(model, ctx.device)
     engine, run = ctx.parallelism.wrap(model, plan, ctx)
     if ctx.config.debug and ctx.data_world_size > 1:
@@ -219,7 +231,21 @@ def wrap(model: nn.Module, ctx: DistContext, *, plan: Plan | None = None) -> Wra
 
         run = with_compared_inputs(run, ctx)
     ctx.comm.name_model(model)
-    return registered(WrappedModel(model, engine, ctx.parallelism, ctx, run, plan))
+    return registered(WrappedModel(model, engine, ctx.parallelism, ctx, run, plan, places))
+
+
+def _places(ctx: DistContext, *, device_placement: bool | None) -> bool:
+    """Return whether a model is moved to the device of the context."""
+    if device_placement is None:
+        return ctx.config.device_placement
+    # Shards get their memory on the device of the mesh, wherever the module is.
+    if not device_placement and not ctx.is_replicated:
+        raise ConfigError(
+            "`device_placement=False` keeps a model where it is, and this mesh shards parameters",
+            got=str(ctx.mesh.spec),
+            fix='leave `device_placement` out, or write `faccel.init(mesh="dp_replicate=-1")`',
+        )
+    return device_placement
 
 
 def _plan_for(plan: Plan | None, config: Config) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, consumes, effectful, updates
 from faccel.training.model import WrappedModel, check_context, check_wrapped, registered
+from faccel.training.move_module import move_module
 from faccel.training.true_precision import cast_module
 
 
@@ -52,6 +53,12 @@ def rewrap(model: WrappedModel, ctx: DistContext) -> WrappedModel:
 
     plan = model._plan or Plan()  # pyright: ignore[reportPrivateUsage]
     cast_module(model.module, ctx)  # new parameters
+    places = model._places  # pyright: ignore[reportPrivateUsage]
+    # New parameters are on the CPU. Shards may be there on purpose, when they are offloaded.
+    if places and ctx.is_replicated:
+        move_module(model.module, ctx.device)
     engine, run = model.parallelism.rewrap(model.module, model.engine, plan, ctx)
     model.ctx.lifetime.remove_model(model)
-    return registered(WrappedModel(model.module, engine, model.parallelism, model.ctx, run, plan))
+    return registered(
+        WrappedModel(model.module, engine, model.parallelism, model.ctx, run, plan, places)
+    )

@@ -19,6 +19,7 @@ NAMESPACES = (
     "faccel.random",
     "faccel.testing",
     "faccel.tracking",
+    "faccel.tree",
 )
 ROWS = reference_rows()
 

@@ -16,7 +16,7 @@ import faccel
 from faccel import errors
 from faccel.effects import effects_of
 
-NAMESPACES = ("checkpoint", "comm", "func", "parallel", "random", "tracking")
+NAMESPACES = ("checkpoint", "comm", "func", "parallel", "random", "tracking", "tree")
 PUBLIC = {name: getattr(faccel, name) for name in faccel.__all__} | {
     f"{namespace}.{name}": getattr(getattr(faccel, namespace), name)
     for namespace in NAMESPACES
