@@ -220,9 +220,10 @@ def to_device(tree: Tree, device: torch.device | str, *, non_blocking: bool = Fa
         (device(type='meta'), ['a', 'b'])
     """
     # A mapping with such a method, as a tokenizer's `BatchEncoding`, would move itself in place.
-    is_mapping = isinstance(tree, Mapping) and not is_tensordict(tree)
-    if hasattr(tree, "to") and not is_mapping:
-        return tree.to(device, non_blocking=non_blocking)
+    moves_in_place = isinstance(tree, Mapping) and not is_tensordict(tree)
+    move: Tree = getattr(tree, "to", None)
+    if move is not None and not moves_in_place:
+        return move(device, non_blocking=non_blocking)
     node = _split(tree)
     if node is None:
         return tree

@@ -107,7 +107,7 @@ def _frozen_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 def _hooks_of(layer: nn.Module) -> _CastParams | None:
     """Return the hooks of a layer that is stored already."""
-    for hook in layer._forward_pre_hooks.values():
+    for hook in layer._forward_pre_hooks.values():  # pyright: ignore[reportPrivateUsage]
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, _CastParams):
             return owner
@@ -165,7 +165,8 @@ class _CastParams:
 
     def cast(self, layer: nn.Module, args: Tree) -> None:
         """Put cast copies in the places of the parameters."""
-        params = layer._parameters
+        # `setattr` refuses a tensor that is no `nn.Parameter`.
+        params = layer._parameters  # pyright: ignore[reportPrivateUsage]
         for name, dtype in self._dtypes.items():
             param = params[name]
             assert param is not None
@@ -182,10 +183,11 @@ class _CastParams:
 
     def restore(self, layer: nn.Module, args: Tree, output: Tree) -> None:
         """Put the stored parameters back."""
+        params = layer._parameters  # pyright: ignore[reportPrivateUsage]
         # Also after an error in `cast`, which may have replaced some of the parameters only.
         while self._stored:
             name, param = self._stored.popitem()
-            layer._parameters[name] = param
+            params[name] = param
 
 
 def _unsupported_call(name: str, layer: nn.Module, param: torch.Tensor) -> ModelError:

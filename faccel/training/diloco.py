@@ -212,7 +212,7 @@ def _names_of(outer: DilocoState, fragments: tuple[int, ...]) -> list[str]:
     names: list[str] = []
     num_before = 0
     for name, anchor in outer.anchors.items():
-        # By the middle of the parameter, in whole numbers: every rank gets the same.
+        # By the middle of the parameter. Integers only: every rank gets the same.
         middle = 2 * num_before + anchor.numel()
         if middle * outer.num_fragments // (2 * total) in fragments:
             names.append(name)
