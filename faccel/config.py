@@ -132,6 +132,8 @@ class Config:
             parameters too, 0 nothing. None is 2.
         plan: The `Plan` of each `wrap` that gets none: a `Plan`, a mapping of its fields, or text
             such as `"units=Block,fsdp.prefetch=1"`.
+        cp_layout: Which part of a sequence a rank of the axis `cp` has: `"contiguous"`, or
+            `"head-tail"`, with which causal attention takes all ranks equally long.
         compile: The `compile` of each plan that has none: `"whole"`, `"units"`, a `Compile`, or its
             fields as a mapping or text such as `"what=units,mode=max-autotune"`.
         device_placement: Whether models and batches are moved to the device.
@@ -183,6 +185,12 @@ class Config:
         str,
         "how models run, as in `units=Block,activation_checkpoint=full,offload=true`",
         converter=_to_plan,
+    )
+    cp_layout: str = _field(
+        "contiguous",
+        str,
+        "part of a sequence that a rank of `cp` has: contiguous, or head-tail for causal attention",
+        validator=choice("contiguous", "head-tail"),
     )
     compile: Compile | None = _field(
         None,

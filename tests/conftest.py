@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 
 torch.set_num_threads(1)
 
-# pytest sets the first for each phase of a test, the compiler the second when it is imported.
-LIBRARY_NAMES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+# The variables that faccel reads or sets. Others belong to libraries: the compiler sets some.
+VARIABLES = re.compile("FACCEL_|ACCELERATE_|SLURM_|MASTER_|RANK|WORLD_SIZE|CUBLAS|CUDA_|HOME|PATH")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 # A shell starts background processes with SIGINT ignored. Python keeps that, and so would every
@@ -30,13 +31,13 @@ def _process_settings():
         "matmul precision": torch.get_float32_matmul_precision(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         **{number.name: signal.getsignal(number) for number in SIGNALS},
-        **{f"${name}": value for name, value in os.environ.items() if name not in LIBRARY_NAMES},
+        **{f"${name}": text for name, text in os.environ.items() if VARIABLES.search(name)},
     }
 
 
 def _restore(settings):
     os.chdir(settings["working directory"])
-    for name in os.environ.keys() - LIBRARY_NAMES:
+    for name in filter(VARIABLES.search, list(os.environ)):
         if f"${name}" not in settings:
             del os.environ[name]
     os.environ.update({name[1:]: text for name, text in settings.items() if name[0] == "$"})

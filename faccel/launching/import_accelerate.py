@@ -45,6 +45,7 @@ _AXES = {
     "parallelism_config_dp_shard_size": "dp_shard",
     "parallelism_config_tp_size": "tp",
     "parallelism_config_cp_size": "cp",
+    "parallelism_config_sp_size": "cp",  # Ulysses is a method of `context_parallel`
 }
 
 
@@ -246,6 +247,8 @@ def _convert_mesh(remaining: _Keys, kind: str, values: _Keys) -> dict[str, int]:
     remaining.pop("parallelism_config", None)
     mesh: dict[str, int] = {}
     for key, axis in _AXES.items():
+        if axis in mesh:
+            continue  # listed: Accelerate has no sequence in two ways either
         size = sizes.pop(key, None)
         if size not in (None, 1):
             mesh[axis] = _int(key, size, minimum=-1)

@@ -1,4 +1,4 @@
-"""Context parallel: each rank of the axis `cp` has one contiguous, equal chunk of a sequence."""
+"""Context parallel: each rank of the axis `cp` has one part of a sequence, its chunk."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from faccel.comm.pack import describe
 from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DataError, ModelError
-from faccel.parallel.cp_attention import chunk_index, gather_attention, ring_attention
+from faccel.parallel.cp_attention import gather_attention, ring_attention
+from faccel.parallel.sequence_layout import num_pieces, part_of_rank
+from faccel.parallel.ulysses import ulysses_attention
 from faccel.tree import Tree, flatten, is_dtensor, leaf_error, paths
 
 
 def split_sequence(x: Tree, ctx: DistContext, *, dim: int = 1) -> Tree:
     """Return this rank's chunk of the sequence, of each tensor of `x`.
 
-    Effects: pure. Chunks are contiguous, equal and in rank order on the axis `cp`.
+    Effects: pure. Chunks are equal. With `Config.cp_layout="contiguous"` they are in rank order on
+    the axis `cp`. With `"head-tail"` the sequence has twice as many pieces as ranks, and a rank has
+    one from its start and one from its end, so that causal attention takes all ranks equally long.
 
     Split everything that has a value per token: tokens, labels and position ids. Shift labels
     before the split, because the label of a chunk's last token is in the next chunk. Pass position
@@ -37,7 +41,8 @@ def split_sequence(x: Tree, ctx: DistContext, *, dim: int = 1) -> Tree:
         dim: The dimension of the sequence; negative counts from the last.
 
     Returns:
-        The same structure of views; `x` itself where the axis has one rank.
+        The same structure: views of `x`, or copies if a chunk has two pieces; `x` itself where the
+        axis has one rank.
 
     Raises:
         DataError: A tensor has no such dimension, or the number of ranks does not divide its
@@ -52,10 +57,12 @@ def split_sequence(x: Tree, ctx: DistContext, *, dim: int = 1) -> Tree:
         {'tokens': tensor([[7, 8]]), 'positions': tensor([[2, 3]])}
         >>> split_sequence(tokens, fake_context(0, 1)) is tokens
         True
+        >>> config = {"cp_layout": "head-tail"}
+        >>> split_sequence(tokens, fake_context(0, 2, mesh="cp=2", config=config))
+        tensor([[5, 8]])
     """
     require_context(ctx, "faccel.parallel.split_sequence(x, ctx)")
-    num_chunks = ctx.mesh.spec.cp
-    if num_chunks == 1:
+    if ctx.mesh.spec.cp == 1:
         return x
     leaves, rebuild = flatten(x)
     for index, leaf in enumerate(leaves):
@@ -64,9 +71,8 @@ def split_sequence(x: Tree, ctx: DistContext, *, dim: int = 1) -> Tree:
     by_name = dict(zip(paths(x), leaves, strict=True))
     # All invalid tensors are reported at once, before anything is split.
     _check_dim(by_name, dim)
-    _check_divides(by_name, dim, num_chunks)
-    own_chunk = chunk_index(ctx)
-    return rebuild([leaf.tensor_split(num_chunks, dim)[own_chunk] for leaf in leaves])
+    _check_divides(by_name, dim, ctx)
+    return rebuild([part_of_rank(leaf, dim, ctx) for leaf in leaves])
 
 
 def _check_dim(tensors: Mapping[str, Tensor], dim: int) -> None:
@@ -82,17 +88,21 @@ def _check_dim(tensors: Mapping[str, Tensor], dim: int) -> None:
         )
 
 
-def _check_divides(tensors: Mapping[str, Tensor], dim: int, num_chunks: int) -> None:
+def _check_divides(tensors: Mapping[str, Tensor], dim: int, ctx: DistContext) -> None:
+    unit = num_pieces(ctx) * ctx.mesh.spec.cp
     uneven: list[str] = []
     for name, tensor in tensors.items():
-        if tensor.shape[dim] % num_chunks:
+        if tensor.shape[dim] % unit:
             uneven.append(f"length {tensor.shape[dim]} of `{name}`")
     if uneven:
         longest = max(tensor.shape[dim] for tensor in tensors.values())
-        shorter = longest - longest % num_chunks
-        longer = math.ceil(longest / num_chunks) * num_chunks
+        shorter = longest - longest % unit
+        longer = math.ceil(longest / unit) * unit
+        multiple = f"cp={ctx.mesh.spec.cp}"
+        if unit != ctx.mesh.spec.cp:
+            multiple = f"{unit}, two pieces for each rank of cp={ctx.mesh.spec.cp}"
         raise DataError(
-            f"the length of a sequence is not a multiple of cp={num_chunks}",
+            f"the length of a sequence is not a multiple of {multiple}",
             got=", ".join(uneven),
             fix=f"cut it to {shorter}, or, where attention is causal, pad its end to {longer} and "
             "ignore the padding's loss",
@@ -129,7 +139,9 @@ def attention(
             kernel. Backward returns the gradients in one exchange. Memory grows with the full
             sequence. `"ring"` has the keys and values of one rank at a time, and merges partial
             results by their log-sum-exp (Liu, Zaharia and Abbeel, 2023). Memory grows with the
-            chunk, for twice `cp` steps of communication.
+            chunk, for twice `cp` steps of communication. `"ulysses"` exchanges tokens for heads:
+            a rank has the full sequence of a part of the heads (Jacobs et al., 2023), and
+            PyTorch's kernel computes equally much on each. It needs at least `cp` query heads.
 
     Returns:
         `T[batch, heads, length, value width]`. It has first derivatives; no second ones where the
@@ -137,7 +149,8 @@ def attention(
 
     Raises:
         ConfigError: `method` is unknown.
-        ModelError: The shapes, dtypes or devices of `q`, `k` and `v` do not match.
+        ModelError: The shapes, dtypes or devices of `q`, `k` and `v` do not match, or `cp` does not
+            divide the heads of `"ulysses"`.
 
     Examples:
         >>> from faccel.testing import simulate
@@ -177,7 +190,11 @@ class _Attention(Protocol):
     ) -> Tensor: ...
 
 
-_METHODS: Mapping[str, _Attention] = {"gather": gather_attention, "ring": ring_attention}
+_METHODS: Mapping[str, _Attention] = {
+    "gather": gather_attention,
+    "ring": ring_attention,
+    "ulysses": ulysses_attention,
+}
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, enable_gqa: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from faccel.context import DistContext
+from faccel.parallel.sequence_layout import AXIS, chunk_index, in_order, pieces_of
 from faccel.protocols import Collectives
-
-AXIS = "cp"
-
-
-def chunk_index(ctx: DistContext) -> int:
-    """Return the index of this rank's chunk of the sequence."""
-    return ctx.mesh.spec.coordinates(ctx.rank)[AXIS]
 
 
 def gather_attention(
@@ -27,26 +22,31 @@ def gather_attention(
     """Gather the keys and values of all ranks once, and run PyTorch's attention."""
     gathered: Tensor = _Gather.apply(torch.cat([k, v], -1), ctx.comm)  # type: ignore[assignment]
     keys, values = gathered.split([k.shape[-1], v.shape[-1]], -1)
-    mask = None
-    is_first_chunk = chunk_index(ctx) == 0
-    if is_causal:
+    if not is_causal:
+        return _torch_attention(q, keys, values, None, scale=scale)
+    keys, values = in_order(keys, 2, ctx), in_order(values, 2, ctx)
+    places = pieces_of(chunk_index(ctx), ctx)
+    outs: list[Tensor] = []
+    for place, queries in zip(places, q.tensor_split(len(places), 2), strict=True):
         # Later keys get zero gradients from this rank. They stay in the exchange of backward, so
         # that every rank communicates the same.
-        num_keys = (chunk_index(ctx) + 1) * q.shape[2]
-        keys = keys[:, :, :num_keys]
-        values = values[:, :, :num_keys]
-        if not is_first_chunk:
-            mask = _causal_mask(q.shape[2], num_keys, q.device)
+        num_keys = (place + 1) * queries.shape[2]
+        visible = keys[:, :, :num_keys], values[:, :, :num_keys]
+        outs.append(_torch_attention(queries, *visible, place, scale=scale))
+    if len(outs) == 1:
+        return outs[0]
+    return torch.cat(outs, 2)
+
+
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, place: int | None, *, scale: float) -> Tensor:
+    """Return PyTorch's attention; causal for the last queries if `place` is their place."""
+    mask = None
+    if place:  # PyTorch's causal kernel is for the first piece, whose queries start at 0
+        mask = _causal_mask(q.shape[2], k.shape[2], q.device)
     # Without torch functions, because an open `context_parallel` would call this function again.
     with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
         return F.scaled_dot_product_attention(
-            q,
-            keys,
-            values,
-            mask,
-            is_causal=is_causal and is_first_chunk,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            q, k, v, mask, is_causal=place == 0, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
 
 
@@ -108,30 +108,29 @@ class _Ring(torch.autograd.Function):
         # Keys and values together, so that each step is one collective.
         kv = kv.contiguous()
         comm = ctx.comm
-        own_chunk = chunk_index(ctx)
+        places = _places(ctx, is_causal=is_causal)
         value_width = kv.shape[-1] - q.shape[-1]
         with torch.autocast(q.device.type, enabled=False):
-            queries = _fold(q, kv.shape[1])
+            queries = _fold(q, kv.shape[1], len(places[0]))
             out = queries.new_zeros(*queries.shape[:-1], value_width)
             lse = queries.new_full((*queries.shape[:-1], 1), -math.inf)
-            for chunk in range(comm.size(AXIS)):
-                keys, values = _receive(kv, chunk, comm, q.shape[-1])
-                if is_causal and chunk > own_chunk:
-                    continue  # all its keys are later than all queries here
-                scores = queries @ keys.mT * scale
-                if is_causal and chunk == own_chunk:
-                    scores = _mask_later_keys(scores, q.shape[2])
-                # out = sum_chunks exp(scores - lse) @ values, with lse = logsumexp over all chunks
-                # so far: the earlier sum is rescaled to the new lse.
-                merged = torch.logaddexp(lse, scores.logsumexp(-1, keepdim=True))
-                out = out * (lse - merged).exp() + (scores - merged).exp() @ values
-                lse = merged
+            for rank, key_places in enumerate(places):
+                keys, values = _receive(kv, rank, comm, q.shape[-1], len(key_places))
+                for i, j, is_diagonal in _visible(places[chunk_index(ctx)], key_places, is_causal):
+                    scores = queries[i] @ keys[j].mT * scale
+                    if is_diagonal:
+                        scores = _mask_later_keys(scores, q.shape[2] // len(key_places))
+                    # out = sum_chunks exp(scores - lse) @ values, with lse = logsumexp over all
+                    # chunks so far: the earlier sum is rescaled to the new lse.
+                    merged = torch.logaddexp(lse[i], scores.logsumexp(-1, keepdim=True))
+                    out[i] = out[i] * (lse[i] - merged).exp() + (scores - merged).exp() @ values[j]
+                    lse[i] = merged
         # No scores are saved: backward computes them from `lse`, chunk by chunk.
         node.save_for_backward(q, kv, out, lse)
         node.ctx = ctx
         node.is_causal = is_causal
         node.scale = scale
-        return out.reshape(*q.shape[:-1], value_width).to(q.dtype)
+        return _unfold(out, q.shape[1]).to(q.dtype)
 
     @staticmethod
     @once_differentiable
@@ -141,47 +140,89 @@ class _Ring(torch.autograd.Function):
         q, kv, out, lse = node.saved_tensors
         comm: Collectives = node.ctx.comm
         own_chunk = chunk_index(node.ctx)
+        places = _places(node.ctx, is_causal=node.is_causal)
+        pieces = len(places[0])
         grad_kv = torch.empty_like(kv)
         with torch.autocast(q.device.type, enabled=False):
             # Autocast would compute the products in low precision.
-            queries = _fold(q, kv.shape[1])
-            grad = _fold(grad_out, kv.shape[1])
+            queries = _fold(q, kv.shape[1], pieces)
+            grad = _fold(grad_out, kv.shape[1], pieces)
             grad_q = torch.zeros_like(queries)
             # The derivative of softmax: dS = P * (dP - D), where dP = dO @ V.T and
             # D = rowsum(dO * O) (Dao et al., FlashAttention, 2022, algorithm 4).
             row_sums = (grad * out).sum(-1, keepdim=True)
-            for chunk in range(comm.size(AXIS)):
-                keys, values = _receive(kv, chunk, comm, q.shape[-1])
+            for rank, key_places in enumerate(places):
+                keys, values = _receive(kv, rank, comm, q.shape[-1], pieces)
                 partial = torch.zeros(kv.shape, dtype=queries.dtype, device=kv.device)
-                if not node.is_causal or chunk <= own_chunk:
-                    scores = queries @ keys.mT * node.scale
-                    if node.is_causal and chunk == own_chunk:
-                        scores = _mask_later_keys(scores, q.shape[2])
-                    probs = (scores - lse).exp()
-                    grad_scores = probs * (grad @ values.mT - row_sums) * node.scale
-                    grad_q += grad_scores @ keys
-                    partial = torch.cat([grad_scores.mT @ queries, probs.mT @ grad], -1)
+                grad_keys, grad_values = _pieces(partial, q.shape[-1], pieces)
+                for i, j, is_diagonal in _visible(places[own_chunk], key_places, node.is_causal):
+                    scores = queries[i] @ keys[j].mT * node.scale
+                    if is_diagonal:
+                        scores = _mask_later_keys(scores, q.shape[2] // pieces)
+                    probs = (scores - lse[i]).exp()
+                    grad_scores = probs * (grad[i] @ values[j].mT - row_sums[i]) * node.scale
+                    grad_q[i] += grad_scores @ keys[j]
+                    grad_keys[j] += grad_scores.mT @ queries[i]
+                    grad_values[j] += probs.mT @ grad[i]
                 # Every rank contributes to the gradients of this chunk's keys and values.
                 total = comm.all_reduce(partial, "sum", AXIS)
-                if chunk == own_chunk:
+                if rank == own_chunk:
                     grad_kv.copy_(total)
-        return grad_q.reshape(q.shape).to(q.dtype), grad_kv, None, None, None
+        return _unfold(grad_q, q.shape[1]).to(q.dtype), grad_kv, None, None, None
 
 
-def _fold(x: Tensor, num_key_heads: int) -> Tensor:
+def _places(ctx: DistContext, *, is_causal: bool) -> list[tuple[int, ...]]:
+    """Return the places of the pieces of each rank; without a mask, the order does not matter."""
+    ranks = range(ctx.comm.size(AXIS))
+    if not is_causal:
+        return [(index,) for index in ranks]
+    return [pieces_of(index, ctx) for index in ranks]
+
+
+def _visible(
+    queries: Sequence[int],
+    keys: Sequence[int],
+    is_causal: bool,  # noqa: FBT001
+) -> Iterator[tuple[int, int, bool]]:
+    """Return the pieces that attend to each other, and whether the mask cuts through them."""
+    for i, query_place in enumerate(queries):
+        for j, key_place in enumerate(keys):
+            # All keys of a later piece are later than all queries of this one.
+            if key_place <= query_place or not is_causal:
+                yield i, j, is_causal and key_place == query_place
+
+
+def _fold(x: Tensor, num_key_heads: int, num_pieces: int) -> Tensor:
     """Concatenate the query heads of each key head along the length, in at least fp32.
 
-    `[batch, heads, length, width]` becomes `[batch, key heads, heads / key heads * length, width]`.
+    `[batch, heads, length, width]` becomes `[pieces, batch, key heads, heads / key heads *
+    length / pieces, width]`.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide.reshape(x.shape[0], num_key_heads, -1, x.shape[-1])
+    pieces = wide.unflatten(2, (num_pieces, -1)).movedim(2, 0)
+    return pieces.reshape(num_pieces, x.shape[0], num_key_heads, -1, x.shape[-1])
 
 
-def _receive(kv: Tensor, src: int, comm: Collectives, width: int) -> tuple[Tensor, Tensor]:
-    """Return the keys and values of rank `src` of the axis, in at least fp32."""
+def _unfold(x: Tensor, num_heads: int) -> Tensor:
+    """Reverse `_fold`, except for its dtype."""
+    pieces, batch, _, _, width = x.shape
+    by_head = x.reshape(pieces, batch, num_heads, -1, width)
+    return by_head.movedim(0, 2).flatten(2, 3)
+
+
+def _receive(
+    kv: Tensor, src: int, comm: Collectives, width: int, num_pieces: int
+) -> tuple[Tensor, Tensor]:
+    """Return the keys and values of rank `src` of the axis, by piece, in at least fp32."""
     block = comm.broadcast(kv, src, AXIS)
     block = block.to(torch.promote_types(block.dtype, torch.float32))
-    return block[..., :width], block[..., width:]
+    return _pieces(block, width, num_pieces)
+
+
+def _pieces(kv: Tensor, width: int, num_pieces: int) -> tuple[Tensor, Tensor]:
+    """Return views of keys and values as `[pieces, batch, key heads, length / pieces, width]`."""
+    by_piece = kv.unflatten(2, (num_pieces, -1)).movedim(2, 0)
+    return by_piece[..., :width], by_piece[..., width:]
 
 
 def _mask_later_keys(scores: Tensor, num_queries: int) -> Tensor:

@@ -14,6 +14,7 @@ FIELDS = {
     "strategy": [None],
     "zero": [None, 0, 3],
     "plan": [{"units": "A", "fsdp": {"prefetch": 1}}, "units=[A,B],tensor.a.*=colwise", {}],
+    "cp_layout": ["head-tail"],
     "compile": ["units", {"mode": "max-autotune"}, "what=units,options.x=1"],
     "matmul_precision": ["high"],
     "deterministic": [False],

@@ -22,7 +22,7 @@ def attend_chunk(ctx, method, dtype):
     return attend(ctx, call, full_sequence("grouped", dtype), is_causal=True, enable_gqa=True)
 
 
-@pytest.mark.parametrize("method", ["gather", "ring"])
+@pytest.mark.parametrize("method", ["gather", "ring", "ulysses"])
 def test_attention_on_processes_equals_simulated_ranks_and_one_process(method):
     for dtype, atol in ((torch.float64, 1e-12), (torch.bfloat16, 0.04)):
         real = run_ranks(attend_chunk, 2, method, dtype, mesh="cp=2")

@@ -31,6 +31,7 @@ VALUES = {
     "strategy": ("deepspeed", "deepspeed"),
     "zero": ("3", 3),
     "plan": ("units=Block", Plan(units="Block")),
+    "cp_layout": ("head-tail", "head-tail"),
     "compile": ("units", Compile("units")),
     "device_placement": ("no", False),
     "matmul_precision": ("high", "high"),

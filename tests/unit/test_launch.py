@@ -181,6 +181,9 @@ COMMANDS = {
     "--dynamo_backend inductor --dynamo_use_regional_compilation": "--plan compile=units",
     "--use_parallelism_config --parallelism_config_dp_shard_size 2 "
     "--parallelism_config_tp_size 2 --num_processes 4": "--nproc 4 --mesh dp_shard=2,tp=2",
+    "--use_parallelism_config --parallelism_config_sp_size 2 --num_processes 2": (
+        "--nproc 2 --mesh cp=2"
+    ),
     "--mixed_precision fp8 --fp8_backend te": "--mixed-precision fp8 --plan fp8.backend=te",
     "--debug --same_network --main_training_function main": "--debug",
     "--nproc_per_node 2 --nnodes 1 --standalone": "--nproc 2 --nnodes 1",

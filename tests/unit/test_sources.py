@@ -25,6 +25,7 @@ OTHERS = {
     "strategy": ["deepspeed"],
     "zero": [0, 1, 2, 3],
     "plan": ["units=A", "units=B", "offload=true", "fsdp.prefetch=1", "compile=whole"],
+    "cp_layout": ["contiguous", "head-tail"],
     "compile": ["whole", "units", "mode=max-autotune", "dynamic=true", "backend=eager"],
     "device_placement": [True, False],
     "debug": [True, False],

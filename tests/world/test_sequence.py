@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.exc import Unsupported
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import faccel
 from faccel.errors import ConfigError, DataError, ModelError, TreeError
@@ -18,12 +20,13 @@ from faccel.parallel.context_parallelism import attention, context_parallel, spl
 from faccel.testing import fake_context, simulate
 from tests.models import LENGTH, CharModel, Embed, loss_of, tokens
 
-METHODS = pytest.mark.parametrize("method", ["gather", "ring"])
+METHODS = pytest.mark.parametrize("method", ["gather", "ring", "ulysses"])
+LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "head-tail"])
 SHAPES = {
     "as many": (4, 4, 8),
     "grouped": (4, 2, 8),
     "one key head": (4, 1, 8),
-    "narrow values": (2, 2, 6),
+    "narrow values": (4, 4, 6),
 }
 
 
@@ -52,28 +55,71 @@ def on_one_rank(values, **options):
     return attend(fake_context(0, 1), F.scaled_dot_product_attention, values, **options)
 
 
-def on_ranks(size, values, **options):
+def on_ranks(size, values, layout="contiguous", **options):
     def run(ctx):
         return attend(ctx, functools.partial(attention, ctx=ctx), values, **options)
 
-    return simulate(run, size, mesh=f"cp={size}")
+    return simulate(run, size, mesh=f"cp={size}", config={"cp_layout": layout})
 
 
-def check(ranks, expected, atol):
+def joined(chunks, layout, dim):
+    """The full sequence of the chunks of all ranks."""
+    if layout == "contiguous":
+        return torch.cat(chunks, dim)
+    heads, tails = zip(*(chunk.tensor_split(2, dim) for chunk in chunks), strict=True)
+    return torch.cat([*heads, *reversed(tails)], dim)
+
+
+def check(ranks, expected, atol, layout="contiguous"):
     for i, name in enumerate(("output", "q", "k", "v")):
-        got = torch.cat([rank[i] for rank in ranks], 2)
+        got = joined([rank[i] for rank in ranks], layout, 2)
         assert got.dtype == expected[i].dtype
         assert torch.allclose(got, expected[i], rtol=0, atol=atol), name
 
 
 @METHODS
+@LAYOUTS
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [2, 4])
-def test_output_and_gradients_equal_those_of_the_full_sequence(size, shape, is_causal, method):
+def test_output_and_gradients_equal_those_of_the_full_sequence(
+    size, shape, is_causal, layout, method
+):
     options = {"is_causal": is_causal, "enable_gqa": SHAPES[shape][0] != SHAPES[shape][1]}
-    values = full_sequence(shape)
-    check(on_ranks(size, values, method=method, **options), on_one_rank(values, **options), 1e-12)
+    values = full_sequence(shape, length=16)
+    ranks = on_ranks(size, values, layout, method=method, **options)
+    check(ranks, on_one_rank(values, **options), 1e-12, layout)
+
+
+def num_flops(ctx, method, is_causal):
+    q, k, v, _ = full_sequence(length=16)
+    with FlopCounterMode(display=False) as counter:
+        out = attention(
+            *split_sequence((q, k, v), ctx, dim=2), ctx, method=method, is_causal=is_causal
+        )
+        assert out.shape[2] == 4
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("method", "layout", "is_equal"),
+    [
+        ("gather", "contiguous", False),
+        ("ring", "contiguous", False),
+        ("ulysses", "contiguous", True),
+        ("gather", "head-tail", True),
+        ("ring", "head-tail", True),
+        ("ulysses", "head-tail", True),
+    ],
+)
+def test_causal_attention_takes_all_ranks_equally_long(method, layout, is_equal):
+    config = {"cp_layout": layout}
+    with sdpa_kernel(SDPBackend.MATH):  # the other kernels of the CPU are not counted
+        flops = simulate(num_flops, 4, method, True, mesh="cp=4", config=config)
+        all_flops = sum(simulate(num_flops, 4, method, False, mesh="cp=4", config=config))
+    assert (len(set(flops)) == 1) == is_equal
+    # Everything is computed somewhere: at least the half of the scores that the mask leaves.
+    assert all_flops / 2 < sum(flops) <= all_flops
 
 
 @METHODS
@@ -138,6 +184,12 @@ def test_a_ring_receives_one_chunk_at_a_time():
         for event in simulate(run, 4, "gather", mesh="cp=4").trace
     ]
     assert sorted(calls) == [("all_gather", 1)] * 4 + [("all_to_all", 4)] * 4
+    # Forward and backward: queries, keys and values in one exchange, the output in another one.
+    exchanges = [
+        (event.op, event.num_bytes) for event in simulate(run, 4, "ulysses", mesh="cp=4").trace
+    ]
+    expected = [("all_to_all", num_bytes // 2), ("all_to_all", 3 * num_bytes // 2)] * 8
+    assert sorted(exchanges) == sorted(expected)
 
 
 @METHODS
@@ -148,9 +200,8 @@ def test_without_gradients_nothing_is_exchanged_backward(method):
 
     out = simulate(run, 2, mesh="cp=2")
     assert out == (False, False)
-    assert {event.op for event in out.trace} == {
-        "all_gather" if method == "gather" else "broadcast"
-    }
+    expected = {"gather": "all_gather", "ring": "broadcast", "ulysses": "all_to_all"}
+    assert {event.op for event in out.trace} == {expected[method]}
 
 
 def test_one_rank_calls_torchs_function():
@@ -227,6 +278,12 @@ def check_trained(ranks):
 def test_a_model_without_context_parallel_code_trains_as_one_process_does(mesh, method):
     size = faccel.MeshSpec.of(mesh).size
     check_trained(simulate(train, size, method, mesh=mesh))
+
+
+@METHODS
+def test_a_model_trains_equally_with_two_pieces_per_rank(method):
+    config = {"cp_layout": "head-tail"}
+    check_trained(simulate(train, 4, method, mesh="dp_shard=2,cp=2", config=config))
 
 
 @METHODS
@@ -322,6 +379,21 @@ def test_each_tensor_of_a_tree_is_split():
     assert split_sequence(strings, fake_context(0, 2, mesh="dp_shard=2")) is strings
 
 
+def test_a_chunk_of_two_pieces_is_one_of_the_start_and_one_of_the_end():
+    def run(ctx):
+        return split_sequence(torch.arange(16).view(2, 8), ctx).tolist()
+
+    config = {"cp_layout": "head-tail"}
+    assert simulate(run, 2, mesh="cp=2", config=config) == (
+        [[0, 1, 6, 7], [8, 9, 14, 15]],
+        [[2, 3, 4, 5], [10, 11, 12, 13]],
+    )
+    with pytest.raises(DataError, match="not a multiple of 8, two pieces") as caught:
+        split_sequence(torch.ones(1, 12), fake_context(0, 4, mesh="cp=4", config=config))
+    assert "cut it to 8" in caught.value.fix
+    assert "to 16" in caught.value.fix
+
+
 @pytest.mark.parametrize(
     ("x", "dim", "error", "words"),
     [
@@ -371,6 +443,11 @@ MISTAKES = {
         lambda ctx: attention(q(1, 4, 4, 8), x, x, ctx),
         ModelError,
         "`enable_gqa=True`",
+    ),
+    "heads of ulysses": (
+        lambda ctx: attention(*[q(1, 3, 4, 8)] * 3, ctx, method="ulysses"),
+        ModelError,
+        "`ring` or `gather`",
     ),
     "heads that do not divide": (
         lambda ctx: attention(q(1, 3, 4, 8), x, x, ctx, enable_gqa=True),
