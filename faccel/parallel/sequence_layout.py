@@ -10,7 +10,7 @@ from faccel.context import DistContext
 AXIS = "cp"
 # With a causal mask, a query has more keys the later it is. In this layout a rank has one early and
 # one late piece, so that all ranks compute equally much (Brandon et al., Striped Attention, 2023,
-# describe the imbalance; the layout is that of Megatron-LM and of Llama 3, section 3.3.2).
+# describe the imbalance; Megatron-LM and Llama 3, section 3.3.2, have this layout).
 HEAD_TAIL = "head-tail"
 
 
