@@ -25,28 +25,28 @@ def gather_attention(
     if not is_causal:
         return _torch_attention(q, keys, values, None, scale=scale)
     keys, values = in_order(keys, 2, ctx), in_order(values, 2, ctx)
-    places = pieces_of(chunk_index(ctx), ctx)
+    pieces = pieces_of(chunk_index(ctx), ctx)
     outs: list[Tensor] = []
-    for place, queries in zip(places, q.tensor_split(len(places), 2), strict=True):
+    for piece, queries in zip(pieces, q.tensor_split(len(pieces), 2), strict=True):
         # Later keys get zero gradients from this rank. They stay in the exchange of backward, so
         # that every rank communicates the same.
-        num_keys = (place + 1) * queries.shape[2]
+        num_keys = (piece + 1) * queries.shape[2]
         visible = keys[:, :, :num_keys], values[:, :, :num_keys]
-        outs.append(_torch_attention(queries, *visible, place, scale=scale))
+        outs.append(_torch_attention(queries, *visible, piece, scale=scale))
     if len(outs) == 1:
         return outs[0]
     return torch.cat(outs, 2)
 
 
-def _torch_attention(q: Tensor, k: Tensor, v: Tensor, place: int | None, *, scale: float) -> Tensor:
-    """Return PyTorch's attention; causal for the last queries if `place` is their place."""
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, piece: int | None, *, scale: float) -> Tensor:
+    """Return PyTorch's attention; causal if the queries are that piece of the sequence."""
     mask = None
-    if place:  # PyTorch's causal kernel is for the first piece, whose queries start at 0
+    if piece:  # PyTorch's causal kernel is for the first piece, whose queries start at 0
         mask = _causal_mask(q.shape[2], k.shape[2], q.device)
     # Without torch functions, because an open `context_parallel` would call this function again.
     with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
         return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=place == 0, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, mask, is_causal=piece == 0, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
 
 
@@ -108,18 +108,18 @@ class _Ring(torch.autograd.Function):
         # Keys and values together, so that each step is one collective.
         kv = kv.contiguous()
         comm = ctx.comm
-        places = _places(ctx, is_causal=is_causal)
+        pieces = _pieces_by_rank(ctx, is_causal=is_causal)
         value_width = kv.shape[-1] - q.shape[-1]
         with torch.autocast(q.device.type, enabled=False):
-            queries = _fold(q, kv.shape[1], len(places[0]))
+            queries = _fold(q, kv.shape[1], len(pieces[0]))
             out = queries.new_zeros(*queries.shape[:-1], value_width)
             lse = queries.new_full((*queries.shape[:-1], 1), -math.inf)
-            for rank, key_places in enumerate(places):
-                keys, values = _receive(kv, rank, comm, q.shape[-1], len(key_places))
-                for i, j, is_diagonal in _visible(places[chunk_index(ctx)], key_places, is_causal):
+            for rank, key_pieces in enumerate(pieces):
+                keys, values = _receive(kv, rank, comm, q.shape[-1], len(key_pieces))
+                for i, j, is_diagonal in _visible(pieces[chunk_index(ctx)], key_pieces, is_causal):
                     scores = queries[i] @ keys[j].mT * scale
                     if is_diagonal:
-                        scores = _mask_later_keys(scores, q.shape[2] // len(key_places))
+                        scores = _mask_later_keys(scores, q.shape[2] // len(key_pieces))
                     # out = sum_chunks exp(scores - lse) @ values, with lse = logsumexp over all
                     # chunks so far: the earlier sum is rescaled to the new lse.
                     merged = torch.logaddexp(lse[i], scores.logsumexp(-1, keepdim=True))
@@ -140,25 +140,25 @@ class _Ring(torch.autograd.Function):
         q, kv, out, lse = node.saved_tensors
         comm: Collectives = node.ctx.comm
         own_chunk = chunk_index(node.ctx)
-        places = _places(node.ctx, is_causal=node.is_causal)
-        pieces = len(places[0])
+        pieces = _pieces_by_rank(node.ctx, is_causal=node.is_causal)
+        num_pieces = len(pieces[0])
         grad_kv = torch.empty_like(kv)
         with torch.autocast(q.device.type, enabled=False):
             # Autocast would compute the products in low precision.
-            queries = _fold(q, kv.shape[1], pieces)
-            grad = _fold(grad_out, kv.shape[1], pieces)
+            queries = _fold(q, kv.shape[1], num_pieces)
+            grad = _fold(grad_out, kv.shape[1], num_pieces)
             grad_q = torch.zeros_like(queries)
             # The derivative of softmax: dS = P * (dP - D), where dP = dO @ V.T and
             # D = rowsum(dO * O) (Dao et al., FlashAttention, 2022, algorithm 4).
             row_sums = (grad * out).sum(-1, keepdim=True)
-            for rank, key_places in enumerate(places):
-                keys, values = _receive(kv, rank, comm, q.shape[-1], pieces)
+            for rank, key_pieces in enumerate(pieces):
+                keys, values = _receive(kv, rank, comm, q.shape[-1], num_pieces)
                 partial = torch.zeros(kv.shape, dtype=queries.dtype, device=kv.device)
-                grad_keys, grad_values = _pieces(partial, q.shape[-1], pieces)
-                for i, j, is_diagonal in _visible(places[own_chunk], key_places, node.is_causal):
+                grad_keys, grad_values = _by_piece(partial, q.shape[-1], num_pieces)
+                for i, j, is_diagonal in _visible(pieces[own_chunk], key_pieces, node.is_causal):
                     scores = queries[i] @ keys[j].mT * node.scale
                     if is_diagonal:
-                        scores = _mask_later_keys(scores, q.shape[2] // pieces)
+                        scores = _mask_later_keys(scores, q.shape[2] // num_pieces)
                     probs = (scores - lse[i]).exp()
                     grad_scores = probs * (grad[i] @ values[j].mT - row_sums[i]) * node.scale
                     grad_q[i] += grad_scores @ keys[j]
@@ -171,8 +171,8 @@ class _Ring(torch.autograd.Function):
         return _unfold(grad_q, q.shape[1]).to(q.dtype), grad_kv, None, None, None
 
 
-def _places(ctx: DistContext, *, is_causal: bool) -> list[tuple[int, ...]]:
-    """Return the places of the pieces of each rank; without a mask, the order does not matter."""
+def _pieces_by_rank(ctx: DistContext, *, is_causal: bool) -> list[tuple[int, ...]]:
+    """Return the pieces of each rank; without a mask one piece, because the order is irrelevant."""
     ranks = range(ctx.comm.size(AXIS))
     if not is_causal:
         return [(index,) for index in ranks]
@@ -185,11 +185,11 @@ def _visible(
     is_causal: bool,  # noqa: FBT001
 ) -> Iterator[tuple[int, int, bool]]:
     """Return the pieces that attend to each other, and whether the mask cuts through them."""
-    for i, query_place in enumerate(queries):
-        for j, key_place in enumerate(keys):
+    for i, query_piece in enumerate(queries):
+        for j, key_piece in enumerate(keys):
             # All keys of a later piece are later than all queries of this one.
-            if key_place <= query_place or not is_causal:
-                yield i, j, is_causal and key_place == query_place
+            if key_piece <= query_piece or not is_causal:
+                yield i, j, is_causal and key_piece == query_piece
 
 
 def _fold(x: Tensor, num_key_heads: int, num_pieces: int) -> Tensor:
@@ -205,8 +205,8 @@ def _fold(x: Tensor, num_key_heads: int, num_pieces: int) -> Tensor:
 
 def _unfold(x: Tensor, num_heads: int) -> Tensor:
     """Reverse `_fold`, except for its dtype."""
-    pieces, batch, _, _, width = x.shape
-    by_head = x.reshape(pieces, batch, num_heads, -1, width)
+    num_pieces, batch, _, _, width = x.shape
+    by_head = x.reshape(num_pieces, batch, num_heads, -1, width)
     return by_head.movedim(0, 2).flatten(2, 3)
 
 
@@ -216,10 +216,10 @@ def _receive(
     """Return the keys and values of rank `src` of the axis, by piece, in at least fp32."""
     block = comm.broadcast(kv, src, AXIS)
     block = block.to(torch.promote_types(block.dtype, torch.float32))
-    return _pieces(block, width, num_pieces)
+    return _by_piece(block, width, num_pieces)
 
 
-def _pieces(kv: Tensor, width: int, num_pieces: int) -> tuple[Tensor, Tensor]:
+def _by_piece(kv: Tensor, width: int, num_pieces: int) -> tuple[Tensor, Tensor]:
     """Return views of keys and values as `[pieces, batch, key heads, length / pieces, width]`."""
     by_piece = kv.unflatten(2, (num_pieces, -1)).movedim(2, 0)
     return by_piece[..., :width], by_piece[..., width:]

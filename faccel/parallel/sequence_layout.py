@@ -25,7 +25,7 @@ def num_pieces(ctx: DistContext) -> int:
 
 
 def pieces_of(index: int, ctx: DistContext) -> tuple[int, ...]:
-    """Return the places in the sequence of the pieces of the rank `index` of the axis, ascending.
+    """Return the pieces that the rank `index` of the axis has, counted from the sequence's start.
 
     Effects: pure.
 
@@ -44,34 +44,34 @@ def pieces_of(index: int, ctx: DistContext) -> tuple[int, ...]:
 
 def part_of_rank(x: Tensor, dim: int, ctx: DistContext) -> Tensor:
     """Return this rank's part of a full sequence: a view if the part is contiguous."""
-    pieces = x.tensor_split(num_pieces(ctx) * ctx.mesh.spec.cp, dim)
-    places = pieces_of(chunk_index(ctx), ctx)
-    if len(places) == 1:
-        return pieces[places[0]]
-    return torch.cat([pieces[place] for place in places], dim)
+    slices = x.tensor_split(num_pieces(ctx) * ctx.mesh.spec.cp, dim)
+    pieces = pieces_of(chunk_index(ctx), ctx)
+    if len(pieces) == 1:
+        return slices[pieces[0]]
+    return torch.cat([slices[piece] for piece in pieces], dim)
 
 
 def in_order(x: Tensor, dim: int, ctx: DistContext) -> Tensor:
     """Return a full sequence whose parts are in the order of the ranks, in the order of tokens."""
     if num_pieces(ctx) == 1:
         return x
-    places = _places_by_rank(ctx)
-    pieces = x.tensor_split(len(places), dim)
-    by_place = dict(zip(places, pieces, strict=True))
-    return torch.cat([by_place[place] for place in range(len(places))], dim)
+    pieces = _pieces_by_rank(ctx)
+    slices = x.tensor_split(len(pieces), dim)
+    by_piece = dict(zip(pieces, slices, strict=True))
+    return torch.cat([by_piece[piece] for piece in range(len(pieces))], dim)
 
 
 def by_rank(x: Tensor, dim: int, ctx: DistContext) -> Tensor:
     """Return a full sequence in the order of tokens with its parts in the order of the ranks."""
     if num_pieces(ctx) == 1:
         return x
-    places = _places_by_rank(ctx)
-    pieces = x.tensor_split(len(places), dim)
-    return torch.cat([pieces[place] for place in places], dim)
+    pieces = _pieces_by_rank(ctx)
+    slices = x.tensor_split(len(pieces), dim)
+    return torch.cat([slices[piece] for piece in pieces], dim)
 
 
-def _places_by_rank(ctx: DistContext) -> list[int]:
-    places: list[int] = []
+def _pieces_by_rank(ctx: DistContext) -> list[int]:
+    pieces: list[int] = []
     for index in range(ctx.mesh.spec.cp):
-        places.extend(pieces_of(index, ctx))
-    return places
+        pieces.extend(pieces_of(index, ctx))
+    return pieces

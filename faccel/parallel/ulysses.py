@@ -54,8 +54,8 @@ def ulysses_attention(
         )
     if is_causal:
         out = by_rank(out, 2, ctx)
-    (own,) = _Exchange.apply(ctx.comm, False, out)  # type: ignore[misc]
-    return own
+    (chunk,) = _Exchange.apply(ctx.comm, False, out)  # type: ignore[misc]
+    return chunk
 
 
 class _Exchange(torch.autograd.Function):
@@ -86,16 +86,16 @@ class _Exchange(torch.autograd.Function):
 
 def _exchanged(xs: Sequence[Tensor], comm: Collectives, *, to_sequence: bool) -> tuple[Tensor, ...]:
     size = comm.size(AXIS)
-    # The dimension that is cut into a part for each rank, and the one in which parts are joined.
+    # The dimension that is cut into a block for each rank, and the one in which blocks are joined.
     cut, joined = (1, 2) if to_sequence else (2, 1)
-    parts = [x.unflatten(cut, (size, -1)).movedim(cut, 0) for x in xs]
+    blocks = [x.unflatten(cut, (size, -1)).movedim(cut, 0) for x in xs]
     # All tensors in one collective: `[ranks, elements]`.
-    flat = torch.cat([part.reshape(size, -1) for part in parts], 1)
+    flat = torch.cat([block.reshape(size, -1) for block in blocks], 1)
     received = comm.all_to_all(flat, AXIS)
     results: list[Tensor] = []
-    for part, elements in zip(
-        parts, received.split([part[0].numel() for part in parts], 1), strict=True
+    for block, elements in zip(
+        blocks, received.split([block[0].numel() for block in blocks], 1), strict=True
     ):
-        by_source = elements.reshape(part.shape)
+        by_source = elements.reshape(block.shape)
         results.append(by_source.movedim(0, joined).flatten(joined, joined + 1))
     return tuple(results)
