@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import faccel
-from faccel.parallel import ema_weights, init_ema, update_ema
+from faccel.parallel import diloco, ema_weights, init_diloco, init_ema, update_ema
 from faccel.testing import simulate
 
 
@@ -158,6 +158,13 @@ CALLS = {
     "per_rank": (lambda s, ctx: faccel.checkpoint.per_rank(s["x"]), set()),
     "full_state_dict": (lambda s, ctx: faccel.parallel.full_state_dict(s["model"], ctx), set()),
     "gathered": (lambda s, ctx: entered(faccel.parallel.gathered(s["model"], ctx)), set()),
+    "init_diloco": (lambda s, ctx: init_diloco(s["model"], ctx, every=2), set()),
+    "diloco": (
+        lambda s, ctx: diloco(init_diloco(s["model"], ctx, every=2), s["model"], ctx, step=1),
+        set(),
+    ),
+    "empty_cache": (lambda s, ctx: faccel.parallel.empty_cache(ctx), set()),
+    "free_memory": (lambda s, ctx: faccel.parallel.free_memory(ctx), set()),
     "init_ema": (lambda s, ctx: init_ema(s["model"], ctx), set()),
     "update_ema": (
         lambda s, ctx: update_ema(init_ema(s["model"], ctx), s["model"], ctx),
