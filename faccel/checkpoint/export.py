@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -15,7 +16,7 @@ from torch import nn
 
 from faccel.checkpoint.arguments import path_argument
 from faccel.checkpoint.files import Slice, sync_directory, write_file, write_safetensors
-from faccel.checkpoint.pretrained import active_adapter, write_adapter, write_config
+from faccel.checkpoint.pretrained import active_adapter, weights_stem, write_adapter, write_config
 from faccel.checkpoint.rank_calls import on_rank_0
 from faccel.checkpoint.tensor_names import trainable_entries
 from faccel.checkpoint.tensor_views import check_storable, has_inner_tensors, memory_key
@@ -28,11 +29,13 @@ from faccel.training.model import WrappedModel
 from faccel.training.module_names import uncompiled, with_user_names
 from faccel.tree import Tree
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+# Of transformers and plain models, then of diffusers.
+WEIGHTS_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+INDEX_FILES = tuple(f"{name}.index.json" for name in WEIGHTS_FILES)
 # Files with weights that an earlier export, also one of transformers, may have left.
 _STALE_FILE = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors"
+    r"|(diffusion_pytorch_)?model\.safetensors\.index\.json"
     r"|pytorch_model.*\.bin(\.index\.json)?"
 )
 _UNITS = {
@@ -176,8 +179,13 @@ def split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str
 class _ExportWriter:
     """Writes an export into a temporary folder, then moves the files to their final place."""
 
-    def __init__(self, path: str, num_shards: int, ties: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: str, num_shards: int, ties: Mapping[str, str], module: nn.Module | None
+    ) -> None:
         self._path, self._num_shards, self._ties = path, num_shards, ties
+        self._module = module
+        self._stem = weights_stem(module)
+        self._index_file = f"{self._stem}.safetensors.index.json"
         self._weight_map: dict[str, str] = {}
         self._num_bytes = 0
         # In the same directory, so that moving a file is a rename within one file system.
@@ -186,9 +194,9 @@ class _ExportWriter:
 
     def write(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write one shard."""
-        name = WEIGHTS_FILE
+        name = f"{self._stem}.safetensors"
         if self._num_shards > 1:
-            name = f"model-{index + 1:05d}-of-{self._num_shards:05d}.safetensors"
+            name = f"{self._stem}-{index + 1:05d}-of-{self._num_shards:05d}.safetensors"
         slices: list[Slice] = []
         for key, tensor in tensors.items():
             slices.append(Slice(key, tensor, [0] * tensor.ndim, tensor.shape))
@@ -200,20 +208,23 @@ class _ExportWriter:
             self._weight_map[key] = name
             self._num_bytes += tensor.numel() * tensor.dtype.itemsize
 
-    def finish(self, module: nn.Module | None) -> list[str]:
+    def finish(self, dtype: torch.dtype | None) -> list[str]:
         """Write the index, move all files, delete stale ones; return the files with weights."""
         if self._num_shards > 1:
             index = {"metadata": {"total_size": self._num_bytes}, "weight_map": self._weight_map}
             text = json.dumps(index, indent=2, sort_keys=True)
-            write_file(self._temporary, INDEX_FILE, [text.encode()])
-        if module is not None:
-            write_config(module, self._temporary)
+            write_file(self._temporary, self._index_file, [text.encode()])
+        if self._module is not None:
+            write_config(self._module, self._temporary, dtype)
         # The old index goes first and the new one comes last: no loader ever reads a mixture of two
         # exports.
-        old_index = os.path.join(self._path, INDEX_FILE)
-        if os.path.exists(old_index):
-            os.unlink(old_index)
-        names = sorted(os.listdir(self._temporary), key=lambda name: (name == INDEX_FILE, name))
+        for index_file in INDEX_FILES:
+            old_index = os.path.join(self._path, index_file)
+            if os.path.exists(old_index):
+                os.unlink(old_index)
+        names = sorted(
+            os.listdir(self._temporary), key=lambda name: (name == self._index_file, name)
+        )
         for name in names:
             os.replace(os.path.join(self._temporary, name), os.path.join(self._path, name))
         for entry in os.scandir(self._path):
@@ -235,12 +246,13 @@ def export_model(
     *,
     max_shard_size: str | int = "5GB",
     trained_only: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Write the full tensors of a model as safetensors files, however they are sharded.
 
     Effects: ambient, collective. Rank 0 writes files, and replaces those of an earlier export in
-    the directory. It needs the memory of one file. A transformers model is written with
-    `config.json`, for `from_pretrained`.
+    the directory. It needs the memory of one file. A model of transformers or diffusers is written
+    with `config.json` and the file names of its library, for `from_pretrained`.
 
     Args:
         model: From `wrap`, or a module.
@@ -250,6 +262,8 @@ def export_model(
             have an index.
         trained_only: Whether to leave out frozen parameters. The active adapter of a PEFT model is
             written as one file with its configuration, for `PeftModel.from_pretrained`.
+        dtype: What floating-point tensors are cast to in the files, as `model.to(dtype)` does; None
+            keeps each dtype. The model is unchanged.
 
     Returns:
         The names of the files with weights, on every rank. A tied tensor is stored once; its other
@@ -257,6 +271,7 @@ def export_model(
 
     Raises:
         CheckpointError: The files cannot be written; on every rank.
+        ConfigError: `dtype` is not a floating-point dtype of at least 16 bits.
 
     Examples:
         >>> import tempfile
@@ -268,9 +283,10 @@ def export_model(
     call = "faccel.checkpoint.export_model(model, path, ctx)"
     directory = path_argument("model", model, path, call)
     module = user_module(model)
+    _check_dtype(dtype)
     ctx.comm.begin_call("export_model")
     weights = Weights.of(model, model.state_dict(), trained_only=trained_only)
-    full_tensors = FullTensors(weights.tensors, ctx)
+    full_tensors = _CastTensors(FullTensors(weights.tensors, ctx), dtype)
     adapter = None
     if trained_only:
         adapter = active_adapter(module)
@@ -284,7 +300,51 @@ def export_model(
     described: nn.Module | None = module
     if trained_only:  # `from_pretrained` could not build the model from a part of its weights
         described = None
-    return write_export(directory, shards, weights.ties, full_tensors.on_rank_0, ctx, described)
+    return write_export(
+        directory, shards, weights.ties, full_tensors.on_rank_0, ctx, described, dtype
+    )
+
+
+def _check_dtype(dtype: object) -> None:
+    if dtype is None:
+        return
+    # 8 bits need scales, which a cast does not compute.
+    is_valid = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2
+    if not is_valid:
+        raise ConfigError(
+            "`dtype` must be a floating-point dtype of at least 16 bits",
+            got=short_repr(dtype),
+            fix="write `dtype=torch.bfloat16`",
+        )
+
+
+@attrs.frozen(eq=False)
+class _CastTensors:
+    """Full tensors in the dtype of an export.
+
+    Args:
+        tensors: The tensors of the model.
+        dtype: See `export_model`.
+    """
+
+    tensors: FullTensors
+    dtype: torch.dtype | None
+
+    def _dtype_of(self, dtype: torch.dtype) -> torch.dtype:
+        # As `nn.Module.to`: ints, bools and complex numbers keep their dtypes.
+        if self.dtype is None or not dtype.is_floating_point:
+            return dtype
+        return self.dtype
+
+    def sizes(self) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for name, spec in self.tensors.specs.items():
+            sizes[name] = math.prod(spec.shape) * self._dtype_of(spec.dtype).itemsize
+        return sizes
+
+    def on_rank_0(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        tensors = self.tensors.on_rank_0(names)
+        return {name: tensor.to(self._dtype_of(tensor.dtype)) for name, tensor in tensors.items()}
 
 
 def write_export(
@@ -294,6 +354,7 @@ def write_export(
     fetch: Fetch,
     ctx: DistContext,
     module: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Write the files of an export on rank 0; return the names of those with weights.
 
@@ -306,11 +367,12 @@ def write_export(
         fetch: Returns the tensors.
         ctx: The world.
         module: The module whose configuration is written, too.
+        dtype: The dtype in the configuration; None is the module's.
     """
     writers: list[_ExportWriter] = []  # one on rank 0, none on the other ranks
 
     def create() -> None:
-        writers.append(_ExportWriter(path, len(shards), ties))
+        writers.append(_ExportWriter(path, len(shards), ties, module))
 
     def write(index: int, tensors: Mapping[str, torch.Tensor]) -> None:
         writers[0].write(index, tensors)
@@ -322,7 +384,7 @@ def write_export(
             # Arguments, not the loop's variables: the lambda is called at once, but linters cannot
             # know it.
             on_rank_0(lambda args=(index, tensors): write(*args), ctx, "write the export")
-        return on_rank_0(lambda: writers[0].finish(module), ctx, "finish the export")
+        return on_rank_0(lambda: writers[0].finish(dtype), ctx, "finish the export")
     finally:
         for writer in writers:
             writer.close()

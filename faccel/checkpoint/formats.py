@@ -11,6 +11,7 @@ import attrs
 import torch
 
 from faccel.checkpoint.dcp_folder import METADATA, read_dcp
+from faccel.checkpoint.export import INDEX_FILES
 from faccel.checkpoint.format_accelerate import is_accelerate, read_accelerate
 from faccel.checkpoint.imported import ImportedModule, ImportedOptimizer, imported_values
 from faccel.checkpoint.imported_folder import Imported, read_safetensors, without_prefix
@@ -191,7 +192,7 @@ def _read_safetensors(path: str, keys: Collection[str] | None, skip: Collection[
     tensors = read_safetensors(folder, files)
     left_out: dict[str, str] = {}
     if os.path.isdir(path):
-        left_out = _others(path, [*files, "model.safetensors.index.json"])
+        left_out = _others(path, [*files, *INDEX_FILES])
     return _of_tree(tensors, left_out)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from faccel.checkpoint.arguments import path_argument
 from faccel.checkpoint.codec_modules import first_names
 from faccel.checkpoint.dcp import Reader
-from faccel.checkpoint.export import INDEX_FILE, WEIGHTS_FILE, Weights, user_module
+from faccel.checkpoint.export import INDEX_FILES, WEIGHTS_FILES, Weights, user_module
 from faccel.checkpoint.files import read_regular_file
 from faccel.checkpoint.headers import check_slices, read_slices
 from faccel.checkpoint.rank_calls import on_all_ranks
@@ -41,7 +41,7 @@ def load_model(
 
     Args:
         model: From `wrap`, or a module.
-        path: A directory with `model.safetensors` or an index, or one file.
+        path: A directory with `model.safetensors`, the name of diffusers, or an index; or a file.
         ctx: The world.
         trained_only: Whether the files are from `export_model(..., trained_only=True)`.
 
@@ -143,14 +143,15 @@ def files_with_weights(path: str) -> tuple[str, list[str]]:
     """
     if os.path.isfile(path):
         return os.path.dirname(path), [os.path.basename(path)]
-    index = os.path.join(path, INDEX_FILE)
-    if os.path.exists(index):
-        return path, names_in_index(index)
-    if os.path.exists(os.path.join(path, WEIGHTS_FILE)):
-        return path, [WEIGHTS_FILE]
+    for index_file, weights_file in zip(INDEX_FILES, WEIGHTS_FILES, strict=True):
+        index = os.path.join(path, index_file)
+        if os.path.exists(index):
+            return path, names_in_index(index)
+        if os.path.exists(os.path.join(path, weights_file)):
+            return path, [weights_file]
     raise CheckpointError(
         f"`{path}` does not contain weights",
-        got=f"neither `{WEIGHTS_FILE}` nor `{INDEX_FILE}`",
+        got=f"none of {', '.join([*WEIGHTS_FILES, *INDEX_FILES])}",
         fix="pass the directory that `export_model` has written",
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import secrets
 import shutil
 import sys
 from collections.abc import Mapping
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -26,7 +28,32 @@ class PretrainedConfig(Protocol):
     def save_pretrained(self, save_directory: str) -> object: ...
 
 
-def write_config(module: nn.Module, folder: str) -> None:
+def weights_stem(module: nn.Module | None) -> str:
+    """Return the name of the files with weights, without its extension, that a library reads.
+
+    Effects: pure.
+    """
+    if _is_diffusers(module):
+        return "diffusion_pytorch_model"
+    return "model"
+
+
+def _is_diffusers(module: nn.Module | None) -> bool:
+    """Return whether a module is a model of diffusers: its class is a `ConfigMixin`."""
+    is_config = getattr(type(module), "config_name", None) == "config.json"
+    return is_config and callable(getattr(type(module), "save_config", None))
+
+
+def _write_diffusers_config(module: nn.Module, folder: str) -> None:
+    cast(Any, module).save_config(folder)
+    path = Path(folder, "config.json")
+    config = json.loads(path.read_text())
+    # diffusers stores the name of the class, which FSDP2 has replaced by a subclass.
+    config["_class_name"] = _user_class(type(module)).__name__
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write_config(module: nn.Module, folder: str, dtype: torch.dtype | None = None) -> None:
     """Write the configuration of a model, and its generation configuration, if it has them.
 
     Effects: ambient. The model inside an adapter is not described: the weights are the adapter's.
@@ -35,23 +62,32 @@ def write_config(module: nn.Module, folder: str) -> None:
         module: The user's module. It has a configuration if `module.config` is an instance of its
             class's `config_class`.
         folder: The directory of the files.
+        dtype: Of the files; None is the module's.
     """
+    # The library decides which files it writes, so the new ones are those that need an fsync.
+    existing = set(os.listdir(folder))
+    if _is_diffusers(module):
+        _write_diffusers_config(module, folder)
+    else:
+        _write_pretrained_config(module, folder, dtype)
+    for name in set(os.listdir(folder)) - existing:
+        sync_file(os.path.join(folder, name))
+
+
+def _write_pretrained_config(module: nn.Module, folder: str, dtype: torch.dtype | None) -> None:
     config = _config_of(module)
     if config is None:
         return
     config = copy.deepcopy(config)  # the user's is not modified
     # `from_pretrained` chooses the class and the dtype by these two fields.
     config.architectures = [_user_class(type(module)).__name__]
-    config.dtype = next(param.dtype for param in module.parameters() if param.is_floating_point())
-    # The library decides which files it writes, so the new ones are those that need an fsync.
-    existing = set(os.listdir(folder))
+    param_dtypes = (param.dtype for param in module.parameters() if param.is_floating_point())
+    config.dtype = dtype or next(param_dtypes)
     config.save_pretrained(folder)
     generation_config = getattr(module, "generation_config", None)
     save_generation_config = getattr(generation_config, "save_pretrained", None)
     if callable(save_generation_config):
         save_generation_config(folder)
-    for name in set(os.listdir(folder)) - existing:
-        sync_file(os.path.join(folder, name))
 
 
 def _config_of(module: nn.Module) -> PretrainedConfig | None:

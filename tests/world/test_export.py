@@ -372,3 +372,84 @@ def test_a_model_without_elements_is_not_exported(tmp_path, module):
 
     simulate(run, 2)
     assert os.listdir(tmp_path) == []
+
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("mesh", [None, "dp_replicate=2", "dp_shard=2"])
+def test_weights_are_exported_in_a_dtype_as_torch_casts_them(tmp_path, dtype, mesh):
+    def export(ctx):
+        torch.manual_seed(0)
+        model = faccel.wrap(Tied(), ctx)
+        faccel.checkpoint.export_model(model, tmp_path, ctx, dtype=dtype)
+        return {tensor.dtype for tensor in model.parameters()}
+
+    world_size = 2 if mesh else 1
+    # The model itself is not cast.
+    assert simulate(export, world_size, mesh=mesh) == ({torch.float32},) * world_size
+    torch.manual_seed(0)
+    expected = Tied().to(dtype).state_dict()  # the count of BatchNorm stays an int
+    weights = load_file(tmp_path / "model.safetensors")
+    assert expected.keys() - weights.keys() == {"head.weight"}
+    for name, tensor in weights.items():
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name])
+
+
+def test_the_size_of_files_is_that_of_the_dtype(tmp_path):
+    net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    export = faccel.checkpoint.export_model
+    assert len(export(net, tmp_path / "32", ONE, max_shard_size=256)) == 2
+    assert len(export(net, tmp_path / "16", ONE, max_shard_size=256, dtype=torch.float16)) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_a_dtype_that_no_export_has_is_an_error(tmp_path, dtype):
+    with pytest.raises(ConfigError, match="`dtype` must be a floating-point dtype"):
+        faccel.checkpoint.export_model(nn.Linear(2, 2), tmp_path / "export", ONE, dtype=dtype)
+    assert not (tmp_path / "export").exists()
+
+
+class Diffuser(nn.Module):
+    """Has what faccel uses of a model of diffusers, whose `ConfigMixin` has these names."""
+
+    config_name = "config.json"
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def save_config(self, folder):
+        config = {"_class_name": type(self).__name__, "dim": 4}
+        with open(os.path.join(folder, self.config_name), "w") as file:
+            json.dump(config, file)
+
+
+@pytest.mark.parametrize("mesh", [None, "dp_shard=2"])
+@pytest.mark.parametrize("size", ["5GB", 80])
+def test_models_of_diffusers_have_the_names_of_its_files(tmp_path, mesh, size):
+    def export(ctx):
+        torch.manual_seed(0)
+        faccel.checkpoint.export_model(nn.Linear(2, 2), tmp_path, ctx)  # of another library
+        model = faccel.wrap(Diffuser(), ctx)
+        files = faccel.checkpoint.export_model(model, tmp_path, ctx, max_shard_size=size)
+        loaded = Diffuser()
+        faccel.checkpoint.load_model(loaded, tmp_path, ctx)
+        return files, loaded.state_dict()
+
+    results = simulate(export, 2 if mesh else 1, mesh=mesh)
+    files = results[0][0]
+    for _, loaded in results:
+        torch.manual_seed(0)
+        nn.Linear(2, 2)
+        for name, tensor in Diffuser().state_dict().items():
+            assert torch.equal(loaded[name], tensor)
+    assert all(file.startswith("diffusion_pytorch_model") for file in files)
+    others = {"config.json"}
+    if size == 80:
+        assert len(files) > 1
+        others.add("diffusion_pytorch_model.safetensors.index.json")
+    assert set(os.listdir(tmp_path)) == {*files, *others}
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "Diffuser"
