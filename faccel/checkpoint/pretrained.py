@@ -47,10 +47,11 @@ def _is_diffusers(module: nn.Module | None) -> bool:
 def _write_diffusers_config(module: nn.Module, folder: str) -> None:
     cast(Any, module).save_config(folder)
     path = Path(folder, "config.json")
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     # diffusers stores the name of the class, which FSDP2 has replaced by a subclass.
     config["_class_name"] = _user_class(type(module)).__name__
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    path.write_text(text, encoding="utf-8")
 
 
 def write_config(module: nn.Module, folder: str, dtype: torch.dtype | None = None) -> None:

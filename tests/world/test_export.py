@@ -398,7 +398,7 @@ def test_weights_are_exported_in_a_dtype_as_torch_casts_them(tmp_path, dtype, me
         assert torch.equal(tensor, expected[name])
 
 
-def test_the_size_of_files_is_that_of_the_dtype(tmp_path):
+def test_files_have_the_size_of_the_dtype(tmp_path):
     net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     export = faccel.checkpoint.export_model
     assert len(export(net, tmp_path / "32", ONE, max_shard_size=256)) == 2
