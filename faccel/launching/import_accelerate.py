@@ -86,7 +86,8 @@ def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
         )
     # Each function below removes the keys that it converts; those that remain are unsupported.
     remaining = _copy(config)
-    kind = str(remaining.pop("distributed_type", "NO"))
+    # YAML reads an unquoted `NO` as False.
+    kind = str(remaining.pop("distributed_type", False) or "NO")
     values: _Keys = {}
     _convert_precision(remaining, kind, values)
     _convert_switches(remaining, kind, values)

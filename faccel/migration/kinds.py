@@ -29,7 +29,7 @@ _BY_NAME = (
 )
 _BY_ORIGIN = (
     ("loader", re.compile(r"loader|^get_data")),
-    ("scheduler", re.compile(r"sched|lr$|_warmup$|annealing")),
+    ("scheduler", re.compile(r"sched|lr$|_warmup$|annealing|plateau")),
     ("optimizer", re.compile(r"optim|^adam|adamw|^sgd$|adafactor|rmsprop|^lion|adagrad")),
     ("model", re.compile(r"model|net$|from_pretrained|from_config|sequential|^linear$")),
 )

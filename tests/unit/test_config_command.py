@@ -241,6 +241,7 @@ def test_a_file_of_another_program_is_an_error():
             "",
             {"fsdp_config.fsdp_ignored_modules": "head"},
         ),
+        ({"distributed_type": False}, {}, "", {}),
         ({"distributed_type": "FSDPP"}, {}, "", {"distributed_type": "FSDPP"}),
         ({"distributed_type": "MULTI_XPU", "rdzv_backend": "static"}, {}, "", {}),
         (

@@ -659,6 +659,13 @@ def test_what_a_script_does_with_an_object_shows_what_it_is(way):
     assert expected in new
 
 
+def test_the_class_of_a_scheduler_shows_what_it_is():
+    new = rewritten(
+        f"{HEAD}p = ReduceLROnPlateau(opt)\nnet, opt, p = accelerator.prepare(net, opt, p)\n"
+    )
+    assert "p = ReduceLROnPlateau(opt)\n" in new and "prepare" not in new
+
+
 @pytest.mark.parametrize("target", ["x", "self.x", "objs[key]"])
 def test_an_object_that_the_script_does_not_show_is_not_guessed(target):
     code = f"{HEAD}net, {target} = accelerator.prepare(net, {target})\n"
