@@ -148,7 +148,7 @@ def _int(name: str, value: Any, minimum: int = 0) -> int:
     with suppress(TypeError, ValueError, OverflowError):  # OverflowError: infinity
         number = int(value)
     # `int` cuts 2.5 off.
-    is_cut = isinstance(value, float) and value != number
+    is_cut = isinstance(value, float) and not value.is_integer()
     if number is None or number < minimum or is_cut:
         raise ConfigError(
             f"`{name}` of the file must be a whole number",

@@ -16,7 +16,7 @@ import attrs
 from faccel.checks import instance_of, local_path, one_of
 from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, effectful, updates
-from faccel.errors import ConfigError, FaccelError, short_repr
+from faccel.errors import ConfigError, FaccelError, short_repr, short_text
 from faccel.tracking.values import plain_value, run_config, to_json
 
 if TYPE_CHECKING:
@@ -172,8 +172,8 @@ def init_trackers(
         The trackers, for `log` and `finish`.
 
     Raises:
-        ConfigError: A tracker is unknown, not installed or named twice, `config` has no fields, or
-            `run` is a URL.
+        ConfigError: A tracker is unknown, not installed or named twice, `config` has no fields,
+            `run` is a URL, or its folder cannot be created.
 
     Examples:
         >>> import tempfile
@@ -190,8 +190,7 @@ def init_trackers(
     fields = run_config(config)
     if not ctx.is_main:
         return Trackers()
-    folder = Path(ctx.config.run_dir) / run
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _new_folder(Path(ctx.config.run_dir) / run)
     opened: list[tuple[str, Tracker, object]] = []
     for name, tracker in by_name.items():
         try:
@@ -202,6 +201,18 @@ def init_trackers(
             # A service that is unreachable must not stop the training. The other trackers open.
             Trackers().report_failure(f"the tracker `{name}`", error)
     return Trackers(opened)
+
+
+def _new_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # read-only, full, or a file is in the way
+        raise ConfigError(
+            "the folder of the run cannot be created in `run_dir`",
+            got=f"{short_text(str(folder))}: {error.strerror}",
+            fix='name a folder in a writable place, as in `run_dir="/tmp/runs"`',
+        ) from error
+    return folder
 
 
 def _named_trackers(trackers: Sequence[str | Tracker]) -> dict[str, Tracker]:

@@ -350,3 +350,11 @@ def test_a_file_that_is_false_is_written_to():
     list(faccel.progress([1], ctx, file=progress))
     assert printed == ["x\n"]
     assert len(progress) == 1
+
+
+def test_a_run_dir_in_which_no_folder_can_be_created_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    ctx = fake_context(0, 1, config={"run_dir": str(tmp_path / "file")})
+    with pytest.raises(ConfigError, match="cannot be created in `run_dir`") as caught:
+        faccel.tracking.init_trackers("a", ctx)
+    assert "Not a directory" in caught.value.got
