@@ -29,7 +29,7 @@ def check_steps_shards(opt: Optimizer, ctx: DistContext) -> None:
         OptimizerError: It needs full parameters, its operators do not take shards, or it would
             quantize its states in other blocks than one process does.
     """
-    if _is_from(opt, "torch.optim.", _NEED_FULL_PARAMETERS):
+    if _is_from(opt, "torch.optim", _NEED_FULL_PARAMETERS):
         raise OptimizerError(
             f"{type(opt).__name__} needs full parameters, and this mesh shards them",
             got=f"a {type(opt).__name__} on the mesh {ctx.mesh.spec}",
