@@ -14,10 +14,12 @@ torch.set_num_threads(1)
 VARIABLES = re.compile("FACCEL_|ACCELERATE_|SLURM_|MASTER_|RANK|WORLD_SIZE|CUBLAS|CUDA_|HOME|PATH")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-# A shell starts background processes with SIGINT ignored. Python keeps that, and so would every
-# process of a test: Ctrl-C would end none of them.
+# A shell starts background processes with SIGINT ignored, `nohup` those with SIGHUP. Python keeps
+# that, and so would every process of a test: Ctrl-C would end none of them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _process_settings():

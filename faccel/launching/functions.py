@@ -324,7 +324,7 @@ def _start(
     from torch.distributed.launcher.api import elastic_launch
 
     try:
-        with _signals_of_agent():
+        with _signals_of_agent(spec):
             return elastic_launch(spec, _call_as_rank)(os.getpid(), temporary, fn, args, config)
     except SignalException as error:
         number = error.sigval
@@ -351,7 +351,7 @@ def _start(
 
 
 @contextmanager
-def _signals_of_agent() -> Generator[None]:
+def _signals_of_agent(spec: LaunchConfig) -> Generator[None]:
     """Restore the signal handlers of the script, which PyTorch's agent replaces and leaves."""
     handlers: dict[int, Any] = {}
     for number in END_SIGNALS:
@@ -360,7 +360,8 @@ def _signals_of_agent() -> Generator[None]:
         if handler is not signal.SIG_IGN:
             handlers[number] = handler
     previous = os.environ.get(_AGENT_SIGNALS)
-    os.environ[_AGENT_SIGNALS] = ",".join(signal.Signals(number).name for number in handlers)
+    # The agent writes them to its variable, also over the user's.
+    spec.signals_to_handle = ",".join(signal.Signals(number).name for number in handlers)
     try:
         yield
     finally:
@@ -368,6 +369,6 @@ def _signals_of_agent() -> Generator[None]:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        del os.environ[_AGENT_SIGNALS]
+        os.environ.pop(_AGENT_SIGNALS, None)
         if previous is not None:
             os.environ[_AGENT_SIGNALS] = previous

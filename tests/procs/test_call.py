@@ -196,6 +196,22 @@ def launch_and_wait(pipe):
         pipe.send([signal.getsignal(number) for number in SIGNALS] == before)
 
 
+def launch_under_nohup(pipe):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ranks = faccel.notebook_launch(lambda ctx: signal.raise_signal(signal.SIGHUP), num_processes=2)
+    pipe.send((ranks, signal.getsignal(signal.SIGHUP)))
+
+
+def test_an_ignored_signal_stays_ignored():
+    receiver, sender = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=launch_under_nohup, args=(sender,))
+    process.start()
+    sender.close()
+    assert receiver.recv() == ([None, None], signal.SIG_IGN)
+    process.join(TIMEOUT_S)
+    assert process.exitcode == 0
+
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
