@@ -9,6 +9,7 @@ from faccel.exports import lazy
 if TYPE_CHECKING:
     from faccel.checkpoint.codec_per_rank import per_rank as per_rank
     from faccel.checkpoint.export import export_model as export_model
+    from faccel.checkpoint.hub import push_to_hub as push_to_hub
     from faccel.checkpoint.load_weights import load_model as load_model
     from faccel.checkpoint.manifest import Checkpoint as Checkpoint
     from faccel.checkpoint.manifest import checkpoints as checkpoints
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "faccel.checkpoint.codec_per_rank": ("per_rank",),
     "faccel.checkpoint.export": ("export_model",),
+    "faccel.checkpoint.hub": ("push_to_hub",),
     "faccel.checkpoint.load_weights": ("load_model",),
     "faccel.checkpoint.manifest": ("Checkpoint", "checkpoints"),
     "faccel.checkpoint.policy": (
