@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +16,7 @@ from faccel.cli.flags import UsageError, config_flags, parse_flags
 from faccel.cli.foreign_options import LaunchCommand
 from faccel.cli.output import json_option
 from faccel.config_file import NPROC, NPROC_WORDS
-from faccel.errors import FaccelError, LaunchError, short_text, with_source
+from faccel.errors import FaccelError, LaunchError, short_repr, short_text, with_source
 
 if TYPE_CHECKING:
     from faccel.config import Config
@@ -38,6 +39,9 @@ _SPEC_FIELDS = (
     "numa_binding",
     "config",
 )
+
+# A number, or an identifier as `nvidia-smi -L` prints it.
+_GPU_ID = r"(\d+|(GPU|MIG)-[\w/-]+)"
 
 
 def launch_options(command: CommandT) -> CommandT:
@@ -194,6 +198,14 @@ def _set_environment(options: Mapping[str, Any]) -> None:
                 "`--gpu-ids` and `--threads-per-process` set variables of this node only",
                 got=f"`--print {options['rendering']}`",
                 fix="set CUDA_VISIBLE_DEVICES and OMP_NUM_THREADS in the printed script",
+            )
+        )
+    if gpu_ids and not re.fullmatch(rf"all|{_GPU_ID}(,{_GPU_ID})*", gpu_ids):
+        raise UsageError(
+            LaunchError(
+                "`--gpu-ids` must be numbers of GPUs, separated by commas",
+                got=short_repr(gpu_ids),
+                fix="write `--gpu-ids 0,1`",
             )
         )
     if gpu_ids and gpu_ids != "all":

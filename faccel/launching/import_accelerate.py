@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 
+from faccel.checks import MAX_COUNT
 from faccel.config_file import NPROC
 from faccel.errors import ConfigError, short_repr
 from faccel.launching.accelerate_plan import convert_section, is_true
@@ -143,15 +144,15 @@ def _section(remaining: Mapping[str, Any], key: str) -> _Keys:
     return section
 
 
-def _int(name: str, value: Any, minimum: int = 0) -> int:
+def _int(name: str, value: Any, minimum: int = 0, maximum: int = MAX_COUNT) -> int:
     number = None
     with suppress(TypeError, ValueError, OverflowError):  # OverflowError: infinity
         number = int(value)
     # `int` cuts 2.5 off.
     is_cut = isinstance(value, float) and not value.is_integer()
-    if number is None or number < minimum or is_cut:
+    if number is None or not minimum <= number <= maximum or is_cut:
         raise ConfigError(
-            f"`{name}` of the file must be a whole number",
+            f"`{name}` of the file must be a whole number from {minimum} to {maximum}",
             got=short_repr(value),
             fix=f"write `{name}: 1`",
         )
@@ -287,7 +288,7 @@ def _convert_launch(remaining: _Keys, values: _Keys) -> tuple[str, ...]:
         )
     node_rank = _int("machine_rank", remaining.pop("machine_rank", None) or 0)
     host = _host(remaining.pop("main_process_ip", None))
-    port = _int("main_process_port", remaining.pop("main_process_port", None) or 0)
+    port = _int("main_process_port", remaining.pop("main_process_port", None) or 0, maximum=65535)
     is_elastic = remaining.get("rdzv_backend", "static") == "c10d"
     if is_elastic or remaining.get("rdzv_backend") == "static":
         del remaining["rdzv_backend"]  # others, such as etcd, have no equivalent
