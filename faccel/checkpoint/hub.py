@@ -49,7 +49,7 @@ def push_to_hub(
         private: Whether a new repository is private; None is the default of the account.
         revision: The branch, which must exist; None is the main one.
         message: The message of the commit.
-        token: The access token; None is that of `hf auth login`, or the variable `HF_TOKEN`.
+        token: The access token; None takes the one of `hf auth login`, or `HF_TOKEN`.
 
     Returns:
         The address of the commit on rank 0, None on the other ranks.
