@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import attrs
 import click
 
 from faccel.checks import parse_count
@@ -259,7 +260,9 @@ def _spec(command: tuple[str, ...], options: Mapping[str, Any]) -> tuple[LaunchS
         **{name: options[name] for name in _SPEC_FIELDS},
     )
     if options["rendering"]:
-        return spec, config  # a text for another node must not depend on the SLURM job of this one
+        # A text for other nodes must not depend on the SLURM job or the variables of this one.
+        named = resolve(env={LAUNCH: json.dumps(flags)}, file=file).device or ""
+        return attrs.evolve(spec, device=named.partition(":")[0]), config
     has_nproc = options["nproc"] not in (None, "auto")
     spec = within_slurm(spec, os.environ, has_nproc=has_nproc)
     if is_tpu(config):

@@ -161,19 +161,18 @@ def _pod_template(
 
 def _resource(spec: LaunchSpec) -> str:
     """Return the resource of the devices, which a pod gets only if it requests them."""
-    device = str(spec.flags.get("device") or "").partition(":")[0]
-    if not device:
+    if not spec.device:
         return _COMMON_RESOURCE
-    if device.startswith("cpu"):
+    if spec.device == "cpu":
         return ""
     # imported here, because it imports torch
     from faccel.device_table import KINDS, DeviceKind
 
-    resource = KINDS.get(device, DeviceKind()).kubernetes_resource
+    resource = KINDS.get(spec.device, DeviceKind()).kubernetes_resource
     if not resource:
         raise LaunchError(
             "the resource of this device in Kubernetes is unknown",
-            got=f"--device {device}",
-            fix="remove `--device`, and replace `nvidia.com/gpu` in the file",
+            got=f"device={spec.device}",
+            fix="remove `device`, and replace `nvidia.com/gpu` in the file",
         )
     return resource

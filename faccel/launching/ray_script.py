@@ -91,7 +91,7 @@ def as_ray(spec: LaunchSpec) -> str:
     check_no_addresses(spec, "Ray")
     # One core and one GPU for each rank; Ray sets CUDA_VISIBLE_DEVICES.
     resources = {"CPU": spec.nproc, "GPU": spec.nproc}
-    if str(spec.flags.get("device") or "").startswith("cpu"):
+    if spec.device == "cpu":
         del resources["GPU"]
     # `repr` of the values, which is Python.
     return _SCRIPT.format(

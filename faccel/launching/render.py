@@ -96,7 +96,7 @@ def as_slurm(spec: LaunchSpec) -> str:
         f"#SBATCH --ntasks-per-node={spec.nproc}",
     ]
     # SLURM grants no GPU that the script does not request.
-    if not str(spec.flags.get("device") or "").startswith("cpu"):
+    if spec.device != "cpu":
         lines.append(f"#SBATCH --gpus-per-node={spec.nproc}")
     lines.append(_SLURM_PREEMPTION)
     lines += [f"export {key}={shlex.quote(value)}" for key, value in _environment(spec).items()]

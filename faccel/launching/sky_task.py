@@ -28,7 +28,7 @@ def as_sky(spec: LaunchSpec) -> str:
     check_no_addresses(spec, "SkyPilot")
     resources: dict[str, Any] = {"accelerators": f"GPU:{spec.nproc}"}
     # At least as many cores as ranks; without accelerators SkyPilot takes a small node.
-    if str(spec.flags.get("device") or "").startswith("cpu"):
+    if spec.device == "cpu":
         resources = {"cpus": f"{spec.nproc}+"}
     # `max_restarts_on_errors` stays 0: the other exit codes are errors of the script.
     resources["job_recovery"] = {"recover_on_exit_codes": [SAVED]}

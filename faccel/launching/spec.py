@@ -45,6 +45,7 @@ class LaunchSpec:
         numa_binding: One of `NUMA_BINDINGS`; None does not bind. Needs GPUs.
         flags: Fields of `Config` that were set by flags.
         config: Configuration file, as `path` or `path#section`.
+        device: Type of the devices that flags and file name; "" takes the devices of each node.
 
     Raises:
         LaunchError: The fields contradict each other.
@@ -66,6 +67,7 @@ class LaunchSpec:
     numa_binding: str | None = None
     flags: Mapping[str, object] = attrs.field(factory=dict)
     config: str | None = None
+    device: str = ""
 
     def __attrs_post_init__(self) -> None:
         one_of("kind", self.kind, _KIND_OPTIONS, LaunchError)

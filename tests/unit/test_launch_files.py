@@ -338,3 +338,36 @@ def test_a_task_matches_the_schema_of_skypilot(printed, words):
     task = yaml.safe_load(printed("sky", words))
     jsonschema.validate(task, schemas.get_task_schema())
     jsonschema.validate(task["resources"], schemas.get_resources_schema())
+
+
+# What requests devices in the file of each launcher.
+REQUESTS = {
+    "slurm": "--gpus-per-node",
+    "k8s": "nvidia.com/gpu",
+    "k8s-pytorchjob": "nvidia.com/gpu",
+    "sky": "accelerators",
+    "ray": "'GPU'",
+}
+
+
+@pytest.mark.parametrize("target", REQUESTS)
+def test_the_device_of_flags_and_file_decides_whether_devices_are_requested(
+    target, tmp_path, monkeypatch
+):
+    (tmp_path / "cpu.yaml").write_text("device: cpu\n")
+    file = ["--config", str(tmp_path / "cpu.yaml")]
+
+    def requests(*words):
+        out = CliRunner().invoke(
+            main, ["launch", "--print", target, "--nproc", "2", *words, "x.py"]
+        )
+        assert out.exit_code == 0, out.output
+        return REQUESTS[target] in out.output
+
+    assert requests()
+    assert not requests("--cpu")
+    assert not requests("--device", "cpu")
+    assert not requests(*file)
+    # The other nodes do not have the variables of this one.
+    monkeypatch.setenv("FACCEL_DEVICE", "cpu")
+    assert requests()
