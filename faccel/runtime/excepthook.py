@@ -58,6 +58,7 @@ class _Hook:
         ] = sys.excepthook
         self.world_size = world_size
         self.is_retired = False
+        self._pid = os.getpid()
         self._as_rank_error = as_rank_error
         self._shows_frames = shows_frames
         self._rank = rank
@@ -82,6 +83,12 @@ class _Hook:
         error: BaseException,
         tb: TracebackType | None,
     ) -> None:
+        if os.getpid() != self._pid:
+            # A forked process, such as a worker of a DataLoader, does not report for its rank. At a
+            # Ctrl-C the rank stops to receive tensors, and the threads that send them fail.
+            if not issubclass(error_type, ConnectionError):
+                self.previous(error_type, error, tb)
+            return
         if self.is_retired:
             self.previous(error_type, error, tb)
             return

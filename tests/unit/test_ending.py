@@ -32,6 +32,26 @@ def install_wrapping_hook():
     sys.excepthook = lambda error_type, error, traceback: previous(error_type, error, traceback)
 
 
+def raise_in_worker(pipe, calls):
+    for error in (ConnectionResetError("by the rank"), ValueError("of the worker")):
+        sys.excepthook(type(error), error, None)
+    pipe.send(calls)
+
+
+def test_a_forked_process_does_not_report_for_its_rank(hooks, tmp_path):
+    hook, calls = hooks
+    error_file = tmp_path / "error.json"
+    hook.install(1, 0, 2, {"TORCHELASTIC_ERROR_FILE": str(error_file)})
+    receiver, sender = FORK.Pipe(duplex=False)
+    worker = FORK.Process(target=raise_in_worker, args=(sender, calls))
+    worker.start()
+    sender.close()
+    worker.join()
+    hook.uninstall(1, None)
+    assert receiver.recv() == [ValueError]
+    assert not error_file.exists()
+
+
 def test_the_last_context_restores_the_previous_hook(hooks):
     hook, _ = hooks
     previous = sys.excepthook
