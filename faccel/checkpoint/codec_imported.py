@@ -36,7 +36,7 @@ def _encode_optimizer(value: ImportedOptimizer, path: str, encoder: Encoder) -> 
     names = value.names()
     state_dict = dict(value.state_dict)
     state: dict[object, Tree] = {}
-    for key, entry in state_dict.pop("state").items():
+    for key, entry in state_dict.pop("state", {}).items():
         # The keys of the state are those of `params`.
         # DCP has strings as the keys of all dicts, also of one by numbers.
         known = names.get(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -15,10 +15,12 @@ from faccel.checkpoint.imported import (
     ImportedObject,
     ImportedOptimizer,
     ImportedRandomStates,
+    is_optimizer_state,
     scaler_of,
 )
 from faccel.checkpoint.imported_folder import Imported, read_safetensors, without_prefix
 from faccel.checkpoint.safe_pickle import read_pickle, unreadable
+from faccel.errors import CheckpointError, short_text
 from faccel.random.seeding import RngState
 from faccel.training.precision import ScalerState
 from faccel.tree import Tree
@@ -76,8 +78,8 @@ def _recognized(names: Iterable[str]) -> list[tuple[str, str, int]]:
 
 
 def _key(kind: str, number: int) -> str:
-    """Return the key of a part in the state: `model`, `model_1`, `custom_0`."""
-    if number == 0 and kind != "custom":
+    """Return the key of a part in the state: `model`, `model_1`, `custom_0`, `rng`."""
+    if kind == "rng" or (number == 0 and kind != "custom"):
         return kind
     return f"{kind}_{number}"
 
@@ -93,7 +95,7 @@ def read_accelerate(path: str, keys: Collection[str] | None, skip: Collection[st
         skip: Names of files that are left out.
 
     Raises:
-        CheckpointError: A file contains code or is corrupt.
+        CheckpointError: A file contains code or is corrupt, or no key is one of the folder.
     """
     names = set(os.listdir(path))
     # Every name of the folder ends in `state` or in `left_out`: nothing is lost silently.
@@ -102,8 +104,14 @@ def read_accelerate(path: str, keys: Collection[str] | None, skip: Collection[st
     files = _recognized(names - skipped)
     for name in sorted(names - skipped - {file for file, _, _ in files}):
         left_out[name] = _reason(name)
-    ranks = [name for name, kind, _ in files if kind == "rng"]
+    _check_keys(files, keys)
+    ranks = [name for name, kind, _ in _recognized(names) if kind == "rng"]
     folder = _Folder(path, len(ranks))
+    # The generators of all ranks or of none: a rank without its file would get another's.
+    has_random_states = bool(ranks) and skipped.isdisjoint(ranks)
+    if not has_random_states:
+        reason = "the generators of another rank were skipped"
+        left_out.update(dict.fromkeys(sorted(set(ranks) - skipped), reason))
     state: dict[str, Tree] = {}
     notes: list[str] = []
     # The preferred kind of file comes first, as in `load_state`.
@@ -115,9 +123,9 @@ def read_accelerate(path: str, keys: Collection[str] | None, skip: Collection[st
             left_out[name] = f"`{key}` was read from another file"
             continue
         state[key] = without_prefix(folder.read(name, kind, number), key, notes)
-    if ranks and (keys is None or "rng" in keys):
+    if has_random_states and (keys is None or "rng" in keys):
         state["rng"] = folder.random_states()
-    if _has_no_scaler(state, files, keys):
+    if _has_no_scaler(names, keys):
         state["scaler"] = ScalerState()
     notes += _notes(state, len(ranks))
     return Imported(state, left_out, tuple(notes), frozenset(skipped))
@@ -130,12 +138,25 @@ def _reason(name: str) -> str:
     return "not a file of Accelerate's `save_state`"
 
 
-def _has_no_scaler(
-    state: Mapping[str, Tree], files: list[tuple[str, str, int]], keys: Collection[str] | None
-) -> bool:
+def _check_keys(files: Sequence[tuple[str, str, int]], keys: Collection[str] | None) -> None:
+    """Raise if the folder has none of the keys of the user's state, such as `net` for `model`."""
+    # A run that is not in fp16 has no file of a scaler.
+    available = {"scaler", *(_key(kind, number) for _, kind, number in files)}
+    if keys is None or not files or not available.isdisjoint(keys):
+        return
+    raise CheckpointError(
+        "the folder of Accelerate has none of the keys of the state",
+        got=short_text(", ".join(sorted(keys)) or "no key", 200),
+        fix=f"name the keys as {', '.join(sorted(available))}, or pass their new names in "
+        '`rename={"model": "net"}`',
+    )
+
+
+def _has_no_scaler(names: Collection[str], keys: Collection[str] | None) -> bool:
     """Return whether the run had none, as every run that is not in fp16: a fact, not a default."""
+    # A file that is skipped is no evidence that there was none.
     is_selected = keys is None or "scaler" in keys
-    return is_selected and bool(files) and "scaler" not in state
+    return is_selected and "scaler.pt" not in names and bool(_recognized(names))
 
 
 def _notes(state: Mapping[str, Tree], num_ranks: int) -> list[str]:
@@ -175,7 +196,6 @@ class _Folder:
             return scaler_of(content)
         return ImportedObject(content)
 
-    # Nothing but a mapping is a `state_dict`; a list would fail later, without the file's name.
     def _content(self, name: str, kind: str) -> Mapping[str, Any]:
         path = os.path.join(self.path, name)
         if name.endswith(".safetensors"):
@@ -184,11 +204,15 @@ class _Folder:
         if os.path.isdir(path):
             if not os.path.exists(os.path.join(path, METADATA)):
                 raise unreadable(name, f"no `{METADATA}` in the folder")
-            content = read_dcp(path)[kind]
+            content = read_dcp(path).get(kind)
         else:
             content = read_pickle(path, name)
-        if not isinstance(content, Mapping) or (kind == "optimizer" and not _is_optimizer(content)):
-            raise unreadable(name, f"no `state_dict` of a {kind}, a {type(content).__name__}")
+        # Other values would fail later, without the name of the file.
+        is_valid = isinstance(content, Mapping)
+        if kind == "optimizer":
+            is_valid = is_optimizer_state(content)
+        if not is_valid:
+            raise unreadable(name, f"a {type(content).__name__}, no `state_dict` of the {kind}")
         return content
 
     def random_states(self) -> ImportedRandomStates:
@@ -209,10 +233,6 @@ class _Folder:
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise unreadable(name, f"{type(error).__name__}: {error}") from None
         return ImportedRandomStates(tuple(states), device_type)
-
-
-def _is_optimizer(content: Mapping[str, Any]) -> bool:
-    return {"state", "param_groups"} <= content.keys()
 
 
 def _device_state(fields: Mapping[str, Any], rank: int) -> tuple[str | None, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -23,6 +24,7 @@ from faccel.tree import Tree
 # The rest of the state of a Fabric checkpoint beside a DCP folder.
 _FABRIC_METADATA = "meta.pt"
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_FOLDERS = ("accelerate", "dcp")  # the formats that no single file has
 _FACCEL_FOLDER = re.compile(r"step-\d{9,}.*|manifest\.json")
 
 
@@ -37,10 +39,11 @@ def read_format(
         path: A folder or a file.
         name: A key of `FORMATS`, or "auto" for the one that the names of the files show.
         keys: The keys of the state that are read; None reads all.
-        skip: Names of files, and keys of the state, that are left out.
+        skip: Keys of the state, and names of files of Accelerate, that are left out.
 
     Raises:
-        CheckpointError: A file contains code or is corrupt, or the folder has another format.
+        CheckpointError: A file contains code or is corrupt, the folder has another format, or it
+            has none of the keys.
         ConfigError: There is no such format.
     """
     name = format_argument(name)
@@ -50,12 +53,14 @@ def read_format(
         )
     if name == "auto":
         name = _detected(path)
+    if name in _FOLDERS and not os.path.isdir(path):
+        raise _nothing(path, f"a file, but `{name}` is a format of folders")
     imported = FORMATS[name](path, keys, skip)
     # A misspelled name would import what is to be left out.
     unknown = set(skip) - imported.skipped - set(imported.state)
     if unknown:
         raise ConfigError(
-            "`skip` must name files of the folder or keys of its state",
+            "`skip` must name files of the folder of Accelerate, or keys of the state",
             got=", ".join(sorted(map(short_repr, unknown))),
             fix=nearest(min(unknown), [*imported.skipped, *imported.state]),
         )
@@ -183,7 +188,8 @@ def _read_fabric(path: str, keys: Collection[str] | None, skip: Collection[str])
     # The folder has the sharded states, the file all other values.
     left_out = dict(imported.left_out)
     del left_out[_FABRIC_METADATA]
-    return _of_tree({**imported.state, **values}, left_out)
+    state = _of_tree({**imported.state, **values}, left_out)
+    return attrs.evolve(state, notes=(*imported.notes, *state.notes))
 
 
 def _read_safetensors(path: str, keys: Collection[str] | None, skip: Collection[str]) -> Imported:
@@ -216,11 +222,11 @@ def num_updates(imported: Imported) -> int | None:
     steps: list[int] = []
     for value in imported.state.values():
         if isinstance(value, ImportedOptimizer):
-            entries: Mapping[Any, Any] = value.state_dict["state"]
+            entries: Mapping[Any, Any] = value.state_dict.get("state", {})
             for entry in entries.values():
                 step = entry.get("step") if isinstance(entry, Mapping) else None
                 if isinstance(step, torch.Tensor) and step.numel() == 1:
                     step = step.item()
-                if isinstance(step, (int, float)):
+                if isinstance(step, (int, float)) and math.isfinite(step):
                     steps.append(int(step))
     return max(steps, default=None)

@@ -107,14 +107,15 @@ def import_checkpoint(
         out: A directory of checkpoints.
         ctx: A world of one process.
         format: See `load`.
-        step: The step of the checkpoint; None is the number of updates that the optimizer counts,
-            else the last number in the name of the folder.
+        step: The step of the checkpoint; None is `step` or `global_step` of the state, else the
+            number of updates that the optimizer counts, else the last number in the name of `path`.
         epoch: The epoch of the cursor; without it and `samples` there is no cursor.
         samples: How many samples of the epoch all ranks together have read.
-        skip: Names of files, and keys of the state, that are left out.
+        skip: Keys of the state, and names of files of Accelerate, that are left out.
 
     Raises:
-        CheckpointError: A file contains code or is corrupt, or `out` has a newer checkpoint.
+        CheckpointError: A file contains code or is corrupt, the folder has another format, or `out`
+            has a newer checkpoint.
         ConfigError: An argument is invalid.
     """
     path, out = folder_argument(path), folder_argument(out, "out")

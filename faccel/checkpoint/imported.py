@@ -14,6 +14,7 @@ from faccel.training.module_names import user_name
 from faccel.training.precision import ScalerState
 from faccel.tree import Tree
 
+# The keys of the state of `torch.amp.GradScaler`.
 _SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
@@ -107,11 +108,31 @@ def scaler_of(state: Mapping[str, Any]) -> ScalerState:
     )
 
 
+def is_optimizer_state(tree: Tree) -> bool:
+    """Return whether a value is the `state_dict` of an optimizer.
+
+    DCP stores no empty dict: `state` is missing for SGD without momentum.
+
+    Effects: pure.
+
+    Examples:
+        >>> opt = torch.optim.SGD([torch.ones(1)], lr=0.1)
+        >>> is_optimizer_state(opt.state_dict()), is_optimizer_state({"lr": 0.1})
+        (True, False)
+    """
+    if not isinstance(tree, Mapping) or not isinstance(tree.get("state", {}), Mapping):
+        return False
+    groups = tree.get("param_groups")
+    if not isinstance(groups, list):
+        return False
+    return all(isinstance(group, Mapping) and "params" in group for group in groups)
+
+
 def imported_values(tree: Tree) -> Tree:
     """Return a nested state with the values of this module in place of `state_dict`s.
 
     Effects: pure. They are recognized by their content: a module has tensors only, an optimizer
-    `state` and `param_groups`, a GradScaler its five fields.
+    `param_groups` and `state`, a GradScaler its five fields.
 
     Examples:
         >>> tree = {"net": {"weight": torch.ones(1)}, "opt": {"state": {}, "param_groups": []}}
@@ -132,11 +153,10 @@ def _values(tree: Tree) -> Tree:
         return [_values(item) for item in tree] if _has_mapping(tree) else tree
     if not isinstance(tree, Mapping):
         return tree
-    keys = set(tree)
-    if {"state", "param_groups"} <= keys:
+    if is_optimizer_state(tree):
         return ImportedOptimizer(tree)
     # The exact keys: a user's dict may have a `scale`, too.
-    if keys == _SCALER_KEYS:
+    if tree.keys() == _SCALER_KEYS:
         return scaler_of(tree)
     if _is_module_state(tree):
         return ImportedModule(tree)

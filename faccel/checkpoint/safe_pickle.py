@@ -73,8 +73,8 @@ def refused(name: str, code: str) -> CheckpointError:
     return CheckpointError(
         f"`{short_text(name)}` contains pickled code, which is not executed",
         got=short_text(code),
-        fix="leave the file out with `faccel checkpoints import --skip NAME`, or write its tensors "
-        "and numbers as a `state_dict`",
+        fix="write its tensors and numbers as a `state_dict`; "
+        "`faccel checkpoints import --skip NAME` leaves out a file of Accelerate's `save_state`",
     )
 
 
@@ -83,7 +83,8 @@ def unreadable(name: str, got: str) -> CheckpointError:
     return CheckpointError(
         f"`{short_text(name)}` cannot be read",
         got=short_text(got.strip().partition("\n")[0], 200),
-        fix="copy it again, or leave it out with `faccel checkpoints import --skip NAME`",
+        fix="copy it again; `faccel checkpoints import --skip NAME` leaves out a file of "
+        "Accelerate's `save_state`",
     )
 
 

@@ -96,7 +96,9 @@ def _verify(checkpoint: Checkpoint) -> str | None:
 @click.option("--step", type=click.IntRange(0), help="Step of the checkpoint.")
 @click.option("--epoch", type=click.IntRange(0), help="Epoch of the cursor.")
 @click.option("--samples", type=click.IntRange(0), help="Samples that all ranks have read of it.")
-@click.option("--skip", multiple=True, metavar="NAME", help="A file or a key to leave out.")
+@click.option(
+    "--skip", multiple=True, metavar="NAME", help="A key, or a file of Accelerate, to skip."
+)
 @json_option
 def import_directory(
     directory: str,

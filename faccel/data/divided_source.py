@@ -104,7 +104,7 @@ class DividedSource:
             item = next(batches, None)
             if item is None:
                 return [(None, None)] * world_size, None
-            return [(self._part(*item, rank), None) for rank in range(world_size)], None
+            return [(_copied(self._part(*item, rank)), None) for rank in range(world_size)], None
         except Exception as error:  # the other ranks wait for their rows
             return [(None, Failure.of(error, self.ctx))] * world_size, error
 
@@ -124,6 +124,20 @@ class DividedSource:
         if num_rows % world_size:
             num_valid = RowCount(num_valid, largest)
         return [(attrs.evolve(info, num_valid=num_valid), _take(data, num_rows, rows))]
+
+
+def _copied(items: list[_Item]) -> list[_Item]:
+    """Return the items with copies of their tensors.
+
+    A pickle of a view has the memory of the full batch.
+    """
+
+    def copied(leaf: Tree) -> Tree:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.clone()
+        return leaf
+
+    return [(info, map_leaves(copied, data)) for info, data in items]
 
 
 def rows_of(data: Tree) -> int:
@@ -193,8 +207,11 @@ def _take(data: Tree, num_rows: int, rows: Rows) -> Tree:
         result = copy.copy(data)  # keeps the class of a tokenizer's `BatchEncoding`
         result.update(fields)
         return result
-    if type(data) in (tuple, list) and not _is_column(data):
-        return type(data)([_take_field(value, num_rows, rows) for value in data])
+    if isinstance(data, tuple | list) and not _is_column(data):
+        values = [_take_field(value, num_rows, rows) for value in data]
+        if hasattr(data, "_fields"):  # a named tuple takes its fields one by one
+            return type(data)(*values)
+        return type(data)(values)
     return _take_field(data, num_rows, rows)
 
 

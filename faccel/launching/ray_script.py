@@ -52,11 +52,11 @@ def run_once():
     ray.get(group.ready())
     nodes = []
     for index in range(NUM_NODES):
-        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
         options = Node.options(
             num_cpus=RESOURCES["CPU"],
             num_gpus=RESOURCES.get("GPU", 0),
-            scheduling_strategy=place,
+            scheduling_strategy=strategy,
         )
         nodes.append(options.remote())
     try:

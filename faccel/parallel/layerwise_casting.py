@@ -1,7 +1,8 @@
 """Layers that are stored in a smaller dtype than they compute in, for inference and adapters.
 
 A hook before the forward of a layer puts cast copies of its parameters in their places, and a hook
-after it puts the stored ones back. So one layer at a time has its full size.
+after it puts the stored ones back. So one layer at a time has its full size; where adapters train,
+autograd keeps the copies until backward.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def store_layers(module: nn.Module, plan: Plan, ctx: DistContext) -> None:
 def _is_skipped(name: str) -> bool:
     """Return whether a module is left out by default: the patterns of diffusers, and of fp8."""
     last = name.rpartition(".")[2]
-    is_small = "norm" in last or "embed" in last or last in ("proj_in", "proj_out")
-    return is_small or is_sensitive(name)
+    is_skipped = "norm" in last or "embed" in last or last in ("proj_in", "proj_out")
+    return is_skipped or is_sensitive(name)
 
 
 def _frozen_layers(module: nn.Module) -> dict[str, nn.Module]:
