@@ -8,6 +8,7 @@ description, and reads the values as `torch.load(weights_only=True)` does.
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 from collections import OrderedDict
@@ -63,7 +64,8 @@ class _Unpickler(pickle.Unpickler):
         builtin = {"torch.Size": torch.Size, "collections.OrderedDict": OrderedDict}
         value = builtin.get(f"{module_name}.{global_name}")
         if module_name == "torch" and value is None:
-            value = getattr(torch, global_name, None)
+            # Not `getattr`, which imports submodules of torch by name.
+            value = vars(torch).get(global_name)
             if not isinstance(value, torch.dtype):  # a function of torch is code
                 value = None
         if value is None:
@@ -122,9 +124,14 @@ class _Folder:
         """Return a full tensor, from all of its chunks."""
         # The state of `TensorProperties` is a tuple that begins with the dtype.
         dtype = fields["properties"].state[0]
+        # Before the memory is allocated: a corrupt size may be any number.
+        size = fields["size"]
+        num_elements = math.prod(size)
+        num_stored = sum(math.prod(chunk.state["sizes"]) for chunk in fields["chunks"])
+        if num_stored != num_elements:
+            raise ValueError(f"`{name}`: {num_stored} of {num_elements} elements are in the files")
         # Zeros: a description with a hole must not show memory of this process.
-        tensor = torch.zeros(fields["size"], dtype=dtype)
-        num_read = 0
+        tensor = torch.zeros(size, dtype=dtype)
         # Each rank of the run has written its shards as chunks.
         for chunk in fields["chunks"]:
             start, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
@@ -135,9 +142,6 @@ class _Folder:
             if not isinstance(value, torch.Tensor) or value.shape != view.shape:
                 raise ValueError(f"`{name}`: a part of it has another shape than described")
             view.copy_(value)
-            num_read += view.numel()
-        if num_read != tensor.numel():
-            raise ValueError(f"`{name}`: {num_read} of {tensor.numel()} elements are in the files")
         return tensor
 
     def _value(self, name: str, start: tuple[int, ...]) -> Tree:
@@ -149,10 +153,13 @@ class _Folder:
         path = os.path.join(self._folder, file_name)
         if not os.path.isfile(path):
             raise ValueError(f"`{file_name}` is missing")
-        # A short read of a truncated file is an error of the reader of pickles.
+        # `read` allocates the memory of any length before it reads.
+        offset, length = location["offset"], location["length"]
+        if not 0 <= offset <= offset + length <= os.path.getsize(path):
+            raise ValueError(f"`{file_name}` is shorter than described")
         with open(path, "rb") as file:
-            file.seek(location["offset"])
-            data = file.read(location["length"])
+            file.seek(offset)
+            data = file.read(length)
         return read_pickle(
             io.BytesIO(data), os.path.join(os.path.basename(self._folder), file_name)
         )
