@@ -88,14 +88,14 @@ def read_dcp(folder: str) -> dict[str, Tree]:
     try:
         with open(os.path.join(folder, METADATA), "rb") as file:
             fields = _Unpickler(io.BytesIO(file.read()), name).load().state
-        return _Folder(folder, fields).read()
+        return _DcpFolder(folder, fields).read()
     except (*_CORRUPT, pickle.UnpicklingError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise unreadable(name, f"{type(error).__name__}: {error}") from None
 
 
-class _Folder:
+class _DcpFolder:
     """A folder and the fields of its description."""
 
     def __init__(self, folder: str, fields: Mapping[str, Any]) -> None:

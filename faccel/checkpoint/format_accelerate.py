@@ -208,10 +208,8 @@ class _Folder:
         else:
             content = read_pickle(path, name)
         # Other values would fail later, without the name of the file.
-        is_valid = isinstance(content, Mapping)
-        if kind == "optimizer":
-            is_valid = is_optimizer_state(content)
-        if not is_valid:
+        is_other = kind == "optimizer" and not is_optimizer_state(content)
+        if is_other or not isinstance(content, Mapping):
             raise unreadable(name, f"a {type(content).__name__}, no `state_dict` of the {kind}")
         return content
 
