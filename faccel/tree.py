@@ -27,6 +27,7 @@ Tree = Any
 """A leaf, or any nesting of containers with leaves."""
 
 _Build = Callable[[list[Tree]], Tree]
+_IsLeaf = Callable[[Tree], bool]
 
 
 class _Node(NamedTuple):
@@ -52,7 +53,9 @@ def _sorted_keys(mapping: Mapping[Tree, Tree]) -> list[Tree]:
 
 
 def _mapping_builder(mapping: Mapping[Tree, Tree], keys: list[Tree]) -> _Build:
-    if type(mapping) is not dict:
+    # A mapping that cannot be changed becomes a dict.
+    is_dict = type(mapping) is dict or not hasattr(mapping, "__setitem__")
+    if not is_dict:
         return _mapping_subclass_builder(mapping, keys)
     order = list(mapping)
 
@@ -139,10 +142,16 @@ def _split_record(value: Tree) -> _Node | None:
     return _Node(list(arguments), [getattr(value, name) for name in arguments], build)
 
 
-def flatten(tree: Tree) -> tuple[list[Tree], Callable[[Sequence[Tree]], Tree]]:
+def flatten(
+    tree: Tree, *, is_leaf: _IsLeaf | None = None
+) -> tuple[list[Tree], Callable[[Sequence[Tree]], Tree]]:
     """Return the leaves of `tree` and a function that builds the same structure from other leaves.
 
     Effects: pure.
+
+    Args:
+        tree: A leaf or a container.
+        is_leaf: Which containers are leaves; None is no container.
 
     Examples:
         >>> leaves, rebuild = flatten({"b": 1, "a": (2, [3])})
@@ -150,21 +159,25 @@ def flatten(tree: Tree) -> tuple[list[Tree], Callable[[Sequence[Tree]], Tree]]:
         ([2, 3, 1], {'b': 10, 'a': (20, [30])})
     """
     leaves: list[Tree] = []
-    build = _collect(tree, leaves)
+    build = _collect(tree, leaves, is_leaf)
     return leaves, lambda values: build(iter(values))
 
 
-def _collect(tree: Tree, leaves: list[Tree]) -> Callable[[Iterator[Tree]], Tree]:
+def _collect(
+    tree: Tree, leaves: list[Tree], is_leaf: _IsLeaf | None
+) -> Callable[[Iterator[Tree]], Tree]:
     """Append the leaves of `tree`, and return what builds it from an iterator over other leaves.
 
     Not a closure that calls itself: that is a reference cycle, and would keep the leaves alive
     until the next garbage collection.
     """
-    node = _split(tree)
+    node = None
+    if is_leaf is None or not is_leaf(tree):
+        node = _split(tree)
     if node is None:
         leaves.append(tree)
         return next  # builds a leaf: the iterator yields the leaves in the order of `flatten`
-    builders = [_collect(child, leaves) for child in node.children]
+    builders = [_collect(child, leaves, is_leaf) for child in node.children]
     build_node = node.build
     return lambda values: build_node([build(values) for build in builders])
 

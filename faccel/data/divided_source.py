@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import attrs
 import numpy as np
@@ -152,10 +151,11 @@ def rows_of(data: Tree) -> int:
         >>> rows_of({"x": torch.zeros(4, 2), "names": ["a", "b", "c", "d"], "epoch": 3})
         4
     """
+    leaves, _ = flatten(data, is_leaf=_is_column)
     # Tensors decide; a list beside them may have any length, such as the names of classes.
-    lengths = sorted({len(leaf) for leaf in flatten(data)[0] if _has_rows(leaf)})
+    lengths = sorted({len(leaf) for leaf in leaves if _has_rows(leaf)})
     if not lengths:
-        lengths = sorted({len(column) for column in _columns(data)})
+        lengths = sorted({len(leaf) for leaf in leaves if isinstance(leaf, list | tuple)})
     if len(lengths) != 1:
         raise DataError(
             "`split_batches` divides the rows of a batch, whose tensors must have one length along "
@@ -166,68 +166,55 @@ def rows_of(data: Tree) -> int:
     return lengths[0]
 
 
-def _has_rows(leaf: Tree) -> bool:
-    return isinstance(leaf, torch.Tensor | np.ndarray) and leaf.ndim > 0
+def _has_rows(value: Tree) -> bool:
+    is_array = isinstance(value, torch.Tensor | np.ndarray) or is_tensordict(value)
+    return is_array and value.ndim > 0
 
 
 def _is_column(value: Tree) -> bool:
-    """Return whether a value is a list of one item for each row, such as texts, without tensors."""
-    if not isinstance(value, list):
-        return False
-    return not any(_has_rows(leaf) for leaf in flatten(value)[0])
-
-
-def _columns(data: Tree) -> Iterator[list[Tree]]:
-    for value in _fields(data):
-        if _is_column(value):
-            yield value
-
-
-def _fields(data: Tree) -> Sequence[Tree]:
-    """Return the values of a mapping or of a tuple; a batch of another kind is its only field."""
-    if isinstance(data, Mapping):
-        return list(data.values())
-    if isinstance(data, tuple | list) and not _is_column(data):
-        return data
-    return [data]
+    """Return whether a value may have one item for each row, such as texts, and has no tensors."""
+    # `default_collate` makes tuples of texts. Other tuples hold the fields of a batch, or a shape.
+    if type(value) is tuple:
+        return bool(value) and all(isinstance(item, str | bytes) for item in value)
+    return isinstance(value, list) and not any(map(_has_rows, flatten(value)[0]))
 
 
 def _take(data: Tree, num_rows: int, rows: Rows) -> Tree:
     """Return the rows of a rank, of a batch with `num_rows`; views where nothing repeats."""
-    # It indexes all of its tensors at once, and keeps its batch size.
-    if is_tensordict(data):
-        return _rows_of_leaf(data, rows)
-    # A mapping and a list are containers, or columns of the batch: only here, at the top.
-    if isinstance(data, Mapping):
-        fields: dict[Tree, Tree] = {}
-        for key, value in data.items():
-            fields[key] = _take_field(value, num_rows, rows)
-        if type(data) is dict or not isinstance(data, MutableMapping):
-            return fields
-        result = copy.copy(data)  # keeps the class of a tokenizer's `BatchEncoding`
-        result.update(fields)
-        return result
-    if isinstance(data, tuple | list) and not _is_column(data):
-        values = [_take_field(value, num_rows, rows) for value in data]
-        if hasattr(data, "_fields"):  # a named tuple takes its fields one by one
-            return type(data)(*values)
-        return type(data)(values)
-    return _take_field(data, num_rows, rows)
+
+    # One rule for every container and every depth. A list of another length may contain columns.
+    def is_leaf(value: Tree) -> bool:
+        if isinstance(value, list | tuple):
+            return len(value) == num_rows and _is_column(value)
+        # A TensorDict indexes all of its tensors at once, and keeps its batch size.
+        return is_tensordict(value) and _has_rows(value)
+
+    leaves, rebuild = flatten(data, is_leaf=is_leaf)
+    divided: list[Tree] = []
+    for leaf in leaves:
+        value = leaf
+        if isinstance(leaf, list | tuple):
+            _check_column(leaf, num_rows)
+            value = _rows_of_leaf(leaf, rows)
+        elif _has_rows(leaf):
+            value = _rows_of_leaf(leaf, rows)
+        divided.append(value)
+    return rebuild(divided)
 
 
-def _take_field(value: Tree, num_rows: int, rows: Rows) -> Tree:
-    if _is_column(value):
-        if len(value) != num_rows:  # not one item for each row
-            return value
-        valid = value[rows.begin : rows.begin + rows.num_valid]
-        return valid + value[rows.repeat : rows.repeat + rows.num_repeats]
-
-    def take(leaf: Tree) -> Tree:
-        if _has_rows(leaf):
-            return _rows_of_leaf(leaf, rows)
-        return leaf
-
-    return map_leaves(take, value)
+def _check_column(column: Sequence[Tree], num_rows: int) -> None:
+    """Raise for a list of as many lists as each has items: its rows may be either."""
+    # With one row, both are equal.
+    if num_rows == 1:
+        return
+    if all(_is_column(item) and len(item) == num_rows for item in column):
+        raise DataError(
+            "`split_batches` divides lists with one item per row; in a square of lists the rows "
+            "may be the lists or their items",
+            got=f"{num_rows} lists of {num_rows} items in a batch of {num_rows} rows",
+            fix='name the lists in a dict, such as `{"question": [...], "answer": [...]}`, or pass '
+            "`numpy.array(rows, dtype=object)`",
+        )
 
 
 def _rows_of_leaf(leaf: Tree, rows: Rows) -> Tree:
@@ -236,6 +223,8 @@ def _rows_of_leaf(leaf: Tree, rows: Rows) -> Tree:
     if not rows.num_repeats:
         return valid
     repeats = leaf[rows.repeat : rows.repeat + rows.num_repeats]
+    if isinstance(leaf, list | tuple):
+        return valid + repeats
     if isinstance(leaf, np.ndarray):
         return np.concatenate([valid, repeats])
     return torch.cat([valid, repeats])

@@ -1,7 +1,10 @@
 """`split_batches` of a loader that yields the batches of all ranks ready-made."""
 
 import collections
+import dataclasses
+import types
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -185,6 +188,126 @@ def test_batches_of_any_kind_are_divided(kind):
     assert list(simulate(fn, 2)) == expected.get(kind, [[0, 1], [2, 3]])
 
 
+@dataclasses.dataclass
+class Sample:
+    x: object
+    y: object
+
+
+@attrs.frozen
+class Record:
+    x: object
+    y: object
+
+
+# Each container of tensors, arrays and columns: all rows of a rank stay aligned.
+CONTAINERS = {
+    "a dict": lambda x, y: {"x": x, "y": y},
+    "an ordered dict": lambda x, y: collections.OrderedDict(x=x, y=y),
+    "an immutable dict": lambda x, y: types.MappingProxyType({"x": x, "y": y}),
+    "a list": lambda x, y: [x, y],
+    "a tuple": lambda x, y: (x, y),
+    "a named tuple": Pair,
+    "a dataclass": Sample,
+    "a record": Record,
+}
+COLUMNS = {
+    "texts": lambda: [f"row {row}" for row in range(5)],
+    "a tuple of texts": lambda: tuple(f"row {row}" for row in range(5)),
+    "lists of unequal length": lambda: [["row"] * row for row in range(5)],
+    "dicts": lambda: [{"row": row} for row in range(5)],
+    "an array": lambda: np.arange(5),
+}
+
+
+def fields_of(value):
+    """Return the two values of a container."""
+    if isinstance(value, collections.abc.Mapping):
+        return value["x"], value["y"]
+    if isinstance(value, list | tuple):
+        return value
+    return value.x, value.y
+
+
+@pytest.mark.parametrize("mode", ["split", "dispatch"])
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_rows_stay_aligned_in_each_container_at_each_depth(container, column, mode):
+    build = CONTAINERS[container]
+    batches = []
+    for inner in CONTAINERS.values():
+        batches.append(build(torch.arange(5), inner(COLUMNS[column](), 1)))
+        batches.append(inner(torch.arange(5), build(COLUMNS[column](), 1)))
+
+    def fn(ctx):
+        results = []
+        for part in faccel.shard(batches, ctx, split_batches=True, mode=mode):
+            ids, inner = fields_of(part)
+            results.append((ids.tolist(), *fields_of(inner)))
+        return results
+
+    # Each item beside its number, on both ranks.
+    items = COLUMNS[column]()
+    for ids, results in zip([[0, 1, 2], [3, 4, 0]], simulate(fn, 2), strict=True):
+        expected = [items[row] for row in ids]
+        for got, column_of_rank, number in results:
+            assert (got, number) == (ids, 1)
+            assert type(column_of_rank) is type(items)
+            assert list(column_of_rank) == expected
+
+
+def test_texts_of_the_default_collate_function_are_divided():
+    # Samples of a number and two texts: a list with a tuple for each text.
+    samples = [(row, (f"q{row}", f"a{row}")) for row in range(4)]
+
+    def fn(ctx):
+        loader = faccel.shard(DataLoader(samples, batch_size=4), fake_context(0, 1))
+        ((ids, (questions, answers)),) = faccel.shard(list(loader), ctx, split_batches=True)
+        return ids.tolist(), questions, answers
+
+    expected = [([0, 1], ("q0", "q1"), ("a0", "a1")), ([2, 3], ("q2", "q3"), ("a2", "a3"))]
+    assert list(simulate(fn, 2)) == expected
+
+
+@pytest.mark.parametrize("mode", ["split", "dispatch"])
+@pytest.mark.parametrize("lists", [[("q0", "q1"), ("a0", "a1")], [["q0", "q1"], ["a0", "a1"]]])
+def test_lists_that_may_be_rows_or_columns_are_an_error_with_a_fix(lists, mode):
+    def fn(ctx, other):
+        batches = [{"x": torch.arange(2), "other": other}]
+        return [b["other"] for b in faccel.shard(batches, ctx, split_batches=True, mode=mode)]
+
+    with pytest.raises(DataError, match="2 lists of 2 items in a batch of 2 rows"):
+        simulate(fn, 2, lists)
+    named = dict(zip(["question", "answer"], map(list, lists), strict=True))
+    first, second = simulate(fn, 2, named)
+    assert first == [{"question": ["q0"], "answer": ["a0"]}]
+    assert second == [{"question": ["q1"], "answer": ["a1"]}]
+    (first,), (second,) = simulate(fn, 2, np.array(lists, dtype=object))
+    assert [*first.tolist(), *second.tolist()] == [list(row) for row in lists]
+
+
+def memory_of(batch):
+    """Return the bytes that the tensors and arrays of a batch keep in memory."""
+    tensor, array, other = batch["tensor"], batch["array"], batch["nested"][0]
+    base = array if array.base is None else array.base
+    return [tensor.untyped_storage().nbytes(), base.nbytes, other.untyped_storage().nbytes()]
+
+
+@pytest.mark.parametrize("num_rows", [8, 6])  # 6 rows on 4 ranks: some repeat
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_a_rank_receives_the_memory_of_its_rows_only(num_ranks, num_rows):
+    data = torch.zeros(num_rows, 16)
+    batches = [{"tensor": data, "array": data.numpy(), "nested": (data.clone(),)}]
+
+    def fn(ctx):
+        loader = faccel.shard(batches, ctx, split_batches=True, mode="dispatch")
+        (part,) = loader
+        return memory_of(part)
+
+    num_bytes = -(-num_rows // num_ranks) * 16 * 4
+    assert list(simulate(fn, num_ranks)) == [[num_bytes] * 3] * num_ranks
+
+
 def test_a_tensordict_is_divided():
     tensordict = pytest.importorskip("tensordict")
     data = tensordict.TensorDict({"x": torch.arange(5)}, batch_size=[5])
@@ -194,6 +317,13 @@ def test_a_tensordict_is_divided():
         return part["x"].tolist(), list(part.batch_size)
 
     assert list(simulate(fn, 2)) == [([0, 1, 2], [3]), ([3, 4, 0], [3])]
+    data = {"inner": data, "text": list("abcde")}
+
+    def nested(ctx):
+        (part,) = faccel.shard([data], ctx, split_batches=True)
+        return part["inner"]["x"].tolist(), list(part["inner"].batch_size), part["text"]
+
+    assert simulate(nested, 2)[1] == ([3, 4, 0], [3], ["d", "e", "a"])
 
 
 def test_the_loader_has_its_number_of_batches_as_length():
