@@ -113,7 +113,6 @@ def read_accelerate(path: str, keys: Collection[str] | None, skip: Collection[st
         reason = "the generators of another rank were skipped"
         left_out.update(dict.fromkeys(sorted(set(ranks) - skipped), reason))
     state: dict[str, Tree] = {}
-    notes: list[str] = []
     # The preferred kind of file comes first, as in `load_state`.
     for name, kind, number in files:
         key = _key(kind, number)
@@ -122,12 +121,13 @@ def read_accelerate(path: str, keys: Collection[str] | None, skip: Collection[st
         if key in state:
             left_out[name] = f"`{key}` was read from another file"
             continue
-        state[key] = without_prefix(folder.read(name, kind, number), key, notes)
+        state[key] = folder.read(name, kind, number)
     if has_random_states and (keys is None or "rng" in keys):
         state["rng"] = folder.random_states()
     if _has_no_scaler(names, keys):
         state["scaler"] = ScalerState()
-    notes += _notes(state, len(ranks))
+    notes = _notes(state, len(ranks))
+    state = without_prefix(state, notes)
     return Imported(state, left_out, tuple(notes), frozenset(skipped))
 
 

@@ -17,7 +17,7 @@ from faccel.checkpoint.format_accelerate import is_accelerate, read_accelerate
 from faccel.checkpoint.imported import ImportedModule, ImportedOptimizer, imported_values
 from faccel.checkpoint.imported_folder import Imported, read_safetensors, without_prefix
 from faccel.checkpoint.load_weights import files_with_weights, names_in_index
-from faccel.checkpoint.safe_pickle import read_pickle
+from faccel.checkpoint.safe_pickle import read_pickle, unreadable
 from faccel.errors import CheckpointError, ConfigError, nearest, short_repr, short_text
 from faccel.tree import Tree
 
@@ -165,31 +165,28 @@ def _of_tree(tree: Tree, left_out: Mapping[str, str]) -> Imported:
             fix='write a dict of states with `torch.save({"model": model.state_dict()}, path)`',
         )
     notes: list[str] = []
-    state: dict[str, Tree] = {}
-    for key, value in values.items():
-        state[str(key)] = without_prefix(value, str(key), notes)
+    state = without_prefix({str(key): value for key, value in values.items()}, notes)
     return Imported(state, dict(left_out), tuple(notes))
 
 
 def _read_dcp(path: str, keys: Collection[str] | None, skip: Collection[str]) -> Imported:
-    left_out: dict[str, str] = {}
-    for name in sorted(os.listdir(path)):
-        if name != METADATA and not name.endswith(".distcp"):
-            left_out[name] = "not a file of this format"
-    return _of_tree(read_dcp(path), left_out)
+    return _of_tree(read_dcp(path), _others(path, _dcp_files(path)))
+
+
+def _dcp_files(path: str) -> list[str]:
+    return [METADATA, *(name for name in os.listdir(path) if name.endswith(".distcp"))]
 
 
 def _read_fabric(path: str, keys: Collection[str] | None, skip: Collection[str]) -> Imported:
     """Read a file of `fabric.save`, or the folder that it writes for a sharded model."""
     if not os.path.isdir(path):
         return _read_torch(path, keys, skip)
-    imported = _read_dcp(path, keys, skip)
     values = read_pickle(os.path.join(path, _FABRIC_METADATA), _FABRIC_METADATA)
+    if not isinstance(values, Mapping):
+        raise unreadable(_FABRIC_METADATA, f"a {type(values).__name__}, no dict")
     # The folder has the sharded states, the file all other values.
-    left_out = dict(imported.left_out)
-    del left_out[_FABRIC_METADATA]
-    state = _of_tree({**imported.state, **values}, left_out)
-    return attrs.evolve(state, notes=(*imported.notes, *state.notes))
+    left_out = _others(path, [*_dcp_files(path), _FABRIC_METADATA])
+    return _of_tree({**read_dcp(path), **values}, left_out)
 
 
 def _read_safetensors(path: str, keys: Collection[str] | None, skip: Collection[str]) -> Imported:

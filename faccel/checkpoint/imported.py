@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -38,10 +38,12 @@ class ImportedOptimizer:
             numbers, as under FSDP.
         model: The path of its model in the state, to which the names of parameters belong; None if
             it is unknown.
+        prefix: What the names of parameters begin with, and those in the model's state do not.
     """
 
     state_dict: Mapping[str, Any]
     model: str | None = None
+    prefix: str = ""
 
     def names(self) -> dict[object, str]:
         """Return the name in a checkpoint of each parameter by its key in the `state_dict`.
@@ -56,6 +58,7 @@ class ImportedOptimizer:
             for key, label in zip(group["params"], labels, strict=True):
                 names[key] = str(key)
                 if isinstance(label, str) and self.model is not None:
+                    label = label.removeprefix(self.prefix)
                     names[key] = child_name(self.model, user_name(label))
         return names
 
@@ -125,7 +128,15 @@ def is_optimizer_state(tree: Tree) -> bool:
     groups = tree.get("param_groups")
     if not isinstance(groups, list):
         return False
-    return all(isinstance(group, Mapping) and "params" in group for group in groups)
+    return all(map(_is_param_group, groups))
+
+
+def _is_param_group(value: Tree) -> bool:
+    if not isinstance(value, Mapping) or not isinstance(value.get("params"), list | tuple):
+        return False
+    # The names of an optimizer that was made of `named_parameters`.
+    labels = value.get("param_names") or value["params"]
+    return isinstance(labels, list | tuple) and len(labels) == len(value["params"])
 
 
 def imported_values(tree: Tree) -> Tree:
@@ -144,7 +155,11 @@ def imported_values(tree: Tree) -> Tree:
     if isinstance(values, ImportedObject):  # the state itself is no object
         values = dict(values.state)
     models = dict(_modules(values, ""))
-    return _with_models(values, models)
+
+    def with_model(opt: ImportedOptimizer) -> ImportedOptimizer:
+        return attrs.evolve(opt, model=_model_of(opt, models))
+
+    return map_optimizers(with_model, values)
 
 
 def _values(tree: Tree) -> Tree:
@@ -197,14 +212,22 @@ def _modules(values: Tree, path: str) -> Iterable[tuple[str, ImportedModule]]:
             yield from _modules(value, child_name(path, key))
 
 
-def _with_models(values: Tree, models: Mapping[str, ImportedModule]) -> Tree:
-    """Return the values with the model of each optimizer."""
+def map_optimizers(fn: Callable[[ImportedOptimizer], Tree], values: Tree) -> Tree:
+    """Return the values of `imported_values` with another one for each optimizer, at any depth.
+
+    Effects: pure, as far as `fn` is.
+
+    Examples:
+        >>> opt = ImportedOptimizer({"state": {}, "param_groups": []})
+        >>> map_optimizers(lambda opt: "Adam", {"opts": [opt], "epoch": 3})
+        {'opts': ['Adam'], 'epoch': 3}
+    """
     if isinstance(values, ImportedOptimizer):
-        return attrs.evolve(values, model=_model_of(values, models))
+        return fn(values)
     if isinstance(values, dict):
-        return {key: _with_models(value, models) for key, value in values.items()}
+        return {key: map_optimizers(fn, value) for key, value in values.items()}
     if isinstance(values, list):
-        return [_with_models(item, models) for item in values]
+        return [map_optimizers(fn, item) for item in values]
     return values
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import attrs
 import torch
 
 from faccel.checkpoint.dcp import Reader
 from faccel.checkpoint.headers import check_slices, read_slices
-from faccel.checkpoint.imported import ImportedModule
+from faccel.checkpoint.imported import ImportedModule, ImportedOptimizer, map_optimizers
 from faccel.checkpoint.safe_pickle import unreadable
 from faccel.tree import Tree
 
@@ -34,22 +34,36 @@ class Imported:
     skipped: Set[str] = frozenset()
 
 
-def without_prefix(value: Tree, key: str, notes: list[str]) -> Tree:
-    """Return the state of a module without the prefix of `DistributedDataParallel`.
+def without_prefix(state: Mapping[str, Tree], notes: list[str]) -> dict[str, Tree]:
+    """Return a state without the prefix of `DistributedDataParallel` in its models.
 
     Effects: updates notes.
     """
-    if not isinstance(value, ImportedModule):
-        return value
-    # One other name shows that the prefix is the model's.
-    if not all(name.startswith(_PREFIX) for name in value.entries):
-        return value
-    notes.append(
-        f"{key}: the prefix `{_PREFIX}` of DistributedDataParallel was removed from all names; "
-        f'if it is the model\'s, load with `rename={{"{key}": "{key}.module"}}`'
-    )
-    entries = {name.removeprefix(_PREFIX): entry for name, entry in value.entries.items()}
-    return ImportedModule(entries)
+    result: dict[str, Tree] = {}
+    changed: set[str] = set()
+    for key, value in state.items():
+        result[key] = value
+        # One other name shows that the prefix is the model's.
+        if isinstance(value, ImportedModule) and _have_prefix(value.entries):
+            entries = {name.removeprefix(_PREFIX): entry for name, entry in value.entries.items()}
+            result[key] = ImportedModule(entries)
+            changed.add(key)
+            notes.append(
+                f"{key}: the prefix `{_PREFIX}` of DistributedDataParallel was removed from all "
+                f'names; if it is the model\'s, load with `rename={{"{key}": "{key}.module"}}`'
+            )
+
+    # The names in an optimizer are those of its model.
+    def renamed(opt: ImportedOptimizer) -> ImportedOptimizer:
+        if opt.model in changed:
+            return attrs.evolve(opt, prefix=_PREFIX)
+        return opt
+
+    return map_optimizers(renamed, result)
+
+
+def _have_prefix(names: Iterable[str]) -> bool:
+    return all(name.startswith(_PREFIX) for name in names)
 
 
 def read_safetensors(folder: str, files: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -196,6 +196,38 @@ def test_names_of_ddp_lose_its_prefix_and_the_screen_shows_it(tmp_path):
     assert all(map(torch.equal, outer.parameters(), model.parameters()))
 
 
+@pytest.mark.parametrize("name", ["torch", "accelerate", "dcp"])
+def test_names_in_the_optimizer_of_a_ddp_module_are_those_of_its_model(tmp_path, name):
+    # As `DistributedDataParallel` names them in both.
+    model = nn.ModuleDict({"module": net()})
+    opt = torch.optim.AdamW(model.named_parameters(), lr=0.1)
+    model["module"](torch.ones(2, 3)).sum().backward()
+    opt.step()
+    state, path = {"model": model.state_dict(), "optimizer": opt.state_dict()}, tmp_path / "run"
+    if name == "torch":
+        torch.save(state, path)
+    elif name == "dcp":
+        save_dcp(state, path)
+    else:
+        path.mkdir()
+        save_file(state["model"], path / "model.safetensors")
+        torch.save(state["optimizer"], path / "optimizer.bin")
+    loaded = net(seed=9)
+    # The names decide, not the order.
+    loaded_opt = torch.optim.AdamW([*loaded.parameters()][::-1], lr=0.5)
+    faccel.load({"model": loaded, "optimizer": loaded_opt}, path, ONE, format=name)
+    for param, source in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(param, source)
+        assert torch.equal(loaded_opt.state[param]["exp_avg"], opt.state[source]["exp_avg"])
+    # A model whose only child has this name.
+    outer = nn.ModuleDict({"module": net(seed=9)})
+    outer_opt = torch.optim.AdamW([*outer.parameters()][::-1], lr=0.5)
+    state = {"model": outer, "optimizer": outer_opt}
+    faccel.load(state, path, ONE, format=name, rename={"model": "model.module"})
+    for param, source in zip(outer.parameters(), model.parameters(), strict=True):
+        assert torch.equal(outer_opt.state[param]["exp_avg"], opt.state[source]["exp_avg"])
+
+
 def test_every_file_is_imported_or_listed_with_a_reason(tmp_path):
     folder = tmp_path / "theirs"
     write_accelerate(folder)
@@ -210,6 +242,76 @@ def test_every_file_is_imported_or_listed_with_a_reason(tmp_path):
         "custom_checkpoint_0.pkl",
     }  # fmt: skip
     assert not (tmp_path / "executed").exists()
+
+
+def imported(folder, out, *options):
+    """Return the state and the reasons that `faccel checkpoints import` prints."""
+    code, output = run(folder, out, "--json", *options)
+    assert code == 0, output
+    report = json.loads(output)
+    return report["state"], report["left_out"]
+
+
+def test_a_skipped_scaler_is_not_one_that_is_disabled(tmp_path):
+    folder = tmp_path / "theirs"
+    write_accelerate(folder)
+    state, left_out = imported(folder, tmp_path / "ours", "--skip", "scaler.pt")
+    assert "scaler" not in state
+    assert left_out["scaler.pt"] == "skipped"
+    # The scale of the run that loads it stays, instead of one without an effect.
+    scaler = faccel.init_scaler(ONE)
+    with pytest.raises(CheckpointError, match="scaler"):
+        faccel.load({"model": net(), "scaler": scaler}, tmp_path / "ours", ONE)
+    # A folder without the file is that of a run without a scale.
+    (folder / "scaler.pt").unlink()
+    state, _ = imported(folder, tmp_path / "bf16")
+    assert "scaler" in state
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_the_generators_of_all_ranks_or_of_none_are_imported(tmp_path, rank):
+    folder, names = tmp_path / "theirs", [f"random_states_{number}.pkl" for number in range(3)]
+    write_accelerate(folder, num_ranks=3)
+    state, left_out = imported(folder, tmp_path / "ours", "--skip", names[rank])
+    assert "rng" not in state
+    reasons = {name: reason for name, reason in left_out.items() if name.startswith("random")}
+    others = dict.fromkeys(names, "the generators of another rank were skipped")
+    assert reasons == others | {names[rank]: "skipped"}
+
+
+def test_the_optimizer_of_sgd_without_momentum_is_imported(tmp_path):
+    # Its `state` is empty, and DCP stores no empty dict.
+    model = net()
+    opt = torch.optim.SGD(model.parameters(), lr=0.25, weight_decay=0.5)
+    save_dcp({"model": model.state_dict(), "optimizer": opt.state_dict()}, tmp_path / "dcp")
+    # The folder of an optimizer that Accelerate writes with FSDP.
+    (tmp_path / "fsdp").mkdir()
+    save_dcp({"optimizer": opt.state_dict()}, tmp_path / "fsdp" / "optimizer_0")
+    save_file(model.state_dict(), tmp_path / "fsdp" / "model.safetensors")
+    for name, kind in (("dcp", "dcp"), ("fsdp", "accelerate")):
+        run(tmp_path / name, tmp_path / f"{name}-copy", "--step", 7)
+        for folder, options in ((name, {"format": kind}), (f"{name}-copy", {})):
+            loaded = net(seed=9)
+            other = torch.optim.SGD(loaded.parameters(), lr=1.0)
+            faccel.load({"model": loaded, "optimizer": other}, tmp_path / folder, ONE, **options)
+            assert all(map(torch.equal, loaded.parameters(), model.parameters()))
+            assert other.param_groups[0]["lr"] == 0.25
+            assert other.param_groups[0]["weight_decay"] == 0.5
+
+
+def test_other_keys_are_an_error_that_lists_those_of_the_folder(tmp_path):
+    expected, _ = write_accelerate(tmp_path / "theirs")
+    loaded = net(seed=9)
+    with pytest.raises(CheckpointError) as caught:
+        faccel.load({"net": loaded}, tmp_path / "theirs", ONE, format="accelerate")
+    assert caught.value.got == "net"
+    for key in ("model", "optimizer", "scheduler", "scaler", "rng", "custom_0"):
+        assert key in caught.value.fix
+    assert 'rename={"model": "net"}' in caught.value.fix
+    names = {"model": "net"}
+    path = tmp_path / "theirs"
+    faccel.load({"net": loaded}, path, ONE, format="accelerate", rename=names)
+    assert all(map(torch.equal, loaded.parameters(), expected.parameters()))
 
 
 FILES_OF_CODE = [
@@ -391,6 +493,103 @@ def test_what_is_no_checkpoint_is_named(tmp_path, name):
     path, text = FOLDERS[name]
     with pytest.raises(CheckpointError, match=text):
         faccel.load({"model": None, "optimizer": None}, tmp_path / path, ONE, format="auto")
+
+
+@pytest.mark.parametrize("name", ["accelerate", "dcp"])
+def test_a_file_is_no_folder_of_a_format(tmp_path, name):
+    torch.save({"model": net().state_dict()}, tmp_path / "run.pt")
+    with pytest.raises(CheckpointError, match=f"`{name}` is a format of folders"):
+        faccel.load({"model": net()}, tmp_path / "run.pt", ONE, format=name)
+    code, output = run(tmp_path / "run.pt", tmp_path / "ours", "--format", name)
+    assert code == 1
+    assert "is a format of folders" in output
+
+
+@pytest.mark.parametrize("name", ["pytorch_model_fsdp_0", "optimizer_0"])
+def test_a_folder_of_fsdp_without_its_part_is_named(tmp_path, name):
+    folder = tmp_path / "theirs"
+    write_accelerate(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "optimizer.bin").unlink()
+    save_dcp({"other": {"weight": torch.ones(2)}}, folder / name)
+    state = {"model": net(), "optimizer": None}
+    with pytest.raises(CheckpointError, match=f"`{name}` cannot be read"):
+        faccel.load(state, folder, ONE, format="accelerate")
+
+
+GROUP = {"lr": 0.1, "params": [0]}
+ODD_OPTIMIZERS = {
+    "a number as state": {"state": 3, "param_groups": [GROUP]},
+    "a dict as groups": {"state": {}, "param_groups": {"lr": 0.1}},
+    "a number as group": {"state": {}, "param_groups": [3]},
+    "no parameters": {"state": {}, "param_groups": [{"lr": 0.1}]},
+    "a number as parameters": {"state": {}, "param_groups": [GROUP | {"params": 3}]},
+    "more names": {"state": {}, "param_groups": [GROUP | {"param_names": ["a", "b"]}]},
+    "a number as names": {"state": {}, "param_groups": [GROUP | {"param_names": 3}]},
+    "a list": [1, 2],
+}
+
+
+@pytest.mark.parametrize("kind", ODD_OPTIMIZERS)
+def test_a_dict_that_is_no_state_of_an_optimizer_is_named(tmp_path, kind):
+    write_accelerate(tmp_path / "theirs")
+    torch.save(ODD_OPTIMIZERS[kind], tmp_path / "theirs" / "optimizer.bin")
+    opt = torch.optim.SGD([torch.ones(1)], lr=0.1)
+    with pytest.raises(CheckpointError, match=r"`optimizer\.bin` cannot be read"):
+        faccel.load({"optimizer": opt}, tmp_path / "theirs", ONE, format="accelerate")
+    # In one file it may be a dict of the user, which is no optimizer's.
+    torch.save({"optimizer": ODD_OPTIMIZERS[kind]}, tmp_path / "run.pt")
+    with pytest.raises(CheckpointError, match="optimizer"):
+        faccel.load({"optimizer": opt}, tmp_path / "run.pt", ONE, format="torch")
+    code, output = run(tmp_path / "run.pt", tmp_path / "ours")
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.tensor(float("nan"))])
+def test_a_step_that_is_no_number_counts_no_updates(tmp_path, value):
+    state = {"state": {0: {"step": value}}, "param_groups": [GROUP]}
+    torch.save({"optimizer": state}, tmp_path / "epoch_12")
+    code, output = run(tmp_path / "epoch_12", tmp_path / "ours")
+    assert code == 0, output
+    assert faccel.latest(tmp_path / "ours", ONE).step == 12  # of the name
+
+
+# Sizes in the description of a folder that exceed every memory.
+HUGE = {
+    "tensor": "2 of 562949953421312 elements",
+    "file": r"`__0_0\.distcp` is shorter than described",
+}
+
+
+@pytest.mark.parametrize("kind", HUGE)
+def test_a_size_of_dcp_is_checked_before_memory_is_allocated(tmp_path, kind):
+    save_dcp({"x": torch.ones(2)}, tmp_path)
+    metadata = dcp.FileSystemReader(tmp_path).read_metadata()
+    if kind == "tensor":
+        metadata.state_dict_metadata["x"].size = torch.Size([1 << 49])
+    else:
+        for location in metadata.storage_data.values():
+            location.length = 1 << 49
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=HUGE[kind]):
+        faccel.load({"x": None}, tmp_path, ONE, format="dcp")
+
+
+@pytest.mark.parametrize("values", [{"epoch": 4}, [4]])
+def test_a_folder_of_fabric_has_values_beside_its_shards(tmp_path, values):
+    model, _ = trained()
+    save_dcp({"model": model.state_dict()}, tmp_path)
+    torch.save(values, tmp_path / "meta.pt")
+    (tmp_path / "notes.txt").write_text("notes")
+    loaded = net(seed=9)
+    if isinstance(values, list):
+        with pytest.raises(CheckpointError, match=r"`meta\.pt` cannot be read"):
+            faccel.load({"model": loaded, "epoch": None}, tmp_path, ONE, format="auto")
+        return
+    state = faccel.load({"model": loaded, "epoch": None}, tmp_path, ONE, format="auto")
+    assert state["epoch"] == 4
+    assert all(map(torch.equal, loaded.parameters(), model.parameters()))
+    assert imported(tmp_path, tmp_path / "ours")[1].keys() == {"notes.txt", "cursor"}
 
 
 def test_an_unknown_name_to_skip_is_an_error(tmp_path):
