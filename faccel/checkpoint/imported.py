@@ -171,7 +171,7 @@ def _values(tree: Tree) -> Tree:
     if is_optimizer_state(tree):
         return ImportedOptimizer(tree)
     # The exact keys: a user's dict may have a `scale`, too.
-    if tree.keys() == _SCALER_KEYS:
+    if set(tree) == _SCALER_KEYS:
         return scaler_of(tree)
     if _is_module_state(tree):
         return ImportedModule(tree)

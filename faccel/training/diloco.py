@@ -141,8 +141,8 @@ def diloco(
 
     Raises:
         ConfigError: `step` is not a positive int, or the mesh shards parameters.
-        ModelError: `model` has other trainable parameters than `outer`, is not wrapped, or was
-            wrapped with another context.
+        ModelError: `model` has other trainable parameters than `outer`, or of other shapes, is not
+            wrapped, or was wrapped with another context.
         DesyncError: As in `averaged`.
 
     Examples:
@@ -240,3 +240,11 @@ def _check_same_params(outer: DilocoState, params: Mapping[str, torch.nn.Paramet
             got=f"`{name}` in one of them only",
             fix="call `faccel.parallel.init_diloco` again after parameters were added or frozen",
         )
+    for name, anchor in outer.anchors.items():
+        # Otherwise a size of 1 would be broadcast.
+        if anchor.shape != params[name].shape:
+            raise ModelError(
+                f"`{name}` of `model` has another shape than in `outer`",
+                got=f"{list(params[name].shape)} for {list(anchor.shape)}",
+                fix="call `faccel.parallel.init_diloco` again after parameters were resized",
+            )

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import types
 import gc
 import weakref
 
@@ -50,6 +51,20 @@ def test_flatten_and_rebuild_is_the_identity(tree):
     assert type(again) is type(tree)
     assert len(paths(tree)) == len(leaves)
     assert flatten(map_leaves(lambda x: (x,), tree))[0] == leaves or leaves == flatten(tree)[0]
+
+
+def test_containers_that_are_leaves_stay_in_one_piece():
+    tree = {"texts": ["a", "b"], "pair": (1, ["c", [2]])}
+    leaves, rebuild = flatten(tree, is_leaf=lambda value: isinstance(value, list))
+    assert leaves == [1, ["c", [2]], ["a", "b"]]
+    assert rebuild([7, 8, 9]) == {"texts": 9, "pair": (7, 8)}
+    assert flatten(tree, is_leaf=lambda value: True)[0] == [tree]
+
+
+def test_a_mapping_that_cannot_be_changed_becomes_a_dict():
+    tree = types.MappingProxyType({"b": 1, "a": (2,)})
+    assert map_leaves(lambda x: x * 10, tree) == {"b": 10, "a": (20,)}
+    assert list(map_leaves(lambda x: x, tree)) == ["b", "a"]
 
 
 def test_dicts_are_flattened_in_sorted_order_and_rebuilt_in_the_original_order():

@@ -314,6 +314,20 @@ def test_a_model_that_does_not_fit_is_an_error():
         init_diloco(faccel.wrap(nn.Linear(2, 1).requires_grad_(False), ctx), ctx, every=1)
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 10), (10, 1), (11,)])
+def test_a_parameter_of_another_shape_is_an_error_and_nothing_is_broadcast(shape):
+    ctx = fake_context(0, 1)
+    net = faccel.wrap(Parts(), ctx)
+    outer = init_diloco(net, ctx, every=1)
+    net.module.p0 = nn.Parameter(torch.ones(shape))
+    with pytest.raises(ModelError, match="`p0` of `model` has another shape"):
+        diloco(outer, net, ctx, step=1)
+    assert torch.equal(net.module.p0, torch.ones(shape))
+    # The fix of the message.
+    outer = init_diloco(net, ctx, every=1)
+    diloco(outer, net, ctx, step=1)
+
+
 @pytest.mark.parametrize("mesh", ["dp_shard=2", "tp=2"])
 def test_a_mesh_that_shards_parameters_is_an_error(mesh):
     ctx = fake_context(0, 2, mesh=mesh)
