@@ -2,8 +2,8 @@
 
 import collections
 import dataclasses
-import types
 import gc
+import types
 import weakref
 
 import attrs

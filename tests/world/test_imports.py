@@ -262,7 +262,7 @@ def test_a_skipped_scaler_is_not_one_that_is_disabled(tmp_path):
     scaler = faccel.init_scaler(ONE)
     with pytest.raises(CheckpointError, match="scaler"):
         faccel.load({"model": net(), "scaler": scaler}, tmp_path / "ours", ONE)
-    # A folder without the file is that of a run without a scale.
+    # A run without a scale writes no such file.
     (folder / "scaler.pt").unlink()
     state, _ = imported(folder, tmp_path / "bf16")
     assert "scaler" in state
