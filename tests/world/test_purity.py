@@ -265,6 +265,7 @@ def test_every_function_without_effects_on_its_arguments_is_covered():
         "join",  # test_join.py compares what it leaves with a reference
         "step_in_backward",  # test_in_backward.py compares it with steps after backward
         *("unscale", "grad_norm"),  # test_unscale.py compares gradients before and after
+        "push_to_hub",  # takes no values; tests/hf/test_hub.py
         "forward_backward",  # test_forward_backward.py compares it with a loop by hand
         "find_batch_size",  # test_failures.py compares it with the limits of the ranks
         *("seed_everything", "rng_state", "set_rng_state"),
