@@ -57,10 +57,11 @@ def read_pickle(source: str | BinaryIO, name: str) -> Tree:
                 cast(Any, source), map_location="cpu", weights_only=True, mmap=is_mapped
             )
     except pickle.UnpicklingError as error:
+        # Without torch's advice before the cause: to execute what the file names.
         match = _REFUSED.search(str(error))
         if match is None:
-            raise unreadable(name, str(error)) from None
-        # Without torch's message, which recommends to execute the code.
+            cause = str(error).rpartition("WeightsUnpickler error:")[2]
+            raise unreadable(name, f"no file of `torch.save`: {cause.strip()}") from None
         raise refused(name, next(filter(None, match.groups()))) from None
     except MemoryError:
         raise

@@ -637,3 +637,10 @@ def test_dicts_of_a_file_load_as_dicts_or_into_objects_at_any_depth(tmp_path):
     faccel.save({"schedule": {"step_size": 3}}, tmp_path / "plain", ONE, step=1)
     with pytest.raises(CheckpointError, match="does not fit"):
         faccel.load({"schedule": other}, tmp_path / "plain", ONE)
+
+
+def test_the_error_of_a_corrupt_pickle_does_not_recommend_to_execute_it(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_text("x\n")
+    with pytest.raises(CheckpointError, match=r"`pytorch_model\.bin` cannot be read") as caught:
+        faccel.load({"model": net(seed=1)}, tmp_path, ONE, format="torch")
+    assert caught.value.got == "no file of `torch.save`: Unsupported operand 120"
