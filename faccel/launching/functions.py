@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from faccel.checks import one_of
 from faccel.config import Config
 from faccel.config_file import find, read
 from faccel.config_sources import resolve
@@ -45,38 +46,75 @@ T = TypeVar("T")
 # The signals for which PyTorch's agent installs handlers.
 _AGENT_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _ConfigLike = Config | Mapping[str, Any] | str | None
+_PLACES = ("local", "ray")
 
 
 @effectful(AMBIENT)
 def launch(
-    fn: Callable[..., T], *args: Any, config: _ConfigLike = None, num_processes: int | None = None
+    fn: Callable[..., T],
+    *args: Any,
+    config: _ConfigLike = None,
+    num_processes: int | None = None,
+    on: str = "local",
+    resources: Mapping[str, float] | None = None,
+    max_restarts: int = 0,
 ) -> list[T]:
-    """Run `fn(ctx, *args)` in several processes on this node, and return the results by rank.
+    """Run `fn(ctx, *args)` in several processes, and return the results by rank.
 
-    The processes are spawned and import the script again. Call `launch` below
-    `if __name__ == "__main__":`, and define `fn` at the top level of a module.
+    On this node the processes are spawned and import the script again. Call `launch` below
+    `if __name__ == "__main__":`, and define `fn` at the top level of a module. On Ray each rank
+    is an actor, and `fn` may be defined anywhere.
 
-    Effects: ambient. Starts processes with PyTorch's elastic launcher.
+    Effects: ambient. Starts processes with PyTorch's elastic launcher, or actors of Ray.
 
     Args:
         fn: Takes a `DistContext` first. The function, its arguments and results are pickled.
         *args: Further arguments of `fn`, the same for each rank.
         config: As for `init`.
         num_processes: Number of processes; None is `nproc` of the configuration file, else one per
-            accelerator, or one without them.
+            accelerator of this node or GPU of the Ray cluster, or one without them.
+        on: `"local"`, this node, or `"ray"`, the Ray cluster that this process is connected to,
+            else that of `RAY_ADDRESS`, else a new one on this node.
+        resources: With `on="ray"`: Ray's resources of each rank. None is one CPU, and one GPU if
+            `device` or the cluster has GPUs.
+        max_restarts: With `on="ray"`: how often all ranks start again after one has failed. After
+            `sys.exit(preempted.exit_code)` they always do.
 
     Raises:
         RankFailedError: A process failed. The message contains the traceback of the first one.
         ConfigError: The configuration is invalid; raised before a process starts.
-        LaunchError: A launcher started this process, or the function, an argument or a result
-            cannot be pickled.
+        LaunchError: A launcher started this process, the function, an argument or a result
+            cannot be pickled, or the Ray cluster lacks the resources.
 
     Examples:
         >>> launch(lambda ctx: ctx.world_size, num_processes=1)
         [1]
     """
     with uncaught_without_frames(os.environ):
+        if one_of("on", on, _PLACES, LaunchError) == "ray":
+            from faccel.launching.ray_launch import launch_on_ray
+
+            resolved = _check(fn, config)
+            count = _requested_count(num_processes, config)
+            return launch_on_ray(fn, args, resolved, count, resources, max_restarts)
+        _check_local(resources, max_restarts)
         return _run(fn, args, config, _count(num_processes, config), "spawn")
+
+
+def _check_local(resources: object, max_restarts: object) -> None:
+    """Raise for an option that only a launch on a cluster has."""
+    if resources is not None:
+        raise LaunchError(
+            "`resources` are those of a Ray cluster",
+            got=f'`resources={short_repr(resources)}` without `on="ray"`',
+            fix='add `on="ray"`, or remove `resources`',
+        )
+    if max_restarts != 0:
+        raise LaunchError(
+            "`faccel.launch` on this node starts no rank again",
+            got=f'`max_restarts={short_repr(max_restarts)}` without `on="ray"`',
+            fix='add `on="ray"`, or run `faccel launch --max-restarts 1 train.py` in a shell',
+        )
 
 
 @effectful(AMBIENT)
@@ -136,12 +174,20 @@ def _check_can_fork() -> None:
         )
 
 
-def _count(num_processes: int | None, config: _ConfigLike) -> int:
+def _requested_count(num_processes: int | None, config: _ConfigLike) -> int | None:
+    """Return the number of processes of the call or the file; None if neither has one."""
     if num_processes is not None:
         return _positive_int(num_processes)
     file = _config_file(config)
-    if file is not None and file.num_processes is not None:
-        return file.num_processes
+    if file is None:
+        return None
+    return file.num_processes
+
+
+def _count(num_processes: int | None, config: _ConfigLike) -> int:
+    count = _requested_count(num_processes, config)
+    if count is not None:
+        return count
     if not torch.accelerator.is_available():
         return 1
     return max(1, torch.accelerator.device_count())
