@@ -219,7 +219,8 @@ def _connected(ray: Any) -> Generator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        # As at the exit of a script: it waits a moment for the last output of the ranks.
+        ray.shutdown(_exiting_interpreter=True)
         # Ray replaces the handler on the main thread, and leaves it.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
