@@ -62,7 +62,7 @@ def results_of(start: StartRanks, world_size: int, max_restarts: int) -> list[by
     while True:
         with start(attempt) as ranks:
             ended = _wait_for_all(ranks, world_size)
-        attempt += 1
+        attempt += 1  # also after a preemption: it numbers the starts
         # A failure is stronger than a saved checkpoint, which is stronger than success.
         if ended.failed_rank is None and not ended.is_preempted:
             return _results(ended.outcomes, world_size)
@@ -110,6 +110,7 @@ def _wait_for_all(ranks: Ranks, world_size: int) -> _Ended:
 
 def _summary(outcomes: Mapping[int, Outcome]) -> _Ended:
     is_preempted = False
+    # In the order of `outcomes`, the first failure first.
     failures: list[int] = []
     for rank, outcome in outcomes.items():
         if outcome.exit_code == Preemption.exit_code:

@@ -28,6 +28,8 @@ from faccel.launching.ray_rank import (
 )
 
 T = TypeVar("T")
+# The module, which is an extra: its types are unknown where it is not installed.
+_Ray = Any
 _END_TIMEOUT_S = 60.0  # until an actor that was killed has ended
 
 
@@ -35,7 +37,7 @@ _END_TIMEOUT_S = 60.0  # until an actor that was killed has ended
 class _Job:
     """What is the same for all attempts of a launch."""
 
-    ray: Any
+    ray: _Ray
     call: bytes
     num_processes: int
     resources: Mapping[str, float]
@@ -58,7 +60,7 @@ def launch_on_ray(
     Args:
         fn: Takes a `DistContext` first.
         args: Further arguments.
-        config: The resolved configuration, which is that of all ranks.
+        config: The resolved configuration of all ranks.
         num_processes: Number of ranks; None is one per GPU of the cluster, or one without GPUs.
         resources: Ray's resources of a rank.
         max_restarts: How often all ranks start again after a failure.
@@ -68,11 +70,12 @@ def launch_on_ray(
         RankFailedError: A rank failed, and no restart is left.
     """
     integer("max_restarts", max_restarts, at_least=0)
+    # Before Ray is imported, which takes seconds, and before a cluster starts.
     if resources is not None:
         _check_resources(resources)
     check_device(config.device, resources)
     try:
-        ray: Any = importlib.import_module("ray")
+        ray: _Ray = importlib.import_module("ray")
     except ImportError:
         raise LaunchError(
             "Ray is not installed", got='`on="ray"`', fix='run `pip install "faccel[ray]"`'
@@ -82,6 +85,7 @@ def launch_on_ray(
         resources, device = rank_resources(resources, config.device, num_gpus)
         if num_processes is None:
             num_processes = 1
+            # As without Ray, where it is one per accelerator of the node.
             if "GPU" in resources:
                 num_processes = max(1, num_gpus)
         job = _Job(
@@ -130,7 +134,7 @@ def check_device(device: str | None, resources: Mapping[str, float] | None) -> N
     """
     if device is None:
         return
-    device_type = device.partition(":")[0]
+    device_type = device.partition(":")[0]  # of `cuda:0`
     if device_type not in ("cpu", "cuda"):
         raise LaunchError(
             f"the ranks of a launch on Ray use CPUs or CUDA GPUs, not `{short_text(device_type)}`",
@@ -172,9 +176,11 @@ def rank_resources(
         ({'CPU': 4}, 'cpu')
     """
     if resources is None:
+        # The core is for the Python of the rank. Data workers need more, which the user counts.
         resources = {"CPU": 1}
         if (device or "").startswith("cuda") or (device is None and num_gpus > 0):
             resources = {"CPU": 1, "GPU": 1}
+    # A bundle of a placement group may not have an amount of 0.
     needed = {name: amount for name, amount in resources.items() if amount}
     if device is not None:
         return needed, device
@@ -184,7 +190,7 @@ def rank_resources(
 
 
 def _pickled_call(
-    ray: Any, fn: Callable[..., object], args: tuple[object, ...], config: Config, device: str
+    ray: _Ray, fn: Callable[..., object], args: tuple[object, ...], config: Config, device: str
 ) -> bytes:
     try:
         return ray.cloudpickle.dumps((fn, args, config, device))
@@ -209,9 +215,9 @@ def _unpickled(result: bytes, rank: int) -> Any:
 
 
 @contextmanager
-def _connected(ray: Any) -> Generator[None]:
+def _connected(ray: _Ray) -> Generator[None]:
     """Connect to the cluster of `RAY_ADDRESS`, or to one on this node, until the block ends."""
-    if ray.is_initialized():  # by the script, which may go on using it
+    if ray.is_initialized():  # by the script, which may use it afterwards
         yield
         return
     handler = signal.getsignal(signal.SIGTERM)
@@ -229,7 +235,7 @@ def _connected(ray: Any) -> Generator[None]:
 @contextmanager
 def _started(job: _Job, attempt: int) -> Generator[_RayRanks]:
     """Start all ranks on new actors; end the actors with the block."""
-    placement: Any = importlib.import_module("ray.util.placement_group")
+    placement: _Ray = importlib.import_module("ray.util.placement_group")
     # All ranks or none: two launches that each wait for the other's resources would never start.
     group = placement.placement_group([dict(job.resources)] * job.num_processes, strategy="PACK")
     ranks = _RayRanks(job.ray)
@@ -245,6 +251,7 @@ def _started(job: _Job, attempt: int) -> Generator[_RayRanks]:
 
 
 def _no_resources(job: _Job) -> LaunchError:
+    # Also of nodes that others use: the free ones may have changed since the timeout.
     total = job.ray.cluster_resources()
     present = {name: total.get(name, 0) for name in job.resources}
     return LaunchError(
@@ -258,7 +265,7 @@ def _no_resources(job: _Job) -> LaunchError:
 class _RayRanks:
     """The actors of one attempt, by rank."""
 
-    def __init__(self, ray: Any) -> None:
+    def __init__(self, ray: _Ray) -> None:
         self._ray = ray
         self._actors: list[Any] = []
         self._running: dict[Any, int] = {}  # the rank of each running call
@@ -266,7 +273,7 @@ class _RayRanks:
 
     def start(self, job: _Job, group: Any, attempt: int) -> None:
         """Start an actor in each bundle of a placement group, and the function on all of them."""
-        scheduling: Any = importlib.import_module("ray.util.scheduling_strategies")
+        scheduling: _Ray = importlib.import_module("ray.util.scheduling_strategies")
         resources = dict(job.resources)
         num_cpus, num_gpus = resources.pop("CPU", 0), resources.pop("GPU", 0)
         for index in range(job.num_processes):
@@ -274,14 +281,14 @@ class _RayRanks:
                 num_cpus=num_cpus,
                 num_gpus=num_gpus,
                 resources=resources,
-                # A rank cannot start again alone: its process group is that of all ranks.
+                # A rank cannot start again alone: all of them have one process group.
                 max_restarts=0,
                 scheduling_strategy=scheduling.PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=index
                 ),
             )
             self._actors.append(actor_class.remote())
-        locations = self._locations()
+        locations = self._locations(job.start_timeout_s)
         if locations is None:
             return
         order = rank_order(locations)
@@ -289,24 +296,26 @@ class _RayRanks:
         locations = [locations[index] for index in order]
         try:
             host = main_address(locations)
-            port = self._ray.get(self._actors[0].free_port.remote(host))
+            call = self._actors[0].free_port.remote(host)
+            port = self._ray.get(call, timeout=job.start_timeout_s)
         except self._ray.exceptions.RayError as error:
             self._ended.append((0, _died(error)))
             return
+        # The ranks have until the start timeout of `init` to connect.
         call = self._ray.put(job.call)  # once for each node, not for each rank
         for rank, variables in enumerate(rank_variables(locations, port, attempt)):
             self._running[self._actors[rank].run.remote(variables, call)] = rank
 
-    def _locations(self) -> list[Location] | None:
+    def _locations(self, timeout_s: float) -> list[Location] | None:
         """Return where the actors run; None if one of them did not start."""
         calls = [actor.locate.remote() for actor in self._actors]
         locations: list[Location] = []
         for index, call in enumerate(calls):
             try:
-                locations.append(self._ray.get(call))
-            # For example on a node without faccel.
+                locations.append(self._ray.get(call, timeout=timeout_s))
+            # For example on a node without faccel, or that has ended since.
             except self._ray.exceptions.RayError as error:
-                self._ended.append((index, _died(error)))
+                self._ended.append((index, _died(error, "did not start")))
                 return None
         return locations
 
@@ -329,6 +338,7 @@ class _RayRanks:
 
     def close(self) -> None:
         """End all actors, and wait until their processes have ended."""
+        # Killed, and not asked: a rank may wait in a collective, where it reads no message.
         for actor in self._actors:
             self._ray.kill(actor)
         calls = list(self._running)
@@ -337,5 +347,6 @@ class _RayRanks:
             self._ray.wait(calls, num_returns=len(calls), timeout=_END_TIMEOUT_S)
 
 
-def _died(error: Exception) -> Outcome:
-    return Outcome(exit_code=1, error=f"the actor ended: {error}")
+def _died(error: Exception, event: str = "ended") -> Outcome:
+    # The text of Ray names the process, its node, and the signal or the lack of memory.
+    return Outcome(exit_code=1, error=f"the actor {event}: {error}")
