@@ -221,7 +221,15 @@ def _connected(ray: _Ray) -> Generator[None]:
         yield
         return
     handler = signal.getsignal(signal.SIGTERM)
-    ray.init()
+    try:
+        ray.init()
+    # Ray raises all three: the address does not answer, is no address, or a component failed.
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise LaunchError(
+            "this process cannot connect to a Ray cluster",
+            got=short_text(str(error)),
+            fix="start one by `ray start --head`, and check or unset `RAY_ADDRESS`",
+        ) from None
     try:
         yield
     finally:

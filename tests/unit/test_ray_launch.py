@@ -151,6 +151,7 @@ def test_the_nodes_of_the_actors_determine_ranks_addresses_and_gpus(nodes, has_g
         (None, "cpu", 2, ({"CPU": 1}, "cpu")),
         (None, "cuda", 0, ({"CPU": 1, "GPU": 1}, "cuda")),
         ({"CPU": 4}, None, 2, ({"CPU": 4}, "cpu")),
+        ({"GPU": 1}, "cuda:1", 2, ({"GPU": 1}, "cuda:1")),
         ({"CPU": 4, "GPU": 0}, None, 2, ({"CPU": 4}, "cpu")),
         ({"CPU": 4, "GPU": 1.0}, None, 0, ({"CPU": 4, "GPU": 1.0}, "cuda")),
         ({"GPU": 1, "accelerator_type:H100": 0.001}, "cuda", 2,
