@@ -45,6 +45,8 @@ class DeviceKind:
         fp8_rowwise_capability: The same, with one scale for each row.
         kubernetes_resource: The resource of the device plugin that pods request; "" if it depends
             on the model.
+        ray_resource: The resource by which Ray assigns a device to an actor; "" if faccel starts
+            no ranks on it there.
     """
 
     hardware: str = ""
@@ -63,6 +65,8 @@ class DeviceKind:
     fp8_capability: tuple[int, int] | None = None
     fp8_rowwise_capability: tuple[int, int] | None = None
     kubernetes_resource: str = ""
+    # Not CUDA's: each type has a variable of its kind that limits a process to some devices.
+    ray_resource: str = ""
 
 
 KINDS: Mapping[str, DeviceKind] = MappingProxyType(
@@ -75,6 +79,7 @@ KINDS: Mapping[str, DeviceKind] = MappingProxyType(
             fp8_capability=(8, 9),
             fp8_rowwise_capability=(9, 0),
             kubernetes_resource="nvidia.com/gpu",
+            ray_resource="GPU",
         ),
         # Arc cards have no float64.
         "xpu": DeviceKind("Intel GPUs", has_float64=False, library="xccl"),

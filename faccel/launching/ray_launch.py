@@ -16,6 +16,7 @@ import attrs
 
 from faccel.checks import integer
 from faccel.config import Config
+from faccel.device_table import KINDS, DeviceKind
 from faccel.errors import LaunchError, RankFailedError, short_repr, short_text
 from faccel.launching.rank_outcomes import results_of
 from faccel.launching.ray_rank import (
@@ -30,6 +31,7 @@ from faccel.launching.ray_rank import (
 T = TypeVar("T")
 # The module, which is an extra: its types are unknown where it is not installed.
 _Ray = Any
+_GPU = "GPU"  # Ray's name of the resource
 _END_TIMEOUT_S = 60.0  # until an actor that was killed has ended
 
 
@@ -81,12 +83,12 @@ def launch_on_ray(
             "Ray is not installed", got='`on="ray"`', fix='run `pip install "faccel[ray]"`'
         ) from None
     with _connected(ray):
-        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        num_gpus = int(ray.cluster_resources().get(_GPU, 0))
         resources, device = rank_resources(resources, config.device, num_gpus)
         if num_processes is None:
             num_processes = 1
             # As without Ray, where it is one per accelerator of the node.
-            if "GPU" in resources:
+            if _GPU in resources:
                 num_processes = max(1, num_gpus)
         job = _Job(
             ray=ray,
@@ -110,7 +112,7 @@ def _check_resources(resources: object) -> None:
             if not isinstance(name, str) or not is_number or not 0 <= amount < math.inf:
                 problem = f"`resources[{short_repr(name)}]` must be a number of at least 0"
         # Two ranks on a GPU would wait for each other in NCCL, and a rank uses one.
-        if not problem and resources.get("GPU", 0) not in (0, 1):
+        if not problem and resources.get(_GPU, 0) not in (0, 1):
             problem = '`resources["GPU"]` must be 0 or 1, because a rank has one GPU'
     if problem:
         raise LaunchError(
@@ -135,18 +137,19 @@ def check_device(device: str | None, resources: Mapping[str, float] | None) -> N
     if device is None:
         return
     device_type = device.partition(":")[0]  # of `cuda:0`
-    if device_type not in ("cpu", "cuda"):
+    kind = KINDS.get(device_type, DeviceKind())
+    if not kind.is_host and not kind.ray_resource:
         raise LaunchError(
             f"the ranks of a launch on Ray use CPUs or CUDA GPUs, not `{short_text(device_type)}`",
             got=f"device={short_repr(device)}",
-            fix='use `device="cuda"` or `device="cpu"`, or start the nodes with `faccel launch`',
+            fix='use `device="cpu"`, or start the nodes with `faccel launch`',
         )
     if resources is None:
         return
-    has_gpu = resources.get("GPU", 0) > 0
-    if has_gpu != (device_type == "cuda"):
+    has_gpu = resources.get(_GPU, 0) > 0
+    if has_gpu == kind.is_host:
         example = '{"CPU": 1}'
-        if device_type == "cuda":
+        if not kind.is_host:
             example = '{"CPU": 1, "GPU": 1}'
         raise LaunchError(
             "`resources` contradicts `device`",
@@ -175,18 +178,27 @@ def rank_resources(
         >>> rank_resources({"CPU": 4}, None, 8)
         ({'CPU': 4}, 'cpu')
     """
+    gpu_type = _device_type_of(_GPU)
     if resources is None:
         # The core is for the Python of the rank. Data workers need more, which the user counts.
         resources = {"CPU": 1}
-        if (device or "").startswith("cuda") or (device is None and num_gpus > 0):
-            resources = {"CPU": 1, "GPU": 1}
+        if (device or "").startswith(gpu_type) or (device is None and num_gpus > 0):
+            resources = {"CPU": 1, _GPU: 1}
     # A bundle of a placement group may not have an amount of 0.
     needed = {name: amount for name, amount in resources.items() if amount}
     if device is not None:
         return needed, device
-    if "GPU" in needed:
-        return needed, "cuda"
+    if _GPU in needed:
+        return needed, gpu_type
     return needed, "cpu"
+
+
+def _device_type_of(resource: str) -> str:
+    """Return the device type that Ray assigns as this resource."""
+    for device_type, kind in KINDS.items():
+        if kind.ray_resource == resource:
+            return device_type
+    raise LookupError(resource)
 
 
 def _pickled_call(
@@ -283,7 +295,7 @@ class _RayRanks:
         """Start an actor in each bundle of a placement group, and the function on all of them."""
         scheduling: _Ray = importlib.import_module("ray.util.scheduling_strategies")
         resources = dict(job.resources)
-        num_cpus, num_gpus = resources.pop("CPU", 0), resources.pop("GPU", 0)
+        num_cpus, num_gpus = resources.pop("CPU", 0), resources.pop(_GPU, 0)
         for index in range(job.num_processes):
             actor_class = self._ray.remote(RankActor).options(
                 num_cpus=num_cpus,

@@ -42,7 +42,7 @@ def train(ctx, folder, disturbance):
             _, scaler = faccel.optimizer_step(opt, scaler, ctx)
             step += 1
             state |= {"scaler": scaler, "cursor": batch.cursor, "rng": faccel.rng_state(ctx)}
-            if step % 2 == 1:  # the steps since the last checkpoint are computed again
+            if step % 2 == 1:  # the steps since the last checkpoint run twice
                 faccel.save(state | {"step": step}, folder, ctx, step=step, keep=2)
             if attempt == 0 and step == 8 and ctx.rank == 1:
                 if disturbance == "kill":

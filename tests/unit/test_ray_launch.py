@@ -92,7 +92,7 @@ def test_the_outcomes_of_the_ranks_determine_restart_result_and_error(name):
     else:
         assert expected in str(result)
     for events, ranks in zip(attempts, started, strict=True):
-        # Whoever waits for a rank that ended without a result gets an error, as of a process.
+        # A rank that waits for one without a result gets an error, as if that were a process.
         failed = [event[0] for event in events if event and event[1].exit_code]
         assert ranks.ended == failed
 
@@ -179,6 +179,7 @@ INVALID = {
     "`resources['CPU']` must be a number": {"on": "ray", "resources": {"CPU": "1"}},
     "`resources['disk']` must be a number": {"on": "ray", "resources": {"disk": -1}},
     '`resources["GPU"]` must be 0 or 1': {"on": "ray", "resources": {"GPU": 0.5}},
+    "CPUs or CUDA GPUs, not `privateuseone`": {"on": "ray", "config": {"device": "privateuseone"}},
     "not `tpu`": {"on": "ray", "config": {"device": "tpu"}},
     'write `resources={"CPU": 1}`': {
         "on": "ray", "config": {"device": "cpu"}, "resources": {"GPU": 1},
