@@ -74,7 +74,7 @@ def launch(
         num_processes: Number of processes; None is `nproc` of the configuration file, else one per
             accelerator of this node or GPU of the Ray cluster, or one without them.
         on: `"local"`, this node, or `"ray"`, the Ray cluster that this process is connected to,
-            else that of `RAY_ADDRESS`, else a new one on this node.
+            else that of `RAY_ADDRESS`, else one that runs on this node, else a new one.
         resources: With `on="ray"`: Ray's resources of each rank. None is one CPU, and one GPU if
             `device` or the cluster has GPUs.
         max_restarts: With `on="ray"`: how often all ranks start again after one has failed. After
