@@ -251,8 +251,9 @@ def export_model(
     """Write the full tensors of a model as safetensors files, however they are sharded.
 
     Effects: ambient, collective. Rank 0 writes files, and replaces those of an earlier export in
-    the directory. It needs the memory of one file. A model of transformers or diffusers is written
-    with `config.json` and the file names of its library, for `from_pretrained`.
+    the directory. It needs the memory of one file. A model of transformers, diffusers or timm is
+    written with `config.json` and the file names of its library, for `from_pretrained` or
+    `timm.create_model("local-dir:PATH")`.
 
     Args:
         model: From `wrap`, or a module.

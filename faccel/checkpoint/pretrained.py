@@ -1,8 +1,9 @@
-"""The files beside the weights that `from_pretrained` of transformers and PEFT reads."""
+"""The files beside the weights that transformers, diffusers, timm and PEFT read."""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 import secrets
@@ -54,6 +55,19 @@ def _write_diffusers_config(module: nn.Module, folder: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def _is_timm(module: nn.Module) -> bool:
+    """Return whether a module was made by `timm.create_model`."""
+    # Each of its models has the configuration of its pretrained weights, with its registered name.
+    config: object = getattr(module, "pretrained_cfg", None)
+    return "timm" in sys.modules and isinstance(config, Mapping) and "architecture" in config
+
+
+def _write_timm_config(module: nn.Module, folder: str) -> None:
+    # Its public function `save_for_hf` writes the weights, too, as they are in this process.
+    hub: Any = importlib.import_module("timm.models._hub")
+    hub.save_config_for_hf(module, os.path.join(folder, "config.json"))
+
+
 def write_config(module: nn.Module, folder: str, dtype: torch.dtype | None = None) -> None:
     """Write the configuration of a model, and its generation configuration, if it has them.
 
@@ -69,6 +83,8 @@ def write_config(module: nn.Module, folder: str, dtype: torch.dtype | None = Non
     existing = set(os.listdir(folder))
     if _is_diffusers(module):
         _write_diffusers_config(module, folder)
+    elif _is_timm(module):
+        _write_timm_config(module, folder)
     else:
         _write_pretrained_config(module, folder, dtype)
     for name in set(os.listdir(folder)) - existing:
