@@ -1,10 +1,11 @@
-"""Exports of models of timm. Its dependency torchvision has no build for the CPU build of PyTorch."""
+"""Exports of models of timm, whose dependency torchvision needs PyTorch with CUDA."""
 
 import json
 
-import faccel
 import pytest
 import torch
+
+import faccel
 from faccel.testing import simulate
 
 timm = pytest.importorskip(
