@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,7 +23,27 @@ T = TypeVar("T")
 def _to_bytes(obj: object, ctx: DistContext) -> torch.Tensor:
     # `bytearray`, because PyTorch warns about the read-only buffer of `bytes`. On the device of the
     # context, because NCCL sends tensors of the GPU only.
-    return torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8).to(ctx.device)
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(obj)
+    return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8).to(ctx.device)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles the elements of a tensor, where PyTorch pickles its whole storage.
+
+    A row of a data set would otherwise be sent with the whole data set. Tensors that share memory
+    do not after that, unless they are one object.
+    """
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Return how an object is pickled; `NotImplemented` for its usual way."""
+        # Exact: what a subclass needs is unknown. Other layouts have no storage.
+        if type(obj) is not torch.Tensor or obj.layout is not torch.strided:
+            return NotImplemented
+        if obj.untyped_storage().nbytes() <= obj.nbytes:
+            return NotImplemented
+        elements = obj.detach().clone().requires_grad_(obj.requires_grad)
+        return elements.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
 
 
 def _from_bytes(row: torch.Tensor) -> Tree:
