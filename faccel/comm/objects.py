@@ -31,7 +31,7 @@ def _to_bytes(obj: object, ctx: DistContext) -> torch.Tensor:
 class _Pickler(pickle.Pickler):
     """Pickles the elements of a tensor, where PyTorch pickles its whole storage.
 
-    A row of a data set would otherwise be sent with the whole data set. Tensors that share memory
+    A row of a dataset would otherwise be sent with the whole dataset. Tensors that share memory
     do not after that, unless they are one object.
     """
 

@@ -50,6 +50,7 @@ class RankStatus:
         self.call_prefix = f"call/{generation}"
         """Of the keys of calls that ranks compare."""
         self._left_key = f"rank_status/{generation}/left"
+        self._joined_key = ""
 
     def renew(self) -> None:
         """Use other keys for calls and positions: groups that were renewed count from 0."""
@@ -101,6 +102,26 @@ class RankStatus:
             self.store.set(key, value)
         except dist.DistError as error:
             self.note(error)
+
+    def join(self, context_number: int, world_size: int) -> None:
+        """Post that this rank has connected a context, and has nothing more to connect for it."""
+        self._joined_key = f"rank_status/{self._generation}/joined/{context_number}"
+        if self.store.add(f"{self._joined_key}/count", 1) == world_size:
+            self.store.set(self._joined_key, "")
+
+    def wait_until_all_joined(self, timeout_s: float) -> None:
+        """Return when all ranks have connected the newest context, or if one of them has left.
+
+        Connecting takes a rank longer than another one. It would fail if the other one, which has
+        no work and leaves at once, closed the connection meanwhile.
+        """
+        deadline = time.monotonic() + timeout_s
+        keys = (self._joined_key, self._left_key)
+        # Usually at the first look: ranks that have worked together are connected.
+        while all(self._read_quietly(key) is None for key in keys):
+            if self._has_store_ended or time.monotonic() > deadline:
+                return
+            time.sleep(_POLL_S)
 
     def leave(self, error: BaseException | None) -> None:
         """Post that this rank leaves, and its error, unless it has posted a failure before."""
@@ -164,13 +185,13 @@ class RankStatus:
         return describe_ranks(statuses)
 
     def _wait(self, rank: int, deadline: float) -> str | None:
-        status = self._read_quietly(rank)
+        status = self._read_quietly(self._key(rank))
         while status is None and not self._has_store_ended and time.monotonic() < deadline:
             # not `Store.wait`, which prints a line from C++ at each timeout
             time.sleep(_POLL_S)
-            status = self._read_quietly(rank)
+            status = self._read_quietly(self._key(rank))
         return status
 
-    def _read_quietly(self, rank: int) -> str | None:
+    def _read_quietly(self, key: str) -> str | None:
         with without_frames():
-            return self.read(rank)
+            return self.read_key(key)

@@ -51,6 +51,7 @@ class DefaultGroup:
         self._hooks: tuple[_Hook, _Hook] | None = None  # `sys.excepthook` before and after c10d
         self._store: WorldStore | None = None
         self._rank_status: RankStatus | None = None
+        self._start_timeout_s = 0.0
         self._private_groups: list[dist.ProcessGroup] = []
         self.connections = Connections()
         """Of the groups that faccel has created."""
@@ -77,6 +78,7 @@ class DefaultGroup:
         # The private function is the only way to the store of an adopted group.
         store = WorldStore(c10d._get_default_store())  # pyright: ignore[reportPrivateUsage]
         self._store = store
+        self._start_timeout_s = config.start_timeout_s or config.timeout_s
         self.num_contexts += 1
         if self._rank_status is None:
             # A new generation: what ranks reported to earlier contexts must not be read again.
@@ -162,6 +164,8 @@ class DefaultGroup:
         disagreement: FaccelError | None = None
         if call_order is not None and error is None:
             disagreement = call_order.unanswered_call()
+        if error is None:
+            rank_status.wait_until_all_joined(self._start_timeout_s)
         # Before the store is gone: the other ranks read the reason from it.
         rank_status.leave(error)
         return disagreement
