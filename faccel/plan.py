@@ -30,8 +30,17 @@ STYLES = (
 )  # fmt: skip
 """Ways to shard a module in tensor parallelism; see `Plan.tensor`."""
 
-SCHEDULES = ("1f1b", "gpipe", "interleaved")
+SCHEDULES = (
+    "1f1b", "dualpipev", "gpipe", "interleaved", "interleaved-zero-bubble", "looped-bfs", "zbv",
+)  # fmt: skip
 """Pipeline schedules, under PyTorch's names."""
+
+# Their classes in PyTorch run exactly one stage on each rank, or exactly two.
+ONE_STAGE_SCHEDULES = ("1f1b", "gpipe")
+V_SCHEDULES = ("dualpipev", "zbv")
+
+SPLIT_BACKWARD_SCHEDULES = ("dualpipev", "interleaved-zero-bubble", "zbv")
+"""Schedules that compute the gradients of inputs first and those of parameters later."""
 
 
 @attrs.frozen(kw_only=True)
@@ -219,8 +228,10 @@ class PipelineConfig:
             Together they have all parameters.
         split: Names of the modules of the chain at which a new stage begins; None balances the
             number of parameters.
-        schedule: `"1f1b"`, `"gpipe"` or `"interleaved"`, PyTorch's schedules.
-        stages_per_rank: Number of stages of each rank; more than one for `"interleaved"` only.
+        schedule: `"1f1b"` and `"gpipe"` have one stage on each rank, `"interleaved"`,
+            `"interleaved-zero-bubble"` and `"looped-bfs"` any number, `"zbv"` and `"dualpipev"`
+            two. They are PyTorch's schedules.
+        stages_per_rank: Number of stages of each rank.
 
     A module that is called several times, or takes other inputs than the output of the module
     before it, cannot be in the chain. In evaluation, tensors with as many rows as the first input
@@ -235,12 +246,18 @@ class PipelineConfig:
     stages_per_rank: int = attrs.field(default=1, validator=positive_number())
 
     def __attrs_post_init__(self) -> None:
-        # PyTorch's classes for 1F1B and GPipe run exactly one stage on each rank.
-        if self.stages_per_rank > 1 and self.schedule != "interleaved":
+        if self.schedule in ONE_STAGE_SCHEDULES and self.stages_per_rank > 1:
             raise ConfigError(
                 f"`stages_per_rank` must be 1 with the schedule {short_repr(self.schedule)}",
                 got=f"stages_per_rank={self.stages_per_rank}",
                 fix='write `schedule="interleaved"`',
+            )
+        # A V: the ranks in order, and back again.
+        if self.schedule in V_SCHEDULES and self.stages_per_rank != 2:
+            raise ConfigError(
+                f"`stages_per_rank` must be 2 with the schedule {short_repr(self.schedule)}",
+                got=f"stages_per_rank={self.stages_per_rank}",
+                fix="write `stages_per_rank=2`",
             )
 
 
@@ -312,6 +329,7 @@ class Plan:
         self._check_class("deepspeed", DeepSpeedConfig)
         if self.pipeline is not None:
             self._check_class("pipeline", PipelineConfig)
+            self._check_split_backward(self.pipeline.schedule)
         if self.fp8 is not None:
             self._check_class("fp8", Fp8)
         if self.activation_checkpoint is not None:
@@ -320,6 +338,27 @@ class Plan:
     def _check_class(self, name: str, cls: type) -> None:
         fix = f"write `{name}=faccel.parallel.{cls.__name__}(...)`"
         instance_of(name, getattr(self, name), cls, fix=fix)
+
+    # A schedule that splits the backward needs the graph and the gathered parameters of a stage
+    # from forward until the gradients of the parameters are computed.
+    def _check_split_backward(self, schedule: str) -> None:
+        if schedule not in SPLIT_BACKWARD_SCHEDULES:
+            return
+        # The backward of a compiled graph is one function, which PyTorch cannot split.
+        if self.compile is not None:
+            raise ConfigError(
+                f"`compile` is unsupported with the schedule {short_repr(schedule)}, which splits "
+                "the backward",
+                got=f"compile={short_repr(self.compile)}",
+                fix='write `schedule="interleaved"`, or leave `compile` out',
+            )
+        if self.fsdp.reshard_after_forward not in (None, False):
+            raise ConfigError(
+                "`reshard_after_forward` must be False with the schedule "
+                f"{short_repr(schedule)}, which splits the backward",
+                got=f"reshard_after_forward={self.fsdp.reshard_after_forward}",
+                fix='write `reshard_after_forward=False`, or `schedule="interleaved"`',
+            )
 
     # The validator of the field has checked that it is positive; 1 is PyTorch's default.
     def _check_memory_budget(self, budget: float | None) -> None:

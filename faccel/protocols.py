@@ -280,6 +280,17 @@ def no_tied_copies(engine: torch.nn.Module) -> Mapping[int, str]:
     return {}
 
 
+class LossRank(Protocol):
+    """Returns which rank of a pipeline computes the losses."""
+
+    def __call__(self, engine: torch.nn.Module) -> int: ...
+
+
+def first_rank(engine: torch.nn.Module) -> int:
+    """Return 0: `Parallelism.loss_rank` where the axis `pp` has one rank."""
+    return 0
+
+
 class MakeGradReducer(Protocol):
     """Returns what averages the gradients of a wrapped model."""
 
@@ -363,6 +374,7 @@ class Parallelism:
         join: Lets ranks end at different updates; the default raises.
         pipeline_forward_backward: Runs all micro-batches of a window together; None where the
             strategy runs them one by one.
+        loss_rank: Returns the rank of the axis `pp` that computes the losses.
         state: How the engine is saved and loaded; None where the user's module holds everything.
         optimizer_step: The engine's own step; None where gradients are in `.grad` and the
             optimizer is torch's.
@@ -380,6 +392,7 @@ class Parallelism:
     # Functions as defaults where a strategy can do without: a caller calls them without a check.
     join: JoinUneven = no_join
     pipeline_forward_backward: PipelineForwardBackward | None = None
+    loss_rank: LossRank = first_rank
     # None instead: the caller then saves the user's module and steps PyTorch's optimizer.
     state: StateIO | None = None
     optimizer_step: EngineOptimizerStep | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
+import attrs
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -21,9 +22,15 @@ from faccel.errors import ConfigError, ModelError
 from faccel.grad_reducer import GradReducer, OwnedParams
 from faccel.mesh import WORLD
 from faccel.parallel.layerwise_casting import refuse_stored_layers
-from faccel.parallel.pipeline_stages import StageModule, remove_other_stages, stages_of, tied_params
+from faccel.parallel.pipeline_stages import (
+    StageModule,
+    StageRanks,
+    remove_other_stages,
+    stages_of,
+    tied_params,
+)
 from faccel.parallel.sync_states import check_same_structure
-from faccel.plan import PipelineConfig, Plan
+from faccel.plan import SPLIT_BACKWARD_SCHEDULES, PipelineConfig, Plan
 from faccel.protocols import Parallelism, RunMethod
 from faccel.tree import Tree
 
@@ -40,30 +47,43 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
             fix="build the model on the CPU",
         )
     pp_rank, pp_size = ctx.comm.rank("pp"), ctx.comm.size("pp")
-    stages = stages_of(module, config, pp_size * config.stages_per_rank)
+    stage_ranks = StageRanks.of(config, pp_size)
+    stages = stages_of(module, config, stage_ranks.num_stages)
     layout = Layout.from_plan(module, plan, ctx).with_fp8(module, plan, ctx)
     tied = tied_params(module, stages)
-    _check_tied(tied, layout, pp_size)
+    _check_tied(tied, layout, stage_ranks)
     _check_units(stages, layout)
     # Nothing below is an error of the user's: from here on the module is updated.
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             # Every rank gets rank 0's values of all stages, while it still has all modules.
             tensor.copy_(broadcast(tensor.detach(), ctx, axis=WORLD))
-    # Rank `r` of `R` has the stages `r`, `r + R`, ...: the layout of the interleaved schedule.
-    own_stages = stages[pp_rank::pp_size]
+    own_stages = [stages[index] for index in stage_ranks.stages_of(pp_rank)]
     stage_modules: list[StageModule] = []
     own_names: list[str] = []
     for names in own_stages:
         is_first = names is stages[0]
         stage_modules.append(StageModule(module, names, plan, ctx, is_first=is_first))
         own_names.extend(names)
+    plan = _stage_plan(plan, config)
     # Before sharding, so that the parameters of the other stages are freed.
     remove_other_stages(module, stages, own_names)
     for stage_module, names in zip(stage_modules, own_stages, strict=True):
         shard_module(stage_module, plan, layout.below(names), ctx)
-    engine = PipelineEngine(stage_modules, config, _make_tied(tied, ctx), ctx)
+    tied_params_here = _make_tied(tied, stage_ranks, ctx)
+    engine = PipelineEngine(stage_modules, config, stage_ranks, tied_params_here, ctx)
     return engine, _make_run(engine, ctx)
+
+
+def _stage_plan(plan: Plan, config: PipelineConfig) -> Plan:
+    """Return how the stages are sharded."""
+    if config.schedule not in SPLIT_BACKWARD_SCHEDULES:
+        return plan
+    # Between the gradients of its inputs and those of its parameters a stage may run the forward of
+    # another micro-batch. A unit that frees its parameters after that forward would have no
+    # gradients, without an error (torch 2.13). The schedule frees all of a stage itself.
+    fsdp = attrs.evolve(plan.fsdp, reshard_after_forward=False)
+    return attrs.evolve(plan, fsdp=fsdp)
 
 
 def _config(plan: Plan, ctx: DistContext) -> PipelineConfig:
@@ -77,13 +97,15 @@ def _config(plan: Plan, ctx: DistContext) -> PipelineConfig:
     return plan.pipeline
 
 
-def _check_tied(tied: Sequence[Mapping[int, str]], layout: Layout, pp_size: int) -> None:
+def _check_tied(
+    tied: Sequence[Mapping[int, str]], layout: Layout, stage_ranks: StageRanks
+) -> None:
     """Refuse tied parameters whose gradients could not be added.
 
     Args:
         tied: For each tied parameter its name in each stage.
         layout: Of the model.
-        pp_size: Number of ranks of the pipeline.
+        stage_ranks: Which rank has which stages.
     """
     for names in tied:
         got = ", ".join(f"`{name}`" for name in names.values())
@@ -92,7 +114,7 @@ def _check_tied(tied: Sequence[Mapping[int, str]], layout: Layout, pp_size: int)
         for stage, name in names.items():
             module_name = name.rpartition(".")[0]
             styles.add(layout.tp_styles.get(module_name))
-            ranks.add(stage % pp_size)
+            ranks.add(stage_ranks.rank_of(stage))
         # The all-reduce of the gradients needs shards of the same elements on both ranks.
         if len(styles) > 1:
             raise ModelError(
@@ -126,13 +148,15 @@ def _check_units(stages: Sequence[Sequence[str]], layout: Layout) -> None:
             )
 
 
-def _make_tied(tied: Sequence[Mapping[int, str]], ctx: DistContext) -> list[TiedParam]:
+def _make_tied(
+    tied: Sequence[Mapping[int, str]], stage_ranks: StageRanks, ctx: DistContext
+) -> list[TiedParam]:
     """Make the process groups of the tied parameters of this rank. Collective."""
-    pp_rank, pp_size = ctx.comm.rank("pp"), ctx.comm.size("pp")
+    pp_rank = ctx.comm.rank("pp")
     peers = ctx.mesh.spec.peers(ctx.rank, "pp")
     records: list[TiedParam] = []
     for names in tied:
-        name_of_rank = {stage % pp_size: name for stage, name in names.items()}
+        name_of_rank = {stage_ranks.rank_of(stage): name for stage, name in names.items()}
         if pp_rank not in name_of_rank:
             continue
         ranks = [peers[rank] for rank in sorted(name_of_rank)]
@@ -143,7 +167,7 @@ def _make_tied(tied: Sequence[Mapping[int, str]], ctx: DistContext) -> list[Tied
         # The rank of the lowest stage, which need not be the lowest rank: stages are interleaved.
         copy_of = None
         first_stage = min(names)
-        if pp_rank != first_stage % pp_size:
+        if pp_rank != stage_ranks.rank_of(first_stage):
             copy_of = names[first_stage]
         records.append(TiedParam(name_of_rank[pp_rank], group, copy_of))
     return records
@@ -194,6 +218,11 @@ def _grad_reducer(module: nn.Module, engine: nn.Module) -> GradReducer:
     return OwnedParams(module, frozenset(map(id, module.parameters())), engine.reset)
 
 
+def _loss_rank(engine: nn.Module) -> int:
+    assert isinstance(engine, PipelineEngine)
+    return engine.stage_ranks.last_rank
+
+
 PIPELINE = Parallelism(
     "pipeline",
     _wrap,
@@ -201,6 +230,7 @@ PIPELINE = Parallelism(
     _grad_sync,
     sync_buffers,
     pipeline_forward_backward=forward_backward,
+    loss_rank=_loss_rank,
     tied_copies=_tied_copies,
     grad_reducer=_grad_reducer,
 )

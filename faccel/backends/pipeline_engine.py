@@ -17,7 +17,7 @@ from faccel.backends.fsdp_reset import reset_iteration
 from faccel.comm.objects import broadcast_objects
 from faccel.context import DistContext
 from faccel.errors import ModelError
-from faccel.parallel.pipeline_stages import StageModule
+from faccel.parallel.pipeline_stages import StageModule, StageRanks
 from faccel.plan import PipelineConfig
 from faccel.tree import Tree, map_leaves
 
@@ -70,8 +70,9 @@ class PipelineEngine(nn.Module):
     """The stages of this rank, each sharded.
 
     Args:
-        stage_modules: The stages in order. Rank `r` of `R` has stages `r`, `r + R`, ...
+        stage_modules: The stages of this rank in order.
         plan: How the pipeline runs.
+        stage_ranks: Which rank has which stages.
         tied: The parameters that stages of other ranks have, too.
         ctx: The context.
 
@@ -85,16 +86,19 @@ class PipelineEngine(nn.Module):
         self,
         stage_modules: Sequence[StageModule],
         plan: PipelineConfig,
+        stage_ranks: StageRanks,
         tied: Sequence[TiedParam],
         ctx: DistContext,
     ) -> None:
         super().__init__()
         self.stage_modules = nn.ModuleList(stage_modules)
         self.plan = plan
+        self.stage_ranks = stage_ranks
         self.tied = tuple(tied)
         self.ctx = ctx
         self.pp_rank = ctx.comm.rank("pp")
         self.pp_size = ctx.comm.size("pp")
+        self._own_numbers = stage_ranks.stages_of(self.pp_rank)
         self.has_run = False
         self.shard_hooks = ShardHooks.of(self)
         self.fp8_scales = Fp8Scales(self)
@@ -111,11 +115,6 @@ class PipelineEngine(nn.Module):
         self._metas.clear()
         self._numbers.clear()
         reset_iteration(self)
-
-    @property
-    def num_stages(self) -> int:
-        """Number of stages of the whole pipeline."""
-        return self.pp_size * len(self.stage_modules)
 
     def parameter(self, name: str) -> torch.Tensor:
         """Return a parameter of a stage of this rank by the user's name."""
@@ -155,13 +154,12 @@ class PipelineEngine(nn.Module):
             self._metas[key] = self._find_metas(inputs)
         metas = self._metas[key]
         stages: list[Stage] = []
-        for i, stage_module in enumerate(self.stage_modules):
-            number = self.pp_rank + self.pp_size * i
+        for number, stage_module in zip(self._own_numbers, self.stage_modules, strict=True):
             # New stages for each window: the shapes that torch's stages send are fixed.
             stage = Stage(
                 stage_module,
                 number,
-                self.num_stages,
+                self.stage_ranks.num_stages,
                 self.ctx.device,
                 # `metas` has one entry more than stages: stage `i` maps entry `i` to `i + 1`.
                 _meta_tensors(metas[number], trains=trains),
@@ -183,11 +181,12 @@ class PipelineEngine(nn.Module):
             broadcast_objects([own_metas], self.ctx, src=0, axis="pp")[0]
         ]
         # One stage after the other: the shapes of a stage depend on those of the stage before it.
-        for number in range(self.num_stages):
+        for number in range(self.stage_ranks.num_stages):
             output: list[TensorMeta | str] = []
-            if number % self.pp_size == self.pp_rank:
-                output = self._run_for_shapes(number // self.pp_size, args, inputs.kwargs)
-            src = number % self.pp_size
+            src = self.stage_ranks.rank_of(number)
+            if src == self.pp_rank:
+                index = self._own_numbers.index(number)
+                output = self._run_for_shapes(index, args, inputs.kwargs)
             # Checked after the broadcast, so that every rank raises the same error.
             stage_metas = _only_metas(
                 broadcast_objects([output], self.ctx, src=src, axis="pp")[0], number

@@ -28,7 +28,7 @@ def infer(engine: PipelineEngine, inputs: StageInputs, ctx: DistContext) -> Tree
     unchanged. The last micro-batch is filled with repeats of the last row, whose outputs are
     dropped.
     """
-    from faccel.parallel.pipeline_schedules import SCHEDULES  # torch's are slow to import
+    from faccel.parallel.pipeline_schedules import make_forward_schedule  # slow to import
 
     _check_batch_norm(engine)
     num_rows = _num_rows(inputs)
@@ -41,11 +41,7 @@ def infer(engine: PipelineEngine, inputs: StageInputs, ctx: DistContext) -> Tree
         _micro_batch(inputs, i * size, size, num_rows) for i in range(num_micro_batches)
     ]
     stages = engine.make_inference_stages(micro_batches[0])
-    # GPipe runs one stage per rank. Without backward no other schedule is faster.
-    kind = "gpipe"
-    if len(stages) > 1:
-        kind = "interleaved"
-    schedule = SCHEDULES[kind](stages, num_micro_batches, None)
+    schedule = make_forward_schedule(stages, num_micro_batches, is_v=engine.stage_ranks.is_v)
     schedule._step_microbatches(  # pyright: ignore[reportPrivateUsage]
         [micro_batch.args for micro_batch in micro_batches],
         [dict(micro_batch.kwargs) for micro_batch in micro_batches],
@@ -107,8 +103,8 @@ def _micro_batch(inputs: StageInputs, start: int, size: int, num_rows: int) -> S
 def _broadcast_output(
     outputs: Sequence[Tree] | None, num_rows: int, engine: PipelineEngine, ctx: DistContext
 ) -> Tree:
-    """Return the output of the last rank, which alone has `outputs`, on every rank."""
-    last = engine.pp_size - 1
+    """Return the output of the last stage, whose rank alone has `outputs`, on every rank."""
+    last = engine.stage_ranks.last_rank
     columns: list[torch.Tensor] = []
     is_tuple = False
     if outputs is not None:

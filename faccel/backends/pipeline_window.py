@@ -12,7 +12,7 @@ from torch import nn
 from faccel.backends.pipeline_engine import PipelineEngine, StageInputs
 from faccel.comm.all_or_error import raise_on_all_ranks
 from faccel.context import DistContext
-from faccel.errors import ConfigError, DataError, ModelError
+from faccel.errors import DataError, ModelError
 from faccel.parallel.eager_code import untraced
 from faccel.parallel.forward import to_fp32
 from faccel.protocols import MicroBatchLoss
@@ -38,7 +38,7 @@ def _intercept_inputs(loss: MicroBatchLoss) -> StageInputs:
 
     try:
         # The loss function prepares the inputs itself, for example renames them. The exception
-        # ends it there: the rest is for the last rank, which has the output of the model.
+        # ends it there: the rest is for the rank that has the output of the model.
         loss(_intercept)
     except _Intercepted as intercepted:
         return intercepted.inputs
@@ -129,14 +129,17 @@ def _run_schedule(
     factors: Sequence[float | torch.Tensor],
     ctx: DistContext,
 ) -> torch.Tensor:
-    from faccel.parallel.pipeline_schedules import SCHEDULES  # torch's are slow to import
+    # torch's are slow to import
+    from faccel.parallel.pipeline_schedules import make_schedule, schedule_for
 
     assert isinstance(engine, PipelineEngine)
     engine.fp8_scales.refresh()
     num_micro_batches = len(losses)
-    make_schedule = SCHEDULES[_schedule_of(engine, num_micro_batches)]
-    # The first rank runs a loss function for the inputs of the first stage, the last rank for the
-    # loss of the last one. Under the same seed both draw the same random numbers.
+    kind = schedule_for(
+        engine.plan.schedule, num_micro_batches, engine.pp_size, is_tail=engine.has_run
+    )
+    # The first rank runs a loss function for the inputs of the first stage, the rank of the last
+    # stage for its loss. Under the same seed both draw the same random numbers.
     inputs, shapes, seed = _begin_window(engine, losses, ctx)
     values: dict[int, torch.Tensor] = {}
 
@@ -160,7 +163,7 @@ def _run_schedule(
 
     stages = engine.make_training_stages(shapes, inputs[0])
     engine.shard_hooks.before_backward()
-    schedule = make_schedule(stages, num_micro_batches, loss_of)
+    schedule = make_schedule(kind, stages, num_micro_batches, loss_of)
     # Taken out first: their sum over the ranks was computed in earlier windows, and the
     # all-reduce must not add it once for each rank.
     grads = _take_tied_grads(engine)
@@ -183,42 +186,20 @@ def _losses_on_all_ranks(
     engine: PipelineEngine,
     ctx: DistContext,
 ) -> torch.Tensor:
-    """Return the losses, which the last rank has, on every rank of the pipeline.
+    """Return the losses, which the rank of the last stage has, on every rank of the pipeline.
 
     The ranks add them up: no rank has them before every rank has ended its backward. After a
-    broadcast the last rank would step while another one may still fail, and could not run the
+    broadcast that rank would step while another one may still fail, and could not run the
     window again.
     """
-    # Every rank must pass the dtype to receive, and only the last rank has a loss to read it from.
+    # Every rank must pass the dtype to receive, and only one rank has a loss to read it from.
     dtype = torch.float32
     if next(engine.parameters()).dtype == torch.float64:
         dtype = torch.float64
     losses = torch.zeros(num_micro_batches, dtype=dtype, device=ctx.device)
     for index, value in values.items():
         losses[index] = value
-    # The last stage is on the last rank under each schedule: stage `i` is on rank `i % pp_size`.
     return ctx.comm.all_reduce(losses, "sum", "pp")
-
-
-def _schedule_of(engine: PipelineEngine, num_micro_batches: int) -> str:
-    """Return the schedule of a window. A shorter one at the end of an epoch runs with GPipe.
-
-    Raises:
-        ConfigError: The first window has fewer micro-batches than there are ranks.
-    """
-    kind = engine.plan.schedule
-    # 1F1B needs a micro-batch for each stage in its warmup. GPipe runs with any number. The
-    # interleaved schedule raises its own error.
-    if num_micro_batches >= engine.pp_size or kind == "interleaved":
-        return kind
-    # A first window that is too short is a mistake in the settings, not the end of an epoch.
-    if not engine.has_run:
-        raise ConfigError(
-            "a pipeline needs at least as many micro-batches as ranks",
-            got=f"{num_micro_batches} micro-batches on {engine.pp_size} ranks",
-            fix=f"use `grad_accum={engine.pp_size}` or more, or a smaller `pp`",
-        )
-    return "gpipe"
 
 
 def _take_tied_grads(engine: PipelineEngine) -> list[torch.Tensor | None]:

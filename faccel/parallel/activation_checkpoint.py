@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
 from faccel.errors import ConfigError, short_repr
 from faccel.parallel.compilation import apply_compile
 from faccel.parallel.units import units_of
-from faccel.plan import Plan
+from faccel.plan import SPLIT_BACKWARD_SCHEDULES, Plan
 from faccel.tree import Tree
 
 _ContextFn = Callable[[], tuple[AbstractContextManager[object], AbstractContextManager[object]]]
@@ -81,13 +81,17 @@ def apply_checkpointing(module: nn.Module, units: Mapping[str, nn.Module], plan:
     for unit in every_nth:
         if _is_checkpointable(unit):
             _set_checkpointing(unit, checkpoint_call)
-        elif plan.compile is None:
+        elif plan.compile is None and not _splits_backward(plan):
             _checkpoint_by_hooks(unit, context_fn)
         else:
             _replace_forward(unit, checkpoint_call)
     # The model around such layers decides about the cache from its own flag.
     if any(_is_checkpointable(unit) for unit in every_nth):
         _enable_outside(module, units.values())
+
+
+def _splits_backward(plan: Plan) -> bool:
+    return plan.pipeline is not None and plan.pipeline.schedule in SPLIT_BACKWARD_SCHEDULES
 
 
 def _checkpoint_by_hooks(unit: nn.Module, context_fn: _ContextFn | None) -> None:
@@ -103,9 +107,10 @@ def _checkpoint_by_hooks(unit: nn.Module, context_fn: _ContextFn | None) -> None
 def _replace_forward(unit: nn.Module, checkpoint_call: Callable[..., Tree]) -> None:
     """Replace `forward` of this instance by one that is checkpointed.
 
-    Only for compiled models. Dynamo (torch 2.13) traces through the hooks of the composable
-    `checkpoint` and saves all activations nevertheless, so nothing else works without a wrapper
-    module, which would change the names of parameters. A function and not a `functools.partial`,
+    Only for compiled models and for schedules that split the backward. Dynamo (torch 2.13) traces
+    through the hooks of the composable `checkpoint` and saves all activations nevertheless. And
+    these hooks run forward again once only, but a split backward needs it twice. So nothing else
+    works without a wrapper module, which would change the names of parameters. A function and not a `functools.partial`,
     with which Dynamo skips the frame and compiles nothing, without an error.
     """
     forward = unit.forward

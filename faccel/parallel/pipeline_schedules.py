@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
+import attrs
 import torch
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
+    ScheduleDualPipeV,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
+    ScheduleZBVZeroBubble,
 )
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    _ComputationType,  # pyright: ignore[reportPrivateUsage]
+)
 
-from faccel.errors import ConfigError
+from faccel.errors import ConfigError, short_repr
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 LossFn = Callable[[Any, Any], torch.Tensor]
@@ -41,43 +50,160 @@ class MakeSchedule(Protocol):
     """Makes a schedule of PyTorch for the stages of this rank."""
 
     def __call__(
-        self, stages: Sequence[Stage], num_micro_batches: int, loss_fn: LossFn | None
+        self,
+        stages: list[Any],
+        n_microbatches: int,
+        loss_fn: LossFn | None,
+        *,
+        scale_grads: bool,
     ) -> Schedule:
-        """Return the schedule for `num_micro_batches`; without `loss_fn` it only runs forward."""
+        """Return the schedule; without `loss_fn` it only runs forward."""
         ...
 
 
-# `scale_grads=False`: `MicroBatch.scale` weights the micro-batches, torch must not divide again.
+class MakeSingle(Protocol):
+    """Makes a schedule of PyTorch for the only stage of this rank."""
+
+    def __call__(
+        self, stage: Any, n_microbatches: int, loss_fn: LossFn | None, *, scale_grads: bool
+    ) -> PipelineScheduleSingle: ...
 
 
-def _one_f_one_b(
-    stages: Sequence[Stage], num_micro_batches: int, loss_fn: LossFn | None
-) -> Schedule:
-    return Schedule1F1B(stages[0], num_micro_batches, loss_fn, scale_grads=False)
+def _single(make: MakeSingle) -> MakeSchedule:
+    def make_schedule(
+        stages: list[Any], n_microbatches: int, loss_fn: LossFn | None, *, scale_grads: bool
+    ) -> Schedule:
+        return make(stages[0], n_microbatches, loss_fn, scale_grads=scale_grads)
+
+    return make_schedule
 
 
-def _gpipe(stages: Sequence[Stage], num_micro_batches: int, loss_fn: LossFn | None) -> Schedule:
-    return ScheduleGPipe(stages[0], num_micro_batches, loss_fn, scale_grads=False)
+class Supports(Protocol):
+    """Whether a schedule runs a number of micro-batches."""
+
+    def __call__(self, num_micro_batches: int, num_ranks: int) -> bool: ...
 
 
-def _interleaved(
-    stages: Sequence[Stage], num_micro_batches: int, loss_fn: LossFn | None
-) -> Schedule:
-    # the parameter is a list of a private base class, and lists are invariant
-    stage_list = cast("list[Any]", list(stages))
-    try:
-        return ScheduleInterleaved1F1B(stage_list, num_micro_batches, loss_fn, scale_grads=False)
-    except ValueError as error:
-        raise ConfigError(
-            f"the interleaved schedule does not support {num_micro_batches} micro-batches",
-            got=str(error),
-            fix=f"use a multiple of {stages[0].group_size}",
-        ) from None
+def _any_number(num_micro_batches: int, num_ranks: int) -> bool:
+    return True
 
 
-SCHEDULES: Mapping[str, MakeSchedule] = {
-    "1f1b": _one_f_one_b,
-    "gpipe": _gpipe,
-    "interleaved": _interleaved,
+def _one_each(num_micro_batches: int, num_ranks: int) -> bool:
+    # 1F1B needs a micro-batch for each stage in its warmup.
+    return num_micro_batches >= num_ranks
+
+
+def _full_rounds(num_micro_batches: int, num_ranks: int) -> bool:
+    # The rounds of a rank are of equal size, and a round has at least one micro-batch for a rank.
+    num_rounds = max(1, num_micro_batches // num_ranks)
+    return num_micro_batches % num_rounds == 0
+
+
+def _two_each(num_micro_batches: int, num_ranks: int) -> bool:
+    # One for each of the two stages of a rank.
+    return num_micro_batches >= 2 * num_ranks
+
+
+@attrs.frozen
+class ScheduleKind:
+    """A schedule, and the numbers of micro-batches that it runs.
+
+    Args:
+        make: Makes the schedule of one window.
+        supports: Whether it runs a number of micro-batches.
+        tail: The schedule that runs other numbers, at the end of an epoch. Its stages are on the
+            same ranks.
+        needs: What it needs, for the error; `{ranks}` and `{stages}` are numbers.
+    """
+
+    make: MakeSchedule
+    supports: Supports = _any_number
+    tail: str = ""
+    needs: str = ""
+
+
+KINDS: Mapping[str, ScheduleKind] = {
+    "1f1b": ScheduleKind(
+        _single(Schedule1F1B), _one_each, "gpipe", "at least as many micro-batches as ranks"
+    ),
+    "gpipe": ScheduleKind(_single(ScheduleGPipe)),
+    "looped-bfs": ScheduleKind(ScheduleLoopedBFS),
+    "interleaved": ScheduleKind(
+        ScheduleInterleaved1F1B, _full_rounds, "looped-bfs", "a multiple of the number of ranks"
+    ),
+    "interleaved-zero-bubble": ScheduleKind(
+        ScheduleInterleavedZeroBubble,
+        _full_rounds,
+        "looped-bfs",
+        "a multiple of the number of ranks",
+    ),
+    "zbv": ScheduleKind(ScheduleZBVZeroBubble),
+    "dualpipev": ScheduleKind(
+        ScheduleDualPipeV, _two_each, "zbv", "at least as many micro-batches as stages"
+    ),
 }
 """The schedules, by their names in `PipelineConfig.schedule`."""
+
+
+def schedule_for(
+    name: str, num_micro_batches: int, num_ranks: int, *, is_tail: bool
+) -> ScheduleKind:
+    """Return the schedule of a window with `num_micro_batches`.
+
+    Args:
+        name: The schedule of the plan.
+        num_micro_batches: Of this window.
+        num_ranks: Of the pipeline.
+        is_tail: Whether an earlier window has run. This one may then end an epoch, and a number
+            that the schedule does not support runs with another one.
+
+    Raises:
+        ConfigError: The first window has an unsupported number of micro-batches.
+    """
+    kind = KINDS[name]
+    if kind.supports(num_micro_batches, num_ranks):
+        return kind
+    # A first window with a wrong number is a mistake in the settings, not the end of an epoch.
+    if is_tail:
+        return KINDS[kind.tail]
+    number = num_ranks
+    while not kind.supports(number, num_ranks):
+        number += num_ranks
+    raise ConfigError(
+        f"the schedule {short_repr(name)} needs {kind.needs}",
+        got=f"{num_micro_batches} micro-batches on {num_ranks} ranks",
+        fix=f"use `grad_accum={number}`, or a smaller `pp`",
+    )
+
+
+def make_schedule(
+    kind: ScheduleKind, stages: Sequence[Stage], num_micro_batches: int, loss_fn: LossFn
+) -> Schedule:
+    """Return PyTorch's schedule of a window."""
+    # `scale_grads=False`: `MicroBatch.scale` weights the micro-batches, torch must not divide
+    # again.
+    return kind.make(list(stages), num_micro_batches, loss_fn, scale_grads=False)
+
+
+def make_forward_schedule(
+    stages: Sequence[Stage], num_micro_batches: int, *, is_v: bool
+) -> Schedule:
+    """Return a schedule that runs forward only, for any number of micro-batches."""
+    # Without backward no other schedule with one stage on each rank is faster than GPipe.
+    kind = KINDS["gpipe"]
+    if len(stages) > 1:
+        kind = KINDS["looped-bfs"]
+    if is_v:
+        kind = KINDS["zbv"]
+    schedule = kind.make(list(stages), num_micro_batches, None, scale_grads=False)
+    if is_v:
+        assert isinstance(schedule, ScheduleZBVZeroBubble)
+        for action in (_ComputationType.BACKWARD_INPUT, _ComputationType.BACKWARD_WEIGHT):
+            # Two stages of one rank hand gradients over without a look at whether there are any
+            # (torch 2.13): an assertion would fail.
+            schedule.register_custom_function(action, _do_nothing)
+    return schedule
+
+
+def _do_nothing(action: object, ctx: object) -> None:
+    pass

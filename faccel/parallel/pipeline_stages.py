@@ -12,9 +12,56 @@ from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
 from faccel.parallel.forward import forward_precision
 from faccel.parallel.units import matching
-from faccel.plan import PipelineConfig, Plan
+from faccel.plan import V_SCHEDULES, PipelineConfig, Plan
 from faccel.training.true_precision import cast_inputs
 from faccel.tree import Tree
+
+
+@attrs.frozen
+class StageRanks:
+    """Which rank of a pipeline has which stages.
+
+    Args:
+        num_ranks: Number of ranks of the pipeline.
+        stages_per_rank: Number of stages of each rank.
+        is_v: Whether the stages go to the last rank and back: stage `i` of `2 * R` is on rank
+            `min(i, 2 * R - 1 - i)`. Else it is on rank `i % R`.
+
+    Examples:
+        >>> loop, v = StageRanks(2, 2, is_v=False), StageRanks(2, 2, is_v=True)
+        >>> loop.stages_of(0), v.stages_of(0), loop.last_rank, v.last_rank
+        ([0, 2], [0, 3], 1, 0)
+    """
+
+    num_ranks: int
+    stages_per_rank: int
+    is_v: bool = attrs.field(kw_only=True)
+
+    @classmethod
+    def of(cls, config: PipelineConfig, num_ranks: int) -> StageRanks:
+        """Return the assignment that a schedule needs."""
+        is_v = config.schedule in V_SCHEDULES
+        return cls(num_ranks, config.stages_per_rank, is_v=is_v)
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages of the whole pipeline."""
+        return self.num_ranks * self.stages_per_rank
+
+    @property
+    def last_rank(self) -> int:
+        """The rank of the last stage, which computes the losses."""
+        return self.rank_of(self.num_stages - 1)
+
+    def rank_of(self, stage: int) -> int:
+        """Return the rank that has a stage."""
+        if self.is_v:
+            return min(stage, self.num_stages - 1 - stage)
+        return stage % self.num_ranks
+
+    def stages_of(self, rank: int) -> list[int]:
+        """Return the stages of a rank, in order."""
+        return [stage for stage in range(self.num_stages) if self.rank_of(stage) == rank]
 
 
 def chain_of(module: nn.Module, plan: PipelineConfig) -> list[str]:

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
+import attrs
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
@@ -15,9 +16,24 @@ from faccel.errors import WorldError
 from faccel.parallel.eager_code import methods_without_graphs
 from faccel.testing.reductions import copy, message_error
 from faccel.testing.work import SimulatedWork
-from faccel.testing.world import Channel, TraceEvent, World
+from faccel.testing.world import Channel, Mailbox, TraceEvent, World
 
 _Tensors = list[torch.Tensor]
+
+
+@attrs.frozen(eq=False)
+class _Arrived:
+    """A message that can be received.
+
+    Args:
+        mailbox: Where it is.
+        number: Its number there.
+        source: Its sender, as a rank of the group.
+    """
+
+    mailbox: Mailbox
+    number: int
+    source: int
 
 
 @methods_without_graphs
@@ -83,35 +99,59 @@ class GroupMember(dist.ProcessGroup):
         self._record("send", tensors)
         channel = Channel(self._key, self._group_rank, dst, tag)
         # A copy: the sender may change its tensor before the receiver reads it.
-        self._world.messages.setdefault(channel, []).append(tensors[0].detach().clone())
+        self._world.mailboxes.setdefault(channel, Mailbox()).put(tensors[0].detach().clone())
         return SimulatedWork(lambda: None, tensors)
 
     def recv(self, tensors: _Tensors, src: int, tag: int = 0) -> SimulatedWork:
-        return self._receive(tensors, [src], tag, f"recv from {self._ranks[src]}")
+        mailbox = self._mailbox(src, tag)
+        # Now and not in `wait`: receives may be waited for in another order.
+        number = mailbox.next_number()
+
+        def find() -> _Arrived | None:
+            if number not in mailbox.messages:
+                return None
+            return _Arrived(mailbox, number, src)
+
+        return self._receive(tensors, [src], find, f"recv from {self._ranks[src]}")
 
     def recv_anysource(self, tensors: _Tensors, tag: int = 0) -> SimulatedWork:
-        return self._receive(tensors, range(self.size()), tag, "recv from any rank")
+        sources = range(self.size())
+        mailboxes = [self._mailbox(source, tag) for source in sources]
+
+        def find() -> _Arrived | None:
+            for source, mailbox in enumerate(mailboxes):
+                # Earlier ones are for the receives that name their sender.
+                if mailbox.num_receives in mailbox.messages:
+                    return _Arrived(mailbox, mailbox.num_receives, source)
+            return None
+
+        return self._receive(tensors, sources, find, "recv from any rank")
+
+    def _mailbox(self, source: int, tag: int) -> Mailbox:
+        channel = Channel(self._key, source, self._group_rank, tag)
+        return self._world.mailboxes.setdefault(channel, Mailbox())
 
     def _receive(
-        self, tensors: _Tensors, sources: Sequence[int], tag: int, action: str
+        self,
+        tensors: _Tensors,
+        sources: Sequence[int],
+        find: Callable[[], _Arrived | None],
+        action: str,
     ) -> SimulatedWork:
+        """Return a handle that waits until `find` returns a message."""
         world, rank = self._world, self._world_rank
         site = self._record("recv", [])
-        queues: dict[int, list[torch.Tensor]] = {}
-        for source in sources:
-            channel = Channel(self._key, source, self._group_rank, tag)
-            queues[source] = world.messages.setdefault(channel, [])
         work = SimulatedWork(lambda: wait(), tensors)
 
         def wait() -> None:
             if work.source_rank is not None:  # `wait` may be called again
                 return
             senders = {self._ranks[source] for source in sources}
-            doing = f"{action} at {site}"
-            world.wait(rank, lambda: any(queues.values()), lambda: senders, doing)
-            group_source = next(source for source, queue in queues.items() if queue)
-            work.source_rank = group_source
-            message, source = queues[group_source].pop(0), self._ranks[group_source]
+            world.wait(rank, lambda: find() is not None, lambda: senders, f"{action} at {site}")
+            arrived = find()
+            assert arrived is not None
+            work.source_rank, source = arrived.source, self._ranks[arrived.source]
+            message = arrived.mailbox.take(arrived.number)
             # As bytes: the pipelines of PyTorch 2.11 receive `float32[]` into `float32[1]`.
             if (message.dtype, message.numel()) != (tensors[0].dtype, tensors[0].numel()):
                 error = message_error(message, tensors[0], source, rank, site)

@@ -102,6 +102,40 @@ class Channel:
     tag: int
 
 
+@attrs.define(eq=False)
+class Mailbox:
+    """The messages of a channel that were not received yet.
+
+    The n-th receive of a channel gets its n-th message, whichever is waited for first: as in gloo
+    and NCCL, the order of the calls counts.
+
+    Attributes:
+        num_sent: Number of messages that were sent.
+        num_receives: Number of receives that were called.
+        messages: By their number.
+    """
+
+    num_sent: int = 0
+    num_receives: int = 0
+    messages: dict[int, torch.Tensor] = attrs.field(factory=dict)
+
+    def put(self, message: torch.Tensor) -> None:
+        """Append a message."""
+        self.messages[self.num_sent] = message
+        self.num_sent += 1
+
+    def next_number(self) -> int:
+        """Return the number of the message of a new receive."""
+        self.num_receives += 1
+        return self.num_receives - 1
+
+    def take(self, number: int) -> torch.Tensor:
+        """Remove and return a message that has arrived."""
+        # That of a receive from any rank gets its number only now.
+        self.num_receives = max(self.num_receives, number + 1)
+        return self.messages.pop(number)
+
+
 class World:
     """The state that the ranks of one simulation share.
 
@@ -116,7 +150,7 @@ class World:
         self.num_calls: dict[int, int] = {}  # of each rank
         # The key of a collective is its group and the number of the call on this group.
         self.collectives: dict[tuple[Hashable, int], OpenCollective[object]] = {}
-        self.messages: dict[Channel, list[torch.Tensor]] = {}
+        self.mailboxes: dict[Channel, Mailbox] = {}
         self.keys: dict[str, bytes] = {}
         self.trace: list[TraceEvent] = []
         # c10d keeps only the C++ half of a store alive, so the Python half is kept here.
@@ -191,7 +225,7 @@ class World:
             self.num_renewals = number
             self.interrupted.clear()
             self.collectives.clear()
-            self.messages.clear()
+            self.mailboxes.clear()
 
     def check_complete(self) -> None:
         """Raise if a collective was not completed or a message was not received.
@@ -200,9 +234,9 @@ class World:
             DesyncError: Names the rank and the call site.
         """
         incomplete = [f"rank {opened.rank}: {opened.call}" for opened in self.collectives.values()]
-        for channel, messages in self.messages.items():
-            # Also an empty list stays in the table after its messages were received.
-            if messages:
+        for channel, mailbox in self.mailboxes.items():
+            # Also an empty one stays in the table after its messages were received.
+            if mailbox.messages:
                 incomplete.append(f"rank {channel.source} to rank {channel.target}: a message")
         if incomplete:
             raise DesyncError(

@@ -124,7 +124,7 @@ def forward_backward(
             scalar: the mean over the rows, or the sum over the valid ones if the window has a
             `weight`. On a pipeline, the arguments of that call are the input of the first stage,
             and its result is the output of the last stage. The first rank runs the function up to
-            the call, and the last rank runs all of it.
+            the call, and the rank of the last stage runs all of it.
         model: From `wrap`.
         window: From `windows`; iterated once. A pipeline needs as many micro-batches as ranks, of
             equal shapes.
@@ -322,8 +322,9 @@ class _Attempt:
         # A schedule may run micro-batches in another order.
         auxs = [self._auxs[index] for index in sorted(self._auxs)]
         if model.parallelism.pipeline_forward_backward is not None:
-            # The last rank has them, because it alone computes losses.
-            auxs = broadcast_objects(auxs, ctx, src=ctx.mesh.spec.pp - 1, axis="pp")
+            # The rank of the last stage has them, because it alone computes losses.
+            src = model.parallelism.loss_rank(model.engine)
+            auxs = broadcast_objects(auxs, ctx, src=src, axis="pp")
         return (losses, auxs), scaler
 
     def skipped(

@@ -263,6 +263,23 @@ def test_sending_does_not_wait_and_receiving_does():
     assert simulate(fn, 3) == (2.0, 0.0, 1.0)
 
 
+def test_receives_get_messages_in_the_order_of_their_calls_whichever_is_waited_for_first():
+    def fn(ctx):
+        if ctx.rank == 0:
+            for value in range(3):
+                dist.send(torch.tensor([float(value)]), 1)
+            return []
+        got = [torch.zeros(1) for _ in range(2)]
+        first, second = (dist.irecv(tensor, 0) for tensor in got)
+        second.wait()
+        got.append(torch.zeros(1))
+        dist.recv(got[-1])  # from any rank: the first message that no other call waits for
+        first.wait()
+        return torch.cat(got).tolist()
+
+    assert simulate(fn, 2)[1] == [0.0, 1.0, 2.0]
+
+
 def test_a_message_that_never_comes_is_a_desync():
     def fn(ctx):
         if ctx.rank == 0:
