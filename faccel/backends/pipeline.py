@@ -49,6 +49,10 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     pp_rank, pp_size = ctx.comm.rank("pp"), ctx.comm.size("pp")
     stage_ranks = StageRanks.of(config, pp_size)
     stages = stages_of(module, config, stage_ranks.num_stages)
+    # While each rank has all parameters.
+    loss_dtype = torch.float32
+    if any(param.dtype == torch.float64 for param in module.parameters()):
+        loss_dtype = torch.float64
     layout = Layout.from_plan(module, plan, ctx).with_fp8(module, plan, ctx)
     tied = tied_params(module, stages)
     _check_tied(tied, layout, stage_ranks)
@@ -70,8 +74,14 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     remove_other_stages(module, stages, own_names)
     for stage_module, names in zip(stage_modules, own_stages, strict=True):
         shard_module(stage_module, plan, layout.below(names), ctx)
-    tied_params_here = _make_tied(tied, stage_ranks, ctx)
-    engine = PipelineEngine(stage_modules, config, stage_ranks, tied_params_here, ctx)
+    engine = PipelineEngine(
+        stage_modules,
+        config,
+        stage_ranks,
+        _make_tied(tied, stage_ranks, ctx),
+        ctx,
+        loss_dtype=loss_dtype,
+    )
     return engine, _make_run(engine, ctx)
 
 

@@ -75,6 +75,8 @@ class PipelineEngine(nn.Module):
         stage_ranks: Which rank has which stages.
         tied: The parameters that stages of other ranks have, too.
         ctx: The context.
+        loss_dtype: The dtype of losses. Every rank needs it to receive them, also one without
+            parameters.
 
     Attributes:
         has_run: Whether a window has run.
@@ -89,8 +91,11 @@ class PipelineEngine(nn.Module):
         stage_ranks: StageRanks,
         tied: Sequence[TiedParam],
         ctx: DistContext,
+        *,
+        loss_dtype: torch.dtype,
     ) -> None:
         super().__init__()
+        self.loss_dtype = loss_dtype
         self.stage_modules = nn.ModuleList(stage_modules)
         self.plan = plan
         self.stage_ranks = stage_ranks

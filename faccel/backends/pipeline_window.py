@@ -192,11 +192,7 @@ def _losses_on_all_ranks(
     broadcast that rank would step while another one may still fail, and could not run the
     window again.
     """
-    # Every rank must pass the dtype to receive, and only one rank has a loss to read it from.
-    dtype = torch.float32
-    if next(engine.parameters()).dtype == torch.float64:
-        dtype = torch.float64
-    losses = torch.zeros(num_micro_batches, dtype=dtype, device=ctx.device)
+    losses = torch.zeros(num_micro_batches, dtype=engine.loss_dtype, device=ctx.device)
     for index, value in values.items():
         losses[index] = value
     return ctx.comm.all_reduce(losses, "sum", "pp")
