@@ -232,9 +232,13 @@ class PipelineConfig:
             `"interleaved-zero-bubble"` and `"looped-bfs"` any number, `"zbv"` and `"dualpipev"`
             two. They are PyTorch's schedules.
         stages_per_rank: Number of stages of each rank.
+        forward: `"chain"` calls the modules of the chain one after the other. `"model"` runs the
+            forward of the model in each stage, without the modules of other stages: for decoders,
+            which pass masks and positions to each block. The modules before the first pattern with
+            `*` and the first block are then in one stage.
 
     A module that is called several times, or takes other inputs than the output of the module
-    before it, cannot be in the chain. In evaluation, tensors with as many rows as the first input
+    before it, cannot be in a chain that stages call. In evaluation, tensors with as many rows as the first input
     are split with the batch.
     """
 
@@ -244,6 +248,7 @@ class PipelineConfig:
     )
     schedule: str = attrs.field(default="1f1b", validator=choice(*SCHEDULES))
     stages_per_rank: int = attrs.field(default=1, validator=positive_number())
+    forward: str = attrs.field(default="chain", validator=choice("chain", "model"))
 
     def __attrs_post_init__(self) -> None:
         if self.schedule in ONE_STAGE_SCHEDULES and self.stages_per_rank > 1:

@@ -22,6 +22,7 @@ from faccel.errors import ConfigError, ModelError
 from faccel.grad_reducer import GradReducer, OwnedParams
 from faccel.mesh import WORLD
 from faccel.parallel.layerwise_casting import refuse_stored_layers
+from faccel.parallel.pipeline_forward import StageForward
 from faccel.parallel.pipeline_stages import (
     StageModule,
     StageRanks,
@@ -62,18 +63,26 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
         for tensor in (*module.parameters(), *module.buffers()):
             # Every rank gets rank 0's values of all stages, while it still has all modules.
             tensor.copy_(broadcast(tensor.detach(), ctx, axis=WORLD))
-    own_stages = [stages[index] for index in stage_ranks.stages_of(pp_rank)]
+    own_numbers = stage_ranks.stages_of(pp_rank)
+    own_stages = [stages[number] for number in own_numbers]
     stage_modules: list[StageModule] = []
     own_names: list[str] = []
-    for names in own_stages:
-        is_first = names is stages[0]
-        stage_modules.append(StageModule(module, names, plan, ctx, is_first=is_first))
+    for number, names in zip(own_numbers, own_stages, strict=True):
+        stage_forward = None
+        if config.forward == "model":
+            stage_forward = StageForward(module, stages, number)
+        stage_modules.append(
+            StageModule(
+                module, names, plan, ctx, is_first=number == 0, stage_forward=stage_forward
+            )
+        )
         own_names.extend(names)
     plan = _stage_plan(plan, config)
     # Before sharding, so that the parameters of the other stages are freed.
     remove_other_stages(module, stages, own_names)
     for stage_module, names in zip(stage_modules, own_stages, strict=True):
         shard_module(stage_module, plan, layout.below(names), ctx)
+        _bind(stage_module, ctx)
     engine = PipelineEngine(
         stage_modules,
         config,
@@ -83,6 +92,15 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
         loss_dtype=loss_dtype,
     )
     return engine, _make_run(engine, ctx)
+
+
+def _bind(stage_module: StageModule, ctx: DistContext) -> None:
+    if stage_module.stage_forward is None:
+        return
+    stage_module.stage_forward.bind(stage_module)
+    # Sharding has moved the others.
+    for side_module in stage_module.stage_forward.side_modules:
+        side_module.to(ctx.device)
 
 
 def _stage_plan(plan: Plan, config: PipelineConfig) -> Plan:

@@ -17,9 +17,10 @@ from faccel.backends.fsdp_reset import reset_iteration
 from faccel.comm.objects import broadcast_objects
 from faccel.context import DistContext
 from faccel.errors import ModelError
+from faccel.parallel.pipeline_forward import OutputStructure
 from faccel.parallel.pipeline_stages import StageModule, StageRanks
 from faccel.plan import PipelineConfig
-from faccel.tree import Tree, map_leaves
+from faccel.tree import Tree, flatten, map_leaves
 
 if TYPE_CHECKING:
     from faccel.parallel.pipeline_schedules import Stage
@@ -133,21 +134,51 @@ class PipelineEngine(nn.Module):
         """Return the number of the shapes of `inputs`, on the first rank: 0 for the first ones."""
         return self._numbers.setdefault(inputs.key(), len(self._numbers))
 
-    def make_training_stages(self, number: int, inputs: StageInputs) -> list[Stage]:
-        """Return torch's stages for micro-batches like `inputs`, which the first rank has.
+    @property
+    def runs_model(self) -> bool:
+        """Whether each stage needs the inputs of the model, for its forward."""
+        return self.plan.forward == "model"
+
+    @property
+    def structure(self) -> OutputStructure | None:
+        """The structure of the output, on the rank of the last stage; None if a stage calls it."""
+        last = self.stage_modules[-1]
+        assert isinstance(last, StageModule)
+        return last.structure
+
+    def join_output(self, output: Any) -> Tree:
+        """Return the output of the model from that of the last stage, which this rank has."""
+        structure = self.structure
+        if structure is None:
+            return output
+        return structure.join(output)
+
+    def arguments(
+        self, micro_batches: Sequence[StageInputs]
+    ) -> tuple[list[tuple[Tree, ...]], list[dict[str, Tree]]]:
+        """Return the arguments that torch passes to the first stage for each micro-batch."""
+        if self.runs_model:  # stages take the inputs themselves
+            return [() for _ in micro_batches], [{} for _ in micro_batches]
+        args = [micro_batch.args for micro_batch in micro_batches]
+        return args, [dict(micro_batch.kwargs) for micro_batch in micro_batches]
+
+    def make_training_stages(self, number: int, inputs: Sequence[StageInputs]) -> list[Stage]:
+        """Return torch's stages for micro-batches, which the first rank has.
 
         Collective over the pipeline if `number`, from the first rank, is a new one.
         """
         return self._make_stages(number, inputs, trains=True)
 
-    def make_inference_stages(self, inputs: StageInputs) -> list[Stage]:
-        """Return torch's stages for micro-batches like `inputs`, which every rank has.
+    def make_inference_stages(self, inputs: Sequence[StageInputs]) -> list[Stage]:
+        """Return torch's stages for micro-batches, which every rank has.
 
         Collective over the pipeline if the inputs have new shapes.
         """
-        return self._make_stages(inputs.key(), inputs, trains=False)
+        return self._make_stages(inputs[0].key(), inputs, trains=False)
 
-    def _make_stages(self, key: int | str, inputs: StageInputs, *, trains: bool) -> list[Stage]:
+    def _make_stages(
+        self, key: int | str, inputs: Sequence[StageInputs], *, trains: bool
+    ) -> list[Stage]:
         """Find the shapes between the stages by one forward without gradients, where they are new.
 
         torch would find them by a forward and a backward in every window, which clears the
@@ -156,7 +187,7 @@ class PipelineEngine(nn.Module):
         from faccel.parallel.pipeline_schedules import Stage  # torch's pipelining is slow to import
 
         if key not in self._metas:
-            self._metas[key] = self._find_metas(inputs)
+            self._metas[key] = self._find_metas(inputs[0])
         metas = self._metas[key]
         stages: list[Stage] = []
         for number, stage_module in zip(self._own_numbers, self.stage_modules, strict=True):
@@ -171,6 +202,7 @@ class PipelineEngine(nn.Module):
                 _meta_tensors(metas[number + 1], trains=trains),
                 group=self.ctx.comm.group("pp"),
             )
+            stage.micro_batches = [(item.args, item.kwargs) for item in inputs]
             # `Schedule.step` does these two, and `_step_microbatches` does not.
             stage.has_backward = trains
             stage.clear_runtime_states()
@@ -179,7 +211,7 @@ class PipelineEngine(nn.Module):
 
     def _find_metas(self, inputs: StageInputs) -> list[list[TensorMeta]]:
         """Return the shapes before the first stage, between the stages and after the last."""
-        args = inputs.args
+        (args,), (kwargs,) = self.arguments([inputs])
         # In training only the first rank has them.
         own_metas = [_meta_of(arg) for arg in args]
         metas: list[list[TensorMeta]] = [
@@ -191,7 +223,7 @@ class PipelineEngine(nn.Module):
             src = self.stage_ranks.rank_of(number)
             if src == self.pp_rank:
                 index = self._own_numbers.index(number)
-                output = self._run_for_shapes(index, args, inputs.kwargs)
+                output = self._run_for_shapes(index, args, kwargs, inputs)
             # Checked after the broadcast, so that every rank raises the same error.
             stage_metas = _only_metas(
                 broadcast_objects([output], self.ctx, src=src, axis="pp")[0], number
@@ -205,15 +237,22 @@ class PipelineEngine(nn.Module):
         return metas
 
     def _run_for_shapes(
-        self, index: int, args: tuple[Tree, ...], kwargs: Mapping[str, Tree]
+        self, index: int, args: tuple[Tree, ...], kwargs: Mapping[str, Tree], inputs: StageInputs
     ) -> list[TensorMeta | str]:
         """Run a stage in evaluation mode, so that it changes no statistics."""
         stage_module = self.stage_modules[index]
+        assert isinstance(stage_module, StageModule)
+        modules = list(stage_module.modules())
+        if stage_module.stage_forward is not None:
+            modules += stage_module.stage_forward.side_modules
         # One by one: `train()` would also change modules that the user has set to evaluation mode.
-        modes = {module: module.training for module in stage_module.modules()}
+        modes = {module: module.training for module in modules}
+        stage_module.micro_batch = (inputs.args, inputs.kwargs)
         try:
+            for module in modules:
+                module.training = False
             with torch.no_grad():
-                output = stage_module.eval()(*args, **kwargs)
+                output = _first_output(stage_module, args, kwargs)
         finally:  # a stage that fails here, such as out of memory, is trained in the next attempt
             for module, mode in modes.items():
                 module.training = mode
@@ -221,6 +260,49 @@ class PipelineEngine(nn.Module):
         if not isinstance(output, tuple):
             output = (output,)
         return [_meta_or_type(value) for value in output]
+
+
+def _first_output(
+    stage_module: StageModule, args: tuple[Tree, ...], kwargs: Mapping[str, Tree]
+) -> Tree:
+    """Run a stage for the first time, and check that it can run the forward of its model."""
+    if stage_module.stage_forward is None:
+        return stage_module(*args, **kwargs)
+    with stage_module.stage_forward.all_called():
+        output = stage_module(*args, **kwargs)
+    _check_not_poisoned(stage_module, args, output)
+    return output
+
+
+def _check_not_poisoned(stage_module: StageModule, args: tuple[Tree, ...], output: Tree) -> None:
+    """Raise if a stage uses what modules of earlier stages return, which is NaN.
+
+    Raises:
+        ModelError: It does.
+    """
+    if not _has_nan(output):
+        return
+    assert stage_module.stage_forward is not None
+    # The inputs of this forward are zeros: some models divide by them.
+    stage_module.stage_forward.poison_value = 0.0
+    try:
+        is_poisoned = not _has_nan(stage_module(*args))
+    finally:
+        stage_module.stage_forward.poison_value = float("nan")
+    if is_poisoned:
+        raise ModelError(
+            "a stage of the pipeline uses values of an earlier stage, other than the first "
+            "argument of its first module",
+            got=f"a stage that begins with `{stage_module.first_name}`",
+            fix="name other modules in `split`, or use a mesh without `pp`",
+        )
+
+
+def _has_nan(output: Tree) -> bool:
+    for leaf in flatten(output)[0]:
+        if isinstance(leaf, torch.Tensor) and bool(leaf.isnan().any()):
+            return True
+    return False
 
 
 def _meta_of(tensor: Any) -> TensorMeta:

@@ -15,6 +15,7 @@ from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
 from faccel.errors import ModelError
 from faccel.parallel.forward import to_fp32
+from faccel.parallel.pipeline_forward import OutputStructure
 from faccel.tree import Tree, flatten, full_tensor, map_leaves
 
 # The private base of torch's classes: users' own inherit from it, too.
@@ -40,13 +41,11 @@ def infer(engine: PipelineEngine, inputs: StageInputs, ctx: DistContext) -> Tree
     micro_batches = [
         _micro_batch(inputs, i * size, size, num_rows) for i in range(num_micro_batches)
     ]
-    stages = engine.make_inference_stages(micro_batches[0])
+    stages = engine.make_inference_stages(micro_batches)
     schedule = make_forward_schedule(stages, num_micro_batches, is_v=engine.stage_ranks.is_v)
+    args, kwargs = engine.arguments(micro_batches)
     schedule._step_microbatches(  # pyright: ignore[reportPrivateUsage]
-        [micro_batch.args for micro_batch in micro_batches],
-        [dict(micro_batch.kwargs) for micro_batch in micro_batches],
-        None,
-        None,
+        args, kwargs, None, None
     )
     free_gathered(engine)
     outputs: Sequence[Tree] | None = None
@@ -106,20 +105,21 @@ def _broadcast_output(
     """Return the output of the last stage, whose rank alone has `outputs`, on every rank."""
     last = engine.stage_ranks.last_rank
     columns: list[torch.Tensor] = []
-    is_tuple = False
+    structure: OutputStructure | None = None
     if outputs is not None:
-        is_tuple = isinstance(outputs[0], tuple)
+        structure = engine.structure
+        if structure is None:  # a stage that calls its modules
+            structure, _ = OutputStructure.split(outputs[0])
         columns = _concatenate(outputs, num_rows, ctx)
     # A receiver allocates memory, so the shapes are sent first.
     metas: list[TensorMeta] = [(tuple(column.shape), column.dtype) for column in columns]
-    message: list[Tree] = broadcast_objects([metas, is_tuple], ctx, src=last, axis="pp")
-    metas, is_tuple = message
+    message: list[Tree] = broadcast_objects([metas, structure], ctx, src=last, axis="pp")
+    metas, structure = message
     if outputs is None:
         columns = [torch.zeros(shape, dtype=dtype, device=ctx.device) for shape, dtype in metas]
     received = cast("list[torch.Tensor]", broadcast(columns, ctx, src=last, axis="pp"))
-    if is_tuple:
-        return tuple(received)
-    return received[0]
+    assert structure is not None
+    return structure.join(received)
 
 
 def _concatenate(outputs: Sequence[Tree], num_rows: int, ctx: DistContext) -> list[torch.Tensor]:
@@ -131,10 +131,20 @@ def _concatenate(outputs: Sequence[Tree], num_rows: int, ctx: DistContext) -> li
         if not isinstance(output, tuple):
             output = (output,)
         # A tensor-parallel head returns DTensors.
-        rows.append(tuple(full_tensor(tensor) for tensor in output))
+        rows.append(tuple(_full_rows(tensor) for tensor in output))
     # From one tuple for each micro-batch to one tensor for each output.
     concatenated: list[torch.Tensor] = []
     for column in zip(*rows, strict=True):
         full_batch = torch.cat(column)
         concatenated.append(full_batch[:num_rows])
     return concatenated
+
+
+def _full_rows(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.ndim == 0:
+        raise ModelError(
+            "a pipeline computes rows of outputs, and a model has returned a scalar",
+            got=f"{tensor.dtype} without dimensions",
+            fix="leave `labels` out, and compute the loss from the logits",
+        )
+    return full_tensor(tensor)

@@ -65,7 +65,7 @@ def _first_inputs(
     """Return the inputs of the first stage, of equal shapes; no inputs on other ranks."""
     if engine.pp_rank != 0:
         return [StageInputs((), {}) for _ in losses]
-    inputs = [call_seeded(_intercept_inputs, loss, mix(seed, i)) for i, loss in enumerate(losses)]
+    inputs = _inputs_of(losses, seed)
     # The shapes that torch's stages send are fixed.
     first_key = inputs[0].key()
     for index, micro_batch in enumerate(inputs):
@@ -79,6 +79,10 @@ def _first_inputs(
                 "last batch of an epoch is as large as the others",
             )
     return inputs
+
+
+def _inputs_of(losses: Sequence[MicroBatchLoss], seed: int) -> list[StageInputs]:
+    return [call_seeded(_intercept_inputs, loss, mix(seed, i)) for i, loss in enumerate(losses)]
 
 
 def _begin_window(
@@ -102,6 +106,10 @@ def _begin_window(
     seed, shapes = ctx.comm.broadcast(row, 0, "pp").tolist()
     if shapes == _NO_SHAPES:
         raise_on_all_ranks(own_error, ctx, "compute the inputs of the pipeline", axis="pp")
+    if engine.runs_model and engine.pp_rank != 0:
+        # All ranks of a pipeline have the same batches. Under the seed of the first rank they draw
+        # the same random numbers.
+        inputs = _inputs_of(losses, seed)
     return inputs, shapes, seed
 
 
@@ -148,9 +156,10 @@ def _run_schedule(
 
         def model(*args: Tree, **kwargs: Tree) -> Tree:
             calls.append(args)
+            model_output = engine.join_output(output)
             if ctx.compute_dtype is None and ctx.param_dtype is None:
-                return output
-            return to_fp32(output)
+                return model_output
+            return to_fp32(model_output)
 
         loss = call_seeded(losses[index], model, mix(seed, index))
         if len(calls) != 1:
@@ -161,7 +170,7 @@ def _run_schedule(
         # The gradient is sum_i factors[i] * d loss_i: torch's schedules do not divide it again.
         return loss * factors[index]
 
-    stages = engine.make_training_stages(shapes, inputs[0])
+    stages = engine.make_training_stages(shapes, inputs)
     engine.shard_hooks.before_backward()
     schedule = make_schedule(kind, stages, num_micro_batches, loss_of)
     # Taken out first: their sum over the ranks was computed in earlier windows, and the
@@ -169,9 +178,10 @@ def _run_schedule(
     grads = _take_tied_grads(engine)
     # `step` would split one batch into chunks, and a window has separate micro-batches. The target
     # of a micro-batch is its index, by which `loss_of` finds the loss function.
+    args, kwargs = engine.arguments(inputs)
     schedule._step_microbatches(  # pyright: ignore[reportPrivateUsage]
-        [micro_batch.args for micro_batch in inputs],
-        [dict(micro_batch.kwargs) for micro_batch in inputs],
+        args,
+        kwargs,
         list(range(num_micro_batches)),
         [],
     )

@@ -47,7 +47,9 @@ def plan_for(model: nn.Module, ctx: DistContext) -> Plan:
     modules with an eighth of the parameters. With `tp`, the styles are those of transformers'
     `tp_plan`, and of the two linear layers of each `nn.Transformer*Layer`. Bare parameters, such
     as fused experts, stay replicated. With `pp`, the chain is the model's children in the order of
-    registration; a symbolic trace checks that `forward` passes its input through them.
+    registration; a symbolic trace checks that `forward` passes its input through them. For a
+    decoder of transformers, whose blocks take masks and positions, the stages run its forward
+    without the blocks of other stages (`PipelineConfig(forward="model")`).
 
     Effects: pure.
 
@@ -152,6 +154,9 @@ def _pipeline(model: nn.Module, num_stages: int) -> PipelineConfig:
         reason = f"{error.problem}, {error.got}"
     if reason is None:
         return config
+    decoder = _decoder(model, num_stages)
+    if decoder is not None:
+        return decoder
     raise ModelError(
         "`plan_for` finds no pipeline for this model",
         got=f"a {type(model).__name__}: {reason}",
@@ -159,6 +164,49 @@ def _pipeline(model: nn.Module, num_stages: int) -> PipelineConfig:
         "modules, and name them: `faccel.Plan(pipeline=faccel.parallel.PipelineConfig("
         'chain=("embed", "blocks.*", "head")))`',
     )
+
+
+def _decoder(model: nn.Module, num_stages: int) -> PipelineConfig | None:
+    """Return a pipeline whose stages run the forward of a model of transformers, or None.
+
+    What a trace cannot show, the first forward of each stage checks.
+    """
+    blocks = _list_of_blocks(model)
+    # Two lists, such as of an encoder and a decoder, are not one chain.
+    if blocks is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    config = PipelineConfig(chain=tuple(_around(model, blocks, "")), forward="model")
+    try:
+        stages_of(model, config, num_stages)
+    except FaccelError:
+        return None
+    return config
+
+
+def _list_of_blocks(model: nn.Module) -> nn.ModuleList | None:
+    """Return the only list of the modules that the model must not be split in."""
+    classes = getattr(model, "_no_split_modules", None) or ()
+    lists: list[nn.ModuleList] = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 0:
+            if all(type(member).__name__ in classes for member in module):
+                lists.append(module)
+    if len(lists) != 1:
+        return None
+    return lists[0]
+
+
+def _around(module: nn.Module, blocks: nn.ModuleList, prefix: str) -> list[str]:
+    """Return the patterns of the blocks, and of the modules with parameters before and after."""
+    chain: list[str] = []
+    for name, child in module.named_children():
+        if child is blocks:
+            chain.append(f"{prefix}{name}.*")
+        elif any(submodule is blocks for submodule in child.modules()):
+            chain += _around(child, blocks, f"{prefix}{name}.")
+        elif next(child.parameters(), None) is not None:
+            chain.append(f"{prefix}{name}")
+    return chain
 
 
 def _chain(model: nn.Module) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from faccel.errors import ConfigError, short_repr
+from faccel.tree import Tree
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 LossFn = Callable[[Any, Any], torch.Tensor]
@@ -36,6 +37,16 @@ class Stage(PipelineStage):
     `PipelineStage` clears gradients of FSDP modules in this method (torch 2.13), also those of
     earlier windows.
     """
+
+    micro_batches: Sequence[tuple[tuple[Tree, ...], Mapping[str, Tree]]] = ()
+    """The inputs of the model for each micro-batch."""
+
+    def forward_one_chunk(
+        self, fwd_chunk_id: int, args: tuple[Any, ...], *others: Any, **kwargs: Any
+    ) -> Any:
+        # torch passes them to the first stage only.
+        self.submod.micro_batch = self.micro_batches[fwd_chunk_id]
+        return super().forward_one_chunk(fwd_chunk_id, args, *others, **kwargs)
 
     def _post_metadata_inference_cleanup(self) -> None:
         pass

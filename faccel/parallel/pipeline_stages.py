@@ -11,6 +11,7 @@ from torch import nn
 from faccel.context import DistContext
 from faccel.errors import ConfigError, ModelError
 from faccel.parallel.forward import forward_precision
+from faccel.parallel.pipeline_forward import OutputStructure, StageForward
 from faccel.parallel.units import matching
 from faccel.plan import V_SCHEDULES, PipelineConfig, Plan
 from faccel.training.true_precision import cast_inputs
@@ -90,7 +91,8 @@ def chain_of(module: nn.Module, plan: PipelineConfig) -> list[str]:
                 got=f"`{name}`",
                 fix="name its module in the chain, or move it into one of its modules",
             )
-    _check_complete(module, chain)
+    if plan.forward == "chain":
+        _check_complete(module, chain)
     return chain
 
 
@@ -134,11 +136,39 @@ def stages_of(module: nn.Module, plan: PipelineConfig, num_stages: int) -> list[
             fix=f"use at most {len(chain)} stages, or a longer chain",
         )
     if plan.split is None:
-        starts = balanced([_numel(module, name) for name in chain], num_stages)
+        starts = _balanced_starts(module, plan, chain, num_stages)
     else:
         starts = _split_starts(chain, plan.split, num_stages)
     ends = [*starts[1:], len(chain)]
     return [chain[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def _balanced_starts(
+    module: nn.Module, plan: PipelineConfig, chain: Sequence[str], num_stages: int
+) -> list[int]:
+    sizes = [_numel(module, name) for name in chain]
+    num_before = 0
+    if plan.forward == "model":
+        num_before = _num_before_blocks(plan, chain)
+    # What embeddings return together is the input of the first block only.
+    sizes[: num_before + 1] = [sum(sizes[: num_before + 1])]
+    if len(sizes) < num_stages:
+        raise ConfigError(
+            f"a chain of {len(sizes)} blocks and later modules is too short for {num_stages} "
+            "stages",
+            got=", ".join(chain),
+            fix=f"use at most {len(sizes)} stages, or a longer chain",
+        )
+    first, *others = balanced(sizes, num_stages)
+    return [first, *(start + num_before for start in others)]
+
+
+def _num_before_blocks(plan: PipelineConfig, chain: Sequence[str]) -> int:
+    """Return the number of modules before those of the first pattern with `*`."""
+    for pattern in plan.chain:
+        if "*" in pattern:
+            return chain.index(matching(pattern, chain, "module")[0])
+    return 0
 
 
 def _numel(module: nn.Module, name: str) -> int:
@@ -208,6 +238,12 @@ class StageModule(nn.Module):
         plan: How the model runs.
         ctx: The context.
         is_first: Whether the stage is the first one of the pipeline.
+        stage_forward: Runs the forward of the model; None where the stage calls its modules one
+            after the other.
+
+    Attributes:
+        micro_batch: The inputs of the model, for `stage_forward`.
+        structure: The structure of the last output of the last stage, with `stage_forward`.
     """
 
     def __init__(
@@ -218,9 +254,14 @@ class StageModule(nn.Module):
         ctx: DistContext,
         *,
         is_first: bool,
+        stage_forward: StageForward | None = None,
     ) -> None:
         super().__init__()
         self.is_first = is_first
+        # No child, because the stage has its modules under their names.
+        self.stage_forward = stage_forward
+        self.micro_batch: tuple[tuple[Tree, ...], Mapping[str, Tree]] = ((), {})
+        self.structure: OutputStructure | None = None
         self.plan = plan
         self.ctx = ctx
         # A parent may hold modules of several stages; here it has this stage's only.
@@ -235,13 +276,31 @@ class StageModule(nn.Module):
                 container = container.get_submodule(parent)
             container.add_module(leaf, module.get_submodule(name))
 
+    @property
+    def first_name(self) -> str:
+        """The name of the first module."""
+        return self._names[0]
+
     def forward(self, *inputs: Tree, **kwargs: Tree) -> Tree:
         """Run the modules. Keyword arguments are for the first module of the model."""
         # Here and not around the schedule, which also computes the loss: that is in fp32.
         if self.ctx.param_dtype is not None:
             inputs, kwargs = cast_inputs(inputs, kwargs, self.ctx.param_dtype)
         with forward_precision(self.plan, self.ctx):
+            if self.stage_forward is not None:
+                return self._run_model(self.stage_forward, inputs)
             return self._run_chain(inputs, kwargs)
+
+    def _run_model(self, stage_forward: StageForward, received: tuple[Tree, ...]) -> Tree:
+        args, kwargs = self.micro_batch
+        if self.ctx.param_dtype is not None:
+            args, kwargs = cast_inputs(args, kwargs, self.ctx.param_dtype)
+        output = stage_forward.run(received, args, kwargs)
+        if not stage_forward.is_last:
+            return output
+        # PyTorch's stages return tensors only.
+        self.structure, tensors = OutputStructure.split(output)
+        return tensors
 
     def _run_chain(self, inputs: tuple[Tree, ...], kwargs: Mapping[str, Tree]) -> Tree:
         first, *others = self._names
