@@ -238,8 +238,8 @@ class PipelineConfig:
             `*` and the first block are then in one stage.
 
     A module that is called several times, or takes other inputs than the output of the module
-    before it, cannot be in a chain that stages call. In evaluation, tensors with as many rows as the first input
-    are split with the batch.
+    before it, cannot be in a chain that stages call. In evaluation, tensors with as many rows as
+    the first input are split with the batch.
     """
 
     chain: tuple[str, ...] = attrs.field(converter=patterns)

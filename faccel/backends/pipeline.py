@@ -72,9 +72,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
         if config.forward == "model":
             stage_forward = StageForward(module, stages, number)
         stage_modules.append(
-            StageModule(
-                module, names, plan, ctx, is_first=number == 0, stage_forward=stage_forward
-            )
+            StageModule(module, names, plan, ctx, is_first=number == 0, stage_forward=stage_forward)
         )
         own_names.extend(names)
     plan = _stage_plan(plan, config)
@@ -125,9 +123,7 @@ def _config(plan: Plan, ctx: DistContext) -> PipelineConfig:
     return plan.pipeline
 
 
-def _check_tied(
-    tied: Sequence[Mapping[int, str]], layout: Layout, stage_ranks: StageRanks
-) -> None:
+def _check_tied(tied: Sequence[Mapping[int, str]], layout: Layout, stage_ranks: StageRanks) -> None:
     """Refuse tied parameters whose gradients could not be added.
 
     Args:

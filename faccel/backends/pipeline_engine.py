@@ -283,7 +283,7 @@ def _check_not_poisoned(stage_module: StageModule, args: tuple[Tree, ...], outpu
     if not _has_nan(output):
         return
     assert stage_module.stage_forward is not None
-    # The inputs of this forward are zeros: some models divide by them.
+    # A NaN of another origin, such as a mean over no labels, stays one with zeros instead.
     stage_module.stage_forward.poison_value = 0.0
     try:
         is_poisoned = not _has_nan(stage_module(*args))

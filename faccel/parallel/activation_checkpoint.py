@@ -110,8 +110,8 @@ def _replace_forward(unit: nn.Module, checkpoint_call: Callable[..., Tree]) -> N
     Only for compiled models and for schedules that split the backward. Dynamo (torch 2.13) traces
     through the hooks of the composable `checkpoint` and saves all activations nevertheless. And
     these hooks run forward again once only, but a split backward needs it twice. So nothing else
-    works without a wrapper module, which would change the names of parameters. A function and not a `functools.partial`,
-    with which Dynamo skips the frame and compiles nothing, without an error.
+    works without a wrapper module, which would change the names of parameters. A function and not a
+    `functools.partial`, with which Dynamo skips the frame and compiles nothing, without an error.
     """
     forward = unit.forward
 

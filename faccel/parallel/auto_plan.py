@@ -175,6 +175,7 @@ def _decoder(model: nn.Module, num_stages: int) -> PipelineConfig | None:
     # Two lists, such as of an encoder and a decoder, are not one chain.
     if blocks is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
+    # In the order of registration, which in models of transformers is that of their forward.
     config = PipelineConfig(chain=tuple(_around(model, blocks, "")), forward="model")
     try:
         stages_of(model, config, num_stages)
@@ -188,9 +189,10 @@ def _list_of_blocks(model: nn.Module) -> nn.ModuleList | None:
     classes = getattr(model, "_no_split_modules", None) or ()
     lists: list[nn.ModuleList] = []
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 0:
-            if all(type(member).__name__ in classes for member in module):
-                lists.append(module)
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if all(type(member).__name__ in classes for member in module):
+            lists.append(module)
     if len(lists) != 1:
         return None
     return lists[0]
@@ -202,6 +204,7 @@ def _around(module: nn.Module, blocks: nn.ModuleList, prefix: str) -> list[str]:
     for name, child in module.named_children():
         if child is blocks:
             chain.append(f"{prefix}{name}.*")
+        # A container of the blocks, such as the model below its head.
         elif any(submodule is blocks for submodule in child.modules()):
             chain += _around(child, blocks, f"{prefix}{name}.")
         elif next(child.parameters(), None) is not None:

@@ -91,6 +91,7 @@ class _Later(_Part):
         self._parameter = parameter
 
     def forward(self, *args: Tree, **kwargs: Tree) -> Tree:
+        # Models pass it by position or by name.
         hidden = kwargs.get(self._parameter)
         if args:
             hidden = args[0]
@@ -113,6 +114,7 @@ class _First(nn.Module):
         return self.module(**{**kwargs, self._parameter: self._call.received})
 
     def __getattr__(self, name: str) -> Any:
+        # First the module and the hooks of this one.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -186,6 +188,7 @@ class StageForward:
         except _StageEnd as end:
             output, next_name = end.hidden, end.name
         finally:
+            # The graph keeps it as long as backward needs it.
             self._call.received = None
         if not self._call.has_begun:
             raise _order_error(f"no call of `{self._names[0]}`")
@@ -229,8 +232,10 @@ class StageForward:
         return {**kwargs, "use_cache": False}
 
     def _copy(self, module: nn.Module) -> nn.Module:
+        # Shallow: parameters, buffers and attributes are those of the user's module. Private,
+        # because `setattr` would write into the dictionary of children that both have.
         container = copy.copy(module)
-        container._modules = dict(module._modules)
+        container._modules = dict(module._modules)  # pyright: ignore[reportPrivateUsage]
         self._containers[container] = module
         return container
 
@@ -239,16 +244,18 @@ class StageForward:
         container = self._root
         for parent in parents:
             child = container.get_submodule(parent)
+            # Once for all modules below it.
             if child not in self._containers:
                 child = self._copy(child)
-                container._modules[parent] = child
+                container._modules[parent] = child  # pyright: ignore[reportPrivateUsage]
             container = child
-        container._modules[leaf] = part
+        container._modules[leaf] = part  # pyright: ignore[reportPrivateUsage]
 
     def _update_containers(self) -> None:
         # The user may have changed attributes, such as with `model.eval()`.
         for container, module in self._containers.items():
-            container.__dict__.update({**vars(module), "_modules": container._modules})
+            children = container._modules  # pyright: ignore[reportPrivateUsage]
+            container.__dict__.update({**vars(module), "_modules": children})
 
 
 def _add_name(called: set[str], name: str, module: nn.Module, args: object) -> None:
@@ -264,11 +271,11 @@ def _order_error(got: str) -> ModelError:
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    attributes: dict[str, Any] = {}
-    for name, value in vars(module).items():
-        if isinstance(value, _PLAIN) and name != "training" and not name.startswith("_"):
-            attributes[name] = value
-    return attributes
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, _PLAIN) and name != "training" and not name.startswith("_")
+    }
 
 
 def _first_parameter(module: nn.Module) -> str:
@@ -302,6 +309,7 @@ class OutputStructure:
     @classmethod
     def split(cls, output: Tree) -> tuple[OutputStructure, tuple[torch.Tensor, ...]]:
         """Return the structure and the tensors of an output."""
+        # In the order of the tree, which is the same in each micro-batch.
         tensors: list[torch.Tensor] = []
 
         def column(leaf: Tree) -> Tree:

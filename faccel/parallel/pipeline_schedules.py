@@ -20,7 +20,6 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
     PipelineScheduleSingle,
-    _ComputationType,  # pyright: ignore[reportPrivateUsage]
 )
 
 from faccel.errors import ConfigError, short_repr
@@ -45,8 +44,22 @@ class Stage(PipelineStage):
         self, fwd_chunk_id: int, args: tuple[Any, ...], *others: Any, **kwargs: Any
     ) -> Any:
         # torch passes them to the first stage only.
-        self.submod.micro_batch = self.micro_batches[fwd_chunk_id]
+        submod: Any = self.submod
+        submod.micro_batch = self.micro_batches[fwd_chunk_id]
         return super().forward_one_chunk(fwd_chunk_id, args, *others, **kwargs)
+
+    # Two stages of one rank hand gradients over without a look at whether there are any (torch
+    # 2.13): in inference an assertion of these two would fail.
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        if not self.has_backward:
+            return ()
+        return super().get_local_bwd_output(mb_index)
+
+    def set_local_bwd_input(
+        self, next_stage_bwd_outputs: tuple[torch.Tensor | None, ...], mb_index: int
+    ) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
     def _post_metadata_inference_cleanup(self) -> None:
         pass
@@ -204,17 +217,7 @@ def make_forward_schedule(
     kind = KINDS["gpipe"]
     if len(stages) > 1:
         kind = KINDS["looped-bfs"]
+    # The actions of the backward do nothing without a loss.
     if is_v:
         kind = KINDS["zbv"]
-    schedule = kind.make(list(stages), num_micro_batches, None, scale_grads=False)
-    if is_v:
-        assert isinstance(schedule, ScheduleZBVZeroBubble)
-        for action in (_ComputationType.BACKWARD_INPUT, _ComputationType.BACKWARD_WEIGHT):
-            # Two stages of one rank hand gradients over without a look at whether there are any
-            # (torch 2.13): an assertion would fail.
-            schedule.register_custom_function(action, _do_nothing)
-    return schedule
-
-
-def _do_nothing(action: object, ctx: object) -> None:
-    pass
+    return kind.make(list(stages), num_micro_batches, None, scale_grads=False)

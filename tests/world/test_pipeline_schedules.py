@@ -240,9 +240,7 @@ def test_has_aux_and_a_hook_of_a_parameter(schedule):
             loss = loss_of(net(batch.data[:, :-1]), batch.data[:, 1:])
             return loss, {"sum": batch.data.sum().item()}
 
-        (_, auxs), _ = faccel.forward_backward(
-            loss_fn, wrapped, window, scaler, ctx, has_aux=True
-        )
+        (_, auxs), _ = faccel.forward_backward(loss_fn, wrapped, window, scaler, ctx, has_aux=True)
         grads = dict(wrapped.named_parameters())
         grad = grads.get("blocks.1.up.weight")
         return auxs, None if grad is None else full(grad.grad)
