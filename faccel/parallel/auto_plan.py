@@ -175,7 +175,7 @@ def _decoder(model: nn.Module, num_stages: int) -> PipelineConfig | None:
     # Two lists, such as of an encoder and a decoder, are not one chain.
     if blocks is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
-    # In the order of registration, which in models of transformers is that of their forward.
+    # In the order of registration: models of transformers register modules as forward runs them.
     config = PipelineConfig(chain=tuple(_around(model, blocks, "")), forward="model")
     try:
         stages_of(model, config, num_stages)
