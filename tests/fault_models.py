@@ -7,6 +7,7 @@ from torch import nn
 import faccel
 from faccel.parallel import DdpConfig, PipelineConfig
 from faccel.parallel.moe import MoE
+from faccel.plan import ONE_STAGE_SCHEDULES
 
 WIDTH, LENGTH = 8, 4  # of a row; tokens of a row where it is a sequence
 
@@ -81,7 +82,7 @@ def plan_of(mesh, **options):
         options["units"] = "Linear"
     if "pp=" in mesh:
         pipeline = {"schedule": options.pop("schedule", "1f1b")}
-        if pipeline["schedule"] == "interleaved":
+        if pipeline["schedule"] not in ONE_STAGE_SCHEDULES:
             pipeline["stages_per_rank"] = 2
         return faccel.Plan(pipeline=PipelineConfig(chain=CHAIN, **pipeline), **options)
     if "tp=" in mesh:

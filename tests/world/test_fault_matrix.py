@@ -26,6 +26,7 @@ CELLS = {
     "1f1b": Cell("pp=2"),
     "gpipe": Cell("pp=2", schedule="gpipe"),
     "interleaved": Cell("pp=2", schedule="interleaved"),
+    "zero bubble": Cell("pp=2", schedule="interleaved-zero-bubble"),
     "pp x dp_shard": Cell("pp=2,dp_shard=2"),
     "pp x dp_replicate": Cell("pp=2,dp_replicate=2"),
     "tp x dp_shard": Cell("dp_shard=2,tp=2"),
