@@ -41,19 +41,18 @@ class Worker:
         self.lines_path = folder / "lines.jsonl"
         self.log_path = folder / "log.txt"
         self.lines_path.write_text("")
-        self.started = time.monotonic()
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=env | {LINES: str(self.lines_path)},
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
-    def wait(self, deadline, stall_s):
+    def wait(self, deadline, stall_s, clock):
         """Wait for the end; kill the worker at the deadline or if it stalls. Returns the reason."""
         size = 0
-        last_change = time.monotonic()
+        last_change = clock()
         while self.process.poll() is None:
-            now = time.monotonic()
+            now = clock()
             new_size = self.lines_path.stat().st_size
             if new_size != size:
                 size, last_change = new_size, now
@@ -80,7 +79,9 @@ class Worker:
         return self.log_path.read_text(errors="replace").splitlines()[-12:]
 
 
-def run_all(names, rows_of, command_of, env, deadline, outcome, stall_s=STALL_S):
+def run_all(
+    names, rows_of, command_of, env, deadline, outcome, stall_s=STALL_S, clock=time.monotonic
+):
     """Run workers until all names have rows; a worker that ends early costs one name.
 
     Args:
@@ -88,14 +89,15 @@ def run_all(names, rows_of, command_of, env, deadline, outcome, stall_s=STALL_S)
         rows_of: Returns the names of the rows of a name.
         command_of: Returns the command of a worker for names.
         env: The environment of the workers.
-        deadline: When to stop, in the time of `time.monotonic`.
+        deadline: When to stop, in the time of `clock`.
         outcome: Gets the rows.
         stall_s: When a worker that writes nothing is killed.
+        clock: Returns the time in seconds.
     """
     while names:
         with tempfile.TemporaryDirectory() as folder:
             worker = Worker(command_of(names), env, pathlib.Path(folder))
-            reason = worker.wait(deadline, stall_s)
+            reason = worker.wait(deadline, stall_s, clock)
             remaining, current = read_lines(worker, names, rows_of, outcome)
             log = " | ".join(worker.log())
         if reason == TOO_LATE:

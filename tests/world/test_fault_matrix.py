@@ -27,6 +27,8 @@ CELLS = {
     "gpipe": Cell("pp=2", schedule="gpipe"),
     "interleaved": Cell("pp=2", schedule="interleaved"),
     "zero bubble": Cell("pp=2", schedule="interleaved-zero-bubble"),
+    "zbv": Cell("pp=2", schedule="zbv"),
+    "dualpipev": Cell("pp=2", schedule="dualpipev"),
     "pp x dp_shard": Cell("pp=2,dp_shard=2"),
     "pp x dp_replicate": Cell("pp=2,dp_replicate=2"),
     "tp x dp_shard": Cell("dp_shard=2,tp=2"),
