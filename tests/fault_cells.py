@@ -187,7 +187,7 @@ def loss_of(cell, fault, error_of_rows=None, ctx=None):
 
     def loss_fn(net, batch):
         if fault is not None:
-            # Modulo, because the rank of both the first and the last stage of a V calls it twice for
+            # Modulo: the rank of both the first and the last stage of a V calls it twice for
             # each micro-batch: for all inputs, then for all losses.
             fault.micro_batch = (fault.micro_batch + 1) % cell.size
             fault.fail_at("before", fault.micro_batch)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 import faccel
@@ -252,3 +253,44 @@ def test_has_aux_and_a_hook_of_a_parameter(schedule):
         if grad is not None:
             grads.append(grad)
     assert (grads[0] - expected).abs().max() < 1e-10
+
+
+def test_a_split_backward_in_bf16_has_the_gradients_of_parameters_cast_by_hand():
+    num_micro_batches = 16
+
+    def run(ctx):
+        net = model(torch.float32, tied=False)
+        wrapped = faccel.wrap(net, ctx, plan=plan_of("zbv"))
+        dtypes = set()
+        for name, module in net.named_modules():
+            if name == "blocks.0.up":
+                module.register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
+        loader = faccel.shard(DataLoader(tokens(2 * num_micro_batches), 2), ctx)
+        window = next(faccel.windows(loader, ctx, size=num_micro_batches))
+        losses, _ = faccel.forward_backward(
+            lambda net, batch: loss_of(net(batch.data[:, :-1]), batch.data[:, 1:]),
+            wrapped, window, faccel.init_scaler(ctx), ctx,
+        )  # fmt: skip
+        return losses, {name: full(p.grad) for name, p in wrapped.named_parameters()}, dtypes
+
+    net = model(torch.float32, tied=False)
+    expected_losses = []
+    for batch in tokens(2 * num_micro_batches).split(2):
+        params = {name: param.bfloat16() for name, param in net.named_parameters()}
+        output = functional_call(net, params, (batch[:, :-1],)).float()
+        loss = loss_of(output, batch[:, 1:])
+        (loss / num_micro_batches).backward()
+        expected_losses.append(loss.item())
+    results = simulate(run, 2, mesh="pp=2", config={"mixed_precision": "bf16"})
+    error, norm, dtypes = 0.0, 0.0, set()
+    for losses, grads, dtypes_of_rank in results:
+        assert losses.tolist() == pytest.approx(expected_losses, abs=0.01)
+        dtypes |= dtypes_of_rank
+        for name, grad in grads.items():
+            # The shards stay in fp32.
+            assert grad.dtype == torch.float32
+            expected = net.get_parameter(name).grad
+            error += (grad - expected).square().sum().item()
+            norm += expected.square().sum().item()
+    assert dtypes == {torch.bfloat16}
+    assert error < 0.01**2 * norm
