@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import sys
 import warnings
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -240,6 +241,59 @@ def empty_cache(device: torch.device) -> None:
     if hasattr(module, "empty_cache"):
         with without_stage_warnings():
             module.empty_cache()
+
+
+def model_name(device: torch.device) -> str:
+    """Return the name of the hardware that PyTorch reports; "" if it reports none.
+
+    Effects: ambient. Asks PyTorch.
+
+    Examples:
+        >>> model_name(torch.device("cpu"))
+        ''
+    """
+    if is_host(device):
+        return ""
+    module: Any = torch.get_device_module(device)
+    with without_stage_warnings():
+        if hasattr(module, "get_device_name"):
+            return str(module.get_device_name(device))
+        if hasattr(module, "get_device_properties"):
+            return str(getattr(module.get_device_properties(device), "name", ""))
+    return ""
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Return the most memory that tensors of this process had on a device at one time.
+
+    Effects: ambient. Reads a counter of the allocator, without waiting for the device.
+
+    Returns:
+        On the host the largest resident size of the process, which includes the interpreter. None
+        where neither is known.
+
+    Examples:
+        >>> peak_bytes(torch.device("cpu")) > 2**20
+        True
+    """
+    if is_host(device):
+        return _peak_of_process()
+    module: Any = torch.get_device_module(device)
+    if not hasattr(module, "max_memory_allocated"):
+        return None
+    with without_stage_warnings():
+        return int(module.max_memory_allocated(device))
+
+
+def _peak_of_process() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":  # in bytes there, in KiB elsewhere
+        return peak
+    return peak * 1024
 
 
 def is_initialized(device_type: str) -> bool:

@@ -8,9 +8,37 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import attrs
+
 from faccel.grad_reducer import GradReducer
 
 T = TypeVar("T")
+
+
+@attrs.define(eq=False)
+class WaitTimes:
+    """How long this rank has waited since a meter was opened.
+
+    Args:
+        clock: Returns seconds; that of the meter.
+        data_s: Seconds in `next` of faccel's loaders.
+        num_batches: How many batches the loaders have yielded.
+        comm_s: Seconds in faccel's collectives on the host.
+    """
+
+    clock: Callable[[], float]
+    data_s: float = 0.0
+    num_batches: int = 0
+    comm_s: float = 0.0
+
+    @contextmanager
+    def communicating(self) -> Generator[None]:
+        """Count the time of the body as a wait for other ranks."""
+        start_s = self.clock()
+        try:
+            yield
+        finally:
+            self.comm_s += self.clock() - start_s
 
 
 class Lifetime:
@@ -41,6 +69,7 @@ class Lifetime:
         # By `id` of the wrapped model. Weak, so that a model is freed when the user drops it.
         self._models: dict[int, weakref.ref[object]] = {}
         self._reducers: dict[int, GradReducer] = {}
+        self._waits: WaitTimes | None = None
         # Read twice in every step, so the sequence is made when a model comes or goes.
         self._reducers_in_order: tuple[GradReducer, ...] = ()
 
@@ -181,6 +210,15 @@ class Lifetime:
     def has_accumulated(self) -> bool:
         """Whether the context had `windows`, or an update with all of its micro-batches."""
         return self._has_accumulated
+
+    @property
+    def waits(self) -> WaitTimes | None:
+        """How long this rank has waited; None without a meter, when nothing is measured."""
+        return self._waits
+
+    def count_waits(self, waits: WaitTimes) -> None:
+        """Let loaders and collectives of the context count their times in `waits`."""
+        self._waits = waits
 
     def add_loader(self) -> None:
         """Note that the context has split a loader over its ranks."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from faccel.errors import ConfigError
 from faccel.grad_reducer import GradReducer, OwnedParams
+from faccel.lifetime import WaitTimes
 from faccel.tree import Tree
 from faccel.update_options import UpdateOptions
 
@@ -99,6 +100,10 @@ class Collectives(Protocol):
 
     def name_model(self, model: nn.Module) -> None:
         """Give the units of a model names, by which ranks compare what they communicate."""
+        ...
+
+    def count_waits(self, waits: WaitTimes) -> None:
+        """Count the time of collectives on the host in `waits` from now on."""
         ...
 
     def begin_call(self, call: str) -> None:

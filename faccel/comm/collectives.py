@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import attrs
 import torch
@@ -28,6 +29,7 @@ from faccel.errors import (
     RankFailedError,
     WorldError,
 )
+from faccel.lifetime import WaitTimes
 from faccel.mesh import WORLD
 from faccel.protocols import Recovery
 from faccel.torch_names import all_gather_single
@@ -47,6 +49,13 @@ def _is_referenced(alias: torch.Tensor) -> bool:
     """Return whether C++ has a reference to this tensor object, not only to its storage."""
     # 1 is the reference of the Python object `alias` itself.
     return alias._use_count() > 1  # type: ignore[attr-defined]
+
+
+def counted(waits: Sequence[WaitTimes]) -> AbstractContextManager[None]:
+    """Return a context whose time is counted in `waits`, if there is one."""
+    if waits:
+        return waits[0].communicating()
+    return nullcontext()
 
 
 def _first_sentence(error: RuntimeError) -> str:
@@ -79,6 +88,8 @@ class TorchCollectives:
     # at most one: the call that the next collective belongs to
     _label: list[tuple[str, Tree]] = attrs.field(factory=list, init=False, repr=False)
     _models: list[str] = attrs.field(factory=list, init=False, repr=False)  # those that were named
+    # at most one: that of a meter
+    waits: list[WaitTimes] = attrs.field(factory=list, init=False, repr=False)
     in_flight: list[torch.Tensor] = attrs.field(factory=list, init=False, repr=False)
     """Aliases of tensors that threads of c10d may still reference; see `drain`."""
 
@@ -140,6 +151,10 @@ class TorchCollectives:
             self._models.append(type(model).__name__)
             name_model(model, len(self._models))
 
+    def count_waits(self, waits: WaitTimes) -> None:
+        """Count the time of collectives on the host in `waits` from now on."""
+        self.waits[:] = [waits]
+
     def new_turn(self, *, local: bool, timeout_s: float) -> WorldTurn | NoTurn:
         """Return the next turn of `main_first`."""
         if self.rank_status is None:
@@ -150,7 +165,7 @@ class TorchCollectives:
     def begin_call(self, call: str) -> None:
         """Return when every rank of the world begins this call."""
         if self.call_order is not None:
-            with naming_failed_rank(call, WORLD, self):
+            with counted(self.waits), naming_failed_rank(call, WORLD, self):
                 self.call_order.begin(call, self._tracked)
             self._forget_finished()
 
@@ -216,6 +231,21 @@ class TorchCollectives:
             x: A tensor of it; None for a barrier, which waits on the host.
             begin: `begin(group, is_async)` begins it. It returns None if it has ended already.
         """
+        # Without a meter there is no context manager around the call. On an accelerator only a
+        # barrier waits on the host.
+        if self.waits and (x is None or is_host(x.device)):
+            with self.waits[0].communicating():
+                self._run_now(op, axis, x, begin)
+        else:
+            self._run_now(op, axis, x, begin)
+
+    def _run_now(
+        self,
+        op: str,
+        axis: str,
+        x: torch.Tensor | None,
+        begin: Callable[[dist.ProcessGroup, bool], dist.Work | None],
+    ) -> None:
         group = self._own_group(axis)
         labels = self._label[:]
         # Removed in any case: it would describe a later, other collective, and keep its tensors.

@@ -9,13 +9,14 @@ from torch import nn
 
 from faccel.call_site import call_site
 from faccel.comm.call_exchange import CallExchange
-from faccel.comm.collectives import TorchCollectives
+from faccel.comm.collectives import TorchCollectives, counted
 from faccel.comm.compared_call import ComparedCall, name_model
 from faccel.comm.debug_group import already_compared
 from faccel.comm.pack import describe
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.comm.single import NoTurn
 from faccel.comm.turn import WorldTurn
+from faccel.lifetime import WaitTimes
 from faccel.mesh import WORLD
 from faccel.tree import Tree, flatten, paths
 
@@ -65,6 +66,10 @@ class DebugCollectives:
         """Give the units of a model names, by which ranks compare what they communicate."""
         self._models.append(type(model).__name__)
         name_model(model, len(self._models))
+
+    def count_waits(self, waits: WaitTimes) -> None:
+        """Count the time of collectives on the host in `waits`, comparisons included."""
+        self.inner.count_waits(waits)
 
     def begin_call(self, call: str) -> None:
         """Compare the call with those of the other ranks."""
@@ -134,6 +139,7 @@ class DebugCollectives:
         # From one line for each operation: faccel's functions are called the same way on all ranks.
         compared = ComparedCall(f"{call} over `{axis}`", "", call_site(), True)
         try:
-            self.exchange.compare(compared, ranks, dist.get_rank(), axis)
+            with counted(self.inner.waits):  # here a rank waits for the others
+                self.exchange.compare(compared, ranks, dist.get_rank(), axis)
         except dist.DistError as error:  # the process that serves the store has ended
             raise_naming_rank(error, op, axis, self)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from faccel.errors import ConfigError, nearest, short_repr
+from faccel.lifetime import WaitTimes
 from faccel.mesh import AXES, VIEWS, WORLD
 from faccel.tree import Tree
 
@@ -68,6 +69,9 @@ class SingleCollectives:
 
     def name_model(self, model: nn.Module) -> None:
         """Do nothing: there are no other ranks to compare with."""
+
+    def count_waits(self, waits: WaitTimes) -> None:
+        """Do nothing: there are no other ranks to wait for."""
 
     def begin_call(self, call: str) -> None:
         """Return at once: there are no other ranks."""

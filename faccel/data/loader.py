@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from typing import TypeVar
 
 import attrs
 import torch
@@ -17,7 +19,10 @@ from faccel.data.shard_checks import check_same_dataset, order_seed
 from faccel.device_table import is_host
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import DataError
+from faccel.lifetime import WaitTimes
 from faccel.tree import Tree, to_device
+
+T = TypeVar("T")
 
 
 def _unchanged(data: Tree) -> Tree:
@@ -131,7 +136,14 @@ class ShardedLoader:
             yield Batch(move(data), info.num_valid, info.step, info.is_last, after)
 
     def _marked(self, batches: Iterator[Tree]) -> Iterator[Tree]:
-        """Yield `batches`; while the tail is uneven, `scaled_backward` raises outside of `join`."""
+        """Yield `batches`; while the tail is uneven, `scaled_backward` raises outside of `join`.
+
+        With a meter, the time of each `next` is counted.
+        """
+        # Asked once per iteration: without a meter a step costs nothing more.
+        waits = self.ctx.lifetime.waits
+        if waits is not None:
+            batches = _timed(batches, waits)
         # Training on an uneven tail would hang: ranks with more batches wait for gradients of the
         # other ranks, which never come. A single rank waits for none.
         if self.source.tail != "uneven" or self.ctx.data_world_size == 1:
@@ -165,6 +177,23 @@ def _while_uneven(batches: Iterator[Tree], ctx: DistContext) -> Iterator[Tree]:
     # A generator, so that the mark is set at the first batch and removed at the end or a `break`.
     with ctx.lifetime.uneven_iteration():
         yield from batches
+
+
+def _timed(batches: Iterator[T], waits: WaitTimes) -> Generator[T]:
+    """Yield `batches`, and count the time of each `next` in `waits`."""
+    clock = waits.clock
+    # `closing`, because the readers below end worker processes when they are closed.
+    with closing(batches):  # pyright: ignore[reportArgumentType]
+        while True:
+            start_s = clock()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                waits.data_s += clock() - start_s
+            waits.num_batches += 1
+            yield batch
 
 
 @effectful(AMBIENT)

@@ -232,6 +232,9 @@ class _NoPeers:
     def name_model(self, model: object) -> None:
         """Do nothing: there are no peers to compare with."""
 
+    def count_waits(self, waits: object) -> None:
+        """Do nothing: there are no peers to wait for."""
+
     def begin_call(self, call: str) -> None:
         """Do nothing: there are no peers to compare with."""
 

@@ -1,4 +1,4 @@
-"""Loggers, progress bars and experiment trackers."""
+"""Loggers, progress bars, experiment trackers and meters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from typing import TYPE_CHECKING
 from faccel.exports import lazy
 
 if TYPE_CHECKING:
+    from faccel.tracking.flops import flops_of as flops_of
+    from faccel.tracking.meter import Meter as Meter
+    from faccel.tracking.meter import Rates as Rates
+    from faccel.tracking.meter import init_meter as init_meter
+    from faccel.tracking.meter import rates as rates
+    from faccel.tracking.meter import tick as tick
     from faccel.tracking.trackers import Tracker as Tracker
     from faccel.tracking.trackers import Trackers as Trackers
     from faccel.tracking.trackers import finish as finish
@@ -14,6 +20,8 @@ if TYPE_CHECKING:
     from faccel.tracking.trackers import log as log
 
 _NAMES = {
+    "faccel.tracking.flops": ("flops_of",),
+    "faccel.tracking.meter": ("Meter", "Rates", "init_meter", "rates", "tick"),
     "faccel.tracking.trackers": ("Tracker", "Trackers", "finish", "init_trackers", "log"),
 }  # fmt: skip
 __getattr__, __dir__, __all__ = lazy(  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,0 +1,282 @@
+"""The meter: throughput, utilization of the hardware, and waits, over the last steps of all ranks.
+
+Counting costs a microsecond per step: `tick` returns a new record, and nothing is communicated or
+read from a device. `rates` gathers one row of integers per rank, so sums over ranks are exact.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import attrs
+import torch
+
+from faccel import device_table
+from faccel.checks import instance_of, integer, positive
+from faccel.context import DistContext, require_context
+from faccel.device_table import is_host
+from faccel.effects import AMBIENT, COLLECTIVE, effectful
+from faccel.errors import ConfigError
+from faccel.lifetime import WaitTimes
+from faccel.mesh import WORLD
+from faccel.tracking.flops import peak_of_context
+from faccel.tracking.rank_counts import (
+    UNKNOWN,
+    RankCounts,
+    Rates,
+    combined,
+    nanoseconds,
+    or_unknown,
+)
+
+
+class _Counts(NamedTuple):
+    """What was counted up to the end of a step."""
+
+    time_s: float
+    num_steps: int
+    num_samples: int
+    num_tokens: int
+    data_s: float
+    num_batches: int
+    comm_s: float
+
+
+@attrs.frozen(eq=False)
+class _Options:
+    """What `init_meter` was called with."""
+
+    flops_per_sample: float | None
+    peak_flops: float | None
+    window: int
+    warmup: int
+    waits: WaitTimes
+
+
+@attrs.frozen(eq=False, repr=False)
+class Meter:
+    """The counts of this rank: `init_meter` returns the first one, `tick` the next ones."""
+
+    _options: _Options = attrs.field(alias="options")
+    # The counts of `_Counts` as plain tuples, and few fields: each of both costs as much in a step
+    # as all the rest of `tick`.
+    _last: tuple[float, int, int, int, float, int, float] = attrs.field(alias="last")
+    # The ends of the last steps: their number is constant, whatever the number of steps.
+    _ends: tuple[tuple[float, int, int, int, float, int, float], ...] = attrs.field(alias="ends")
+
+    @property
+    def num_steps(self) -> int:
+        """Number of `tick` calls."""
+        return self._last[1]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of this rank."""
+        return self._last[2]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of this rank."""
+        return self._last[3]
+
+    def __repr__(self) -> str:
+        counts = f"num_samples={self.num_samples}, num_tokens={self.num_tokens}"
+        return f"Meter(num_steps={self.num_steps}, {counts})"
+
+
+@effectful(AMBIENT)
+def init_meter(
+    ctx: DistContext,
+    *,
+    flops_per_sample: float | None = None,
+    peak_flops: float | None = None,
+    window: int = 50,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.monotonic,
+) -> Meter:
+    """Return a meter at step 0.
+
+    Effects: ambient. Reads the clock, and asks PyTorch for the name of the device.
+    From now on, the context counts how long its loaders and collectives wait. A loader that is
+    being iterated already is not counted.
+
+    Args:
+        ctx: The context.
+        flops_per_sample: Operations of forward and backward of one sample, from `flops_of`. Of the
+            full model, on every rank.
+        peak_flops: Operations per second of this rank's device at its peak. None takes the
+            published dense peak in the precision of the configuration; fp8 is compared with bf16.
+        window: How many steps `rates` looks back.
+        warmup: How many first steps are left out, such as those that compile.
+        clock: Returns seconds. All meters of a context must have the same one.
+
+    Raises:
+        ConfigError: A number is not positive, or the context has a meter with another clock.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> init_meter(fake_context(0, 1))
+        Meter(num_steps=0, num_samples=0, num_tokens=0)
+    """
+    require_context(ctx, "faccel.tracking.init_meter(ctx)")
+    if flops_per_sample is not None:
+        positive("flops_per_sample", flops_per_sample)
+    if peak_flops is None:
+        peak_flops = peak_of_context(ctx)
+    else:
+        positive("peak_flops", peak_flops)
+    integer("window", window, at_least=1)
+    integer("warmup", warmup, at_least=0)
+    waits = _waits_of(ctx, clock)
+    options = _Options(flops_per_sample, peak_flops, window, warmup, waits)
+    start = _Counts(clock(), 0, 0, 0, waits.data_s, waits.num_batches, waits.comm_s)
+    if warmup:
+        return Meter(options, start, ())
+    return Meter(options, start, (start,))
+
+
+def _waits_of(ctx: DistContext, clock: Callable[[], float]) -> WaitTimes:
+    """Return the counters of the context, which the first meter creates."""
+    waits = ctx.lifetime.waits
+    if waits is None:
+        instance_of("clock()", clock(), (int, float), fix="write `clock=time.monotonic`")
+        waits = WaitTimes(clock)
+        ctx.lifetime.count_waits(waits)
+        ctx.comm.count_waits(waits)
+    elif waits.clock != clock:
+        raise ConfigError(
+            "`clock` must be that of the first meter of the context",
+            got="another function",
+            fix="pass the same function, or create another context for the second clock",
+        )
+    return waits
+
+
+@effectful(AMBIENT)
+def tick(meter: Meter, *, samples: int = 0, tokens: int = 0) -> Meter:
+    """Return the meter after a step.
+
+    Effects: ambient. Reads the clock of the meter and what the context has waited; the result
+    depends on nothing else. `meter` is unchanged. The host does not wait for the device: a step
+    ends when the loop reaches `tick`. A loop cannot be faster than its device for long.
+
+    Args:
+        meter: From `init_meter` or `tick`.
+        samples: How many samples this rank has processed in the step, as in `batch.num_valid`.
+        tokens: How many tokens.
+
+    Raises:
+        ConfigError: A count is not an int of at least 0; a tensor would let the host wait.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> tick(init_meter(fake_context(0, 1)), samples=8, tokens=4096)
+        Meter(num_steps=1, num_samples=8, num_tokens=4096)
+    """
+    # One test for each in an ordinary step; the messages are made elsewhere.
+    if type(meter) is not Meter:
+        _check_meter(meter)
+    if type(samples) is not int or samples < 0:
+        _check_count("samples", samples)
+    if type(tokens) is not int or tokens < 0:
+        _check_count("tokens", tokens)
+    options = meter._options  # pyright: ignore[reportPrivateUsage]
+    before = meter._last  # pyright: ignore[reportPrivateUsage]
+    _, num_steps, num_samples, num_tokens, _, _, _ = before
+    waits = options.waits
+    last = (
+        waits.clock(),
+        num_steps + 1,
+        num_samples + samples,
+        num_tokens + tokens,
+        waits.data_s,
+        waits.num_batches,
+        waits.comm_s,
+    )
+    ends = meter._ends  # pyright: ignore[reportPrivateUsage]
+    if num_steps + 1 >= options.warmup:
+        # `window` steps have one end more than their number.
+        ends = (*ends[-options.window :], last)
+    return Meter(options, last, ends)
+
+
+def _check_meter(meter: Meter) -> None:
+    fix = "write `meter = init_meter(ctx)`, then `meter = tick(meter, samples=len(x))`"
+    instance_of("meter", meter, Meter, fix=fix)
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, torch.Tensor):
+        raise ConfigError(
+            f"`{name}` must be an int, because reading a tensor waits for its device",
+            got=f"a tensor on `{value.device}`",
+            fix=f"count on the host, as in `{name}=x.numel()` or `{name}=batch.num_valid`",
+        )
+    integer(name, value, at_least=0)
+
+
+@effectful(AMBIENT, COLLECTIVE)
+def rates(meter: Meter, ctx: DistContext) -> Rates:
+    """Return throughput, utilization and waits over the last steps of all ranks.
+
+    Effects: ambient, collective. One all-gather of `int64[12]` over all ranks, for which the host
+    waits: call it every tens of steps. Also reads the allocator's counters.
+
+    Ranks of one model replica process the same samples: the first one of each replica counts.
+
+    Args:
+        meter: From `tick`.
+        ctx: The context of `init_meter`.
+
+    Examples:
+        >>> import itertools
+        >>> from faccel.testing import simulate
+        >>> def fn(ctx):
+        ...     meter = init_meter(ctx, window=4, warmup=0, clock=itertools.count().__next__)
+        ...     for _ in range(6):
+        ...         meter = tick(meter, samples=10 + ctx.rank)
+        ...     return rates(meter, ctx)
+        >>> result = simulate(fn, 2)[0]
+        >>> result.samples_s, result.steps_s, result.num_samples
+        (21.0, 1.0, 126)
+    """
+    _check_meter(meter)
+    require_context(ctx, "faccel.tracking.rates(meter, ctx)")
+    row = torch.tensor(_counts(meter, ctx), dtype=torch.int64, device=ctx.device)
+    ctx.comm.set_call_label("rates", row)
+    # The one point where the host waits for the device.
+    rows = ctx.comm.all_gather(row, WORLD).cpu()
+    first_of_replicas: dict[int, int] = {}
+    for rank in range(ctx.world_size):
+        first_of_replicas.setdefault(ctx.mesh.spec.data_rank(rank), rank)
+    return combined(rows, list(first_of_replicas.values()))
+
+
+def _counts(meter: Meter, ctx: DistContext) -> RankCounts:
+    options = meter._options  # pyright: ignore[reportPrivateUsage]
+    total = _Counts(*meter._last)  # pyright: ignore[reportPrivateUsage]
+    ends = meter._ends  # pyright: ignore[reportPrivateUsage]
+    first = last = total
+    if ends:
+        first, last = _Counts(*ends[0]), _Counts(*ends[-1])
+    data_ns = comm_ns = UNKNOWN
+    if total.num_batches:
+        data_ns = nanoseconds(last.data_s - first.data_s)
+    if is_host(ctx.device):
+        comm_ns = nanoseconds(last.comm_s - first.comm_s)
+    return RankCounts(
+        nanoseconds(last.time_s - first.time_s),
+        last.num_steps - first.num_steps,
+        last.num_samples - first.num_samples,
+        last.num_tokens - first.num_tokens,
+        data_ns,
+        comm_ns,
+        or_unknown(device_table.peak_bytes(ctx.device)),
+        or_unknown(options.peak_flops),
+        or_unknown(options.flops_per_sample),
+        total.num_steps,
+        total.num_samples,
+        total.num_tokens,
+    )

@@ -1,0 +1,171 @@
+"""The counts of a rank as integers, and the rates of all ranks that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import attrs
+import torch
+
+UNKNOWN = -1
+"""In place of a count that a rank cannot measure. All others are at least 0."""
+
+_NS_PER_S = 10**9
+# A rank is slow if it delays the others by this part of a step; less is noise.
+_SLOW_PART = 0.05
+
+
+class RankCounts(NamedTuple):
+    """What one rank contributes to `rates`, as integers: of the last steps, then totals."""
+
+    window_ns: int
+    num_steps: int
+    num_samples: int
+    num_tokens: int
+    data_ns: int
+    comm_ns: int
+    peak_bytes: int
+    peak_flops: int
+    flops_per_sample: int
+    total_steps: int
+    total_samples: int
+    total_tokens: int
+
+
+@attrs.frozen
+class Rates:
+    """Throughput and waits of all ranks over the last steps; equal on all ranks.
+
+    A value is None where it is unknown: all of them before the first step after the warm-up.
+
+    Args:
+        samples_s: Samples per second, summed over the data ranks.
+        tokens_s: Tokens per second, summed over the data ranks.
+        steps_s: Steps per second.
+        mfu: Model FLOPs utilization: the part of the peak of all devices that the model used. None
+            without `flops_per_sample`, or for a device without a published peak.
+        peak_bytes: The most memory that a rank has used on its device; on the CPU, the largest
+            resident size of a process.
+        data_wait: The part of the time in which a rank waited for `next` of a loader of `shard`,
+            between 0 and 1; the largest of any rank. None if no rank has read from one.
+        comm_wait: The part of the time in which a rank waited in faccel's collectives on the CPU;
+            the largest of any rank. None on an accelerator, where the host does not wait.
+        slowest_rank: The rank that the others wait for, if it delays them by 5 % of a step or more.
+        num_steps: Steps since `init_meter`.
+        num_samples: Samples since `init_meter`, summed over the data ranks.
+        num_tokens: Tokens since `init_meter`, summed over the data ranks.
+    """
+
+    samples_s: float | None
+    tokens_s: float | None
+    steps_s: float | None
+    mfu: float | None
+    peak_bytes: int | None
+    data_wait: float | None
+    comm_wait: float | None
+    slowest_rank: int | None
+    num_steps: int
+    num_samples: int
+    num_tokens: int
+
+    def known(self) -> dict[str, float]:
+        """Return the values that are not None by name, for `log`."""
+        return attrs.asdict(self, filter=lambda field, value: value is not None)
+
+
+def nanoseconds(seconds: float) -> int:
+    """Return seconds as a count, whose sums are exact.
+
+    Effects: pure.
+    """
+    return round(seconds * _NS_PER_S)
+
+
+def or_unknown(value: float | None) -> int:
+    """Return a value as a count; UNKNOWN for None.
+
+    Effects: pure.
+    """
+    if value is None:
+        return UNKNOWN
+    return round(value)
+
+
+def combined(rows: torch.Tensor, first_of_replicas: Sequence[int]) -> Rates:
+    """Return the rates of all ranks.
+
+    Effects: pure.
+
+    Args:
+        rows: `int64[ranks, 12]`, the `RankCounts` of each rank.
+        first_of_replicas: One rank of each model replica: the others have the same samples.
+    """
+    replicas = rows[list(first_of_replicas)]
+    largest = RankCounts(*rows.amax(0).tolist())
+    total = RankCounts(*replicas.sum(0).tolist())
+    window_s = largest.window_ns / _NS_PER_S
+    samples_s = tokens_s = steps_s = mfu = data_wait = comm_wait = None
+    if largest.num_steps and window_s:
+        samples_s = total.num_samples / window_s
+        tokens_s = total.num_tokens / window_s
+        steps_s = largest.num_steps / window_s
+        mfu = _utilization(rows, replicas, window_s)
+        data_wait = _largest_part("data_ns", rows)
+        comm_wait = _largest_part("comm_ns", rows)
+    return Rates(
+        samples_s=samples_s,
+        tokens_s=tokens_s,
+        steps_s=steps_s,
+        mfu=mfu,
+        peak_bytes=_or_none(largest.peak_bytes),
+        data_wait=data_wait,
+        comm_wait=comm_wait,
+        slowest_rank=_slowest(rows),
+        num_steps=largest.total_steps,
+        num_samples=total.total_samples,
+        num_tokens=total.total_tokens,
+    )
+
+
+def _column(name: str, rows: torch.Tensor) -> torch.Tensor:
+    return rows[:, RankCounts._fields.index(name)]
+
+
+def _utilization(rows: torch.Tensor, replicas: torch.Tensor, window_s: float) -> float | None:
+    peaks, flops = _column("peak_flops", rows), _column("flops_per_sample", rows)
+    if bool((peaks == UNKNOWN).any()) or bool((flops == UNKNOWN).any()):
+        return None
+    # In float64: the product of two counts may have more than 63 bits.
+    done = (
+        _column("num_samples", replicas).double() @ _column("flops_per_sample", replicas).double()
+    )
+    return float(done / (peaks.double().sum() * window_s))
+
+
+def _or_none(count: int) -> int | None:
+    if count == UNKNOWN:
+        return None
+    return count
+
+
+def _largest_part(name: str, rows: torch.Tensor) -> float | None:
+    """Return the largest part of its time that a rank has waited; None if no rank has measured."""
+    waits_ns = _column(name, rows)
+    if int(waits_ns.max()) == UNKNOWN:
+        return None
+    # At least 1: a rank may have no step yet.
+    windows_ns = _column("window_ns", rows).clamp(min=1)
+    return float((waits_ns.clamp(min=0).double() / windows_ns.double()).max())
+
+
+def _slowest(rows: torch.Tensor) -> int | None:
+    """Return the rank that waits longest for data and shortest for the other ranks.
+
+    A step takes equally long on all ranks, because they wait for each other: only the waits differ.
+    """
+    delays_ns = _column("data_ns", rows).clamp(min=0) - _column("comm_ns", rows).clamp(min=0)
+    threshold_ns = _SLOW_PART * int(_column("window_ns", rows).max())
+    if int(delays_ns.max() - delays_ns.min()) <= threshold_ns:
+        return None
+    return int(delays_ns.argmax())
