@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import attrs
@@ -17,19 +18,30 @@ T = TypeVar("T")
 
 @attrs.define(eq=False)
 class WaitTimes:
-    """How long this rank has waited since a meter was opened.
+    """What this rank has done besides training steps since a meter was opened.
 
     Args:
         clock: Returns seconds; that of the meter.
         data_s: Seconds in `next` of faccel's loaders.
         num_batches: How many batches the loaders have yielded.
         comm_s: Seconds in faccel's collectives on the host.
+        phase_s: Seconds in phases by name, "checkpoint" and "evaluation". What a loader or a
+            collective waits inside of a phase belongs to the phase only.
+        in_phases_s: The sum of all phases.
+        num_skips: How often `optimizer_step` has skipped an update.
+        notes: Functions that are called at the end of a phase with its name and None, and for a
+            checkpoint with "saved" or "loaded" and its step.
     """
 
     clock: Callable[[], float]
     data_s: float = 0.0
     num_batches: int = 0
     comm_s: float = 0.0
+    phase_s: dict[str, float] = attrs.field(factory=lambda: {"checkpoint": 0.0, "evaluation": 0.0})
+    in_phases_s: float = 0.0
+    num_skips: int = 0
+    notes: list[Callable[[str, int | None], None]] = attrs.field(factory=list)
+    _is_in_phase: bool = attrs.field(default=False, init=False)
 
     @contextmanager
     def communicating(self) -> Generator[None]:
@@ -39,6 +51,29 @@ class WaitTimes:
             yield
         finally:
             self.comm_s += self.clock() - start_s
+
+    @contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """Count the time of the body as that phase, unless it is inside of another one."""
+        if self._is_in_phase:
+            yield
+            return
+        self._is_in_phase = True
+        start_s, data_s, comm_s = self.clock(), self.data_s, self.comm_s
+        try:
+            yield
+        finally:
+            self._is_in_phase = False
+            duration_s = self.clock() - start_s
+            self.phase_s[name] += duration_s
+            self.in_phases_s += duration_s
+            self.data_s, self.comm_s = data_s, comm_s
+            self.note(name, None)
+
+    def note(self, name: str, step: int | None) -> None:
+        """Call the functions in `notes`."""
+        for note in self.notes:
+            note(name, step)
 
 
 class Lifetime:
@@ -70,6 +105,7 @@ class Lifetime:
         self._models: dict[int, weakref.ref[object]] = {}
         self._reducers: dict[int, GradReducer] = {}
         self._waits: WaitTimes | None = None
+        self.created_s = time.monotonic()
         # Read twice in every step, so the sequence is made when a model comes or goes.
         self._reducers_in_order: tuple[GradReducer, ...] = ()
 
@@ -219,6 +255,22 @@ class Lifetime:
     def count_waits(self, waits: WaitTimes) -> None:
         """Let loaders and collectives of the context count their times in `waits`."""
         self._waits = waits
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Return a context whose time is counted as a phase; without a meter it does nothing."""
+        if self._waits is None:
+            return nullcontext()
+        return self._waits.phase(name)
+
+    def note(self, name: str, step: int) -> None:
+        """Let meters know that the checkpoint of a step was "saved" or "loaded"."""
+        if self._waits is not None:
+            self._waits.note(name, step)
+
+    def add_skip(self) -> None:
+        """Count an update that `optimizer_step` has skipped."""
+        if self._waits is not None:
+            self._waits.num_skips += 1
 
     def add_loader(self) -> None:
         """Note that the context has split a loader over its ranks."""

@@ -123,10 +123,34 @@ def load(
         {'step': 3, 'x': tensor([1., 1.])}
     """
     directory = path_argument("state", state, path, "faccel.load(state, path, ctx)")
+    options = _LoadOptions(step, strict, rename, format)
+    with ctx.lifetime.phase("checkpoint"):
+        loaded, loaded_step = _load(state, directory, ctx, options)
+    if loaded_step is not None:
+        ctx.lifetime.note("loaded", loaded_step)
+    return loaded
+
+
+@attrs.frozen
+class _LoadOptions:
+    """The options of `load`."""
+
+    step: int | None
+    strict: bool
+    rename: Mapping[str, str] | None
+    format: str
+
+
+def _load(
+    state: Tree, directory: str, ctx: DistContext, options: _LoadOptions
+) -> tuple[Tree, int | None]:
+    """Return the state, and the step of its checkpoint; None for a folder of another program."""
+    step, strict, rename = options.step, options.strict, options.rename
     ctx.comm.begin_call("load")
-    if format_argument(format) != "faccel":
-        source = _imported_source(directory, state, format, step, rename)
-        return _load_verified(_LoadPlan(source, state, ctx, strict=strict, rename=rename), ctx)
+    if format_argument(options.format) != "faccel":
+        source = _imported_source(directory, state, options.format, step, rename)
+        load_plan = _LoadPlan(source, state, ctx, strict=strict, rename=rename)
+        return _load_verified(load_plan, ctx), None
     # The newest checkpoint may be the one that is being written.
     wait_for_pending_saves(ctx)
     existing = _list(directory, ctx)
@@ -145,7 +169,7 @@ def load(
         if problem is None:
             source = _CheckpointSource(checkpoint.path)
             load_plan = _LoadPlan(source, state, ctx, strict=strict, rename=rename)
-            return _load_verified(load_plan, ctx)
+            return _load_verified(load_plan, ctx), checkpoint.step
         problems.append(f"step {checkpoint.step}: {problem}")
         if ctx.is_main:  # one line in the log, not one per rank
             message = "checkpoint `%s` is corrupt, trying an older one: %s"

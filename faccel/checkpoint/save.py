@@ -80,19 +80,32 @@ def save(
     """
     directory = path_argument("state", state, path, "faccel.save(state, path, ctx, step=step)")
     policy = keep_policy(keep)
+    request = SaveRequest(directory, step, overwrite, background, trained_only)
+    with ctx.lifetime.phase("checkpoint"):
+        checkpoint = _save(state, request, ctx, policy, metadata)
+    ctx.lifetime.note("saved", step)
+    return checkpoint
+
+
+def _save(
+    state: Tree,
+    request: SaveRequest,
+    ctx: DistContext,
+    policy: KeepPolicy,
+    metadata: Mapping[str, Any] | None,
+) -> Checkpoint:
     ctx.comm.begin_call("save")
     # Never two saves at once: the second one could be committed before the first one.
     wait_for_pending_saves(ctx)
-    request = SaveRequest(directory, step, overwrite, background, trained_only)
     transaction = SaveTransaction(request, ctx, metadata)
     is_thread_running = False
     try:
         transaction.plan(state)
-        if background:
+        if request.background:
             start_background_save(transaction, ctx, policy)
             is_thread_running = True
             final = transaction.destination.final
-            return Checkpoint(final, step, ctx.world_size, problem="still being written")
+            return Checkpoint(final, request.step, ctx.world_size, problem="still being written")
         # Rank 0 gets the files of all ranks, for the manifest.
         files = chain.from_iterable(on_all_ranks(transaction.write, ctx, "write its shards"))
         return on_rank_0(lambda: transaction.commit(files, policy), ctx, "commit")

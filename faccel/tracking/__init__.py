@@ -8,6 +8,10 @@ from faccel.exports import lazy
 
 if TYPE_CHECKING:
     from faccel.tracking.flops import flops_of as flops_of
+    from faccel.tracking.goodput_categories import Goodput as Goodput
+    from faccel.tracking.goodput_categories import goodput as goodput
+    from faccel.tracking.journal import phase as phase
+    from faccel.tracking.journal import read_journal as read_journal
     from faccel.tracking.meter import Meter as Meter
     from faccel.tracking.meter import Rates as Rates
     from faccel.tracking.meter import init_meter as init_meter
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "faccel.tracking.flops": ("flops_of",),
+    "faccel.tracking.goodput_categories": ("Goodput", "goodput"),
+    "faccel.tracking.journal": ("phase", "read_journal"),
     "faccel.tracking.meter": ("Meter", "Rates", "init_meter", "rates", "tick"),
     "faccel.tracking.trackers": ("Tracker", "Trackers", "finish", "init_trackers", "log"),
 }  # fmt: skip

@@ -22,6 +22,7 @@ from faccel.errors import ConfigError
 from faccel.lifetime import WaitTimes
 from faccel.mesh import WORLD
 from faccel.tracking.flops import peak_of_context
+from faccel.tracking.journal import Journal, open_journal
 from faccel.tracking.rank_counts import (
     UNKNOWN,
     RankCounts,
@@ -33,7 +34,7 @@ from faccel.tracking.rank_counts import (
 
 
 class _Counts(NamedTuple):
-    """What was counted up to the end of a step."""
+    """What was counted up to the end of a step; the time is without that of phases."""
 
     time_s: float
     num_steps: int
@@ -53,6 +54,7 @@ class _Options:
     window: int
     warmup: int
     waits: WaitTimes
+    journal: Journal | None
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -94,11 +96,12 @@ def init_meter(
     peak_flops: float | None = None,
     window: int = 50,
     warmup: int = 1,
+    run: str | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Meter:
     """Return a meter at step 0.
 
-    Effects: ambient. Reads the clock, and asks PyTorch for the name of the device.
+    Effects: ambient. Reads the clock, asks PyTorch for the name of the device, opens a file.
     From now on, the context counts how long its loaders and collectives wait. A loader that is
     being iterated already is not counted.
 
@@ -110,10 +113,13 @@ def init_meter(
             published dense peak in the precision of the configuration; fp8 is compared with bf16.
         window: How many steps `rates` looks back.
         warmup: How many first steps are left out, such as those that compile.
+        run: The name of the run, for `goodput`. Then each rank writes a journal into the folder
+            `ctx.config.run_dir / run`, until the context is closed. A run that exists continues.
         clock: Returns seconds. All meters of a context must have the same one.
 
     Raises:
-        ConfigError: A number is not positive, or the context has a meter with another clock.
+        ConfigError: A number is not positive, the context has a meter with another clock, or the
+            folder of the run cannot be created.
 
     Examples:
         >>> from faccel.testing import fake_context
@@ -130,8 +136,13 @@ def init_meter(
     integer("window", window, at_least=1)
     integer("warmup", warmup, at_least=0)
     waits = _waits_of(ctx, clock)
-    options = _Options(flops_per_sample, peak_flops, window, warmup, waits)
-    start = _Counts(clock(), 0, 0, 0, waits.data_s, waits.num_batches, waits.comm_s)
+    journal = None
+    if run is not None:
+        journal = open_journal(run, ctx, waits)
+    options = _Options(flops_per_sample, peak_flops, window, warmup, waits, journal)
+    start = _Counts(
+        clock() - waits.in_phases_s, 0, 0, 0, waits.data_s, waits.num_batches, waits.comm_s
+    )
     if warmup:
         return Meter(options, start, ())
     return Meter(options, start, (start,))
@@ -159,7 +170,8 @@ def tick(meter: Meter, *, samples: int = 0, tokens: int = 0) -> Meter:
     """Return the meter after a step.
 
     Effects: ambient. Reads the clock of the meter and what the context has waited; the result
-    depends on nothing else. `meter` is unchanged. The host does not wait for the device: a step
+    depends on nothing else, and `meter` is unchanged. With `run`, a line of the journal is
+    overwritten. The host does not wait for the device: a step
     ends when the loop reaches `tick`. A loop cannot be faster than its device for long.
 
     Args:
@@ -186,8 +198,11 @@ def tick(meter: Meter, *, samples: int = 0, tokens: int = 0) -> Meter:
     before = meter._last  # pyright: ignore[reportPrivateUsage]
     _, num_steps, num_samples, num_tokens, _, _, _ = before
     waits = options.waits
+    now_s = waits.clock()
+    if options.journal is not None:
+        options.journal.step(now_s)
     last = (
-        waits.clock(),
+        now_s - waits.in_phases_s,
         num_steps + 1,
         num_samples + samples,
         num_tokens + tokens,

@@ -149,6 +149,8 @@ def optimizer_step(
     if finite:
         for one_scheduler in schedulers:
             one_scheduler.step()
+    else:
+        ctx.lifetime.add_skip()
     return StepInfo(grad_norm, not finite, grad_scale), scaler.after_step(opt, finite=finite)
 
 
@@ -157,6 +159,7 @@ def _without_gradients(
 ) -> tuple[StepInfo, ScalerState]:
     """Skip the update of a window that was left out; the norm of no gradients is 0."""
     ctx.lifetime.add_update(ctx.config.grad_accum)
+    ctx.lifetime.add_skip()
     for group in opt.param_groups:
         for param in group["params"]:
             param.grad = None

@@ -166,6 +166,7 @@ CALLS = {
     "init_meter": (lambda s, ctx: faccel.tracking.init_meter(ctx), set()),
     "tick": (lambda s, ctx: faccel.tracking.tick(faccel.tracking.init_meter(ctx)), set()),
     "rates": (lambda s, ctx: faccel.tracking.rates(faccel.tracking.init_meter(ctx), ctx), set()),
+    "phase": (lambda s, ctx: entered(faccel.tracking.phase("evaluation", ctx)), set()),
     "flops_of": (lambda s, ctx: faccel.tracking.flops_of(s["net"].eval(), s["x"]), set()),
     "empty_cache": (lambda s, ctx: faccel.parallel.empty_cache(ctx), set()),
     "free_memory": (lambda s, ctx: faccel.parallel.free_memory(ctx), set()),
@@ -271,6 +272,7 @@ def test_every_function_without_effects_on_its_arguments_is_covered():
         *("unscale", "grad_norm"),  # test_unscale.py compares gradients before and after
         "push_to_hub",  # takes no values; tests/hf/test_hub.py
         "forward_backward",  # test_forward_backward.py compares it with a loop by hand
+        *("goodput", "read_journal"),  # take no values; test_goodput.py
         "find_batch_size",  # test_failures.py compares it with the limits of the ranks
         *("seed_everything", "rng_state", "set_rng_state"),
         *("get_logger", "progress", "init_trackers", "log", "finish"),

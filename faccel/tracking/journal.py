@@ -1,0 +1,257 @@
+"""The journal of a run: what each rank has spent its time on, in one file of JSON lines per rank.
+
+All lines have one length, and the last one is overwritten after each step: a file does not grow
+with the number of steps, and a process that is killed leaves the counts of its last complete step.
+Restarts of the run append to the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from faccel.checks import local_path, one_of
+from faccel.context import DistContext, require_context
+from faccel.effects import AMBIENT, effectful
+from faccel.errors import ConfigError, short_text
+from faccel.lifetime import WaitTimes
+
+_LINE_BYTES = 384
+_FOLDER = "goodput"
+Event = dict[str, Any]
+
+
+@attrs.define(eq=False)
+class Journal:
+    """The open journal of a rank.
+
+    Args:
+        path: Its file.
+        waits: What the context has done besides steps.
+        start_s: Where the time of this process begins, on the clock of `waits`.
+        offset_s: What is added to that clock for the time of day.
+    """
+
+    path: Path
+    waits: WaitTimes
+    start_s: float
+    offset_s: float
+    num_steps: int = attrs.field(default=0, init=False)
+    _num_skipped: int = attrs.field(default=0, init=False)
+    _startup_s: float = attrs.field(default=0.0, init=False)
+    _step_s: float = attrs.field(default=0.0, init=False)
+    _data_s: float = attrs.field(default=0.0, init=False)
+    _skipped_s: float = attrs.field(default=0.0, init=False)
+    # The counts of `waits` that are in the fields above already. Its phases at the start belong to
+    # an earlier run of the same context.
+    _before: WaitTimes = attrs.field(init=False)
+    _loop_s: float = attrs.field(init=False)
+    _file: FileIO | None = attrs.field(default=None, init=False)
+    _offset: int = attrs.field(default=0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._before = attrs.evolve(self.waits, phase_s=dict(self.waits.phase_s))
+        self._loop_s = self.start_s - self.waits.in_phases_s
+
+    def open(self, rank: int, world_size: int) -> None:
+        """Append the first line of this process.
+
+        Raises:
+            OSError: The file cannot be created.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        # Unbuffered: the system writes a line even if the process is killed a moment later.
+        self._file = FileIO(self.path, "r+")
+        # The last line may be cut if a node lost its power: the next one begins after its end.
+        size = self._file.seek(0, os.SEEK_END)
+        self._offset = -(-size // _LINE_BYTES) * _LINE_BYTES
+        if size != self._offset:
+            self._file.write(b"\n".rjust(self._offset - size))
+        values = {"rank": rank, "world_size": world_size}
+        self._append("start", {**values, "started": self.start_s + self.offset_s})
+
+    def step(self, now_s: float) -> None:
+        """Count a step that has ended at `now_s`, and overwrite the last line."""
+        waits, before = self.waits, self._before
+        loop_s = now_s - waits.in_phases_s
+        data_s = waits.data_s - before.data_s
+        work_s = loop_s - self._loop_s - data_s
+        is_skipped = waits.num_skips != before.num_skips
+        self._loop_s = loop_s
+        before.data_s = waits.data_s
+        before.num_skips = waits.num_skips
+        self._data_s += data_s
+        self._num_skipped += is_skipped
+        if self.num_steps == 0:  # it compiles and allocates
+            self._startup_s += work_s
+        elif is_skipped:
+            self._skipped_s += work_s
+        else:
+            self._step_s += work_s
+        self.num_steps += 1
+        self._write("step", now_s, "")
+
+    def note(self, event: str, step: int | None) -> None:
+        """Append a line for a checkpoint, or overwrite the last line after a phase, without step.
+
+        A process that is killed in the next step has its time up to here.
+        """
+        if step is None:
+            self._write(event, self.waits.clock(), "")
+        else:
+            self._append(event, {"step": step})
+
+    def close(self) -> None:
+        """Append the last line of this process."""
+        self._append("end", {})
+        self._close_file()
+
+    def _append(self, event: str, values: Mapping[str, float]) -> None:
+        more = "".join(f', "{name}": {value}' for name, value in values.items())
+        self._write(event, self.waits.clock(), more)
+        self._offset += _LINE_BYTES
+
+    def _write(self, event: str, now_s: float, more: str) -> None:
+        """Write the last line of the file."""
+        if self._file is None:
+            return
+        phases, phases_before = self.waits.phase_s, self._before.phase_s
+        checkpoint_s = phases["checkpoint"] - phases_before["checkpoint"]
+        evaluation_s = phases["evaluation"] - phases_before["evaluation"]
+        # Not `json.dumps`, which takes three times as long.
+        line = (
+            f'{{"event": "{event}", "time": {now_s + self.offset_s:.6f}{more}'
+            f', "num_steps": {self.num_steps}, "num_skipped": {self._num_skipped}'
+            f', "startup_s": {self._startup_s:.6f}, "useful_s": {self._step_s:.6f}'
+            f', "data_wait_s": {self._data_s:.6f}, "skipped_s": {self._skipped_s:.6f}'
+            f', "checkpoint_s": {checkpoint_s:.6f}, "evaluation_s": {evaluation_s:.6f}}}'
+        )
+        try:
+            self._file.seek(self._offset)
+            self._file.write(line.ljust(_LINE_BYTES - 1).encode() + b"\n")
+        except OSError as error:  # a full disk must not stop the training
+            message = "the journal `%s` failed, and is not continued: %r"
+            logging.getLogger("faccel").error(message, self.path, error)
+            self._close_file()
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+
+def open_journal(run: str, ctx: DistContext, waits: WaitTimes) -> Journal:
+    """Open this rank's journal in the folder of a run, until the context is closed.
+
+    Effects: ambient.
+
+    Raises:
+        ConfigError: `run` is a URL, or its folder cannot be created.
+    """
+    local_path("run", run)
+    path = Path(ctx.config.run_dir) / run / _FOLDER / f"rank-{ctx.rank:05d}.jsonl"
+    start_s, offset_s = waits.clock(), 0.0
+    if waits.clock is time.monotonic:
+        offset_s = time.time() - start_s
+        if not waits.notes:  # the first run of the context: what came after `init` belongs to it
+            start_s = ctx.lifetime.created_s
+    journal = Journal(path, waits, start_s, offset_s)
+    try:
+        journal.open(ctx.rank, ctx.world_size)
+    except OSError as error:
+        raise ConfigError(
+            "the journal of the run cannot be created in `run_dir`",
+            got=f"{short_text(str(path))}: {error.strerror}",
+            fix='name a folder in a writable place, as in `run_dir="/tmp/runs"`',
+        ) from error
+    waits.notes.append(journal.note)
+    ctx.lifetime.on_close(journal.close)
+    return journal
+
+
+@effectful(AMBIENT)
+def read_journal(folder: str | os.PathLike[str]) -> list[Event]:
+    """Return the events of all ranks and restarts of a run, for `goodput`.
+
+    Effects: ambient. Reads files, also those of a run that still trains.
+
+    Args:
+        folder: The folder of the run, `run_dir / run`.
+
+    Returns:
+        The events of rank 0, then those of rank 1, ..., each with the field `rank`. A line that was
+        cut, because its node lost power, is left out.
+
+    Raises:
+        ConfigError: The folder has no journal.
+
+    Examples:
+        >>> import tempfile
+        >>> from faccel.testing import fake_context
+        >>> from faccel.tracking import init_meter, tick
+        >>> folder = tempfile.mkdtemp()
+        >>> ctx = fake_context(0, 1, config={"run_dir": folder})
+        >>> meter = tick(init_meter(ctx, run="a"), samples=8)
+        >>> [(event["event"], event["num_steps"]) for event in read_journal(f"{folder}/a")]
+        [('start', 0), ('step', 1)]
+        >>> ctx.lifetime.close()
+    """
+    paths = sorted(Path(local_path("folder", folder)).glob(f"{_FOLDER}/rank-*.jsonl"))
+    if not paths:
+        raise ConfigError(
+            "`folder` has no journal of a meter",
+            got=short_text(os.fsdecode(folder)),
+            fix='write `init_meter(ctx, run="name")`, and pass `f"{ctx.config.run_dir}/name"`',
+        )
+    events: list[Event] = []
+    for path in paths:
+        rank = int(path.stem.removeprefix("rank-"))
+        for line in path.read_bytes().splitlines():
+            event = _event(line)
+            if event is not None:
+                events.append({**event, "rank": rank})
+    return events
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    if isinstance(event, dict) and "event" in event:
+        return event
+    return None
+
+
+@effectful(AMBIENT)
+def phase(name: str, ctx: DistContext) -> AbstractContextManager[None]:
+    """Return a context whose time belongs to an evaluation, and not to training steps.
+
+    Effects: ambient. Reads the clock of the meter of `ctx`; without one it does nothing. `save` and
+    `load` are phases without it.
+
+    Args:
+        name: "evaluation" or "checkpoint", for files that faccel does not write.
+        ctx: The context.
+
+    Raises:
+        ConfigError: The name is another one.
+
+    Examples:
+        >>> from faccel.testing import fake_context
+        >>> with phase("evaluation", fake_context(0, 1)):
+        ...     pass  # the batches of the test set
+    """
+    require_context(ctx, 'with faccel.tracking.phase("evaluation", ctx):')
+    one_of("name", name, ("checkpoint", "evaluation"))
+    return ctx.lifetime.phase(name)
