@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from faccel.tracking.goodput_categories import goodput as goodput
     from faccel.tracking.journal import phase as phase
     from faccel.tracking.journal import read_journal as read_journal
+    from faccel.tracking.memory_categories import PeakMemory as PeakMemory
+    from faccel.tracking.memory_categories import peak_memory as peak_memory
     from faccel.tracking.meter import Meter as Meter
     from faccel.tracking.meter import Rates as Rates
     from faccel.tracking.meter import init_meter as init_meter
@@ -27,6 +29,7 @@ _NAMES = {
     "faccel.tracking.flops": ("flops_of",),
     "faccel.tracking.goodput_categories": ("Goodput", "goodput"),
     "faccel.tracking.journal": ("phase", "read_journal"),
+    "faccel.tracking.memory_categories": ("PeakMemory", "peak_memory"),
     "faccel.tracking.meter": ("Meter", "Rates", "init_meter", "rates", "tick"),
     "faccel.tracking.trackers": ("Tracker", "Trackers", "finish", "init_trackers", "log"),
 }  # fmt: skip

@@ -85,11 +85,11 @@ def peak_of_context(ctx: DistContext) -> float | None:
     Effects: ambient. Asks PyTorch for the name of the device.
     """
     dtype = ctx.compute_dtype or ctx.param_dtype
-    precision = "fp32"
+    precision = "tf32"
+    if torch.get_float32_matmul_precision() == "highest":
+        precision = "fp32"
     if dtype is not None:
         precision = _PRECISIONS[dtype]
-    elif torch.get_float32_matmul_precision() != "highest":
-        precision = "tf32"
     return peak_of_model(device_table.model_name(ctx.device), precision)
 
 

@@ -100,7 +100,8 @@ class _Timeline:
         """Add the next event."""
         if event["event"] == "start":
             self._start(event)
-        elif event["num_steps"] > self._last["num_steps"]:
+            self._last = event
+        if event["num_steps"] > self._last["num_steps"]:
             self._add_steps(event)
         if event["event"] == "saved":
             self._saved[event["step"]] = (self.num_processes, event)
@@ -150,12 +151,18 @@ class _Timeline:
         for piece in self.pieces:
             if piece.process < process:
                 remaining.append(piece)
-            elif piece.process == process and saved is not None:
-                if saved["num_steps"] >= piece.last["num_steps"]:
-                    remaining.append(piece)
-                elif saved["num_steps"] > piece.first["num_steps"]:
-                    remaining.append(_Piece(process, piece.first, saved))
+            if piece.process == process and saved is not None:
+                remaining.extend(_up_to(saved, piece))
         self.pieces = remaining
+
+
+def _up_to(saved: Event, piece: _Piece) -> list[_Piece]:
+    """Return the steps of a piece before a checkpoint of its process: none, all, or a part."""
+    if saved["num_steps"] >= piece.last["num_steps"]:
+        return [piece]
+    if saved["num_steps"] > piece.first["num_steps"]:
+        return [_Piece(piece.process, piece.first, saved)]
+    return []
 
 
 def goodput(events: Sequence[Event], *, rank: int = 0) -> Goodput:

@@ -57,10 +57,12 @@ class Journal:
     _loop_s: float = attrs.field(init=False)
     _file: FileIO | None = attrs.field(default=None, init=False)
     _offset: int = attrs.field(default=0, init=False)
+    _other_counts: str = attrs.field(default="", init=False)
 
     def __attrs_post_init__(self) -> None:
         self._before = attrs.evolve(self.waits, phase_s=dict(self.waits.phase_s))
         self._loop_s = self.start_s - self.waits.in_phases_s
+        self._other_counts = self._format_other_counts()
 
     def open(self, rank: int, world_size: int) -> None:
         """Append the first line of this process.
@@ -91,21 +93,27 @@ class Journal:
         before.data_s = waits.data_s
         before.num_skips = waits.num_skips
         self._data_s += data_s
-        self._num_skipped += is_skipped
-        if self.num_steps == 0:  # it compiles and allocates
-            self._startup_s += work_s
-        elif is_skipped:
-            self._skipped_s += work_s
+        if self.num_steps == 0 or is_skipped:
+            self._add_unusual_step(work_s, is_skipped=is_skipped)
         else:
             self._step_s += work_s
         self.num_steps += 1
         self._write("step", now_s, "")
+
+    def _add_unusual_step(self, work_s: float, *, is_skipped: bool) -> None:
+        self._num_skipped += is_skipped
+        if self.num_steps == 0:  # it compiles and allocates
+            self._startup_s += work_s
+        else:
+            self._skipped_s += work_s
+        self._other_counts = self._format_other_counts()
 
     def note(self, event: str, step: int | None) -> None:
         """Append a line for a checkpoint, or overwrite the last line after a phase, without step.
 
         A process that is killed in the next step has its time up to here.
         """
+        self._other_counts = self._format_other_counts()
         if step is None:
             self._write(event, self.waits.clock(), "")
         else:
@@ -125,16 +133,11 @@ class Journal:
         """Write the last line of the file."""
         if self._file is None:
             return
-        phases, phases_before = self.waits.phase_s, self._before.phase_s
-        checkpoint_s = phases["checkpoint"] - phases_before["checkpoint"]
-        evaluation_s = phases["evaluation"] - phases_before["evaluation"]
-        # Not `json.dumps`, which takes three times as long.
+        # Not `json.dumps`, which takes longer, and only the numbers that an ordinary step changes.
         line = (
             f'{{"event": "{event}", "time": {now_s + self.offset_s:.6f}{more}'
-            f', "num_steps": {self.num_steps}, "num_skipped": {self._num_skipped}'
-            f', "startup_s": {self._startup_s:.6f}, "useful_s": {self._step_s:.6f}'
-            f', "data_wait_s": {self._data_s:.6f}, "skipped_s": {self._skipped_s:.6f}'
-            f', "checkpoint_s": {checkpoint_s:.6f}, "evaluation_s": {evaluation_s:.6f}}}'
+            f', "num_steps": {self.num_steps}, "useful_s": {self._step_s:.6f}'
+            f', "data_wait_s": {self._data_s:.6f}{self._other_counts}'
         )
         try:
             self._file.seek(self._offset)
@@ -143,6 +146,17 @@ class Journal:
             message = "the journal `%s` failed, and is not continued: %r"
             logging.getLogger("faccel").error(message, self.path, error)
             self._close_file()
+
+    def _format_other_counts(self) -> str:
+        """Return the end of a line, with the counts that change in few steps."""
+        phases, phases_before = self.waits.phase_s, self._before.phase_s
+        checkpoint_s = phases["checkpoint"] - phases_before["checkpoint"]
+        evaluation_s = phases["evaluation"] - phases_before["evaluation"]
+        return (
+            f', "num_skipped": {self._num_skipped}, "startup_s": {self._startup_s:.6f}'
+            f', "skipped_s": {self._skipped_s:.6f}, "checkpoint_s": {checkpoint_s:.6f}'
+            f', "evaluation_s": {evaluation_s:.6f}}}'
+        )
 
     def _close_file(self) -> None:
         if self._file is not None:

@@ -156,7 +156,7 @@ def _waits_of(ctx: DistContext, clock: Callable[[], float]) -> WaitTimes:
         waits = WaitTimes(clock)
         ctx.lifetime.count_waits(waits)
         ctx.comm.count_waits(waits)
-    elif waits.clock != clock:
+    if waits.clock != clock:
         raise ConfigError(
             "`clock` must be that of the first meter of the context",
             got="another function",
@@ -262,7 +262,7 @@ def rates(meter: Meter, ctx: DistContext) -> Rates:
     row = torch.tensor(_counts(meter, ctx), dtype=torch.int64, device=ctx.device)
     ctx.comm.set_call_label("rates", row)
     # The one point where the host waits for the device.
-    rows = ctx.comm.all_gather(row, WORLD).cpu()
+    rows = ctx.comm.all_gather(row, WORLD).cpu().numpy()
     first_of_replicas: dict[int, int] = {}
     for rank in range(ctx.world_size):
         first_of_replicas.setdefault(ctx.mesh.spec.data_rank(rank), rank)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import attrs
-import torch
+import numpy as np
 
 UNKNOWN = -1
 """In place of a count that a rank cannot measure. All others are at least 0."""
@@ -92,7 +92,7 @@ def or_unknown(value: float | None) -> int:
     return round(value)
 
 
-def combined(rows: torch.Tensor, first_of_replicas: Sequence[int]) -> Rates:
+def combined(rows: np.ndarray, first_of_replicas: Sequence[int]) -> Rates:
     """Return the rates of all ranks.
 
     Effects: pure.
@@ -101,8 +101,8 @@ def combined(rows: torch.Tensor, first_of_replicas: Sequence[int]) -> Rates:
         rows: `int64[ranks, 12]`, the `RankCounts` of each rank.
         first_of_replicas: One rank of each model replica: the others have the same samples.
     """
-    replicas = rows[list(first_of_replicas)]
-    largest = RankCounts(*rows.amax(0).tolist())
+    replicas = rows[first_of_replicas]
+    largest = RankCounts(*rows.max(0).tolist())
     total = RankCounts(*replicas.sum(0).tolist())
     window_s = largest.window_ns / _NS_PER_S
     samples_s = tokens_s = steps_s = mfu = data_wait = comm_wait = None
@@ -128,19 +128,18 @@ def combined(rows: torch.Tensor, first_of_replicas: Sequence[int]) -> Rates:
     )
 
 
-def _column(name: str, rows: torch.Tensor) -> torch.Tensor:
+def _column(name: str, rows: np.ndarray) -> np.ndarray:
     return rows[:, RankCounts._fields.index(name)]
 
 
-def _utilization(rows: torch.Tensor, replicas: torch.Tensor, window_s: float) -> float | None:
+def _utilization(rows: np.ndarray, replicas: np.ndarray, window_s: float) -> float | None:
     peaks, flops = _column("peak_flops", rows), _column("flops_per_sample", rows)
-    if bool((peaks == UNKNOWN).any()) or bool((flops == UNKNOWN).any()):
+    if UNKNOWN in peaks or UNKNOWN in flops:
         return None
     # In float64: the product of two counts may have more than 63 bits.
-    done = (
-        _column("num_samples", replicas).double() @ _column("flops_per_sample", replicas).double()
-    )
-    return float(done / (peaks.double().sum() * window_s))
+    samples = _column("num_samples", replicas).astype(np.float64)
+    done = samples @ _column("flops_per_sample", replicas)
+    return float(done / (peaks.sum(dtype=np.float64) * window_s))
 
 
 def _or_none(count: int) -> int | None:
@@ -149,23 +148,23 @@ def _or_none(count: int) -> int | None:
     return count
 
 
-def _largest_part(name: str, rows: torch.Tensor) -> float | None:
+def _largest_part(name: str, rows: np.ndarray) -> float | None:
     """Return the largest part of its time that a rank has waited; None if no rank has measured."""
     waits_ns = _column(name, rows)
-    if int(waits_ns.max()) == UNKNOWN:
+    if waits_ns.max() == UNKNOWN:
         return None
     # At least 1: a rank may have no step yet.
-    windows_ns = _column("window_ns", rows).clamp(min=1)
-    return float((waits_ns.clamp(min=0).double() / windows_ns.double()).max())
+    windows_ns = np.maximum(_column("window_ns", rows), 1)
+    return float((np.maximum(waits_ns, 0) / windows_ns).max())
 
 
-def _slowest(rows: torch.Tensor) -> int | None:
+def _slowest(rows: np.ndarray) -> int | None:
     """Return the rank that waits longest for data and shortest for the other ranks.
 
     A step takes equally long on all ranks, because they wait for each other: only the waits differ.
     """
-    delays_ns = _column("data_ns", rows).clamp(min=0) - _column("comm_ns", rows).clamp(min=0)
-    threshold_ns = _SLOW_PART * int(_column("window_ns", rows).max())
-    if int(delays_ns.max() - delays_ns.min()) <= threshold_ns:
+    delays_ns = np.maximum(_column("data_ns", rows), 0) - np.maximum(_column("comm_ns", rows), 0)
+    threshold_ns = _SLOW_PART * _column("window_ns", rows).max()
+    if delays_ns.max() - delays_ns.min() <= threshold_ns:
         return None
     return int(delays_ns.argmax())

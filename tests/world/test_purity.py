@@ -166,6 +166,7 @@ CALLS = {
     "init_meter": (lambda s, ctx: faccel.tracking.init_meter(ctx), set()),
     "tick": (lambda s, ctx: faccel.tracking.tick(faccel.tracking.init_meter(ctx)), set()),
     "rates": (lambda s, ctx: faccel.tracking.rates(faccel.tracking.init_meter(ctx), ctx), set()),
+    "peak_memory": (lambda s, ctx: faccel.tracking.peak_memory(s, ctx), set()),
     "phase": (lambda s, ctx: entered(faccel.tracking.phase("evaluation", ctx)), set()),
     "flops_of": (lambda s, ctx: faccel.tracking.flops_of(s["net"].eval(), s["x"]), set()),
     "empty_cache": (lambda s, ctx: faccel.parallel.empty_cache(ctx), set()),
