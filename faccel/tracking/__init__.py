@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     from faccel.tracking.meter import init_meter as init_meter
     from faccel.tracking.meter import rates as rates
     from faccel.tracking.meter import tick as tick
-    from faccel.tracking.trackers import Tracker as Tracker
-    from faccel.tracking.trackers import Trackers as Trackers
+    from faccel.tracking.tracker import Tracker as Tracker
+    from faccel.tracking.tracker import Trackers as Trackers
     from faccel.tracking.trackers import finish as finish
+    from faccel.tracking.trackers import handle as handle
     from faccel.tracking.trackers import init_trackers as init_trackers
     from faccel.tracking.trackers import log as log
+    from faccel.tracking.trackers import log_figure as log_figure
+    from faccel.tracking.trackers import log_file as log_file
+    from faccel.tracking.trackers import log_images as log_images
+    from faccel.tracking.trackers import log_table as log_table
 
 _NAMES = {
     "faccel.tracking.flops": ("flops_of",),
@@ -31,7 +36,11 @@ _NAMES = {
     "faccel.tracking.journal": ("phase", "read_journal"),
     "faccel.tracking.memory_categories": ("PeakMemory", "peak_memory"),
     "faccel.tracking.meter": ("Meter", "Rates", "init_meter", "rates", "tick"),
-    "faccel.tracking.trackers": ("Tracker", "Trackers", "finish", "init_trackers", "log"),
+    "faccel.tracking.tracker": ("Tracker", "Trackers"),
+    "faccel.tracking.trackers": (
+        *("finish", "handle", "init_trackers"),
+        *("log", "log_figure", "log_file", "log_images", "log_table"),
+    ),
 }  # fmt: skip
 __getattr__, __dir__, __all__ = lazy(  # pyright: ignore[reportUnsupportedDunderAll]
     __name__, _NAMES

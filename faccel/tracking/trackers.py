@@ -2,151 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import logging
-import time
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TextIO
-
-import attrs
+from typing import Any, TypeVar
 
 from faccel.checks import instance_of, local_path, one_of
 from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, effectful, updates
 from faccel.errors import ConfigError, FaccelError, short_repr, short_text
-from faccel.tracking.values import plain_value, run_config, to_json
+from faccel.tracking import media
+from faccel.tracking.service import check_options, keyword_names
+from faccel.tracking.tracker import Tracker, Trackers
+from faccel.tracking.tracker_table import TRACKERS, load_tracker
+from faccel.tracking.values import plain_value, run_config
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard.writer import SummaryWriter
-
-RunConfig = Mapping[str, object]
-
-
-@attrs.frozen(eq=False)
-class Tracker:
-    """One way to record a run, as three functions.
-
-    Args:
-        open: `open(folder, config) -> state`: starts or continues a run in an existing folder.
-        log: `log(state, values, step)`: records values. Numbers and tensors of one element are
-            floats.
-        close: `close(state)`: ends the run. Afterwards everything is on disk.
-        types: The types of values that `log` records. A value of another type is left out, and the
-            logger `faccel` names it once.
-    """
-
-    # The types of `state` and of values other than floats are known to the tracker only.
-    open: Callable[[Path, RunConfig], Any]
-    log: Callable[[Any, Mapping[str, Any], int], None]
-    close: Callable[[Any], None]
-    types: tuple[type, ...] = (float,)
-
-
-@attrs.frozen(eq=False)
-class Trackers:
-    """The trackers of a run; empty on every rank except 0.
-
-    Args:
-        opened: Name, tracker and state of each.
-    """
-
-    opened: Sequence[tuple[str, Tracker, object]] = ()
-    # Sources whose failure is logged already: a broken service must not flood the log.
-    _failed: set[str] = attrs.field(factory=set, init=False, repr=False)
-
-    def report_failure(self, source: str, error: Exception) -> None:
-        """Log the first failure of a source, such as "the tracker `csv`"; ignore later ones.
-
-        Effects: ambient. Training continues.
-        """
-        if source in self._failed:
-            return
-        self._failed.add(source)
-        logging.getLogger("faccel").error(
-            "%s failed; its later failures are not logged: %r", source, error
-        )
-
-    def report_omission(self, source: str, name: str, reason: str) -> None:
-        """Log once that a source leaves out the values of a name.
-
-        Effects: ambient. The other values are recorded.
-        """
-        key = f"{source}, {name}"
-        if key in self._failed:
-            return
-        self._failed.add(key)
-        logging.getLogger("faccel").error("%s leaves out `%s`: %s", source, name, reason)
-
-
-def _open_jsonl(folder: Path, config: RunConfig) -> TextIO:
-    (folder / "config.json").write_text(
-        json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8"
-    )
-    return (folder / "metrics.jsonl").open("a", encoding="utf-8")
-
-
-def _log_jsonl(file: TextIO, values: Mapping[str, object], step: int) -> None:
-    line = to_json({"step": step, "time": time.time(), **values})
-    file.write(json.dumps(line) + "\n")
-    file.flush()  # a killed run keeps all that it logged
-
-
-def _open_csv(folder: Path, config: RunConfig) -> TextIO:
-    path = folder / "metrics.csv"
-    # a continued run has its header already
-    is_new = not path.exists() or path.stat().st_size == 0
-    # The csv module writes the ends of lines; text mode would translate them a second time.
-    file = path.open("a", newline="", encoding="utf-8")
-    # One row per number, because a column per name needs all names before the first row.
-    if is_new:
-        csv.writer(file).writerow(("step", "name", "value"))
-    return file
-
-
-def _log_csv(file: TextIO, values: Mapping[str, object], step: int) -> None:
-    csv.writer(file).writerows((step, name, value) for name, value in values.items())
-    file.flush()
-
-
-def _open_tensorboard(folder: Path, config: RunConfig) -> SummaryWriter:
-    # tensorboard is an optional dependency, and slow to import.
-    try:
-        from torch.utils.tensorboard.writer import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "the tracker `tensorboard` is not installed",
-            got=str(error),
-            fix='run `pip install "faccel[track]"`',
-        ) from None
-    writer = SummaryWriter(str(folder))
-    writer.add_text("config", json.dumps(to_json(config), indent=2))
-    return writer
-
-
-def _log_tensorboard(writer: SummaryWriter, values: Mapping[str, Any], step: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, str):
-            writer.add_text(name, value, step)
-        else:
-            writer.add_scalar(name, value, step)
-
-
-def _close(file: TextIO | SummaryWriter) -> None:
-    file.close()
-
-
-TRACKERS: Mapping[str, Tracker] = MappingProxyType(
-    {
-        "csv": Tracker(_open_csv, _log_csv, _close, types=(float, str)),
-        # JSON has lists and objects; what it has not is written as text
-        "jsonl": Tracker(_open_jsonl, _log_jsonl, _close, types=(object,)),
-        "tensorboard": Tracker(_open_tensorboard, _log_tensorboard, _close, types=(float, str)),
-    }
-)
-"""The built-in trackers by name. For another service, pass a `Tracker` to `init_trackers`."""
+_Options = Mapping[str, Mapping[str, Any]]
+T = TypeVar("T")
 
 
 @effectful(AMBIENT)
@@ -156,24 +28,29 @@ def init_trackers(
     *,
     trackers: Sequence[str | Tracker] = ("jsonl",),
     config: object = None,
+    options: _Options | None = None,
 ) -> Trackers:
     """Start to record a run in the folder `ctx.config.run_dir / run`.
 
-    Effects: ambient. Rank 0 creates the folder and opens the trackers. A run that exists continues.
+    Effects: ambient. Rank 0 creates the folder and opens the trackers. A run that exists continues,
+    also with the services: the folder has the identities of their runs.
 
     Args:
         run: Name of the run.
         ctx: The context.
-        trackers: `"jsonl"`, `"csv"`, `"tensorboard"`, or a `Tracker`.
+        trackers: Names such as `"jsonl"`, `"csv"`, `"tensorboard"` or `"wandb"`, or a `Tracker`.
         config: What to store about the run: a mapping, a dataclass or attrs record, a `Namespace`
             of argparse, or another object with attributes.
+        options: Arguments of trackers by name: for `"wandb"` those of `wandb.init`, as in
+            `{"wandb": {"project": "p"}}`.
 
     Returns:
-        The trackers, for `log` and `finish`.
+        The trackers, for `log`, `log_images`, `finish` and others.
 
     Raises:
-        ConfigError: A tracker is unknown, not installed or named twice, `config` has no fields,
-            `run` is a URL, or its folder cannot be created.
+        ConfigError: A tracker is unknown, not installed or named twice, an option is unknown,
+            `config` has no fields, `run` is a URL, or its folder cannot be created or belongs to
+            another run of the service.
 
     Examples:
         >>> import tempfile
@@ -187,20 +64,35 @@ def init_trackers(
     # Every rank raises on a wrong argument, although only rank 0 records.
     local_path("run", run)
     by_name = _named_trackers(trackers)
+    options_by_name = _options_of(by_name, options)
     fields = run_config(config)
+    names = tuple(by_name)
     if not ctx.is_main:
-        return Trackers()
+        return Trackers(names=names)
     folder = _new_folder(Path(ctx.config.run_dir) / run)
     opened: list[tuple[str, Tracker, object]] = []
     for name, tracker in by_name.items():
         try:
-            opened.append((name, tracker, tracker.open(folder, fields)))
-        except FaccelError:  # a requested tracker is not installed
+            opened.append((name, tracker, tracker.open(folder, fields, **options_by_name[name])))
+        except FaccelError:  # a requested tracker is not installed, or an option is unknown
+            _close_all(opened)
             raise
         except Exception as error:
             # A service that is unreachable must not stop the training. The other trackers open.
-            Trackers().report_failure(f"the tracker `{name}`", error)
-    return Trackers(opened)
+            Trackers().report_failure(f"the tracker `{name}`", error, _offline_hint(name))
+    return Trackers(opened, names)
+
+
+def _close_all(opened: Sequence[tuple[str, Tracker, object]]) -> None:
+    # Threads and processes of services would outlive the error.
+    finish(Trackers(opened))
+
+
+def _offline_hint(name: str) -> str:
+    row = TRACKERS.get(name)
+    if row is None or not row.offline:
+        return ""
+    return f". To record without network or account, pass `{row.offline}`"
 
 
 def _new_folder(folder: Path) -> Path:
@@ -216,7 +108,7 @@ def _new_folder(folder: Path) -> Path:
 
 
 def _named_trackers(trackers: Sequence[str | Tracker]) -> dict[str, Tracker]:
-    """Return the trackers by name: that of a built-in one, or the position of a custom one."""
+    """Return the trackers by name; a custom one without a name has its position."""
     fix = 'write `trackers=("jsonl",)`'
     # A str is a sequence of letters.
     if isinstance(trackers, str):
@@ -226,22 +118,49 @@ def _named_trackers(trackers: Sequence[str | Tracker]) -> dict[str, Tracker]:
     by_name: dict[str, Tracker] = {}
     for index, tracker in enumerate(trackers):
         if isinstance(tracker, Tracker):
-            by_name[f"trackers[{index}]"] = tracker
-            continue
-        one_of("trackers", tracker, TRACKERS)
-        if tracker in by_name:  # it would write each value twice into one file
-            raise ConfigError(
-                f"`trackers` has `{tracker}` twice", got=short_repr(trackers), fix=fix
-            )
-        by_name[tracker] = TRACKERS[tracker]
+            name = tracker.name or f"trackers[{index}]"
+        else:
+            one_of("trackers", tracker, TRACKERS)
+            name = tracker
+            tracker = load_tracker(name)
+        if name in by_name:  # it would write each value twice into one file
+            raise ConfigError(f"`trackers` has `{name}` twice", got=short_repr(trackers), fix=fix)
+        by_name[name] = tracker
     return by_name
+
+
+def _options_of(
+    by_name: Mapping[str, Tracker], options: _Options | None
+) -> dict[str, dict[str, Any]]:
+    """Return the options of each tracker.
+
+    Options of services are checked where they open: their libraries are imported on rank 0 only.
+    """
+    checked: dict[str, dict[str, Any]] = {name: {} for name in by_name}
+    fix = 'write `options={"wandb": {"project": "p"}}`'
+    if options is None:
+        return checked
+    instance_of("options", options, Mapping, fix=fix)
+    for name, arguments in options.items():
+        one_of("options", name, checked)
+        instance_of(f'options["{name}"]', arguments, Mapping, fix=fix)
+        allowed = keyword_names(by_name[name].open)
+        if allowed is not None:
+            check_options(name, arguments, allowed[2:])  # after `folder` and `config`
+        checked[name] = dict(arguments)
+    return checked
+
+
+def _require_trackers(trackers: object, call: str) -> None:
+    fix = f"write `trackers = init_trackers(run, ctx)`, then `{call}`"
+    instance_of("trackers", trackers, Trackers, fix=fix)
 
 
 @effectful(AMBIENT, updates("trackers"))
 def log(values: Mapping[str, object], trackers: Trackers, *, step: int) -> None:
     """Record numbers, and values of other types with the trackers that can record them.
 
-    `"jsonl"` records every value, `"csv"` and `"tensorboard"` record numbers and text.
+    `"jsonl"` and `"wandb"` record values of any type, the others numbers, and most of them text.
 
     Effects: ambient, updates trackers. On rank 0 the host waits for tensors on a device. A tracker
     that fails never stops the training: its first failure is logged by the logger `faccel`. A value
@@ -259,25 +178,38 @@ def log(values: Mapping[str, object], trackers: Trackers, *, step: int) -> None:
         >>> log({"loss": 2.5, "phase": "warm-up"}, Trackers(), step=1)
     """
     instance_of("values", values, Mapping, fix='write `log({"loss": loss}, trackers, step=step)`')
-    fix = "write `trackers = init_trackers(run, ctx)`, then `log(values, trackers, step=step)`"
-    instance_of("trackers", trackers, Trackers, fix=fix)
+    _require_trackers(trackers, "log(values, trackers, step=step)")
     # Before the conversion, so that only rank 0 waits for its device.
     if not trackers.opened:
         return
     # Once for all trackers: each conversion waits for the device.
-    plain: dict[str, object] = {}
-    for name, value in values.items():
-        try:
-            plain[str(name)] = plain_value(value)
-        # One value of an unexpected type must not drop the others.
-        except Exception as error:
-            trackers.report_omission("`log`", str(name), short_repr(error))
+    plain = _converted(values, plain_value, trackers, "`log`")
     for name, tracker, state in trackers.opened:
         source = f"the tracker `{name}`"
         try:
             tracker.log(state, _supported(plain, tracker, trackers, source), step)
         except Exception as error:
             trackers.report_failure(source, error)
+
+
+def _converted(
+    values: Mapping[str, Any], convert: Callable[[Any], T], trackers: Trackers, source: str
+) -> dict[str, T]:
+    """Return the values that can be converted; one that cannot must not drop the others."""
+    converted: dict[str, T] = {}
+    for name, value in values.items():
+        try:
+            converted[str(name)] = convert(value)
+        except Exception as error:
+            trackers.report_omission(source, str(name), _reason(error))
+    return converted
+
+
+def _reason(error: Exception) -> str:
+    # The message of an error of faccel has the fix.
+    if isinstance(error, FaccelError):
+        return str(error)
+    return short_repr(error)
 
 
 def _supported(
@@ -292,6 +224,203 @@ def _supported(
             reason = f"it records no values of type {type(value).__name__}"
             trackers.report_omission(source, name, reason)
     return supported
+
+
+_Write = Callable[..., None]
+
+
+def _record(
+    trackers: Trackers, call: str, name: str, select: Callable[[Tracker], _Write | None], *args: Any
+) -> None:
+    """Call `write(state, name, *args)` for each tracker, where `write` is what `select` returns."""
+    for tracker_name, tracker, state in trackers.opened:
+        source = f"the tracker `{tracker_name}`"
+        write = select(tracker)
+        if write is None:
+            trackers.report_omission(source, name, f"it has no `{call}`")
+            continue
+        try:
+            write(state, name, *args)
+        except FaccelError as error:  # about this value
+            trackers.report_omission(source, name, str(error))
+        except Exception as error:
+            # Apart from `log`: a service may refuse images and record numbers.
+            trackers.report_failure(f"`{call}` of {source}", error)
+
+
+@effectful(AMBIENT, updates("trackers"))
+def log_images(
+    images: Mapping[str, object], trackers: Trackers, *, step: int, layout: str = "HWC"
+) -> None:
+    """Record images with the trackers that can record them.
+
+    Effects: ambient, updates trackers. On rank 0 the host waits for tensors on a device. Images of
+    an invalid shape or range are left out, and the logger `faccel` names them once.
+
+    Args:
+        images: Tensors or arrays `T[n, h, w, c]` by name: uint8, bool, or floats between 0 and 1,
+            with 1, 3 or 4 channels.
+        trackers: From `init_trackers`.
+        step: The step that they belong to.
+        layout: `"CHW"` for `T[n, c, h, w]`.
+
+    Raises:
+        ConfigError: `images` is not a mapping, `layout` is unknown, or `trackers` are not from
+            `init_trackers`.
+
+    Examples:
+        >>> import torch
+        >>> log_images({"samples": torch.rand(4, 3, 8, 8)}, Trackers(), step=1, layout="CHW")
+    """
+    fix = 'write `log_images({"samples": images}, trackers, step=step)`'
+    instance_of("images", images, Mapping, fix=fix)
+    one_of("layout", layout, media.LAYOUTS)
+    _require_trackers(trackers, "log_images(images, trackers, step=step)")
+    if not trackers.opened:
+        return
+
+    def convert(value: object) -> Any:
+        return media.image_array(value, layout)
+
+    for name, array in _converted(images, convert, trackers, "`log_images`").items():
+        _record(trackers, "log_images", name, lambda tracker: tracker.images, array, step)
+
+
+@effectful(AMBIENT, updates("trackers"))
+def log_table(tables: Mapping[str, object], trackers: Trackers, *, step: int) -> None:
+    """Record tables with the trackers that can record them.
+
+    Effects: ambient, updates trackers. On rank 0 the host waits for tensors on a device. An invalid
+    table is left out, and the logger `faccel` names it once.
+
+    Args:
+        tables: By name: a mapping from columns to lists of values, a list of rows that are
+            mappings, or a `DataFrame`.
+        trackers: From `init_trackers`.
+        step: The step that they belong to.
+
+    Raises:
+        ConfigError: `tables` is not a mapping, or `trackers` are not from `init_trackers`.
+
+    Examples:
+        >>> log_table({"answers": {"text": ["yes"], "score": [0.5]}}, Trackers(), step=1)
+    """
+    fix = 'write `log_table({"answers": {"text": texts, "score": scores}}, trackers, step=step)`'
+    instance_of("tables", tables, Mapping, fix=fix)
+    _require_trackers(trackers, "log_table(tables, trackers, step=step)")
+    if not trackers.opened:
+        return
+    converted = _converted(tables, media.table_rows, trackers, "`log_table`")
+    for name, (columns, rows) in converted.items():
+        _record(trackers, "log_table", name, lambda tracker: tracker.table, columns, rows, step)
+
+
+@effectful(AMBIENT, updates("trackers"))
+def log_figure(figures: Mapping[str, object], trackers: Trackers, *, step: int) -> None:
+    """Record figures of matplotlib or plotly with the trackers that can record them.
+
+    Effects: ambient, updates trackers. Trackers that have images, but no figures, record an image
+    of a figure of matplotlib.
+
+    Args:
+        figures: Figures by name.
+        trackers: From `init_trackers`.
+        step: The step that they belong to.
+
+    Raises:
+        ConfigError: `figures` is not a mapping, or `trackers` are not from `init_trackers`.
+
+    Examples:
+        >>> log_figure({"confusion": object()}, Trackers(), step=1)
+    """
+    fix = 'write `log_figure({"confusion": figure}, trackers, step=step)`'
+    instance_of("figures", figures, Mapping, fix=fix)
+    _require_trackers(trackers, "log_figure(figures, trackers, step=step)")
+    for name, figure in figures.items():
+        _record(trackers, "log_figure", str(name), _figure_writer, figure, step)
+
+
+def _figure_writer(tracker: Tracker) -> _Write | None:
+    """Return how a tracker records a figure: as it is, as an image, or not at all."""
+    write_images = tracker.images
+    if tracker.figure is not None or write_images is None:
+        return tracker.figure
+
+    def write(state: object, name: str, figure: object, step: int) -> None:
+        write_images(state, name, media.figure_array(figure), step)
+
+    return write
+
+
+@effectful(AMBIENT, updates("trackers"))
+def log_file(
+    path: str | os.PathLike[str], trackers: Trackers, *, name: str | None = None
+) -> None:
+    """Record a copy of a file with the trackers that can record files.
+
+    Effects: ambient, updates trackers. Rank 0 reads the file. A missing file is left out, and the
+    logger `faccel` names it once.
+
+    Args:
+        path: A local file.
+        trackers: From `init_trackers`.
+        name: What the service calls it; None takes the name of the file.
+
+    Raises:
+        ConfigError: `path` is no path or a URL, or `trackers` are not from `init_trackers`.
+
+    Examples:
+        >>> log_file("train.py", Trackers())
+    """
+    local_path("path", path)
+    _require_trackers(trackers, "log_file(path, trackers)")
+    if not trackers.opened:
+        return
+    file = Path(path).resolve()
+    label = name or file.name
+    if not file.is_file():
+        trackers.report_omission("`log_file`", label, _why_no_file(file))
+        return
+    _record(trackers, "log_file", label, lambda tracker: tracker.file, file)
+
+
+def _why_no_file(path: Path) -> str:
+    if path.is_dir():
+        return f"{short_text(str(path))} is a folder; record its files one by one"
+    return f"{short_text(str(path))} does not exist"
+
+
+@effectful(AMBIENT)
+def handle(name: str, trackers: Trackers) -> Any:
+    """Return the run of a tracker's library on rank 0, such as that of `wandb.init`.
+
+    Effects: ambient. It is the library's object: what is done with it is recorded at once.
+
+    Args:
+        name: Name of the tracker.
+        trackers: From `init_trackers`.
+
+    Returns:
+        The object on rank 0, if the tracker has opened; None on the other ranks.
+
+    Raises:
+        ConfigError: No tracker of this name was requested, or `trackers` are not from
+            `init_trackers`.
+
+    Examples:
+        >>> import tempfile
+        >>> from faccel.testing import fake_context
+        >>> ctx = fake_context(0, 1, config={"run_dir": tempfile.mkdtemp()})
+        >>> trackers = init_trackers("a", ctx, trackers=("csv",))
+        >>> _ = handle("csv", trackers).write("0,note,by hand")
+        >>> finish(trackers)
+    """
+    _require_trackers(trackers, f'handle("{short_text(name)}", trackers)')
+    one_of("name", name, trackers.names)
+    for opened_name, tracker, state in trackers.opened:
+        if opened_name == name:
+            return tracker.handle(state)
+    return None
 
 
 @effectful(AMBIENT, updates("trackers"))

@@ -32,7 +32,7 @@ def plain_value(value: object) -> object:
         return value
     if isinstance(value, torch.Tensor):
         # Detached: a tracker that keeps the tensor must not keep the graph of the step.
-        value = _unsharded(value).detach()
+        value = full_tensor_of(value).detach()
     # A number has no shape, and the product of none is 1, as of `()`.
     num_elements = math.prod(getattr(value, "shape", ()))
     if num_elements != 1:
@@ -45,8 +45,14 @@ def plain_value(value: object) -> object:
     return value
 
 
-def _unsharded(tensor: Any) -> torch.Tensor:
-    """Return a tensor without its placements, if that needs no other rank."""
+def full_tensor_of(tensor: Any) -> torch.Tensor:
+    """Return a tensor without its placements, if that needs no other rank.
+
+    Effects: pure.
+
+    Raises:
+        ConfigError: The value is a shard of a tensor.
+    """
     # a DTensor that every rank has in full
     if is_dtensor(tensor) and all(placement.is_replicate() for placement in tensor.placements):
         return tensor.to_local()

@@ -1,0 +1,1 @@
+"""The built-in trackers: one module each, which imports its library when the tracker opens."""

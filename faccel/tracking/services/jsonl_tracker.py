@@ -1,0 +1,103 @@
+"""Values of any type in a file of JSON lines; images, tables and files next to it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+from urllib.parse import quote
+
+import attrs
+import numpy as np
+
+from faccel.tracking.media import png
+from faccel.tracking.tracker import Cell, Tracker
+from faccel.tracking.values import to_json
+
+
+@attrs.frozen(eq=False)
+class _Files:
+    folder: Path
+    metrics: TextIO
+
+
+def _open(folder: Path, config: Mapping[str, object]) -> _Files:
+    text = json.dumps(to_json(config), indent=2)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    path = folder / "metrics.jsonl"
+    _end_last_line(path)
+    return _Files(folder, path.open("a", encoding="utf-8"))
+
+
+def _end_last_line(path: Path) -> None:
+    """End a line that a killed process has written in part, so that the next one is separate."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, 2)  # from the end
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+
+
+def _log(files: _Files, values: Mapping[str, object], step: int) -> None:
+    line = to_json({"step": step, "time": time.time(), **values})
+    files.metrics.write(json.dumps(line) + "\n")
+    files.metrics.flush()  # a killed run keeps all that it logged
+
+
+def _log_media(files: _Files, line: Mapping[str, object]) -> None:
+    # A separate file: readers of the numbers need not skip tables.
+    path = files.folder / "media.jsonl"
+    _end_last_line(path)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**line, "time": time.time()}) + "\n")
+
+
+def _images(files: _Files, name: str, images: np.ndarray, step: int) -> None:
+    (files.folder / "images").mkdir(exist_ok=True)
+    paths: list[str] = []
+    for index, image in enumerate(images):
+        # A name such as "val/samples" must not name a folder, and "../x" not leave this one.
+        path = Path("images", f"{quote(name, safe='')}-{step}-{index}.png")
+        (files.folder / path).write_bytes(png(image))
+        paths.append(path.as_posix())
+    _log_media(files, {"kind": "images", "name": name, "step": step, "paths": paths})
+
+
+def _table(
+    files: _Files, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int
+) -> None:
+    table = {"columns": list(columns), "rows": [list(row) for row in rows]}
+    _log_media(files, {"kind": "table", "name": name, "step": step, **table})
+
+
+def _file(files: _Files, name: str, path: Path) -> None:
+    (files.folder / "files").mkdir(exist_ok=True)
+    copy = Path("files", quote(name, safe=""))
+    shutil.copyfile(path, files.folder / copy)
+    _log_media(files, {"kind": "file", "name": name, "path": copy.as_posix()})
+
+
+def _close(files: _Files) -> None:
+    files.metrics.close()
+
+
+def _handle(files: _Files) -> TextIO:
+    return files.metrics
+
+
+TRACKER = Tracker(
+    _open,
+    _log,
+    _close,
+    # JSON has lists and objects; what it has not is written as text
+    types=(object,),
+    images=_images,
+    table=_table,
+    file=_file,
+    handle=_handle,
+    name="jsonl",
+)
