@@ -40,19 +40,30 @@ def import_service(module: str, tracker: str, package: str) -> Any:
         ) from None
 
 
-def keyword_names(fn: Callable[..., object]) -> list[str] | None:
-    """Return the names that a function takes as keywords; None if it takes any name.
+def takes_any_keyword(fn: Callable[..., object]) -> bool:
+    """Return whether a function has a parameter `**options`.
 
     Effects: pure.
 
     Examples:
-        >>> keyword_names(lambda folder, *, lr=0.1: None)
-        ['folder', 'lr']
+        >>> takes_any_keyword(lambda folder, config, **options: None)
+        True
     """
     parameters = inspect.signature(fn).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def keyword_names(fn: Callable[..., object]) -> list[str]:
+    """Return the named parameters that a function takes as keywords.
+
+    Effects: pure.
+
+    Examples:
+        >>> keyword_names(lambda folder, *, lr=0.1, **options: None)
+        ['folder', 'lr']
+    """
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(fn).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind in by_keyword]
 
 

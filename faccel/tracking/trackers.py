@@ -12,7 +12,7 @@ from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, effectful, updates
 from faccel.errors import ConfigError, FaccelError, short_repr, short_text
 from faccel.tracking import media
-from faccel.tracking.service import check_options, keyword_names
+from faccel.tracking.service import check_options, keyword_names, takes_any_keyword
 from faccel.tracking.tracker import Tracker, Trackers
 from faccel.tracking.tracker_table import TRACKERS, load_tracker
 from faccel.tracking.values import plain_value, run_config
@@ -144,9 +144,9 @@ def _options_of(
     for name, arguments in options.items():
         one_of("options", name, checked)
         instance_of(f'options["{name}"]', arguments, Mapping, fix=fix)
-        allowed = keyword_names(by_name[name].open)
-        if allowed is not None:
-            check_options(name, arguments, allowed[2:])  # after `folder` and `config`
+        start = by_name[name].open
+        if not takes_any_keyword(start):
+            check_options(name, arguments, keyword_names(start)[2:])  # after folder and config
         checked[name] = dict(arguments)
     return checked
 

@@ -22,7 +22,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Summary
     module = import_service(
         "torch.utils.tensorboard.writer", "tensorboard", '"faccel[track]"'
     )
-    check_options("tensorboard", options, keyword_names(module.SummaryWriter) or ())
+    check_options("tensorboard", options, keyword_names(module.SummaryWriter))
     writer = module.SummaryWriter(**{"log_dir": str(folder), **options})
     writer.add_text("config", json.dumps(to_json(config), indent=2))
     return writer

@@ -1,0 +1,106 @@
+"""ClearML, https://clear.ml/docs/latest/docs/references/sdk/task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from faccel.tracking.media import image_of
+from faccel.tracking.service import (
+    check_options,
+    import_service,
+    keyword_names,
+    same_run,
+    write_run_id,
+)
+from faccel.tracking.tracker import Cell, Tracker
+from faccel.tracking.values import to_json
+
+
+def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
+    task_type = import_service("clearml", "clearml", "clearml").Task
+    check_options("clearml", options, ("offline", *keyword_names(task_type.init)))
+    task_id = same_run(folder, "clearml", options, "reuse_last_task_id")
+    if options.pop("offline", False):
+        task_type.set_offline(offline_mode=True)
+    arguments: dict[str, Any] = {
+        "project_name": folder.parent.name,
+        "task_name": folder.name,
+        # By default, ClearML overwrites the last task of this name.
+        "reuse_last_task_id": False,
+    }
+    if task_id is not None:
+        # 0: steps are those of the user, and not counted from the last one.
+        arguments |= {"reuse_last_task_id": task_id, "continue_last_task": 0}
+    task = task_type.init(**{**arguments, **options})
+    # A session without network cannot be continued: `clearml-task` imports it as a part of one.
+    if not task_type.is_offline():
+        write_run_id(folder, "clearml", task.id)
+    task.set_parameters_as_dict(to_json(config))
+    return task
+
+
+def _title_and_series(name: str) -> tuple[str, str]:
+    """Return the plot of a value, and its curve in it: "val/loss" is a curve of the plot "val"."""
+    title, separator, series = name.rpartition("/")
+    if not separator:
+        return name, name
+    return title, series
+
+
+def _log(task: Any, values: Mapping[str, Any], step: int) -> None:
+    logger = task.get_logger()
+    for name, value in values.items():
+        if isinstance(value, str):
+            logger.report_text(f"step {step}, {name}: {value}", print_console=False)
+        else:
+            title, series = _title_and_series(name)
+            logger.report_scalar(title, series, value, step)
+
+
+def _images(task: Any, name: str, images: np.ndarray, step: int) -> None:
+    for index, image in enumerate(images):
+        task.get_logger().report_image(name, str(index), step, image=image_of(image))
+
+
+def _table(
+    task: Any, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int
+) -> None:
+    title, series = _title_and_series(name)
+    # The first row has the names of the columns.
+    table = [list(columns), *[list(row) for row in rows]]
+    task.get_logger().report_table(title, series, step, table_plot=table)
+
+
+def _figure(task: Any, name: str, figure: Any, step: int) -> None:
+    title, series = _title_and_series(name)
+    logger = task.get_logger()
+    if hasattr(figure, "savefig"):
+        # As an image: the interactive one needs plotly.
+        logger.report_matplotlib_figure(title, series, figure, step, report_image=True)
+    else:
+        logger.report_plotly(title, series, figure, step)
+
+
+def _file(task: Any, name: str, path: Path) -> None:
+    task.upload_artifact(name, str(path), wait_on_upload=True)
+
+
+def _close(task: Any) -> None:
+    task.close()
+
+
+TRACKER = Tracker(
+    _open,
+    _log,
+    _close,
+    types=(float, str),
+    images=_images,
+    table=_table,
+    figure=_figure,
+    file=_file,
+    name="clearml",
+)

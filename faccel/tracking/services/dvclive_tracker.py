@@ -1,0 +1,54 @@
+"""DVCLive, https://dvc.org/doc/dvclive: files in the folder `dvclive` of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from faccel.tracking.media import image_of
+from faccel.tracking.service import check_options, import_service, keyword_names
+from faccel.tracking.tracker import Tracker
+from faccel.tracking.values import to_json
+
+
+def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
+    live_type = import_service("dvclive", "dvclive", "dvclive").Live
+    check_options("dvclive", options, keyword_names(live_type.__init__)[1:])  # after `self`
+    # Without `resume`, DVCLive deletes what the folder has.
+    arguments: dict[str, Any] = {"dir": str(folder / "dvclive"), "resume": True}
+    live = live_type(**{**arguments, **options})
+    live.log_params(to_json(config))
+    return live
+
+
+def _log(live: Any, values: Mapping[str, Any], step: int) -> None:
+    live.step = step
+    for name, value in values.items():
+        live.log_metric(name, value)
+    live.make_summary()  # a killed run keeps the last values, too
+
+
+def _images(live: Any, name: str, images: np.ndarray, step: int) -> None:
+    live.step = step
+    for index, image in enumerate(images):
+        folder = name
+        if len(images) > 1:
+            folder = f"{name}/{index}"
+        # DVC draws a slider over the steps for a folder of numbered images.
+        live.log_image(f"{folder}/{step}.png", image_of(image))
+
+
+def _file(live: Any, name: str, path: Path) -> None:
+    live.log_artifact(str(path), name=name, copy=True, cache=False)
+
+
+def _close(live: Any) -> None:
+    live.end()
+
+
+TRACKER = Tracker(
+    _open, _log, _close, types=(float, str), images=_images, file=_file, name="dvclive"
+)

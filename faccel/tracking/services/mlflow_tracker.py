@@ -1,0 +1,157 @@
+"""MLflow, https://mlflow.org/docs/latest/python_api: a server, or a SQLite file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+
+from faccel.tracking.service import (
+    check_options,
+    import_service,
+    keyword_names,
+    same_run,
+    write_run_id,
+)
+from faccel.tracking.tracker import Cell, Tracker
+from faccel.tracking.values import to_json
+
+_MAX_PARAM = 6000  # characters; longer values are refused
+_PARAMS_PER_BATCH = 100
+
+
+@attrs.frozen(eq=False)
+class _MlflowRun:
+    client: Any
+    active: Any
+
+    @property
+    def run_id(self) -> str:
+        return self.active.info.run_id
+
+
+def _mlflow() -> Any:
+    return import_service("mlflow", "mlflow", "mlflow")
+
+
+def _open(folder: Path, config: Mapping[str, object], **options: Any) -> _MlflowRun:
+    mlflow = _mlflow()
+    allowed = ("tracking_uri", "experiment_name", *keyword_names(mlflow.start_run))
+    check_options("mlflow", options, allowed)
+    run_id = same_run(folder, "mlflow", options, "run_id")
+    # MLflow keeps both for the process, and its functions such as `mlflow.log_dict` use them.
+    uri = options.pop("tracking_uri", None)
+    if uri is not None:
+        mlflow.set_tracking_uri(uri)
+    experiment = options.pop("experiment_name", None)
+    if experiment is not None:
+        mlflow.set_experiment(experiment)
+    # A run that the script has started stays open: this one is nested in it.
+    arguments: dict[str, Any] = {"nested": mlflow.active_run() is not None}
+    if run_id is None:
+        arguments["run_name"] = folder.name
+    else:
+        arguments["run_id"] = run_id
+    run = _MlflowRun(mlflow.MlflowClient(), mlflow.start_run(**{**arguments, **options}))
+    write_run_id(folder, "mlflow", run.run_id)
+    _log_config(run, to_json(config))
+    return run
+
+
+def _log_config(run: _MlflowRun, config: Mapping[str, object]) -> None:
+    # The complete configuration, of the newest start.
+    run.client.log_dict(run.run_id, dict(config), "config.json")
+    # MLflow refuses a new value of a parameter: those of the first start stay.
+    known = run.client.get_run(run.run_id).data.params
+    param_type = _mlflow().entities.Param
+    params: list[Any] = []
+    for name, value in config.items():
+        text = str(value)
+        if name not in known and len(text) <= _MAX_PARAM:
+            params.append(param_type(name, text))
+    for start in range(0, len(params), _PARAMS_PER_BATCH):
+        batch = params[start : start + _PARAMS_PER_BATCH]
+        run.client.log_batch(run.run_id, params=batch)
+
+
+def _log(run: _MlflowRun, values: Mapping[str, float], step: int) -> None:
+    metric_type = _mlflow().entities.Metric
+    milliseconds = int(time.time() * 1000)
+    # `log_batch` refuses all metrics if the name of one is invalid: they are recorded one by one.
+    metrics = [metric_type(name, value, milliseconds, step) for name, value in values.items()]
+    try:
+        run.client.log_batch(run.run_id, metrics=metrics)
+    except _mlflow().MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        _log_valid(run, metrics)
+        raise
+
+
+def _log_valid(run: _MlflowRun, metrics: Sequence[Any]) -> None:
+    for metric in metrics:
+        try:
+            run.client.log_batch(run.run_id, metrics=[metric])
+        except _mlflow().MlflowException:
+            continue  # the caller reports it
+
+
+def _images(run: _MlflowRun, name: str, images: np.ndarray, step: int) -> None:
+    for index, image in enumerate(images):
+        # The key is what the slider of the UI shows.
+        key = name
+        if len(images) > 1:
+            key = f"{name}/{index}"
+        run.client.log_image(run.run_id, image, key=key, step=step)
+
+
+def _table(
+    run: _MlflowRun, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int
+) -> None:
+    data: dict[str, list[Cell]] = {}
+    for index, column in enumerate(columns):
+        data[column] = [row[index] for row in rows]
+    # A file per step: MLflow appends the rows to an existing file.
+    run.client.log_table(run.run_id, data, f"tables/{name}-{step}.json")
+
+
+def _figure(run: _MlflowRun, name: str, figure: Any, step: int) -> None:
+    suffix = "html"
+    if hasattr(figure, "savefig"):
+        suffix = "png"
+    run.client.log_figure(run.run_id, figure, f"figures/{name}-{step}.{suffix}")
+
+
+def _file(run: _MlflowRun, name: str, path: Path) -> None:
+    run.client.log_artifact(run.run_id, str(path), f"files/{name}")
+
+
+def _close(run: _MlflowRun) -> None:
+    mlflow = _mlflow()
+    active = mlflow.active_run()
+    # The script may have ended it, or started another.
+    if active is not None and active.info.run_id == run.run_id:
+        mlflow.end_run()
+    else:
+        run.client.set_terminated(run.run_id)
+
+
+def _handle(run: _MlflowRun) -> Any:
+    return run.active
+
+
+TRACKER = Tracker(
+    _open,
+    _log,
+    _close,
+    images=_images,
+    table=_table,
+    figure=_figure,
+    file=_file,
+    handle=_handle,
+    name="mlflow",
+)

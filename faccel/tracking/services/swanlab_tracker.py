@@ -1,0 +1,83 @@
+"""SwanLab, https://docs.swanlab.cn/en/api."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from faccel.tracking.media import image_of
+from faccel.tracking.service import (
+    check_options,
+    import_service,
+    keyword_names,
+    same_run,
+    write_run_id,
+)
+from faccel.tracking.tracker import Cell, Tracker
+from faccel.tracking.values import to_json
+
+
+def _swanlab() -> Any:
+    return import_service("swanlab", "swanlab", "swanlab")
+
+
+def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
+    swanlab = _swanlab()
+    check_options("swanlab", options, keyword_names(swanlab.init))
+    arguments: dict[str, Any] = {
+        "project": folder.parent.name,
+        "name": folder.name,
+        "log_dir": str(folder / "swanlog"),
+        "config": to_json(config),
+    }
+    run_id = same_run(folder, "swanlab", options, "id")
+    if run_id is not None:
+        arguments |= {"id": run_id, "resume": "allow"}
+    run = swanlab.init(**{**arguments, **options})
+    write_run_id(folder, "swanlab", run.id)
+    return run
+
+
+def _log(run: Any, values: Mapping[str, Any], step: int) -> None:
+    recorded: dict[str, Any] = {}
+    for name, value in values.items():
+        recorded[name] = value
+        if isinstance(value, str):
+            recorded[name] = _swanlab().Text(value)
+    run.log(recorded, step=step)
+
+
+def _images(run: Any, name: str, images: np.ndarray, step: int) -> None:
+    image_type = _swanlab().Image
+    run.log({name: [image_type(image_of(image)) for image in images]}, step=step)
+
+
+def _table(
+    run: Any, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int
+) -> None:
+    table = _swanlab().echarts.Table()
+    table.add(list(columns), [list(row) for row in rows])
+    run.log({name: table}, step=step)
+
+
+def _file(run: Any, name: str, path: Path) -> None:
+    run.save(str(path), base_path=str(path.parent), policy="now")
+
+
+def _close(run: Any) -> None:
+    run.finish()
+
+
+TRACKER = Tracker(
+    _open,
+    _log,
+    _close,
+    types=(float, str),
+    images=_images,
+    table=_table,
+    file=_file,
+    name="swanlab",
+)

@@ -1,0 +1,84 @@
+"""Trackio, https://huggingface.co/docs/trackio: a SQLite file per project, or a Space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from faccel.tracking.media import image_of
+from faccel.tracking.service import (
+    check_options,
+    import_service,
+    keyword_names,
+    same_run,
+    write_run_id,
+)
+from faccel.tracking.tracker import Cell, Tracker
+from faccel.tracking.values import to_json
+
+
+def _trackio() -> Any:
+    return import_service("trackio", "trackio", "trackio")
+
+
+def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
+    trackio = _trackio()
+    check_options("trackio", options, keyword_names(trackio.init))
+    arguments: dict[str, Any] = {
+        "project": folder.parent.name,
+        "name": folder.name,
+        "config": to_json(config),
+    }
+    # Trackio finds a run by project and name.
+    name = same_run(folder, "trackio", options, "name")
+    if name is not None:
+        arguments |= {"name": name, "resume": "allow"}
+    run = trackio.init(**{**arguments, **options})
+    write_run_id(folder, "trackio", run.name)
+    return run
+
+
+def _log(run: Any, values: Mapping[str, object], step: int) -> None:
+    run.log(dict(values), step=step)
+
+
+def _images(run: Any, name: str, images: np.ndarray, step: int) -> None:
+    image_type = _trackio().Image
+    # A value of a run is one image; a list of them belongs into a table.
+    for index, image in enumerate(images):
+        key = name
+        if len(images) > 1:
+            key = f"{name}/{index}"
+        run.log({key: image_type(image_of(image))}, step=step)
+
+
+def _table(
+    run: Any, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int
+) -> None:
+    table = _trackio().Table(columns=list(columns), data=[list(row) for row in rows])
+    run.log({name: table}, step=step)
+
+
+def _file(run: Any, name: str, path: Path) -> None:
+    artifact = _trackio().Artifact(f"run-{run.id}-{name}", type="file")
+    artifact.add_file(str(path), name=name)
+    run.log_artifact(artifact)
+
+
+def _close(run: Any) -> None:
+    run.finish()
+
+
+TRACKER = Tracker(
+    _open,
+    _log,
+    _close,
+    types=(float, str),
+    images=_images,
+    table=_table,
+    file=_file,
+    name="trackio",
+)
