@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from faccel.tracking.media import image_of
+from faccel.tracking.media import figure_array, image_of
 from faccel.tracking.service import (
     check_options,
     import_service,
@@ -56,9 +56,11 @@ def _images(run: Any, name: str, images: np.ndarray, step: int) -> None:
 
 
 def _figure(run: Any, name: str, figure: Any, step: int) -> None:
-    # As an image: Aim draws a figure of matplotlib by plotly, which may be missing.
-    tracked = _aim().Image(figure) if hasattr(figure, "savefig") else _aim().Figure(figure)
-    run.track(tracked, name=name, step=step)
+    # Aim draws a figure of matplotlib by plotly, which may be missing.
+    if hasattr(figure, "savefig"):
+        _images(run, name, figure_array(figure), step)
+    else:
+        run.track(_aim().Figure(figure), name=name, step=step)
 
 
 def _file(run: Any, name: str, path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from faccel.tracking.media import image_of
+from faccel.errors import ConfigError
+from faccel.tracking.media import png
 from faccel.tracking.service import (
     check_options,
     import_service,
@@ -53,17 +56,31 @@ def _title_and_series(name: str) -> tuple[str, str]:
 
 def _log(task: Any, values: Mapping[str, Any], step: int) -> None:
     logger = task.get_logger()
+    not_finite: list[str] = []
     for name, value in values.items():
+        title, series = _title_and_series(name)
         if isinstance(value, str):
             logger.report_text(f"step {step}, {name}: {value}", print_console=False)
-        else:
-            title, series = _title_and_series(name)
+        elif math.isfinite(value):
             logger.report_scalar(title, series, value, step)
+        else:
+            not_finite.append(f"`{name}`")
+    if not_finite:  # ClearML would store 0
+        raise ConfigError(
+            f"ClearML records no NaN and no infinity: {', '.join(not_finite)} left out",
+            got=f"step {step}",
+            fix='record them with another tracker, too, such as `"jsonl"`',
+        )
 
 
 def _images(task: Any, name: str, images: np.ndarray, step: int) -> None:
     for index, image in enumerate(images):
-        task.get_logger().report_image(name, str(index), step, image=image_of(image))
+        # An array would become a JPEG file, which has losses and no transparency.
+        with tempfile.NamedTemporaryFile(suffix=".png", delete=False) as file:
+            file.write(png(image))
+        task.get_logger().report_image(
+            name, str(index), step, local_path=file.name, delete_after_upload=True
+        )
 
 
 def _table(

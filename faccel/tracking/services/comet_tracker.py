@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from faccel.tracking.media import image_of
 from faccel.tracking.service import (
     check_options,
     import_service,
@@ -16,7 +17,6 @@ from faccel.tracking.service import (
     same_run,
     write_run_id,
 )
-from faccel.tracking.media import image_of
 from faccel.tracking.tracker import Cell, Tracker
 from faccel.tracking.values import to_json
 
@@ -52,7 +52,9 @@ def _images(experiment: Any, name: str, images: np.ndarray, step: int) -> None:
         label = name
         if len(images) > 1:
             label = f"{name}/{index}"
-        experiment.log_image(image_of(image), name=label, step=step)
+        # Without the limits, Comet stretches the values of each image to 0 and 255.
+        limits = (0, 255)
+        experiment.log_image(image_of(image), name=label, image_minmax=limits, step=step)
 
 
 def _table(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -127,7 +129,15 @@ def _figure(run: _MlflowRun, name: str, figure: Any, step: int) -> None:
 
 
 def _file(run: _MlflowRun, name: str, path: Path) -> None:
-    run.client.log_artifact(run.run_id, str(path), f"files/{name}")
+    label = Path("files", name)
+    if label.name == path.name:
+        run.client.log_artifact(run.run_id, str(path), str(label.parent))
+        return
+    # MLflow takes the name from the file.
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / label.name
+        shutil.copyfile(path, copy)
+        run.client.log_artifact(run.run_id, str(copy), str(label.parent))
 
 
 def _close(run: _MlflowRun) -> None:

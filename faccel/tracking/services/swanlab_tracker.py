@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -64,7 +66,12 @@ def _table(
 
 
 def _file(run: Any, name: str, path: Path) -> None:
-    run.save(str(path), base_path=str(path.parent), policy="now")
+    # SwanLab links to the file, whose content may change before the link is followed.
+    copies = Path(run.dir) / "copies"
+    copy = copies / quote(name, safe="")
+    copies.mkdir(exist_ok=True)
+    shutil.copyfile(path, copy)
+    run.save(str(copy), base_path=str(copies), policy="now")
 
 
 def _close(run: Any) -> None:

@@ -69,7 +69,12 @@ def _file(run: Any, name: str, path: Path) -> None:
 
 
 def _close(run: Any) -> None:
-    run.finish()
+    trackio = _trackio()
+    # Trackio finishes its current run once more when the process exits, unless it does it itself.
+    if trackio.context_vars.current_run.get() is run:
+        trackio.finish()
+    else:
+        run.finish()
 
 
 TRACKER = Tracker(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from faccel.tracking.media import figure_array
 from faccel.tracking.service import (
     check_options,
     import_service,
@@ -71,11 +72,11 @@ def _table(
 
 
 def _figure(run: Any, name: str, figure: Any, step: int) -> None:
-    drawn = figure
     # wandb converts a figure of matplotlib to plotly, and fails for those that plotly cannot draw.
     if hasattr(figure, "savefig"):
-        drawn = _wandb().Image(figure)
-    run.log({name: drawn}, step=step)
+        _images(run, name, figure_array(figure), step)
+    else:
+        run.log({name: figure}, step=step)
 
 
 def _file(run: Any, name: str, path: Path) -> None:
