@@ -74,10 +74,14 @@ def read_wandb():
                 read["runs"].append(message.run.run_id)
                 for item in message.run.config.update:
                     read["config"][item.key] = json.loads(item.value_json)
-            items = {
-                item.key or ".".join(item.nested_key): json.loads(item.value_json)
-                for item in message.history.item
-            }
+            # `nested_key` is ["samples", "filenames"] for an item of a dict.
+            items = {}
+            for item in message.history.item:
+                value = json.loads(item.value_json)
+                if len(item.nested_key) > 1:
+                    items.setdefault(item.nested_key[0], {})[item.nested_key[1]] = value
+                else:
+                    items[item.key or item.nested_key[0]] = value
             if "val/loss" not in items:
                 continue
             step = items["_step"]
@@ -220,7 +224,7 @@ def read_swanlab():
         folder = Path(path).parent
         read["runs"].append(Path(path).stem)
         for data in log_records(path):
-            print(Record.FromString(data), file=sys.stderr)
+            print("RECORD", str(Record.FromString(data)).replace("\n", " ")[:300])
         assert (folder / "files/notes.txt").read_text() == "notes"
     read["runs"] = sorted(set(read["runs"]))
     return read

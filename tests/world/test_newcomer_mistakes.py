@@ -543,12 +543,14 @@ MISTAKES = [
         "faccel.seed_everything('0', ctx)",
     ),
     Mistake(
-        "faccel.tracking.finish(faccel.tracking.init_trackers('run', ctx, trackers=('wandb',)))",
+        "faccel.tracking.finish(faccel.tracking.init_trackers('run', ctx, trackers=('json',)))",
         CONFIG,
         "trackers",
-        "wandb",
+        "json",
         "jsonl",
-        "wandb",
+        "('json',)",
+        fixed="faccel.tracking.finish("
+        "faccel.tracking.init_trackers('run', ctx, trackers=('jsonl',)))",
     ),
     Mistake(
         "faccel.testing.simulate(lambda ctx: 0, 0)",

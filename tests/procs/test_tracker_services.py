@@ -1,0 +1,63 @@
+"""Each service's tracker: what it writes without network, in two runs of which one continues."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from faccel.tracking.tracker_table import TRACKERS
+
+PROGRAMS = Path(__file__).with_name("tracker_programs.py")
+ROWS = [["a", 0.5], ["b|c", None]]
+OFFLINE = {
+    "aim": {},
+    "clearml": {"offline": True},
+    "comet_ml": {"online": False},
+    "dvclive": {},
+    "mlflow": {"tracking_uri": "sqlite:///mlflow.db"},
+    "swanlab": {"mode": "offline"},
+    "trackio": {"project": "p"},
+    "wandb": {"mode": "offline"},
+}
+# What the services write as text: cells of CSV files, values of a configuration.
+AS_TEXT = {"comet_ml": [["a", "0.5"], ["b|c", ""]]}
+NO_TABLES = ("aim", "dvclive")
+
+
+def program(folder, *arguments):
+    """Run a program that uses a service, and return its output."""
+    # Services keep files in the home folder, and ask for an account if they find a terminal.
+    env = {**os.environ, "HOME": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
+    env["PYTHONPATH"] = os.pathsep.join([str(PROGRAMS.parents[2]), env.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(PROGRAMS), *arguments],
+        cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_every_service_has_a_test():
+    assert set(OFFLINE) == set(TRACKERS) - {"csv", "jsonl", "tensorboard"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("service", OFFLINE)
+def test_a_service_has_numbers_images_and_tables_of_both_parts_of_a_run(service, tmp_path):
+    if importlib.util.find_spec(service) is None:
+        pytest.skip(f"{service} is not installed: its packages are too large for each run of CI")
+    for first in (0, 2):
+        output = program(tmp_path, "record", service, json.dumps(OFFLINE[service]), str(first))
+        assert "of the tracker" not in output  # what failed
+    line = next(x for x in program(tmp_path, "read", service).splitlines() if x[:5] == "READ ")
+    read = json.loads(line[5:])
+    assert read["losses"] == {"0": 1.0, "1": 0.5, "2": 0.25, "3": 0.125}
+    assert read["images"] == dict.fromkeys("0123", True)
+    if service not in NO_TABLES:
+        assert read["tables"] == dict.fromkeys("0123", AS_TEXT.get(service, ROWS))
+    assert float(read["config"]["lr"]) == 0.5
+    assert len(read["runs"]) == 1
