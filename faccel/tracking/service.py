@@ -25,10 +25,10 @@ def import_service(module: str, tracker: str, package: str) -> Any:
         ConfigError: It is not installed.
 
     Examples:
-        >>> import_service("a_service", "a", "a-service")
+        >>> import_service("svc", "a", "svc")
         Traceback (most recent call last):
-        faccel.errors.ConfigError: the tracker `a` is not installed. Got No module named 'a_service'.
-        To fix: run `pip install a-service`.
+        faccel.errors.ConfigError: the tracker `a` is not installed. Got No module named 'svc'.
+        To fix: run `pip install svc`.
     """
     try:
         return importlib.import_module(module)
@@ -124,9 +124,7 @@ def _id_file(folder: Path, tracker: str) -> Path:
     return folder / f"{tracker}.id"
 
 
-def same_run(
-    folder: Path, tracker: str, options: Mapping[str, object], option: str
-) -> str | None:
+def same_run(folder: Path, tracker: str, options: Mapping[str, object], option: str) -> str | None:
     """Return the stored identity of a run; an option must not name another run.
 
     Effects: ambient. Reads a file.

@@ -353,9 +353,7 @@ def _figure_writer(tracker: Tracker) -> _Write | None:
 
 
 @effectful(AMBIENT, updates("trackers"))
-def log_file(
-    path: str | os.PathLike[str], trackers: Trackers, *, name: str | None = None
-) -> None:
+def log_file(path: str | os.PathLike[str], trackers: Trackers, *, name: str | None = None) -> None:
     """Record a copy of a file with the trackers that can record files.
 
     Effects: ambient, updates trackers. Rank 0 reads the file. A missing file is left out, and the

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 IMAGES = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
 
@@ -88,7 +89,8 @@ def read_wandb():
             read["losses"][step] = items["val/loss"]
             images = [folder / name for name in items["samples"]["filenames"]]
             read["images"][step] = [pixels(image.read_bytes()) for image in images]
-            read["tables"][step] = json.loads((folder / items["answers"]["path"]).read_text())["data"]
+            table = (folder / items["answers"]["path"]).read_text()
+            read["tables"][step] = json.loads(table)["data"]
     read["runs"] = sorted(set(read["runs"]))
     return read
 
@@ -159,9 +161,11 @@ def read_comet_ml():
 
 
 def read_aim():
-    from aim import Repo
+    from aim import Repo, Run
 
-    runs = list(Repo("runs").iter_runs())
+    # Not read-only: the UI of Aim builds the index that a read-only run needs.
+    repo = Repo("runs")
+    runs = [Run(run_hash, repo=repo) for run_hash in repo.list_all_runs()]
     read = {"runs": [run.hash for run in runs], "losses": {}, "images": {}}
     for run in runs:
         read["config"] = run["config"]
@@ -206,8 +210,6 @@ def read_dvclive():
     with (folder / "plots/metrics/val/loss.tsv").open() as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     read["losses"] = {int(row["step"]): float(row["loss"]) for row in rows}
-    import yaml
-
     read["config"] = yaml.safe_load((folder / "params.yaml").read_text())
     for step in range(4):
         paths = [folder / f"plots/images/samples/{index}/{step}.png" for index in range(2)]
@@ -224,8 +226,20 @@ def read_swanlab():
         folder = Path(path).parent
         read["runs"].append(Path(path).stem)
         for data in log_records(path):
-            print("RECORD", str(Record.FromString(data)).replace("\n", " ")[:300])
+            message = Record.FromString(data)
+            if message.scalar.key == "val/loss":
+                read["losses"][message.scalar.step] = message.scalar.value.number
+            names = [item.filename for item in message.media.value.items]
+            step = message.media.step
+            if message.media.key == "samples":
+                files = [folder / "media/image" / name for name in names]
+                read["images"][step] = [pixels(file.read_bytes()) for file in files]
+            elif message.media.key == "answers":
+                table = json.loads((folder / "media/echarts" / names[0]).read_text())
+                read["tables"][step] = [list(row.values()) for row in table["rowData"]]
         assert (folder / "files/notes.txt").read_text() == "notes"
+        config = yaml.safe_load((folder / "files/config.yaml").read_text())
+        read["config"] = {name: item["value"] for name, item in config.items()}
     read["runs"] = sorted(set(read["runs"]))
     return read
 

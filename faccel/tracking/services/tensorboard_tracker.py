@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 def _open(folder: Path, config: Mapping[str, object], **options: Any) -> SummaryWriter:
     # tensorboard is an optional dependency, and slow to import.
-    module = import_service(
-        "torch.utils.tensorboard.writer", "tensorboard", '"faccel[track]"'
-    )
+    module = import_service("torch.utils.tensorboard.writer", "tensorboard", '"faccel[track]"')
     check_options("tensorboard", options, keyword_names(module.SummaryWriter))
     writer = module.SummaryWriter(**{"log_dir": str(folder), **options})
     writer.add_text("config", json.dumps(to_json(config), indent=2))
