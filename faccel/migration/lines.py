@@ -245,7 +245,8 @@ class LineRewriter:
         if "config" in options:
             args.append(f"config={text_of(options['config'].value)}")
         if "init_kwargs" in options:
-            self._report.refuse("`init_kwargs`", "docs/logging.md")
+            # Both have the arguments of each tracker by its name.
+            args.append(f"options={text_of(options['init_kwargs'].value)}")
         self._report.convert()
         call_text = call_code("faccel.tracking.init_trackers", args)
         return f"{self._sibling('trackers')} = {call_text}\n"

@@ -197,7 +197,7 @@ WITHOUT_EQUAL = {
     "deepspeed_ulysses_dl_adapter": "docs/parallelism.md",
     "distributed_type": "`ctx.mesh.spec` has the axes; see docs/parallelism.md",
     "fp8_backend": "docs/training-loop.md#mixed-precision",
-    "get_tracker": "pass a custom `Tracker` to `init_trackers`; see docs/logging.md",
+    "get_tracker": "`faccel.tracking.handle(name, trackers)`; see docs/logging.md#trackers",
     "is_fsdp2": "`ctx.mesh.spec` has the axes; see docs/parallelism.md",
     "join_uneven_inputs": "`faccel.parallel.join(model, opt, ctx)`; see docs/parallelism.md",
     "lomo_backward": "docs/training-loop.md",

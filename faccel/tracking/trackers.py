@@ -402,8 +402,7 @@ def handle(name: str, trackers: Trackers) -> Any:
         The object on rank 0, if the tracker has opened; None on the other ranks.
 
     Raises:
-        ConfigError: No tracker of this name was requested, or `trackers` are not from
-            `init_trackers`.
+        ConfigError: Other trackers were requested, or `trackers` are not from `init_trackers`.
 
     Examples:
         >>> import tempfile
@@ -414,7 +413,9 @@ def handle(name: str, trackers: Trackers) -> Any:
         >>> finish(trackers)
     """
     _require_trackers(trackers, f'handle("{short_text(name)}", trackers)')
-    one_of("name", name, trackers.names)
+    # `Trackers()` is what a script has that records nothing.
+    if trackers.names:
+        one_of("name", name, trackers.names)
     for opened_name, tracker, state in trackers.opened:
         if opened_name == name:
             return tracker.handle(state)

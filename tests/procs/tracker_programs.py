@@ -171,8 +171,8 @@ def read_aim():
         read["config"] = run["config"]
         for metric in run.metrics():
             if metric.name == "val/loss":
-                steps, values = metric.values.sparse_numpy()
-                read["losses"] = dict(zip(steps.tolist(), values.tolist(), strict=True))
+                rows = metric.dataframe()
+                read["losses"] = dict(zip(rows["step"], rows["value"], strict=True))
                 context = metric.context
         sequence = run.get_image_sequence("samples", context)
         for step, images in zip(*sequence.values.sparse_list(), strict=True):

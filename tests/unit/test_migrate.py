@@ -414,6 +414,19 @@ def test_the_state_has_what_is_prepared_and_registered():
     assert f'state = faccel.load(\n{state})\nscaler = state["scaler"]\n' in new
 
 
+def test_options_of_trackers_are_kept_by_name():
+    new = rewritten(
+        "from accelerate import Accelerator\naccelerator = Accelerator(log_with='wandb')\n"
+        "accelerator.init_trackers('run', init_kwargs={'wandb': {'project': 'p'}})\n"
+        "accelerator.end_training()\n"
+    )
+    assert new.partition("faccel.init()\n")[2] == (
+        "trackers = faccel.tracking.init_trackers(\n    'run',\n    ctx,\n"
+        "    trackers=('wandb',),\n    options={'wandb': {'project': 'p'}},\n)\n"
+        "faccel.tracking.finish(trackers)\nfaccel.shutdown(ctx)\n"
+    )
+
+
 def test_trackers_exist_on_every_rank_and_without_the_branch_that_starts_them():
     new = rewritten(
         "from accelerate import Accelerator\naccelerator = Accelerator(log_with='csv')\n"

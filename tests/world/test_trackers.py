@@ -339,6 +339,10 @@ def test_a_handle_is_the_librarys_run_on_rank_0_and_none_elsewhere(tmp_path):
     assert names == (str(tmp_path / "a" / "metrics.csv"), None)
 
 
+def test_a_script_that_records_nothing_has_no_handles():
+    assert tracking.handle("wandb", tracking.Trackers()) is None
+
+
 def test_the_handle_of_a_tracker_that_could_not_open_is_none(tmp_path, log_records):
     def fail(folder, config):
         raise OSError("no route to host")
