@@ -157,6 +157,7 @@ def figure_array(figure: Any) -> np.ndarray:
     # matplotlib depends on Pillow.
     from PIL import Image
 
+    # As a file: the size of the pixels depends on settings such as "savefig.bbox".
     file = io.BytesIO()
     figure.savefig(file, format="png")
     file.seek(0)
@@ -187,17 +188,21 @@ def table_rows(table: Any) -> tuple[list[str], list[list[Cell]]]:
     # A DataFrame iterates over its columns, and each of them has `tolist` or `to_list`.
     if hasattr(table, "columns") and hasattr(table, "__getitem__"):
         return _rows_of_columns({name: list(table[name]) for name in table.columns})
-    is_rows = isinstance(table, Sequence) and not isinstance(table, str | bytes)
-    if not is_rows or not all(isinstance(row, Mapping) for row in table):
+    # A str is a sequence of letters.
+    rows: Any = ()
+    if isinstance(table, Sequence) and not isinstance(table, str | bytes):
+        rows = table
+    is_rows = table is rows and all(isinstance(row, Mapping) for row in rows)
+    if not is_rows:
         raise ConfigError(
             "the table must have named columns",
             got=f"an object of type {type(table).__name__}",
             fix='write `{"text": ["a", "b"], "score": [1.0, 0.5]}`',
         )
     # A dict keeps the order of the first appearance.
-    columns = list(dict.fromkeys(name for row in table for name in row))
-    rows = [[_cell(row.get(name)) for name in columns] for row in table]
-    return [str(name) for name in columns], rows
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_cell(row.get(name)) for name in columns] for row in rows]
+    return [str(name) for name in columns], cells
 
 
 def _rows_of_columns(table: Mapping[Any, Any]) -> tuple[list[str], list[list[Cell]]]:

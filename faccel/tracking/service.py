@@ -83,6 +83,7 @@ def check_options(tracker: str, options: Iterable[str], allowed: Iterable[str]) 
         if option in names:
             continue
         fix = nearest(option, names)
+        # nothing is near in an empty list
         if not names:
             fix = f"remove it: `{tracker}` has no options"
         raise ConfigError(

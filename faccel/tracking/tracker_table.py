@@ -53,5 +53,6 @@ def load_tracker(name: str) -> Tracker:
         >>> load_tracker("csv").types
         (<class 'float'>, <class 'str'>)
     """
+    # The table has names instead of functions, so that it imports no module of a tracker.
     module = importlib.import_module(f"faccel.tracking.services.{TRACKERS[name].module}")
     return module.TRACKER

@@ -343,6 +343,7 @@ def log_figure(figures: Mapping[str, object], trackers: Trackers, *, step: int) 
 def _figure_writer(tracker: Tracker) -> _Write | None:
     """Return how a tracker records a figure: as it is, as an image, or not at all."""
     write_images = tracker.images
+    # A figure with axes that can be zoomed is better than an image of it.
     if tracker.figure is not None or write_images is None:
         return tracker.figure
 
@@ -374,6 +375,7 @@ def log_file(path: str | os.PathLike[str], trackers: Trackers, *, name: str | No
     _require_trackers(trackers, "log_file(path, trackers)")
     if not trackers.opened:
         return
+    # Absolute, because a service may copy it later, from another working folder.
     file = Path(path).resolve()
     label = name or file.name
     if not file.is_file():

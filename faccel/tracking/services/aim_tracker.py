@@ -8,32 +8,28 @@ from typing import Any
 
 import numpy as np
 
+from faccel.tracking import service
 from faccel.tracking.media import figure_array, image_of
-from faccel.tracking.service import (
-    check_options,
-    import_service,
-    keyword_names,
-    same_run,
-    write_run_id,
-)
 from faccel.tracking.tracker import Tracker
 from faccel.tracking.values import to_json
 
 
 def _aim() -> Any:
-    return import_service("aim", "aim", "aim")
+    return service.import_service("aim", "aim", "aim")
 
 
 def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
     aim = _aim()
-    check_options("aim", options, keyword_names(aim.Run.__init__)[1:])  # after `self`
+    service.check_options(
+        "aim", options, service.keyword_names(aim.Run.__init__)[1:]
+    )  # after `self`
     # One repository for the runs of a folder: `aim up --repo runs` compares them.
     arguments: dict[str, Any] = {"repo": str(folder.parent)}
-    run_hash = same_run(folder, "aim", options, "run_hash")
+    run_hash = service.same_run(folder, "aim", options, "run_hash")
     if run_hash is not None:
         arguments["run_hash"] = run_hash
     run = aim.Run(**{**arguments, **options})
-    write_run_id(folder, "aim", run.hash)
+    service.write_run_id(folder, "aim", run.hash)
     run.name = folder.name
     run["config"] = to_json(config)
     # Aim copies files to a place that the user chooses.
@@ -44,6 +40,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
 
 def _log(run: Any, values: Mapping[str, Any], step: int) -> None:
     for name, value in values.items():
+        # A sequence of Aim has one type: numbers or texts.
         tracked = value
         if isinstance(value, str):
             tracked = _aim().Text(value)
@@ -52,6 +49,7 @@ def _log(run: Any, values: Mapping[str, Any], step: int) -> None:
 
 def _images(run: Any, name: str, images: np.ndarray, step: int) -> None:
     image_type = _aim().Image
+    # A list is one entry of the sequence.
     run.track([image_type(image_of(image)) for image in images], name=name, step=step)
 
 
@@ -64,6 +62,7 @@ def _figure(run: Any, name: str, figure: Any, step: int) -> None:
 
 
 def _file(run: Any, name: str, path: Path) -> None:
+    # `block`: the process may end before a copy in the background.
     run.log_artifact(str(path), name=name, block=True)
 
 

@@ -11,22 +11,17 @@ from typing import Any
 import numpy as np
 
 from faccel.errors import ConfigError
+from faccel.tracking import service
 from faccel.tracking.media import png
-from faccel.tracking.service import (
-    check_options,
-    import_service,
-    keyword_names,
-    same_run,
-    write_run_id,
-)
 from faccel.tracking.tracker import Cell, Tracker
 from faccel.tracking.values import to_json
 
 
 def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
-    task_type = import_service("clearml", "clearml", "clearml").Task
-    check_options("clearml", options, ("offline", *keyword_names(task_type.init)))
-    task_id = same_run(folder, "clearml", options, "reuse_last_task_id")
+    task_type = service.import_service("clearml", "clearml", "clearml").Task
+    service.check_options("clearml", options, ("offline", *service.keyword_names(task_type.init)))
+    task_id = service.same_run(folder, "clearml", options, "reuse_last_task_id")
+    # ClearML has this choice for the process, not for a task.
     if options.pop("offline", False):
         task_type.set_offline(offline_mode=True)
     arguments: dict[str, Any] = {
@@ -41,7 +36,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
     task = task_type.init(**{**arguments, **options})
     # A session without network cannot be continued: `clearml-task` imports it as a part of one.
     if not task_type.is_offline():
-        write_run_id(folder, "clearml", task.id)
+        service.write_run_id(folder, "clearml", task.id)
     task.set_parameters_as_dict(to_json(config))
     return task
 
@@ -49,6 +44,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
 def _title_and_series(name: str) -> tuple[str, str]:
     """Return the plot of a value, and its curve in it: "val/loss" is a curve of the plot "val"."""
     title, separator, series = name.rpartition("/")
+    # A plot with one curve has its name twice.
     if not separator:
         return name, name
     return title, series
@@ -59,6 +55,7 @@ def _log(task: Any, values: Mapping[str, Any], step: int) -> None:
     not_finite: list[str] = []
     for name, value in values.items():
         title, series = _title_and_series(name)
+        # Text is a line of the console: ClearML has no plot of it.
         if isinstance(value, str):
             logger.report_text(f"step {step}, {name}: {value}", print_console=False)
         elif math.isfinite(value):
@@ -103,6 +100,7 @@ def _figure(task: Any, name: str, figure: Any, step: int) -> None:
 
 
 def _file(task: Any, name: str, path: Path) -> None:
+    # Otherwise a file that changes later would be uploaded in its later state.
     task.upload_artifact(name, str(path), wait_on_upload=True)
 
 

@@ -9,22 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from faccel.tracking import service
 from faccel.tracking.media import image_of
-from faccel.tracking.service import (
-    check_options,
-    import_service,
-    keyword_names,
-    same_run,
-    write_run_id,
-)
 from faccel.tracking.tracker import Cell, Tracker
 from faccel.tracking.values import to_json
 
 
 def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
-    comet_ml = import_service("comet_ml", "comet_ml", "comet_ml")
-    check_options("comet_ml", options, keyword_names(comet_ml.start))
-    key = same_run(folder, "comet_ml", options, "experiment_key")
+    comet_ml = service.import_service("comet_ml", "comet_ml", "comet_ml")
+    service.check_options("comet_ml", options, service.keyword_names(comet_ml.start))
+    key = service.same_run(folder, "comet_ml", options, "experiment_key")
+    # A key of 32 letters chosen here makes a session without network a part of the same run.
     arguments: dict[str, Any] = {
         "experiment_key": key or uuid.uuid4().hex,
         "experiment_config": comet_ml.ExperimentConfig(
@@ -32,7 +27,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
         ),
     }
     experiment = comet_ml.start(**{**arguments, **options})
-    write_run_id(folder, "comet_ml", experiment.get_key())
+    service.write_run_id(folder, "comet_ml", experiment.get_key())
     experiment.log_parameters(to_json(config))
     return experiment
 
@@ -40,6 +35,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
 def _log(experiment: Any, values: Mapping[str, Any], step: int) -> None:
     numbers: dict[str, float] = {}
     for name, value in values.items():
+        # A metric that is a text would be refused; texts have a tab of their kind.
         if isinstance(value, str):
             experiment.log_text(value, step=step, metadata={"name": name})
         else:
@@ -49,6 +45,7 @@ def _log(experiment: Any, values: Mapping[str, Any], step: int) -> None:
 
 def _images(experiment: Any, name: str, images: np.ndarray, step: int) -> None:
     for index, image in enumerate(images):
+        # Two images of one name and step would replace each other.
         label = name
         if len(images) > 1:
             label = f"{name}/{index}"

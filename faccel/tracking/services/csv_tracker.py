@@ -34,6 +34,7 @@ def _table(
     # Next to the file of the numbers; a name such as "val/samples" must not name a folder.
     path = Path(file.name).with_name("tables") / f"{quote(name, safe='')}-{step}.csv"
     path.parent.mkdir(exist_ok=True)
+    # "w": a step that is repeated after a restart replaces its table.
     with path.open("w", newline="", encoding="utf-8") as table:
         writer = csv.writer(table)
         writer.writerow(columns)

@@ -25,6 +25,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
 
 
 def _log(live: Any, values: Mapping[str, Any], step: int) -> None:
+    # DVCLive counts steps itself unless they are set.
     live.step = step
     for name, value in values.items():
         live.log_metric(name, value)
@@ -42,10 +43,12 @@ def _images(live: Any, name: str, images: np.ndarray, step: int) -> None:
 
 
 def _file(live: Any, name: str, path: Path) -> None:
+    # A copy in the folder of the run; without a DVC repository, DVCLive logs a warning instead.
     live.log_artifact(str(path), name=name, copy=True, cache=False)
 
 
 def _close(live: Any) -> None:
+    # In a Git repository, this saves the experiment.
     live.end()
 
 

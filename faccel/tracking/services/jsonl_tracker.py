@@ -25,6 +25,7 @@ class _Files:
 
 
 def _open(folder: Path, config: Mapping[str, object]) -> _Files:
+    # The newest configuration: a resumed run may have another one.
     text = json.dumps(to_json(config), indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     path = folder / "metrics.jsonl"
@@ -70,12 +71,14 @@ def _images(files: _Files, name: str, images: np.ndarray, step: int) -> None:
 def _table(
     files: _Files, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int
 ) -> None:
+    # In the line itself: a reader needs one file for all tables.
     table = {"columns": list(columns), "rows": [list(row) for row in rows]}
     _log_media(files, {"kind": "table", "name": name, "step": step, **table})
 
 
 def _file(files: _Files, name: str, path: Path) -> None:
     (files.folder / "files").mkdir(exist_ok=True)
+    # A copy, because the file may change or be deleted later.
     copy = Path("files", quote(name, safe=""))
     shutil.copyfile(path, files.folder / copy)
     _log_media(files, {"kind": "file", "name": name, "path": copy.as_posix()})

@@ -12,13 +12,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from faccel.tracking.service import (
-    check_options,
-    import_service,
-    keyword_names,
-    same_run,
-    write_run_id,
-)
+from faccel.tracking import service
 from faccel.tracking.tracker import Cell, Tracker
 from faccel.tracking.values import to_json
 
@@ -37,14 +31,14 @@ class _MlflowRun:
 
 
 def _mlflow() -> Any:
-    return import_service("mlflow", "mlflow", "mlflow")
+    return service.import_service("mlflow", "mlflow", "mlflow")
 
 
 def _open(folder: Path, config: Mapping[str, object], **options: Any) -> _MlflowRun:
     mlflow = _mlflow()
-    allowed = ("tracking_uri", "experiment_name", *keyword_names(mlflow.start_run))
-    check_options("mlflow", options, allowed)
-    run_id = same_run(folder, "mlflow", options, "run_id")
+    allowed = ("tracking_uri", "experiment_name", *service.keyword_names(mlflow.start_run))
+    service.check_options("mlflow", options, allowed)
+    run_id = service.same_run(folder, "mlflow", options, "run_id")
     # MLflow keeps both for the process, and its functions such as `mlflow.log_dict` use them.
     uri = options.pop("tracking_uri", None)
     if uri is not None:
@@ -59,7 +53,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> _Mlflow
     else:
         arguments["run_id"] = run_id
     run = _MlflowRun(mlflow.MlflowClient(), mlflow.start_run(**{**arguments, **options}))
-    write_run_id(folder, "mlflow", run.run_id)
+    service.write_run_id(folder, "mlflow", run.run_id)
     _log_config(run, to_json(config))
     return run
 
@@ -73,6 +67,7 @@ def _log_config(run: _MlflowRun, config: Mapping[str, object]) -> None:
     params: list[Any] = []
     for name, value in config.items():
         text = str(value)
+        # A value that is too long is in config.json.
         if name not in known and len(text) <= _MAX_PARAM:
             params.append(param_type(name, text))
     for start in range(0, len(params), _PARAMS_PER_BATCH):
@@ -122,6 +117,7 @@ def _table(
 
 
 def _figure(run: _MlflowRun, name: str, figure: Any, step: int) -> None:
+    # plotly writes HTML; MLflow takes the format from the suffix.
     suffix = "html"
     if hasattr(figure, "savefig"):
         suffix = "png"
@@ -144,6 +140,7 @@ def _close(run: _MlflowRun) -> None:
     mlflow = _mlflow()
     active = mlflow.active_run()
     # The script may have ended it, or started another.
+    # `end_run` ends the active run only.
     if active is not None and active.info.run_id == run.run_id:
         mlflow.end_run()
     else:

@@ -10,36 +10,32 @@ from urllib.parse import quote
 
 import numpy as np
 
+from faccel.tracking import service
 from faccel.tracking.media import image_of
-from faccel.tracking.service import (
-    check_options,
-    import_service,
-    keyword_names,
-    same_run,
-    write_run_id,
-)
 from faccel.tracking.tracker import Cell, Tracker
 from faccel.tracking.values import to_json
 
 
 def _swanlab() -> Any:
-    return import_service("swanlab", "swanlab", "swanlab")
+    return service.import_service("swanlab", "swanlab", "swanlab")
 
 
 def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
     swanlab = _swanlab()
-    check_options("swanlab", options, keyword_names(swanlab.init))
+    service.check_options("swanlab", options, service.keyword_names(swanlab.init))
+    # The default of `project` is the working folder, and that of `log_dir` is in it.
     arguments: dict[str, Any] = {
         "project": folder.parent.name,
         "name": folder.name,
         "log_dir": str(folder / "swanlog"),
         "config": to_json(config),
     }
-    run_id = same_run(folder, "swanlab", options, "id")
+    run_id = service.same_run(folder, "swanlab", options, "id")
+    # "allow" starts a run if the server does not have this one.
     if run_id is not None:
         arguments |= {"id": run_id, "resume": "allow"}
     run = swanlab.init(**{**arguments, **options})
-    write_run_id(folder, "swanlab", run.id)
+    service.write_run_id(folder, "swanlab", run.id)
     return run
 
 
@@ -47,6 +43,7 @@ def _log(run: Any, values: Mapping[str, Any], step: int) -> None:
     recorded: dict[str, Any] = {}
     for name, value in values.items():
         recorded[name] = value
+        # SwanLab would try to convert text to a number.
         if isinstance(value, str):
             recorded[name] = _swanlab().Text(value)
     run.log(recorded, step=step)
@@ -54,12 +51,14 @@ def _log(run: Any, values: Mapping[str, Any], step: int) -> None:
 
 def _images(run: Any, name: str, images: np.ndarray, step: int) -> None:
     image_type = _swanlab().Image
+    # A list is one entry with several images.
     run.log({name: [image_type(image_of(image)) for image in images]}, step=step)
 
 
 def _table(
     run: Any, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int
 ) -> None:
+    # The only table that SwanLab draws is one of ECharts.
     table = _swanlab().echarts.Table()
     table.add(list(columns), [list(row) for row in rows])
     run.log({name: table}, step=step)

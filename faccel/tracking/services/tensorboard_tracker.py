@@ -37,6 +37,7 @@ def _log(writer: SummaryWriter, values: Mapping[str, Any], step: int) -> None:
 def _images(writer: SummaryWriter, name: str, images: np.ndarray, step: int) -> None:
     # One event per image: `add_images` draws a batch as one picture without gaps.
     for index, image in enumerate(images):
+        # The same tag and step twice would show one of them.
         tag = name
         if len(images) > 1:
             tag = f"{name}/{index}"

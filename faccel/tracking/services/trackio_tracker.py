@@ -8,40 +8,36 @@ from typing import Any
 
 import numpy as np
 
+from faccel.tracking import service
 from faccel.tracking.media import image_of
-from faccel.tracking.service import (
-    check_options,
-    import_service,
-    keyword_names,
-    same_run,
-    write_run_id,
-)
 from faccel.tracking.tracker import Cell, Tracker
 from faccel.tracking.values import to_json
 
 
 def _trackio() -> Any:
-    return import_service("trackio", "trackio", "trackio")
+    return service.import_service("trackio", "trackio", "trackio")
 
 
 def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
     trackio = _trackio()
-    check_options("trackio", options, keyword_names(trackio.init))
+    service.check_options("trackio", options, service.keyword_names(trackio.init))
+    # Trackio has no default project.
     arguments: dict[str, Any] = {
         "project": folder.parent.name,
         "name": folder.name,
         "config": to_json(config),
     }
     # Trackio finds a run by project and name.
-    name = same_run(folder, "trackio", options, "name")
+    name = service.same_run(folder, "trackio", options, "name")
     if name is not None:
         arguments |= {"name": name, "resume": "allow"}
     run = trackio.init(**{**arguments, **options})
-    write_run_id(folder, "trackio", run.name)
+    service.write_run_id(folder, "trackio", run.name)
     return run
 
 
 def _log(run: Any, values: Mapping[str, object], step: int) -> None:
+    # Several records of one step are one row of the dashboard.
     run.log(dict(values), step=step)
 
 
@@ -63,6 +59,7 @@ def _table(
 
 
 def _file(run: Any, name: str, path: Path) -> None:
+    # The name is that of the project: the run's makes it unique.
     artifact = _trackio().Artifact(f"run-{run.id}-{name}", type="file")
     artifact.add_file(str(path), name=name)
     run.log_artifact(artifact)

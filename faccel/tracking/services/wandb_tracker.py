@@ -8,14 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from faccel.tracking import service
 from faccel.tracking.media import figure_array
-from faccel.tracking.service import (
-    check_options,
-    import_service,
-    keyword_names,
-    same_run,
-    write_run_id,
-)
 from faccel.tracking.tracker import Cell, Tracker
 from faccel.tracking.values import to_json
 
@@ -24,19 +18,20 @@ _DRAWN = ("matplotlib", "plotly", "wandb")
 
 
 def _wandb() -> Any:
-    return import_service("wandb", "wandb", "wandb")
+    return service.import_service("wandb", "wandb", "wandb")
 
 
 def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
     wandb = _wandb()
-    check_options("wandb", options, keyword_names(wandb.init))
+    service.check_options("wandb", options, service.keyword_names(wandb.init))
     arguments: dict[str, Any] = {"name": folder.name, "dir": str(folder), "config": to_json(config)}
-    run_id = same_run(folder, "wandb", options, "id")
+    run_id = service.same_run(folder, "wandb", options, "id")
     if run_id is not None:
         # A resumed run may have another configuration, such as more epochs.
         arguments |= {"id": run_id, "resume": "allow", "allow_val_change": True}
+    # Options are stronger, also `id`, if the folder is new.
     run = wandb.init(**{**arguments, **options})
-    write_run_id(folder, "wandb", run.id)
+    service.write_run_id(folder, "wandb", run.id)
     return run
 
 
@@ -58,6 +53,7 @@ def _history_value(value: Any) -> Any:
 
 def _images(run: Any, name: str, images: np.ndarray, step: int) -> None:
     image_type = _wandb().Image
+    # Values of one step are merged until a value of a later step arrives.
     run.log({name: [image_type(image) for image in images]}, step=step)
 
 
@@ -80,6 +76,7 @@ def _figure(run: Any, name: str, figure: Any, step: int) -> None:
 
 
 def _file(run: Any, name: str, path: Path) -> None:
+    # Artifacts belong to the project: the identity of the run makes the name unique.
     artifact = _wandb().Artifact(f"run-{run.id}-{_artifact_name(name)}", type="file")
     artifact.add_file(str(path), name=name)
     run.log_artifact(artifact)
