@@ -118,8 +118,8 @@ def image_of(image: np.ndarray) -> np.ndarray:
 def png(image: np.ndarray) -> bytes:
     r"""Return an image, `uint8[h, w, c]`, as a PNG file.
 
-    Effects: pure. The format is that of the W3C, https://www.w3.org/TR/png-3; without Pillow, which
-    is no dependency.
+    Effects: pure. The format is specified at https://www.w3.org/TR/png-3. Without Pillow, which
+    is not a dependency of faccel.
 
     Examples:
         >>> png(np.zeros((1, 1, 3), np.uint8))[:8]

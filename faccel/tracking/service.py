@@ -137,7 +137,7 @@ def same_run(folder: Path, tracker: str, options: Mapping[str, object], option: 
         option: Which of them is the identity.
 
     Raises:
-        ConfigError: The folder is that of another run.
+        ConfigError: The folder belongs to another run.
     """
     stored = read_run_id(folder, tracker)
     requested = options.get(option)

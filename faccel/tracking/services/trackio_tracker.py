@@ -59,7 +59,7 @@ def _table(
 
 
 def _file(run: Any, name: str, path: Path) -> None:
-    # The name is that of the project: the run's makes it unique.
+    # Artifacts belong to the project: the identity of the run makes the name unique.
     artifact = _trackio().Artifact(f"run-{run.id}-{name}", type="file")
     artifact.add_file(str(path), name=name)
     run.log_artifact(artifact)
