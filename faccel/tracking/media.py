@@ -49,7 +49,7 @@ def image_array(images: object, layout: str = "HWC") -> np.ndarray:
     if array.shape[3] not in _PNG_COLORS:
         raise ConfigError(
             "the images must have 1, 3 or 4 channels",
-            got=f"{array.shape[3]} channels with `layout={layout!r}`",
+            got=f"{array.shape[3]} channels with `layout={short_repr(layout)}`",
             fix=_layout_fix(array, layout),
         )
     return _as_uint8(array)

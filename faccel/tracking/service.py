@@ -145,6 +145,6 @@ def same_run(folder: Path, tracker: str, options: Mapping[str, object], option: 
         return stored
     raise ConfigError(
         f"the folder of the run belongs to another run of `{tracker}`",
-        got=f"{option}={short_repr(requested)}, and {stored!r} in {short_text(str(folder))}",
+        got=f"{option}={short_repr(requested)}, and {short_repr(stored)} in {short_text(str(folder))}",
         fix=f"remove `{option}` to continue the stored run, or pass another `run`",
     )

@@ -28,7 +28,7 @@ AS_TEXT = {"comet_ml": [["a", "0.5"], ["b|c", ""]]}
 NO_TABLES = ("aim", "dvclive")
 
 
-def program(folder, *arguments):
+def program(folder, *arguments, timeout=None):
     """Run a program that uses a service, and return its output."""
     # Services keep files in the home folder, and ask for an account if they find a terminal.
     env = {**os.environ, "HOME": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
@@ -36,6 +36,7 @@ def program(folder, *arguments):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(PROGRAMS), *arguments],
         cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -49,7 +50,7 @@ def test_every_service_has_a_test():
 @pytest.mark.parametrize("service", OFFLINE)
 def test_a_service_has_numbers_images_and_tables_of_both_parts_of_a_run(service, tmp_path):
     if importlib.util.find_spec(service) is None:
-        pytest.skip(f"{service} is not installed: its packages are too large for each run of CI")
+        pytest.skip(f"{service} is not installed: `.ci/run` installs it in an environment for trackers")
     for first in (0, 2):
         output = program(tmp_path, "record", service, json.dumps(OFFLINE[service]), str(first))
         assert "later failures are not logged" not in output
@@ -61,3 +62,40 @@ def test_a_service_has_numbers_images_and_tables_of_both_parts_of_a_run(service,
         assert read["tables"] == dict.fromkeys("0123", AS_TEXT.get(service, ROWS))
     assert float(read["config"]["lr"]) == 0.5
     assert len(read["runs"]) == 1
+
+
+@pytest.mark.slow
+def test_trackio_continues_the_run_of_the_folder_and_not_the_newest_of_its_name(tmp_path):
+    pytest.importorskip("trackio", reason="trackio is not installed: it has a part of CI")
+    output = program(tmp_path, "same_names", "trackio")
+    steps = next(line for line in output.splitlines() if line.startswith("STEPS "))
+    assert json.loads(steps[6:]) == [[0, 2], [1]]
+
+
+# A program that waits for MLflow's own limits takes minutes; one request waits 120 s.
+LIMIT_S = 110
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "reason", "opened"),
+    [
+        ("closed", "Connection refused", False),
+        ("silent", "no answer in 5 s", False),
+        ("later", "no answer in 5 s", True),
+    ],
+)
+def test_a_server_that_is_down_stops_neither_the_run_nor_the_end_of_its_process(
+    kind, reason, opened, tmp_path
+):
+    pytest.importorskip("mlflow", reason="mlflow is not installed: it has a part of CI")
+    output = program(tmp_path, "unreachable", kind, timeout=LIMIT_S)
+    assert f"OPENED {opened}" in output
+    # Once, with the way to record without the server; what has no server records everything.
+    failures = [line for line in output.splitlines() if line.startswith("the tracker `mlflow`")]
+    assert len(failures) == 1
+    assert reason in failures[0]
+    assert "secret" not in output
+    assert opened or "sqlite:///mlflow.db" in failures[0]
+    lines = (tmp_path / "runs" / "a" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [1.0, 0.5, 0.25]

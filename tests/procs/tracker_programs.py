@@ -1,13 +1,19 @@
-"""Programs of test_tracker_services.py: `record` a run with a service, `read` what is on disk."""
+"""Programs of test_tracker_services.py: `record` a run with a service, `read` what is on disk.
+
+`unreachable` records with MLflow and a server that does not answer.
+"""
 
 import csv
 import glob
+import http.server
 import io
 import json
 import os
+import socket
 import sqlite3
 import struct
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -244,10 +250,83 @@ def read_swanlab():
     return read
 
 
+class FewAnswers(http.server.BaseHTTPRequestHandler):
+    """Answers what MLflow asks until its first values, and nothing after them."""
+
+    protocol_version = "HTTP/1.1"
+    down = threading.Event()
+
+    def answer(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.down.is_set():
+            threading.Event().wait()
+        info = {"run_id": "r", "experiment_id": "0", "status": "RUNNING"}
+        run = {"info": {**info, "artifact_uri": Path("artifacts").resolve().as_uri()}, "data": {}}
+        body = json.dumps({"run": run}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = do_PATCH = answer
+
+    def log_message(self, *args):
+        pass
+
+
+def unreachable(kind):
+    """Record with MLflow and a server that is down from the start, or from the first values on."""
+    import faccel
+    from faccel import tracking
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FewAnswers)
+    silent = socket.create_server(("127.0.0.1", 0))  # accepts, and never answers
+    closed = socket.socket()  # bound, so that nobody else listens there
+    closed.bind(("127.0.0.1", 0))
+    port = {"silent": silent, "closed": closed}.get(kind, server.socket).getsockname()[1]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    ctx = faccel.init(run_dir="runs", env={})
+    options = {"mlflow": {"tracking_uri": f"http://user:secret@127.0.0.1:{port}"}}
+    trackers = tracking.init_trackers(
+        "a", ctx, trackers=("mlflow", "jsonl"), config={"lr": 0.5}, options=options
+    )
+    print("OPENED", tracking.handle("mlflow", trackers) is not None)
+    for step in range(3):
+        tracking.log({"loss": 1 / 2**step}, trackers, step=step)
+        tracking.log_images({"samples": IMAGES}, trackers, step=step)
+        FewAnswers.down.set()
+    tracking.finish(trackers)
+    faccel.shutdown(ctx)
+
+
+def same_names():
+    """Record runs of one name in folders of one name, and continue the first; print the steps."""
+    from faccel import tracking
+    from faccel.testing import fake_context
+
+    options = {"trackio": {"auto_log_cpu": False, "auto_log_gpu": False}}
+    for step, parent in enumerate(("x", "y", "x")):
+        ctx = fake_context(0, 1, config={"run_dir": f"{parent}/runs"})
+        trackers = tracking.init_trackers("a", ctx, trackers=("trackio",), options=options)
+        tracking.log({"loss": 0.5}, trackers, step=step)
+        tracking.finish(trackers)
+    steps = {}
+    with sqlite3.connect("trackio/runs.db") as database:
+        for run_id, step in database.execute("select run_id, step from metrics order by step"):
+            steps.setdefault(run_id, []).append(step)
+    print("STEPS", json.dumps(list(steps.values())))
+
+
 def main():
     command, service, *rest = sys.argv[1:]
     if command == "record":
         record(service, json.loads(rest[0]), int(rest[1]))
+        return
+    if command == "unreachable":
+        unreachable(service)
+        return
+    if command == "same_names":
+        same_names()
         return
     read = globals()[f"read_{service}"]()
     for step, images in read["images"].items():

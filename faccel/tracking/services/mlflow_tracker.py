@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import attrs
 import numpy as np
 
 from faccel.tracking import service
+from faccel.tracking.server import Server
 from faccel.tracking.tracker import Cell, Tracker
 from faccel.tracking.values import to_json
 
@@ -24,6 +25,8 @@ _PARAMS_PER_BATCH = 100
 class _MlflowRun:
     client: Any
     active: Any
+    # None for files and databases, and for Databricks, whose client has limits of its kind
+    server: Server | None
 
     @property
     def run_id(self) -> str:
@@ -39,8 +42,10 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> _Mlflow
     allowed = ("tracking_uri", "experiment_name", *service.keyword_names(mlflow.start_run))
     service.check_options("mlflow", options, allowed)
     run_id = service.same_run(folder, "mlflow", options, "run_id")
-    # MLflow keeps both for the process, and its functions such as `mlflow.log_dict` use them.
     uri = options.pop("tracking_uri", None)
+    # Before anything of the process is set.
+    server = _server_at(str(uri or mlflow.get_tracking_uri()))
+    # MLflow keeps both for the process, and its functions such as `mlflow.log_dict` use them.
     if uri is not None:
         mlflow.set_tracking_uri(uri)
     experiment = options.pop("experiment_name", None)
@@ -52,10 +57,34 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> _Mlflow
         arguments["run_name"] = folder.name
     else:
         arguments["run_id"] = run_id
-    run = _MlflowRun(mlflow.MlflowClient(), mlflow.start_run(**{**arguments, **options}))
+    run = _MlflowRun(mlflow.MlflowClient(), mlflow.start_run(**{**arguments, **options}), server)
     service.write_run_id(folder, "mlflow", run.run_id)
     _log_config(run, to_json(config))
     return run
+
+
+def _server_at(uri: str) -> Server | None:
+    """Return the server of a URI, which answers; None for a URI of another scheme."""
+    if not uri.startswith(("http://", "https://")):
+        return None
+    server = Server(uri, "/health")
+    server.ask()
+    return server
+
+
+def _bounded(write: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that calls no server that is down.
+
+    MLflow repeats each request 7 times, for 4 minutes or more. Its limits are variables of the
+    environment, which belong to the user.
+    """
+
+    def call(run: _MlflowRun, *args: Any) -> None:
+        if run.server is not None:
+            run.server.require()
+        write(run, *args)
+
+    return call
 
 
 def _log_config(run: _MlflowRun, config: Mapping[str, object]) -> None:
@@ -137,14 +166,39 @@ def _file(run: _MlflowRun, name: str, path: Path) -> None:
 
 
 def _close(run: _MlflowRun) -> None:
-    mlflow = _mlflow()
-    active = mlflow.active_run()
+    if run.server is not None:
+        try:
+            run.server.ask()  # it may be up again
+        except ConnectionError:
+            _leave(run)
+            raise
     # The script may have ended it, or started another.
     # `end_run` ends the active run only.
-    if active is not None and active.info.run_id == run.run_id:
-        mlflow.end_run()
+    if _is_active(run):
+        _mlflow().end_run()
     else:
         run.client.set_terminated(run.run_id)
+
+
+def _is_active(run: _MlflowRun) -> bool:
+    active = _mlflow().active_run()
+    return active is not None and active.info.run_id == run.run_id
+
+
+def _leave(run: _MlflowRun) -> None:
+    """Make the run inactive without its server: MLflow tries to end an active one at exit."""
+    if not _is_active(run):
+        return
+    mlflow = _mlflow()
+    uri = mlflow.get_tracking_uri()
+    # `end_run` forgets the run first, and then raises at once, because the scheme is unknown.
+    mlflow.set_tracking_uri("down://")
+    try:
+        mlflow.end_run()
+    except mlflow.MlflowException:
+        pass
+    finally:
+        mlflow.set_tracking_uri(uri)
 
 
 def _handle(run: _MlflowRun) -> Any:
@@ -153,12 +207,12 @@ def _handle(run: _MlflowRun) -> Any:
 
 TRACKER = Tracker(
     _open,
-    _log,
+    _bounded(_log),
     _close,
-    images=_images,
-    table=_table,
-    figure=_figure,
-    file=_file,
+    images=_bounded(_images),
+    table=_bounded(_table),
+    figure=_bounded(_figure),
+    file=_bounded(_file),
     handle=_handle,
     name="mlflow",
 )

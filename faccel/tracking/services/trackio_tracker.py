@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ def _trackio() -> Any:
 def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
     trackio = _trackio()
     service.check_options("trackio", options, service.keyword_names(trackio.init))
-    # Trackio has no default project.
+    # Trackio has no default project, and continues the newest run of a project and a name.
+    # Another folder may have both: 8 letters make the name unique.
     arguments: dict[str, Any] = {
         "project": folder.parent.name,
-        "name": folder.name,
+        "name": f"{folder.name}-{uuid.uuid4().hex[:8]}",
         "config": to_json(config),
     }
-    # Trackio finds a run by project and name.
     name = service.same_run(folder, "trackio", options, "name")
     if name is not None:
         arguments |= {"name": name, "resume": "allow"}
