@@ -143,8 +143,9 @@ def same_run(folder: Path, tracker: str, options: Mapping[str, object], option: 
     requested = options.get(option)
     if stored is None or requested is None or str(requested) == stored:
         return stored
+    where = short_text(str(folder))
     raise ConfigError(
         f"the folder of the run belongs to another run of `{tracker}`",
-        got=f"{option}={short_repr(requested)}, and {short_repr(stored)} in {short_text(str(folder))}",
+        got=f"{option}={short_repr(requested)}, and {short_repr(stored)} in {where}",
         fix=f"remove `{option}` to continue the stored run, or pass another `run`",
     )

@@ -50,7 +50,7 @@ def test_every_service_has_a_test():
 @pytest.mark.parametrize("service", OFFLINE)
 def test_a_service_has_numbers_images_and_tables_of_both_parts_of_a_run(service, tmp_path):
     if importlib.util.find_spec(service) is None:
-        pytest.skip(f"{service} is not installed: `.ci/run` installs it in an environment for trackers")
+        pytest.skip(f"{service} is not installed: `.ci/run` tests it in another environment")
     for first in (0, 2):
         output = program(tmp_path, "record", service, json.dumps(OFFLINE[service]), str(first))
         assert "later failures are not logged" not in output
@@ -66,7 +66,9 @@ def test_a_service_has_numbers_images_and_tables_of_both_parts_of_a_run(service,
 
 @pytest.mark.slow
 def test_trackio_continues_the_run_of_the_folder_and_not_the_newest_of_its_name(tmp_path):
-    pytest.importorskip("trackio", reason="trackio is not installed: it has a part of CI")
+    pytest.importorskip(
+        "trackio", reason="trackio is not installed: `.ci/run` tests it in another environment"
+    )
     output = program(tmp_path, "same_names", "trackio")
     steps = next(line for line in output.splitlines() if line.startswith("STEPS "))
     assert json.loads(steps[6:]) == [[0, 2], [1]]
@@ -88,7 +90,9 @@ LIMIT_S = 110
 def test_a_server_that_is_down_stops_neither_the_run_nor_the_end_of_its_process(
     kind, reason, opened, tmp_path
 ):
-    pytest.importorskip("mlflow", reason="mlflow is not installed: it has a part of CI")
+    pytest.importorskip(
+        "mlflow", reason="mlflow is not installed: `.ci/run` tests it in another environment"
+    )
     output = program(tmp_path, "unreachable", kind, timeout=LIMIT_S)
     assert f"OPENED {opened}" in output
     # Once, with the way to record without the server; what has no server records everything.

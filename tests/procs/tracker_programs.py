@@ -256,7 +256,7 @@ class FewAnswers(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     down = threading.Event()
 
-    def answer(self):
+    def do_GET(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.down.is_set():
             threading.Event().wait()
@@ -268,7 +268,7 @@ class FewAnswers(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_GET = do_POST = do_PATCH = answer
+    do_POST = do_GET  # noqa: N815
 
     def log_message(self, *args):
         pass
@@ -281,7 +281,7 @@ def unreachable(kind):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FewAnswers)
     silent = socket.create_server(("127.0.0.1", 0))  # accepts, and never answers
-    closed = socket.socket()  # bound, so that nobody else listens there
+    closed = socket.socket()  # bound, so that no other process listens there
     closed.bind(("127.0.0.1", 0))
     port = {"silent": silent, "closed": closed}.get(kind, server.socket).getsockname()[1]
     threading.Thread(target=server.serve_forever, daemon=True).start()
