@@ -42,6 +42,12 @@ def program(folder, *arguments, timeout=None):
     return done.stdout + done.stderr
 
 
+def require(service):
+    """Skip the test if a service is not installed; importing it would take seconds."""
+    if importlib.util.find_spec(service) is None:
+        pytest.skip(f"{service} is not installed: `.ci/run` tests it in another environment")
+
+
 def test_every_service_has_a_test():
     assert set(OFFLINE) == set(TRACKERS) - {"csv", "jsonl", "tensorboard"}
 
@@ -49,8 +55,7 @@ def test_every_service_has_a_test():
 @pytest.mark.slow
 @pytest.mark.parametrize("service", OFFLINE)
 def test_a_service_has_numbers_images_and_tables_of_both_parts_of_a_run(service, tmp_path):
-    if importlib.util.find_spec(service) is None:
-        pytest.skip(f"{service} is not installed: `.ci/run` tests it in another environment")
+    require(service)
     for first in (0, 2):
         output = program(tmp_path, "record", service, json.dumps(OFFLINE[service]), str(first))
         assert "later failures are not logged" not in output
@@ -66,12 +71,22 @@ def test_a_service_has_numbers_images_and_tables_of_both_parts_of_a_run(service,
 
 @pytest.mark.slow
 def test_trackio_continues_the_run_of_the_folder_and_not_the_newest_of_its_name(tmp_path):
-    pytest.importorskip(
-        "trackio", reason="trackio is not installed: `.ci/run` tests it in another environment"
-    )
+    require("trackio")
     output = program(tmp_path, "same_names", "trackio")
     steps = next(line for line in output.splitlines() if line.startswith("STEPS "))
     assert json.loads(steps[6:]) == [[0, 2], [1]]
+
+
+@pytest.mark.slow
+def test_without_an_account_a_service_is_left_out_and_its_offline_mode_is_named(tmp_path):
+    services = ("clearml", "swanlab", "wandb")
+    for service in services:
+        require(service)
+    output = program(tmp_path, "no_account", *services)
+    assert "OPENED jsonl\n" in output
+    for service in services:
+        assert output.count(f"the tracker `{service}` failed") == 1
+        assert f"pass `{TRACKERS[service].offline}`" in output
 
 
 # A program that waits for MLflow's own limits takes minutes; one request waits 120 s.
@@ -90,9 +105,7 @@ LIMIT_S = 110
 def test_a_server_that_is_down_stops_neither_the_run_nor_the_end_of_its_process(
     kind, reason, opened, tmp_path
 ):
-    pytest.importorskip(
-        "mlflow", reason="mlflow is not installed: `.ci/run` tests it in another environment"
-    )
+    require("mlflow")
     output = program(tmp_path, "unreachable", kind, timeout=LIMIT_S)
     assert f"OPENED {opened}" in output
     # Once, with the way to record without the server; what has no server records everything.

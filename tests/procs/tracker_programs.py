@@ -317,6 +317,18 @@ def same_names():
     print("STEPS", json.dumps(list(steps.values())))
 
 
+def no_account(*services):
+    """Record with services that need an account, without one."""
+    from faccel import tracking
+    from faccel.testing import fake_context
+
+    ctx = fake_context(0, 1, config={"run_dir": "runs"})
+    trackers = tracking.init_trackers("a", ctx, trackers=(*services, "jsonl"))
+    tracking.log({"loss": 0.5}, trackers, step=0)
+    tracking.finish(trackers)
+    print("OPENED", *[name for name, _, _ in trackers.opened])
+
+
 def main():
     command, service, *rest = sys.argv[1:]
     if command == "record":
@@ -324,6 +336,9 @@ def main():
         return
     if command == "unreachable":
         unreachable(service)
+        return
+    if command == "no_account":
+        no_account(service, *rest)
         return
     if command == "same_names":
         same_names()
