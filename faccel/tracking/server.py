@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,10 +20,21 @@ class Server:
     Args:
         uri: Where it is, with `http://` or `https://`.
         path: A page that needs no account. Every answer is a sign of life, also an error.
+        timeout_s: How long to wait for an answer.
+        clock: Returns the time in seconds.
     """
 
-    def __init__(self, uri: str, path: str) -> None:
+    def __init__(
+        self,
+        uri: str,
+        path: str,
+        *,
+        timeout_s: float = _TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._url = uri.rstrip("/") + path
+        self._timeout_s = timeout_s
+        self._clock = clock
         self._requests = service.import_service("requests", "mlflow", "mlflow")
         # One connection for all checks: a new one takes longer than the request.
         self._session = self._requests.Session()
@@ -37,14 +49,14 @@ class Server:
         Raises:
             ConnectionError: It does not answer, or did not a short time ago.
         """
-        start = time.monotonic()
+        start = self._clock()
         if start < self._paused_until:
             raise ConnectionError(self._reason)
         try:
             self.ask()
         except ConnectionError as error:
             self._reason = str(error)
-            end = time.monotonic()
+            end = self._clock()
             self._paused_until = end + _PAUSE * (end - start)
             raise
 
@@ -62,7 +74,7 @@ class Server:
         except errors.SSLError:
             return  # it answers; the library may accept its certificate
         except errors.Timeout:
-            reason = f"no answer in {_TIMEOUT_S:g} s"
+            reason = f"no answer in {self._timeout_s:g} s"
         except errors.ConnectionError as error:
             reason = str(_cause(error))
         else:
@@ -74,13 +86,14 @@ class Server:
 
     def _get(self) -> None:
         errors: Any = self._requests.exceptions
+        options = {"timeout": self._timeout_s, "allow_redirects": False}
         try:
-            self._session.get(self._url, timeout=_TIMEOUT_S, allow_redirects=False).close()
+            self._session.get(self._url, **options).close()
         except errors.Timeout:
             raise
         except errors.ConnectionError:
             # The server may have closed the connection while nothing was sent.
-            self._session.get(self._url, timeout=_TIMEOUT_S, allow_redirects=False).close()
+            self._session.get(self._url, **options).close()
 
 
 def _cause(error: BaseException) -> BaseException:

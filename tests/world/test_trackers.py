@@ -1,10 +1,13 @@
 """Options, images, tables, figures and files of trackers; what fails is reported once."""
 
 import csv
+import http.server
 import io
 import json
+import socket
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from faccel import tracking
 from faccel.errors import ConfigError
 from faccel.testing import fake_context, simulate
 from faccel.tracking import media
+from faccel.tracking.server import Server
 from faccel.tracking.tracker_table import TRACKERS, load_tracker
 
 PIXELS = np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3)
@@ -455,6 +459,46 @@ def test_a_folder_of_another_run_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="belongs to another run of `wandb`") as caught:
         same_run(tmp_path, "wandb", {"id": "second"}, "id")
     assert "'second', and 'first'" in caught.value.got
+
+
+class Unauthorized(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(401)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_server_that_is_down_is_left_alone_100_times_as_long_as_the_question_took():
+    times = iter([0.0, 2.0, 201.9, 202.1])
+    address = ("127.0.0.1", 0)
+    with http.server.HTTPServer(address, Unauthorized, bind_and_activate=False) as real:
+        real.server_bind()  # it has a port, and listens later
+        url = f"http://user:secret@127.0.0.1:{real.server_port}/"
+        server = Server(url, "/health", clock=times.__next__)
+        with pytest.raises(ConnectionError, match="refused") as first:
+            server.require()
+        assert f"the server 127.0.0.1:{real.server_port} is down" in str(first.value)
+        assert "secret" not in str(first.value)
+        real.server_activate()
+        thread = threading.Thread(target=real.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            with pytest.raises(ConnectionError, match="refused"):
+                server.require()
+            server.ask()
+            server.require()
+        finally:
+            real.shutdown()
+            thread.join()
+
+
+def test_a_server_that_accepts_and_never_answers_is_down():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        server = Server(f"http://127.0.0.1:{port}", "/health", timeout_s=0.1)
+        with pytest.raises(ConnectionError, match=r"no answer in 0\.1 s"):
+            server.ask()
 
 
 def test_the_root_has_no_new_names():
