@@ -14,10 +14,15 @@ from faccel.errors import ConfigError, nearest, short_repr, short_text
 # Tensor parallel communicates in every layer, so its ranks are neighbours, usually on one node.
 # Stages of a pipeline communicate least, so they are furthest apart. torchtitan has the same order.
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-"""The axes of a mesh, slowest varying first; `ep` is a view of `dp_shard` and `cp`."""
+"""The axes of a mesh, slowest varying first; `ep` is a view of `EXPERT_AXES`."""
 
 DATA_AXES = ("dp_replicate", "dp_shard")
 """The axes along which ranks read different samples."""
+
+# The ranks of `tp` have the same tokens, of which each dispatches a part. The experts are sharded
+# over these ranks as well, so that no rank computes what another one computes.
+EXPERT_AXES = ("dp_shard", "cp", "tp")
+"""The axes over which experts are sharded: the ranks of a stage without their replicas."""
 
 DATA = "data"  # the ranks that read different data: a view of `VIEWS`
 WORLD = "world"  # all ranks
@@ -67,8 +72,8 @@ class MeshSpec:
         cp: Context parallel: each rank has a chunk of every sequence.
         tp: Tensor parallel: each rank has a shard of every large matrix.
         pp: Pipeline parallel: each rank has some of the layers.
-        ep: Expert parallel: each rank has some of the experts. A view of the ranks of `dp_shard`
-            and `cp`, so it is not a factor of the product.
+        ep: Expert parallel: each rank has some of the experts. A view of the ranks of `dp_shard`,
+            `cp` and `tp`, so it is not a factor of the product. A multiple or a divisor of `tp`.
 
     Examples:
         >>> MeshSpec(dp_replicate=-1, tp=2).fill(8)
@@ -202,19 +207,27 @@ class MeshSpec:
         return free or used + unused
 
     def _with_expert_axis(self) -> MeshSpec:
-        """Return the mesh with `ep` checked, and -1 replaced by `dp_shard * cp`."""
-        num_storage_ranks = self.dp_shard * self.cp
-        # The experts are sharded over the ranks that shard the other parameters, in blocks of `ep`.
+        """Return the mesh with `ep` checked, and -1 replaced by `dp_shard * cp * tp`."""
+        # The experts are sharded in blocks of `ep` ranks.
+        num_expert_ranks = self.dp_shard * self.cp * self.tp
         if self.ep == -1:
-            return attrs.evolve(self, ep=num_storage_ranks)
-        if num_storage_ranks % self.ep == 0:
-            return self
-        raise ConfigError(
-            "`ep` must divide `dp_shard * cp`",
-            got=f"ep={self.ep}, dp_shard * cp = {num_storage_ranks}",
-            # the largest divisor of both
-            fix=f"use `ep={math.gcd(num_storage_ranks, self.ep)}`, or `dp_shard={self.ep}`",
-        )
+            return attrs.evolve(self, ep=num_expert_ranks)
+        if num_expert_ranks % self.ep:
+            raise ConfigError(
+                "`ep` must divide `dp_shard * cp * tp`",
+                got=f"ep={self.ep}, dp_shard * cp * tp = {num_expert_ranks}",
+                # the largest divisor of both
+                fix=f"use `ep={math.gcd(num_expert_ranks, self.ep)}`, or `dp_shard={self.ep}`",
+            )
+        # Ranks of one `tp` group dispatch parts of equal size, so all of them need the same
+        # capacity, which the ranks of a block agree about.
+        if self.ep % self.tp and self.tp % self.ep:
+            raise ConfigError(
+                "`ep` must be a multiple or a divisor of `tp`",
+                got=f"ep={self.ep}, tp={self.tp}",
+                fix=f"use `ep={self.tp}`, or another `tp`",
+            )
+        return self
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Return the index of `rank` along each axis; the last axis of `AXES` varies fastest."""
@@ -227,7 +240,7 @@ class MeshSpec:
     def peers(self, rank: int, view: str) -> tuple[int, ...]:
         """Return the ranks of an axis or a view of `VIEWS` that contain `rank`, in order.
 
-        `"ep"` are blocks of the ranks of the view `"storage"`; `"ep_storage"` those with the same
+        `"ep"` are blocks of the ranks along `EXPERT_AXES`; `"ep_storage"` those with the same
         experts.
 
         Examples:
@@ -238,10 +251,11 @@ class MeshSpec:
         """
         if view in ("ep", "ep_storage"):
             return self._expert_peers(rank, view)
-        # The ranks are `rank` with every combination of coordinates along the axes of the view.
-        # Built axis by axis, the fastest first, so that they come out sorted; the other axes cost
-        # nothing.
-        axes = VIEWS.get(view, (view,))
+        return self._peers_along(rank, VIEWS.get(view, (view,)))
+
+    def _peers_along(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
+        # The ranks are `rank` with every combination of coordinates along the axes. Built axis by
+        # axis, the fastest first, so that they come out sorted; the other axes cost nothing.
         coordinates = self.coordinates(rank)
         ranks = [rank]
         stride = 1
@@ -258,14 +272,14 @@ class MeshSpec:
         return tuple(ranks)
 
     def _expert_peers(self, rank: int, view: str) -> tuple[int, ...]:
-        storage_ranks = self.peers(rank, "storage")
-        # `ep` varies fastest, as in the DeviceMesh that shards experts. With n storage ranks:
-        # storage index = block * ep + expert_rank, block < n / ep, expert_rank < ep
-        block, expert_rank = divmod(storage_ranks.index(rank), self.ep)
+        ranks = self._peers_along(rank, EXPERT_AXES)
+        # `ep` varies fastest, as in the DeviceMesh that shards experts. With n ranks:
+        # index = block * ep + expert_rank, block < n / ep, expert_rank < ep
+        block, expert_rank = divmod(ranks.index(rank), self.ep)
         if view == "ep":
             start = block * self.ep
-            return storage_ranks[start : start + self.ep]
-        return storage_ranks[expert_rank :: self.ep]
+            return ranks[start : start + self.ep]
+        return ranks[expert_rank :: self.ep]
 
     def table(self) -> str:
         """Return a line for each axis and view: its size and its groups of ranks.

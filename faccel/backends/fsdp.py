@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from faccel.backends.fsdp_fp8 import Fp8Scales, convert_layers, gather_as_bytes
 from faccel.backends.fsdp_grads import sharded_grads
-from faccel.backends.fsdp_layout import Layout, data_mesh, engine_mesh
+from faccel.backends.fsdp_layout import Layout, data_mesh, engine_mesh, expert_mesh
 from faccel.backends.fsdp_param_hooks import ShardHooks, attach, gather_before_inference_mode
 from faccel.backends.fsdp_precision import precision_policy, switch_autocast
 from faccel.backends.fsdp_registration import Registration
@@ -229,7 +229,7 @@ def _fully_shard(module: nn.Module, layout: Layout, plan: Plan, ctx: DistContext
     options = _options(plan, ctx)
     # Experts first: the units around them must not take their parameters for `data_mesh`.
     if layout.moes:
-        shard_experts(layout.moes, policy_of, options, engine_mesh(ctx), ctx)
+        shard_experts(layout.moes, policy_of, options, expert_mesh(ctx), ctx)
     if layout.ignored:
         # Looked up now, because tensor parallel has replaced parameters.
         params = dict(module.named_parameters(remove_duplicate=False))

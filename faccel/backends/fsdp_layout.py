@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from faccel.context import DistContext
 from faccel.errors import ModelError
 from faccel.parallel.activation_checkpoint import check_has_units
-from faccel.parallel.expert_parallel import moes_of
+from faccel.parallel.expert_parallel import check_styles, moes_of
 from faccel.parallel.fp8 import Fp8Layers, fp8_layers
 from faccel.parallel.moe import MoE
 from faccel.parallel.param_hooks import hooks_of
@@ -59,6 +59,7 @@ class Layout:
         for pattern in plan.fsdp.fp32_units:
             fp32_units.update(matching(pattern, units, "unit"))
         tp_styles = _tp_styles(module, plan, ctx)
+        check_styles(moes, tp_styles)
         _check_classes(module, ignored)
         _check_hooks(module, {**tp_styles, **_experts(moes)}, ignored)
         return cls(units, tp_styles, ignored, frozenset(fp32_units), moes)
@@ -199,36 +200,39 @@ def _tp_styles(module: nn.Module, plan: Plan, ctx: DistContext) -> Mapping[str, 
 
 
 def engine_mesh(ctx: DistContext) -> DeviceMesh:
-    """Return the mesh of FSDP2. `dp_shard` and `cp` are one axis: both shard parameters.
-
-    With experts it is split in two: `ep`, and `ep_storage` of the ranks with the same experts.
-    """
+    """Return the mesh of FSDP2. `dp_shard` and `cp` are one axis: both shard parameters."""
     spec = ctx.mesh.spec
-    if spec.ep == 1:
-        return _mesh(ctx, {"storage": spec.dp_shard * spec.cp})
+    return _mesh(ctx, {"storage": spec.dp_shard * spec.cp, "tp": spec.tp})
+
+
+def expert_mesh(ctx: DistContext) -> DeviceMesh:
+    """Return the mesh of experts: `ep`, and `ep_storage` of the ranks with the same experts."""
+    spec = ctx.mesh.spec
     # Experts are sharded over `ep` and then stored over `ep_storage`. `ep` is the inner axis, so
-    # its ranks are neighbours: their all-to-all runs in every layer.
-    return _mesh(ctx, {"ep_storage": spec.dp_shard * spec.cp // spec.ep, "ep": spec.ep})
+    # its ranks are neighbours: their all-to-all runs in every layer. Not sliced from `engine_mesh`,
+    # whose axes it divides otherwise: torch deprecates flattened sub-meshes.
+    num_ranks = spec.dp_shard * spec.cp * spec.tp
+    return _mesh(ctx, {"ep_storage": num_ranks // spec.ep, "ep": spec.ep})
 
 
 def data_mesh(ctx: DistContext) -> DeviceMesh:
     """Return the axes over which parameters are sharded, and replicated if there are replicas."""
-    # Not sliced from `engine_mesh` where that has experts: torch deprecates flattened sub-meshes.
-    mesh = _mesh(ctx, {"storage": ctx.mesh.spec.dp_shard * ctx.mesh.spec.cp})
+    mesh = engine_mesh(ctx)
     if ctx.mesh.spec.dp_replicate > 1:
         return mesh["dp_replicate", "storage"]
     return mesh["storage"]
 
 
-def _mesh(ctx: DistContext, storage: Mapping[str, int]) -> DeviceMesh:
+def _mesh(ctx: DistContext, inner: Mapping[str, int]) -> DeviceMesh:
     spec = ctx.mesh.spec
     extents: dict[str, int] = {}
     if spec.pp > 1:
         # Outermost, because stages exchange the least data: one activation per micro-batch.
         extents["pp"] = spec.pp
     extents["dp_replicate"] = spec.dp_replicate
-    extents.update(storage)
-    if spec.tp > 1:
-        # Innermost, because tensor parallel communicates in every layer: its ranks share a node.
-        extents["tp"] = spec.tp
+    # `tp` is innermost, because tensor parallel communicates in every layer: its ranks share a
+    # node.
+    extents.update(inner)
+    if extents.get("tp") == 1:
+        del extents["tp"]
     return ctx.mesh.device_mesh_of(extents)

@@ -22,18 +22,12 @@ def moes_of(module: nn.Module, spec: MeshSpec) -> dict[str, MoE]:
     """Return the `MoE` layers of `module` by name; none on a mesh without `ep`.
 
     Raises:
-        ConfigError: The model has no `MoE`, or the mesh has `tp`, too.
+        ConfigError: The model has no `MoE`.
         ModelError: `ep` does not divide the number of experts of a layer.
     """
     # Without `ep` a `MoE` is a module like any other.
     if spec.ep == 1:
         return {}
-    if spec.tp > 1:
-        raise ConfigError(
-            "expert parallel with tensor parallel is unsupported",
-            got=f"ep={spec.ep}, tp={spec.tp}",
-            fix="leave `tp` out",
-        )
     moes = {name: layer for name, layer in module.named_modules() if isinstance(layer, MoE)}
     if not moes:
         raise ConfigError(
@@ -51,6 +45,30 @@ def moes_of(module: nn.Module, spec: MeshSpec) -> dict[str, MoE]:
     return moes
 
 
+def check_styles(moes: Mapping[str, MoE], tp_styles: Mapping[str, str]) -> None:
+    """Refuse styles of tensor parallel with which ranks of `tp` would have other tokens.
+
+    Raises:
+        ConfigError: A style shards the sequence, or a module inside a `MoE`.
+    """
+    for name, style in tp_styles.items():
+        # The input of a `MoE` is then a chunk of the sequence, perhaps without a trace of that.
+        if moes and style.startswith("sequence"):
+            raise ConfigError(
+                "sequence parallel with expert parallel is unsupported",
+                got=f"`{name}` in the style {style!r}, and `{next(iter(moes))}`",
+                fix='write "colwise", "rowwise" and "replicate" in `tensor`',
+            )
+        for moe_name in moes:
+            is_inside = not moe_name or name.startswith(f"{moe_name}.")
+            if is_inside and style != "replicate":
+                raise ConfigError(
+                    "a module of a layer of experts cannot be sharded over `tp`",
+                    got=f"`{name}` in the style {style!r}",
+                    fix="leave it out of `tensor`; the experts are sharded over `ep`",
+                )
+
+
 def shard_experts(
     moes: Mapping[str, MoE],
     policy: Callable[[str], MixedPrecisionPolicy],
@@ -62,7 +80,7 @@ def shard_experts(
 
     Nothing is communicated, because ranks have the same values. FSDP averages gradients over the
     ranks with the same experts, and `MoE` over the ranks of `ep`: together over all ranks whose
-    losses are averaged.
+    losses are averaged. The ranks of `tp` are among those of `ep` and `ep_storage`.
 
     Args:
         moes: From `moes_of`.

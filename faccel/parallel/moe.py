@@ -62,13 +62,43 @@ class _Exchange(torch.autograd.Function):
         return grad * ctx.scale, None, None
 
 
+class _Divide(torch.autograd.Function):
+    """Takes this rank's part of dim 1 on `tp`, of a tensor that is equal on its ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, comm: Collectives) -> torch.Tensor:
+        ctx.comm = comm
+        return x.chunk(comm.size("tp"), dim=1)[comm.rank("tp")]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        # Every rank needs all gradients: it continues with the full tensor, as the others do.
+        return _Join.apply(grad_outputs[0], ctx.comm), None
+
+
+class _Join(torch.autograd.Function):
+    """Returns the parts of all ranks of `tp` along dim 1, on each of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, comm: Collectives) -> torch.Tensor:
+        ctx.comm = comm
+        parts = comm.all_gather(x.contiguous(), "tp")  # [tp, experts, part, width]
+        return parts.transpose(0, 1).flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        # Not a sum over ranks: the ranks compute the same loss of the full tensor.
+        return _Divide.apply(grad_outputs[0], ctx.comm), None
+
+
 class MoE(nn.Module):
     """A router and experts; each token goes to the `top_k` experts of largest probability.
 
     The output is the sum of the experts' outputs, weighted by these probabilities, normalized to
     sum 1. On a mesh with `ep`, `faccel.wrap` shards the experts over that axis. Tokens are sent to
-    their experts and back: two all-to-alls in forward and two in backward. On other meshes each
-    rank computes all experts.
+    their experts and back: two all-to-alls in forward and two in backward. On a mesh with `tp`,
+    too, each rank of a `tp` group sends an equal part of the tokens, and an all-gather returns the
+    outputs to all of them. On meshes without `ep` each rank computes all experts.
 
     With a `capacity_factor`, an expert processes at most `ceil(capacity_factor * tokens * top_k /
     num_experts)` of the tokens of each rank. First choices come first, then second choices, each
@@ -118,6 +148,7 @@ class MoE(nn.Module):
         self.experts = Experts(width, hidden, num_experts)
         self.balance_loss = torch.zeros(())
         self._comm: Collectives | None = None
+        self._tp_size = 1
 
     @effectful(updates("self"))
     def connect(self, ctx: DistContext) -> None:
@@ -126,6 +157,7 @@ class MoE(nn.Module):
         Effects: updates self. `faccel.wrap` calls it.
         """
         self._comm = ctx.comm
+        self._tp_size = ctx.mesh.spec.tp
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `T[..., width]` from `T[..., width]`.
@@ -179,15 +211,29 @@ class MoE(nn.Module):
         comm = self._comm
         if comm is None:
             return self.experts(rows)
-        # An expert processes the tokens of all ranks of the axis, whose losses are averaged. Its
-        # gradients must be a mean over these ranks, too: gradients of its outputs are divided by
-        # `size`, and those sent back to the tokens multiplied by it.
+        if self._tp_size == 1:
+            return self._exchange(rows, comm)
+        # The ranks of `tp` have the same rows: each sends a part of the slots of every expert.
+        # torchtitan divides the tokens instead, and gathers `top_k` times fewer rows; equal parts
+        # of the slots need no second capacity, however the tokens are routed.
+        capacity = rows.shape[1]
+        padded_rows = F.pad(rows, (0, 0, 0, -capacity % self._tp_size))
+        outputs = self._exchange(_Divide.apply(padded_rows, comm), comm)
+        return _Join.apply(outputs, comm)[:, :capacity]
+
+    def _exchange(self, rows: torch.Tensor, comm: Collectives) -> torch.Tensor:
+        """Return each expert's output for the rows that this rank sends to it."""
+        # An expert processes the rows of all ranks of the axis. Their losses are averaged, those
+        # of ranks of `tp` are one. Its gradients must be a mean over the losses, too: gradients of
+        # its outputs are divided by the number of losses, and those sent back multiplied by it.
+        # FSDP averages over the other ranks: 1 / (ep_storage * ep / tp) = 1 / (dp_shard * cp).
         size = comm.size("ep")
+        num_losses = size / self._tp_size
         by_rank = rows.unflatten(0, (size, -1))  # [ep, experts of the rank, capacity, width]
-        received = _Exchange.apply(by_rank, comm, float(size))
+        received = _Exchange.apply(by_rank, comm, num_losses)
         local_rows = received.transpose(0, 1).flatten(1, 2)
         outputs = self.experts(local_rows).unflatten(1, (size, -1)).transpose(0, 1)
-        return _Exchange.apply(outputs, comm, 1 / size).flatten(0, 1)
+        return _Exchange.apply(outputs, comm, 1 / num_losses).flatten(0, 1)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no graph: `deepcopy` refuses tensors that are not leaves.

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from faccel.comm.objects import gather_json
 from faccel.context import DistContext
 from faccel.errors import TreeError, short_repr
-from faccel.mesh import AXES, VIEWS, WORLD, MeshSpec
+from faccel.mesh import AXES, EXPERT_AXES, VIEWS, WORLD, MeshSpec
 from faccel.random.hashing import mix
 from faccel.training.grad_clip import is_unreduced
 from faccel.training.model import WrappedModel
@@ -193,10 +193,13 @@ def _axes_of(value: Tree, axis: str, spec: MeshSpec, *, is_of_model: bool) -> tu
     dim_names: tuple[str, ...] = value.device_mesh.mesh_dim_names  # type: ignore[attr-defined]
     placements = value.placements  # type: ignore[attr-defined]
     for name, placement in zip(dim_names, placements, strict=True):
-        # `ep` and `ep_storage` are views of the ranks of `storage`.
-        view = "storage" if name.startswith("ep") else name
-        if not placement.is_replicate():
-            sharded.update(VIEWS.get(view, (view,)))
+        if placement.is_replicate():
+            continue
+        # `ep` and `ep_storage` are views of the ranks along these axes.
+        axes_of_dim = VIEWS.get(name, (name,))
+        if name.startswith("ep"):
+            axes_of_dim = EXPERT_AXES
+        sharded.update(axes_of_dim)
     compared = AXES if axis == WORLD else VIEWS.get(axis, (axis,))
     return tuple(name for name in compared if name not in sharded and getattr(spec, name) > 1)
 

@@ -13,12 +13,23 @@ from faccel.errors import ConfigError, ModelError
 from faccel.mesh import MeshSpec
 from faccel.parallel.moe import MoE
 from faccel.plan import FsdpConfig
-from faccel.testing import fake_context, simulate
+from faccel.testing import assert_replicated, fake_context, simulate
 from tests.models import WIDTH, Attention, CharModel, loss_of, tokens
 
 MESHES = ["dp_shard=2,ep=2", "dp_shard=4,ep=2", "dp_shard=4,ep=4", "dp_replicate=2,dp_shard=2,ep=2"]
 ROOMY = 4.0  # of 8 experts and 2 choices: room for every token at each expert
 NUM_EXPERTS = 8
+SLOW = pytest.mark.slow
+TENSOR_MESHES = [
+    "tp=2,ep=2",
+    "dp_shard=2,tp=2,ep=4",
+    pytest.param("dp_shard=2,tp=2,ep=2", marks=SLOW),
+    pytest.param("dp_replicate=2,tp=2,ep=2", marks=SLOW),
+    pytest.param("dp_shard=4,tp=2,ep=4", marks=SLOW),
+    pytest.param("dp_shard=2,tp=4,ep=2", marks=SLOW),
+]
+TENSOR = {f"blocks.*.attention.{name}": "colwise" for name in "qkv"}
+TENSOR["blocks.*.attention.o"] = "rowwise"
 
 
 class Block(nn.Module):
@@ -94,6 +105,13 @@ def test_sharded_experts_train_as_one_process_does(mesh, tied, capacity_factor):
     check_equal(on(mesh, **options), reference(**options))
 
 
+@pytest.mark.parametrize("mesh", TENSOR_MESHES)
+@pytest.mark.parametrize("capacity_factor", [None, ROOMY])
+def test_experts_beside_tensor_parallel_attention_train_as_one_process_does(mesh, capacity_factor):
+    options = {"capacity_factor": capacity_factor}
+    check_equal(on(mesh, plan=faccel.Plan(tensor=TENSOR), **options), reference(**options))
+
+
 PLANS = {
     "checkpoint": ("dp_shard=4,ep=2", faccel.Plan(units="Block", activation_checkpoint="full")),
     "by size": (
@@ -135,6 +153,35 @@ def test_a_rank_drops_the_same_tokens_as_one_process(mesh):
             assert torch.allclose(parameters[name], alone[2][name], rtol=0, atol=1e-10), name
 
 
+@pytest.mark.parametrize("mesh", TENSOR_MESHES)
+def test_ranks_of_tensor_parallel_drop_the_same_tokens_as_one_process(mesh):
+    num_ranks = MeshSpec.parse(mesh).data_world_size
+    alone = train(fake_context(0, 1), balance=0.0, num_chunks=num_ranks, capacity_factor=0.8)
+    options = {"balance": 0.0, "num_chunks": 1, "capacity_factor": 0.8}
+    for _, grads, parameters in on(mesh, plan=faccel.Plan(tensor=TENSOR), **options):
+        for name in parameters:
+            assert torch.allclose(grads[name], alone[1][name], rtol=0, atol=1e-10), name
+            assert torch.allclose(parameters[name], alone[2][name], rtol=0, atol=1e-10), name
+
+
+def rows_of_experts(ctx):
+    net = faccel.wrap(model(capacity_factor=ROOMY), ctx, plan=faccel.Plan(tensor=TENSOR))
+    moe, shapes = net.module.blocks[0].moe, []
+    moe.experts.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+    data = tokens(4)[:, :-1]
+    with torch.no_grad():
+        net(data)
+    return moe.experts.up.to_local().shape[0], shapes[0].numel(), data.numel()
+
+
+def test_ranks_of_tensor_parallel_divide_the_experts_and_their_rows():
+    for num_experts, num_values, num_tokens in on("tp=2,ep=2", rows_of_experts):
+        assert num_experts == NUM_EXPERTS // 2
+        # Each expert computes as many slots as in one process, not twice as many.
+        capacity = ROOMY * num_tokens * 2 / NUM_EXPERTS
+        assert num_values == num_experts * capacity * WIDTH
+
+
 def experts_of_rank(ctx):
     net = faccel.wrap(model(), ctx)
     moe = net.module.blocks[0].moe
@@ -151,15 +198,79 @@ def test_a_rank_has_only_its_experts_in_order():
         assert router == (2, WIDTH)
 
 
-def uneven(ctx):
-    net = faccel.wrap(model(), ctx)
+def uneven(ctx, plan=None):
+    net = faccel.wrap(model(), ctx, plan=plan)
+    rows = ctx.data_rank  # the first has none
     with torch.no_grad():
-        return net(tokens(ctx.rank, seed=ctx.rank)[:, :-1])  # rank 0 has none
+        return rows, net(tokens(rows, seed=rows)[:, :-1])
 
 
-def test_ranks_may_have_different_numbers_of_tokens_without_a_capacity():
-    for rank, out in enumerate(on("dp_shard=4,ep=2", uneven)):
-        assert torch.allclose(out, model()(tokens(rank, seed=rank)[:, :-1]), rtol=0, atol=1e-12)
+@pytest.mark.parametrize(
+    ("mesh", "plan"),
+    [("dp_shard=4,ep=2", None), ("dp_shard=2,tp=2,ep=4", faccel.Plan(tensor=TENSOR))],
+)
+def test_ranks_may_have_different_numbers_of_tokens_without_a_capacity(mesh, plan):
+    for rows, out in on(mesh, uneven, plan=plan):
+        assert torch.allclose(out, model()(tokens(rows, seed=rows)[:, :-1]), rtol=0, atol=1e-12)
+
+
+def test_the_experts_of_ranks_of_tensor_parallel_are_no_copies():
+    def compare(ctx):
+        net = faccel.wrap(model(), ctx, plan=faccel.Plan(tensor=TENSOR))
+        loss = loss_of(net(tokens(4)[:, :-1]), tokens(4)[:, 1:])
+        faccel.scaled_backward(loss, faccel.init_scaler(ctx), ctx)
+        assert_replicated({"model": net}, ctx, hashed=True)
+        # The router is one: it is not sharded over `tp`.
+        if ctx.rank == 1:
+            net.module.blocks[0].moe.router.weight.to_local().detach().add_(1)
+        with pytest.raises(AssertionError) as error:
+            assert_replicated({"model": net}, ctx, hashed=True)
+        return str(error.value)
+
+    for message in on("tp=2,ep=2", compare):
+        assert "blocks.0.moe.router.weight" in message
+
+
+def saved_on(ctx, path, plan):
+    net = faccel.wrap(model(), ctx, plan=plan)
+    opt = faccel.wrap_optimizer(torch.optim.AdamW(net.parameters(), lr=0.01), net, ctx)
+    scaler = faccel.init_scaler(ctx)
+    data = tokens(8).chunk(ctx.data_world_size)[ctx.data_rank]
+    scaler = faccel.scaled_backward(loss_of(net(data[:, :-1]), data[:, 1:]), scaler, ctx)
+    faccel.optimizer_step(opt, scaler, ctx)
+    faccel.save({"model": net, "opt": opt}, path, ctx, step=1)
+    return {name: full(p) for name, p in net.named_parameters()}
+
+
+def loaded_on(ctx, path, plan):
+    torch.manual_seed(9)
+    net = model()
+    with torch.no_grad():
+        for param in net.parameters():
+            param.zero_()
+    net = faccel.wrap(net, ctx, plan=plan)
+    opt = faccel.wrap_optimizer(torch.optim.AdamW(net.parameters(), lr=0.01), net, ctx)
+    faccel.load({"model": net, "opt": opt}, path, ctx)
+    moments = {name: full(opt.state[p]["exp_avg"]) for name, p in net.named_parameters()}
+    return {name: full(p) for name, p in net.named_parameters()}, moments
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("dp_shard=2,tp=2,ep=4", "tp=2,ep=2"), ("tp=2,ep=2", "dp_shard=2")]
+)
+def test_a_checkpoint_of_experts_beside_tensor_parallel_loads_on_another_mesh(
+    saved, loaded, tmp_path
+):
+    plans = {mesh: faccel.Plan(tensor=TENSOR) if "tp" in mesh else None for mesh in (saved, loaded)}
+    alone = saved_on(fake_context(0, 1), str(tmp_path / "one"), None)
+    params = on(saved, saved_on, path=str(tmp_path / "many"), plan=plans[saved])[0]
+    (_, moments) = loaded_on(fake_context(0, 1), str(tmp_path / "one"), None)
+    for got, got_moments in on(loaded, loaded_on, path=str(tmp_path / "many"), plan=plans[loaded]):
+        for name, param in alone.items():
+            assert torch.equal(got[name], params[name]), name
+            # The key biases have a gradient of zero, whose sign AdamW amplifies.
+            assert "attention.k.bias" in name or (got[name] - param).abs().max() < 1e-10, name
+            assert (got_moments[name] - moments[name]).abs().max() < 1e-12, name
 
 
 def in_bf16(ctx):
@@ -272,16 +383,31 @@ def refused(ctx, make, kind):
             "ep=2 does not divide the experts",
         ),
         ("dp_shard=2,ep=2", CharModel, ConfigError, "the mesh has `ep`, and the model no experts"),
-        (
-            "dp_shard=2,ep=2,tp=2",
-            model,
-            ConfigError,
-            "expert parallel with tensor parallel is unsupported",
-        ),
     ],
-    ids=["number", "none", "tp"],
+    ids=["number", "none"],
 )
 def test_unsupported_experts_raise_before_any_parameter_moves(mesh, make, kind, expected):
     for problem, got in on(mesh, refused, make=make, kind=kind):
         assert problem == expected
         assert got
+
+
+@pytest.mark.parametrize(
+    ("tensor", "problem"),
+    [
+        ({"blocks.*.attention.o": "sequence_rowwise"}, "sequence parallel with expert parallel"),
+        ({"blocks.*.moe.router": "colwise_gather"}, "a module of a layer of experts"),
+    ],
+)
+def test_styles_with_which_ranks_would_route_other_tokens_raise_before_any_parameter_moves(
+    tensor, problem
+):
+    def wrap(ctx):
+        net = model()
+        with pytest.raises(ConfigError, match=problem) as error:
+            faccel.wrap(net, ctx, plan=faccel.Plan(tensor=tensor))
+        assert {type(param) for param in net.parameters()} == {nn.Parameter}
+        return error.value.got
+
+    for got in on("tp=2,ep=2", wrap):
+        assert next(iter(tensor)).rpartition(".")[2] in got
