@@ -11,12 +11,21 @@ import torch
 
 import faccel
 from tests.ranks import run_ranks
-from tests.world.test_experts import check_equal, full, model, reference, train
+from tests.world.test_experts import TENSOR, check_equal, full, model, reference, train
 
 
 @pytest.mark.slow
 def test_processes_train_as_one_process_does():
     check_equal(run_ranks(train, 2, mesh="dp_shard=2,ep=2"), reference())
+
+
+def beside_tensor_parallel(ctx):
+    return train(ctx, faccel.Plan(tensor=TENSOR))
+
+
+@pytest.mark.slow
+def test_processes_train_experts_beside_tensor_parallel_as_one_process_does():
+    check_equal(run_ranks(beside_tensor_parallel, 2, mesh="tp=2,ep=2", debug=True), reference())
 
 
 def in_debug_mode(ctx):
