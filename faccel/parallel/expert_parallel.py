@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from faccel.context import DistContext
-from faccel.errors import ConfigError, ModelError
+from faccel.errors import ConfigError, ModelError, short_repr
 from faccel.mesh import MeshSpec
 from faccel.parallel.moe import MoE
 from faccel.tree import local_tensor
@@ -56,7 +56,7 @@ def check_styles(moes: Mapping[str, MoE], tp_styles: Mapping[str, str]) -> None:
         if moes and style.startswith("sequence"):
             raise ConfigError(
                 "sequence parallel with expert parallel is unsupported",
-                got=f"`{name}` in the style {style!r}, and `{next(iter(moes))}`",
+                got=f"`{name}` in the style {short_repr(style)}, and `{next(iter(moes))}`",
                 fix='write "colwise", "rowwise" and "replicate" in `tensor`',
             )
         for moe_name in moes:
@@ -64,7 +64,7 @@ def check_styles(moes: Mapping[str, MoE], tp_styles: Mapping[str, str]) -> None:
             if is_inside and style != "replicate":
                 raise ConfigError(
                     "a module of a layer of experts cannot be sharded over `tp`",
-                    got=f"`{name}` in the style {style!r}",
+                    got=f"`{name}` in the style {short_repr(style)}",
                     fix="leave it out of `tensor`; the experts are sharded over `ep`",
                 )
 
