@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from io import FileIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import attrs
 
-from faccel.checks import local_path, one_of
+from faccel.checks import local_path, one_of, parse_count
 from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError, short_text
@@ -28,6 +29,22 @@ from faccel.lifetime import WaitTimes
 _LINE_BYTES = 384
 _FOLDER = "goodput"
 Event = dict[str, Any]
+_COUNTS = (
+    *("time", "num_steps", "num_skipped", "startup_s", "useful_s", "data_wait_s", "skipped_s"),
+    *("checkpoint_s", "evaluation_s"),
+)
+# The events, and the numbers that they have besides the counts of the process.
+_NUMBERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "start": ("started", "world_size"),
+        "step": (),
+        "checkpoint": (),
+        "evaluation": (),
+        "saved": ("step",),
+        "loaded": ("step",),
+        "end": (),
+    }
+)
 
 
 @attrs.define(eq=False)
@@ -119,8 +136,8 @@ class Journal:
         else:
             self._append(event, {"step": step})
 
-    def close(self) -> None:
-        """Append the last line of this process."""
+    def __call__(self) -> None:
+        """Append the last line of this process, when its context is closed."""
         self._append("end", {})
         self._close_file()
 
@@ -167,7 +184,7 @@ class Journal:
 def open_journal(run: str, ctx: DistContext, waits: WaitTimes) -> Journal:
     """Open this rank's journal in the folder of a run, until the context is closed.
 
-    Effects: ambient.
+    Effects: ambient. Ends the journal of an earlier run of the context.
 
     Raises:
         ConfigError: `run` is a URL, or its folder cannot be created.
@@ -177,8 +194,10 @@ def open_journal(run: str, ctx: DistContext, waits: WaitTimes) -> Journal:
     start_s, offset_s = waits.clock(), 0.0
     if waits.clock is time.monotonic:
         offset_s = time.time() - start_s
-        if not waits.notes:  # the first run of the context: what came after `init` belongs to it
+        # Everything after `init` belongs to the first run of the context.
+        if not ctx.lifetime.callbacks(Journal):
             start_s = ctx.lifetime.created_s
+    _end_journals(ctx, waits)
     journal = Journal(path, waits, start_s, offset_s)
     try:
         journal.open(ctx.rank, ctx.world_size)
@@ -189,8 +208,16 @@ def open_journal(run: str, ctx: DistContext, waits: WaitTimes) -> Journal:
             fix='name a folder in a writable place, as in `run_dir="/tmp/runs"`',
         ) from error
     waits.notes.append(journal.note)
-    ctx.lifetime.on_close(journal.close)
+    ctx.lifetime.on_close(journal)
     return journal
+
+
+def _end_journals(ctx: DistContext, waits: WaitTimes) -> None:
+    # Two journals would write into one file if a cell of a notebook runs again.
+    for journal in ctx.lifetime.callbacks(Journal):
+        journal()
+        ctx.lifetime.cancel(journal)
+        waits.notes.remove(journal.note)
 
 
 @effectful(AMBIENT)
@@ -229,7 +256,7 @@ def read_journal(folder: str | os.PathLike[str]) -> list[Event]:
         )
     events: list[Event] = []
     for path in paths:
-        rank = int(path.stem.removeprefix("rank-"))
+        rank = parse_count(path.stem.removeprefix("rank-"))
         for line in path.read_bytes().splitlines():
             event = _event(line)
             if event is not None:
@@ -242,9 +269,13 @@ def _event(line: bytes) -> Event | None:
         event = json.loads(line)
     except ValueError:
         return None
-    if isinstance(event, dict) and "event" in event:
-        return event
-    return None
+    # A line that another program wrote is no event either.
+    if not isinstance(event, dict) or str(event.get("event")) not in _NUMBERS:
+        return None
+    for name in (*_COUNTS, *_NUMBERS[event["event"]]):
+        if not isinstance(event.get(name), int | float):
+            return None
+    return event
 
 
 @effectful(AMBIENT)

@@ -114,7 +114,8 @@ def init_meter(
         window: How many steps `rates` looks back.
         warmup: How many first steps are left out, such as those that compile.
         run: The name of the run, for `goodput`. Then each rank writes a journal into the folder
-            `ctx.config.run_dir / run`, until the context is closed. A run that exists continues.
+            `ctx.config.run_dir / run`, until the context is closed or has a meter with another
+            `run`. A run that exists continues.
         clock: Returns seconds. All meters of a context must have the same one.
 
     Raises:

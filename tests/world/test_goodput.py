@@ -245,6 +245,35 @@ def test_a_line_that_is_cut_at_any_byte_is_left_out_and_the_next_process_continu
         assert goodput(read_journal(tmp_path / "a")).num_restarts == 1
 
 
+def test_a_second_meter_with_a_run_ends_the_journal_of_the_first_one(tmp_path):
+    ctx, clock = fake_context(0, 1, config={"run_dir": str(tmp_path)}), Clock()
+    for run_name, num_steps in (("a", 2), ("a", 3), ("b", 4)):
+        meter = init_meter(ctx, run=run_name, clock=clock)
+        for _ in range(num_steps):
+            clock.advance(1)
+            meter = tick(meter)
+        ctx.lifetime.note("saved", num_steps)
+    ctx.lifetime.close()
+    events = read_journal(tmp_path / "a")
+    result = goodput(events)
+    assert (result.num_restarts, result.num_steps, result.num_lost) == (1, 3, 2)
+    assert sum(event["event"] == "saved" for event in events) == 2
+    assert goodput(read_journal(tmp_path / "b")).wall_s == 4
+
+
+def test_lines_of_another_program_are_left_out(tmp_path):
+    ctx, clock = fake_context(0, 1, config={"run_dir": str(tmp_path)}), Clock()
+    tick(init_meter(ctx, run="a", clock=clock))
+    ctx.lifetime.close()
+    path = tmp_path / "a" / "goodput" / "rank-00000.jsonl"
+    expected = goodput(read_journal(tmp_path / "a"))
+    lines = [b"", b"3", b"[]", b"{}", b'{"event": "step"}', b'{"event": []}', b"\xff", b'{"event"']
+    line = path.read_bytes().splitlines()[1]
+    lines += [line.replace(b'"time": ', b'"time": "x", "y": '), line.replace(b'"step"', b'"stop"')]
+    path.write_bytes(path.read_bytes() + b"\n".join(lines))
+    assert goodput(read_journal(tmp_path / "a")) == expected
+
+
 def test_a_journal_does_not_grow_with_the_number_of_steps(tmp_path):
     ctx, clock = fake_context(0, 1, config={"run_dir": str(tmp_path)}), Clock()
     meter = init_meter(ctx, run="a", clock=clock)
