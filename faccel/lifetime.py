@@ -55,6 +55,7 @@ class WaitTimes:
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
         """Count the time of the body as that phase, unless it is inside of another one."""
+        # `save` inside of an evaluation: the outer phase has its time already.
         if self._is_in_phase:
             yield
             return

@@ -152,6 +152,7 @@ def _attention_formulas() -> dict[Any, Callable[..., int]]:
     def backward(grad: Shape, q: Shape, k: Shape, v: Shape, *args: object, **kwargs: object) -> int:
         return 2 * sdpa_flop_count(q, k, v)
 
+    # Forward of the fused kernels of accelerators is right in PyTorch's table.
     aten = torch.ops.aten
     return {
         aten._scaled_dot_product_flash_attention_for_cpu: forward,

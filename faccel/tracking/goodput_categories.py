@@ -98,6 +98,7 @@ class _Timeline:
 
     def add(self, event: Event) -> None:
         """Add the next event."""
+        # Steps first: a checkpoint is saved after the last step that it contains.
         if event["event"] == "start":
             self._start(event)
             self._last = event
@@ -116,6 +117,7 @@ class _Timeline:
         """Add the counts of the process whose last event was added."""
         if not self.num_processes:
             return
+        # Each process counts from 0.
         for name in self.totals:
             self.totals[name] += self._last[name]
         spent_s = sum(self._last[name] for name in _TIMES)
@@ -135,6 +137,7 @@ class _Timeline:
         self._is_new = True
 
     def _add_steps(self, event: Event) -> None:
+        # Not at the load itself: a process may be killed before it trains, or only evaluate.
         if self._is_new:
             self._drop_lost_pieces()
             self.pieces.append(_Piece(self.num_processes, self._last, event))
@@ -143,6 +146,7 @@ class _Timeline:
 
     def _drop_lost_pieces(self) -> None:
         """Keep the steps up to the checkpoint from which the next step continues."""
+        # Processes count from 1: before process 0 there is nothing to keep.
         process, saved = 0, None
         if self._resumed is not None:
             process, saved = self._saved.get(self._resumed, (0, None))
@@ -207,6 +211,7 @@ def goodput(events: Sequence[Event], *, rank: int = 0) -> Goodput:
         for name in _LOSABLE:
             useful[name] += piece.last[name] - piece.first[name]
     totals = timeline.totals
+    # What the pieces do not have is lost.
     lost_s = sum(totals[name] - useful[name] for name in ("useful_s", "data_wait_s", "skipped_s"))
     return Goodput(
         wall_s=timeline.ended_s - timeline.began_s,

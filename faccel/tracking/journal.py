@@ -26,6 +26,7 @@ from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError, short_text
 from faccel.lifetime import WaitTimes
 
+# Enough for all counts of a century in microseconds.
 _LINE_BYTES = 384
 _FOLDER = "goodput"
 Event = dict[str, Any]
@@ -101,6 +102,7 @@ class Journal:
 
     def step(self, now_s: float) -> None:
         """Count a step that has ended at `now_s`, and overwrite the last line."""
+        # `waits` counts since the first meter of the context, so differences are added.
         waits, before = self.waits, self._before
         loop_s = now_s - waits.in_phases_s
         data_s = waits.data_s - before.data_s
@@ -130,6 +132,7 @@ class Journal:
 
         A process that is killed in the next step has its time up to here.
         """
+        # Phases change between steps only, and end with a note.
         self._other_counts = self._format_other_counts()
         if step is None:
             self._write(event, self.waits.clock(), "")
@@ -144,6 +147,7 @@ class Journal:
     def _append(self, event: str, values: Mapping[str, float]) -> None:
         more = "".join(f', "{name}": {value}' for name, value in values.items())
         self._write(event, self.waits.clock(), more)
+        # From here on the line stays: the next one is written after it.
         self._offset += _LINE_BYTES
 
     def _write(self, event: str, now_s: float, more: str) -> None:
@@ -191,6 +195,7 @@ def open_journal(run: str, ctx: DistContext, waits: WaitTimes) -> Journal:
     """
     local_path("run", run)
     path = Path(ctx.config.run_dir) / run / _FOLDER / f"rank-{ctx.rank:05d}.jsonl"
+    # The time of day orders the processes of a run; a synthetic clock is used as it is.
     start_s, offset_s = waits.clock(), 0.0
     if waits.clock is time.monotonic:
         offset_s = time.time() - start_s
@@ -265,6 +270,7 @@ def read_journal(folder: str | os.PathLike[str]) -> list[Event]:
 
 
 def _event(line: bytes) -> Event | None:
+    # Bytes after a crash may be anything, also invalid UTF-8, which is a ValueError, too.
     try:
         event = json.loads(line)
     except ValueError:

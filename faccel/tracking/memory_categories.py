@@ -74,6 +74,7 @@ def peak_memory(state: Tree, ctx: DistContext, *, peak_bytes: int | None = None)
             got=f"an object of type {type(state).__name__}",
             fix='write `peak_memory({"model": model, "opt": opt}, ctx)`',
         )
+    # A list, because parameters are counted twice: once in place of their gradients.
     params = list(chain.from_iterable(map(nn.Module.parameters, modules)))
     buffers = chain.from_iterable(map(nn.Module.buffers, modules))
     states = chain.from_iterable(map(_states, optimizers))
@@ -100,6 +101,7 @@ def _modules(leaves: Iterable[Tree]) -> Iterator[nn.Module]:
 
 
 def _states(opt: Optimizer) -> Iterator[torch.Tensor]:
+    # Numbers among the states, such as a step, are in the memory of Python.
     for state in opt.state.values():
         for value in flatten(state)[0]:
             if isinstance(value, torch.Tensor):
@@ -119,6 +121,7 @@ def _gradient(param: torch.Tensor) -> torch.Tensor:
 
 def _num_bytes(tensors: Iterable[torch.Tensor], ctx: DistContext) -> int:
     """Return the bytes of tensors on the device of the context; tied ones count once."""
+    # By identity: equality of tensors compares elements.
     by_id = {id(tensor): tensor for tensor in tensors}
     total = 0
     for tensor in by_id.values():

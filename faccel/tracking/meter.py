@@ -128,6 +128,7 @@ def init_meter(
         Meter(num_steps=0, num_samples=0, num_tokens=0)
     """
     require_context(ctx, "faccel.tracking.init_meter(ctx)")
+    # Checked here, and not in `tick`: a meter is created once.
     if flops_per_sample is not None:
         positive("flops_per_sample", flops_per_sample)
     if peak_flops is None:
@@ -152,6 +153,7 @@ def init_meter(
 def _waits_of(ctx: DistContext, clock: Callable[[], float]) -> WaitTimes:
     """Return the counters of the context, which the first meter creates."""
     waits = ctx.lifetime.waits
+    # A notebook creates meters again and again: all count in the same place.
     if waits is None:
         instance_of("clock()", clock(), (int, float), fix="write `clock=time.monotonic`")
         waits = WaitTimes(clock)
@@ -264,6 +266,7 @@ def rates(meter: Meter, ctx: DistContext) -> Rates:
     ctx.comm.set_call_label("rates", row)
     # The one point where the host waits for the device.
     rows = ctx.comm.all_gather(row, WORLD).cpu().numpy()
+    # By the number of the replica: `setdefault` keeps its lowest rank.
     first_of_replicas: dict[int, int] = {}
     for rank in range(ctx.world_size):
         first_of_replicas.setdefault(ctx.mesh.spec.data_rank(rank), rank)
@@ -277,6 +280,7 @@ def _counts(meter: Meter, ctx: DistContext) -> RankCounts:
     first = last = total
     if ends:
         first, last = _Counts(*ends[0]), _Counts(*ends[-1])
+    # 0 would be a measurement: a loop without a loader of `shard` has none.
     data_ns = comm_ns = UNKNOWN
     if total.num_batches:
         data_ns = nanoseconds(last.data_s - first.data_s)

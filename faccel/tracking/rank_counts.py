@@ -101,9 +101,11 @@ def combined(rows: np.ndarray, first_of_replicas: Sequence[int]) -> Rates:
         rows: `int64[ranks, 12]`, the `RankCounts` of each rank.
         first_of_replicas: One rank of each model replica: the others have the same samples.
     """
+    # Integers up to here, so that sums are exact for any number of samples and tokens.
     replicas = rows[first_of_replicas]
     largest = RankCounts(*rows.max(0).tolist())
     total = RankCounts(*replicas.sum(0).tolist())
+    # The longest window: ranks enter `rates` at the pace of the slowest one.
     window_s = largest.window_ns / _NS_PER_S
     samples_s = tokens_s = steps_s = mfu = data_wait = comm_wait = None
     if largest.num_steps and window_s:
@@ -134,6 +136,7 @@ def _column(name: str, rows: np.ndarray) -> np.ndarray:
 
 def _utilization(rows: np.ndarray, replicas: np.ndarray, window_s: float) -> float | None:
     peaks, flops = _column("peak_flops", rows), _column("flops_per_sample", rows)
+    # One device without a peak would make the others look better than they are.
     if UNKNOWN in peaks or UNKNOWN in flops:
         return None
     # In float64: the product of two counts may have more than 63 bits.
@@ -163,6 +166,7 @@ def _slowest(rows: np.ndarray) -> int | None:
 
     A step takes equally long on all ranks, because they wait for each other: only the waits differ.
     """
+    # A delay in data is seen on the rank itself, any other one by the waits of the other ranks.
     delays_ns = np.maximum(_column("data_ns", rows), 0) - np.maximum(_column("comm_ns", rows), 0)
     threshold_ns = _SLOW_PART * _column("window_ns", rows).max()
     if delays_ns.max() - delays_ns.min() <= threshold_ns:
