@@ -73,11 +73,18 @@ def call_site_of(frame: FrameType) -> str:
     current: FrameType | None = frame
     while current is not None:
         if is_user_frame(current):
-            path = current.f_code.co_filename
-            return f"{path.removeprefix(_START_FOLDER)}:{current.f_lineno}"
+            return f"{relative_path(current)}:{current.f_lineno}"
         current = current.f_back
     # A hook that a C++ thread calls, as autograd's threads do, has no frame of the user.
     return "unknown"
+
+
+def relative_path(frame: FrameType) -> str:
+    """Return the file of a frame, relative to where the process started if it is below it.
+
+    Effects: pure.
+    """
+    return frame.f_code.co_filename.removeprefix(_START_FOLDER)
 
 
 def call_site_of_error(tb: TracebackType | None) -> str:

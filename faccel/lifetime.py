@@ -100,6 +100,7 @@ class Lifetime:
         self._joins: set[object] = set()
         self._has_loader = False
         self._num_backwards = 0
+        self._num_updates = 0
         self._has_accumulated = False
         self._num_windows = 0
         # By `id` of the wrapped model. Weak, so that a model is freed when the user drops it.
@@ -215,6 +216,12 @@ class Lifetime:
         if self._num_backwards >= grad_accum:
             self._has_accumulated = True
         self._num_backwards = 0
+        self._num_updates += 1
+
+    @property
+    def num_updates(self) -> int:
+        """How many updates were counted, those of all optimizers."""
+        return self._num_updates
 
     def drop_backwards(self) -> None:
         """Forget the backwards of the present update, whose gradients were dropped."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+FLIGHT_RECORDER_SIZE = "TORCH_FR_BUFFER_SIZE"
+"""The variable for the number of collectives that PyTorch's flight recorder holds; 0 is off."""
 
 # PyTorch 2.13 renamed it and warns about the old name.
 _name = "all_gather_single"
@@ -90,3 +95,36 @@ def _reset_group(group: Any, stream: Any) -> None:
     group._partial_reduce_output = None
     group._post_forward_indices.clear()
     group._to_sharded()
+
+
+def sequence_number(group: dist.ProcessGroup) -> int | None:
+    """Return how many collectives of a group this rank has begun, None if it does not count them.
+
+    Effects: pure.
+    """
+    try:
+        return group._get_sequence_number_for_group()  # pyright: ignore
+    except RuntimeError:
+        return None
+
+
+def names_of_groups() -> list[tuple[dist.ProcessGroup, str]]:
+    """Return the process groups of this process with their names in PyTorch's registry.
+
+    Effects: pure.
+    """
+    # A copy in one step of the interpreter: another thread may be creating a group.
+    return list(c10d._world.pg_names.items())  # pyright: ignore
+
+
+def flight_record() -> Sequence[Mapping[str, Any]]:
+    """Return the last collectives that PyTorch's flight recorder holds, oldest first.
+
+    Effects: pure. Empty where it does not record: without `FLIGHT_RECORDER_SIZE` in the environment
+    of the process when the first group was created, or in a build without it.
+    """
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)  # pyright: ignore
+    if dump is None:
+        return []
+    entries = json.loads(dump()).get("entries", [])
+    return [entry for entry in entries if not entry["is_p2p"]]

@@ -35,6 +35,12 @@ CONSEQUENCES = re.compile(
 
 AsRankError = Callable[[RuntimeError, TracebackType | None], Exception | None]
 """`as_rank_error(error, traceback)` for an error that nothing has caught."""
+OnError = Callable[[BaseException], None]
+"""`on_error(error)`, called first for an error that nothing has caught."""
+
+
+def _ignore(error: BaseException) -> None:
+    """Do nothing."""
 
 
 class _Hook:
@@ -52,6 +58,7 @@ class _Hook:
         as_rank_error: AsRankError,
         *,
         shows_frames: bool,
+        on_error: OnError,
     ) -> None:
         self.previous: Callable[
             [type[BaseException], BaseException, TracebackType | None], object
@@ -61,6 +68,7 @@ class _Hook:
         self._pid = os.getpid()
         self._as_rank_error = as_rank_error
         self._shows_frames = shows_frames
+        self._on_error = on_error
         self._rank = rank
         # PyTorch's elastic agent reads the failures of its ranks from this file.
         self._error_file = env.get("TORCHELASTIC_ERROR_FILE")
@@ -109,6 +117,7 @@ class _Hook:
         """Record and print an error; return the one that names the failed rank, if one failed."""
         if isinstance(error, RuntimeError):
             error = self._as_rank_error(error, tb) or error
+        self._on_error(error)
         if not self._shows_frames and isinstance(error, FaccelError):
             hide_frames(error)
             tb = error.__traceback__
@@ -168,6 +177,7 @@ class ExceptHook:
         as_rank_error: AsRankError = lambda error, traceback: None,
         *,
         shows_frames: bool = False,
+        on_error: OnError = _ignore,
     ) -> None:
         """Install a hook for the first context, and a new one for a context of a larger world.
 
@@ -180,12 +190,15 @@ class ExceptHook:
             env: The environment.
             as_rank_error: Returns an error that names the failed rank, if one is the cause.
             shows_frames: Whether the traceback of an error of faccel has the frames inside of it.
+            on_error: Called with an error that nothing has caught.
         """
         # Another library may have replaced it since.
         is_current = self._hook is not None and sys.excepthook is self._hook
         if self._hook is None or not is_current or self._hook.world_size < world_size:
             self._retire()
-            self._hook = _Hook(rank, world_size, env, as_rank_error, shows_frames=shows_frames)
+            self._hook = _Hook(
+                rank, world_size, env, as_rank_error, shows_frames=shows_frames, on_error=on_error
+            )
             sys.excepthook = self._hook
             self._hook.create_context_file()
         self._context_ids.add(context_id)

@@ -27,6 +27,7 @@ from faccel.runtime.devices import check_launched, choose_device, use_device
 from faccel.runtime.end_signals import end_by_interrupt, ended_by_signals
 from faccel.runtime.excepthook import ExceptHook
 from faccel.runtime.numerics import Numerics
+from faccel.runtime.observation import Observation
 from faccel.runtime.user_traceback import uncaught_without_frames
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 # `runtime.process_groups` is imported in functions: one process does not need it.
 _numerics = Numerics()
 _except_hook = ExceptHook()  # process-wide, as `sys.excepthook` is
+_observation = Observation()
 
 
 @effectful(AMBIENT)
@@ -102,7 +104,10 @@ def _create_context(
     check_launched(device, topology, env)
     _numerics.check(resolved)
     use_device(device)
-    with _ended_by_signals(topology.world_size):
+    with (
+        _ended_by_signals(topology.world_size),
+        _observation.starting(resolved, topology, spec),
+    ):
         try:
             comm = _connect(spec, resolved, topology, device)
         except WorldError as error:
@@ -127,7 +132,9 @@ def _create_context(
             env,
             as_rank_error,
             shows_frames=resolved.debug,
+            on_error=_observation.note_error,
         )
+        _observation.attach(ctx)
     if not isinstance(comm, SingleCollectives):
         from faccel.runtime.process_groups import DEFAULT_GROUP
 
@@ -251,6 +258,7 @@ def _close(ctx: DistContext, error: BaseException | None) -> None:
         raise
     finally:
         # Also after a failed save: an open group would keep the other ranks waiting.
+        _observation.close(id(ctx), error)
         _disconnect(ctx, error)
 
 

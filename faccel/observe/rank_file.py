@@ -1,0 +1,105 @@
+"""The file of each rank in the run folder: where its process is, and how it has ended."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from faccel.errors import ConfigError, short_text
+
+FOLDER = ".faccel"
+"""In the run folder; a tracker cannot have this name."""
+_PREFIX = "rank-"
+LAUNCH_FILE = "launch.json"
+"""What `faccel launch` writes there when a rank has failed."""
+
+
+def rank_path(run_dir: str, rank: int) -> Path:
+    """Return the path of the file of a rank.
+
+    Effects: pure.
+    """
+    return Path(run_dir) / FOLDER / f"{_PREFIX}{rank:05}.json"
+
+
+def write(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a file of the folder atomically.
+
+    Effects: ambient. Writes the file, and creates its folder.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # With the process: launches on two nodes may write the same file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    temporary.write_text(json.dumps(values), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_run(run: str) -> tuple[Path, list[dict[str, Any]]]:
+    """Return the folder of a run and the files of its ranks, of its last attempt only.
+
+    Effects: ambient. Reads the folder.
+
+    Args:
+        run: A run folder, or the folder of a tracker in it.
+
+    Raises:
+        ConfigError: There is no such folder, or no rank has written a file in it.
+    """
+    given = Path(run)
+    if not given.is_dir():
+        raise ConfigError(
+            "`RUN` must be a run folder",
+            got=f"`{short_text(run)}`, which is no folder",
+            fix="name the folder of `faccel launch --run-dir DIR`, as in `faccel why DIR`",
+        )
+    for folder in (given, given.absolute().parent):
+        documents = _documents(folder / FOLDER)
+        if documents:
+            return folder, _of_last_attempt(documents)
+    below = [path.parent for path in sorted(given.glob(f"*/{FOLDER}"))]
+    fix = "start it with `faccel launch --run-dir DIR`, or set `run_dir` in the configuration"
+    if below:
+        fix = f"write `faccel why {short_text(str(below[0]))}`"
+    raise ConfigError(
+        "`RUN` has no files of ranks, so the run is not observed",
+        got=f"`{short_text(run)}`",
+        fix=fix,
+    )
+
+
+def _documents(folder: Path) -> list[dict[str, Any]]:
+    documents: list[dict[str, Any]] = []
+    for path in sorted(folder.glob(f"{_PREFIX}*.json")):
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # another program's file, or one of another user
+            continue
+        if isinstance(document, dict) and {"rank", "pid", "world", "start_s"} <= document.keys():
+            documents.append(document)
+    return documents
+
+
+def _of_last_attempt(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop the files of an earlier run in the same folder, or of an earlier attempt."""
+    newest = max(documents, key=lambda document: document["start_s"])
+    return [document for document in documents if document["world"] == newest["world"]]
+
+
+def read_launch(folder: Path) -> dict[str, Any]:
+    """Return what `faccel launch` has written about the first failure, empty if nothing.
+
+    Effects: ambient. Reads the file.
+    """
+    try:
+        document = json.loads((folder / FOLDER / LAUNCH_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if isinstance(document, dict):
+        return document
+    return {}

@@ -1,0 +1,121 @@
+"""Whether a run is observed, and the observer of this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from faccel.config import Config, is_given
+from faccel.mesh import MeshSpec
+from faccel.runtime.private_folder import private_folder
+
+if TYPE_CHECKING:
+    from faccel.context import DistContext, Topology
+    from faccel.observe.observer import Observer
+
+_logger = logging.getLogger(__name__)
+_NUM_RECORDED = "500"  # collectives of PyTorch's flight recorder: some steps of a large model
+
+
+class Observation:
+    """The observer of this process, which the first context with a `run_dir` starts.
+
+    Without one nothing is imported, and nothing is recorded.
+    """
+
+    def __init__(self) -> None:
+        self._observer: Observer | None = None
+        self._stack = ExitStack()
+        self._ctx: DistContext | None = None
+        self._context_id: int | None = None
+
+    @contextmanager
+    def starting(self, config: Config, topology: Topology, spec: MeshSpec) -> Generator[None]:
+        """Observe from now on, also the body, in which ranks wait for each other.
+
+        Effects: ambient. Starts a thread, and writes into the run folder.
+        """
+        # The default folder is no wish to be observed: most scripts never use it.
+        if self._observer is not None or not is_given(config, "run_dir"):
+            yield
+            return
+        self._start(config.run_dir, topology, spec)
+        try:
+            with _flight_recorder():
+                yield
+        except BaseException as error:
+            self._close(error)
+            raise
+
+    def _start(self, run_dir: str, topology: Topology, spec: MeshSpec) -> None:
+        # Only here, because few runs need it at the start.
+        from faccel.observe.observer import Identity, Observer
+
+        indices = spec.coordinates(topology.rank)
+        # An axis of one rank distinguishes none.
+        coordinates = {axis: index for axis, index in indices.items() if spec.extents[axis] > 1}
+        identity = Identity(
+            rank=topology.rank,
+            world_size=topology.world_size,
+            attempt=topology.attempt,
+            world=f"{topology.main_address}:{topology.main_port}/{topology.attempt}",
+            coordinates=coordinates,
+        )
+        try:
+            folder = self._stack.enter_context(private_folder("faccel-rank-"))
+            self._observer = Observer(run_dir, folder, identity, self._progress)
+        except (OSError, AttributeError) as error:  # AttributeError: Windows has no such sockets
+            self._stack.close()
+            # A training must not fail because it is not observed. A tracker raises for the folder.
+            _logger.warning("rank %d is not observed in `%s`: %s", topology.rank, run_dir, error)
+
+    def attach(self, ctx: DistContext) -> None:
+        """Let the observer read the state of a context, the first one since it was started."""
+        if self._observer is not None and self._context_id is None:
+            self._ctx, self._context_id = ctx, id(ctx)
+
+    def _progress(self) -> Mapping[str, Any]:
+        """Return what only the context has; called in the thread of the observer."""
+        if self._ctx is None:  # `init` has not returned
+            return {"step": 0, "loader": "", "axes": {}}
+        axes: dict[str, str] = {}
+        groups: Mapping[str, Any] = getattr(self._ctx.comm, "groups", {})
+        for axis, group in list(groups.items()):
+            axes[group.group_name] = axis
+        return {"step": self._ctx.lifetime.num_updates, "loader": "", "axes": axes}
+
+    def note_error(self, error: BaseException) -> None:
+        """Note an error that ends the process, before anything waits for other ranks."""
+        if self._observer is not None:
+            self._observer.note_end(error)
+
+    def close(self, context_id: int, error: BaseException | None) -> None:
+        """End the observation with the context that has started it."""
+        if context_id == self._context_id:
+            self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
+        observer, self._observer = self._observer, None
+        self._ctx = self._context_id = None
+        if observer is not None:
+            observer.close(error)
+        self._stack.close()
+
+
+@contextmanager
+def _flight_recorder() -> Generator[None]:
+    """Let PyTorch record collectives if the body creates its first process group."""
+    from faccel.torch_names import FLIGHT_RECORDER_SIZE
+
+    # PyTorch reads it once, in C++. What the user has set stays.
+    if FLIGHT_RECORDER_SIZE in os.environ:
+        yield
+        return
+    os.environ[FLIGHT_RECORDER_SIZE] = _NUM_RECORDED
+    try:
+        yield
+    finally:
+        os.environ.pop(FLIGHT_RECORDER_SIZE, None)
