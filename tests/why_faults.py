@@ -4,7 +4,6 @@ import gc
 import itertools
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -18,7 +17,8 @@ from tests.ranks import SERVER, env_of, hosted_store
 
 SLOW_S = 0.15
 MESHES = {"ddp": None, "fsdp2": "dp_shard=2"}
-# The fault, the verdict's kind, the phase, and a word of the sentence.
+# The fault, the verdict's kind, the phase (empty: the rank has ended, or waits in its next
+# collective, which is in forward or backward), and a part of the sentence.
 FAULTS = {
     "slow forward": ("slow", "forward", "rank 1 is slow in forward"),
     "slow backward": ("slow", "backward", "rank 1 is slow in backward"),
@@ -29,7 +29,7 @@ FAULTS = {
     "dies": ("broken", "", "rank 1 died without an error"),
     "loops": ("hung", "forward", "rank 1 computes in forward"),
     "waits in a lock": ("hung", "optimizer", "rank 1 waits in the optimizer"),
-    "skips a collective": ("hung", "backward", "did not call all_reduce"),
+    "skips a collective": ("hung", "", "did not call all_reduce"),
 }
 
 
@@ -43,6 +43,10 @@ class Faulty:
     def slow(self, fault):
         if self.fault == fault:
             time.sleep(SLOW_S)
+
+    def begin_slow(self):
+        if self.fault.startswith("slow"):
+            self.report()
 
     def end(self, fault):
         if self.fault != fault:
@@ -113,55 +117,56 @@ class State:
         pass
 
 
-def train(ctx, folder, faulty, is_faulty):
+def train(ctx, folder, faulty, fault, on_skip):
     model = faccel.wrap(Net(faulty), ctx)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     opt = faccel.wrap_optimizer(opt, model, ctx)
     opt.register_step_pre_hook(lambda *args: faulty.end("waits in a lock"))
     scaler = faccel.init_scaler(ctx)
     loader = faccel.shard(DataLoader(Rows(faulty), batch_size=4), ctx)
-    step = 0
-    for batch in loader:
-        if faulty.fault == "slow collector":
-            Slow(faulty)
-            gc.collect()
+    for step, batch in enumerate(loader):
         if step > 2:
             faulty.end("sleeps")
             faulty.end("dies")
-        if is_faulty["fault"] == "slow checkpoint":
+        if fault == "slow collector":
+            Slow(faulty)
+            gc.collect()
+        if fault == "slow checkpoint":
             faccel.save({"model": model, "state": State(faulty)}, folder, ctx, step=step)
         loss = model(batch).square().mean()
         scaler = faccel.scaled_backward(loss, scaler, ctx)
         _, scaler = faccel.optimizer_step(opt, scaler, ctx)
-        if is_faulty["fault"] == "skips a collective":
-            if step > 2:
-                is_faulty["report"]()
-            if faulty.fault != "skips a collective" or step < 3:
-                dist.all_reduce(torch.ones(3), group=is_faulty["group"])
-        if step == 3 and faulty.fault.startswith("slow"):
-            faulty.report()
-        step += 1
+        on_skip(step)
+        if step == 3:
+            faulty.begin_slow()
 
 
 def run(rank, world_size, port, run_dir, strategy, fault, pipe):
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
-    if "WHY_DEBUG" not in os.environ:
-        os.dup2(null, 2)
+    os.dup2(null, 2)
     torch.set_num_threads(1)
     options = {"run_dir": run_dir, "mesh": MESHES[strategy], "device": "cpu"}
     ctx = faccel.init(env=env_of(rank, world_size, port), **options)
-    is_faulty = rank == 1
     reports = itertools.count()
 
     def report():
         if next(reports) == 0:
             pipe.send(rank)
 
-    faulty = Faulty(fault if is_faulty else "", report)
+    is_faulty = rank == 1
     group = dist.new_group([0, 1])
-    values = {"fault": fault, "report": report if is_faulty else int, "group": group}
-    train(ctx, os.path.join(run_dir, "checkpoints"), faulty, values)
+
+    def skip(step):
+        if fault != "skips a collective":
+            return
+        if is_faulty and step > 2:
+            report()
+            return
+        dist.all_reduce(torch.ones(3), group=group)
+
+    faulty = Faulty(fault if is_faulty else "", report)
+    train(ctx, os.path.join(run_dir, "checkpoints"), faulty, fault, skip)
 
 
 class Job:
@@ -188,7 +193,3 @@ class Job:
             process.kill()
             process.join()
         self.receiver.close()
-
-
-if __name__ == "__main__":
-    print(sys.argv)

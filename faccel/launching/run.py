@@ -11,11 +11,14 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import tokenize
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from faccel.config import PREFIX
 from faccel.errors import JoinError, LaunchError
 from faccel.launching.command_end import CommandEnd, ending_by_signals
 from faccel.launching.guard import guarded
@@ -29,6 +32,7 @@ from faccel.launching.spec import (
     rendezvous_address,
     torchrun_arguments,
 )
+from faccel.observe.rank_file import FOLDER, LAUNCH_FILE, write
 from faccel.runtime.excepthook import CONSEQUENCES
 from faccel.runtime.listener import bind
 from faccel.runtime.private_folder import private_folder
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
 
     from faccel.launching.agent import Failures
 
+_RUN_DIR = f"{PREFIX}RUN_DIR"
 _MAX_SCRIPT_BYTES = 10_000_000
 _PYTHON: Mapping[str, tuple[str, ...]] = {
     "script": (sys.executable,),
@@ -227,7 +232,24 @@ def _supervise(spec: LaunchSpec) -> int:
             del store  # until here: this node may serve the rendezvous
         if end_signal is not None and failures and _is_end(failures, end_signal):
             return end.report(end_signal)
+        _record_first(failures, spec.flags.get("run_dir") or os.environ.get(_RUN_DIR))
         return _exit_code(failures, end, is_single_node=spec.nnodes == "1")
+
+
+def _record_first(failures: Failures, run_dir: object) -> None:
+    """Write the first failure into an observed run folder, for `faccel why`."""
+    # A rank that was killed has written nothing, and those that the agent ended neither.
+    folder = Path(str(run_dir)) / FOLDER
+    if not failures or run_dir is None or not folder.is_dir():
+        return
+    rank = _first(failures)
+    failure = failures[rank]
+    reason = f"exit code {failure.exitcode}"
+    if failure.exitcode < 0:
+        reason = f"signal {-failure.exitcode}"
+    document = {"rank": rank, "reason": reason, "time_s": time.time()}
+    with suppress(OSError):  # a full disk must not hide the failure
+        write(folder / LAUNCH_FILE, document)
 
 
 def _remove(folder: str | None) -> None:
@@ -290,10 +312,15 @@ def _is_consequence(failure: ProcessFailure) -> bool:
     return CONSEQUENCES.search(str(message.get("message", ""))) is not None
 
 
+def _first(failures: Failures) -> int:
+    """Return the rank whose failure caused the others."""
+    # Causes before consequences, then the earliest. Clocks of one node are comparable.
+    return min(failures, key=lambda r: (_is_consequence(failures[r]), failures[r].timestamp))
+
+
 def _describe_first(failures: Failures, *, is_single_node: bool) -> tuple[str, int]:
     """Return a report of the failure that caused the others, and its exit code."""
-    # Causes before consequences, then the earliest. Clocks of one node are comparable.
-    rank = min(failures, key=lambda r: (_is_consequence(failures[r]), failures[r].timestamp))
+    rank = _first(failures)
     failure = failures[rank]
     code, reason = failure.exitcode, f"exit code {failure.exitcode}"
     if code < 0:

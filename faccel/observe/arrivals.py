@@ -4,37 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import attrs
+
 from faccel.observe.snapshot import Snapshot
 
 
-def mean_delays(snapshots: Mapping[int, Snapshot]) -> dict[int, float]:
-    """Return the mean delay of each rank in seconds, over the collectives that all have recorded.
+@attrs.frozen
+class Delays:
+    """How late one rank was.
+
+    Args:
+        total_s: The sum of its delays.
+        num_collectives: Over how many collectives.
+    """
+
+    total_s: float = 0.0
+    num_collectives: int = 0
+
+
+def delays_of(rank: int, snapshots: Mapping[int, Snapshot]) -> Delays:
+    """Return how much later than the first rank of its group a rank began its collectives.
 
     All ranks leave a collective together, so a delay is what the rank has lost since the previous
-    one, whatever it did. Clocks of one node are comparable.
+    one, whatever it did. Clocks of one node are comparable. Only the window counts.
 
     Effects: pure.
     """
-    delays: dict[int, list[float]] = {rank: [] for rank in snapshots}
-    names = {name for snapshot in snapshots.values() for name in snapshot.groups}
-    for name in names:
-        arrivals: dict[int, Mapping[int, float]] = {}
-        for rank, snapshot in snapshots.items():
-            group = snapshot.groups.get(name)
-            if group is not None and not group.has_messages:
-                arrivals[rank] = group.arrivals
-        for number in _common_numbers(arrivals):
-            first_s = min(times[number] for times in arrivals.values())
-            for rank, times in arrivals.items():
-                delays[rank].append(times[number] - first_s)
-    means: dict[int, float] = {}
-    for rank, values in delays.items():
-        if values:
-            means[rank] = sum(values) / len(values)
-    return means
+    delays = Delays()
+    own = snapshots[rank]
+    start_s = own.moments[0].time_s
+    for name, group in own.groups.items():
+        peers = _arrivals(name, snapshots)
+        if group.has_messages or len(peers) < 2:
+            continue
+        for number, time_s in group.arrivals.items():
+            times = [arrivals[number] for arrivals in peers if number in arrivals]
+            if time_s >= start_s and len(times) == len(peers):
+                total_s = delays.total_s + time_s - min(times)
+                delays = Delays(total_s, delays.num_collectives + 1)
+    return delays
 
 
-def _common_numbers(arrivals: Mapping[int, Mapping[int, float]]) -> set[int]:
-    if len(arrivals) < 2:
-        return set()
-    return set.intersection(*(set(times) for times in arrivals.values()))
+def _arrivals(name: str, snapshots: Mapping[int, Snapshot]) -> list[Mapping[int, float]]:
+    """Return the arrivals of each rank that has this group."""
+    groups = [snapshot.groups.get(name) for snapshot in snapshots.values()]
+    return [group.arrivals for group in groups if group is not None]

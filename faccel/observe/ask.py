@@ -43,6 +43,7 @@ PATIENCE_S = 2.0
 """How long after the window a rank may answer."""
 _STACKS = "stacks.txt"
 _SIGNAL_S = 1.0
+_END_S = 1.0  # a process that was killed frees its memory first
 _CONSEQUENCES = re.compile("RankFailedError|gloo/transport|Dist(Network|Store|Backend)Error")
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.M)
 _LIBRARY = re.compile(r"/(torch|faccel|lib/python\d[^/]*)/")
@@ -91,16 +92,34 @@ def _snapshot(document: Mapping[str, Any], request: Mapping[str, float]) -> Snap
         reason = f"runs on {document['host']}, where `faccel why` asks it"
         return attrs.evolve(known, status=REMOTE, reason=reason)
     if document["start_ticks"] is not None and start_ticks(known.pid) != document["start_ticks"]:
-        reason = f"died without an error: process {known.pid} has ended"
-        return attrs.evolve(known, status=DEAD, reason=reason)
+        return _dead(known)
     try:
         answer = _request(document["folder"], request)
     except PermissionError:
         reason = f"runs as another user, process {known.pid}"
         return attrs.evolve(known, status=FOREIGN, reason=reason)
-    except (OSError, ValueError):
+    except TimeoutError:
+        return _silent(known, document)
+    except (OSError, ValueError):  # it has ended meanwhile, or is ending
+        if _ends(document):
+            return _dead(known)
         return _silent(known, document)
     return attrs.evolve(from_answer(answer, document), loader=_workers(known.pid))
+
+
+def _dead(known: Snapshot) -> Snapshot:
+    reason = f"died without an error: process {known.pid} has ended"
+    return attrs.evolve(known, status=DEAD, reason=reason)
+
+
+def _ends(document: Mapping[str, Any]) -> bool:
+    """Return whether a process that has closed its socket ends within a moment."""
+    deadline_s = time.monotonic() + _END_S
+    while time.monotonic() < deadline_s:
+        if start_ticks(document["pid"]) != document["start_ticks"]:
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def _ended(known: Snapshot, end: Mapping[str, Any]) -> Snapshot:
@@ -137,8 +156,7 @@ def _silent(known: Snapshot, document: Mapping[str, Any]) -> Snapshot:
     """Return the snapshot of a process that has not answered: from /proc, and a signal."""
     state = state_of_process(known.pid)
     if not state:
-        reason = f"died without an error: process {known.pid} has ended"
-        return attrs.evolve(known, status=DEAD, reason=reason)
+        return _dead(known)
     reason = f"does not answer: process {known.pid} {state}"
     if state == "computes":
         reason += " in code that does not release Python's interpreter"

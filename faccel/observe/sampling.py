@@ -25,6 +25,7 @@ class Collector:
 
     def __init__(self) -> None:
         self.pauses: deque[tuple[float, float]] = deque(maxlen=256)
+        self._thread_id = threading.get_ident()
         self._start_s: float | None = None
         gc.callbacks.append(self._note)
 
@@ -34,6 +35,8 @@ class Collector:
         return self._start_s is not None
 
     def _note(self, phase: str, info: Mapping[str, int]) -> None:
+        if threading.get_ident() != self._thread_id:  # another thread has caused the run
+            return
         now_s = time.time()
         if phase == "start":
             self._start_s = now_s

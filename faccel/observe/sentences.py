@@ -36,6 +36,15 @@ _PLACES = {
     START: "faccel.init",
     SCRIPT: "the script",
 }
+_VERBS_OF_MANY = {
+    "waits": "wait",
+    "computes": "compute",
+    "is": "are",
+    "has": "have",
+    "does": "do",
+    "runs": "run",
+    "was": "were",
+}
 NEXT_STEPS = {
     DATA: "read less on that rank, or give the DataLoader more workers (`num_workers`)",
     FORWARD: "look at that line: ranks must do equal work in forward; compare batch shapes",
@@ -132,3 +141,16 @@ def state_of(activity: Activity) -> str:
     elif activity.is_idle:
         verb = "waits"
     return f"{verb} in {place_of(activity)}"
+
+
+def of_many(clause: str) -> str:
+    """Return a clause about one rank as one about several.
+
+    Effects: pure.
+
+    Examples:
+        >>> of_many("waits in reduce (train.py:5)"), of_many("failed: ValueError")
+        ('wait in reduce (train.py:5)', 'failed: ValueError')
+    """
+    verb, _, words = clause.partition(" ")
+    return f"{_VERBS_OF_MANY.get(verb, verb)} {words}"

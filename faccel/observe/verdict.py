@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
-from faccel.observe.arrivals import mean_delays
+from faccel.observe.arrivals import delays_of
 from faccel.observe.phases import phase_of, site_of
-from faccel.observe.sentences import NEXT_STEPS, place_of, ranks_text, state_of
+from faccel.observe.sentences import NEXT_STEPS, of_many, place_of, ranks_text, state_of
 from faccel.observe.snapshot import (
     ANSWERED,
     CONSEQUENCE,
@@ -84,7 +84,7 @@ def verdict(snapshots: Sequence[Snapshot]) -> Verdict:
         has_moved = any(snapshot.has_moved for snapshot in answered.values())
         judge = _of_moving if has_moved else _of_hang
         result = judge(answered, by_rank, scenes)
-    evidence = result.evidence + _evidence(by_rank, scenes, result.kind)
+    evidence = result.evidence + _evidence(by_rank, scenes)
     return attrs.evolve(result, evidence=evidence)
 
 
@@ -133,7 +133,10 @@ def _of_cause(
     ranks = tuple(snapshot.rank for snapshot in in_order)
     if first.status in (FAILED, CONSEQUENCE):
         ranks = (first.rank,)
-    sentence = f"{ranks_text(ranks, by_rank)} {first.reason}"
+    reason = first.reason
+    if len(ranks) > 1:
+        reason = of_many(reason)
+    sentence = f"{ranks_text(ranks, by_rank)} {reason}"
     if scenes:
         sentence += _waiting_clause(scenes[-1], ranks, by_rank)
     return Verdict(BROKEN, ranks, phase, site, sentence, (), NEXT_STEPS[first.status])
@@ -148,11 +151,10 @@ def _waiting_clause(
         return ""
     calls = Counter(scene.activities[rank].call for rank in ranks)
     call = calls.most_common(1)[0][0]
-    step = by_rank[ranks[0]].step + 1
-    verb = "wait"
-    if len(ranks) == 1:
-        verb = "waits"
-    return f", {ranks_text(ranks, by_rank)} {verb} for {pronoun} in {call} of step {step}"
+    clause = f"waits for {pronoun} in {call} of step {by_rank[ranks[0]].step + 1}"
+    if len(ranks) > 1:
+        clause = of_many(clause)
+    return f", {ranks_text(ranks, by_rank)} {clause}"
 
 
 def _of_hang(
@@ -182,14 +184,13 @@ def _of_causes(
     by_rank: Mapping[int, Snapshot],
 ) -> Verdict:
     # The load of one moment may be that of the sampling itself.
-    loads = [each.activities[causes[0]].is_idle for each in scenes]
-    is_idle = 2 * sum(loads) > len(loads)
+    num_idle = sum(other.activities[causes[0]].is_idle for other in scenes)
+    is_idle = 2 * num_idle > len(scenes)
     activity = attrs.evolve(scene.activities[causes[0]], is_idle=is_idle)
-    sentence = f"{ranks_text(causes, by_rank)} {state_of(activity)}"
-    pronoun = "it"
+    clause, pronoun = state_of(activity), "it"
     if len(causes) > 1:
-        sentence = sentence.replace(" waits ", " wait ", 1).replace(" computes ", " compute ", 1)
-        pronoun = "them"
+        clause, pronoun = of_many(clause), "them"
+    sentence = f"{ranks_text(causes, by_rank)} {clause}"
     sentence += _waiting_clause(scene, causes, by_rank, pronoun=pronoun)
     next_step = NEXT_STEPS[activity.phase]
     return Verdict(HUNG, tuple(causes), activity.phase, activity.site, sentence, (), next_step)
@@ -211,13 +212,10 @@ def _of_disagreement(
     odd = min(ranks_of.values(), key=lambda ranks: (len(ranks), -_arrival(answered[ranks[0]])))
     activity = scene.activities[odd[0]]
     others = scene.activities[min(set(scene.activities) - set(odd))]
-    verb = "waits"
+    clause = f"waits in {activity.call} ({activity.site}) and did not call"
     if len(odd) > 1:
-        verb = "wait"
-    sentence = (
-        f"{ranks_text(odd, by_rank)} {verb} in {activity.call} ({activity.site}) and did not call "
-        f"{others.call} ({others.site})"
-    )
+        clause = of_many(clause)
+    sentence = f"{ranks_text(odd, by_rank)} {clause} {others.call} ({others.site})"
     sentence += _waiting_clause(scene, odd, by_rank)
     return Verdict(
         HUNG,
@@ -259,11 +257,11 @@ def _of_moving(
         f"{shares[slowest]:.0%} of the time"
     )
     evidence: list[str] = []
-    delays = mean_delays(answered)
-    if slowest in delays:
+    delays = delays_of(slowest, answered)
+    if delays.num_collectives:
         evidence.append(
-            f"rank {slowest} begins a collective {delays[slowest] * 1e3:.0f} ms after the first "
-            "rank on average"
+            f"rank {slowest} began the {delays.num_collectives} collectives of "
+            f"{_seconds(answered)} {delays.total_s * 1e3:.0f} ms after the first rank, in total"
         )
     return Verdict(
         SLOW,
@@ -301,23 +299,38 @@ def _of_even(scenes: Sequence[Scene]) -> Verdict:
     return Verdict(EVEN, (), phase, "", sentence)
 
 
-def _evidence(
-    by_rank: Mapping[int, Snapshot], scenes: Sequence[Scene], kind: str
-) -> tuple[str, ...]:
+def _seconds(answered: Mapping[int, Snapshot]) -> str:
+    moments = answered[min(answered)].moments
+    return f"{moments[-1].time_s - moments[0].time_s:.1f} s"
+
+
+def _evidence(by_rank: Mapping[int, Snapshot], scenes: Sequence[Scene]) -> tuple[str, ...]:
     """Return one line for each group of ranks that do the same, with the most common first."""
     ranks_of: dict[str, list[int]] = {}
     for rank, snapshot in sorted(by_rank.items()):
         clause = snapshot.reason or snapshot.status
         if scenes and rank in scenes[-1].activities:
-            activity = scenes[-1].activities[rank]
-            # The load at one moment of a run that moves is chance.
-            clause = state_of(activity)
-            if kind in (SLOW, EVEN) and not activity.call:
-                clause = f"was in {place_of(activity)}"
-            if snapshot.loader:
-                clause += f"; {snapshot.loader}"
+            clause = _usual_clause(rank, scenes)
+        if snapshot.loader:
+            clause += f"; {snapshot.loader}"
         ranks_of.setdefault(clause, []).append(rank)
     lines: list[str] = []
     for clause, ranks in sorted(ranks_of.items(), key=lambda item: (-len(item[1]), item[1])):
+        if len(ranks) > 1:
+            clause = of_many(clause)
         lines.append(f"{ranks_text(ranks, by_rank)}: {clause}")
     return tuple(lines)
+
+
+def _usual_clause(rank: int, scenes: Sequence[Scene]) -> str:
+    """Return what a rank does most of the time, with its part of the time."""
+    counts: Counter[str] = Counter()
+    for scene in scenes:
+        activity = scene.activities[rank]
+        # Of lines of one phase, the load at a moment is chance.
+        counts[state_of(attrs.evolve(activity, is_idle=False))] += 1
+    clause, count = counts.most_common(1)[0]
+    clause = clause.replace("computes in", "is in", 1)
+    if count < len(scenes):
+        clause += f" {count / len(scenes):.0%} of the time"
+    return clause

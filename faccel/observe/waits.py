@@ -6,7 +6,15 @@ from collections.abc import Mapping
 
 import attrs
 
-from faccel.observe.phases import COLLECTOR, collective_of, phase_of, site_of
+from faccel.observe.phases import (
+    BACKWARD,
+    COLLECTOR,
+    FORWARD,
+    OPTIMIZER,
+    collective_of,
+    phase_of,
+    site_of,
+)
 from faccel.observe.snapshot import Moment, Snapshot
 
 
@@ -117,6 +125,9 @@ def _activity(snapshot: Snapshot, moment: Moment, groups_ahead: tuple[str, ...])
         return Activity(COLLECTOR, site)
     group = _pending(snapshot, groups_ahead)
     call = collective_of(moment.stack)
+    # Below a model or a backward the collective explains more than the function of a hook.
+    if call and group and phase in (FORWARD, BACKWARD, OPTIMIZER):
+        call = snapshot.groups[group].op or call
     is_in_library = bool(moment.stack) and not moment.stack[0].is_user
     # DDP waits for its gradients in C++: no Python frame shows it, only that nothing is computed.
     if not call and groups_ahead and is_in_library and moment.is_idle:
