@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from faccel.observe.verdict import Verdict
 
 _EXIT_CODES = {"even": 0, "ended": 0, "slow": 3, "hung": 4, "broken": 5}
-_INTERVAL_S = 0.005
+_INTERVAL_S = 0.005  # some ten moments in a step of 50 ms
 
 
 @click.command()
@@ -47,6 +47,7 @@ def why(run: str, *, seconds: float, stacks: bool, as_json: bool) -> None:
     result = verdict(snapshots)
     rows: list[tuple[str, ...]] = [(result.sentence,)]
     rows += [("", line) for line in result.evidence]
+    # After the evidence, where a reader of the end gets it.
     if result.next_step:
         rows.append((f"To fix: {result.next_step}.",))
     if stacks:

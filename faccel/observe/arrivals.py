@@ -31,13 +31,15 @@ def delays_of(rank: int, snapshots: Mapping[int, Snapshot]) -> Delays:
     Effects: pure.
     """
     delays = Delays()
-    own = snapshots[rank]
-    start_s = own.moments[0].time_s
-    for name, group in own.groups.items():
+    snapshot = snapshots[rank]
+    # Older arrivals are of another part of the run, such as its slow first step.
+    start_s = snapshot.moments[0].time_s
+    for name, group in snapshot.groups.items():
         peers = _arrivals(name, snapshots)
         if group.has_messages or len(peers) < 2:
             continue
         for number, time_s in group.arrivals.items():
+            # The recorder of a rank that is ahead may have dropped the collective already.
             times = [arrivals[number] for arrivals in peers if number in arrivals]
             if time_s >= start_s and len(times) == len(peers):
                 total_s = delays.total_s + time_s - min(times)

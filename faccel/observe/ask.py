@@ -69,6 +69,7 @@ def ask(run: str, *, duration_s: float, interval_s: float) -> list[Snapshot]:
     # At the same time, so that the moments of the ranks can be compared.
     with ThreadPoolExecutor(len(documents)) as pool:
         snapshots = list(pool.map(lambda document: _snapshot(document, request), documents))
+    # A rank that has not reached `init` has no file, but the others have its number.
     present = {snapshot.rank for snapshot in snapshots}
     for rank in range(world_size):
         if rank not in present:
@@ -78,6 +79,24 @@ def ask(run: str, *, duration_s: float, interval_s: float) -> list[Snapshot]:
     return [_with_launch(snapshot, launch, documents) for snapshot in snapshots]
 
 
+def running_process(run_dir: str, rank: int) -> int | None:
+    """Return the other process of this node that is a rank of the run folder, None without one.
+
+    Effects: ambient. Reads the file of the rank.
+    """
+    try:
+        document = json.loads(rank_file.rank_path(run_dir, rank).read_text(encoding="utf-8"))
+        pid, ticks = document["pid"], document["start_ticks"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or of another program
+        return None
+    if document.get("host") != socket.gethostname() or "end" in document or pid == os.getpid():
+        return None
+    # Without /proc an earlier process is not found.
+    if ticks is None or start_ticks(pid) != ticks:
+        return None
+    return int(pid)
+
+
 def _snapshot(document: Mapping[str, Any], request: Mapping[str, float]) -> Snapshot:
     known = Snapshot(
         document["rank"],
@@ -85,12 +104,14 @@ def _snapshot(document: Mapping[str, Any], request: Mapping[str, float]) -> Snap
         pid=document["pid"],
         coordinates=document["coordinates"],
     )
+    # First, because a number of a process that has ended may be that of another one now.
     end = document.get("end")
     if end is not None:
         return _ended(known, end)
     if document["host"] != socket.gethostname():
         reason = f"runs on {document['host']}, where `faccel why` asks it"
         return attrs.evolve(known, status=REMOTE, reason=reason)
+    # The number alone may be that of a later process. Without /proc only the socket shows it.
     if document["start_ticks"] is not None and start_ticks(known.pid) != document["start_ticks"]:
         return _dead(known)
     try:
@@ -124,6 +145,7 @@ def _ends(document: Mapping[str, Any]) -> bool:
 
 def _ended(known: Snapshot, end: Mapping[str, Any]) -> Snapshot:
     """Return the snapshot of a rank that has written how it ended."""
+    # The cause of an error of a collective is on the rank that it names.
     status, reason = FINISHED, "has closed its context"
     if end["error"]:
         status, reason = FAILED, f"failed: {end['error']}"
@@ -139,15 +161,15 @@ def _request(folder: str, request: Mapping[str, float]) -> dict[str, Any]:
         with socket_address(folder) as address:
             connection.connect(address)
         connection.sendall(json.dumps(request).encode())
-        parts: list[bytes] = []
+        data_parts: list[bytes] = []
         while True:
             # The deadline is of the answer, not of each part.
             connection.settimeout(max(deadline_s - time.monotonic(), 0.01))
             data = connection.recv(1 << 20)
             if not data:
                 break
-            parts.append(data)
-    answer = json.loads(b"".join(parts))
+            data_parts.append(data)
+    answer = json.loads(b"".join(data_parts))
     assert isinstance(answer, dict)
     return answer
 
@@ -160,6 +182,7 @@ def _silent(known: Snapshot, document: Mapping[str, Any]) -> Snapshot:
     reason = f"does not answer: process {known.pid} {state}"
     if state == "computes":
         reason += " in code that does not release Python's interpreter"
+    # The function of the kernel names the file system, as in `nfs_wait_bit_killable`.
     kernel = waits_in_kernel(known.pid)
     if kernel and "disk" in state:
         reason += f" (in {kernel})"
@@ -180,6 +203,7 @@ def _stack_by_signal(pid: int, document: Mapping[str, Any]) -> tuple[Frame, ...]
     # Without a handler the signal would end the process.
     if not number or not catches(pid, number):
         return ()
+    # The file grows with each signal; only what this one adds is read.
     try:
         size = path.stat().st_size
         os.kill(pid, number)
@@ -192,6 +216,7 @@ def _stack_by_signal(pid: int, document: Mapping[str, Any]) -> tuple[Frame, ...]
         return ()
     # The main thread is the last one of the text.
     _, _, last = text.rpartition("hread 0x")
+    # The text has paths only, so that libraries are recognised by their folders.
     frames: list[Frame] = []
     start = os.path.join(document.get("start_folder", ""), "")
     for file, line, function in _FRAME.findall(last):
@@ -202,14 +227,15 @@ def _stack_by_signal(pid: int, document: Mapping[str, Any]) -> tuple[Frame, ...]
 
 def _workers(pid: int) -> str:
     """Return a clause about the processes that a rank has started, usually of its loader."""
+    # Workers are asked nothing: a dataset that reads from a slow disk shows in their state.
     states = Counter(state_of_process(child) for child in children(pid))
     if not states:
         return ""
-    parts = [f"{count} {state}" for state, count in states.most_common() if state]
+    clauses = [f"{count} {state}" for state, count in states.most_common() if state]
     noun = "worker process"
     if states.total() > 1:
         noun = "worker processes"
-    return f"of its {states.total()} {noun} {', '.join(parts)}"
+    return f"of its {states.total()} {noun} {', '.join(clauses)}"
 
 
 def _with_launch(
@@ -217,6 +243,7 @@ def _with_launch(
 ) -> Snapshot:
     """Add what the launcher has written: which rank failed first, and how."""
     start_s = min(document["start_s"] for document in documents)
+    # The file of an earlier run in the same folder stays.
     if not launch or launch["time_s"] < start_s or snapshot.status not in (DEAD, MISSING):
         return snapshot
     if snapshot.rank == launch["rank"]:

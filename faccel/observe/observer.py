@@ -88,8 +88,10 @@ class Observer:
         }
         self._thread = threading.Thread(target=self._serve, name="faccel-observe", daemon=True)
         self._thread.start()
+        # Last: a reader of it may connect at once.
         rank_file.write(self._path, self._document)
 
+    # Written by the thread that trains: the observer may be answering meanwhile.
     def note_end(self, error: BaseException | None) -> None:
         """Write how this rank has ended, for a `faccel why` after it; the first call counts."""
         if "end" in self._document or os.getpid() != self._pid:
@@ -109,6 +111,7 @@ class Observer:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        # Limited: it may be recording for a client, and the process must still end.
         self._thread.join(1.0)
         self._sampler.close()
         if self._signal:
@@ -128,6 +131,7 @@ class Observer:
                     self._answer(connection)
 
     def _answer(self, connection: socket.socket) -> None:
+        # One packet of a Unix socket: the request is shorter than any buffer.
         request = json.loads(connection.recv(_MAX_REQUEST))
         duration_s = min(float(request["duration_s"]), _MAX_WINDOW_S)
         interval_s = max(float(request["interval_s"]), _MIN_INTERVAL_S)
@@ -163,6 +167,7 @@ def _register_signal(folder: str) -> tuple[int, IO[str]]:
     file = open(os.path.join(folder, STACKS), "w", encoding="utf-8")  # noqa: SIM115 (until `close`)
     if not hasattr(signal, "SIGRTMIN"):
         return 0, file
+    # Not the first ones, which other libraries prefer, and none that has a handler.
     for number in range(signal.SIGRTMIN + 8, signal.SIGRTMAX):
         if signal.getsignal(number) == signal.SIG_DFL:
             faulthandler.register(number, file, all_threads=True)

@@ -51,9 +51,10 @@ def package_path(frame: Frame) -> str:
         return ""
     path = frame.file.replace("\\", "/")
     for root in _ROOTS:
-        _, separator, rest = path.rpartition(f"/{root}")
+        # The last one: an environment may be in a folder of the name `torch`.
+        _, separator, tail = path.rpartition(f"/{root}")
         if separator:
-            return root + rest
+            return root + tail
         if path.startswith(root):  # relative to where the process started
             return path
     return ""
@@ -108,6 +109,7 @@ def collective_of(stack: Stack) -> str:
     """
     collective = call = ""
     for frame in stack:
+        # A function of the user below a collective, such as a hook, does not wait for ranks.
         if frame.is_user:
             break
         if package_path(frame).startswith(_COMM) and frame.function != "wrapper":

@@ -26,7 +26,7 @@ def start_ticks(pid: int) -> int | None:
     fields = _stat_fields(pid)
     if fields is None or fields[0] in ("Z", "X"):  # it has ended, and its parent has not noticed
         return None
-    return int(fields[19])
+    return int(fields[19])  # field 22 of proc(5), as the first two are cut off
 
 
 def state_of_process(pid: int) -> str:
@@ -58,6 +58,7 @@ def catches(pid: int, number: int) -> bool:
 
     Effects: ambient. Reads /proc.
     """
+    # A bit mask in hexadecimal, whose lowest bit is signal 1.
     match = re.search(r"^SigCgt:\s*([0-9a-f]+)", _read(pid, "status"), re.M)
     return match is not None and bool(int(match[1], 16) >> (number - 1) & 1)
 

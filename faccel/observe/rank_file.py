@@ -51,18 +51,19 @@ def read_run(run: str) -> tuple[Path, list[dict[str, Any]]]:
     Raises:
         ConfigError: There is no such folder, or no rank has written a file in it.
     """
-    given = Path(run)
-    if not given.is_dir():
+    path = Path(run)
+    if not path.is_dir():
         raise ConfigError(
             "`RUN` must be a run folder",
             got=f"`{short_text(run)}`, which is no folder",
             fix="name the folder of `faccel launch --run-dir DIR`, as in `faccel why DIR`",
         )
-    for folder in (given, given.absolute().parent):
+    # A tracker has its folder in the run folder, and users name either.
+    for folder in (path, path.absolute().parent):
         documents = _documents(folder / FOLDER)
         if documents:
             return folder, _of_last_attempt(documents)
-    below = [path.parent for path in sorted(given.glob(f"*/{FOLDER}"))]
+    below = [match.parent for match in sorted(path.glob(f"*/{FOLDER}"))]
     fix = "start it with `faccel launch --run-dir DIR`, or set `run_dir` in the configuration"
     if below:
         fix = f"write `faccel why {short_text(str(below[0]))}`"
@@ -80,6 +81,7 @@ def _documents(folder: Path) -> list[dict[str, Any]]:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # another program's file, or one of another user
             continue
+        # Another program may have a file of this name; a rank writes these in any version.
         if isinstance(document, dict) and {"rank", "pid", "world", "start_s"} <= document.keys():
             documents.append(document)
     return documents
@@ -87,6 +89,7 @@ def _documents(folder: Path) -> list[dict[str, Any]]:
 
 def _of_last_attempt(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Drop the files of an earlier run in the same folder, or of an earlier attempt."""
+    # A run on fewer ranks than the one before leaves files of the ranks that it does not have.
     newest = max(documents, key=lambda document: document["start_s"])
     return [document for document in documents if document["world"] == newest["world"]]
 

@@ -79,11 +79,13 @@ class Sampler:
         last_s, last_cpu_s = time.monotonic(), self._cpu_s()
         groups = _groups()
         while True:
+            # First, so that the load of the first moment covers an interval.
             time.sleep(interval_s)
             in_collector = self._collector.is_running
             stack = current_stack(self._thread_id)
             if stack is None:
                 break
+            # After the stack: a number that is too high would let a late rank look like the others.
             numbers = _numbers(groups)
             now_s, cpu_s = time.monotonic(), self._cpu_s()
             load = (cpu_s - last_cpu_s) / max(now_s - last_s, 1e-9)
@@ -94,6 +96,7 @@ class Sampler:
                 break
             groups = _groups()  # the run may create one meanwhile
         progress = self._progress()
+        # Their stacks at the end are enough: they do not train.
         observer_id = threading.get_ident()
         return {
             "stacks": list(stacks),
@@ -138,6 +141,7 @@ def _numbers(groups: Mapping[str, tuple[Any, str]]) -> tuple[tuple[str, int], ..
     numbers: list[tuple[str, int]] = []
     for name, (group, _) in groups.items():
         number = sequence_number(group)
+        # A backend that does not count leaves only the stacks.
         if number is not None:
             numbers.append((name, number))
     return tuple(numbers)
@@ -154,10 +158,12 @@ def _describe(
         entries.setdefault(entry["process_group"][0], []).append(entry)
     values: dict[str, dict[str, Any]] = {}
     for key, (group, name) in groups.items():
+        # The newest: a client compares the arrivals of its window only.
         rows = entries.get(name, [])[-_MAX_ARRIVALS:]
         axis = axes.get(name, "")
         op, is_pending = "", False
         if rows:
+            # as in `gloo:all_reduce`
             op = rows[-1]["profiling_name"].rpartition(":")[2]
             is_pending = not rows[-1]["retired"]
         values[key] = {

@@ -108,6 +108,7 @@ def _runs(ranks: Sequence[int]) -> str:
 
 def _common_index(ranks: set[int], by_rank: Mapping[int, Snapshot]) -> str:
     """Return `axis=index` if exactly these ranks have that index, else nothing."""
+    # An index that all ranks have explains nothing.
     if ranks == set(by_rank):
         return ""
     first = by_rank.get(min(ranks))
@@ -135,6 +136,7 @@ def state_of(activity: Activity) -> str:
     """
     if activity.call:
         return f"waits in {activity.call} ({activity.site})"
+    # The collector computes, but the reason is that it runs at all.
     verb = "computes"
     if activity.phase == COLLECTOR:
         verb = "is"

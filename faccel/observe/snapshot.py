@@ -164,9 +164,16 @@ def from_answer(answer: Mapping[str, Any], identity: Mapping[str, Any]) -> Snaps
         moments.append(moment)
     groups: dict[str, Group] = {}
     for name, values in answer["groups"].items():
+        # JSON has neither tuples nor numbers as keys.
         arrivals = {int(number): time_s for number, time_s in values["arrivals"].items()}
-        fields = {**values, "ranks": tuple(values["ranks"]), "arrivals": arrivals}
-        groups[name] = Group(**fields)
+        groups[name] = Group(
+            ranks=tuple(values["ranks"]),
+            axis=values["axis"],
+            op=values["op"],
+            is_pending=values["is_pending"],
+            arrivals=arrivals,
+            has_messages=values["has_messages"],
+        )
     return Snapshot(
         rank=identity["rank"],
         host=identity["host"],

@@ -22,6 +22,7 @@ def current_stack(thread_id: int) -> tuple[FrameValues, ...] | None:
 
     Effects: pure.
     """
+    # A copy of references: the threads continue, and nothing of them is locked.
     frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]
     frame = frames.get(thread_id)
     if frame is None:

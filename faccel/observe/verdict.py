@@ -82,14 +82,17 @@ def verdict(snapshots: Sequence[Snapshot]) -> Verdict:
     result = _of_broken(by_rank, scenes)
     if result is None:
         has_moved = any(snapshot.has_moved for snapshot in answered.values())
-        judge = _of_moving if has_moved else _of_hang
-        result = judge(answered, by_rank, scenes)
+        if has_moved:
+            result = _of_moving(answered, by_rank, scenes)
+        else:
+            result = _of_hang(answered, by_rank, scenes)
     evidence = result.evidence + _evidence(by_rank, scenes)
     return attrs.evolve(result, evidence=evidence)
 
 
 def _scenes(answered: Mapping[int, Snapshot]) -> list[Scene]:
     """Return what the ranks do, at equal distances over the time that all of them cover."""
+    # Each rank has its times. Between two moments it does what it did at the first one.
     if not answered:
         return []
     start_s = max(snapshot.moments[0].time_s for snapshot in answered.values())
@@ -149,6 +152,7 @@ def _waiting_clause(
     ranks = sorted(scene.waiting - set(causes))
     if not ranks:
         return ""
+    # They may wait at several lines; the sentence has room for one call.
     calls = Counter(scene.activities[rank].call for rank in ranks)
     call = calls.most_common(1)[0][0]
     clause = f"waits for {pronoun} in {call} of step {by_rank[ranks[0]].step + 1}"
@@ -167,6 +171,11 @@ def _of_hang(
         sentence = f"no rank runs on this node; its ranks are on {', '.join(hosts)}"
         return Verdict(BROKEN, (), "", "", sentence, (), NEXT_STEPS[REMOTE])
     scene = scenes[-1]
+    is_computing = any(not activity.is_idle for activity in scene.activities.values())
+    # One process, or a step that is longer than the window: no rank keeps another one.
+    if is_computing and not scene.waiting:
+        return _of_even(scenes)
+    # Without a late rank the others wait in the store, as in the body of `main_first`.
     causes = scene.causes or frozenset(scene.activities) - scene.waiting
     if causes:
         return _of_causes(sorted(causes), scene, scenes, by_rank)
@@ -242,6 +251,7 @@ def _of_moving(
     answered: Mapping[int, Snapshot], by_rank: Mapping[int, Snapshot], scenes: Sequence[Scene]
 ) -> Verdict:
     """Return the verdict about a run that moves: the rank that the others wait for the most."""
+    # A rank on which no other one waits costs no time, however long its phases take.
     counts: Counter[int] = Counter()
     for scene in scenes:
         counts.update(scene.causes)
@@ -293,9 +303,9 @@ def _of_even(scenes: Sequence[Scene]) -> Verdict:
     phases: Counter[str] = Counter()
     for scene in scenes:
         phases.update(activity.phase for activity in scene.activities.values())
-    parts = [f"{phase} {count / phases.total():.0%}" for phase, count in phases.most_common()]
+    shares = [f"{phase} {count / phases.total():.0%}" for phase, count in phases.most_common()]
     phase = phases.most_common(1)[0][0]
-    sentence = f"the run moves, and no rank is slower than the others: {', '.join(parts)}"
+    sentence = f"the run moves, and no rank is slower than the others: {', '.join(shares)}"
     return Verdict(EVEN, (), phase, "", sentence)
 
 

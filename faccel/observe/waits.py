@@ -74,6 +74,7 @@ def scene_at(snapshots: Mapping[int, Snapshot], time_s: float) -> Scene | None:
     moments: dict[int, Moment] = {}
     for rank, snapshot in snapshots.items():
         moment = snapshot.at(time_s)
+        # A rank without a moment would seem to be late.
         if moment is None:
             return None
         moments[rank] = moment
@@ -82,6 +83,7 @@ def scene_at(snapshots: Mapping[int, Snapshot], time_s: float) -> Scene | None:
     waits_for: dict[int, frozenset[int]] = {}
     late: frozenset[int] = frozenset()
     for rank, moment in moments.items():
+        # In one group a rank is late, whatever it has begun in its other groups.
         slower = frozenset[int]().union(*ahead[rank].values())
         late |= slower
         activities[rank] = _activity(snapshots[rank], moment, tuple(ahead[rank]))
@@ -128,6 +130,7 @@ def _activity(snapshot: Snapshot, moment: Moment, groups_ahead: tuple[str, ...])
     # Below a model or a backward the collective explains more than the function of a hook.
     if call and group and phase in (FORWARD, BACKWARD, OPTIMIZER):
         call = snapshot.groups[group].op or call
+    # A line of the user, such as `time.sleep`, waits for no rank.
     is_in_library = bool(moment.stack) and not moment.stack[0].is_user
     # DDP waits for its gradients in C++: no Python frame shows it, only that nothing is computed.
     if not call and groups_ahead and is_in_library and moment.is_idle:

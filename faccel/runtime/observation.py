@@ -28,7 +28,7 @@ class Observation:
 
     def __init__(self) -> None:
         self._observer: Observer | None = None
-        self._stack = ExitStack()
+        self._stack = ExitStack()  # holds the folder of the socket
         self._ctx: DistContext | None = None
         self._context_id: int | None = None
 
@@ -52,6 +52,7 @@ class Observation:
 
     def _start(self, run_dir: str, topology: Topology, spec: MeshSpec) -> None:
         # Only here, because few runs need it at the start.
+        from faccel.observe.ask import running_process
         from faccel.observe.observer import Identity, Observer
 
         indices = spec.coordinates(topology.rank)
@@ -64,6 +65,13 @@ class Observation:
             world=f"{topology.main_address}:{topology.main_port}/{topology.attempt}",
             coordinates=coordinates,
         )
+        other = running_process(run_dir, topology.rank)
+        if other is not None:
+            # `faccel env`, or an evaluation in the folder of a training that runs.
+            _logger.warning(
+                "rank %d of `%s` is observed already: %d", topology.rank, run_dir, other
+            )
+            return
         try:
             folder = self._stack.enter_context(private_folder("faccel-rank-"))
             self._observer = Observer(run_dir, folder, identity, self._progress)
@@ -84,6 +92,7 @@ class Observation:
         axes: dict[str, str] = {}
         groups: Mapping[str, Any] = getattr(self._ctx.comm, "groups", {})
         for axis, group in list(groups.items()):
+            # DDP and FSDP2 use these groups, too, so that their collectives have an axis.
             axes[group.group_name] = axis
         return {"step": self._ctx.lifetime.num_updates, "loader": "", "axes": axes}
 
@@ -98,6 +107,7 @@ class Observation:
             self._close(error)
 
     def _close(self, error: BaseException | None) -> None:
+        # First None: an error while it closes must not keep the next context from starting one.
         observer, self._observer = self._observer, None
         self._ctx = self._context_id = None
         if observer is not None:

@@ -207,6 +207,21 @@ def test_a_computing_rank_differs_from_a_waiting_one_in_its_use_of_the_processor
         assert result.sentence.startswith(f"rank 1 {verb} in the script (train.py:17)")
 
 
+def test_ranks_that_all_compute_in_a_long_step_do_not_hang():
+    ranks = [still(number, STACKS["forward"], {"data": 7}, 0.9) for number in range(4)]
+    result = verdict(ranks)
+    assert (result.kind, result.ranks, result.phase) == ("even", (), "forward")
+    ranks[2] = still(2, STACKS["data"], {"data": 7})
+    assert verdict(ranks).kind == "even"
+
+
+def test_ranks_that_all_wait_for_their_data_are_named_together():
+    ranks = [still(number, STACKS["data"], {"data": 7}) for number in range(4)]
+    result = verdict(ranks)
+    assert (result.kind, result.ranks, result.phase) == ("hung", (0, 1, 2, 3), "data")
+    assert result.sentence == "ranks 0-3 wait in the DataLoader (train.py:7)"
+
+
 BROKEN = {
     states.DEAD: "died without an error: process 7 has ended",
     states.FAILED: "failed: ValueError: no",
