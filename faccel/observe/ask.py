@@ -79,24 +79,6 @@ def ask(run: str, *, duration_s: float, interval_s: float) -> list[Snapshot]:
     return [_with_launch(snapshot, launch, documents) for snapshot in snapshots]
 
 
-def running_process(run_dir: str, rank: int) -> int | None:
-    """Return the other process of this node that is a rank of the run folder, None without one.
-
-    Effects: ambient. Reads the file of the rank.
-    """
-    try:
-        document = json.loads(rank_file.rank_path(run_dir, rank).read_text(encoding="utf-8"))
-        pid, ticks = document["pid"], document["start_ticks"]
-    except (OSError, ValueError, KeyError, TypeError):  # none, or of another program
-        return None
-    if document.get("host") != socket.gethostname() or "end" in document or pid == os.getpid():
-        return None
-    # Without /proc an earlier process is not found.
-    if ticks is None or start_ticks(pid) != ticks:
-        return None
-    return int(pid)
-
-
 def _snapshot(document: Mapping[str, Any], request: Mapping[str, float]) -> Snapshot:
     known = Snapshot(
         document["rank"],

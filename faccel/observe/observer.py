@@ -124,8 +124,8 @@ class Observer:
                 connection, _ = self._listener.accept()
             except OSError:  # closed
                 return
-            # A client that has left must not end the thread.
-            with connection, suppress(OSError, ValueError, RuntimeError):
+            # Any error: a client that leaves, or asks nonsense, must not end the thread.
+            with connection, suppress(Exception):
                 connection.settimeout(1.0)
                 if _is_allowed(connection):
                     self._answer(connection)

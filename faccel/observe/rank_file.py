@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from faccel.errors import ConfigError, short_text
+from faccel.observe.process import start_ticks
 
 FOLDER = ".faccel"
 """In the run folder; a tracker cannot have this name."""
@@ -20,9 +22,10 @@ LAUNCH_FILE = "launch.json"
 def rank_path(run_dir: str, rank: int) -> Path:
     """Return the path of the file of a rank.
 
-    Effects: pure.
+    Effects: ambient. Reads the current folder.
     """
-    return Path(run_dir) / FOLDER / f"{_PREFIX}{rank:05}.json"
+    # Absolute, because a script may change its folder before the run ends.
+    return Path(run_dir).absolute() / FOLDER / f"{_PREFIX}{rank:05}.json"
 
 
 def write(path: Path, values: Mapping[str, Any]) -> None:
@@ -38,6 +41,24 @@ def write(path: Path, values: Mapping[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     temporary.write_text(json.dumps(values), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def running_process(run_dir: str, rank: int) -> int | None:
+    """Return the other process of this node that is a rank of the run folder, None without one.
+
+    Effects: ambient. Reads the file of the rank.
+    """
+    try:
+        document = json.loads(rank_path(run_dir, rank).read_text(encoding="utf-8"))
+        pid, ticks = document["pid"], document["start_ticks"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or of another program
+        return None
+    if document.get("host") != socket.gethostname() or "end" in document or pid == os.getpid():
+        return None
+    # Without /proc an earlier process is not found.
+    if ticks is None or start_ticks(pid) != ticks:
+        return None
+    return int(pid)
 
 
 def read_run(run: str) -> tuple[Path, list[dict[str, Any]]]:
@@ -76,10 +97,17 @@ def read_run(run: str) -> tuple[Path, list[dict[str, Any]]]:
 
 def _documents(folder: Path) -> list[dict[str, Any]]:
     documents: list[dict[str, Any]] = []
-    for path in sorted(folder.glob(f"{_PREFIX}*.json")):
+    # Not `glob`, which hides that the folder is unreadable.
+    try:
+        names = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    for name in names:
+        if not name.startswith(_PREFIX) or not name.endswith(".json"):
+            continue
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # another program's file, or one of another user
+            document = json.loads((folder / name).read_text(encoding="utf-8"))
+        except ValueError:  # another program's file
             continue
         # Another program may have a file of this name; a rank writes these in any version.
         if isinstance(document, dict) and {"rank", "pid", "world", "start_s"} <= document.keys():

