@@ -51,3 +51,25 @@ def _arrivals(name: str, snapshots: Mapping[int, Snapshot]) -> list[Mapping[int,
     """Return the arrivals of each rank that has this group."""
     groups = [snapshot.groups.get(name) for snapshot in snapshots.values()]
     return [group.arrivals for group in groups if group is not None]
+
+
+def num_repeated(snapshot: Snapshot) -> int:
+    """Return how many of a rank's last collectives have come earlier, in the same order of groups.
+
+    A training loop repeats itself. A rank that has skipped a collective breaks the order with its
+    next one, and the others have repeated a step up to the one in which they wait.
+
+    Effects: pure.
+    """
+    calls: list[tuple[float, str]] = []
+    for name, group in snapshot.groups.items():
+        calls += [(time_s, name) for time_s in group.arrivals.values()]
+    names = [name for _, name in sorted(calls)]
+    longest = 0
+    # The longest end of the order that is also the end of a part of it before.
+    for end in range(1, len(names)):
+        length = 0
+        while length < end and names[end - 1 - length] == names[-1 - length]:
+            length += 1
+        longest = max(longest, length)
+    return longest

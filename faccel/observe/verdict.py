@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
-from faccel.observe.arrivals import delays_of
+from faccel.observe.arrivals import delays_of, num_repeated
 from faccel.observe.phases import phase_of, site_of
 from faccel.observe.sentences import NEXT_STEPS, of_many, place_of, ranks_text, state_of
 from faccel.observe.snapshot import (
@@ -217,8 +217,16 @@ def _of_disagreement(
         activity = scene.activities[min(scene.activities)]
         sentence = f"every rank waits in {activity.call} ({activity.site}), which does not end"
         return Verdict(HUNG, (), activity.phase, activity.site, sentence, (), NEXT_STEPS["network"])
-    # The fewest ranks make another call than the others; of equally many, those that came last.
-    odd = min(ranks_of.values(), key=lambda ranks: (len(ranks), -_arrival(answered[ranks[0]])))
+    # The fewest ranks make another call than the others. Of equally many, those that break the
+    # order of the steps before, and else those that came last.
+    odd = min(
+        ranks_of.values(),
+        key=lambda ranks: (
+            len(ranks),
+            num_repeated(answered[ranks[0]]),
+            -_arrival(answered[ranks[0]]),
+        ),
+    )
     activity = scene.activities[odd[0]]
     others = scene.activities[min(set(scene.activities) - set(odd))]
     clause = f"waits in {activity.call} ({activity.site}) and did not call"

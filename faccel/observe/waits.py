@@ -138,11 +138,12 @@ def _activity(snapshot: Snapshot, moment: Moment, groups_ahead: tuple[str, ...])
     return Activity(phase, site, call, group, moment.is_idle)
 
 
-def _pending(snapshot: Snapshot, names: tuple[str, ...]) -> str:
-    """Return the group in whose collective a rank waits, of those of which it has begun more."""
-    for name in names:
+def _pending(snapshot: Snapshot, names_ahead: tuple[str, ...]) -> str:
+    """Return the group in whose collective a rank waits, empty if it waits in none."""
+    # Those of which it has begun more, or all: a rank that has died has no numbers.
+    for name in names_ahead or tuple(snapshot.groups):
         if snapshot.groups[name].is_pending:
             return name
-    if names:
-        return names[0]
+    if names_ahead:
+        return names_ahead[0]
     return ""

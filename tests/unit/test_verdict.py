@@ -194,6 +194,30 @@ def test_of_two_ranks_that_disagree_the_one_that_came_last_is_named():
         assert verdict(ranks).ranks == (last,)
 
 
+@pytest.mark.parametrize("num_buckets", [1, 2, 3])
+@pytest.mark.parametrize("odd", range(2))
+@pytest.mark.parametrize("is_later", [False, True])
+def test_of_two_ranks_the_one_that_breaks_the_order_of_its_steps_has_skipped(
+    num_buckets, odd, is_later
+):
+    # Each step reduces the buckets of DDP, and then a metric, which one rank skips in step 5.
+    ranks = []
+    for number in range(2):
+        calls = (["data"] * num_buckets + ["own"]) * 5 + ["data"] * num_buckets
+        calls.append("data" if number == odd else "own")
+        times = [float(index) for index in range(len(calls))]
+        times[-1] += (number == odd) == is_later
+        groups, numbers = {}, {}
+        for name in ("data", "own"):
+            own_times = [time for time, call in zip(times, calls, strict=True) if call == name]
+            groups[name] = attrs.evolve(ALL, arrivals=dict(enumerate(own_times)))
+            numbers[name] = len(own_times)
+        stack = IN_BACKWARD if number == odd else (C10D, user(60))
+        ranks.append(still(number, stack, numbers, groups=groups))
+    result = verdict(ranks)
+    assert (result.kind, result.ranks, result.phase) == ("hung", (odd,), "backward")
+
+
 def test_all_ranks_in_one_collective_are_the_network():
     result = verdict([still(number, IN_REDUCE, {"data": 8}) for number in range(4)])
     assert (result.kind, result.ranks) == ("hung", ())
