@@ -115,3 +115,27 @@ def test_ranks_that_wait_in_init_for_one_that_has_not_started(tmp_path):
         process.kill()
     assert result.ranks == (1,)
     assert "rank 1 has not reached `faccel.init`" in result.sentence
+
+
+SCRIPT = """
+import os, signal, sys
+import torch
+import faccel
+
+with faccel.init() as ctx:
+    faccel.reduce(torch.ones(2), ctx)
+    if ctx.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    faccel.reduce(torch.ones(2), ctx)
+"""
+
+
+def test_after_a_launch_the_rank_that_was_killed_is_named_with_its_signal(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    run_dir = str(tmp_path / "run")
+    launch = ["launch", "--cpu", "--nproc", "2", "--run-dir", run_dir, str(tmp_path / "train.py")]
+    code, _, _ = Command(*launch).wait()
+    assert code == 128 + signal.SIGKILL
+    code, out, _ = Command("why", run_dir).wait()
+    assert code == 5
+    assert out.splitlines()[0] == "rank 1 died: signal 9"
