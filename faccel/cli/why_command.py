@@ -10,6 +10,7 @@ import attrs
 import click
 
 from faccel.cli.output import json_option, present
+from faccel.errors import printable
 
 if TYPE_CHECKING:
     from faccel.observe.snapshot import Snapshot, Stack
@@ -45,14 +46,19 @@ def why(run: str, *, seconds: float, stacks: bool, as_json: bool) -> None:
 
     snapshots = ask(run, duration_s=seconds, interval_s=min(_INTERVAL_S, seconds / 4))
     result = verdict(snapshots)
-    rows: list[tuple[str, ...]] = [(result.sentence,)]
-    rows += [("", line) for line in result.evidence]
+    if as_json:
+        present(_document(result, snapshots), (), as_json=True)
+        sys.exit(_EXIT_CODES[result.kind])
+    click.secho(printable(result.sentence), bold=True)  # plain in a pipe
+    lines = list(result.evidence)
     # After the evidence, where a reader of the end gets it.
     if result.next_step:
-        rows.append((f"To fix: {result.next_step}.",))
+        lines.append(f"To fix: {result.next_step}.")
     if stacks:
-        rows += _stack_rows(snapshots)
-    present(_document(result, snapshots), rows, as_json=as_json)
+        lines += _stack_lines(snapshots)
+    for line in lines:
+        # Not a table: sentences are longer than a column.
+        click.echo(printable(line))
     sys.exit(_EXIT_CODES[result.kind])
 
 
@@ -80,22 +86,22 @@ def _document(result: Verdict, snapshots: Sequence[Snapshot]) -> dict[str, objec
     return {**attrs.asdict(result), "rank": result.rank, "snapshots": ranks}
 
 
-def _stack_rows(snapshots: Sequence[Snapshot]) -> list[tuple[str, ...]]:
-    """Return the last stack of each rank as rows; ranks with equal stacks have one."""
+def _stack_lines(snapshots: Sequence[Snapshot]) -> list[str]:
+    """Return the last stack of each rank; ranks with equal stacks have one."""
     from faccel.observe.sentences import ranks_text
 
     by_rank = {snapshot.rank: snapshot for snapshot in snapshots}
     ranks_of: dict[tuple[str, ...], list[int]] = {}
     for snapshot in snapshots:
         if snapshot.moments:
-            lines = tuple(_lines(snapshot.moments[-1].stack))
-            ranks_of.setdefault(lines, []).append(snapshot.rank)
-    rows: list[tuple[str, ...]] = []
+            stack = tuple(_lines(snapshot.moments[-1].stack))
+            ranks_of.setdefault(stack, []).append(snapshot.rank)
+    lines: list[str] = []
     # The largest group first: it is usually the one that waits.
-    for lines, ranks in sorted(ranks_of.items(), key=lambda item: -len(item[1])):
-        rows.append((ranks_text(ranks, by_rank),))
-        rows += [("", line) for line in lines]
-    return rows
+    for stack, ranks in sorted(ranks_of.items(), key=lambda item: -len(item[1])):
+        lines += ["", f"{ranks_text(ranks, by_rank)}, innermost first:"]
+        lines += [f"  {line}" for line in stack]
+    return lines
 
 
 def _lines(stack: Stack) -> list[str]:

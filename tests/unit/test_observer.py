@@ -242,6 +242,12 @@ def test_a_rank_of_another_user_is_named_and_does_not_answer():
             f"print(ask({run_dir!r}, duration_s=0.02, interval_s=0.01)[0].reason)"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        # Even if the folder were open, the rank would close the connection.
+        folder = document(run_dir)["folder"]
+        os.chmod(folder, 0o755)
+        os.chmod(os.path.join(folder, "socket"), 0o777)
+        refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert refused.stdout.startswith("does not answer"), refused
     assert done.stdout == f"runs as another user, process {os.getpid()}\n", done.stderr
 
 
