@@ -160,12 +160,34 @@ def test_several_late_ranks_are_named_by_their_axis():
 
 
 def test_messages_of_a_pipeline_are_no_collectives():
+    # Rank 0 has sent more messages, and is not waiting for rank 1 because of that.
     groups = {"pp": Group((0, 1), "pp", has_messages=True), "data": ALL}
     ranks = [
-        still(0, IN_REDUCE, {"pp": 3, "data": 8}, groups=groups),
-        still(1, STACKS["forward"], {"pp": 9, "data": 7}, groups=groups),
+        still(0, IN_BACKWARD, {"pp": 9, "data": 7}, groups=groups),
+        still(1, IN_REDUCE, {"pp": 3, "data": 8}, groups=groups),
+    ]
+    result = verdict(ranks)
+    assert (result.ranks, result.phase) == ((0,), "backward")
+
+
+@pytest.mark.parametrize(
+    ("stack", "load"), [(STACKS["script"], 0.0), (IN_BACKWARD, 0.95), (STACKS["forward"], 0.95)]
+)
+def test_a_collective_in_flight_is_no_wait(stack, load):
+    # Rank 1 has begun a collective of `b` without waiting for it, and is late in `a`.
+    groups = {"a": ALL, "b": ALL}
+    ranks = [
+        still(0, IN_REDUCE, {"a": 5, "b": 8}, groups=groups),
+        still(1, stack, {"a": 4, "b": 9}, load, groups=groups),
     ]
     assert verdict(ranks).ranks == (1,)
+
+
+def test_a_module_that_is_called_in_backward_is_a_part_of_it():
+    ranks = [still(number, IN_REDUCE, {"data": 8}) for number in range(2)]
+    stack = (user(9, "forward"), MODULE, ENGINE, LOOP)  # as activation checkpointing does
+    ranks[1] = still(1, stack, {"data": 7})
+    assert verdict(ranks).phase == "backward"
 
 
 def test_a_rank_that_skips_a_collective_waits_in_another_one():
