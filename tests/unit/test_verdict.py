@@ -168,6 +168,7 @@ def test_messages_of_a_pipeline_are_no_collectives():
     ]
     result = verdict(ranks)
     assert (result.ranks, result.phase) == ((0,), "backward")
+    assert result.sentence.startswith("rank 0 waits in backward (train.py:45), rank 1 waits for it")
 
 
 @pytest.mark.parametrize(
@@ -179,6 +180,7 @@ def test_a_collective_in_flight_is_no_wait(stack, load):
     ranks = [
         still(0, IN_REDUCE, {"a": 5, "b": 8}, groups=groups),
         still(1, stack, {"a": 4, "b": 9}, load, groups=groups),
+        still(2, STACKS["forward"], {"a": 5, "b": 9}, 0.95, groups=groups),
     ]
     assert verdict(ranks).ranks == (1,)
 
