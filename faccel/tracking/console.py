@@ -1,12 +1,11 @@
-"""Output on one rank: print, a logger, a progress bar."""
+"""Output on one rank: print, a progress bar."""
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any, TextIO, TypeVar
+from typing import TextIO, TypeVar
 
 from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, effectful
@@ -42,51 +41,6 @@ def print(
         out = sys.stdout
     out.write(sep.join(map(str, values)) + end)
     out.flush()  # a pipe is buffered: a killed process would lose its last lines
-
-
-class RankLogger(logging.LoggerAdapter[logging.Logger]):
-    """A standard logger that logs on rank 0 only, or on every rank with `every_rank=True`.
-
-    Each record has the attributes `rank`, `world_size` and `step` (None by default), for a format.
-    """
-
-    def __init__(self, logger: logging.Logger, ctx: DistContext) -> None:
-        super().__init__(logger, {})
-        self.ctx = ctx
-
-    # `Any` as in the method that it overrides
-    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log as `logging.Logger.log` does; takes `every_rank=` and `step=`, too."""
-        every_rank = kwargs.pop("every_rank", False)
-        step = kwargs.pop("step", None)
-        # Before `msg` is formatted: most records of most ranks are not logged.
-        if not self.isEnabledFor(level) or not (self.ctx.is_main or every_rank):
-            return
-        if every_rank and self.ctx.world_size > 1:
-            msg = f"[rank {self.ctx.rank}] {msg}"
-        rank_fields = {"rank": self.ctx.rank, "world_size": self.ctx.world_size, "step": step}
-        kwargs["extra"] = {**rank_fields, **kwargs.get("extra", {})}
-        kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1  # the caller's line, not this one
-        self.logger.log(level, msg, *args, **kwargs)
-
-
-@effectful(AMBIENT)
-def get_logger(name: str, ctx: DistContext) -> RankLogger:
-    """Return a logger of the standard library that logs on rank 0 only.
-
-    Effects: ambient. Calls `logging.getLogger(name)`; changes no level, handler or root logger.
-
-    Args:
-        name: Name of the logger, usually `__name__`.
-        ctx: The context.
-
-    Examples:
-        >>> from faccel.testing import fake_context
-        >>> log = get_logger(__name__, fake_context(1, 2))
-        >>> log.warning("not logged: this is rank 1", step=3)
-    """
-    require_context(ctx, "faccel.get_logger(name, ctx)")
-    return RankLogger(logging.getLogger(name), ctx)
 
 
 @effectful(AMBIENT)

@@ -297,6 +297,89 @@ def test_a_logger_logs_on_rank_0_with_rank_and_step(caplog, log_records):
     assert (logging.root.level, list(logging.root.handlers)) == root
 
 
+def test_a_logger_without_a_context_logs_in_each_process_until_a_call_has_one(log_records):
+    log = faccel.get_logger("faccel.test")
+    log.warning("before")
+    simulate(lambda ctx: log.warning("after", ctx=ctx), 2)
+    log.warning("alone", in_order=True)  # there is no other rank to wait for
+    records = [(r.getMessage(), r.rank, r.world_size) for r in log_records()]
+    assert records == [("before", None, None), ("after", 0, 2), ("alone", None, None)]
+    assert {r.filename for r in log_records()} == {"test_seeing.py"}
+
+
+def test_a_message_is_logged_once_per_level_and_arguments(log_records):
+    def fn(ctx):
+        log = faccel.get_logger("faccel.test", ctx)
+        for epoch in range(3):
+            log.warning("missing %s", ["a"], once=True)
+            log.warning("missing %s", ["b"], once=True)
+            log.error("missing %s", ["a"], once=True, every_rank=True)
+            log.warning("epoch %d", epoch)
+
+    simulate(fn, 2)
+    texts = sorted(r.getMessage() for r in log_records())
+    assert texts == [
+        *("[rank 0] missing ['a']", "[rank 1] missing ['a']"),
+        *("epoch 0", "epoch 1", "epoch 2", "missing ['a']", "missing ['b']"),
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ranks_log_in_order_whatever_their_speed_and_level(seed, log_records):
+    def fn(ctx):
+        log = faccel.get_logger("faccel.test", ctx)
+        log.warning("is %d", ctx.rank, in_order=True)
+        log.debug("below the level", in_order=True)
+        log.warning("again", in_order=True, once=True)
+        log.warning("again", in_order=True, once=True)
+
+    simulate(fn, 3, seed=seed)
+    texts = [r.getMessage() for r in log_records()]
+    assert texts[:3] == [f"[rank {rank}] is {rank}" for rank in range(3)]
+    assert texts[3:] == [f"[rank {rank}] again" for rank in range(3)]
+    assert {r.filename for r in log_records()} == {"test_seeing.py"}
+
+
+def test_a_rank_that_logs_in_order_alone_is_named():
+    def fn(ctx):
+        if ctx.is_main:
+            faccel.get_logger("faccel.test", ctx).warning("alone", in_order=True)
+
+    with pytest.raises(faccel.errors.DesyncError, match="rank 0"):
+        simulate(fn, 2)
+
+
+def test_each_rank_writes_its_records_as_json_lines(tmp_path, log_records):
+    def fn(ctx):
+        log = faccel.get_logger("faccel.test", ctx, json_lines=True)
+        log.warning("loss %.1f", ctx.rank / 2, step=np.int64(7))
+        log.debug("below the level")
+        if not ctx.is_main:  # pytest raises if it cannot format a message that is printed
+            log.warning("%d", "no number")
+
+    for _ in range(2):  # a restart appends
+        simulate(fn, 2, config={"run_dir": str(tmp_path)})
+    for rank in range(2):
+        text = (tmp_path / "logs" / f"rank{rank}.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        assert [(x["message"], x["rank"], x["level"], x["step"]) for x in lines] == 2 * [
+            (f"loss {rank / 2}", rank, "WARNING", 7),
+            *rank * [("%d", 1, "WARNING", None)],
+        ]
+        assert all(x["logger"] == "faccel.test" and x["time"] > 1e9 for x in lines)
+    printed = [r.rank for r in log_records() if "loss" in str(r.msg)]
+    assert printed == [0, 0]
+
+
+def test_json_lines_need_a_context_and_a_writable_folder(tmp_path):
+    with pytest.raises(faccel.errors.ConfigError, match="`json_lines` needs"):
+        faccel.get_logger("faccel.test", json_lines=True)
+    (tmp_path / "logs").write_text("a file is in the way")
+    ctx = fake_context(0, 1, config={"run_dir": str(tmp_path)})
+    with pytest.raises(faccel.errors.ConfigError, match="cannot be written in `run_dir`"):
+        faccel.get_logger("faccel.test", ctx, json_lines=True)
+
+
 def test_progress_prints_lines_on_rank_0_without_a_terminal():
     outs = [io.StringIO() for _ in range(2)]
     simulate(
