@@ -23,7 +23,7 @@ from faccel.comm.descriptors import DESCRIPTOR_FOLDER, link_of, open_sockets, po
 # takes any number of 8 bits.
 _FIRST_TYPE = 7
 MAX_RENEWALS = 200
-"""How often a group can get a new backend. Each one keeps two threads of gloo until the end."""
+"""How often a group can get a new backend. Each one keeps two idle threads until the end."""
 
 
 @attrs.define(eq=False)
@@ -39,6 +39,8 @@ class Connections:
     store_port: int | None = None
     _links: dict[int, str] = attrs.field(factory=dict)
     _num_renewals: int = 0
+    # Of the backends of all renewals.
+    _options: dist.ProcessGroupGloo.Options | None = None
 
     @staticmethod
     def is_supported() -> bool:
@@ -50,13 +52,16 @@ class Connections:
         """Add the groups that the body creates."""
         table = c10d._world.pg_map  # pyright: ignore[reportPrivateUsage]
         groups_before, before = list(table), open_sockets()
-        yield
-        for group in table:
-            if not any(group is other for other in groups_before):
-                self.groups.append(group)
-        for descriptor, link in open_sockets().items():
-            if before.get(descriptor) != link and self._is_of_group(descriptor):
-                self._links[descriptor] = link
+        try:
+            yield
+        finally:
+            for group in table:
+                if not any(group is other for other in groups_before):
+                    self.groups.append(group)
+            # Also after an error: some groups may be connected.
+            for descriptor, link in open_sockets().items():
+                if before.get(descriptor) != link and self._is_of_group(descriptor):
+                    self._links[descriptor] = link
 
     def _is_of_group(self, descriptor: int) -> bool:
         own_port, peer_port = ports_of(descriptor)
@@ -85,13 +90,26 @@ class Connections:
         """
         backend_type = dist.ProcessGroup.BackendType(_FIRST_TYPE + self._num_renewals)
         self._num_renewals += 1
-        for group in self.groups:
-            keys = dist.PrefixStore(f"{prefix}/{group.group_name}", store)
-            with self.recording():
-                backend = dist.ProcessGroupGloo(keys, group.rank(), group.size(), timeout)
-            group._register_backend(  # pyright: ignore[reportPrivateUsage]
-                torch.device("cpu"), backend_type, backend
-            )
+        # Once for all groups: it looks at every socket of the process.
+        with self.recording():
+            for group in self.groups:
+                keys = dist.PrefixStore(f"{prefix}/{group.group_name}", store)
+                backend = self._create_backend(keys, group, timeout)
+                group._register_backend(  # pyright: ignore[reportPrivateUsage]
+                    torch.device("cpu"), backend_type, backend
+                )
+
+    def _create_backend(
+        self, store: dist.Store, group: dist.ProcessGroup, timeout: timedelta
+    ) -> dist.ProcessGroupGloo:
+        rank, size = group.rank(), group.size()
+        if self._options is None:
+            backend = dist.ProcessGroupGloo(store, rank, size, timeout)
+            self._options = backend.options
+            return backend
+        # With the device of the first one: each device has a thread that wakes up all the time,
+        # and is kept until the end of the process.
+        return dist.ProcessGroupGloo(store, rank, size, self._options)  # type: ignore[arg-type]
 
 
 def _shut_down(descriptor: int) -> None:

@@ -1,11 +1,14 @@
 """The laws of recovery: ranks leave their collectives together and communicate again."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
 
 import faccel
 from faccel.comm.rank_errors import is_consequence
+from faccel.runtime.process_groups import DEFAULT_GROUP
 from faccel.testing import simulate
 from faccel.training.failures import FailureReport, agreeing, decide
 from tests.ranks import run_ranks
@@ -107,6 +110,25 @@ def all_laws(ctx):
 @pytest.mark.parametrize("world", ["gloo-2", "gloo-4"])
 def test_laws_on_processes(world):
     WORLDS[world](all_laws)
+
+
+def grow_by_idle_threads_only(ctx):
+    """Each backend of gloo has two threads that wait for work; those of devices wake up often."""
+
+    def renew():
+        fail(ctx, 0, lambda: total(ctx))
+        assert ctx.comm.recovery.renew()
+        return len(os.listdir("/proc/self/task"))
+
+    first = renew()
+    renew()
+    num_groups = len(DEFAULT_GROUP.connections.groups)
+    assert num_groups > 2
+    assert renew() - first == 2 * 2 * num_groups
+
+
+def test_renewed_groups_share_the_thread_of_one_device():
+    run_ranks(grow_by_idle_threads_only, 2, timeout_s=20)
 
 
 REPORTS = {
