@@ -51,6 +51,7 @@ class RankStatus:
         """Of the keys of calls that ranks compare."""
         self._left_key = f"rank_status/{generation}/left"
         self._joined_key = ""
+        self._num_joined = 0
 
     def renew(self) -> None:
         """Use other keys for calls and positions: groups that were renewed count from 0."""
@@ -103,17 +104,19 @@ class RankStatus:
         except dist.DistError as error:
             self.note(error)
 
-    def join(self, context_number: int, world_size: int) -> None:
-        """Post that this rank has connected a context, and has nothing more to connect for it."""
-        self._joined_key = f"rank_status/{self._generation}/joined/{context_number}"
+    def join(self, world_size: int) -> None:
+        """Post that this rank has connected the groups that it creates together with all ranks."""
+        # All ranks create their groups in one order.
+        self._num_joined += 1
+        self._joined_key = f"rank_status/{self._generation}/joined/{self._num_joined}"
         if self.store.add(f"{self._joined_key}/count", 1) == world_size:
             self.store.set(self._joined_key, "")
 
     def wait_until_all_joined(self, timeout_s: float) -> None:
-        """Return when all ranks have connected the newest context, or if one of them has left.
+        """Return when all ranks have connected the newest groups, or if one of them has left.
 
         Connecting takes a rank longer than another one. It would fail if the other one, which has
-        no work and leaves at once, closed the connection meanwhile.
+        no work or an error, closed its connections meanwhile.
         """
         deadline = time.monotonic() + timeout_s
         keys = (self._joined_key, self._left_key)

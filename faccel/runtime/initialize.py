@@ -211,7 +211,7 @@ def _connect(
                 private_world = DEFAULT_GROUP.private_world
                 private_groups = create_axis_groups(spec, topology.rank, world=private_world)
                 call_order.add_groups(private_groups.values())
-        rank_status.join(DEFAULT_GROUP.num_contexts, topology.world_size)
+        rank_status.join(topology.world_size)
     # Debug mode keeps the calls of different contexts apart by it.
     number = DEFAULT_GROUP.num_contexts
     recovery = DEFAULT_GROUP.recovery(topology, config.timeout_s)
@@ -227,6 +227,7 @@ def _create_device_mesh(device_type: str, extents: Mapping[str, int]) -> DeviceM
         mesh = create_device_mesh(device_type, extents)
     if DEFAULT_GROUP.call_order is not None:
         DEFAULT_GROUP.call_order.add_groups(mesh.get_all_groups())
+    DEFAULT_GROUP.wait_until_all_connected()
     return mesh
 
 

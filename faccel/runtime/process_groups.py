@@ -122,6 +122,12 @@ class DefaultGroup:
                 fix="read the output of that process, and start all of them again",
             ) from None  # of c10d, with 20 lines of C++ frames
 
+    def wait_until_all_connected(self) -> None:
+        """Return when all ranks have created the groups that this one has created. Collective."""
+        if self._rank_status is not None:
+            self._rank_status.join(dist.get_world_size())
+            self._rank_status.wait_until_all_joined(self._start_timeout_s)
+
     def add_context(self, context_id: int, close: Callable[[], None]) -> None:
         """Keep the group until `release(context_id)`, which calls `close`."""
         self._close_fns[context_id] = close
