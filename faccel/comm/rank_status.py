@@ -118,6 +118,8 @@ class RankStatus:
         Connecting takes a rank longer than another one. It would fail if the other one, which has
         no work or an error, closed its connections meanwhile.
         """
+        if not self._num_joined:  # groups of another library
+            return
         deadline = time.monotonic() + timeout_s
         keys = (self._joined_key, self._left_key)
         # Usually at the first look: ranks that have worked together are connected.

@@ -211,7 +211,6 @@ def _connect(
                 private_world = DEFAULT_GROUP.private_world
                 private_groups = create_axis_groups(spec, topology.rank, world=private_world)
                 call_order.add_groups(private_groups.values())
-        rank_status.join(topology.world_size)
     # Debug mode keeps the calls of different contexts apart by it.
     number = DEFAULT_GROUP.num_contexts
     recovery = DEFAULT_GROUP.recovery(topology, config.timeout_s)

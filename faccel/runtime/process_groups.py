@@ -102,6 +102,8 @@ class DefaultGroup:
         try:
             with self.connections.recording():
                 yield
+            if self._rank_status is not None:
+                self._rank_status.join(topology.world_size)
         except FaccelError:
             raise
         except (dist.DistError, RuntimeError) as error:
