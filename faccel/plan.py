@@ -277,7 +277,8 @@ class Plan:
         units: The modules that are sharded, checkpointed and compiled as one unit: names of classes
             (`"Block"`), patterns of module names (`"blocks.*"`), or a number: modules with at least
             that many parameters. None takes the model's `_no_split_modules`, else the members of
-            its `ModuleList`s. The root is the unit of all other parameters.
+            its `ModuleList`s, without those that share a parameter with another part. The root is
+            the unit of all other parameters.
         tensor: For a mesh with `tp`: how to shard the modules that match each name pattern.
             `"colwise"` and `"rowwise"` linear layers or embeddings come in pairs.
             `"colwise_gather"` gathers its output on every rank. `"colwise_loss"` leaves the logits

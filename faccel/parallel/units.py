@@ -67,7 +67,7 @@ def _unit_names(
     if isinstance(units, int):
         return _names_by_size(modules, units)
     if units is None:
-        return _default_names(module, modules)
+        return _without_tied(module, _default_names(module, modules))
     names: list[str] = []
     for unit in units:
         # A name without a dot can be a class or a child of the root; classes come first.
@@ -126,16 +126,24 @@ def _names_by_size(modules: Mapping[str, nn.Module], min_numel: int) -> list[str
     return names
 
 
+def _without_tied(module: nn.Module, units: Sequence[str]) -> list[str]:
+    """Return the units without those that have a parameter of another one, or of the root."""
+    # Such as the embeddings of BERT, whose head has their weight. A unit around them gets it.
+    names = list(units)
+    while True:
+        tied: set[str] = set()
+        for owner in _owners(module, names):
+            if len(owner) > 1:
+                tied.update(owner)
+        remaining = [name for name in names if name not in tied]
+        if len(remaining) == len(names):
+            return names
+        names = remaining
+
+
 def _check_disjoint(module: nn.Module, units: Sequence[str]) -> None:
     """Raise if a tied parameter is in two units, or in one and the root: it would shard twice."""
-    # The longest name that is a prefix is the innermost unit.
-    innermost_first = sorted(units, key=len, reverse=True)
-    # owners[id(param)][unit] is a name of the parameter; the root is the unit "".
-    owners: dict[int, dict[str, str]] = {}
-    for name, param in module.named_parameters(remove_duplicate=False):
-        unit = _unit_of(name, innermost_first)
-        owners.setdefault(id(param), {}).setdefault(unit, name)
-    for owner in owners.values():
+    for owner in _owners(module, units):
         if len(owner) > 1:
             raise ModelError(
                 "a tied parameter is in two units",
@@ -143,6 +151,17 @@ def _check_disjoint(module: nn.Module, units: Sequence[str]) -> None:
                 fix="choose other `units`, so that all names of a tied parameter are in one unit "
                 "or in the root",
             )
+
+
+def _owners(module: nn.Module, units: Sequence[str]) -> list[dict[str, str]]:
+    """Return the units of each parameter, and its name there; the root is the unit ""."""
+    # The longest name that is a prefix is the innermost unit.
+    innermost_first = sorted(units, key=len, reverse=True)
+    owners: dict[int, dict[str, str]] = {}
+    for name, param in module.named_parameters(remove_duplicate=False):
+        unit = _unit_of(name, innermost_first)
+        owners.setdefault(id(param), {}).setdefault(unit, name)
+    return list(owners.values())
 
 
 def _unit_of(param_name: str, innermost_first: Sequence[str]) -> str:
