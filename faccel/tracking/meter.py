@@ -260,8 +260,8 @@ def rates(meter: Meter, ctx: DistContext) -> Rates:
         >>> result.samples_s, result.steps_s, result.num_samples
         (21.0, 1.0, 126)
     """
-    _check_meter(meter)
     require_context(ctx, "faccel.tracking.rates(meter, ctx)")
+    _check_meter(meter)
     row = torch.tensor(_counts(meter, ctx), dtype=torch.int64, device=ctx.device)
     ctx.comm.set_call_label("rates", row)
     # The one point where the host waits for the device.
