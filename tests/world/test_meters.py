@@ -280,7 +280,7 @@ WRONG = {
     "a bool": (lambda m: tick(m, tokens=True), "`tokens` must be an int of at least 0"),
     "no meter": (lambda m: tick(3, samples=1), r"meter = init_meter\(ctx\)"),
     "rates without ctx": (lambda m: rates(m, m), r"rates\(meter, ctx\)"),
-    "swapped": (lambda m: rates(fake_context(0, 1), m), r"meter = init_meter\(ctx\)"),
+    "swapped": (lambda m: rates(fake_context(0, 1), m), r"rates\(meter, ctx\)"),
     "init without ctx": (lambda m: init_meter(3), r"init_meter\(ctx\)"),
     "a model to count": (lambda m: flops_of(torch.ones(2)), r"`fn` must be a function"),
 }
