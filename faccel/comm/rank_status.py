@@ -118,7 +118,7 @@ class RankStatus:
         Connecting takes a rank longer than another one. It would fail if the other one, which has
         no work or an error, closed its connections meanwhile.
         """
-        if not self._num_joined:  # groups of another library
+        if not self._num_joined:  # this rank has connected nothing that others wait for
             return
         deadline = time.monotonic() + timeout_s
         keys = (self._joined_key, self._left_key)
