@@ -90,3 +90,11 @@ def pytest_collection_modifyitems(items):
 
 def _is_large_mesh(value):
     return isinstance(value, str) and value.count("=") > 1 and "," in value
+
+
+def pytest_collection_finish():
+    """Leave the objects of torch and of the collected tests out of later garbage collections."""
+    import gc
+
+    gc.collect()
+    gc.freeze()
