@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from faccel.runtime.initialize import init as init
     from faccel.runtime.initialize import shutdown as shutdown
     from faccel.tracking.console import print as print
-    from faccel.tracking.console import progress as progress
+    from faccel.tracking.progress import progress as progress
     from faccel.tracking.rank_logger import get_logger as get_logger
     from faccel.training.backward import scaled_backward as scaled_backward
     from faccel.training.batch_size import find_batch_size as find_batch_size
@@ -92,7 +92,8 @@ _NAMES = {
     "faccel.plan": ("Plan",),
     "faccel.random.seeding": ("rng_state", "seed_everything", "set_rng_state"),
     "faccel.runtime.initialize": ("init", "shutdown"),
-    "faccel.tracking.console": ("print", "progress"),
+    "faccel.tracking.console": ("print",),
+    "faccel.tracking.progress": ("progress",),
     "faccel.tracking.rank_logger": ("get_logger",),
     "faccel.training.backward": ("scaled_backward",),
     "faccel.training.batch_size": ("find_batch_size",),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from faccel.tracking.meter import init_meter as init_meter
     from faccel.tracking.meter import rates as rates
     from faccel.tracking.meter import tick as tick
+    from faccel.tracking.progress import show as show
     from faccel.tracking.tracker import Tracker as Tracker
     from faccel.tracking.tracker import Trackers as Trackers
     from faccel.tracking.trackers import finish as finish
@@ -36,6 +37,7 @@ _NAMES = {
     "faccel.tracking.journal": ("phase", "read_journal"),
     "faccel.tracking.memory_categories": ("PeakMemory", "peak_memory"),
     "faccel.tracking.meter": ("Meter", "Rates", "init_meter", "rates", "tick"),
+    "faccel.tracking.progress": ("show",),
     "faccel.tracking.tracker": ("Tracker", "Trackers"),
     "faccel.tracking.trackers": (
         *("finish", "handle", "init_trackers"),

@@ -12,6 +12,7 @@ from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError, short_repr, short_text
 from faccel.mesh import WORLD
+from faccel.tracking.screen import above_bars
 from faccel.tracking.values import to_json
 
 
@@ -120,7 +121,9 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         rank_fields = {"rank": rank, "world_size": world_size, "step": step}
         kwargs["extra"] = {**rank_fields, **kwargs.get("extra", {})}
         kwargs["stacklevel"] += 1  # this method
-        self.logger.log(level, msg, *args, **kwargs)
+        # Also of handlers that have had the terminal since before the bars were opened.
+        with above_bars():
+            self.logger.log(level, msg, *args, **kwargs)
 
     def _is_new(self, level: int, msg: object, args: tuple[object, ...]) -> bool:
         # As text: arguments need not be hashable, and must not be kept alive.
