@@ -14,6 +14,7 @@ import attrs
 from faccel.grad_reducer import GradReducer
 
 T = TypeVar("T")
+_NO_SPAN: AbstractContextManager[None] = nullcontext()
 
 
 @attrs.define(eq=False)
@@ -107,6 +108,8 @@ class Lifetime:
         self._models: dict[int, weakref.ref[object]] = {}
         self._reducers: dict[int, GradReducer] = {}
         self._waits: WaitTimes | None = None
+        # Names a range of the profile that is open.
+        self._span: Callable[[str], AbstractContextManager[object]] | None = None
         self.created_s = time.monotonic()
         # Read twice in every step, so the sequence is made when a model comes or goes.
         self._reducers_in_order: tuple[GradReducer, ...] = ()
@@ -187,6 +190,27 @@ class Lifetime:
         """Return the gradient reducers of the wrapped models, oldest first."""
         return self._reducers_in_order
 
+    def record_spans(self, span: Callable[[str], AbstractContextManager[object]] | None) -> None:
+        """Let `span(name)` be entered around each part of a step; None ends it."""
+        self._span = span
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether a profile is open."""
+        return self._span is not None
+
+    def span(self, name: str) -> AbstractContextManager[object]:
+        """Return a context that names a range of the profile; without one it does nothing."""
+        # One object for all calls: each step enters some.
+        if self._span is None:
+            return _NO_SPAN
+        return self._span(name)
+
+    @contextmanager
+    def _spanned(self, name: str, context: AbstractContextManager[None]) -> Generator[None]:
+        with self.span(name), context:
+            yield
+
     @contextmanager
     def uneven_iteration(self) -> Generator[None]:
         """Mark the body as an iteration over a loader with `tail="uneven"`."""
@@ -265,10 +289,16 @@ class Lifetime:
         self._waits = waits
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Return a context whose time is counted as a phase; without a meter it does nothing."""
-        if self._waits is None:
-            return nullcontext()
-        return self._waits.phase(name)
+        """Return a context whose time is counted as a phase.
+
+        Without a meter and a profile it does nothing.
+        """
+        phase: AbstractContextManager[None] = nullcontext()
+        if self._waits is not None:
+            phase = self._waits.phase(name)
+        if self._span is None:
+            return phase
+        return self._spanned(name, phase)
 
     def note(self, name: str, step: int) -> None:
         """Let meters know that the checkpoint of a step was "saved" or "loaded"."""

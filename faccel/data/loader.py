@@ -19,7 +19,7 @@ from faccel.data.shard_checks import check_same_dataset, order_seed
 from faccel.device_table import is_host
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import DataError
-from faccel.lifetime import WaitTimes
+from faccel.lifetime import Lifetime, WaitTimes
 from faccel.tree import Tree, to_device
 
 T = TypeVar("T")
@@ -144,6 +144,8 @@ class ShardedLoader:
         waits = self.ctx.lifetime.waits
         if waits is not None:
             batches = _timed(batches, waits)
+        if self.ctx.lifetime.has_spans:
+            batches = _spanned(batches, self.ctx.lifetime)
         # Training on an uneven tail would hang: ranks with more batches wait for gradients of the
         # other ranks, which never come. A single rank waits for none.
         if self.source.tail != "uneven" or self.ctx.data_world_size == 1:
@@ -177,6 +179,18 @@ def _while_uneven(batches: Iterator[Tree], ctx: DistContext) -> Iterator[Tree]:
     # A generator, so that the mark is set at the first batch and removed at the end or a `break`.
     with ctx.lifetime.uneven_iteration():
         yield from batches
+
+
+def _spanned(batches: Iterator[T], lifetime: Lifetime) -> Generator[T]:
+    """Yield `batches`, and name each `next` in the profile, as long as it is open."""
+    with closing(batches):  # pyright: ignore[reportArgumentType]
+        while True:
+            try:
+                with lifetime.span("data"):
+                    batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
 
 
 def _timed(batches: Iterator[T], waits: WaitTimes) -> Generator[T]:

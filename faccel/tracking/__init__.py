@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from faccel.tracking.meter import init_meter as init_meter
     from faccel.tracking.meter import rates as rates
     from faccel.tracking.meter import tick as tick
+    from faccel.tracking.profiler import ProfileSummary as ProfileSummary
+    from faccel.tracking.profiler import profile as profile
     from faccel.tracking.progress import show as show
     from faccel.tracking.tracker import Tracker as Tracker
     from faccel.tracking.tracker import Trackers as Trackers
@@ -37,6 +39,7 @@ _NAMES = {
     "faccel.tracking.journal": ("phase", "read_journal"),
     "faccel.tracking.memory_categories": ("PeakMemory", "peak_memory"),
     "faccel.tracking.meter": ("Meter", "Rates", "init_meter", "rates", "tick"),
+    "faccel.tracking.profiler": ("ProfileSummary", "profile"),
     "faccel.tracking.progress": ("show",),
     "faccel.tracking.tracker": ("Tracker", "Trackers"),
     "faccel.tracking.trackers": (

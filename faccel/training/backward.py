@@ -124,7 +124,8 @@ def scaled_backward(
         options = _PLAIN
     else:
         options = BackwardOptions(retain_graph, create_graph, _as_sequence(inputs))
-    _backward(loss, options, ctx)
+    with ctx.lifetime.span("backward"):
+        _backward(loss, options, ctx)
     ctx.lifetime.add_backward()
     return scaler.after_backward()
 

@@ -59,11 +59,12 @@ class WrappedModel:
     _places: bool = attrs.field(default=True, repr=False)
 
     def __call__(self, *args: Tree, **kwargs: Tree) -> Tree:
-        return self._run("forward", *args, **kwargs)
+        with self.ctx.lifetime.span("forward"):
+            return self._run("forward", *args, **kwargs)
 
     def forward(self, *args: Tree, **kwargs: Tree) -> Tree:
         """Run `forward` as calling the model does, with the strategy's hooks and precision."""
-        return self._run("forward", *args, **kwargs)
+        return self(*args, **kwargs)
 
     def call(self, method: str, *args: Tree, **kwargs: Tree) -> Tree:
         """Run a method or a submodule with the strategy's hooks and precision.
@@ -89,7 +90,8 @@ class WrappedModel:
                 got=f"a {type(self.module).__name__}",
                 fix="name one of its methods",
             )
-        return self._run(method, *args, **kwargs)
+        with self.ctx.lifetime.span("forward"):
+            return self._run(method, *args, **kwargs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters, for an optimizer."""

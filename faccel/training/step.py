@@ -135,7 +135,8 @@ def optimizer_step(
     check_accumulated(ctx)
     reducers = check_gradients(opt, params, ctx)
     try:
-        grad_norm, finite = run(opt, options, ctx)
+        with ctx.lifetime.span("optimizer"):
+            grad_norm, finite = run(opt, options, ctx)
     except Exception as error:
         # Some of them may be unscaled, clipped or used already: the next window begins without.
         _drop_gradients(params)
