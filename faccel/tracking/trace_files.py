@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import attrs
 
@@ -209,8 +209,7 @@ def merge(path: Path, ranks: Sequence[int]) -> dict[int, str]:
 
 def _open_text(path: Path, *, is_compressed: bool) -> TextIO:
     if is_compressed:
-        options = {"encoding": "utf-8", "compresslevel": _GZIP_LEVEL}
-        return cast("TextIO", gzip.open(path, "wt", **options))
+        return gzip.open(path, "wt", encoding="utf-8", compresslevel=_GZIP_LEVEL)
     return path.open("w", encoding="utf-8")
 
 
