@@ -204,7 +204,7 @@ WITHOUT_EQUAL = {
     "maybe_context_parallel": "docs/parallelism.md",
     "on_last_process": "`faccel.on_rank(rank, ctx)`; see docs/communication.md#work-of-one-rank",
     "on_local_process": "`faccel.on_rank(rank, ctx)`; see docs/communication.md#work-of-one-rank",
-    "profile": "`torch.profiler.profile`; see docs/debugging.md",
+    "profile": "`faccel.tracking.profile(ctx)`; see docs/profiling.md",
     "project_configuration": "docs/logging.md",
     "register_load_state_pre_hook": "`faccel.load` takes a state; see docs/checkpoints.md",
     "register_save_state_pre_hook": "`faccel.save` takes a state; see docs/checkpoints.md",

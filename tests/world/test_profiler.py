@@ -133,7 +133,7 @@ def test_an_error_ends_the_profile_and_leaves_the_trace_of_the_rank(tmp_path):
 def test_a_rank_whose_trace_is_missing_is_named_and_the_others_are_merged(tmp_path):
     path = tmp_path / "profile.json.gz"
     trace_files.rank_folder(path).mkdir()
-    # The clock of rank 2 is that of rank 0 already: its step begins 5 us after the one of rank 0.
+    # Both times are of the clock of rank 0: the step of rank 2 begins 5 us after the other.
     for rank, base_ns in ((0, 7000), (2, 12_000)):
         step = {"ph": "X", "name": "step", "ts": 1.0, "dur": 2.0, "pid": rank, "tid": 9}
         trace = trace_files.RankTrace(rank, f"node{rank}", base_ns, [step])

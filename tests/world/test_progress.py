@@ -9,6 +9,8 @@ import sys
 import time
 import weakref
 
+import nbclient
+import nbformat
 import pytest
 import torch
 
@@ -297,6 +299,31 @@ def test_rate_and_time_left_are_arithmetic():
         time.sleep(0.01)
     rate = float(re.search(r"([0-9.]+) step/s", out.getvalue().splitlines()[-1])[1])
     assert 0 < rate <= 100
+
+
+NOTEBOOK = """
+import faccel
+from faccel.testing import fake_context
+from faccel.tracking import show
+
+for epoch in range(2):
+    bar = faccel.progress(range(50), fake_context(0, 1), description="<train>")
+    for step in bar:
+        show({"loss": 0.5}, bar)
+"""
+
+
+@pytest.mark.slow
+def test_a_notebook_has_one_output_per_loop_with_its_last_state():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    outputs = notebook.cells[0].outputs
+    assert [output.output_type for output in outputs] == ["display_data"] * 2
+    for output in outputs:
+        assert output.data["text/plain"].startswith("<train>: 50/50 in ")
+        assert output.data["text/plain"].endswith("loss 0.5")
+        html = output.data["text/html"]
+        assert html.startswith('<div>&lt;train&gt; <progress value="50" max="50"></progress> 50/50')
 
 
 WRONG = {
