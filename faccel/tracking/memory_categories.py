@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
@@ -89,6 +90,31 @@ def peak_memory(state: Tree, ctx: DistContext, *, peak_bytes: int | None = None)
     return PeakMemory(
         parameter_bytes, gradient_bytes, optimizer_bytes, activation_bytes, peak_bytes
     )
+
+
+class WeakState:
+    """Models and optimizers that are not kept alive.
+
+    Args:
+        state: Any nesting of them.
+    """
+
+    def __init__(self, state: Tree) -> None:
+        self._references: list[weakref.ref[object]] = []
+        for leaf in flatten(state)[0]:
+            if isinstance(leaf, Optimizer) or any(True for _ in _modules([leaf])):
+                self._references.append(weakref.ref(leaf))
+
+    def peak_memory(self, ctx: DistContext) -> PeakMemory | None:
+        """Return what those that are alive use; None if there is none."""
+        leaves: list[Tree] = []
+        for reference in self._references:
+            leaf = reference()
+            if leaf is not None:
+                leaves.append(leaf)
+        if not leaves:
+            return None
+        return peak_memory(leaves, ctx)
 
 
 def _modules(leaves: Iterable[Tree]) -> Iterator[nn.Module]:

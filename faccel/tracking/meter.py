@@ -23,6 +23,7 @@ from faccel.lifetime import WaitTimes
 from faccel.mesh import WORLD
 from faccel.tracking.flops import peak_of_context
 from faccel.tracking.journal import Journal, open_journal
+from faccel.tracking.memory_categories import WeakState, peak_memory
 from faccel.tracking.rank_counts import (
     UNKNOWN,
     RankCounts,
@@ -31,6 +32,7 @@ from faccel.tracking.rank_counts import (
     nanoseconds,
     or_unknown,
 )
+from faccel.tree import Tree
 
 
 class _Counts(NamedTuple):
@@ -55,6 +57,7 @@ class _Options:
     warmup: int
     waits: WaitTimes
     journal: Journal | None
+    state: WeakState | None
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -97,6 +100,7 @@ def init_meter(
     window: int = 50,
     warmup: int = 1,
     run: str | None = None,
+    state: Tree = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Meter:
     """Return a meter at step 0.
@@ -116,10 +120,13 @@ def init_meter(
         run: The name of the run, for `goodput`. Then each rank writes a journal into the folder
             `ctx.config.run_dir / run`, until the context is closed or has a meter with another
             `run`. A run that exists continues.
+        state: Models and optimizers, as for `peak_memory`, so that `rates` returns what the memory
+            of their device is used for. The meter does not keep them alive.
         clock: Returns seconds. All meters of a context must have the same one.
 
     Raises:
-        ConfigError: A number is not positive, the context has a meter with another clock, or the
+        ConfigError: A number is not positive, `state` has neither a model nor an optimizer, the
+            context has a meter with another clock, or the
             folder of the run cannot be created.
 
     Examples:
@@ -137,11 +144,15 @@ def init_meter(
         positive("peak_flops", peak_flops)
     integer("window", window, at_least=1)
     integer("warmup", warmup, at_least=0)
+    weak_state = None
+    if state is not None:
+        peak_memory(state, ctx)  # raises here, and not in `rates`
+        weak_state = WeakState(state)
     waits = _waits_of(ctx, clock)
     journal = None
     if run is not None:
         journal = open_journal(run, ctx, waits)
-    options = _Options(flops_per_sample, peak_flops, window, warmup, waits, journal)
+    options = _Options(flops_per_sample, peak_flops, window, warmup, waits, journal, weak_state)
     start = _Counts(
         clock() - waits.in_phases_s, 0, 0, 0, waits.data_s, waits.num_batches, waits.comm_s
     )
@@ -239,7 +250,7 @@ def _check_count(name: str, value: object) -> None:
 def rates(meter: Meter, ctx: DistContext) -> Rates:
     """Return throughput, utilization and waits over the last steps of all ranks.
 
-    Effects: ambient, collective. One all-gather of `int64[12]` over all ranks, for which the host
+    Effects: ambient, collective. One all-gather of `int64[16]` over all ranks, for which the host
     waits: call it every tens of steps. Also reads the allocator's counters.
 
     Ranks of one model replica process the same samples: the first one of each replica counts.
@@ -299,4 +310,16 @@ def _counts(meter: Meter, ctx: DistContext) -> RankCounts:
         total.num_steps,
         total.num_samples,
         total.num_tokens,
+        *_memory_counts(options.state, ctx),
     )
+
+
+def _memory_counts(state: WeakState | None, ctx: DistContext) -> tuple[int, ...]:
+    """Return the bytes of each category; nothing without models."""
+    memory = None
+    if state is not None:
+        memory = state.peak_memory(ctx)
+    if memory is None:
+        return ()
+    sizes = (memory.parameters, memory.gradients, memory.optimizer, memory.activations)
+    return tuple(map(or_unknown, sizes))

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import attrs
 import numpy as np
 
+from faccel.tracking.memory_categories import PeakMemory
+
 UNKNOWN = -1
 """In place of a count that a rank cannot measure. All others are at least 0."""
 
@@ -31,6 +33,10 @@ class RankCounts(NamedTuple):
     total_steps: int
     total_samples: int
     total_tokens: int
+    parameter_bytes: int = UNKNOWN
+    gradient_bytes: int = UNKNOWN
+    optimizer_bytes: int = UNKNOWN
+    activation_bytes: int = UNKNOWN
 
 
 @attrs.frozen
@@ -55,6 +61,9 @@ class Rates:
         num_steps: Steps since `init_meter`.
         num_samples: Samples since `init_meter`, summed over the data ranks.
         num_tokens: Tokens since `init_meter`, summed over the data ranks.
+        memory: What the memory of a device is used for at its peak, on the rank with the highest
+            peak; where peaks are unknown, as on the CPU, on the rank with the most parameters,
+            gradients and optimizer states. None without `state`.
     """
 
     samples_s: float | None
@@ -68,10 +77,19 @@ class Rates:
     num_steps: int
     num_samples: int
     num_tokens: int
+    memory: PeakMemory | None = None
 
     def known(self) -> dict[str, float]:
-        """Return the values that are not None by name, for `log`."""
-        return attrs.asdict(self, filter=lambda field, value: value is not None)
+        """Return the values that are not None by name, for `log`.
+
+        Those of `memory` are `memory_parameters` and so on.
+        """
+        values = attrs.asdict(self, recurse=False)
+        memory = values.pop("memory")
+        if memory is not None:
+            for name, value in attrs.asdict(memory).items():
+                values[f"memory_{name}"] = value
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def nanoseconds(seconds: float) -> int:
@@ -98,7 +116,7 @@ def combined(rows: np.ndarray, first_of_replicas: Sequence[int]) -> Rates:
     Effects: pure.
 
     Args:
-        rows: `int64[ranks, 12]`, the `RankCounts` of each rank.
+        rows: `int64[ranks, 16]`, the `RankCounts` of each rank.
         first_of_replicas: One rank of each model replica: the others have the same samples.
     """
     # Integers up to here, so that sums are exact for any number of samples and tokens.
@@ -127,7 +145,30 @@ def combined(rows: np.ndarray, first_of_replicas: Sequence[int]) -> Rates:
         num_steps=largest.total_steps,
         num_samples=total.total_samples,
         num_tokens=total.total_tokens,
+        memory=_largest_memory([RankCounts(*row) for row in rows.tolist()]),
     )
+
+
+def _largest_memory(counts: Sequence[RankCounts]) -> PeakMemory | None:
+    """Return the memory of the rank that has most of it."""
+    memories: list[PeakMemory] = []
+    for count in counts:
+        # A rank may have dropped its models already.
+        if count.parameter_bytes == UNKNOWN:
+            continue
+        peak = None
+        if count.activation_bytes != UNKNOWN:  # the peak of the device, not of the process
+            peak = _or_none(count.peak_bytes)
+        activations = _or_none(count.activation_bytes)
+        sizes = (count.parameter_bytes, count.gradient_bytes, count.optimizer_bytes)
+        memories.append(PeakMemory(*sizes, activations, peak))
+    return max(memories, key=_size, default=None)
+
+
+def _size(memory: PeakMemory) -> int:
+    if memory.peak is not None:
+        return memory.peak
+    return memory.parameters + memory.gradients + memory.optimizer
 
 
 def _column(name: str, rows: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import time
 
 import attrs
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 import faccel
 from faccel.errors import ConfigError
 from faccel.testing import fake_context, simulate
-from faccel.tracking import flops_of, init_meter, rates, tick
+from faccel.tracking import PeakMemory, flops_of, init_meter, rates, tick
 from faccel.tracking.flops import peak_of_model
+from faccel.tracking.rank_counts import RankCounts, combined
 from tests.ranks import run_ranks
 
 
@@ -433,6 +435,49 @@ def test_memory_on_the_cpu_is_the_resident_size_of_the_process():
     ctx = fake_context(0, 1)
     tensor = torch.ones(2**24)  # 64 MiB
     assert rates(init_meter(ctx), ctx).peak_bytes > tensor.nbytes
+
+
+def rates_with_memory(ctx):
+    model = faccel.wrap(nn.Linear(8, 8, bias=False), ctx)
+    layers = [nn.Linear(1, ctx.rank + 1, bias=False)]  # differs between ranks
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(2, 8)).sum().backward()
+    opt.step()
+    return rates(init_meter(ctx, state={"model": model, "more": layers, "opt": opt}), ctx)
+
+
+def test_rates_have_the_memory_of_the_rank_with_most_of_it():
+    results = simulate(rates_with_memory, 3)
+    assert results[0] == results[1] == results[2]
+    memory = results[0].memory
+    assert (memory.parameters, memory.gradients) == (4 * (64 + 3), 4 * (64 + 3))
+    assert (memory.optimizer, memory.activations, memory.peak) == (4 * 64, None, None)
+    known = results[0].known()
+    assert (known["memory_parameters"], "memory_peak" in known) == (4 * 67, False)
+    assert "memory" not in known
+
+
+def test_the_memory_is_of_the_rank_with_the_highest_peak():
+    # peak_bytes, then parameters, gradients, optimizer states and activations
+    ranks = [(900, 10, 10, 10, 870), (1000, 1, 1, 1, 997), (5000, -1, -1, -1, -1)]
+    rows = [RankCounts(*[0] * 6, peak, *[0] * 5, *sizes) for peak, *sizes in ranks]
+    memory = combined(np.array(rows), [0]).memory
+    assert memory == PeakMemory(1, 1, 1, 997, 1000)
+
+
+def test_a_meter_does_not_keep_a_model_alive():
+    ctx = fake_context(0, 1)
+    model = faccel.wrap(nn.Linear(2, 2), ctx)
+    meter = init_meter(ctx, state=[model])
+    assert rates(meter, ctx).memory.parameters == 24
+    del model
+    faccel.parallel.free_memory(ctx)
+    assert rates(meter, ctx).memory is None
+
+
+def test_a_state_without_a_model_is_an_error_where_the_meter_begins():
+    with pytest.raises(ConfigError, match="neither a model nor an optimizer"):
+        init_meter(fake_context(0, 1), state={"step": 3})
 
 
 class SlowOnOneRank(Dataset):
