@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from faccel.tracking.profiler import ProfileSummary as ProfileSummary
     from faccel.tracking.profiler import profile as profile
     from faccel.tracking.progress import show as show
+    from faccel.tracking.recording import log as log
+    from faccel.tracking.recording import log_figure as log_figure
+    from faccel.tracking.recording import log_file as log_file
+    from faccel.tracking.recording import log_images as log_images
+    from faccel.tracking.recording import log_table as log_table
     from faccel.tracking.tracker import Tracker as Tracker
     from faccel.tracking.tracker import Trackers as Trackers
     from faccel.tracking.trackers import finish as finish
     from faccel.tracking.trackers import handle as handle
     from faccel.tracking.trackers import init_trackers as init_trackers
-    from faccel.tracking.trackers import log as log
-    from faccel.tracking.trackers import log_figure as log_figure
-    from faccel.tracking.trackers import log_file as log_file
-    from faccel.tracking.trackers import log_images as log_images
-    from faccel.tracking.trackers import log_table as log_table
 
 _NAMES = {
     "faccel.tracking.flops": ("flops_of",),
@@ -41,12 +41,10 @@ _NAMES = {
     "faccel.tracking.meter": ("Meter", "Rates", "init_meter", "rates", "tick"),
     "faccel.tracking.profiler": ("ProfileSummary", "profile"),
     "faccel.tracking.progress": ("show",),
+    "faccel.tracking.recording": ("log", "log_figure", "log_file", "log_images", "log_table"),
     "faccel.tracking.tracker": ("Tracker", "Trackers"),
-    "faccel.tracking.trackers": (
-        *("finish", "handle", "init_trackers"),
-        *("log", "log_figure", "log_file", "log_images", "log_table"),
-    ),
-}  # fmt: skip
+    "faccel.tracking.trackers": ("finish", "handle", "init_trackers"),
+}
 __getattr__, __dir__, __all__ = lazy(  # pyright: ignore[reportUnsupportedDunderAll]
     __name__, _NAMES
 )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import shutil
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -113,6 +116,54 @@ def image_of(image: np.ndarray) -> np.ndarray:
     if image.shape[-1] == 1:
         return image[..., 0]
     return image
+
+
+def named_images(name: str, images: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield a name and the image, for trackers in which a name is one image.
+
+    Effects: pure.
+
+    Examples:
+        >>> [label for label, _ in named_images("digits", np.zeros((2, 4, 4, 1)))]
+        ['digits/0', 'digits/1']
+        >>> [label for label, _ in named_images("digits", np.zeros((1, 4, 4, 1)))]
+        ['digits']
+    """
+    if len(images) == 1:
+        yield name, images[0]
+        return
+    for index, image in enumerate(images):
+        yield f"{name}/{index}", image
+
+
+def quoted(name: str) -> str:
+    """Return the name of a file for any name.
+
+    Effects: pure.
+
+    Examples:
+        >>> quoted("val/samples"), quoted("../x")
+        ('val%2Fsamples', '..%2Fx')
+    """
+    # A name such as "val/samples" must not name a folder, and "../x" not leave this one.
+    return quote(name, safe="")
+
+
+def copy_file(path: Path, folder: Path, name: str) -> Path:
+    """Copy a file into a folder, which is created, under a quoted name.
+
+    Effects: ambient. Writes the copy.
+
+    Returns:
+        The path of the copy.
+
+    Raises:
+        OSError: The file cannot be read, or the folder cannot be written.
+    """
+    folder.mkdir(exist_ok=True)
+    copy = folder / quoted(name)
+    shutil.copyfile(path, copy)
+    return copy
 
 
 def png(image: np.ndarray) -> bytes:

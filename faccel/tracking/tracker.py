@@ -10,6 +10,8 @@ from typing import Any
 import attrs
 import numpy as np
 
+from faccel.checks import instance_of
+
 Cell = str | float | int | bool | None
 """What a cell of a table contains."""
 
@@ -90,3 +92,15 @@ class Trackers:
             return
         self._failed.add(key)
         logging.getLogger("faccel").error("%s leaves out `%s`: %s", source, name, reason)
+
+
+def require_trackers(trackers: object, call: str) -> None:
+    """Check that an argument is what `init_trackers` has returned.
+
+    Effects: pure.
+
+    Raises:
+        ConfigError: It is something else; the fix has `call`.
+    """
+    fix = f"write `trackers = init_trackers(run, ctx)`, then `{call}`"
+    instance_of("trackers", trackers, Trackers, fix=fix)

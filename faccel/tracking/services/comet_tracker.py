@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from faccel.tracking import service
-from faccel.tracking.media import image_of
+from faccel.tracking.media import image_of, named_images
 from faccel.tracking.tracker import Cell, Tracker
 from faccel.tracking.values import to_json
 
@@ -44,11 +44,8 @@ def _log(experiment: Any, values: Mapping[str, Any], step: int) -> None:
 
 
 def _images(experiment: Any, name: str, images: np.ndarray, step: int) -> None:
-    for index, image in enumerate(images):
-        # Two images of one name and step would replace each other.
-        label = name
-        if len(images) > 1:
-            label = f"{name}/{index}"
+    # Two images of one name and step would replace each other.
+    for label, image in named_images(name, images):
         # Without the limits, Comet stretches the values of each image to 0 and 255.
         limits = (0, 255)
         experiment.log_image(image_of(image), name=label, image_minmax=limits, step=step)

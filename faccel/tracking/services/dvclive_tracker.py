@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from faccel.tracking.media import image_of
+from faccel.tracking.media import image_of, named_images
 from faccel.tracking.service import check_options, import_service, keyword_names
 from faccel.tracking.tracker import Tracker
 from faccel.tracking.values import to_json
@@ -34,10 +34,7 @@ def _log(live: Any, values: Mapping[str, Any], step: int) -> None:
 
 def _images(live: Any, name: str, images: np.ndarray, step: int) -> None:
     live.step = step
-    for index, image in enumerate(images):
-        folder = name
-        if len(images) > 1:
-            folder = f"{name}/{index}"
+    for folder, image in named_images(name, images):
         # DVC draws a slider over the steps for a folder of numbered images.
         live.log_image(f"{folder}/{step}.png", image_of(image))
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
-from urllib.parse import quote
 
 import attrs
 import numpy as np
 
-from faccel.tracking.media import png
+from faccel.tracking.media import copy_file, png, quoted
 from faccel.tracking.tracker import Cell, Tracker
 from faccel.tracking.values import to_json
 
@@ -61,8 +59,7 @@ def _images(files: _Files, name: str, images: np.ndarray, step: int) -> None:
     (files.folder / "images").mkdir(exist_ok=True)
     paths: list[str] = []
     for index, image in enumerate(images):
-        # A name such as "val/samples" must not name a folder, and "../x" not leave this one.
-        path = Path("images", f"{quote(name, safe='')}-{step}-{index}.png")
+        path = Path("images", f"{quoted(name)}-{step}-{index}.png")
         (files.folder / path).write_bytes(png(image))
         paths.append(path.as_posix())
     _log_media(files, {"kind": "images", "name": name, "step": step, "paths": paths})
@@ -77,11 +74,9 @@ def _table(
 
 
 def _file(files: _Files, name: str, path: Path) -> None:
-    (files.folder / "files").mkdir(exist_ok=True)
     # A copy, because the file may change or be deleted later.
-    copy = Path("files", quote(name, safe=""))
-    shutil.copyfile(path, files.folder / copy)
-    _log_media(files, {"kind": "file", "name": name, "path": copy.as_posix()})
+    copy = copy_file(path, files.folder / "files", name)
+    _log_media(files, {"kind": "file", "name": name, "path": f"files/{copy.name}"})
 
 
 def _close(files: _Files) -> None:

@@ -13,6 +13,7 @@ import attrs
 import numpy as np
 
 from faccel.tracking import service
+from faccel.tracking.media import named_images
 from faccel.tracking.server import Server
 from faccel.tracking.tracker import Cell, Tracker
 from faccel.tracking.values import to_json
@@ -127,11 +128,8 @@ def _log_valid(run: _MlflowRun, metrics: Sequence[Any]) -> None:
 
 
 def _images(run: _MlflowRun, name: str, images: np.ndarray, step: int) -> None:
-    for index, image in enumerate(images):
-        # The key is what the slider of the UI shows.
-        key = name
-        if len(images) > 1:
-            key = f"{name}/{index}"
+    # The key is what the slider of the UI shows.
+    for key, image in named_images(name, images):
         run.client.log_image(run.run_id, image, key=key, step=step)
 
 

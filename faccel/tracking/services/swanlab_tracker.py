@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
 from faccel.tracking import service
-from faccel.tracking.media import image_of
+from faccel.tracking.media import copy_file, image_of
 from faccel.tracking.tracker import Cell, Tracker
 from faccel.tracking.values import to_json
 
@@ -67,9 +65,7 @@ def _table(
 def _file(run: Any, name: str, path: Path) -> None:
     # SwanLab links to the file, whose content may change before the link is followed.
     copies = Path(run.dir) / "copies"
-    copy = copies / quote(name, safe="")
-    copies.mkdir(exist_ok=True)
-    shutil.copyfile(path, copy)
+    copy = copy_file(path, copies, name)
     run.save(str(copy), base_path=str(copies), policy="now")
 
 

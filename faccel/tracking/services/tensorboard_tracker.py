@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from faccel.tracking.media import named_images
 from faccel.tracking.service import check_options, import_service, keyword_names
 from faccel.tracking.tracker import Cell, Tracker
 from faccel.tracking.values import to_json
@@ -36,11 +37,8 @@ def _log(writer: SummaryWriter, values: Mapping[str, Any], step: int) -> None:
 
 def _images(writer: SummaryWriter, name: str, images: np.ndarray, step: int) -> None:
     # One event per image: `add_images` draws a batch as one picture without gaps.
-    for index, image in enumerate(images):
-        # The same tag and step twice would show one of them.
-        tag = name
-        if len(images) > 1:
-            tag = f"{name}/{index}"
+    # The same tag and step twice would show one of them.
+    for tag, image in named_images(name, images):
         writer.add_image(tag, image, step, dataformats="HWC")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from faccel.tracking import service
-from faccel.tracking.media import image_of
+from faccel.tracking.media import image_of, named_images
 from faccel.tracking.tracker import Cell, Tracker
 from faccel.tracking.values import to_json
 
@@ -45,10 +45,7 @@ def _log(run: Any, values: Mapping[str, object], step: int) -> None:
 def _images(run: Any, name: str, images: np.ndarray, step: int) -> None:
     image_type = _trackio().Image
     # A value of a run is one image; a list of them belongs into a table.
-    for index, image in enumerate(images):
-        key = name
-        if len(images) > 1:
-            key = f"{name}/{index}"
+    for key, image in named_images(name, images):
         run.log({key: image_type(image_of(image))}, step=step)
 
 
