@@ -34,6 +34,7 @@ _SPEC_FIELDS = (
     "rdzv_endpoint",
     "rdzv_id",
     "join_timeout_s",
+    "hang_report_s",
     "max_restarts",
     "log_dir",
     "tee",
@@ -102,6 +103,16 @@ _OPTIONS = (
         show_default=True,
         metavar="SECONDS",
         help="Seconds that nodes wait for each other.",
+    ),
+    click.option(
+        "--hang-report",
+        "hang_report_s",
+        type=click.FloatRange(0),
+        default=300,
+        show_default=True,
+        metavar="SECONDS",
+        help="With --run-dir: seconds without a collective or a step after which the reason is "
+        "printed once, as by `faccel why`. 0: never.",
     ),
     click.option(
         "--max-restarts",

@@ -106,9 +106,12 @@ def node_words(spec: LaunchSpec) -> list[str]:
     for option, value in options.items():
         if value:
             words += [option, str(value)]
-    # It always has a value, and the default would only lengthen the line.
-    if spec.join_timeout_s != attrs.fields(LaunchSpec).join_timeout_s.default:
+    # They always have a value, and the default would only lengthen the line.
+    defaults = attrs.fields(LaunchSpec)
+    if spec.join_timeout_s != defaults.join_timeout_s.default:
         words += ["--join-timeout", f"{spec.join_timeout_s:g}"]
+    if spec.hang_report_s != defaults.hang_report_s.default:
+        words += ["--hang-report", f"{spec.hang_report_s:g}"]
     if spec.tee:
         words.append("--tee")
     # As flags, not in a variable: people edit the file.

@@ -22,6 +22,7 @@ from faccel.config import PREFIX
 from faccel.errors import JoinError, LaunchError
 from faccel.launching.command_end import CommandEnd, ending_by_signals
 from faccel.launching.guard import guarded
+from faccel.launching.hang_report import reporting_hangs
 from faccel.launching.loopback import ADDRESS, loopback_variables
 from faccel.launching.node_rendezvous import agree_on_run_id, join_nodes
 from faccel.launching.rank_process import with_launcher
@@ -211,6 +212,8 @@ def _supervise(spec: LaunchSpec) -> int:
             else:
                 rendezvous = elastic_rendezvous(config, run_id, store)
         stack.enter_context(guarded(folder))
+        run_dir = spec.flags.get("run_dir") or os.environ.get(_RUN_DIR)
+        stack.enter_context(reporting_hangs(spec, run_dir))
         try:
             # Returns when all ranks have ended.
             failures, end_signal = supervise(
@@ -232,7 +235,7 @@ def _supervise(spec: LaunchSpec) -> int:
             del store  # until here: this node may serve the rendezvous
         if end_signal is not None and failures and _is_end(failures, end_signal):
             return end.report(end_signal)
-        _record_first(failures, spec.flags.get("run_dir") or os.environ.get(_RUN_DIR))
+        _record_first(failures, run_dir)
         return _exit_code(failures, end, is_single_node=spec.nnodes == "1")
 
 

@@ -39,6 +39,8 @@ class LaunchSpec:
         rdzv_endpoint: `host:port` of an elastic rendezvous, instead of `main_address`.
         rdzv_id: Name of the run, the same on all nodes of an elastic rendezvous.
         join_timeout_s: Seconds that nodes wait for each other before they raise an error.
+        hang_report_s: Seconds without a collective or a step after which a hang is reported, in a
+            run with a run folder; 0 is never.
         max_restarts: How often all processes are restarted after a failure.
         log_dir: Folder for the output of each process.
         tee: Whether the output is also printed.
@@ -61,6 +63,7 @@ class LaunchSpec:
     rdzv_endpoint: str | None = None
     rdzv_id: str = "faccel"
     join_timeout_s: float = 600.0
+    hang_report_s: float = 300.0
     max_restarts: int = 0
     log_dir: str | None = None
     tee: bool = False
@@ -75,6 +78,7 @@ class LaunchSpec:
             one_of("numa_binding", self.numa_binding, NUMA_BINDINGS, LaunchError)
         _check_nnodes(self)
         finite("join_timeout_s", self.join_timeout_s, at_least=1, error=LaunchError)
+        finite("hang_report_s", self.hang_report_s, at_least=0, error=LaunchError)
         if self.tee and self.log_dir is None:
             raise LaunchError(
                 "`--tee` needs a folder for the logs",
