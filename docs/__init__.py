@@ -1,0 +1,1 @@
+"""The documentation: its pages, and the program that builds the site from them."""
