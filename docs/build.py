@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 
-from docs import links, pictures, reference
+from docs import links, pictures, reference, svg
 
 DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
@@ -183,6 +183,8 @@ def build(folder):
     navigation = write_sources(source)
     texts = {path: path.read_text() for path in source.rglob("*.md")}
     inline_pictures(source)
+    with (source / "assets" / "site.css").open("a") as style:
+        style.write(svg.STYLE)
     write_config(folder / "zensical.toml", navigation)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
