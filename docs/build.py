@@ -28,6 +28,7 @@ ADDED = {  # pages of other folders, and where the site has them
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _FENCE = re.compile(r"(^```.*?^```)", re.M | re.S)
 _NAME = re.compile(r"(?<!\[)`(faccel(?:\.\w+)+)(\([^`]*\))?`")
+_NOT_LINKED = re.compile(r"(^#.*$|\[[^\]]*\]\([^)]*\))", re.M)  # headings, and links
 _SECTION = re.compile(r"^## (.*?)$(.*?)(?=^## |\Z)", re.M | re.S)
 _ROW = re.compile(r"^\| \[([^\]]*)\]\(([^)#]+)\) \| (.*) \|$", re.M)
 
@@ -115,11 +116,10 @@ def _site_link(match, origin, page):
 
 def _linked_names(text, page):
     """Make public names in prose and tables links to their entries."""
-    lines = text.split("\n")
-    for i, line in enumerate(lines):
-        if not line.startswith("#") and "](" not in line:
-            lines[i] = _NAME.sub(lambda match: _name_link(match, page), line)
-    return "\n".join(lines)
+    parts = _NOT_LINKED.split(text)
+    for i in range(0, len(parts), 2):
+        parts[i] = _NAME.sub(lambda match: _name_link(match, page), parts[i])
+    return "".join(parts)
 
 
 @functools.cache
@@ -158,7 +158,11 @@ def add_markdown(source, site, navigation):
         target = site / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    lines = ["# faccel", "", "> Run your own PyTorch training loop on one process or on a thousand."]
+    lines = [
+        "# faccel",
+        "",
+        "> Run your own PyTorch training loop on one process or on a thousand.",
+    ]
     for section, rows in navigation.items():
         lines += ["", f"## {section}", ""]
         for title, target, what in rows:

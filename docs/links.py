@@ -65,13 +65,23 @@ def problems(site):
         for target in page.links:
             lines += [f"{name}: {line}" for line in _link_problems(site, pages, name, target)]
         for target in page.resources:
-            if urllib.parse.urlsplit(target).netloc:
-                lines.append(f"{name}: loads {target}")
-            elif not target.startswith("data:") and not (site / _resolve(name, target)).exists():
-                lines.append(f"{name}: {target} is missing")
+            lines += [f"{name}: {line}" for line in _resource_problems(site, name, target)]
+    return lines + _style_problems(site)
+
+
+def _resource_problems(site, name, target):
+    if urllib.parse.urlsplit(target).netloc:
+        return [f"loads {target}"]
+    if target.startswith("data:") or (site / _resolve(name, target)).exists():
+        return []
+    return [f"{target} is missing"]
+
+
+def _style_problems(site):
+    lines = []
     for path in site.rglob("*.css"):
-        for target in re.findall(r"url\([\"']?(https?:[^)\"']*)", path.read_text()):
-            lines.append(f"{path.relative_to(site)}: loads {target}")
+        targets = re.findall(r"url\([\"']?(https?:[^)\"']*)", path.read_text())
+        lines += [f"{path.relative_to(site)}: loads {target}" for target in targets]
     return lines
 
 

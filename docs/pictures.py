@@ -65,7 +65,10 @@ def data_order(num_samples=22, batch_size=2, num_ranks=3):
         x = left + step * (batch_size * cell + 34)
         shapes.append(text(x, top + 36 + 40 * num_ranks, f"step {step}", "small"))
     y = top + 64 + 40 * num_ranks
-    shapes += [rect(left, y - 12, 16, 16, REPEAT), text(left + 24, y, "a repeat: not in `num_valid`")]
+    shapes += [
+        rect(left, y - 12, 16, 16, REPEAT),
+        text(left + 24, y, "a repeat: not in `num_valid`"),
+    ]
     return document("The order of samples over ranks", left + num_samples * cell, y + 12, shapes)
 
 
@@ -89,10 +92,11 @@ def mesh(spec_text="pp=2,dp_shard=2,tp=2"):
     shapes = [text(0, 18, f'mesh="{spec_text}", {spec.size} ranks', "title")]
     for stage in range(spec.pp):
         x0 = left + stage * (2 * width + 60)
-        shapes.append(text(x0, 48, f"pp={stage}: first layers" if stage == 0 else f"pp={stage}: last layers"))
+        shapes.append(text(x0, 48, f"pp={stage}: {('first', 'last')[stage]} layers"))
         shapes.append(rect(x0 - 10, 58, 2 * width + 20, 2 * height + 56))
         for index in range(spec.tp):
-            shapes.append(text(x0 + index * width + width / 2 - 6, 78, f"tp={index}", "small", "middle"))
+            x = x0 + index * width + width / 2 - 6
+            shapes.append(text(x, 78, f"tp={index}", "small", "middle"))
     for index in range(spec.dp_shard):
         shapes.append(text(0, 122 + index * (height + 12), f"dp_shard={index}"))
         shapes.append(text(0, 138 + index * (height + 12), "same samples", "small"))
@@ -108,7 +112,9 @@ def mesh(spec_text="pp=2,dp_shard=2,tp=2"):
         shapes.append(text(90, y, size, "code"))
         shapes.append(text(120, y, groups, "code"))
     shapes.append(text(0, 240, "axis or view, its size, and its groups of ranks", "small"))
-    return document("The ranks of a mesh", left + 2 * (2 * width + 60), 270 + 20 * len(rows), shapes)
+    return document(
+        "The ranks of a mesh", left + 2 * (2 * width + 60), 270 + 20 * len(rows), shapes
+    )
 
 
 # --- pipelines
@@ -232,7 +238,9 @@ def pipeline_schedule(num_ranks=4, num_micro_batches=8):
         starts = start_times(actions, num_ranks * stages_per_rank)
         # One unit is a forward of all layers of a rank, however many stages they are.
         unit = 18 / stages_per_rank
-        ends = [max(start) + DURATIONS[rank[-1][0]] for start, rank in zip(starts, actions)]
+        ends = [
+            max(start) + DURATIONS[rank[-1][0]] for start, rank in zip(starts, actions, strict=True)
+        ]
         busy = sum(DURATIONS[action[0]] for rank in actions for action in rank)
         idle = 1 - busy / (num_ranks * max(ends))
         shapes.append(text(0, y, f'schedule="{name}"', "title"))
@@ -240,7 +248,7 @@ def pipeline_schedule(num_ranks=4, num_micro_batches=8):
         for rank, rank_actions in enumerate(actions):
             top = y + 12 + 24 * rank
             shapes.append(text(0, top + 15, f"rank {rank}", "small"))
-            for (kind, _, number), start in zip(rank_actions, starts[rank]):
+            for (kind, _, number), start in zip(rank_actions, starts[rank], strict=True):
                 width = DURATIONS[kind] * unit
                 fill = FILLS[{"F": 0, "B": 1, "I": 1, "W": 2}[kind]]
                 label = number if width >= 14 else ""
@@ -249,7 +257,9 @@ def pipeline_schedule(num_ranks=4, num_micro_batches=8):
     for i, label in enumerate(("forward", "backward", "gradients of parameters")):
         shapes.append(rect(left + 150 * i, y - 22, 16, 16, FILLS[i]))
         shapes.append(text(left + 150 * i + 24, y - 9, label))
-    shapes.append(text(left, y + 12, f"{num_micro_batches} micro-batches, numbered from 0", "small"))
+    shapes.append(
+        text(left, y + 12, f"{num_micro_batches} micro-batches, numbered from 0", "small")
+    )
     return document("Timelines of pipeline schedules", 760, y + 24, shapes)
 
 
@@ -353,7 +363,11 @@ def precedence():
         ("file", "grad_accum: 2", resolve(file=file)),
         ("environment", "FACCEL_GRAD_ACCUM=4", resolve(file=file, env=env)),
         ("flag of faccel launch", "--grad-accum 8", resolve(file=file, env=flags)),
-        ("argument of init", "init(grad_accum=16)", resolve(overrides={"grad_accum": 16}, file=file, env=env)),
+        (
+            "argument of init",
+            "init(grad_accum=16)",
+            resolve(overrides={"grad_accum": 16}, file=file, env=env),
+        ),
     ]
     shapes = [
         text(0, 18, "The strongest source of a field wins", "title"),

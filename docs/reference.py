@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import itertools
 import pathlib
 import types
 
@@ -138,7 +139,7 @@ def _value_doc(full_name):
     package = PACKAGE.joinpath(*namespace.split(".")[1:])
     for path in sorted(package.rglob("*.py")):
         body = ast.parse(path.read_text()).body
-        for statement, following in zip(body, body[1:], strict=False):
+        for statement, following in itertools.pairwise(body):
             target = getattr(statement, "target", None)
             if isinstance(target, ast.Name) and target.id == name:
                 return inspect.cleandoc(following.value.value)
@@ -302,8 +303,10 @@ def configuration_page():
     for name, record in plan_records():
         rows = ["| field | default | meaning |", "| --- | --- | --- |"]
         meanings = dict(docstrings.items(docstrings.read(record).sections["Args"]))
-        for field in attrs.fields(record):
-            rows.append(f"| `{field.name}` | {_default(field)} | {cell(meanings[field.name])} |")
+        rows += [
+            f"| `{field.name}` | {_default(field)} | {cell(meanings[field.name])} |"
+            for field in attrs.fields(record)
+        ]
         parts += [f"### {name}", "\n".join(rows)]
     return "\n\n".join(parts) + "\n"
 
