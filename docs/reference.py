@@ -5,6 +5,7 @@ import importlib
 import inspect
 import itertools
 import pathlib
+import re
 import types
 
 import attrs
@@ -149,7 +150,7 @@ def _value_doc(full_name):
 def namespace_page(namespace, guides):
     """Return the page of a namespace; `guides` has the page that explains each name."""
     module = importlib.import_module(namespace)
-    parts = [f"# {namespace}", TITLES.get(namespace, "") + "."]
+    parts = [f"# {namespace}", TITLES.get(namespace, "Public names") + "."]
     names = [f"{namespace}.{name}" for name in module.__all__]
     for name in names:
         guide = guides.get(name)
@@ -314,10 +315,14 @@ def configuration_page():
 def plan_records():
     """Return `(name, class)` of `Plan` and of the records of its fields."""
     names = [name for name in faccel.parallel.__all__ if attrs.has(getattr(faccel.parallel, name))]
-    in_plan = ("DdpConfig", "PowerSgdConfig", "FsdpConfig", "DeepSpeedConfig", "PipelineConfig")
-    in_plan += ("ActivationCheckpointing", "Compile", "Fp8", "LayerwiseCasting")
-    records = [(name, getattr(faccel.parallel, name)) for name in names if name in in_plan]
-    return [("Plan", faccel.Plan), *records]
+    records = {"Plan": faccel.Plan}
+    # Annotations are texts; a record of a record follows in the next round.
+    for _ in range(2):
+        types_ = " ".join(str(f.type) for record in records.values() for f in attrs.fields(record))
+        for name in names:
+            if re.search(rf"\b{name}\b", types_):
+                records.setdefault(name, getattr(faccel.parallel, name))
+    return list(records.items())
 
 
 def _default(field):
