@@ -328,7 +328,7 @@ def plan_records():
 def _default(field):
     if field.default is attrs.NOTHING:
         return "required"
-    if isinstance(field.default, attrs.Factory):
+    if isinstance(field.default, attrs.Factory) or attrs.has(type(field.default)):
         return "a record of defaults"
     return f"`{field.default!r}`"
 
