@@ -57,7 +57,7 @@ def generated_rows(pages):
     for name, text in pages.items():
         title = text.partition("\n")[0].removeprefix("# ")
         namespace = name.removesuffix(".md")
-        what = reference.TITLES.get(namespace, "generated from the code")
+        what = reference.TITLES.get(namespace, "public names")
         rows.append((title, f"reference/{name}", what[0].lower() + what[1:]))
     return rows
 

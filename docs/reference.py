@@ -33,6 +33,9 @@ TITLES = {
     "faccel.testing": "Simulated worlds",
     "faccel.tracking": "Trackers and meters",
     "faccel.tree": "Nested values",
+    "command-line": "Every command and option",
+    "configuration": "Every field of `Config` and of a `Plan`",
+    "backends": "What runs where, as tables",
 }
 
 

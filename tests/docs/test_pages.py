@@ -2,12 +2,13 @@
 
 import importlib
 import inspect
+import pkgutil
 import re
 
 import pytest
 
 import faccel
-from tests.docs.pages import README, ROOT, anchors, links, page_id, pages, reference_rows
+from tests.docs.pages import README, ROOT, anchors, links, page_id, pages, prose, reference_rows
 
 NAMESPACES = (
     "faccel",
@@ -86,6 +87,13 @@ def test_links_resolve(path):
         file = (path.parent / name).resolve() if name else path
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("path", pages(), ids=page_id)
+def test_names_of_faccel_on_a_page_exist(path):
+    for code in re.findall(r"`([^`\n]+)`", prose(path)):
+        for name in re.findall(r"(?<![\w./-])(faccel(?:\.\w+)+)", code):
+            pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("path", pages(), ids=page_id)
