@@ -5,6 +5,7 @@ import re
 import attrs
 import click
 import pytest
+from click.testing import CliRunner
 
 from docs import build, docstrings, links, pictures, reference
 from faccel.cli.commands import main
@@ -87,6 +88,16 @@ def test_every_picture_is_on_a_page():
     files = {path.stem for path in pictures.FOLDER.glob("*.svg")}
     assert files == set(pictures.PICTURES)
     assert all(f"pictures/{name}.svg)" in text for name in files)
+
+
+def test_the_batch_script_of_the_page_about_slurm_is_the_printed_one(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "how-to" / "slurm.md").read_text()
+    command = re.search(r"^faccel (launch --print slurm .*) > job.sh$", text, re.M)[1]
+    shown = re.search(r"^```text\n(#!.*?)^```", text, re.M | re.S)[1].splitlines()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").touch()
+    printed = CliRunner().invoke(main, command.split()).output
+    assert shown == [line for line in printed.splitlines() if not line.startswith("# ")]
 
 
 def site_with(tmp_path, body, head=""):
