@@ -2,7 +2,10 @@
 
 python examples/digits.py
 torchrun --nproc-per-node 2 examples/digits.py
+faccel launch --nproc 2 examples/digits.py --track tensorboard,csv --run-dir runs/digits
 """
+
+import argparse
 
 import numpy as np
 import torch
@@ -12,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import faccel
+from faccel import tracking
 
 EPOCHS = 12
 GLOBAL_BATCH = 64  # samples per update, over all processes
@@ -43,7 +47,14 @@ def datasets():
     return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
 
 
-def main(ctx):
+def parse_args():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--track", default="", help="trackers, as in `tensorboard,csv`")
+    parser.add_argument("--run-dir", help="folder for trackers, `faccel report` and `faccel watch`")
+    return parser.parse_args()
+
+
+def main(ctx, track=()):
     train_set, test_set = datasets()
 
     # The batch size is the global one: each process reads its part of every batch. Without the
@@ -60,6 +71,13 @@ def main(ctx):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=EPOCHS * len(train))
     scaler = faccel.init_scaler(ctx)
 
+    # The trackers record curves, the meter where the time goes.
+    trackers, meter = tracking.Trackers(), tracking.init_meter(ctx)
+    if track:
+        config = {"epochs": EPOCHS, "global_batch": GLOBAL_BATCH, "learning_rate": LEARNING_RATE}
+        trackers = tracking.init_trackers("digits", ctx, trackers=track, config=config)
+        meter = tracking.init_meter(ctx, run="digits")
+
     for epoch, loader in train.epochs(EPOCHS):
         for x, y in loader:
             loss = F.cross_entropy(model(x), y)
@@ -67,6 +85,11 @@ def main(ctx):
             info, scaler = faccel.optimizer_step(
                 opt, scaler, ctx, clip_norm=CLIP_NORM, scheduler=schedule
             )
+            meter = tracking.tick(meter, samples=len(x))
+            values = {"loss": loss, "grad_norm": info.grad_norm}
+            tracking.log(values, trackers, step=meter.num_steps)
+        if track:
+            tracking.rates(meter, ctx)
         mean = faccel.reduce(loss.detach(), ctx, op="mean")
         faccel.print(
             f"epoch {epoch:2d}  loss {mean:.4f}  gradient norm {info.grad_norm:.3f}", ctx=ctx
@@ -75,16 +98,20 @@ def main(ctx):
     # Each process evaluates its part. `gather` drops padded rows, so each image counts once.
     model.eval()
     correct = []
-    with torch.no_grad():
+    with torch.no_grad(), tracking.phase("evaluation", ctx):
         for batch in faccel.batches(test):
             x, y = batch.data
             is_correct = model(x).argmax(-1) == y
             correct.append(faccel.gather(is_correct, ctx, num_valid=batch.num_valid))
     correct = torch.cat(correct)
     assert len(correct) == len(test_set)
-    faccel.print(f"accuracy {correct.float().mean():.4f}", ctx=ctx)
+    accuracy = correct.float().mean()
+    tracking.log({"accuracy": accuracy}, trackers, step=meter.num_steps)
+    tracking.finish(trackers)
+    faccel.print(f"accuracy {accuracy:.4f}", ctx=ctx)
 
 
 if __name__ == "__main__":
-    with faccel.init() as ctx:
-        main(ctx)
+    args = parse_args()
+    with faccel.init(run_dir=args.run_dir) as ctx:
+        main(ctx, tuple(filter(None, args.track.split(","))))

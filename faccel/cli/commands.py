@@ -21,6 +21,7 @@ from faccel.cli.flags import LocalPath
 from faccel.cli.launch_command import launch, test
 from faccel.cli.migrate_command import migrate
 from faccel.cli.output import explain_rows, json_option, present
+from faccel.cli.report_command import report
 from faccel.cli.why_command import why
 from faccel.errors import FaccelError, printable
 
@@ -65,6 +66,7 @@ main.add_command(checkpoints)
 main.add_command(config)
 main.add_command(launch)
 main.add_command(migrate)
+main.add_command(report)
 main.add_command(test)
 main.add_command(why)
 

@@ -63,12 +63,35 @@ def ask(run: str, *, duration_s: float, interval_s: float) -> list[Snapshot]:
         ConfigError: There is no such run.
     """
     folder, documents = rank_file.read_run(run)
-    launch = rank_file.read_launch(folder)
     request = {"duration_s": duration_s, "interval_s": interval_s}
-    world_size = max(document["world_size"] for document in documents)
     # At the same time, so that the moments of the ranks can be compared.
     with ThreadPoolExecutor(len(documents)) as pool:
         snapshots = list(pool.map(lambda document: _snapshot(document, request), documents))
+    return _completed(snapshots, folder, documents)
+
+
+def states(run: str) -> list[Snapshot]:
+    """Return the state of each rank of a run without asking it: a rank that runs has no moments.
+
+    Effects: ambient. Reads the run folder, and whether the processes of this node exist.
+
+    Args:
+        run: The run folder.
+
+    Raises:
+        ConfigError: There is no such run.
+    """
+    folder, documents = rank_file.read_run(run)
+    snapshots = [_without_asking(document) or _identity(document) for document in documents]
+    return _completed(snapshots, folder, documents)
+
+
+def _completed(
+    snapshots: list[Snapshot], folder: Path, documents: list[dict[str, Any]]
+) -> list[Snapshot]:
+    """Return the snapshots of all ranks in order, with those that have written no file."""
+    launch = rank_file.read_launch(folder)
+    world_size = max(document["world_size"] for document in documents)
     # A rank that has not reached `init` has no file, but the others have its number.
     present = {snapshot.rank for snapshot in snapshots}
     for rank in range(world_size):
@@ -79,13 +102,18 @@ def ask(run: str, *, duration_s: float, interval_s: float) -> list[Snapshot]:
     return [_with_launch(snapshot, launch, documents) for snapshot in snapshots]
 
 
-def _snapshot(document: Mapping[str, Any], request: Mapping[str, float]) -> Snapshot:
-    known = Snapshot(
+def _identity(document: Mapping[str, Any]) -> Snapshot:
+    return Snapshot(
         document["rank"],
         host=document["host"],
         pid=document["pid"],
         coordinates=document["coordinates"],
     )
+
+
+def _without_asking(document: Mapping[str, Any]) -> Snapshot | None:
+    """Return the snapshot of a rank that has ended, or runs on another node; None to ask it."""
+    known = _identity(document)
     # First, because a number of a process that has ended may be that of another one now.
     end = document.get("end")
     if end is not None:
@@ -96,6 +124,14 @@ def _snapshot(document: Mapping[str, Any], request: Mapping[str, float]) -> Snap
     # The number alone may be that of a later process. Without /proc only the socket shows it.
     if document["start_ticks"] is not None and start_ticks(known.pid) != document["start_ticks"]:
         return _dead(known)
+    return None
+
+
+def _snapshot(document: Mapping[str, Any], request: Mapping[str, float]) -> Snapshot:
+    without_asking = _without_asking(document)
+    if without_asking is not None:
+        return without_asking
+    known = _identity(document)
     try:
         answer = _request(document["folder"], request)
     except PermissionError:

@@ -28,6 +28,14 @@ def rank_path(run_dir: str, rank: int) -> Path:
     return Path(run_dir).absolute() / FOLDER / f"{_PREFIX}{rank:05}.json"
 
 
+def facts_path(run_dir: str) -> Path:
+    """Return the path of the file with the configuration of the run, which rank 0 writes.
+
+    Effects: ambient. Reads the current folder.
+    """
+    return Path(run_dir).absolute() / FOLDER / "run.json"
+
+
 def write(path: Path, values: Mapping[str, Any]) -> None:
     """Write a file of the folder atomically.
 

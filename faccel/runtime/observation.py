@@ -42,7 +42,7 @@ class Observation:
         if self._observer is not None or not is_given(config, "run_dir"):
             yield
             return
-        self._start(config.run_dir, topology, spec)
+        self._start(config, topology, spec)
         try:
             with _flight_recorder():
                 yield
@@ -50,11 +50,13 @@ class Observation:
             self._close(error)
             raise
 
-    def _start(self, run_dir: str, topology: Topology, spec: MeshSpec) -> None:
+    def _start(self, config: Config, topology: Topology, spec: MeshSpec) -> None:
         # Only here, because few runs need it at the start.
         from faccel.observe.observer import Identity, Observer
-        from faccel.observe.rank_file import running_process
+        from faccel.observe.rank_file import facts_path, running_process, write
+        from faccel.run_facts import run_facts
 
+        run_dir = config.run_dir
         indices = spec.coordinates(topology.rank)
         # An axis of one rank distinguishes none.
         coordinates = {axis: index for axis, index in indices.items() if spec.extents[axis] > 1}
@@ -74,6 +76,8 @@ class Observation:
             return
         try:
             folder = self._stack.enter_context(private_folder("faccel-rank-"))
+            if topology.rank == 0:
+                write(facts_path(run_dir), run_facts(config))
             self._observer = Observer(run_dir, folder, identity, self._progress)
         # AttributeError: Windows has no such sockets. ValueError: a null character in the path.
         except (OSError, AttributeError, ValueError) as error:

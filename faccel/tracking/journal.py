@@ -25,10 +25,13 @@ from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError, short_text
 from faccel.lifetime import WaitTimes
+from faccel.tracking.run_file import write_run_file
 
 # Enough for all counts of a century in microseconds.
 _LINE_BYTES = 384
 _FOLDER = "goodput"
+RATES_FILE = "rates.jsonl"
+"""Next to the journals: the results of `rates` on rank 0."""
 Event = dict[str, Any]
 _COUNTS = (
     *("time", "num_steps", "num_skipped", "startup_s", "useful_s", "data_wait_s", "skipped_s"),
@@ -76,6 +79,7 @@ class Journal:
     _file: FileIO | None = attrs.field(default=None, init=False)
     _offset: int = attrs.field(default=0, init=False)
     _other_counts: str = attrs.field(default="", init=False)
+    _has_failed_rates: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._before = attrs.evolve(self.waits, phase_s=dict(self.waits.phase_s))
@@ -138,6 +142,22 @@ class Journal:
             self._write(event, self.waits.clock(), "")
         else:
             self._append(event, {"step": step})
+
+    def add_rates(self, values: Mapping[str, float]) -> None:
+        """Append the result of `rates` to a file of its run, for `faccel report`."""
+        if self._file is None or self._has_failed_rates:
+            return
+        time_s = self.waits.clock() + self.offset_s
+        line = json.dumps({"time": time_s, "step": self.num_steps, **values})
+        path = self.path.with_name(RATES_FILE)
+        try:
+            # One write without a buffer: a process that is killed leaves complete lines.
+            with path.open("ab", buffering=0) as file:
+                file.write(line.encode() + b"\n")
+        except OSError as error:  # a full disk must not stop the training
+            self._has_failed_rates = True
+            message = "the rates of the run are not stored in `%s` any more: %r"
+            logging.getLogger("faccel").error(message, path, error)
 
     def __call__(self) -> None:
         """Append the last line of this process, when its context is closed."""
@@ -212,6 +232,8 @@ def open_journal(run: str, ctx: DistContext, waits: WaitTimes) -> Journal:
             got=f"{short_text(str(path))}: {error.strerror}",
             fix='name a folder in a writable place, as in `run_dir="/tmp/runs"`',
         ) from error
+    if ctx.is_main:
+        write_run_file(path.parents[1], ctx)
     waits.notes.append(journal.note)
     ctx.lifetime.on_close(journal)
     return journal

@@ -251,7 +251,8 @@ def rates(meter: Meter, ctx: DistContext) -> Rates:
     """Return throughput, utilization and waits over the last steps of all ranks.
 
     Effects: ambient, collective. One all-gather of `int64[16]` over all ranks, for which the host
-    waits: call it every tens of steps. Also reads the allocator's counters.
+    waits: call it every tens of steps. Also reads the allocator's counters. With `run`, rank 0
+    appends the result to a file for `faccel report`.
 
     Ranks of one model replica process the same samples: the first one of each replica counts.
 
@@ -281,7 +282,11 @@ def rates(meter: Meter, ctx: DistContext) -> Rates:
     first_of_replicas: dict[int, int] = {}
     for rank in range(ctx.world_size):
         first_of_replicas.setdefault(ctx.mesh.spec.data_rank(rank), rank)
-    return combined(rows, list(first_of_replicas.values()))
+    result = combined(rows, list(first_of_replicas.values()))
+    journal = meter._options.journal  # pyright: ignore[reportPrivateUsage]
+    if journal is not None and ctx.is_main:
+        journal.add_rates(result.known())
+    return result
 
 
 def _counts(meter: Meter, ctx: DistContext) -> RankCounts:

@@ -10,6 +10,7 @@ from faccel.checks import instance_of, local_path, one_of
 from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, effectful, updates
 from faccel.errors import ConfigError, FaccelError, short_repr, short_text
+from faccel.tracking.run_file import write_run_file
 from faccel.tracking.service import check_options, keyword_names, takes_any_keyword
 from faccel.tracking.tracker import Tracker, Trackers, require_trackers
 from faccel.tracking.tracker_table import TRACKERS, load_tracker
@@ -68,6 +69,7 @@ def init_trackers(
     if not ctx.is_main:
         return Trackers(names=names)
     folder = _new_folder(Path(ctx.config.run_dir) / run)
+    write_run_file(folder, ctx, config=fields)
     opened: list[tuple[str, Tracker, object]] = []
     for name, tracker in by_name.items():
         try:
