@@ -11,7 +11,7 @@ import torch
 
 from faccel.config import Config, config_fields, text_of
 
-_SECRET = re.compile(r"(^|[_-])(api_?key|secret|password|token|auth)$", re.I)
+_SECRET = re.compile(r"(^|[_-])(api[_-]?key|secret|password|token|auth)$", re.I)
 HIDDEN = "(hidden)"
 
 

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 import click
 
 from faccel.cli.checkpoints_command import checkpoints
+from faccel.cli.compare_command import compare
 from faccel.cli.config_command import config
 from faccel.cli.flags import LocalPath
 from faccel.cli.launch_command import launch, test
 from faccel.cli.migrate_command import migrate
 from faccel.cli.output import explain_rows, json_option, present
 from faccel.cli.report_command import report
+from faccel.cli.watch_command import watch
 from faccel.cli.why_command import why
 from faccel.errors import FaccelError, printable
 
@@ -63,11 +65,13 @@ def main() -> None:
 
 
 main.add_command(checkpoints)
+main.add_command(compare)
 main.add_command(config)
 main.add_command(launch)
 main.add_command(migrate)
 main.add_command(report)
 main.add_command(test)
+main.add_command(watch)
 main.add_command(why)
 
 

@@ -17,6 +17,7 @@ from faccel.report.words import bytes_text, number_text, percent_text
 _SIZE = 1000.0
 _MAX_BUCKETS = 300
 _NUM_TICKS = 4
+_MAX_VALUE = 1e300
 _LOG_RATIO = 50.0
 _MIN_SMOOTHED = 60
 
@@ -125,6 +126,10 @@ def chart(
         >>> result.lines[0].path
         'M0 87L1000 957'
     """
+    # Differences of larger numbers overflow.
+    points = [
+        attrs.evolve(line, y=np.where(abs(line.y) < _MAX_VALUE, line.y, np.inf)) for line in points
+    ]
     x_low, x_high = _bounds([line.x for line in points])
     y_values = [line.y[np.isfinite(line.y)] for line in points]
     is_log = not starts_at_zero and not unit and _is_log(y_values)
@@ -182,7 +187,7 @@ def _bounds(arrays: Sequence[np.ndarray]) -> tuple[float, float]:
 def _is_log(arrays: Sequence[np.ndarray]) -> bool:
     """Return whether the values are positive and cover orders of magnitude."""
     low, high = _bounds(arrays)
-    return low > 0 and high / low > _LOG_RATIO
+    return low > 1 / _MAX_VALUE and high / low > _LOG_RATIO
 
 
 def _line(points: Points, scale: _Scale, unit: str) -> Line:

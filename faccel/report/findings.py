@@ -68,9 +68,11 @@ def finding(record: RunRecord) -> Finding:
     Effects: pure.
     """
     evidence = _evidence(record)
-    time_text = _time_sentence(record)
+    time_text = time_sentence(record.duration_s, shares(record.times), record.last_step)
     if record.state == BROKEN:
-        sentence = f"failed after {_length(record)}: {record.state_text}"
+        sentence = (
+            f"failed after {_length(record.duration_s, record.last_step)}: {record.state_text}"
+        )
         return Finding("bad", sentence, (time_text, *evidence), record.next_step)
     loss = _loss_problem(record.metrics.series)
     if loss is not None:
@@ -111,19 +113,26 @@ def _is_long(record: RunRecord) -> bool:
     return record.duration_s > 60
 
 
-def _length(record: RunRecord) -> str:
-    text = duration_text(record.duration_s)
-    if record.last_step is not None:
-        text += f" and {count_text(record.last_step, 'step')}"
+def _length(duration_s: float, step: int | None) -> str:
+    text = duration_text(duration_s)
+    if step is not None:
+        text += f" and {count_text(step, 'step')}"
     return text
 
 
-def _time_sentence(record: RunRecord) -> str:
-    """Return how long the run took, how much of that was training, and the largest loss of time."""
-    values = shares(record.times)
+def time_sentence(duration_s: float, values: Mapping[str, float], step: int | None) -> str:
+    """Return how long a run took, how much of that was training, and the largest loss of time.
+
+    Effects: pure.
+
+    Args:
+        duration_s: How long it took.
+        values: From `shares`.
+        step: Its last step, None if that is unknown.
+    """
     if not values:
-        return f"{_length(record)}; nothing has measured how the time was spent"
-    text = f"{duration_text(record.duration_s)}, {percent_text(values['useful_s'])} of it training"
+        return f"{_length(duration_s, step)}; nothing has measured how the time was spent"
+    text = f"{duration_text(duration_s)}, {percent_text(values['useful_s'])} of it training"
     category = _largest_loss(values)
     if category is None:
         return text

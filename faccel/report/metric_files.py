@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeGuard
 import attrs
 import numpy as np
 
+_FLOATS = (1, 2)  # of TensorFlow's numbers of dtypes
 _RESERVED = ("step", "time")
 
 
@@ -191,24 +192,44 @@ def add_csv_line(line: str, table: Adds) -> None:
 
 def _read_events(paths: list[Path], table: _Table) -> tuple[str, ...]:
     """Read event files of TensorBoard; return why that was impossible."""
+    for path in paths:
+        loader = open_events(path)
+        if loader is None:
+            return (
+                "the metrics are in event files of TensorBoard, which is not installed here; "
+                'to show them, run `pip install "faccel[track]"`',
+            )
+        add_events(loader, table)
+    return ()
+
+
+def open_events(path: Path) -> Any:
+    """Return a reader of an event file for `add_events`, None if TensorBoard is not installed.
+
+    Effects: ambient. Imports TensorBoard.
+    """
     try:
         from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-        from tensorboard.util.tensor_util import make_ndarray
     except ImportError:
-        return (
-            "the metrics are in event files of TensorBoard, which is not installed here; "
-            'to show them, run `pip install "faccel[track]"`',
-        )
-    for path in paths:
-        for event in LegacyEventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                number: object = None
-                if value.HasField("simple_value"):
-                    number = value.simple_value
-                # the newer form of a scalar; images and text are tensors of other types
-                if value.HasField("tensor") and value.tensor.dtype in (1, 2):
-                    array = make_ndarray(value.tensor)
-                    if array.size == 1:
-                        number = float(array.reshape(()))
-                table.add(value.tag, event.step, number)
-    return ()
+        return None
+    return LegacyEventFileLoader(str(path))
+
+
+def add_events(loader: Any, table: Adds) -> None:
+    """Add the scalars of an event file, from where the last call has ended.
+
+    Effects: ambient. Reads the file, changes the table.
+    """
+    from tensorboard.util.tensor_util import make_ndarray
+
+    for event in loader.Load():
+        for value in event.summary.value:
+            number: object = None
+            if value.HasField("simple_value"):
+                number = value.simple_value
+            # The newer form of a scalar; images and texts are tensors of other types.
+            if value.HasField("tensor") and value.tensor.dtype in _FLOATS:
+                array = make_ndarray(value.tensor)
+                if array.size == 1:
+                    number = float(array.reshape(()))
+            table.add(value.tag, event.step, number)

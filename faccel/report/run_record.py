@@ -140,11 +140,11 @@ def read_record(folders: RunFolder, *, now_s: float | None = None) -> RunRecord:
     """
     if now_s is None:
         now_s = time.time()
-    events = _events(folders.folder)
+    events = read_events(folders.folder)
     ranks = rank_states(folders)
     facts = read_facts(folders)
-    began_s, ended_s = _interval(folders, events)
-    state, state_text, next_step = state_of(ranks, events, now_s - ended_s)
+    began_s, ended_s = run_interval(folders, events)
+    state, state_text, next_step = state_of_run(ranks, events, now_s - ended_s)
     if state == RUNNING:
         ended_s = max(now_s, ended_s)
     numbers = {event["rank"] for event in events}
@@ -190,7 +190,7 @@ def rank_states(folders: RunFolder) -> list[Snapshot]:
     return ranks
 
 
-def state_of(
+def state_of_run(
     ranks: Sequence[Snapshot], events: Sequence[Event], silent_s: float
 ) -> tuple[str, str, str]:
     """Return the state of a run, how it has ended, and what to do about that.
@@ -221,7 +221,11 @@ def state_of(
     return STOPPED, "", ""
 
 
-def _events(folder: Path | None) -> list[Event]:
+def read_events(folder: Path | None) -> list[Event]:
+    """Return the events of the journals of a run, none without a meter.
+
+    Effects: ambient. Reads files.
+    """
     if folder is None:
         return []
     try:
@@ -233,8 +237,11 @@ def _events(folder: Path | None) -> list[Event]:
     return [event for event in events if event["rank"] in started]
 
 
-def _interval(folders: RunFolder, events: Sequence[Event]) -> tuple[float, float]:
-    """Return when the run began, and when it last wrote anything."""
+def run_interval(folders: RunFolder, events: Sequence[Event]) -> tuple[float, float]:
+    """Return when the run began, and when it last wrote anything.
+
+    Effects: ambient. Reads files.
+    """
     starts = _starts(events)
     times = [event["time"] for event in events]
     if starts:

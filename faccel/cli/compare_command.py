@@ -1,0 +1,153 @@
+"""The command `faccel compare RUN RUN`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+import click
+
+from faccel.cli.output import json_option, present
+from faccel.errors import printable
+
+if TYPE_CHECKING:
+    from faccel.report.comparison import Comparison
+
+_Row = tuple[str, ...]
+
+
+@click.command()
+@click.argument("first", type=click.Path(), metavar="RUN")
+@click.argument("second", type=click.Path(), metavar="RUN")
+@json_option
+def compare(first: str, second: str, *, as_json: bool) -> None:
+    """Print what differs between two runs: configuration, speed and curves.
+
+    RUN is the folder of `faccel launch --run-dir RUN`, or one run in it. The second run is compared
+    with the first one.
+    """
+    from faccel.report.comparison import compare as compare_records
+    from faccel.report.run_folder import find_run
+    from faccel.report.run_record import read_record
+
+    records = [read_record(find_run(run, "faccel compare")) for run in (first, second)]
+    # Runs of one name in two run folders are told apart by what the user has written.
+    if records[0].name == records[1].name:
+        records = [
+            attrs.evolve(record, name=run)
+            for record, run in zip(records, (first, second), strict=True)
+        ]
+    result = compare_records(records[0], records[1])
+    if as_json:
+        present(_finite(result.document()), (), as_json=True)
+        return
+    click.secho(printable(result.sentence), bold=True)
+    for title, rows in _sections(result):
+        click.echo()
+        _print_table(title, [("", *result.names, *_more_columns(title)), *rows])
+    for name, metrics in zip(result.names, result.only, strict=True):
+        if metrics:
+            click.echo(printable(f"\nonly {name} has {', '.join(metrics)}"))
+
+
+def _finite(value: object) -> object:
+    """Return a document whose numbers other programs can read: JSON has no NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(_finite, value))
+    return value
+
+
+def _more_columns(title: str) -> _Row:
+    if title == "configuration":
+        return ("source", "source")
+    if title == "speed":
+        return ("ratio",)
+    return ()
+
+
+def _sections(result: Comparison) -> list[tuple[str, list[_Row]]]:
+    from faccel.report.words import count_text, percent_text
+
+    settings: list[_Row] = [(s.name, *s.values, *s.sources) for s in result.settings]
+    if result.num_equal:
+        settings.append((f"{count_text(result.num_equal, 'setting')} equal", "", "", "", ""))
+    speeds: list[_Row] = []
+    for measure in result.speeds:
+        ratio = ""
+        if measure.ratio is not None:
+            ratio = f"{measure.ratio:.3g}"
+        texts = [_speed_text(measure.name, value) for value in measure.values]
+        speeds.append((measure.name, *texts, ratio))
+    times: list[_Row] = []
+    for measure in result.times:
+        first, second = measure.values
+        times.append((measure.name, _text(first, percent_text), _text(second, percent_text)))
+    sections = [("configuration", settings), ("speed", speeds), ("time", times)]
+    sections.append(("curves", _curve_rows(result)))
+    return [(title, rows) for title, rows in sections if rows]
+
+
+def _curve_rows(result: Comparison) -> list[_Row]:
+    from faccel.report.words import number_text
+
+    rows: list[_Row] = []
+    for curve in result.curves:
+        pairs: dict[str, Sequence[float | None]] = {"last": curve.last, "lowest": curve.lowest}
+        pairs["highest"] = curve.highest
+        # One value is all of them.
+        if curve.lowest == curve.highest:
+            pairs = {"last": curve.last}
+        if curve.common_step is not None:
+            pairs[f"at step {curve.common_step}"] = curve.at_common_step
+        for label, values in pairs.items():
+            rows.append((f"{curve.name}, {label}", *(_text(v, number_text) for v in values)))
+    return rows
+
+
+def _speed_text(name: str, value: float | None) -> str:
+    from faccel.report.words import bytes_text, duration_text, number_text, percent_text
+
+    formats: dict[str, Callable[[float], str]] = {
+        "duration_s": duration_text,
+        "peak_bytes": bytes_text,
+        "mfu": percent_text,
+        "data_wait": percent_text,
+        "comm_wait": percent_text,
+    }
+    return _text(value, formats.get(name, number_text))
+
+
+def _text(value: float | None, to_text: Callable[[float], str]) -> str:
+    if value is None:
+        return "-"
+    return to_text(value)
+
+
+def _print_table(title: str, rows: Sequence[_Row]) -> None:
+    """Print a table with columns; in a pipe with spaces between them, and no line breaks."""
+    if not sys.stdout.isatty():
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        click.echo(title)
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            click.echo(printable(f"  {'  '.join(cells).rstrip()}"))
+        return
+    # Imported late: rich is slow to import, and pipes do not need it.
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for header in rows[0]:
+        table.add_column(Text(header), overflow="fold")
+    for row in rows[1:]:
+        # `Text`, not `str`: rich would read square brackets in a name as markup.
+        table.add_row(*map(Text, row))
+    Console().print(table)

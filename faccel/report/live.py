@@ -1,0 +1,259 @@
+"""A run while it trains: what was added to its files, and what its ranks do."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from faccel.report.findings import shares, time_sentence
+from faccel.report.follower import Follower
+from faccel.report.live_ranks import LiveRanks, RankRow, rank_rows
+from faccel.report.metric_files import (
+    add_csv_line,
+    add_events,
+    add_json_line,
+    is_number,
+    open_events,
+)
+from faccel.report.run_folder import RunFolder
+from faccel.report.run_record import (
+    RUNNING,
+    rank_states,
+    read_events,
+    run_interval,
+    state_of_run,
+)
+from faccel.report.words import number_text
+from faccel.tracking.goodput_categories import Goodput, goodput
+from faccel.tracking.journal import RATES_FILE
+
+_MAX_VALUES = 240
+# Without a step for so long, ranks that wait for each other are a hang, and not a long step.
+_HANG_S = 10.0
+_HANG_STEPS = 5.0
+_NUM_TIMES = 30
+
+
+@attrs.frozen
+class LiveMetric:
+    """The last values of a metric."""
+
+    name: str
+    step: float
+    values: tuple[float, ...]
+
+
+@attrs.frozen
+class Frame:
+    """A run at one moment.
+
+    Args:
+        name: Its name.
+        state: As in `RunRecord`.
+        is_over: Whether no more will come.
+        elapsed_s: Seconds since it began.
+        step: How many steps it has trained; None if that is unknown.
+        steps_s: Steps per second over the last frames; None if that is unknown.
+        num_restarts: How often it was restarted.
+        sentence: The verdict.
+        next_step: What to do, may be empty.
+        shares: The part of the time of each category.
+        rates: The last result of `rates`.
+        metrics: The last values of each metric.
+        ranks: What the ranks do.
+    """
+
+    name: str
+    state: str
+    is_over: bool
+    elapsed_s: float
+    step: int | None
+    steps_s: float | None
+    num_restarts: int
+    sentence: str
+    next_step: str
+    shares: Mapping[str, float]
+    rates: Mapping[str, float]
+    metrics: Sequence[LiveMetric]
+    ranks: Sequence[RankRow]
+
+
+class _Values:
+    """The last values of each metric."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, deque[float]] = {}
+        self.steps: dict[str, float] = {}
+
+    def add(self, name: str, step: float, value: object) -> None:
+        """Add a value; text has no curve."""
+        if is_number(value):
+            self.values.setdefault(name, deque(maxlen=_MAX_VALUES)).append(float(value))
+            self.steps[name] = step
+
+    def metrics(self) -> list[LiveMetric]:
+        """Return the metrics, losses first."""
+        names = sorted(self.values, key=lambda name: ("loss" not in name.lower(), name))
+        return [LiveMetric(name, self.steps[name], tuple(self.values[name])) for name in names]
+
+
+class LiveMetrics:
+    """Reads what was added to the files of trackers, and to that of `rates`.
+
+    Args:
+        folder: The folder of the run; None has no metrics.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.rates: Mapping[str, float] = {}
+        self._folder = folder
+        self._values = _Values()
+        self._followers: dict[str, Follower] = {}
+        self._event_files: dict[Path, Any] = {}
+
+    def read(self) -> list[LiveMetric]:
+        """Return the last values of each metric, losses first.
+
+        Effects: ambient. Reads files.
+        """
+        folder = self._folder
+        if folder is None:
+            return []
+        json_path, csv_path = folder / "metrics.jsonl", folder / "metrics.csv"
+        for line in self._new(json_path).objects():
+            add_json_line(line, self._values)
+        for text in self._new(csv_path).texts():
+            add_csv_line(text, self._values)
+        for row in self._new(folder / "goodput" / RATES_FILE).objects():
+            self.rates = {name: value for name, value in row.items() if is_number(value)}
+        # Only without another file: TensorBoard is slow to import.
+        if not json_path.exists() and not csv_path.exists():
+            self._read_event_files(folder)
+        return self._values.metrics()
+
+    def _new(self, path: Path) -> Follower:
+        return self._followers.setdefault(path.name, Follower(path))
+
+    def _read_event_files(self, folder: Path) -> None:
+        for path in sorted(folder.glob("events.out.tfevents*")):
+            if path not in self._event_files:
+                self._event_files[path] = open_events(path)
+            if self._event_files[path] is not None:
+                add_events(self._event_files[path], self._values)
+
+
+class LiveSpeed:
+    """The speed of a run over its last frames, and how long it has had no step."""
+
+    def __init__(self) -> None:
+        self._times: deque[tuple[float, int]] = deque(maxlen=_NUM_TIMES)
+        self._last_step_s = -math.inf
+
+    def add(self, step: int, now_s: float) -> None:
+        """Note the step at a time."""
+        # A restart continues from an earlier step.
+        if self._times and step < self._times[-1][1]:
+            self._times.clear()
+        if not self._times or step != self._times[-1][1]:
+            self._last_step_s = now_s
+        self._times.append((now_s, step))
+
+    @property
+    def steps_s(self) -> float | None:
+        """Steps per second, None if that is unknown."""
+        if not self._times:
+            return None
+        (first_s, first), (last_s, last) = self._times[0], self._times[-1]
+        if last_s - first_s < 1.0 or last == first:
+            return None
+        return (last - first) / (last_s - first_s)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether there was no step for much longer than a step takes."""
+        if not self._times:
+            return True
+        limit_s = _HANG_S
+        if self.steps_s is not None:
+            limit_s = max(limit_s, _HANG_STEPS / self.steps_s)
+        return self._times[-1][0] - self._last_step_s > limit_s
+
+
+class LiveRun:
+    """Reads what is new in the folder of a run.
+
+    Args:
+        folders: From `find_run`.
+        clock: Returns the time of day, in seconds.
+    """
+
+    def __init__(self, folders: RunFolder, clock: Callable[[], float] = time.time) -> None:
+        self._folders = folders
+        self._clock = clock
+        self._metrics = LiveMetrics(folders.folder)
+        self._ranks = LiveRanks(folders.run_dir)
+        self._speed = LiveSpeed()
+
+    def frame(self) -> Frame:
+        """Return the run as it is now.
+
+        Effects: ambient. Reads files. Every few seconds it also asks the ranks of this node what
+        they do, for which this call takes 0.2 s longer.
+        """
+        now_s = self._clock()
+        metrics = self._metrics.read()
+        events = read_events(self._folders.folder)
+        ranks = rank_states(self._folders)
+        began_s, ended_s = run_interval(self._folders, events)
+        state, state_text, next_step = state_of_run(ranks, events, now_s - ended_s)
+        if state == RUNNING:
+            ended_s = now_s
+            self._ranks.ask(ranks, now_s)
+        numbers = {event["rank"] for event in events}
+        times = {rank: goodput(events, rank=rank) for rank in sorted(numbers)}
+        step = self._step(times)
+        if step is not None:
+            self._speed.add(step, now_s)
+        values = shares(times)
+        sentence = time_sentence(max(ended_s - began_s, 0.0), values, step)
+        if state == RUNNING:
+            problem = _loss_problem(metrics) or self._ranks.problem(is_silent=self._speed.is_silent)
+            sentence, next_step = problem or (sentence, "")
+        return Frame(
+            name=self._folders.name,
+            state=state,
+            is_over=self._ranks.is_over(state, ranks, now_s),
+            elapsed_s=max(ended_s - began_s, 0.0),
+            step=step,
+            steps_s=self._speed.steps_s,
+            num_restarts=max((result.num_restarts for result in times.values()), default=0),
+            sentence=state_text or sentence,
+            next_step=next_step,
+            shares=values,
+            rates=self._metrics.rates,
+            metrics=metrics,
+            ranks=rank_rows(ranks, self._ranks.snapshots, is_running=state == RUNNING),
+        )
+
+    def _step(self, times: Mapping[int, Goodput]) -> int | None:
+        # Without a meter, the ranks have counted their updates.
+        steps = [result.num_steps for result in times.values()]
+        if not steps:
+            steps = [snapshot.step for snapshot in self._ranks.snapshots]
+        return max(steps, default=None)
+
+
+def _loss_problem(metrics: Sequence[LiveMetric]) -> tuple[str, str] | None:
+    """Return which loss is not finite, and what to do; None if there is none."""
+    for metric in metrics:
+        if "loss" in metric.name.lower() and not math.isfinite(metric.values[-1]):
+            text = f"`{metric.name}` is {number_text(metric.values[-1])}"
+            next_step = "lower the learning rate, and resume from an earlier checkpoint"
+            return f"{text} at step {metric.step:.0f}", next_step
+    return None
