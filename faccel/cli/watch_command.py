@@ -30,6 +30,7 @@ _MAX_RANKS = 16
 _MIN_RANK_ROWS = 4
 _MAX_BAR = 80
 _MAX_SPARK = 60
+_LOG_RATIO = 50.0
 _EXIT_CODES = {"running": 0, "ended": 0, "failed": 5, "stopped": 5}
 _STYLES = {
     "running": "bold blue",
@@ -62,9 +63,8 @@ def watch(run: str, *, once: bool) -> None:
     is no such run.
     """
     from faccel.report.live import LiveRun
-    from faccel.report.run_folder import find_run
 
-    live = LiveRun(find_run(run, "faccel watch"))
+    live = LiveRun(run)
     is_shown = sys.stdout.isatty() and not once
     frame = live.frame()
     if is_shown and not frame.is_over:
@@ -136,7 +136,11 @@ def rendered(frame: Frame, console: Console, *, max_rows: int | None) -> Group:
         metrics = metrics[: max(num_free - _MIN_RANK_ROWS, 1)]
         ranks = _rank_lines(frame.ranks, width, grouped_above=max(num_free - len(metrics), 1))
     metric_lines = _metric_lines(metrics, width, _blocks(console))
-    return Group(*head, Text(), *metric_lines, Text(), *ranks)
+    blocks = [list(filter(None, head)), metric_lines, ranks]
+    lines: list[Text] = []
+    for block in filter(None, blocks):
+        lines += [Text(), *block]
+    return Group(*lines[1:])
 
 
 def _title(frame: Frame) -> Text:
@@ -214,11 +218,11 @@ def _metric_lines(metrics: Sequence[LiveMetric], width: int, blocks: str) -> lis
     name_width = min(name_width, max(width // 3, 8))
     lines: list[Text] = []
     for metric in metrics:
-        value = number_text(metric.values[-1])
+        value = number_text(metric.last)
         text = Text(printable(metric.name)[:name_width].ljust(name_width))
         text.append(f"  {value:>9}  ", style="bold")
         num_cells = min(width - name_width - 13, _MAX_SPARK)
-        text.append(sparkline(metric.values, num_cells, blocks), style="cyan")
+        text.append(sparkline(metric.means, num_cells, blocks), style="cyan")
         text.no_wrap = True
         lines.append(text)
     return lines
@@ -234,6 +238,8 @@ def sparkline(values: Sequence[float], num_cells: int, blocks: str = _BLOCKS) ->
         '▁▂▃ █'
         >>> sparkline([1.0, 1.0, 5.0, 5.0], 2)  # two values each: their means
         '▁█'
+        >>> sparkline([1000.0, 100.0, 10.0, 1.0], 4)  # logarithms
+        '█▆▃▁'
     """
     if num_cells < 1 or not values:
         return ""
@@ -247,6 +253,10 @@ def sparkline(values: Sequence[float], num_cells: int, blocks: str = _BLOCKS) ->
             mean = sum(finite) / len(finite)
         means.append(mean)
     finite = [value for value in means if math.isfinite(value)]
+    # As the charts of a report: over orders of magnitude a line would be flat.
+    if finite and min(finite) > 0 and max(finite) / min(finite) > _LOG_RATIO:
+        means = [math.log(value) for value in means]
+        finite = [value for value in means if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     text = ""
     for mean in means:
@@ -264,7 +274,7 @@ def _rank_lines(rows: Sequence[RankRow], width: int, *, grouped_above: int) -> l
     """Return a line per rank; of more ranks than there is room, a line per group that is equal."""
     from rich.text import Text
 
-    from faccel.report.live import grouped
+    from faccel.report.live_ranks import grouped
 
     if len(rows) > grouped_above:
         rows = grouped(rows)[:grouped_above]

@@ -17,6 +17,7 @@ from faccel.report.words import number_text
 # Paths and commands differ between any two runs.
 _OF_ANY_RUN = ("run_dir",)
 _SPEEDS = ("steps_s", "samples_s", "tokens_s", "mfu", "peak_bytes", "data_wait", "comm_wait")
+_HYPERPARAMETER = "config."
 MISSING = "-"
 _NUM_NAMED = 5
 
@@ -133,8 +134,9 @@ def _settings(first: RunRecord, second: RunRecord) -> tuple[tuple[Setting, ...],
     """Return what differs, and how many settings are equal."""
     settings: list[Setting] = []
     before, after = _all_settings(first), _all_settings(second)
-    # In the order of the runs, which is that of the configuration.
+    # Hyperparameters first, each in the order of the runs.
     names = list(dict.fromkeys((*before, *after)))
+    names.sort(key=lambda name: not name.startswith(_HYPERPARAMETER))
     for name in names:
         values, sources = zip(
             before.get(name, (MISSING, "")), after.get(name, (MISSING, "")), strict=True
@@ -147,7 +149,7 @@ def _settings(first: RunRecord, second: RunRecord) -> tuple[tuple[Setting, ...],
 
 def _all_settings(record: RunRecord) -> dict[str, tuple[str, str]]:
     """Return hyperparameters, fields of the configuration, and facts, each with its source."""
-    settings = {f"config.{name}": (value, "") for name, value in record.config.items()}
+    settings = {f"{_HYPERPARAMETER}{name}": (value, "") for name, value in record.config.items()}
     settings |= record.fields
     versions = record.facts.get("versions")
     if isinstance(versions, dict):

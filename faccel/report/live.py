@@ -21,7 +21,7 @@ from faccel.report.metric_files import (
     is_number,
     open_events,
 )
-from faccel.report.run_folder import RunFolder
+from faccel.report.run_folder import find_run
 from faccel.report.run_record import (
     RUNNING,
     rank_states,
@@ -33,7 +33,8 @@ from faccel.report.words import number_text
 from faccel.tracking.goodput_categories import Goodput, goodput
 from faccel.tracking.journal import RATES_FILE
 
-_MAX_VALUES = 240
+_COMMAND = "faccel watch"
+_MAX_MEANS = 120
 # Without a step for so long, ranks that wait for each other are a hang, and not a long step.
 _HANG_S = 10.0
 _HANG_STEPS = 5.0
@@ -42,11 +43,19 @@ _NUM_TIMES = 30
 
 @attrs.frozen
 class LiveMetric:
-    """The last values of a metric."""
+    """A metric.
+
+    Args:
+        name: Its name.
+        step: The step of its last value.
+        last: That value.
+        means: Its curve, as means of successive values.
+    """
 
     name: str
     step: float
-    values: tuple[float, ...]
+    last: float
+    means: tuple[float, ...]
 
 
 @attrs.frozen
@@ -84,45 +93,79 @@ class Frame:
     ranks: Sequence[RankRow]
 
 
+class Curve:
+    """The means of equally many successive values each, at most some hundred of them.
+
+    Examples:
+        >>> curve = Curve(max_means=2)
+        >>> for value in (1.0, 3.0, 5.0, 7.0, 8.0):
+        ...     curve.add(value)
+        >>> curve.means, curve.last
+        ([2.0, 6.0], 8.0)
+    """
+
+    def __init__(self, max_means: int = _MAX_MEANS) -> None:
+        self.means: list[float] = []
+        self.last = math.nan
+        self._max_means = max_means
+        self._size = 1
+        self._pending: list[float] = []
+
+    def add(self, value: float) -> None:
+        """Add a value."""
+        self.last = value
+        self._pending.append(value)
+        if len(self._pending) < self._size:
+            return
+        self.means.append(sum(self._pending) / self._size)
+        self._pending.clear()
+        if len(self.means) < 2 * self._max_means:
+            return
+        # Pairs of neighbours: the curve stays that of the full run.
+        pairs = zip(self.means[::2], self.means[1::2], strict=True)
+        self.means = [(first + second) / 2 for first, second in pairs]
+        self._size *= 2
+
+
 class _Values:
-    """The last values of each metric."""
+    """The curve of each metric."""
 
     def __init__(self) -> None:
-        self.values: dict[str, deque[float]] = {}
+        self.curves: dict[str, Curve] = {}
         self.steps: dict[str, float] = {}
 
     def add(self, name: str, step: float, value: object) -> None:
         """Add a value; text has no curve."""
         if is_number(value):
-            self.values.setdefault(name, deque(maxlen=_MAX_VALUES)).append(float(value))
+            self.curves.setdefault(name, Curve()).add(float(value))
             self.steps[name] = step
 
     def metrics(self) -> list[LiveMetric]:
         """Return the metrics, losses first."""
-        names = sorted(self.values, key=lambda name: ("loss" not in name.lower(), name))
-        return [LiveMetric(name, self.steps[name], tuple(self.values[name])) for name in names]
+        metrics: list[LiveMetric] = []
+        for name in sorted(self.curves, key=lambda name: ("loss" not in name.lower(), name)):
+            curve = self.curves[name]
+            metrics.append(LiveMetric(name, self.steps[name], curve.last, tuple(curve.means)))
+        return metrics
 
 
 class LiveMetrics:
-    """Reads what was added to the files of trackers, and to that of `rates`.
+    """Reads what was added to the files of trackers, and to that of `rates`."""
 
-    Args:
-        folder: The folder of the run; None has no metrics.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self) -> None:
         self.rates: Mapping[str, float] = {}
-        self._folder = folder
         self._values = _Values()
         self._followers: dict[str, Follower] = {}
         self._event_files: dict[Path, Any] = {}
 
-    def read(self) -> list[LiveMetric]:
+    def read(self, folder: Path | None) -> list[LiveMetric]:
         """Return the last values of each metric, losses first.
 
         Effects: ambient. Reads files.
+
+        Args:
+            folder: The folder of the run; None has no metrics.
         """
-        folder = self._folder
         if folder is None:
             return []
         json_path, csv_path = folder / "metrics.jsonl", folder / "metrics.csv"
@@ -189,15 +232,19 @@ class LiveRun:
     """Reads what is new in the folder of a run.
 
     Args:
-        folders: From `find_run`.
+        run: What the user has named.
         clock: Returns the time of day, in seconds.
+
+    Raises:
+        ConfigError: There is no run, or there are several.
     """
 
-    def __init__(self, folders: RunFolder, clock: Callable[[], float] = time.time) -> None:
-        self._folders = folders
+    def __init__(self, run: str, clock: Callable[[], float] = time.time) -> None:
+        self._run = run
+        self._folders = find_run(run, _COMMAND)
         self._clock = clock
-        self._metrics = LiveMetrics(folders.folder)
-        self._ranks = LiveRanks(folders.run_dir)
+        self._metrics = LiveMetrics()
+        self._ranks = LiveRanks(self._folders.run_dir)
         self._speed = LiveSpeed()
 
     def frame(self) -> Frame:
@@ -207,7 +254,10 @@ class LiveRun:
         they do, for which this call takes 0.2 s longer.
         """
         now_s = self._clock()
-        metrics = self._metrics.read()
+        # The ranks of a run that starts exist before its tracker does.
+        if self._folders.folder is None:
+            self._folders = find_run(self._run, _COMMAND)
+        metrics = self._metrics.read(self._folders.folder)
         events = read_events(self._folders.folder)
         ranks = rank_states(self._folders)
         began_s, ended_s = run_interval(self._folders, events)
@@ -252,8 +302,8 @@ class LiveRun:
 def _loss_problem(metrics: Sequence[LiveMetric]) -> tuple[str, str] | None:
     """Return which loss is not finite, and what to do; None if there is none."""
     for metric in metrics:
-        if "loss" in metric.name.lower() and not math.isfinite(metric.values[-1]):
-            text = f"`{metric.name}` is {number_text(metric.values[-1])}"
+        if "loss" in metric.name.lower() and not math.isfinite(metric.last):
+            text = f"`{metric.name}` is {number_text(metric.last)}"
             next_step = "lower the learning rate, and resume from an earlier checkpoint"
             return f"{text} at step {metric.step:.0f}", next_step
     return None

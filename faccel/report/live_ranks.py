@@ -130,15 +130,21 @@ def rank_rows(
             # The load of one moment may be that of the sampling itself.
             moments = answered[rank].moments
             is_idle = 2 * sum(moment.is_idle for moment in moments) > len(moments)
-            activity = state_of(attrs.evolve(scene.activities[rank], is_idle=is_idle))
+            site = _short_site(scene.activities[rank].site)
+            activity = state_of(attrs.evolve(scene.activities[rank], is_idle=is_idle, site=site))
         step = None
-        if rank in by_rank:
+        if rank in by_rank and is_running:
             step = by_rank[rank].step
         rows.append(RankRow(f"rank {rank}", step, activity))
     return rows
 
 
-def grouped(rows: Sequence[RankRow], ranks: Sequence[Snapshot] = ()) -> list[RankRow]:
+def _short_site(site: str) -> str:
+    """Return a site with the last folder of its path: a row has one line."""
+    return "/".join(site.split("/")[-2:])
+
+
+def grouped(rows: Sequence[RankRow]) -> list[RankRow]:
     """Return one row for all ranks that do the same, the largest group first.
 
     Effects: pure.
@@ -148,7 +154,6 @@ def grouped(rows: Sequence[RankRow], ranks: Sequence[Snapshot] = ()) -> list[Ran
         >>> grouped([*rows, RankRow("rank 3", 6, "computes in forward (a.py:3)")])[0]
         RankRow(label='ranks 0-2', step=7, activity='wait in reduce (a.py:5)')
     """
-    by_rank = {snapshot.rank: snapshot for snapshot in ranks}
     members: dict[str, list[RankRow]] = {}
     for row in rows:
         members.setdefault(row.activity, []).append(row)
@@ -158,5 +163,5 @@ def grouped(rows: Sequence[RankRow], ranks: Sequence[Snapshot] = ()) -> list[Ran
         steps = [row.step for row in same if row.step is not None]
         if len(same) > 1:
             activity = of_many(activity)
-        result.append(RankRow(ranks_text(numbers, by_rank), min(steps, default=None), activity))
+        result.append(RankRow(ranks_text(numbers, {}), min(steps, default=None), activity))
     return result
