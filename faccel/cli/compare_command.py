@@ -34,12 +34,9 @@ def compare(first: str, second: str, *, as_json: bool) -> None:
     from faccel.report.run_record import read_record
 
     records = [read_record(find_run(run, "faccel compare")) for run in (first, second)]
-    # Runs of one name in two run folders are told apart by what the user has written.
+    # Runs of one name in two run folders have the names that the user has written.
     if records[0].name == records[1].name:
-        records = [
-            attrs.evolve(record, name=run)
-            for record, run in zip(records, (first, second), strict=True)
-        ]
+        records = [attrs.evolve(records[0], name=first), attrs.evolve(records[1], name=second)]
     result = compare_records(records[0], records[1])
     if as_json:
         present(_finite(result.document()), (), as_json=True)
@@ -81,9 +78,11 @@ def _sections(result: Comparison) -> list[tuple[str, list[_Row]]]:
     speeds: list[_Row] = []
     for measure in result.speeds:
         ratio = ""
+        # A run without a number has no ratio.
         if measure.ratio is not None:
             ratio = f"{measure.ratio:.3g}"
-        texts = [_speed_text(measure.name, value) for value in measure.values]
+        to_text = _speed_format(measure.name)
+        texts = (_text(measure.values[0], to_text), _text(measure.values[1], to_text))
         speeds.append((measure.name, *texts, ratio))
     times: list[_Row] = []
     for measure in result.times:
@@ -107,11 +106,12 @@ def _curve_rows(result: Comparison) -> list[_Row]:
         if curve.common_step is not None:
             pairs[f"at step {curve.common_step}"] = curve.at_common_step
         for label, values in pairs.items():
-            rows.append((f"{curve.name}, {label}", *(_text(v, number_text) for v in values)))
+            texts = (_text(values[0], number_text), _text(values[1], number_text))
+            rows.append((f"{curve.name}, {label}", *texts))
     return rows
 
 
-def _speed_text(name: str, value: float | None) -> str:
+def _speed_format(name: str) -> Callable[[float], str]:
     from faccel.report.words import bytes_text, duration_text, number_text, percent_text
 
     formats: dict[str, Callable[[float], str]] = {
@@ -121,7 +121,7 @@ def _speed_text(name: str, value: float | None) -> str:
         "data_wait": percent_text,
         "comm_wait": percent_text,
     }
-    return _text(value, formats.get(name, number_text))
+    return formats.get(name, number_text)
 
 
 def _text(value: float | None, to_text: Callable[[float], str]) -> str:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import click
@@ -214,7 +215,7 @@ def _metric_lines(metrics: Sequence[LiveMetric], width: int, blocks: str) -> lis
 
     from faccel.report.words import number_text
 
-    name_width = max((len(metric.name) for metric in metrics), default=0)
+    name_width = max(map(len, map(attrgetter("name"), metrics)), default=0)
     name_width = min(name_width, max(width // 3, 8))
     lines: list[Text] = []
     for metric in metrics:
@@ -247,16 +248,16 @@ def sparkline(values: Sequence[float], num_cells: int, blocks: str = _BLOCKS) ->
     size = max(len(values) / num_cells, 1.0)
     for number in range(min(num_cells, len(values))):
         bucket = values[int(number * size) : max(int((number + 1) * size), int(number * size) + 1)]
-        finite = [value for value in bucket if math.isfinite(value)]
+        finite = list(filter(math.isfinite, bucket))
         mean = math.nan
         if finite:
             mean = sum(finite) / len(finite)
         means.append(mean)
-    finite = [value for value in means if math.isfinite(value)]
+    finite = list(filter(math.isfinite, means))
     # As the charts of a report: over orders of magnitude a line would be flat.
     if finite and min(finite) > 0 and max(finite) / min(finite) > _LOG_RATIO:
-        means = [math.log(value) for value in means]
-        finite = [value for value in means if math.isfinite(value)]
+        means = list(map(math.log, means))
+        finite = list(filter(math.isfinite, means))
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     text = ""
     for mean in means:
@@ -278,7 +279,7 @@ def _rank_lines(rows: Sequence[RankRow], width: int, *, grouped_above: int) -> l
 
     if len(rows) > grouped_above:
         rows = grouped(rows)[:grouped_above]
-    label_width = max((len(row.label) for row in rows), default=0)
+    label_width = max(map(len, map(attrgetter("label"), rows)), default=0)
     lines: list[Text] = []
     for row in rows:
         text = Text(row.label.ljust(label_width + 2), style="bold")

@@ -5,9 +5,10 @@ A page stretches the square to its place, so that text and lines keep their size
 
 from __future__ import annotations
 
-import itertools
+import bisect
 import math
 from collections.abc import Sequence
+from itertools import pairwise, starmap
 
 import attrs
 import numpy as np
@@ -15,9 +16,11 @@ import numpy as np
 from faccel.report.words import bytes_text, number_text, percent_text
 
 _SIZE = 1000.0
+# Some points per pixel: more would only make the page larger.
 _MAX_BUCKETS = 300
 _NUM_TICKS = 4
 _MAX_VALUE = 1e300
+# Above it, the low values of a linear axis would be one line.
 _LOG_RATIO = 50.0
 _MIN_SMOOTHED = 60
 
@@ -126,10 +129,7 @@ def chart(
         >>> result.lines[0].path
         'M0 87L1000 957'
     """
-    # Differences of larger numbers overflow.
-    points = [
-        attrs.evolve(line, y=np.where(abs(line.y) < _MAX_VALUE, line.y, np.inf)) for line in points
-    ]
+    points = list(map(_limited, points))
     x_low, x_high = _bounds([line.x for line in points])
     y_values = [line.y[np.isfinite(line.y)] for line in points]
     is_log = not starts_at_zero and not unit and _is_log(y_values)
@@ -173,15 +173,23 @@ class _Scale:
         return (value - self.x_low) / (self.x_high - self.x_low) * _SIZE
 
     def y(self, value: float) -> float:
+        # Everything but the values is in logarithms already.
         if self.is_log:
             value = math.log10(value)
         return (self.y_high - value) / (self.y_high - self.y_low) * _SIZE
 
 
+def _limited(points: Points) -> Points:
+    """Return points whose values are infinite where differences of them would overflow."""
+    return attrs.evolve(points, y=np.where(abs(points.y) < _MAX_VALUE, points.y, np.inf))
+
+
 def _bounds(arrays: Sequence[np.ndarray]) -> tuple[float, float]:
-    lows = [float(array.min()) for array in arrays if len(array)]
-    highs = [float(array.max()) for array in arrays if len(array)]
-    return min(lows, default=0.0), max(highs, default=1.0)
+    values = np.concatenate([np.empty(0), *arrays])
+    # A chart of no values has axes, too.
+    if not len(values):
+        return 0.0, 1.0
+    return float(values.min()), float(values.max())
 
 
 def _is_log(arrays: Sequence[np.ndarray]) -> bool:
@@ -230,14 +238,16 @@ def _sampled(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return x, y
     edges = np.linspace(0, len(x), _MAX_BUCKETS + 1).astype(int)
     indices: list[int] = []
-    for begin, end in itertools.pairwise(edges.tolist()):
+    for begin, end in pairwise(edges.tolist()):
         bucket = y[begin:end]
         is_finite = np.isfinite(bucket)
+        # A bucket of NaN is one gap.
         if not is_finite.any():
             indices.append(begin)
             continue
         low = int(np.where(is_finite, bucket, np.inf).argmin())
         high = int(np.where(is_finite, bucket, -np.inf).argmax())
+        # In order of time, or the line would run backwards.
         indices += sorted({begin + low, begin + high})
     return x[indices], y[indices]
 
@@ -256,7 +266,7 @@ def _path(x: np.ndarray, y: np.ndarray, scale: _Scale) -> tuple[str, list[tuple[
         if len(run) == 1:
             dots.append((run[0][0] / 10, run[0][1] / 10))
         if len(run) > 1:
-            commands.append("M" + "L".join(f"{x_value} {y_value}" for x_value, y_value in run))
+            commands.append("M" + "L".join(starmap("{} {}".format, run)))
     return "".join(commands), dots
 
 
@@ -273,12 +283,15 @@ def value_text(value: float, unit: str) -> str:
 
 
 def _x_ticks(scale: _Scale) -> tuple[Tick, ...]:
-    values = nice_values(scale.x_low, scale.x_high)
-    return tuple(Tick(round(scale.x(value) / 10, 2), number_text(value)) for value in values)
+    ticks: list[Tick] = []
+    for value in nice_values(scale.x_low, scale.x_high):
+        ticks += [Tick(round(scale.x(value) / 10, 2), number_text(value))]
+    return tuple(ticks)
 
 
 def _y_ticks(scale: _Scale, unit: str) -> tuple[Tick, ...]:
     values = nice_values(scale.y_low, scale.y_high, base=1024 if unit == "bytes" else 1000)
+    # Powers of ten, and not all of them over many orders of magnitude.
     if scale.is_log:
         low, high = math.ceil(scale.y_low), math.floor(scale.y_high)
         step = max(math.ceil((high - low) / _NUM_TICKS), 1)
@@ -298,6 +311,7 @@ def nice_values(low: float, high: float, *, base: int = 1000) -> list[float]:
         [0.0, 2.0, 4.0, 6.0, 8.0]
     """
     span = high - low
+    # One value, or one that is not finite, has one tick.
     if not span > 0 or not math.isfinite(span):
         return [low]
     # Multiples of a unit, so that ticks of bytes are round, too.
@@ -306,8 +320,9 @@ def nice_values(low: float, high: float, *, base: int = 1000) -> list[float]:
         unit = 1024.0 ** max(math.floor(math.log(max(abs(high), 1.0), 1024)), 0)
     rough = span / unit / _NUM_TICKS
     magnitude = 10.0 ** math.floor(math.log10(rough))
-    factor = next((f for f in (1, 2, 5) if f * magnitude >= rough * 0.8), 10)
-    step = factor * magnitude * unit
+    # The smallest of 1, 2, 5 and 10 times a power of 10 that gives few enough ticks.
+    factors = (1, 2, 5, 10)
+    step = factors[bisect.bisect_left(factors, rough * 0.8 / magnitude)] * magnitude * unit
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     # Multiplied, because repeated addition gives 0.30000000000000004.

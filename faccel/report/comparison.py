@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import attrs
@@ -12,6 +13,7 @@ import numpy as np
 from faccel.report.findings import CATEGORIES, shares
 from faccel.report.metric_files import Series
 from faccel.report.run_record import RunRecord
+from faccel.report.run_times import column
 from faccel.report.words import number_text
 
 # Paths and commands differ between any two runs.
@@ -143,7 +145,7 @@ def _settings(first: RunRecord, second: RunRecord) -> tuple[tuple[Setting, ...],
         )
         if values[0] != values[1] and name not in _OF_ANY_RUN:
             settings.append(Setting(name, values, sources))
-    num_differing = len(settings) + sum(name in names for name in _OF_ANY_RUN)
+    num_differing = len(settings) + len(set(_OF_ANY_RUN).intersection(names))
     return tuple(settings), max(len(names) - num_differing, 0)
 
 
@@ -174,12 +176,13 @@ def _medians(record: RunRecord) -> dict[str, float]:
     """Return the median of each rate over the run; of memory the largest value."""
     values: dict[str, float] = {}
     for name in _SPEEDS:
-        column = [row[name] for row in record.rates if name in row]
-        if not any(column):
+        rates = column(record.rates, name)
+        # Tokens of a loop that counts none are 0.
+        if not any(rates):
             continue
-        values[name] = float(np.median(column))
+        values[name] = float(np.median(rates))
         if name == "peak_bytes":
-            values[name] = float(max(column))
+            values[name] = float(max(rates))
     # Without `rates`, the meter has counted steps and their time.
     if "steps_s" not in values and record.times:
         result = record.times[min(record.times)]
@@ -193,6 +196,7 @@ def _times(first: RunRecord, second: RunRecord) -> tuple[Measure, ...]:
     before, after = shares(first.times), shares(second.times)
     measures: list[Measure] = []
     for category, name in CATEGORIES.items():
+        # A category that neither run has explains nothing.
         if before.get(category) or after.get(category):
             measures.append(Measure(name, (before.get(category), after.get(category))))
     return tuple(measures)
@@ -202,7 +206,7 @@ def _curves(
     first: Mapping[str, Series], second: Mapping[str, Series]
 ) -> tuple[tuple[Curve, ...], tuple[tuple[str, ...], tuple[str, ...]]]:
     common = sorted(first.keys() & second.keys(), key=lambda name: ("loss" not in name, name))
-    curves = tuple(_curve(first[name], second[name]) for name in common)
+    curves = tuple(map(_curve, map(first.__getitem__, common), map(second.__getitem__, common)))
     only_first, only_second = first.keys() - second.keys(), second.keys() - first.keys()
     return curves, (tuple(sorted(only_first)), tuple(sorted(only_second)))
 
@@ -211,6 +215,7 @@ def _curve(first: Series, second: Series) -> Curve:
     steps = np.intersect1d(first.steps, second.steps)
     common_step = None
     at_common_step: tuple[float | None, float | None] = (None, None)
+    # Runs that record at different intervals may have none.
     if len(steps):
         common_step = int(steps[-1])
         at_common_step = (_value_at(first, steps[-1]), _value_at(second, steps[-1]))
@@ -237,7 +242,7 @@ def _sentence(
     settings: Sequence[Setting], speeds: Sequence[Measure], curves: Sequence[Curve]
 ) -> str:
     clauses = [_speed_clause(speeds), _loss_clause(curves)]
-    names = [setting.name for setting in settings]
+    names = list(map(attrgetter("name"), settings))
     text = f"{len(names)} settings differ: {', '.join(names[:_NUM_NAMED])}"
     if len(names) == 1:
         text = f"one setting differs: {names[0]}"
@@ -257,6 +262,7 @@ def _speed_clause(speeds: Sequence[Measure]) -> str:
         first, second = measure.values
         assert first is not None and second is not None  # or there is no ratio
         numbers = f"{number_text(first)} and {number_text(second)} steps/s"
+        # Less is noise.
         if abs(ratio - 1) < 0.02:
             return f"both runs are equally fast ({numbers})"
         return f"the second run has {ratio:.3g} times the speed of the first ({numbers})"

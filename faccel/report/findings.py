@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 
 import attrs
 import numpy as np
 
 from faccel.report.metric_files import Series
 from faccel.report.run_record import BROKEN, ENDED, RUNNING, RunRecord
+from faccel.report.run_times import column
 from faccel.report.words import count_text, duration_text, number_text, percent_text
 from faccel.tracking.goodput_categories import Goodput
 
@@ -69,6 +71,7 @@ def finding(record: RunRecord) -> Finding:
     """
     evidence = _evidence(record)
     time_text = time_sentence(record.duration_s, shares(record.times), record.last_step)
+    # A run that has failed has no other problem that matters more.
     if record.state == BROKEN:
         sentence = (
             f"failed after {_length(record.duration_s, record.last_step)}: {record.state_text}"
@@ -95,12 +98,13 @@ def shares(times: Mapping[int, Goodput]) -> dict[str, float]:
 
     Effects: pure.
     """
-    wall_s = sum(result.wall_s for result in times.values())
+    # Together, so that a rank that has started later counts less.
+    wall_s = sum(map(attrgetter("wall_s"), times.values()))
     if not wall_s:
         return {}
     values: dict[str, float] = {}
     for category in CATEGORIES:
-        values[category] = sum(getattr(r, category) for r in times.values()) / wall_s
+        values[category] = sum(map(attrgetter(category), times.values())) / wall_s
     return values
 
 
@@ -143,8 +147,10 @@ def time_sentence(duration_s: float, values: Mapping[str, float], step: int | No
 
 
 def _largest_loss(values: Mapping[str, float]) -> str | None:
-    losses = {name: value for name, value in values.items() if name != "useful_s"}
+    losses = dict(values)
+    del losses["useful_s"]
     largest = max(losses, key=losses.__getitem__)
+    # It would be printed as 0 %.
     if losses[largest] < 0.005:
         return None
     return largest
@@ -158,6 +164,7 @@ def _next_step(record: RunRecord) -> str:
             "`meter = tick(meter, samples=n)` after each step"
         )
     category = _largest_loss(values)
+    # Of a run that mostly trains there is little to win.
     if category is None or values["useful_s"] >= _GOOD_FRACTION:
         return ""
     if category == "startup_s" and not _is_long(record):
@@ -217,7 +224,7 @@ def _evidence(record: RunRecord) -> tuple[str, ...]:
         *_rate_lines(record.rates),
         *_loss_lines(record.metrics.series),
     ]
-    num_warnings = sum(entry.count for entry in record.warnings)
+    num_warnings = sum(map(attrgetter("count"), record.warnings))
     if num_warnings:
         lines.append(f"{count_text(num_warnings, 'warning')} in the logs")
     lines += record.metrics.notes
@@ -234,6 +241,7 @@ def _time_lines(record: RunRecord) -> list[str]:
     lines.append(f"rank {rank} trained {count_text(result.num_steps, 'step')}: {seconds}")
     if result.num_restarts:
         text = count_text(result.num_restarts, "restart")
+        # A restart from the last step loses none.
         if result.num_lost:
             text += f", after which {count_text(result.num_lost, 'step')} were repeated"
         lines.append(f"{text}; {duration_text(result.lost_s + result.down_s)} lost")
@@ -246,16 +254,14 @@ def _uneven_lines(times: Mapping[int, Goodput]) -> list[str]:
     """Return a sentence about a rank that waits for data longer than the others."""
     if len(times) < 2:
         return []
-    waits = {rank: result.data_wait_s for rank, result in times.items()}
-    longest = max(waits, key=waits.__getitem__)
-    others = [wait_s for rank, wait_s in waits.items() if rank != longest]
-    mean_s = sum(others) / len(others)
-    if waits[longest] - mean_s < _UNEVEN_S * times[longest].wall_s:
+    longest = max(times, key=lambda rank: times[rank].data_wait_s)
+    wait_s = times[longest].data_wait_s
+    sum_s = sum(map(attrgetter("data_wait_s"), times.values()))
+    mean_s = (sum_s - wait_s) / (len(times) - 1)
+    if wait_s - mean_s < _UNEVEN_S * times[longest].wall_s:
         return []
-    return [
-        f"rank {longest} waited {duration_text(waits[longest])} for data, the others "
-        f"{duration_text(mean_s)}"
-    ]
+    texts = duration_text(wait_s), duration_text(mean_s)
+    return [f"rank {longest} waited {texts[0]} for data, the others {texts[1]}"]
 
 
 def _loss_lines(series_by_name: Mapping[str, Series]) -> list[str]:
@@ -272,13 +278,14 @@ def _loss_lines(series_by_name: Mapping[str, Series]) -> list[str]:
 
 def _rate_lines(rates: Sequence[Mapping[str, float]]) -> list[str]:
     lines: list[str] = []
-    slowest = Counter(int(row["slowest_rank"]) for row in rates if "slowest_rank" in row)
+    slowest = Counter(map(int, column(rates, "slowest_rank")))
     if slowest:
         rank, count = slowest.most_common(1)[0]
         # Each rank is the last one now and then.
         if count > len(rates) / 2 and count >= 3:
             lines.append(f"rank {rank} was the slowest in {count} of {len(rates)} measurements")
-    speeds = [row["steps_s"] for row in rates if "steps_s" in row]
+    speeds = column(rates, "steps_s")
+    # Medians of thirds: one slow checkpoint is no trend.
     if len(speeds) >= _MIN_RATES:
         third = len(speeds) // 3
         first, last = float(np.median(speeds[:third])), float(np.median(speeds[-third:]))

@@ -52,7 +52,7 @@ class Follower:
 
         Effects: ambient. Reads the file.
         """
-        return [line.decode(errors="replace") for line in self.lines()]
+        return b"\n".join(self.lines()).decode(errors="replace").split("\n")
 
     def objects(self) -> list[dict[str, Any]]:
         """Return the new lines that are objects of JSON.

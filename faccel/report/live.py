@@ -6,10 +6,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 
 from faccel.report.findings import shares, time_sentence
 from faccel.report.follower import Follower
@@ -25,12 +27,12 @@ from faccel.report.run_folder import find_run
 from faccel.report.run_record import (
     RUNNING,
     rank_states,
-    read_events,
     run_interval,
     state_of_run,
 )
+from faccel.report.run_times import rank_times, read_events
 from faccel.report.words import number_text
-from faccel.tracking.goodput_categories import Goodput, goodput
+from faccel.tracking.goodput_categories import Goodput
 from faccel.tracking.journal import RATES_FILE
 
 _COMMAND = "faccel watch"
@@ -115,6 +117,7 @@ class Curve:
         """Add a value."""
         self.last = value
         self._pending.append(value)
+        # Until it is complete, `last` alone shows the value.
         if len(self._pending) < self._size:
             return
         self.means.append(sum(self._pending) / self._size)
@@ -122,8 +125,7 @@ class Curve:
         if len(self.means) < 2 * self._max_means:
             return
         # Pairs of neighbours: the curve stays that of the full run.
-        pairs = zip(self.means[::2], self.means[1::2], strict=True)
-        self.means = [(first + second) / 2 for first, second in pairs]
+        self.means = np.array(self.means).reshape(-1, 2).mean(1).tolist()
         self._size *= 2
 
 
@@ -213,6 +215,7 @@ class LiveSpeed:
         if not self._times:
             return None
         (first_s, first), (last_s, last) = self._times[0], self._times[-1]
+        # Two frames of one moment have no speed.
         if last_s - first_s < 1.0 or last == first:
             return None
         return (last - first) / (last_s - first_s)
@@ -265,9 +268,9 @@ class LiveRun:
         if state == RUNNING:
             ended_s = now_s
             self._ranks.ask(ranks, now_s)
-        numbers = {event["rank"] for event in events}
-        times = {rank: goodput(events, rank=rank) for rank in sorted(numbers)}
+        times = rank_times(events)
         step = self._step(times)
+        # A script without a meter whose ranks are on other nodes has no step here.
         if step is not None:
             self._speed.add(step, now_s)
         values = shares(times)
@@ -282,7 +285,7 @@ class LiveRun:
             elapsed_s=max(ended_s - began_s, 0.0),
             step=step,
             steps_s=self._speed.steps_s,
-            num_restarts=max((result.num_restarts for result in times.values()), default=0),
+            num_restarts=max(map(attrgetter("num_restarts"), times.values()), default=0),
             sentence=state_text or sentence,
             next_step=next_step,
             shares=values,
@@ -293,9 +296,9 @@ class LiveRun:
 
     def _step(self, times: Mapping[int, Goodput]) -> int | None:
         # Without a meter, the ranks have counted their updates.
-        steps = [result.num_steps for result in times.values()]
+        steps = list(map(attrgetter("num_steps"), times.values()))
         if not steps:
-            steps = [snapshot.step for snapshot in self._ranks.snapshots]
+            steps = list(map(attrgetter("step"), self._ranks.snapshots))
         return max(steps, default=None)
 
 

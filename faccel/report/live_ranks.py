@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import attrs
@@ -62,7 +63,7 @@ class LiveRanks:
 
         Effects: ambient. Each rank samples its main thread for 0.2 s.
         """
-        can_answer = any(rank.status == ANSWERED for rank in ranks)
+        can_answer = ANSWERED in map(attrgetter("status"), ranks)
         if not can_answer or now_s - self._asked_s < _ASK_EVERY_S:
             return
         self.snapshots = ask(str(self._run_dir), duration_s=WINDOW_S, interval_s=_INTERVAL_S)
@@ -99,7 +100,7 @@ class LiveRanks:
             self._broken_since_s = now_s
         # The launcher writes it when it gives up.
         launch = rank_file.read_launch(self._run_dir)
-        ended_s = max((rank.time_s for rank in ranks), default=0.0)
+        ended_s = max(map(attrgetter("time_s"), ranks), default=0.0)
         if launch and launch["time_s"] >= ended_s:
             return True
         return now_s - self._broken_since_s > _RESTART_S
@@ -117,19 +118,21 @@ def rank_rows(
         snapshots: The ranks when they were asked; empty if they were not.
         is_running: Whether the run trains, so that what a rank did may be shown.
     """
-    by_rank = {snapshot.rank: snapshot for snapshot in snapshots}
+    by_rank = dict(zip(map(attrgetter("rank"), snapshots), snapshots, strict=True))
     answered = {s.rank: s for s in snapshots if s.status == ANSWERED and s.moments}
     scene = None
+    # At one time for all ranks: what they do together explains who waits.
     if answered and is_running:
         scene = scene_at(answered, min(s.moments[-1].time_s for s in answered.values()))
     rows: list[RankRow] = []
     for snapshot in ranks:
         rank = snapshot.rank
+        # A rank of another node has no other activity than where it runs.
         activity = snapshot.reason or "runs"
         if scene is not None and rank in scene.activities and snapshot.status == ANSWERED:
             # The load of one moment may be that of the sampling itself.
             moments = answered[rank].moments
-            is_idle = 2 * sum(moment.is_idle for moment in moments) > len(moments)
+            is_idle = 2 * sum(map(attrgetter("is_idle"), moments)) > len(moments)
             site = _short_site(scene.activities[rank].site)
             activity = state_of(attrs.evolve(scene.activities[rank], is_idle=is_idle, site=site))
         step = None

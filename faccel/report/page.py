@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import attrs
@@ -13,6 +14,7 @@ from faccel.report.charts import Chart, Points, chart
 from faccel.report.findings import CATEGORIES, finding, shares
 from faccel.report.metric_files import Series
 from faccel.report.run_record import RunRecord, Warnings
+from faccel.report.run_times import column
 from faccel.report.words import (
     bytes_text,
     count_text,
@@ -102,9 +104,9 @@ def page_values(record: RunRecord) -> dict[str, object]:
         "memory": _memory_charts(record),
         "memory_rows": _memory_rows(rates),
         "checkpoints": _checkpoint_rows(record),
-        "restarts": [_clock_text(restart_s) for restart_s in record.restarts_s],
+        "restarts": list(map(_clock_text, record.restarts_s)),
         "goodput": record.times.get(min(record.times, default=0)),
-        "warnings": [_warning_row(entry) for entry in record.warnings],
+        "warnings": list(map(_warning_row, record.warnings)),
         "changed": changed,
         "defaults": defaults,
         "written": _clock_text(time.time()),
@@ -131,6 +133,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         for name, version in versions.items():
             facts.append((str(name), str(version)))
     command = record.facts.get("command")
+    # Without the interpreter, whose path explains nothing.
     if isinstance(command, list):
         facts.append(("command", " ".join(map(str, command))))
     return facts
@@ -148,10 +151,10 @@ def _tiles(record: RunRecord) -> list[Tile]:
         ("samples_s", "samples/s"),
         ("tokens_s", "tokens/s"),
     ):
-        column = _column(record.rates, name)
+        values = _column(record.rates, name)
         # Tokens of a loop that counts none are 0.
-        if len(column) and column.max() > 0:
-            tiles.append(Tile(f"{label}, median", number_text(float(np.median(column)))))
+        if len(values) and values.max() > 0:
+            tiles.append(Tile(f"{label}, median", number_text(float(np.median(values)))))
     mfu = _column(record.rates, "mfu")
     if len(mfu):
         tiles.append(Tile("MFU, median", percent_text(float(np.median(mfu)))))
@@ -164,8 +167,7 @@ def _tiles(record: RunRecord) -> list[Tile]:
 
 
 def _column(rates: Sequence[Mapping[str, float]], name: str) -> np.ndarray:
-    values = [row[name] for row in rates if name in row]
-    return np.array(values, dtype=np.float64)
+    return np.array(column(rates, name), dtype=np.float64)
 
 
 def _present(times: Mapping[int, Goodput]) -> list[tuple[str, str, str]]:
@@ -179,8 +181,9 @@ def _present(times: Mapping[int, Goodput]) -> list[tuple[str, str, str]]:
 
 def _bars(times: Mapping[int, Goodput]) -> list[Bar]:
     """Return one bar per rank, all on the scale of the longest one."""
-    longest_s = max((result.wall_s for result in times.values()), default=0.0)
+    longest_s = max(map(attrgetter("wall_s"), times.values()), default=0.0)
     bars: list[Bar] = []
+    # The first ranks stand for thousands: the sentence names the one that differs.
     for rank, result in list(times.items())[:_MAX_RANKS]:
         segments: list[tuple[str, float, str]] = []
         for category, name in CATEGORIES.items():
@@ -219,7 +222,8 @@ def _single_values(
     for name, values in series.items():
         if len(values.steps) == 1:
             rows.append((name, number_text(values.last), f"{values.steps[0]:,.0f}"))
-    rows += [(name, text, "") for name, text in sorted(texts.items())]
+    for name, text in sorted(texts.items()):
+        rows.append((name, text, ""))
     return rows
 
 
@@ -286,6 +290,7 @@ def _rate_points(record: RunRecord, names: Sequence[str], scale_s: float) -> lis
         if not len(rows) or not np.any(y):
             continue
         x = (_column(rows, "time") - record.began_s) / scale_s
+        # The clock of a node may be set back.
         order = np.argsort(x, kind="stable")
         points.append(Points(name, x[order], y[order]))
     return points

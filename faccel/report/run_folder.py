@@ -85,6 +85,7 @@ def find_run(run: str, command: str) -> RunFolder:
             got=_list_text(below, path),
             fix=f"name one of them, as in `{command} {short_text(str(below[0]))}`",
         )
+    # Most scripts have one run, whose name need not be typed.
     if below:
         return RunFolder(path, _run_dir_of(below[0]), below[0])
     if (path / FOLDER).is_dir():
@@ -121,6 +122,7 @@ def _runs_below(path: Path, depth: int) -> Iterator[Path]:
 def _run_dir_of(folder: Path) -> Path:
     """Return the nearest folder with files of ranks or logs: this one or one above it."""
     above = [folder.absolute(), *folder.absolute().parents[:_MAX_DEPTH]]
+    # The nearest one, because a run folder may be in another one.
     for candidate in above:
         if (candidate / FOLDER).is_dir():
             return candidate

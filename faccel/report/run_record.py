@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,19 @@ from faccel.observe import rank_file
 from faccel.observe.ask import states
 from faccel.observe.snapshot import ANSWERED, FINISHED, REMOTE, Snapshot
 from faccel.observe.verdict import verdict
-from faccel.report.metric_files import Metrics, is_number, json_objects, read_metrics
+from faccel.report.metric_files import Metrics, json_objects, read_metrics
 from faccel.report.run_folder import RunFolder
+from faccel.report.run_times import (
+    Checkpoint,
+    checkpoints_of,
+    process_starts,
+    rank_times,
+    read_events,
+    read_rates,
+)
 from faccel.run_facts import HIDDEN, is_secret
-from faccel.tracking.goodput_categories import Goodput, goodput
-from faccel.tracking.journal import RATES_FILE, Event, read_journal
+from faccel.tracking.goodput_categories import Goodput
+from faccel.tracking.journal import Event
 from faccel.tracking.run_file import read_run_file
 
 RUNNING = "running"
@@ -32,23 +41,6 @@ STOPPED = "stopped"
 _SILENT_S = 600.0
 _LEVELS = ("WARNING", "ERROR", "CRITICAL")
 _MAX_WARNINGS = 200
-
-
-@attrs.frozen
-class Checkpoint:
-    """A checkpoint that rank 0 has saved, or loaded.
-
-    Args:
-        event: "saved" or "loaded".
-        step: Its step.
-        time_s: When, in seconds since 1970.
-        wait_s: How long the loop waited for it.
-    """
-
-    event: str
-    step: int
-    time_s: float
-    wait_s: float
 
 
 @attrs.define
@@ -124,8 +116,11 @@ class RunRecord:
     @property
     def last_step(self) -> int | None:
         """The largest step that is known."""
-        steps = [int(series.steps[-1]) for series in self.metrics.series.values()]
-        steps += [result.num_steps for result in self.times.values()]
+        steps: list[int] = []
+        # Scripts number their steps, or epochs, and a meter counts what the run has kept.
+        for series in self.metrics.series.values():
+            steps += [int(series.steps[-1])]
+        steps += map(attrgetter("num_steps"), self.times.values())
         return max(steps, default=None)
 
 
@@ -145,10 +140,11 @@ def read_record(folders: RunFolder, *, now_s: float | None = None) -> RunRecord:
     facts = read_facts(folders)
     began_s, ended_s = run_interval(folders, events)
     state, state_text, next_step = state_of_run(ranks, events, now_s - ended_s)
+    # Its last sign may be some seconds old, as in a long step.
     if state == RUNNING:
         ended_s = max(now_s, ended_s)
-    numbers = {event["rank"] for event in events}
-    world_size = max(len(ranks), len(numbers), int(facts.get("world_size", 0)))
+    times = rank_times(events)
+    world_size = max(len(ranks), len(times), int(facts.get("world_size", 0)))
     return RunRecord(
         name=folders.name,
         folders=folders,
@@ -163,9 +159,9 @@ def read_record(folders: RunFolder, *, now_s: float | None = None) -> RunRecord:
         fields=_fields(facts),
         config=_flat(_hyperparameters(folders.folder, facts)),
         metrics=read_metrics(folders.folder),
-        times={rank: goodput(events, rank=rank) for rank in sorted(numbers)},
-        checkpoints=_checkpoints(events),
-        restarts_s=_starts(events)[1:],
+        times=times,
+        checkpoints=checkpoints_of(events),
+        restarts_s=process_starts(events)[1:],
         rates=list(read_rates(folders.folder)),
         warnings=_warnings(folders.run_dir),
     )
@@ -184,7 +180,7 @@ def rank_states(folders: RunFolder) -> list[Snapshot]:
     except ConfigError:  # files of another program
         return []
     # The processes may be those of a later run in the same run folder.
-    began_s = min(document["start_s"] for document in documents)
+    began_s = min(map(itemgetter("start_s"), documents))
     if folders.folder is not None and _last_written_s(folders.folder) < began_s:
         return []
     return ranks
@@ -202,10 +198,11 @@ def state_of_run(
         events: From `read_journal`.
         silent_s: Seconds since anything of the run was written.
     """
-    statuses = {snapshot.status for snapshot in ranks}
+    statuses = set(map(attrgetter("status"), ranks))
     if ranks and not statuses <= {ANSWERED, FINISHED, REMOTE}:
         result = verdict(ranks)
         return BROKEN, result.sentence, result.next_step
+    # Processes of this node that exist are not asked here.
     if ANSWERED in statuses:
         return RUNNING, "", ""
     if statuses == {FINISHED}:
@@ -221,36 +218,21 @@ def state_of_run(
     return STOPPED, "", ""
 
 
-def read_events(folder: Path | None) -> list[Event]:
-    """Return the events of the journals of a run, none without a meter.
-
-    Effects: ambient. Reads files.
-    """
-    if folder is None:
-        return []
-    try:
-        events = read_journal(folder)
-    except ConfigError:  # no meter
-        return []
-    # A rank whose file has lost its beginning has no time that could be counted.
-    started = {event["rank"] for event in events if event["event"] == "start"}
-    return [event for event in events if event["rank"] in started]
-
-
 def run_interval(folders: RunFolder, events: Sequence[Event]) -> tuple[float, float]:
     """Return when the run began, and when it last wrote anything.
 
     Effects: ambient. Reads files.
     """
-    starts = _starts(events)
-    times = [event["time"] for event in events]
+    starts = process_starts(events)
+    times: list[float] = list(map(itemgetter("time"), events))
+    # The journals have the time of each process, also before a restart.
     if starts:
         return starts[0], max(times)
     try:
         _, documents = rank_file.read_run(str(folders.run_dir))
     except ConfigError:
         documents = []
-    begins: list[float] = [document["start_s"] for document in documents]
+    begins: list[float] = list(map(itemgetter("start_s"), documents))
     times += map(_last_time_s, documents)
     if folders.folder is not None:
         times.append(_last_written_s(folders.folder))
@@ -302,6 +284,7 @@ def read_facts(folders: RunFolder) -> dict[str, Any]:
 def _fields(facts: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     fields: dict[str, tuple[str, str]] = {}
     stored = facts.get("fields")
+    # A file of another program, or of a later version.
     if not isinstance(stored, dict):
         return fields
     for name, entry in stored.items():
@@ -325,6 +308,7 @@ def _flat(value: object, prefix: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, item in value.items():
         name = f"{prefix}{key}"
+        # An empty one is a value.
         if isinstance(item, dict) and item:
             flat |= _flat(item, f"{name}.")
             continue
@@ -335,44 +319,6 @@ def _flat(value: object, prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _starts(events: Sequence[Event]) -> list[float]:
-    """Return when the processes of the first rank of the journals began."""
-    first = min((event["rank"] for event in events), default=0)
-    starts = [event for event in events if event["rank"] == first and event["event"] == "start"]
-    return [event["started"] for event in starts]
-
-
-def _checkpoints(events: Sequence[Event]) -> list[Checkpoint]:
-    first = min((event["rank"] for event in events), default=0)
-    checkpoints: list[Checkpoint] = []
-    wait_s = 0.0
-    for event in events:
-        if event["rank"] != first:
-            continue
-        if event["event"] == "start":  # each process counts from 0
-            wait_s = 0.0
-        if event["event"] in ("saved", "loaded"):
-            added_s = max(event["checkpoint_s"] - wait_s, 0.0)
-            wait_s = event["checkpoint_s"]
-            checkpoints.append(Checkpoint(event["event"], event["step"], event["time"], added_s))
-    return checkpoints
-
-
-def read_rates(folder: Path | None) -> list[dict[str, float]]:
-    """Return the results of `rates` of a run, oldest first.
-
-    Effects: ambient. Reads a file.
-    """
-    if folder is None:
-        return []
-    rows: list[dict[str, float]] = []
-    for values in json_objects(folder / "goodput" / RATES_FILE):
-        row = {name: value for name, value in values.items() if is_number(value)}
-        if {"time", "step"} <= row.keys():
-            rows.append(row)
-    return rows
-
-
 def _warnings(run_dir: Path) -> list[Warnings]:
     """Return the messages of all ranks with the level WARNING or above; equal ones once."""
     by_text: dict[tuple[str, str], Warnings] = {}
@@ -380,8 +326,10 @@ def _warnings(run_dir: Path) -> list[Warnings]:
         rank = parse_count(path.stem.removeprefix("rank"))
         for values in json_objects(path):
             level, message = str(values.get("level")), str(values.get("message"))
+            # `logs/rank-old.jsonl` is not a rank's.
             if level not in _LEVELS or rank is None:
                 continue
+            # A message with a number in it is a new one in each step.
             if len(by_text) >= _MAX_WARNINGS and (level, message) not in by_text:
                 continue
             entry = by_text.setdefault((level, message), Warnings(level, message))

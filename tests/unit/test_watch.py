@@ -58,7 +58,7 @@ def test_of_a_large_file_only_the_end_is_read(tmp_path):
     assert follower.lines() == [b"100"]
 
 
-def test_the_speed_is_that_of_the_last_frames(tmp_path):
+def test_the_speed_is_measured_over_the_last_frames(tmp_path):
     clock = Clock(BEGAN_S + 10)
     counts = {"useful_s": 8.0, "startup_s": 2.0}
     write_journal(tmp_path, 0, [start(), event("step", 10.0, num_steps=4, **counts)])
