@@ -203,7 +203,13 @@ def _line(points: Points, scale: _Scale, unit: str) -> Line:
     finite = points.y[is_finite]
     smooth_path = ""
     if len(finite) >= _MIN_SMOOTHED:
-        x, y = _sampled(points.x[is_finite], _smoothed(finite))
+        smooth = points.y.copy()  # with its gaps
+        # On a logarithmic axis the mean of the logarithms: peaks would draw the line upwards.
+        if scale.is_log:
+            smooth[is_finite] = 10 ** _smoothed(np.log10(finite))
+        else:
+            smooth[is_finite] = _smoothed(finite)
+        x, y = _sampled(points.x, smooth)
         smooth_path, _ = _path(x, y, scale)
     # Gaps before the sampling: NaN would be hidden in a bucket.
     x, y = _sampled(points.x, points.y)

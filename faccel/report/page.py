@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
@@ -24,7 +26,11 @@ from faccel.report.words import (
 )
 from faccel.tracking.goodput_categories import Goodput
 
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
+_CODE = re.compile("`([^`]+)`")
 _MAX_LINES = 6  # in a chart; the page has as many colours
 _MAX_CHARTS = 60
 _MAX_RANKS = 64
@@ -76,8 +82,17 @@ def page(record: RunRecord) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["code"] = _with_code
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(page_values(record))
+
+
+def _with_code(text: str) -> Markup:
+    """Return a sentence as HTML, with its names in backticks as code."""
+    from markupsafe import Markup, escape
+
+    # Escaped before: a name may have tags in it.
+    return Markup(_CODE.sub(r"<code>\1</code>", str(escape(text))))
 
 
 def page_values(record: RunRecord) -> dict[str, object]:
@@ -292,7 +307,7 @@ def _rate_points(record: RunRecord, names: Sequence[str], scale_s: float) -> lis
         x = (_column(rows, "time") - record.began_s) / scale_s
         # The clock of a node may be set back.
         order = np.argsort(x, kind="stable")
-        points.append(Points(name, x[order], y[order]))
+        points.append(Points(name.removesuffix("_bytes"), x[order], y[order]))
     return points
 
 

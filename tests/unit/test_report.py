@@ -293,6 +293,22 @@ def test_a_chart_has_gaps_where_values_are_not_finite():
     assert (line.last, line.lowest, line.highest) == ("1", "0", "1")
 
 
+def test_a_smoothed_line_has_the_gaps_of_its_values():
+    y = np.ones(100)
+    y[40:50] = math.nan
+    (line,) = chart("a", [points(y)], x_label="x").lines
+    assert line.smooth_path.count("M") == line.path.count("M") == 2
+
+
+def test_a_line_on_a_logarithmic_axis_is_smoothed_by_its_logarithms():
+    y = np.where(np.arange(200) % 2, 100.0, 1.0)
+    (line,) = chart("a", [points(y)], x_label="x").lines
+    # The mean of the logarithms 0 and 2 is 1: the middle of the axis of 0 to 2 with its room.
+    heights = [int(height) for height in re.findall(r" (\d+)", line.smooth_path)]
+    middle = round(1000 * (2.2 - 1) / 2.3)
+    assert abs(heights[100] - middle) < 100
+
+
 def test_a_chart_of_a_million_points_keeps_a_single_peak():
     y = np.sin(np.arange(1_000_000) / 1000.0)
     y[654_321] = 50.0
