@@ -115,6 +115,9 @@ def test_the_command_prints_tables_and_json(runs):
     assert "data wait 10 % 20 %" in lines
     assert "loss, at step 2 2 3" in lines
     assert [line for line in lines if line.startswith("only")][1].endswith("b has bleu")
+    for run in runs:
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 9, "unknown": NaN}\n')
     code, out, _ = run_command("compare", first, second, "--json")
     document = json.loads(out, parse_constant=pytest.fail)
     assert document["speeds"][0]["ratio"] == 1.5
