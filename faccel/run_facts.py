@@ -64,8 +64,10 @@ def without_secrets(words: list[str]) -> list[str]:
     for word in words:
         flag, mark, _ = word.partition("=")
         is_flag = flag.startswith("-")
+        # `--secret --lr 1`: the second flag is no value.
         if is_value_hidden and not is_flag:
             word = HIDDEN
+        # Both forms of a flag with a value.
         if is_flag and is_secret(flag) and mark:
             word = f"{flag}={HIDDEN}"
         is_value_hidden = is_flag and is_secret(flag) and not mark

@@ -46,6 +46,7 @@ def compare(first: str, second: str, *, as_json: bool) -> None:
         click.echo()
         _print_table(title, [("", *result.names, *_more_columns(title)), *rows])
     for name, metrics in zip(result.names, result.only, strict=True):
+        # Nothing is printed where both have the same.
         if metrics:
             click.echo(printable(f"\nonly {name} has {', '.join(metrics)}"))
 
@@ -73,6 +74,7 @@ def _sections(result: Comparison) -> list[tuple[str, list[_Row]]]:
     from faccel.report.words import count_text, percent_text
 
     settings: list[_Row] = [(s.name, *s.values, *s.sources) for s in result.settings]
+    # A number, because the names would hide those that differ.
     if result.num_equal:
         settings.append((f"{count_text(result.num_equal, 'setting')} equal", "", "", "", ""))
     speeds: list[_Row] = []

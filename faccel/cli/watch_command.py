@@ -103,6 +103,7 @@ def _leave_screen() -> None:
 def _console() -> Console:
     from rich.console import Console
 
+    # Rich would take 80 columns for a pipe.
     width = None
     if not sys.stdout.isatty():
         width = _WIDTH
@@ -132,12 +133,14 @@ def rendered(frame: Frame, console: Console, *, max_rows: int | None) -> Group:
     num_used = sum(len(text.wrap(console, width)) for text in head) + 3
     metrics = frame.metrics[:_MAX_METRICS]
     ranks = _rank_lines(frame.ranks, width, grouped_above=_MAX_RANKS)
+    # Metrics first: of many ranks, groups are shown.
     if max_rows is not None:
         num_free = max_rows - num_used
         metrics = metrics[: max(num_free - _MIN_RANK_ROWS, 1)]
         ranks = _rank_lines(frame.ranks, width, grouped_above=max(num_free - len(metrics), 1))
     metric_lines = _metric_lines(metrics, width, _blocks(console))
     blocks = [list(filter(None, head)), metric_lines, ranks]
+    # An empty line between blocks, and none for what a run does not have.
     lines: list[Text] = []
     for block in filter(None, blocks):
         lines += [Text(), *block]
@@ -180,6 +183,7 @@ def _numbers(frame: Frame) -> Text:
         # A loop that counts no tokens has 0 of them; rank 0 may be the slowest one.
         if rates.get(name) or (name == "slowest_rank" and name in rates):
             words.append(to_text(rates[name]))
+    # Most runs have none.
     if frame.num_restarts:
         words.append(count_text(frame.num_restarts, "restart"))
     return Text("  ".join(words))
@@ -218,6 +222,7 @@ def _metric_lines(metrics: Sequence[LiveMetric], width: int, blocks: str) -> lis
     name_width = max(map(len, map(attrgetter("name"), metrics)), default=0)
     name_width = min(name_width, max(width // 3, 8))
     lines: list[Text] = []
+    # Columns of equal width, or values would jump when they change.
     for metric in metrics:
         value = number_text(metric.last)
         text = Text(printable(metric.name)[:name_width].ljust(name_width))
@@ -242,6 +247,7 @@ def sparkline(values: Sequence[float], num_cells: int, blocks: str = _BLOCKS) ->
         >>> sparkline([1000.0, 100.0, 10.0, 1.0], 4)  # logarithms
         '█▆▃▁'
     """
+    # A terminal of a few columns has no room for it.
     if num_cells < 1 or not values:
         return ""
     means: list[float] = []

@@ -176,6 +176,7 @@ def add_csv_line(line: str, table: Adds) -> None:
         rows = list(csv.reader([line]))
     except csv.Error:
         return
+    # A cut line and the next one are one line of more cells.
     if len(rows) != 1 or len(rows[0]) != 3:
         return
     step_text, name, text = rows[0]

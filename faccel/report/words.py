@@ -39,6 +39,7 @@ def bytes_text(num_bytes: float) -> str:
         >>> bytes_text(512), bytes_text(1536 * 1024), bytes_text(85 * 2**30)
         ('512 B', '1.5 MiB', '85 GiB')
     """
+    # Units of 1024, up to the largest one.
     exponent = 0
     while abs(num_bytes) >= 1024 and exponent < len(_UNITS) - 1:
         num_bytes /= 1024
@@ -61,6 +62,7 @@ def number_text(value: float) -> str:
         return "NaN"
     if math.isinf(value):
         return "infinite" if value > 0 else "-infinite"
+    # Letters instead of exponents: people read 12.3k faster than 1.23e+04.
     magnitude = abs(value)
     if magnitude >= 1e4:
         return _large_text(value)
