@@ -25,11 +25,13 @@ def report(run: str, *, out: str | None, as_json: bool) -> None:
     RUN is the folder of `faccel launch --run-dir RUN`, or one run in it. The page needs no network.
     The run may have ended, failed or been killed, or still train.
     """
+    from faccel.report.charts import require_matplotlib
     from faccel.report.findings import finding
     from faccel.report.page import page
     from faccel.report.run_folder import find_run
     from faccel.report.run_record import read_record
 
+    require_matplotlib()
     folders = find_run(run, "faccel report")
     record = read_record(folders)
     path = Path(out or folders.path / "report.html")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import attrs
 import numpy as np
 
-from faccel.report.charts import Chart, Points, chart
+from faccel.report.charts import MAX_LINES, Chart, Points, chart
 from faccel.report.findings import CATEGORIES, finding, shares
 from faccel.report.metric_files import Series
 from faccel.report.run_record import RunRecord, Warnings
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 _CODE = re.compile("`([^`]+)`")
-_MAX_LINES = 6  # in a chart; the page has as many colours
 _MAX_CHARTS = 60
 _MAX_RANKS = 64
 _MAX_ROWS = 100
@@ -250,8 +249,8 @@ def _curves(series: Sequence[Series]) -> list[Chart]:
     charts: list[Chart] = []
     for title, members in groups.items():
         # As many lines as colours.
-        for begin in range(0, len(members), _MAX_LINES):
-            some = members[begin : begin + _MAX_LINES]
+        for begin in range(0, len(members), MAX_LINES):
+            some = members[begin : begin + MAX_LINES]
             name = title
             if len(some) == 1:
                 name = some[0].name
@@ -289,7 +288,7 @@ def _memory_charts(record: RunRecord) -> list[Chart]:
 def _rate_chart(record: RunRecord, title: str, names: Sequence[str], unit: str) -> list[Chart]:
     """Return a chart of results of `rates` over the time of the run; none without values."""
     scale_s, x_label = _time_scale(record.duration_s)
-    marks = [((restart_s - record.began_s) / scale_s, "restart") for restart_s in record.restarts_s]
+    marks = [(restart_s - record.began_s) / scale_s for restart_s in record.restarts_s]
     points = _rate_points(record, names, scale_s)
     if not points:
         return []
@@ -307,7 +306,7 @@ def _rate_points(record: RunRecord, names: Sequence[str], scale_s: float) -> lis
         x = (_column(rows, "time") - record.began_s) / scale_s
         # The clock of a node may be set back.
         order = np.argsort(x, kind="stable")
-        points.append(Points(name.removesuffix("_bytes"), x[order], y[order]))
+        points.append(Points(_label(name), x[order], y[order]))
     return points
 
 
@@ -319,9 +318,15 @@ def _time_scale(duration_s: float) -> tuple[float, str]:
 
 
 def _memory_names(rates: Sequence[Mapping[str, float]]) -> list[str]:
-    """Return the names of amounts of memory, the sum first; some versions have categories."""
-    names = {name for row in rates for name in row if name.endswith("_bytes")}
-    return sorted(names, key=lambda name: (name != "peak_bytes", name))[:_MAX_LINES]
+    """Return the names of amounts of memory, the peak first, then its categories."""
+    names = {name for row in rates for name in row if name.startswith("memory_")}
+    # The peak of the same rank is among the categories, if it is known.
+    names = {"peak_bytes", *names} - {"memory_peak"}
+    return sorted(names, key=lambda name: (name != "peak_bytes", name))[:MAX_LINES]
+
+
+def _label(name: str) -> str:
+    return name.removesuffix("_bytes").removeprefix("memory_")
 
 
 def _memory_rows(rates: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
@@ -331,7 +336,7 @@ def _memory_rows(rates: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
         return rows
     for name in names:
         text = bytes_text(float(_column(rates, name).max()))
-        rows.append((name.removesuffix("_bytes").replace("_", " "), text))
+        rows.append((_label(name), text))
     return rows
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import faccel
 from faccel.errors import ConfigError
-from faccel.report.charts import Points, chart
+from faccel.report.charts import Points, chart, sampled, smoothed
 from faccel.report.findings import finding, shares
 from faccel.report.page import page
 from faccel.report.run_folder import find_run
@@ -285,10 +285,19 @@ def points(y, x=None):
     return Points("a", np.arange(len(y), dtype=np.float64) if x is None else np.array(x), y)
 
 
+def num_subpaths(svg, variable):
+    """Return how many separate lines of a colour a drawing has, and how many single points."""
+    lines = re.findall(rf'<path d="([^"]*)"[^>]*style="fill: none; stroke: var\({variable}\)', svg)
+    dots = re.findall(rf'<use [^>]*style="fill: var\({variable}\)', svg)
+    return [line.count("M") for line in lines if line], len(dots)
+
+
 def test_a_chart_has_gaps_where_values_are_not_finite():
-    (line,) = chart("a", [points([0.0, 1.0, math.nan, 1.0, math.inf, 0.0, 1.0])], x_label="x").lines
-    assert line.path.count("M") == 2
-    assert len(line.dots) == 1  # between two gaps
+    y = [0.0, 1.0, math.nan, 1.0, math.inf, 0.0, 1.0]
+    result = chart("a", [points(y)], x_label="x")
+    # The part between two gaps has one point, which is drawn as a dot.
+    assert num_subpaths(result.svg, "--c0") == ([3], 1)
+    (line,) = result.lines
     assert line.num_missing == 2
     assert (line.last, line.lowest, line.highest) == ("1", "0", "1")
 
@@ -296,45 +305,57 @@ def test_a_chart_has_gaps_where_values_are_not_finite():
 def test_a_smoothed_line_has_the_gaps_of_its_values():
     y = np.ones(100)
     y[40:50] = math.nan
-    (line,) = chart("a", [points(y)], x_label="x").lines
-    assert line.smooth_path.count("M") == line.path.count("M") == 2
+    assert np.array_equal(smoothed(y, is_log=False), y, equal_nan=True)
+    result = chart("a", [points(y)], x_label="x")
+    assert num_subpaths(result.svg, "--c0") == ([2, 2], 0)
 
 
 def test_a_line_on_a_logarithmic_axis_is_smoothed_by_its_logarithms():
     y = np.where(np.arange(200) % 2, 100.0, 1.0)
-    (line,) = chart("a", [points(y)], x_label="x").lines
-    # The mean of the logarithms 0 and 2 is 1: the middle of the axis of 0 to 2 with its room.
-    heights = [int(height) for height in re.findall(r" (\d+)", line.smooth_path)]
-    middle = round(1000 * (2.2 - 1) / 2.3)
-    assert abs(heights[100] - middle) < 100
+    # Means over 11 values, of which 5 or 6 are 100.
+    assert 10 ** (2 * 5 / 11) <= smoothed(y, is_log=True)[100] <= 10 ** (2 * 6 / 11)
+    assert 46 <= smoothed(y, is_log=False)[100] <= 55
 
 
 def test_a_chart_of_a_million_points_keeps_a_single_peak():
     y = np.sin(np.arange(1_000_000) / 1000.0)
     y[654_321] = 50.0
-    (line,) = chart("a", [points(y)], x_label="x").lines
-    heights = [int(height) for height in re.findall(r" (\d+)", line.path)]
-    assert len(heights) <= 600
-    # 10 % of room: 51 of 56.1 are below it.
-    assert min(heights) == round(1000 * (51 * 0.1) / (51 * 1.15))
-    assert len(line.path) < 10_000
+    x, values = sampled(np.arange(1_000_000.0), y)
+    assert len(x) <= 600 and (np.diff(x) > 0).all()
+    assert values.max() == 50.0 and x[values.argmax()] == 654_321
+    assert len(chart("a", [points(y)], x_label="x").svg) < 40_000
 
 
 @pytest.mark.parametrize(
     "y", [[], [math.nan], [1.0], [5.0, 5.0], [0.0, 0.0], [1e-320, 1e300], [-1e308, 1e308]]
 )
-def test_a_chart_of_odd_values_has_finite_positions(y):
-    result = chart("a", [points(y)], x_label="x")
-    assert "nan" not in repr(result).replace("NaN", "")
-    for mark in (*result.x_ticks, *result.y_ticks):
-        assert math.isfinite(mark.percent)
+@pytest.mark.parametrize("options", [{}, {"starts_at_zero": True, "unit": "bytes"}])
+def test_a_chart_of_odd_values_has_finite_positions(y, options):
+    svg = chart("a", [points(y)], x_label="x", **options).svg
+    assert not re.search(r"\b(nan|inf)\b", svg)
 
 
 def test_the_axis_of_values_over_orders_of_magnitude_is_logarithmic():
     result = chart("a", [points([1.0, 1000.0])], x_label="x")
     assert result.is_log
-    assert [mark.label for mark in result.y_ticks] == ["1", "10", "100", "1000"]
+    assert re.findall(r">(1|10|100|1000)</text>", result.svg)[-4:] == ["1", "10", "100", "1000"]
     assert not chart("a", [points([0.0, 1000.0])], x_label="x").is_log
+
+
+def test_ticks_of_bytes_are_powers_of_two():
+    y = [2.5 * 2**30, 9.5 * 2**30]
+    svg = chart("a", [points(y)], x_label="x", unit="bytes", starts_at_zero=True).svg
+    assert re.findall(r">(\d+ G?i?B)</text>", svg) == [
+        "0 B", "2 GiB", "4 GiB", "6 GiB", "8 GiB", "10 GiB"
+    ]  # fmt: skip
+
+
+def test_the_colours_and_fonts_of_a_chart_are_those_of_the_page():
+    marks = [0.5]
+    svg = chart("a", [points([1.0, 2.0]), points([2.0, 3.0])], x_label="x", marks=marks).svg
+    colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svg)) - {"none"}
+    assert colours == {f"var(--{name})" for name in ("c0", "c1", "soft", "grid", "line", "bad")}
+    assert "font-family" not in svg and " id=" not in svg.replace('clipPath id="', "")
 
 
 class _Tags(HTMLParser):
@@ -375,7 +396,9 @@ def test_a_page_has_no_address_of_a_resource(tmp_path):
     write_journal(tmp_path, 0, minutes())
     write_lines(tmp_path / "metrics.jsonl", losses([3.0, 2.0]))
     text = page(record_of(tmp_path))
-    assert "http://" not in text and "https://" not in text and "url(" not in text
+    assert (
+        "http://" not in text and "https://" not in text and "url(" not in text.replace("url(#", "")
+    )
     tags = _Tags(text)
     assert {"script", "img", "iframe", "object"}.isdisjoint(tags.tags)
     assert [value for name, value in tags.attributes if name in ("src", "href")] == ["data:,"]
