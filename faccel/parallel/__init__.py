@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from faccel.parallel.moe import MoE as MoE
     from faccel.parallel.recompilations import num_recompilations as num_recompilations
     from faccel.parallel.tensor_parallel import loss_parallel as loss_parallel
+    from faccel.parallel.vocab_parallel_loss import cross_entropy as cross_entropy
     from faccel.plan import ActivationCheckpointing as ActivationCheckpointing
     from faccel.plan import Compile as Compile
     from faccel.plan import DdpConfig as DdpConfig
@@ -47,6 +48,7 @@ _NAMES = {
     "faccel.parallel.moe": ("MoE",),
     "faccel.parallel.recompilations": ("num_recompilations",),
     "faccel.parallel.tensor_parallel": ("loss_parallel",),
+    "faccel.parallel.vocab_parallel_loss": ("cross_entropy",),
     "faccel.plan": (
         "ActivationCheckpointing", "Compile", "DdpConfig", "DeepSpeedConfig", "Fp8", "FsdpConfig",
         "LayerwiseCasting", "PipelineConfig", "PowerSgdConfig",
