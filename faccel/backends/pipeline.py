@@ -56,7 +56,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
         loss_dtype = torch.float64
     layout = Layout.from_plan(module, plan, ctx).with_fp8(module, plan, ctx)
     tied = tied_params(module, stages)
-    _check_tied(tied, layout, stage_ranks)
+    _check_tied(tied, stage_ranks)
     _check_units(stages, layout)
     # Nothing below is an error of the user's: from here on the module is updated.
     with torch.no_grad():
@@ -123,29 +123,18 @@ def _config(plan: Plan, ctx: DistContext) -> PipelineConfig:
     return plan.pipeline
 
 
-def _check_tied(tied: Sequence[Mapping[int, str]], layout: Layout, stage_ranks: StageRanks) -> None:
+def _check_tied(tied: Sequence[Mapping[int, str]], stage_ranks: StageRanks) -> None:
     """Refuse tied parameters whose gradients could not be added.
+
+    That each rank of `tp` has the same elements in both stages was checked with the styles.
 
     Args:
         tied: For each tied parameter its name in each stage.
-        layout: Of the model.
         stage_ranks: Which rank has which stages.
     """
     for names in tied:
         got = ", ".join(f"`{name}`" for name in names.values())
-        styles: set[str | None] = set()
-        ranks: set[int] = set()
-        for stage, name in names.items():
-            module_name = name.rpartition(".")[0]
-            styles.add(layout.tp_styles.get(module_name))
-            ranks.add(stage_ranks.rank_of(stage))
-        # The all-reduce of the gradients needs shards of the same elements on both ranks.
-        if len(styles) > 1:
-            raise ModelError(
-                "a parameter that is tied between two stages is sharded over `tp` in one only",
-                got=got,
-                fix="leave both out of `tensor`, or untie them",
-            )
+        ranks = {stage_ranks.rank_of(stage) for stage in names}
         # `fully_shard` of one stage replaces the parameter there and leaves that of the other
         # stage: on this rank the two would no longer be tied.
         if len(ranks) < len(names):

@@ -295,9 +295,12 @@ def import_(file: str, out: str | None, *, force: bool, as_json: bool) -> None:
         "command": command,
         "values": dict(converted.values),
         "without_equivalent": dict(converted.without_equivalent),
+        "in_script": dict(converted.in_script),
     }
     present(document, rows, as_json=as_json)
     if not as_json:
+        for key, text in converted.in_script.items():
+            sys.stderr.write(f"in the script: {key}: write {text}\n")
         for key, value in converted.without_equivalent.items():
             # To standard error: standard output holds what a script would read.
             sys.stderr.write(

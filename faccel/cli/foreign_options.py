@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import click
@@ -13,6 +13,9 @@ from faccel.cli.flags import UsageError
 from faccel.config import flag_of, text_of
 from faccel.config_file import NPROC
 from faccel.errors import FaccelError, LaunchError, short_repr
+
+if TYPE_CHECKING:
+    from faccel.launching.import_accelerate import ImportedConfig
 
 _STRATEGY = "distributed_type"
 # As torchrun writes them: a number for all ranks, or one for each of some ranks.
@@ -70,7 +73,11 @@ _SECTIONS: Mapping[str, str] = {
     "megatron_lm_": "megatron_lm_config",
 }
 # The switches of the sections that apply to one strategy.
-_SWITCH_OF: Mapping[str, str] = {"fsdp_config": "use_fsdp", "deepspeed_config": "use_deepspeed"}
+_SWITCH_OF: Mapping[str, str] = {
+    "fsdp_config": "use_fsdp",
+    "deepspeed_config": "use_deepspeed",
+    "megatron_lm_config": "use_megatron_lm",
+}
 # Options of `faccel launch` that another launcher names otherwise.
 _RENAMED: Mapping[str, str] = {
     "nproc_per_node": "--nproc",
@@ -110,7 +117,7 @@ EQUALS: Mapping[str, str] = {
     "gradient_": "use `--grad-accum N`, and `faccel.optimizer_step(..., clip_norm=1.0)`",
     "dynamo_": "use `--plan compile=whole`, or call `torch.compile` in the script",
     "parallelism_config_": "use `--mesh dp_shard=2,tp=2`",
-    "megatron_lm_": "use `--mesh dp_shard=2,tp=2,pp=2`: Megatron-LM is no strategy of faccel",
+    "megatron_lm_": "use `--mesh dp_shard=2,tp=2,pp=2` and `faccel.Plan` in the script",
     "distributed_type": "use `--mesh`, as in `--mesh dp_shard=2,tp=2`",
     "fp8_": "use `--mixed-precision fp8 --plan fp8.recipe=rowwise`",
     "tpu_": "print the commands of a TPU pod with `faccel launch --print tpu-pod`",
@@ -242,15 +249,25 @@ def _converted(foreign: Mapping[str, str], given: Mapping[str, str]) -> list[str
     if "--mixed-precision" in given:  # which decides whether a section for fp8 applies
         keys["mixed_precision"] = given["--mixed-precision"]
     converted = from_accelerate(keys)
-    for key, value in converted.without_equivalent.items():
-        _check_strategy(key, str(keys[_STRATEGY]), foreign)
-        raise _no_equivalent(key, value, foreign)
+    _check_converted(converted, keys, foreign)
     # Of the nodes first, then the fields of the configuration.
     options = dict(zip(converted.options[::2], converted.options[1::2], strict=True))
     for name, value in converted.values.items():
         option, text = _own_option(name, value)
         options[option] = text
     return _without_given(options, given, foreign)
+
+
+def _check_converted(
+    converted: ImportedConfig, keys: Mapping[str, Any], foreign: Mapping[str, str]
+) -> None:
+    """Raise if an option or a key has no equal on our command line."""
+    for key, value in converted.without_equivalent.items():
+        _check_strategy(key, str(keys[_STRATEGY]), foreign)
+        raise _no_equivalent(key, value, foreign)
+    for key, text in converted.in_script.items():
+        section, _, name = key.partition(".")
+        raise _no_equivalent(key, keys[section][name], foreign, f"write {text} in the script")
 
 
 def _check_strategy(key: str, strategy: str, foreign: Mapping[str, str]) -> None:
@@ -320,11 +337,13 @@ def _own_option(name: str, value: Any) -> tuple[str, str]:
     return flag_of(name), text_of(value)
 
 
-def _no_equivalent(key: str, value: object, foreign: Mapping[str, str]) -> LaunchError:
+def _no_equivalent(
+    key: str, value: object, foreign: Mapping[str, str], fix: str = ""
+) -> LaunchError:
     name = key.rpartition(".")[2]
     if key.startswith("fp8_config."):
         name = f"fp8_{name}"
-    fix = EQUALS.get(_matches(name, EQUALS), _NOT_CONVERTED)
+    fix = fix or EQUALS.get(_matches(name, EQUALS), _NOT_CONVERTED)
     if name in foreign:
         return LaunchError(
             f"`--{name}` is not an option of `faccel launch`",
@@ -336,6 +355,6 @@ def _no_equivalent(key: str, value: object, foreign: Mapping[str, str]) -> Launc
         return LaunchError(
             f"`{key}` has no equivalent in faccel",
             got=f"{key}: {short_repr(value)}, from `{file}`",
-            fix=f"convert the file with `faccel config import {file} -o faccel.yaml`, or {fix}",
+            fix=f"convert the file with `faccel config import {file} -o faccel.yaml`; {fix}",
         )
     return LaunchError(f"`{name}` has no equivalent", got=short_repr(value), fix=fix)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
+
+from faccel.checks import MAX_COUNT
+from faccel.errors import ConfigError, short_repr
 
 Arguments = dict[str, Any]
 """Arguments of `Plan` by name; `fsdp.prefetch` is the argument `prefetch` of `fsdp`."""
@@ -19,6 +23,28 @@ def is_true(value: object) -> bool:
     Effects: pure.
     """
     return str(value).lower() in ("true", "1", "yes")
+
+
+def whole_number(name: str, value: Any, minimum: int = 0, maximum: int = MAX_COUNT) -> int:
+    """Return a value of a file as an int from `minimum` to `maximum`.
+
+    Effects: pure.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    number = None
+    with suppress(TypeError, ValueError, OverflowError):  # OverflowError: infinity
+        number = int(value)
+    # `int` cuts 2.5 off.
+    is_cut = isinstance(value, float) and not value.is_integer()
+    if number is None or not minimum <= number <= maximum or is_cut:
+        raise ConfigError(
+            f"`{name}` of the file must be a whole number from {minimum} to {maximum}",
+            got=short_repr(value),
+            fix=f"write `{name}: 1`",
+        )
+    return number
 
 
 def _needs_nothing(value: object) -> Arguments:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import attrs
 
-from faccel.checks import MAX_COUNT
 from faccel.config_file import NPROC
 from faccel.errors import ConfigError, short_repr
-from faccel.launching.accelerate_plan import convert_section, is_true
+from faccel.launching.accelerate_megatron import convert_megatron
+from faccel.launching.accelerate_plan import convert_section, is_true, whole_number
 from faccel.plan_values import nested
 
 _Keys = dict[str, Any]
@@ -34,11 +33,16 @@ _SECTIONS = (
     "mpirun_config",
     "dynamo_config",
 )
-# Values of `distributed_type` without an equivalent, and the section with their options.
-_ENGINES = {"MEGATRON_LM": "megatron_lm_config", "TPU": "", "XLA": ""}
 # Those whose devices faccel finds itself; MPS is of Accelerate 0.12.
 _DEVICES = ("CPU", "GPU", "HPU", "MLU", "MUSA", "NEURON", "NPU", "SDAA", "XPU")
-_KINDS = ("NO", "MPS", *(f"MULTI_{device}" for device in _DEVICES), "FSDP", "DEEPSPEED")
+_KINDS = (
+    "NO",
+    "MPS",
+    *(f"MULTI_{device}" for device in _DEVICES),
+    "FSDP",
+    "DEEPSPEED",
+    "MEGATRON_LM",
+)
 # The section that applies to a value of `distributed_type`.
 _SECTION_OF = {"FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}
 _AXES = {
@@ -59,11 +63,13 @@ class ImportedConfig:
         options: Options of `faccel launch`. The configuration file does not hold them, because they
             differ between nodes.
         without_equivalent: Keys that this version of faccel does not support, and their values.
+        in_script: Keys whose equal is an argument in the script, and what to write there.
     """
 
     values: Mapping[str, Any]
     options: tuple[str, ...]
     without_equivalent: Mapping[str, Any]
+    in_script: Mapping[str, str] = attrs.field(factory=dict)
 
 
 def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
@@ -98,19 +104,25 @@ def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
         options = (*options, "--numa-binding", "node")
     _convert_engine(remaining, kind, values)
     mesh = _convert_mesh(remaining, kind, values)
+    plan = _convert_plan(remaining, kind)
+    in_script: Mapping[str, str] = {}
+    if kind == "MEGATRON_LM":
+        megatron = convert_megatron(_section(remaining, "megatron_lm_config"))
+        in_script = megatron.in_script
+        mesh |= megatron.mesh
+        plan |= megatron.plan
+        _set_grad_accum(megatron.grad_accum, values)
     if mesh:
         values["mesh"] = mesh
-    plan = _convert_plan(remaining, kind)
     if values.get("mixed_precision") == "fp8":
         plan |= convert_section("fp8_config", _section(remaining, "fp8_config"))
     if plan:
         values["plan"] = nested(plan.items())
     _remove_unneeded(remaining)
-    # An engine without a section would disappear from the report, as would a typing error.
-    is_engine = kind in _ENGINES and not _section(remaining, _ENGINES[kind])
-    if is_engine or kind not in (*_ENGINES, *_KINDS):
+    # These would disappear from the report, as would a typing error.
+    if kind not in _KINDS:
         remaining["distributed_type"] = kind
-    return ImportedConfig(values, options, _flatten(remaining))
+    return ImportedConfig(values, options, _flatten(remaining), in_script)
 
 
 def _copy(config: Mapping[str, Any]) -> _Keys:
@@ -142,21 +154,6 @@ def _section(remaining: Mapping[str, Any], key: str) -> _Keys:
             fix=f"write the keys of `{key}` on indented lines below it",
         )
     return section
-
-
-def _int(name: str, value: Any, minimum: int = 0, maximum: int = MAX_COUNT) -> int:
-    number = None
-    with suppress(TypeError, ValueError, OverflowError):  # OverflowError: infinity
-        number = int(value)
-    # `int` cuts 2.5 off.
-    is_cut = isinstance(value, float) and not value.is_integer()
-    if number is None or not minimum <= number <= maximum or is_cut:
-        raise ConfigError(
-            f"`{name}` of the file must be a whole number from {minimum} to {maximum}",
-            got=short_repr(value),
-            fix=f"write `{name}: 1`",
-        )
-    return number
 
 
 def _host(value: object) -> str:
@@ -196,16 +193,20 @@ def _convert_engine(remaining: _Keys, kind: str, values: _Keys) -> None:
     num_steps = section.get("gradient_accumulation_steps")
     if isinstance(num_steps, int) and num_steps >= 1:  # "auto" has no equivalent
         del section["gradient_accumulation_steps"]
-        if num_steps > 1:
-            values["grad_accum"] = num_steps
+        _set_grad_accum(num_steps, values)
     if kind != "DEEPSPEED":
         return
     values["strategy"] = "deepspeed"
     if "zero_stage" in section:
-        values["zero"] = _int("zero_stage", section.pop("zero_stage"))
+        values["zero"] = whole_number("zero_stage", section.pop("zero_stage"))
     # Below stage 3 parameters are not offloaded, in Accelerate and DeepSpeed without an error.
     if values.get("zero") != 3:
         section.pop("offload_param_device", None)
+
+
+def _set_grad_accum(num_micro_batches: int | None, values: _Keys) -> None:
+    if num_micro_batches is not None and num_micro_batches > 1:
+        values["grad_accum"] = num_micro_batches
 
 
 def _convert_plan(remaining: _Keys, kind: str) -> dict[str, Any]:
@@ -253,7 +254,7 @@ def _convert_mesh(remaining: _Keys, kind: str, values: _Keys) -> dict[str, int]:
             continue  # listed: Accelerate has no sequence in two ways either
         size = sizes.pop(key, None)
         if size not in (None, 1):
-            mesh[axis] = _int(key, size, minimum=-1)
+            mesh[axis] = whole_number(key, size, minimum=-1)
     if sizes:
         remaining["parallelism_config"] = sizes
     if kind != "FSDP" or "dp_shard" in mesh:
@@ -274,10 +275,10 @@ def _convert_mesh(remaining: _Keys, kind: str, values: _Keys) -> dict[str, int]:
 def _convert_launch(remaining: _Keys, values: _Keys) -> tuple[str, ...]:
     """Return the options of `faccel launch`. `num_processes` of Accelerate counts all nodes."""
     # Accelerate accepts 0 and null, and runs one process on one node.
-    num_nodes = _int("num_machines", remaining.pop("num_machines", None) or 1) or 1
+    num_nodes = whole_number("num_machines", remaining.pop("num_machines", None) or 1) or 1
     has_count = "num_processes" in remaining
     count = remaining.pop("num_processes", None) or 1
-    num_processes = _int("num_processes", count) or 1
+    num_processes = whole_number("num_processes", count) or 1
     # `--nproc` is one number for all nodes.
     if num_processes % num_nodes:
         valid = -(-num_processes // num_nodes) * num_nodes
@@ -286,9 +287,11 @@ def _convert_launch(remaining: _Keys, values: _Keys) -> tuple[str, ...]:
             got=f"{num_processes} processes on {num_nodes} nodes",
             fix=f"write `num_processes: {valid}`",
         )
-    node_rank = _int("machine_rank", remaining.pop("machine_rank", None) or 0)
+    node_rank = whole_number("machine_rank", remaining.pop("machine_rank", None) or 0)
     host = _host(remaining.pop("main_process_ip", None))
-    port = _int("main_process_port", remaining.pop("main_process_port", None) or 0, maximum=65535)
+    port = whole_number(
+        "main_process_port", remaining.pop("main_process_port", None) or 0, maximum=65535
+    )
     is_elastic = remaining.get("rdzv_backend", "static") == "c10d"
     if is_elastic or remaining.get("rdzv_backend") == "static":
         del remaining["rdzv_backend"]  # others, such as etcd, have no equivalent

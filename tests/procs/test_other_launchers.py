@@ -326,8 +326,8 @@ NODES = (
 )
 # Commands that start nothing, and the option or key and the fix that the error names.
 REFUSED = {
-    "--use_megatron_lm --megatron_lm_tp_degree 2 {cwd}/train.py": (
-        "`--megatron_lm_tp_degree`", "use `--mesh dp_shard=2,tp=2,pp=2`",
+    "--use_megatron_lm --megatron_lm_gradient_clipping 1.0 {cwd}/train.py": (
+        "`--megatron_lm_gradient_clipping`", "clip_norm=1.0",
     ),
     "--config_file {cwd}/sagemaker.yaml {cwd}/train.py": (
         "AMAZON_SAGEMAKER", "faccel config import",

@@ -234,7 +234,8 @@ def test_a_file_of_another_program_is_an_error():
 @pytest.mark.parametrize(
     ("config", "values", "options", "unsupported"),
     [
-        ({"distributed_type": "MEGATRON_LM"}, {}, "", {"distributed_type": "MEGATRON_LM"}),
+        ({"distributed_type": "MEGATRON_LM"}, {}, "", {}),
+        ({"distributed_type": "TPU"}, {}, "", {"distributed_type": "TPU"}),
         (
             {"distributed_type": "FSDP", "fsdp_config": {"fsdp_ignored_modules": "head"}},
             {"mesh": {"dp_shard": -1}},

@@ -267,7 +267,9 @@ def test_each_option_of_another_launcher_is_translated_or_an_error_with_what_to_
     [
         ("--aws_access_key_id x", "`--aws_access_key_id` is not an option"),
         ("--use_fsdp --fsdp_backward_prefetch BACKWARD_POST", "`--plan`"),
-        ("--use_megatron_lm --megatron_lm_tp_degree 2", "`--mesh"),
+        ("--use_megatron_lm --megatron_lm_use_precision_aware_optimizer true", "`--mesh"),
+        ("--use_megatron_lm --megatron_lm_gradient_clipping 1.0", "clip_norm=1.0"),
+        ("--megatron_lm_tp_degree 2", "has no effect without `--use_megatron_lm`"),
         ("--nproc 2 --num_processes 3", "`--nproc` is given in two ways"),
         ("--use_fsdp --use_deepspeed", "a launch has one strategy"),
         ("--num_processes 3 --num_machines 2", "a multiple of `num_machines`"),

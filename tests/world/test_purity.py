@@ -93,6 +93,10 @@ CALLS = {
         lambda s, ctx: faccel.parallel.local_sgd(s["model"], ctx, step=1, every=2),
         set(),
     ),
+    "cross_entropy": (
+        lambda s, ctx: faccel.parallel.cross_entropy(s["x"], torch.ones(2).long(), ctx),
+        set(),
+    ),
     "loss_parallel": (lambda s, ctx: faccel.parallel.loss_parallel(ctx), set()),
     "plan_for": (lambda s, ctx: faccel.parallel.plan_for(s["net"], ctx), set()),
     "split_sequence": (lambda s, ctx: faccel.parallel.split_sequence(s["x"], ctx), set()),
