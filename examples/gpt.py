@@ -5,8 +5,8 @@
     faccel launch --cpu --nproc 4 --mesh pp=2,tp=2 examples/gpt.py --steps 20
     faccel launch --cpu --nproc 8 --mesh tp=2,pp=2,dp_shard=2 --mixed-precision bf16 examples/gpt.py
 
-`--runs DIR` saves checkpoints there, and resumes from the newest on any mesh. Replicas
-(`dp_replicate`) shard the optimizer states (ZeRO-1), `dp_shard` also the parameters (FSDP2).
+`--runs DIR` saves checkpoints there, and resumes from the newest on any mesh. On a mesh of
+`dp_replicate` alone, optimizer states are sharded (ZeRO-1); `dp_shard` also shards parameters.
 docs/coming-from-megatron.md lists the flags of Megatron-LM and what they are here.
 """
 
@@ -21,14 +21,16 @@ from torch.utils.data import DataLoader
 import faccel
 
 MICRO_BATCH = 8  # sequences over all ranks that read different data
-ACCUMULATE = 4  # micro-batches per update; pipelines need at least as many as stages
+ACCUMULATE = 4  # micro-batches per update without `--grad-accum`; "1f1b": at least one per stage
 LEARNING_RATE, MIN_LEARNING_RATE, WARMUP, DECAY_STEPS = 3e-3, 3e-4, 5, 200
 WEIGHT_DECAY, CLIP_NORM = 0.1, 1.0
 SAVE_EVERY = 10  # updates
 
 
-def plan_of(args):
+def plan_of(args, config):
     """Return how the mesh splits the model; parts for axes that the mesh lacks have no effect."""
+    base = config.plan or faccel.Plan()  # of a configuration file
+    recompute = "full" if args.recompute else base.activation_checkpoint
     prefix = "sequence_" if args.sequence_parallel else ""
     tensor = {
         "embed.token": "sequence_embedding" if args.sequence_parallel else "rowwise_embedding",
@@ -44,10 +46,11 @@ def plan_of(args):
             tensor["embed.position"] = "sequence_embedding"
     chain = ("embed", "blocks.*", "head")
     return faccel.Plan(
+        fsdp=base.fsdp,
         tensor=tensor,
         pipeline=faccel.parallel.PipelineConfig(chain=chain, schedule="1f1b"),
         ddp=faccel.parallel.DdpConfig(shard_optimizer=True),  # ZeRO-1
-        activation_checkpoint="full" if args.recompute else None,
+        activation_checkpoint=recompute,
     )
 
 
@@ -64,8 +67,9 @@ def train(ctx, args):
     """Return the loss of the last update, a mean over all ranks, and its gradient norm."""
     loader = faccel.shard(DataLoader(Text(), MICRO_BATCH, shuffle=True), ctx, split_batches=True)
     faccel.seed_everything(0, ctx)
-    net = GPT(rotary=args.positions == "rotary", tied=args.tied).to(getattr(torch, args.dtype))
-    model = faccel.wrap(net, ctx, plan=plan_of(args))
+    net = GPT(rotary=args.positions == "rotary", tied=args.tied, depth=args.layers)
+    net = net.to(getattr(torch, args.dtype))
+    model = faccel.wrap(net, ctx, plan=plan_of(args, ctx.config))
 
     # Biases and norms are not decayed.
     params = list(model.parameters())
@@ -86,7 +90,9 @@ def train(ctx, args):
         logits = model(batch.data[:, :-1])
         return faccel.parallel.cross_entropy(logits, batch.data[:, 1:], ctx)
 
-    for window in faccel.windows(loader.resume(state["cursor"]), ctx, size=ACCUMULATE):
+    has_size = ctx.config.sources["grad_accum"] != "default"
+    size = ctx.config.grad_accum if has_size else ACCUMULATE
+    for window in faccel.windows(loader.resume(state["cursor"]), ctx, size=size):
         losses, scaler = faccel.forward_backward(loss_fn, model, window, scaler, ctx)
         info, scaler = faccel.optimizer_step(
             opt, scaler, ctx, clip_norm=CLIP_NORM, scheduler=schedule
@@ -103,6 +109,7 @@ def train(ctx, args):
 def parse(words=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--positions", choices=("rotary", "learned"), default="rotary")
     parser.add_argument("--tied", action="store_true", help="the head has the embedding's weight")
     parser.add_argument("--sequence-parallel", action="store_true")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-VOCABULARY, LENGTH, WIDTH, HEADS, DEPTH = 256, 64, 64, 4, 4
+VOCABULARY, LENGTH, WIDTH, HEADS = 256, 64, 64, 4
 
 
 def rotate(x, positions):
@@ -72,16 +72,16 @@ class Head(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, *, rotary, tied):
+    def __init__(self, *, rotary, tied, depth):
         super().__init__()
         self.embed = Embed(rotary)
-        self.blocks = nn.ModuleList(Block(rotary) for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(Block(rotary) for _ in range(depth))
         self.head = Head()
         # Megatron-LM's initialization: outputs of residual branches are divided by sqrt(2 * depth).
         for name, param in self.named_parameters():
             if param.ndim == 2:
                 is_output = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(param, std=0.02 / math.sqrt(2 * DEPTH if is_output else 1))
+                nn.init.normal_(param, std=0.02 / math.sqrt(2 * depth if is_output else 1))
             elif name.endswith("bias"):
                 nn.init.zeros_(param)
         if tied:

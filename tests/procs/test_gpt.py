@@ -22,6 +22,6 @@ def test_loss_and_norm_equal_one_process_over_gloo(options, mesh):
     size = faccel.MeshSpec.of(mesh).size
     for dtype, near in (("float64", 1e-10), ("float32", 1e-5)):
         words = ("--dtype", dtype, *options)
-        (one,) = run_ranks(train, 1, *words)
-        for result in run_ranks(train, size, *words, mesh=mesh):
+        (one,) = run_ranks(train, 1, *words, grad_accum=2)
+        for result in run_ranks(train, size, *words, mesh=mesh, grad_accum=2):
             assert result == pytest.approx(one, abs=near)

@@ -16,7 +16,7 @@ import faccel
 from faccel import errors
 from faccel.effects import effects_of
 
-NAMESPACES = ("checkpoint", "comm", "func", "parallel", "random", "tracking", "tree")
+NAMESPACES = ("checkpoint", "comm", "data", "func", "parallel", "random", "tracking", "tree")
 PUBLIC = {name: getattr(faccel, name) for name in faccel.__all__} | {
     f"{namespace}.{name}": getattr(getattr(faccel, namespace), name)
     for namespace in NAMESPACES
@@ -78,7 +78,7 @@ def test_python_protocol_names_and_modules_do_not_import_every_namespace():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-LAZY = ("", "backends", "checkpoint", "comm", "parallel", "random", "testing", "tracking")
+LAZY = ("", "backends", "checkpoint", "comm", "data", "parallel", "random", "testing", "tracking")
 
 
 @pytest.mark.parametrize("namespace", LAZY)
