@@ -48,19 +48,20 @@ def _period_of(counts: tuple[int, ...]) -> _Period:
     period = sum(counts)
     datasets = np.empty(period, np.int16)
     positions = np.empty(period, np.int32)
-    released: list[list[int]] = [[] for _ in range(period)]
+    released: list[list[int]] = [[] for _ in range(period)]  # datasets, by the first slot
     for dataset, count in enumerate(counts):
         for position in range(count):
             released[position * period // count].append(dataset)
     next_positions = [0] * len(counts)
-    waiting: list[tuple[int, int, int]] = []
+    waiting: list[tuple[int, int, int, int]] = []
     for slot, arrivals in enumerate(released):
         for dataset in arrivals:
             position = next_positions[dataset]
             next_positions[dataset] += 1
             deadline = -(-(position + 1) * period // counts[dataset])
-            heapq.heappush(waiting, (deadline, dataset, position))
-        _, datasets[slot], positions[slot] = heapq.heappop(waiting)
+            # Of equal deadlines the one that has waited longer, for an even mixture.
+            heapq.heappush(waiting, (deadline, slot, dataset, position))
+        _, _, datasets[slot], positions[slot] = heapq.heappop(waiting)
     return _Period(counts, datasets, positions)
 
 

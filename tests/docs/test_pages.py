@@ -15,6 +15,7 @@ NAMESPACES = (
     "faccel.backends",
     "faccel.checkpoint",
     "faccel.comm",
+    "faccel.data",
     "faccel.func",
     "faccel.parallel",
     "faccel.random",

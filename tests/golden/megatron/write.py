@@ -25,7 +25,7 @@ class Tokenizer:
     """What `GPTDatasetConfig` reads of a tokenizer."""
 
     vocab_size, eod, pad = 1000, 999, -1
-    unique_identifiers = {}
+    unique_identifiers = None
 
 
 def write(prefix):
