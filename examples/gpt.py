@@ -12,6 +12,7 @@ docs/coming-from-megatron.md lists the flags of Megatron-LM and what they are he
 
 import argparse
 import math
+from itertools import chain
 
 import torch
 from characters import Text
@@ -44,11 +45,11 @@ def plan_of(args, config):
         tensor |= dict.fromkeys(("blocks.*.norm1", "blocks.*.norm2", "head.norm"), "sequence")
         if args.positions == "learned":
             tensor["embed.position"] = "sequence_embedding"
-    chain = ("embed", "blocks.*", "head")
+    stages = faccel.parallel.PipelineConfig(chain=("embed", "blocks.*", "head"), schedule="1f1b")
     return faccel.Plan(
         fsdp=base.fsdp,
         tensor=tensor,
-        pipeline=faccel.parallel.PipelineConfig(chain=chain, schedule="1f1b"),
+        pipeline=stages,
         ddp=faccel.parallel.DdpConfig(shard_optimizer=True),  # ZeRO-1
         activation_checkpoint=recompute,
     )
@@ -65,7 +66,9 @@ def learning_rate(step):
 
 def train(ctx, args):
     """Return the loss of the last update, a mean over all ranks, and its gradient norm."""
-    loader = faccel.shard(DataLoader(Text(), MICRO_BATCH, shuffle=True), ctx, split_batches=True)
+    faccel.print(f"mesh {ctx.mesh.spec}", ctx=ctx)
+    loader = DataLoader(Text(), MICRO_BATCH, shuffle=True, drop_last=True)
+    loader = faccel.shard(loader, ctx, split_batches=True)
     faccel.seed_everything(0, ctx)
     net = GPT(rotary=args.positions == "rotary", tied=args.tied, depth=args.layers)
     net = net.to(getattr(torch, args.dtype))
@@ -92,7 +95,8 @@ def train(ctx, args):
 
     has_size = ctx.config.sources["grad_accum"] != "default"
     size = ctx.config.grad_accum if has_size else ACCUMULATE
-    for window in faccel.windows(loader.resume(state["cursor"]), ctx, size=size):
+    epochs = loader.epochs(10**6, start=state["cursor"])
+    for window in chain.from_iterable(faccel.windows(part, ctx, size=size) for _, part in epochs):
         losses, scaler = faccel.forward_backward(loss_fn, model, window, scaler, ctx)
         info, scaler = faccel.optimizer_step(
             opt, scaler, ctx, clip_norm=CLIP_NORM, scheduler=schedule

@@ -56,4 +56,5 @@ def test_an_imported_file_starts_the_recipe_on_its_mesh(tmp_path):
     words = ("examples/gpt.py", "--steps", "3", "--sequence-parallel")
     expected = last_number(run(*words, FACCEL_GRAD_ACCUM="2"), "loss")
     lines = run("launch", "--cpu", *words, launcher=faccel_, FACCEL_CONFIG=str(target))
+    assert lines[0].startswith("mesh ") and "tp=2" in lines[0]
     assert abs(last_number(lines, "loss") - expected) <= 1e-4

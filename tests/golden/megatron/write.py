@@ -18,7 +18,7 @@ from megatron.core.datasets.utils import Split
 
 FOLDER = pathlib.Path(__file__).parent
 LENGTHS = (2, 5, 8, 32, 64)  # tokens of a sample
-SPLITS = ((0.0, 0.7), (0.7, 0.9), (0.9, 1.0))  # of `--split 70,20,10`
+SPLITS = ((0.0, 0.6), (0.6, 0.9), (0.9, 1.0))  # of `--split 60,30,10`
 
 
 class Tokenizer:
