@@ -31,7 +31,7 @@ SAVE_EVERY = 10  # updates
 def plan_of(args, config):
     """Return how the mesh splits the model; parts for axes that the mesh lacks have no effect."""
     base = config.plan or faccel.Plan()  # of a configuration file
-    recompute = "full" if args.recompute else base.activation_checkpoint
+    checkpoint = "full" if args.activation_checkpoint else base.activation_checkpoint
     prefix = "sequence_" if args.sequence_parallel else ""
     tensor = {
         "embed.token": "sequence_embedding" if args.sequence_parallel else "rowwise_embedding",
@@ -51,7 +51,7 @@ def plan_of(args, config):
         tensor=tensor,
         pipeline=stages,
         ddp=faccel.parallel.DdpConfig(shard_optimizer=True),  # ZeRO-1
-        activation_checkpoint=recompute,
+        activation_checkpoint=checkpoint,
     )
 
 
@@ -117,7 +117,7 @@ def parse(words=None):
     parser.add_argument("--positions", choices=("rotary", "learned"), default="rotary")
     parser.add_argument("--tied", action="store_true", help="the head has the embedding's weight")
     parser.add_argument("--sequence-parallel", action="store_true")
-    parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
+    parser.add_argument("--activation-checkpoint", action="store_true")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--runs", help="directory of checkpoints")
     return parser.parse_args(words)

@@ -8,7 +8,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import gpt
 
-ALL_OPTIONS = ("--tied", "--sequence-parallel", "--recompute", "--positions", "learned")
+ALL_OPTIONS = ("--tied", "--sequence-parallel", "--activation-checkpoint", "--positions", "learned")
 
 
 def train(ctx, *words):

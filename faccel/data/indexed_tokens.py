@@ -1,7 +1,7 @@
 """Megatron-LM's indexed datasets: tokens in `NAME.bin`, and where sequences begin in `NAME.idx`.
 
-The format is that of `megatron/core/datasets/indexed_dataset.py` of Megatron-core 0.16, which is
-also that of its older versions from 2022 on. All numbers are little-endian:
+`megatron/core/datasets/indexed_dataset.py` of Megatron-core 0.16 defines the format, whose version
+is 1. All numbers are little-endian:
 
 | bytes of the index | content |
 | --- | --- |

@@ -100,7 +100,7 @@ def _sharded_losses(logits: Any, targets: Tensor, ctx: DistContext, ignore_index
     # Compared on the host only where it has the targets: a device would have to be waited for.
     if targets.device.type == "cpu":
         _check_targets(targets, logits.shape[-1], ignore_index)
-    # The gradient of a shard is that of the full logits: each rank computes it from all targets.
+    # Each rank computes the gradient of its shard from all targets: nothing is added up afterwards.
     local = _at_least_fp32(logits.to_local().flatten(0, -2))
     return _ShardedCrossEntropy.apply(local, targets, ctx.comm, ignore_index)  # type: ignore[misc]
 

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
     [
         ((), "dp_replicate=2"),
         (("--sequence-parallel",), "tp=2"),
-        (("--tied", "--recompute"), "pp=2"),
+        (("--tied", "--activation-checkpoint"), "pp=2"),
         (ALL_OPTIONS, "pp=2,tp=2"),
     ],
 )

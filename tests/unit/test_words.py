@@ -42,6 +42,11 @@ BANNED = {
 }
 # Names of other libraries.
 ALLOWED = ("platform.machine", "num_machines", "machine_rank", "LOCAL_MACHINE", "PREFER_RECOMPUTE")
+ALLOWED += tuple(  # flags of Megatron-LM
+    f"recompute{mark}{name.replace('_', mark)}"
+    for name in ("activations", "granularity", "method", "num_layers")
+    for mark in "-_"
+)
 
 
 def texts():

@@ -20,7 +20,7 @@ CONFIG = {"grad_accum": 2}
 MESHES = {
     (): ("dp_replicate=2", "tp=2", "pp=2,dp_replicate=2"),
     ("--sequence-parallel",): ("tp=4", "dp_replicate=2,tp=2"),
-    ("--tied", "--recompute"): ("dp_shard=2", "pp=2", "dp_replicate=2,dp_shard=2"),
+    ("--tied", "--activation-checkpoint"): ("dp_shard=2", "pp=2", "dp_replicate=2,dp_shard=2"),
     ALL_OPTIONS: ("dp_shard=2,tp=2", "pp=2,tp=2", "pp=2,dp_shard=2"),
 }
 ROWS = [(options, mesh) for options, meshes in MESHES.items() for mesh in meshes]
