@@ -11,10 +11,6 @@ import pathlib
 import tempfile
 
 import numpy as np
-from megatron.core.datasets import helpers
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-from megatron.core.datasets.utils import Split
 
 FOLDER = pathlib.Path(__file__).parent
 LENGTHS = (2, 5, 8, 32, 64)  # tokens of a sample
@@ -30,6 +26,8 @@ class Tokenizer:
 
 def write(prefix):
     """Write 12 documents of one or two sequences."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
     generator = np.random.RandomState(3)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     first = 0
@@ -42,6 +40,10 @@ def write(prefix):
 
 def dataset_of(prefix, length, split, cache):
     """Return Megatron-core's dataset of a part of the sequences."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=length,
@@ -61,6 +63,8 @@ def dataset_of(prefix, length, split, cache):
 
 def in_order(dataset, length):
     """Return the samples of the dataset without its shuffles."""
+    from megatron.core.datasets import helpers
+
     documents, lengths = dataset.indices, dataset.dataset.sequence_lengths
     num_tokens = int(lengths[documents].sum())
     dataset.document_index = documents
@@ -74,6 +78,8 @@ def in_order(dataset, length):
 
 def main():
     """Write all files."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
     prefix = FOLDER / "corpus"
     write(prefix)
     indexed = IndexedDataset(str(prefix))
@@ -90,4 +96,6 @@ def main():
     (FOLDER / "samples.json").write_text(json.dumps(content) + "\n")
 
 
-main()
+# Only as a script: pytest imports every module to look for examples, and has no Megatron-core.
+if __name__ == "__main__":
+    main()
