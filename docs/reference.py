@@ -26,6 +26,7 @@ TITLES = {
     "faccel.backends": "For authors of backends",
     "faccel.checkpoint": "Checkpoints and exports",
     "faccel.comm": "Less frequent collectives",
+    "faccel.data": "Datasets of tokens",
     "faccel.errors": "Every error, with cause and fix",
     "faccel.func": "Training as a pure function",
     "faccel.parallel": "Plans and parallelism",
