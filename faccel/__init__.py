@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from faccel import data as data
     from faccel import errors as errors
     from faccel import func as func
+    from faccel import inference as inference
     from faccel import parallel as parallel
     from faccel import random as random
     from faccel import testing as testing
@@ -108,8 +109,8 @@ _NAMES = {
     "faccel.training.windows": ("MicroBatch", "Window", "windows"),
 }  # fmt: skip
 _NAMESPACES = (
-    "backends", "checkpoint", "comm", "data", "errors", "func", "parallel", "random", "testing",
-    "tracking", "tree",
+    "backends", "checkpoint", "comm", "data", "errors", "func", "inference", "parallel", "random",
+    "testing", "tracking", "tree",
 )  # fmt: skip
 
 # For the error message: names of Accelerate and Lightning Fabric that have no similar name here,

@@ -54,10 +54,14 @@ Fetch = Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
 """Returns full tensors on the CPU by their names, on rank 0. Every rank must call it."""
 
 
-def parse_size(size: str | int) -> int:
+def parse_size(size: str | int, name: str = "max_shard_size") -> int:
     """Return a size such as `"5GB"` in bytes.
 
     Effects: pure.
+
+    Args:
+        size: The size.
+        name: Of the argument, for the message.
 
     Raises:
         ConfigError: It is not a size.
@@ -71,7 +75,7 @@ def parse_size(size: str | int) -> int:
     match = re.fullmatch(r"\s*(\d{1,19}(?:\.\d{1,19})?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise ConfigError(
-            "`max_shard_size` must be a positive size",
+            f"`{name}` must be a positive size",
             got=short_repr(size),
             fix='write `"5GB"`, `"500MB"` or a number of bytes',
         )

@@ -57,6 +57,19 @@ def units_of(module: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     return {name: modules[name] for name in inner_first}
 
 
+def block_names(module: nn.Module, plan: Plan) -> list[str]:
+    """Return the modules that are kept together, those with a tied parameter among them.
+
+    Raises:
+        ConfigError: A pattern of the plan matches nothing.
+    """
+    modules = dict(module.named_modules(remove_duplicate=False))
+    del modules[""]
+    if plan.units is None:
+        return _default_names(module, modules)
+    return _unit_names(module, plan.units, modules)
+
+
 def _depth(name: str) -> int:
     return name.count(".")
 

@@ -1,0 +1,29 @@
+"""The budget of a rank that states none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+
+from faccel.context import DistContext
+
+_FRACTION = 0.9  # activations need the rest
+
+
+def default_budget(ctx: DistContext) -> dict[str, int]:
+    """Return 90 % of the free memory of the device and of the host, and the disk.
+
+    Effects: ambient: reads the sizes from the operating system. The ranks of a node divide the
+    memory of the host.
+    """
+    budget: dict[str, int] = {}
+    if ctx.device.type != "cpu":
+        free, _ = torch.get_device_module(ctx.device).mem_get_info(ctx.device)
+        budget[str(ctx.device)] = int(_FRACTION * free)
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    budget["cpu"] = int(_FRACTION * available / ctx.topology.local_world_size)
+    # Nothing is written: the disk is that of the files.
+    budget["disk"] = shutil.disk_usage("/").total
+    return budget

@@ -1,0 +1,207 @@
+"""From files to a placed module: everything is read before the module is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from faccel.checkpoint.codec_modules import first_names
+from faccel.errors import ConfigError, ModelError, short_text
+from faccel.inference.budget import DISK, is_accelerator
+from faccel.inference.offloaded_tensor import OffloadedTensor
+from faccel.inference.placement import Placement, check_placement
+from faccel.inference.placement_units import UnitModule, placed_dtype, unit_modules
+from faccel.inference.session import OriginalParam, ReadParam, Session
+from faccel.plan import Plan
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and the stored buffers of a model, under all of their names."""
+    state = model.state_dict(keep_vars=True)  # the objects themselves: equal ones are tied
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def check_not_placed(model: nn.Module) -> None:
+    """Raise if a model was placed and not materialized.
+
+    Raises:
+        ModelError: It was.
+    """
+    for name, param in model.named_parameters():
+        if isinstance(param, OffloadedTensor):
+            raise ModelError(
+                "the model is placed already",
+                got=f"the offloaded parameter `{name}`",
+                fix="call `faccel.inference.materialize(placed)` first",
+            )
+
+
+def check_buffers(model: nn.Module, stored: Mapping[str, object]) -> None:
+    """Raise if a buffer has no values, neither in the model nor in the files.
+
+    Raises:
+        ModelError: Names the buffers.
+    """
+    names = {name for name, buffer in model.named_buffers() if buffer.is_meta}
+    missing = names - stored.keys()
+    if missing:
+        raise ModelError(
+            "buffers are on the meta device, and the files do not have them",
+            got=first_names(missing),
+            fix="build the model inside of `faccel.inference.on_meta()`, which keeps the values of "
+            "buffers",
+        )
+
+
+def check_matches(placement: Placement, units: Sequence[UnitModule]) -> None:
+    """Raise unless a placement is one of the model.
+
+    Raises:
+        ConfigError: It has other units, or does not fit its devices.
+    """
+    names = {unit.name for unit in units}
+    placed = {unit.name for unit in placement.units}
+    if names != placed:
+        raise ConfigError(
+            "`placement` is not one of this model",
+            got=f"different units: {short_text(first_names(names ^ placed))}",
+            fix="write `placement = faccel.inference.placement_for(model, budget)`, with the same "
+            "`plan`",
+        )
+    check_placement(placement)
+
+
+class Loader:
+    """Reads the weights of a model, then changes the model.
+
+    Args:
+        model: The module.
+        placement: Where its units are.
+        plan: For its units.
+        dtype: Of floating-point weights; None keeps the model's.
+        read_param: Reads the stored values of a name into a tensor.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        placement: Placement,
+        plan: Plan,
+        dtype: torch.dtype | None,
+        read_param: ReadParam,
+    ) -> None:
+        self._model, self._placement = model, placement
+        self._dtype, self._read_param = dtype, read_param
+        self._units = unit_modules(model, plan)
+        check_matches(placement, self._units)
+        self._compute = torch.device(placement.compute_device)
+        self._device_of = placement.device_map
+        self._originals = _originals(model, dtype)
+        self._resident: dict[int, torch.Tensor] = {}  # on the devices that compute
+        self._host: dict[str, torch.Tensor] = {}  # copied to an accelerator before each use
+        self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
+
+    def read(self, stored: Mapping[str, object]) -> None:
+        """Read everything but the units on disk.
+
+        Args:
+            stored: The names in the files; other buffers keep their values.
+        """
+        for unit in self._units:
+            for param in unit.params.values():
+                self._read_resident(unit, self._originals[id(param)])
+        for module, name, full_name, buffer in _buffers(self._model):
+            dtype = placed_dtype(buffer.dtype, self._dtype)
+            device = self._device_of_buffer(full_name)
+            if full_name in stored:
+                value = torch.empty(buffer.shape, dtype=dtype, device=device)
+                self._read_param(full_name, value)
+            else:  # computed by the model: it keeps its dtype, as the frequencies of rotary ones
+                value = buffer.to(device)
+            self._buffers.append((module, name, value))
+
+    def _device_of_buffer(self, full_name: str) -> torch.device:
+        for unit in self._units:
+            is_inside = full_name.startswith(f"{unit.name}.") or not unit.name
+            if is_inside and is_accelerator(self._device_of[unit.name]):
+                return torch.device(self._device_of[unit.name])
+        return self._compute
+
+    def _read_resident(self, unit: UnitModule, original: OriginalParam) -> None:
+        key, device = id(original.param), self._device_of[unit.name]
+        is_read = key in self._resident or original.name in self._host
+        if device == DISK or is_read:
+            return
+        if device == "cpu" and is_accelerator(self._placement.compute_device):
+            value = torch.empty(original.shape, dtype=original.dtype)
+            self._host[original.name] = value
+        else:
+            value = torch.empty(original.shape, dtype=original.dtype, device=device)
+            self._resident[key] = value
+        self._read_param(original.name, value)
+
+    def install(self, close: Callable[[], None]) -> Session:
+        """Put the weights and the hooks into the model, which it updates.
+
+        Args:
+            close: Called when the model is materialized.
+        """
+        session = Session(self._model, self._originals, self._read_offloaded, close)
+        for key, value in self._resident.items():
+            _put(self._originals[key], value)
+        for module, name, value in self._buffers:
+            module._buffers[name] = value  # pyright: ignore[reportPrivateUsage]
+        offloaded: list[UnitModule] = []
+        for unit, placed in zip(self._units, self._placement.units, strict=True):
+            if self._placement.is_offloaded(placed):
+                offloaded.append(unit)
+        if is_accelerator(self._placement.compute_device):
+            session.move_tensors(self._placement, self._units, self._compute)
+        # The last hooks, because they come first in forward.
+        session.offload(offloaded, self._placement.window_bytes, self._compute)
+        return session
+
+    def _read_offloaded(self, name: str, tensor: torch.Tensor) -> None:
+        if name in self._host:
+            tensor.copy_(self._host[name])
+        else:
+            self._read_param(name, tensor)
+
+
+def _put(original: OriginalParam, value: torch.Tensor) -> None:
+    """Give a parameter its values, without gradients; the object stays if it had memory."""
+    param = original.param
+    if param.is_meta:
+        param = nn.Parameter(value, requires_grad=False)
+    else:
+        param.requires_grad_(False)
+        param.data = value
+    for owner, name in original.owners:
+        owner._parameters[name] = param  # pyright: ignore[reportPrivateUsage]
+
+
+def _originals(model: nn.Module, dtype: torch.dtype | None) -> dict[int, OriginalParam]:
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(param), []).append((module, name))
+    originals: dict[int, OriginalParam] = {}
+    for name, param in model.named_parameters():
+        originals[id(param)] = OriginalParam(
+            name,
+            param,
+            owners[id(param)],
+            param.shape,
+            placed_dtype(param.dtype, dtype),
+            param.requires_grad,
+        )
+    return originals
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, torch.Tensor]]:
+    """Yield each buffer with its module, its name there and its full name."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            yield module, name, f"{prefix}.{name}" if prefix else name, buffer

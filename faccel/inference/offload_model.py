@@ -1,0 +1,158 @@
+"""`offload`: a model that is in memory already is moved to the host or to a file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+from torch import nn
+
+from faccel.checkpoint.arguments import path_argument
+from faccel.checkpoint.files import Slice, write_safetensors
+from faccel.checkpoint.rank_calls import on_all_ranks
+from faccel.checks import instance_of, one_of
+from faccel.context import DistContext, require_context
+from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
+from faccel.errors import CheckpointError, ConfigError, ModelError
+from faccel.inference.budget import DISK, size_text
+from faccel.inference.loading import Loader, check_not_placed, tensors_of
+from faccel.inference.placed_model import PlacedModel
+from faccel.inference.placement import Placement
+from faccel.inference.place_model import Budget
+from faccel.inference.strategies import placement_for
+from faccel.inference.weight_files import WeightReader, stored_weights, weights_by_name
+from faccel.plan import Plan
+
+
+@effectful(updates("model"), AMBIENT, COLLECTIVE)
+def offload(
+    model: nn.Module,
+    to: str,
+    ctx: DistContext,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    budget: Budget | None = None,
+    plan: Plan | None = None,
+) -> PlacedModel:
+    """Move the weights of a model to the host, or to a file; units are in memory while they run.
+
+    Effects: updates model, ambient, collective. For "disk", each rank writes a file into `folder`.
+
+    Args:
+        model: A module in memory. A parameter that other modules run inside of stays there.
+        to: "cpu", for a context on an accelerator; or "disk".
+        ctx: The world.
+        folder: For "disk": where the file is written.
+        budget: Bytes by device, as in `place`. None is room for the two largest units in use.
+        plan: For its `units`; None is `Plan()`.
+
+    Raises:
+        ConfigError: `to` is "cpu" where the CPU computes, or `folder` is missing.
+        CheckpointError: The folder has no space for the weights. The model is unchanged.
+        ModelError: The model is placed already, or has parameters on the meta device.
+
+    Examples:
+        >>> import tempfile
+        >>> from faccel.testing import fake_context
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     placed = offload(net, "disk", fake_context(0, 1), folder=folder)
+        ...     placed(torch.zeros(2, 3)).shape, placed.placement.device_map
+        (torch.Size([2, 1]), {'0': 'disk', '1': 'disk'})
+    """
+    call = 'faccel.inference.offload(model, "disk", ctx, folder=folder)'
+    require_context(ctx, call)
+    one_of("to", to, ("cpu", DISK))
+    instance_of("model", model, nn.Module, fix="pass the module itself", error=ModelError)
+    check_not_placed(model)
+    _check_values(model)
+    plan = plan or Plan()
+    ctx.comm.begin_call("offload")
+    placement = _placement(model, to, ctx, budget, plan)
+    if to == "cpu":
+        return _on_host(model, placement, plan, ctx)
+    if folder is None:
+        raise ConfigError('`offload` to "disk" needs a `folder`', fix=f"write `{call}`")
+    directory = path_argument("model", model, folder, call)
+    file = os.path.join(directory, f"offloaded-{ctx.rank}.safetensors")
+    on_all_ranks(lambda: _write(model, file), ctx, "write the offloaded weights")
+    weights = weights_by_name(tensors_of(model), stored_weights(file))
+    reader = WeightReader()
+    loader = Loader(
+        model, placement, plan, None, lambda name, tensor: reader.read(weights[name], tensor)
+    )
+    on_all_ranks(lambda: loader.read(weights), ctx, "read the weights")
+    return PlacedModel(model, placement, ctx, loader.install(reader.close))
+
+
+def _check_values(model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        if param.is_meta:
+            raise ModelError(
+                "`offload` needs a model in memory",
+                got=f"`{name}` on the device meta",
+                fix="write `faccel.inference.place(model, path, ctx, budget=...)`",
+            )
+
+
+def _placement(
+    model: nn.Module, to: str, ctx: DistContext, budget: Budget | None, plan: Plan
+) -> Placement:
+    device = str(ctx.device)
+    if to == device:
+        raise ConfigError(
+            '`offload` to "cpu" needs a context on an accelerator',
+            got=f"a context on {device}",
+            fix='write `faccel.inference.offload(model, "disk", ctx, folder=folder)`',
+        )
+    if budget is None:
+        # All units are on the first device, to know the sizes.
+        total = sum(p.numel() * p.element_size() for p in model.parameters()) + 1
+        total += sum(b.numel() * b.element_size() for b in model.buffers())
+        plain = placement_for(model, {device: total}, plan=plan)
+        sizes = sorted((unit.num_bytes for unit in plain.units), reverse=True)
+        pinned = sum(u.num_bytes - u.tied_bytes for u in plain.units if u.is_pinned)
+        room = sum(sizes[:2]) + pinned + plain.buffer_bytes
+        budget = {device: max(room, 1), to: total}
+    placement = placement_for(model, {device: 1 << 62, **_others(budget, device)}, plan=plan)
+    device_map = {u.name: device if u.is_pinned else to for u in placement.units}
+    return placement_for(model, budget, strategy=device_map, plan=plan)
+
+
+def _others(budget: Budget, device: str) -> dict[str, str | int]:
+    return {name: size for name, size in budget.items() if name != device}
+
+
+def _write(model: nn.Module, path: str) -> None:
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    tensors: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in tensors_of(model).items():
+        tensors.setdefault(id(tensor), (name, tensor.detach()))
+    needed = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            "the folder has no space for the weights",
+            got=f"{size_text(free)} free in `{folder}` for {size_text(needed)}",
+            fix="free space, or choose another `folder`",
+        )
+    slices = [
+        Slice(name, tensor, [0] * tensor.ndim, tensor.shape) for name, tensor in tensors.values()
+    ]
+    write_safetensors(folder, os.path.basename(path), slices, metadata={"format": "pt"})
+
+
+def _on_host(
+    model: nn.Module, placement: Placement, plan: Plan, ctx: DistContext
+) -> PlacedModel:
+    state = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
+
+    def read(name: str, tensor: torch.Tensor) -> None:
+        tensor.copy_(state[name])
+
+    loader = Loader(model, placement, plan, None, read)
+    on_all_ranks(lambda: loader.read(state), ctx, "move the weights to the host")
+    state.clear()
+    return PlacedModel(model, placement, ctx, loader.install(lambda: None))

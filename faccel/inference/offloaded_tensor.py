@@ -1,0 +1,71 @@
+"""What stands for an offloaded parameter: shape, dtype and device, without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from faccel.errors import ModelError
+
+_ALIASES = frozenset({"aten.detach.default", "aten.alias.default"})
+
+
+class OffloadedTensor(torch.Tensor):
+    """A parameter whose values are in memory only while the forward of its unit runs.
+
+    Attributes:
+        full_name: Of the parameter.
+        unit: Name of its unit.
+        read: Returns a copy of the values on the CPU.
+    """
+
+    full_name: str
+    unit: str
+    read: Callable[[], torch.Tensor]
+
+    @staticmethod
+    def of(
+        full_name: str,
+        unit: str,
+        like: torch.Tensor,
+        device: torch.device,
+        read: Callable[[], torch.Tensor],
+    ) -> OffloadedTensor:
+        """Return one with the shape and dtype of `like`; its device is the one that computes."""
+        tensor: OffloadedTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            OffloadedTensor, like.shape, dtype=like.dtype, device=device, requires_grad=False
+        )
+        tensor.full_name, tensor.unit, tensor.read = full_name, unit, read
+        return tensor
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        shape, dtype = list(self.shape), self.dtype
+        return f"OffloadedTensor({self.full_name!r}, shape={shape}, dtype={dtype})"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        tensor = _first_offloaded([*args, *(kwargs or {}).values()])
+        if str(func) in _ALIASES:
+            return cls.of(tensor.full_name, tensor.unit, tensor, tensor.device, tensor.read)
+        raise ModelError(
+            f"the offloaded parameter `{tensor.full_name}` is used outside of the forward of "
+            f"`{tensor.unit}`",
+            got=f"the operator {func}",
+            fix="make one unit of both modules with `plan=faccel.Plan(units=...)`, place this unit "
+            "on the device that computes, or call `faccel.inference.materialize(placed)`",
+        )
+
+
+def _first_offloaded(values: list[Any]) -> OffloadedTensor:
+    for value in values:
+        if isinstance(value, OffloadedTensor):
+            return value
+        if isinstance(value, (list, tuple)):
+            inner = [item for item in value if isinstance(item, OffloadedTensor)]
+            if inner:
+                return inner[0]
+    raise AssertionError("an operator without an offloaded tensor")

@@ -1,0 +1,103 @@
+"""`place`: loads a model from safetensors files onto devices, within a budget of memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from faccel.checkpoint.arguments import path_argument
+from faccel.checkpoint.rank_calls import on_all_ranks
+from faccel.checks import instance_of
+from faccel.context import DistContext, require_context
+from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
+from faccel.errors import ModelError
+from faccel.inference.free_memory import default_budget
+from faccel.inference.loading import Loader, check_buffers, check_not_placed, tensors_of
+from faccel.inference.placed_model import PlacedModel
+from faccel.inference.placement import Placement
+from faccel.inference.strategies import placement_for
+from faccel.inference.weight_files import (
+    StoredWeight,
+    WeightReader,
+    stored_weights,
+    weights_by_name,
+)
+from faccel.plan import Plan
+
+Budget = Mapping[str, str | int]
+
+
+@effectful(updates("model"), AMBIENT, COLLECTIVE)
+def place(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    ctx: DistContext,
+    *,
+    budget: Budget | None = None,
+    strategy: str | Mapping[str, str] = "balanced",
+    placement: Placement | None = None,
+    dtype: torch.dtype | None = None,
+    plan: Plan | None = None,
+) -> PlacedModel:
+    """Load a model from safetensors files onto devices, for inference within a budget of memory.
+
+    Effects: updates model, ambient, collective. Each rank has a model of its device. Units on
+    "disk" are read from the files before each use, while the unit before them computes; nothing is
+    copied to another file. Buffers stay on the device that computes.
+
+    Args:
+        model: A module, best built inside of `on_meta()`.
+        path: A directory with `model.safetensors`, the name of diffusers, or an index; or a file.
+        ctx: The world.
+        budget: Bytes of weights by device, such as `{"cuda:0": "20GB", "cpu": "60GB", "disk":
+            "200GB"}`. Activations need memory besides. None is 90 % of the free memory of
+            `ctx.device` and of the host, and the disk.
+        strategy: See `placement_for`.
+        placement: Instead of a budget and a strategy: from `placement_for`, and edited.
+        dtype: That floating-point weights are cast to while they are read, such as
+            `torch.bfloat16`; None is the model's dtypes.
+        plan: For its `units`; None is `Plan()`.
+
+    Raises:
+        ConfigError: The budget is too small for the largest unit, or for the model.
+        CheckpointError: Names or shapes in the files differ from the model's; the message names
+            them. The model is unchanged after any error.
+        ModelError: A buffer is on the meta device and is not in the files.
+
+    Examples:
+        >>> import tempfile
+        >>> from faccel.checkpoint import export_model
+        >>> from faccel.testing import fake_context
+        >>> ctx, net = fake_context(0, 1), torch.nn.Sequential(*[torch.nn.Linear(9, 9)] * 1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = export_model(net, folder, ctx)
+        ...     placed = place(net, folder, ctx, budget={"cpu": 400, "disk": "1GB"})
+        ...     placed(torch.zeros(2, 9)).shape, placed.placement.device_map
+        (torch.Size([2, 9]), {'0': 'cpu'})
+    """
+    call = "faccel.inference.place(model, path, ctx)"
+    require_context(ctx, call)
+    absolute = path_argument("model", model, path, call)
+    instance_of("model", model, nn.Module, fix="pass the module itself", error=ModelError)
+    check_not_placed(model)
+    plan = plan or Plan()
+    ctx.comm.begin_call("place")
+    if placement is None:
+        budget = budget or default_budget(ctx)
+        placement = placement_for(model, budget, strategy=strategy, dtype=dtype, plan=plan)
+    weights: dict[str, StoredWeight] = {}
+
+    def find() -> None:
+        weights.update(weights_by_name(tensors_of(model), stored_weights(absolute)))
+        check_buffers(model, weights)
+
+    on_all_ranks(find, ctx, "find the weights of the model")
+    reader = WeightReader()
+    loader = Loader(
+        model, placement, plan, dtype, lambda name, tensor: reader.read(weights[name], tensor)
+    )
+    on_all_ranks(lambda: loader.read(weights), ctx, "read the weights")
+    return PlacedModel(model, placement, ctx, loader.install(reader.close))

@@ -1,0 +1,141 @@
+"""The hooks of a placed model: parameters are in memory while the forward of their unit runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from faccel.errors import ModelError
+from faccel.inference.offloaded_tensor import OffloadedTensor
+from faccel.inference.window import Window
+from faccel.tree import Tree, flatten, to_device
+
+
+@attrs.frozen(eq=False)
+class ParamSlot:
+    """One name of a parameter.
+
+    Args:
+        owner: The module that has the parameter.
+        key: Its name there.
+        placeholder: What is there while the parameter is not in memory.
+        index: Of the parameter among those of its unit.
+    """
+
+    owner: nn.Module
+    key: str
+    placeholder: nn.Parameter
+    index: int
+
+
+class OffloadHooks:
+    """The hooks of a unit that is copied to the device that computes.
+
+    Args:
+        name: Of the unit.
+        slots: The names of its parameters.
+        window: The memory for units in use.
+    """
+
+    def __init__(self, name: str, slots: Sequence[ParamSlot], window: Window) -> None:
+        self._name, self._slots, self._window = name, slots, window
+        self._num_calls = 0
+
+    def load(self, module: nn.Module, args: Tree, kwargs: Tree) -> None:
+        """Before forward: put the parameters in their places."""
+        _check_no_grad(self._name, (args, kwargs))
+        if self._num_calls == 0:
+            params = self._window.acquire(self._name)
+            for slot in self._slots:
+                # `setattr` would call a `__setattr__` that the user's module may define.
+                slot.owner._parameters[slot.key] = params[slot.index]  # pyright: ignore[reportPrivateUsage]
+        self._num_calls += 1
+
+    def unload(self, module: nn.Module, args: Tree, output: Tree) -> None:
+        """After forward, also after an error in it: put the placeholders back."""
+        if self._num_calls == 0:  # `load` has failed
+            return
+        self._num_calls -= 1
+        if self._num_calls:
+            return
+        for slot in self._slots:
+            slot.owner._parameters[slot.key] = slot.placeholder  # pyright: ignore[reportPrivateUsage]
+        self._window.release(self._name)
+
+
+def _check_no_grad(name: str, inputs: Tree) -> None:
+    """Raise if backward would read weights that the next unit has overwritten."""
+    if not torch.is_grad_enabled():
+        return
+    for leaf in flatten(inputs)[0]:
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            raise ModelError(
+                f"the unit `{name}` is offloaded, and its input requires a gradient",
+                got=f"a tensor of shape {list(leaf.shape)} in grad mode",
+                fix="write `with torch.no_grad():` around the call; to train, call "
+                "`net = faccel.inference.materialize(placed)` first",
+            )
+
+
+class MoveInputs:
+    """A hook before forward that moves tensors to the device of a unit."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def move(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the arguments on the device."""
+        return _on_device(args, self._device), _on_device(kwargs, self._device)
+
+
+def _on_device(value: Tree, device: torch.device) -> Tree:
+    """Move the tensors of nested values; a key-value cache stays the same object."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, (dict, list, tuple)):
+        return to_device(value, device)
+    return value
+
+
+class MoveOutputs:
+    """Hooks of the model: its outputs are on the device of its first input."""
+
+    def __init__(self) -> None:
+        self._devices: list[torch.device | None] = []
+
+    def remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before forward: note the device of the first tensor."""
+        device = None
+        for leaf in flatten((list(args), kwargs))[0]:
+            if isinstance(leaf, torch.Tensor):
+                device = leaf.device
+                break
+        self._devices.append(device)
+
+    def move(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """After forward: return the output there."""
+        device = self._devices.pop()
+        if device is None or output is None:  # None after an error
+            return output
+        return to_device(output, device)
+
+
+def state_dict_hook(placeholders: Mapping[str, nn.Parameter]) -> Any:
+    """Return a hook that replaces offloaded parameters by their values in a state dict.
+
+    Args:
+        placeholders: Of one module, by the names of its parameters.
+    """
+
+    def read(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for key in placeholders:
+            value = state.get(prefix + key)
+            # `keep_vars=True` asks for the parameters themselves.
+            if isinstance(value, OffloadedTensor) and not isinstance(value, nn.Parameter):
+                state[prefix + key] = value.read()
+
+    return read

@@ -1,0 +1,216 @@
+"""The window: memory for the offloaded units in use, and for those that are expected next.
+
+The calling thread decides what is loaded and evicted; one other thread reads. A buffer is reused by
+the next unit of the same size: new memory would have to be cleared by the operating system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import attrs
+import torch
+from torch import nn
+
+from faccel.errors import ModelError
+from faccel.inference.budget import size_text
+from faccel.inference.use_order import UseOrder
+
+_ALIGNMENT = 64  # bytes, as PyTorch's allocators
+_MAX_LOADING = 2  # units that are read ahead at a time; a unit in need waits for them
+
+
+class Source(Protocol):
+    """Where the values of a unit are."""
+
+    def read(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Write the values of the unit into tensors, on the thread that reads."""
+        ...
+
+
+@attrs.frozen(eq=False)
+class OffloadedUnit:
+    """A unit that is copied to the device that computes.
+
+    Args:
+        shapes: Of its parameters.
+        dtypes: Of its parameters.
+        source: Where their values are.
+    """
+
+    shapes: Sequence[torch.Size]
+    dtypes: Sequence[torch.dtype]
+    source: Source
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of a buffer for the unit."""
+        return sum(map(_aligned_size, self.shapes, self.dtypes))
+
+    def views(self, buffer: torch.Tensor) -> list[nn.Parameter]:
+        """Return the parameters as views of a buffer."""
+        params: list[nn.Parameter] = []
+        start = 0
+        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
+            size = shape.numel() * dtype.itemsize
+            view = buffer[start : start + size].view(dtype).view(shape)
+            params.append(nn.Parameter(view, requires_grad=False))
+            start += _aligned_size(shape, dtype)
+        return params
+
+
+def _aligned_size(shape: torch.Size, dtype: torch.dtype) -> int:
+    size = shape.numel() * dtype.itemsize
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+@attrs.define(eq=False)
+class _Slot:
+    """A unit in memory.
+
+    Args:
+        buffer: Its bytes.
+        params: Views of it.
+        loading: Done when the values are there.
+        num_users: How many calls of its forward are running.
+    """
+
+    buffer: torch.Tensor
+    params: list[nn.Parameter]
+    loading: Future[None]
+    num_users: int = 0
+
+
+class Window:
+    """Memory for units in use.
+
+    Args:
+        units: The units in the order of their definition. Names with equal values are one unit.
+        capacity: Bytes of all buffers.
+        device: That of the buffers.
+    """
+
+    def __init__(
+        self, units: Mapping[str, OffloadedUnit], capacity: int, device: torch.device
+    ) -> None:
+        self._units = units
+        self._capacity = capacity
+        self._device = device
+        self._order = UseOrder(list(units))
+        self._slots: dict[str, _Slot] = {}
+        self._free: list[torch.Tensor] = []  # buffers without a unit
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="faccel-weights")
+        self.num_read = 0  # units, for tests and benchmarks
+
+    def acquire(self, name: str) -> list[nn.Parameter]:
+        """Return the parameters of a unit, which stay in memory until `release`.
+
+        Raises:
+            CheckpointError: They cannot be read.
+            ModelError: The units in use leave no room.
+        """
+        self._order.use(name)
+        slot = self._slots.get(name)
+        if slot is None:
+            if not self._make_room(self._units[name].num_bytes, {}):
+                raise ModelError(
+                    f"no room is left for the unit `{name}`",
+                    got=f"{size_text(self._capacity)} for units in use",
+                    fix="raise the budget of the device that computes",
+                )
+            slot = self._load(name)
+        slot.num_users += 1
+        self._prefetch()
+        try:
+            slot.loading.result()
+        except BaseException:
+            self._drop(name)
+            raise
+        return slot.params
+
+    def release(self, name: str) -> None:
+        """Allow a unit to be evicted, and load the next one."""
+        slot = self._slots.get(name)
+        if slot is None:  # its load has failed
+            return
+        slot.num_users -= 1
+        self._prefetch()
+
+    def close(self) -> None:
+        """Wait for the thread, and free all memory."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._slots.clear()
+        self._free.clear()
+
+    def _drop(self, name: str) -> None:
+        slot = self._slots.pop(name)
+        self._free.append(slot.buffer)
+
+    def _load(self, name: str) -> _Slot:
+        unit = self._units[name]
+        buffer = self._buffer(unit.num_bytes)
+        params = unit.views(buffer)
+        tensors = [param.data for param in params]
+        loading = self._reader.submit(unit.source.read, tensors)
+        self.num_read += 1
+        self._slots[name] = _Slot(buffer, params, loading)
+        return self._slots[name]
+
+    def _buffer(self, num_bytes: int) -> torch.Tensor:
+        for index, buffer in enumerate(self._free):
+            if buffer.numel() == num_bytes:
+                return self._free.pop(index)
+        # Buffers of other sizes are freed as far as the new one needs their room.
+        while self._free and self._num_allocated() + num_bytes > self._capacity:
+            self._free.pop()
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def _num_allocated(self) -> int:
+        buffers = [*self._free, *(slot.buffer for slot in self._slots.values())]
+        return sum(buffer.numel() for buffer in buffers)
+
+    def _make_room(self, num_bytes: int, keep: Mapping[str, float]) -> bool:
+        """Evict units until there is room; return whether there is.
+
+        Args:
+            num_bytes: How much.
+            keep: Units that stay.
+        """
+        used = sum(slot.buffer.numel() for slot in self._slots.values())
+        distances = self._order.distances()
+        idle = [key for key, slot in self._slots.items() if not slot.num_users and key not in keep]
+        # The unit whose next use is last: no other choice reads less (Belady 1966).
+        victims: list[str] = []
+        for key in sorted(idle, key=distances.__getitem__, reverse=True):
+            if used + num_bytes <= self._capacity:
+                break
+            victims.append(key)
+            used -= self._slots[key].buffer.numel()
+        if used + num_bytes > self._capacity:
+            return False
+        for key in victims:
+            self._evict(key)
+        return True
+
+    def _evict(self, name: str) -> None:
+        loading = self._slots[name].loading
+        if not loading.cancel():  # the thread must not write into a buffer of another unit
+            loading.exception()
+        self._drop(name)
+
+    def _prefetch(self) -> None:
+        """Load the units that are expected next, as far as there is room."""
+        distances = self._order.distances()
+        num_loading = sum(not slot.loading.done() for slot in self._slots.values())
+        for name in self._order.upcoming():
+            if name in self._slots:
+                continue
+            if num_loading >= _MAX_LOADING:
+                return
+            keep = {key: value for key, value in distances.items() if value <= distances[name]}
+            if not self._make_room(self._units[name].num_bytes, keep):
+                return
+            self._load(name)
+            num_loading += 1
