@@ -90,7 +90,7 @@ def report(name, settings, results, targets):
         "hardware": hardware(),
         "versions": {
             "python": platform.python_version(),
-            **{package: metadata.version(package) for package in PACKAGES},
+            **{package: _version(package) for package in PACKAGES},
         },
         "settings": settings,
         "results": results,
@@ -98,6 +98,13 @@ def report(name, settings, results, targets):
     }
     path.write_text(json.dumps(_rounded(record), indent=2) + "\n")
     print(f"written to {path}")
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # this benchmark does not use it
+        return None
 
 
 def hardware():

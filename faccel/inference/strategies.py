@@ -215,7 +215,13 @@ def _reserve(placement: Placement) -> int:
     Raises:
         ConfigError: The largest unit does not fit.
     """
-    sizes = sorted((u.num_bytes for u in placement.units if not u.is_pinned), reverse=True)
+    # Of a tied embedding and head, only one is in use at a time.
+    largest_of_group: dict[str, int] = {}
+    for unit in placement.units:
+        if not unit.is_pinned:
+            size = max(unit.num_bytes, largest_of_group.get(unit.group, 0))
+            largest_of_group[unit.group] = size
+    sizes = sorted(largest_of_group.values(), reverse=True)
     device = placement.compute_device
     pinned = sum(u.num_bytes - u.tied_bytes for u in placement.units if u.is_pinned)
     free = dict(placement.budget)[device] - placement.buffer_bytes - pinned
