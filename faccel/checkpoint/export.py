@@ -24,6 +24,7 @@ from faccel.checks import shown
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import CheckpointError, ConfigError, short_repr
+from faccel.offloaded_tensor import OffloadedTensor
 from faccel.training.full_tensors import FullTensors
 from faccel.training.model import WrappedModel
 from faccel.training.module_names import uncompiled, with_user_names
@@ -290,7 +291,7 @@ def export_model(
     module = user_module(model)
     _check_dtype(dtype)
     ctx.comm.begin_call("export_model")
-    weights = Weights.of(model, model.state_dict(), trained_only=trained_only)
+    weights = Weights.of(model, _state_of(model), trained_only=trained_only)
     full_tensors = _CastTensors(FullTensors(weights.tensors, ctx), dtype)
     adapter = None
     if trained_only:
@@ -308,6 +309,14 @@ def export_model(
     return write_export(
         directory, shards, weights.ties, full_tensors.on_rank_0, ctx, described, dtype
     )
+
+
+def _state_of(model: WrappedModel | nn.Module) -> Mapping[str, Tree]:
+    """Return the state of a model; offloaded parameters are placeholders, read one by one later."""
+    module = user_module(model)
+    if any(isinstance(param, OffloadedTensor) for param in module.parameters()):
+        return module.state_dict(keep_vars=True)
+    return model.state_dict()
 
 
 def _check_dtype(dtype: object) -> None:

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from faccel.checkpoint.files import SAFETENSORS_DTYPES
 from faccel.errors import CheckpointError
 from faccel.flat_shard import FlatShard
+from faccel.offloaded_tensor import OffloadedTensor
 from faccel.tree import is_cast_shard, is_dtensor, is_sharded, local_tensor
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
 
 def _problem(tensor: torch.Tensor) -> tuple[str, str] | None:
     """Return what prevents a tensor from being stored, and the fix."""
+    if isinstance(tensor, OffloadedTensor):  # an export reads it when it writes it
+        return None
     if is_lazy(tensor):
         return "a lazy tensor without a shape", "run the model once before you save it"
     if tensor.is_meta:
@@ -208,6 +211,8 @@ def memory_key(name: str, tensor: torch.Tensor) -> Hashable:
     """
     if isinstance(tensor, FlatShard):
         return id(tensor.param)
+    if isinstance(tensor, OffloadedTensor):
+        return tensor.full_name
     if tensor.numel() == 0:  # all empty tensors have the same address
         return name
     # Of a sharded tensor the local shard is compared: ranks hold equal ties.

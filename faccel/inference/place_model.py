@@ -89,15 +89,15 @@ def place(
         budget = budget or default_budget(ctx)
         placement = placement_for(model, budget, strategy=strategy, dtype=dtype, plan=plan)
     weights: dict[str, StoredWeight] = {}
+    reader = WeightReader()
+    loader = Loader(
+        model, placement, plan, dtype, lambda name, tensor: reader.read(weights[name], tensor)
+    )
 
     def find() -> None:
         weights.update(weights_by_name(tensors_of(model), stored_weights(absolute)))
         check_buffers(model, weights)
 
     on_all_ranks(find, ctx, "find the weights of the model")
-    reader = WeightReader()
-    loader = Loader(
-        model, placement, plan, dtype, lambda name, tensor: reader.read(weights[name], tensor)
-    )
     on_all_ranks(lambda: loader.read(weights), ctx, "read the weights")
     return PlacedModel(model, placement, ctx, loader.install(reader.close))

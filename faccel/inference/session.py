@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from faccel.errors import ModelError
-from faccel.inference.offloaded_tensor import OffloadedTensor
+from faccel.offloaded_tensor import OffloadedTensor
 from faccel.inference.placement import Placement
 from faccel.inference.placement_units import UnitModule
 from faccel.inference.unit_hooks import (

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from faccel.errors import ModelError
-from faccel.inference.offloaded_tensor import OffloadedTensor
+from faccel.offloaded_tensor import OffloadedTensor
 from faccel.inference.window import Window
 from faccel.tree import Tree, flatten, to_device
 

@@ -10,6 +10,7 @@ import torch
 
 from faccel.comm.objects import gather_objects
 from faccel.context import DistContext
+from faccel.offloaded_tensor import OffloadedTensor
 from faccel.tree import full_tensor
 
 
@@ -76,7 +77,10 @@ class FullTensors:
     def full(self, name: str) -> torch.Tensor:
         """Return a full tensor on every rank; it may alias this rank's tensor. Collective."""
         if self._ctx.mesh.spec.pp == 1:  # every rank has a shard of every tensor
-            return full_tensor(self._tensors[name])
+            tensor = self._tensors[name]
+            if isinstance(tensor, OffloadedTensor):
+                return tensor.read()
+            return full_tensor(tensor)
         spec = self.specs[name]
         if spec.pp_rank == self._ctx.comm.rank("pp"):
             tensor = full_tensor(self._tensors[name]).to(self._ctx.device)
