@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from faccel.exports import lazy
 
 if TYPE_CHECKING:
-    from faccel.inference.offload_model import offload as offload
     from faccel.inference.meta_modules import on_meta as on_meta
+    from faccel.inference.offload_model import offload as offload
     from faccel.inference.place_model import place as place
     from faccel.inference.placed_model import PlacedModel as PlacedModel
     from faccel.inference.placed_model import materialize as materialize

@@ -10,10 +10,10 @@ from torch import nn
 from faccel.checkpoint.codec_modules import first_names
 from faccel.errors import ConfigError, ModelError, short_text
 from faccel.inference.budget import DISK, is_accelerator
-from faccel.offloaded_tensor import OffloadedTensor
 from faccel.inference.placement import Placement, check_placement
 from faccel.inference.placement_units import UnitModule, placed_dtype, unit_modules
 from faccel.inference.session import OriginalParam, ReadParam, Session
+from faccel.offloaded_tensor import OffloadedTensor
 from faccel.plan import Plan
 
 

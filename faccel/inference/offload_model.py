@@ -17,9 +17,9 @@ from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import CheckpointError, ConfigError, ModelError
 from faccel.inference.budget import DISK, size_text
 from faccel.inference.loading import Loader, check_not_placed, tensors_of
+from faccel.inference.place_model import Budget
 from faccel.inference.placed_model import PlacedModel
 from faccel.inference.placement import Placement
-from faccel.inference.place_model import Budget
 from faccel.inference.strategies import placement_for
 from faccel.inference.weight_files import WeightReader, stored_weights, weights_by_name
 from faccel.plan import Plan
@@ -144,9 +144,7 @@ def _write(model: nn.Module, path: str) -> None:
     write_safetensors(folder, os.path.basename(path), slices, metadata={"format": "pt"})
 
 
-def _on_host(
-    model: nn.Module, placement: Placement, plan: Plan, ctx: DistContext
-) -> PlacedModel:
+def _on_host(model: nn.Module, placement: Placement, plan: Plan, ctx: DistContext) -> PlacedModel:
     state = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
 
     def read(name: str, tensor: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import attrs
 
 from faccel.errors import ConfigError, nearest
-from faccel.inference.budget import DISK, device_name, is_accelerator, size_text
+from faccel.inference.budget import device_name, is_accelerator, size_text
 from faccel.parallel.units import matches
 
 
@@ -119,7 +119,9 @@ class Placement:
         width = max(len("unit"), *(len(unit.name or "(root)") for unit in self.units))
         lines = [f"{'unit':<{width}}  device    bytes"]
         for unit in self.units:
-            line = f"{unit.name or '(root)':<{width}}  {unit.device:<8}  {size_text(unit.num_bytes)}"
+            line = (
+                f"{unit.name or '(root)':<{width}}  {unit.device:<8}  {size_text(unit.num_bytes)}"
+            )
             if unit.group != unit.name:
                 line += f", tied to {unit.group or '(root)'}"
             lines.append(line)

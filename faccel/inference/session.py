@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from faccel.errors import ModelError
-from faccel.offloaded_tensor import OffloadedTensor
 from faccel.inference.placement import Placement
 from faccel.inference.placement_units import UnitModule
 from faccel.inference.unit_hooks import (
@@ -21,6 +20,7 @@ from faccel.inference.unit_hooks import (
     state_dict_hook,
 )
 from faccel.inference.window import OffloadedUnit, Source, Window
+from faccel.offloaded_tensor import OffloadedTensor
 
 ReadParam = Callable[[str, torch.Tensor], None]
 """Writes the values of the parameter of a name into a tensor."""
@@ -100,9 +100,7 @@ class Session:
                 fix="call the module that `materialize` returned",
             )
 
-    def offload(
-        self, units: Sequence[UnitModule], capacity: int, device: torch.device
-    ) -> None:
+    def offload(self, units: Sequence[UnitModule], capacity: int, device: torch.device) -> None:
         """Replace the parameters of units by placeholders, and register the hooks. Updates them."""
         offloaded: dict[str, OffloadedUnit] = {}
         key_of: dict[frozenset[int], str] = {}
@@ -136,7 +134,9 @@ class Session:
         device: torch.device,
     ) -> None:
         assert self.window is not None
-        keys = sorted({id(param) for param in unit.params.values()}, key=self._positions.__getitem__)
+        keys = sorted(
+            {id(param) for param in unit.params.values()}, key=self._positions.__getitem__
+        )
         slots: list[ParamSlot] = []
         by_owner: dict[nn.Module, dict[str, nn.Parameter]] = {}
         for index, key in enumerate(keys):
@@ -188,9 +188,7 @@ class Session:
             )
         outputs = MoveOutputs()
         self._handles += [
-            self.module.register_forward_pre_hook(
-                outputs.remember, prepend=True, with_kwargs=True
-            ),
+            self.module.register_forward_pre_hook(outputs.remember, prepend=True, with_kwargs=True),
             self.module.register_forward_hook(outputs.move, always_call=True),
         ]
 

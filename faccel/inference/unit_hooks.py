@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from faccel.errors import ModelError
-from faccel.offloaded_tensor import OffloadedTensor
 from faccel.inference.window import Window
+from faccel.offloaded_tensor import OffloadedTensor
 from faccel.tree import Tree, flatten, to_device
 
 

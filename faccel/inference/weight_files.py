@@ -200,4 +200,3 @@ class WeightReader:
         """Close the files."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
-

@@ -150,7 +150,7 @@ def test_outputs_equal_those_of_the_plain_model(name, budget, tmp_path):
 
 
 def test_a_pass_reads_each_offloaded_unit_once(tmp_path):
-    net, empty = exported(lambda: nn.Sequential(*(nn.Linear(8, 8) for _ in range(9))), tmp_path)
+    _net, empty = exported(lambda: nn.Sequential(*(nn.Linear(8, 8) for _ in range(9))), tmp_path)
     # A layer has 288 bytes, in a buffer 320: two of them are the window.
     placed = place(empty, tmp_path, fake_context(0, 1), budget={"cpu": 640, "disk": "1GB"})
     assert set(placed.placement.device_map.values()) == {"disk"}
@@ -218,7 +218,7 @@ WRONG_FILES = {
 
 @pytest.mark.parametrize("name", WRONG_FILES)
 def test_files_that_do_not_fit_are_named_before_the_model_is_changed(name, tmp_path):
-    net, empty = exported(Tied, tmp_path)
+    _net, empty = exported(Tied, tmp_path)
     change, message = WRONG_FILES[name]
     changed_file(tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
