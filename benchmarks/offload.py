@@ -1,4 +1,4 @@
-"""A model of 3 GB in a budget of 1 GB: equal logits, peak memory, and the time of a forward pass.
+"""A model of 3 GB in a budget of 1 GB: equal logits, peak memory, the time of a forward pass.
 
 Each contender runs in a process of its own limits. The one of faccel cannot allocate more than 110 %
 of the budget (RLIMIT_DATA, beyond what its imports have allocated). A pass is compared with reading

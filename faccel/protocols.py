@@ -39,6 +39,14 @@ class Turn(Protocol):
         ...
 
 
+class Counter(Protocol):
+    """Gives each number from 0 to one rank of the world."""
+
+    def next(self) -> int:
+        """Return the smallest number that no rank has got yet."""
+        ...
+
+
 class Recovery(Protocol):
     """Lets the ranks of a world leave their collectives after a failure, and communicate again.
 
@@ -127,6 +135,10 @@ class Collectives(Protocol):
 
     def new_turn(self, *, local: bool, timeout_s: float) -> Turn:
         """Return the next turn of `main_first`: each rank of the world calls it where it begins."""
+        ...
+
+    def new_counter(self) -> Counter:
+        """Return a counter from 0: each rank of the world calls it where it begins."""
         ...
 
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:

@@ -18,8 +18,8 @@ from faccel.comm.call_order import CallOrder
 from faccel.comm.compared_call import labelled, name_model, subject_of_calls
 from faccel.comm.pack import describe
 from faccel.comm.rank_errors import naming_failed_rank, raise_naming_rank
-from faccel.comm.rank_status import RankStatus
-from faccel.comm.single import NoTurn, axis_error
+from faccel.comm.rank_status import RankStatus, StoreCounter
+from faccel.comm.single import FixedCounter, NoTurn, axis_error
 from faccel.comm.turn import WorldTurn
 from faccel.comm.world_store import without_frames
 from faccel.device_table import is_host
@@ -161,6 +161,12 @@ class TorchCollectives:
             return NoTurn()
         num_ranks = self.size(WORLD)
         return WorldTurn(self.rank_status, num_ranks, local=local, timeout_s=timeout_s)
+
+    def new_counter(self) -> FixedCounter | StoreCounter:
+        """Return a counter from 0 for all ranks."""
+        if self.rank_status is None:
+            return FixedCounter(self.rank(WORLD), self.size(WORLD))
+        return self.rank_status.new_counter()
 
     def begin_call(self, call: str) -> None:
         """Return when every rank of the world begins this call."""

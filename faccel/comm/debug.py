@@ -14,7 +14,8 @@ from faccel.comm.compared_call import ComparedCall, name_model
 from faccel.comm.debug_group import already_compared
 from faccel.comm.pack import describe
 from faccel.comm.rank_errors import raise_naming_rank
-from faccel.comm.single import NoTurn
+from faccel.comm.rank_status import StoreCounter
+from faccel.comm.single import FixedCounter, NoTurn
 from faccel.comm.turn import WorldTurn
 from faccel.lifetime import WaitTimes
 from faccel.mesh import WORLD
@@ -84,6 +85,11 @@ class DebugCollectives:
         # Now, and not after the body: ranks that make another call would be waited for.
         self._compare("main_first", None, WORLD)
         return self.inner.new_turn(local=local, timeout_s=timeout_s)
+
+    def new_counter(self) -> FixedCounter | StoreCounter:
+        """Compare, then return a counter."""
+        self._compare("new_counter", None, WORLD)
+        return self.inner.new_counter()
 
     def close(self) -> None:
         """Raise in every later call."""

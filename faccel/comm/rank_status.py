@@ -24,6 +24,22 @@ def is_failure(status: str) -> bool:
     return status.startswith(_RAISED)
 
 
+class StoreCounter:
+    """A number in the store of the world, which each rank increases.
+
+    Args:
+        store: The store.
+        key: Of the number.
+    """
+
+    def __init__(self, store: dist.Store | WorldStore, key: str) -> None:
+        self._store, self._key = store, key
+
+    def next(self) -> int:
+        """Return the smallest number that no rank has got yet."""
+        return self._store.add(self._key, 1) - 1
+
+
 class RankStatus:
     """Reads and writes the status of ranks. Writes nothing until an error, or until a rank leaves.
 
@@ -46,6 +62,7 @@ class RankStatus:
         # A store that has ended stays so, and its client prints 20 lines from C++ at each request.
         self._has_store_ended = False
         self._num_turns = 0
+        self._num_counters = 0
         self._num_renewals = 0
         self.call_prefix = f"call/{generation}"
         """Of the keys of calls that ranks compare."""
@@ -67,6 +84,11 @@ class RankStatus:
             # The store would grow with each turn. All ranks have left the previous one.
             self._delete_turn(f"{prefix}/{self._num_turns - 1}")
         return f"{prefix}/{self._num_turns}"
+
+    def new_counter(self) -> StoreCounter:
+        """Return a counter from 0: a new one on all ranks, which make the calls in one order."""
+        self._num_counters += 1
+        return StoreCounter(self.store, f"counter/{self._generation}/{self._num_counters}")
 
     def _delete_turn(self, prefix: str) -> None:
         with suppress(dist.DistError):  # the store may have ended; ranks that wait report it

@@ -34,6 +34,18 @@ class NoTurn:
         """Return at once."""
 
 
+class FixedCounter:
+    """The `Counter` of one process, and of a simulation: each rank gets every `size`-th number."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._number, self._size = rank - size, size
+
+    def next(self) -> int:
+        """Return the next number of this rank."""
+        self._number += self._size
+        return self._number
+
+
 @attrs.frozen
 class SingleCollectives:
     """The collectives of a single process: copies."""
@@ -82,6 +94,10 @@ class SingleCollectives:
     def new_turn(self, *, local: bool, timeout_s: float) -> NoTurn:
         """Return a turn without waiting: there are no other ranks."""
         return NoTurn()
+
+    def new_counter(self) -> FixedCounter:
+        """Return a counter of this process."""
+        return FixedCounter(0, 1)
 
     def all_reduce(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
         """Return a copy of `x`."""

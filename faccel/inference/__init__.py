@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from faccel.inference.placement import PlacedUnit as PlacedUnit
     from faccel.inference.placement import Placement as Placement
     from faccel.inference.strategies import placement_for as placement_for
+    from faccel.inference.work_sharing import share_work as share_work
 
 _NAMES = {
     "faccel.inference.offload_model": ("offload",),
@@ -23,6 +24,7 @@ _NAMES = {
     "faccel.inference.placed_model": ("PlacedModel", "materialize"),
     "faccel.inference.placement": ("PlacedUnit", "Placement"),
     "faccel.inference.strategies": ("placement_for",),
+    "faccel.inference.work_sharing": ("share_work",),
 }  # fmt: skip
 __getattr__, __dir__, __all__ = lazy(  # pyright: ignore[reportUnsupportedDunderAll]
     __name__, _NAMES

@@ -123,4 +123,5 @@ def _restored(original: OriginalParam, values: torch.Tensor) -> nn.Parameter:
     if original.param.is_meta:
         return nn.Parameter(values, requires_grad=original.requires_grad)
     original.param.data = values
-    return original.param.requires_grad_(original.requires_grad)
+    original.param.requires_grad_(original.requires_grad)
+    return original.param

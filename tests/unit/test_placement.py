@@ -208,9 +208,9 @@ def test_a_placement_can_be_edited_and_keeps_ties_together():
     moved = placement.with_device("blocks.*", "cpu")
     assert set(moved.device_map.values()) == {"cpu"}
     assert placement_for(model, {C0: 100, CPU: 100}, strategy=moved.device_map) == moved
-    with pytest.raises(ConfigError, match="no device `disk`"):
+    with pytest.raises(ConfigError, match=r"no device `disk`"):
         placement.with_device("head", "disk")
-    with pytest.raises(ConfigError, match="no unit matches `blocks.9`"):
+    with pytest.raises(ConfigError, match=r"no unit matches `blocks\.9`"):
         placement.with_device("blocks.9", "cpu")
 
 

@@ -231,7 +231,7 @@ def test_a_buffer_without_values_is_named(tmp_path):
     exported(Tied, tmp_path)
     with torch.device("meta"):
         empty = Tied()
-    with pytest.raises(FaccelError, match="`?shift`?"):
+    with pytest.raises(FaccelError, match=r"`?shift`?"):
         place(empty, tmp_path, fake_context(0, 1), budget={"cpu": 2400, "disk": "1GB"})
 
 
