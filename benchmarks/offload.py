@@ -1,6 +1,6 @@
 """A model of 3 GB in a budget of 1 GB: equal logits, peak memory, the time of a forward pass.
 
-Each contender runs in a process of its own limits. The one of faccel cannot allocate more than 110 %
+Each contender runs in another process. The one of faccel cannot allocate more than 110 %
 of the budget (RLIMIT_DATA, beyond what its imports have allocated). A pass is compared with reading
 the files once, in the same process, into one buffer of 16 MB: from the disk ("cold"), and from the
 cache of the operating system ("warm"). Accelerate's `load_checkpoint_and_dispatch` gets the same
@@ -57,9 +57,9 @@ def status(field):
     raise KeyError(field)
 
 
-def drop_from_cache(folder):
+def drop_from_cache(folder, scratch):
     """Let the operating system forget the files, as those of a model that is larger than memory."""
-    for path in Path(folder).iterdir():
+    for path in [*Path(folder).iterdir(), *Path(scratch).iterdir()]:
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
@@ -74,14 +74,14 @@ def read_once(folder):
                 pass
 
 
-def measure(run, folder, *, is_cold):
+def measure(run, folder, scratch, *, is_cold):
     """Return the seconds of passes and of reads, which alternate."""
     seconds = {"pass": [], "read": []}
     calls = {"read": lambda: read_once(folder), "pass": run}
     for _ in range(PASSES):
         for name, call in calls.items():
             if is_cold:
-                drop_from_cache(folder)
+                drop_from_cache(folder, scratch)
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
@@ -148,8 +148,8 @@ def job(name, folder, out, scratch, sizes, budget):
     ids = torch.arange(TOKENS)[None]
     with torch.no_grad():
         logits = run(ids)  # the first pass learns the order of use
-        cold = measure(lambda: run(ids), folder, is_cold=True)
-        warm = measure(lambda: run(ids), folder, is_cold=False)
+        cold = measure(lambda: run(ids), folder, scratch, is_cold=True)
+        warm = measure(lambda: run(ids), folder, scratch, is_cold=False)
     figures = {
         "load_s": load_s,
         "peak_bytes": status("VmHWM") - before,

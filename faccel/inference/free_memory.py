@@ -24,6 +24,6 @@ def default_budget(ctx: DistContext) -> dict[str, int]:
         budget[str(ctx.device)] = int(_FRACTION * free)
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     budget["cpu"] = int(_FRACTION * available / ctx.topology.local_world_size)
-    # Nothing is written: the disk is that of the files.
+    # A limit that no model exceeds: nothing is written.
     budget["disk"] = shutil.disk_usage("/").total
     return budget

@@ -13,6 +13,7 @@ from faccel.inference.budget import DISK, is_accelerator
 from faccel.inference.placement import Placement, check_placement
 from faccel.inference.placement_units import UnitModule, placed_dtype, unit_modules
 from faccel.inference.session import OriginalParam, ReadParam, Session
+from faccel.inference.set_tensors import set_buffer, set_param
 from faccel.offloaded_tensor import OffloadedTensor
 from faccel.plan import Plan
 
@@ -62,7 +63,7 @@ def check_matches(placement: Placement, units: Sequence[UnitModule]) -> None:
         ConfigError: It has other units, or does not fit its devices.
     """
     names = {unit.name for unit in units}
-    placed = {unit.name for unit in placement.units}
+    placed = set(placement.device_map)
     if names != placed:
         raise ConfigError(
             "`placement` is not one of this model",
@@ -152,7 +153,7 @@ class Loader:
         for key, value in self._resident.items():
             _put(self._originals[key], value)
         for module, name, value in self._buffers:
-            module._buffers[name] = value  # pyright: ignore[reportPrivateUsage]
+            set_buffer(module, name, value)
         offloaded: list[UnitModule] = []
         for unit, placed in zip(self._units, self._placement.units, strict=True):
             if self._placement.is_offloaded(placed):
@@ -179,7 +180,7 @@ def _put(original: OriginalParam, value: torch.Tensor) -> None:
         param.requires_grad_(False)
         param.data = value
     for owner, name in original.owners:
-        owner._parameters[name] = param  # pyright: ignore[reportPrivateUsage]
+        set_param(owner, name, param)
 
 
 def _originals(model: nn.Module, dtype: torch.dtype | None) -> dict[int, OriginalParam]:

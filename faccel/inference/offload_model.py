@@ -24,6 +24,8 @@ from faccel.inference.strategies import placement_for
 from faccel.inference.weight_files import WeightReader, stored_weights, weights_by_name
 from faccel.plan import Plan
 
+_LARGE = 2**62  # bytes
+
 
 @effectful(updates("model"), AMBIENT, COLLECTIVE)
 def offload(
@@ -106,22 +108,17 @@ def _placement(
             got=f"a context on {device}",
             fix='write `faccel.inference.offload(model, "disk", ctx, folder=folder)`',
         )
+    # Everything fits: only the sizes of the units are used.
+    plain = placement_for(model, {device: _LARGE, to: _LARGE}, plan=plan)
+    device_map: dict[str, str] = {}
+    sizes: list[int] = []
+    for unit in plain.units:
+        device_map[unit.name] = device if unit.is_pinned else to
+        sizes.append(unit.num_bytes)
     if budget is None:
-        # All units are on the first device, to know the sizes.
-        total = sum(p.numel() * p.element_size() for p in model.parameters()) + 1
-        total += sum(b.numel() * b.element_size() for b in model.buffers())
-        plain = placement_for(model, {device: total}, plan=plan)
-        sizes = sorted((unit.num_bytes for unit in plain.units), reverse=True)
-        pinned = sum(u.num_bytes - u.tied_bytes for u in plain.units if u.is_pinned)
-        room = sum(sizes[:2]) + pinned + plain.buffer_bytes
-        budget = {device: max(room, 1), to: total}
-    placement = placement_for(model, {device: 1 << 62, **_others(budget, device)}, plan=plan)
-    device_map = {u.name: device if u.is_pinned else to for u in placement.units}
+        room = plain.pinned_bytes + sum(sorted(sizes)[-2:])
+        budget = {device: max(room, 1), to: _LARGE}
     return placement_for(model, budget, strategy=device_map, plan=plan)
-
-
-def _others(budget: Budget, device: str) -> dict[str, str | int]:
-    return {name: size for name, size in budget.items() if name != device}
 
 
 def _write(model: nn.Module, path: str) -> None:
@@ -130,7 +127,9 @@ def _write(model: nn.Module, path: str) -> None:
     tensors: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in tensors_of(model).items():
         tensors.setdefault(id(tensor), (name, tensor.detach()))
-    needed = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors.values())
+    needed = 0
+    for _, tensor in tensors.values():
+        needed += tensor.numel() * tensor.element_size()
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
@@ -138,9 +137,9 @@ def _write(model: nn.Module, path: str) -> None:
             got=f"{size_text(free)} free in `{folder}` for {size_text(needed)}",
             fix="free space, or choose another `folder`",
         )
-    slices = [
-        Slice(name, tensor, [0] * tensor.ndim, tensor.shape) for name, tensor in tensors.values()
-    ]
+    slices: list[Slice] = []
+    for name, tensor in tensors.values():
+        slices.append(Slice(name, tensor, [0] * tensor.ndim, tensor.shape))
     write_safetensors(folder, os.path.basename(path), slices, metadata={"format": "pt"})
 
 

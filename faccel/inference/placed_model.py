@@ -14,6 +14,7 @@ from faccel.effects import consumes, effectful
 from faccel.errors import ModelError
 from faccel.inference.placement import Placement
 from faccel.inference.session import OriginalParam, Session
+from faccel.inference.set_tensors import set_buffer, set_param
 from faccel.tree import Tree
 
 
@@ -100,10 +101,10 @@ def materialize(placed: PlacedModel, *, device: str | torch.device | None = None
     for key, original in session.originals.items():
         param = _restored(original, values.pop(key))
         for owner, name in original.owners:
-            owner._parameters[name] = param  # pyright: ignore[reportPrivateUsage]
+            set_param(owner, name, param)
     for module in session.module.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(target)  # pyright: ignore[reportPrivateUsage]
+            set_buffer(module, name, buffer.to(target))
     session.close()
     return session.module
 

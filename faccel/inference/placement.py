@@ -71,6 +71,15 @@ class Placement:
         return sizes
 
     @property
+    def pinned_bytes(self) -> int:
+        """The bytes that must be on the device that computes: buffers, and what the root uses."""
+        size = self.buffer_bytes
+        for unit in self.units:
+            if unit.is_pinned:
+                size += unit.num_bytes - unit.tied_bytes
+        return size
+
+    @property
     def window_bytes(self) -> int:
         """The bytes of the device that computes for offloaded units in use: what is left of it."""
         if not any(map(self.is_offloaded, self.units)):
@@ -103,7 +112,7 @@ class Placement:
                 got=str(device),
                 fix=nearest(target, dict(self.budget)),
             )
-        names = [unit.name for unit in self.units]
+        names = list(self.device_map)
         matched = {name} if name in names else set(matches(name, names))
         if not matched:
             raise ConfigError(f"no unit matches `{name}`", got=name, fix=nearest(name, names))
@@ -116,7 +125,7 @@ class Placement:
         return attrs.evolve(self, units=tuple(units))
 
     def __str__(self) -> str:
-        width = max(len("unit"), *(len(unit.name or "(root)") for unit in self.units))
+        width = max(map(len, ["(root)", *self.device_map]))
         lines = [f"{'unit':<{width}}  device    bytes"]
         for unit in self.units:
             line = (
@@ -143,8 +152,10 @@ def check_placement(placement: Placement) -> None:
     """
     _check_devices(placement)
     budget = dict(placement.budget)
-    offloaded = [unit.num_bytes for unit in placement.units if placement.is_offloaded(unit)]
-    largest = max(offloaded, default=0)
+    # One unit at least is on the device that computes while it runs.
+    largest = 0
+    for unit in filter(placement.is_offloaded, placement.units):
+        largest = max(largest, unit.num_bytes)
     for device, num_bytes in placement.bytes_on.items():
         needed = num_bytes
         if device == placement.compute_device:

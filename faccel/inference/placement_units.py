@@ -71,6 +71,7 @@ def _collect(
     if id(module) in visited:
         return
     visited.add(id(module))
+    # Parameters of a module with blocks inside are used while the blocks run.
     has_params = next(module.parameters(recurse=False), None) is not None
     has_blocks = any(id(inner) in blocks for inner in module.modules() if inner is not module)
     if id(module) in blocks or (has_params and not has_blocks):

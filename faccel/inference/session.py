@@ -12,6 +12,7 @@ from torch import nn
 from faccel.errors import ModelError
 from faccel.inference.placement import Placement
 from faccel.inference.placement_units import UnitModule
+from faccel.inference.set_tensors import set_param
 from faccel.inference.unit_hooks import (
     MoveInputs,
     MoveOutputs,
@@ -115,16 +116,24 @@ class Session:
                 offloaded[name] = self._offloaded_unit(list(params))
         if not offloaded:
             return
+        # A placement counts bytes without those that align parameters in a buffer.
+        capacity += 2 * max(unit.num_padding_bytes for unit in offloaded.values())
         self.window = Window(offloaded, capacity, device)
         placeholders: dict[int, nn.Parameter] = {}
         for unit in units:
             self._hook(unit, window_names[unit.name], placeholders, device)
 
     def _offloaded_unit(self, keys: Sequence[int]) -> OffloadedUnit:
-        originals = [self.originals[key] for key in sorted(keys, key=self._positions.__getitem__)]
-        source: Source = ReadUnit([original.name for original in originals], self.read_param)
-        shapes = [original.shape for original in originals]
-        return OffloadedUnit(shapes, [original.dtype for original in originals], source)
+        names: list[str] = []
+        shapes: list[torch.Size] = []
+        dtypes: list[torch.dtype] = []
+        for key in sorted(keys, key=self._positions.__getitem__):
+            original = self.originals[key]
+            names.append(original.name)
+            shapes.append(original.shape)
+            dtypes.append(original.dtype)
+        source: Source = ReadUnit(names, self.read_param)
+        return OffloadedUnit(shapes, dtypes, source)
 
     def _hook(
         self,
@@ -148,7 +157,7 @@ class Session:
                 if id(owner) in inside:
                     slots.append(ParamSlot(owner, param_key, placeholders[key], index))
                     by_owner.setdefault(owner, {})[param_key] = placeholders[key]
-                    owner._parameters[param_key] = placeholders[key]  # pyright: ignore[reportPrivateUsage]
+                    set_param(owner, param_key, placeholders[key])
             _free(original.param)
         hooks = OffloadHooks(window_name, slots, self.window)
         module = unit.module

@@ -92,9 +92,11 @@ def _unplaced(
 ) -> list[PlacedUnit]:
     """Return the units on the first device, in groups of those with a tied parameter."""
     groups = _groups(units)
-    pinned_groups = {
-        groups[unit.name] for unit in units if unit.is_pinned
-    }  # a tie to a pinned unit is pinned, too
+    # A tie to a pinned unit is pinned, too.
+    pinned_groups = set[str]()
+    for unit in units:
+        if unit.is_pinned:
+            pinned_groups.add(groups[unit.name])
     counted: set[int] = set()
     placed: list[PlacedUnit] = []
     for unit in units:
@@ -141,8 +143,8 @@ def _filled(placement: Placement, *, is_balanced: bool) -> Placement:
     groups = _sizes_of_groups(placement.units)
     budget = dict(placement.budget)
     device = placement.compute_device
-    computing = [name for name in budget if is_accelerator(name)] or ["cpu"]
-    caps = {name: budget[name] for name in computing}
+    computing = list(filter(is_accelerator, budget)) or ["cpu"]
+    caps = dict(zip(computing, map(budget.__getitem__, computing), strict=True))
     caps[device] -= placement.buffer_bytes
     chosen = _fill(groups, caps)
     if chosen is not None:  # the devices that compute can hold all
@@ -151,12 +153,18 @@ def _filled(placement: Placement, *, is_balanced: bool) -> Placement:
         return _on(placement, chosen)
     caps = {**budget, device: caps[device] - _reserve(placement)}
     # What is in use all the time comes first.
-    pinned = [group for group in groups if group.is_pinned]
-    caps[device] -= sum(group.num_bytes for group in pinned)
-    chosen = _fill([group for group in groups if not group.is_pinned], caps)
+    pinned: dict[str, str] = {}
+    others: list[_Group] = []
+    for group in groups:
+        if group.is_pinned:
+            pinned[group.name] = device
+            caps[device] -= group.num_bytes
+        else:
+            others.append(group)
+    chosen = _fill(others, caps)
     if caps[device] < 0 or chosen is None:
         raise _too_small(placement, groups)
-    return _on(placement, {**chosen, **{group.name: device for group in pinned}})
+    return _on(placement, chosen | pinned)
 
 
 def _sizes_of_groups(units: Sequence[PlacedUnit]) -> list[_Group]:
@@ -201,12 +209,16 @@ def _balanced(groups: Sequence[_Group], caps: Mapping[str, int]) -> dict[str, st
     low, high = max(group.num_bytes for group in groups), max(caps.values())
     while low < high:
         middle = (low + high) // 2
-        if _fill(groups, {name: min(middle, cap) for name, cap in caps.items()}) is None:
+        if _fill(groups, _at_most(middle, caps)) is None:
             low = middle + 1
         else:
             high = middle
-    chosen = _fill(groups, {name: min(low, cap) for name, cap in caps.items()})
+    chosen = _fill(groups, _at_most(low, caps))
     return chosen or _fill(groups, caps) or {}
+
+
+def _at_most(limit: int, caps: Mapping[str, int]) -> dict[str, int]:
+    return {name: min(limit, cap) for name, cap in caps.items()}
 
 
 def _reserve(placement: Placement) -> int:
@@ -223,8 +235,7 @@ def _reserve(placement: Placement) -> int:
             largest_of_group[unit.group] = size
     sizes = sorted(largest_of_group.values(), reverse=True)
     device = placement.compute_device
-    pinned = sum(u.num_bytes - u.tied_bytes for u in placement.units if u.is_pinned)
-    free = dict(placement.budget)[device] - placement.buffer_bytes - pinned
+    free = dict(placement.budget)[device] - placement.pinned_bytes
     for num_units in (2, 1):
         if sum(sizes[:num_units]) <= free:
             return sum(sizes[:num_units])
@@ -247,7 +258,7 @@ def _too_small(placement: Placement, groups: Sequence[_Group]) -> ConfigError:
     return ConfigError(
         "the model does not fit the budget",
         got=f"{size_text(total)} of weights, and {size_text(room)} for the units in use, for "
-        f"{', '.join(f'{name}: {size_text(size)}' for name, size in budget.items())}",
+        f"{', '.join(map(': '.join, zip(budget, map(size_text, budget.values()), strict=True)))}",
         fix=fix,
     )
 
@@ -258,7 +269,7 @@ def _on(placement: Placement, device_of_group: Mapping[str, str]) -> Placement:
 
 
 def _with_map(placement: Placement, device_map: Mapping[str, str]) -> Placement:
-    names = [unit.name for unit in placement.units]
+    names = list(placement.device_map)
     for key in device_map:
         _check_key(key, names)
     units: list[PlacedUnit] = []

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from faccel.errors import ModelError
+from faccel.inference.set_tensors import set_param
 from faccel.inference.window import Window
 from faccel.offloaded_tensor import OffloadedTensor
 from faccel.tree import Tree, flatten, to_device
@@ -51,8 +52,7 @@ class OffloadHooks:
         if self._num_calls == 0:
             params = self._window.acquire(self._name)
             for slot in self._slots:
-                # `setattr` would call a `__setattr__` that the user's module may define.
-                slot.owner._parameters[slot.key] = params[slot.index]  # pyright: ignore[reportPrivateUsage]
+                set_param(slot.owner, slot.key, params[slot.index])
         self._num_calls += 1
 
     def unload(self, module: nn.Module, args: Tree, output: Tree) -> None:
@@ -63,7 +63,7 @@ class OffloadHooks:
         if self._num_calls:
             return
         for slot in self._slots:
-            slot.owner._parameters[slot.key] = slot.placeholder  # pyright: ignore[reportPrivateUsage]
+            set_param(slot.owner, slot.key, slot.placeholder)
         self._window.release(self._name)
 
 

@@ -49,6 +49,14 @@ class OffloadedUnit:
         """The size of a buffer for the unit."""
         return sum(map(_aligned_size, self.shapes, self.dtypes))
 
+    @property
+    def num_padding_bytes(self) -> int:
+        """The bytes of a buffer that are there for alignment."""
+        size = self.num_bytes
+        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
+            size -= shape.numel() * dtype.itemsize
+        return size
+
     def views(self, buffer: torch.Tensor) -> list[nn.Parameter]:
         """Return the parameters as views of a buffer."""
         params: list[nn.Parameter] = []
@@ -122,6 +130,7 @@ class Window:
                 )
             slot = self._load(name)
         slot.num_users += 1
+        # Before the wait below: the thread continues with the next units while this one computes.
         self._prefetch()
         try:
             slot.loading.result()
@@ -168,8 +177,10 @@ class Window:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def _num_allocated(self) -> int:
-        buffers = [*self._free, *(slot.buffer for slot in self._slots.values())]
-        return sum(buffer.numel() for buffer in buffers)
+        return self._num_used() + sum(map(torch.Tensor.numel, self._free))
+
+    def _num_used(self) -> int:
+        return sum(slot.buffer.numel() for slot in self._slots.values())
 
     def _make_room(self, num_bytes: int, keep: Mapping[str, float]) -> bool:
         """Evict units until there is room; return whether there is.
@@ -178,7 +189,7 @@ class Window:
             num_bytes: How much.
             keep: Units that stay.
         """
-        used = sum(slot.buffer.numel() for slot in self._slots.values())
+        used = self._num_used()
         distances = self._order.distances()
         idle = [key for key, slot in self._slots.items() if not slot.num_users and key not in keep]
         # The unit whose next use is last: no other choice reads less (Belady 1966).

@@ -53,9 +53,7 @@ def share_work(
     require_context(ctx, "faccel.inference.share_work(fn, items, ctx)")
     integer("batch_size", batch_size, at_least=1)
     if not hasattr(items, "__len__") or not hasattr(items, "__getitem__"):
-        raise ConfigError(
-            "`items` must be a sequence", got=shown(items), fix="write `list(items)`"
-        )
+        raise ConfigError("`items` must be a sequence", got=shown(items), fix="write `list(items)`")
     if not ctx.is_replicated:
         raise ConfigError(
             "`share_work` needs a full model on each rank",

@@ -11,7 +11,7 @@ from faccel.testing import simulate
 from tests.docs.pages import README, blocks, page_id, pages
 
 # Pages about a package that is an extra.
-NEEDS = {"docs/low-precision.md": "torchao"}
+NEEDS = {"docs/low-precision.md": "torchao", "docs/inference.md": "transformers"}
 
 
 def run_page(path, namespace, contexts):

@@ -17,6 +17,7 @@ NAMESPACES = (
     "faccel.comm",
     "faccel.data",
     "faccel.func",
+    "faccel.inference",
     "faccel.parallel",
     "faccel.random",
     "faccel.testing",

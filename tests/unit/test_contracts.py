@@ -16,7 +16,9 @@ import faccel
 from faccel import errors
 from faccel.effects import effects_of
 
-NAMESPACES = ("checkpoint", "comm", "data", "func", "parallel", "random", "tracking", "tree")
+NAMESPACES = (
+    "checkpoint", "comm", "data", "func", "inference", "parallel", "random", "tracking", "tree",
+)  # fmt: skip
 PUBLIC = {name: getattr(faccel, name) for name in faccel.__all__} | {
     f"{namespace}.{name}": getattr(getattr(faccel, namespace), name)
     for namespace in NAMESPACES
@@ -78,7 +80,10 @@ def test_python_protocol_names_and_modules_do_not_import_every_namespace():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-LAZY = ("", "backends", "checkpoint", "comm", "data", "parallel", "random", "testing", "tracking")
+LAZY = (
+    *("", "backends", "checkpoint", "comm", "data", "inference"),
+    *("parallel", "random", "testing", "tracking"),
+)
 
 
 @pytest.mark.parametrize("namespace", LAZY)

@@ -81,6 +81,7 @@ def backward(s, ctx):
 
 
 # name -> what to call, and which things of the scene it may change
+BUDGET = {"cpu": "1GB"}
 HEADS = torch.ones(1, 2, 4, 2)
 CALLS = {
     "attention": (
@@ -100,6 +101,12 @@ CALLS = {
     "loss_parallel": (lambda s, ctx: faccel.parallel.loss_parallel(ctx), set()),
     "plan_for": (lambda s, ctx: faccel.parallel.plan_for(s["net"], ctx), set()),
     "split_sequence": (lambda s, ctx: faccel.parallel.split_sequence(s["x"], ctx), set()),
+    "place": (lambda s, ctx: exported_and_placed(s, ctx), set()),
+    "placement_for": (lambda s, ctx: faccel.inference.placement_for(s["net"], BUDGET), set()),
+    "materialize": (lambda s, ctx: faccel.inference.materialize(offloaded(s, ctx)), set()),
+    "offload": (lambda s, ctx: offloaded(s, ctx), set()),
+    "on_meta": (lambda s, ctx: entered(faccel.inference.on_meta()), set()),
+    "share_work": (lambda s, ctx: faccel.inference.share_work(list, [1, 2], ctx), set()),
     "agree": (lambda s, ctx: faccel.agree(ctx, a=True), set()),
     "autocast": (lambda s, ctx: faccel.autocast(ctx), set()),
     "barrier": (lambda s, ctx: faccel.barrier(ctx), set()),
@@ -206,6 +213,16 @@ def exported_and_loaded(s, ctx):
     path = folder(ctx)
     faccel.checkpoint.export_model(s["model"], path, ctx)
     faccel.checkpoint.load_model(s["model"], path, ctx)
+
+
+def exported_and_placed(s, ctx):
+    path = folder(ctx)
+    faccel.checkpoint.export_model(s["raw"], path, ctx)
+    faccel.inference.place(s["raw"], path, ctx, budget=BUDGET)
+
+
+def offloaded(s, ctx):
+    return faccel.inference.offload(s["raw"], "disk", ctx, folder=folder(ctx))
 
 
 def len_of(batch):
