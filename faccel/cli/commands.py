@@ -18,6 +18,7 @@ import click
 from faccel.cli.checkpoints_command import checkpoints
 from faccel.cli.compare_command import compare
 from faccel.cli.config_command import config
+from faccel.cli.estimate_command import estimate
 from faccel.cli.flags import LocalPath
 from faccel.cli.launch_command import launch, test
 from faccel.cli.migrate_command import migrate
@@ -67,6 +68,7 @@ def main() -> None:
 main.add_command(checkpoints)
 main.add_command(compare)
 main.add_command(config)
+main.add_command(estimate)
 main.add_command(launch)
 main.add_command(migrate)
 main.add_command(report)
