@@ -46,7 +46,7 @@ def write(folder, sizes):
     from faccel.testing import fake_context
 
     torch.manual_seed(0)
-    faccel.checkpoint.export_model(model(sizes), folder, fake_context(0, 1), max_shard_size="1GB")
+    faccel.checkpoint.export_model(model(sizes), folder, fake_context(0, 1), max_shard_size="5GB")
 
 
 def status(field):

@@ -1,5 +1,7 @@
 """Placed models: equal outputs, errors before anything is loaded, and back to ordinary modules."""
 
+import json
+import os
 import threading
 
 import pytest
@@ -445,3 +447,48 @@ def test_a_model_on_meta_is_filled_on_any_mesh(mesh, tmp_path):
 
     for output in simulate(fn, 2, mesh=mesh):
         assert torch.allclose(output, net(X * 0 + 1), atol=1e-6)
+
+
+def header_of(fields):
+    text = json.dumps(fields).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(64)
+
+
+WEIGHT = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+CORRUPT = {
+    "empty": b"",
+    "no header": bytes(4),
+    "a length beyond the file": (10**6).to_bytes(8, "little") + b"{}",
+    "no JSON": (4).to_bytes(8, "little") + b"\xff\xfe{}",
+    "no object": header_of([1]),
+    "an unknown dtype": header_of({"weight": WEIGHT | {"dtype": "F5"}}),
+    "no offsets": header_of({"weight": {"dtype": "F32", "shape": [2, 2]}}),
+    "offsets outside": header_of({"weight": WEIGHT | {"data_offsets": [64, 80]}}),
+    "negative offsets": header_of({"weight": WEIGHT | {"data_offsets": [-16, 0]}}),
+    "a size that differs": header_of({"weight": WEIGHT | {"shape": [2, 3]}}),
+    "a negative shape": header_of({"weight": WEIGHT | {"shape": [-2, -2]}}),
+    "a fraction": header_of({"weight": WEIGHT | {"shape": [2.0, 2]}}),
+}
+
+
+@pytest.mark.parametrize("name", CORRUPT)
+def test_a_corrupt_file_is_named(name, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(CORRUPT[name])
+    net = nn.Linear(2, 2, bias=False, device="meta")
+    with pytest.raises(CheckpointError, match=r"incomplete or corrupt.*`model.safetensors`"):
+        place(net, tmp_path, fake_context(0, 1), budget={"cpu": "1GB"})
+    assert net.weight.is_meta
+
+
+def test_a_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        place(nn.Linear(2, 2), tmp_path, fake_context(0, 1), budget={"cpu": "1GB"})
+
+
+def test_slices_of_a_checkpoint_are_an_error_that_names_the_command(tmp_path):
+    ctx = fake_context(0, 1)
+    faccel.save({"net": nn.Linear(2, 2)}, tmp_path, ctx, step=1)
+    (file,) = tmp_path.rglob("*.safetensors")
+    with pytest.raises(CheckpointError, match="faccel merge"):
+        place(nn.Linear(2, 2), file, ctx, budget={"cpu": "1GB"})
