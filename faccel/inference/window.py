@@ -172,11 +172,12 @@ class Window:
             if buffer.numel() == num_bytes:
                 return self._free.pop(index)
         # Buffers of other sizes are freed as far as the new one needs their room.
-        while self._free and self._num_allocated() + num_bytes > self._capacity:
+        while self._free and self.num_allocated() + num_bytes > self._capacity:
             self._free.pop()
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
-    def _num_allocated(self) -> int:
+    def num_allocated(self) -> int:
+        """Return the bytes of all buffers."""
         return self._num_used() + sum(map(torch.Tensor.numel, self._free))
 
     def _num_used(self) -> int:
@@ -207,7 +208,7 @@ class Window:
 
     def _evict(self, name: str) -> None:
         loading = self._slots[name].loading
-        if not loading.cancel():  # the thread must not write into a buffer of another unit
+        if not loading.cancel():  # the thread holds the memory until it is done
             loading.exception()
         self._drop(name)
 
