@@ -9,6 +9,7 @@ import torch
 
 from faccel.errors import ModelError
 
+# What state dicts and `nn.Parameter` do with a tensor: they need no values.
 _ALIASES = frozenset({"aten.detach.default", "aten.alias.default"})
 
 
@@ -51,6 +52,7 @@ class OffloadedTensor(torch.Tensor):
         tensor = _first_offloaded([*args, *(kwargs or {}).values()])
         if str(func) in _ALIASES:
             return cls.of(tensor.full_name, tensor.unit, tensor, tensor.device, tensor.read)
+        # Reading the file for each such operation would work, and be slow without an error.
         raise ModelError(
             f"the offloaded parameter `{tensor.full_name}` is used outside of the forward of "
             f"`{tensor.unit}`",

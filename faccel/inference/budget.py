@@ -64,6 +64,7 @@ def device_name(device: object, argument: str) -> str:
         parsed = torch.device(device)  # type: ignore[arg-type]
     except (RuntimeError, TypeError):
         parsed = None
+    # A model on meta has no values: nothing computes there.
     if parsed is None or parsed.type == "meta":
         raise ConfigError(
             f"`{argument}` has an unknown device",

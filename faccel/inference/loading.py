@@ -110,6 +110,7 @@ class Loader:
         Args:
             stored: The names in the files; other buffers keep their values.
         """
+        # Nothing of the model is changed yet: an error leaves it as it was.
         for unit in self._units:
             for param in unit.params.values():
                 self._read_resident(unit, self._originals[id(param)])
@@ -135,6 +136,7 @@ class Loader:
         is_read = key in self._resident or original.name in self._host
         if device == DISK or is_read:
             return
+        # A tied parameter is read for its first unit.
         if device == "cpu" and is_accelerator(self._placement.compute_device):
             value = torch.empty(original.shape, dtype=original.dtype)
             self._host[original.name] = value
@@ -174,6 +176,7 @@ class Loader:
 def _put(original: OriginalParam, value: torch.Tensor) -> None:
     """Give a parameter its values, without gradients; the object stays if it had memory."""
     param = original.param
+    # PyTorch cannot change the device of a parameter on meta.
     if param.is_meta:
         param = nn.Parameter(value, requires_grad=False)
     else:

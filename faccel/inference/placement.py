@@ -116,6 +116,7 @@ class Placement:
         matched = {name} if name in names else set(matches(name, names))
         if not matched:
             raise ConfigError(f"no unit matches `{name}`", got=name, fix=nearest(name, names))
+        # A tied unit takes the others with it.
         groups = {unit.group for unit in self.units if unit.name in matched}
         units: list[PlacedUnit] = []
         for unit in self.units:

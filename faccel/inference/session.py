@@ -150,6 +150,7 @@ class Session:
         by_owner: dict[nn.Module, dict[str, nn.Parameter]] = {}
         for index, key in enumerate(keys):
             original = self.originals[key]
+            # A tied parameter has one placeholder, so that it stays one parameter.
             if key not in placeholders:
                 placeholders[key] = self._placeholder(original, unit.name, device)
             inside = set(map(id, unit.module.modules()))
@@ -203,6 +204,7 @@ class Session:
 
     def close(self) -> None:
         """Remove the hooks, and free the memory for units in use. Updates the module."""
+        # Hooks of the user stay.
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -99,6 +99,7 @@ def _from_callable(text: str) -> nn.Module:
         raise ConfigError("the model cannot be imported", got=str(error), fix=fix) from None
     finally:
         sys.path.remove(os.getcwd())
+    # The caller's code runs here; it may also build a large model.
     with on_meta():
         model = build()
     if not isinstance(model, nn.Module):

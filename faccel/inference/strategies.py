@@ -146,6 +146,7 @@ def _filled(placement: Placement, *, is_balanced: bool) -> Placement:
     computing = list(filter(is_accelerator, budget)) or ["cpu"]
     caps = dict(zip(computing, map(budget.__getitem__, computing), strict=True))
     caps[device] -= placement.buffer_bytes
+    # Without room for a window first: if all units fit, none is offloaded.
     chosen = _fill(groups, caps)
     if chosen is not None:  # the devices that compute can hold all
         if is_balanced:

@@ -49,6 +49,7 @@ class OffloadHooks:
     def load(self, module: nn.Module, args: Tree, kwargs: Tree) -> None:
         """Before forward: put the parameters in their places."""
         _check_no_grad(self._name, (args, kwargs))
+        # A unit may call itself; the inner call finds the parameters in their places.
         if self._num_calls == 0:
             params = self._window.acquire(self._name)
             for slot in self._slots:
@@ -69,6 +70,8 @@ class OffloadHooks:
 
 def _check_no_grad(name: str, inputs: Tree) -> None:
     """Raise if backward would read weights that the next unit has overwritten."""
+    # A buffer is overwritten by the next unit, and autograd would not notice: the parameters are
+    # views of it with other version counters.
     if not torch.is_grad_enabled():
         return
     for leaf in flatten(inputs)[0]:

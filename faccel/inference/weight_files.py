@@ -125,6 +125,7 @@ def weights_by_name(
     misshapen: set[str] = set()
     mistyped: set[str] = set()
     for names in names_of.values():
+        # All differences are collected, so that one message has them.
         # the files may contain a tied tensor under any of its names
         stored_names = [name for name in names if name in stored]
         if not stored_names:

@@ -109,6 +109,8 @@ class Window:
         self._order = UseOrder(list(units))
         self._slots: dict[str, _Slot] = {}
         self._free: list[torch.Tensor] = []  # buffers without a unit
+        # One thread: two reads at a time would share the bandwidth, and the unit that is used next
+        # would be there later.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="faccel-weights")
         self.num_read = 0  # units, for tests and benchmarks
 
@@ -122,6 +124,7 @@ class Window:
         self._order.use(name)
         slot = self._slots.get(name)
         if slot is None:
+            # Not expected: another branch of the model, or the first pass.
             if not self._make_room(self._units[name].num_bytes, {}):
                 raise ModelError(
                     f"no room is left for the unit `{name}`",
@@ -149,6 +152,7 @@ class Window:
 
     def close(self) -> None:
         """Wait for the thread, and free all memory."""
+        # A read that is running writes into a buffer until it ends.
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._slots.clear()
         self._free.clear()
@@ -222,6 +226,7 @@ class Window:
             if num_loading >= _MAX_LOADING:
                 return
             keep = {key: value for key, value in distances.items() if value <= distances[name]}
+            # Units that are used sooner stay, so that reading ahead never costs a second read.
             if not self._make_room(self._units[name].num_bytes, keep):
                 return
             self._load(name)

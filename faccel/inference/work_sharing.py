@@ -61,6 +61,7 @@ def share_work(
             fix='write `faccel.init(mesh="dp_replicate=-1")`, or `faccel.split(items, ctx)`',
         )
     ctx.comm.begin_call("share_work")
+    # In the store of the world: a rank takes a number whenever it is free, without the others.
     counter = ctx.comm.new_counter()
 
     def run() -> dict[int, list[R]]:
