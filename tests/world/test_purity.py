@@ -305,6 +305,7 @@ def test_every_function_without_effects_on_its_arguments_is_covered():
         faccel,
         faccel.checkpoint,
         faccel.comm,
+        faccel.inference,
         faccel.parallel,
         faccel.random,
         faccel.tracking,
