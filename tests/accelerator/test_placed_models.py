@@ -67,12 +67,24 @@ def run_on_accelerators(ctx, folder):
     ):
         with on_meta():
             empty = Net()
+        inputs = {}
+        for name, block in empty.blocks.named_children():
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: inputs.update(
+                    {f"blocks.{name}": {args[0].device, kwargs["shift"]["add"].device}}
+                ),
+                with_kwargs=True,
+            )
         placed = place(empty, folder, ctx, budget=budget)
         devices.append(sorted(set(placed.placement.device_map.values())))
         for ids in (IDS, IDS, IDS.to(ctx.device)):
             output = placed(ids)
             assert output.device == ids.device
             outputs.append(output.cpu())
+        for name, seen in inputs.items():
+            where = placed.placement.device_map[name]
+            expected_device = second if where == second else first
+            assert seen == {torch.device(expected_device)}, name
         module = materialize(placed)
         assert {param.device for param in module.parameters()} == {ctx.device}
         outputs.append(module(IDS.to(ctx.device)).detach().cpu())
