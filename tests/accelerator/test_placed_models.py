@@ -70,7 +70,7 @@ def run_on_accelerators(ctx, folder):
         inputs = {}
         for name, block in empty.blocks.named_children():
             block.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: inputs.update(
+                lambda _, args, kwargs, name=name, seen=inputs: seen.update(
                     {f"blocks.{name}": {args[0].device, kwargs["shift"]["add"].device}}
                 ),
                 with_kwargs=True,

@@ -492,3 +492,11 @@ def test_slices_of_a_checkpoint_are_an_error_that_names_the_command(tmp_path):
     (file,) = tmp_path.rglob("*.safetensors")
     with pytest.raises(CheckpointError, match="faccel merge"):
         place(nn.Linear(2, 2), file, ctx, budget={"cpu": "1GB"})
+
+
+def test_a_budget_of_exactly_one_unit_is_enough(tmp_path):
+    # 48 bytes; buffers align each of the two parameters to 64.
+    net, empty = exported(lambda: nn.Sequential(*(nn.Linear(3, 3) for _ in range(5))), tmp_path)
+    placed = place(empty, tmp_path, fake_context(0, 1), budget={"cpu": 48, "disk": "1GB"})
+    with torch.no_grad():
+        assert torch.equal(placed(torch.ones(2, 3)), net(torch.ones(2, 3)))
