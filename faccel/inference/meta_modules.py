@@ -23,7 +23,7 @@ def on_meta() -> Generator[None]:
 
     Examples:
         >>> with on_meta():
-        ...     net = torch.nn.Linear(10**4, 10**5)  # 4 GB
+        ...     net = nn.Linear(10**4, 10**5)  # 4 GB
         >>> net.weight.device
         device(type='meta')
     """
