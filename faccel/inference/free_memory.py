@@ -22,6 +22,7 @@ def default_budget(ctx: DistContext) -> dict[str, int]:
     if ctx.device.type != "cpu":
         free, _ = torch.get_device_module(ctx.device).mem_get_info(ctx.device)
         budget[str(ctx.device)] = int(_FRACTION * free)
+    # Pages of the file cache are not counted as available: a lower, safe number.
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     budget["cpu"] = int(_FRACTION * available / ctx.topology.local_world_size)
     # A limit that no model exceeds: nothing is written.

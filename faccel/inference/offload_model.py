@@ -124,12 +124,14 @@ def _placement(
 def _write(model: nn.Module, path: str) -> None:
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
+    # A tied tensor is written once, under its first name.
     tensors: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in tensors_of(model).items():
         tensors.setdefault(id(tensor), (name, tensor.detach()))
     needed = 0
     for _, tensor in tensors.values():
         needed += tensor.numel() * tensor.element_size()
+    # Before the first byte: a full disk would end other programs, too.
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
@@ -151,5 +153,6 @@ def _on_host(model: nn.Module, placement: Placement, plan: Plan, ctx: DistContex
 
     loader = Loader(model, placement, plan, None, read)
     on_all_ranks(lambda: loader.read(state), ctx, "move the weights to the host")
+    # The loader has copies on the host; these would keep the accelerator's memory.
     state.clear()
     return PlacedModel(model, placement, ctx, loader.install(lambda: None))

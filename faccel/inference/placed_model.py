@@ -62,6 +62,7 @@ class PlacedModel:
                 got=f"a {type(self.module).__name__}",
                 fix="name one of its methods",
             )
+        # Not `inference_mode`: its tensors could not take part in training later.
         with torch.no_grad():
             return target(*args, **kwargs)
 
@@ -114,6 +115,7 @@ def _value(session: Session, key: int, device: torch.device) -> torch.Tensor:
     if key not in session.offloaded:
         owner, name = original.owners[0]
         return owner.get_parameter(name).detach().to(device, original.dtype)
+    # Read straight to the device, without a second copy in memory.
     values = torch.empty(original.shape, dtype=original.dtype, device=device)
     session.read_param(original.name, values)
     return values

@@ -68,6 +68,7 @@ def _collect(
     module: nn.Module, name: str, blocks: set[int], units: list[UnitModule], visited: set[int]
 ) -> None:
     # A module that two parents hold is a unit under its first name.
+    # Its parameters would count twice otherwise.
     if id(module) in visited:
         return
     visited.add(id(module))
@@ -86,6 +87,7 @@ def _collect(
 
 def _add(module: nn.Module, name: str, units: list[UnitModule], *, recurse: bool) -> None:
     prefix = f"{name}." if name else ""
+    # All names of a tied parameter, also inside of one unit.
     params: dict[str, torch.Tensor] = {}
     for key, param in module.named_parameters(recurse=recurse, remove_duplicate=False):
         params[prefix + key] = param

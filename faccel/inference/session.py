@@ -111,6 +111,7 @@ class Session:
             # Units with the same parameters, such as a tied head and embedding, are read once.
             name = key_of.setdefault(frozenset(params), unit.name)
             window_names[unit.name] = name
+            # `materialize` reads these again, and moves the others.
             self.offloaded.update(params)
             if name == unit.name:
                 offloaded[name] = self._offloaded_unit(list(params))
@@ -196,6 +197,7 @@ class Session:
                     MoveInputs(device).move, prepend=True, with_kwargs=True
                 )
             )
+        # As Accelerate: the caller computes with the outputs beside its inputs.
         outputs = MoveOutputs()
         self._handles += [
             self.module.register_forward_pre_hook(outputs.remember, prepend=True, with_kwargs=True),
@@ -216,5 +218,6 @@ class Session:
 
 def _free(param: nn.Parameter) -> None:
     """Free the memory of a parameter that a placeholder has replaced; the object stays."""
+    # The optimizer of a model that is materialized later has this object.
     if not param.is_meta:
         param.data = param.data.new_empty(0)

@@ -123,6 +123,7 @@ def _of_module(model: nn.Module, dtype: torch.dtype | None) -> SizeEstimate:
 
 def _of_files(path: str, dtype: torch.dtype | None) -> SizeEstimate:
     units: dict[str, int] = {}
+    # A tied tensor is stored once.
     num_params, load_bytes, train_bytes = 0, 0, 0
     for name, weight in stored_weights(os.path.abspath(path)).items():
         numel = weight.num_bytes // weight.dtype.itemsize

@@ -229,6 +229,7 @@ def _reserve(placement: Placement) -> int:
         ConfigError: The largest unit does not fit.
     """
     # Of a tied embedding and head, only one is in use at a time.
+    # Pinned units are not in the window: they are counted as resident.
     largest_of_group: dict[str, int] = {}
     for unit in placement.units:
         if not unit.is_pinned:
@@ -237,6 +238,7 @@ def _reserve(placement: Placement) -> int:
     sizes = sorted(largest_of_group.values(), reverse=True)
     device = placement.compute_device
     free = dict(placement.budget)[device] - placement.pinned_bytes
+    # With room for one, reading does not overlap with computation, and the model still runs.
     for num_units in (2, 1):
         if sum(sizes[:num_units]) <= free:
             return sum(sizes[:num_units])
@@ -254,6 +256,7 @@ def _too_small(placement: Placement, groups: Sequence[_Group]) -> ConfigError:
     total = sum(group.num_bytes for group in groups) + placement.buffer_bytes
     room = _reserve(placement)
     fix = "raise the budget"
+    # A disk takes any rest, as long as the units in use fit the memory.
     if DISK not in budget:
         fix = 'add `"disk": "100GB"`, to read the other units from the file in each forward'
     return ConfigError(
@@ -271,6 +274,7 @@ def _on(placement: Placement, device_of_group: Mapping[str, str]) -> Placement:
 
 def _with_map(placement: Placement, device_map: Mapping[str, str]) -> Placement:
     names = list(placement.device_map)
+    # First all keys: a misspelled one would leave its units to a shorter key, without an error.
     for key in device_map:
         _check_key(key, names)
     units: list[PlacedUnit] = []

@@ -112,6 +112,7 @@ class MoveOutputs:
 
     def remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before forward: note the device of the first tensor."""
+        # None for a call without tensors, whose output stays where it is.
         device = None
         for leaf in flatten((list(args), kwargs))[0]:
             if isinstance(leaf, torch.Tensor):
@@ -121,6 +122,7 @@ class MoveOutputs:
 
     def move(self, module: nn.Module, args: Any, output: Any) -> Any:
         """After forward: return the output there."""
+        # A stack, because a model may call itself.
         device = self._devices.pop()
         if device is None or output is None:  # None after an error
             return output

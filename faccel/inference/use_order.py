@@ -26,6 +26,7 @@ class UseOrder:
 
     def upcoming(self) -> Iterator[str]:
         """Yield the units that are expected after the current one, each once."""
+        # The chain may end in a loop that does not contain the current unit, as after an encoder.
         visited = {self._current}
         name = self._next[self._current]
         while name not in visited:

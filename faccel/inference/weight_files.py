@@ -72,6 +72,7 @@ def stored_weights(path: str) -> dict[str, StoredWeight]:
 def _weights_of_file(path: str) -> dict[str, StoredWeight]:
     # Not by the library of the format: it maps the file so that all of it counts in RLIMIT_DATA.
     with open(path, "rb", opener=_open_regular) as file:
+        # Eight bytes with the length of the JSON, the JSON, then the tensors.
         num_bytes = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
@@ -90,6 +91,7 @@ def _weights_of_file(path: str) -> dict[str, StoredWeight]:
         dtype, shape = _DTYPES[fields["dtype"]], tuple(map(operator.index, fields["shape"]))
         weight = StoredWeight(path, 8 + length + first, shape, dtype)
         is_inside = first >= 0 and 8 + length + last <= num_bytes
+        # A wrong offset would read the values of another tensor, without an error.
         if min(shape, default=0) < 0 or last - first != weight.num_bytes or not is_inside:
             raise ValueError(f"`{name}` is not where the header states")
         weights[name] = weight

@@ -137,6 +137,7 @@ class Window:
         self._prefetch()
         try:
             slot.loading.result()
+        # Ctrl-C, too: the next call reads the unit again.
         except BaseException:
             self._drop(name)
             raise
@@ -172,6 +173,7 @@ class Window:
         return self._slots[name]
 
     def _buffer(self, num_bytes: int) -> torch.Tensor:
+        # Blocks of one model have equal sizes.
         for index, buffer in enumerate(self._free):
             if buffer.numel() == num_bytes:
                 return self._free.pop(index)

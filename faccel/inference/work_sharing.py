@@ -73,6 +73,7 @@ def share_work(
             start = counter.next() * batch_size
         return to_device(results, "cpu")
 
+    # Ranks that are done wait here, at most for one batch of another rank.
     by_start: dict[int, list[R]] = {}
     for results in all_or_error(run, ctx, "run `fn` on its items"):
         by_start.update(results)
