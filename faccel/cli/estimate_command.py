@@ -27,6 +27,7 @@ def estimate(model: str, *, dtype: str | None, as_json: bool) -> None:
     from faccel.inference.budget import size_text
     from faccel.inference.size_estimate import estimate as estimate_size
 
+    # Nothing is loaded, so that a laptop can estimate a model of a cluster.
     size = estimate_size(model, dtype)
     rows = [
         ("parameters", f"{size.num_params:,}"),

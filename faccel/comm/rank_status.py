@@ -87,6 +87,7 @@ class RankStatus:
 
     def new_counter(self) -> StoreCounter:
         """Return a counter from 0: a new one on all ranks, which make the calls in one order."""
+        # All ranks make the calls in one order, so they compute equal keys without a message.
         self._num_counters += 1
         return StoreCounter(self.store, f"counter/{self._generation}/{self._num_counters}")
 

@@ -191,6 +191,7 @@ def _originals(model: nn.Module, dtype: torch.dtype | None) -> dict[int, Origina
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(id(param), []).append((module, name))
+    # In the order of the model, which is usually that of the file: reads are sequential.
     originals: dict[int, OriginalParam] = {}
     for name, param in model.named_parameters():
         originals[id(param)] = OriginalParam(

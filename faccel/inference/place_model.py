@@ -88,6 +88,7 @@ def place(
     if placement is None:
         budget = budget or default_budget(ctx)
         placement = placement_for(model, budget, strategy=strategy, dtype=dtype, plan=plan)
+    # Filled below, after the checks that need no file.
     weights: dict[str, StoredWeight] = {}
     reader = WeightReader()
     loader = Loader(

@@ -64,6 +64,7 @@ class Placement:
     @property
     def bytes_on(self) -> dict[str, int]:
         """The bytes of weights on each device; a tied parameter counts once."""
+        # Devices without units are listed, too: their budget is free.
         sizes = dict.fromkeys(dict(self.budget), 0)
         sizes[self.compute_device] += self.buffer_bytes
         for unit in self.units:
@@ -174,6 +175,7 @@ def check_placement(placement: Placement) -> None:
 
 def _check_devices(placement: Placement) -> None:
     budget: Mapping[str, int] = dict(placement.budget)
+    # A record that was edited by hand is checked as one from `placement_for`.
     device_of_group: dict[str, PlacedUnit] = {}
     for unit in placement.units:
         if unit.device not in budget:
