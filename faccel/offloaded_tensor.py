@@ -13,6 +13,9 @@ from faccel.errors import ModelError
 _ALIASES = frozenset({"aten.detach.default", "aten.alias.default"})
 
 
+# A wrapper without memory instead of a tensor on meta: operations on meta tensors return results
+# without values, or an error about devices that does not name the parameter. And `model.device` of
+# transformers, which reads the first parameter, is the device that computes.
 class OffloadedTensor(torch.Tensor):
     """A parameter whose values are in memory only while the forward of its unit runs.
 

@@ -12,6 +12,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from faccel.effects import AMBIENT, effectful
 
 
+# `torch.device("meta")` would put buffers there, too, and their values would be lost. Accelerate
+# replaces `nn.Module.register_parameter` for all threads.
 @effectful(AMBIENT)
 @contextmanager
 def on_meta() -> Generator[None]:

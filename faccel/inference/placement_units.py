@@ -44,6 +44,8 @@ def sizes_by_param(
     return sizes
 
 
+# Buffers are not part of units: they are small, some are computed and not stored, and training mode
+# writes into them, which an eviction would undo.
 def placed_dtype(dtype: torch.dtype, target: torch.dtype | None) -> torch.dtype:
     """Return the dtype of a placed tensor: as `nn.Module.to`, ints and bools keep theirs."""
     if target is None or not dtype.is_floating_point:

@@ -155,6 +155,9 @@ def _check_empty(names: set[str], problem: str) -> None:
         )
 
 
+# 3 GB from the cache of the operating system take 1 s with `preadv` into memory that is reused, and
+# twice as long into new memory, whose pages the system clears first. The cast goes through one chunk
+# of 16 MB, which fits the cache of a CPU.
 class WeightReader:
     """Reads tensors from files, for one thread after the other.
 
