@@ -61,9 +61,9 @@ class OriginalParam:
     requires_grad: bool
 
 
-# PyTorch's public hooks put parameters into their places and take them away. Nothing is set on the
-# user's modules that `close` does not remove, and `forward` stays the user's, so that methods such as
-# `generate`, which call modules inside, work while a model is offloaded.
+# PyTorch's public hooks put parameters into their places and take them away. Nothing is set on
+# the user's modules that `close` does not remove, and `forward` stays the user's, so that
+# methods such as `generate`, which call modules inside, work while a model is offloaded.
 class Session:
     """The state of a placed model.
 

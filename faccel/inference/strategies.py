@@ -178,8 +178,9 @@ def _sizes_of_groups(units: Sequence[PlacedUnit]) -> list[_Group]:
     return [_Group(name, size, name in pinned) for name, size in sizes.items()]
 
 
-# In order, without a search: the order of definition is nearly that of use, so that activations move
-# between two accelerators once. A better packing of the last bytes would move them more often.
+# In order, without a search: the order of definition is nearly that of use, so that activations
+# move between two accelerators once. A better packing of the last bytes would move them more
+# often.
 def _fill(groups: Sequence[_Group], caps: Mapping[str, int]) -> dict[str, str] | None:
     """Fill devices in order; None if a group is left over.
 
@@ -206,9 +207,9 @@ def _fill(groups: Sequence[_Group], caps: Mapping[str, int]) -> dict[str, str] |
     return chosen
 
 
-# The largest part decides when the first device is full, and how large a batch can be. Minimizing it
-# over contiguous parts is the linear partition problem; with a cap c the greedy filling succeeds if
-# any filling does, so that the smallest c is found in log2(bytes) fillings.
+# The largest part decides when the first device is full, and how large a batch can be.
+# Minimizing it over contiguous parts is the linear partition problem; with a cap c the greedy
+# filling succeeds if any filling does, so that the smallest c is found in log2(bytes) fillings.
 def _balanced(groups: Sequence[_Group], caps: Mapping[str, int]) -> dict[str, str]:
     """Return the filling in order whose largest device has the fewest bytes."""
     # Each prefix that a smaller cap admits, a larger one does: binary search.

@@ -155,9 +155,9 @@ def _check_empty(names: set[str], problem: str) -> None:
         )
 
 
-# 3 GB from the cache of the operating system take 1 s with `preadv` into memory that is reused, and
-# twice as long into new memory, whose pages the system clears first. The cast goes through one chunk
-# of 16 MB, which fits the cache of a CPU.
+# `preadv` reads into memory that is reused: the operating system clears the pages of new memory
+# first, and Python's lock is released meanwhile. A cast goes through one chunk of 16 MB, so that it
+# needs no second copy of the tensor.
 class WeightReader:
     """Reads tensors from files, for one thread after the other.
 

@@ -22,9 +22,9 @@ _ALIGNMENT = 64  # bytes, as PyTorch's allocators
 _MAX_LOADING = 2  # units that are read ahead at a time; a unit in need waits for them
 
 
-# The budget of the device is resident weights + window. A pass over n units of equal size, with room
-# for k of them, reads n - k + 2 units: one is in use, one is read, and the others stay from the
-# previous pass. Eviction by least recent use would read all n, because a pass is a cycle.
+# The budget of the device is resident weights + window. A pass is a cycle over all units,
+# for which eviction by least recent use is the worst choice: it evicts what is needed next.
+# The order of the previous pass predicts the next use of each unit.
 class Source(Protocol):
     """Where the values of a unit are."""
 

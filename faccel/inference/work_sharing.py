@@ -16,8 +16,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-# Longest first is within 4/3 of the best schedule (Graham 1969), if each rank takes the next item when
-# it is free.
+# Longest first is within 4/3 of the best schedule (Graham 1969), if each rank takes the next
+# item when it is free.
 @effectful(COLLECTIVE)
 def share_work(
     fn: Callable[[Sequence[T]], Sequence[R]],
