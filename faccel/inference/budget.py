@@ -71,6 +71,7 @@ def device_name(device: object, argument: str) -> str:
             got=short_repr(device),
             fix='name an accelerator such as "cuda:0", "cpu" or "disk"',
         )
+    # The host has one memory, whatever index a device of it has.
     if parsed.type == "cpu":
         return "cpu"
     return f"{parsed.type}:{parsed.index or 0}"

@@ -96,6 +96,7 @@ def materialize(placed: PlacedModel, *, device: str | torch.device | None = None
     instance_of("placed", placed, PlacedModel, fix=fix, error=ModelError)
     session = placed.session
     session.check_open()
+    # One device: an optimizer needs the parameters of a model together.
     target = torch.device(device or placed.ctx.device)
     # All before the first is changed, so that an error leaves the model placed.
     values = {key: _value(session, key, target) for key in session.originals}
