@@ -114,7 +114,8 @@ def _curve_rows(result: Comparison) -> list[_Row]:
 
 
 def _speed_format(name: str) -> Callable[[float], str]:
-    from faccel.report.words import bytes_text, duration_text, number_text, percent_text
+    from faccel.report.words import duration_text, number_text, percent_text
+    from faccel.tracking.progress_text import bytes_text
 
     formats: dict[str, Callable[[float], str]] = {
         "duration_s": duration_text,

@@ -162,7 +162,8 @@ def _numbers(frame: Frame) -> Text:
     """Return step, speed, and the last result of `rates`, in one line."""
     from rich.text import Text
 
-    from faccel.report.words import bytes_text, count_text, number_text, percent_text
+    from faccel.report.words import count_text, number_text, percent_text
+    from faccel.tracking.progress_text import bytes_text
 
     rates = dict(frame.rates)
     if frame.steps_s is not None:  # newer than that of `rates`

@@ -73,6 +73,7 @@ def _counts_of(weights: Sequence[float]) -> tuple[int, ...]:
     numerators = [int(fraction * denominator) for fraction in fractions]
     divisor = math.gcd(*numerators)
     counts = tuple(numerator // divisor for numerator in numerators)
+    # A longer period would need more memory; rounding silently would not be exact.
     if sum(counts) > MAX_PERIOD:
         rounded = tuple(round(weight / sum(weights), 4) for weight in weights)
         raise DataError(
@@ -136,6 +137,7 @@ class Blend:
                 got=f"{len(self.datasets)} datasets, {len(self.weights)} weights",
                 fix="write `faccel.data.Blend([first, second], weights=(0.7, 0.3))`",
             )
+        # Repeating it gives no sample.
         if not all(len(dataset) for dataset in self.datasets):
             raise DataError(
                 "a dataset of a blend is empty",
@@ -171,6 +173,7 @@ class Blend:
         """Return one sample."""
         number, position = self.source_of(index)
         dataset = self.datasets[number]
+        # A dataset that is repeated has another order each time.
         epoch, position = divmod(position, len(dataset))
         if self.seed is None:
             return dataset[position]

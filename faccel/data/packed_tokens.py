@@ -127,6 +127,7 @@ class PackedTokens:
         begin = range(len(self))[index] * self.length
         end = begin + self.length + 1
         stream = self._stream
+        # In the order of the file a sample is one read, whatever sequences it has.
         if stream.ends is None or stream.starts is None:
             return self.tokens.read(stream.begin + begin, stream.begin + end)
         parts: list[torch.Tensor] = []
@@ -152,6 +153,7 @@ def _make_stream(
     num_tokens = tokens.first_token(last) - begin
     if document_seed is None or first == last:
         return _Stream(begin, num_tokens)
+    # Once for all epochs: an order per epoch would take 16 bytes per sequence for each.
     sequences = permute(np.arange(last - first), last - first, document_seed, 0)
     lengths = tokens.lengths[first:last].astype(np.int64)
     starts = begin + np.cumsum(lengths) - lengths

@@ -77,6 +77,7 @@ def offload(
     if folder is None:
         raise ConfigError('`offload` to "disk" needs a `folder`', fix=f"write `{call}`")
     directory = path_argument("model", model, folder, call)
+    # One file per rank: ranks of one node may share the folder, and have other shards.
     file = os.path.join(directory, f"offloaded-{ctx.rank}.safetensors")
     on_all_ranks(lambda: _write(model, file), ctx, "write the offloaded weights")
     weights = weights_by_name(tensors_of(model), stored_weights(file))
@@ -115,6 +116,7 @@ def _placement(
     for unit in plain.units:
         device_map[unit.name] = device if unit.is_pinned else to
         sizes.append(unit.num_bytes)
+    # One unit computes while the next one is read.
     if budget is None:
         room = plain.pinned_bytes + sum(sorted(sizes)[-2:])
         budget = {device: max(room, 1), to: _LARGE}

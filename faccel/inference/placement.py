@@ -121,6 +121,7 @@ class Placement:
         groups = {unit.group for unit in self.units if unit.name in matched}
         units: list[PlacedUnit] = []
         for unit in self.units:
+            # A tied parameter is stored once.
             if unit.group in groups:
                 unit = attrs.evolve(unit, device=target)
             units.append(unit)
@@ -162,6 +163,7 @@ def check_placement(placement: Placement) -> None:
         needed = num_bytes
         if device == placement.compute_device:
             needed += largest
+        # The message has both parts, because either can be made smaller.
         if needed > budget[device]:
             got = f"{size_text(needed)} for {size_text(budget[device])}"
             if needed > num_bytes:
@@ -184,6 +186,7 @@ def _check_devices(placement: Placement) -> None:
                 got=unit.device,
                 fix=nearest(unit.device, budget),
             )
+        # Its values must be there while the units inside of it run.
         if unit.is_pinned and placement.is_offloaded(unit):
             raise ConfigError(
                 f"the parameters of `{unit.name or '(root)'}` cannot be offloaded: other units run "

@@ -13,7 +13,8 @@ import attrs
 import numpy as np
 
 from faccel.errors import ConfigError
-from faccel.report.words import bytes_text, number_text, percent_text
+from faccel.report.words import number_text, percent_text
+from faccel.tracking.progress_text import bytes_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -226,6 +226,7 @@ class LiveSpeed:
         if not self._times:
             return True
         limit_s = _HANG_S
+        # Steps may take minutes.
         if self.steps_s is not None:
             limit_s = max(limit_s, _HANG_STEPS / self.steps_s)
         return self._times[-1][0] - self._last_step_s > limit_s
@@ -277,6 +278,7 @@ class LiveRun:
         sentence = time_sentence(max(ended_s - began_s, 0.0), values, step)
         if state == RUNNING:
             problem = _loss_problem(metrics) or self._ranks.problem(is_silent=self._speed.is_silent)
+            # Without a problem, where the time goes.
             sentence, next_step = problem or (sentence, "")
         return Frame(
             name=self._folders.name,
@@ -304,6 +306,7 @@ class LiveRun:
 
 def _loss_problem(metrics: Sequence[LiveMetric]) -> tuple[str, str] | None:
     """Return which loss is not finite, and what to do; None if there is none."""
+    # Other metrics may be NaN on purpose, such as a precision without positives.
     for metric in metrics:
         if "loss" in metric.name.lower() and not math.isfinite(metric.last):
             text = f"`{metric.name}` is {number_text(metric.last)}"

@@ -18,13 +18,13 @@ from faccel.report.metric_files import Series
 from faccel.report.run_record import RunRecord, Warnings
 from faccel.report.run_times import column
 from faccel.report.words import (
-    bytes_text,
     count_text,
     duration_text,
     number_text,
     percent_text,
 )
 from faccel.tracking.goodput_categories import Goodput
+from faccel.tracking.progress_text import bytes_text
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -30,25 +30,6 @@ def duration_text(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def bytes_text(num_bytes: float) -> str:
-    """Return bytes in the units of 1024 that drivers and PyTorch print.
-
-    Effects: pure.
-
-    Examples:
-        >>> bytes_text(512), bytes_text(1536 * 1024), bytes_text(85 * 2**30)
-        ('512 B', '1.5 MiB', '85 GiB')
-    """
-    # Units of 1024, up to the largest one.
-    exponent = 0
-    while abs(num_bytes) >= 1024 and exponent < len(_UNITS) - 1:
-        num_bytes /= 1024
-        exponent += 1
-    if not exponent:
-        return f"{num_bytes:.0f} B"
-    return f"{num_bytes:.3g} {_UNITS[exponent].upper()}iB"
-
-
 def number_text(value: float) -> str:
     """Return a number with four digits.
 

@@ -41,6 +41,7 @@ class Status:
     @property
     def percent(self) -> int | None:
         """The part that is done, rounded down so that 100 is reached at the end only."""
+        # An empty iteration has no parts.
         if not self.total:
             return None
         return min(100, 100 * self.count // self.total)
@@ -68,6 +69,7 @@ def details(status: Status) -> list[str]:
     texts: list[str] = []
     if status.rate:
         texts.append(rate_text(status.rate, status.unit))
+        # At the end, and after a total that was too small, no time is left.
         if status.total is not None and status.count < status.total:
             left_s = (status.total - status.count) / status.rate
             texts.append(f"{duration_text(left_s)} left")
@@ -102,6 +104,7 @@ def rate_text(rate: float, unit: str) -> str:
         >>> rate_text(2.5, "it"), rate_text(0.1, "epoch"), rate_text(123456.0, "it")
         ('2.5 it/s', '10 s/epoch', '123456 it/s')
     """
+    # Epochs take minutes: 0.002 epochs per second is hard to read.
     if rate >= 1:
         return f"{_number_text(rate)} {unit}/s"
     return f"{_number_text(1 / rate)} s/{unit}"
@@ -135,7 +138,7 @@ def duration_text(seconds: float) -> str:
     return f"{minutes}:{rest_s:02}"
 
 
-def bytes_text(num_bytes: int) -> str:
+def bytes_text(num_bytes: float) -> str:
     """Return bytes in the largest fitting unit.
 
     Effects: pure.

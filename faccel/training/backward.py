@@ -107,6 +107,7 @@ def scaled_backward(
         raise loss_error(loss)
     check_scaler(scaler)
     scaler.check_before_backward()
+    # The ranks with fewer batches would not begin the reduction of the last ones.
     if ctx.lifetime.has_uneven_iteration and not ctx.lifetime.has_join:
         raise uneven_tail_error(
             ", or train inside `with faccel.parallel.join(model, opt, ctx)`, without `windows`"
@@ -120,6 +121,7 @@ def scaled_backward(
     # A multiplication by 1 would cost a kernel and a node of the graph.
     if factor != 1.0:
         loss = loss * factor
+    # Nearly every step: no record is created.
     if inputs is None and retain_graph is None and not create_graph:
         options = _PLAIN
     else:

@@ -60,12 +60,14 @@ def unscale(opt: Optimizer, scaler: ScalerState, ctx: DistContext) -> ScalerStat
     check_scaler(scaler)
     if scaler.has_skipped_window:  # there are no gradients
         return scaler
+    # Both raise on every rank, before a collective is begun.
     binding_of(opt, ctx)
     _check_has_grads("unscale", ctx)
     params = parameters_with_gradients(opt, ctx)
     grad_scale = scaler.scale_of_gradients(opt)
-    if not scaler.enabled:
+    if not scaler.enabled:  # fp32 and bf16: the scale is 1
         return scaler
+    # A second division would make the gradients too small, without an error.
     if scaler.overflow_of(opt) is not None:
         raise ScalerError(
             "the gradients of `opt` are unscaled already",
@@ -112,6 +114,7 @@ def grad_norm(
     positive("norm_type", norm_type)
     _check_has_grads("grad_norm", ctx)
     listed = list(params)
+    # The norm of this rank's gradients would differ between ranks.
     for param in listed:
         if is_unreduced(param.grad):
             raise OptimizerError(
