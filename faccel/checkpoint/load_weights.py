@@ -105,11 +105,11 @@ def _destinations(weights: Weights, reader: Reader) -> dict[str, torch.Tensor]:
             misshapen.add(name)
         if name in stored and not torch.can_cast(stored[name].dtype, tensor.dtype):
             mistyped.add(name)
-    _check_empty(missing, "missing in the files")
-    _check_empty(unknown, "unknown to the model")
-    _check_empty(misshapen, "of another shape")
+    check_none(missing, "missing in the files")
+    check_none(unknown, "unknown to the model")
+    check_none(misshapen, "of another shape")
     # A cast of complex numbers to real ones, or of real numbers to ints, would lose a part of each.
-    _check_empty(mistyped, "of a dtype that cannot be cast to the model's")
+    check_none(mistyped, "of a dtype that cannot be cast to the model's")
     return {file_names[name]: tensor for name, tensor in destinations.items()}
 
 
@@ -124,7 +124,12 @@ def _check_complete(folder: str, files: Sequence[str]) -> None:
         ) from None
 
 
-def _check_empty(names: set[str], problem: str) -> None:
+def check_none(names: set[str], problem: str) -> None:
+    """Raise if there are names of weights with a problem.
+
+    Raises:
+        CheckpointError: Names the first ones.
+    """
     if names:
         raise CheckpointError(
             "the weights do not fit the model",

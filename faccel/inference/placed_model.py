@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 import attrs
 import torch
 from torch import nn
@@ -15,6 +13,7 @@ from faccel.errors import ModelError
 from faccel.inference.placement import Placement
 from faccel.inference.session import OriginalParam, Session
 from faccel.inference.set_tensors import set_buffer, set_param
+from faccel.training.module_checks import method_of
 from faccel.tree import Tree
 
 
@@ -52,16 +51,7 @@ class PlacedModel:
             ModelError: The module has no such method or submodule, or was materialized.
         """
         self.session.check_open()
-        try:
-            target = attrgetter(method)(self.module)
-        except AttributeError:
-            target = None
-        if not callable(target):
-            raise ModelError(
-                f"`{method}` is not a method or submodule of the model",
-                got=f"a {type(self.module).__name__}",
-                fix="name one of its methods",
-            )
+        target = method_of(self.module, method)
         # Not `inference_mode`: its tensors could not take part in training later.
         with torch.no_grad():
             return target(*args, **kwargs)

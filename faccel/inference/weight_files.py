@@ -13,9 +13,8 @@ from collections.abc import Mapping
 import attrs
 import torch
 
-from faccel.checkpoint.codec_modules import first_names
 from faccel.checkpoint.files import SAFETENSORS_DTYPES, SHARDING
-from faccel.checkpoint.load_weights import files_with_weights
+from faccel.checkpoint.load_weights import check_none, files_with_weights
 from faccel.errors import CheckpointError, short_text, summary
 
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
@@ -139,20 +138,11 @@ def weights_by_name(
         if not torch.can_cast(stored[name].dtype, tensor.dtype):
             mistyped.add(name)
         result.update(dict.fromkeys(names, stored[name]))
-    _check_empty(missing, "missing in the files")
-    _check_empty(stored.keys() - tensors.keys(), "unknown to the model")
-    _check_empty(misshapen, "of another shape")
-    _check_empty(mistyped, "of a dtype that cannot be cast to the model's")
+    check_none(missing, "missing in the files")
+    check_none(stored.keys() - tensors.keys(), "unknown to the model")
+    check_none(misshapen, "of another shape")
+    check_none(mistyped, "of a dtype that cannot be cast to the model's")
     return result
-
-
-def _check_empty(names: set[str], problem: str) -> None:
-    if names:
-        raise CheckpointError(
-            "the weights do not fit the model",
-            got=f"{first_names(names)}: {problem}",
-            fix="build the model that was exported; convert other formats with `from_pretrained`",
-        )
 
 
 # `preadv` reads into memory that is reused: the operating system clears the pages of new memory

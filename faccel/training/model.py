@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from operator import attrgetter
 from typing import TYPE_CHECKING, NoReturn
 
 import attrs
@@ -80,16 +79,7 @@ class WrappedModel:
         Raises:
             ModelError: The module has no such method or submodule.
         """
-        try:
-            target = attrgetter(method)(self.module)
-        except AttributeError:
-            target = None
-        if not callable(target):
-            raise ModelError(
-                f"`{method}` is not a method or submodule of the model",
-                got=f"a {type(self.module).__name__}",
-                fix="name one of its methods",
-            )
+        module_checks.method_of(self.module, method)
         with self.ctx.lifetime.span("forward"):
             return self._run(method, *args, **kwargs)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -81,3 +82,24 @@ def check_wrapped_once(module: nn.Module, ctx: DistContext) -> None:
 def has_meta(module: nn.Module) -> bool:
     """Return whether a parameter or buffer is on the meta device."""
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
+def method_of(module: nn.Module, method: str) -> Callable[..., Any]:
+    """Return a method or a submodule by its name, such as "generate" or "blocks.0".
+
+    Effects: pure.
+
+    Raises:
+        ModelError: The module has none of this name.
+    """
+    try:
+        target = attrgetter(method)(module)
+    except AttributeError:
+        target = None
+    if not callable(target):
+        raise ModelError(
+            f"`{method}` is not a method or submodule of the model",
+            got=f"a {type(module).__name__}",
+            fix="name one of its methods",
+        )
+    return target

@@ -25,6 +25,7 @@ def run(command, folder):
     """Run a block as in a new shell, with this Python and these sources; return its output."""
     paths = [os.path.dirname(sys.executable), os.environ["PATH"]]
     env = os.environ | {"PATH": os.pathsep.join(paths), "PYTHONPATH": str(ROOT)}
+    env.pop("PYTEST_ADDOPTS", None)  # of this run: it would change what `pytest` prints
     result = subprocess.run(
         ["bash", "-ec", command], cwd=folder, env=env, capture_output=True, text=True, timeout=600
     )
