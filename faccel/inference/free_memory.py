@@ -8,6 +8,7 @@ import shutil
 import torch
 
 from faccel.context import DistContext
+from faccel.device_table import is_host
 
 _FRACTION = 0.9  # activations need the rest
 
@@ -19,7 +20,7 @@ def default_budget(ctx: DistContext) -> dict[str, int]:
     memory of the host.
     """
     budget: dict[str, int] = {}
-    if ctx.device.type != "cpu":
+    if not is_host(ctx.device):
         free, _ = torch.get_device_module(ctx.device).mem_get_info(ctx.device)
         budget[str(ctx.device)] = int(_FRACTION * free)
     # Pages of the file cache are not counted as available: a lower, safe number.

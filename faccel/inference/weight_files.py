@@ -15,6 +15,7 @@ import torch
 
 from faccel.checkpoint.files import SAFETENSORS_DTYPES, SHARDING
 from faccel.checkpoint.load_weights import check_none, files_with_weights
+from faccel.device_table import is_host
 from faccel.errors import CheckpointError, short_text, summary
 
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
@@ -175,7 +176,7 @@ class WeightReader:
             self._read_flat(weight, flat)
 
     def _read_flat(self, weight: StoredWeight, flat: torch.Tensor) -> None:
-        if flat.device.type == "cpu" and flat.dtype == weight.dtype:
+        if is_host(flat.device) and flat.dtype == weight.dtype:
             self._read_bytes(weight.path, weight.start, flat.view(torch.uint8))
             return
         # In chunks, so that a cast needs no second copy of the tensor.

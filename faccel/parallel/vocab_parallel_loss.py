@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from faccel.checks import one_of
 from faccel.context import DistContext, require_context
+from faccel.device_table import is_host
 from faccel.effects import COLLECTIVE, effectful
 from faccel.errors import DataError, ModelError, short_repr
 from faccel.protocols import Collectives
@@ -98,7 +99,7 @@ def _sharded_losses(logits: Any, targets: Tensor, ctx: DistContext, ignore_index
         )
     # Outside of the vocabulary no rank has a logit, and the loss would be wrong without an error.
     # Compared on the host only where it has the targets: a device would have to be waited for.
-    if targets.device.type == "cpu":
+    if is_host(targets.device):
         _check_targets(targets, logits.shape[-1], ignore_index)
     # Each rank computes the gradient of its shard from all targets: nothing is added up afterwards.
     local = _at_least_fp32(logits.to_local().flatten(0, -2))
