@@ -16,7 +16,7 @@ from itertools import chain
 
 import torch
 from characters import Text
-from gpt_model import GPT
+from gpt_model import GPT, tensor_styles
 from torch.utils.data import DataLoader
 
 import faccel
@@ -32,23 +32,10 @@ def plan_of(args, config):
     """Return how the mesh splits the model; parts for axes that the mesh lacks have no effect."""
     base = config.plan or faccel.Plan()  # of a configuration file
     checkpoint = "full" if args.activation_checkpoint else base.activation_checkpoint
-    prefix = "sequence_" if args.sequence_parallel else ""
-    tensor = {
-        "embed.token": "sequence_embedding" if args.sequence_parallel else "rowwise_embedding",
-        "blocks.*.attention.qkv": prefix + "colwise",
-        "blocks.*.attention.out": prefix + "rowwise",
-        "blocks.*.up": prefix + "colwise",
-        "blocks.*.down": prefix + "rowwise",
-        "head.logits": prefix + "colwise_loss",  # no rank has the logits of all tokens
-    }
-    if args.sequence_parallel:  # norms and residuals have `length / tp` tokens on each rank
-        tensor |= dict.fromkeys(("blocks.*.norm1", "blocks.*.norm2", "head.norm"), "sequence")
-        if args.positions == "learned":
-            tensor["embed.position"] = "sequence_embedding"
     stages = faccel.parallel.PipelineConfig(chain=("embed", "blocks.*", "head"), schedule="1f1b")
     return faccel.Plan(
         fsdp=base.fsdp,
-        tensor=tensor,
+        tensor=tensor_styles(args.positions, sequence_parallel=args.sequence_parallel),
         pipeline=stages,
         ddp=faccel.parallel.DdpConfig(shard_optimizer=True),  # ZeRO-1
         activation_checkpoint=checkpoint,

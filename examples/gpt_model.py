@@ -92,3 +92,21 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+def tensor_styles(positions, *, sequence_parallel):
+    """Return how tensor parallel splits each module."""
+    prefix = "sequence_" if sequence_parallel else ""
+    styles = {
+        "embed.token": "sequence_embedding" if sequence_parallel else "rowwise_embedding",
+        "blocks.*.attention.qkv": prefix + "colwise",
+        "blocks.*.attention.out": prefix + "rowwise",
+        "blocks.*.up": prefix + "colwise",
+        "blocks.*.down": prefix + "rowwise",
+        "head.logits": prefix + "colwise_loss",  # no rank has the logits of all tokens
+    }
+    if sequence_parallel:  # norms and residuals have `length / tp` tokens on each rank
+        styles |= dict.fromkeys(("blocks.*.norm1", "blocks.*.norm2", "head.norm"), "sequence")
+        if positions == "learned":
+            styles["embed.position"] = "sequence_embedding"
+    return styles

@@ -110,8 +110,8 @@ def test_a_killed_rank_on_one_node_is_a_restart_on_both(hosts, tmp_path):
         return [*options, str(script), str(tmp_path / "runs"), "1"]
 
     printed = sorted(line for lines in run(hosts, words) for line in lines)
-    uninterrupted = launch(script, tmp_path / "uninterrupted", -1)
-    assert printed[0].endswith(" resumes after step 7")
+    uninterrupted = launch(script, tmp_path / "uninterrupted", 0)
+    assert printed[0].endswith(" resumes after step 4")
     assert printed[1:] == [uninterrupted.stdout.strip()]
 
 
