@@ -22,6 +22,7 @@ GLOBAL_BATCH = 64  # samples per update, over all processes
 LEARNING_RATE = 6e-3
 CLIP_NORM = 1.0
 NUM_TEST = 360  # images for evaluation, of 1797
+LOG_EVERY = 4  # updates: a host that logs waits for its device
 SEED = 0
 
 
@@ -86,8 +87,9 @@ def main(ctx, track=()):
                 opt, scaler, ctx, clip_norm=CLIP_NORM, scheduler=schedule
             )
             meter = tracking.tick(meter, samples=len(x))
-            values = {"loss": loss, "grad_norm": info.grad_norm}
-            tracking.log(values, trackers, step=meter.num_steps)
+            if meter.num_steps % LOG_EVERY == 0:
+                values = {"loss": loss, "grad_norm": info.grad_norm}
+                tracking.log(values, trackers, step=meter.num_steps)
         if track:
             tracking.rates(meter, ctx)
         mean = faccel.reduce(loss.detach(), ctx, op="mean")
