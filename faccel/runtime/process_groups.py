@@ -246,6 +246,9 @@ class DefaultGroup:
 
         def renew(prefix: str) -> None:
             self.connections.renew(store, prefix, timeout)
+            # A rank that fails again at once would close its connections while others connect.
+            rank_status.join(topology.world_size)
+            rank_status.wait_until_all_joined(timeout_s)
             rank_status.renew()
             call_order.renew()
 

@@ -69,6 +69,13 @@ def groups_work_again_after_each_of_many_failures(ctx):
 
 
 @law
+def a_rank_that_fails_at_once_does_not_disturb_ranks_that_still_connect(ctx):
+    for _ in range(20):
+        fail(ctx, 0, lambda: total(ctx))
+        assert ctx.comm.recovery.renew()
+
+
+@law
 def the_groups_of_the_device_mesh_and_of_ddp_work_again(ctx):
     layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
     plan = faccel.Plan()
