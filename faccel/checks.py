@@ -33,6 +33,17 @@ MAX_COUNT = 10**9
 _MAX_INT = 2**64  # seeds of torch and NumPy have 64 bits
 _MAX_SECONDS = 10**9  # 30 years; from 292 years, timeouts overflow in Python and C++
 
+_SIZE_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 
@@ -324,3 +335,31 @@ def shown(value: object, limit: int = 80) -> str:
     if not text or len(text) > limit:
         return f"an object of type {type(value).__name__}"
     return f"{text}, of type {type(value).__name__}"
+
+
+def parse_size(size: str | int, name: str) -> int:
+    """Return a size such as `"5GB"` in bytes.
+
+    Effects: pure.
+
+    Args:
+        size: The size.
+        name: Of the argument, for the message.
+
+    Raises:
+        ConfigError: It is not a size.
+
+    Examples:
+        >>> parse_size("1.5KB", "size"), parse_size("2 MiB", "size"), parse_size(100, "size")
+        (1500, 2097152, 100)
+    """
+    # decimal units as transformers, and binary ones
+    # A file system has 64-bit sizes.
+    match = re.fullmatch(r"\s*(\d{1,19}(?:\.\d{1,19})?)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or match[2].upper() not in _SIZE_UNITS or float(match[1]) <= 0:
+        raise ConfigError(
+            f"`{name}` must be a positive size",
+            got=short_repr(size),
+            fix='write `"5GB"`, `"500MB"` or a number of bytes',
+        )
+    return int(float(match[1]) * _SIZE_UNITS[match[2].upper()])

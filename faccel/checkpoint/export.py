@@ -20,7 +20,7 @@ from faccel.checkpoint.pretrained import active_adapter, weights_stem, write_ada
 from faccel.checkpoint.rank_calls import on_rank_0
 from faccel.checkpoint.tensor_names import trainable_entries
 from faccel.checkpoint.tensor_views import check_storable, has_inner_tensors, memory_key
-from faccel.checks import shown
+from faccel.checks import parse_size, shown
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
 from faccel.errors import CheckpointError, ConfigError, short_repr
@@ -39,48 +39,9 @@ _STALE_FILE = re.compile(
     r"|(diffusion_pytorch_)?model\.safetensors\.index\.json"
     r"|pytorch_model.*\.bin(\.index\.json)?"
 )
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
 
 Fetch = Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
 """Returns full tensors on the CPU by their names, on rank 0. Every rank must call it."""
-
-
-def parse_size(size: str | int, name: str = "max_shard_size") -> int:
-    """Return a size such as `"5GB"` in bytes.
-
-    Effects: pure.
-
-    Args:
-        size: The size.
-        name: Of the argument, for the message.
-
-    Raises:
-        ConfigError: It is not a size.
-
-    Examples:
-        >>> parse_size("1.5KB"), parse_size("2 MiB"), parse_size(100)
-        (1500, 2097152, 100)
-    """
-    # decimal units as transformers, and binary ones
-    # A file system has 64-bit sizes.
-    match = re.fullmatch(r"\s*(\d{1,19}(?:\.\d{1,19})?)\s*([A-Za-z]*)\s*", str(size))
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise ConfigError(
-            f"`{name}` must be a positive size",
-            got=short_repr(size),
-            fix='write `"5GB"`, `"500MB"` or a number of bytes',
-        )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def user_module(model: object) -> nn.Module:
@@ -302,7 +263,7 @@ def export_model(
         return on_rank_0(
             lambda: write_adapter(module, adapter, state, directory), ctx, "write the adapter"
         )
-    shards = split_into_shards(full_tensors.sizes(), parse_size(max_shard_size))
+    shards = split_into_shards(full_tensors.sizes(), parse_size(max_shard_size, "max_shard_size"))
     described: nn.Module | None = module
     if trained_only:  # `from_pretrained` could not build the model from a part of its weights
         described = None

@@ -15,7 +15,7 @@ from faccel.checkpoint.codec_tensors import TENSOR
 from faccel.checkpoint.codec_values import MAPPING, SEQUENCE
 from faccel.checkpoint.codec_wrappers import WRAPPER
 from faccel.checkpoint.dcp import Reader
-from faccel.checkpoint.export import parse_size, split_into_shards, write_export
+from faccel.checkpoint.export import split_into_shards, write_export
 from faccel.checkpoint.manifest import (
     MANIFEST,
     Checkpoint,
@@ -29,6 +29,7 @@ from faccel.checkpoint.manifest import (
 from faccel.checkpoint.tensor_names import child_name, item_name
 from faccel.checkpoint.tensor_views import DTYPES
 from faccel.checkpoint.verification import first_problem
+from faccel.checks import parse_size
 from faccel.context import DistContext
 from faccel.errors import CheckpointError
 from faccel.training.module_names import user_name
@@ -80,7 +81,7 @@ def merge(
     for key, weight in weights.items():
         sizes[key] = stored[weight.path].shape.numel() * stored[weight.path].dtype.itemsize
     # Tied tensors are stored under each of their names in a checkpoint, so there are no ties.
-    shards = split_into_shards(sizes, parse_size(max_shard_size))
+    shards = split_into_shards(sizes, parse_size(max_shard_size, "max_shard_size"))
 
     def fetch(names: Sequence[str]) -> Mapping[str, torch.Tensor]:
         # One file of the export at a time is in memory.

@@ -86,7 +86,7 @@ class RankStatus:
         return f"{prefix}/{self._num_turns}"
 
     def new_counter(self) -> StoreCounter:
-        """Return a counter from 0: a new one on all ranks, which make the calls in one order."""
+        """Return a counter from 0, which all ranks increase. All ranks must call it."""
         # All ranks make the calls in one order, so they compute equal keys without a message.
         self._num_counters += 1
         return StoreCounter(self.store, f"counter/{self._generation}/{self._num_counters}")

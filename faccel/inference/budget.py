@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from faccel.checkpoint.export import parse_size
-from faccel.checks import shown
+from faccel.checks import parse_size, shown
 from faccel.errors import ConfigError, short_repr
 
 DISK = "disk"

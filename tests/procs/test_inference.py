@@ -12,6 +12,7 @@ import faccel
 from faccel.checkpoint import export_model
 from faccel.inference import on_meta, place, share_work
 from faccel.testing import fake_context
+from tests.memory import DeepNet, status
 from tests.ranks import run_ranks
 
 NUM_ITEMS = 6
@@ -45,27 +46,11 @@ def test_a_rank_that_is_done_takes_the_items_of_one_that_is_busy(tmp_path):
     assert [rank for _, rank in first] == [busy] + [1 - busy] * (NUM_ITEMS - 1)
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x
-
-
-def status(field):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
-
-
 def within_limit(ctx, folder):
     """Run the model in a process that cannot allocate more than 110 % of the budget."""
     x = torch.linspace(-1, 1, 2 * WIDTH).reshape(2, WIDTH)
     with on_meta():
-        net = Net()
+        net = DeepNet(WIDTH, DEPTH)
     with torch.no_grad():
         nn.Linear(WIDTH, 2)(x)  # the first matrix product allocates memory of its library
     ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: frees at once
@@ -83,7 +68,7 @@ def within_limit(ctx, folder):
 @pytest.mark.slow
 def test_a_model_five_times_its_budget_stays_within_it(tmp_path):
     torch.manual_seed(0)
-    net = Net()
+    net = DeepNet(WIDTH, DEPTH)
     export_model(net, tmp_path, fake_context(0, 1))
     ((outputs, peak, devices),) = run_ranks(within_limit, 1, str(tmp_path))
     assert devices == {"cpu", "disk"}

@@ -8,26 +8,11 @@ import torch
 from torch import nn
 
 import faccel
+from tests.memory import DeepNet, status
 from tests.ranks import run_ranks
 
 WIDTH, DEPTH = 1024, 8  # 8.4 million parameters, 34 MB in fp32
 PARAMETERS = DEPTH * (WIDTH * WIDTH + WIDTH) * 4
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x
-
-
-def status(field):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 def reset_peak():
@@ -54,7 +39,7 @@ def peak(ctx):
     reset_peak()
     before = status("VmRSS")
     with torch.device("meta" if ctx.rank and ctx.mesh.spec.dp_shard > 1 else "cpu"):
-        net = Net()
+        net = DeepNet(WIDTH, DEPTH)
     model = faccel.wrap(net, ctx)
     reset_peak()
     train(model, ctx, x)
