@@ -34,6 +34,16 @@ class Collector:
         """Whether it runs now: a `__del__` that it calls lets other threads run."""
         return self._start_s is not None
 
+    def recent_pauses(self) -> list[tuple[float, float]]:
+        """Return the long runs, with the one that has not ended yet as if it ended now."""
+        pauses = list(self.pauses)
+        # Read once: this is another thread than the one that ends the run.
+        start_s, now_s = self._start_s, time.time()
+        # It was silent until it called the `__del__` that let this thread run.
+        if start_s is not None and now_s - start_s > _MIN_PAUSE_S:
+            pauses.append((start_s, now_s))
+        return pauses
+
     def _note(self, phase: str, info: Mapping[str, int]) -> None:
         if threading.get_ident() != self._thread_id:  # another thread has caused the run
             return
@@ -103,7 +113,7 @@ class Sampler:
             "numbers": [dict(numbers) for numbers in tables],
             "moments": moments,
             "groups": _describe(groups, progress["axes"]),
-            "pauses": list(self._collector.pauses),
+            "pauses": self._collector.recent_pauses(),
             "step": progress["step"],
             "loader": progress["loader"],
             "threads": other_stacks({self._thread_id, observer_id}),

@@ -9,7 +9,8 @@ import faccel
 from faccel import func
 from faccel.testing import fake_context
 from tests import functional
-from tests.procs.test_memory import PARAMETERS, WIDTH, Net, reset_peak, status, train
+from tests.memory import DeepNet, status
+from tests.procs.test_memory import DEPTH, PARAMETERS, WIDTH, reset_peak, train
 from tests.ranks import run_ranks
 
 
@@ -65,7 +66,7 @@ def train_functionally(model, ctx, x, *, donate, steps=2):
     state = func.init_state(model, optimizer, ctx, seed=0)
     del model.layers[:]  # the state has its values; the code is in a model on meta
     with torch.device("meta"):
-        code = Net()
+        code = DeepNet(WIDTH, DEPTH)
     reset_peak()
     # a bucket of 25 MB would be most of this model
     step = func.make_step(
@@ -90,7 +91,7 @@ def peak(ctx, how):
     gc.collect()
     reset_peak()
     before = status("VmRSS")
-    net = Net()
+    net = DeepNet(WIDTH, DEPTH)
     if how == "module":
         model = faccel.wrap(net, ctx)
         reset_peak()
