@@ -47,6 +47,12 @@ class _Counts(NamedTuple):
     comm_s: float
 
 
+# The counts of `_Counts` as a plain tuple, which takes less time, and the end of the step before:
+# after a step of the model each object that `tick` reads is a miss of the processor's cache. None
+# at the first step of a window.
+_End = tuple[float, int, int, int, float, int, float, "_End | None"]
+
+
 @attrs.frozen(eq=False)
 class _Options:
     """What `init_meter` was called with."""
@@ -65,11 +71,11 @@ class Meter:
     """The counts of this rank: `init_meter` returns the first one, `tick` the next ones."""
 
     _options: _Options = attrs.field(alias="options")
-    # The counts of `_Counts` as plain tuples, and few fields: each of both costs as much in a step
-    # as all the rest of `tick`.
-    _last: tuple[float, int, int, int, float, int, float] = attrs.field(alias="last")
-    # The ends of the last steps: their number is constant, whatever the number of steps.
-    _ends: tuple[tuple[float, int, int, int, float, int, float], ...] = attrs.field(alias="ends")
+    # Few fields: each one costs as much in a step as all the rest of `tick`.
+    _last: _End = attrs.field(alias="last")
+    # The end of the last full window, from which the ends of its steps are found: the number of
+    # ends that are kept is constant, whatever the number of steps.
+    _older: _End | None = attrs.field(alias="older")
 
     @property
     def num_steps(self) -> int:
@@ -153,12 +159,9 @@ def init_meter(
     if run is not None:
         journal = open_journal(run, ctx, waits)
     options = _Options(flops_per_sample, peak_flops, window, warmup, waits, journal, weak_state)
-    start = _Counts(
-        clock() - waits.in_phases_s, 0, 0, 0, waits.data_s, waits.num_batches, waits.comm_s
-    )
-    if warmup:
-        return Meter(options, start, ())
-    return Meter(options, start, (start,))
+    start_s = clock() - waits.in_phases_s
+    start = (start_s, 0, 0, 0, waits.data_s, waits.num_batches, waits.comm_s, None)
+    return Meter(options, start, None)
 
 
 def _waits_of(ctx: DistContext, clock: Callable[[], float]) -> WaitTimes:
@@ -210,11 +213,15 @@ def tick(meter: Meter, *, samples: int = 0, tokens: int = 0) -> Meter:
         _check_count("tokens", tokens)
     options = meter._options  # pyright: ignore[reportPrivateUsage]
     before = meter._last  # pyright: ignore[reportPrivateUsage]
-    _, num_steps, num_samples, num_tokens, _, _, _ = before
+    _, num_steps, num_samples, num_tokens, _, _, _, _ = before
     waits = options.waits
     now_s = waits.clock()
     if options.journal is not None:
         options.journal.step(now_s)
+    older, previous = meter._older, before  # pyright: ignore[reportPrivateUsage]
+    # The chain of ends begins again, and the window before it is the last one that is needed.
+    if num_steps % options.window == 0:
+        older, previous = before, None
     last = (
         now_s - waits.in_phases_s,
         num_steps + 1,
@@ -223,12 +230,9 @@ def tick(meter: Meter, *, samples: int = 0, tokens: int = 0) -> Meter:
         waits.data_s,
         waits.num_batches,
         waits.comm_s,
+        previous,
     )
-    ends = meter._ends  # pyright: ignore[reportPrivateUsage]
-    if num_steps + 1 >= options.warmup:
-        # `window` steps have one end more than their number.
-        ends = (*ends[-options.window :], last)
-    return Meter(options, last, ends)
+    return Meter(options, last, older)
 
 
 def _check_meter(meter: Meter) -> None:
@@ -277,28 +281,37 @@ def rates(meter: Meter, ctx: DistContext) -> Rates:
     row = torch.tensor(_counts(meter, ctx), dtype=torch.int64, device=ctx.device)
     ctx.comm.set_call_label("rates", row)
     # The one point where the host waits for the device.
-    rows = ctx.comm.all_gather(row, WORLD).cpu().numpy()
-    # By the number of the replica: `setdefault` keeps its lowest rank.
-    first_of_replicas: dict[int, int] = {}
-    for rank in range(ctx.world_size):
-        first_of_replicas.setdefault(ctx.mesh.spec.data_rank(rank), rank)
-    result = combined(rows, list(first_of_replicas.values()))
+    rows = ctx.comm.all_gather(row, WORLD).tolist()
+    result = combined(rows, ctx.mesh.spec.peers(0, "data"))
     journal = meter._options.journal  # pyright: ignore[reportPrivateUsage]
     if journal is not None and ctx.is_main:
         journal.add_rates(result.known())
     return result
 
 
+def _window(meter: Meter) -> tuple[_Counts, _Counts]:
+    """Return the counts before the first step of the window, and those after its last one.
+
+    They are equal before the first step after the warm-up.
+    """
+    options = meter._options  # pyright: ignore[reportPrivateUsage]
+    newest = end = meter._last  # pyright: ignore[reportPrivateUsage]
+    older = meter._older  # pyright: ignore[reportPrivateUsage]
+    first_step = max(newest[1] - options.window, options.warmup)
+    while end[1] > first_step:
+        # The first end of a chain has the same one before it as the chain before has last.
+        before = end[7] or older
+        assert before is not None
+        end = before
+    return _Counts(*end[:7]), _Counts(*newest[:7])
+
+
 def _counts(meter: Meter, ctx: DistContext) -> RankCounts:
     options = meter._options  # pyright: ignore[reportPrivateUsage]
-    total = _Counts(*meter._last)  # pyright: ignore[reportPrivateUsage]
-    ends = meter._ends  # pyright: ignore[reportPrivateUsage]
-    first = last = total
-    if ends:
-        first, last = _Counts(*ends[0]), _Counts(*ends[-1])
+    first, last = _window(meter)
     # 0 would be a measurement: a loop without a loader of `shard` has none.
     data_ns = comm_ns = UNKNOWN
-    if total.num_batches:
+    if last.num_batches:
         data_ns = nanoseconds(last.data_s - first.data_s)
     if is_host(ctx.device):
         comm_ns = nanoseconds(last.comm_s - first.comm_s)
@@ -312,9 +325,9 @@ def _counts(meter: Meter, ctx: DistContext) -> RankCounts:
         or_unknown(device_table.peak_bytes(ctx.device)),
         or_unknown(options.peak_flops),
         or_unknown(options.flops_per_sample),
-        total.num_steps,
-        total.num_samples,
-        total.num_tokens,
+        last.num_steps,
+        last.num_samples,
+        last.num_tokens,
         *_memory_counts(options.state, ctx),
     )
 

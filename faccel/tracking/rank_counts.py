@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import attrs
-import numpy as np
 
 from faccel.tracking.memory_categories import PeakMemory
 
@@ -84,12 +83,14 @@ class Rates:
 
         Those of `memory` are `memory_parameters` and so on.
         """
-        values = attrs.asdict(self, recurse=False)
-        memory = values.pop("memory")
-        if memory is not None:
-            for name, value in attrs.asdict(memory).items():
+        values = {name: getattr(self, name) for name in _RATES}
+        if self.memory is not None:
+            for name, value in attrs.asdict(self.memory).items():
                 values[f"memory_{name}"] = value
         return {name: value for name, value in values.items() if value is not None}
+
+
+_RATES = tuple(field.name for field in attrs.fields(Rates) if field.name != "memory")
 
 
 def nanoseconds(seconds: float) -> int:
@@ -110,42 +111,44 @@ def or_unknown(value: float | None) -> int:
     return round(value)
 
 
-def combined(rows: np.ndarray, first_of_replicas: Sequence[int]) -> Rates:
+def combined(rows: Sequence[Sequence[int]], first_of_replicas: Sequence[int]) -> Rates:
     """Return the rates of all ranks.
 
     Effects: pure.
 
     Args:
-        rows: `int64[ranks, 16]`, the `RankCounts` of each rank.
+        rows: The `RankCounts` of each rank.
         first_of_replicas: One rank of each model replica: the others have the same samples.
     """
-    # Integers up to here, so that sums are exact for any number of samples and tokens.
-    replicas = rows[first_of_replicas]
-    largest = RankCounts(*rows.max(0).tolist())
-    total = RankCounts(*replicas.sum(0).tolist())
+    # Integers up to here, so that sums are exact for any number of samples and tokens. Not arrays:
+    # for a few ranks a sum of an array takes longer.
+    counts = [RankCounts(*row) for row in rows]
+    replicas = [counts[rank] for rank in first_of_replicas]
     # The longest window: ranks enter `rates` at the pace of the slowest one.
-    window_s = largest.window_ns / _NS_PER_S
+    window_s = max(count.window_ns for count in counts) / _NS_PER_S
+    num_steps = max(count.num_steps for count in counts)
     samples_s = tokens_s = steps_s = mfu = data_wait = comm_wait = None
-    if largest.num_steps and window_s:
-        samples_s = total.num_samples / window_s
-        tokens_s = total.num_tokens / window_s
-        steps_s = largest.num_steps / window_s
-        mfu = _utilization(rows, replicas, window_s)
-        data_wait = _largest_part("data_ns", rows)
-        comm_wait = _largest_part("comm_ns", rows)
+    if num_steps and window_s:
+        samples_s = sum(count.num_samples for count in replicas) / window_s
+        tokens_s = sum(count.num_tokens for count in replicas) / window_s
+        steps_s = num_steps / window_s
+        mfu = _utilization(counts, replicas, window_s)
+        windows_ns = [count.window_ns for count in counts]
+        data_wait = _largest_part([count.data_ns for count in counts], windows_ns)
+        comm_wait = _largest_part([count.comm_ns for count in counts], windows_ns)
     return Rates(
         samples_s=samples_s,
         tokens_s=tokens_s,
         steps_s=steps_s,
         mfu=mfu,
-        peak_bytes=_or_none(largest.peak_bytes),
+        peak_bytes=_or_none(max(count.peak_bytes for count in counts)),
         data_wait=data_wait,
         comm_wait=comm_wait,
-        slowest_rank=_slowest(rows),
-        num_steps=largest.total_steps,
-        num_samples=total.total_samples,
-        num_tokens=total.total_tokens,
-        memory=_largest_memory([RankCounts(*row) for row in rows.tolist()]),
+        slowest_rank=_slowest(counts),
+        num_steps=max(count.total_steps for count in counts),
+        num_samples=sum(count.total_samples for count in replicas),
+        num_tokens=sum(count.total_tokens for count in replicas),
+        memory=_largest_memory(counts),
     )
 
 
@@ -171,19 +174,14 @@ def _size(memory: PeakMemory) -> int:
     return memory.parameters + memory.gradients + memory.optimizer
 
 
-def _column(name: str, rows: np.ndarray) -> np.ndarray:
-    return rows[:, RankCounts._fields.index(name)]
-
-
-def _utilization(rows: np.ndarray, replicas: np.ndarray, window_s: float) -> float | None:
-    peaks, flops = _column("peak_flops", rows), _column("flops_per_sample", rows)
+def _utilization(
+    counts: Sequence[RankCounts], replicas: Sequence[RankCounts], window_s: float
+) -> float | None:
     # One device without a peak would make the others look better than they are.
-    if UNKNOWN in peaks or UNKNOWN in flops:
+    if any(UNKNOWN in (count.peak_flops, count.flops_per_sample) for count in counts):
         return None
-    # In float64: the product of two counts may have more than 63 bits.
-    samples = _column("num_samples", replicas).astype(np.float64)
-    done = samples @ _column("flops_per_sample", replicas)
-    return float(done / (peaks.sum(dtype=np.float64) * window_s))
+    done = sum(count.num_samples * count.flops_per_sample for count in replicas)
+    return done / (sum(count.peak_flops for count in counts) * window_s)
 
 
 def _or_none(count: int) -> int | None:
@@ -192,24 +190,23 @@ def _or_none(count: int) -> int | None:
     return count
 
 
-def _largest_part(name: str, rows: np.ndarray) -> float | None:
+def _largest_part(waits_ns: Sequence[int], windows_ns: Sequence[int]) -> float | None:
     """Return the largest part of its time that a rank has waited; None if no rank has measured."""
-    waits_ns = _column(name, rows)
-    if waits_ns.max() == UNKNOWN:
+    if max(waits_ns) == UNKNOWN:
         return None
     # At least 1: a rank may have no step yet.
-    windows_ns = np.maximum(_column("window_ns", rows), 1)
-    return float((np.maximum(waits_ns, 0) / windows_ns).max())
+    pairs = zip(waits_ns, windows_ns, strict=True)
+    return max(max(wait_ns, 0) / max(window_ns, 1) for wait_ns, window_ns in pairs)
 
 
-def _slowest(rows: np.ndarray) -> int | None:
+def _slowest(counts: Sequence[RankCounts]) -> int | None:
     """Return the rank that waits longest for data and shortest for the other ranks.
 
     A step takes equally long on all ranks, because they wait for each other: only the waits differ.
     """
     # A delay in data is seen on the rank itself, any other one by the waits of the other ranks.
-    delays_ns = np.maximum(_column("data_ns", rows), 0) - np.maximum(_column("comm_ns", rows), 0)
-    threshold_ns = _SLOW_PART * _column("window_ns", rows).max()
-    if delays_ns.max() - delays_ns.min() <= threshold_ns:
+    delays_ns = [max(count.data_ns, 0) - max(count.comm_ns, 0) for count in counts]
+    threshold_ns = _SLOW_PART * max(count.window_ns for count in counts)
+    if max(delays_ns) - min(delays_ns) <= threshold_ns:
         return None
-    return int(delays_ns.argmax())
+    return delays_ns.index(max(delays_ns))

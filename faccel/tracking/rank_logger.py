@@ -78,6 +78,9 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         `step=` is an attribute of the record. `ctx=` is the context of a logger without one.
         """
         in_order = kwargs.pop("in_order", False)
+        # First: most records of a loop are of a level that is not logged.
+        if not in_order and not self.isEnabledFor(level):
+            return
         ctx = kwargs.pop("ctx", self.ctx)
         kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1  # the caller's line, not this one
         if not in_order or ctx is None:

@@ -461,7 +461,7 @@ def test_the_memory_is_of_the_rank_with_the_highest_peak():
     # peak_bytes, then parameters, gradients, optimizer states and activations
     ranks = [(900, 10, 10, 10, 870), (1000, 1, 1, 1, 997), (5000, -1, -1, -1, -1)]
     rows = [RankCounts(*[0] * 6, peak, *[0] * 5, *sizes) for peak, *sizes in ranks]
-    memory = combined(np.array(rows), [0]).memory
+    memory = combined(rows, [0]).memory
     assert memory == PeakMemory(1, 1, 1, 997, 1000)
 
 
