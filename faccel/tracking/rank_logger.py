@@ -79,7 +79,7 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         """
         in_order = kwargs.pop("in_order", False)
         # First: most records of a loop are of a level that is not logged.
-        if not in_order and not self.isEnabledFor(level):
+        if not in_order and not self.logger.isEnabledFor(level):
             return
         ctx = kwargs.pop("ctx", self.ctx)
         kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1  # the caller's line, not this one

@@ -212,6 +212,7 @@ def wrap(
     if ctx.config.debug:
         note_optimizers(model)
     places = _places(ctx, device_placement=device_placement)
+    module_checks.check_holds_its_values(model, moves=places)
     ctx.comm.begin_call("wrap")
     cast_module(model, ctx)
     # A model on `meta` gets its memory from the strategy, in shards.

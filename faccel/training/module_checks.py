@@ -63,6 +63,37 @@ def check_is_initialized(module: nn.Module) -> None:
             )
 
 
+def check_holds_its_values(module: nn.Module, *, moves: bool) -> None:
+    """Raise if Accelerate's hooks hold values of a module, as after `device_map="auto"`.
+
+    The module has such parameters on meta, and `wrap` would give them new initial values.
+
+    Args:
+        module: The user's module.
+        moves: Whether it is moved to one device, which `device_map` may have found too small.
+
+    Raises:
+        ModelError: They do, or the module is spread over devices and would be moved to one.
+    """
+    fix = "load it without `device_map`, or with that of one device; to run a model that is larger "
+    fix += "than a device write `faccel.inference.place(model, path, ctx, budget=...)`"
+    has_hooks = any(hasattr(submodule, "_hf_hook") for submodule in module.modules())
+    if has_hooks and has_meta(module):
+        raise ModelError(
+            "`model` has been offloaded by Accelerate, whose hooks hold its values",
+            got=f"a {type(module).__name__} with parameters on meta",
+            fix=fix,
+        )
+    device_map = getattr(module, "hf_device_map", {})
+    devices = sorted(set(map(str, device_map.values())))
+    if moves and len(devices) > 1:
+        raise ModelError(
+            "`model` is spread over several devices, and `wrap` moves a model to one",
+            got=f"`hf_device_map` with {', '.join(devices)}",
+            fix=f"{fix}, or `device_placement=False` to keep it where it is",
+        )
+
+
 def check_wrapped_once(module: nn.Module, ctx: DistContext) -> None:
     """Raise if a model of `ctx` has a trainable parameter of `module` already."""
     # Two reducers would average the same gradients, into different buckets.
