@@ -3,7 +3,6 @@
 import time
 
 import attrs
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
