@@ -326,6 +326,16 @@ def is_dtensor(value: object) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def has_inner_tensors(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is a wrapper of other tensors, such as a quantized one of torchao.
+
+    Effects: pure. False for a DTensor, whose shards are stored.
+    """
+    if type(tensor) is torch.Tensor or is_sharded(tensor):
+        return False
+    return hasattr(tensor, "__tensor_flatten__") and hasattr(type(tensor), "__tensor_unflatten__")
+
+
 def local_tensor(value: torch.Tensor) -> torch.Tensor:
     """Return this rank's shard of a sharded tensor, which it aliases; any other tensor itself.
 

@@ -24,10 +24,14 @@ from faccel.parallel.forward import call_method, with_precision
 from faccel.parallel.fp8 import fp8_layers
 from faccel.parallel.layerwise_casting import store_layers
 from faccel.parallel.materialize import has_meta, materialize
-from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
+from faccel.parallel.sync_states import (
+    broadcast_from_rank_0,
+    check_same_structure,
+    plain_tensors,
+)
 from faccel.plan import DdpConfig, Plan
 from faccel.protocols import Parallelism, RunMethod, Stateful
-from faccel.tree import Tree
+from faccel.tree import Tree, has_inner_tensors
 
 
 def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:
@@ -90,6 +94,7 @@ def _make_engine(module: nn.Module, options: DdpConfig, ctx: DistContext) -> Ddp
     # The engine copies buffers at the end of backward instead, so that replicas are equal between
     # updates.
     arguments |= _without_buffer_sync(module, ctx)
+    arguments |= _quantized_sync(module, ctx)
     engine = DdpEngine(module, options, ctx, process_group=group, **arguments)
     if options.comm_hook is not None:
         from faccel.backends.ddp_comm_hooks import register  # torch's hooks are slow to import
@@ -105,6 +110,18 @@ def _without_buffer_sync(module: nn.Module, ctx: DistContext) -> dict[str, bool]
     # Before torch 2.13, `broadcast_buffers=False` also skips the first broadcast, at construction.
     broadcast_from_rank_0(dict(module.named_buffers()), ctx, DATA)
     return {"broadcast_buffers": False}
+
+
+def _quantized_sync(module: nn.Module, ctx: DistContext) -> dict[str, bool]:
+    """Return the argument for a model with quantized parameters, which DDP cannot broadcast."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if not any(map(has_inner_tensors, tensors.values())):
+        return {}
+    with torch.no_grad():
+        # One at a time: such models are large.
+        for tensor in plain_tensors(tensors).values():
+            tensor.copy_(ctx.comm.broadcast(tensor, 0, DATA))
+    return {"init_sync": False}
 
 
 def _wrap_frozen(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, RunMethod]:

@@ -40,7 +40,7 @@ from faccel.parallel.param_hooks import hooks_of
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, RunMethod
-from faccel.tree import Tree, flatten, is_dtensor
+from faccel.tree import Tree, flatten, has_inner_tensors, is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -188,6 +188,7 @@ def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext
 
     Updates `module`; collective over the stage.
     """
+    _check_divisible(module)
     hooks = hooks_of(module)
     _make_contiguous(module)
     # First, because all later steps take local slices: every rank must have the same values.
@@ -208,6 +209,26 @@ def shard_module(module: nn.Module, plan: Plan, layout: Layout, ctx: DistContext
     # Last: of a model on meta, each rank now allocates its shards and one full tensor at a time.
     values.fill(module, ctx, "stage")
     attach(module, hooks, ctx)
+
+
+def _check_divisible(module: nn.Module) -> None:
+    """Raise for a quantized parameter whose class does not support shards.
+
+    Raises:
+        ModelError: There is one. Some classes do, such as torchao's `NF4Tensor`.
+    """
+    for name, param in module.named_parameters():
+        if not has_inner_tensors(param):
+            continue
+        try:
+            torch.chunk(param.detach(), 2)
+        except (NotImplementedError, RuntimeError, AssertionError) as error:
+            raise ModelError(
+                f"`{name}` is quantized, and its class cannot be divided into shards",
+                got=f"{type(param).__name__}{list(param.shape)} on a mesh that shards parameters",
+                fix='replicate the model, with `faccel.init(mesh="dp_replicate=-1")`; adapters '
+                "next to frozen quantized weights train there as on one process",
+            ) from error
 
 
 def _make_contiguous(module: nn.Module) -> None:

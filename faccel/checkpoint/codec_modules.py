@@ -31,7 +31,6 @@ from faccel.checkpoint.codec_wrappers import (
 from faccel.checkpoint.tensor_names import child_name, trainable_entries
 from faccel.checkpoint.tensor_views import (
     check_storable,
-    has_inner_tensors,
     memory_key,
     stored_view,
 )
@@ -39,7 +38,7 @@ from faccel.errors import CheckpointError, short_repr, short_text
 from faccel.training.model import WrappedModel
 from faccel.training.module_checks import check_contains_no_model
 from faccel.training.module_names import original_names, user_name, with_user_names
-from faccel.tree import Tree, is_sharded
+from faccel.tree import Tree, has_inner_tensors, is_sharded
 
 # Modules. Their parameters are read where they are, without a second copy in memory.
 

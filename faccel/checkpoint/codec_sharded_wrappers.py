@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore, mismatch, restore_all
 from faccel.checkpoint.codec_tensors import decode_spec
 from faccel.checkpoint.tensor_names import child_name
-from faccel.checkpoint.tensor_views import has_inner_tensors, stored_view, with_local
+from faccel.checkpoint.tensor_views import stored_view, with_local
 from faccel.checkpoint.wrapper_nodes import class_name, inner_tensors, wrapper_node
 from faccel.errors import CheckpointError
 from faccel.training.full_values import local_slice
-from faccel.tree import is_dtensor, local_tensor
+from faccel.tree import has_inner_tensors, is_dtensor, local_tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

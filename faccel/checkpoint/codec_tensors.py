@@ -20,12 +20,11 @@ from faccel.checkpoint.tensor_views import (
     DTYPES,
     check_storable,
     empty_in_layout,
-    has_inner_tensors,
     is_view_needed,
     stored_view,
 )
 from faccel.errors import CheckpointError
-from faccel.tree import Tree, is_sharded, is_tensordict
+from faccel.tree import Tree, has_inner_tensors, is_sharded, is_tensordict
 
 # Tensors. The kind states how the elements are stored: as they are, a complex number as a pair of
 # real ones, or as bytes of a dtype that the files do not have.

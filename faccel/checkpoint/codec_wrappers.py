@@ -15,7 +15,7 @@ import torch
 from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore, mismatch, restore_all
 from faccel.checkpoint.codec_sharded_wrappers import decode_into_shards, in_shapes_of_class
 from faccel.checkpoint.tensor_names import child_name
-from faccel.checkpoint.tensor_views import check_storable, has_inner_tensors
+from faccel.checkpoint.tensor_views import check_storable
 from faccel.checkpoint.wrapper_nodes import (
     Wrapper,
     class_name,
@@ -24,7 +24,7 @@ from faccel.checkpoint.wrapper_nodes import (
     registered_class,
     wrapper_node,
 )
-from faccel.tree import Tree, is_dtensor
+from faccel.tree import Tree, has_inner_tensors, is_dtensor
 
 
 def is_wrapper(value: object) -> bool:

@@ -19,7 +19,7 @@ from faccel.checkpoint.files import Slice, sync_directory, write_file, write_saf
 from faccel.checkpoint.pretrained import active_adapter, weights_stem, write_adapter, write_config
 from faccel.checkpoint.rank_calls import on_rank_0
 from faccel.checkpoint.tensor_names import trainable_entries
-from faccel.checkpoint.tensor_views import check_storable, has_inner_tensors, memory_key
+from faccel.checkpoint.tensor_views import check_storable, memory_key
 from faccel.checks import parse_size, shown
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
@@ -28,7 +28,7 @@ from faccel.offloaded_tensor import OffloadedTensor
 from faccel.training.full_tensors import FullTensors
 from faccel.training.model import WrappedModel
 from faccel.training.module_names import uncompiled, with_user_names
-from faccel.tree import Tree
+from faccel.tree import Tree, has_inner_tensors
 
 # Of transformers and plain models, then of diffusers.
 WEIGHTS_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")

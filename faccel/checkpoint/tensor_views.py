@@ -16,7 +16,7 @@ from faccel.checkpoint.files import SAFETENSORS_DTYPES
 from faccel.errors import CheckpointError
 from faccel.flat_shard import FlatShard
 from faccel.offloaded_tensor import OffloadedTensor
-from faccel.tree import is_cast_shard, is_dtensor, is_sharded, local_tensor
+from faccel.tree import has_inner_tensors, is_cast_shard, is_dtensor, is_sharded, local_tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -91,16 +91,6 @@ def _problem_of_shards(tensor: DTensor) -> tuple[str, str] | None:
             'replicates them: `faccel.init(mesh="dp_replicate=-1")`',
         )
     return None
-
-
-def has_inner_tensors(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is a wrapper of other tensors, such as a quantized one of torchao.
-
-    Effects: pure. False for a DTensor, whose shards are stored.
-    """
-    if type(tensor) is torch.Tensor or is_sharded(tensor):
-        return False
-    return hasattr(tensor, "__tensor_flatten__") and hasattr(type(tensor), "__tensor_unflatten__")
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:

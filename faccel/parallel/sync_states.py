@@ -13,6 +13,7 @@ from faccel.comm.objects import gather_json
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
 from faccel.errors import ModelError
+from faccel.tree import has_inner_tensors
 
 
 def check_same_structure(module: nn.Module, ctx: DistContext, axis: str) -> None:
@@ -42,10 +43,26 @@ def check_same_structure(module: nn.Module, ctx: DistContext, axis: str) -> None
 
 def broadcast_from_rank_0(values: Mapping[str, torch.Tensor], ctx: DistContext, axis: str) -> None:
     """Overwrite tensors with those of rank 0 of the axis. Updates `values`; collective."""
+    plain = plain_tensors(values)
     # Parameters that require gradients cannot be written in place otherwise.
     with torch.no_grad():
-        for name, value in broadcast(dict(values), ctx, axis=axis).items():
-            values[name].copy_(value)
+        for name, value in broadcast(plain, ctx, axis=axis).items():
+            plain[name].copy_(value)
+
+
+def plain_tensors(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors, and in place of a quantized one those that it consists of, by name.
+
+    Effects: pure.
+    """
+    plain: dict[str, torch.Tensor] = {}
+    for name, value in values.items():
+        if has_inner_tensors(value):
+            names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
+            plain |= plain_tensors({f"{name}.{inner}": getattr(value, inner) for inner in names})
+        else:
+            plain[name] = value
+    return plain
 
 
 def check_same_values(module: nn.Module, ctx: DistContext, axis: str) -> None:
@@ -58,9 +75,9 @@ def check_same_values(module: nn.Module, ctx: DistContext, axis: str) -> None:
     """
     names: list[str] = []
     digests: list[torch.Tensor] = []
-    for name, param in module.named_parameters():
+    for name, tensor in plain_tensors(dict(module.named_parameters())).items():
         names.append(name)
-        digests.append(_digest(param.detach()).to(ctx.device))
+        digests.append(_digest(tensor.detach()).to(ctx.device))
     # max(x) == -max(-x) where all ranks have the same x. Integers: NaN equals itself.
     own = torch.stack(digests)
     ctx.comm.set_call_label("optimizer_step", own)

@@ -73,7 +73,7 @@ def check_holds_its_values(module: nn.Module, *, moves: bool) -> None:
         moves: Whether it is moved to one device, which `device_map` may have found too small.
 
     Raises:
-        ModelError: They do, or the module is spread over devices and would be moved to one.
+        ModelError: They do, or the module is on several devices and would be moved to one.
     """
     fix = "load it without `device_map`, or with that of one device; to run a model that is larger "
     fix += "than a device write `faccel.inference.place(model, path, ctx, budget=...)`"
@@ -88,7 +88,7 @@ def check_holds_its_values(module: nn.Module, *, moves: bool) -> None:
     devices = sorted(set(map(str, device_map.values())))
     if moves and len(devices) > 1:
         raise ModelError(
-            "`model` is spread over several devices, and `wrap` moves a model to one",
+            "`model` is on several devices, and `wrap` moves a model to one",
             got=f"`hf_device_map` with {', '.join(devices)}",
             fix=f"{fix}, or `device_placement=False` to keep it where it is",
         )

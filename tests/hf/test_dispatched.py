@@ -41,7 +41,7 @@ def test_an_offloaded_model_is_not_wrapped_with_new_values(tmp_path, name, mesh)
 def test_a_model_on_several_devices_is_not_moved_to_one():
     model = net()
     model.hf_device_map = {"0": 0, "1": 1}
-    with pytest.raises(faccel.errors.ModelError, match="spread over several devices"):
+    with pytest.raises(faccel.errors.ModelError, match="on several devices"):
         faccel.wrap(model, fake_context(0, 1))
     x = torch.ones(1, 4)
     kept = faccel.wrap(model, fake_context(0, 1), device_placement=False)
