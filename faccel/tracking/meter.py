@@ -306,7 +306,7 @@ def _window(meter: Meter) -> tuple[_Counts, _Counts]:
     return _Counts(*end[:7]), _Counts(*newest[:7])
 
 
-def _counts(meter: Meter, ctx: DistContext) -> RankCounts:
+def _counts(meter: Meter, ctx: DistContext) -> RankCounts[int]:
     options = meter._options  # pyright: ignore[reportPrivateUsage]
     first, last = _window(meter)
     # 0 would be a measurement: a loop without a loader of `shard` has none.
@@ -333,11 +333,11 @@ def _counts(meter: Meter, ctx: DistContext) -> RankCounts:
 
 
 def _memory_counts(state: WeakState | None, ctx: DistContext) -> tuple[int, ...]:
-    """Return the bytes of each category; nothing without models."""
+    """Return the bytes of each category; unknown without models."""
     memory = None
     if state is not None:
         memory = state.peak_memory(ctx)
     if memory is None:
-        return ()
+        return (UNKNOWN,) * 4
     sizes = (memory.parameters, memory.gradients, memory.optimizer, memory.activations)
     return tuple(map(or_unknown, sizes))

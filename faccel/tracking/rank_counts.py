@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import starmap
+from operator import mul
+from typing import Generic, NamedTuple, TypeVar
 
 import attrs
 
 from faccel.tracking.memory_categories import PeakMemory
 
+T = TypeVar("T")
 UNKNOWN = -1
 """In place of a count that a rank cannot measure. All others are at least 0."""
 
@@ -17,25 +20,28 @@ _NS_PER_S = 10**9
 _SLOW_PART = 0.05
 
 
-class RankCounts(NamedTuple):
-    """What one rank contributes to `rates`, as integers: of the last steps, then totals."""
+class RankCounts(NamedTuple, Generic[T]):
+    """What a rank contributes to `rates`, as integers: of the last steps, then totals.
 
-    window_ns: int
-    num_steps: int
-    num_samples: int
-    num_tokens: int
-    data_ns: int
-    comm_ns: int
-    peak_bytes: int
-    peak_flops: int
-    flops_per_sample: int
-    total_steps: int
-    total_samples: int
-    total_tokens: int
-    parameter_bytes: int = UNKNOWN
-    gradient_bytes: int = UNKNOWN
-    optimizer_bytes: int = UNKNOWN
-    activation_bytes: int = UNKNOWN
+    Of several ranks, each field is a tuple.
+    """
+
+    window_ns: T
+    num_steps: T
+    num_samples: T
+    num_tokens: T
+    data_ns: T
+    comm_ns: T
+    peak_bytes: T
+    peak_flops: T
+    flops_per_sample: T
+    total_steps: T
+    total_samples: T
+    total_tokens: T
+    parameter_bytes: T
+    gradient_bytes: T
+    optimizer_bytes: T
+    activation_bytes: T
 
 
 @attrs.frozen
@@ -122,40 +128,39 @@ def combined(rows: Sequence[Sequence[int]], first_of_replicas: Sequence[int]) ->
     """
     # Integers up to here, so that sums are exact for any number of samples and tokens. Not arrays:
     # for a few ranks a sum of an array takes longer.
-    counts = [RankCounts(*row) for row in rows]
-    replicas = [counts[rank] for rank in first_of_replicas]
+    columns = _columns(rows)
+    replicas = _columns([rows[rank] for rank in first_of_replicas])
     # The longest window: ranks enter `rates` at the pace of the slowest one.
-    window_s = max(count.window_ns for count in counts) / _NS_PER_S
-    num_steps = max(count.num_steps for count in counts)
+    window_s = max(columns.window_ns) / _NS_PER_S
+    num_steps = max(columns.num_steps)
     samples_s = tokens_s = steps_s = mfu = data_wait = comm_wait = None
     if num_steps and window_s:
-        samples_s = sum(count.num_samples for count in replicas) / window_s
-        tokens_s = sum(count.num_tokens for count in replicas) / window_s
+        samples_s = sum(replicas.num_samples) / window_s
+        tokens_s = sum(replicas.num_tokens) / window_s
         steps_s = num_steps / window_s
-        mfu = _utilization(counts, replicas, window_s)
-        windows_ns = [count.window_ns for count in counts]
-        data_wait = _largest_part([count.data_ns for count in counts], windows_ns)
-        comm_wait = _largest_part([count.comm_ns for count in counts], windows_ns)
+        mfu = _utilization(columns, replicas, window_s)
+        data_wait = _largest_part(columns.data_ns, columns.window_ns)
+        comm_wait = _largest_part(columns.comm_ns, columns.window_ns)
     return Rates(
         samples_s=samples_s,
         tokens_s=tokens_s,
         steps_s=steps_s,
         mfu=mfu,
-        peak_bytes=_or_none(max(count.peak_bytes for count in counts)),
+        peak_bytes=_or_none(max(columns.peak_bytes)),
         data_wait=data_wait,
         comm_wait=comm_wait,
-        slowest_rank=_slowest(counts),
-        num_steps=max(count.total_steps for count in counts),
-        num_samples=sum(count.total_samples for count in replicas),
-        num_tokens=sum(count.total_tokens for count in replicas),
-        memory=_largest_memory(counts),
+        slowest_rank=_slowest(columns),
+        num_steps=max(columns.total_steps),
+        num_samples=sum(replicas.total_samples),
+        num_tokens=sum(replicas.total_tokens),
+        memory=_largest_memory(rows),
     )
 
 
-def _largest_memory(counts: Sequence[RankCounts]) -> PeakMemory | None:
+def _largest_memory(rows: Sequence[Sequence[int]]) -> PeakMemory | None:
     """Return the memory of the rank that has most of it."""
     memories: list[PeakMemory] = []
-    for count in counts:
+    for count in starmap(RankCounts, rows):
         # A rank may have dropped its models already.
         if count.parameter_bytes == UNKNOWN:
             continue
@@ -174,14 +179,18 @@ def _size(memory: PeakMemory) -> int:
     return memory.parameters + memory.gradients + memory.optimizer
 
 
+def _columns(rows: Sequence[Sequence[int]]) -> RankCounts[tuple[int, ...]]:
+    return RankCounts(*zip(*rows, strict=True))
+
+
 def _utilization(
-    counts: Sequence[RankCounts], replicas: Sequence[RankCounts], window_s: float
+    columns: RankCounts[tuple[int, ...]], replicas: RankCounts[tuple[int, ...]], window_s: float
 ) -> float | None:
     # One device without a peak would make the others look better than they are.
-    if any(UNKNOWN in (count.peak_flops, count.flops_per_sample) for count in counts):
+    if UNKNOWN in columns.peak_flops or UNKNOWN in columns.flops_per_sample:
         return None
-    done = sum(count.num_samples * count.flops_per_sample for count in replicas)
-    return done / (sum(count.peak_flops for count in counts) * window_s)
+    done = sum(map(mul, replicas.num_samples, replicas.flops_per_sample))
+    return done / (sum(columns.peak_flops) * window_s)
 
 
 def _or_none(count: int) -> int | None:
@@ -199,14 +208,15 @@ def _largest_part(waits_ns: Sequence[int], windows_ns: Sequence[int]) -> float |
     return max(max(wait_ns, 0) / max(window_ns, 1) for wait_ns, window_ns in pairs)
 
 
-def _slowest(counts: Sequence[RankCounts]) -> int | None:
+def _slowest(columns: RankCounts[tuple[int, ...]]) -> int | None:
     """Return the rank that waits longest for data and shortest for the other ranks.
 
     A step takes equally long on all ranks, because they wait for each other: only the waits differ.
     """
     # A delay in data is seen on the rank itself, any other one by the waits of the other ranks.
-    delays_ns = [max(count.data_ns, 0) - max(count.comm_ns, 0) for count in counts]
-    threshold_ns = _SLOW_PART * max(count.window_ns for count in counts)
+    waits_ns = zip(columns.data_ns, columns.comm_ns, strict=True)
+    delays_ns = [max(data_ns, 0) - max(comm_ns, 0) for data_ns, comm_ns in waits_ns]
+    threshold_ns = _SLOW_PART * max(columns.window_ns)
     if max(delays_ns) - min(delays_ns) <= threshold_ns:
         return None
     return delays_ns.index(max(delays_ns))

@@ -141,7 +141,7 @@ def test_the_collector_is_seen_while_it_runs(run_dir):
     Slow()
     gc.collect()
     assert seen[0].moments[-1].in_collector
-    # The search before `__del__` may take longer than that, without a moment of its own.
+    # The search before `__del__` may take longer than that, and has no moments.
     ((start_s, end_s),) = seen[0].pauses
     assert start_s < seen[0].moments[0].time_s < seen[0].moments[-1].time_s <= end_s
     later = snapshot(run_dir)
