@@ -28,6 +28,9 @@ ADDED = {  # pages of other folders, and where the site has them
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _FENCE = re.compile(r"(^```.*?^```)", re.M | re.S)
 _NAME = re.compile(r"(?<!\[)`(faccel(?:\.\w+)+)(\([^`]*\))?`")
+_PAIR = re.compile(
+    r'(^```\w+ title="Accelerate"\n.*?^```\n)\n(^```\w+ title="faccel"\n.*?^```\n)', re.M | re.S
+)
 _NOT_LINKED = re.compile(r"(^#.*$|\[[^\]]*\]\([^)]*\))", re.M)  # headings, and links
 _SECTION = re.compile(r"^## (.*?)$(.*?)(?=^## |\Z)", re.M | re.S)
 _ROW = re.compile(r"^\| \[([^\]]*)\]\(([^)#]+)\) \| (.*) \|$", re.M)
@@ -179,6 +182,13 @@ def inline_pictures(folder):
             path.write_text(pattern.sub(lambda match: pictures.inline(match[3], match[1]), text))
 
 
+def place_side_by_side(folder):
+    """Put each pair of blocks of Accelerate and faccel into one element, for two columns."""
+    columns = r'<div class="pair" markdown>\n\n\1\n\2\n</div>\n'
+    for path in (folder / "accelerate").glob("*.md"):
+        path.write_text(_PAIR.sub(columns, path.read_text()))
+
+
 def build(folder):
     """Build the site below a folder; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,6 +197,7 @@ def build(folder):
     navigation = write_sources(source)
     texts = {path: path.read_text() for path in source.rglob("*.md")}
     inline_pictures(source)
+    place_side_by_side(source)
     with (source / "assets" / "site.css").open("a") as style:
         style.write(svg.STYLE)
     write_config(folder / "zensical.toml", navigation)
@@ -195,7 +206,7 @@ def build(folder):
     output = result.stdout + result.stderr
     if result.returncode or "Warning" in output:
         sys.exit(output)
-    for path, text in texts.items():  # with links to the pictures instead of their content
+    for path, text in texts.items():  # with links to the pictures, and without elements of HTML
         path.write_text(text)
     add_markdown(source, site, navigation)
     lines = links.problems(site)

@@ -1,20 +1,46 @@
-// A field above each long table, which shows only the rows that contain its text.
+// A field above long tables, and one above the sections of a page that has pairs of snippets. It
+// shows only the rows or sections that contain each of its words.
+const fieldFor = (items, what) => {
+  const field = document.createElement("input");
+  field.className = "table-filter";
+  field.type = "search";
+  field.placeholder = `Search these ${items.length} ${what}`;
+  field.setAttribute("aria-label", field.placeholder);
+  field.addEventListener("input", () => {
+    const words = field.value.toLowerCase().split(/\s+/);
+    for (const elements of items) {
+      const text = elements.map((element) => element.textContent).join(" ").toLowerCase();
+      const hidden = !words.every((word) => text.includes(word));
+      for (const element of elements) element.hidden = hidden;
+    }
+  });
+  return field;
+};
+
 document.addEventListener("DOMContentLoaded", () => {
+  // Tables with the same heads are one list, such as the features of Accelerate by section.
+  const lists = new Map();
   for (const table of document.querySelectorAll(".md-typeset table")) {
-    const rows = [...table.querySelectorAll("tbody tr")];
-    if (rows.length < 12) continue;
-    const field = document.createElement("input");
-    field.className = "table-filter";
-    field.type = "search";
-    field.placeholder = `Search these ${rows.length} rows`;
-    field.setAttribute("aria-label", field.placeholder);
-    field.addEventListener("input", () => {
-      const words = field.value.toLowerCase().split(/\s+/);
-      for (const row of rows) {
-        const text = row.textContent.toLowerCase();
-        row.hidden = !words.every((word) => text.includes(word));
-      }
-    });
-    (table.closest(".md-typeset__scrollwrap") || table).before(field);
+    const heads = [...table.querySelectorAll("th")].map((head) => head.textContent).join("|");
+    lists.set(heads, [...(lists.get(heads) || []), table]);
   }
+  for (const tables of lists.values()) {
+    const rows = tables.flatMap((table) => [...table.querySelectorAll("tbody tr")]);
+    if (rows.length < 12) continue;
+    const first = tables[0].closest(".md-typeset__scrollwrap") || tables[0];
+    first.before(fieldFor(rows.map((row) => [row]), "rows"));
+  }
+
+  const sections = [...document.querySelectorAll(".pair")].map((pair) => {
+    const elements = [];
+    for (let last = pair; last; last = last.previousElementSibling) {
+      elements.unshift(last);
+      if (last.matches("h3")) break;
+    }
+    for (let next = pair.nextElementSibling; next && !next.matches("h2, h3"); next = next.nextElementSibling) {
+      elements.push(next);
+    }
+    return elements;
+  });
+  if (sections.length > 4) sections[0][0].before(fieldFor(sections, "features"));
 });
