@@ -31,6 +31,12 @@ def matching(pattern: str, names: Iterable[str], kind: str) -> list[str]:
     """
     candidates = list(names)
     matched = matches(pattern, candidates)
+    if not candidates:
+        raise ConfigError(
+            f"the pattern `{pattern}` is for models with several modules",
+            got=f"a model without a named {kind}",
+            fix=f"remove `{pattern}` from the plan, or put the model into an `nn.Sequential`",
+        )
     if not matched:
         raise ConfigError(
             f"the pattern `{pattern}` matches no {kind} of this model",

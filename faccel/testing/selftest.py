@@ -22,20 +22,27 @@ from faccel.comm.tensors import broadcast, gather, reduce
 from faccel.context import DistContext
 from faccel.data.loader import batches, shard
 from faccel.errors import FaccelError
+from faccel.parallel.full_params import full_state_dict
+from faccel.plan import PipelineConfig, Plan
 from faccel.random.seeding import generator
 from faccel.runtime.initialize import init
 from faccel.runtime.private_folder import private_folder
 from faccel.testing.simulation import fake_context
 from faccel.tracking.console import print as print_on_main
-from faccel.training.backward import scaled_backward
-from faccel.training.model import grad_sync, wrap
+from faccel.training.forward_backward import forward_backward
+from faccel.training.model import wrap
 from faccel.training.optimizer_binding import wrap_optimizer
 from faccel.training.precision import init_scaler
 from faccel.training.step import optimizer_step
-from faccel.training.windows import windows
+from faccel.training.windows import MicroBatch, windows
 
 # Divisible by most world sizes, so that each rank gets equally many samples of a global batch.
 _GLOBAL_BATCH = 48
+# For each mesh: its options for other meshes are ignored.
+_PLAN = Plan(
+    tensor={"0": "colwise", "2": "rowwise"},
+    pipeline=PipelineConfig(chain=tuple(str(i) for i in range(7)), schedule="gpipe"),
+)
 _NUM_SAMPLES = 1009  # a prime number: the last global batch is incomplete on every world size
 
 
@@ -92,10 +99,14 @@ def _check_data_order(ctx: DistContext) -> str:
 def _check_training(ctx: DistContext) -> str:
     if _GLOBAL_BATCH % ctx.data_world_size:
         return f"skipped: {_GLOBAL_BATCH} is not divisible by {ctx.data_world_size} ranks"
+    if ctx.mesh.spec.ep > 1:
+        return "skipped: a mesh with `ep` trains models with experts only"
     # Only fields that change the arithmetic; the device stays that of the comparison.
     config = {name: getattr(ctx.config, name) for name in ("mixed_precision", "seed", "grad_accum")}
     expected = _train(fake_context(0, 1, config=config))
-    difference = (_train(ctx) - expected).abs().max().item()
+    # A plan of the configuration is for the user's model.
+    planless = attrs.evolve(ctx, config=attrs.evolve(ctx.config, plan=None))
+    difference = (_train(planless) - expected).abs().max().item()
     # In low precision the order of summation changes more digits.
     tolerance = 0.05
     if config["mixed_precision"] == "no":
@@ -110,25 +121,30 @@ def _train(ctx: DistContext) -> torch.Tensor:
     rng = generator(0)
     inputs = torch.randn(2 * _GLOBAL_BATCH, 8, generator=rng)
     dataset = TensorDataset(inputs, inputs.sum(1, keepdim=True))
-    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    layers: list[torch.nn.Module] = []
+    for width in (8, 16, 16):
+        layers += [torch.nn.Linear(width, 16), torch.nn.Tanh()]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(16, 1))
     # Not the default initialization, which draws from the process-wide generator.
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(torch.randn(param.shape, generator=rng) / 4)
-    wrapped = wrap(model, ctx)
+    wrapped = wrap(model, ctx, plan=_PLAN)
     opt = wrap_optimizer(torch.optim.SGD(wrapped.parameters(), lr=0.05), wrapped, ctx)
     scaler = init_scaler(ctx)
     batch_size = _GLOBAL_BATCH // ctx.data_world_size
     loader = shard(DataLoader(dataset, batch_size, shuffle=True), ctx, tail="drop")
     for _, epoch in loader.epochs(5):
         for window in windows(epoch, ctx):
-            for micro in window:
-                x, y = micro.data
-                with grad_sync(wrapped, on=micro.sync):
-                    loss = (wrapped(x) - y).square().mean()
-                    scaler = scaled_backward(loss, scaler, ctx, scale=micro.scale)
+            _, scaler = forward_backward(_loss, wrapped, window, scaler, ctx)
             _, scaler = optimizer_step(opt, scaler, ctx)
-    return torch.cat([param.detach().flatten().float().cpu() for param in model.parameters()])
+    params = full_state_dict(wrapped, ctx, rank=None)
+    return torch.cat([params[name].flatten().float().cpu() for name in sorted(params)])
+
+
+def _loss(model: Callable[..., torch.Tensor], batch: MicroBatch) -> torch.Tensor:
+    x, y = batch.data
+    return (model(x) - y).square().mean()
 
 
 def _check_checkpoint(ctx: DistContext) -> str:

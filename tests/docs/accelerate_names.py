@@ -38,25 +38,25 @@ class _Checker(ast.NodeVisitor):
     def __init__(self, accelerate):
         self.names = {"accelerator": Instance(accelerate.Accelerator)}
 
-    def visit_ImportFrom(self, node):  # noqa: N802
+    def visit_ImportFrom(self, node):
         if node.module.partition(".")[0] != "accelerate":
             return
         module = importlib.import_module(node.module)
         for alias in node.names:
             self.names[alias.asname or alias.name] = getattr(module, alias.name)
 
-    def visit_Assign(self, node):  # noqa: N802
+    def visit_Assign(self, node):
         self.generic_visit(node)
         value = self.resolve(node.value)
         for target in node.targets:
             if isinstance(target, ast.Name) and target.id != "accelerator":
                 self.names[target.id] = value
 
-    def visit_Attribute(self, node):  # noqa: N802
+    def visit_Attribute(self, node):
         self.generic_visit(node)
         self.resolve(node)
 
-    def visit_Call(self, node):  # noqa: N802
+    def visit_Call(self, node):
         self.generic_visit(node)
         function = self.resolve(node.func)
         words = {word.arg: None for word in node.keywords}

@@ -2,9 +2,10 @@
 
 A section `### B5 title` has one block titled "Accelerate" and one titled "faccel". A snippet of
 faccel runs after the page's first block, on two simulated ranks. If it begins with
-`ctx = faccel.init(...)`, these arguments configure the simulated world; if it calls `init`, `launch`
-or `notebook_launch` later, it runs in this process. A comment before the pair changes that:
-`<!-- ranks: 4 -->`, `<!-- one process -->`, `<!-- needs: package -->` or `<!-- not run: why -->`.
+`ctx = faccel.init(...)`, these arguments configure the simulated world; if it calls `init`,
+`launch` or `notebook_launch` later, it runs in this process. A comment before the pair changes
+that: `<!-- ranks: 4 -->`, `<!-- one process -->`, `<!-- needs: package -->` or
+`<!-- not run: why -->`.
 """
 
 import ast
@@ -18,7 +19,7 @@ from faccel.testing import simulate
 from tests.docs.pages import ROOT
 
 FOLDER = ROOT / "docs" / "accelerate"
-SECTION = re.compile(r"^### ([A-L]\d+) (.*?)$\n(.*?)(?=^#{1,3} |\Z)", re.M | re.S)
+SECTION = re.compile(r"^### ([A-L]\d+) (.*?)$\n(.*?)(?=^##+ |\Z)", re.M | re.S)
 BLOCK = re.compile(r'^```(\w+) title="(Accelerate|faccel)"\n(.*?)^```', re.M | re.S)
 COMMENT = re.compile(r"^<!-- (ranks|one process|needs|not run)(?:: (.+?))? -->$", re.M)
 IN_THIS_PROCESS = ("faccel.init(", "faccel.launch(", "faccel.notebook_launch(")

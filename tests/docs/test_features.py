@@ -15,9 +15,10 @@ NUM_ROWS = {"A": 18, "B": 28, "C": 26, "D": 13, "E": 8, "F": 15, "G": 15, "H": 1
 NUM_ROWS |= {"K": 10, "L": 10}  # commands; records of options
 STATES = {"better", "have", "not needed", "not yet"}
 PAGE = ROOT / "docs" / "accelerate-features.md"
+ROW = r"^\| \[?([A-L]\d+)(?:\]\(\S+\))? \| (.*) \|$"  # most numbers are links to snippets
 ROWS = {
     match[1]: tuple(cell.strip() for cell in match[2].split(" | "))
-    for match in re.finditer(r"^\| ([A-L]\d+) \| (.*) \|$", PAGE.read_text(), re.M)
+    for match in re.finditer(ROW, PAGE.read_text(), re.M)
 }
 REASONS = {number: cells[2] for number, cells in ROWS.items()}
 

@@ -539,6 +539,13 @@ def test_a_pattern_of_skip_that_matches_nothing_is_an_error(pattern):
     assert pattern in error_of(ConfigError, with_fp8(faccel.Plan(), skip=pattern))
 
 
+def test_a_pattern_for_a_model_of_one_module_is_an_error_that_explains_it():
+    plan = with_fp8(faccel.Plan(), skip="head")
+    with pytest.raises(ConfigError, match="a model without a named module") as caught:
+        faccel.wrap(nn.Linear(16, 16), fake_context(0, 1, config=FP8), plan=plan)
+    assert "remove `head`" in caught.value.fix
+
+
 INVALID = [
     ({"recipe": "blockwise"}, "rowwise_with_gw_hp"),
     ({"backend": "msamp"}, "torchao"),
