@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 
-from docs import links, pictures, reference, svg
+from docs import links, pictures, reference, side_by_side, svg
 
 DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
@@ -28,9 +28,6 @@ ADDED = {  # pages of other folders, and where the site has them
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _FENCE = re.compile(r"(^```.*?^```)", re.M | re.S)
 _NAME = re.compile(r"(?<!\[)`(faccel(?:\.\w+)+)(\([^`]*\))?`")
-_PAIR = re.compile(
-    r'(^```\w+ title="Accelerate"\n.*?^```\n)\n(^```\w+ title="faccel"\n.*?^```\n)', re.M | re.S
-)
 _NOT_LINKED = re.compile(r"(^#.*$|\[[^\]]*\]\([^)]*\))", re.M)  # headings, and links
 _SECTION = re.compile(r"^## (.*?)$(.*?)(?=^## |\Z)", re.M | re.S)
 _ROW = re.compile(r"^\| \[([^\]]*)\]\(([^)#]+)\) \| (.*) \|$", re.M)
@@ -182,13 +179,6 @@ def inline_pictures(folder):
             path.write_text(pattern.sub(lambda match: pictures.inline(match[3], match[1]), text))
 
 
-def place_side_by_side(folder):
-    """Put each pair of blocks of Accelerate and faccel into one element, for two columns."""
-    columns = r'<div class="pair" markdown>\n\n\1\n\2\n</div>\n'
-    for path in (folder / "accelerate").glob("*.md"):
-        path.write_text(_PAIR.sub(columns, path.read_text()))
-
-
 def build(folder):
     """Build the site below a folder; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +187,7 @@ def build(folder):
     navigation = write_sources(source)
     texts = {path: path.read_text() for path in source.rglob("*.md")}
     inline_pictures(source)
-    place_side_by_side(source)
+    side_by_side.arrange(source)
     with (source / "assets" / "site.css").open("a") as style:
         style.write(svg.STYLE)
     write_config(folder / "zensical.toml", navigation)

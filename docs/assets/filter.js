@@ -1,6 +1,6 @@
 // A field above long tables, and one above the sections of a page that has pairs of snippets. It
 // shows only the rows or sections that contain each of its words.
-const fieldFor = (items, what) => {
+const fieldFor = (items, what, afterwards = () => {}) => {
   const field = document.createElement("input");
   field.className = "table-filter";
   field.type = "search";
@@ -13,8 +13,21 @@ const fieldFor = (items, what) => {
       const hidden = !words.every((word) => text.includes(word));
       for (const element of elements) element.hidden = hidden;
     }
+    afterwards();
   });
   return field;
+};
+
+// Hides tables without a visible row, and their headings.
+const hideEmpty = (tables) => {
+  for (const table of tables) {
+    const hidden = !table.querySelector("tbody tr:not([hidden])");
+    const box = table.closest(".md-typeset__scrollwrap") || table;
+    box.hidden = hidden;
+    let heading = box.previousElementSibling;
+    if (heading && heading.matches(".table-filter")) heading = heading.previousElementSibling;
+    if (heading && heading.matches("h2")) heading.hidden = hidden;
+  }
 };
 
 document.addEventListener("DOMContentLoaded", () => {
@@ -24,11 +37,14 @@ document.addEventListener("DOMContentLoaded", () => {
     const heads = [...table.querySelectorAll("th")].map((head) => head.textContent).join("|");
     lists.set(heads, [...(lists.get(heads) || []), table]);
   }
-  for (const tables of lists.values()) {
+  for (const [heads, tables] of lists) {
     const rows = tables.flatMap((table) => [...table.querySelectorAll("tbody tr")]);
+    if (heads === "|Accelerate|state|reason") for (const table of tables) table.dataset.features = "";
     if (rows.length < 12) continue;
     const first = tables[0].closest(".md-typeset__scrollwrap") || tables[0];
-    first.before(fieldFor(rows.map((row) => [row]), "rows"));
+    const field = fieldFor(rows.map((row) => [row]), "rows", () => hideEmpty(tables));
+    if (tables.length > 1 && first.previousElementSibling.matches("h2")) first.previousElementSibling.before(field);
+    else first.before(field);
   }
 
   const sections = [...document.querySelectorAll(".pair")].map((pair) => {
