@@ -7,7 +7,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from docs import build, docstrings, links, pictures, reference
+from docs import build, docstrings, links, pictures, reference, side_by_side
 from faccel.cli.commands import main
 from faccel.config import config_fields
 from faccel.errors import FaccelError
@@ -134,3 +134,16 @@ def test_links_of_pages_become_links_of_the_site():
         "[a](project/security.md#x) [`faccel.gather(x, ctx)`](reference/faccel.md#faccel.gather) "
         "`faccel.nothing`\n```\n`faccel.gather`\n```\n"
     )
+
+
+def test_a_page_of_snippets_gets_two_columns_and_the_reasons(tmp_path):
+    (tmp_path / "accelerate").mkdir()
+    page = tmp_path / "accelerate" / "data.md"
+    table = "| [B1](accelerate/data.md#b1) | `x` | not yet | [y](data.md#z), [w](https://w.org) |\n"
+    (tmp_path / "accelerate-features.md").write_text(table)
+    blocks = '```python title="Accelerate"\na\n```\n\n```sh title="faccel"\nb\n```\n'
+    page.write_text(f"### B1 `x`\n\n{blocks}")
+    side_by_side.arrange(tmp_path)
+    sentence = "**not yet**: [y](../data.md#z), [w](https://w.org)."
+    columns = f'<div class="pair" markdown>\n\n{blocks}\n</div>\n'
+    assert page.read_text() == f"### B1 `x`\n\n{sentence}\n\n{columns}"
