@@ -16,7 +16,7 @@ import attrs
 
 import faccel
 from faccel.testing import simulate
-from tests.docs.pages import ROOT
+from tests.docs.pages import ROOT, blocks
 
 FOLDER = ROOT / "docs" / "accelerate"
 SECTION = re.compile(r"^### ([A-L]\d+) (.*?)$\n(.*?)(?=^##+ |\Z)", re.M | re.S)
@@ -55,7 +55,7 @@ def read_pairs():
     pairs = []
     for path in sorted(FOLDER.glob("*.md")):
         text = path.read_text()
-        preamble = re.search(r"^```python\n(.*?)^```", text, re.M | re.S)[1]
+        preamble = "\n".join(blocks(path, "python")[:1])
         for row, title, body in SECTION.findall(text):
             snippets = tuple(Snippet(*match) for match in BLOCK.findall(body))
             pairs.append(
