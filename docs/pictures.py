@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import faccel
+from docs import curves
 from docs.svg import FILLS, STYLE, arrow, box, document, line, rect, text
 from faccel.config_file import ConfigFile
 from faccel.config_sources import LAUNCH, resolve
@@ -440,6 +441,7 @@ PICTURES = {
     "checkpoint-commit": checkpoint_commit,
     "data-order": data_order,
     "mesh": mesh,
+    "order-sizes": curves.order_sizes,
     "pipeline-schedule": pipeline_schedule,
     "precedence": precedence,
 }

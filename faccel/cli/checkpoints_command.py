@@ -48,13 +48,15 @@ def list_directory(directory: str, *, as_json: bool) -> None:
     The exit code is 1 if a checkpoint is incomplete, corrupt, or of a newer version of faccel.
     """
     from faccel.checkpoint.manifest import checkpoints as list_checkpoints
+    from faccel.inference.budget import size_text
 
     documents: list[dict[str, object]] = []
     rows: list[tuple[str, str, str]] = []
     is_corrupt = False
     for checkpoint in list_checkpoints(directory):
         problem = _verify(checkpoint)
-        status = f"{checkpoint.num_bytes / 1e6:.1f} MB from {checkpoint.world_size} ranks"
+        ranks = "1 rank" if checkpoint.world_size == 1 else f"{checkpoint.world_size} ranks"
+        status = f"{size_text(checkpoint.num_bytes)} from {ranks}"
         if problem is not None:
             is_corrupt = True
             status = f"CORRUPT: {problem}"
