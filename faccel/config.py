@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("no", "bf16", "fp16", "fp8", "bf16-true", "fp16-true")
 MATMUL_PRECISIONS = ("highest", "high", "medium")
-STRATEGIES = ("deepspeed",)
+STRATEGIES = ("deepspeed", "megatron")
 """Engines that replace the strategy that the mesh chooses."""
 
 _AXES = ", ".join(field.name for field in attrs.fields(MeshSpec))
@@ -127,9 +127,10 @@ class Config:
         device: `"cpu"`, `"cuda:1"`, `"tpu"`, ...; None is the accelerator, or the CPU without one.
         mesh: A `MeshSpec`, a mapping of its fields or a text such as `"dp_replicate=4"`. None
             replicates over the world.
-        strategy: `"deepspeed"` replaces the strategy that the mesh chooses.
-        zero: Stage of DeepSpeed: 1 shards optimizer states over the data ranks, 2 gradients too, 3
-            parameters too, 0 nothing. None is 2.
+        strategy: `"deepspeed"` or `"megatron"` replaces the strategy that the mesh chooses.
+        zero: Stage of ZeRO under `strategy`: 1 shards optimizer states over the data ranks, 2
+            gradients too, 3 parameters too, 0 nothing. None is 2 for DeepSpeed, and 0 for Megatron,
+            which has 0 and 1.
         plan: The `Plan` of each `wrap` that gets none: a `Plan`, a mapping of its fields, or text
             such as `"units=Block,fsdp.prefetch=1"`.
         cp_layout: Which part of a sequence a rank of the axis `cp` has: `"contiguous"`, or
@@ -179,7 +180,9 @@ class Config:
         f"engine instead of the mesh's: {', '.join(STRATEGIES)}",
         validator=choice(*STRATEGIES, optional=True),
     )
-    zero: int | None = _field(None, int, "ZeRO stage of DeepSpeed, 0 to 3", validator=_check_zero)
+    zero: int | None = _field(
+        None, int, "ZeRO stage of DeepSpeed, 0 to 3, or Megatron, 0 or 1", validator=_check_zero
+    )
     plan: Plan | None = _field(
         None,
         str,

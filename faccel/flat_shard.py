@@ -1,7 +1,8 @@
 """A tensor of which each rank stores a contiguous range of elements, in row-major order.
 
 DeepSpeed flattens all parameters into one buffer and gives each rank a slice of it, so a shard is
-in general not a slice along one dim, as a DTensor's shards are.
+in general not a slice along one dim, as a DTensor's shards are. Megatron does so with the blocks of
+a tensor that tensor parallel gives a rank.
 """
 
 from __future__ import annotations
@@ -34,6 +35,14 @@ class Chunk:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     position: int
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The index of its elements in the full tensor."""
+        slices: list[slice] = []
+        for offset, size in zip(self.offsets, self.sizes, strict=True):
+            slices.append(slice(offset, offset + size))
+        return tuple(slices)
 
 
 def split_range(shape: Sequence[int], start: int, count: int) -> list[Chunk]:
@@ -72,6 +81,51 @@ def split_range(shape: Sequence[int], start: int, count: int) -> list[Chunk]:
     return chunks
 
 
+@attrs.frozen
+class Block:
+    """A hyperrectangle of a tensor; the elements of several blocks follow one another.
+
+    Args:
+        offsets: Index of its first element, one number per dim.
+        sizes: Its size in each dim.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.sizes)
+
+
+def split_blocks(blocks: Sequence[Block], start: int, count: int) -> list[Chunk]:
+    """Split a range of the elements of several blocks into hyperrectangles of the full tensor.
+
+    Effects: pure.
+
+    Args:
+        blocks: The blocks, each with its elements in row-major order.
+        start: Index of the first element, counted through all blocks.
+        count: Number of elements.
+
+    Examples:
+        >>> halves = [Block((0, 0), (1, 3)), Block((4, 0), (1, 3))]
+        >>> [(chunk.offsets, chunk.sizes) for chunk in split_blocks(halves, 1, 5)]
+        [((0, 1), (1, 2)), ((4, 0), (1, 3))]
+    """
+    chunks: list[Chunk] = []
+    block_start = 0
+    for block in blocks:
+        first = max(start, block_start)
+        last = min(start + count, block_start + block.numel)
+        for chunk in split_range(block.sizes, first - block_start, last - first):
+            offsets = tuple(a + b for a, b in zip(block.offsets, chunk.offsets, strict=True))
+            chunks.append(Chunk(offsets, chunk.sizes, first - start + chunk.position))
+        block_start += block.numel
+    return chunks
+
+
 def _unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
     """Return the index in each dim of flat index `index`, as `numpy.unravel_index` does."""
     offsets: list[int] = []
@@ -102,15 +156,18 @@ class FlatShard(torch.Tensor):
     Args:
         shape: Shape of the full tensor.
         local_tensor: `T[count]`, this rank's elements.
-        start: Flat index of the first of them in the full tensor.
+        start: Flat index of the first of them in the full tensor, or in `blocks`.
         all_reduce: `all_reduce(x)` returns the sum of every rank's `x`; collective.
         param: The parameter that it is a shard of; the same object under each of its tied names.
+        blocks: The part of the full tensor that the ranks share of which this is one; None is the
+            full tensor.
     """
 
     local_tensor: torch.Tensor
     start: int
     all_reduce: Callable[[torch.Tensor], torch.Tensor]
     param: object
+    blocks: Sequence[Block]
 
     @staticmethod
     def __new__(
@@ -120,6 +177,7 @@ class FlatShard(torch.Tensor):
         start: int,
         all_reduce: Callable[[torch.Tensor], torch.Tensor],
         param: object = None,
+        blocks: Sequence[Block] | None = None,
     ) -> FlatShard:
         # A wrapper subclass has a shape and no storage; every operator goes to
         # `__torch_dispatch__`.
@@ -130,6 +188,7 @@ class FlatShard(torch.Tensor):
         shard.start = start
         shard.all_reduce = all_reduce
         shard.param = param
+        shard.blocks = blocks or (Block((0,) * len(shape), tuple(shape)),)
         return shard
 
     @classmethod
@@ -160,7 +219,9 @@ class FlatShard(torch.Tensor):
 
     def with_local(self, local_tensor: torch.Tensor) -> FlatShard:
         """Return a tensor of the same layout with other elements, `T[count]`, which it aliases."""
-        return FlatShard(self.shape, local_tensor, self.start, self.all_reduce, self.param)
+        return FlatShard(
+            self.shape, local_tensor, self.start, self.all_reduce, self.param, self.blocks
+        )
 
     def to_local(self) -> torch.Tensor:
         """Return this rank's elements, `T[count]`; aliases the tensor."""
@@ -170,22 +231,26 @@ class FlatShard(torch.Tensor):
         """Return the full tensor on every rank; a copy. Collective."""
         # A sum and not an all-gather, which needs as many elements from each rank. The ranges are
         # disjoint, so each element is the sum of one value and zeros, which is exact.
-        flat = torch.zeros(self.numel(), dtype=self.dtype, device=self.device)
-        self._local_range(flat).copy_(self.local_tensor)
-        return self.all_reduce(flat).reshape(self.shape)
+        full = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for chunk in self._chunks():
+            full[chunk.slices].copy_(self._local_chunk(chunk))
+        return self.all_reduce(full)
 
     def assign(self, value: torch.Tensor) -> None:
         """Copy this rank's elements of a full tensor, or of a shard of the same layout."""
         if isinstance(value, FlatShard):
             self.local_tensor.copy_(value.local_tensor)
-        else:
-            self.local_tensor.copy_(self._local_range(value.reshape(-1)))
+            return
+        for chunk in self._chunks():
+            self._local_chunk(chunk).copy_(value[chunk.slices])
 
-    def _local_range(self, flat: torch.Tensor) -> torch.Tensor:
-        return flat[self.start : self.start + self.local_tensor.numel()]
+    def _local_chunk(self, chunk: Chunk) -> torch.Tensor:
+        """Return the elements of a chunk, which alias the shard."""
+        count = math.prod(chunk.sizes)
+        return self.local_tensor[chunk.position : chunk.position + count].view(chunk.sizes)
 
     def _chunks(self) -> list[Chunk]:
-        return split_range(self.shape, self.start, self.local_tensor.numel())
+        return split_blocks(self.blocks, self.start, self.local_tensor.numel())
 
     # The three methods by which torch.distributed.checkpoint (`planner_helpers.py`) asks a tensor
     # subclass for its shards. A range of elements is up to `2 * ndim - 1` chunks.
@@ -209,10 +274,8 @@ class FlatShard(torch.Tensor):
         # The index is one that `__create_write_items__` or `__create_chunk_list__` has returned.
         by_offset = {torch.Size(chunk.offsets): chunk for chunk in self._chunks()}
         assert index.offset is not None
-        chunk = by_offset[index.offset]
-        count = math.prod(chunk.sizes)
         # A view and not a copy: a load writes into it.
-        return self.local_tensor[chunk.position : chunk.position + count].view(chunk.sizes)
+        return self._local_chunk(by_offset[index.offset])
 
 
 def _storage_metadata(chunk: Chunk) -> ChunkStorageMetadata:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
@@ -346,6 +346,26 @@ def no_rewrap(
     )
 
 
+class Start(Protocol):
+    """Creates what models need before they are built, such as process groups. Collective."""
+
+    def __call__(self, ctx: DistContext) -> None:
+        """Create it for the context that `init` is about to return."""
+        ...
+
+
+def starts_nothing(ctx: DistContext) -> None:
+    """Do nothing: `Parallelism.start` of a strategy that needs nothing before `wrap`."""
+
+
+class NamedParameters(Protocol):
+    """Yields the parameters of an engine that gives them other names than the module does."""
+
+    def __call__(self, engine: torch.nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield them under the names of `ExportState`."""
+        ...
+
+
 class ExportState(Protocol):
     """Reads the state of an engine."""
 
@@ -372,10 +392,13 @@ class StateIO:
     Args:
         export: Reads the state.
         restore: Writes it back.
+        named_parameters: Yields the parameters under the names of the state; None where they are
+            those of the user's module.
     """
 
     export: ExportState
     restore: RestoreState
+    named_parameters: NamedParameters | None = None
 
 
 @attrs.frozen(eq=False)
@@ -399,6 +422,7 @@ class Parallelism:
         is_replicated: Whether every rank of a mesh of replicas has full parameters and gradients.
         grad_reducer: Returns what averages the gradients of a model.
         rewrap: Makes the engine again after the module changed; the default raises.
+        start: Creates what models need before they are built; `init` calls it last.
     """
 
     name: str
@@ -417,3 +441,4 @@ class Parallelism:
     is_replicated: bool = True
     grad_reducer: MakeGradReducer = averages_all
     rewrap: Rewrap = no_rewrap
+    start: Start = starts_nothing

@@ -30,6 +30,9 @@ SERVER.set_forkserver_preload(
         "faccel.cli.commands",
         "faccel.launching.agent",
         "torch.distributed.run",
+        # in an environment that has it; the server skips what is not installed
+        "megatron.core.models.gpt.gpt_model",
+        "megatron.core.optimizer",
     ]
 )
 

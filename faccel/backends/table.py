@@ -12,6 +12,7 @@ import attrs
 import torch.distributed as dist
 
 from faccel.backends.deepspeed import availability as deepspeed
+from faccel.backends.megatron import availability as megatron
 from faccel.config import Config
 from faccel.context import DistContext, require_context
 from faccel.errors import BackendError, ConfigError
@@ -132,6 +133,18 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             is_opt_in=True,
             replacement=_replace_zero_0,
         ),
+        "megatron": Backend(
+            "faccel.backends.megatron.engine:MEGATRON",
+            # Its groups: the axis `cp` needs TransformerEngine, and `ep` experts.
+            serves=lambda spec: spec.dp_shard == spec.cp == spec.ep == 1,
+            probe=megatron.probe,
+            tested_on="CPU (gloo), with `torch.cuda` replaced by the tests",
+            written_for="CUDA (NCCL), bf16 there",
+            needs=f"`megatron-core{megatron.SUPPORTED}`",
+            fix=megatron.INSTALL,
+            refuse=megatron.refuse,
+            is_opt_in=True,
+        ),
         # Last, because it serves every mesh: the rows above take the simpler ones.
         "sharded": Backend(
             "faccel.backends.fsdp:FSDP",
@@ -192,7 +205,7 @@ def _check_no_zero(config: Config) -> None:
     raise ConfigError(
         "`zero` is set without `strategy`",
         got=f"zero={config.zero}, from the {source}",
-        fix='write `strategy="deepspeed"` too',
+        fix='write `strategy="deepspeed"` too, or `strategy="megatron"`',
     )
 
 

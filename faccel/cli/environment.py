@@ -28,6 +28,7 @@ _PACKAGES = (
     "transformers",
     "datasets",
     "deepspeed",
+    "megatron-core",
     "torchao",
 )
 

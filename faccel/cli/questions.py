@@ -25,7 +25,7 @@ _EXPLANATIONS: Mapping[str, str] = {
     "device": "Leave empty to use the best available device when the script starts.",
     "strategy": (
         "Leave it at none for PyTorch's strategies, which the mesh chooses: DDP, FSDP2, tensor "
-        "and pipeline parallel. deepspeed runs DeepSpeed's ZeRO."
+        "and pipeline parallel. deepspeed runs DeepSpeed's ZeRO, megatron models of Megatron-core."
     ),
     "zero": (
         "Stage of ZeRO: 1 shards optimizer states over the ranks, 2 gradients too, 3 parameters "
@@ -100,11 +100,11 @@ _CHOICES: Mapping[str, Sequence[str]] = {
 
 def _applies(name: str, values: Mapping[str, Any]) -> bool:
     """Return whether the answers so far leave a question open."""
-    # DeepSpeed has one axis, over which it shards.
     if name == "zero":
-        return values.get("strategy") == "deepspeed"
+        return values.get("strategy") is not None
+    # DeepSpeed has one axis, over which it shards.
     if name == "mesh":
-        return values.get("strategy") is None
+        return values.get("strategy") != "deepspeed"
     if name == "units":
         return "dp_shard" in str(values.get("mesh"))
     return True

@@ -141,6 +141,11 @@ def _create_context(
         DEFAULT_GROUP.add_context(id(ctx), comm.close)
     # A script without `with` or `shutdown` ends its communication too.
     atexit.register(_close_at_exit, ctx)
+    try:
+        parallelism.start(ctx)
+    except Exception as error:
+        _close(ctx, error)
+        raise
     return ctx
 
 

@@ -321,7 +321,7 @@ class _Attempt:
             return losses, scaler
         # A schedule may run micro-batches in another order.
         auxs = [self._auxs[index] for index in sorted(self._auxs)]
-        if model.parallelism.pipeline_forward_backward is not None:
+        if model.parallelism.pipeline_forward_backward is not None and ctx.mesh.spec.pp > 1:
             # The rank of the last stage has them, because it alone computes losses.
             src = model.parallelism.loss_rank(model.engine)
             auxs = broadcast_objects(auxs, ctx, src=src, axis="pp")

@@ -89,7 +89,10 @@ class WrappedModel:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters under the user's names."""
-        return self.module.named_parameters()
+        state_io = self.parallelism.state
+        if state_io is None or state_io.named_parameters is None:
+            return self.module.named_parameters()
+        return state_io.named_parameters(self.engine)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return parameters and buffers under the user's names; sharded ones stay sharded."""

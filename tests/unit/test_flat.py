@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from faccel.errors import ModelError
-from faccel.flat_shard import FlatShard, split_range
+from faccel.flat_shard import Block, FlatShard, split_range
 
 SHAPES = [(), (1,), (5,), (4, 3), (1, 5, 1), (2, 3, 4), (3, 1, 2), (2, 2, 2, 2)]
 
@@ -47,6 +47,30 @@ def test_a_shard_reads_and_writes_its_range_of_elements(shape):
         assert torch.equal(shard.full_tensor(), expected.reshape(shape))
         shard.detach().assign(flat.reshape(shape) + 1)
         assert torch.equal(local_tensor, flat[start : start + count] + 1)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_range_of_blocks_reads_and_writes_its_elements_of_the_full_tensor(rank, dim):
+    """Two matrices of `[2, 4]` in one of `[4, 4]`, each cut over 2 ranks along `dim`."""
+    full = torch.arange(16.0).reshape(4, 4)
+    sizes = (2, 2) if dim else (1, 4)
+    blocks, local = [], []
+    for first_row in (0, 2):
+        offsets = (first_row, 2 * rank) if dim else (first_row + rank, 0)
+        blocks.append(Block(offsets, sizes))
+        local.append(full.narrow(0, offsets[0], sizes[0]).narrow(1, offsets[1], sizes[1]))
+    flat = torch.cat([block.reshape(-1) for block in local])
+    for start, count in ranges((len(flat),)):
+        elements = flat[start : start + count]
+        shard = FlatShard((4, 4), elements.clone(), start, lambda x: x, None, blocks)
+        expected = torch.where(torch.isin(full, elements), full, 0.0)
+        assert torch.equal(shard.full_tensor(), expected)
+        shard.detach().assign(full + 1)
+        assert torch.equal(shard.to_local(), elements + 1)
+        items = shard.__create_write_items__("x", shard)
+        stored = [shard.__get_tensor_shard__(item.index).reshape(-1) for item in items]
+        assert torch.equal(torch.cat([*stored, flat[:0]]), elements + 1)
 
 
 def test_empty_like_returns_a_shard_of_the_same_range_and_another_dtype():

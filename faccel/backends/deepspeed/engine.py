@@ -35,7 +35,8 @@ from faccel.backends.deepspeed.settings import (
     settings_for,
     zero_stage,
 )
-from faccel.backends.deepspeed.zero_init import ensure_process_group, shard_parameters
+from faccel.backends.deepspeed.zero_init import shard_parameters
+from faccel.backends.default_group import ensure_process_group
 from faccel.comm.rank_errors import raise_naming_rank
 from faccel.context import DistContext
 from faccel.errors import BackendError, ConfigError, ModelError, OptimizerError

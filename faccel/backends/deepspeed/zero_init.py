@@ -8,36 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from faccel.backends.deepspeed.availability import import_deepspeed, setup_environment
 from faccel.backends.deepspeed.settings import Json, dtype_of
+from faccel.backends.default_group import ensure_process_group
 from faccel.context import DistContext
-from faccel.device_table import is_host
 from faccel.mesh import DATA
 from faccel.parallel.materialize import InitialValues, tie_parameters
 from faccel.parallel.sync_states import broadcast_from_rank_0
-
-
-def ensure_process_group(ctx: DistContext) -> None:
-    """Create the default process group of one process, which DeepSpeed requires.
-
-    Effects: ambient. The group is destroyed when the context closes.
-    """
-    if dist.is_initialized():
-        return
-    backend = None
-    if is_host(ctx.device):
-        backend = "gloo"
-    # A `HashStore` needs no port: there is no other process to meet.
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-
-    def destroy() -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    ctx.lifetime.on_close(destroy)
 
 
 def shard_parameters(
