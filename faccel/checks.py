@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Collection
 from numbers import Real
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from faccel.errors import ConfigError, FaccelError, nearest, short_repr, short_text
 
@@ -185,6 +186,21 @@ def finite(
             problem += f" and at most {_MAX_SECONDS}"
     fix = f"use `{name}={at_least}` or more"
     raise error(problem, got=f"{name}={short_repr(value)}", fix=fix)
+
+
+def is_finite(value: object) -> TypeGuard[int | float]:
+    """Return whether a value of JSON is a number that a float can have; a bool is none.
+
+    Effects: pure.
+
+    Examples:
+        >>> [is_finite(value) for value in (1, 0.5, True, "1", float("nan"), 10**400)]
+        [True, True, False, False, False, False]
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    # Integers of JSON have any number of digits. NaN is not within any limits.
+    return abs(value) <= sys.float_info.max
 
 
 def in_range(

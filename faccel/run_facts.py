@@ -11,7 +11,14 @@ import torch
 
 from faccel.config import Config, config_fields, text_of
 
-_SECRET = re.compile(r"(^|[_-])(api[_-]?key|secret|password|token|auth)$", re.I)
+# Names of hyperparameters have dots between their parts.
+_SECRET = re.compile(
+    r"(^|[._-])((api|access|secret|private)[_-]?keys?|secrets?|passwords?|passwd|token|auth"
+    r"|credentials?)(\.|$)",
+    re.I,
+)
+# The password of a URL, as of a database.
+_URL_PASSWORD = re.compile(r"(://[^/:@\s]*:)[^/@\s]+(?=@)")
 HIDDEN = "(hidden)"
 
 
@@ -46,8 +53,22 @@ def is_secret(name: str) -> bool:
     Examples:
         >>> is_secret("hf_token"), is_secret("--wandb-api-key"), is_secret("num_tokens")
         (True, True, False)
+        >>> is_secret("tracker.api_key"), is_secret("credentials.user")
+        (True, True)
     """
     return _SECRET.search(name) is not None
+
+
+def without_passwords(text: str) -> str:
+    """Return a text without the passwords of its URLs.
+
+    Effects: pure.
+
+    Examples:
+        >>> without_passwords("postgresql://me:abc@host/runs")
+        'postgresql://me:(hidden)@host/runs'
+    """
+    return _URL_PASSWORD.sub(rf"\1{HIDDEN}", text)
 
 
 def without_secrets(words: list[str]) -> list[str]:
@@ -71,5 +92,5 @@ def without_secrets(words: list[str]) -> list[str]:
         if is_flag and is_secret(flag) and mark:
             word = f"{flag}={HIDDEN}"
         is_value_hidden = is_flag and is_secret(flag) and not mark
-        shown.append(word)
+        shown.append(without_passwords(word))
     return shown

@@ -10,6 +10,7 @@ import attrs
 import click
 
 from faccel.config import Config, config_fields
+from faccel.errors import printable
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 
@@ -29,7 +30,7 @@ def present(document: object, rows: Iterable[Sequence[str]], *, as_json: bool) -
     # For pipes and files: no colours and no line breaks within a row.
     if not sys.stdout.isatty():
         for row in rows:
-            print("  ".join(filter(None, row)))
+            print(printable("  ".join(filter(None, row))))
         return
     # Imported late: rich is slow to import, and JSON and pipes do not need it.
     from rich.console import Console
@@ -39,7 +40,7 @@ def present(document: object, rows: Iterable[Sequence[str]], *, as_json: bool) -
     table = Table(box=None, show_header=False, pad_edge=False)
     for row in rows:
         # `Text`, not `str`: rich would read square brackets in a path as markup
-        table.add_row(*(Text(cell, style=_style(i, cell)) for i, cell in enumerate(row)))
+        table.add_row(*(Text(printable(cell), style=_style(i, cell)) for i, cell in enumerate(row)))
     Console().print(table)
 
 

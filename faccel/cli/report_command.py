@@ -35,10 +35,11 @@ def report(run: str, *, out: str | None, as_json: bool) -> None:
     folders = find_run(run, "faccel report")
     record = read_record(folders)
     path = Path(out or folders.path / "report.html")
+    # Names of files that are not UTF-8 are in messages as surrogates, which no encoding has.
     # A page that is open in a browser is replaced, and never half of one.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        temporary.write_text(page(record), encoding="utf-8")
+        temporary.write_bytes(page(record).encode(errors="backslashreplace"))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import heapq
 import math
+import operator
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any
 
 import attrs
 import numpy as np
 
+from faccel.checks import integer
 from faccel.data.order import permute
 from faccel.errors import DataError, short_repr
 from faccel.random.hashing import mix
@@ -27,7 +31,7 @@ class _Period:
 
     Args:
         counts: Samples of each dataset in a period.
-        datasets: `int16[period]`, the dataset of each sample.
+        datasets: `int32[period]`, the dataset of each sample.
         positions: `int32[period]`, how many samples of its dataset are before it in the period.
     """
 
@@ -46,7 +50,7 @@ def _period_of(counts: tuple[int, ...]) -> _Period:
     earliest deadline first finds it (Steiner and Yeomans 1993).
     """
     period = sum(counts)
-    datasets = np.empty(period, np.int16)
+    datasets = np.empty(period, np.int32)
     positions = np.empty(period, np.int32)
     released: list[list[int]] = [[] for _ in range(period)]  # datasets, by the first slot
     for dataset, count in enumerate(counts):
@@ -75,7 +79,9 @@ def _counts_of(weights: Sequence[float]) -> tuple[int, ...]:
     counts = tuple(numerator // divisor for numerator in numerators)
     # A longer period would need more memory; rounding silently would not be exact.
     if sum(counts) > MAX_PERIOD:
-        rounded = tuple(round(weight / sum(weights), 4) for weight in weights)
+        # At least the smallest number of four digits: a weight of 0 is none.
+        largest = max(weights)
+        rounded = tuple(max(round(weight / largest, 4), 1e-4) for weight in weights)
         raise DataError(
             f"the proportions of `weights` repeat after more than {MAX_PERIOD} samples",
             got=short_repr(tuple(weights)),
@@ -85,10 +91,11 @@ def _counts_of(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 def _weights(value: Any) -> tuple[float, ...]:
-    try:
-        weights = tuple(float(weight) for weight in value)
-    except (TypeError, ValueError):
-        weights = ()
+    weights: tuple[float, ...] = ()
+    # Text would be one weight per digit.
+    if not isinstance(value, str | bytes):
+        with suppress(TypeError, ValueError, OverflowError):
+            weights = tuple(float(weight) for weight in value)
     if not weights or not all(0 < weight < math.inf for weight in weights):
         raise DataError(
             "`weights` must be positive numbers, one for each dataset",
@@ -96,6 +103,23 @@ def _weights(value: Any) -> tuple[float, ...]:
             fix="write `weights=(0.7, 0.3)`",
         )
     return weights
+
+
+def _datasets(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        datasets = tuple(value)
+        if all(hasattr(dataset, "__len__") for dataset in datasets):
+            return datasets
+    raise DataError(
+        "`datasets` must be a list of map-style datasets, which have a length",
+        got=short_repr(value),
+        fix="write `faccel.data.Blend([first, second], weights=(0.7, 0.3))`",
+    )
+
+
+def _check_seed(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None:
+        integer("seed", value, at_least=0, error=DataError)
 
 
 @attrs.frozen(eq=False)
@@ -124,10 +148,10 @@ class Blend:
         'aabaaaba'
     """
 
-    datasets: Sequence[Any] = attrs.field(converter=tuple, repr=False)
+    datasets: Sequence[Any] = attrs.field(converter=_datasets, repr=False)
     weights: tuple[float, ...] = attrs.field(converter=_weights)
     size: int | None = attrs.field(default=None, kw_only=True)
-    seed: int | None = attrs.field(default=0, kw_only=True)
+    seed: int | None = attrs.field(default=0, kw_only=True, validator=_check_seed)
     _counts: tuple[int, ...] = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -145,9 +169,9 @@ class Blend:
                 fix="leave it out",
             )
         is_int = isinstance(self.size, int) and not isinstance(self.size, bool)
-        if self.size is not None and not (is_int and self.size > 0):
+        if self.size is not None and not (is_int and 0 < self.size <= sys.maxsize):
             raise DataError(
-                "`size` must be an int of at least 1",
+                "`size` must be an int of at least 1, and below 2**63",
                 got=short_repr(self.size),
                 fix="write `size=num_updates * global_batch`",
             )
@@ -165,7 +189,7 @@ class Blend:
     def source_of(self, index: int) -> tuple[int, int]:
         """Return the dataset of a sample, and how many samples of that dataset are before it."""
         period = _period_of(self._counts)
-        repeat, slot = divmod(range(len(self))[index], len(period.datasets))
+        repeat, slot = divmod(range(len(self))[operator.index(index)], len(period.datasets))
         dataset = int(period.datasets[slot])
         return dataset, repeat * period.counts[dataset] + int(period.positions[slot])
 

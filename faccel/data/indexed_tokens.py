@@ -18,6 +18,7 @@ is 1. All numbers are little-endian:
 
 from __future__ import annotations
 
+import operator
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ import attrs
 import numpy as np
 import torch
 
-from faccel.errors import DataError, short_repr
+from faccel.errors import DataError, short_repr, short_text
 from faccel.validators import construct
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -109,10 +110,19 @@ class IndexedTokens:
         """Return the position of a sequence in the tokens of all; for `n`, that after the last."""
         if sequence == len(self):
             return self.num_tokens
-        return int(self._files.pointers[sequence]) // self._files.tokens.itemsize
+        position, remainder = divmod(
+            int(self._files.pointers[sequence]), self._files.tokens.itemsize
+        )
+        if remainder:
+            raise damaged(f"{self.prefix}.idx", f"sequence {sequence} in the middle of a token")
+        return position
 
     def read(self, begin: int, end: int) -> torch.Tensor:
         """Return the tokens `int64[end - begin]` at these positions of all tokens."""
+        # A slice would be shorter, and the sample, too.
+        if not 0 <= begin <= end <= self.num_tokens:
+            got = f"tokens {begin} to {end} of {self.num_tokens}"
+            raise damaged(f"{self.prefix}.idx", got)
         # A copy: a view of the file could not be written, and would keep it open.
         return torch.from_numpy(self._files.tokens[begin:end].astype(np.int64))
 
@@ -122,7 +132,7 @@ class IndexedTokens:
 
     def __getitem__(self, sequence: int) -> torch.Tensor:
         """Return the tokens of one sequence."""
-        index = range(len(self))[sequence]  # IndexError after the end, as of a list
+        index = range(len(self))[operator.index(sequence)]  # IndexError after the end, as of a list
         begin = self.first_token(index)
         return self.read(begin, begin + int(self._files.lengths[index]))
 
@@ -136,7 +146,7 @@ def _open(prefix: str) -> _Files:
     sizes = (4 * num_sequences, 8 * num_sequences, 8 * num_boundaries)
     expected = _HEADER.size + sum(sizes)
     if len(index) not in (expected, expected + num_sequences):
-        raise _damaged(index_path, f"{len(index)} bytes, and {expected} by its header")
+        raise damaged(index_path, f"{len(index)} bytes, and {expected} by its header")
     ends = _HEADER.size + np.cumsum(sizes)
     lengths = index[_HEADER.size : ends[0]].view("<i4")
     pointers = index[ends[0] : ends[1]].view("<i8")
@@ -151,7 +161,10 @@ def _open(prefix: str) -> _Files:
     # The first and the last sequence only, so that opening reads two pages of a large file.
     end = int(pointers[-1]) + int(lengths[-1]) * tokens.itemsize
     if pointers[0] != 0 or end != tokens.nbytes:
-        raise _damaged(tokens_path, f"{tokens.nbytes} bytes, and {end} by `{index_path}`")
+        raise damaged(tokens_path, f"{tokens.nbytes} bytes, and {end} by `{index_path}`")
+    if len(documents) == 0 or (documents[0], documents[-1]) != (0, num_sequences):
+        got = f"documents from {documents[:1]} to {documents[-1:]} of {num_sequences} sequences"
+        raise damaged(index_path, got)
     return _Files(lengths, pointers, documents, tokens)
 
 
@@ -160,7 +173,7 @@ def _read_header(path: str) -> tuple[int, int, int]:
     try:
         with open(path, "rb") as file:
             header = file.read(_HEADER.size)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null character
         raise _unreadable(path, error) from None
     if not header.startswith(_MAGIC) or len(header) < _HEADER.size:
         raise DataError(
@@ -185,21 +198,25 @@ def _map_tokens(path: str, dtype: str) -> np.ndarray[Any, Any]:
         if num_bytes == 0:  # which has no map
             return np.empty(0, dtype)
         if num_bytes % np.dtype(dtype).itemsize:
-            raise _damaged(path, f"{num_bytes} bytes, no multiple of {np.dtype(dtype).itemsize}")
+            raise damaged(path, f"{num_bytes} bytes, no multiple of {np.dtype(dtype).itemsize}")
         return np.memmap(path, mode="r", dtype=dtype)
     except OSError as error:
         raise _unreadable(path, error) from None
 
 
-def _unreadable(path: str, error: OSError) -> DataError:
+def _unreadable(path: str, error: OSError | ValueError) -> DataError:
     return DataError(
-        f"`{path}` cannot be read",
-        got=error.strerror or short_repr(str(error)),
+        f"`{short_text(path)}` cannot be read",
+        got=getattr(error, "strerror", None) or str(error),
         fix="pass the path of both files without `.bin` and `.idx`",
     )
 
 
-def _damaged(path: str, got: str) -> DataError:
+def damaged(path: str, got: str) -> DataError:
+    """Return the error of a file whose content does not fit the other file.
+
+    Effects: pure.
+    """
     return DataError(
         f"`{path}` is incomplete, or not of this dataset",
         got=got,

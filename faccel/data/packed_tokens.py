@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,8 @@ import attrs
 import numpy as np
 import torch
 
-from faccel.data.indexed_tokens import IndexedTokens
+from faccel.checks import integer, is_finite
+from faccel.data.indexed_tokens import IndexedTokens, damaged
 from faccel.data.order import permute
 from faccel.errors import DataError, short_repr
 from faccel.validators import construct
@@ -38,13 +40,18 @@ def _check_length(instance: object, attribute: attrs.Attribute[int], value: Any)
 
 
 def _check_split(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    is_pair = isinstance(value, tuple) and len(value) == 2
+    is_pair = isinstance(value, tuple) and len(value) == 2 and all(map(is_finite, value))
     if not is_pair or not 0 <= value[0] < value[1] <= 1:
         raise DataError(
             "`split` must be two increasing fractions from 0 to 1",
             got=short_repr(value),
             fix="write `split=(0.0, 0.969)` for training and `split=(0.969, 1.0)` for evaluation",
         )
+
+
+def _check_seed(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None:
+        integer("document_seed", value, at_least=0, error=DataError)
 
 
 @attrs.frozen(eq=False)
@@ -101,7 +108,7 @@ class PackedTokens:
     split: tuple[float, float] = attrs.field(
         default=(0.0, 1.0), kw_only=True, validator=_check_split
     )
-    document_seed: int | None = attrs.field(default=None, kw_only=True)
+    document_seed: int | None = attrs.field(default=None, kw_only=True, validator=_check_seed)
     _stream: _Stream = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -124,7 +131,7 @@ class PackedTokens:
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """Return one sample."""
-        begin = range(len(self))[index] * self.length
+        begin = range(len(self))[operator.index(index)] * self.length
         end = begin + self.length + 1
         stream = self._stream
         # In the order of the file a sample is one read, whatever sequences it has.
@@ -156,5 +163,9 @@ def _make_stream(
     # Once for all epochs: an order per epoch would take 16 bytes per sequence for each.
     sequences = permute(np.arange(last - first), last - first, document_seed, 0)
     lengths = tokens.lengths[first:last].astype(np.int64)
+    # A sample would have tokens of another place.
+    if lengths.min() < 0 or lengths.sum() != num_tokens:
+        got = f"lengths of {lengths.sum()} tokens, and {num_tokens} between their positions"
+        raise damaged(f"{tokens.prefix}.idx", got)
     starts = begin + np.cumsum(lengths) - lengths
     return _Stream(begin, num_tokens, starts[sequences], np.cumsum(lengths[sequences]))

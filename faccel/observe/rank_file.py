@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from faccel.checks import is_finite
 from faccel.errors import ConfigError, short_text
 from faccel.observe.process import start_ticks
 
@@ -17,6 +18,43 @@ FOLDER = ".faccel"
 _PREFIX = "rank-"
 LAUNCH_FILE = "launch.json"
 """What `faccel launch` writes there when a rank has failed."""
+_MAX_RANKS = 10**6
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_rank(value: object) -> bool:
+    # The ranks that have no file are listed: a number without a limit would never end.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_RANKS
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_end(value: object) -> bool:
+    return isinstance(value, dict) and _has_types(value, {"error": _is_text, "time_s": is_finite})
+
+
+_RANK_TYPES: Mapping[str, Callable[[object], bool]] = {
+    "rank": _is_rank,
+    "world_size": _is_rank,
+    "world": _is_text,
+    "coordinates": lambda value: isinstance(value, dict) and all(map(_is_int, value.values())),
+    "host": _is_text,
+    "pid": _is_int,
+    "start_s": is_finite,
+    "start_ticks": lambda value: value is None or _is_int(value),
+    "folder": _is_text,
+    "signal": _is_int,
+}
+_LAUNCH_TYPES: Mapping[str, Callable[[object], bool]] = {
+    "rank": _is_int,
+    "reason": _is_text,
+    "time_s": is_finite,
+}
 
 
 def rank_path(run_dir: str, rank: int) -> Path:
@@ -57,12 +95,14 @@ def running_process(run_dir: str, rank: int) -> int | None:
     Effects: ambient. Reads the file of the rank.
     """
     try:
-        document = json.loads(rank_path(run_dir, rank).read_text(encoding="utf-8"))
-        pid, ticks = document["pid"], document["start_ticks"]
-    except (OSError, ValueError, KeyError, TypeError):  # none, or of another program
+        document = _read(rank_path(run_dir, rank))
+    except OSError:
         return None
-    if document.get("host") != socket.gethostname() or "end" in document or pid == os.getpid():
+    if not _is_of_rank(document) or "end" in document or document["pid"] == os.getpid():
         return None
+    if document["host"] != socket.gethostname():
+        return None
+    pid, ticks = document["pid"], document["start_ticks"]
     # Without /proc an earlier process is not found.
     if ticks is None or start_ticks(pid) != ticks:
         return None
@@ -113,14 +153,39 @@ def _documents(folder: Path) -> list[dict[str, Any]]:
     for name in names:
         if not name.startswith(_PREFIX) or not name.endswith(".json"):
             continue
-        try:
-            document = json.loads((folder / name).read_text(encoding="utf-8"))
-        except ValueError:  # another program's file
-            continue
-        # Another program may have a file of this name; a rank writes these in any version.
-        if isinstance(document, dict) and {"rank", "pid", "world", "start_s"} <= document.keys():
+        document = _read(folder / name)
+        if _is_of_rank(document):
             documents.append(document)
     return documents
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the object of a file; an empty one for the file of another program.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return {}
+    if isinstance(document, dict):
+        return document
+    return {}
+
+
+def _has_types(
+    document: Mapping[str, object], types: Mapping[str, Callable[[object], bool]]
+) -> bool:
+    return all(name in document and is_type(document[name]) for name, is_type in types.items())
+
+
+def _is_of_rank(document: Mapping[str, object]) -> bool:
+    """Return whether a rank has written this: another program may have a file of the name."""
+    # A rank that runs has no end.
+    if not _is_end(document.get("end", {"error": "", "time_s": 0})):
+        return False
+    return _has_types(document, _RANK_TYPES)
 
 
 def _of_last_attempt(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -136,9 +201,9 @@ def read_launch(folder: Path) -> dict[str, Any]:
     Effects: ambient. Reads the file.
     """
     try:
-        document = json.loads((folder / FOLDER / LAUNCH_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = _read(folder / FOLDER / LAUNCH_FILE)
+    except OSError:
         return {}
-    if isinstance(document, dict):
+    if _has_types(document, _LAUNCH_TYPES):
         return document
     return {}

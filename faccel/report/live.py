@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 import numpy as np
 
+from faccel.checks import is_finite
 from faccel.report.findings import shares, time_sentence
 from faccel.report.follower import Follower
 from faccel.report.live_ranks import LiveRanks, RankRow, rank_rows
@@ -176,7 +177,7 @@ class LiveMetrics:
         for text in self._new(csv_path).texts():
             add_csv_line(text, self._values)
         for row in self._new(folder / "goodput" / RATES_FILE).objects():
-            self.rates = {name: value for name, value in row.items() if is_number(value)}
+            self.rates = {name: value for name, value in row.items() if is_finite(value)}
         # Only without another file: TensorBoard is slow to import.
         if not json_path.exists() and not csv_path.exists():
             self._read_event_files(folder)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
 import attrs
 import numpy as np
+
+from faccel.checks import is_finite
 
 _FLOATS = (1, 2)  # of TensorFlow's numbers of dtypes
 _RESERVED = ("step", "time")
@@ -56,11 +57,11 @@ class Metrics:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Return whether a value of JSON is a number; a bool is none.
+    """Return whether a value of JSON is a number of a curve: also NaN and infinity, but no bool.
 
     Effects: pure.
     """
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or is_finite(value)
 
 
 class _Table:
@@ -75,7 +76,7 @@ class _Table:
         if isinstance(value, str):
             self.texts[name] = value
             return
-        if is_number(value) and math.isfinite(step):
+        if is_number(value):
             self.values.setdefault(name, {})[step] = float(value)
 
     def metrics(self, notes: tuple[str, ...]) -> Metrics:
@@ -150,7 +151,7 @@ def add_json_line(values: Mapping[str, Any], table: Adds) -> None:
     Effects: ambient. Changes the table.
     """
     step = values.get("step")
-    if not is_number(step):
+    if not is_finite(step):
         return
     for name, value in values.items():
         if name not in _RESERVED:
@@ -182,7 +183,9 @@ def add_csv_line(line: str, table: Adds) -> None:
     step_text, name, text = rows[0]
     try:
         step = float(step_text)
-    except ValueError:  # the header, or a line of another program
+    except ValueError:  # the header
+        return
+    if not is_finite(step):  # a line of another program
         return
     try:
         value: float | str = float(text)

@@ -101,7 +101,7 @@ def page_values(record: RunRecord) -> dict[str, object]:
     """
     rates = list(record.rates)
     metrics, logged_rates = _split(record.metrics.series, has_rates=bool(rates))
-    curves = _curves([series for series in metrics.values() if len(series.steps) > 1])
+    curves, num_hidden = _curves([series for series in metrics.values() if len(series.steps) > 1])
     changed, defaults = _fields(record.fields)
     return {
         "record": record,
@@ -111,8 +111,8 @@ def page_values(record: RunRecord) -> dict[str, object]:
         "categories": _present(record.times),
         "bars": _bars(record.times),
         "num_hidden_ranks": max(len(record.times) - _MAX_RANKS, 0),
-        "curves": curves[:_MAX_CHARTS],
-        "num_hidden_curves": max(len(curves) - _MAX_CHARTS, 0),
+        "curves": curves,
+        "num_hidden_curves": num_hidden,
         "values": _single_values(metrics, record.metrics.texts)[:_MAX_ROWS],
         "throughput": _throughput_charts(record) + _logged_charts(logged_rates),
         "memory": _memory_charts(record),
@@ -130,7 +130,11 @@ def page_values(record: RunRecord) -> dict[str, object]:
 
 
 def _clock_text(time_s: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
+    # A file of another program may have any number.
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
+    except (OverflowError, ValueError, OSError):
+        return "?"
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
@@ -241,12 +245,15 @@ def _single_values(
     return rows
 
 
-def _curves(series: Sequence[Series]) -> list[Chart]:
-    """Return a chart for each metric; those such as `train/loss` and `val/loss` have one."""
+def _curves(series: Sequence[Series]) -> tuple[list[Chart], int]:
+    """Return a chart for each metric, and how many were left out.
+
+    Metrics such as `train/loss` and `val/loss` have one chart.
+    """
     groups: dict[str, list[Series]] = {}
     for values in series:
         groups.setdefault(values.name.rpartition("/")[2] or values.name, []).append(values)
-    charts: list[Chart] = []
+    parts: list[tuple[str, list[Series]]] = []
     for title, members in groups.items():
         # As many lines as colours.
         for begin in range(0, len(members), MAX_LINES):
@@ -254,11 +261,15 @@ def _curves(series: Sequence[Series]) -> list[Chart]:
             name = title
             if len(some) == 1:
                 name = some[0].name
-            points = [Points(values.name, values.steps, values.values) for values in some]
-            charts.append(chart(name, points, x_label="step"))
+            parts.append((name, some))
     # The loss is what people look at first.
-    charts.sort(key=lambda curve: "loss" not in curve.title.lower())
-    return charts
+    parts.sort(key=lambda part: "loss" not in part[0].lower())
+    charts: list[Chart] = []
+    # A chart takes 50 ms: of thousands only those of the page are drawn.
+    for title, members in parts[:_MAX_CHARTS]:
+        points = [Points(values.name, values.steps, values.values) for values in members]
+        charts.append(chart(title, points, x_label="step"))
+    return charts, len(parts) - len(charts)
 
 
 def _logged_charts(series: Mapping[str, Series]) -> list[Chart]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from faccel.checks import parse_count
+from faccel.checks import is_finite, parse_count
 from faccel.errors import ConfigError
 from faccel.observe import rank_file
 from faccel.observe.ask import states
@@ -26,7 +26,7 @@ from faccel.report.run_times import (
     read_events,
     read_rates,
 )
-from faccel.run_facts import HIDDEN, is_secret
+from faccel.run_facts import HIDDEN, is_secret, without_passwords
 from faccel.tracking.goodput_categories import Goodput
 from faccel.tracking.journal import Event
 from faccel.tracking.run_file import read_run_file
@@ -144,7 +144,10 @@ def read_record(folders: RunFolder, *, now_s: float | None = None) -> RunRecord:
     if state == RUNNING:
         ended_s = max(now_s, ended_s)
     times = rank_times(events)
-    world_size = max(len(ranks), len(times), int(facts.get("world_size", 0)))
+    world_size = max(len(ranks), len(times))
+    # Ranks that write neither a file nor a journal are counted by rank 0.
+    if is_finite(facts.get("world_size")):
+        world_size = max(world_size, int(facts["world_size"]))
     return RunRecord(
         name=folders.name,
         folders=folders,
@@ -251,7 +254,7 @@ def _last_time_s(document: Mapping[str, Any]) -> float:
 def _first_written_s(folder: Path) -> float:
     facts = read_run_file(folder)
     value = facts.get("time_s")
-    if isinstance(value, int | float):
+    if is_finite(value):
         return float(value)
     times = [path.stat().st_mtime for path in folder.iterdir() if path.is_file()]
     return min(times, default=0.0)
@@ -312,8 +315,9 @@ def _flat(value: object, prefix: str = "") -> dict[str, str]:
         if isinstance(item, dict) and item:
             flat |= _flat(item, f"{name}.")
             continue
-        text = str(item)
-        if isinstance(item, str) and is_secret(name):
+        text = without_passwords(str(item))
+        # A list, too; a number or a switch is no secret.
+        if isinstance(item, str | list) and is_secret(name):
             text = HIDDEN
         flat[name] = text
     return flat
@@ -339,9 +343,9 @@ def _warnings(run_dir: Path) -> list[Warnings]:
 
 def _count(entry: Warnings, values: Mapping[str, Any], rank: int) -> None:
     time_s, step = values.get("time"), values.get("step")
-    if isinstance(time_s, int | float):
+    if is_finite(time_s):
         entry.first_s = min(entry.first_s or time_s, time_s)
-    if isinstance(step, int):
-        entry.step = step
+    if is_finite(step):
+        entry.step = int(step)
     entry.count += 1
     entry.ranks.add(rank)

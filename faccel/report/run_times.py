@@ -8,8 +8,9 @@ from pathlib import Path
 
 import attrs
 
+from faccel.checks import is_finite
 from faccel.errors import ConfigError
-from faccel.report.metric_files import is_number, json_objects
+from faccel.report.metric_files import json_objects
 from faccel.tracking.goodput_categories import Goodput, goodput
 from faccel.tracking.journal import RATES_FILE, Event, read_journal
 
@@ -98,7 +99,7 @@ def read_rates(folder: Path | None) -> list[dict[str, float]]:
         return []
     rows: list[dict[str, float]] = []
     for values in json_objects(folder / "goodput" / RATES_FILE):
-        row = {name: value for name, value in values.items() if is_number(value)}
+        row = {name: value for name, value in values.items() if is_finite(value)}
         # Without them it has no place on an axis.
         if {"time", "step"} <= row.keys():
             rows.append(row)

@@ -16,6 +16,8 @@ def duration_text(seconds: float) -> str:
         >>> [duration_text(s) for s in (0.0042, 2.5, 59.96, 723, 7500, 200000)]
         ['4 ms', '2.5 s', '1 min 0 s', '12 min 3 s', '2 h 5 min', '2 d 7 h']
     """
+    if not math.isfinite(seconds):
+        return "?"
     if seconds < 0.1:
         return f"{max(seconds, 0.0) * 1000:.0f} ms"
     # Rounded first: 59.96 s is a minute, and not 60.0 s.

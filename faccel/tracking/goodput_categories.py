@@ -85,8 +85,8 @@ class _Timeline:
     def __init__(self) -> None:
         self.num_processes = 0
         self.down_s = 0.0
-        self.began_s = self.ended_s = 0.0
-        self.process_began_s = 0.0
+        self.wall_s = 0.0
+        self.process_began_s = self.ended_s = 0.0
         self.totals = dict.fromkeys((*_COUNTS, *_TIMES), 0.0)
         self.pieces: list[_Piece] = []
         # Where each checkpoint was saved: the process, and its counts at that time.
@@ -120,16 +120,17 @@ class _Timeline:
         # Each process counts from 0.
         for name in self.totals:
             self.totals[name] += self._last[name]
+        process_s = self._last["time"] - self.process_began_s
+        self.wall_s += process_s
         spent_s = sum(self._last[name] for name in _TIMES)
         # After the last step, or before the first one.
-        self.totals["startup_s"] += self._last["time"] - self.process_began_s - spent_s
+        self.totals["startup_s"] += process_s - spent_s
 
     def _start(self, event: Event) -> None:
         self.end_process()
         if self.num_processes:
-            self.down_s += event["started"] - self.ended_s
-        else:
-            self.began_s = event["started"]
+            # The clock of a node may have been set back meanwhile.
+            self.down_s += max(event["started"] - self.ended_s, 0.0)
         self.process_began_s = event["started"]
         self.num_processes += 1
         # Without a load, it starts from scratch.
@@ -214,7 +215,7 @@ def goodput(events: Sequence[Event], *, rank: int = 0) -> Goodput:
     # What the pieces do not have is lost.
     lost_s = sum(totals[name] - useful[name] for name in ("useful_s", "data_wait_s", "skipped_s"))
     return Goodput(
-        wall_s=timeline.ended_s - timeline.began_s,
+        wall_s=timeline.wall_s + timeline.down_s,
         useful_s=useful["useful_s"],
         startup_s=totals["startup_s"],
         data_wait_s=useful["data_wait_s"],

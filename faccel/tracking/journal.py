@@ -20,7 +20,7 @@ from typing import Any
 
 import attrs
 
-from faccel.checks import local_path, one_of, parse_count
+from faccel.checks import is_finite, local_path, one_of, parse_count
 from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, effectful
 from faccel.errors import ConfigError, short_text
@@ -295,13 +295,13 @@ def _event(line: bytes) -> Event | None:
     # Bytes after a crash may be anything, also invalid UTF-8, which is a ValueError, too.
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     # A line that another program wrote is no event either.
     if not isinstance(event, dict) or str(event.get("event")) not in _NUMBERS:
         return None
     for name in (*_COUNTS, *_NUMBERS[event["event"]]):
-        if not isinstance(event.get(name), int | float):
+        if not is_finite(event.get(name)):
             return None
     return event
 

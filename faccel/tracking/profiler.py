@@ -127,7 +127,7 @@ class Profiler:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        row: dict[str, Any] = {"seconds": {}, "num_steps": 0, "problem": ""}
+        row: dict[str, Any] = {"seconds": {}, "num_steps": 0, "problem": "", "base_ns": 0}
         if self.torch_profile is not None:
             self._ctx.lifetime.record_spans(None)
             _open_profiles.remove(self)
@@ -165,26 +165,31 @@ class Profiler:
 
     def _write(self) -> dict[str, Any]:
         """Write the trace of this rank; return its part of the summary."""
-        rank, problem = self._ctx.rank, self._cycle_problem
+        rank, problem, base_ns = self._ctx.rank, self._cycle_problem, 0
         intervals: Mapping[str, list[Interval]] = {}
         try:
             documents = [json.loads(path.read_bytes()) for path in self._cycle_files]
             trace, intervals = trace_files.from_torch(
                 documents, rank, socket.gethostname(), self._offset.offset_ns
             )
+            base_ns = trace.base_ns
             trace_files.write_rank(trace, trace_files.rank_file(self._path, rank))
             for path in self._cycle_files:
                 path.unlink()
         except (OSError, ValueError) as error:
             problem = f"its trace could not be written: {error}"
         seconds = seconds_of(intervals)
-        return {"seconds": seconds, "num_steps": self._num_steps, "problem": problem}
+        counts = {"num_steps": self._num_steps, "base_ns": base_ns}
+        return {"seconds": seconds, "problem": problem, **counts}
 
     def _finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
         missing: dict[int, str] = {}
         if self._ctx.is_main:
             missing = {rank: rows[rank]["problem"] for rank in self._ranks if rows[rank]["problem"]}
-            missing |= _merged(self._path, [rank for rank in self._ranks if rank not in missing])
+            ranks = [rank for rank in self._ranks if rank not in missing]
+            # A rank that has recorded nothing has no time.
+            starts_ns = [row["base_ns"] for row in rows if row["base_ns"]]
+            missing |= _merged(self._path, ranks, min(starts_ns, default=0))
         # Rank 0 alone has tried to read the files.
         pairs = _exchange(list(missing.items()), self._ctx)[0]
         self._summary = ProfileSummary(
@@ -196,10 +201,10 @@ class Profiler:
         )
 
 
-def _merged(path: Path, ranks: Sequence[int]) -> dict[int, str]:
+def _merged(path: Path, ranks: Sequence[int], start_ns: int) -> dict[int, str]:
     """Write the trace of all ranks; return which of them are missing, and why."""
     try:
-        missing = trace_files.merge(path, ranks)
+        missing = trace_files.merge(path, ranks, start_ns)
     except OSError as error:
         # A full disk must not end the training; the traces of the ranks are complete.
         missing = dict.fromkeys(ranks, f"the trace of all ranks could not be written: {error}")

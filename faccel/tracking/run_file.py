@@ -50,7 +50,7 @@ def read_run_file(folder: Path, name: str = RUN_FILE) -> dict[str, object]:
     """
     try:
         values = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or of another program
+    except (OSError, ValueError, RecursionError):  # none, or of another program
         return {}
     if isinstance(values, dict):
         return values

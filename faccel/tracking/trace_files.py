@@ -85,7 +85,7 @@ def from_torch(
 def _start_ns(document: Mapping[str, Any]) -> int:
     """Return when the first event has begun."""
     # Relative times are small: torch's are microseconds since some weeks ago.
-    starts_us = [event["ts"] for event in document["traceEvents"] if event["ph"] == "X"]
+    starts_us = [event["ts"] for event in document["traceEvents"] if event["ph"] != "M"]
     return document["baseTimeNanoseconds"] + int(min(starts_us, default=0) * 1000)
 
 
@@ -108,7 +108,7 @@ class _Tracks:
         if not isinstance(key[0], int):
             return None
         # The first numbers are those of the spans.
-        track = self._number_of.setdefault(key, len(SPANS) + len(self._number_of))
+        track = self._number_of.setdefault(key, len(SPANS) + 1 + len(self._number_of))
         moved = {**event, "pid": self._rank, "tid": track, "ts": event["ts"] + shift_us}
         if "id" in moved and isinstance(moved["id"], int):
             moved["id"] += self._rank * _FLOWS_PER_RANK
@@ -129,7 +129,8 @@ def _track(rank: int, number: int, name: str) -> Iterator[Event]:
 
 def _span_events(intervals: Mapping[str, Sequence[Interval]], rank: int) -> Iterator[Event]:
     """Yield a track for each span: ranges of one track must not overlap, and spans do."""
-    for number, span in enumerate(SPANS):
+    # Perfetto takes the track 0 of a process for the one with the number of the process.
+    for number, span in enumerate(SPANS, start=1):
         if span not in intervals:
             continue
         yield from _track(rank, number, span)
@@ -167,7 +168,7 @@ def read_rank(path: Path) -> RankTrace:
         raise ValueError(f"{path} is not the complete trace of a rank") from error
 
 
-def merge(path: Path, ranks: Sequence[int]) -> dict[int, str]:
+def merge(path: Path, ranks: Sequence[int], start_ns: int) -> dict[int, str]:
     """Write one trace from the files of some ranks, and remove them if none is missing.
 
     Effects: ambient. Writes the file.
@@ -175,6 +176,8 @@ def merge(path: Path, ranks: Sequence[int]) -> dict[int, str]:
     Args:
         path: The file that is written, compressed if its name ends in `.gz`.
         ranks: The ranks.
+        start_ns: The time of the first event of all ranks, which is 0 in the file: Perfetto drops
+            events before 0. Absolute microseconds have too many digits for a float.
 
     Returns:
         Why the trace of a rank is missing, by rank.
@@ -184,7 +187,6 @@ def merge(path: Path, ranks: Sequence[int]) -> dict[int, str]:
     """
     missing: dict[int, str] = {}
     temporary = path.with_name(f"{path.name}.new")
-    start_ns = 0
     with _open_text(temporary, is_compressed=path.suffix == ".gz") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [')
         separator = "\n"
@@ -195,8 +197,6 @@ def merge(path: Path, ranks: Sequence[int]) -> dict[int, str]:
             except (OSError, ValueError) as error:
                 missing[rank] = str(error)
                 continue
-            # Relative to the first rank: absolute microseconds have too many digits for a float.
-            start_ns = start_ns or trace.base_ns
             for event in _events_of(trace, start_ns):
                 file.write(separator + json.dumps(event))
                 separator = ",\n"
