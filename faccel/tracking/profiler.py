@@ -73,6 +73,7 @@ class Profiler:
         self._num_steps = 0
         self._cycle_files: list[Path] = []
         self._cycle_problem = ""
+        self._is_used = False
         self._summary: ProfileSummary | None = None
         self.torch_profile = torch_profile
         """PyTorch's profile, for `key_averages()`; None on ranks that record none."""
@@ -115,6 +116,7 @@ class Profiler:
         self._offset = offsets[ctx.rank]
         self._clock_error_s = max(offset.error_ns for offset in offsets) / 1e9
         if self.torch_profile is not None:
+            self._is_used = True
             _open_profiles.append(self)
             self.torch_profile.on_trace_ready = self._keep
             self.torch_profile.start()
@@ -141,8 +143,11 @@ class Profiler:
         """Return why this rank cannot begin, or nothing."""
         if self.torch_profile is None:
             return ""
-        if _open_profiles:
+        # It would take the events of the other one, which would be empty.
+        if _open_profiles or torch.autograd._profiler_enabled():
             return "has an open profile already"
+        if self._is_used:
+            return "has ended this profile, which can be opened once"
         folder = trace_files.rank_folder(self._path)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +173,7 @@ class Profiler:
         rank, problem, base_ns = self._ctx.rank, self._cycle_problem, 0
         intervals: Mapping[str, list[Interval]] = {}
         try:
-            documents = [json.loads(path.read_bytes()) for path in self._cycle_files]
+            documents = [trace_files.read_torch(path) for path in self._cycle_files]
             trace, intervals = trace_files.from_torch(
                 documents, rank, socket.gethostname(), self._offset.offset_ns
             )
@@ -355,6 +360,7 @@ def _checked_ranks(ranks: Sequence[int] | None, ctx: DistContext) -> list[int]:
     fix = "write `ranks=(0,)`"
     if isinstance(ranks, str) or not hasattr(ranks, "__iter__"):
         raise ConfigError("`ranks` must be a list of ranks", got=short_repr(ranks), fix=fix)
+    ranks = list(ranks)
     for rank in ranks:
         integer("ranks", rank, at_least=0)
         if rank >= ctx.world_size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +18,7 @@ Event = dict[str, Any]
 _GZIP_LEVEL = 6
 # Flow events of all ranks have different identities, and fewer than this each.
 _FLOWS_PER_RANK = 10**9
+_NAME = re.compile(r'^( *"name": )"(.*)"(?=,$)', re.M)
 
 
 @attrs.frozen(eq=False)
@@ -50,6 +52,27 @@ def rank_file(path: Path, rank: int) -> Path:
     Effects: pure.
     """
     return rank_folder(path) / f"rank-{rank:05}.json.gz"
+
+
+def read_torch(path: Path) -> dict[str, Any]:
+    """Return a trace that torch.profiler has written.
+
+    Effects: ambient. Reads the file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no JSON.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return json.loads(text, strict=False)
+    except ValueError:
+        # PyTorch 2.13 removes line breaks from names, but does not escape quotes.
+        return json.loads(_NAME.sub(_with_escapes, text), strict=False)
+
+
+def _with_escapes(match: re.Match[str]) -> str:
+    return f"{match[1]}{json.dumps(match[2])}"
 
 
 def from_torch(

@@ -139,7 +139,7 @@ def test_a_rank_whose_trace_is_missing_is_named_and_the_others_are_merged(tmp_pa
         trace = trace_files.RankTrace(rank, f"node{rank}", base_ns, [step])
         trace_files.write_rank(trace, trace_files.rank_file(path, rank))
     trace_files.rank_file(path, 3).write_bytes(b"\x1f\x8b cut")
-    missing = trace_files.merge(path, [0, 1, 2, 3])
+    missing = trace_files.merge(path, [0, 1, 2, 3], 7000)
     assert sorted(missing) == [1, 3]
     assert "rank-00001.json.gz" in missing[1]
     steps = [(e["pid"], e["ts"]) for e in events_of(path) if e["name"] == "step"]
@@ -148,6 +148,74 @@ def test_a_rank_whose_trace_is_missing_is_named_and_the_others_are_merged(tmp_pa
     assert names == ["rank 0 (node0)", "rank 2 (node2)"]
     # the others can be copied there, and merged again
     assert trace_files.rank_file(path, 0).exists()
+
+
+def torch_trace(base_ns, start_us):
+    """Return what PyTorch writes of a range of 10 us, a mark before it, and a flow."""
+    place = {"pid": 4711, "tid": 12}
+    return {
+        "baseTimeNanoseconds": base_ns,
+        "traceEvents": [
+            {"ph": "i", "name": "[memory]", "ts": start_us - 1.5, **place},
+            {"ph": "X", "name": "data", "ts": start_us, "dur": 10.0, **place},
+            {"ph": "s", "id": 5, "name": "fwdbwd", "ts": start_us + 1, **place},
+        ],
+    }
+
+
+def merged(path, clocks_ns, start_us):
+    """Return the events of ranks that have recorded one moment, each by its clock."""
+    trace_files.rank_folder(path).mkdir()
+    bases = []
+    for rank, clock_ns in enumerate(clocks_ns):
+        document = torch_trace(10**18 + clock_ns, start_us[rank])
+        trace, _ = trace_files.from_torch([document], rank, "node", -clock_ns)
+        trace_files.write_rank(trace, trace_files.rank_file(path, rank))
+        bases.append(trace.base_ns)
+    assert not trace_files.merge(path, range(len(clocks_ns)), min(bases))
+    return events_of(path)
+
+
+# The clock of each rank in nanoseconds, and when it begins, in microseconds on a true clock.
+CLOCKS = {
+    "one clock": ((0, 0), (100.0, 100.0)),
+    "rank 1 begins first": ((0, 0), (100.0, 40.25)),
+    "a clock is a week ahead": ((0, 7 * 86400 * 10**9, 7 * 86400 * 10**9), (9.5, 7.0, 8.0)),
+    "a clock is behind": ((0, -(10**9)), (5.0, 6.0)),
+}
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+def test_the_events_of_all_ranks_are_on_one_clock_that_begins_at_0(tmp_path, name):
+    clocks_ns, start_us = CLOCKS[name]
+    events = merged(tmp_path / "profile.json.gz", clocks_ns, start_us)
+    first_us = min(start_us) - 1.5
+    ranges = {e["pid"]: e["ts"] for e in events if e["name"] == "data" and e["tid"] > len(SPANS)}
+    assert ranges == {rank: time - first_us for rank, time in enumerate(start_us)}
+    # Perfetto drops events before 0.
+    assert min(event["ts"] for event in events) == 0
+
+
+def test_ranks_have_tracks_that_perfetto_tells_apart(tmp_path):
+    events = merged(tmp_path / "profile.json.gz", (0, 0, 0), (0.0, 0.0, 0.0))
+    # A track 0 is that of the main thread, whose number is that of the process.
+    used = {(event["pid"], event["tid"]) for event in events if event["ph"] != "M"}
+    assert not any(track == 0 for _, track in used)
+    named = [(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"]
+    assert sorted(named) == sorted(used)
+    flows = [event["id"] for event in events if event["ph"] == "s"]
+    assert len(set(flows)) == 3
+
+
+def test_a_name_with_quotes_does_not_lose_the_trace(tmp_path):
+    path = tmp_path / "profile.json.gz"
+    with (
+        profile(fake_context(0, 1), path=path) as profiler,
+        torch.profiler.record_function('say "hello", "'),
+    ):
+        torch.ones(2) + 1
+    assert not profiler.summary.missing
+    assert [e for e in events_of(path) if e["name"] == 'say "hello", "']
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -224,6 +292,18 @@ def reductions_of(path, rank):
     )
 
 
+def profile_again(ctx, path):
+    profiler = profile(ctx, path=path)
+    for _ in range(2):
+        with profiler:
+            pass
+
+
+def profile_in_a_profile_of_torch(ctx, path):
+    with torch.profiler.profile(), profile(ctx, path=path):
+        pass
+
+
 def profile_twice(ctx, path):
     with profile(ctx, path=path), profile(ctx, path=path):
         pass
@@ -236,6 +316,11 @@ WRONG = {
     "a rank": (lambda ctx, tmp: profile(ctx, ranks=0), "`ranks` must be a list"),
     "an unknown rank": (lambda ctx, tmp: profile(ctx, ranks=(1,)), "`ranks` must be ranks of"),
     "no context": (lambda ctx, tmp: profile(3), r"with faccel.tracking.profile\(ctx\)"),
+    "again": (lambda ctx, tmp: profile_again(ctx, tmp / "p.json"), "can be opened once"),
+    "PyTorch's profile": (
+        lambda ctx, tmp: profile_in_a_profile_of_torch(ctx, tmp / "p.json"),
+        "has an open profile",
+    ),
     "two profiles": (lambda ctx, tmp: profile_twice(ctx, tmp / "p.json"), "has an open profile"),
 }
 
