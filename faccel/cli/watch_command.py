@@ -66,7 +66,8 @@ def watch(run: str, *, once: bool) -> None:
     from faccel.report.live import LiveRun
 
     live = LiveRun(run)
-    is_shown = sys.stdout.isatty() and not once
+    # A dumb terminal has no other screen.
+    is_shown = sys.stdout.isatty() and not once and not _console().is_dumb_terminal
     frame = live.frame()
     if is_shown and not frame.is_over:
         frame = _show(live.frame)

@@ -206,7 +206,7 @@ def _bars(times: Mapping[int, Goodput]) -> list[Bar]:
         segments: list[tuple[str, float, str]] = []
         for category, name in CATEGORIES.items():
             seconds = getattr(result, category)
-            if seconds > 0 and longest_s > 0:
+            if seconds > 0 and result.wall_s > 0:
                 share = percent_text(seconds / result.wall_s)
                 text = f"{name}: {duration_text(seconds)} ({share})"
                 segments.append((category, round(100 * seconds / longest_s, 3), text))

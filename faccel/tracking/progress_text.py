@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import attrs
 import torch
 
-from faccel.errors import FaccelError, short_text
+from faccel.errors import FaccelError, printable, short_text
 from faccel.tracking.values import plain_value
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -90,7 +90,7 @@ def line_of(status: Status) -> str:
     """
     prefix = ""
     if status.description:
-        prefix = f"{status.description}: "
+        prefix = f"{one_line(status.description)}: "
     start = f"{prefix}{count_text(status)} in {status.elapsed_s:.1f} s"
     return ", ".join([start, *details(status)])
 
@@ -162,7 +162,19 @@ def metric_texts(metrics: Mapping[str, object]) -> dict[str, str]:
         >>> metric_texts({"loss": torch.tensor(0.123456), "epoch": 3, "x": torch.ones(2, 3)})
         {'loss': '0.1235', 'epoch': '3', 'x': 'float32[2, 3]'}
     """
-    return {str(name): _metric_text(value) for name, value in metrics.items()}
+    return {one_line(str(name)): _metric_text(value) for name, value in metrics.items()}
+
+
+def one_line(text: str) -> str:
+    r"""Return a text on one line: a bar is erased by its number of lines.
+
+    Effects: pure.
+
+    Examples:
+        >>> one_line("a\nb\x1b[2J")
+        'a\\nb\\x1b[2J'
+    """
+    return printable(text.replace("\n", "\\n").replace("\t", " "))
 
 
 def _metric_text(value: object) -> str:

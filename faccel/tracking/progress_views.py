@@ -7,7 +7,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from faccel.tracking.progress_text import Status, count_text, details, line_of
+from faccel.tracking.progress_text import Status, count_text, details, line_of, one_line
 from faccel.tracking.screen import screen_of
 
 if TYPE_CHECKING:
@@ -133,10 +133,10 @@ class TerminalView:
         texts = [count_text(status)]
         if status.percent is not None:
             texts.append(f"{status.percent}%")
-        text = Text(", ".join([*texts, *details(status)]), no_wrap=True, overflow="ellipsis")
+        text = Text(one_line(", ".join([*texts, *details(status)])), no_wrap=True, overflow="ellipsis")
         # One column less than the terminal, so that the line does not wrap.
         width = self._console.width - 1
-        label = Text(status.description or "working", no_wrap=True, overflow="ellipsis")
+        label = Text(one_line(status.description) or "working", no_wrap=True, overflow="ellipsis")
         bar_width = min(_MAX_BAR_WIDTH, max(4, width - len(label) - len(text) - 2))
         grid = Table.grid(padding=(0, 1))
         bar = ProgressBar(status.total or None, status.count, width=bar_width)

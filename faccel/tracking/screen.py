@@ -1,4 +1,8 @@
-"""The lines at the bottom of a terminal that progress bars redraw, and what is printed above."""
+"""The lines at the bottom of a terminal that progress bars redraw, and what is printed above.
+
+Not rich's `Live`: it hides the cursor, which stays hidden after `kill -9`, holds back text without
+the end of its line, and ends the line where such text is flushed.
+"""
 
 from __future__ import annotations
 

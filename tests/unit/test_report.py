@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import time
 from html.parser import HTMLParser
 
 import numpy as np
@@ -143,6 +144,38 @@ def test_a_script_without_a_tracker_has_its_configuration_too(tmp_path):
         assert record.state == "running"
     assert record.fields["grad_accum"][0] == "3"
     assert "torch" in record.facts["versions"]
+
+
+SECRETS = {
+    "tracker": {"api_key": "abc1", "wandb-token": "abc2", "user": "me"},
+    "keys": {"secret_key": ["abc3"], "credentials": {"user": "abc4"}},
+    "database": "postgresql://me:abc5@host/runs",
+    "num_tokens": 12,
+    "tokens": "words",
+}
+
+
+def test_secrets_of_nested_hyperparameters_are_hidden(tmp_path):
+    write_lines(tmp_path / "a" / "faccel.json", [{"config": SECRETS}])
+    record = record_of(tmp_path)
+    assert "abc" not in page(record) + str(record.config)
+    assert record.config["tracker.user"] == "me"
+    assert record.config["database"] == "postgresql://me:(hidden)@host/runs"
+    assert (record.config["num_tokens"], record.config["tokens"]) == ("12", "words")
+
+
+def test_thousands_of_metrics_have_a_small_page_in_seconds(tmp_path):
+    names = [f"m{number}" for number in range(3000)] + ["val/loss"]
+    lines = [{"step": step, **dict.fromkeys(names, step)} for step in range(2)]
+    write_lines(tmp_path / "a" / "metrics.jsonl", lines)
+    record = record_of(tmp_path)
+    begin_s = time.process_time()
+    text = page(record)
+    # Drawing each of them would take minutes.
+    assert time.process_time() - begin_s < 30
+    assert len(text) < 400_000
+    assert "2,941" in text or "2941" in text
+    assert text.index("val/loss") < text.index("m0")
 
 
 def test_secrets_of_a_command_are_not_stored():

@@ -4,6 +4,7 @@ import itertools
 import json
 import pathlib
 import pickle
+import struct
 
 import numpy as np
 import pytest
@@ -100,6 +101,54 @@ def test_samples_are_independent_of_the_file_and_of_each_other():
         packed[len(packed)]
 
 
+def without_documents(data):
+    """Return an index of no document boundaries."""
+    (num_sequences,) = struct.unpack("<Q", data[18:26])
+    return data[:26] + struct.pack("<Q", 0) + data[34 : 34 + 12 * num_sequences]
+
+
+# Lengths and positions in bytes of three sequences of 7 tokens of 2 bytes, and the sequence whose
+# tokens are not where the index has them.
+WRONG_INDEX = {
+    "a position after the end": ((2, 3, 2), (0, 1000, 10), 1),
+    "a negative position": ((2, 3, 2), (0, -4, 10), 1),
+    "half a token": ((2, 3, 2), (0, 5, 10), 1),
+    "a negative length": ((2, -3, 2), (0, 4, 10), 1),
+    "a length of another sequence": ((2, 2**31 - 1, 2), (0, 4, 10), 1),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INDEX)
+def test_an_index_that_is_wrong_in_the_middle_is_an_error_and_no_shorter_sample(tmp_path, name):
+    lengths, positions, wrong = WRONG_INDEX[name]
+    header = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, 3, 4)
+    index = np.array(lengths, "<i4").tobytes() + np.array(positions, "<i8").tobytes()
+    (tmp_path / "a.idx").write_bytes(header + index + np.arange(4, dtype="<i8").tobytes())
+    (tmp_path / "a.bin").write_bytes(np.arange(7, dtype="<u2").tobytes())
+    tokens = IndexedTokens(tmp_path / "a")
+    assert tokens[0].tolist() == [0, 1]
+    with pytest.raises(DataError, match="incomplete"):
+        tokens[wrong]
+    # Documents that are shuffled are found by their lengths.
+    if sum(lengths) != 7:
+        with pytest.raises(DataError, match="incomplete"):
+            PackedTokens(tokens, 2, document_seed=0)
+
+
+def test_empty_documents_and_one_document_are_packed(tmp_path):
+    for number, lengths in enumerate([[0, 3, 0, 0, 4, 0], [7], [0, 7]]):
+        header = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, len(lengths), len(lengths) + 1)
+        sizes = np.array(lengths, "<i4")
+        index = sizes.tobytes() + (2 * (np.cumsum(sizes) - sizes)).astype("<i8").tobytes()
+        documents = np.arange(len(lengths) + 1, dtype="<i8").tobytes()
+        (tmp_path / f"{number}.idx").write_bytes(header + index + documents)
+        (tmp_path / f"{number}.bin").write_bytes(np.arange(7, dtype="<u2").tobytes())
+        packed = PackedTokens(tmp_path / str(number), 2)
+        assert [x.tolist() for x in packed] == [[0, 1, 2], [2, 3, 4], [4, 5, 6]]
+        shuffled = PackedTokens(tmp_path / str(number), 6, document_seed=1)
+        assert sorted(shuffled[0].tolist()) == list(range(7))
+
+
 # What is written over a file, and the error.
 DAMAGE = {
     "another file": (".idx", lambda data: b"PK" + data, "is not the index"),
@@ -108,6 +157,7 @@ DAMAGE = {
     "floats": (".idx", lambda data: data[:17] + b"\6" + data[18:], "has no tokens"),
     "a cut index": (".idx", lambda data: data[:-1], "incomplete"),
     "cut tokens": (".bin", lambda data: data[:-2], "incomplete"),
+    "no documents": (".idx", lambda data: without_documents(data), "incomplete"),
     "half a token": (".bin", lambda data: data[:-1], "no multiple of 2"),
     "no tokens": (".bin", lambda data: b"", "no tokens"),
 }
@@ -133,6 +183,16 @@ def test_a_damaged_file_is_an_error(tmp_path, name):
         lambda: PackedTokens(CORPUS, 8, split=(0.5, 0.5)),
         lambda: PackedTokens(CORPUS, 8, split=0.5),
         lambda: PackedTokens(CORPUS, 129),
+        lambda: PackedTokens(CORPUS, 8, split=("0", "1")),
+        lambda: PackedTokens(CORPUS, 8, split=(None, 1)),
+        lambda: PackedTokens(CORPUS, 8, document_seed="0"),
+        lambda: PackedTokens(CORPUS, 8, document_seed=0.5),
+        lambda: IndexedTokens("a\0b"),
+        lambda: Blend([[1], [2]], "12"),
+        lambda: Blend([iter([1]), [2]], (1, 1)),
+        lambda: Blend(3, (1,)),
+        lambda: Blend([[1]], (1,), seed="0"),
+        lambda: Blend([[1]], (1,), size=10**30),
         lambda: Blend([[1]], (0.5, 0.5)),
         lambda: Blend([[1], []], (0.5, 0.5)),
         lambda: Blend([[1], [2]], (0.5, -0.5)),
@@ -148,12 +208,19 @@ def test_an_invalid_argument_is_an_error_with_a_fix(make):
     assert error.value.fix
 
 
-def test_the_fix_for_weights_with_a_long_period_works():
+@pytest.mark.parametrize("weights", [(123456789, 987654321), (1e-9, 1), (1, 1e-300), (1e300, 3)])
+def test_the_fix_for_weights_with_a_long_period_works(weights):
     with pytest.raises(DataError) as error:
-        Blend([[1] * 9, [2] * 9], (123456789, 987654321))
-    weights = eval(error.value.fix.partition("weights=")[2].rstrip("`"))
-    blend = Blend([[1] * 9, [2] * 9], weights, size=10**4)
-    assert sum(blend.source_of(i)[0] == 0 for i in range(10**4)) == 1111
+        Blend([[1] * 9, [2] * 9], weights)
+    rounded = eval(error.value.fix.partition("weights=")[2].rstrip("`"))
+    blend = Blend([[1] * 9, [2] * 9], rounded, size=10**4)
+    first = sum(blend.source_of(i)[0] == 0 for i in range(10**4))
+    assert first == pytest.approx(10**4 * weights[0] / sum(weights), abs=1.1)
+
+
+def test_a_blend_may_have_more_datasets_than_a_16_bit_number():
+    blend = Blend([[number] for number in range(40_000)], (1,) * 40_000)
+    assert {blend[index] for index in range(40_000)} == set(range(40_000))
 
 
 WEIGHTS = [

@@ -108,6 +108,18 @@ def test_a_bar_leaves_one_line_with_the_items_that_are_done(name):
     assert (second, end) == ("after it", "")
 
 
+def test_names_with_line_breaks_and_control_characters_are_one_line():
+    terminal = Terminal()
+    bar = faccel.progress(range(3), MAIN, description="a\nb\x1b[2J", file=terminal)
+    for _ in bar:
+        faccel.tracking.show({"lo\nss\r": "te\nxt\t"}, bar)
+    shown = terminal.shown()
+    assert len(shown) == 2 and shown[0].startswith(r"a\nb\x1b[2J")
+    file = io.StringIO()
+    list(faccel.progress(range(1), MAIN, description="a\nb", file=file))
+    assert len(file.getvalue().splitlines()) == 1
+
+
 def test_nested_bars_leave_the_line_of_the_outer_one():
     terminal = Terminal()
     for _ in faccel.progress(range(2), MAIN, description="epochs", file=terminal):
