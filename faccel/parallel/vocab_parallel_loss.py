@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from faccel.checks import one_of
+from faccel.checks import instance_of, one_of
 from faccel.context import DistContext, require_context
 from faccel.device_table import is_host
 from faccel.effects import COLLECTIVE, effectful
@@ -60,18 +60,28 @@ def cross_entropy(
     """
     require_context(ctx, "faccel.parallel.cross_entropy(logits, targets, ctx)")
     one_of("reduction", reduction, _REDUCTIONS)
-    if logits.shape[:-1] != targets.shape:
+    instance_of("logits", logits, Tensor, fix="pass the output of the model")
+    instance_of("targets", targets, Tensor, fix="pass `int64[...]`, as in `batch[:, 1:]`")
+    if targets.dtype != torch.int64:
+        raise DataError(
+            "`targets` must be int64", got=str(targets.dtype), fix="write `targets.long()`"
+        )
+    if not logits.ndim or logits.shape[:-1] != targets.shape:
         raise DataError(
             "`targets` must have the shape of `logits` without its last dimension",
             got=f"logits {list(logits.shape)}, targets {list(targets.shape)}",
             fix="pass `logits: [batch, length, vocabulary]` and `targets: [batch, length]`",
         )
     flat_targets = targets.reshape(-1)
+    # Outside of the vocabulary no rank has a logit, and the loss would be wrong without an error.
+    # Compared on the host only where it has the targets: a device would have to be waited for.
+    if is_host(targets.device):
+        _check_targets(flat_targets, logits.shape[-1], ignore_index)
     if is_dtensor(logits):
         losses = _sharded_losses(logits, flat_targets, ctx, ignore_index)
     else:
         # `cross_entropy` computes in fp32 under autocast only.
-        flat = _at_least_fp32(logits.flatten(0, -2))
+        flat = _at_least_fp32(logits.reshape(-1, logits.shape[-1]))
         losses = F.cross_entropy(flat, flat_targets, ignore_index=ignore_index, reduction="none")
     if reduction == "none":
         return losses.view(targets.shape)
@@ -97,10 +107,6 @@ def _sharded_losses(logits: Any, targets: Tensor, ctx: DistContext, ignore_index
             got=f"logits {list(logits.shape)} with the placements {placements}",
             fix='give the last layer the style `"colwise_loss"`',
         )
-    # Outside of the vocabulary no rank has a logit, and the loss would be wrong without an error.
-    # Compared on the host only where it has the targets: a device would have to be waited for.
-    if is_host(targets.device):
-        _check_targets(targets, logits.shape[-1], ignore_index)
     # Each rank computes the gradient of its shard from all targets: nothing is added up afterwards.
     local = _at_least_fp32(logits.to_local().flatten(0, -2))
     return _ShardedCrossEntropy.apply(local, targets, ctx.comm, ignore_index)  # type: ignore[misc]

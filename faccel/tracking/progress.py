@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Generic, TextIO, TypeVar
 
 import torch
@@ -63,6 +64,7 @@ class Progress(Generic[T]):
         self._unit = unit
         self._metrics: dict[str, object] = {}
         self._start_s = 0.0
+        self._has_failed = False
         self._marks: deque[tuple[float, int]] = deque(maxlen=_NUM_RATES)
         self._iterator: Iterator[T] | None = None
 
@@ -110,7 +112,7 @@ class Progress(Generic[T]):
         finally:  # also after `break` and errors
             # Of a loop that is left, the item in work does not count.
             self._count = count
-            view.close(self._status(clock()))
+            self._write(view.close, self._status(clock()))
 
     def _start(self, now_s: float) -> None:
         self._count = self._initial
@@ -120,14 +122,23 @@ class Progress(Generic[T]):
 
     def _draw(self, view: View) -> float:
         """Show how far the iteration is; return the time of the next redraw."""
+        if self._has_failed:
+            return math.inf
         start_s = time.monotonic()
         status = self._status(start_s)
         read_s = time.monotonic()
-        view.draw(status)
+        self._write(view.draw, status)
         end_s = time.monotonic()
         self._marks.append((start_s, self._count))
         costs_s = _DRAW_FACTOR * (end_s - read_s) + _WAIT_FACTOR * (read_s - start_s)
         return end_s + max(view.interval_s, costs_s)
+
+    def _write(self, draw: Callable[[Status], None], status: Status) -> None:
+        # A full disk, or a terminal that was closed, must not end the training.
+        try:
+            draw(status)
+        except (OSError, ValueError):  # ValueError: a closed file
+            self._has_failed = True
 
     def _status(self, now_s: float) -> Status:
         first_s, first_count = self._marks[0]

@@ -90,7 +90,7 @@ def line_of(status: Status) -> str:
     """
     prefix = ""
     if status.description:
-        prefix = f"{one_line(status.description)}: "
+        prefix = f"{one_line(str(status.description))}: "
     start = f"{prefix}{count_text(status)} in {status.elapsed_s:.1f} s"
     return ", ".join([start, *details(status)])
 

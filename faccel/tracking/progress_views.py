@@ -133,10 +133,12 @@ class TerminalView:
         texts = [count_text(status)]
         if status.percent is not None:
             texts.append(f"{status.percent}%")
-        text = Text(one_line(", ".join([*texts, *details(status)])), no_wrap=True, overflow="ellipsis")
+        line = one_line(", ".join([*texts, *details(status)]))
+        text = Text(line, no_wrap=True, overflow="ellipsis")
         # One column less than the terminal, so that the line does not wrap.
         width = self._console.width - 1
-        label = Text(one_line(status.description) or "working", no_wrap=True, overflow="ellipsis")
+        description = one_line(str(status.description)) or "working"
+        label = Text(description, no_wrap=True, overflow="ellipsis")
         bar_width = min(_MAX_BAR_WIDTH, max(4, width - len(label) - len(text) - 2))
         grid = Table.grid(padding=(0, 1))
         bar = ProgressBar(status.total or None, status.count, width=bar_width)

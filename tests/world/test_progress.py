@@ -120,6 +120,25 @@ def test_names_with_line_breaks_and_control_characters_are_one_line():
     assert len(file.getvalue().splitlines()) == 1
 
 
+class FullDisk(io.StringIO):
+    """A log on a full disk, or a terminal that was closed."""
+
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+class ClosedTerminal(FullDisk):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("file", [FullDisk(), ClosedTerminal()])
+def test_a_bar_that_cannot_be_written_does_not_end_the_loop(file):
+    bar = faccel.progress(range(30), MAIN, file=file)
+    assert list(bar) == list(range(30))
+    assert list(faccel.progress(range(3), MAIN, file=file)) == [0, 1, 2]
+
+
 def test_nested_bars_leave_the_line_of_the_outer_one():
     terminal = Terminal()
     for _ in faccel.progress(range(2), MAIN, description="epochs", file=terminal):

@@ -94,3 +94,24 @@ def test_mistakes_raise():
 
     simulate(outside, 2, mesh="tp=2")
     simulate(gathered, 2, mesh="tp=2")
+
+
+WRONG_TARGETS = {
+    "after the vocabulary": torch.tensor([8]),
+    "negative": torch.tensor([-1]),
+    "int32": torch.tensor([1], dtype=torch.int32),
+    "floats": torch.tensor([1.0]),
+    "a list": [1],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TARGETS)
+def test_wrong_targets_of_full_logits_are_the_errors_of_sharded_ones(name):
+    with pytest.raises((DataError, ConfigError)) as error:
+        faccel.parallel.cross_entropy(torch.zeros(1, 8), WRONG_TARGETS[name], fake_context(0, 1))
+    assert error.value.fix
+
+
+def test_logits_without_a_batch_have_one_loss():
+    loss = faccel.parallel.cross_entropy(torch.zeros(8), torch.tensor(3), fake_context(0, 1))
+    assert loss.item() == pytest.approx(torch.tensor(8.0).log().item())
