@@ -144,7 +144,8 @@ class Profiler:
         if self.torch_profile is None:
             return ""
         # It would take the events of the other one, which would be empty.
-        if _open_profiles or torch.autograd._profiler_enabled():
+        is_profiled = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateUsage]
+        if _open_profiles or is_profiled:
             return "has an open profile already"
         if self._is_used:
             return "has ended this profile, which can be opened once"

@@ -181,7 +181,7 @@ CLOCKS = {
     "one clock": ((0, 0), (100.0, 100.0)),
     "rank 1 begins first": ((0, 0), (100.0, 40.25)),
     "a clock is a week ahead": ((0, 7 * 86400 * 10**9, 7 * 86400 * 10**9), (9.5, 7.0, 8.0)),
-    "a clock is behind": ((0, -(10**9)), (5.0, 6.0)),
+    "a clock is late": ((0, -(10**9)), (5.0, 6.0)),
 }
 
 
@@ -196,9 +196,9 @@ def test_the_events_of_all_ranks_are_on_one_clock_that_begins_at_0(tmp_path, nam
     assert min(event["ts"] for event in events) == 0
 
 
-def test_ranks_have_tracks_that_perfetto_tells_apart(tmp_path):
+def test_ranks_have_tracks_with_numbers_that_differ_in_perfetto(tmp_path):
     events = merged(tmp_path / "profile.json.gz", (0, 0, 0), (0.0, 0.0, 0.0))
-    # A track 0 is that of the main thread, whose number is that of the process.
+    # Track 0 is the main thread, which has the number of the process.
     used = {(event["pid"], event["tid"]) for event in events if event["ph"] != "M"}
     assert not any(track == 0 for _, track in used)
     named = [(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"]
@@ -211,11 +211,11 @@ def test_a_name_with_quotes_does_not_lose_the_trace(tmp_path):
     path = tmp_path / "profile.json.gz"
     with (
         profile(fake_context(0, 1), path=path) as profiler,
-        torch.profiler.record_function('say "hello", "'),
+        torch.profiler.record_function('a "quoted", "'),
     ):
         torch.ones(2) + 1
     assert not profiler.summary.missing
-    assert [e for e in events_of(path) if e["name"] == 'say "hello", "']
+    assert [e for e in events_of(path) if e["name"] == 'a "quoted", "']
 
 
 @pytest.mark.parametrize("seed", range(20))
