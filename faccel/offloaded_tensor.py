@@ -11,6 +11,7 @@ from faccel.errors import ModelError
 
 # What state dicts and `nn.Parameter` do with a tensor: they need no values.
 _ALIASES = frozenset({"aten.detach.default", "aten.alias.default"})
+_CAST = "aten._to_copy.default"  # `module.to(...)`
 
 
 # A wrapper without memory instead of a tensor on meta: operations on meta tensors return results
@@ -44,6 +45,19 @@ class OffloadedTensor(torch.Tensor):
         tensor.full_name, tensor.unit, tensor.read = full_name, unit, read
         return tensor
 
+    # `copy.deepcopy`, `pickle` and `torch.save` of a module: the copy would have no values, and its
+    # hooks would be those of the original.
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ModelError(
+            "a placed model cannot be copied or pickled",
+            got=f"the offloaded parameter `{self.full_name}`",
+            fix="place a second model from the same files, save `module.state_dict()`, or call "
+            "`faccel.inference.materialize(placed)` first",
+        )
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.__reduce_ex__(2)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         shape, dtype = list(self.shape), self.dtype
         return f"OffloadedTensor({self.full_name!r}, shape={shape}, dtype={dtype})"
@@ -55,6 +69,13 @@ class OffloadedTensor(torch.Tensor):
         tensor = _first_offloaded([*args, *(kwargs or {}).values()])
         if str(func) in _ALIASES:
             return cls.of(tensor.full_name, tensor.unit, tensor, tensor.device, tensor.read)
+        if str(func) == _CAST:
+            raise ModelError(
+                "a placed model cannot be moved or cast",
+                got=f"the offloaded parameter `{tensor.full_name}`",
+                fix="pass `budget=` and `dtype=` to `faccel.inference.place`, or call "
+                "`faccel.inference.materialize(placed)` first",
+            )
         # Reading the file for each such operation would work, and be slow without an error.
         raise ModelError(
             f"the offloaded parameter `{tensor.full_name}` is used outside of the forward of "

@@ -11,8 +11,9 @@ from faccel.cli.output import json_option, present
 @click.argument("model")
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
-    help="Of the weights in memory. Without it, the dtype of the model.",
+    type=click.Choice(["fp32", "bf16", "fp16", "int8", "int4"]),
+    help="Of the weights in memory, with int8 and int4 those of linear layers. Without it, the "
+    "dtype of the model.",
 )
 @json_option
 def estimate(model: str, *, dtype: str | None, as_json: bool) -> None:
@@ -33,7 +34,11 @@ def estimate(model: str, *, dtype: str | None, as_json: bool) -> None:
         ("parameters", f"{size.num_params:,}"),
         ("largest unit", f"{size.largest_unit}, {size_text(size.largest_unit_bytes)}"),
         ("load, infer", size_text(size.load_bytes)),
-        ("infer from disk", f"{size_text(size.offload_bytes)} or more"),
-        ("train with AdamW", size_text(size.train_bytes)),
     ]
+    # Quantized weights are neither read from disk in each forward, nor trained.
+    if dtype not in ("int8", "int4"):
+        rows += [
+            ("infer from disk", f"{size_text(size.offload_bytes)} or more"),
+            ("train with AdamW", size_text(size.train_bytes)),
+        ]
     present(attrs.asdict(size), rows, as_json=as_json)

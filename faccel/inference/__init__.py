@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from faccel.inference.placed_model import materialize as materialize
     from faccel.inference.placement import PlacedUnit as PlacedUnit
     from faccel.inference.placement import Placement as Placement
+    from faccel.inference.quantized_model import QuantizedLayers as QuantizedLayers
+    from faccel.inference.quantized_model import load_quantized as load_quantized
     from faccel.inference.strategies import placement_for as placement_for
     from faccel.inference.work_sharing import share_work as share_work
 
 _NAMES = {
+    "faccel.inference.quantized_model": ("QuantizedLayers", "load_quantized"),
     "faccel.inference.offload_model": ("offload",),
     "faccel.inference.meta_modules": ("on_meta",),
     "faccel.inference.place_model": ("place",),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from faccel.checks import parse_size, shown
-from faccel.errors import ConfigError, short_repr
+from faccel.errors import ConfigError, short_repr, summary
 
 DISK = "disk"
 _EXAMPLE = 'write `budget={"cuda:0": "20GB", "cpu": "60GB", "disk": "200GB"}`'
@@ -74,6 +74,31 @@ def device_name(device: object, argument: str) -> str:
     if parsed.type == "cpu":
         return "cpu"
     return f"{parsed.type}:{parsed.index or 0}"
+
+
+def available_device(device: object, argument: str) -> torch.device:
+    """Return a device on which this process can compute.
+
+    Effects: ambient: asks PyTorch.
+
+    Raises:
+        ConfigError: It is not a device, or this process does not have it.
+    """
+    name = device_name(device, argument)
+    problem = "it has no memory for tensors"
+    if name != DISK:
+        try:
+            torch.empty(0, device=name)
+        # PyTorch raises asserts, too, and each plugin another class.
+        except Exception as error:
+            problem = summary(error)
+        else:
+            return torch.device(name)
+    raise ConfigError(
+        f"the device `{name}` of `{argument}` is unavailable",
+        got=problem,
+        fix="name a device of this process, such as `ctx.device`",
+    )
 
 
 def is_accelerator(name: str) -> bool:

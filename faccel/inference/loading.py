@@ -9,13 +9,16 @@ from torch import nn
 
 from faccel.checkpoint.codec_modules import first_names
 from faccel.errors import ConfigError, ModelError, short_text
-from faccel.inference.budget import DISK, is_accelerator
+from faccel.inference.budget import DISK, available_device, is_accelerator
+from faccel.inference.copies import ReadRange
+from faccel.inference.outside_uses import check_uses
 from faccel.inference.placement import Placement, check_placement
-from faccel.inference.placement_units import UnitModule, placed_dtype, unit_modules
-from faccel.inference.session import OriginalParam, ReadParam, Session
+from faccel.inference.placement_units import UnitModule, check_dtype, placed_dtype, unit_modules
+from faccel.inference.session import OriginalParam, Session
 from faccel.inference.set_tensors import set_buffer, set_param
 from faccel.offloaded_tensor import OffloadedTensor
 from faccel.plan import Plan
+from faccel.tree import Tree
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -24,11 +27,11 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
-def check_not_placed(model: nn.Module) -> None:
-    """Raise if a model was placed and not materialized.
+def check_placeable(model: nn.Module) -> None:
+    """Raise if a model was placed and not materialized, or has parameters of another class.
 
     Raises:
-        ModelError: It was.
+        ModelError: Names the parameter.
     """
     for name, param in model.named_parameters():
         if isinstance(param, OffloadedTensor):
@@ -36,6 +39,14 @@ def check_not_placed(model: nn.Module) -> None:
                 "the model is placed already",
                 got=f"the offloaded parameter `{name}`",
                 fix="call `faccel.inference.materialize(placed)` first",
+            )
+        # Shards, quantized weights, and those of lazy modules: their memory is not shape x dtype.
+        if type(param) is not nn.Parameter:
+            raise ModelError(
+                f"the parameter `{name}` is not an ordinary one",
+                got=f"a {type(param).__name__}",
+                fix="pass a model that is not wrapped or quantized, best built inside of "
+                "`faccel.inference.on_meta()`",
             )
 
 
@@ -82,7 +93,7 @@ class Loader:
         placement: Where its units are.
         plan: For its units.
         dtype: Of floating-point weights; None keeps the model's.
-        read_param: Reads the stored values of a name into a tensor.
+        read_range: Reads the stored values of a name into a tensor.
     """
 
     def __init__(
@@ -91,18 +102,30 @@ class Loader:
         placement: Placement,
         plan: Plan,
         dtype: torch.dtype | None,
-        read_param: ReadParam,
+        read_range: ReadRange,
     ) -> None:
         self._model, self._placement = model, placement
-        self._dtype, self._read_param = dtype, read_param
+        self._dtype, self._read_range = dtype, read_range
+        check_dtype(dtype)
         self._units = unit_modules(model, plan)
         check_matches(placement, self._units)
+        for device in filter(is_accelerator, dict(placement.budget)):
+            available_device(device, "budget")
         self._compute = torch.device(placement.compute_device)
         self._device_of = placement.device_map
-        self._originals = _originals(model, dtype)
+        self._originals = original_params(model, dtype)
         self._resident: dict[int, torch.Tensor] = {}  # on the devices that compute
         self._host: dict[str, torch.Tensor] = {}  # copied to an accelerator before each use
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
+
+    def check_uses(self, sample: Tree) -> None:
+        """Raise if a parameter is used outside of the forward of its unit; without a sample, never.
+
+        Raises:
+            ModelError: Names the parameters.
+        """
+        if sample is not None:
+            check_uses(self._model, self._units, self._placement, self._dtype, sample)
 
     def read(self, stored: Mapping[str, object]) -> None:
         """Read everything but the units on disk.
@@ -114,12 +137,12 @@ class Loader:
         for unit in self._units:
             for param in unit.params.values():
                 self._read_resident(unit, self._originals[id(param)])
-        for module, name, full_name, buffer in _buffers(self._model):
+        for module, name, full_name, buffer in named_buffers(self._model):
             dtype = placed_dtype(buffer.dtype, self._dtype)
             device = self._device_of_buffer(full_name)
             if full_name in stored:
                 value = torch.empty(buffer.shape, dtype=dtype, device=device)
-                self._read_param(full_name, value)
+                self._read_range(full_name, value, 0)
             else:  # computed by the model: it keeps its dtype, as the frequencies of rotary ones
                 value = buffer.to(device)
             self._buffers.append((module, name, value))
@@ -143,7 +166,7 @@ class Loader:
         else:
             value = torch.empty(original.shape, dtype=original.dtype, device=device)
             self._resident[key] = value
-        self._read_param(original.name, value)
+        self._read_range(original.name, value, 0)
 
     def install(self, close: Callable[[], None]) -> Session:
         """Put the weights and the hooks into the model, which it updates.
@@ -166,11 +189,20 @@ class Loader:
         session.offload(offloaded, self._placement.window_bytes, self._compute)
         return session
 
-    def _read_offloaded(self, name: str, tensor: torch.Tensor) -> None:
+    def _read_offloaded(self, name: str, tensor: torch.Tensor, start: int) -> None:
         if name in self._host:
-            tensor.copy_(self._host[name])
+            copy_range(self._host[name], tensor, start)
         else:
-            self._read_param(name, tensor)
+            self._read_range(name, tensor, start)
+
+
+def copy_range(source: torch.Tensor, tensor: torch.Tensor, start: int) -> None:
+    """Write the elements of a tensor from `start` on into another one. Updates `tensor`."""
+    if tensor.shape == source.shape:
+        tensor.copy_(source)
+        return
+    # A chunk; the whole of a large tensor is not made contiguous for it.
+    tensor.copy_(source.reshape(-1)[start : start + tensor.numel()])
 
 
 def _put(original: OriginalParam, value: torch.Tensor) -> None:
@@ -186,7 +218,8 @@ def _put(original: OriginalParam, value: torch.Tensor) -> None:
         set_param(owner, name, param)
 
 
-def _originals(model: nn.Module, dtype: torch.dtype | None) -> dict[int, OriginalParam]:
+def original_params(model: nn.Module, dtype: torch.dtype | None) -> dict[int, OriginalParam]:
+    """Return the parameters of a model by `id`, with their owners, in the order of the model."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -205,7 +238,7 @@ def _originals(model: nn.Module, dtype: torch.dtype | None) -> dict[int, Origina
     return originals
 
 
-def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, torch.Tensor]]:
+def named_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, torch.Tensor]]:
     """Yield each buffer with its module, its name there and its full name."""
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):

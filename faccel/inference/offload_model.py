@@ -16,13 +16,19 @@ from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import CheckpointError, ConfigError, ModelError
 from faccel.inference.budget import DISK, size_text
-from faccel.inference.loading import Loader, check_not_placed, tensors_of
+from faccel.inference.loading import Loader, check_placeable, copy_range, tensors_of
 from faccel.inference.place_model import Budget
 from faccel.inference.placed_model import PlacedModel
 from faccel.inference.placement import Placement
 from faccel.inference.strategies import placement_for
-from faccel.inference.weight_files import WeightReader, stored_weights, weights_by_name
+from faccel.inference.weight_files import (
+    StoredWeight,
+    WeightReader,
+    stored_weights,
+    weights_by_name,
+)
 from faccel.plan import Plan
+from faccel.tree import Tree
 
 _LARGE = 2**62  # bytes
 
@@ -36,6 +42,7 @@ def offload(
     folder: str | os.PathLike[str] | None = None,
     budget: Budget | None = None,
     plan: Plan | None = None,
+    sample: Tree = None,
 ) -> PlacedModel:
     """Move the weights of a model to the host, or to a file; units are in memory while they run.
 
@@ -48,6 +55,7 @@ def offload(
         folder: For "disk": where the file is written.
         budget: Bytes by device, as in `place`. None is room for the two largest units in use.
         plan: For its `units`; None is `Plan()`.
+        sample: Arguments of forward, as in `place`.
 
     Raises:
         ConfigError: `to` is "cpu" where the CPU computes, or `folder` is missing.
@@ -67,24 +75,32 @@ def offload(
     require_context(ctx, call)
     one_of("to", to, ("cpu", DISK))
     instance_of("model", model, nn.Module, fix="pass the module itself", error=ModelError)
-    check_not_placed(model)
+    check_placeable(model)
     _check_values(model)
     plan = plan or Plan()
     ctx.comm.begin_call("offload")
     placement = _placement(model, to, ctx, budget, plan)
     if to == "cpu":
-        return _on_host(model, placement, plan, ctx)
+        return _on_host(model, placement, plan, ctx, sample)
     if folder is None:
         raise ConfigError('`offload` to "disk" needs a `folder`', fix=f"write `{call}`")
     directory = path_argument("model", model, folder, call)
     # One file per rank: ranks of one node may share the folder, and have other shards.
     file = os.path.join(directory, f"offloaded-{ctx.rank}.safetensors")
-    on_all_ranks(lambda: _write(model, file), ctx, "write the offloaded weights")
-    weights = weights_by_name(tensors_of(model), stored_weights(file))
+    weights: dict[str, StoredWeight] = {}
     reader = WeightReader()
-    loader = Loader(
-        model, placement, plan, None, lambda name, tensor: reader.read(weights[name], tensor)
-    )
+
+    def read(name: str, tensor: torch.Tensor, start: int) -> None:
+        reader.read(weights[name], tensor, start)
+
+    loader = Loader(model, placement, plan, None, read)
+
+    def write() -> None:
+        loader.check_uses(sample)
+        _write(model, file)
+        weights.update(weights_by_name(tensors_of(model), stored_weights(file)))
+
+    on_all_ranks(write, ctx, "write the offloaded weights")
     on_all_ranks(lambda: loader.read(weights), ctx, "read the weights")
     return PlacedModel(model, placement, ctx, loader.install(reader.close))
 
@@ -125,6 +141,13 @@ def _placement(
 
 def _write(model: nn.Module, path: str) -> None:
     folder = os.path.dirname(path)
+    # Another model may still read it.
+    if os.path.exists(path):
+        raise CheckpointError(
+            "the folder has offloaded weights of an earlier call",
+            got=f"`{path}`",
+            fix="choose another `folder`, or delete the file if its model is no longer used",
+        )
     os.makedirs(folder, exist_ok=True)
     # A tied tensor is written once, under its first name.
     tensors: dict[int, tuple[str, torch.Tensor]] = {}
@@ -147,13 +170,16 @@ def _write(model: nn.Module, path: str) -> None:
     write_safetensors(folder, os.path.basename(path), slices, metadata={"format": "pt"})
 
 
-def _on_host(model: nn.Module, placement: Placement, plan: Plan, ctx: DistContext) -> PlacedModel:
+def _on_host(
+    model: nn.Module, placement: Placement, plan: Plan, ctx: DistContext, sample: Tree
+) -> PlacedModel:
     state = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
 
-    def read(name: str, tensor: torch.Tensor) -> None:
-        tensor.copy_(state[name])
+    def read(name: str, tensor: torch.Tensor, start: int) -> None:
+        copy_range(state[name], tensor, start)
 
     loader = Loader(model, placement, plan, None, read)
+    on_all_ranks(lambda: loader.check_uses(sample), ctx, "run `sample` without values")
     on_all_ranks(lambda: loader.read(state), ctx, "move the weights to the host")
     # The loader has copies on the host; these would keep the accelerator's memory.
     state.clear()

@@ -15,7 +15,7 @@ from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import ModelError
 from faccel.inference.free_memory import default_budget
-from faccel.inference.loading import Loader, check_buffers, check_not_placed, tensors_of
+from faccel.inference.loading import Loader, check_buffers, check_placeable, tensors_of
 from faccel.inference.placed_model import PlacedModel
 from faccel.inference.placement import Placement
 from faccel.inference.strategies import placement_for
@@ -26,6 +26,7 @@ from faccel.inference.weight_files import (
     weights_by_name,
 )
 from faccel.plan import Plan
+from faccel.tree import Tree
 
 Budget = Mapping[str, str | int]
 
@@ -41,6 +42,7 @@ def place(
     placement: Placement | None = None,
     dtype: torch.dtype | None = None,
     plan: Plan | None = None,
+    sample: Tree = None,
 ) -> PlacedModel:
     """Load a model from safetensors files onto devices, for inference within a budget of memory.
 
@@ -60,12 +62,16 @@ def place(
         dtype: That floating-point weights are cast to while they are read, such as
             `torch.bfloat16`; None is the model's dtypes.
         plan: For its `units`; None is `Plan()`.
+        sample: Arguments of forward, which runs once without values: a parameter that is used
+            outside of the forward of its unit raises before anything is loaded. A tuple has
+            positional arguments, a mapping keywords. None: it raises at its first use.
 
     Raises:
         ConfigError: The budget is too small for the largest unit, or for the model.
         CheckpointError: Names or shapes in the files differ from the model's; the message names
             them. The model is unchanged after any error.
-        ModelError: A buffer is on the meta device and is not in the files.
+        ModelError: A buffer is on the meta device and is not in the files, or `sample` shows a
+            use outside of a unit.
 
     Examples:
         >>> import tempfile
@@ -82,20 +88,24 @@ def place(
     require_context(ctx, call)
     absolute = path_argument("model", model, path, call)
     instance_of("model", model, nn.Module, fix="pass the module itself", error=ModelError)
-    check_not_placed(model)
+    check_placeable(model)
     plan = plan or Plan()
     ctx.comm.begin_call("place")
     if placement is None:
-        budget = budget or default_budget(ctx)
+        if budget is None:
+            budget = default_budget(ctx)
         placement = placement_for(model, budget, strategy=strategy, dtype=dtype, plan=plan)
     # Filled below, after the checks that need no file.
     weights: dict[str, StoredWeight] = {}
     reader = WeightReader()
-    loader = Loader(
-        model, placement, plan, dtype, lambda name, tensor: reader.read(weights[name], tensor)
-    )
+
+    def read(name: str, tensor: torch.Tensor, start: int) -> None:
+        reader.read(weights[name], tensor, start)
+
+    loader = Loader(model, placement, plan, dtype, read)
 
     def find() -> None:
+        loader.check_uses(sample)
         weights.update(weights_by_name(tensors_of(model), stored_weights(absolute)))
         check_buffers(model, weights)
 

@@ -10,6 +10,7 @@ from faccel.checks import instance_of
 from faccel.context import DistContext
 from faccel.effects import consumes, effectful
 from faccel.errors import ModelError
+from faccel.inference.budget import available_device
 from faccel.inference.placement import Placement
 from faccel.inference.session import OriginalParam, Session
 from faccel.inference.set_tensors import set_buffer, set_param
@@ -87,7 +88,9 @@ def materialize(placed: PlacedModel, *, device: str | torch.device | None = None
     session = placed.session
     session.check_open()
     # One device: an optimizer needs the parameters of a model together.
-    target = torch.device(device or placed.ctx.device)
+    target = placed.ctx.device
+    if device is not None:
+        target = available_device(device, "device")
     # All before the first is changed, so that an error leaves the model placed.
     values = {key: _value(session, key, target) for key in session.originals}
     for key, original in session.originals.items():
@@ -108,7 +111,7 @@ def _value(session: Session, key: int, device: torch.device) -> torch.Tensor:
         return owner.get_parameter(name).detach().to(device, original.dtype)
     # Read straight to the device, without a second copy in memory.
     values = torch.empty(original.shape, dtype=original.dtype, device=device)
-    session.read_param(original.name, values)
+    session.read_range(original.name, values, 0)
     return values
 
 

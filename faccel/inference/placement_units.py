@@ -8,8 +8,12 @@ import attrs
 import torch
 from torch import nn
 
+from faccel.checks import shown
+from faccel.errors import ConfigError
 from faccel.parallel.units import block_names
 from faccel.plan import Plan
+
+_MIN_BYTES = 2  # of an element that operators compute with
 
 
 @attrs.frozen(eq=False)
@@ -51,6 +55,34 @@ def placed_dtype(dtype: torch.dtype, target: torch.dtype | None) -> torch.dtype:
     if target is None or not dtype.is_floating_point:
         return dtype
     return target
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise unless weights can be cast to a dtype and compute in it.
+
+    Raises:
+        ConfigError: It is not a floating-point dtype, or has 8 bits.
+    """
+    if dtype is None:
+        return
+    fix = "write `dtype=torch.bfloat16`"
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(
+            "`dtype` must be a floating-point dtype of PyTorch", got=shown_dtype(dtype), fix=fix
+        )
+    if dtype.itemsize < _MIN_BYTES:
+        raise ConfigError(
+            "models do not compute in this `dtype`",
+            got=str(dtype),
+            fix=f"{fix}, or load 8 bits by `faccel.inference.load_quantized(model, path, ctx)`",
+        )
+
+
+def shown_dtype(dtype: object) -> str:
+    """Return a dtype, or another value, in one short line."""
+    if isinstance(dtype, torch.dtype):
+        return str(dtype)
+    return shown(dtype)
 
 
 def unit_modules(module: nn.Module, plan: Plan) -> list[UnitModule]:

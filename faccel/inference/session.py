@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from faccel.errors import ModelError
+from faccel.inference.copies import Copies, ReadRange, copies_to
 from faccel.inference.placement import Placement
 from faccel.inference.placement_units import UnitModule
 from faccel.inference.set_tensors import set_param
@@ -17,14 +18,12 @@ from faccel.inference.unit_hooks import (
     MoveInputs,
     MoveOutputs,
     OffloadHooks,
+    OneCall,
     ParamSlot,
     state_dict_hook,
 )
 from faccel.inference.window import OffloadedUnit, Source, Window
 from faccel.offloaded_tensor import OffloadedTensor
-
-ReadParam = Callable[[str, torch.Tensor], None]
-"""Writes the values of the parameter of a name into a tensor."""
 
 
 @attrs.frozen(eq=False)
@@ -32,12 +31,13 @@ class ReadUnit:
     """The source of a unit: its parameters are read one after the other."""
 
     names: Sequence[str]
-    read_param: ReadParam
+    read_range: ReadRange
+    copies: Copies
 
     def read(self, tensors: Sequence[torch.Tensor]) -> None:
         """Write the values into tensors."""
         for name, tensor in zip(self.names, tensors, strict=True):
-            self.read_param(name, tensor)
+            self.copies.read_param(self.read_range, name, tensor)
 
 
 @attrs.frozen(eq=False)
@@ -70,7 +70,7 @@ class Session:
     Args:
         module: The user's module.
         originals: All parameters of the model, by `id`.
-        read_param: Reads the values of a parameter that is offloaded.
+        read_range: Reads the values of a parameter that is offloaded.
         close: Called when the model is materialized.
     """
 
@@ -78,16 +78,17 @@ class Session:
         self,
         module: nn.Module,
         originals: Mapping[int, OriginalParam],
-        read_param: ReadParam,
+        read_range: ReadRange,
         close: Callable[[], None],
     ) -> None:
         self.module = module
         self.originals = originals
         self._positions = {key: index for index, key in enumerate(originals)}
-        self.read_param = read_param
+        self.read_range = read_range
         self.window: Window | None = None
         self._close = close
         self._handles: list[Any] = []
+        self._unit_hooks: list[OffloadHooks] = []
         self.is_open = True
         self.offloaded: set[int] = set()
 
@@ -106,28 +107,46 @@ class Session:
 
     def offload(self, units: Sequence[UnitModule], capacity: int, device: torch.device) -> None:
         """Replace the parameters of units by placeholders, and register the hooks. Updates them."""
-        offloaded: dict[str, OffloadedUnit] = {}
-        key_of: dict[frozenset[int], str] = {}
+        # Units with the same parameters, such as a tied head and embedding, are read once.
         window_names: dict[str, str] = {}
+        keys_of: dict[str, frozenset[int]] = {}
+        name_of: dict[frozenset[int], str] = {}
         for unit in units:
-            params = {id(param): param for param in unit.params.values()}
-            # Units with the same parameters, such as a tied head and embedding, are read once.
-            name = key_of.setdefault(frozenset(params), unit.name)
-            window_names[unit.name] = name
+            keys = frozenset(map(id, unit.params.values()))
+            window_names[unit.name] = name_of.setdefault(keys, unit.name)
+            keys_of[window_names[unit.name]] = keys
             # `materialize` reads these again, and moves the others.
-            self.offloaded.update(params)
-            if name == unit.name:
-                offloaded[name] = self._offloaded_unit(list(params))
-        if not offloaded:
+            self.offloaded.update(keys)
+        if not units:
             return
+        copies = copies_to(device, [self._num_bytes(key) for key in self.offloaded])
+        offloaded: dict[str, OffloadedUnit] = {}
+        for name, keys in keys_of.items():
+            offloaded[name] = self._offloaded_unit(keys, copies)
         # A placement counts bytes without those that align parameters in a buffer.
         capacity += 2 * max(unit.num_padding_bytes for unit in offloaded.values())
-        self.window = Window(offloaded, capacity, device)
+        self.window = Window(offloaded, capacity, copies)
         placeholders: dict[int, nn.Parameter] = {}
         for unit in units:
             self._hook(unit, window_names[unit.name], placeholders, device)
+        # The first hook of all, so that units are out of use before the first one is loaded.
+        one_call = OneCall(self._reset)
+        self._handles += [
+            self.module.register_forward_pre_hook(one_call.begin, prepend=True, with_kwargs=True),
+            self.module.register_forward_hook(one_call.end, always_call=True),
+        ]
 
-    def _offloaded_unit(self, keys: Sequence[int]) -> OffloadedUnit:
+    def _reset(self) -> None:
+        for hooks in self._unit_hooks:
+            hooks.reset()
+        if self.window is not None:
+            self.window.release_all()
+
+    def _num_bytes(self, key: int) -> int:
+        original = self.originals[key]
+        return original.shape.numel() * original.dtype.itemsize
+
+    def _offloaded_unit(self, keys: frozenset[int], copies: Copies) -> OffloadedUnit:
         names: list[str] = []
         shapes: list[torch.Size] = []
         dtypes: list[torch.dtype] = []
@@ -136,7 +155,7 @@ class Session:
             names.append(original.name)
             shapes.append(original.shape)
             dtypes.append(original.dtype)
-        source: Source = ReadUnit(names, self.read_param)
+        source: Source = ReadUnit(names, self.read_range, copies)
         return OffloadedUnit(shapes, dtypes, source)
 
     def _hook(
@@ -165,6 +184,7 @@ class Session:
                     set_param(owner, param_key, placeholders[key])
             _free(original.param)
         hooks = OffloadHooks(window_name, slots, self.window)
+        self._unit_hooks.append(hooks)
         module = unit.module
         self._handles += [
             module.register_forward_pre_hook(hooks.load, prepend=True, with_kwargs=True),
@@ -178,7 +198,7 @@ class Session:
     ) -> nn.Parameter:
         def read() -> torch.Tensor:
             values = torch.empty(original.shape, dtype=original.dtype)
-            self.read_param(original.name, values)
+            self.read_range(original.name, values, 0)
             return values
 
         like = torch.empty(original.shape, dtype=original.dtype, device="meta")

@@ -13,10 +13,14 @@ from torch import nn
 from faccel.errors import ConfigError, ModelError, short_repr
 from faccel.inference.meta_modules import on_meta
 from faccel.inference.placement_units import placed_dtype, sizes_by_param
+from faccel.inference.quantization import quantized_layers
 from faccel.inference.strategies import buffer_bytes, placement_for
 from faccel.inference.weight_files import stored_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUANTIZED = {"int8": 8, "int4": 4}  # bits
+_SCALE_BYTES = 4
+_GROUP = 128  # weights of 4 bits with one scale
 _ADAM_BYTES = 8  # two averages in fp32
 
 
@@ -30,6 +34,7 @@ class SizeEstimate:
         largest_unit_bytes: Its size.
         load_bytes: Parameters and buffers in the dtype.
         offload_bytes: The least memory for inference with all units on disk: the two largest units.
+            Quantized models are not offloaded: their full size.
         train_bytes: With AdamW: parameters, gradients and two averages. With bf16 and fp16, the
             parameters and gradients of mixed precision are in fp32.
     """
@@ -50,21 +55,33 @@ def estimate(model: str, dtype: str | None) -> SizeEstimate:
     Args:
         model: A folder with `config.json` of transformers, a folder or a file of safetensors, or
             `module:callable` that returns a model.
-        dtype: Of `DTYPES`; None is the dtype of the model.
+        dtype: Of `DTYPES` or `QUANTIZED`; None is the dtype of the model.
 
     Raises:
-        ConfigError: There is no such model.
+        ConfigError: There is no such model, or files do not show which weights are quantized.
         ModelError: `callable` returned something else.
     """
-    target = None
-    if dtype is not None:
-        target = DTYPES[dtype]
+    if dtype in QUANTIZED:
+        return _of_quantized(_module(model), QUANTIZED[dtype])
+    target = DTYPES.get(dtype or "")
     if os.path.exists(model):
         # Of files without a configuration, the names show the blocks.
         if os.path.exists(os.path.join(model, "config.json")):
             return _of_module(_from_config(model), target)
         return _of_files(model, target)
     return _of_module(_from_callable(model), target)
+
+
+def _module(model: str) -> nn.Module:
+    if not os.path.exists(model):
+        return _from_callable(model)
+    if os.path.exists(os.path.join(model, "config.json")):
+        return _from_config(model)
+    raise ConfigError(
+        "files of weights do not show which ones belong to linear layers",
+        got=short_repr(model),
+        fix="pass a folder with `config.json`, or `module:callable`",
+    )
 
 
 def _from_config(folder: str) -> nn.Module:
@@ -119,6 +136,21 @@ def _of_module(model: nn.Module, dtype: torch.dtype | None) -> SizeEstimate:
         train_bytes += param.numel() * _train_bytes(param.dtype)
     load_bytes = sum(sizes_by_param(model.parameters(), dtype).values())
     return _estimate(units, num_params, load_bytes + buffer_bytes(model, dtype), train_bytes)
+
+
+def _of_quantized(model: nn.Module, bits: int) -> SizeEstimate:
+    """Return the sizes with the layers in 8 or 4 bits that `load_quantized` chooses."""
+    plain = _of_module(model, None)
+    layers, _ = quantized_layers(model, None)
+    load_bytes = plain.load_bytes
+    for layer in layers.values():
+        weight = layer.weight
+        num_scales = weight.shape[0]
+        if bits == 4:
+            num_scales = weight.numel() // _GROUP
+        load_bytes -= weight.numel() * weight.itemsize
+        load_bytes += weight.numel() * bits // 8 + _SCALE_BYTES * num_scales
+    return attrs.evolve(plain, load_bytes=load_bytes, offload_bytes=load_bytes)
 
 
 def _of_files(path: str, dtype: torch.dtype | None) -> SizeEstimate:

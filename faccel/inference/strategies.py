@@ -15,6 +15,7 @@ from faccel.inference.budget import DISK, device_name, is_accelerator, parse_bud
 from faccel.inference.placement import PlacedUnit, Placement, check_placement
 from faccel.inference.placement_units import (
     UnitModule,
+    check_dtype,
     placed_dtype,
     sizes_by_param,
     unit_modules,
@@ -63,6 +64,7 @@ def placement_for(
         {'0': 'cuda:0', '1': 'cuda:1'}
     """
     instance_of("model", model, nn.Module, fix="pass the module itself", error=ModelError)
+    check_dtype(dtype)
     units = unit_modules(model, plan or Plan())
     sizes = parse_budget(budget)
     placement = Placement(

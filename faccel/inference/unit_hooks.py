@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -14,6 +16,8 @@ from faccel.inference.set_tensors import set_param
 from faccel.inference.window import Window
 from faccel.offloaded_tensor import OffloadedTensor
 from faccel.tree import Tree, flatten, to_device
+
+_CALL = nn.Module._call_impl.__code__  # pyright: ignore[reportPrivateUsage]
 
 
 @attrs.frozen(eq=False)
@@ -51,10 +55,27 @@ class OffloadHooks:
         _check_no_grad(self._name, (args, kwargs))
         # A unit may call itself; the inner call finds the parameters in their places.
         if self._num_calls == 0:
+            self._check_placeholders()
             params = self._window.acquire(self._name)
             for slot in self._slots:
                 set_param(slot.owner, slot.key, params[slot.index])
         self._num_calls += 1
+
+    def _check_placeholders(self) -> None:
+        """Raise if the user has replaced a parameter: the values of the file would replace it."""
+        for slot in self._slots:
+            if getattr(slot.owner, slot.key) is not slot.placeholder:
+                raise ModelError(
+                    f"the parameter `{slot.key}` of the offloaded unit `{self._name}` was replaced",
+                    got=f"a {type(getattr(slot.owner, slot.key)).__name__}",
+                    fix="call `faccel.inference.materialize(placed)` before you change weights",
+                )
+
+    def reset(self) -> None:
+        """Take the unit out of use, after a forward that has not reached its end. Updates it."""
+        self._num_calls = 0
+        for slot in self._slots:
+            set_param(slot.owner, slot.key, slot.placeholder)
 
     def unload(self, module: nn.Module, args: Tree, output: Tree) -> None:
         """After forward, also after an error in it: put the placeholders back."""
@@ -82,6 +103,59 @@ def _check_no_grad(name: str, inputs: Tree) -> None:
                 fix="write `with torch.no_grad():` around the call; to train, call "
                 "`net = faccel.inference.materialize(placed)` first",
             )
+
+
+# PyTorch calls the hooks after forward for each `Exception`, but not for Ctrl-C.
+class OneCall:
+    """Hooks of the model: it runs in one thread at a time, and continues after an interruption.
+
+    Args:
+        reset: Called before a forward that follows an interrupted one.
+    """
+
+    def __init__(self, reset: Callable[[], None]) -> None:
+        self._reset = reset
+        self._depth = 0  # a model may call itself
+        self._thread = 0
+
+    def begin(self, module: nn.Module, args: Tree, kwargs: Tree) -> None:
+        """Before forward: raise if another thread runs the model."""
+        # The compiler cannot trace questions about threads.
+        if torch.compiler.is_compiling():
+            return
+        thread = threading.get_ident()
+        if self._depth:
+            num_running = _num_running(module, self._thread)
+            if self._thread != thread and num_running:
+                raise ModelError(
+                    "a placed model runs in one thread at a time",
+                    got="a call while another thread runs the model",
+                    fix="put a `threading.Lock` around the calls, or place a model for each thread",
+                )
+            # This call itself is one of those that run.
+            if self._thread != thread or num_running <= 1:
+                self._reset()
+                self._depth = 0
+        self._depth += 1
+        self._thread = thread
+
+    def end(self, module: nn.Module, args: Tree, output: Tree) -> None:
+        """After forward."""
+        if torch.compiler.is_compiling():
+            return
+        if self._depth and self._thread == threading.get_ident():
+            self._depth -= 1
+
+
+def _num_running(module: nn.Module, thread: int) -> int:
+    """Return how many calls of a module are on the stack of a thread."""
+    frame = sys._current_frames().get(thread)  # pyright: ignore[reportPrivateUsage]
+    count = 0
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals.get("self") is module:
+            count += 1
+        frame = frame.f_back
+    return count
 
 
 class MoveInputs:

@@ -161,8 +161,8 @@ class WeightReader:
         self._chunk: torch.Tensor | None = None
         self._lock = threading.Lock()  # the chunk is one
 
-    def read(self, weight: StoredWeight, destination: torch.Tensor) -> None:
-        """Write a stored tensor into a contiguous one, cast to its dtype.
+    def read(self, weight: StoredWeight, destination: torch.Tensor, start: int) -> None:
+        """Write a stored tensor, from the element `start` on, into a contiguous one of any dtype.
 
         Updates `destination`.
 
@@ -173,11 +173,11 @@ class WeightReader:
         if flat.numel() == 0:
             return
         with self._lock:
-            self._read_flat(weight, flat)
+            self._read_flat(weight, flat, weight.start + start * weight.dtype.itemsize)
 
-    def _read_flat(self, weight: StoredWeight, flat: torch.Tensor) -> None:
+    def _read_flat(self, weight: StoredWeight, flat: torch.Tensor, offset: int) -> None:
         if is_host(flat.device) and flat.dtype == weight.dtype:
-            self._read_bytes(weight.path, weight.start, flat.view(torch.uint8))
+            self._read_bytes(weight.path, offset, flat.view(torch.uint8))
             return
         # In chunks, so that a cast needs no second copy of the tensor.
         step = _CHUNK_BYTES // weight.dtype.itemsize
@@ -186,7 +186,7 @@ class WeightReader:
         for start in range(0, flat.numel(), step):
             part = flat[start : start + step]
             chunk = self._chunk[: part.numel() * weight.dtype.itemsize]
-            self._read_bytes(weight.path, weight.start + start * weight.dtype.itemsize, chunk)
+            self._read_bytes(weight.path, offset + start * weight.dtype.itemsize, chunk)
             part.copy_(chunk.view(weight.dtype))
 
     def _read_bytes(self, path: str, start: int, destination: torch.Tensor) -> None:

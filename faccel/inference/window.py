@@ -6,9 +6,12 @@ the next unit of the same size: new memory would have to be cleared by the opera
 
 from __future__ import annotations
 
+import functools
+import os
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -16,6 +19,7 @@ from torch import nn
 
 from faccel.errors import ModelError
 from faccel.inference.budget import size_text
+from faccel.inference.copies import Copies
 from faccel.inference.use_order import UseOrder
 
 _ALIGNMENT = 64  # bytes, as PyTorch's allocators
@@ -84,13 +88,13 @@ class _Slot:
     Args:
         buffer: Its bytes.
         params: Views of it.
-        loading: Done when the values are there.
+        loading: Done when the values were read; returns the point in time when they are there.
         num_users: How many calls of its forward are running.
     """
 
     buffer: torch.Tensor
     params: list[nn.Parameter]
-    loading: Future[None]
+    loading: Future[Any]
     num_users: int = 0
 
 
@@ -100,22 +104,26 @@ class Window:
     Args:
         units: The units in the order of their definition. Names with equal values are one unit.
         capacity: Bytes of all buffers.
-        device: That of the buffers.
+        copies: How the values reach the buffers.
     """
 
-    def __init__(
-        self, units: Mapping[str, OffloadedUnit], capacity: int, device: torch.device
-    ) -> None:
+    def __init__(self, units: Mapping[str, OffloadedUnit], capacity: int, copies: Copies) -> None:
         self._units = units
         self._capacity = capacity
-        self._device = device
+        self._copies = copies
         self._order = UseOrder(list(units))
         self._slots: dict[str, _Slot] = {}
         self._free: list[torch.Tensor] = []  # buffers without a unit
         # One thread: two reads at a time would share the bandwidth, and the unit that is used next
         # would be there later.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="faccel-weights")
+        self._is_forked = False
+        _WINDOWS.add(self)
         self.num_read = 0  # units, for tests and benchmarks
+
+    def note_fork(self) -> None:
+        """Let `acquire` raise: a fork has no thread that reads, and would wait forever."""
+        self._is_forked = True
 
     def acquire(self, name: str) -> list[nn.Parameter]:
         """Return the parameters of a unit, which stay in memory until `release`.
@@ -124,6 +132,12 @@ class Window:
             CheckpointError: They cannot be read.
             ModelError: The units in use leave no room.
         """
+        if self._is_forked:
+            raise ModelError(
+                "a placed model cannot run in a forked process",
+                got="a model that was placed before the fork",
+                fix="place the model in the process that runs it",
+            )
         self._order.use(name)
         slot = self._slots.get(name)
         if slot is None:
@@ -139,7 +153,7 @@ class Window:
         # Before the wait below: the thread continues with the next units while this one computes.
         self._prefetch()
         try:
-            slot.loading.result()
+            self._copies.wait(slot.loading.result())
         # Ctrl-C, too: the next call reads the unit again.
         except BaseException:
             self._drop(name)
@@ -153,6 +167,11 @@ class Window:
             return
         slot.num_users -= 1
         self._prefetch()
+
+    def release_all(self) -> None:
+        """Allow all units to be evicted, after a forward that has not reached its end."""
+        for slot in self._slots.values():
+            slot.num_users = 0
 
     def close(self) -> None:
         """Wait for the thread, and free all memory."""
@@ -170,7 +189,9 @@ class Window:
         buffer = self._buffer(unit.num_bytes)
         params = unit.views(buffer)
         tensors = [param.data for param in params]
-        loading = self._reader.submit(unit.source.read, tensors)
+        # The buffer may be that of a unit whose computation is submitted, but has not ended.
+        read = functools.partial(unit.source.read, tensors)
+        loading = self._reader.submit(self._copies.fill, self._copies.mark(), read)
         self.num_read += 1
         self._slots[name] = _Slot(buffer, params, loading)
         return self._slots[name]
@@ -183,7 +204,7 @@ class Window:
         # Buffers of other sizes are freed as far as the new one needs their room.
         while self._free and self.num_allocated() + num_bytes > self._capacity:
             self._free.pop()
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        return self._copies.allocate(num_bytes)
 
     def num_allocated(self) -> int:
         """Return the bytes of all buffers."""
@@ -236,3 +257,15 @@ class Window:
                 return
             self._load(name)
             num_loading += 1
+
+
+# Not by the number of the process in each call: the compiler cannot trace that.
+_WINDOWS: weakref.WeakSet[Window] = weakref.WeakSet()
+
+
+def _note_fork() -> None:
+    for window in _WINDOWS:
+        window.note_fork()
+
+
+os.register_at_fork(after_in_child=_note_fork)

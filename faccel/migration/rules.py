@@ -147,9 +147,12 @@ DISTRIBUTED_TYPES = {
 # Functions and classes of accelerate without an equal, and what replaces them.
 NAMES_WITHOUT_EQUAL = {
     "LocalSGD": "`faccel.parallel.local_sgd(model, ctx, step=n, every=8)`; see docs/parallelism.md",
-    "dispatch_model": "see docs/parallelism.md",
-    "init_empty_weights": "see docs/parallelism.md",
-    "load_checkpoint_and_dispatch": "see docs/parallelism.md",
+    "dispatch_model": "`faccel.inference.place(model, path, ctx)`; see docs/inference.md",
+    "init_empty_weights": "`faccel.inference.on_meta()`; see docs/inference.md",
+    "load_and_quantize_model": "`faccel.inference.load_quantized(model, path, ctx)`; see "
+    "docs/inference.md",
+    "load_checkpoint_and_dispatch": "`faccel.inference.place(model, path, ctx)`; see "
+    "docs/inference.md",
     "notebook_launcher": "`faccel.notebook_launch(fn)` calls `fn(ctx)`; see docs/launching.md",
     "prepare_pippy": '`mesh="pp=2"`; see docs/parallelism.md',
 }

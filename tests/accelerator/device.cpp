@@ -1,6 +1,7 @@
 // A pretended accelerator for tests: its memory is the host's, its operators are those of the CPU,
 // and its collectives are those of gloo. `device.py` gives it a name and the manners of a real one.
-// Streams and events do nothing, so it finds wrong devices and missing operators, but no races.
+// Copies from pinned memory on a stream run as late as the events allow, so that a missing wait leads
+// to wrong numbers; everything else runs at once. It finds wrong devices and missing operators, too.
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <ATen/Functions.h>
@@ -19,6 +20,9 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <cstdlib>
+#include <deque>
+#include <functional>
+#include <map>
 #include <mutex>
 #include <set>
 #include <unordered_set>
@@ -33,6 +37,21 @@ std::set<std::string> g_seen;                    // operators that ran
 std::unordered_set<std::string> g_native;        // if not empty: the only operators there are
 std::unordered_set<const void*> g_pinned;
 bool g_has_float64 = true;
+
+// -- streams: copies that have not run yet, each with its number
+struct Late { int64_t number; std::function<void()> run; };
+std::map<c10::StreamId, std::deque<Late>> g_late;
+std::recursive_mutex g_late_mutex;
+int64_t g_num_late = 0;
+struct Recorded { c10::StreamId stream; int64_t number; };
+void run_late(c10::StreamId stream, int64_t last) {
+  std::lock_guard<std::recursive_mutex> l(g_late_mutex);
+  auto& late = g_late[stream];
+  while (!late.empty() && late.front().number <= last) { late.front().run(); late.pop_front(); }
+}
+void run_late(void* event) {
+  if (auto* e = static_cast<Recorded*>(event)) run_late(e->stream, e->number);
+}
 
 // -- memory
 void free_it(void* p) { std::free(p); }
@@ -100,14 +119,18 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getNewStream(c10::Device d, int) const override { static c10::StreamId next = 1; return c10::Stream(c10::Stream::UNSAFE, {kDev, d.index() < 0 ? t_device : d.index()}, next++); }
   c10::Stream getStreamFromGlobalPool(c10::Device d, bool) const override { return getNewStream(d, 0); }
   c10::Stream exchangeStream(c10::Stream s) const override { auto o = getStream(s.device()); t_stream = s.id(); return o; }
-  void record(void** e, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override { *e = reinterpret_cast<void*>(1); }
-  void block(void*, const c10::Stream&) const override {}
+  void record(void** e, const c10::Stream& s, const c10::DeviceIndex, const c10::EventFlag) const override {
+    std::lock_guard<std::recursive_mutex> l(g_late_mutex);
+    if (*e == nullptr) *e = new Recorded();
+    *static_cast<Recorded*>(*e) = {s.id(), g_num_late};
+  }
+  void block(void* e, const c10::Stream&) const override { run_late(e); }
   bool queryEvent(void*) const override { return true; }
-  void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
+  void destroyEvent(void* e, const c10::DeviceIndex) const noexcept override { delete static_cast<Recorded*>(e); }
   c10::DeviceIndex deviceCount() const noexcept override { return g_count; }
   bool queryStream(const c10::Stream&) const override { return true; }
-  void synchronizeStream(const c10::Stream&) const override {}
-  void synchronizeEvent(void*) const override {}
+  void synchronizeStream(const c10::Stream& s) const override { run_late(s.id(), g_num_late); }
+  void synchronizeEvent(void* e) const override { run_late(e); }
   void synchronizeDevice(const c10::DeviceIndex) const override {}
   void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
   double elapsedTime(void*, void*, const c10::DeviceIndex) const override { return 0.0; }
@@ -156,7 +179,19 @@ at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::opti
   c10::DeviceGuard guard(c10::Device(kDev, dev && dev->index() >= 0 ? dev->index() : t_device));
   return at::detail::empty_strided_generic(size, stride, &g_alloc, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::dtype_or_default(dtype));
 }
-at::Tensor copy_from(const at::Tensor& self, const at::Tensor& dst, bool) { host(dst).copy_(host(self)); return dst; }
+at::Tensor copy_from(const at::Tensor& self, const at::Tensor& dst, bool non_blocking) {
+  if (non_blocking && t_stream != 0 && self.is_cpu() && self.is_pinned()) {
+    // Aliases that Python has not seen: they are freed without Python's lock.
+    at::NoGradGuard no_grad;
+    auto from = self.detach(), to = dst.detach();
+    std::lock_guard<std::recursive_mutex> l(g_late_mutex);
+    g_late[t_stream].push_back({++g_num_late, [from, to] { host(to).copy_(host(from)); }});
+    return dst;
+  }
+  run_late(t_stream, g_num_late);
+  host(dst).copy_(host(self));
+  return dst;
+}
 at::Tensor copy_from_and_resize(const at::Tensor& self, const at::Tensor& dst) { dst.resize_(self.sizes()); host(dst).copy_(host(self)); return dst; }
 at::Scalar local_scalar_dense(const at::Tensor& self) { return host(self).item(); }
 at::Tensor& set_source_storage_offset(at::Tensor& r, at::Storage s, int64_t o, c10::IntArrayRef size, c10::IntArrayRef stride) { return at::cpu::set_(r, s, o, size, stride); }
@@ -257,5 +292,6 @@ PYBIND11_MODULE(fakedev, m) {
   m.def("seen", [] { std::lock_guard<std::mutex> l(g_mutex); return g_seen; });
   m.def("only", [](const std::vector<std::string>& names) { std::lock_guard<std::mutex> l(g_mutex); g_native = {names.begin(), names.end()}; });
   m.def("set_float64", [](bool has) { g_has_float64 = has; });
+  m.def("num_late", [] { return g_num_late; });
   m.def("alias", &alias);
 }

@@ -114,6 +114,7 @@ def _module(library, kind, generators):
         "Event": lambda *args, **kwargs: torch.Event(torch.device(kind, library.current())),
         "stream": lambda stream: stream,
         "device": lambda index: torch.accelerator.device_index(index),
+        "num_late": library.num_late,
         "_is_in_bad_fork": lambda: False,
         "_lazy_init": lambda: None,
     }

@@ -9,6 +9,7 @@ from torch import nn
 
 from faccel.checkpoint import export_model
 from faccel.inference import materialize, offload, on_meta, place
+from faccel.inference.copies import StreamCopies
 from tests.accelerator import device, job
 from tests.ranks import run_ranks
 
@@ -93,6 +94,32 @@ def run_on_accelerators(ctx, folder):
     outputs.append(placed(IDS))
     outputs.append(materialize(placed)(IDS.to(ctx.device)).detach().cpu())
     return outputs, expected, devices
+
+
+def copied_in_chunks(ctx):
+    """Return a tensor that was copied through chunks of 16 elements, and how many were late."""
+    values = torch.arange(100.0)
+    copies = StreamCopies(ctx.device, largest=64)
+    tensor = copies.allocate(400).view(torch.float32)
+    before = torch.get_device_module(ctx.device).num_late()
+
+    def read():
+        copies.read_param(
+            lambda name, part, start: part.copy_(values[start : start + part.numel()]), "x", tensor
+        )
+
+    end = copies.fill(copies.mark(), read)
+    copies.wait(end)
+    num_late = torch.get_device_module(ctx.device).num_late() - before
+    return tensor.cpu(), num_late
+
+
+def test_a_tensor_is_copied_in_chunks_that_are_not_overwritten_too_early():
+    kind = "npu"
+    before = functools.partial(device.enable, device.library_path(), kind)
+    ((tensor, num_late),) = run_ranks(copied_in_chunks, 1, before=before, env=job.launch_env(kind))
+    assert tensor.tolist() == list(range(100))
+    assert num_late == 7  # 100 elements by 16
 
 
 @pytest.mark.parametrize("kind", ["npu", "musa"])

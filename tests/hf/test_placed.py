@@ -46,7 +46,8 @@ def placed_model(name, folder):
     placement = placement_for(empty, {"cpu": "1MB", "disk": "1MB"})
     for unit in placement.units:
         placement = placement.with_device(unit.name, "disk")
-    return plain, place(empty, folder, ctx, placement=placement)
+    sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    return plain, place(empty, folder, ctx, placement=placement, sample=sample)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -10,7 +10,7 @@ from torch import nn
 
 import faccel
 from faccel.checkpoint import export_model
-from faccel.inference import on_meta, place, share_work
+from faccel.inference import load_quantized, on_meta, place, share_work
 from faccel.testing import fake_context
 from tests.memory import DeepNet, status
 from tests.ranks import run_ranks
@@ -78,6 +78,33 @@ def test_a_model_five_times_its_budget_stays_within_it(tmp_path):
     for output in outputs:
         assert torch.equal(output, expected)
     assert peak <= 1.1 * BUDGET
+
+
+def quantized(ctx, folder):
+    """Return how much memory loading in 8 bits took, and the sizes of the weights."""
+    with on_meta():
+        net = DeepNet(WIDTH, DEPTH)
+        # The first import, and the first product, allocate memory of the libraries.
+        small = DeepNet(32, 1)
+    export_model(DeepNet(32, 1), f"{folder}/small", ctx)
+    load_quantized(small, f"{folder}/small", ctx)
+    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: frees at once
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets the peak
+    before = status("VmRSS")
+    result = load_quantized(net, folder, ctx)
+    return result.num_bytes, status("VmHWM") - before
+
+
+@pytest.mark.slow
+def test_a_quantized_model_is_never_in_memory_with_its_full_size(tmp_path):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    export_model(DeepNet(WIDTH, DEPTH), tmp_path, fake_context(0, 1))
+    ((num_bytes, peak),) = run_ranks(quantized, 1, str(tmp_path))
+    layer = 4 * WIDTH**2
+    assert num_bytes < 1.02 * DEPTH * WIDTH**2 + 2 * 4 * WIDTH
+    # Besides the layer itself, torchao has three tensors of its size while it rounds.
+    assert num_bytes < peak < num_bytes + 6 * layer < DEPTH * layer / 2
 
 
 def llama():

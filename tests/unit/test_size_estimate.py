@@ -54,6 +54,18 @@ def test_files_are_estimated_from_their_headers(dtype, bytes_each, tmp_path):
     assert "parameters  628" in run(str(tmp_path))
 
 
+@pytest.mark.parametrize(("dtype", "layers"), [("int8", 2 * 4 * 8 + 4 * (4 + 8)), ("int4", 4 * 8)])
+def test_quantized_layers_are_estimated_as_they_are_loaded(dtype, layers, tmp_path):
+    size = json.loads(run(f"{__name__}:Net", "--dtype", dtype, "--json"))
+    # The tied head keeps fp32, and so do the biases; a layer is too small for a scale of 128.
+    assert size["load_bytes"] == 4 * 400 + 3 * (4 * (8 + 4) + layers)
+    assert size["num_params"] == PARAMS
+    assert "disk" not in run(f"{__name__}:Net", "--dtype", dtype)
+    export_model(Net(), tmp_path, fake_context(0, 1))
+    result = CliRunner().invoke(main, ["estimate", str(tmp_path), "--dtype", dtype])
+    assert result.exit_code == 1 and "config.json" in result.output
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

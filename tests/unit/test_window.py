@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from faccel.errors import ModelError
+from faccel.inference.copies import DirectCopies
 from faccel.inference.use_order import UseOrder
 from faccel.inference.window import OffloadedUnit, Window
 
-CPU = torch.device("cpu")
+COPIES = DirectCopies(torch.device("cpu"))
 
 
 class Source:
@@ -32,7 +33,7 @@ def window(names, capacity, sizes=None):
         name: OffloadedUnit([torch.Size([sizes[name]])], [torch.uint8], source)
         for name, source in sources.items()
     }
-    return Window(units, capacity, CPU), sources
+    return Window(units, capacity, COPIES), sources
 
 
 def use(windows, names):
@@ -106,9 +107,70 @@ class Failing:
 
 def test_a_read_that_fails_raises_where_the_unit_is_used_and_is_tried_again():
     units = {"a": OffloadedUnit([torch.Size([4])], [torch.float32], Failing())}
-    windows = Window(units, 64, CPU)
+    windows = Window(units, 64, COPIES)
     for _ in range(2):
         with pytest.raises(OSError, match="gone"):
             windows.acquire("a")
         windows.release("a")
     assert windows.num_read == 2
+
+
+class Stream(DirectCopies):
+    """Copies on a pretended stream; a point in time is the number of computations before it."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.num_computed, self.last_use, self.ready = 0, {}, set()
+        self.began, self.too_early = 0, []
+
+    def mark(self):
+        return self.num_computed
+
+    def fill(self, mark, read):
+        self.began = mark
+        return read()
+
+    def wait(self, end):
+        self.ready.add(end)
+
+    def write(self, name, address):
+        """Record that a buffer is overwritten after the computations before `began` only."""
+        if self.last_use.get(address, 0) > self.began:
+            self.too_early.append(name)
+        self.ready.discard((name, address))
+
+    def compute(self, name, address):
+        assert (name, address) in self.ready, "computes before its copies have ended"
+        self.num_computed += 1
+        self.last_use[address] = self.num_computed
+
+
+class StreamSource(Source):
+    def __init__(self, name, copies):
+        super().__init__(ord(name))
+        self.name, self.copies = name, copies
+
+    def read(self, tensors):
+        super().read(tensors)
+        end = (self.name, tensors[0].data_ptr())
+        self.copies.write(*end)
+        return end
+
+
+@pytest.mark.parametrize("capacity", [64, 128, 192])
+def test_a_buffer_is_filled_after_its_computation_and_computes_after_its_copies(capacity):
+    copies = Stream()
+    units = {}
+    for name in "abcde":
+        source = StreamSource(name, copies)
+        units[name] = OffloadedUnit([torch.Size([64])], [torch.uint8], source)
+    windows = Window(units, capacity, copies)
+    for name in "abcde" * 3 + "edcba" * 2 + "aabb":
+        (param,) = windows.acquire(name)
+        copies.compute(name, param.data_ptr())
+        windows.release(name)
+    windows.close()
+    assert copies.num_computed == 29
+    assert copies.too_early == []
+    # Buffers are reused, else nothing was tested.
+    assert len(copies.last_use) <= capacity // 64

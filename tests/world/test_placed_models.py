@@ -1,7 +1,9 @@
 """Placed models: equal outputs, errors before anything is loaded, and back to ordinary modules."""
 
+import copy
 import json
 import os
+import pickle
 import threading
 
 import pytest
@@ -258,6 +260,57 @@ def test_a_weight_that_is_used_outside_of_its_module_is_named(tmp_path):
     assert torch.equal(materialize(placed)(X), net(X))
 
 
+def test_a_sample_finds_a_weight_that_is_used_outside_before_anything_is_loaded(tmp_path):
+    net, empty = exported(Outside, tmp_path)
+    ctx, budget = fake_context(0, 1), {"cpu": 640, "disk": "1GB"}
+    with pytest.raises(ModelError, match=r"`layers.3.weight` of the unit `layers.3`"):
+        place(empty, tmp_path, ctx, budget=budget, sample=X)
+    assert all(param.is_meta for param in empty.parameters())
+    assert not empty.layers[3]._forward_pre_hooks and not empty.layers[3]._forward_hooks
+    with pytest.raises(ModelError, match=r"`layers.3.weight` of the unit `layers.3`"):
+        offload(net, "disk", ctx, folder=tmp_path / "new", sample={"x": X})
+    assert not (tmp_path / "new").exists()
+    placement = placement_for(empty, {"cpu": 1280, "disk": "1GB"}).with_device("layers.3", "cpu")
+    placed = place(empty, tmp_path, ctx, placement=placement, sample=(X,))
+    assert torch.equal(placed(X), net(X))
+
+
+class InnerOutside(nn.Module):
+    """Runs a layer of a block after the block's forward, and uses two tied weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.last.weight = self.first.weight
+
+    def forward(self, x):
+        x = self.blocks[1](self.blocks[0](self.first(x)))
+        return self.last(self.blocks[0].norm(x))
+
+
+def test_a_sample_finds_an_inner_layer_but_no_tied_weight(tmp_path):
+    _, empty = exported(InnerOutside, tmp_path)
+    with pytest.raises(ModelError, match=r"`blocks.0.norm.weight`.*`blocks.0.norm.bias`") as error:
+        place(empty, tmp_path, fake_context(0, 1), budget={"cpu": 2400, "disk": "1GB"}, sample=X)
+    assert "first" not in str(error.value) and "last" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sample_changes_nothing_of_a_model_that_can_be_placed(name, tmp_path):
+    make, inputs, size = MODELS[name]
+    net, empty = exported(make, tmp_path)
+    without_buffers(net, empty)
+    options = {"budget": {"cpu": size, "disk": "1GB"}, "sample": inputs[0]}
+    if name == "conditional":
+        with pytest.raises(ModelError, match=r"`sample` without values"):
+            place(empty, tmp_path, fake_context(0, 1), **options)
+        return
+    placed = place(empty, tmp_path, fake_context(0, 1), **options)
+    with torch.no_grad():
+        assert torch.equal(placed(inputs[1]), net(inputs[1]))
+
+
 def test_the_fix_for_a_weight_outside_of_its_module_works(tmp_path):
     net, empty = exported(Outside, tmp_path)
     placement = placement_for(empty, {"cpu": 1280, "disk": "1GB"}).with_device("layers.3", "cpu")
@@ -281,6 +334,157 @@ def test_a_model_can_be_called_after_an_error_in_its_forward(tmp_path):
         placed(torch.zeros(3, 7))
     assert all(isinstance(param, OffloadedTensor) for param in placed.module.parameters())
     assert torch.equal(placed(X * 0), net(X * 0))
+
+
+def test_an_interrupted_forward_leaves_room_for_the_next_one(tmp_path):
+    """Ctrl-C is no `Exception`: PyTorch calls no hook after it."""
+    net, empty = exported(Conditional, tmp_path)
+    placed = place(empty, tmp_path, fake_context(0, 1), budget={"cpu": 640, "disk": "1GB"})
+    interrupted = []
+
+    def interrupt(module, args):  # its weight is in memory
+        interrupted.append(module)
+        raise KeyboardInterrupt
+
+    for layer in placed.module.layers:
+        handle = layer.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            placed(X * 0)
+        handle.remove()
+    assert len(interrupted) == 6
+    assert torch.equal(placed(X * 0), net(X * 0))
+    # Afterwards all units are offloaded again.
+    assert all(isinstance(param, OffloadedTensor) for param in placed.module.parameters())
+
+
+def test_a_call_in_a_second_thread_is_an_error_and_the_first_one_continues(tmp_path):
+    net, empty = exported(Conditional, tmp_path)
+    placed = place(empty, tmp_path, fake_context(0, 1), budget={"cpu": 640, "disk": "1GB"})
+    errors = []
+
+    def call():
+        try:
+            placed(X * 0)
+        except ModelError as error:
+            errors.append(str(error))
+
+    def in_thread(module, args, output):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    handle = placed.module.layers[3].register_forward_hook(in_thread)
+    assert torch.equal(placed(X * 0), net(X * 0))
+    handle.remove()
+    assert len(errors) == 1 and "one thread at a time" in errors[0]
+    assert torch.equal(placed(X * 0), net(X * 0))
+    call()
+    in_thread(None, None, None)  # one after the other
+    assert len(errors) == 1
+
+
+class Branch(nn.Linear):
+    """Calls the model that contains it, as a tree does, and then uses its weight."""
+
+    def forward(self, x, model, depth):
+        if depth:
+            x = model(x, depth - 1)
+        return super().forward(x)
+
+
+class Recursive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Branch(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x, depth=2):
+        x = self.layers[0](x, self, depth)
+        return self.layers[2](self.layers[1](x))
+
+
+def test_a_model_that_calls_itself_is_not_an_interrupted_one(tmp_path):
+    net, empty = exported(Recursive, tmp_path)
+    budget = {"cpu": 640, "disk": "1GB"}  # room for two of three layers
+    placed = place(empty, tmp_path, fake_context(0, 1), budget=budget)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(placed(X), net(X))
+
+
+def test_a_compiled_placed_model_computes_the_same_without_warnings(tmp_path):
+    net, empty = exported(Conditional, tmp_path)
+    placed = place(empty, tmp_path, fake_context(0, 1), budget={"cpu": 640, "disk": "1GB"})
+    compiled = torch.compile(placed.module, backend="eager")
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(compiled(X * 0), net(X * 0))
+
+
+def test_a_copy_of_a_placed_model_is_an_error_that_names_what_to_do(tmp_path):
+    _, empty = exported(Conditional, tmp_path)
+    placed = place(empty, tmp_path, fake_context(0, 1), budget={"cpu": 640, "disk": "1GB"})
+    for call in (copy.deepcopy, pickle.dumps, lambda value: torch.save(value, tmp_path / "x")):
+        for value in (placed, placed.module):
+            with pytest.raises(ModelError, match=r"cannot be copied or pickled(.|\n)*state_dict"):
+                call(value)
+    for call in (nn.Module.half, lambda module: module.to("meta")):
+        with pytest.raises(ModelError, match=r"cannot be moved or cast(.|\n)*dtype="):
+            call(placed.module)
+
+
+def test_a_replaced_parameter_of_an_offloaded_unit_is_not_overwritten_silently(tmp_path):
+    net, empty = exported(Conditional, tmp_path)
+    placed = place(empty, tmp_path, fake_context(0, 1), budget={"cpu": 640, "disk": "1GB"})
+    state = {name: tensor * 0 for name, tensor in net.state_dict().items()}
+    placed.module.load_state_dict(state, assign=True)
+    with pytest.raises(ModelError, match=r"`weight` of the offloaded unit `layers.0` was replaced"):
+        placed(X * 0)
+
+
+def test_a_forked_process_raises_instead_of_waiting_for_ever(tmp_path):
+    _, empty = exported(Conditional, tmp_path)
+    placed = place(empty, tmp_path, fake_context(0, 1), budget={"cpu": 640, "disk": "1GB"})
+    child = os.fork()
+    if not child:
+        try:
+            placed(X * 0)
+        except ModelError as error:
+            os._exit(0 if "forked process" in str(error) else 2)
+        os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64, "bf16", 3])
+def test_a_dtype_in_which_models_do_not_compute_is_an_error(dtype, tmp_path):
+    _, empty = exported(Conditional, tmp_path)
+    budget = {"cpu": 640, "disk": "1GB"}
+    with pytest.raises(ConfigError, match="`dtype`"):
+        place(empty, tmp_path, fake_context(0, 1), budget=budget, dtype=dtype)
+    placement = placement_for(empty, budget)
+    with pytest.raises(ConfigError, match="`dtype`"):
+        place(empty, tmp_path, fake_context(0, 1), placement=placement, dtype=dtype)
+
+
+def test_a_device_that_this_process_lacks_is_named_before_anything_is_read(tmp_path):
+    net, empty = exported(Conditional, tmp_path)
+    ctx = fake_context(0, 1)
+    with pytest.raises(ConfigError, match="the device `xpu:7` of `budget` is unavailable"):
+        place(empty, tmp_path, ctx, budget={"xpu:7": "1GB"})
+    with pytest.raises(ConfigError, match="`budget` must be a mapping"):
+        place(empty, tmp_path, ctx, budget={})
+    placed = place(empty, tmp_path, ctx, budget={"cpu": 640, "disk": "1GB"})
+    for device in ("xpu:7", "gpu", "disk", 3):
+        with pytest.raises(ConfigError, match="`device`"):
+            materialize(placed, device=device)
+    assert torch.equal(placed(X * 0), net(X * 0))
+
+
+def test_weights_of_an_earlier_offload_are_not_overwritten(tmp_path):
+    first, second = built(Tied), built(Tied)
+    placed = offload(first, "disk", fake_context(0, 1), folder=tmp_path)
+    with pytest.raises(CheckpointError, match="weights of an earlier call"):
+        offload(second, "disk", fake_context(0, 1), folder=tmp_path)
+    assert torch.equal(placed(IDS), second(IDS))
 
 
 def test_a_file_that_ends_early_is_an_error_and_weights_stay_placed(tmp_path):

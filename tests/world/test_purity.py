@@ -102,6 +102,7 @@ CALLS = {
     "plan_for": (lambda s, ctx: faccel.parallel.plan_for(s["net"], ctx), set()),
     "split_sequence": (lambda s, ctx: faccel.parallel.split_sequence(s["x"], ctx), set()),
     "place": (lambda s, ctx: exported_and_placed(s, ctx), set()),
+    "load_quantized": (lambda s, ctx: exported_and_quantized(s, ctx), set()),
     "placement_for": (lambda s, ctx: faccel.inference.placement_for(s["net"], BUDGET), set()),
     "materialize": (lambda s, ctx: faccel.inference.materialize(offloaded(s, ctx)), set()),
     "offload": (lambda s, ctx: offloaded(s, ctx), set()),
@@ -219,6 +220,14 @@ def exported_and_placed(s, ctx):
     path = folder(ctx)
     faccel.checkpoint.export_model(s["raw"], path, ctx)
     faccel.inference.place(s["raw"], path, ctx, budget=BUDGET)
+
+
+def exported_and_quantized(s, ctx):
+    path = folder(ctx)
+    net = nn.Sequential(torch.nn.utils.skip_init(nn.Linear, 64, 64))  # draws no numbers
+    nn.init.ones_(net[0].weight), nn.init.ones_(net[0].bias)
+    faccel.checkpoint.export_model(net, path, ctx)
+    faccel.inference.load_quantized(net, path, ctx)
 
 
 def offloaded(s, ctx):
