@@ -413,3 +413,14 @@ def _differences(kind: DeviceKind) -> Iterator[str]:
         yield "sums in float32"
     if kind.launch_variable:
         yield "`faccel launch` sets its environment"
+
+
+def type_of_current_cuda_device() -> str:
+    """Return the type of the device on which libraries for CUDA allocate, or why they cannot.
+
+    Effects: ambient. Initializes CUDA.
+    """
+    try:
+        return torch.empty(0, device=torch.cuda.current_device()).device.type
+    except (RuntimeError, AssertionError) as error:
+        return str(error).partition("\n")[0]

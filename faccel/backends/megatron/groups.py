@@ -6,8 +6,7 @@ import importlib
 import math
 from typing import Any
 
-import torch
-
+from faccel import device_table
 from faccel.backends.default_group import ensure_process_group
 from faccel.context import DistContext
 from faccel.errors import BackendError
@@ -63,11 +62,8 @@ def check_device(ctx: DistContext) -> None:
     Raises:
         BackendError: It does not.
     """
-    try:
-        # It allocates with `device="cuda"` and `torch.cuda.current_device()` everywhere.
-        device_type = torch.empty(0, device=torch.cuda.current_device()).device.type
-    except (RuntimeError, AssertionError) as error:
-        device_type = str(error).partition("\n")[0]
+    # Megatron-core allocates there everywhere, whatever the device of the context is.
+    device_type = device_table.type_of_current_cuda_device()
     if device_type != ctx.device.type:
         raise BackendError(
             "Megatron-core runs on CUDA devices only",
