@@ -75,6 +75,9 @@ def train(ctx, args):
         state = faccel.load(state, args.runs, ctx)
         faccel.print(f"resumed after step {state['step']}", ctx=ctx)
     scaler, step = state["scaler"], state["step"]
+    if step >= args.steps:
+        got = f"--steps {args.steps}, and {step} are done"
+        raise faccel.errors.ConfigError("no update is left", got=got, fix="pass a larger --steps")
 
     def loss_fn(model, batch):
         logits = model(batch.data[:, :-1])

@@ -81,6 +81,8 @@ def test_a_run_resumes_on_another_mesh(first, second, tmp_path):
     resumed = run(second, *words, "--runs", str(tmp_path), "--steps", "3")
     for result in resumed:
         assert result == pytest.approx(one_process(*words, "--steps", "3"), abs=1e-10)
+    with pytest.raises(faccel.errors.ConfigError, match="no update is left"):
+        run(second, *words, "--runs", str(tmp_path), "--steps", "3")
 
 
 def test_bf16_is_close_to_fp32():
