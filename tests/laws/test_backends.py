@@ -12,6 +12,7 @@ from faccel.backends.table import BACKENDS, use
 from faccel.errors import ModelError
 from faccel.testing import simulate
 from tests.laws.averaging import BACKEND
+from tests.megatron_cpu import install
 from tests.ranks import run_ranks
 
 PLAN = faccel.Plan(
@@ -34,6 +35,10 @@ def zero(stage):
     return lambda law: run_ranks(law, 2, strategy="deepspeed", zero=stage)
 
 
+def megatron(law):
+    return run_ranks(law, 2, strategy="megatron", device="cpu", before=install)
+
+
 WORLDS = {
     "single": ("single", lambda law: simulate(law, 1)),
     "ddp-2": ("ddp", lambda law: simulate(law, 2)),
@@ -50,9 +55,12 @@ WORLDS = {
     "zero-1-gloo-2": ("deepspeed", zero(1)),
     "zero-2-gloo-2": ("deepspeed", zero(2)),
     "zero-3-gloo-2": ("deepspeed", zero(3)),
+    "megatron-gloo-2": ("megatron", megatron),
     "third-party-2": (None, lambda law: simulate(averaging(law), 2)),
     "third-party-gloo-2": (None, lambda law: run_ranks(averaging(law), 2)),
 }
+# Engines of other libraries, which take seconds to start and compute in fp32.
+SLOW_ENGINES = ("deepspeed", "megatron")
 LAWS = []
 
 
@@ -89,9 +97,38 @@ class Net(nn.Module):
         return 2 * self(x)
 
 
+def net_of(ctx, seed=0):
+    """The net, under Megatron-core as a module of its class, which has a configuration."""
+    if ctx.parallelism.name != "megatron":
+        return Net(seed)
+    from megatron.core.enums import ModelType
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    class MegatronNet(Net, MegatronModule):
+        def __init__(self):
+            options = {"gradient_accumulation_fusion": False, "use_cpu_initialization": True}
+            config = TransformerConfig(
+                num_layers=2, hidden_size=8, num_attention_heads=1, **options
+            )
+            MegatronModule.__init__(self, config)
+            self.__dict__.update(vars(Net(seed)))
+            self.config, self.model_type = config, ModelType.encoder_or_decoder
+
+        def set_input_tensor(self, tensors):
+            """Do nothing: there is no stage before this one."""
+
+    return MegatronNet()
+
+
+def wrapped_net(ctx, net):
+    """Megatron-core shards modules where they are built, and takes no plan."""
+    return faccel.wrap(net, ctx, plan=None if ctx.parallelism.name == "megatron" else PLAN)
+
+
 def dtype_of(ctx):
     """fp64, so that equal means equal, where the engine has it."""
-    return torch.float32 if ctx.parallelism.name == "deepspeed" else torch.float64
+    return torch.float64 if ctx.parallelism.name not in SLOW_ENGINES else torch.float32
 
 
 def near_of(ctx):
@@ -139,7 +176,7 @@ def train(ctx, wrapped, opt, num_updates, num_micro_batches=4):
 
 @law
 def training_equals_one_process(ctx):
-    wrapped = faccel.wrap(Net(ctx.rank).to(dtype_of(ctx)), ctx, plan=PLAN)
+    wrapped = wrapped_net(ctx, net_of(ctx, ctx.rank).to(dtype_of(ctx)))
     opt = faccel.wrap_optimizer(torch.optim.AdamW(wrapped.parameters(), lr=0.1), wrapped, ctx)
     norms = [info.grad_norm for _, info in train(ctx, wrapped, opt, 3)]
     trained = one_process(3, dtype_of(ctx))
@@ -160,7 +197,7 @@ def training_equals_one_process(ctx):
 
 @law
 def the_norm_is_of_all_gradients(ctx):
-    wrapped = faccel.wrap(Net().to(dtype_of(ctx)), ctx, plan=PLAN)
+    wrapped = wrapped_net(ctx, net_of(ctx).to(dtype_of(ctx)))
     opt = faccel.wrap_optimizer(torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, ctx)
     ((losses, info),) = train(ctx, wrapped, opt, 1)
     net = Net().double()
@@ -173,8 +210,8 @@ def the_norm_is_of_all_gradients(ctx):
 
 @law
 def every_rank_starts_from_rank_0s_values_under_the_users_names(ctx):
-    net = Net(ctx.rank)
-    wrapped = faccel.wrap(net, ctx, plan=PLAN)
+    net = net_of(ctx, ctx.rank)
+    wrapped = wrapped_net(ctx, net)
     expected = Net(0).state_dict()
     state = {name: full(value) for name, value in wrapped.state_dict().items()}
     assert faccel.unwrap(wrapped) is net
@@ -184,7 +221,7 @@ def every_rank_starts_from_rank_0s_values_under_the_users_names(ctx):
 
 @law
 def evaluation_runs_the_full_model_on_every_rank(ctx):
-    wrapped = faccel.wrap(Net(ctx.rank), ctx, plan=PLAN).eval()
+    wrapped = wrapped_net(ctx, net_of(ctx, ctx.rank)).eval()
     with torch.no_grad():
         out = wrapped(rows().float())
     assert (out - Net(0)(rows().float())).abs().max() < 1e-5
@@ -192,7 +229,7 @@ def evaluation_runs_the_full_model_on_every_rank(ctx):
 
 @law
 def micro_batches_without_sync_add_up_to_one_update(ctx):
-    wrapped = faccel.wrap(Net().to(dtype_of(ctx)), ctx, plan=PLAN)
+    wrapped = wrapped_net(ctx, net_of(ctx).to(dtype_of(ctx)))
     if ctx.mesh.spec.pp > 1:
         with pytest.raises(ModelError), faccel.grad_sync(wrapped, on=False):
             pass
@@ -215,7 +252,7 @@ def micro_batches_without_sync_add_up_to_one_update(ctx):
 
 @law
 def gradients_that_are_cleared_take_no_part_in_the_next_update(ctx):
-    wrapped = faccel.wrap(Net().to(dtype_of(ctx)), ctx, plan=PLAN)
+    wrapped = wrapped_net(ctx, net_of(ctx).to(dtype_of(ctx)))
     opt = faccel.wrap_optimizer(torch.optim.SGD(wrapped.parameters(), lr=1.0), wrapped, ctx)
     if ctx.mesh.spec.pp > 1:
         return
@@ -235,8 +272,8 @@ def gradients_that_are_cleared_take_no_part_in_the_next_update(ctx):
 
 @law
 def other_methods_run_like_forward(ctx):
-    wrapped = faccel.wrap(Net(), ctx, plan=PLAN)
-    if ctx.mesh.spec.pp > 1:
+    wrapped = wrapped_net(ctx, net_of(ctx))
+    if ctx.mesh.spec.pp > 1 or ctx.parallelism.name == "megatron":
         with pytest.raises(ModelError):
             wrapped.call("doubled", rows().float())
         return
@@ -251,7 +288,7 @@ def all_laws(ctx):
         law(ctx)
 
 
-SLOW_TO_START = {world for world, (name, _) in WORLDS.items() if name == "deepspeed"}
+SLOW_TO_START = {world for world, (name, _) in WORLDS.items() if name in SLOW_ENGINES}
 
 
 @pytest.mark.parametrize("world", sorted(WORLDS.keys() - SLOW_TO_START))
