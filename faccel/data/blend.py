@@ -40,8 +40,15 @@ class _Period:
     positions: np.ndarray[Any, Any]
 
 
+@attrs.frozen(cache_hash=True)
+class _Proportions:
+    """How many samples of each dataset a period has: a key whose hash takes constant time."""
+
+    counts: tuple[int, ...]
+
+
 @functools.lru_cache(maxsize=8)
-def _period_of(counts: tuple[int, ...]) -> _Period:
+def _period_of(proportions: _Proportions) -> _Period:
     """Return the period in which dataset `d` has `counts[d]` samples.
 
     After `n` samples dataset `d` must have `floor(w*n)` or `ceil(w*n)`, where `w` is its weight
@@ -49,6 +56,7 @@ def _period_of(counts: tuple[int, ...]) -> _Period:
     slots, from `floor(j/w)` to `ceil((j+1)/w) - 1`. Such windows always have a schedule, and the
     earliest deadline first finds it (Steiner and Yeomans 1993).
     """
+    counts = proportions.counts
     period = sum(counts)
     datasets = np.empty(period, np.int32)
     positions = np.empty(period, np.int32)
@@ -152,7 +160,9 @@ class Blend:
     weights: tuple[float, ...] = attrs.field(converter=_weights)
     size: int | None = attrs.field(default=None, kw_only=True)
     seed: int | None = attrs.field(default=0, kw_only=True, validator=_check_seed)
-    _counts: tuple[int, ...] = attrs.field(init=False, repr=False)
+    _proportions: _Proportions = attrs.field(init=False, repr=False)
+    # Once: each sample needs it, and there may be thousands of datasets.
+    _length: int = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if len(self.datasets) != len(self.weights):
@@ -175,21 +185,25 @@ class Blend:
                 got=short_repr(self.size),
                 fix="write `size=num_updates * global_batch`",
             )
-        object.__setattr__(self, "_counts", _counts_of(self.weights))
+        object.__setattr__(self, "_proportions", _Proportions(_counts_of(self.weights)))
+        object.__setattr__(self, "_length", self._count_samples())
 
     def __len__(self) -> int:
         """Return the number of samples of an epoch."""
+        return self._length
+
+    def _count_samples(self) -> int:
         if self.size is not None:
             return self.size
-        period = sum(self._counts)
+        counts = self._proportions.counts
         # At most `ceil(w*n)` samples of a dataset are among the first `n`.
-        pairs = zip(self.datasets, self._counts, strict=True)
+        period, pairs = sum(counts), zip(self.datasets, counts, strict=True)
         return min(len(dataset) * period // count for dataset, count in pairs)
 
     def source_of(self, index: int) -> tuple[int, int]:
         """Return the dataset of a sample, and how many samples of that dataset are before it."""
-        period = _period_of(self._counts)
-        repeat, slot = divmod(range(len(self))[operator.index(index)], len(period.datasets))
+        period = _period_of(self._proportions)
+        repeat, slot = divmod(range(self._length)[operator.index(index)], len(period.datasets))
         dataset = int(period.datasets[slot])
         return dataset, repeat * period.counts[dataset] + int(period.positions[slot])
 
