@@ -79,15 +79,16 @@ def check(cases, world_size, shuffle):
 
 @pytest.mark.parametrize(("world_size", "shuffle"), WORLDS)
 def test_gathered_batches_are_the_dataset_exactly_once_in_order(world_size, shuffle):
-    """16 of 17 cases, each on one of the 16 worlds; the slow test has every case on every world."""
+    """16 of 17 cases, each on one of the 16 worlds; the slow test has all on each world size."""
     first = WORLDS.index((world_size, shuffle))
     check(CASES[first :: len(WORLDS) + 1], world_size, shuffle)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "shuffle"), WORLDS)
-def test_every_case_on_every_world(world_size, shuffle):
-    check(CASES, world_size, shuffle)
+def test_every_case_on_every_number_of_ranks(world_size, shuffle):
+    """Half of the datasets and batch sizes in their order, the other half shuffled."""
+    check([case for case in CASES if (case[0] + case[1]) % 2 == shuffle], world_size, shuffle)
 
 
 def test_a_run_stopped_on_four_ranks_resumes_on_three():
