@@ -26,6 +26,7 @@ LAYOUTS = {
     "pipeline": (2, "pp=2", PIPELINE),
     "compiled": (1, None, faccel.Plan(compile=faccel.parallel.Compile(backend="eager"))),
 }
+FAST = ("one process", "FSDP2")
 
 
 def loss_fn(model, batch):
@@ -60,7 +61,14 @@ def train_and_free(ctx, plan):
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    # Each collects the garbage of this process, which takes seconds after other tests.
+    [
+        layout if layout in FAST else pytest.param(layout, marks=pytest.mark.slow)
+        for layout in LAYOUTS
+    ],
+)
 def test_what_a_script_drops_is_freed_in_every_layout(layout):
     num_ranks, mesh, plan = LAYOUTS[layout]
     for models in simulate(train_and_free, num_ranks, plan, mesh=mesh):

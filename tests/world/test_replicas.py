@@ -328,8 +328,22 @@ def test_a_module_is_wrapped_once(mesh):
     simulate(fn, 2 if mesh else 1, mesh=mesh)
 
 
-@pytest.mark.parametrize("mesh", [None, "dp_replicate=2", "dp_shard=2"])
-@pytest.mark.parametrize("make_opt", [torch.optim.SGD, type("Custom", (torch.optim.SGD,), {})])
+class CustomSGD(torch.optim.SGD):
+    """An optimizer that PyTorch does not have."""
+
+
+@pytest.mark.parametrize(
+    ("make_opt", "mesh"),
+    [
+        (torch.optim.SGD, None),
+        (CustomSGD, "dp_shard=2"),
+        # Debug mode searches the objects of this process, which takes seconds after other tests.
+        pytest.param(CustomSGD, None, marks=pytest.mark.slow),
+        pytest.param(torch.optim.SGD, "dp_shard=2", marks=pytest.mark.slow),
+        pytest.param(torch.optim.SGD, "dp_replicate=2", marks=pytest.mark.slow),
+        pytest.param(CustomSGD, "dp_replicate=2", marks=pytest.mark.slow),
+    ],
+)
 def test_an_optimizer_made_before_wrap_raises_on_every_mesh_in_debug_mode(make_opt, mesh):
     def fn(ctx):
         net, other = Net(), Net()
