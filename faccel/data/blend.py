@@ -15,8 +15,8 @@ from typing import Any
 import attrs
 import numpy as np
 
-from faccel.checks import integer
 from faccel.data.order import permute
+from faccel.data.packed_tokens import check_seed
 from faccel.errors import DataError, short_repr
 from faccel.random.hashing import mix
 from faccel.tree import Tree
@@ -125,11 +125,6 @@ def _datasets(value: Any) -> tuple[Any, ...]:
     )
 
 
-def _check_seed(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None:
-        integer("seed", value, at_least=0, error=DataError)
-
-
 @attrs.frozen(eq=False)
 class Blend:
     """Samples of several datasets in the proportions of their weights.
@@ -159,7 +154,7 @@ class Blend:
     datasets: Sequence[Any] = attrs.field(converter=_datasets, repr=False)
     weights: tuple[float, ...] = attrs.field(converter=_weights)
     size: int | None = attrs.field(default=None, kw_only=True)
-    seed: int | None = attrs.field(default=0, kw_only=True, validator=_check_seed)
+    seed: int | None = attrs.field(default=0, kw_only=True, validator=check_seed)
     _proportions: _Proportions = attrs.field(init=False, repr=False)
     # Once: each sample needs it, and there may be thousands of datasets.
     _length: int = attrs.field(init=False, repr=False)

@@ -49,9 +49,10 @@ def _check_split(instance: object, attribute: attrs.Attribute[Any], value: Any) 
         )
 
 
-def _check_seed(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+def check_seed(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    """Raise unless a field is None or a seed, an int of at least 0."""
     if value is not None:
-        integer("document_seed", value, at_least=0, error=DataError)
+        integer(attribute.name, value, at_least=0, error=DataError)
 
 
 @attrs.frozen(eq=False)
@@ -108,7 +109,7 @@ class PackedTokens:
     split: tuple[float, float] = attrs.field(
         default=(0.0, 1.0), kw_only=True, validator=_check_split
     )
-    document_seed: int | None = attrs.field(default=None, kw_only=True, validator=_check_seed)
+    document_seed: int | None = attrs.field(default=None, kw_only=True, validator=check_seed)
     _stream: _Stream = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
