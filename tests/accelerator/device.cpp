@@ -43,9 +43,16 @@ struct Late { int64_t number; std::function<void()> run; };
 std::map<c10::StreamId, std::deque<Late>> g_late;
 std::recursive_mutex g_late_mutex;
 int64_t g_num_late = 0;
+// A thread that has the mutex may wait for Python's lock, which a reference to a tensor with a Python
+// object needs: so no thread waits for the mutex while it has Python's lock.
+struct LateLock {
+  PyThreadState* state = PyGILState_Check() ? PyEval_SaveThread() : nullptr;
+  LateLock() { g_late_mutex.lock(); }
+  ~LateLock() { g_late_mutex.unlock(); if (state) PyEval_RestoreThread(state); }
+};
 struct Recorded { c10::StreamId stream; int64_t number; };
 void run_late(c10::StreamId stream, int64_t last) {
-  std::lock_guard<std::recursive_mutex> l(g_late_mutex);
+  LateLock l;
   auto& late = g_late[stream];
   while (!late.empty() && late.front().number <= last) { late.front().run(); late.pop_front(); }
 }
@@ -120,7 +127,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getStreamFromGlobalPool(c10::Device d, bool) const override { return getNewStream(d, 0); }
   c10::Stream exchangeStream(c10::Stream s) const override { auto o = getStream(s.device()); t_stream = s.id(); return o; }
   void record(void** e, const c10::Stream& s, const c10::DeviceIndex, const c10::EventFlag) const override {
-    std::lock_guard<std::recursive_mutex> l(g_late_mutex);
+    LateLock l;
     if (*e == nullptr) *e = new Recorded();
     *static_cast<Recorded*>(*e) = {s.id(), g_num_late};
   }
@@ -181,10 +188,9 @@ at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::opti
 }
 at::Tensor copy_from(const at::Tensor& self, const at::Tensor& dst, bool non_blocking) {
   if (non_blocking && t_stream != 0 && self.is_cpu() && self.is_pinned()) {
-    // Aliases that Python has not seen: they are freed without Python's lock.
     at::NoGradGuard no_grad;
     auto from = self.detach(), to = dst.detach();
-    std::lock_guard<std::recursive_mutex> l(g_late_mutex);
+    LateLock l;
     g_late[t_stream].push_back({++g_num_late, [from, to] { host(to).copy_(host(from)); }});
     return dst;
   }
