@@ -5,10 +5,13 @@ takes milliseconds. A fork of the test process would inherit the state of its Op
 in its first parallel region.
 """
 
+import faulthandler
 import multiprocessing
 import os
+import pathlib
 import pickle
 import sys
+import tempfile
 import traceback
 from datetime import timedelta
 
@@ -18,7 +21,7 @@ import torch.distributed as dist
 import faccel
 
 # Only a safety net against hangs: it must not fail a test on a loaded node.
-TIMEOUT_S = 600
+TIMEOUT_S = 300
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
@@ -63,8 +66,12 @@ def hosted_store():
     )
 
 
-def _run_rank(fn, rank, world_size, port, pipe, args, options):
+def _run_rank(fn, rank, world_size, port, pipe, args, options, stacks, timeout_s):
     torch.set_num_threads(1)
+    # In C, so that a rank that holds Python's lock is seen, too.
+    faulthandler.dump_traceback_later(
+        0.9 * timeout_s, file=os.open(stacks, os.O_CREAT | os.O_WRONLY)
+    )
     before, env = options.pop("before", None), options.pop("env", {})
     # The workers of a loader use the default of the system, not that of the server.
     multiprocessing.set_start_method("fork", force=True)
@@ -88,13 +95,18 @@ def outcomes(fn, world_size, *args, **options):
 
     `options` are those of `faccel.init`; `before` is called first, and `env` has more variables.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        return _outcomes(fn, world_size, args, options, pathlib.Path(folder))
+
+
+def _outcomes(fn, world_size, args, options, folder):
     store = hosted_store()
     processes = []
     for rank in range(world_size):
         receiver, sender = SERVER.Pipe(duplex=False)
-        process = SERVER.Process(
-            target=_run_rank, args=(fn, rank, world_size, store.port, sender, args, options)
-        )
+        stacks = str(folder / f"rank{rank}")
+        arguments = (fn, rank, world_size, store.port, sender, args, options, stacks, TIMEOUT_S)
+        process = SERVER.Process(target=_run_rank, args=arguments)
         process.start()
         sender.close()
         processes.append((process, receiver))
@@ -103,7 +115,8 @@ def outcomes(fn, world_size, *args, **options):
         if not receiver.poll(TIMEOUT_S):
             for other, _ in processes:
                 other.kill()
-            raise TimeoutError(f"a rank has not returned in {TIMEOUT_S} s")
+            written = [f"{path.name}: {path.read_text()}" for path in sorted(folder.iterdir())]
+            raise TimeoutError(f"no rank may take {TIMEOUT_S} s\n" + "\n".join(written))
         try:
             results.append(pickle.loads(receiver.recv_bytes()))
         except EOFError as error:  # the process was killed or aborted
