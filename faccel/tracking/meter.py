@@ -7,7 +7,7 @@ read from a device. `rates` gathers one row of integers per rank, so sums over r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import attrs
@@ -66,31 +66,29 @@ class _Options:
     state: WeakState | None
 
 
-@attrs.frozen(eq=False, repr=False)
-class Meter:
+# A tuple, and not a record of attrs: that takes as long as all the rest of `tick`.
+class Meter(tuple[_Options, _End, "_End | None"]):
     """The counts of this rank: `init_meter` returns the first one, `tick` the next ones."""
 
-    _options: _Options = attrs.field(alias="options")
-    # Few fields: each one costs as much in a step as all the rest of `tick`.
-    _last: _End = attrs.field(alias="last")
-    # The end of the last full window, from which the ends of its steps are found: the number of
-    # ends that are kept is constant, whatever the number of steps.
-    _older: _End | None = attrs.field(alias="older")
+    # The options, the end of the last step, and that of the last full window, from which the ends
+    # of its steps are found: the number of ends that are kept is constant, whatever the number of
+    # steps.
+    __slots__ = ()
 
     @property
     def num_steps(self) -> int:
         """Number of `tick` calls."""
-        return self._last[1]
+        return self[1][1]
 
     @property
     def num_samples(self) -> int:
         """Samples of this rank."""
-        return self._last[2]
+        return self[1][2]
 
     @property
     def num_tokens(self) -> int:
         """Tokens of this rank."""
-        return self._last[3]
+        return self[1][3]
 
     def __repr__(self) -> str:
         counts = f"num_samples={self.num_samples}, num_tokens={self.num_tokens}"
@@ -161,7 +159,7 @@ def init_meter(
     options = _Options(flops_per_sample, peak_flops, window, warmup, waits, journal, weak_state)
     start_s = clock() - waits.in_phases_s
     start = (start_s, 0, 0, 0, waits.data_s, waits.num_batches, waits.comm_s, None)
-    return Meter(options, start, None)
+    return Meter((options, start, None))
 
 
 def _waits_of(ctx: DistContext, clock: Callable[[], float]) -> WaitTimes:
@@ -211,14 +209,12 @@ def tick(meter: Meter, *, samples: int = 0, tokens: int = 0) -> Meter:
         _check_count("samples", samples)
     if type(tokens) is not int or tokens < 0:
         _check_count("tokens", tokens)
-    options = meter._options  # pyright: ignore[reportPrivateUsage]
-    before = meter._last  # pyright: ignore[reportPrivateUsage]
-    _, num_steps, num_samples, num_tokens, _, _, _, _ = before
+    options, before, older = meter
+    _, num_steps, num_samples, num_tokens, _, _, _, _ = previous = before
     waits = options.waits
     now_s = waits.clock()
     if options.journal is not None:
         options.journal.step(now_s)
-    older, previous = meter._older, before  # pyright: ignore[reportPrivateUsage]
     # The chain of ends begins again, and the window before it is the last one that is needed.
     if num_steps % options.window == 0:
         older, previous = before, None
@@ -232,7 +228,7 @@ def tick(meter: Meter, *, samples: int = 0, tokens: int = 0) -> Meter:
         waits.comm_s,
         previous,
     )
-    return Meter(options, last, older)
+    return Meter((options, last, older))
 
 
 def _check_meter(meter: Meter) -> None:
@@ -278,15 +274,23 @@ def rates(meter: Meter, ctx: DistContext) -> Rates:
     """
     require_context(ctx, "faccel.tracking.rates(meter, ctx)")
     _check_meter(meter)
-    row = torch.tensor(_counts(meter, ctx), dtype=torch.int64, device=ctx.device)
-    ctx.comm.set_call_label("rates", row)
-    # The one point where the host waits for the device.
-    rows = ctx.comm.all_gather(row, WORLD).tolist()
-    result = combined(rows, ctx.mesh.spec.peers(0, "data"))
-    journal = meter._options.journal  # pyright: ignore[reportPrivateUsage]
+    result = combined(_gathered(_counts(meter, ctx), ctx), ctx.mesh.spec.peers(0, "data"))
+    journal = meter[0].journal
     if journal is not None and ctx.is_main:
         journal.add_rates(result.known())
     return result
+
+
+def _gathered(counts: RankCounts[int], ctx: DistContext) -> Sequence[Sequence[int]]:
+    """Return the counts of each rank. Collective."""
+    # One process, which is often as fast as a step of a millisecond: operators of PyTorch take
+    # longer than all the rest.
+    if ctx.world_size == 1:
+        return [counts]
+    row = torch.tensor(counts, dtype=torch.int64, device=ctx.device)
+    ctx.comm.set_call_label("rates", row)
+    # The one point where the host waits for the device.
+    return ctx.comm.all_gather(row, WORLD).tolist()
 
 
 def _window(meter: Meter) -> tuple[_Counts, _Counts]:
@@ -294,10 +298,11 @@ def _window(meter: Meter) -> tuple[_Counts, _Counts]:
 
     They are equal before the first step after the warm-up.
     """
-    options = meter._options  # pyright: ignore[reportPrivateUsage]
-    newest = end = meter._last  # pyright: ignore[reportPrivateUsage]
-    older = meter._older  # pyright: ignore[reportPrivateUsage]
+    options, newest, older = meter
     first_step = max(newest[1] - options.window, options.warmup)
+    end = newest
+    if older is not None and older[1] >= first_step:
+        end = older
     while end[1] > first_step:
         # The first end of a chain has the same one before it as the chain before has last.
         before = end[7] or older
@@ -307,7 +312,7 @@ def _window(meter: Meter) -> tuple[_Counts, _Counts]:
 
 
 def _counts(meter: Meter, ctx: DistContext) -> RankCounts[int]:
-    options = meter._options  # pyright: ignore[reportPrivateUsage]
+    options = meter[0]
     first, last = _window(meter)
     # 0 would be a measurement: a loop without a loader of `shard` has none.
     data_ns = comm_ns = UNKNOWN

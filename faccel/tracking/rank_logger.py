@@ -69,6 +69,13 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         self._lines = lines
         self._logged: set[tuple[object, ...]] = set()
 
+    # Only this level is off in most loops, and `LoggerAdapter` takes three calls to find that out.
+    def debug(self, msg: object, *args: object, **kwargs: Any) -> None:
+        """Log as `logging.Logger.debug` does, with the options of `log`."""
+        if kwargs or self.logger.isEnabledFor(logging.DEBUG):
+            kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
+            self.log(logging.DEBUG, msg, *args, **kwargs)
+
     # `Any` as in the method that it overrides
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         """Log as `logging.Logger.log` does, with more options.

@@ -134,6 +134,9 @@ def to_json(value: Any) -> Any:
     """
     if type(value) is float or value is None or isinstance(value, str | bool | int | float):
         return value
+    # Before the tests for other records, which take longer: each line of a log is one.
+    if type(value) is dict:
+        return {str(key): to_json(item) for key, item in value.items()}
     fields = record_fields(value)
     if fields is not None:
         return {key: to_json(item) for key, item in fields.items()}

@@ -26,7 +26,7 @@ PUBLIC = {name: getattr(faccel, name) for name in faccel.__all__} | {
 }
 FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)]
 RECORDS = [name for name, value in PUBLIC.items() if attrs.has(value)]
-TUPLES = ["func.Updates"]
+TUPLES = ["func.Updates", "tracking.Meter"]
 ENUMS = ["func.Role"]
 LAYERS = ["parallel.MoE"]  # modules of torch
 

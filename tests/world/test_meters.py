@@ -93,11 +93,16 @@ def test_a_tick_changes_no_record_and_needs_constant_memory():
         clock.advance(1)
         meter = tick(meter, samples=1)
         if step > 10:
-            sizes.add(len(attrs.astuple(meter)[-1]))
-    assert len(sizes) == 1
+            sizes.add(num_tuples_in(meter))
+    assert max(sizes) <= 2 * 4 + 1  # two windows of steps, and the meter
     assert (first.num_steps, meter.num_steps) == (0, 999)
-    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         meter.num_steps = 3
+
+
+def num_tuples_in(value):
+    """Return how many tuples a tuple holds, itself included."""
+    return 1 + sum(num_tuples_in(item) for item in value if isinstance(item, tuple))
 
 
 class NoOperators(TorchDispatchMode):

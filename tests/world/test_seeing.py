@@ -297,6 +297,17 @@ def test_a_logger_logs_on_rank_0_with_rank_and_step(caplog, log_records):
     assert (logging.root.level, list(logging.root.handlers)) == root
 
 
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error", "critical"])
+def test_a_record_has_the_line_of_its_call(level, log_records):
+    logger = faccel.get_logger("faccel.line", fake_context(0, 1))
+    logger.setLevel(logging.DEBUG)
+    getattr(logger, level)("message")
+    getattr(logger, level)("message", stacklevel=1)
+    lines = [record.lineno for record in log_records()]
+    assert lines[1] == lines[0] + 1
+    assert {record.filename for record in log_records()} == {"test_seeing.py"}
+
+
 def test_a_logger_without_a_context_logs_in_each_process_until_a_call_has_one(log_records):
     log = faccel.get_logger("faccel.test")
     log.warning("before")
