@@ -79,12 +79,13 @@ def convert_megatron(section: dict[str, Any]) -> MegatronParts:
     """
     mesh: dict[str, int] = {}
     for key, axis in _AXES.items():
-        size = whole_number(key, section.pop(_PREFIX + key, None) or 1, minimum=1)
+        size = whole_number(_PREFIX + key, section.pop(_PREFIX + key, None) or 1, minimum=1)
         if size > 1:
             mesh[axis] = size
-    grad_accum = section.pop(f"{_PREFIX}num_micro_batches", None)
+    key = f"{_PREFIX}num_micro_batches"
+    grad_accum = section.pop(key, None)
     if grad_accum is not None:
-        grad_accum = whole_number("num_micro_batches", grad_accum, minimum=1)
+        grad_accum = whole_number(key, grad_accum, minimum=1)
     plan = _data_parallel(section, mesh)
     if str(section.get(f"{_PREFIX}recompute_granularity")).lower() == "full":
         plan["activation_checkpoint"] = "full"

@@ -124,7 +124,7 @@ def check_recovery(name: str, ctx: DistContext) -> None:
         return
     if _has_own_groups(ctx):
         got = f"strategy {ctx.parallelism.name}"
-        fix = "train with DDP or FSDP2, without DeepSpeed"
+        fix = "train with DDP or FSDP2, without `strategy`"
     elif ctx.config.debug:
         got = "debug=True"
         fix = "write `faccel.init(debug=False)`, or run without `FACCEL_DEBUG`"

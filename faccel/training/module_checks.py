@@ -112,7 +112,9 @@ def check_wrapped_once(module: nn.Module, ctx: DistContext) -> None:
 
 def has_meta(module: nn.Module) -> bool:
     """Return whether a parameter or buffer is on the meta device."""
-    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+    # Not `buffers()`: Megatron-core's DDP has a list of this name, and is refused later.
+    buffers = dict(module.named_buffers()).values()
+    return any(tensor.is_meta for tensor in (*module.parameters(), *buffers))
 
 
 def method_of(module: nn.Module, method: str) -> Callable[..., Any]:

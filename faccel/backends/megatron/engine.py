@@ -23,11 +23,11 @@ from faccel.backends.megatron.layout import (
 from faccel.backends.megatron.model_checks import check_chunks, check_plan, chunks_of
 from faccel.backends.megatron.optimizer import (
     EngineOptimizer,
-    check_optimizer,
     create_optimizer,
     main_params_of,
     step_engine,
 )
+from faccel.backends.megatron.optimizer_checks import check_optimizer
 from faccel.backends.megatron.schedule import forward_backward, infer
 from faccel.context import DistContext
 from faccel.errors import ModelError, OptimizerError
@@ -53,6 +53,7 @@ class MegatronEngine(nn.Module):
         layouts: The layout of each parameter.
         main_params: The elements that the optimizer steps, by `id` of the parameter.
         has_gradients: Whether a backward has run since the last step.
+        is_reduced: Whether the gradients are the sums over the ranks.
     """
 
     def __init__(self, chunks: list[Any], ctx: DistContext) -> None:
@@ -63,6 +64,11 @@ class MegatronEngine(nn.Module):
         for chunk in chunks:
             self.layouts += layouts_of(chunk, ctx)
         self.layout_by_id = {id(layout.param): layout for layout in self.layouts}
+        if ctx.mesh.spec.tp > 1:
+            # Seeds may differ between these ranks, and parameters that all of them have must not.
+            replicated = {part.name: part.param for part in self.layouts if not part.is_sharded}
+            broadcast_from_rank_0(replicated, ctx, "tp")
+        self._trained_ids = {id(part.param) for part in self._trained()}
         # In lists, the modules are not registered as submodules. The layouts come first: they are
         # of the user's modules, and the DDP moves parameters into its buffers.
         self.wrapped: list[Any] = [_in_ddp(chunk, ctx) for chunk in chunks]
@@ -70,6 +76,28 @@ class MegatronEngine(nn.Module):
         self.main_params: Mapping[int, Elements] = {}
         self.has_run = False
         self.has_gradients = False
+        self.is_reduced = False
+
+    def _trained(self) -> list[ParamLayout]:
+        return [layout for layout in self.layouts if layout.param.requires_grad]
+
+    def trained_params(self) -> list[torch.Tensor]:
+        """Return the parameters that require gradients, as when they were wrapped.
+
+        Raises:
+            ModelError: A parameter was frozen, or made trainable, after that.
+        """
+        trained = self._trained()
+        changed = self._trained_ids ^ {id(layout.param) for layout in trained}
+        if changed:
+            names = [layout.name for layout in self.layouts if id(layout.param) in changed]
+            raise ModelError(
+                "`requires_grad` changed after `wrap`, and Megatron-core's DDP has buffers for "
+                "the gradients of before",
+                got=f"`{names[0]}` and {len(names) - 1} more",
+                fix="set `requires_grad` before `faccel.wrap`",
+            )
+        return [layout.param for layout in trained]
 
     def connect(self, optimizer: Any) -> None:
         """Set the optimizer that steps the parameters."""
@@ -93,6 +121,7 @@ class MegatronEngine(nn.Module):
         # Also over the ranks of `tp` for sequence parallel, and over the two copies of a tied
         # embedding in a pipeline. Once for an update, because the sums are not averages.
         distributed.finalize_model_grads(self.wrapped)
+        self.is_reduced = True
 
     def clear_gradients(self) -> None:
         """Drop all gradients."""
@@ -100,7 +129,7 @@ class MegatronEngine(nn.Module):
             # A frozen chunk has no DDP.
             if hasattr(chunk, "zero_grad_buffer"):
                 chunk.zero_grad_buffer()
-        self.has_run = self.has_gradients = False
+        self.has_run = self.has_gradients = self.is_reduced = False
 
     def copy_main_params(self) -> None:
         """Copy the elements that the optimizer steps into the model. Collective."""
@@ -177,8 +206,7 @@ def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Opti
             got=f"a second optimizer, {type(opt).__name__}",
             fix="put all parameters of a model into one optimizer, in several groups",
         )
-    trained = [layout.param for layout in engine.layouts if layout.param.requires_grad]
-    check_optimizer(opt, trained, ctx)
+    check_optimizer(opt, engine.trained_params(), ctx)
     # Copies: Megatron-core makes groups itself, of the parameters or of fp32 copies.
     groups = [{**group, "params": list(group["params"])} for group in opt.param_groups]
     optimizer = create_optimizer(opt, engine.wrapped, ctx)

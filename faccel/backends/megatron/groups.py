@@ -73,10 +73,10 @@ def check_device(ctx: DistContext) -> None:
 
 
 def check_started(ctx: DistContext) -> None:
-    """Raise unless `start` has run for a context of these ranks.
+    """Raise unless the groups of Megatron-core are those that `start` has created.
 
     Raises:
-        BackendError: It has not.
+        BackendError: They are missing, or have other sizes.
     """
     if ctx.topology.source == "simulated":
         raise BackendError(
@@ -84,9 +84,19 @@ def check_started(ctx: DistContext) -> None:
             "process, and simulated ranks are threads",
             fix="run the ranks as processes, with `faccel launch` or `faccel.launch`",
         )
-    if not parallel_state().model_parallel_is_initialized():
+    state = parallel_state()
+    if not state.model_parallel_is_initialized():
         raise BackendError(
             "the parallel groups of Megatron-core are missing",
             got="`wrap` without them",
             fix='write `ctx = faccel.init(strategy="megatron")` before you build the model',
+        )
+    tp = state.get_tensor_model_parallel_world_size()
+    pp = state.get_pipeline_model_parallel_world_size()
+    spec = ctx.mesh.spec
+    if (tp, pp) != (spec.tp, spec.pp):
+        raise BackendError(
+            "the parallel groups of Megatron-core are not those of the mesh",
+            got=f"groups of tp={tp}, pp={pp}; mesh {spec}",
+            fix="leave `initialize_model_parallel` out: `faccel.init` creates the groups",
         )

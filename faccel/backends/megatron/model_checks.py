@@ -34,6 +34,13 @@ def chunks_of(module: nn.Module) -> list[Any]:
                 fix="build a `megatron.core.models.gpt.GPTModel` after `faccel.init`, or leave "
                 '`strategy="megatron"` out for a module of PyTorch',
             )
+        # Its DDP, its FSDP and `Float16Module` have the model in this attribute.
+        if isinstance(getattr(chunk, "module", None), nn.Module):
+            raise ModelError(
+                "`wrap` puts the model into the wrappers of Megatron-core itself",
+                got=f"a {type(chunk).__name__} around a {type(chunk.module).__name__}",
+                fix="pass the model inside: `faccel.wrap(net.module, ctx)`",
+            )
     return chunks
 
 

@@ -11,12 +11,8 @@ import torch
 from torch.optim import Optimizer
 
 from faccel.backends.megatron.layout import Elements, ParamLayout
-from faccel.backends.param_groups import (
-    check_no_scheduler,
-    check_same_sizes,
-    copy_options,
-    params_of,
-)
+from faccel.backends.megatron.optimizer_checks import OPTIONS
+from faccel.backends.param_groups import check_same_sizes, copy_options, params_of
 from faccel.context import DistContext
 from faccel.errors import ConfigError, OptimizerError, short_repr
 from faccel.update_options import UpdateOptions
@@ -25,77 +21,6 @@ from faccel.update_options import UpdateOptions
 _NUMBER = "faccel_group"
 _STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 """The states of an element, by the name of the algorithm in Megatron-core."""
-
-_OPTIONS: Mapping[type[Optimizer], tuple[str, ...]] = {
-    torch.optim.AdamW: ("lr", "betas", "eps", "weight_decay"),
-    torch.optim.SGD: ("lr", "momentum", "weight_decay"),
-}
-"""The options that Megatron-core's optimizers have, too."""
-
-_CHOICES_OF_KERNELS = ("foreach", "fused", "capturable")
-
-
-def check_optimizer(opt: Optimizer, trained: Sequence[torch.Tensor], ctx: DistContext) -> None:
-    """Raise unless Megatron-core has the user's optimizer, and it steps all trained parameters.
-
-    Effects: pure.
-
-    Raises:
-        OptimizerError: It is neither AdamW nor SGD, has another option, leaves a parameter out, or
-            has been used already.
-    """
-    if type(opt) not in _OPTIONS:
-        raise OptimizerError(
-            "Megatron-core has no optimizer that computes what `opt` does",
-            got=f"a {type(opt).__module__}.{type(opt).__name__}",
-            fix="use `torch.optim.AdamW` or `torch.optim.SGD`",
-        )
-    # It asserts this itself, without a fix.
-    if ctx.config.zero == 1 and type(opt) is not torch.optim.AdamW:
-        raise OptimizerError(
-            "the distributed optimizer of Megatron-core is for AdamW only",
-            got=f"zero=1, a {type(opt).__name__}",
-            fix="use `torch.optim.AdamW`, or leave `zero` out",
-        )
-    _check_options(opt)
-    check_no_scheduler(opt)
-    if opt.state:
-        raise OptimizerError(
-            "`opt` has stepped before `wrap_optimizer`, and its state would be lost",
-            got=f"a {type(opt).__name__} with states of {len(opt.state)} parameters",
-            fix="make a new optimizer, and load its state after `faccel.wrap_optimizer`",
-        )
-    stepped = {id(param) for param in params_of(opt.param_groups)}
-    missing = {id(param) for param in trained} - stepped
-    if missing:
-        raise OptimizerError(
-            "`opt` leaves out parameters that require gradients, and Megatron-core has one "
-            "optimizer for a model",
-            got=f"{len(missing)} of {len(trained)} parameters left out",
-            fix="freeze them before `faccel.wrap`, or put them into a group",
-        )
-
-
-def _check_options(opt: Optimizer) -> None:
-    """Raise for an option that differs from the default of PyTorch, and that Megatron lacks."""
-    known = (*_OPTIONS[type(opt)], *_CHOICES_OF_KERNELS, "params", "initial_lr")
-    # Every option is checked, also a new one of PyTorch: the user would believe that it works.
-    for group in opt.param_groups:
-        for name, value in group.items():
-            # AdamW is Adam with this option.
-            is_default = name == "decoupled_weight_decay" or not value
-            if name not in known and not is_default:
-                raise OptimizerError(
-                    f"`{name}` is unsupported under Megatron-core",
-                    got=f"{name}={short_repr(value)} of a {type(opt).__name__}",
-                    fix=f"leave it out: the options are {', '.join(_OPTIONS[type(opt)])}",
-                )
-            if isinstance(value, torch.Tensor):
-                raise OptimizerError(
-                    f"`{name}` must be a number under Megatron-core",
-                    got="a tensor",
-                    fix=f"write `{name}={value.item() if value.numel() == 1 else 0.1}`",
-                )
 
 
 def create_optimizer(opt: Optimizer, chunks: Sequence[Any], ctx: DistContext) -> Any:
@@ -125,7 +50,7 @@ def create_optimizer(opt: Optimizer, chunks: Sequence[Any], ctx: DistContext) ->
         # equal on all stages, also where a stage has no parameter of one.
         predicate = module.ParamPredicate(f"group {number}", lambda p, ids=ids: id(p) in ids)
         override: dict[str, Any] = {_NUMBER: number}
-        override |= {name: group[name] for name in _OPTIONS[type(opt)]}
+        override |= {name: group[name] for name in OPTIONS[type(opt)]}
         overrides[module.ParamKey(predicate=predicate)] = override
     chained = module.get_megatron_optimizer(
         module.OptimizerConfig(**settings),
@@ -217,10 +142,7 @@ class EngineOptimizer(Optimizer):
 
         Effects: updates the parameters; collective.
         """
-        self._copy_options()
-        self.engine.reduce_gradients()
-        # From the buffers of the DDP to `.grad` of what it steps.
-        self.optimizer.prepare_grads()
+        self._reduce_gradients()
         norm: float | None = None
         if clip_norm is not None or skip_nonfinite:
             # A limit of infinity measures and clips nothing.
@@ -229,10 +151,16 @@ class EngineOptimizer(Optimizer):
         # The norm is over all ranks, so all of them skip.
         steps = not skip_nonfinite or norm is None or math.isfinite(norm)
         if steps:
-            self.optimizer.step_with_ready_grads()
-            self.num_steps += 1
+            # Hooks of the optimizer, and schedulers, expect a call of this method.
+            self.step()
         self.zero_grad()
         return norm, steps
+
+    def _reduce_gradients(self) -> None:
+        self.engine.trained_params()  # raises where they have changed
+        self.engine.reduce_gradients()
+        # From the buffers of the DDP to `.grad` of what it steps.
+        self.optimizer.prepare_grads()
 
     def _copy_options(self) -> None:
         # Schedulers write the learning rate into the user's groups.
@@ -242,14 +170,30 @@ class EngineOptimizer(Optimizer):
             group.update(options)
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Reduce the gradients, update with them, and clear them. Collective."""
+        """Reduce the gradients if `update` has not, step with them, and clear them. Collective."""
         if closure is not None:
             raise OptimizerError(
                 "`closure` is unsupported under Megatron-core",
                 got=short_repr(closure),
                 fix="call `faccel.optimizer_step`",
             )
-        self.update(None, skip_nonfinite=False)
+        if not self.engine.is_reduced:
+            self._reduce_gradients()
+        self._copy_options()
+        self.optimizer.step_with_ready_grads()
+        self.num_steps += 1
+        self.zero_grad()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise: Megatron-core has made its groups already."""
+        # `Optimizer.__init__` adds the first ones, before there is an engine.
+        if hasattr(self, "engine"):
+            raise OptimizerError(
+                "`add_param_group` is unsupported under Megatron-core, whose groups are made once",
+                got=f"a group of {len(list(param_group['params']))} parameters",
+                fix="put all parameters into groups before `faccel.wrap_optimizer`",
+            )
+        super().add_param_group(param_group)
 
     # the signature is torch's
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002

@@ -1,0 +1,155 @@
+"""Models of Megatron-core that change between `wrap` and a step, and what watches the steps."""
+
+import os
+import warnings
+
+import pytest
+import torch
+
+import faccel
+from faccel.backends.table import BACKENDS
+from tests.procs.test_megatron import (
+    BF16,
+    adamw,
+    built,
+    full_state,
+    groups_of,
+    loss_of,
+    message_of,
+    on,
+    prepared,
+    rows,
+    train,
+)
+
+REASON = BACKENDS["megatron"].probe(os.environ)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(REASON is not None, reason=f"Megatron-core cannot run here: {REASON}"),
+]
+
+
+def wraps_under_tensor_parallel(ctx):
+    from megatron.core import parallel_state
+
+    net = built(ctx)
+    # As after `torch.manual_seed(ctx.rank)`.
+    torch.nn.init.constant_(net.embedding.position_embeddings.weight, 1.0 + ctx.rank)
+    model = faccel.wrap(net, ctx)
+    value = model.state_dict()["embedding.position_embeddings.weight"].to_local().unique().item()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel()
+    return value, message_of(lambda: faccel.wrap(built(ctx), ctx))
+
+
+def test_ranks_of_tp_get_the_same_replicated_parameters_and_must_have_the_groups_of_the_mesh():
+    results = on(2, wraps_under_tensor_parallel, mesh="tp=2")
+    assert [value for value, _ in results] == [1.0, 1.0]
+    for _, message in results:
+        assert "not those of the mesh. Got groups of tp=1, pp=1" in message
+
+
+def steps_under_watch(ctx):
+    model, opt = prepared(ctx)
+    calls = []
+    opt.register_step_pre_hook(lambda *_: calls.append("before"))
+    opt.register_step_post_hook(lambda *_: calls.append("after"))
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)
+    scaler = faccel.scaled_backward(loss_of(model, rows(0, 2)), faccel.init_scaler(ctx), ctx)
+    with warnings.catch_warnings():
+        # PyTorch warns about a schedule that steps before its optimizer.
+        warnings.simplefilter("error")
+        info, scaler = faccel.optimizer_step(opt, scaler, ctx, clip_norm=1.0, scheduler=schedule)
+    faccel.scaled_backward(loss_of(model, rows(0, 2)), scaler, ctx)
+    opt.step()
+    return calls, info.skipped, message_of(lambda: opt.add_param_group({"params": []}))
+
+
+def test_hooks_and_schedules_of_pytorch_see_each_step():
+    ((calls, skipped, message),) = on(1, steps_under_watch)
+    assert calls == ["before", "after"] * 2
+    assert not skipped
+    assert "`add_param_group` is unsupported" in message
+
+
+def freezes(ctx, *, at_first, after_wrap, later):
+    net = built(ctx)
+    layer = net.decoder.layers[0].requires_grad_(at_first)
+    model = faccel.wrap(net, ctx)
+    layer.requires_grad_(after_wrap)
+
+    def run():
+        params = [param for param in model.parameters() if param.requires_grad]
+        opt = faccel.wrap_optimizer(adamw([{"params": params}]), model, ctx)
+        train(ctx, model, opt, stop=1)
+        before = full_state(model)
+        layer.requires_grad_(later)
+        message = message_of(lambda: train(ctx, model, opt, start=1, stop=2))
+        after = full_state(model)
+        return message, [name for name in before if not torch.equal(before[name], after[name])]
+
+    try:
+        return run()
+    except faccel.errors.FaccelError as error:
+        return str(error), []
+
+
+def freezes_at_any_time(ctx):
+    return [
+        freezes(ctx, at_first=True, after_wrap=False, later=False),
+        freezes(ctx, at_first=False, after_wrap=True, later=True),
+        freezes(ctx, at_first=True, after_wrap=True, later=False),
+        freezes(ctx, at_first=False, after_wrap=False, later=True),
+    ]
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_parameter_that_is_frozen_or_trained_after_wrap_raises_before_anything_moves(zero):
+    (results,) = on(1, freezes_at_any_time, zero=zero)
+    for message, moved in results:
+        assert "`requires_grad` changed after `wrap`" in message
+        assert "`decoder.layers.0." in message
+        assert moved == []
+
+
+def freezes_one_layer(ctx):
+    net = built(ctx)
+    net.decoder.layers[0].requires_grad_(requires_grad=False)
+    model = faccel.wrap(net, ctx)
+    before = full_state(model)
+    train(ctx, model, faccel.wrap_optimizer(adamw(groups_of(model)), model, ctx))
+    after = full_state(model)
+    return {name for name in before if torch.equal(before[name], after[name])}
+
+
+def test_a_parameter_that_is_frozen_before_wrap_stays():
+    first, second = on(2, freezes_one_layer, zero=1)
+    assert first == second
+    assert len(first) == 12
+    assert all(name.startswith("decoder.layers.0.") for name in first)
+
+
+def wraps_what_is_wrapped_or_frozen(ctx):
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module
+
+    net = built(ctx, **BF16)
+    in_ddp = DistributedDataParallel(net.config, DistributedDataParallelConfig(), net)
+    in_bf16 = Float16Module(net.config, built(ctx, **BF16))
+    frozen = faccel.wrap(built(ctx, **BF16).requires_grad_(requires_grad=False), ctx)
+    with torch.no_grad():
+        loss = loss_of(frozen, rows(0, 2)).item()
+    return loss, [
+        message_of(lambda: faccel.wrap(in_ddp, ctx)),
+        message_of(lambda: faccel.wrap(in_bf16, ctx)),
+        message_of(lambda: faccel.wrap_optimizer(adamw(groups_of(frozen)), frozen, ctx)),
+    ]
+
+
+def test_a_frozen_model_evaluates_only_and_wrappers_of_megatron_are_refused():
+    ((loss, messages),) = on(1, wraps_what_is_wrapped_or_frozen, mixed_precision="bf16")
+    # ln(64), of a model that predicts all 64 tokens equally.
+    assert loss == pytest.approx(torch.tensor(64.0).log().item(), rel=0.05)
+    assert "Got a DistributedDataParallel around a GPTModel" in messages[0]
+    assert "Got a Float16Module around a GPTModel" in messages[1]
+    assert "no parameter of this rank requires gradients" in messages[2]
