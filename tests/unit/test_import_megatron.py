@@ -177,5 +177,10 @@ def test_an_invalid_degree_is_an_error(value):
     if value == 0:  # Accelerate reads it as 1
         assert not from_accelerate(megatron({"tp_degree": value})).values
         return
-    with pytest.raises(ConfigError, match="tp_degree"):
+    with pytest.raises(ConfigError, match="write `megatron_lm_tp_degree: 1`"):
         from_accelerate(megatron({"tp_degree": value}))
+
+
+def test_an_invalid_number_of_micro_batches_names_the_key_of_the_file():
+    with pytest.raises(ConfigError, match="write `megatron_lm_num_micro_batches: 1`"):
+        from_accelerate(megatron({"num_micro_batches": 0}))
