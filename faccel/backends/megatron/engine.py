@@ -66,9 +66,12 @@ class MegatronEngine(nn.Module):
         self.layout_by_id = {id(layout.param): layout for layout in self.layouts}
         if ctx.mesh.spec.tp > 1:
             # Seeds may differ between these ranks, and parameters that all of them have must not.
-            replicated = {part.name: part.param for part in self.layouts if not part.is_sharded}
+            replicated: dict[str, torch.Tensor] = {}
+            for layout in self.layouts:
+                if not layout.is_sharded:
+                    replicated[layout.name] = layout.param
             broadcast_from_rank_0(replicated, ctx, "tp")
-        self._trained_ids = {id(part.param) for part in self._trained()}
+        self._trained_ids = {id(layout.param) for layout in self._trained()}
         # In lists, the modules are not registered as submodules. The layouts come first: they are
         # of the user's modules, and the DDP moves parameters into its buffers.
         self.wrapped: list[Any] = [_in_ddp(chunk, ctx) for chunk in chunks]
