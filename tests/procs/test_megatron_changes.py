@@ -5,15 +5,18 @@ import warnings
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import faccel
 from faccel.backends.table import BACKENDS
+from tests.megatron_cpu import install
 from tests.procs.test_megatron import (
     BF16,
     adamw,
     built,
     full_state,
     groups_of,
+    loss_fn,
     loss_of,
     message_of,
     on,
@@ -21,6 +24,7 @@ from tests.procs.test_megatron import (
     rows,
     train,
 )
+from tests.ranks import outcomes
 
 REASON = BACKENDS["megatron"].probe(os.environ)
 pytestmark = [
@@ -127,6 +131,38 @@ def test_a_parameter_that_is_frozen_before_wrap_stays():
     assert first == second
     assert len(first) == 12
     assert all(name.startswith("decoder.layers.0.") for name in first)
+
+
+def fails_inside_of_a_window(ctx):
+    model, _ = prepared(ctx)
+    loader = faccel.shard(DataLoader(rows(0, 8), batch_size=2), ctx)
+    window, scaler, numbers = next(faccel.windows(loader, ctx, size=4)), faccel.init_scaler(ctx), []
+
+    def run(fn):
+        return faccel.forward_backward(fn, model, window, scaler, ctx)
+
+    def fails_at_the_third(model, batch):
+        numbers.append(batch)
+        if len(numbers) == 3:
+            raise LookupError("row 5 is empty")
+        return loss_fn(model, batch)
+
+    # One call finds the shapes, so this is micro-batch 1 on each rank.
+    with pytest.raises(LookupError, match="row 5"):
+        run(fails_at_the_third)
+    with torch.no_grad():
+        evaluation = message_of(lambda: loss_of(model, rows(0, 2)))
+    return message_of(lambda: run(loss_fn)), evaluation
+
+
+def test_a_pipeline_does_not_continue_with_messages_of_a_window_that_failed():
+    options = {"strategy": "megatron", "device": "cpu", "before": install, "mesh": "pp=2"}
+    (succeeded, messages), (other_succeeded, _) = outcomes(fails_inside_of_a_window, 2, **options)
+    assert succeeded
+    for message in messages:
+        assert "cannot continue after an error inside of a window" in message
+    # It has received one micro-batch, and waits for the next one until the first rank ends.
+    assert not other_succeeded
 
 
 def wraps_what_is_wrapped_or_frozen(ctx):

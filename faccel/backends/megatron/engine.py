@@ -28,7 +28,7 @@ from faccel.backends.megatron.optimizer import (
     step_engine,
 )
 from faccel.backends.megatron.optimizer_checks import check_optimizer
-from faccel.backends.megatron.schedule import forward_backward, infer
+from faccel.backends.megatron.schedule import Pipeline, forward_backward, infer
 from faccel.context import DistContext
 from faccel.errors import ModelError, OptimizerError
 from faccel.flat_shard import FlatShard
@@ -50,6 +50,7 @@ class MegatronEngine(nn.Module):
 
     Attributes:
         wrapped: The chunks inside its DDP.
+        pipeline: The stage of this rank, which schedules run.
         layouts: The layout of each parameter.
         main_params: The elements that the optimizer steps, by `id` of the parameter.
         has_gradients: Whether a backward has run since the last step.
@@ -75,6 +76,7 @@ class MegatronEngine(nn.Module):
         # In lists, the modules are not registered as submodules. The layouts come first: they are
         # of the user's modules, and the DDP moves parameters into its buffers.
         self.wrapped: list[Any] = [_in_ddp(chunk, ctx) for chunk in chunks]
+        self.pipeline = Pipeline(self.wrapped[0])
         self.optimizer: Any = None
         self.main_params: Mapping[int, Elements] = {}
         self.has_run = False
@@ -196,7 +198,7 @@ def _run_method(engine: MegatronEngine, ctx: DistContext) -> RunMethod:
                 fix="write `faccel.forward_backward(loss_fn, model, window, scaler, ctx)`, "
                 "or `with torch.no_grad():`",
             )
-        return infer(engine.wrapped[0], args, kwargs, ctx)
+        return infer(engine.pipeline, args, kwargs, ctx)
 
     return run
 
@@ -312,7 +314,7 @@ def _loss_rank(engine: nn.Module) -> int:
 
 def _forward_backward(engine: nn.Module, losses: Any, factors: Any, ctx: DistContext) -> Any:
     assert isinstance(engine, MegatronEngine)
-    values = forward_backward(engine.wrapped[0], losses, factors, ctx)
+    values = forward_backward(engine.pipeline, losses, factors, ctx)
     engine.has_run = engine.has_gradients = True
     return values
 

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
+import attrs
 import torch
 
 from faccel.backends.megatron.groups import parallel_state
@@ -37,8 +38,21 @@ def _calls_error(got: str) -> ModelError:
     )
 
 
+@attrs.define(eq=False)
+class Pipeline:
+    """The stage of a rank, and whether messages between the stages can be in order.
+
+    Args:
+        chunk: The stage, in Megatron-core's DDP.
+        has_failed: Whether a stage has left a schedule before its end.
+    """
+
+    chunk: Any
+    has_failed: bool = False
+
+
 def forward_backward(
-    chunk: Any,
+    pipeline: Pipeline,
     losses: Sequence[MicroBatchLoss],
     factors: Sequence[float | torch.Tensor],
     ctx: DistContext,
@@ -54,7 +68,7 @@ def forward_backward(
         return _run_stage(loss, factor * len(losses), model, shape)
 
     # The schedule divides each loss by their number, and `factor` is the weight already.
-    records = _run_schedule(step, iter(steps), chunk, len(losses), shape, forward_only=False)
+    records = _run_schedule(step, iter(steps), pipeline, len(losses), shape, forward_only=False)
     values = torch.zeros(len(losses), dtype=torch.float32, device=ctx.device)
     if _is_last_stage():
         values = torch.stack([record.float() for record in records])
@@ -64,7 +78,7 @@ def forward_backward(
 
 
 def infer(
-    chunk: Any, args: tuple[Tree, ...], kwargs: Mapping[str, Tree], ctx: DistContext
+    pipeline: Pipeline, args: tuple[Tree, ...], kwargs: Mapping[str, Tree], ctx: DistContext
 ) -> torch.Tensor:
     """Run one forward through the pipeline; return its output on every rank of it."""
 
@@ -74,7 +88,7 @@ def infer(
 
     shape = _batch_shape(args, kwargs)
     # One micro-batch, of which only the last rank has the output.
-    records = _run_schedule(step, None, chunk, 1, shape, forward_only=True)
+    records = _run_schedule(step, None, pipeline, 1, shape, forward_only=True)
     last = ctx.mesh.spec.pp - 1
     metas: list[tuple[tuple[int, ...], torch.dtype]] = []
     # The other ranks need its shape before they can receive it.
@@ -91,7 +105,7 @@ def infer(
 def _run_schedule(
     step: Callable[[Any, Any], Any],
     data: Iterator[Any] | None,
-    chunk: Any,
+    pipeline: Pipeline,
     num_micro_batches: int,
     shape: tuple[int, int] | None,
     *,
@@ -100,10 +114,18 @@ def _run_schedule(
     schedules: Any = importlib.import_module("megatron.core.pipeline_parallel")
     # Without a pipeline no shape is used.
     micro_batch_size, seq_length = shape or (1, 1)
-    return schedules.get_forward_backward_func()(
+    if shape is not None and pipeline.has_failed:
+        raise ModelError(
+            "a pipeline of Megatron-core cannot continue after an error inside of a window",
+            got="an earlier error, after which other stages have sent messages that none received",
+            fix="let the error end the run, and resume from a checkpoint",
+        )
+    # Until the end: an error of any kind leaves it set.
+    pipeline.has_failed = True
+    records = schedules.get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=data,
-        model=[chunk],
+        model=[pipeline.chunk],
         num_microbatches=num_micro_batches,
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
@@ -111,6 +133,8 @@ def _run_schedule(
         # As outputs are not losses, they are not divided by the number of micro-batches.
         collect_non_loss_data=forward_only,
     )
+    pipeline.has_failed = False
+    return records
 
 
 def _is_last_stage() -> bool:
