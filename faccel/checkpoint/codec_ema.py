@@ -30,6 +30,9 @@ def _decode_ema(node: Node, target: Tree, path: str, decoder: Decoder) -> Restor
     nodes: Mapping[str, Node] = node["v"]
     averages = target.averages
     # In a pipeline the checkpoint has the parameters of all stages.
+    if decoder.is_pipeline:
+        unknown = nodes.keys() - averages.keys()
+        decoder.unexpected |= {child_name(path, name) for name in unknown}
     is_known = decoder.is_pipeline or nodes.keys() <= averages.keys()
     if not (averages.keys() <= nodes.keys() and is_known):
         got = name_difference(nodes.keys(), averages.keys())

@@ -186,7 +186,9 @@ def _check_names(
         return
     is_complete = required.keys() <= saved
     # In a pipeline, the checkpoint has the modules of all stages and the rank has those of its
-    # stages.
+    # stages. `load` raises for what no rank has.
+    if decoder.is_pipeline:
+        decoder.unexpected |= {child_name(path, name) for name in saved - state.keys()}
     is_known = decoder.is_pipeline or saved <= state.keys()
     if not (is_complete and is_known):
         got = name_difference(saved, required.keys())

@@ -176,9 +176,12 @@ def _check_groups(
     stored_groups: Sequence[Node], groups: list[list[str]], path: str, decoder: Decoder
 ) -> None:
     """Check that the parameters are grouped as they were saved, in any order."""
-    if _fits(stored_groups, groups, decoder):
-        return
     stored: list[list[str]] = [group["params"] for group in stored_groups]
+    if _fits(stored_groups, groups, decoder):
+        if decoder.is_pipeline:  # parameters of other stages, or of none
+            others = set[str]().union(*stored).difference(*groups)
+            decoder.unexpected |= {child_name(path, name) for name in others}
+        return
     difference = name_difference(set[str]().union(*stored), set[str]().union(*groups))
     raise mismatch(
         path,

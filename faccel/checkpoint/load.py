@@ -13,6 +13,7 @@ import attrs
 from faccel.checkpoint.arguments import folder_argument, path_argument
 from faccel.checkpoint.background import wait_for_pending_saves
 from faccel.checkpoint.codec import Decoder, Node, Update
+from faccel.checkpoint.codec_modules import first_names
 from faccel.checkpoint.codecs import decoder_for
 from faccel.checkpoint.dcp import MemoryReader, Reader
 from faccel.checkpoint.formats import format_argument
@@ -227,6 +228,14 @@ def _load_verified(load_plan: _LoadPlan, ctx: DistContext) -> Tree:
     # No rank changes its state before all ranks have built all values. Models are changed last:
     # their parameters are read in place, which needs no second copy, and has no way back.
     reports = on_all_ranks(load_plan.make, ctx, "fit the checkpoint to the state")
+    report = LoadReport.of_ranks(reports)
+    if load_plan.strict and report.unexpected:
+        # Each stage of a pipeline loads a subset, so only all ranks together find these.
+        raise CheckpointError(
+            "the checkpoint does not fit the state",
+            got=f"{first_names(set(report.unexpected))} only in the checkpoint",
+            fix="build the model and the optimizer that were saved, or pass `strict=False`",
+        )
     on_all_ranks(load_plan.build, ctx, "read the values of the checkpoint")
     snapshot = Snapshot(update.target for update in load_plan.updates)
     try:
@@ -241,7 +250,7 @@ def _load_verified(load_plan: _LoadPlan, ctx: DistContext) -> Tree:
         raise
     if load_plan.strict:
         return load_plan.result
-    return load_plan.result, LoadReport.of_ranks(reports)
+    return load_plan.result, report
 
 
 class _Source(Protocol):

@@ -225,3 +225,60 @@ def test_models_in_a_container_of_another_kind_raise(tmp_path):
     for state in ({"list": {0: net()}}, {"dict": [net()]}, {"dict": (net(),)}):
         with pytest.raises(CheckpointError, match="in the checkpoint, a"):
             faccel.load(state, tmp_path, ONE)
+
+
+def layers_on_a_mesh(ctx, num_layers):
+    chain = tuple(str(number) for number in range(num_layers))
+    stages = faccel.parallel.PipelineConfig(chain=chain)
+    net = nn.Sequential(*[nn.Linear(2, 2) for _ in chain])
+    model = faccel.wrap(net, ctx, plan=faccel.Plan(pipeline=stages))
+    opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), 0.1), model, ctx)
+    return {"model": model, "opt": opt, "ema": faccel.parallel.init_ema(model, ctx)}
+
+
+@pytest.mark.parametrize("keys", [("model",), ("model", "opt"), ("ema",)], ids=",".join)
+def test_a_pipeline_does_not_load_a_part_of_a_larger_model(tmp_path, keys):
+    def save(ctx):
+        faccel.save(layers_on_a_mesh(ctx, 3), tmp_path, ctx, step=1)
+
+    def load(ctx, num_layers):
+        state = layers_on_a_mesh(ctx, num_layers)
+        faccel.load({key: state[key] for key in keys}, tmp_path, ctx)
+        return state["model"].state_dict()
+
+    simulate(save, 1)
+    assert sum(len(state) for state in simulate(load, 2, 3, mesh="pp=2")) == 6
+    with pytest.raises(CheckpointError, match=r"2\.bias.*2\.weight.* only in the checkpoint"):
+        simulate(load, 2, 2, mesh="pp=2")
+
+
+class Tied(nn.Module):
+    def __init__(self, *, tied):
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        if tied:
+            self.last.weight = self.first.weight
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+def test_a_pipeline_of_tied_stages_does_not_load_the_optimizer_of_two_parameters(tmp_path):
+    def state_of(ctx, *, tied):
+        stages = faccel.parallel.PipelineConfig(chain=("first", "last"))
+        model = faccel.wrap(Tied(tied=tied), ctx, plan=faccel.Plan(pipeline=stages))
+        opt = faccel.wrap_optimizer(torch.optim.SGD(model.parameters(), 0.1), model, ctx)
+        return {"model": model, "opt": opt}
+
+    def save(ctx, tied, name):
+        faccel.save(state_of(ctx, tied=tied), tmp_path / name, ctx, step=1)
+
+    def load(ctx, name):
+        faccel.load(state_of(ctx, tied=True), tmp_path / name, ctx)
+
+    simulate(save, 1, True, "tied")
+    simulate(save, 1, False, "untied")
+    for world_size, mesh in ((1, None), (2, "pp=2")):
+        simulate(load, world_size, "tied", mesh=mesh)
+        with pytest.raises(CheckpointError, match=r"last\.weight` only in the checkpoint"):
+            simulate(load, world_size, "untied", mesh=mesh)
