@@ -28,7 +28,7 @@ from faccel.checkpoint.codec_wrappers import (
     inner_tensors,
     is_wrapper,
 )
-from faccel.checkpoint.tensor_names import child_name, trainable_entries
+from faccel.checkpoint.tensor_names import child_name, quantization_entries, trainable_entries
 from faccel.checkpoint.tensor_views import (
     check_storable,
     memory_key,
@@ -68,6 +68,8 @@ def _encode_module(value: WrappedModel | nn.Module, path: str, encoder: Encoder)
     entries = state
     if encoder.trained_only:
         entries = trainable_entries(_user_module(value), state)
+    else:
+        _check_loadable(_user_module(value), state, path)
     for name, entry in entries.items():
         # It could be stored, but neither `load` nor PyTorch can load into it.
         if isinstance(entry, torch.Tensor):
@@ -80,6 +82,23 @@ def _encode_module(value: WrappedModel | nn.Module, path: str, encoder: Encoder)
     if len(entries) < len(state):  # only then may `load` accept a model with more parameters
         node["trained_only"] = True
     return node
+
+
+def _check_loadable(module: nn.Module, state: Mapping[str, Tree], path: str) -> None:
+    """Raise for weights of 4 bits of bitsandbytes.
+
+    Raises:
+        CheckpointError: Their layers write scales into the state, and cannot load them.
+    """
+    for name, owner in quantization_entries(module, state).items():
+        # Of 8 bits, the scales belong to the layer, which loads them.
+        if owner in state:
+            raise CheckpointError(
+                f"`{child_name(path, owner)}` could not be loaded again",
+                got=f"scales under the name `{name}`, which the layer does not load",
+                fix="save the adapters with `trained_only=True`, and load this model by "
+                "`faccel.inference.load_quantized` before them",
+            )
 
 
 def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Restore:

@@ -18,7 +18,7 @@ from faccel.checkpoint.arguments import path_argument
 from faccel.checkpoint.files import Slice, sync_directory, write_file, write_safetensors
 from faccel.checkpoint.pretrained import active_adapter, weights_stem, write_adapter, write_config
 from faccel.checkpoint.rank_calls import on_rank_0
-from faccel.checkpoint.tensor_names import trainable_entries
+from faccel.checkpoint.tensor_names import quantization_entries, trainable_entries
 from faccel.checkpoint.tensor_views import check_storable, memory_key
 from faccel.checks import parse_size, shown
 from faccel.context import DistContext
@@ -252,7 +252,10 @@ def export_model(
     module = user_module(model)
     _check_dtype(dtype)
     ctx.comm.begin_call("export_model")
-    weights = Weights.of(model, _state_of(model), trained_only=trained_only)
+    state = _state_of(model)
+    if not trained_only:
+        _check_described(module, with_user_names(state))
+    weights = Weights.of(model, state, trained_only=trained_only)
     full_tensors = _CastTensors(FullTensors(weights.tensors, ctx), dtype)
     adapter = None
     if trained_only:
@@ -278,6 +281,23 @@ def _state_of(model: WrappedModel | nn.Module) -> Mapping[str, Tree]:
     if any(isinstance(param, OffloadedTensor) for param in module.parameters()):
         return module.state_dict(keep_vars=True)
     return model.state_dict()
+
+
+def _check_described(module: nn.Module, state: Mapping[str, Tree]) -> None:
+    """Raise for weights of bitsandbytes that other programs would take for ordinary ones.
+
+    Raises:
+        CheckpointError: The configuration of the model does not describe them.
+    """
+    # Models that transformers has quantized have it, so that `from_pretrained` reads the scales.
+    if getattr(getattr(module, "config", None), "quantization_config", None) is not None:
+        return
+    for name in sorted(quantization_entries(module, state)):
+        raise CheckpointError(
+            "the quantized weights of the model cannot be exported",
+            got=f"`{name}`, and no `quantization_config` in the configuration of the model",
+            fix="keep the files that were quantized, and export adapters with `trained_only=True`",
+        )
 
 
 def _check_dtype(dtype: object) -> None:

@@ -189,4 +189,32 @@ def trainable_entries(module: nn.Module, state: Mapping[str, Tree]) -> dict[str,
     for name, param in module.named_parameters(remove_duplicate=False):
         if not param.requires_grad:
             entries.pop(user_name(name), None)
+    for name in quantization_entries(module, entries):
+        del entries[name]
+    return entries
+
+
+def quantization_entries(module: nn.Module, state: Mapping[str, Tree]) -> dict[str, str]:
+    """Return names of `state` that are scales of a quantized parameter, with what they belong to.
+
+    Effects: pure. bitsandbytes adds scales to the state of a layer `fc`, neither as parameters nor
+    as buffers. Of 8 bits, `fc.SCB` belongs to `fc`; of 4 bits, `fc.weight.absmax` to `fc.weight`.
+    """
+    owners: set[str] = set()
+    registered: set[str] = set()
+    for name, param in module.named_parameters(remove_duplicate=False):
+        name = user_name(name)
+        registered.add(name)
+        # A layer with ordinary parameters may have a state of the user's.
+        if type(param) is not nn.Parameter and not param.requires_grad:
+            owners |= {name, name.rpartition(".")[0]}
+    registered |= {user_name(name) for name, _ in module.named_buffers(remove_duplicate=False)}
+    entries: dict[str, str] = {}
+    for name in state.keys() - registered:
+        # `fc.weight.quant_state.bitsandbytes__nf4` belongs to `fc.weight`, two levels above.
+        owner, _, key = name.rpartition(".")
+        if owner not in owners:
+            owner = owner.rpartition(".")[0]
+        if owner in owners and key != "_extra_state":
+            entries[name] = owner
     return entries

@@ -1,11 +1,18 @@
 """Models whose linear layers are loaded by bitsandbytes, against plain arithmetic."""
 
 import copy
+import itertools
+import tempfile
+import types
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
+import faccel
 from faccel.checkpoint import export_model
+from faccel.errors import CheckpointError
 from faccel.inference import load_quantized
 from tests.hf.test_load_quantized import CTX, IDS, exported, layers_of_numbers, llama, with_weights
 
@@ -86,3 +93,62 @@ def test_a_state_dict_of_8_bits_loads_with_its_scales(tmp_path):
     first, second = nets
     second.load_state_dict(first.state_dict())
     assert torch.equal(second(X), first(X))
+
+
+class WithAdapter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base, self.adapter = layers_of_numbers(), nn.Linear(256, 32, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.adapter(x)
+
+
+def with_adapter(bits, seed):
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        export_model(layers_of_numbers(), folder, CTX)
+        torch.manual_seed(seed)
+        net = WithAdapter()
+        load_quantized(net.base, folder, CTX, bits=bits, library="bitsandbytes")
+    net.base.requires_grad_(False)
+    return net.eval()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_adapters_are_saved_and_loaded_before_and_after_a_forward(bits, tmp_path):
+    # The first forward of a layer changes what it writes into its state.
+    for runs_first in itertools.product([False, True], repeat=2):
+        nets = [with_adapter(bits, seed) for seed in (1, 2)]
+        for net, is_run in zip(nets, runs_first, strict=True):
+            if is_run:
+                net(X)
+        path = tmp_path / str(runs_first)
+        faccel.save({"net": nets[0]}, path, CTX, step=1, trained_only=True)
+        faccel.load({"net": nets[1]}, path, CTX)
+        assert torch.equal(nets[0].adapter.weight, nets[1].adapter.weight)
+        tensors = load_file(next(path.rglob("*.safetensors")))
+        assert list(tensors) == ["net/adapter.weight"]
+
+
+def test_8_bits_are_saved_whole_and_4_bits_are_refused(tmp_path):
+    nets = [with_adapter(8, seed) for seed in (1, 2)]
+    expected = nets[0](X)
+    faccel.save({"net": nets[0]}, tmp_path, CTX, step=1)
+    faccel.load({"net": nets[1]}, tmp_path, CTX)
+    assert torch.equal(nets[1](X), expected)
+    with pytest.raises(CheckpointError, match=r"net/base\.\d\.weight` could not be loaded again"):
+        faccel.save({"net": with_adapter(4, 1)}, tmp_path, CTX, step=2)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights_are_exported_only_with_their_description(bits, tmp_path):
+    net = with_adapter(bits, 1)
+    with pytest.raises(CheckpointError, match=r"`base.0.+no `quantization_config`"):
+        export_model(net, tmp_path, CTX)
+    assert not list(tmp_path.iterdir())
+    assert export_model(net, tmp_path, CTX, trained_only=True) == ["model.safetensors"]
+    # As of a model that transformers has quantized.
+    net.config = types.SimpleNamespace(quantization_config={"load_in_8bit": True})
+    export_model(net, tmp_path, CTX)
+    assert "base.0.weight" in load_file(tmp_path / "model.safetensors")
