@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from faccel.checks import integer, shown
 from faccel.comm.all_or_error import all_or_error
 from faccel.context import DistContext, require_context
 from faccel.effects import COLLECTIVE, effectful
-from faccel.errors import ConfigError, DataError
+from faccel.errors import ConfigError, DataError, short_text
 from faccel.tree import to_device
 
 T = TypeVar("T")
@@ -42,8 +42,10 @@ def share_work(
         The results in the order of the items, on every rank; tensors are on the CPU.
 
     Raises:
-        ConfigError: The mesh shards models: each forward then needs all ranks.
-        DataError: `fn` returned another number of results.
+        ConfigError: The mesh shards models: each forward then needs all ranks. Or `fn` is not a
+            function, or `items` not a sequence.
+        DataError: `fn` returned another number of results, or a mapping or a text. Or the number of
+            items or `batch_size` differs between ranks.
         RankFailedError: `fn` raised on another rank.
 
     Examples:
@@ -54,7 +56,12 @@ def share_work(
     """
     require_context(ctx, "faccel.inference.share_work(fn, items, ctx)")
     integer("batch_size", batch_size, at_least=1)
-    if not hasattr(items, "__len__") or not hasattr(items, "__getitem__"):
+    if not callable(fn):
+        raise ConfigError(
+            "`fn` must be a function", got=shown(fn), fix="write `share_work(fn, items, ctx)`"
+        )
+    is_sequence = hasattr(items, "__len__") and hasattr(items, "__getitem__")
+    if not is_sequence or isinstance(items, Mapping):
         raise ConfigError("`items` must be a sequence", got=shown(items), fix="write `list(items)`")
     if not ctx.is_replicated:
         raise ConfigError(
@@ -66,23 +73,47 @@ def share_work(
     # In the store of the world: a rank takes a number whenever it is free, without the others.
     counter = ctx.comm.new_counter()
 
-    def run() -> dict[int, list[R]]:
+    def run() -> tuple[int, int, dict[int, list[R]]]:
         results: dict[int, list[R]] = {}
         start = counter.next() * batch_size
         while start < len(items):
             batch = [items[index] for index in range(start, min(start + batch_size, len(items)))]
-            results[start] = _checked(list(fn(batch)), batch)
+            results[start] = _checked(fn(batch), batch)
             start = counter.next() * batch_size
-        return to_device(results, "cpu")
+        return len(items), batch_size, to_device(results, "cpu")
 
     # Ranks that are done wait here, at most for one batch of another rank.
     by_start: dict[int, list[R]] = {}
-    for results in all_or_error(run, ctx, "run `fn` on its items"):
+    outcomes = all_or_error(run, ctx, "run `fn` on its items")
+    _check_equal([(num_items, size) for num_items, size, _ in outcomes])
+    for _, _, results in outcomes:
         by_start.update(results)
     return [result for start in sorted(by_start) for result in by_start[start]]
 
 
-def _checked(results: list[R], batch: Sequence[object]) -> list[R]:
+def _check_equal(sizes: Sequence[tuple[int, int]]) -> None:
+    # A rank would skip items of another one, or return them twice.
+    if len(set(sizes)) == 1:
+        return
+    texts: list[str] = []
+    for rank, (num_items, batch_size) in enumerate(sizes):
+        texts.append(f"rank {rank}: {num_items} items, batch_size={batch_size}")
+    raise DataError(
+        "`items` and `batch_size` differ between ranks",
+        got=short_text("; ".join(texts)),
+        fix="pass the same items on every rank, without `faccel.split`",
+    )
+
+
+def _checked(returned: Sequence[R], batch: Sequence[object]) -> list[R]:
+    # The keys of a mapping and the characters of a text would be taken for results.
+    if isinstance(returned, Mapping | str | bytes):
+        raise DataError(
+            "`fn` must return one result for each item",
+            got=f"a {type(returned).__name__}",
+            fix="return a list of `len(batch)` results",
+        )
+    results = list(returned)
     if len(results) != len(batch):
         raise DataError(
             "`fn` must return one result for each item",

@@ -42,6 +42,10 @@ def test_mistakes_are_named():
         share_work(lambda batch: [], [1], ctx)
     with pytest.raises(ConfigError, match="must be a sequence"):
         share_work(list, iter([1]), ctx)
+    with pytest.raises(ConfigError, match="must be a sequence"):
+        share_work(list, {0: 1}, ctx)
+    with pytest.raises(ConfigError, match="`fn` must be a function"):
+        share_work([1], list, ctx)
     with pytest.raises(ConfigError, match="batch_size"):
         share_work(list, [1], ctx, batch_size=0)
 
@@ -50,3 +54,24 @@ def test_mistakes_are_named():
             share_work(list, [1], ctx)
 
     simulate(fn, 2, mesh="dp_shard=2")
+
+
+@pytest.mark.parametrize("result", [{"input_ids": 1, "attention_mask": 2}, "ab", b"ab"])
+def test_a_mapping_or_a_text_of_the_right_length_is_not_taken_for_results(result):
+    def fn(ctx):
+        with pytest.raises(DataError, match="one result for each item"):
+            share_work(lambda batch: result, [1, 2, 3, 4], ctx, batch_size=2)
+
+    simulate(fn, 2)
+
+
+@pytest.mark.parametrize(("more_items", "larger_batch"), [(1, 0), (0, 1)])
+def test_ranks_with_other_items_or_batches_are_named(more_items, larger_batch):
+    def fn(ctx):
+        items, batch_size = range(6 + more_items * ctx.rank), 1 + larger_batch * ctx.rank
+        with pytest.raises(DataError, match="differ between ranks") as error:
+            share_work(list, items, ctx, batch_size=batch_size)
+        return error.value.got
+
+    expected = f"rank 0: 6 items, batch_size=1; rank 1: {6 + more_items} items, "
+    assert simulate(fn, 2) == (f"{expected}batch_size={1 + larger_batch}",) * 2
