@@ -1,7 +1,8 @@
-"""The budget of a rank that states none."""
+"""Free memory: the budget of a rank that states none, and what a process returns."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 
@@ -29,3 +30,14 @@ def default_budget(ctx: DistContext) -> dict[str, int]:
     # A limit that no model exceeds: nothing is written.
     budget["disk"] = shutil.disk_usage("/").total
     return budget
+
+
+def trim_host_memory() -> None:
+    """Return freed memory of this process to the operating system.
+
+    Effects: ambient. glibc keeps freed blocks of less than 32 MB, and the small tensors between
+    them prevent that a larger one uses the room: a process would grow with each tensor.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
+    if trim is not None:
+        trim(0)

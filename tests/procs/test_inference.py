@@ -93,7 +93,6 @@ def quantized(ctx, folder):
         small = DeepNet(32, 1)
     export_model(DeepNet(32, 1), f"{folder}/small", ctx)
     load_quantized(small, f"{folder}/small", ctx)
-    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: frees at once
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak
     before = status("VmRSS")
