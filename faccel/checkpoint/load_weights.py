@@ -154,10 +154,15 @@ def files_with_weights(path: str) -> tuple[str, list[str]]:
             return path, names_in_index(index)
         if os.path.exists(os.path.join(path, weights_file)):
             return path, [weights_file]
+    got = f"none of {', '.join([*WEIGHTS_FILES, *INDEX_FILES])}"
+    if not os.path.exists(path):
+        got = "no such file or folder"
+    elif not os.path.isdir(path):
+        got = "neither a folder nor a regular file"
     raise CheckpointError(
         f"`{path}` does not contain weights",
-        got=f"none of {', '.join([*WEIGHTS_FILES, *INDEX_FILES])}",
-        fix="pass the directory that `export_model` has written",
+        got=got,
+        fix="pass a folder of this node that `export_model` or `save_pretrained` has written",
     )
 
 

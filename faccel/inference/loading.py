@@ -18,6 +18,7 @@ from faccel.inference.session import OriginalParam, Session
 from faccel.inference.set_tensors import set_buffer, set_param
 from faccel.offloaded_tensor import OffloadedTensor
 from faccel.plan import Plan
+from faccel.training.module_names import uncompiled
 from faccel.tree import Tree
 
 
@@ -25,6 +26,20 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters and the stored buffers of a model, under all of their names."""
     state = model.state_dict(keep_vars=True)  # the objects themselves: equal ones are tied
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """Raise for what `torch.compile(model)` has returned.
+
+    Raises:
+        ModelError: Its parameters have other names than in the files.
+    """
+    if uncompiled(model) is not model:
+        raise ModelError(
+            "the model is compiled",
+            got=f"a {type(model).__name__}",
+            fix="load the weights first, then write `torch.compile(model)`",
+        )
 
 
 def check_placeable(model: nn.Module) -> None:

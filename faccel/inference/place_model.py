@@ -15,7 +15,13 @@ from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import ModelError
 from faccel.inference.free_memory import default_budget
-from faccel.inference.loading import Loader, check_buffers, check_placeable, tensors_of
+from faccel.inference.loading import (
+    Loader,
+    check_buffers,
+    check_not_compiled,
+    check_placeable,
+    tensors_of,
+)
 from faccel.inference.placed_model import PlacedModel
 from faccel.inference.placement import Placement
 from faccel.inference.strategies import placement_for
@@ -88,6 +94,7 @@ def place(
     require_context(ctx, call)
     absolute = path_argument("model", model, path, call)
     instance_of("model", model, nn.Module, fix="pass the module itself", error=ModelError)
+    check_not_compiled(model)
     check_placeable(model)
     plan = plan or Plan()
     ctx.comm.begin_call("place")

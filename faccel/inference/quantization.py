@@ -140,7 +140,8 @@ _LIBRARIES: Mapping[str, _Library] = {
     "bitsandbytes": _Library(
         '"faccel[bnb]"',
         {8: (_bitsandbytes_int8,), 4: (_bitsandbytes_nf4,)},
-        {8: 'write `library="torchao"`', 4: 'write `library="torchao"` or `bits=8`'},
+        # Not torchao for 4 bits: it has kernels for fewer devices.
+        {8: 'write `library="torchao"`', 4: "write `bits=8`"},
     ),
 }
 LIBRARIES = tuple(_LIBRARIES)
@@ -241,7 +242,7 @@ def quantized_layers(
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        reason = _reason(module, num_owners[id(module.weight)])
+        reason = _reason(module, num_owners)
         if name in left_out:
             reason = "skipped"
         if reason:
@@ -271,13 +272,16 @@ def _check_patterns(skip: Any) -> None:
     )
 
 
-def _reason(layer: nn.Linear, num_owners: int) -> str:
+def _reason(layer: nn.Linear, num_owners: Mapping[int, int]) -> str:
     """Return why a layer is not quantized; "" if it is."""
     # Subclasses compute something else in `forward`, or their owner reads the weight.
     if type(layer) is not nn.Linear:
         return f"a {type(layer).__name__}"
+    # Weight normalization and pruning compute it from other parameters before each forward.
+    if "weight" not in dict(layer.named_parameters(recurse=False)):
+        return "its weight is computed"
     # The other module reads the weight as an ordinary tensor, as an embedding does.
-    if num_owners > 1:
+    if num_owners[id(layer.weight)] > 1:
         return "its weight is tied"
     if layer.weight.numel() == 0:
         return "its weight has no elements"

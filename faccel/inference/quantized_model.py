@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 
@@ -14,11 +15,12 @@ from faccel.checkpoint.rank_calls import on_all_ranks
 from faccel.checks import instance_of, one_of
 from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
-from faccel.errors import ModelError
+from faccel.errors import CheckpointError, ModelError
 from faccel.inference.budget import size_text
 from faccel.inference.free_memory import trim_host_memory
 from faccel.inference.loading import (
     check_buffers,
+    check_not_compiled,
     check_placeable,
     named_buffers,
     original_params,
@@ -101,8 +103,8 @@ def load_quantized(
     Raises:
         BackendError: The library is not installed.
         ConfigError: An argument is invalid, or a pattern matches nothing.
-        CheckpointError: Names or shapes in the files differ from the model's. The model is
-            unchanged after any error.
+        CheckpointError: Names or shapes in the files differ from the model's, or a weight has
+            values that are not finite. The model is unchanged after any error.
         DeviceError: The library has no kernel for the device and the dtype.
         ModelError: No layer can be quantized, or a buffer has no values.
 
@@ -124,6 +126,7 @@ def load_quantized(
     one_of("bits", bits, BITS)
     one_of("library", library, LIBRARIES)
     check_dtype(dtype)
+    check_not_compiled(model)
     check_placeable(model)
     layers, skipped = quantized_layers(model, skip)
     ctx.comm.begin_call("load_quantized")
@@ -194,6 +197,7 @@ class _Loading:
         for key, original in self._originals.items():
             value = self._read(original.name, original.shape, original.dtype)
             if key in self._layer_of:
+                _check_finite(original.name, value)
                 with torch.no_grad():
                     self._quantized[key] = self._quantize(value)
                 del value
@@ -220,6 +224,18 @@ class _Loading:
             _put(self._originals[key], value)
         for module, name, value in self._buffers:
             set_buffer(module, name, value)
+
+
+def _check_finite(name: str, value: torch.Tensor) -> None:
+    # Rounding would turn NaN into ordinary numbers: the outputs would be wrong without an error.
+    smallest, largest = torch.aminmax(value)  # without a second tensor of this size
+    if math.isfinite(smallest) and math.isfinite(largest):
+        return
+    raise CheckpointError(
+        f"`{name}` has values that are not finite in {value.dtype}",
+        got=f"values between {float(smallest)} and {float(largest)}",
+        fix="look at the values in the file; for large ones, write `dtype=torch.bfloat16`",
+    )
 
 
 def _put(original: OriginalParam, value: torch.Tensor) -> None:

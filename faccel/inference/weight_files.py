@@ -57,9 +57,13 @@ def stored_weights(path: str) -> dict[str, StoredWeight]:
     folder, files = files_with_weights(path)
     weights: dict[str, StoredWeight] = {}
     for name in files:
-        # The bytes may be anything.
+        # An index may name files that were not downloaded. The bytes may be anything.
         try:
             weights.update(_weights_of_file(os.path.join(folder, name)))
+        except FileNotFoundError:
+            raise CheckpointError(
+                "the weights are incomplete or corrupt", got=f"`{name}` is missing", fix=_FIX
+            ) from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 "the weights are incomplete or corrupt",

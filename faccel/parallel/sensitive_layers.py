@@ -10,7 +10,7 @@ from faccel.parallel.units import matching
 
 # Output layers, whose rounding would go into the loss directly, and routers, which would choose
 # other experts.
-_SENSITIVE_LAYERS = ("gate", "head", "lm_head", "router")
+_SENSITIVE_LAYERS = ("classifier", "gate", "head", "lm_head", "router", "score")
 
 
 def is_sensitive(name: str) -> bool:

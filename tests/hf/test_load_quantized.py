@@ -1,9 +1,12 @@
 """Models whose linear layers are loaded in 8 and 4 bits, against plain arithmetic."""
 
+import os
+
 import pytest
 import torch
 import transformers as hf
 from torch import nn
+from torch.nn.utils import prune
 
 from faccel.checkpoint import export_model
 from faccel.errors import BackendError, CheckpointError, ConfigError, DeviceError, ModelError
@@ -220,3 +223,86 @@ def test_a_missing_library_is_named_with_what_installs_it(tmp_path):
     _, net = exported(layers_of_numbers, tmp_path)
     with pytest.raises(BackendError, match=r'pip install "faccel\[bnb\]"'):
         load_quantized(net, tmp_path, CTX, library="bitsandbytes")
+
+
+class Computed(nn.Module):
+    """Linear layers whose weights are computed before each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+        self.pruned = prune.l1_unstructured(nn.Linear(32, 32), "weight", 0.5)
+        self.plain = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.plain(self.pruned(self.normed(x)))
+
+
+def test_layers_whose_weight_is_computed_keep_it(tmp_path):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    torch.manual_seed(0)
+    plain, net = Computed(), Computed()
+    export_model(plain, tmp_path, CTX)
+    result = load_quantized(net, tmp_path, CTX)
+    assert result.layers == ("plain",)
+    assert dict(result.skipped) == {
+        "normed": "a ParametrizedLinear",
+        "pruned": "its weight is computed",
+    }
+    x = torch.linspace(-1, 1, 64).reshape(2, 32)
+    torch.testing.assert_close(net(x), plain(x), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(float("nan"), None), (float("-inf"), torch.bfloat16), (1e6, torch.float16)],
+)
+def test_a_weight_that_is_not_finite_is_not_rounded_to_numbers(value, dtype, tmp_path):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    plain = layers_of_numbers()
+    with torch.no_grad():
+        plain[2].weight[3, 5] = value
+    export_model(plain, tmp_path, CTX)
+    with on_meta():
+        net = layers_of_numbers()
+    with pytest.raises(CheckpointError, match=r"`2\.weight` has values that are not finite"):
+        load_quantized(net, tmp_path, CTX, dtype=dtype)
+    assert all(param.is_meta for param in net.parameters())
+
+
+class Classifier(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.body = nn.Linear(32, 32)
+        setattr(self, name, nn.Linear(32, 3))
+
+
+@pytest.mark.parametrize("name", ["classifier", "score"])
+def test_the_output_layer_of_a_classifier_keeps_its_dtype(name, tmp_path):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    _, net = exported(lambda: Classifier(name), tmp_path)
+    assert load_quantized(net, tmp_path, CTX).skipped == ((name, "skipped"),)
+
+
+def test_a_compiled_model_is_loaded_before_it_is_compiled(tmp_path):
+    _, net = exported(layers_of_numbers, tmp_path)
+    compiled = torch.compile(net, backend="eager")
+    for call in (
+        lambda: load_quantized(compiled, tmp_path, CTX),
+        lambda: place(compiled, tmp_path, CTX, budget={"cpu": "1GB"}),
+    ):
+        with pytest.raises(ModelError, match=r"is compiled(.|\n)*first"):
+            call()
+
+
+def test_files_that_are_missing_are_named(tmp_path):
+    net = layers_of_numbers()
+    with pytest.raises(CheckpointError, match="Got no such file or folder"):
+        load_quantized(net, tmp_path / "org" / "model", CTX)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="neither a folder nor a regular file"):
+        load_quantized(net, tmp_path / "pipe", CTX)
+    names = export_model(net, tmp_path, CTX, max_shard_size="20KB")
+    os.remove(tmp_path / names[-1])
+    with pytest.raises(CheckpointError, match=rf"Got `{names[-1]}` is missing"):
+        load_quantized(net, tmp_path, CTX)
