@@ -73,8 +73,9 @@ class OffloadedTensor(torch.Tensor):
             raise ModelError(
                 "a placed model cannot be moved or cast",
                 got=f"the offloaded parameter `{tensor.full_name}`",
-                fix="pass `budget=` and `dtype=` to `faccel.inference.place`, or call "
-                "`faccel.inference.materialize(placed)` first",
+                # PyTorch casts one parameter after the other: those before this one are changed.
+                fix="place the model again, with `budget=` and `dtype=` of "
+                "`faccel.inference.place`, or call `faccel.inference.materialize(placed)` first",
             )
         # Reading the file for each such operation would work, and be slow without an error.
         raise ModelError(

@@ -9,7 +9,7 @@ from torch import nn
 
 from faccel.checkpoint.codec_modules import first_names
 from faccel.errors import ConfigError, ModelError, short_text
-from faccel.inference.budget import DISK, available_device, is_accelerator
+from faccel.inference.budget import DISK, available_device, is_accelerator, size_text
 from faccel.inference.copies import ReadRange
 from faccel.inference.outside_uses import check_uses
 from faccel.inference.placement import Placement, check_placement
@@ -82,11 +82,13 @@ def check_buffers(model: nn.Module, stored: Mapping[str, object]) -> None:
         )
 
 
-def check_matches(placement: Placement, units: Sequence[UnitModule]) -> None:
-    """Raise unless a placement is one of the model.
+def check_matches(
+    placement: Placement, units: Sequence[UnitModule], dtype: torch.dtype | None
+) -> None:
+    """Raise unless a placement is one of the model in a dtype.
 
     Raises:
-        ConfigError: It has other units, or does not fit its devices.
+        ConfigError: It has other or smaller units, or does not fit its devices.
     """
     names = {unit.name for unit in units}
     placed = set(placement.device_map)
@@ -97,6 +99,16 @@ def check_matches(placement: Placement, units: Sequence[UnitModule]) -> None:
             fix="write `placement = faccel.inference.placement_for(model, budget)`, with the same "
             "`plan`",
         )
+    for unit, placed_unit in zip(units, placement.units, strict=True):
+        num_bytes = unit.num_bytes(dtype)
+        # The memory would exceed the budget.
+        if num_bytes > placed_unit.num_bytes:
+            raise ConfigError(
+                "`placement` is for a dtype with fewer bytes",
+                got=f"{size_text(num_bytes)} for `{unit.name}`, which has "
+                f"{size_text(placed_unit.num_bytes)} there",
+                fix="pass the same `dtype` to `placement_for` and `place`",
+            )
     check_placement(placement)
 
 
@@ -123,7 +135,7 @@ class Loader:
         self._dtype, self._read_range = dtype, read_range
         check_dtype(dtype)
         self._units = unit_modules(model, plan)
-        check_matches(placement, self._units)
+        check_matches(placement, self._units, dtype)
         for device in filter(is_accelerator, dict(placement.budget)):
             available_device(device, "budget")
         self._compute = torch.device(placement.compute_device)

@@ -20,6 +20,7 @@ from faccel.inference.loading import Loader, check_placeable, copy_range, tensor
 from faccel.inference.place_model import Budget
 from faccel.inference.placed_model import PlacedModel
 from faccel.inference.placement import Placement
+from faccel.inference.placement_units import plan_argument
 from faccel.inference.strategies import placement_for
 from faccel.inference.weight_files import (
     StoredWeight,
@@ -77,7 +78,7 @@ def offload(
     instance_of("model", model, nn.Module, fix="pass the module itself", error=ModelError)
     check_placeable(model)
     _check_values(model)
-    plan = plan or Plan()
+    plan = plan_argument(plan)
     ctx.comm.begin_call("offload")
     placement = _placement(model, to, ctx, budget, plan)
     if to == "cpu":

@@ -13,7 +13,7 @@ from faccel.checkpoint.rank_calls import on_all_ranks
 from faccel.checks import instance_of
 from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
-from faccel.errors import ModelError
+from faccel.errors import ConfigError, ModelError, short_repr
 from faccel.inference.free_memory import default_budget
 from faccel.inference.loading import (
     Loader,
@@ -24,6 +24,7 @@ from faccel.inference.loading import (
 )
 from faccel.inference.placed_model import PlacedModel
 from faccel.inference.placement import Placement
+from faccel.inference.placement_units import plan_argument
 from faccel.inference.strategies import placement_for
 from faccel.inference.weight_files import (
     StoredWeight,
@@ -35,6 +36,7 @@ from faccel.plan import Plan
 from faccel.tree import Tree
 
 Budget = Mapping[str, str | int]
+_STRATEGY = "balanced"
 
 
 @effectful(updates("model"), AMBIENT, COLLECTIVE)
@@ -44,7 +46,7 @@ def place(
     ctx: DistContext,
     *,
     budget: Budget | None = None,
-    strategy: str | Mapping[str, str] = "balanced",
+    strategy: str | Mapping[str, str] = _STRATEGY,
     placement: Placement | None = None,
     dtype: torch.dtype | None = None,
     plan: Plan | None = None,
@@ -73,7 +75,8 @@ def place(
             positional arguments, a mapping keywords. None: it raises at its first use.
 
     Raises:
-        ConfigError: The budget is too small for the largest unit, or for the model.
+        ConfigError: The budget is too small for the largest unit, or for the model. Or `placement`
+            is given with a budget or a strategy, or is one of another model or dtype.
         CheckpointError: Names or shapes in the files differ from the model's; the message names
             them. The model is unchanged after any error.
         ModelError: A buffer is on the meta device and is not in the files, or `sample` shows a
@@ -96,7 +99,8 @@ def place(
     instance_of("model", model, nn.Module, fix="pass the module itself", error=ModelError)
     check_not_compiled(model)
     check_placeable(model)
-    plan = plan or Plan()
+    plan = plan_argument(plan)
+    _check_choice(budget, strategy, placement)
     ctx.comm.begin_call("place")
     if placement is None:
         if budget is None:
@@ -119,3 +123,19 @@ def place(
     on_all_ranks(find, ctx, "find the weights of the model")
     on_all_ranks(lambda: loader.read(weights), ctx, "read the weights")
     return PlacedModel(model, placement, ctx, loader.install(reader.close))
+
+
+def _check_choice(
+    budget: Budget | None, strategy: str | Mapping[str, str], placement: Placement | None
+) -> None:
+    if placement is None:
+        return
+    fix = "write `placement=faccel.inference.placement_for(model, budget)`"
+    instance_of("placement", placement, Placement, fix=fix)
+    # They would have no effect: the placement has the budget that it was made for.
+    if budget is not None or strategy != _STRATEGY:
+        raise ConfigError(
+            "`placement` is used instead of `budget` and `strategy`",
+            got=f"budget={short_repr(budget)}, strategy={short_repr(strategy)}",
+            fix="remove them, or pass them to `faccel.inference.placement_for`",
+        )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import attrs
 
+from faccel.checks import instance_of
 from faccel.errors import ConfigError, nearest
 from faccel.inference.budget import device_name, is_accelerator, size_text
 from faccel.parallel.units import matches
@@ -106,6 +107,7 @@ class Placement:
         Raises:
             ConfigError: No unit matches, or the budget has no such device.
         """
+        instance_of("name", name, str, fix='write `placement.with_device("layers.*", "disk")`')
         target = device_name(device, "device")
         if target not in dict(self.budget):
             raise ConfigError(

@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import nn
 
-from faccel.checks import shown
+from faccel.checks import instance_of, shown
 from faccel.errors import ConfigError
 from faccel.parallel.units import block_names
 from faccel.plan import Plan
@@ -83,6 +83,18 @@ def shown_dtype(dtype: object) -> str:
     if isinstance(dtype, torch.dtype):
         return str(dtype)
     return shown(dtype)
+
+
+def plan_argument(plan: Plan | None) -> Plan:
+    """Return a plan; None is `Plan()`.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if plan is None:
+        return Plan()
+    instance_of("plan", plan, Plan, fix="write `plan=faccel.Plan(units=...)`")
+    return plan
 
 
 def unit_modules(module: nn.Module, plan: Plan) -> list[UnitModule]:

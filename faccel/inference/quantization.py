@@ -23,6 +23,7 @@ from faccel.errors import (
 )
 from faccel.inference.set_tensors import set_param
 from faccel.parallel.sensitive_layers import (
+    has_computed_weight,
     is_sensitive,
     num_owners_of_params,
     skipped_modules,
@@ -277,8 +278,8 @@ def _reason(layer: nn.Linear, num_owners: Mapping[int, int]) -> str:
     # Subclasses compute something else in `forward`, or their owner reads the weight.
     if type(layer) is not nn.Linear:
         return f"a {type(layer).__name__}"
-    # Weight normalization and pruning compute it from other parameters before each forward.
-    if "weight" not in dict(layer.named_parameters(recurse=False)):
+    # Before each forward, from parameters that are not replaced.
+    if has_computed_weight(layer):
         return "its weight is computed"
     # The other module reads the weight as an ordinary tensor, as an embedding does.
     if num_owners[id(layer.weight)] > 1:

@@ -17,6 +17,7 @@ from faccel.inference.placement_units import (
     UnitModule,
     check_dtype,
     placed_dtype,
+    plan_argument,
     sizes_by_param,
     unit_modules,
 )
@@ -65,7 +66,7 @@ def placement_for(
     """
     instance_of("model", model, nn.Module, fix="pass the module itself", error=ModelError)
     check_dtype(dtype)
-    units = unit_modules(model, plan or Plan())
+    units = unit_modules(model, plan_argument(plan))
     sizes = parse_budget(budget)
     placement = Placement(
         units=tuple(_unplaced(units, next(iter(sizes)), dtype)),

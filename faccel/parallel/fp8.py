@@ -17,6 +17,7 @@ from faccel.context import DistContext
 from faccel.device_table import fp8_capability, kind_of
 from faccel.errors import BackendError, ConfigError, DeviceError, short_repr
 from faccel.parallel.sensitive_layers import (
+    has_computed_weight,
     is_sensitive,
     num_owners_of_params,
     skipped_modules,
@@ -153,6 +154,8 @@ def _reasons_for_bf16(
             reasons[name] = "skipped"
         elif num_columns % _MULTIPLE or num_rows % _MULTIPLE:
             reasons[name] = f"{num_columns} x {num_rows}, not multiples of {_MULTIPLE}"
+        elif has_computed_weight(layer):
+            reasons[name] = "its weight is computed"
         elif num_owners[id(layer.weight)] > 1:
             reasons[name] = "its weight is tied"
         elif "forward" in vars(layer):

@@ -66,6 +66,14 @@ def _output_embeddings(module: nn.Module, modules: Mapping[str, nn.Module]) -> l
     return [name for name, submodule in modules.items() if submodule is layer]
 
 
+def has_computed_weight(layer: nn.Module) -> bool:
+    """Return whether the weight of a layer is computed, as by weight normalization and pruning.
+
+    Effects: pure.
+    """
+    return "weight" not in dict(layer.named_parameters(recurse=False))
+
+
 def num_owners_of_params(module: nn.Module) -> dict[int, int]:
     """Return how many modules have each parameter, by `id`.
 

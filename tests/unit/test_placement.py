@@ -212,6 +212,8 @@ def test_a_placement_can_be_edited_and_keeps_ties_together():
         placement.with_device("head", "disk")
     with pytest.raises(ConfigError, match=r"no unit matches `blocks\.9`"):
         placement.with_device("blocks.9", "cpu")
+    with pytest.raises(ConfigError, match="`name` must be a str"):
+        placement.with_device(["blocks.0"], "cpu")
 
 
 TIED = Net([10], embed=30, head=30, tied=True)

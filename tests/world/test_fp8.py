@@ -10,6 +10,7 @@ import attrs
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import faccel
 from faccel.errors import BackendError, ConfigError, DeviceError
@@ -438,6 +439,12 @@ def test_skip_names_layers_that_stay_in_bf16(skip, expected):
     net = Tied()
     faccel.wrap(net, fake_context(0, 1, config=FP8), plan=with_fp8(faccel.Plan(), skip=skip))
     assert in_fp8(net) == expected
+
+
+def test_layers_whose_weight_is_computed_stay_in_bf16():
+    net = nn.Sequential(prune.identity(nn.Linear(16, 16), "weight"), nn.Linear(16, 16))
+    faccel.wrap(net, fake_context(0, 1, config=FP8), plan=with_fp8(faccel.Plan()))
+    assert in_fp8(net) == ["1"]
 
 
 def test_skip_leaves_out_the_layers_inside_of_a_module():

@@ -199,6 +199,24 @@ def test_a_custom_placement_is_followed(tmp_path):
         place(Conditional(), tmp_path, ctx, placement=placement)
 
 
+def test_a_placement_excludes_a_budget_and_fits_its_dtype(tmp_path):
+    net, empty = exported(Tied, tmp_path)
+    budget, ctx = {"cpu": 4000, "disk": "1GB"}, fake_context(0, 1)
+    placement = placement_for(empty, budget, dtype=torch.bfloat16)
+    for options in ({"budget": budget}, {"strategy": "sequential"}):
+        with pytest.raises(ConfigError, match="instead of `budget` and `strategy`"):
+            place(empty, tmp_path, ctx, placement=placement, **options)
+    for value in ("cpu", placement.device_map):
+        with pytest.raises(ConfigError, match="`placement` must be a Placement"):
+            place(empty, tmp_path, ctx, placement=value)
+    with pytest.raises(ConfigError, match="`plan` must be a Plan"):
+        place(empty, tmp_path, ctx, budget=budget, plan={"units": "blocks.*"})
+    # In fp32 the units would exceed the budget of the placement.
+    with pytest.raises(ConfigError, match="a dtype with fewer bytes"):
+        place(empty, tmp_path, ctx, placement=placement)
+    place(empty, tmp_path, ctx, placement=placement, dtype=torch.bfloat16)
+
+
 def changed_file(folder, change):
     path = folder / "model.safetensors"
     state = load_file(path)
@@ -428,7 +446,7 @@ def test_a_copy_of_a_placed_model_is_an_error_that_names_what_to_do(tmp_path):
             with pytest.raises(ModelError, match=r"cannot be copied or pickled(.|\n)*state_dict"):
                 call(value)
     for call in (nn.Module.half, lambda module: module.to("meta")):
-        with pytest.raises(ModelError, match=r"cannot be moved or cast(.|\n)*dtype="):
+        with pytest.raises(ModelError, match=r"cannot be moved or cast(.|\n)*again(.|\n)*dtype="):
             call(placed.module)
 
 
