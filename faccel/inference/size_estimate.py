@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Container, Mapping
+from types import MappingProxyType
 
 import attrs
 import torch
@@ -22,6 +24,7 @@ QUANTIZED = {"int8": 8, "int4": 4}  # bits
 _SCALE_BYTES = 4
 _GROUP = 128  # weights of 4 bits with one scale
 _ADAM_BYTES = 8  # two averages in fp32
+_NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 @attrs.frozen(kw_only=True)
@@ -99,8 +102,14 @@ def _from_config(folder: str) -> nn.Module:
     cls = getattr(transformers, names[0], None) if names else None
     with on_meta():
         if cls is None:
-            return transformers.AutoModel.from_config(config)
-        return cls(config)
+            model = transformers.AutoModel.from_config(config)
+        else:
+            model = cls(config)
+    # The class builds fp32; `from_pretrained` loads the dtype of the configuration.
+    dtype = getattr(config, "dtype", None)
+    for param in model.parameters():
+        param.data = param.data.to(placed_dtype(param.dtype, dtype))
+    return model
 
 
 def _from_callable(text: str) -> nn.Module:
@@ -124,33 +133,47 @@ def _from_callable(text: str) -> nn.Module:
     return model
 
 
-def _of_module(model: nn.Module, dtype: torch.dtype | None) -> SizeEstimate:
+def _of_module(
+    model: nn.Module, dtype: torch.dtype | None, saved_bytes: Mapping[str, int] = _NOTHING
+) -> SizeEstimate:
     # On one device without a limit: only the sizes of the units are used.
+    placement = placement_for(model, {"cpu": 2**62}, dtype=dtype)
+    sizes = {unit.name: unit.num_bytes for unit in placement.units}
+    for name, size in saved_bytes.items():
+        sizes[_unit_of_module(name, sizes)] -= size
     units: dict[str, int] = {}
-    for unit in placement_for(model, {"cpu": 2**62}, dtype=dtype).units:
+    for unit in placement.units:
         # Of a tied embedding and head, only one is in use at a time.
-        units[unit.group] = max(unit.num_bytes, units.get(unit.group, 0))
+        units[unit.group] = max(sizes[unit.name], units.get(unit.group, 0))
     num_params, train_bytes = 0, 0
     for param in model.parameters():
         num_params += param.numel()
         train_bytes += param.numel() * _train_bytes(param.dtype)
     load_bytes = sum(sizes_by_param(model.parameters(), dtype).values())
+    load_bytes -= sum(saved_bytes.values())
     return _estimate(units, num_params, load_bytes + buffer_bytes(model, dtype), train_bytes)
+
+
+def _unit_of_module(name: str, units: Container[str]) -> str:
+    """Return the innermost unit that contains a module; "" is the root."""
+    while name and name not in units:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _of_quantized(model: nn.Module, bits: int) -> SizeEstimate:
     """Return the sizes with the layers in 8 or 4 bits that `load_quantized` chooses."""
-    plain = _of_module(model, None)
     layers, _ = quantized_layers(model, None)
-    load_bytes = plain.load_bytes
-    for layer in layers.values():
+    saved_bytes: dict[str, int] = {}
+    for name, layer in layers.items():
         weight = layer.weight
         num_scales = weight.shape[0]
         if bits == 4:
             num_scales = weight.numel() // _GROUP
-        load_bytes -= weight.numel() * weight.itemsize
-        load_bytes += weight.numel() * bits // 8 + _SCALE_BYTES * num_scales
-    return attrs.evolve(plain, load_bytes=load_bytes, offload_bytes=load_bytes)
+        num_bytes = weight.numel() * bits // 8 + _SCALE_BYTES * num_scales
+        saved_bytes[name] = weight.numel() * weight.itemsize - num_bytes
+    size = _of_module(model, None, saved_bytes)
+    return attrs.evolve(size, offload_bytes=size.load_bytes)
 
 
 def _of_files(path: str, dtype: torch.dtype | None) -> SizeEstimate:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 from torch import nn
 
@@ -60,10 +61,55 @@ def test_quantized_layers_are_estimated_as_they_are_loaded(dtype, layers, tmp_pa
     # The tied head keeps fp32, and so do the biases; a layer is too small for a scale of 128.
     assert size["load_bytes"] == 4 * 400 + 3 * (4 * (8 + 4) + layers)
     assert size["num_params"] == PARAMS
+    assert (size["largest_unit"], size["largest_unit_bytes"]) == ("embed", 1600)
     assert "disk" not in run(f"{__name__}:Net", "--dtype", dtype)
     export_model(Net(), tmp_path, fake_context(0, 1))
     result = CliRunner().invoke(main, ["estimate", str(tmp_path), "--dtype", dtype])
     assert result.exit_code == 1 and "config.json" in result.output
+
+
+def blocks_only():
+    return nn.ModuleList(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)) for _ in "abc")
+
+
+def one_layer():
+    return nn.Linear(256, 8)
+
+
+def with_a_parameter_of_the_root():
+    net = nn.Module()
+    net.blocks, net.scale = blocks_only(), nn.Parameter(torch.ones(3))
+    return net
+
+
+@pytest.mark.parametrize(("build", "unit", "size"), [
+    ("blocks_only", "0", 2 * 4 * 8 + 2 * 4 * (4 + 8)),  # the scales and biases of both layers
+    ("with_a_parameter_of_the_root", "blocks.0", 2 * 4 * 8 + 2 * 4 * (4 + 8)),
+    ("one_layer", "", 256 * 8 + 2 * 4 * 8),
+])  # fmt: skip
+def test_the_largest_unit_has_quantized_layers(build, unit, size):
+    result = json.loads(run(f"{__name__}:{build}", "--dtype", "int8", "--json"))
+    assert (result["largest_unit"], result["largest_unit_bytes"]) == (unit, size)
+
+
+@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], None])
+def test_a_configuration_has_the_dtype_of_the_model(architectures, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        architectures=architectures,
+        dtype="bfloat16",
+    ).save_pretrained(tmp_path)
+    sizes = {}
+    for dtype in (None, "bf16", "fp32"):
+        options = ["--dtype", dtype] if dtype else []
+        sizes[dtype] = json.loads(run(str(tmp_path), "--json", *options))["load_bytes"]
+    assert sizes[None] == pytest.approx(sizes["bf16"], abs=16)  # a buffer keeps fp32
+    assert sizes["fp32"] > 1.9 * sizes[None]
 
 
 @pytest.mark.parametrize(
