@@ -100,11 +100,9 @@ def _from_config(folder: str) -> nn.Module:
     # The class that the configuration names has the head; `AutoModel` is without it.
     names = getattr(config, "architectures", None) or []
     cls = getattr(transformers, names[0], None) if names else None
+    build = cls or transformers.AutoModel.from_config
     with on_meta():
-        if cls is None:
-            model = transformers.AutoModel.from_config(config)
-        else:
-            model = cls(config)
+        model = build(config)
     # The class builds fp32; `from_pretrained` loads the dtype of the configuration.
     dtype = getattr(config, "dtype", None)
     for param in model.parameters():

@@ -8,6 +8,7 @@ import operator
 import os
 import stat
 import threading
+import weakref
 from collections.abc import Mapping
 
 import attrs
@@ -164,6 +165,8 @@ class WeightReader:
         self._descriptors: dict[str, int] = {}
         self._chunk: torch.Tensor | None = None
         self._lock = threading.Lock()  # the chunk is one
+        # A placed model may be dropped without `materialize`, and loading may fail.
+        weakref.finalize(self, _close_all, self._descriptors)
 
     def read(self, weight: StoredWeight, destination: torch.Tensor, start: int) -> None:
         """Write a stored tensor, from the element `start` on, into a contiguous one of any dtype.
@@ -214,5 +217,9 @@ class WeightReader:
 
     def close(self) -> None:
         """Close the files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        _close_all(self._descriptors)
+
+
+def _close_all(descriptors: dict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])

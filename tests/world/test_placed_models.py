@@ -1,6 +1,7 @@
 """Placed models: equal outputs, errors before anything is loaded, and back to ordinary modules."""
 
 import copy
+import gc
 import json
 import os
 import pickle
@@ -164,6 +165,21 @@ def test_a_pass_reads_each_offloaded_unit_once(tmp_path):
     assert placed.session.window.num_read == 4 * 9 + 1
 
 
+def open_files(folder):
+    """Return the files of a folder that this process has open."""
+    paths = [os.path.realpath(entry.path) for entry in os.scandir("/proc/self/fd")]
+    return [path for path in paths if path.startswith(str(folder))]
+
+
+def test_files_are_closed_when_a_model_is_dropped(tmp_path):
+    _, empty = exported(Tied, tmp_path)
+    placed = place(empty, tmp_path, fake_context(0, 1), budget={"cpu": 4000, "disk": "1GB"})
+    assert open_files(tmp_path)
+    del empty, placed
+    gc.collect()
+    assert not open_files(tmp_path)
+
+
 def test_the_files_of_an_index_are_read(tmp_path):
     net, empty = exported(Tied, tmp_path, max_shard_size=1000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
@@ -200,7 +216,7 @@ def test_a_custom_placement_is_followed(tmp_path):
 
 
 def test_a_placement_excludes_a_budget_and_fits_its_dtype(tmp_path):
-    net, empty = exported(Tied, tmp_path)
+    _, empty = exported(Tied, tmp_path)
     budget, ctx = {"cpu": 4000, "disk": "1GB"}, fake_context(0, 1)
     placement = placement_for(empty, budget, dtype=torch.bfloat16)
     for options in ({"budget": budget}, {"strategy": "sequential"}):
