@@ -14,6 +14,7 @@ import faccel
 from faccel.checkpoint import export_model
 from faccel.errors import CheckpointError
 from faccel.inference import load_quantized
+from faccel.testing import simulate
 from tests.hf.test_load_quantized import CTX, IDS, exported, layers_of_numbers, llama, with_weights
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -152,3 +153,23 @@ def test_quantized_weights_are_exported_only_with_their_description(bits, tmp_pa
     net.config = types.SimpleNamespace(quantization_config={"load_in_8bit": True})
     export_model(net, tmp_path, CTX)
     assert "base.0.weight" in load_file(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_adapters_on_two_replicas_train_as_on_one_process(bits):
+    x = torch.linspace(-1, 1, 4 * 256).reshape(4, 256)
+
+    def train(ctx):
+        model = faccel.wrap(with_adapter(bits, 1).train(), ctx)
+        opt = faccel.wrap_optimizer(torch.optim.SGD([model.module.adapter.weight], 0.1), model, ctx)
+        scaler = faccel.init_scaler(ctx)
+        for _ in range(2):
+            loss = model(faccel.split(x, ctx)).square().mean()
+            scaler = faccel.scaled_backward(loss, scaler, ctx)
+            _, scaler = faccel.optimizer_step(opt, scaler, ctx)
+        return model.module.adapter.weight.detach()
+
+    (one,) = simulate(train, 1)
+    assert not torch.equal(one, with_adapter(bits, 1).adapter.weight)
+    for weight in simulate(train, 2):
+        torch.testing.assert_close(weight, one, atol=1e-6, rtol=1e-5)
