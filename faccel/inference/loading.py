@@ -37,7 +37,7 @@ def check_not_compiled(model: nn.Module) -> None:
     if uncompiled(model) is not model:
         raise ModelError(
             "the model is compiled",
-            got=f"a {type(model).__name__}",
+            got=f"an object of type {type(model).__name__}",
             fix="load the weights first, then write `torch.compile(model)`",
         )
 
