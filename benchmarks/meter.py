@@ -1,9 +1,9 @@
-"""What meter, journal, logger and tracker add to a training step of 1 ms, in time of the CPU.
+"""What meter, journal, logger and tracker add to a training step of 1 ms and to one of 50 ms.
 
-A step trains an MLP on a batch. The contenders do the same step, and record every one: with a
-meter, a meter with a journal, and a meter with a logger and the tracker `jsonl`; beside them, with
-what Lightning Fabric has for it, its `Throughput` and `CSVLogger`. They take turns after 10 steps,
-so that a disturbance affects all of them.
+A step trains an MLP on a batch. After it, each contender records it: with a meter; with a meter, a
+logger and the tracker `jsonl`; with a meter and a journal; and with what Lightning Fabric has for
+it, its `Throughput` and `CSVLogger`. Only the recording is timed, and compared with the steps
+around it: its processor caches are those that a step leaves.
 
 python benchmarks/meter.py
 """
@@ -17,29 +17,26 @@ import torch
 import torch.nn.functional as F
 from lightning_fabric.loggers import CSVLogger
 from lightning_fabric.utilities.throughput import Throughput
-from measure import ratios, report, spread, table, target
+from measure import report, spread, target
 from torch import nn
 
 import faccel
 from faccel.tracking import finish, init_meter, init_trackers, log, rates, tick
 
-WIDTH = 128
-BATCH_SIZE = 128
 GROUP = 50  # steps, after which each contender logs: the interval of Lightning
-NUM_GROUPS = 100
+NUM_GROUPS = {"1 ms": 100, "50 ms": 4}
 WARMUP = 4  # groups
-TURN = 10  # steps of one contender: the first one finds the caches of another
+TOKENS = 4096
 
 
-def training_step():
-    """Return a function that takes about a millisecond."""
+def training_step(batch_size, width):
     torch.manual_seed(0)
-    layers = [nn.Linear(64, WIDTH), nn.ReLU()]
+    layers = [nn.Linear(64, width), nn.ReLU()]
     for _ in range(2):
-        layers += [nn.Linear(WIDTH, WIDTH), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Linear(WIDTH, 10))
+        layers += [nn.Linear(width, width), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(width, 10))
     opt = torch.optim.SGD(model.parameters(), lr=1e-2)
-    x, y = torch.randn(BATCH_SIZE, 64), torch.randint(10, (BATCH_SIZE,))
+    x, y = torch.randn(batch_size, 64), torch.randint(10, (batch_size,))
 
     def step():
         opt.zero_grad()
@@ -49,110 +46,126 @@ def training_step():
     return step
 
 
-def bare(step, ctx):
-    return step
-
-
-def metered(step, ctx, run=None):
+def metered(ctx, run=None):
     meter = init_meter(ctx, run=run)
 
-    def metered_step():
+    def record():
         nonlocal meter
-        step()
-        meter = tick(meter, samples=BATCH_SIZE, tokens=4096)
+        meter = tick(meter, samples=128, tokens=TOKENS)
         if meter.num_steps % GROUP == 0:
             rates(meter, ctx)
 
-    return metered_step
+    return record
 
 
-def with_journal(step, ctx):
-    return metered(step, ctx, run="journal")
+def with_journal(ctx):
+    return metered(ctx, run="journal")
 
 
-def logged(step, ctx):
+def logged(ctx):
     meter = init_meter(ctx)
     logger = faccel.get_logger("benchmark", ctx)
     trackers = init_trackers("logged", ctx, trackers=("jsonl",))
     ctx.lifetime.on_close(lambda: finish(trackers))
 
-    def logged_step():
+    def record():
         nonlocal meter
-        step()
-        meter = tick(meter, samples=BATCH_SIZE, tokens=4096)
+        meter = tick(meter, samples=128, tokens=TOKENS)
         if meter.num_steps % GROUP == 0:
             logger.info("step %d: loss %.3f", meter.num_steps, 0.5)
             values = {"loss": 0.5, **rates(meter, ctx).known()}
             log(values, trackers, step=meter.num_steps)
 
-    return logged_step
+    return record
 
 
-def fabric(step, ctx):
+def fabric(ctx):
     throughput = Throughput(window_size=GROUP)
     logger = CSVLogger(ctx.config.run_dir)
     start, num_steps = time.monotonic(), 0
 
-    def logged_step():
+    def record():
         nonlocal num_steps
-        step()
         num_steps += 1
         throughput.update(
             time=time.monotonic() - start,
             batches=num_steps,
-            samples=num_steps * BATCH_SIZE,
-            lengths=num_steps * 4096,
+            samples=num_steps * 128,
+            lengths=num_steps * TOKENS,
         )
         if num_steps % GROUP == 0:
             logger.log_metrics({"loss": 0.5, **throughput.compute()}, num_steps)
 
-    return logged_step
+    return record
 
 
-def alternate(contenders, num_groups):
-    """Return the mean seconds of a step of each group by name; other processes do not count."""
-    seconds = {name: [] for name in contenders}
+CONTENDERS = {
+    "meter": metered,
+    "meter, logger, jsonl": logged,
+    "meter, journal": with_journal,
+    "Fabric: Throughput, CSVLogger": fabric,
+}
+
+
+def measure(step, records, num_groups):
+    """Return the seconds of the steps and of the recording in each group, by name."""
+    clock = time.perf_counter
+    groups = {name: [] for name in records}
     gc.collect()
     gc.freeze()
     for number in range(-WARMUP, num_groups):
-        totals = dict.fromkeys(contenders, 0.0)
-        for _ in range(GROUP // TURN):
-            for name, step in contenders.items():
-                start = time.process_time()
-                for _ in range(TURN):
-                    step()
-                totals[name] += time.process_time() - start
-        if number >= 0:
-            for name, total in totals.items():
-                seconds[name].append(total / GROUP)
-    return seconds
+        for name, record in records.items():
+            step_s = record_s = 0.0
+            for _ in range(GROUP):
+                start = clock()
+                step()
+                middle = clock()
+                record()
+                record_s += clock() - middle
+                step_s += middle - start
+            if number >= 0:
+                groups[name].append((step_s, record_s))
+    return groups
 
 
-def measure(num_groups):
+def results_of(title, batch_size, width):
+    """Measure, print and return a row per contender."""
     logging.getLogger("benchmark").setLevel(logging.INFO)
-    step = training_step()
-    makers = {
-        "bare": bare,
-        "meter": metered,
-        "meter, logger, jsonl": logged,
-        "meter, journal": with_journal,
-        "Fabric: Throughput, CSVLogger": fabric,
-    }
+    logging.getLogger("benchmark").addHandler(logging.NullHandler())
     with tempfile.TemporaryDirectory() as folder:
-        contexts = {name: faccel.init(device="cpu", run_dir=folder) for name in makers}
-        contenders = {name: make(step, contexts[name]) for name, make in makers.items()}
-        seconds = alternate(contenders, num_groups)
+        contexts = {name: faccel.init(device="cpu", run_dir=folder) for name in CONTENDERS}
+        records = {name: make(contexts[name]) for name, make in CONTENDERS.items()}
+        groups = measure(training_step(batch_size, width), records, NUM_GROUPS[title])
         for ctx in contexts.values():
             faccel.shutdown(ctx)
-    return seconds
+    print(f"\na step of {title}")
+    rows = {}
+    for name, pairs in groups.items():
+        added = spread([record_s / GROUP * 1e6 for _, record_s in pairs])
+        parts = spread([record_s / step_s for step_s, record_s in pairs])
+        step_us = spread([step_s / GROUP * 1e6 for step_s, _ in pairs])["median"]
+        rows[name] = {"step, us": step_us, "added, us": added, "part of the step": parts}
+        print(
+            f"  {name:<32}{step_us:>9.1f} us + {added['median']:>6.2f} us "
+            f"[{added['first_quartile']:.2f}, {added['third_quartile']:.2f}]"
+            f"   {100 * parts['median']:.2f} %"
+        )
+    return rows
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
-    seconds = measure(NUM_GROUPS)
-    rows = table("a step of 1 ms, means of 50 steps", seconds, "bare")
-    added = {name: spread(ratios(seconds, name, "bare"))["median"] for name in seconds}
-    targets = [target("meter, logger, jsonl / bare", added["meter, logger, jsonl"], at_most=1.01)]
-    settings = {"steps": GROUP * NUM_GROUPS, "logged every": GROUP, "batch": BATCH_SIZE}
-    report("meter", settings, {"step of 1 ms": rows}, targets)
+    rows = {
+        "1 ms": results_of("1 ms", batch_size=128, width=128),
+        "50 ms": results_of("50 ms", batch_size=1024, width=512),
+    }
+    name = "meter, logger, jsonl"
+    targets = []
+    for title, at_most in (("1 ms", 0.01), ("50 ms", 0.001)):
+        part = rows[title][name]["part of the step"]["median"]
+        targets.append(target(f"{name}: part of a step of {title}", part, at_most=at_most))
+    peer = rows["1 ms"]["Fabric: Throughput, CSVLogger"]["added, us"]["median"]
+    ours = rows["1 ms"][name]["added, us"]["median"]
+    targets.append(target(f"{name} / Fabric", ours / peer, at_most=1))
+    report("meter", {"logged every": GROUP}, rows, targets)

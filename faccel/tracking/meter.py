@@ -64,6 +64,7 @@ class _Options:
     waits: WaitTimes
     journal: Journal | None
     state: WeakState | None
+    first_of_replicas: tuple[int, ...]
 
 
 # A tuple, and not a record of attrs: that takes as long as all the rest of `tick`.
@@ -156,7 +157,16 @@ def init_meter(
     journal = None
     if run is not None:
         journal = open_journal(run, ctx, waits)
-    options = _Options(flops_per_sample, peak_flops, window, warmup, waits, journal, weak_state)
+    options = _Options(
+        flops_per_sample,
+        peak_flops,
+        window,
+        warmup,
+        waits,
+        journal,
+        weak_state,
+        ctx.mesh.spec.peers(0, "data"),
+    )
     start_s = clock() - waits.in_phases_s
     start = (start_s, 0, 0, 0, waits.data_s, waits.num_batches, waits.comm_s, None)
     return Meter((options, start, None))
@@ -274,10 +284,10 @@ def rates(meter: Meter, ctx: DistContext) -> Rates:
     """
     require_context(ctx, "faccel.tracking.rates(meter, ctx)")
     _check_meter(meter)
-    result = combined(_gathered(_counts(meter, ctx), ctx), ctx.mesh.spec.peers(0, "data"))
-    journal = meter[0].journal
-    if journal is not None and ctx.is_main:
-        journal.add_rates(result.known())
+    options = meter[0]
+    result = combined(_gathered(_counts(meter, ctx), ctx), options.first_of_replicas)
+    if options.journal is not None and ctx.is_main:
+        options.journal.add_rates(result.known())
     return result
 
 

@@ -114,7 +114,7 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         step = kwargs.pop("step", None)
         # Before `msg` is formatted: most records of most ranks are not logged.
         is_printed = ctx is None or ctx.is_main or every_rank
-        if not self.isEnabledFor(level) or not (is_printed or self._lines is not None):
+        if not self.logger.isEnabledFor(level) or not (is_printed or self._lines is not None):
             return
         if once and not self._is_new(level, msg, args):
             return

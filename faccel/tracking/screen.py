@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TextIO, cast
 
 # Control sequences of ECMA-48.
@@ -167,15 +167,12 @@ def screen_of(file: TextIO) -> Screen:
     return Screen(cast("TextIO", getattr(file, "_stream", file)))
 
 
-@contextmanager
-def above_bars() -> Generator[None]:
+def above_bars() -> AbstractContextManager[None]:
     """Erase all progress bars of this process while the body prints whole lines.
 
     Effects: ambient.
     """
     # Usually there is none.
     if not _open_screens:
-        yield
-        return
-    with _open_screens[0].paused():
-        yield
+        return nullcontext()
+    return _open_screens[0].paused()
