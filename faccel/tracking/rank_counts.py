@@ -89,11 +89,16 @@ class Rates:
 
         Those of `memory` are `memory_parameters` and so on.
         """
-        values = {name: getattr(self, name) for name in _RATES}
+        values: dict[str, float] = {}
+        for name in _RATES:
+            value = getattr(self, name)
+            if value is not None:
+                values[name] = value
         if self.memory is not None:
             for name, value in attrs.asdict(self.memory).items():
-                values[f"memory_{name}"] = value
-        return {name: value for name, value in values.items() if value is not None}
+                if value is not None:
+                    values[f"memory_{name}"] = value
+        return values
 
 
 _RATES = tuple(field.name for field in attrs.fields(Rates) if field.name != "memory")
@@ -129,7 +134,9 @@ def combined(rows: Sequence[Sequence[int]], first_of_replicas: Sequence[int]) ->
     # Integers up to here, so that sums are exact for any number of samples and tokens. Not arrays:
     # for a few ranks a sum of an array takes longer.
     columns = _columns(rows)
-    replicas = _columns([rows[rank] for rank in first_of_replicas])
+    replicas = columns
+    if len(first_of_replicas) != len(rows):
+        replicas = _columns([rows[rank] for rank in first_of_replicas])
     # The longest window: ranks enter `rates` at the pace of the slowest one.
     window_s = max(columns.window_ns) / _NS_PER_S
     num_steps = max(columns.num_steps)
@@ -153,12 +160,16 @@ def combined(rows: Sequence[Sequence[int]], first_of_replicas: Sequence[int]) ->
         num_steps=max(columns.total_steps),
         num_samples=sum(replicas.total_samples),
         num_tokens=sum(replicas.total_tokens),
-        memory=_largest_memory(rows),
+        memory=_largest_memory(rows, columns),
     )
 
 
-def _largest_memory(rows: Sequence[Sequence[int]]) -> PeakMemory | None:
+def _largest_memory(
+    rows: Sequence[Sequence[int]], columns: RankCounts[tuple[int, ...]]
+) -> PeakMemory | None:
     """Return the memory of the rank that has most of it."""
+    if max(columns.parameter_bytes) == UNKNOWN:
+        return None
     memories: list[PeakMemory] = []
     for count in starmap(RankCounts, rows):
         # A rank may have dropped its models already.

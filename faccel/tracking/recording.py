@@ -38,7 +38,10 @@ def log(values: Mapping[str, object], trackers: Trackers, *, step: int) -> None:
     Examples:
         >>> log({"loss": 2.5, "phase": "warm-up"}, Trackers(), step=1)
     """
-    instance_of("values", values, Mapping, fix='write `log({"loss": loss}, trackers, step=step)`')
+    # The test for a mapping of any type takes as long as the rest of the checks.
+    if type(values) is not dict:
+        fix = 'write `log({"loss": loss}, trackers, step=step)`'
+        instance_of("values", values, Mapping, fix=fix)
     require_trackers(trackers, "log(values, trackers, step=step)")
     # Before the conversion, so that only rank 0 waits for its device.
     if not trackers.opened:

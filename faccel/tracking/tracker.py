@@ -102,5 +102,6 @@ def require_trackers(trackers: object, call: str) -> None:
     Raises:
         ConfigError: It is something else; the fix has `call`.
     """
-    fix = f"write `trackers = init_trackers(run, ctx)`, then `{call}`"
-    instance_of("trackers", trackers, Trackers, fix=fix)
+    if not isinstance(trackers, Trackers):
+        fix = f"write `trackers = init_trackers(run, ctx)`, then `{call}`"
+        instance_of("trackers", trackers, Trackers, fix=fix)
