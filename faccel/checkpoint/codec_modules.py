@@ -96,8 +96,8 @@ def _check_loadable(module: nn.Module, state: Mapping[str, Tree], path: str) -> 
             raise CheckpointError(
                 f"`{child_name(path, owner)}` could not be loaded again",
                 got=f"scales under the name `{name}`, which the layer does not load",
-                fix="save the adapters with `trained_only=True`, and load this model by "
-                "`faccel.inference.load_quantized` before them",
+                fix="save the adapters with `trained_only=True`, and quantize the same files again "
+                "before you load them",
             )
 
 

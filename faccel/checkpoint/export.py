@@ -237,7 +237,7 @@ def export_model(
         names are in the metadata of the files.
 
     Raises:
-        CheckpointError: The files cannot be written; on every rank.
+        CheckpointError: The files cannot be written, or a weight is quantized; on every rank.
         ConfigError: `dtype` is not a floating-point dtype of at least 16 bits.
 
     Examples:
@@ -292,12 +292,14 @@ def _check_described(module: nn.Module, state: Mapping[str, Tree]) -> None:
     # Models that transformers has quantized have it, so that `from_pretrained` reads the scales.
     if getattr(getattr(module, "config", None), "quantization_config", None) is not None:
         return
-    for name in sorted(quantization_entries(module, state)):
-        raise CheckpointError(
-            "the quantized weights of the model cannot be exported",
-            got=f"`{name}`, and no `quantization_config` in the configuration of the model",
-            fix="keep the files that were quantized, and export adapters with `trained_only=True`",
-        )
+    entries = list(quantization_entries(module, state))
+    if not entries:
+        return
+    raise CheckpointError(
+        "the quantized weights of the model cannot be exported",
+        got=f"`{entries[0]}`, and no `quantization_config` in the configuration of the model",
+        fix="keep the files that were quantized, and export adapters with `trained_only=True`",
+    )
 
 
 def _check_dtype(dtype: object) -> None:

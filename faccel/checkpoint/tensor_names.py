@@ -11,9 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from faccel.errors import CheckpointError, short_repr, short_text
+from faccel.offloaded_tensor import OffloadedTensor
 from faccel.training.model import WrappedModel
 from faccel.training.module_names import user_name
-from faccel.tree import Tree
+from faccel.tree import Tree, local_tensor
 
 # A state is encoded, checked and restored by recursion, with about three calls per level. Python
 # allows 1000 calls, of which the program may use some.
@@ -200,21 +201,34 @@ def quantization_entries(module: nn.Module, state: Mapping[str, Tree]) -> dict[s
     Effects: pure. bitsandbytes adds scales to the state of a layer `fc`, neither as parameters nor
     as buffers. Of 8 bits, `fc.SCB` belongs to `fc`; of 4 bits, `fc.weight.absmax` to `fc.weight`.
     """
-    owners: set[str] = set()
+    quantized: set[str] = set()
     registered: set[str] = set()
     for name, param in module.named_parameters(remove_duplicate=False):
-        name = user_name(name)
-        registered.add(name)
-        # A layer with ordinary parameters may have a state of the user's.
-        if type(param) is not nn.Parameter and not param.requires_grad:
-            owners |= {name, name.rpartition(".")[0]}
+        registered.add(user_name(name))
+        if _is_quantized(param):
+            quantized.add(user_name(name))
     registered |= {user_name(name) for name, _ in module.named_buffers(remove_duplicate=False)}
+    layers = {name.rpartition(".")[0] for name in quantized}
     entries: dict[str, str] = {}
-    for name in state.keys() - registered:
+    for name in state:
+        parent, _, key = name.rpartition(".")
+        if name in registered or key == "_extra_state":
+            continue
         # `fc.weight.quant_state.bitsandbytes__nf4` belongs to `fc.weight`, two levels above.
-        owner, _, key = name.rpartition(".")
-        if owner not in owners:
-            owner = owner.rpartition(".")[0]
-        if owner in owners and key != "_extra_state":
-            entries[name] = owner
+        grandparent = parent.rpartition(".")[0]
+        if parent in quantized or parent in layers:
+            entries[name] = parent
+        elif grandparent in quantized:
+            entries[name] = grandparent
     return entries
+
+
+def _is_quantized(param: torch.Tensor) -> bool:
+    """Return whether a parameter is of a class of a quantization library, and frozen.
+
+    Its layer has scales. A layer with ordinary parameters may have a state of the user's.
+    """
+    if param.requires_grad or isinstance(param, OffloadedTensor):
+        return False
+    # Under FSDP2 and tensor parallel, an ordinary parameter is a DTensor.
+    return type(local_tensor(param)) not in (torch.Tensor, nn.Parameter)

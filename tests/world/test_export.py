@@ -453,3 +453,30 @@ def test_models_of_diffusers_have_the_names_of_its_files(tmp_path, mesh, size):
         others.add("diffusion_pytorch_model.safetensors.index.json")
     assert set(os.listdir(tmp_path)) == {*files, *others}
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "Diffuser"
+
+
+class Counted(nn.Linear):
+    """A layer whose state has a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.count = torch.ones(3)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}count"] = self.count
+
+
+@pytest.mark.parametrize("mesh", ["dp_replicate=2", "dp_shard=2"])
+def test_a_frozen_layer_that_is_sharded_is_not_taken_for_a_quantized_one(mesh, tmp_path):
+    def fn(ctx):
+        net = nn.Sequential(Counted().requires_grad_(requires_grad=False), nn.Linear(4, 4))
+        model = faccel.wrap(net, ctx)
+        faccel.save({"net": model}, tmp_path / "adapter", ctx, step=1, trained_only=True)
+        faccel.checkpoint.export_model(model, tmp_path, ctx)
+
+    simulate(fn, 2, mesh=mesh)
+    assert "0.count" in load_file(tmp_path / "model.safetensors")
+    files = (tmp_path / "adapter").rglob("*.safetensors")
+    names = set().union(*[load_file(path).keys() for path in files])
+    assert names == {"net/0.count", "net/1.weight", "net/1.bias"}
