@@ -28,7 +28,12 @@ from faccel.checkpoint.codec_wrappers import (
     inner_tensors,
     is_wrapper,
 )
-from faccel.checkpoint.tensor_names import child_name, quantization_entries, trainable_entries
+from faccel.checkpoint.tensor_names import (
+    child_name,
+    module_of,
+    quantization_entries,
+    trainable_entries,
+)
 from faccel.checkpoint.tensor_views import (
     check_storable,
     memory_key,
@@ -47,10 +52,6 @@ def _is_module(value: object) -> bool:
     return isinstance(value, (WrappedModel, nn.Module))
 
 
-def _user_module(model: WrappedModel | nn.Module) -> nn.Module:
-    return model.module if isinstance(model, WrappedModel) else model
-
-
 def _state_of(model: WrappedModel | nn.Module) -> Mapping[str, Tree]:
     if isinstance(model, nn.Module):
         check_contains_no_model(model, WrappedModel)  # its parameters would be missing
@@ -67,9 +68,9 @@ def _encode_module(value: WrappedModel | nn.Module, path: str, encoder: Encoder)
     state = with_user_names(state)
     entries = state
     if encoder.trained_only:
-        entries = trainable_entries(_user_module(value), state)
+        entries = trainable_entries(value, state)
     else:
-        _check_loadable(_user_module(value), state, path)
+        _check_loadable(value, state, path)
     for name, entry in entries.items():
         # It could be stored, but neither `load` nor PyTorch can load into it.
         if isinstance(entry, torch.Tensor):
@@ -84,13 +85,13 @@ def _encode_module(value: WrappedModel | nn.Module, path: str, encoder: Encoder)
     return node
 
 
-def _check_loadable(module: nn.Module, state: Mapping[str, Tree], path: str) -> None:
+def _check_loadable(model: WrappedModel | nn.Module, state: Mapping[str, Tree], path: str) -> None:
     """Raise for weights of 4 bits of bitsandbytes.
 
     Raises:
         CheckpointError: Their layers write scales into the state, and cannot load them.
     """
-    for name, owner in quantization_entries(module, state).items():
+    for name, owner in quantization_entries(model, state).items():
         # Of 8 bits, the scales belong to the layer, which loads them.
         if owner in state:
             raise CheckpointError(
@@ -159,7 +160,7 @@ def _versions(
     for name, version in node.get("versions", {}).items():
         stored[user_name(name)] = version
     metadata = OrderedDict[str, dict[str, int]]()
-    for name, module in _user_module(target).named_modules(remove_duplicate=False):
+    for name, module in module_of(target).named_modules(remove_duplicate=False):
         version = stored.get(user_name(name))
         if version is None:
             continue
@@ -195,7 +196,7 @@ def _check_names(
 ) -> None:
     required = dict(state)
     if node.get("trained_only"):  # frozen parameters keep their values
-        required = trainable_entries(_user_module(target), state)
+        required = trainable_entries(target, state)
     if node.get("imported") and not required.keys() <= saved:
         for name in _tied_to(saved, required):
             del required[name]

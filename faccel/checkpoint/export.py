@@ -105,7 +105,7 @@ class Weights:
         """
         state = with_user_names(state)
         if trained_only:
-            state = trainable_entries(user_module(model), state)
+            state = trainable_entries(model, state)
         tensors: dict[str, torch.Tensor] = {}
         ties: dict[str, str] = {}
         first_names: dict[Hashable, str] = {}
@@ -254,7 +254,7 @@ def export_model(
     ctx.comm.begin_call("export_model")
     state = _state_of(model)
     if not trained_only:
-        _check_described(module, with_user_names(state))
+        _check_described(model, with_user_names(state))
     weights = Weights.of(model, state, trained_only=trained_only)
     full_tensors = _CastTensors(FullTensors(weights.tensors, ctx), dtype)
     adapter = None
@@ -283,16 +283,17 @@ def _state_of(model: WrappedModel | nn.Module) -> Mapping[str, Tree]:
     return model.state_dict()
 
 
-def _check_described(module: nn.Module, state: Mapping[str, Tree]) -> None:
+def _check_described(model: WrappedModel | nn.Module, state: Mapping[str, Tree]) -> None:
     """Raise for weights of bitsandbytes that other programs would take for ordinary ones.
 
     Raises:
         CheckpointError: The configuration of the model does not describe them.
     """
     # Models that transformers has quantized have it, so that `from_pretrained` reads the scales.
-    if getattr(getattr(module, "config", None), "quantization_config", None) is not None:
+    config = getattr(user_module(model), "config", None)
+    if getattr(config, "quantization_config", None) is not None:
         return
-    entries = list(quantization_entries(module, state))
+    entries = list(quantization_entries(model, state))
     if not entries:
         return
     raise CheckpointError(

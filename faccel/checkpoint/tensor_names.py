@@ -180,22 +180,25 @@ def optimizer_parameter_names(opt: Optimizer, names: Mapping[int, str]) -> dict[
     return by_index
 
 
-def trainable_entries(module: nn.Module, state: Mapping[str, Tree]) -> dict[str, Tree]:
-    """Return the entries of `state`, a module's tensors by user's names, without frozen parameters.
+def trainable_entries(
+    model: WrappedModel | nn.Module, state: Mapping[str, Tree]
+) -> dict[str, Tree]:
+    """Return the entries of `state`, a model's tensors by user's names, without frozen parameters.
 
     Effects: pure. Parameters that require gradients, buffers and extra states stay.
     """
-    # `state_dict` has every name of a tied parameter, so the names are those with duplicates.
     entries = dict(state)
-    for name, param in module.named_parameters(remove_duplicate=False):
+    for name, param in _all_names(model):
         if not param.requires_grad:
-            entries.pop(user_name(name), None)
-    for name in quantization_entries(module, entries):
+            entries.pop(name, None)
+    for name in quantization_entries(model, entries):
         del entries[name]
     return entries
 
 
-def quantization_entries(module: nn.Module, state: Mapping[str, Tree]) -> dict[str, str]:
+def quantization_entries(
+    model: WrappedModel | nn.Module, state: Mapping[str, Tree]
+) -> dict[str, str]:
     """Return names of `state` that are scales of a quantized parameter, with what they belong to.
 
     Effects: pure. bitsandbytes adds scales to the state of a layer `fc`, neither as parameters nor
@@ -203,11 +206,13 @@ def quantization_entries(module: nn.Module, state: Mapping[str, Tree]) -> dict[s
     """
     quantized: set[str] = set()
     registered: set[str] = set()
-    for name, param in module.named_parameters(remove_duplicate=False):
-        registered.add(user_name(name))
+    for name, param in _all_names(model):
+        registered.add(name)
         if _is_quantized(param):
-            quantized.add(user_name(name))
-    registered |= {user_name(name) for name, _ in module.named_buffers(remove_duplicate=False)}
+            quantized.add(name)
+    registered |= {
+        user_name(name) for name, _ in module_of(model).named_buffers(remove_duplicate=False)
+    }
     layers = {name.rpartition(".")[0] for name in quantized}
     entries: dict[str, str] = {}
     for name in state:
@@ -221,6 +226,26 @@ def quantization_entries(module: nn.Module, state: Mapping[str, Tree]) -> dict[s
         elif grandparent in quantized:
             entries[name] = grandparent
     return entries
+
+
+def module_of(model: WrappedModel | nn.Module) -> nn.Module:
+    """Return the user's module."""
+    if isinstance(model, WrappedModel):
+        return model.module
+    return model
+
+
+def _all_names(model: WrappedModel | nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    """Yield each parameter under each name that it has in the state of the model."""
+    if isinstance(model, WrappedModel):
+        # In a pipeline of Megatron-core, the names of the module count the layers of one stage.
+        state_io = model.parallelism.state
+        if state_io is not None and state_io.named_parameters is not None:
+            yield from model.named_parameters()
+            return
+    # `state_dict` has every name of a tied parameter.
+    for name, param in module_of(model).named_parameters(remove_duplicate=False):
+        yield user_name(name), param
 
 
 def _is_quantized(param: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import faccel
@@ -131,6 +132,24 @@ def test_a_parameter_that_is_frozen_before_wrap_stays():
     assert first == second
     assert len(first) == 12
     assert all(name.startswith("decoder.layers.0.") for name in first)
+
+
+def saves_without_a_layer_of_each_stage(ctx, folder):
+    net = built(ctx)
+    net.decoder.layers[0].requires_grad_(requires_grad=False)
+    model = faccel.wrap(net, ctx)
+    faccel.save({"net": model}, folder, ctx, step=1, trained_only=True)
+    return list(full_state(model))
+
+
+def test_frozen_layers_of_each_stage_are_left_out_of_a_checkpoint(tmp_path):
+    results = on(2, saves_without_a_layer_of_each_stage, tmp_path, mesh="pp=2")
+    names = set().union(*results)
+    saved = set().union(*[load_file(path).keys() for path in tmp_path.rglob("*.safetensors")])
+    # The first layers of the stages; the other names are those of four layers.
+    missing = {name for name in names if f"net/{name}" not in saved}
+    assert len(missing) == 2 * 12
+    assert {name.split(".")[2] for name in missing} == {"0", "2"}
 
 
 def fails_inside_of_a_window(ctx):
