@@ -77,6 +77,24 @@ def test_hooks_and_schedules_of_pytorch_see_each_step():
     assert "`add_param_group` is unsupported" in message
 
 
+def fails_in_a_hook(ctx):
+    model, opt = prepared(ctx)
+
+    def fail(*_):
+        raise LookupError
+
+    hook = opt.register_step_pre_hook(fail)
+    scaler = faccel.scaled_backward(loss_of(model, rows(0, 2)), faccel.init_scaler(ctx), ctx)
+    with pytest.raises(LookupError):
+        faccel.optimizer_step(opt, scaler, ctx)
+    hook.remove()
+    return message_of(lambda: faccel.optimizer_step(opt, scaler, ctx))
+
+
+def test_gradients_that_were_summed_before_an_error_are_not_summed_again():
+    assert "no backward since the last step" in on(1, fails_in_a_hook)[0]
+
+
 def freezes(ctx, *, at_first, after_wrap, later):
     net = built(ctx)
     layer = net.decoder.layers[0].requires_grad_(at_first)

@@ -143,6 +143,15 @@ class EngineOptimizer(Optimizer):
         Effects: updates the parameters; collective.
         """
         self._reduce_gradients()
+        try:
+            return self._clip_and_step(clip_norm, skip_nonfinite=skip_nonfinite)
+        finally:
+            # Also after an error in a hook: the next update would sum them over the ranks again.
+            self.zero_grad()
+
+    def _clip_and_step(
+        self, clip_norm: float | None, *, skip_nonfinite: bool
+    ) -> tuple[float | None, bool]:
         norm: float | None = None
         if clip_norm is not None or skip_nonfinite:
             # A limit of infinity measures and clips nothing.
@@ -153,7 +162,6 @@ class EngineOptimizer(Optimizer):
         if steps:
             # Hooks of the optimizer, and schedulers, expect a call of this method.
             self.step()
-        self.zero_grad()
         return norm, steps
 
     def _reduce_gradients(self) -> None:

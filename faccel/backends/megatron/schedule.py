@@ -40,11 +40,12 @@ def _calls_error(got: str) -> ModelError:
 
 @attrs.define(eq=False)
 class Pipeline:
-    """The stage of a rank, and whether messages between the stages can be in order.
+    """The stage of a rank, and whether an earlier schedule has failed.
 
     Args:
         chunk: The stage, in Megatron-core's DDP.
-        has_failed: Whether a stage has left a schedule before its end.
+        has_failed: Whether this rank has left a schedule before its end. Messages between the
+            stages may then be out of order.
     """
 
     chunk: Any
