@@ -146,7 +146,8 @@ class Fp8:
         backend: `"torchao"`, or `"te"` for NVIDIA's Transformer Engine (`"tensorwise"` only).
         skip: Patterns of the names of modules that stay in bf16, with all layers inside. None is
             the output layer and the routers of experts: modules with the name `head`, `lm_head`,
-            `router` or `gate`, and what `get_output_embeddings()` of a transformers model returns.
+            `classifier`, `score`, `router` or `gate`, and what `get_output_embeddings()` of a
+            transformers model returns.
         all_gather: Whether FSDP2 gathers the weights of these layers in fp8, a quarter of the bytes
             of fp32. For `"tensorwise"` of torchao; the other recipes gather weights as stored.
         emulate: Whether to compute with rounded values in fp32, on any device. It is slow, for

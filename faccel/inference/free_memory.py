@@ -1,4 +1,4 @@
-"""Free memory: the budget of a rank that states none, and what a process returns."""
+"""Free memory: the default budget of a rank, and the return of freed memory to the system."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def default_budget(ctx: DistContext) -> dict[str, int]:
 def trim_host_memory() -> None:
     """Return freed memory of this process to the operating system.
 
-    Effects: ambient. glibc keeps freed blocks of less than 32 MB, and the small tensors between
-    them prevent that a larger one uses the room: a process would grow with each tensor.
+    Effects: ambient. glibc keeps freed blocks of less than 32 MB. Small tensors between them keep
+    them apart, so that a larger tensor does not fit: a process would grow with each tensor.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
     if trim is not None:

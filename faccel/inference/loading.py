@@ -91,23 +91,23 @@ def check_matches(
         ConfigError: It has other or smaller units, or does not fit its devices.
     """
     names = {unit.name for unit in units}
-    placed = set(placement.device_map)
-    if names != placed:
+    placed = {unit.name: unit.num_bytes for unit in placement.units}
+    if names != placed.keys():
         raise ConfigError(
             "`placement` is not one of this model",
-            got=f"different units: {short_text(first_names(names ^ placed))}",
+            got=f"different units: {short_text(first_names(names ^ placed.keys()))}",
             fix="write `placement = faccel.inference.placement_for(model, budget)`, with the same "
             "`plan`",
         )
-    for unit, placed_unit in zip(units, placement.units, strict=True):
+    for unit in units:
         num_bytes = unit.num_bytes(dtype)
         # The memory would exceed the budget.
-        if num_bytes > placed_unit.num_bytes:
+        if num_bytes > placed[unit.name]:
             raise ConfigError(
-                "`placement` is for a dtype with fewer bytes",
-                got=f"{size_text(num_bytes)} for `{unit.name}`, which has "
-                f"{size_text(placed_unit.num_bytes)} there",
-                fix="pass the same `dtype` to `placement_for` and `place`",
+                "`placement` is for a smaller model, or for a dtype with fewer bytes",
+                got=f"`{unit.name or '(root)'}`: {size_text(num_bytes)} in the model, "
+                f"{size_text(placed[unit.name])} in the placement",
+                fix="pass the same model and `dtype` to `placement_for` and `place`",
             )
     check_placement(placement)
 

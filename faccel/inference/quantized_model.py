@@ -92,8 +92,8 @@ def load_quantized(
         library: `"torchao"`: weights in int8 with a scale for each row, or in int4 with one for
             128 weights. `"bitsandbytes"`: LLM.int8, or NF4 with nested scales.
         skip: Patterns of modules that keep their dtype. None is the output layer and routers:
-            their rounding would go into the logits directly, and choose other experts. Tied
-            weights always keep theirs.
+            their rounding would go into the logits directly, and choose other experts. Tied and
+            computed weights always keep theirs.
         dtype: Of the other weights and of the computation, such as `torch.bfloat16`; None is that
             of the model.
 

@@ -293,8 +293,7 @@ def rates(meter: Meter, ctx: DistContext) -> Rates:
 
 def _gathered(counts: RankCounts[int], ctx: DistContext) -> Sequence[Sequence[int]]:
     """Return the counts of each rank. Collective."""
-    # One process, which is often as fast as a step of a millisecond: operators of PyTorch take
-    # longer than all the rest.
+    # One process often has steps of a millisecond, and a tensor takes longer than all the rest.
     if ctx.world_size == 1:
         return [counts]
     row = torch.tensor(counts, dtype=torch.int64, device=ctx.device)

@@ -7,6 +7,7 @@ import os
 import pickle
 import threading
 
+import attrs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -230,7 +231,8 @@ def test_a_placement_excludes_a_budget_and_fits_its_dtype(tmp_path):
     # In fp32 the units would exceed the budget of the placement.
     with pytest.raises(ConfigError, match="a dtype with fewer bytes"):
         place(empty, tmp_path, ctx, placement=placement)
-    place(empty, tmp_path, ctx, placement=placement, dtype=torch.bfloat16)
+    in_other_order = attrs.evolve(placement, units=placement.units[::-1])
+    place(empty, tmp_path, ctx, placement=in_other_order, dtype=torch.bfloat16)
 
 
 def changed_file(folder, change):
