@@ -299,7 +299,8 @@ def _averaged_tensors(
         shards = state_io.export(model.engine)
     # A parameter that is tied between two stages of a pipeline has one name, as in a checkpoint.
     tied_copies = model.parallelism.tied_copies(model.engine)
-    for name, param in model.module.named_parameters():
+    # Not those of the module: Megatron-core counts the layers of each stage from 0.
+    for name, param in model.named_parameters():
         key = tied_copies.get(id(param), user_name(name))
         if param.requires_grad or key in averaged:
             shard = shards.get(name, param)
