@@ -235,7 +235,7 @@ class _FullParams:
             is_copied: Whether to copy those that are full already, because they will be changed.
         """
         module_params = dict(model.module.named_parameters(remove_duplicate=False))
-        user_params = with_user_names(module_params)
+        user_params = _by_name_in_state(model, module_params)
         first_names = _first_names(model, ctx)
         state_io = model.parallelism.state
         shards: Mapping[str, Tree] = {}
@@ -306,6 +306,18 @@ class _FullParams:
         for source_name, source in self.sources.items():
             if self.first_names.get(source_name, source_name) == name:
                 copy_shard(source, value)
+
+
+def _by_name_in_state(
+    model: WrappedModel, module_params: Mapping[str, nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Return the parameters of the user's module by their names in the state of the model."""
+    state_io = model.parallelism.state
+    if state_io is None or state_io.named_parameters is None:
+        return with_user_names(module_params)
+    # Megatron-core counts the layers of each stage from 0, and the state those of the full model.
+    names = {id(param): name for name, param in model.named_parameters()}
+    return {names[id(param)]: param for param in module_params.values()}
 
 
 def _parameter(full: torch.Tensor, param: nn.Parameter | None, *, is_copied: bool) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""Averages of the parameters of a Megatron-core model, on meshes and in checkpoints."""
+"""Parameters of a Megatron-core model have the names of the full model, on every mesh."""
 
 import os
 
@@ -51,3 +51,26 @@ def test_averages_of_a_mesh_load_on_one_process(mesh, tmp_path):
     assert loaded.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(loaded[name], value, atol=1e-6, rtol=0)
+
+
+def gathers(ctx):
+    model, _ = prepared(ctx)
+    state = full_state(model)
+    with faccel.parallel.gathered(model, ctx) as params:
+        read = {name: param.detach().clone() for name, param in params.items()}
+    with faccel.parallel.gathered(model, ctx, modifier_rank=0) as params:
+        for number, param in enumerate(params.values()):
+            torch.nn.init.constant_(param, number)
+    written = {name: value.unique().tolist() for name, value in full_state(model).items()}
+    return state, read, written
+
+
+@pytest.mark.parametrize("mesh", ["pp=2", "tp=2"])
+def test_gathered_parameters_are_those_of_all_stages(mesh):
+    results = on(2, gathers, mesh=mesh)
+    expected = results[0][0] | results[1][0]
+    for _, read, written in results:
+        assert read.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in read.items())
+        numbers = {name: [number] for number, name in enumerate(read)}
+        assert written == {name: numbers[name] for name in written}
