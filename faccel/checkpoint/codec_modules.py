@@ -70,7 +70,7 @@ def _encode_module(value: WrappedModel | nn.Module, path: str, encoder: Encoder)
     if encoder.trained_only:
         entries = trainable_entries(value, state)
     else:
-        _check_loadable(value, state, path)
+        _check_scales(value, state, path)
     for name, entry in entries.items():
         # It could be stored, but neither `load` nor PyTorch can load into it.
         if isinstance(entry, torch.Tensor):
@@ -85,7 +85,7 @@ def _encode_module(value: WrappedModel | nn.Module, path: str, encoder: Encoder)
     return node
 
 
-def _check_loadable(model: WrappedModel | nn.Module, state: Mapping[str, Tree], path: str) -> None:
+def _check_scales(model: WrappedModel | nn.Module, state: Mapping[str, Tree], path: str) -> None:
     """Raise for weights of 4 bits of bitsandbytes.
 
     Raises:
