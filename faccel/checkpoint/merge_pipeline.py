@@ -49,7 +49,11 @@ def _merge_averages(nodes: Sequence[Node]) -> Node:
 def _merge_modules(nodes: Sequence[Node]) -> Node:
     entries = _union(_values("v", nodes))
     versions = _union(_values("versions", nodes))
-    return nodes[0] | {"v": entries, "versions": versions}
+    merged: dict[str, Node] = nodes[0] | {"v": entries, "versions": versions}
+    # Only some stages may have frozen parameters.
+    if any(_values("trained_only", nodes)):
+        merged["trained_only"] = True
+    return merged
 
 
 def _merge_optimizers(nodes: Sequence[Node]) -> Node:

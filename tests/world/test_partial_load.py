@@ -252,6 +252,29 @@ def test_a_pipeline_does_not_load_a_part_of_a_larger_model(tmp_path, keys):
         simulate(load, 2, 2, mesh="pp=2")
 
 
+@pytest.mark.parametrize("frozen", [0, 2], ids=["first stage", "last stage"])
+def test_a_checkpoint_without_the_frozen_layer_of_one_stage_loads(frozen, tmp_path):
+    chain = ("0", "1", "2")
+    plan = faccel.Plan(pipeline=faccel.parallel.PipelineConfig(chain=chain))
+
+    def state_of(ctx, value):
+        net = nn.Sequential(*[nn.Linear(2, 2) for _ in chain])
+        for param in net.parameters():
+            nn.init.constant_(param, value)
+        net[frozen].requires_grad_(requires_grad=False)
+        return {"model": faccel.wrap(net, ctx, plan=plan)}
+
+    def fn(ctx):
+        faccel.save(state_of(ctx, 1.0), tmp_path, ctx, step=1, trained_only=True)
+        loaded = faccel.load(state_of(ctx, 0.0), tmp_path, ctx)["model"]
+        state = loaded.state_dict()
+        return {name: faccel.tree.full_tensor(value).mean().item() for name, value in state.items()}
+
+    first, second = simulate(fn, 2, mesh="pp=2")
+    for name, value in (first | second).items():
+        assert value == float(not name.startswith(f"{frozen}."))
+
+
 class Tied(nn.Module):
     def __init__(self, *, tied):
         super().__init__()
