@@ -20,7 +20,7 @@ class LoadReport:
 
     Args:
         missing: In the state and not in the checkpoint.
-        unexpected: In a model or an optimizer of the checkpoint and not in that of the state.
+        unexpected: In a model, an optimizer or averages of the checkpoint and not in the state's.
         mismatched: In both, with another shape, or a dtype that cannot be cast to the model's.
     """
 
