@@ -3,60 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from faccel.backends.model_calls import arguments_of_call, calls_error
 from faccel.backends.pipeline_engine import PipelineEngine, StageInputs
 from faccel.comm.all_or_error import raise_on_all_ranks
 from faccel.context import DistContext
-from faccel.errors import DataError, ModelError
-from faccel.parallel.eager_code import untraced
+from faccel.errors import DataError
 from faccel.parallel.forward import to_fp32
 from faccel.protocols import MicroBatchLoss
 from faccel.random.generators import call_seeded
 from faccel.random.hashing import mix
 from faccel.training.gradient_guard import gradient_guard
 from faccel.tree import Tree, full_tensor, local_tensor
-
-
-class _Intercepted(BaseException):
-    """Carries the arguments with which a loss function called its model.
-
-    No `Exception`, which the loss function might catch.
-    """
-
-    def __init__(self, inputs: StageInputs) -> None:
-        super().__init__()
-        self.inputs = inputs
-
-
-def _intercept_inputs(loss: MicroBatchLoss) -> StageInputs:
-    """Run a loss function up to the call of its model; return the arguments of the call."""
-
-    try:
-        # The loss function prepares the inputs itself, for example renames them. The exception
-        # ends it there: the rest is for the rank that has the output of the model.
-        loss(_intercept)
-    except _Intercepted as intercepted:
-        return intercepted.inputs
-    raise _calls_error("no call")
-
-
-# One function for all calls: a compiled loss function would have a graph for each.
-@untraced
-def _intercept(*args: Tree, **kwargs: Tree) -> NoReturn:
-    raise _Intercepted(StageInputs(args, kwargs))
-
-
-def _calls_error(got: str) -> ModelError:
-    return ModelError(
-        "`loss_fn` must call its model once",
-        got=got,
-        fix="write `loss_fn(model, batch)` with one `model(...)`, as a pipeline runs it",
-    )
 
 
 def _first_inputs(
@@ -82,7 +44,10 @@ def _first_inputs(
 
 
 def _inputs_of(losses: Sequence[MicroBatchLoss], seed: int) -> list[StageInputs]:
-    return [call_seeded(_intercept_inputs, loss, mix(seed, i)) for i, loss in enumerate(losses)]
+    inputs: list[StageInputs] = []
+    for index, loss in enumerate(losses):
+        inputs.append(StageInputs(*call_seeded(arguments_of_call, loss, mix(seed, index))))
+    return inputs
 
 
 def _begin_window(
@@ -163,7 +128,7 @@ def _run_schedule(
 
         loss = call_seeded(losses[index], model, mix(seed, index))
         if len(calls) != 1:
-            raise _calls_error(f"{len(calls)} calls")
+            raise calls_error(f"{len(calls)} calls")
         # Detached, so that each graph is freed after its backward. Under `loss_parallel` a loss is
         # a DTensor.
         values[index] = full_tensor(loss.detach())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import attrs
 import torch
 
 from faccel.backends.megatron.groups import parallel_state
+from faccel.backends.model_calls import StoppedCall, arguments_of_call, calls_error
 from faccel.comm.objects import broadcast_objects
 from faccel.context import DistContext
 from faccel.errors import DataError, ModelError
@@ -17,25 +18,6 @@ from faccel.parallel.forward import to_fp32
 from faccel.protocols import MicroBatchLoss
 from faccel.random.generators import call_seeded
 from faccel.tree import Tree, flatten
-
-
-class _Stopped(BaseException):
-    """Carries a value out of a loss function at the call of its model.
-
-    No `Exception`, which the loss function might catch.
-    """
-
-    def __init__(self, value: Any) -> None:
-        super().__init__()
-        self.value = value
-
-
-def _calls_error(got: str) -> ModelError:
-    return ModelError(
-        "`loss_fn` must call its model once",
-        got=got,
-        fix="write `loss_fn(model, batch)` with one `model(...)`, as a pipeline runs it",
-    )
 
 
 @attrs.define(eq=False)
@@ -61,7 +43,8 @@ def forward_backward(
     """Run all micro-batches; return their losses, equal on all ranks of the pipeline."""
     shape = None
     if ctx.mesh.spec.pp > 1:
-        shape = _batch_shape(*_intercept_inputs(losses[0]))
+        # Its draws must not change those of the window, which runs the function again.
+        shape = _batch_shape(*call_seeded(arguments_of_call, losses[0], 0))
     steps = list(zip(losses, factors, strict=True))
 
     def step(data: Iterator[tuple[MicroBatchLoss, float | torch.Tensor]], model: Any) -> Any:
@@ -154,14 +137,14 @@ def _run_stage(
 
     def call(*args: Tree, **kwargs: Tree) -> torch.Tensor:
         if outputs:
-            raise _calls_error("a second call")
+            raise calls_error("a second call")
         if shape is not None and not model.config.variable_seq_lengths:
             _check_shape(_batch_shape(args, kwargs), shape)
         output = model(*args, **kwargs)
         outputs.append(output)
         # The other stages have no output of the model to compute a loss from.
         if not _is_last_stage():
-            raise _Stopped(output)
+            raise StoppedCall(output)
         return to_fp32(output)
 
     def with_record(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,26 +152,11 @@ def _run_stage(
 
     try:
         value = loss(call)
-    except _Stopped as stopped:
+    except StoppedCall as stopped:
         return stopped.value, with_record
     if not outputs:
-        raise _calls_error("no call")
+        raise calls_error("no call")
     return value, with_record
-
-
-def _intercept_inputs(loss: MicroBatchLoss) -> tuple[tuple[Tree, ...], Mapping[str, Tree]]:
-    """Return the arguments with which a loss function calls its model."""
-
-    def call(*args: Tree, **kwargs: Tree) -> NoReturn:
-        # The rest needs the output of the model, which no rank has before the schedule.
-        raise _Stopped((args, kwargs))
-
-    try:
-        # Draws of the loss function must not change those of the window, which runs it again.
-        call_seeded(loss, call, 0)
-    except _Stopped as stopped:
-        return stopped.value
-    raise _calls_error("no call")
 
 
 def _batch_shape(args: tuple[Tree, ...], kwargs: Mapping[str, Tree]) -> tuple[int, int]:
