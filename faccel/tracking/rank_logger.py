@@ -97,7 +97,7 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         ctx.comm.begin_call("log in order")
         # Also for a level that this rank does not log: levels may differ between ranks.
         for rank in range(ctx.world_size):
-            if rank == ctx.rank:
+            if rank == ctx.rank and self.logger.isEnabledFor(level):
                 self._log_here(ctx, level, msg, args, kwargs)
             ctx.comm.barrier(WORLD)
 
@@ -114,7 +114,7 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         step = kwargs.pop("step", None)
         # Before `msg` is formatted: most records of most ranks are not logged.
         is_printed = ctx is None or ctx.is_main or every_rank
-        if not self.logger.isEnabledFor(level) or not (is_printed or self._lines is not None):
+        if not (is_printed or self._lines is not None):
             return
         if once and not self._is_new(level, msg, args):
             return
