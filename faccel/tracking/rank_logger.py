@@ -84,20 +84,20 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         collective: call it on all ranks. `once=True` logs a message and its arguments once.
         `step=` is an attribute of the record. `ctx=` is the context of a logger without one.
         """
-        in_order = kwargs.pop("in_order", False)
-        # First: most records of a loop are of a level that is not logged.
-        if not in_order and not self.logger.isEnabledFor(level):
-            return
         ctx = kwargs.pop("ctx", self.ctx)
+        in_order = kwargs.pop("in_order", False)
+        is_enabled = self.logger.isEnabledFor(level)
+        if not is_enabled and (ctx is None or not in_order):
+            return
         kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1  # the caller's line, not this one
-        if not in_order or ctx is None:
+        if ctx is None or not in_order:
             self._log_here(ctx, level, msg, args, kwargs)
             return
         kwargs["every_rank"] = True
         ctx.comm.begin_call("log in order")
         # Also for a level that this rank does not log: levels may differ between ranks.
         for rank in range(ctx.world_size):
-            if rank == ctx.rank and self.logger.isEnabledFor(level):
+            if rank == ctx.rank and is_enabled:
                 self._log_here(ctx, level, msg, args, kwargs)
             ctx.comm.barrier(WORLD)
 
