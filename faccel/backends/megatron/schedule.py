@@ -43,7 +43,7 @@ def forward_backward(
     """Run all micro-batches; return their losses, equal on all ranks of the pipeline."""
     shape = None
     if ctx.mesh.spec.pp > 1:
-        # Its draws must not change those of the window, which runs the function again.
+        # The draws of this call must not change those of the window, which runs it again.
         shape = _batch_shape(*call_seeded(arguments_of_call, losses[0], 0))
     steps = list(zip(losses, factors, strict=True))
 
