@@ -30,7 +30,7 @@ from faccel.backends.megatron.optimizer import (
 from faccel.backends.megatron.optimizer_checks import check_optimizer
 from faccel.backends.megatron.schedule import Pipeline, forward_backward, infer
 from faccel.context import DistContext
-from faccel.errors import ModelError, OptimizerError
+from faccel.errors import ModelError, OptimizerError, short_text
 from faccel.flat_shard import FlatShard
 from faccel.grad_reducer import GradReducer, OwnedParams
 from faccel.mesh import DATA
@@ -95,11 +95,11 @@ class MegatronEngine(nn.Module):
         trained = self._trained()
         changed = self._trained_ids ^ {id(layout.param) for layout in trained}
         if changed:
-            names = [layout.name for layout in self.layouts if id(layout.param) in changed]
+            names = [f"`{layout.name}`" for layout in self.layouts if id(layout.param) in changed]
             raise ModelError(
-                "`requires_grad` changed after `wrap`, and Megatron-core's DDP has buffers for "
-                "the gradients of before",
-                got=f"`{names[0]}` and {len(names) - 1} more",
+                "`requires_grad` changed after `wrap`, when Megatron-core's DDP has created the "
+                "buffers for gradients already",
+                got=f"other values of {short_text(', '.join(names))}",
                 fix="set `requires_grad` before `faccel.wrap`",
             )
         return [layout.param for layout in trained]
