@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -15,16 +14,17 @@ from torch import nn
 
 from faccel.call_site import call_site
 from faccel.comm.call_order import CallOrder
-from faccel.comm.compared_call import labelled, name_model, subject_of_calls
+from faccel.comm.check_bits import check_bits, reduced_with_bits
+from faccel.comm.compared_call import described_call, labelled, name_model, subject_of_calls
 from faccel.comm.pack import describe
 from faccel.comm.rank_errors import naming_failed_rank, raise_naming_rank
 from faccel.comm.rank_status import RankStatus, StoreCounter
 from faccel.comm.single import FixedCounter, NoTurn, axis_error
+from faccel.comm.small_rows import Exchange, can_reduce, is_small, reduced
 from faccel.comm.turn import WorldTurn
 from faccel.comm.world_store import without_frames
 from faccel.device_table import is_host
 from faccel.errors import (
-    DesyncError,
     FaccelError,
     RankFailedError,
     WorldError,
@@ -33,7 +33,7 @@ from faccel.lifetime import WaitTimes
 from faccel.mesh import WORLD
 from faccel.protocols import Recovery
 from faccel.torch_names import all_gather_single
-from faccel.tree import Tree, flatten, paths
+from faccel.tree import Tree
 
 _OPS = {
     "sum": dist.ReduceOp.SUM,
@@ -49,6 +49,11 @@ def _is_referenced(alias: torch.Tensor) -> bool:
     """Return whether C++ has a reference to this tensor object, not only to its storage."""
     # 1 is the reference of the Python object `alias` itself.
     return alias._use_count() > 1  # type: ignore[attr-defined]
+
+
+def _size_of(x: torch.Tensor) -> str:
+    # Ranks whose tensor is small wait in other messages than ranks whose tensor is not.
+    return f" of {x.nbytes} bytes"
 
 
 def counted(waits: Sequence[WaitTimes]) -> AbstractContextManager[None]:
@@ -175,28 +180,31 @@ class TorchCollectives:
                 self.call_order.begin(call, self._tracked)
             self._forget_finished()
 
-    def _check_bits(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
-        """Return `T[64]` to append to `x` in a reduction: a hash of the call, in bits and inverted.
-
-        If all ranks send the same bits, any reduction returns them (a sum: times the number of
-        ranks, which is exact in any dtype up to 256). If two differ, each rank gets a bit that it
-        did not send. Empty in a simulation, which compares the calls themselves, and off the CPU,
-        where comparing the bits would make the host wait.
-        """
-        # Above 256 the sum of bits may be inexact: bfloat16 has 8 bits of precision.
-        if self.rank_status is None or not is_host(x.device) or self.size(axis) > 256:
-            return x.new_empty(0)
-        text = f"{op}{x.dtype}{x.numel()}"
+    def _call(self, op: str, x: torch.Tensor) -> str:
+        """Return the call that the next collective belongs to, for errors and comparisons."""
         if self._label:
-            call, tree = self._label[0]
-            text = f"{call}{paths(tree)}{describe(flatten(tree)[0])}"
-        # Not `hash(text)`, which differs between processes.
-        number = zlib.crc32(text.encode())
-        bits = [number >> i & 1 for i in range(32)]
-        # Let ranks send 0 and 1 in one place. "min" and "prod" give 0, "max" gives 1: one of them
-        # gets what it sent. In the inverted place it is the other one that does.
-        inverted_bits = [1 - bit for bit in bits]
-        return torch.tensor(bits + inverted_bits, dtype=x.dtype)
+            return described_call(*self._label[0])
+        return f"{op} of {describe([x])}"
+
+    def _exchange(self, axis: str, op: str, call: str) -> Exchange:
+        """Return the exchange of a collective on the CPU; `op` is its name for other errors."""
+        ranks = dist.get_process_group_ranks(self.group(axis))
+        size = len(ranks)
+
+        def send(row: torch.Tensor) -> torch.Tensor:
+            sent, received = self._tracked(row.repeat(size)), row.new_empty(size * len(row))
+            self.in_flight.append(received)
+            self._run(
+                op,
+                axis,
+                sent,
+                lambda group, is_async: dist.all_to_all_single(
+                    received, sent, group=group, async_op=is_async
+                ),
+            )
+            return received.view(size, len(row))
+
+        return Exchange(f"{call} over `{axis}`", ranks, send)
 
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> FaccelError | None:
         """Return the error that names the failed rank; None if `error` has another cause."""
@@ -228,6 +236,7 @@ class TorchCollectives:
         axis: str,
         x: torch.Tensor | None,
         begin: Callable[[dist.ProcessGroup, bool], dist.Work | None],
+        detail: str = "",
     ) -> None:
         """Run a collective on the tensor `x`; an error names the rank that failed.
 
@@ -236,14 +245,15 @@ class TorchCollectives:
             axis: The axis.
             x: A tensor of it; None for a barrier, which waits on the host.
             begin: `begin(group, is_async)` begins it. It returns None if it has ended already.
+            detail: What must agree besides the call where ranks wait for each other.
         """
         # Without a meter there is no context manager around the call. On an accelerator only a
         # barrier waits on the host.
         if self.waits and (x is None or is_host(x.device)):
             with self.waits[0].communicating():
-                self._run_now(op, axis, x, begin)
+                self._run_now(op, axis, x, begin, detail)
         else:
-            self._run_now(op, axis, x, begin)
+            self._run_now(op, axis, x, begin, detail)
 
     def _run_now(
         self,
@@ -251,6 +261,7 @@ class TorchCollectives:
         axis: str,
         x: torch.Tensor | None,
         begin: Callable[[dist.ProcessGroup, bool], dist.Work | None],
+        detail: str,
     ) -> None:
         group = self._own_group(axis)
         labels = self._label[:]
@@ -270,7 +281,7 @@ class TorchCollectives:
                     call = labels[0][0]
                 work = begin(group, True)
                 if work is not None:
-                    self.call_order.wait(work, call, group)
+                    self.call_order.wait(work, call + detail, group)
         except RuntimeError as error:
             raise_naming_rank(error, op, axis, self)
         self._forget_finished()
@@ -297,35 +308,38 @@ class TorchCollectives:
 
             total = funcol.all_reduce(x, _OPS_IN_GRAPHS[op], self.group(axis))
             return funcol.wait_tensor(total)
-        bits = self._check_bits(x, op, axis)
-        num_bits = len(bits)
-        # A copy in both cases: `dist.all_reduce` writes into its argument, and `x` is the caller's.
-        out = torch.cat([x.reshape(-1), bits]) if num_bits else x.clone()
+        # A simulation compares the calls themselves. Off the CPU, the host would wait for a check.
+        if self.rank_status is None or not is_host(x.device):
+            return self._all_reduced(x.clone(), op, axis)
+        size = self.size(axis)
+        call = self._call(f"all_reduce({op})", x)
+        compared = f"{op} of {describe([x])}: {call}"
+        if is_small(x, size) and can_reduce(x):
+            return reduced(self._exchange(axis, "all_reduce", call).values(x, compared), op)
+        bits = check_bits(compared, x.dtype, size)
+        return reduced_with_bits(x, op, bits, size, lambda out: self._all_reduced(out, op, axis))
+
+    def _all_reduced(self, out: torch.Tensor, op: str, axis: str) -> torch.Tensor:
+        """Reduce `out` in place, and return it."""
         flat = self._tracked(out)
         self._run(
             "all_reduce",
             axis,
             flat,
             lambda group, is_async: dist.all_reduce(flat, _OPS[op], group, is_async),
+            _size_of(flat),
         )
-        if not num_bits:
-            return out
-        if op == "sum":
-            # Modulo 2^n for an n-bit integer dtype, on both sides of the comparison.
-            bits = bits * self.size(axis)
-        if not torch.equal(out[-num_bits:], bits):
-            call = f"{op} of {describe([x])} over `{axis}` at {call_site()}"
-            raise DesyncError(
-                "ranks disagree about operation, leaves, shapes or dtypes in one reduction",
-                got=f"rank {dist.get_rank()}: {call}",
-                fix="make the same call on every rank; `FACCEL_DEBUG=1` prints that of each rank",
-            )
-        # A view would keep the bits alive, and `torch.save` would write them with the result.
-        return out[:-num_bits].clone().view(x.shape)
+        return out
 
     def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         """Return every rank's `x` along a new first dimension."""
         size = self.size(axis)
+        is_compared = self.rank_status is not None and is_host(x.device)
+        if is_compared and is_small(x, size) and x.numel():
+            call = self._call("all_gather", x)
+            # Only the name: those who have packed the rows compare what is in them.
+            compared = call.partition(" of ")[0]
+            return self._exchange(axis, "all_gather", call).values(x, compared)
         flat = x.new_empty(size * x.numel())
         if not flat.numel():
             self._label.clear()
@@ -340,6 +354,7 @@ class TorchCollectives:
                 axis,
                 row,
                 lambda group, is_async: all_gather_single(flat, row, group, is_async),
+                _size_of(row),
             )
         return flat.clone().view(size, *x.shape)
 

@@ -22,7 +22,8 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from faccel.call_site import call_site
-from faccel.tree import Tree, paths
+from faccel.comm.pack import describe
+from faccel.tree import Tree, flatten, paths
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -116,6 +117,21 @@ def labelled(call: str, x: Tree) -> str:
     """
     # Without shapes and dtypes: the operation has them, or the call compares them itself.
     return f"{call} of {', '.join(paths(x, 'x'))}"
+
+
+def described_call(call: str, x: Tree) -> str:
+    """Return the name of a public call, and names, shapes and dtypes of the leaves of its argument.
+
+    Effects: pure.
+
+    Examples:
+        >>> described_call("gather", {"a": torch.zeros(2)})
+        "gather of x['a']: float32[2]"
+    """
+    leaves: list[str] = []
+    for name, leaf in zip(paths(x, "x"), flatten(x)[0], strict=True):
+        leaves.append(f"{name}: {describe([leaf])}")
+    return f"{call} of {', '.join(leaves)}"
 
 
 # Tables of weak keys, because nothing may be set on the user's modules, nor keep them alive.

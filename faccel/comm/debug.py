@@ -10,7 +10,7 @@ from torch import nn
 from faccel.call_site import call_site
 from faccel.comm.call_exchange import CallExchange
 from faccel.comm.collectives import TorchCollectives, counted
-from faccel.comm.compared_call import ComparedCall, name_model
+from faccel.comm.compared_call import ComparedCall, described_call, name_model
 from faccel.comm.debug_group import already_compared
 from faccel.comm.pack import describe
 from faccel.comm.rank_errors import raise_naming_rank
@@ -19,7 +19,7 @@ from faccel.comm.single import FixedCounter, NoTurn
 from faccel.comm.turn import WorldTurn
 from faccel.lifetime import WaitTimes
 from faccel.mesh import WORLD
-from faccel.tree import Tree, flatten, paths
+from faccel.tree import Tree
 
 
 @attrs.frozen(eq=False)
@@ -58,10 +58,7 @@ class DebugCollectives:
     def set_call_label(self, call: str, x: Tree) -> None:
         """Set the name of the user's call that the next collective belongs to."""
         # Before packing: a row of bytes has no names, and different leaves may have equal rows.
-        leaves: list[str] = []
-        for name, leaf in zip(paths(x, "x"), flatten(x)[0], strict=True):
-            leaves.append(f"{name}: {describe([leaf])}")
-        self._label[:] = [f"{call} of {', '.join(leaves)}"]
+        self._label[:] = [described_call(call, x)]
 
     def name_model(self, model: nn.Module) -> None:
         """Give the units of a model names, by which ranks compare what they communicate."""

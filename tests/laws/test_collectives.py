@@ -118,6 +118,57 @@ def reduce_does_each_operation(ctx):
         same(faccel.reduce(x, ctx, op=op), {"f": f, "i": i, "b": b})
 
 
+# Below and above the size up to which gloo sends rows of a fixed size, and none.
+SIZES = (0, 1, 31, 32, 62, 63, 125, 300)
+DTYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+)
+OPS = {"sum": torch.sum, "min": torch.amin, "max": torch.amax, "prod": torch.prod}
+
+
+@law
+def reductions_and_gathers_of_any_size_and_dtype_are_exact(ctx):
+    for dtype in DTYPES:
+        for size in SIZES:
+            # Small integers, which every dtype has.
+            rows = [
+                (torch.arange(size) % 3 + r + 1).to(dtype).view(-1, 1)
+                for r in range(ctx.world_size)
+            ]
+            own = rows[ctx.rank]
+            stacked = torch.stack(rows).to(torch.float64)
+            gathered = faccel.gather(own, ctx)
+            assert gathered.dtype == dtype
+            assert torch.equal(gathered, torch.cat(rows)), (dtype, size)
+            for op, plain in OPS.items():
+                result = faccel.reduce(own, ctx, op=op)
+                assert result.shape == own.shape
+                assert torch.equal(result.double(), plain(stacked, 0)), (dtype, size, op)
+
+
+@law
+def columns_and_conjugates_are_reduced(ctx):
+    square = torch.arange(9.0).view(3, 3) + ctx.rank
+    total = sum(torch.arange(9.0).view(3, 3) + r for r in range(ctx.world_size))
+    assert torch.equal(faccel.reduce(square.t(), ctx), total.t())
+    assert torch.equal(faccel.reduce(square[:, 1], ctx), total[:, 1])
+    assert torch.equal(faccel.reduce(square[::2, ::2], ctx), total[::2, ::2])
+    z = torch.complex(square, square).conj()
+    assert torch.equal(faccel.reduce(z, ctx), torch.complex(total, -total))
+    assert torch.equal(
+        faccel.gather(z, ctx)[:3], torch.complex(square, -square) - ctx.rank * (1 - 1j)
+    )
+
+
 @law
 def an_unknown_reduction_is_an_error(ctx):
     with pytest.raises(ConfigError, match="`mean`"):

@@ -159,12 +159,25 @@ def test_without_debug_mode_different_collectives_raise_before_the_timeout_and_n
     errors = [error for _, error in outcomes(different_collectives, 2, timeout_s=2 * TIMEOUT_S)]
     assert all(isinstance(error, DesyncError) for error in errors), errors
     for error in errors:
-        assert "rank 0: reduce(sum) at tests/procs/test_processes.py:" in error.got
-        assert "rank 1: gather at tests/procs/test_processes.py:" in error.got
+        first = "rank 0: reduce(sum) of x: float32[4] over `data` at tests/procs/test_processes.py:"
+        assert first in error.got
+        second = "rank 1: gather of x: float32[4] over `data` at tests/procs/test_processes.py:"
+        assert second in error.got
 
 
-def different_sizes(ctx):
-    faccel.reduce(torch.ones(400 if ctx.rank else 4), ctx)
+def different_sizes(ctx, num_elements=400, call="reduce"):
+    getattr(faccel, call)(torch.ones(4000 if ctx.rank else num_elements), ctx)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["reduce", "gather"])
+def test_few_elements_on_one_rank_and_many_on_another_raise_and_name_both(call):
+    for _, error in outcomes(different_sizes, 2, 4, call, timeout_s=2 * TIMEOUT_S):
+        assert isinstance(error, DesyncError), error
+        first = rf"rank 0: {call}\S* at tests/procs/test_processes.py:"
+        assert re.search(first, error.got), error.got
+        second = rf"rank 1: {call}\S* of \d+ bytes at tests/procs/test_processes.py:"
+        assert re.search(second, error.got), error.got
 
 
 @pytest.mark.slow
@@ -211,6 +224,8 @@ def test_reductions_of_equal_size_but_different_meaning_are_an_error_on_every_ra
     for succeeded, error in outcomes(same_size, 2, what, timeout_s=120):
         assert not succeeded
         assert isinstance(error, DesyncError), error
+        # Each rank names the calls of both.
+        assert re.search(r"rank 0: .* at tests.*, rank 1: .* at tests", error.got), error.got
 
 
 def several_debug_contexts(ctx):
@@ -241,10 +256,10 @@ def test_debug_mode_raises_on_both_ranks_before_data_is_sent():
     assert all(isinstance(error, DesyncError) for error in errors), errors
     assert {error.got for error in errors} == {errors[0].got}
     assert (
-        "rank 0: reduce(sum) of x: float32[4] over `data` at tests/procs/test_processes.py:"
+        "rank 0: reduce(sum) of x: float32[400] over `data` at tests/procs/test_processes.py:"
         in errors[0].got
     )
-    assert "rank 1: reduce(sum) of x: float32[400]" in errors[0].got
+    assert "rank 1: reduce(sum) of x: float32[4000]" in errors[0].got
 
 
 def test_debug_mode_does_not_wait_for_a_rank_that_left():
