@@ -10,8 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-FLIGHT_RECORDER_SIZE = "TORCH_FR_BUFFER_SIZE"
-"""The variable for the number of collectives that PyTorch's flight recorder holds; 0 is off."""
+FLIGHT_RECORDER_SIZES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+"""The variables for the number of collectives that PyTorch's flight recorder holds; 0 is off.
+
+The second one is the older name, and the first one precedes it. Without both PyTorch holds 2000.
+"""
 
 # PyTorch 2.13 renamed it and warns about the old name.
 _name = "all_gather_single"
@@ -120,8 +123,8 @@ def names_of_groups() -> list[tuple[dist.ProcessGroup, str]]:
 def flight_record() -> Sequence[Mapping[str, Any]]:
     """Return the last collectives that PyTorch's flight recorder holds, oldest first.
 
-    Effects: pure. Empty where it does not record: without `FLIGHT_RECORDER_SIZE` in the environment
-    of the process when the first group was created, or in a build without it.
+    Effects: pure. Empty where it does not record: if `FLIGHT_RECORDER_SIZES` was 0 when the first
+    group was created, or in a build without it.
     """
     dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)  # pyright: ignore
     if dump is None:

@@ -284,7 +284,8 @@ def reduce(x: Tree, ctx: DistContext, *, op: str = "sum", axis: str = DATA) -> T
     Raises:
         ConfigError: `op` is unknown.
         DesyncError: Ranks passed different operations, leaves, shapes or dtypes (detected on the
-            CPU; not on a rank that gloo itself aborts, for which see debug mode).
+            CPU; if all send more than 248 bytes, not on a rank that gloo itself aborts, for which
+            see debug mode).
         TreeError: A leaf is not a dense tensor; names it.
 
     Examples:

@@ -1,8 +1,10 @@
 """Behaviour that simulated worlds cannot show: gloo, real timeouts, aborted processes."""
 
 import contextlib
+import functools
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +16,7 @@ import torch.distributed as dist
 
 import faccel
 from faccel.errors import DesyncError, DeviceError, RankFailedError, WorldError
+from faccel.torch_names import flight_record
 from tests.ranks import SERVER, TIMEOUT_S, env_of, hosted_store, outcomes, run_ranks
 
 
@@ -349,3 +352,46 @@ def test_an_unknown_network_interface_is_named_with_its_variable():
         assert isinstance(error, WorldError)
         assert "nope" in error.got
         assert "GLOO_SOCKET_IFNAME" in error.fix
+
+
+def number_of_records(ctx):
+    for _ in range(600):
+        dist.barrier()
+    return len(flight_record())
+
+
+def set_variables(env):
+    os.environ.update(env)
+
+
+# What the user has set stays, under each name that PyTorch has for it.
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, 500),
+        ({"TORCH_FR_BUFFER_SIZE": "40"}, 40),
+        ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "30"}, 30),
+        ({"TORCH_FR_BUFFER_SIZE": "0"}, 0),
+    ],
+)
+def test_an_observed_run_holds_500_collectives_or_as_many_as_the_user_has_set(
+    env, expected, tmp_path
+):
+    before = functools.partial(set_variables, env)
+    numbers = run_ranks(number_of_records, 2, before=before, run_dir=str(tmp_path))
+    assert numbers == [expected] * 2
+
+
+def test_plain_pytorch_records_collectives_without_faccel():
+    program = """
+import torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+for _ in range(600):
+    dist.barrier()
+from faccel.torch_names import flight_record
+print(len(flight_record()))
+"""
+    env = {name: value for name, value in os.environ.items() if "BUFFER_SIZE" not in name}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["600"]
