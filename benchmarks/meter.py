@@ -3,7 +3,8 @@
 A step trains an MLP on a batch. After it, each contender records it: with a meter; with a meter and
 the tracker `jsonl`; with a logger as well; with a meter and a journal; and with what Lightning
 Fabric has for it, its `Throughput` and `CSVLogger`. Only the recording is timed, and compared with
-the steps around it: its processor caches are those that a step leaves.
+the steps around it: its processor caches are those that a step leaves. Collectives have no row,
+because PyTorch records them by default, with and without faccel.
 
 python benchmarks/meter.py
 """

@@ -74,7 +74,12 @@ def test_the_other_figures_of_the_benchmarks_are_those_of_the_result_files():
     ratios = [
         median(*tensors, name, "ratio to torch") for name in ("faccel", "accelerate", "fabric")
     ]
+    recorded = [
+        100 * median("meter", "1 ms", name, "part of the step")
+        for name in ("meter, jsonl, logger", "Fabric: Throughput, CSVLogger")
+    ]
     for cells in (
+        f"{recorded[0]:.2f} % | | {recorded[1]:.2f} % (no logger)",
         " | ".join(f"{ratio:.2f}" for ratio in ratios),
         f"{window:.2f} | |",
         f"{saves[0]:.2f} | {saves[1]:.2f} (no fsync)",
