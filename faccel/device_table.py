@@ -44,6 +44,7 @@ class DeviceKind:
         fp8_capability: The compute capability from which a device multiplies in fp8; None where
             PyTorch has no such product.
         fp8_rowwise_capability: The same, with one scale for each row.
+        mxfp8_capability: The same, with one scale for each 32 elements.
         kubernetes_resource: The resource of the device plugin that pods request; "" if it depends
             on the model.
         ray_resource: The resource by which Ray assigns a device to an actor; "" if faccel starts
@@ -65,6 +66,7 @@ class DeviceKind:
     # Not CUDA's: a type without a row is not known to multiply in fp8.
     fp8_capability: tuple[int, int] | None = None
     fp8_rowwise_capability: tuple[int, int] | None = None
+    mxfp8_capability: tuple[int, int] | None = None
     kubernetes_resource: str = ""
     # Not CUDA's: each type has a variable of its kind that limits a process to some devices.
     ray_resource: str = ""
@@ -79,6 +81,7 @@ KINDS: Mapping[str, DeviceKind] = MappingProxyType(
             library="nccl",
             fp8_capability=(8, 9),
             fp8_rowwise_capability=(9, 0),
+            mxfp8_capability=(10, 0),
             kubernetes_resource="nvidia.com/gpu",
             ray_resource="GPU",
         ),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import attrs
 
-from faccel.checks import shown
+from faccel.checks import instance_of, shown
 from faccel.errors import ConfigError, short_repr
 from faccel.validators import (
     bool_field,
     boolean,
     choice,
     construct,
+    int_at_least,
     patterns,
     positive_number,
     text,
@@ -132,8 +134,56 @@ def to_compile(value: object) -> Compile | None:
     )
 
 
-FP8_RECIPES = ("rowwise", "rowwise_with_gw_hp", "tensorwise")
-"""How fp8 layers scale their operands, under torchao's names."""
+FP8_RECIPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "te": ("delayed", "mxfp8", "tensorwise"),
+        "torchao": ("rowwise", "rowwise_with_gw_hp", "tensorwise"),
+    }
+)
+"""How fp8 layers scale their operands, by the library that multiplies."""
+_ALL_FP8_RECIPES = sorted({name for names in FP8_RECIPES.values() for name in names})
+_HISTORY_OPTIONS = ("margin", "amax_history", "amax")
+
+
+def _fp8_format(value: Any) -> Any:
+    # Each recipe of Transformer Engine asserts that it is another one.
+    if value == "e5m2":
+        raise ConfigError(
+            "Transformer Engine does not train with all tensors in e5m2",
+            got="format='e5m2'",
+            fix='write `format="hybrid"`: e4m3 in forward, and e5m2 for gradients',
+        )
+    return value
+
+
+@attrs.frozen(kw_only=True)
+class TransformerEngineConfig:
+    """The options of NVIDIA's Transformer Engine, for `Fp8(backend="te", te=...)`.
+
+    Args:
+        format: `"hybrid"`: e4m3 in forward, e5m2 for gradients. `"e4m3"`: both in e4m3. None is
+            `"e4m3"` for the recipe `"mxfp8"`, and `"hybrid"` for the others.
+        in_eval: Whether the layers also multiply in fp8 after `model.eval()`; False is bf16.
+        margin: For `"delayed"`: scales are divided by `2**margin`. None is 0.
+        amax_history: For `"delayed"`: the number of forwards whose largest elements are kept. None
+            is 1024.
+        amax: For `"delayed"`: which element a scale is computed from: the largest in the history,
+            `"max"`, or in the last forward, `"most_recent"`. None is `"max"`.
+
+    Examples:
+        >>> TransformerEngineConfig(amax_history=16, in_eval=False).amax_history
+        16
+    """
+
+    format: str | None = attrs.field(
+        default=None, converter=_fp8_format, validator=choice("e4m3", "hybrid", optional=True)
+    )
+    in_eval: bool = bool_field(default=True)
+    margin: int | None = attrs.field(default=None, validator=int_at_least(0, optional=True))
+    amax_history: int | None = attrs.field(default=None, validator=int_at_least(1, optional=True))
+    amax: str | None = attrs.field(
+        default=None, validator=choice("max", "most_recent", optional=True)
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -141,9 +191,11 @@ class Fp8:
     """Linear layers that multiply in fp8, for `mixed_precision="fp8"`.
 
     Args:
-        recipe: `"tensorwise"`: one scale for each operand, the fastest. `"rowwise"`: one for each
-            row, more exact. `"rowwise_with_gw_hp"`: rowwise, with weight gradients in bf16.
-        backend: `"torchao"`, or `"te"` for NVIDIA's Transformer Engine (`"tensorwise"` only).
+        recipe: `"tensorwise"`: one scale for each operand, computed from it. With torchao also
+            `"rowwise"`: one for each row, more exact; and `"rowwise_with_gw_hp"`: rowwise, with
+            weight gradients in bf16. With Transformer Engine also `"mxfp8"`: one for each 32
+            elements; and `"delayed"`: one for each operand, computed from earlier forwards.
+        backend: `"torchao"`, or `"te"` for NVIDIA's Transformer Engine.
         skip: Patterns of the names of modules that stay in bf16, with all layers inside. None is
             the output layer and the routers of experts: modules with the name `head`, `lm_head`,
             `classifier`, `score`, `router` or `gate`, and what `get_output_embeddings()` of a
@@ -151,31 +203,70 @@ class Fp8:
         all_gather: Whether FSDP2 gathers the weights of these layers in fp8, a quarter of the bytes
             of fp32. For `"tensorwise"` of torchao; the other recipes gather weights as stored.
         emulate: Whether to compute with rounded values in fp32, on any device. It is slow, for
-            tests of the numbers without the hardware.
+            tests of the numbers without the hardware. For torchao.
+        te: The options of Transformer Engine, for `backend="te"`; None is its defaults.
 
     Examples:
         >>> Fp8(recipe="rowwise", skip=("head", "blocks.0")).skip
         ('head', 'blocks.0')
+        >>> Fp8(backend="te", recipe="mxfp8", te=TransformerEngineConfig(format="e4m3")).recipe
+        'mxfp8'
     """
 
-    recipe: str = attrs.field(default="tensorwise", validator=choice(*FP8_RECIPES))
-    backend: str = attrs.field(default="torchao", validator=choice("te", "torchao"))
+    recipe: str = attrs.field(default="tensorwise", validator=choice(*_ALL_FP8_RECIPES))
+    backend: str = attrs.field(default="torchao", validator=choice(*FP8_RECIPES))
     skip: tuple[str, ...] | None = attrs.field(
         default=None, converter=attrs.converters.optional(patterns)
     )
     all_gather: bool = bool_field(default=True)
     emulate: bool = bool_field(default=False)
+    te: TransformerEngineConfig | None = None
 
     def __attrs_post_init__(self) -> None:
-        if self.backend != "te":
+        if self.te is not None:
+            fix = 'write `te=faccel.parallel.TransformerEngineConfig(format="hybrid")`'
+            instance_of("te", self.te, TransformerEngineConfig, fix=fix)
+            if self.backend != "te":
+                raise ConfigError(
+                    '`te` has the options of `backend="te"`',
+                    got=f"backend={short_repr(self.backend)}",
+                    fix='write `backend="te"`, or leave `te` out',
+                )
+        self._check_recipe()
+        self._check_emulation()
+        self._check_history()
+
+    def _check_recipe(self) -> None:
+        recipes = FP8_RECIPES[self.backend]
+        if self.recipe in recipes:
             return
-        # Transformer Engine has other recipes, and no emulation.
-        if self.recipe != "tensorwise" or self.emulate:
+        (other,) = (name for name in FP8_RECIPES if self.recipe in FP8_RECIPES[name])
+        raise ConfigError(
+            f'`backend="{self.backend}"` has no recipe {short_repr(self.recipe)}',
+            got=f"recipe={short_repr(self.recipe)}, backend={short_repr(self.backend)}",
+            fix=f'write `backend="{other}"`, or one of the recipes {", ".join(recipes)}',
+        )
+
+    def _check_emulation(self) -> None:
+        if self.emulate and self.backend != "torchao":
             raise ConfigError(
-                '`backend="te"` takes the recipe "tensorwise" only, and does not emulate',
-                got=f"recipe={short_repr(self.recipe)}, emulate={self.emulate}",
-                fix='write `backend="torchao"`',
+                '`backend="te"` computes on GPUs only, and does not emulate',
+                got="emulate=True",
+                fix='write `backend="torchao"`, or leave `emulate` out',
             )
+
+    def _check_history(self) -> None:
+        if self.te is None or self.recipe == "delayed":
+            return
+        for name in _HISTORY_OPTIONS:
+            value = getattr(self.te, name)
+            if value is not None:
+                raise ConfigError(
+                    f'`{name}` is an option of the recipe "delayed": '
+                    f"{short_repr(self.recipe)} keeps no history",
+                    got=f"{name}={short_repr(value)}, recipe={short_repr(self.recipe)}",
+                    fix=f'remove `{name}`, or write `recipe="delayed"`',
+                )
 
 
 STORAGE_DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")

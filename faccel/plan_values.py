@@ -22,6 +22,7 @@ from faccel.plan import (
     Plan,
     PowerSgdConfig,
 )
+from faccel.plan_units import TransformerEngineConfig
 
 # The fields that are records, by the record that has them.
 _RECORDS: Mapping[type, Mapping[str, type]] = {
@@ -36,6 +37,7 @@ _RECORDS: Mapping[type, Mapping[str, type]] = {
         "pipeline": PipelineConfig,
     },
     DdpConfig: {"powersgd": PowerSgdConfig},
+    Fp8: {"te": TransformerEngineConfig},
 }
 _FIXES: Mapping[str, str] = {
     "compile": "write `compile: units`, or `--compile what=units,mode=max-autotune`",

@@ -41,12 +41,16 @@ def positive_number(*, optional: bool = False) -> Validator:
     return _validator(lambda name, value: positive(name, value), optional=optional)
 
 
-def int_at_least(minimum: int) -> Validator:
+def int_at_least(minimum: int, *, optional: bool = False) -> Validator:
     """Return a validator for a field that must be an int.
 
     Effects: pure.
+
+    Args:
+        minimum: The smallest valid int.
+        optional: Whether None is valid.
     """
-    return _validator(lambda name, value: integer(name, value, at_least=minimum), optional=False)
+    return _validator(lambda name, value: integer(name, value, at_least=minimum), optional=optional)
 
 
 def float_at_least(minimum: float, *, optional: bool = False) -> Validator:

@@ -29,6 +29,7 @@ from faccel.parallel.sync_states import (
     check_same_structure,
     plain_tensors,
 )
+from faccel.parallel.transformer_engine import with_history
 from faccel.plan import DdpConfig, Plan
 from faccel.protocols import Parallelism, RunMethod, Stateful
 from faccel.tree import Tree, has_inner_tensors
@@ -49,7 +50,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     engine = _make_engine(module, plan.ddp, ctx)
     # Last: DDP has sent rank 0's values in full, and not every library sends fp8.
     store_layers(module, plan, ctx)
-    return engine, with_precision(engine.run, ctx)
+    return engine, with_precision(with_history(engine.run, module, plan, ctx), ctx)
 
 
 def _rewrap(
@@ -66,7 +67,7 @@ def _rewrap(
     # Without `checkpoint_and_compile`, which has changed the units of the first `wrap`.
     new_engine = _make_engine(module, plan.ddp, ctx)
     store_layers(module, plan, ctx)
-    return new_engine, with_precision(new_engine.run, ctx)
+    return new_engine, with_precision(with_history(new_engine.run, module, plan, ctx), ctx)
 
 
 def _grad_reducer(module: nn.Module, engine: nn.Module) -> GradReducer:
@@ -143,7 +144,7 @@ def _wrap_frozen(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Mo
             )
         return call_method(module, method, *args, **kwargs)
 
-    return module, with_precision(run, ctx)
+    return module, with_precision(with_history(run, module, plan, ctx), ctx)
 
 
 def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:

@@ -38,6 +38,7 @@ from faccel.parallel.layerwise_casting import refuse_stored_layers
 from faccel.parallel.materialize import InitialValues
 from faccel.parallel.param_hooks import hooks_of
 from faccel.parallel.sync_states import broadcast_from_rank_0, check_same_structure
+from faccel.parallel.transformer_engine import with_history
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, RunMethod
 from faccel.tree import Tree, flatten, has_inner_tensors, is_dtensor
@@ -179,7 +180,7 @@ def _run_of(engine: FsdpEngine, ctx: DistContext) -> RunMethod:
     # Autocast is inside of `engine.run`. Casts of inputs and outputs are outside, so that hooks of
     # FSDP2 see the tensors of the module.
     if ctx.param_dtype is None:
-        return engine.run
+        return with_history(engine.run, engine.module, engine.plan, ctx)
     return with_precision(engine.run, ctx)
 
 

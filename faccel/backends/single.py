@@ -16,6 +16,7 @@ from faccel.parallel.forward import call_method, with_precision
 from faccel.parallel.fp8 import fp8_layers
 from faccel.parallel.layerwise_casting import store_layers
 from faccel.parallel.materialize import has_meta, materialize
+from faccel.parallel.transformer_engine import with_history
 from faccel.plan import Plan
 from faccel.protocols import Parallelism, RunMethod, Stateful
 
@@ -26,7 +27,12 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
     fp8_layers(module, plan, ctx).convert()
     checkpoint_and_compile(module, plan)
     store_layers(module, plan, ctx)
-    return module, with_precision(functools.partial(call_method, module), ctx)
+    return module, _run_of(module, plan, ctx)
+
+
+def _run_of(module: nn.Module, plan: Plan, ctx: DistContext) -> RunMethod:
+    run = functools.partial(call_method, module)
+    return with_precision(with_history(run, module, plan, ctx), ctx)
 
 
 def _wrap_optimizer(opt: Optimizer, engine: nn.Module, ctx: DistContext) -> Optimizer:
@@ -55,7 +61,7 @@ def _rewrap(
     fp8_layers(module, plan, ctx).convert()  # of the layers that are new
     store_layers(module, plan, ctx)
     # Without `checkpoint_and_compile`, which has changed the units of the first `wrap`.
-    return module, with_precision(functools.partial(call_method, module), ctx)
+    return module, _run_of(module, plan, ctx)
 
 
 SINGLE = Parallelism(

@@ -120,6 +120,10 @@ EQUALS: Mapping[str, str] = {
     "megatron_lm_": "use `--mesh dp_shard=2,tp=2,pp=2` and `faccel.Plan` in the script",
     "distributed_type": "use `--mesh`, as in `--mesh dp_shard=2,tp=2`",
     "fp8_": "use `--mixed-precision fp8 --plan fp8.recipe=rowwise`",
+    "fp8_format": "use `--mixed-precision fp8 --plan fp8.backend=te,fp8.te.format=hybrid`",
+    "fp8_interval": "leave it out: Transformer Engine computes scales in each forward",
+    "fp8_override_linear_precision": "use `--mixed-precision fp8 "
+    "--plan fp8.recipe=rowwise_with_gw_hp`: torchao has weight gradients in bf16",
     "tpu_": "print the commands of a TPU pod with `faccel launch --print tpu-pod`",
     "mpirun_": "print the command of mpirun with `faccel launch --print mpirun`",
     "rdzv_backend": "use `--rdzv-endpoint HOST:PORT`",

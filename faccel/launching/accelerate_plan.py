@@ -173,16 +173,10 @@ _DYNAMO: Mapping[str, _Convert] = {
     "dynamo_use_dynamic": _if_true(compile__dynamic=True),
     "dynamo_use_fullgraph": _if_true(compile__fullgraph=True),
 }
-_FP8: Mapping[str, _Convert] = {
-    "backend": _by_word({"ao": {}, "te": {"fp8.backend": "te"}}),
-    "enable_fsdp_float8_all_gather": _by_word({"true": {}, "false": {"fp8.all_gather": False}}),
-    "pad_inner_dim": _only("true"),  # always
-}
 _TABLES: Mapping[str, Mapping[str, _Convert]] = {
     "fsdp_config": _FSDP,
     "deepspeed_config": _DEEPSPEED,
     "dynamo_config": _DYNAMO,
-    "fp8_config": _FP8,
 }
 
 

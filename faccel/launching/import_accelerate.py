@@ -10,6 +10,7 @@ import attrs
 
 from faccel.config_file import NPROC
 from faccel.errors import ConfigError, short_repr
+from faccel.launching.accelerate_fp8 import convert_fp8
 from faccel.launching.accelerate_megatron import convert_megatron
 from faccel.launching.accelerate_plan import convert_section, is_true, whole_number
 from faccel.plan_values import nested
@@ -115,7 +116,7 @@ def from_accelerate(config: Mapping[str, Any]) -> ImportedConfig:
     if mesh:
         values["mesh"] = mesh
     if values.get("mixed_precision") == "fp8":
-        plan |= convert_section("fp8_config", _section(remaining, "fp8_config"))
+        plan |= convert_fp8(_section(remaining, "fp8_config"))
     if plan:
         values["plan"] = nested(plan.items())
     _remove_unneeded(remaining)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import libcst as cst
 
 from faccel.migration.facts import Facts
+from faccel.migration.fp8_options import transformer_engine_code
 from faccel.migration.report import Report
 from faccel.migration.syntax import arguments, call_code, callee_name, text_of
 
@@ -39,6 +40,8 @@ _READ_ELSEWHERE = (
     "split_batches",
     "step_scheduler_with_optimizer",
 )
+# Records whose options are arguments of `wrap` and `init_scaler`.
+_CONVERTED_HANDLERS = ("DistributedDataParallelKwargs", "GradScalerKwargs", "TERecipeKwargs")
 _LOADER_OPTIONS = ("split_batches", "dispatch_batches", "even_batches")
 _NO_DIFFERENCE = ("use_seedable_sampler", "use_stateful_dataloader")
 
@@ -125,7 +128,7 @@ class Creation:
         for name, record in self._handler_records(value).items():
             if name == "InitProcessGroupKwargs" and "timeout" in record:
                 args.append(f"timeout_s=({text_of(record['timeout'].value)}).total_seconds()")
-            elif name not in ("DistributedDataParallelKwargs", "GradScalerKwargs"):
+            elif name not in _CONVERTED_HANDLERS:
                 self._report.refuse(f"`{name}`", "docs/training-loop.md#mixed-precision")
         return args
 
@@ -145,10 +148,19 @@ class Creation:
         return records
 
     def plan_argument(self) -> str:
-        """Return `, plan=...` for `wrap`, from the options of DDP; "" without them."""
-        options = self._handler_records().get("DistributedDataParallelKwargs")
-        if not options:
+        """Return `, plan=...` for `wrap`, from the options of DDP and fp8; "" without them."""
+        records = self._handler_records()
+        args: list[str] = []
+        ddp = self._ddp_options(records.get("DistributedDataParallelKwargs", {}))
+        if ddp:
+            args.append(f"ddp=faccel.parallel.DdpConfig({', '.join(ddp)})")
+        if "TERecipeKwargs" in records:
+            args.append(f"fp8={transformer_engine_code(records['TERecipeKwargs'], self._report)}")
+        if not args:
             return ""
+        return f", plan=faccel.Plan({', '.join(args)})"
+
+    def _ddp_options(self, options: Mapping[str, cst.Arg]) -> list[str]:
         args: list[str] = []
         for name, arg in options.items():
             code = text_of(arg.value)
@@ -163,9 +175,7 @@ class Creation:
                 self._report.refuse(f"`{name}={code}` of DDP", "docs/parallelism.md")
             else:
                 args.append(f"{name}={code}")
-        if not args:
-            return ""
-        return f", plan=faccel.Plan(ddp=faccel.parallel.DdpConfig({', '.join(args)}))"
+        return args
 
     def scaler_arguments(self) -> str:
         """Return `, init_scale=...` for `init_scaler`; "" without `GradScalerKwargs`."""

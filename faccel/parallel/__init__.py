@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from faccel.plan import LayerwiseCasting as LayerwiseCasting
     from faccel.plan import PipelineConfig as PipelineConfig
     from faccel.plan import PowerSgdConfig as PowerSgdConfig
+    from faccel.plan_units import TransformerEngineConfig as TransformerEngineConfig
     from faccel.training.diloco import DilocoState as DilocoState
     from faccel.training.diloco import diloco as diloco
     from faccel.training.diloco import init_diloco as init_diloco
@@ -53,6 +54,7 @@ _NAMES = {
         "ActivationCheckpointing", "Compile", "DdpConfig", "DeepSpeedConfig", "Fp8", "FsdpConfig",
         "LayerwiseCasting", "PipelineConfig", "PowerSgdConfig",
     ),
+    "faccel.plan_units": ("TransformerEngineConfig",),
     "faccel.training.diloco": ("DilocoState", "diloco", "init_diloco"),
     "faccel.training.ema": ("EmaState", "ema_weights", "init_ema", "update_ema"),
     "faccel.training.join": ("join",),

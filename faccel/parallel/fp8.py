@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from faccel.context import DistContext
-from faccel.device_table import fp8_capability, kind_of
+from faccel.device_table import DeviceKind, fp8_capability, kind_of
 from faccel.errors import BackendError, ConfigError, DeviceError, short_repr
 from faccel.parallel.sensitive_layers import (
     has_computed_weight,
@@ -22,12 +22,10 @@ from faccel.parallel.sensitive_layers import (
     num_owners_of_params,
     skipped_modules,
 )
+from faccel.parallel.transformer_engine import check_plan, check_recipe, multiple_of
 from faccel.plan import Fp8, Plan
 
 _logger = logging.getLogger(__name__)
-
-# The matrix units take operands whose sides are multiples of 16.
-_MULTIPLE = 16
 
 
 @attrs.frozen(eq=False)
@@ -53,7 +51,7 @@ class Fp8Layers:
         return attrs.evolve(self, layers={name: self.layers[name] for name in names})
 
     def convert(self, *, all_gather: bool = False) -> None:
-        """Convert the layers in place. Updates them: their class is torchao's then.
+        """Convert the layers in place. Updates them: their class is one of the backend then.
 
         Names, parameters, hooks and the modules themselves stay.
 
@@ -72,9 +70,10 @@ def fp8_layers(module: nn.Module, plan: Plan, ctx: DistContext) -> Fp8Layers:
     Rank 0 logs which layers stay in bf16, and which will gain nothing.
 
     Raises:
-        ConfigError: The plan has `fp8` and the precision is another, or `skip` matches nothing.
+        ConfigError: The plan has `fp8` and the precision is another, `skip` matches nothing, or the
+            backend does not run as planned.
         DeviceError: The device does not multiply in fp8, and `emulate` is off.
-        BackendError: The package of the backend is not installed.
+        BackendError: The package of the backend is not installed, or does not have the recipe.
     """
     precision = ctx.config.mixed_precision
     if precision != "fp8":
@@ -86,8 +85,11 @@ def fp8_layers(module: nn.Module, plan: Plan, ctx: DistContext) -> Fp8Layers:
             )
         return Fp8Layers({}, Fp8())
     options = plan.fp8 or Fp8()
+    library = _LIBRARIES[options.backend]
+    library.check_plan(options, plan, ctx)
     _check_device(options, ctx.device)
     _check_installed(options)
+    library.check_recipe(options)
     layers = _linear_layers(module)
     reasons = _reasons_for_bf16(module, layers, options)
     layers = {name: layer for name, layer in layers.items() if name not in reasons}
@@ -101,9 +103,7 @@ def _check_device(options: Fp8, device: torch.device) -> None:
     if options.emulate:
         return
     capability = fp8_capability(device)
-    needed = kind_of(device).fp8_capability
-    if options.recipe != "tensorwise":
-        needed = kind_of(device).fp8_rowwise_capability
+    needed = _needed_capability(options.recipe, kind_of(device))
     if capability is None or needed is None:
         raise DeviceError(
             "this device does not multiply in fp8",
@@ -112,13 +112,25 @@ def _check_device(options: Fp8, device: torch.device) -> None:
             "`plan=faccel.Plan(fp8=faccel.parallel.Fp8(emulate=True))`",
         )
     if capability < needed:
+        other = 'use `mixed_precision="bf16"`'
+        if capability >= (kind_of(device).fp8_capability or needed):
+            other = 'use `recipe="tensorwise"` or `mixed_precision="bf16"`'
         raise DeviceError(
             f"the recipe {short_repr(options.recipe)} of fp8 needs a device of compute capability "
             f"{needed[0]}.{needed[1]}",
             got=f"`{device}` of compute capability {capability[0]}.{capability[1]}",
-            fix='use `mixed_precision="bf16"`; or, to compute the same numbers slowly, write '
+            fix=f"{other}; or, to compute in fp8 slowly, write "
             "`plan=faccel.Plan(fp8=faccel.parallel.Fp8(emulate=True))`",
         )
+
+
+def _needed_capability(recipe: str, kind: DeviceKind) -> tuple[int, int] | None:
+    """Return the compute capability from which devices of a kind run a recipe."""
+    if recipe == "mxfp8":
+        return kind.mxfp8_capability
+    if recipe.startswith("rowwise"):
+        return kind.fp8_rowwise_capability
+    return kind.fp8_capability
 
 
 def _check_installed(options: Fp8) -> None:
@@ -147,13 +159,14 @@ def _reasons_for_bf16(
     """Return why layers stay in bf16, by name."""
     skipped = skipped_modules(module, options.skip, is_sensitive)
     num_owners = num_owners_of_params(module)
+    multiple = multiple_of(options)
     reasons: dict[str, str] = {}
     for name, layer in layers.items():
         num_columns, num_rows = layer.weight.shape
         if name in skipped:
             reasons[name] = "skipped"
-        elif num_columns % _MULTIPLE or num_rows % _MULTIPLE:
-            reasons[name] = f"{num_columns} x {num_rows}, not multiples of {_MULTIPLE}"
+        elif num_columns % multiple or num_rows % multiple:
+            reasons[name] = f"{num_columns} x {num_rows}, not multiples of {multiple}"
         elif has_computed_weight(layer):
             reasons[name] = "its weight is computed"
         elif num_owners[id(layer.weight)] > 1:
@@ -191,7 +204,7 @@ def _report(
             options.recipe,
             _listed(small),
         )
-    if plan.compile is None:
+    if plan.compile is None and not _LIBRARIES[options.backend].has_fused_casts:
         _logger.warning(
             "%s is not compiled: casts to fp8 are then slower than what fp8 gains. "
             'Write `Plan(compile="units")`',
@@ -220,7 +233,7 @@ def is_too_small(layer: nn.Linear, recipe: str) -> bool:
         False
     """
     num_columns, num_rows = layer.weight.shape
-    if recipe == "tensorwise":
+    if not recipe.startswith("rowwise"):
         return num_rows <= 4096 and num_columns <= 1024
     is_narrow = num_columns <= 2048 or num_rows <= 1024
     return is_narrow or (num_columns <= 4096 and num_rows <= 2048)
@@ -276,7 +289,15 @@ def _layer_class() -> type[nn.Linear]:
 def _convert_with_transformer_engine(layer: nn.Linear, options: Fp8, *, all_gather: bool) -> None:
     from faccel.parallel.transformer_engine import convert
 
-    convert(layer)
+    convert(layer, options)
+
+
+def _any_plan(options: Fp8, plan: Plan, ctx: DistContext) -> None:
+    pass  # torchao's layers run as planned
+
+
+def _any_recipe(options: Fp8) -> None:
+    pass  # of torchao, all are installed
 
 
 class ConvertLayer(Protocol):
@@ -295,11 +316,17 @@ class _Library:
         package: The name under which it is imported.
         requirement: What to install.
         convert: Converts a layer.
+        check_plan: Raises where its layers cannot run as planned.
+        check_recipe: Raises where the installed version does not have a recipe.
+        has_fused_casts: Whether its kernels cast, without compilation.
     """
 
     package: str
     requirement: str
     convert: ConvertLayer
+    check_plan: Callable[[Fp8, Plan, DistContext], None] = _any_plan
+    check_recipe: Callable[[Fp8], None] = _any_recipe
+    has_fused_casts: bool = False
 
 
 _LIBRARIES: Mapping[str, _Library] = {
@@ -307,6 +334,9 @@ _LIBRARIES: Mapping[str, _Library] = {
         "transformer_engine",
         '--no-build-isolation "transformer_engine[pytorch]"',
         _convert_with_transformer_engine,
+        check_plan,
+        check_recipe,
+        has_fused_casts=True,
     ),
     "torchao": _Library("torchao", '"faccel[ao]"', _convert_with_torchao),
 }

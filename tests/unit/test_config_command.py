@@ -15,7 +15,13 @@ from faccel.cli.commands import main
 from faccel.config_sources import resolve
 from faccel.errors import ConfigError
 from faccel.launching.import_accelerate import from_accelerate
-from faccel.parallel import Compile, DeepSpeedConfig, Fp8, FsdpConfig
+from faccel.parallel import (
+    Compile,
+    DeepSpeedConfig,
+    Fp8,
+    FsdpConfig,
+    TransformerEngineConfig,
+)
 from faccel.plan_values import to_plan
 
 
@@ -183,6 +189,11 @@ FILES = {
 }
 
 
+def te_plan(recipe="delayed", in_eval=False, **options):
+    config = TransformerEngineConfig(in_eval=in_eval, **options)
+    return Plan(fp8=Fp8(backend="te", recipe=recipe, te=config))
+
+
 FP8_SECTIONS = [
     ("{backend: AO, enable_fsdp_float8_all_gather: true, pad_inner_dim: true}", Plan(), []),
     (
@@ -190,10 +201,35 @@ FP8_SECTIONS = [
         Plan(fp8=Fp8(all_gather=False)),
         ["fp8_config.pad_inner_dim"],
     ),
+    ("{backend: AO, margin: 1}", Plan(), ["fp8_config.margin"]),
+    ("{backend: MSAMP, opt_level: O2}", Plan(), ["fp8_config.backend", "fp8_config.opt_level"]),
+    ("{backend: TE}", te_plan(), []),
+    # As `accelerate config` writes it.
     (
-        "{backend: TE, fp8_format: E4M3}",
-        Plan(fp8=Fp8(backend="te")),
-        ["fp8_config.fp8_format"],
+        "{backend: TE, use_autocast_during_eval: false, margin: 0, interval: 1,"
+        " fp8_format: HYBRID, amax_history_length: 1024, amax_compute_algorithm: max,"
+        " override_linear_precision: [false, false, false]}",
+        te_plan(),
+        [],
+    ),
+    # With the names of `TERecipeKwargs`, and other values.
+    (
+        "{fp8_backend: te, use_autocast_during_eval: true, margin: 2, interval: 16,"
+        " fp8_format: E4M3, amax_history_len: 32, amax_compute_algo: most_recent,"
+        " override_linear_precision: '(false, false, true)'}",
+        te_plan(margin=2, format="e4m3", amax_history=32, amax="most_recent", in_eval=True),
+        ["fp8_config.interval", "fp8_config.override_linear_precision"],
+    ),
+    (
+        "{backend: TE, fp8_format: E5M2, amax_compute_algo: mean}",
+        te_plan(),
+        ["fp8_config.amax_compute_algo", "fp8_config.fp8_format"],
+    ),
+    (
+        "{backend: TE, use_mxfp8_block_scaling: true, margin: 0, amax_history_length: 16,"
+        " amax_compute_algorithm: mean}",
+        te_plan("mxfp8"),
+        ["fp8_config.amax_compute_algorithm", "fp8_config.amax_history_length"],
     ),
 ]
 
@@ -205,6 +241,13 @@ def test_a_file_with_fp8_is_imported(section, plan, unsupported):
     assert imported.values["mixed_precision"] == "fp8"
     assert to_plan(imported.values.get("plan", {})) == plan
     assert sorted(imported.without_equivalent) == unsupported
+
+
+@pytest.mark.parametrize("key", ["margin", "amax_history_length"])
+def test_a_number_of_fp8_that_is_none_is_an_error(key):
+    section = {"backend": "TE", key: "many"}
+    with pytest.raises(ConfigError, match=f"`{key.removesuffix('gth')}` of the file"):
+        from_accelerate({"distributed_type": "NO", "mixed_precision": "fp8", "fp8_config": section})
 
 
 @pytest.mark.parametrize("version", FILES)

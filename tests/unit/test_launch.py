@@ -184,7 +184,14 @@ COMMANDS = {
     "--use_parallelism_config --parallelism_config_sp_size 2 --num_processes 2": (
         "--nproc 2 --mesh cp=2"
     ),
-    "--mixed_precision fp8 --fp8_backend te": "--mixed-precision fp8 --plan fp8.backend=te",
+    "--mixed_precision fp8 --fp8_backend ao --fp8_pad_inner_dim true": "--mixed-precision fp8",
+    "--mixed_precision fp8 --fp8_backend te": "--mixed-precision fp8 "
+    "--plan fp8.backend=te,fp8.recipe=delayed,fp8.te.in_eval=false",
+    "--mixed_precision fp8 --fp8_backend te --fp8_use_autocast_during_eval --fp8_format E4M3 "
+    "--fp8_margin 1 --fp8_interval 1 --fp8_amax_history_len 16 --fp8_amax_compute_algo most_recent "
+    "--fp8_override_linear_precision false,false,false": "--mixed-precision fp8 "
+    "--plan fp8.backend=te,fp8.recipe=delayed,fp8.te.format=e4m3,fp8.te.margin=1,"
+    "fp8.te.amax_history=16,fp8.te.amax=most_recent",
     "--debug --same_network --main_training_function main": "--debug",
     "--nproc_per_node 2 --nnodes 1 --standalone": "--nproc 2 --nnodes 1",
     "--nproc-per-node=2 --nnodes=2 --node_rank=0 --main-address=node0": "--nproc 2 --nnodes 2 "

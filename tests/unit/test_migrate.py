@@ -120,10 +120,34 @@ model, optimizer, train_dataloader, scheduler = accelerator.prepare(
             ", plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(find_unused_parameters=True))",
             "",
         ),
+        (
+            "kwargs_handlers=[TERecipeKwargs()]",
+            ', plan=faccel.Plan(fp8=faccel.parallel.Fp8(backend="te", recipe="delayed", '
+            "te=faccel.parallel.TransformerEngineConfig(in_eval=False)))",
+            "",
+        ),
+        (
+            "kwargs_handlers=[TERecipeKwargs(use_mxfp8_block_scaling=True, margin=0, "
+            "use_autocast_during_eval=True, fp8_format='HYBRID')]",
+            ', plan=faccel.Plan(fp8=faccel.parallel.Fp8(backend="te", recipe="mxfp8"))',
+            "",
+        ),
+        (
+            "kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True), TERecipeKwargs("
+            "fp8_format='e4m3', amax_history_len=n, amax_compute_algo='most_recent', margin=2, "
+            "interval=1, override_linear_precision=(False, False, False), "
+            "use_autocast_during_eval=args.low)]",
+            ", plan=faccel.Plan(ddp=faccel.parallel.DdpConfig(static_graph=True), "
+            'fp8=faccel.parallel.Fp8(backend="te", recipe="delayed", '
+            'te=faccel.parallel.TransformerEngineConfig(format="e4m3", amax_history=n, '
+            'amax="most_recent", margin=2, in_eval=args.low)))',
+            "",
+        ),
     ],
 )
 def test_prepare_becomes(arguments, wrap, shard):
     new = rewritten(PREPARE.format(arguments=arguments))
+    assert "not converted" not in new
     assert new.partition("faccel.init()\n")[2] == (
         f"model = faccel.wrap(model, ctx{wrap})\n"
         "optimizer = faccel.wrap_optimizer(optimizer, model, ctx)\n"
@@ -836,6 +860,26 @@ NOTED_UPDATES = {
 def test_an_update_with_another_meaning_has_a_note(lines):
     code = f"{HEAD}net, opt = accelerator.prepare(net, opt)\n{lines}"
     assert NOTED_UPDATES[lines] in "".join(migrate_script(code.encode()).notes)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "fp8_format='E5M2'",
+        "fp8_format=args.format",
+        "interval=16",
+        "override_linear_precision=(False, False, True)",
+        "use_mxfp8_block_scaling=args.mxfp8",
+        "use_mxfp8_block_scaling=True, amax_history_len=16",
+        "**options",
+    ],
+)
+def test_an_option_of_fp8_without_an_equal_has_a_note(option):
+    arguments = f"kwargs_handlers=[TERecipeKwargs({option})]"
+    notes = "".join(migrate_script(PREPARE.format(arguments=arguments).encode()).notes)
+    name = option if "(" in option else option.removesuffix("options").rpartition(", ")[2]
+    assert "not converted: `" in notes and "low-precision.md#transformer-engine" in notes
+    assert name.replace("'", '"') in notes
 
 
 def test_a_script_with_notes_gets_them_once():

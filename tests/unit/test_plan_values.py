@@ -19,6 +19,7 @@ from faccel.parallel import (
     FsdpConfig,
     PipelineConfig,
     PowerSgdConfig,
+    TransformerEngineConfig,
 )
 from faccel.plan_values import plan_values, record_text, to_plan
 
@@ -60,6 +61,14 @@ PLANS = {
     "compile.options.epilogue_fusion=true": Plan(
         compile=Compile(options={"epilogue_fusion": True})
     ),
+    "fp8.backend=te,fp8.recipe=mxfp8": Plan(fp8=Fp8(backend="te", recipe="mxfp8")),
+    "fp8.backend=te,fp8.recipe=delayed,fp8.te.amax_history=16,fp8.te.in_eval=false": Plan(
+        fp8=Fp8(
+            backend="te",
+            recipe="delayed",
+            te=TransformerEngineConfig(amax_history=16, in_eval=False),
+        )
+    ),
     "fp8.recipe=rowwise,fp8.skip=head": Plan(fp8=Fp8(recipe="rowwise", skip=("head",))),
 }
 
@@ -86,6 +95,8 @@ def test_a_file_is_the_plan_of_its_fields(plan, suffix, tmp_path):
         ("fsdp=1", "`plan` has an invalid value: `fsdp`", "of type int"),
         ("units=Block,Head", "`plan` must be entries `name=value`", "'Head'"),
         ("units=-1", "`plan` has an invalid value: `units`", "-1"),
+        ("fp8.te.margn=1", "`plan.fp8.te.margn` is not a field", "margn=1"),
+        ("fp8.te.margin=1", "`plan` has an invalid value: `te` has the options", "torchao"),
         ("offload=maybe", "`plan` has an invalid value: `offload`", "'maybe'"),
         ("compile=all", "`plan` has an invalid value: `compile`", "'all'"),
         ("pipeline.split=head", "`plan.pipeline` is incomplete", "chain"),

@@ -1,10 +1,7 @@
 """Linear layers in fp8: the same numbers on every mesh, plain checkpoints, and clear refusals."""
 
-import contextlib
 import importlib.util
 import logging
-import sys
-import types
 
 import attrs
 import pytest
@@ -15,7 +12,7 @@ from torch.nn.utils import prune
 import faccel
 from faccel.errors import BackendError, ConfigError, DeviceError
 from faccel.parallel import ActivationCheckpointing, Fp8, FsdpConfig, PipelineConfig
-from faccel.parallel.fp8 import Fp8Layers, fp8_layers
+from faccel.parallel.fp8 import fp8_layers
 from faccel.testing import fake_context, simulate
 from faccel.tree import full_tensor
 
@@ -536,9 +533,6 @@ def test_a_plan_with_fp8_needs_the_precision_fp8(precision):
 def test_a_missing_package_is_an_error_with_the_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert 'pip install "faccel[ao]"' in error_of(BackendError, PLAN)
-    te = faccel.Plan(fp8=Fp8(backend="te"))
-    monkeypatch.setattr(torch, "get_device_module", lambda device: Device((9, 0)))
-    assert "transformer_engine[pytorch]" in error_of(BackendError, te, device="cuda")
 
 
 @pytest.mark.parametrize("pattern", ["heads", "*.*"])
@@ -556,8 +550,6 @@ def test_a_pattern_for_a_model_of_one_module_is_an_error_that_explains_it():
 INVALID = [
     ({"recipe": "blockwise"}, "rowwise_with_gw_hp"),
     ({"backend": "msamp"}, "torchao"),
-    ({"backend": "te", "recipe": "rowwise"}, 'backend="torchao"'),
-    ({"backend": "te", "emulate": True}, 'backend="torchao"'),
     ({"emulate": 1}, "emulate"),
     ({"skip": 3}, "patterns"),
 ]
@@ -592,39 +584,3 @@ def test_pure_functions_refuse_fp8():
         faccel.func.value_and_grad(lambda params, batch, generator: 0, ctx)
     with pytest.raises(ConfigError, match="mixed_precision='fp8'"):
         faccel.func.init_state(make_net(), faccel.func.sgd(0.1), ctx, seed=0)
-
-
-class EngineLinear(nn.Linear):
-    """A stand-in with the signature and the parameters of `transformer_engine.pytorch.Linear`."""
-
-    def __init__(self, in_features, out_features, bias=True, params_dtype=None, device="cuda"):
-        super().__init__(in_features, out_features, bias, device, params_dtype)
-        self.register_buffer("_extra_state", torch.zeros(1))
-
-
-def test_layers_of_transformer_engine_compute_with_the_parameters_of_the_model(monkeypatch):
-    recipes = []
-
-    @contextlib.contextmanager
-    def fp8_autocast(enabled, fp8_recipe):
-        recipes.append((enabled, fp8_recipe))
-        yield
-
-    modules = {
-        "transformer_engine": types.SimpleNamespace(),
-        "transformer_engine.pytorch": types.SimpleNamespace(
-            Linear=EngineLinear, fp8_autocast=fp8_autocast
-        ),
-        "transformer_engine.common.recipe": types.SimpleNamespace(
-            Float8CurrentScaling=lambda: "current"
-        ),
-    }
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    net, expected = make_net(), make_net()
-    Fp8Layers({"0": net[0], "2": net[2]}, Fp8(backend="te")).convert()
-    net(ROWS).sum().backward()
-    expected(ROWS).sum().backward()
-    assert recipes == [(True, "current")] * 2
-    assert torch.equal(net[0].weight.grad, expected[0].weight.grad)
-    assert net.state_dict().keys() == expected.state_dict().keys()
