@@ -14,6 +14,7 @@ import argparse
 from pydoc_data.topics import topics  # English text that is part of every Python
 
 import torch
+from arguments import count
 from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -44,7 +45,7 @@ def loss_fn(model, batch):
 
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-parser.add_argument("--steps", type=int, default=200)
+parser.add_argument("--steps", type=count, default=200)
 parser.add_argument("--runs", help="directory of checkpoints")
 parser.add_argument("--export", help="directory of the trained model")
 parser.add_argument("--model", choices=("gpt2", "gpt_neox"), default="gpt2")

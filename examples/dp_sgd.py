@@ -58,5 +58,6 @@ def main(ctx, noise):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--noise", type=float, default=1.0)
+    args = parser.parse_args()
     with faccel.init() as ctx:
-        main(ctx, parser.parse_args().noise)
+        main(ctx, args.noise)

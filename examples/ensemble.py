@@ -72,5 +72,6 @@ def main(ctx, use_compile):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
     with faccel.init() as ctx:
-        main(ctx, parser.parse_args().compile)
+        main(ctx, args.compile)

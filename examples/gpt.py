@@ -15,6 +15,7 @@ import math
 from itertools import chain
 
 import torch
+from arguments import count
 from characters import Text
 from gpt_model import GPT, tensor_styles
 from torch.utils.data import DataLoader
@@ -83,8 +84,7 @@ def train(ctx, args):
         logits = model(batch.data[:, :-1])
         return faccel.parallel.cross_entropy(logits, batch.data[:, 1:], ctx)
 
-    has_size = ctx.config.sources["grad_accum"] != "default"
-    size = ctx.config.grad_accum if has_size else ACCUMULATE
+    size = ctx.config.grad_accum if ctx.config.sources["grad_accum"] != "default" else ACCUMULATE
     epochs = loader.epochs(10**6, start=state["cursor"])
     for window in chain.from_iterable(faccel.windows(part, ctx, size=size) for _, part in epochs):
         losses, scaler = faccel.forward_backward(loss_fn, model, window, scaler, ctx)
@@ -102,8 +102,8 @@ def train(ctx, args):
 
 def parse(words=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=count, default=50)
+    parser.add_argument("--layers", type=count, default=4)
     parser.add_argument("--positions", choices=("rotary", "learned"), default="rotary")
     parser.add_argument("--tied", action="store_true", help="the head has the embedding's weight")
     parser.add_argument("--sequence-parallel", action="store_true")

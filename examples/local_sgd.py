@@ -9,6 +9,7 @@ from pydoc_data.topics import topics  # English text that is part of every Pytho
 
 import torch
 import torch.nn.functional as F
+from arguments import count
 from torch import nn
 
 import faccel
@@ -71,8 +72,8 @@ def main(ctx, steps, every):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=8, help="updates between two averages")
+    parser.add_argument("--steps", type=count, default=200)
+    parser.add_argument("--every", type=count, default=8, help="updates between two averages")
     args = parser.parse_args()
     with faccel.init() as ctx:
         main(ctx, args.steps, args.every)

@@ -7,6 +7,7 @@ faccel launch --cpu --nproc 2 examples/maml.py
 import argparse
 
 import torch
+from arguments import count
 from torch import nn
 
 import faccel
@@ -69,6 +70,7 @@ def main(ctx, num_steps):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=count, default=300)
+    args = parser.parse_args()
     with faccel.init() as ctx:
-        main(ctx, parser.parse_args().steps)
+        main(ctx, args.steps)

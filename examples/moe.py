@@ -10,6 +10,7 @@ from pydoc_data.topics import topics  # English text that is part of every Pytho
 
 import torch
 import torch.nn.functional as F
+from arguments import count
 from torch import nn
 from torch.utils.data import DataLoader, StackDataset
 
@@ -91,7 +92,7 @@ def main(ctx, steps):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=count, default=200)
     args = parser.parse_args()
     with faccel.init() as ctx:
         main(ctx, args.steps)

@@ -10,6 +10,7 @@ import pathlib
 
 import torch
 import transformers as hf
+from arguments import count, positive
 from datasets import load_dataset
 from paraphrases import write_pairs_and_model
 from torch.utils.data import DataLoader
@@ -22,9 +23,9 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="name or folder for `from_pretrained`; default: a small BERT")
 parser.add_argument("--data", help="`name` or `name:configuration`, or the stem of two CSV files")
 parser.add_argument("--out", default="runs/mrpc", help="folder of the trained model")
-parser.add_argument("--epochs", type=int, default=6)
-parser.add_argument("--lr", type=float, default=2e-3)
-parser.add_argument("--batch-size", type=int, default=32, help="pairs per update over all ranks")
+parser.add_argument("--epochs", type=count, default=6)
+parser.add_argument("--lr", type=positive, default=2e-3)
+parser.add_argument("--batch-size", type=count, default=32, help="pairs per update over all ranks")
 args = parser.parse_args()
 
 

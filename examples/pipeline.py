@@ -9,6 +9,7 @@ import argparse
 from itertools import islice
 
 import torch
+from arguments import count
 from characters import CharModel, Text, loss_fn
 from torch.utils.data import DataLoader
 
@@ -49,7 +50,7 @@ def main(ctx, steps):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=count, default=50)
     args = parser.parse_args()
     with faccel.init() as ctx:
         main(ctx, args.steps)

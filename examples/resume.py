@@ -10,6 +10,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from arguments import count
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -99,7 +100,7 @@ def main(ctx, folder, stop_after=None, workers=2):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder")
-    parser.add_argument("--stop-after", type=int, metavar="N")
+    parser.add_argument("--stop-after", type=count, metavar="N")
     args = parser.parse_args()
     with faccel.init() as ctx:
         result = main(ctx, args.folder, args.stop_after)
