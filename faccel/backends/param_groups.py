@@ -56,6 +56,20 @@ def check_same_sizes(saved: ParamGroups, groups: ParamGroups) -> None:
         )
 
 
+def new_group_error(engine: str, fix: str) -> OptimizerError:
+    """Return the error of `add_param_group` of an engine that makes its groups once.
+
+    Args:
+        engine: Its name.
+        fix: What works besides groups that are made before.
+    """
+    return OptimizerError(
+        f"`add_param_group` is unsupported under {engine}, whose groups are made once",
+        got="a new group after `faccel.wrap_optimizer`",
+        fix=f"put all parameters into groups before `faccel.wrap_optimizer`, or {fix}",
+    )
+
+
 def check_no_scheduler(opt: Optimizer) -> None:
     """Raise if a scheduler was made for `opt`: it would not change the optimizer that replaces it.
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import faccel
 from faccel.backends.table import BACKENDS, use
-from faccel.errors import ModelError
+from faccel.errors import ModelError, OptimizerError
 from faccel.testing import simulate
 from tests.laws.averaging import BACKEND
 from tests.megatron_cpu import install
@@ -193,6 +193,55 @@ def training_equals_one_process(ctx):
     if ctx.mesh.spec.pp > 1:
         names = set().union(*faccel.gather_objects(list(trained_weights), ctx, axis="world"))
     assert names == set(expected)
+
+
+@law
+def a_group_that_is_added_after_wrap_optimizer_trains_or_raises(ctx):
+    wrapped = wrapped_net(ctx, net_of(ctx).to(dtype_of(ctx)))
+    net = Net().to(dtype_of(ctx))
+    matrices, vectors = by_dims(wrapped.parameters())
+    if ctx.parallelism.name in SLOW_ENGINES:
+        opt = torch.optim.AdamW(wrapped.parameters(), lr=0.1)
+        opt = faccel.wrap_optimizer(opt, wrapped, ctx)
+        with pytest.raises(OptimizerError, match="`add_param_group` is unsupported under"):
+            opt.add_param_group({"params": vectors, "lr": 0.05})
+        list(train(ctx, wrapped, opt, 1))
+        # A group that the method has not seen is found by the step, before it moves anything.
+        opt.param_groups.append(dict(opt.param_groups[0]))
+        with pytest.raises(OptimizerError, match="`add_param_group` is unsupported under"):
+            list(train(ctx, wrapped, opt, 1))
+        trained = one_process(1, dtype_of(ctx))
+    else:
+        opt = faccel.wrap_optimizer(torch.optim.AdamW(matrices, lr=0.1), wrapped, ctx)
+        list(train(ctx, wrapped, opt, 1))
+        # As on one process, `opt` has left the gradients of the others.
+        for param in vectors:
+            param.grad = None
+        opt.add_param_group({"params": vectors, "lr": 0.05})
+        list(train(ctx, wrapped, opt, 2))
+        trained = one_process_with_a_new_group(net)
+    expected = dict(trained.named_parameters())
+    assert all(
+        (p - expected[name]).abs().max() < near_of(ctx) for name, p in weights(wrapped).items()
+    )
+
+
+def by_dims(params):
+    params = list(params)
+    return [p for p in params if p.ndim == 2], [p for p in params if p.ndim == 1]
+
+
+def one_process_with_a_new_group(net):
+    """What plain torch makes of one update of the matrices, and two of all parameters."""
+    matrices, vectors = by_dims(net.parameters())
+    opt = torch.optim.AdamW(matrices, lr=0.1)
+    for update in (0, 0, 1):
+        net(rows(update).to(matrices[0].dtype)).square().mean().backward()
+        opt.step()
+        net.zero_grad()
+        if len(opt.param_groups) == 1:
+            opt.add_param_group({"params": vectors, "lr": 0.05})
+    return net
 
 
 @law

@@ -151,6 +151,34 @@ def test_existing_states_of_an_optimizer_are_sharded():
         check_equal(got, expected)
 
 
+def with_a_new_group(ctx, ddp, path):
+    """Train one group, add the others, save, and resume from the file."""
+    net = faccel.wrap(model(), ctx, plan=faccel.Plan(ddp=ddp))
+    first, *others = groups_of(net)
+    opt = faccel.wrap_optimizer(OPTIMIZERS["AdamW"]([first]), net, ctx)
+    schedule = torch.optim.lr_scheduler.ConstantLR(opt, 1.0)
+    run(ctx, {"model": net, "opt": opt, "schedule": schedule}, range(2))
+    for param in net.parameters():
+        param.grad = None
+    for group in others:
+        opt.add_param_group(group)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 2, gamma=0.5)
+    state = {"model": net, "opt": opt, "schedule": schedule}
+    run(ctx, state, range(2, STEPS))
+    faccel.save(state, path, ctx, step=STEPS)
+    return run(ctx, faccel.load(make(ctx, ddp), path, ctx), range(STEPS, STEPS + 1))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_groups_that_are_added_later_are_sharded_too(tmp_path, world_size):
+    rows = [
+        simulate(with_a_new_group, world_size, ddp, tmp_path / str(ddp.shard_optimizer))
+        for ddp in (ZERO, PLAIN)
+    ]
+    for got, expected in zip(*rows, strict=True):
+        check_equal(got, expected)
+
+
 def resumed(ctx, path, layouts):
     """Save in one layout after 3 steps, resume in another."""
     state = make(ctx, layouts[0])

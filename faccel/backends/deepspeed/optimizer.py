@@ -10,7 +10,12 @@ from torch.optim import Optimizer
 
 from faccel.backends.deepspeed.availability import rank_environment_if_missing
 from faccel.backends.deepspeed.partition import ParamShard
-from faccel.backends.param_groups import check_same_sizes, copy_options, params_of
+from faccel.backends.param_groups import (
+    check_same_sizes,
+    copy_options,
+    new_group_error,
+    params_of,
+)
 from faccel.context import DistContext
 from faccel.errors import ConfigError, OptimizerError, short_repr
 from faccel.flat_shard import FlatShard
@@ -33,6 +38,9 @@ ELEMENTWISE = (
 
 They compute the same on one flat tensor as on the parameters that it consists of.
 """
+
+
+_FIX_OF_GROUP = 'write `faccel.init(mesh="dp_shard=-1")`, without DeepSpeed'
 
 
 def check_optimizer(opt: Optimizer, *, is_allowed: bool) -> None:
@@ -120,11 +128,21 @@ class ZeroOptimizer(Optimizer):
                 got=short_repr(closure),
                 fix="call `faccel.optimizer_step`",
             )
+        # As in `opt.param_groups.append(...)`, or where the user's optimizer has got the group.
+        if len(self.param_groups) != len(self.base.param_groups):
+            raise new_group_error("DeepSpeed", _FIX_OF_GROUP)
         # Schedulers write the learning rate into these groups, the engine reads those of `base`.
         copy_options(self.param_groups, self.base.param_groups)
         with rank_environment_if_missing(self._ctx):
             self.engine.step()
         self.has_gradients = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise: the engine has flattened the parameters of all groups."""
+        # `Optimizer.__init__` adds the first ones, before there is an engine.
+        if hasattr(self, "engine"):
+            raise new_group_error("DeepSpeed", _FIX_OF_GROUP)
+        super().add_param_group(param_group)
 
     # the signature is torch's
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002

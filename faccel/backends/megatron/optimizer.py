@@ -12,7 +12,12 @@ from torch.optim import Optimizer
 
 from faccel.backends.megatron.layout import Elements, ParamLayout
 from faccel.backends.megatron.optimizer_checks import OPTIONS
-from faccel.backends.param_groups import check_same_sizes, copy_options, params_of
+from faccel.backends.param_groups import (
+    check_same_sizes,
+    copy_options,
+    new_group_error,
+    params_of,
+)
 from faccel.context import DistContext
 from faccel.errors import ConfigError, OptimizerError, short_repr
 from faccel.update_options import UpdateOptions
@@ -21,6 +26,7 @@ from faccel.update_options import UpdateOptions
 _NUMBER = "faccel_group"
 _STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 """The states of an element, by the name of the algorithm in Megatron-core."""
+_FIX_OF_GROUP = "train the model without `strategy`"
 
 
 def create_optimizer(opt: Optimizer, chunks: Sequence[Any], ctx: DistContext) -> Any:
@@ -135,6 +141,7 @@ class EngineOptimizer(Optimizer):
         self.optimizer = optimizer
         self.engine = engine
         self.num_steps = 0
+        self._num_groups = len(groups)
         self._ctx = ctx
 
     def update(self, clip_norm: float | None, *, skip_nonfinite: bool) -> tuple[float | None, bool]:
@@ -171,6 +178,9 @@ class EngineOptimizer(Optimizer):
         self.optimizer.prepare_grads()
 
     def _copy_options(self) -> None:
+        # As in `opt.param_groups.append(...)`: nothing would step it.
+        if len(self.param_groups) != self._num_groups:
+            raise new_group_error("Megatron-core", _FIX_OF_GROUP)
         # Schedulers write the learning rate into the user's groups.
         for group in self.optimizer.param_groups:
             options = dict(self.param_groups[group[_NUMBER]])
@@ -196,11 +206,7 @@ class EngineOptimizer(Optimizer):
         """Raise: Megatron-core has made its groups already."""
         # `Optimizer.__init__` adds the first ones, before there is an engine.
         if hasattr(self, "engine"):
-            raise OptimizerError(
-                "`add_param_group` is unsupported under Megatron-core, whose groups are made once",
-                got=f"a group of {len(list(param_group['params']))} parameters",
-                fix="put all parameters into groups before `faccel.wrap_optimizer`",
-            )
+            raise new_group_error("Megatron-core", _FIX_OF_GROUP)
         super().add_param_group(param_group)
 
     # the signature is torch's
