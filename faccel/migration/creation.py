@@ -43,6 +43,10 @@ _READ_ELSEWHERE = (
 # Records whose options are arguments of `wrap` and `init_scaler`.
 _CONVERTED_HANDLERS = ("DistributedDataParallelKwargs", "GradScalerKwargs", "TERecipeKwargs")
 _LOADER_OPTIONS = ("split_batches", "dispatch_batches", "even_batches")
+_EVEN_BATCHES = (
+    '`tail="pad"` repeats fewer samples than `even_batches=True`, so the last batch is shorter; '
+    'pass `tail="full"` for batches of one size'
+)
 _NO_DIFFERENCE = ("use_seedable_sampler", "use_stateful_dataloader")
 
 
@@ -201,6 +205,10 @@ class Creation:
             return f", seed={code}"
         if name in _NO_DIFFERENCE or code in ("None", "project_dir"):
             return ""
+        if (name, code) == ("even_batches", "True"):
+            # No `tail` is Accelerate's on every number of processes: it repeats nothing on one, as
+            # "pad", and fills batches on several, as "full". `gather` leaves repeats out of both.
+            self._report.note(_EVEN_BATCHES)
         values = {("even_batches", "False"): 'tail="uneven"', ("even_batches", "True"): ""}
         values[("dispatch_batches", "True")] = 'mode="dispatch"'
         values[("dispatch_batches", "False")] = ""

@@ -155,6 +155,13 @@ def test_prepare_becomes(arguments, wrap, shard):
     )
 
 
+def test_even_batches_are_padded_and_a_note_names_the_tail_of_full_batches():
+    migration = migrate_script(PREPARE.format(arguments="even_batches=True").encode())
+    assert "faccel.shard(train_dataloader, ctx)\n" in migration.code.decode()
+    assert ['tail="full"' in note for note in migration.notes] == [True]
+    assert migrate_script(PREPARE.format(arguments="").encode()).notes == ()
+
+
 LOOP = """\
 from accelerate import Accelerator
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from torch.utils.data import BatchSampler
 
 from faccel.data.order import SMALL, Cursor, Order, ShardPlan, permute
 from faccel.errors import DataError
@@ -80,6 +81,21 @@ def test_neighbouring_pairs_are_uniform(n, epochs):
 def rows(plan, start=0):
     order = Order(plan.num_samples, 0, 0, shuffle=False)
     return [row.tolist() for row in plan.batches(order, start)]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_the_last_step_equals_accelerates(split):
+    """`tail="full"` on several processes, `"pad"` on one."""
+    data_loader = pytest.importorskip("accelerate.data_loader")
+    for n, b, w in itertools.product(range(1, 20), range(1, 4), range(2, 5)):
+        # With `split_batches`, the batch size counts the rows of all processes.
+        sampler = BatchSampler(range(n), b * w if split else b, drop_last=False)
+        for rank in range(w):
+            shard = data_loader.BatchSamplerShard(sampler, w, rank, split_batches=split)
+            assert rows(ShardPlan(n, b, rank, w, "full")) == list(shard), (n, b, rank, w)
+    for n, b in itertools.product(range(1, 20), range(1, 4)):
+        # Accelerate leaves a loader of one process as it is.
+        assert rows(ShardPlan(n, b, 0, 1, "pad")) == list(BatchSampler(range(n), b, False))
 
 
 @functools.cache
