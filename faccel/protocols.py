@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, Never, NoReturn, Protocol
 
 import attrs
 import torch
@@ -282,18 +282,22 @@ def no_join(engine: torch.nn.Module, states: Sequence[Stateful], ctx: DistContex
 
 
 class TiedCopies(Protocol):
-    """Lists the parameters of this rank that are copies of a tied parameter of another rank."""
+    """Maps the `id` of each copy of a tied parameter to the name of the first, on another rank.
 
-    def __call__(self, engine: torch.nn.Module) -> Mapping[int, str]:
-        """Map the `id` of each copy on this rank to the name of the first copy, on another rank.
+    A norm counts the first copy only, and a checkpoint stores state under its name.
+    """
 
-        A norm counts the first copy only, and a checkpoint stores state under its name.
-        """
-        ...
+    def __call__(self, engine: torch.nn.Module) -> Mapping[int, str]: ...
 
 
-def no_tied_copies(engine: torch.nn.Module) -> Mapping[int, str]:
-    """Return an empty mapping: `Parallelism.tied_copies` where ranks have the same modules."""
+class TiedNames(Protocol):
+    """Maps the `id` of each parameter that other ranks have, too, to its names on all ranks."""
+
+    def __call__(self, engine: torch.nn.Module) -> Mapping[int, Sequence[str]]: ...
+
+
+def no_tied_copies(engine: torch.nn.Module) -> Mapping[int, Never]:
+    """Return an empty mapping: the default of `tied_copies` and `tied_names`."""
     return {}
 
 
@@ -419,6 +423,7 @@ class Parallelism:
         optimizer_step: The engine's own step; None where gradients are in `.grad` and the
             optimizer is torch's.
         tied_copies: Lists copies of tied parameters, where ranks have different modules.
+        tied_names: Lists all names of those parameters and of their first copies.
         is_replicated: Whether every rank of a mesh of replicas has full parameters and gradients.
         grad_reducer: Returns what averages the gradients of a model.
         rewrap: Makes the engine again after the module changed; the default raises.
@@ -438,6 +443,7 @@ class Parallelism:
     state: StateIO | None = None
     optimizer_step: EngineOptimizerStep | None = None
     tied_copies: TiedCopies = no_tied_copies
+    tied_names: TiedNames = no_tied_copies
     is_replicated: bool = True
     grad_reducer: MakeGradReducer = averages_all
     rewrap: Rewrap = no_rewrap

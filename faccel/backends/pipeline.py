@@ -123,17 +123,17 @@ def _config(plan: Plan, ctx: DistContext) -> PipelineConfig:
     return plan.pipeline
 
 
-def _check_tied(tied: Sequence[Mapping[int, str]], stage_ranks: StageRanks) -> None:
+def _check_tied(tied: Sequence[Mapping[int, Sequence[str]]], stage_ranks: StageRanks) -> None:
     """Refuse tied parameters whose gradients could not be added.
 
     That each rank of `tp` has the same elements in both stages was checked with the styles.
 
     Args:
-        tied: For each tied parameter its name in each stage.
+        tied: For each tied parameter its names in each stage.
         stage_ranks: Which rank has which stages.
     """
     for names in tied:
-        got = ", ".join(f"`{name}`" for name in names.values())
+        got = ", ".join(f"`{first_name}`" for first_name, *_ in names.values())
         ranks = {stage_ranks.rank_of(stage) for stage in names}
         # `fully_shard` of one stage replaces the parameter there and leaves that of the other
         # stage: on this rank the two would no longer be tied.
@@ -162,17 +162,17 @@ def _check_units(stages: Sequence[Sequence[str]], layout: Layout) -> None:
 
 
 def _make_tied(
-    tied: Sequence[Mapping[int, str]], stage_ranks: StageRanks, ctx: DistContext
+    tied: Sequence[Mapping[int, Sequence[str]]], stage_ranks: StageRanks, ctx: DistContext
 ) -> list[TiedParam]:
     """Make the process groups of the tied parameters of this rank. Collective."""
     pp_rank = ctx.comm.rank("pp")
     peers = ctx.mesh.spec.peers(ctx.rank, "pp")
     records: list[TiedParam] = []
     for names in tied:
-        name_of_rank = {stage_ranks.rank_of(stage): name for stage, name in names.items()}
-        if pp_rank not in name_of_rank:
+        names_of_rank = {stage_ranks.rank_of(stage): names[stage] for stage in names}
+        if pp_rank not in names_of_rank:
             continue
-        ranks = [peers[rank] for rank in sorted(name_of_rank)]
+        ranks = [peers[rank] for rank in sorted(names_of_rank)]
         # Only the ranks of this parameter call `new_group`, so it must not wait for the world.
         group = dist.new_group(ranks, use_local_synchronization=True, group_desc="tied")
         assert isinstance(group, dist.ProcessGroup)
@@ -181,8 +181,9 @@ def _make_tied(
         copy_of = None
         first_stage = min(names)
         if pp_rank != stage_ranks.rank_of(first_stage):
-            copy_of = names[first_stage]
-        records.append(TiedParam(name_of_rank[pp_rank], group, copy_of))
+            copy_of = names[first_stage][0]
+        all_names = [name for stage in sorted(names) for name in names[stage]]
+        records.append(TiedParam(names_of_rank[pp_rank][0], all_names, group, copy_of))
     return records
 
 
@@ -226,6 +227,11 @@ def _tied_copies(engine: nn.Module) -> Mapping[int, str]:
     return copies
 
 
+def _tied_names(engine: nn.Module) -> Mapping[int, Sequence[str]]:
+    assert isinstance(engine, PipelineEngine)
+    return {id(engine.parameter(tied.name)): tied.names for tied in engine.tied}
+
+
 def _grad_reducer(module: nn.Module, engine: nn.Module) -> GradReducer:
     assert isinstance(engine, PipelineEngine)
     return OwnedParams(module, frozenset(map(id, module.parameters())), engine.reset)
@@ -245,5 +251,6 @@ PIPELINE = Parallelism(
     pipeline_forward_backward=forward_backward,
     loss_rank=_loss_rank,
     tied_copies=_tied_copies,
+    tied_names=_tied_names,
     grad_reducer=_grad_reducer,
 )

@@ -57,12 +57,14 @@ class TiedParam:
     """A parameter that stages of several ranks have; their gradients are added.
 
     Args:
-        name: Its name on this rank.
+        name: Its first name on this rank.
+        names: Its names in all stages, in the order of the stages.
         group: The ranks that have it.
         copy_of: The name of its first copy, if that is on another rank.
     """
 
     name: str
+    names: Sequence[str]
     group: dist.ProcessGroup
     copy_of: str | None
 

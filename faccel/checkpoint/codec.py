@@ -7,17 +7,24 @@ imports no class that it names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 import attrs
 import torch
 
-from faccel.checkpoint.tensor_names import check_nesting, parameter_names, parameters_by_name
+from faccel.checkpoint.tensor_names import (
+    check_nesting,
+    dotted,
+    parameter_names,
+    parameters_by_name,
+)
+from faccel.checkpoint.tensor_views import is_storable, memory_key
+from faccel.checkpoint.tied_tensors import StoredTie
 from faccel.context import DistContext
 from faccel.errors import CheckpointError, short_text
-from faccel.tree import Tree
+from faccel.tree import Tree, local_tensor
 
 Node = Any
 """A JSON value in the manifest. A dict with a key `"!"` is a value of the kind that this key names.
@@ -226,6 +233,9 @@ class Decoder:
         # New tensors, and those of models, which are read last: that cannot be undone.
         self.destinations: dict[str, torch.Tensor] = {}
         self.module_destinations: dict[str, torch.Tensor] = {}
+        self._path_by_memory: dict[Hashable, str] = {}
+        # Tensors that must be equal, because they are read into one tensor of a model.
+        self.ties: list[StoredTie] = []
         self.updates: list[Update] = []
         self.module_updates: list[Update] = []
         # A rank of a pipeline has the modules of its stages, so it loads a subset of a model.
@@ -276,8 +286,23 @@ class Decoder:
         self.destinations[self._stored_path(path)] = destination
 
     def read_into_module(self, path: str, destination: torch.Tensor) -> None:
-        """Plan to read the tensor named `path` into a tensor of a module."""
+        """Plan to read the tensor named `path` into a tensor of a module.
+
+        If another one is read into the same memory, as where two models have a parameter in common,
+        the two must be equal.
+        """
+        if is_storable(destination) and local_tensor(destination).numel():
+            first = self._path_by_memory.setdefault(memory_key(path, destination), path)
+            if first != path:
+                self.require_equal(first, path, destination.dtype)
+                return
         self.module_destinations[self._stored_path(path)] = destination
+
+    def require_equal(self, path: str, other_path: str, dtype: torch.dtype) -> None:
+        """Plan to compare two tensors, of which the first one is read into a tensor of `dtype`."""
+        stored_paths = (self._stored_path(path), self._stored_path(other_path))
+        names = (dotted(path), dotted(other_path))
+        self.ties.append(StoredTie(names, stored_paths, dtype))
 
     def new_tensor(self, path: str) -> torch.Tensor:
         """Return CPU memory that the tensor named `path` will be read into, in the stored dtype."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from faccel.checkpoint.codec import Codec, Decoder, Encoder, Node, Restore, mismatch, restore_all
-from faccel.checkpoint.codec_modules import name_difference
-from faccel.checkpoint.tensor_names import child_name
+from faccel.checkpoint.tensor_names import child_name, name_difference
 from faccel.training.ema import EmaState, Lineage, check_current
 from faccel.tree import Tree
 

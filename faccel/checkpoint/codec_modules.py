@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Protocol
 
 import torch
@@ -15,35 +15,30 @@ from faccel.checkpoint.codec import (
     Encoder,
     Node,
     Restore,
-    StoredTensor,
     Update,
-    kind_of,
     mismatch,
     restore_all,
 )
-from faccel.checkpoint.codec_tensors import TENSOR, decode_spec
-from faccel.checkpoint.codec_wrappers import (
-    WRAPPER,
-    check_same_wrapper,
-    inner_tensors,
-    is_wrapper,
+from faccel.checkpoint.module_entries import (
+    FIX_OF_OVERLAP,
+    OVERLAP,
+    ModuleEntries,
+    has_overlap,
 )
 from faccel.checkpoint.tensor_names import (
     child_name,
     module_of,
+    name_difference,
     quantization_entries,
     trainable_entries,
 )
-from faccel.checkpoint.tensor_views import (
-    check_storable,
-    memory_key,
-    stored_view,
-)
-from faccel.errors import CheckpointError, short_repr, short_text
+from faccel.checkpoint.tensor_views import check_storable
+from faccel.checkpoint.tied_tensors import tied_names
+from faccel.errors import CheckpointError, short_repr
 from faccel.training.model import WrappedModel
 from faccel.training.module_checks import check_contains_no_model
 from faccel.training.module_names import original_names, user_name, with_user_names
-from faccel.tree import Tree, has_inner_tensors, is_sharded
+from faccel.tree import Tree
 
 # Modules. Their parameters are read where they are, without a second copy in memory.
 
@@ -75,9 +70,9 @@ def _encode_module(value: WrappedModel | nn.Module, path: str, encoder: Encoder)
         # It could be stored, but neither `load` nor PyTorch can load into it.
         if isinstance(entry, torch.Tensor):
             check_storable(child_name(path, name), entry)
-        if isinstance(entry, torch.Tensor) and _has_overlap(entry):
+        if isinstance(entry, torch.Tensor) and has_overlap(entry):
             problem = f"`{child_name(path, name)}` cannot be loaded again"
-            raise CheckpointError(problem, got=_OVERLAP, fix=_FIX_OF_OVERLAP)
+            raise CheckpointError(problem, got=OVERLAP, fix=FIX_OF_OVERLAP)
     with encoder.inside_module():
         node = {"!": "module", "v": encoder.encode(entries, path), "versions": versions}
     if len(entries) < len(state):  # only then may `load` accept a model with more parameters
@@ -115,15 +110,11 @@ def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
     saved_names = original_names(node["v"])
     original_state = target.state_dict()
     state = with_user_names(original_state)
-    _check_names(node, saved_names.keys(), state, target, path, decoder)
-    restores: dict[str, Restore] = {}
-    for original_name, entry in original_state.items():
-        name = user_name(original_name)
-        if name in saved_names and not _is_unfit(node, saved_names[name], entry, path, decoder):
-            saved_name = saved_names[name]
-            restores[original_name] = _decode_entry(
-                node["v"][saved_name], entry, child_name(path, saved_name), decoder
-            )
+    ties = tied_names(target, state)
+    required = _required_names(node, saved_names.keys(), state, target, ties, decoder)
+    _check_names(required, saved_names.keys(), state.keys(), path, decoder)
+    entries = ModuleEntries(node, saved_names, ties, path, decoder)
+    restores = entries.restores(original_state)
     versions = _versions(node, target, path)
 
     def restore() -> Tree:
@@ -136,20 +127,6 @@ def _decode_module(node: Node, target: Tree, path: str, decoder: Decoder) -> Res
         return target
 
     return restore
-
-
-def _is_unfit(node: Node, name: str, entry: Tree, path: str, decoder: Decoder) -> bool:
-    """Return whether an entry does not fit and may be left out; add it to the report."""
-    entry_path, entry_node = child_name(path, name), node["v"][name]
-    is_tensor = isinstance(entry, torch.Tensor) and kind_of(entry_node) in TENSOR.kinds
-    if decoder.strict or not is_tensor:
-        return False
-    spec = decode_spec(entry_node, entry_path, decoder)
-    # A cast of complex numbers to real ones, or of real numbers to ints, would lose a part of each.
-    if spec.shape == entry.shape and torch.can_cast(spec.dtype, entry.dtype):
-        return False
-    decoder.mismatched.add(entry_path)
-    return True
 
 
 def _versions(
@@ -186,134 +163,40 @@ class _StateDict(OrderedDict[str, Any]):
         self._metadata = metadata or {}
 
 
-def _check_names(
+def _required_names(
     node: Node,
     saved: Set[str],
     state: Mapping[str, Tree],
     target: WrappedModel | nn.Module,
-    path: str,
+    ties: Mapping[str, Sequence[str]],
     decoder: Decoder,
-) -> None:
-    required = dict(state)
+) -> Set[str]:
+    """Return the names of the model that the checkpoint must have."""
+    required = set(state)
     if node.get("trained_only"):  # frozen parameters keep their values
-        required = trainable_entries(target, state)
-    if node.get("imported") and not required.keys() <= saved:
-        for name in _tied_to(saved, required):
-            del required[name]
+        required = set(trainable_entries(target, state))
+    # Files of safetensors have a tied tensor once. It is loaded under all names.
+    if node.get("imported") or not decoder.strict:
+        for name in required - saved:
+            if not saved.isdisjoint(ties.get(name, ())):
+                required.remove(name)
+    return required
+
+
+def _check_names(
+    required: Set[str], saved: Set[str], known: Set[str], path: str, decoder: Decoder
+) -> None:
     if not decoder.strict:
-        decoder.missing |= {child_name(path, name) for name in required.keys() - saved}
-        decoder.unexpected |= {child_name(path, name) for name in saved - state.keys()}
+        decoder.missing |= {child_name(path, name) for name in required - saved}
+        decoder.unexpected |= {child_name(path, name) for name in saved - known}
         return
-    is_complete = required.keys() <= saved
     # In a pipeline, the checkpoint has the modules of all stages and the rank has those of its
     # stages. `load` raises for what no rank has.
     if decoder.is_pipeline:
-        decoder.unexpected |= {child_name(path, name) for name in saved - state.keys()}
-    is_known = decoder.is_pipeline or saved <= state.keys()
-    if not (is_complete and is_known):
-        got = name_difference(saved, required.keys())
-        raise mismatch(path, got, "build the model that was saved")
-
-
-def _tied_to(saved: Set[str], state: Mapping[str, Tree]) -> list[str]:
-    """Return the names that were not saved, of tensors that were saved under another name.
-
-    Files of safetensors have a tied tensor once.
-    """
-    keys: dict[str, Hashable] = {}
-    for name, entry in state.items():
-        if isinstance(entry, torch.Tensor) and not has_inner_tensors(entry):
-            keys[name] = memory_key(name, entry)
-    saved_keys = {key for name, key in keys.items() if name in saved}
-    return [name for name, key in keys.items() if name not in saved and key in saved_keys]
-
-
-def _decode_entry(node: Node, entry: Tree, path: str, decoder: Decoder) -> Restore:
-    """Plan to read an entry of a module's state into the memory that it has."""
-    if not isinstance(entry, torch.Tensor):  # an extra state
-        return decoder.decode(node, entry, path)
-    kind = kind_of(node)
-    if kind in WRAPPER.kinds or is_wrapper(entry):
-        return _decode_wrapper_entry(node, entry, path, decoder)
-    if kind not in TENSOR.kinds:
-        raise mismatch(path, "no tensor in the checkpoint, a tensor in the model")
-    spec = decode_spec(node, path, decoder)
-    if not decoder.strict and spec.dtype != entry.dtype and spec.shape == entry.shape:
-        return decoder.decode(node, entry, path)  # `load_state_dict` casts
-    _check_tensor(entry, spec, path)
-    entry = entry.detach()
-    if entry.is_conj() or entry.is_neg():  # a lazy result has no memory
-        return decoder.decode(node, entry, path)
-    decoder.read_into_module(path, stored_view(entry))  # no second copy of the parameter
-    return lambda: entry
-
-
-def _decode_wrapper_entry(node: Node, entry: torch.Tensor, path: str, decoder: Decoder) -> Restore:
-    """Plan to read the tensors that an entry consists of."""
-    if kind_of(node) not in WRAPPER.kinds:
-        got = f"an ordinary tensor in the checkpoint, a {type(entry).__name__} in the model"
-        raise mismatch(path, got, "load it before you quantize the model")
-    check_same_wrapper(node, entry, path)
-    inner = inner_tensors(entry)
-    if inner.keys() != node["v"].keys():
-        raise mismatch(path, name_difference(node["v"].keys(), inner.keys()))
-    for name, tensor in inner.items():
-        _decode_entry(node["v"][name], tensor, child_name(path, name), decoder)
-    return lambda: entry
-
-
-def _check_tensor(entry: torch.Tensor, stored: StoredTensor, path: str) -> None:
-    if StoredTensor(entry.shape, entry.dtype) != stored:
-        raise mismatch(
-            path,
-            f"{stored.dtype} {list(stored.shape)} in the checkpoint, "
-            f"{entry.dtype} {list(entry.shape)} in the model",
-            "build the model that was saved, in its dtype",
-        )
-    if _has_overlap(entry):
-        raise mismatch(path, _OVERLAP, _FIX_OF_OVERLAP)
-
-
-_OVERLAP = "an expanded tensor, whose elements overlap in memory"
-_FIX_OF_OVERLAP = "register a `.clone()` of it"
-
-
-def _has_overlap(entry: torch.Tensor) -> bool:
-    """Return whether reading into a tensor would leave the last value in several elements."""
-    if is_sharded(entry):
-        return False
-    return any(
-        size > 1 and stride == 0 for size, stride in zip(entry.shape, entry.stride(), strict=True)
-    )
-
-
-def name_difference(stored: Set[str], expected: Set[str]) -> str:
-    """Describe how the names in the checkpoint differ from those in the state.
-
-    Effects: pure.
-
-    Examples:
-        >>> name_difference({"a", "b"}, {"b", "c"})
-        '`a` only in the checkpoint, `c` only in the state'
-    """
-    differences: list[str] = []
-    if stored - expected:
-        differences.append(f"{first_names(stored - expected)} only in the checkpoint")
-    if expected - stored:
-        differences.append(f"{first_names(expected - stored)} only in the state")
-    return ", ".join(differences)
-
-
-def first_names(names: Set[str], limit: int = 3) -> str:
-    """Return the first names in alphabetical order, and how many more there are.
-
-    Effects: pure.
-    """
-    listed = sorted(names)
-    text = ", ".join(f"`{short_text(name)}`" for name in listed[:limit])
-    if len(listed) > limit:
-        text += f" and {len(listed) - limit} more"
-    return text
+        decoder.unexpected |= {child_name(path, name) for name in saved - known}
+    is_known = decoder.is_pipeline or saved <= known
+    if not (required <= saved and is_known):
+        raise mismatch(path, name_difference(saved, required), "build the model that was saved")
 
 
 MODULE = Codec(

@@ -20,10 +20,14 @@ from faccel.checkpoint.codec import (
     mismatch,
     restore_all,
 )
-from faccel.checkpoint.codec_modules import name_difference
 from faccel.checkpoint.codec_sharded_wrappers import check_shards_of_one_class
 from faccel.checkpoint.codec_values import mapping_nodes
-from faccel.checkpoint.tensor_names import child_name, optimizer_parameter_names, user_path
+from faccel.checkpoint.tensor_names import (
+    child_name,
+    name_difference,
+    optimizer_parameter_names,
+    user_path,
+)
 from faccel.tree import Tree
 
 # The options of a parameter group, as `Optimizer.state_dict` returns them: `lr`, `params` and

@@ -16,7 +16,7 @@ from faccel.checkpoint.files import Slice
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-    from torch.distributed.checkpoint.planner import SavePlan
+    from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 
 
 def _save_planner() -> DefaultSavePlanner:
@@ -91,6 +91,9 @@ class Reader:
             file_system = _FilteredFileSystem(self._reader.fs, paths)
             self._reader.fs = file_system  # type: ignore[assignment]
         self._metadata = self._reader.read_metadata()
+        # Each rank reads for itself, without the collectives of `dcp.load`, so each one is a
+        # coordinator.
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def stored(self) -> dict[str, StoredTensor]:
         """Return the full shape and the dtype of each tensor by its name."""
@@ -110,12 +113,40 @@ class Reader:
         from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        # Each rank reads for itself, without the collectives of `dcp.load`, so each one is a
-        # coordinator.
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         planner.set_up_planner(dict(destinations), self._metadata, is_coordinator=True)
         plan = planner.finish_plan(self._reader.prepare_local_plan(planner.create_local_plan()))
         self._reader.read_data(plan, planner).wait()
+
+    def read_block(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """Return a block of a stored tensor, on the CPU."""
+        from torch.distributed.checkpoint.metadata import (
+            ChunkStorageMetadata,
+            TensorStorageMetadata,
+        )
+        from torch.distributed.checkpoint.planner import LoadPlan
+        from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+        metadata = self._metadata.state_dict_metadata[name]
+        assert isinstance(metadata, TensorStorageMetadata)
+        block = torch.empty(tuple(sizes), dtype=metadata.properties.dtype)
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        # The block may be in several slices of the files.
+        plan = LoadPlan(create_read_items_for_chunk_list(name, metadata, [chunk]))
+        self._reader.read_data(plan, _BlockPlanner(block)).wait()  # type: ignore[arg-type]
+        return block
+
+
+class _BlockPlanner:
+    """The two methods of a planner of DCP that a reader of files calls, for one block."""
+
+    def __init__(self, block: torch.Tensor) -> None:
+        self._block = block
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        return _block(self._block, read_item.dest_offsets, read_item.lengths)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Do nothing: the tensor is a view of the block."""
 
 
 class MemoryReader:
@@ -158,9 +189,18 @@ class MemoryReader:
         planner.set_up_planner(dict(destinations), metadata, is_coordinator=True)
         # The plan has the slices that this rank's shards need.
         for item in planner.finish_plan(planner.create_local_plan()).items:
-            source = self._tensors[item.storage_index.fqn]
-            for dim, (start, size) in enumerate(
-                zip(item.storage_offsets, item.lengths, strict=True)
-            ):
-                source = source.narrow(dim, start, size)
+            source = _block(
+                self._tensors[item.storage_index.fqn], item.storage_offsets, item.lengths
+            )
             planner.resolve_tensor(item).detach().copy_(source)
+
+    def read_block(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """Return a block of a tensor; a contiguous one."""
+        return _block(self._tensors[name], offsets, sizes).contiguous()
+
+
+def _block(tensor: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    """Return a view of a block of a tensor."""
+    for dim, (start, size) in enumerate(zip(offsets, sizes, strict=True)):
+        tensor = tensor.narrow(dim, start, size)
+    return tensor

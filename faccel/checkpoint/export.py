@@ -19,7 +19,8 @@ from faccel.checkpoint.files import Slice, sync_directory, write_file, write_saf
 from faccel.checkpoint.pretrained import active_adapter, weights_stem, write_adapter, write_config
 from faccel.checkpoint.rank_calls import on_rank_0
 from faccel.checkpoint.tensor_names import quantization_entries, trainable_entries
-from faccel.checkpoint.tensor_views import check_storable, memory_key
+from faccel.checkpoint.tensor_views import check_storable
+from faccel.checkpoint.tied_tensors import tie_keys
 from faccel.checks import parse_size, shown
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
@@ -108,13 +109,14 @@ class Weights:
             state = trainable_entries(model, state)
         tensors: dict[str, torch.Tensor] = {}
         ties: dict[str, str] = {}
+        keys = tie_keys(model, state)
         first_names: dict[Hashable, str] = {}
         for name, tensor in state.items():
             if not isinstance(tensor, torch.Tensor):
                 continue  # an extra state of the user's module
             check_storable(name, tensor)
             check_ordinary(name, tensor)
-            first_name = first_names.setdefault(memory_key(name, tensor), name)
+            first_name = first_names.setdefault(keys[name], name)
             if first_name == name:
                 tensors[name] = tensor.detach()
             else:

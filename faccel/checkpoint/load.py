@@ -13,7 +13,6 @@ import attrs
 from faccel.checkpoint.arguments import folder_argument, path_argument
 from faccel.checkpoint.background import wait_for_pending_saves
 from faccel.checkpoint.codec import Decoder, Node, Update
-from faccel.checkpoint.codec_modules import first_names
 from faccel.checkpoint.codecs import decoder_for
 from faccel.checkpoint.dcp import MemoryReader, Reader
 from faccel.checkpoint.formats import format_argument
@@ -26,9 +25,11 @@ from faccel.checkpoint.manifest import (
     newest_committed,
     read_manifest,
 )
-from faccel.checkpoint.partial import LoadReport, Renamed, dotted
+from faccel.checkpoint.partial import LoadReport, Renamed
 from faccel.checkpoint.rank_calls import on_all_ranks, on_rank_0
 from faccel.checkpoint.snapshot import Snapshot
+from faccel.checkpoint.tensor_names import dotted, first_names
+from faccel.checkpoint.tied_tensors import check_equal
 from faccel.checkpoint.verification import content_problem
 from faccel.checkpoint.verified import VerifiedFolders
 from faccel.context import DistContext, require_context
@@ -289,6 +290,11 @@ def _imported_source(
     return ImportedSource(path, name, keys)
 
 
+def _fix_of_tie(name: str) -> str:
+    """Return how to load without an entry of a model."""
+    return f'leave one out: `faccel.load(..., strict=False, rename={{"{name}": "{name}_unused"}})`'
+
+
 class _LoadPlan:
     """How this rank loads a checkpoint: what is read where, and how the state is restored."""
 
@@ -341,6 +347,9 @@ class _LoadPlan:
         """Read the tensors of values, and build all values. Changes nothing in the state."""
         assert self._reader is not None and self._decoder is not None
         assert self._restore is not None
+        shapes = {name: stored.shape for name, stored in self._reader.stored().items()}
+        read_block = self._reader.read_block
+        check_equal(self._decoder.ties, shapes, read_block, self._ctx, fix=_fix_of_tie)
         self._reader.read(self._decoder.destinations)
         self.result = self._restore()
 

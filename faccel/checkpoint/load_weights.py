@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 
+import attrs
 import torch
 from torch import nn
 
 from faccel.checkpoint.arguments import path_argument
-from faccel.checkpoint.codec_modules import first_names
 from faccel.checkpoint.dcp import Reader
 from faccel.checkpoint.export import INDEX_FILES, WEIGHTS_FILES, Weights, user_module
 from faccel.checkpoint.files import read_regular_file
 from faccel.checkpoint.headers import check_slices, read_slices
 from faccel.checkpoint.rank_calls import on_all_ranks
+from faccel.checkpoint.tensor_names import first_names
+from faccel.checkpoint.tied_tensors import StoredTie, check_equal, tied_names
 from faccel.context import DistContext
 from faccel.effects import AMBIENT, COLLECTIVE, effectful, updates
 from faccel.errors import CheckpointError
@@ -64,53 +66,95 @@ def load_model(
     ctx.comm.begin_call("load_model")
     state = model.state_dict()
     weights = Weights.of(model, state, trained_only=trained_only)
-    readers: list[Reader] = []
-    destinations: dict[str, torch.Tensor] = {}
+    ties = tied_names(model, with_user_names(state))
+    plans: list[_ReadPlan] = []
 
-    def plan() -> None:
+    def plan() -> Set[str]:
         folder, files = files_with_weights(absolute)
         _check_complete(folder, files)
-        readers.append(Reader(folder, files))
-        destinations.update(_destinations(weights, readers[0]))
+        plans.append(_ReadPlan.of(weights, ties, Reader(folder, files)))
+        plans[0].check_ties(ctx)
+        return plans[0].unknown
 
-    on_all_ranks(plan, ctx, "find the weights of the model")
-    on_all_ranks(lambda: readers[0].read(destinations), ctx, "read the weights")
+    unknown = on_all_ranks(plan, ctx, "find the weights of the model")
+    # A rank of a pipeline has the modules of its stages, so it has some names of the files.
+    check_none(set.intersection(*map(set, unknown)), "unknown to the model")
+    on_all_ranks(lambda: plans[0].read(), ctx, "read the weights")
     # Most modules' `state_dict` returns the parameters themselves, which have been read into; some
     # return copies.
     on_all_ranks(lambda: model.load_state_dict(state), ctx, "load the weights")
 
 
-def _destinations(weights: Weights, reader: Reader) -> dict[str, torch.Tensor]:
-    """Return the model's tensors under the names in the files.
+@attrs.frozen(eq=False)
+class _ReadPlan:
+    """What is read from files into the tensors of a model.
 
-    Raises:
-        CheckpointError: Names or shapes differ, or dtypes cannot be cast.
+    Args:
+        reader: Reads the files.
+        destinations: The tensors of the model, by their names in the files.
+        ties: What must be equal in the files.
+        unknown: Names in the files that this rank's part of the model does not have.
     """
-    all_stored = reader.stored()
-    # Files that were exported from a compiled model have its names.
-    file_names = original_names(all_stored)
-    stored = with_user_names(all_stored)
-    destinations = dict(weights.tensors)
-    for name, first_name in weights.ties.items():
-        # the files may contain a tied tensor under another of its names
-        if name in stored and first_name not in stored and first_name in destinations:
-            destinations[name] = destinations.pop(first_name)
-    # Everything is compared before the first weight is read.
-    missing = destinations.keys() - stored.keys()
-    unknown = stored.keys() - destinations.keys() - weights.ties.keys()
-    misshapen: set[str] = set()
-    mistyped: set[str] = set()
-    for name, tensor in destinations.items():
-        if name in stored and stored[name].shape != tensor.shape:
-            misshapen.add(name)
-        if name in stored and not torch.can_cast(stored[name].dtype, tensor.dtype):
-            mistyped.add(name)
-    check_none(missing, "missing in the files")
-    check_none(unknown, "unknown to the model")
-    check_none(misshapen, "of another shape")
-    # A cast of complex numbers to real ones, or of real numbers to ints, would lose a part of each.
-    check_none(mistyped, "of a dtype that cannot be cast to the model's")
-    return {file_names[name]: tensor for name, tensor in destinations.items()}
+
+    reader: Reader
+    destinations: Mapping[str, torch.Tensor]
+    ties: Sequence[StoredTie]
+    unknown: Set[str]
+
+    @classmethod
+    def of(cls, weights: Weights, ties: Mapping[str, Sequence[str]], reader: Reader) -> _ReadPlan:
+        """Plan what is read; everything is compared before the first weight is read.
+
+        Raises:
+            CheckpointError: Names or shapes differ, or dtypes cannot be cast.
+        """
+        all_stored = reader.stored()
+        # Files that were exported from a compiled model have its names.
+        file_names = original_names(all_stored)
+        stored = with_user_names(all_stored)
+        destinations: dict[str, torch.Tensor] = {}
+        stored_ties: list[StoredTie] = []
+        missing: set[str] = set()
+        misshapen: set[str] = set()
+        mistyped: set[str] = set()
+        known: set[str] = set()
+        for first_name, tensor in weights.tensors.items():
+            # The files may contain a tied tensor under any of its names, or under several.
+            names = [name for name in ties.get(first_name, (first_name,)) if name in stored]
+            if not names:
+                missing.add(first_name)
+                continue
+            known.update(names)
+            destinations[file_names[names[0]]] = tensor
+            misshapen.update(name for name in names if stored[name].shape != tensor.shape)
+            # A cast of complex numbers to real ones, or of real numbers to ints, would lose a part
+            # of each.
+            mistyped.update(
+                name for name in names if not torch.can_cast(stored[name].dtype, tensor.dtype)
+            )
+            for other in names[1:]:
+                in_files = (file_names[names[0]], file_names[other])
+                stored_ties.append(StoredTie((names[0], other), in_files, tensor.dtype))
+        check_none(missing, "missing in the files")
+        check_none(misshapen, "of another shape")
+        check_none(mistyped, "of a dtype that cannot be cast to the model's")
+        return cls(reader, destinations, stored_ties, stored.keys() - known)
+
+    def check_ties(self, ctx: DistContext) -> None:
+        """Raise if two names of one tied tensor have different values."""
+        shapes = {name: stored.shape for name, stored in self.reader.stored().items()}
+        check_equal(self.ties, shapes, self.reader.read_block, ctx, fix=_fix_of_tie)
+
+    def read(self) -> None:
+        """Read the weights into the model."""
+        self.reader.read(self.destinations)
+
+
+def _fix_of_tie(name: str) -> str:
+    return (
+        'leave one out: `faccel.load({"model": model}, path, ctx, format="safetensors", '
+        f'strict=False, rename={{"model.{name}": "model.{name}_unused"}})`'
+    )
 
 
 def _check_complete(folder: str, files: Sequence[str]) -> None:

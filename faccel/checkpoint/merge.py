@@ -10,7 +10,6 @@ import torch
 
 from faccel.checkpoint.arguments import folder_argument
 from faccel.checkpoint.codec import Node, kind_of
-from faccel.checkpoint.codec_modules import first_names
 from faccel.checkpoint.codec_tensors import TENSOR
 from faccel.checkpoint.codec_values import MAPPING, SEQUENCE
 from faccel.checkpoint.codec_wrappers import WRAPPER
@@ -26,7 +25,7 @@ from faccel.checkpoint.manifest import (
     newest_committed,
     read_manifest,
 )
-from faccel.checkpoint.tensor_names import child_name, item_name
+from faccel.checkpoint.tensor_names import child_name, first_names, item_name
 from faccel.checkpoint.tensor_views import DTYPES
 from faccel.checkpoint.verification import first_problem
 from faccel.checks import parse_size

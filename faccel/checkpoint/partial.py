@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from urllib.parse import unquote
 
 import attrs
 
@@ -39,19 +38,6 @@ class LoadReport:
             mismatched |= set(report.mismatched)
             unexpected &= set(report.unexpected)
         return cls(tuple(sorted(missing)), tuple(sorted(unexpected)), tuple(sorted(mismatched)))
-
-
-def dotted(path: str) -> str:
-    """Return the name of an entry for users, from its path in the checkpoint.
-
-    Effects: pure.
-
-    Examples:
-        >>> dotted("model/head.weight"), dotted("nets/#1/a%2Fb")
-        ('model.head.weight', 'nets.1.a/b')
-    """
-    keys = [unquote(key.removeprefix("#")) for key in path.split("/")]
-    return ".".join(keys)
 
 
 class Renamed:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from urllib.parse import quote
+from collections.abc import Iterable, Mapping, Sequence, Set
+from urllib.parse import quote, unquote
 
 import numpy as np
 import torch
@@ -47,6 +47,48 @@ def child_name(parent: str, key: object) -> str:
     if name in ("", "__metadata__"):  # safetensors reserves `__metadata__` in the header of a file
         name = f"%{name}"
     return _join(parent, name)
+
+
+def dotted(path: str) -> str:
+    """Return the name of an entry for users, from its path in the checkpoint.
+
+    Effects: pure.
+
+    Examples:
+        >>> dotted("model/head.weight"), dotted("nets/#1/a%2Fb")
+        ('model.head.weight', 'nets.1.a/b')
+    """
+    keys = [unquote(key.removeprefix("#")) for key in path.split("/")]
+    return ".".join(keys)
+
+
+def name_difference(stored: Set[str], expected: Set[str]) -> str:
+    """Describe how the names in the checkpoint differ from those in the state.
+
+    Effects: pure.
+
+    Examples:
+        >>> name_difference({"a", "b"}, {"b", "c"})
+        '`a` only in the checkpoint, `c` only in the state'
+    """
+    differences: list[str] = []
+    if stored - expected:
+        differences.append(f"{first_names(stored - expected)} only in the checkpoint")
+    if expected - stored:
+        differences.append(f"{first_names(expected - stored)} only in the state")
+    return ", ".join(differences)
+
+
+def first_names(names: Set[str], limit: int = 3) -> str:
+    """Return the first names in alphabetical order, and how many more there are.
+
+    Effects: pure.
+    """
+    listed = sorted(names)
+    text = ", ".join(f"`{short_text(name)}`" for name in listed[:limit])
+    if len(listed) > limit:
+        text += f" and {len(listed) - limit} more"
+    return text
 
 
 def item_name(parent: str, index: int) -> str:
@@ -188,7 +230,7 @@ def trainable_entries(
     Effects: pure. Parameters that require gradients, buffers and extra states stay.
     """
     entries = dict(state)
-    for name, param in _all_names(model):
+    for name, param in all_names(model):
         if not param.requires_grad:
             entries.pop(name, None)
     for name in quantization_entries(model, entries):
@@ -206,7 +248,7 @@ def quantization_entries(
     """
     quantized: set[str] = set()
     registered: set[str] = set()
-    for name, param in _all_names(model):
+    for name, param in all_names(model):
         registered.add(name)
         if _is_quantized(param):
             quantized.add(name)
@@ -235,7 +277,7 @@ def module_of(model: WrappedModel | nn.Module) -> nn.Module:
     return model
 
 
-def _all_names(model: WrappedModel | nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+def all_names(model: WrappedModel | nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     """Yield each parameter under each name that it has in the state of the model."""
     if isinstance(model, WrappedModel):
         # In a pipeline of Megatron-core, the names of the module count the layers of one stage.

@@ -40,6 +40,14 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
         raise CheckpointError(f"`{name}` cannot be stored", got=got, fix=fix)
 
 
+def is_storable(tensor: torch.Tensor) -> bool:
+    """Return whether `check_storable` raises nothing.
+
+    Effects: pure.
+    """
+    return _problem(tensor) is None
+
+
 def _problem(tensor: torch.Tensor) -> tuple[str, str] | None:
     """Return what prevents a tensor from being stored, and the fix."""
     if isinstance(tensor, OffloadedTensor):  # an export reads it when it writes it
@@ -199,7 +207,7 @@ def memory_key(name: str, tensor: torch.Tensor) -> Hashable:
 
     Effects: pure.
     """
-    if isinstance(tensor, FlatShard):
+    if isinstance(tensor, FlatShard) and tensor.param is not None:
         return id(tensor.param)
     if isinstance(tensor, OffloadedTensor):
         return tensor.full_name

@@ -20,7 +20,6 @@ import xxhash
 
 from faccel.checkpoint.arguments import check_encodable, check_step, metadata_argument
 from faccel.checkpoint.codec import Node
-from faccel.checkpoint.codec_modules import first_names
 from faccel.checkpoint.codec_per_rank import key_paths
 from faccel.checkpoint.codecs import encoder_for
 from faccel.checkpoint.dcp import global_save_plan, local_save_plan, planned_slices
@@ -49,6 +48,7 @@ from faccel.checkpoint.node_checks import check_nodes
 from faccel.checkpoint.policy import KeepPolicy
 from faccel.checkpoint.rank_calls import on_all_ranks
 from faccel.checkpoint.save_request import SaveRequest, check_equal_requests
+from faccel.checkpoint.tensor_names import first_names
 from faccel.checkpoint.verification import first_problem
 from faccel.checkpoint.verified import VerifiedFolders
 from faccel.comm.objects import gather_objects

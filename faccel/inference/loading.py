@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from faccel.checkpoint.codec_modules import first_names
+from faccel.checkpoint.tensor_names import first_names
 from faccel.errors import ConfigError, ModelError, short_text
 from faccel.inference.budget import DISK, available_device, is_accelerator, size_text
 from faccel.inference.copies import ReadRange

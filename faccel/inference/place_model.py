@@ -29,6 +29,7 @@ from faccel.inference.strategies import placement_for
 from faccel.inference.weight_files import (
     StoredWeight,
     WeightReader,
+    check_ties,
     stored_weights,
     weights_by_name,
 )
@@ -117,7 +118,9 @@ def place(
 
     def find() -> None:
         loader.check_uses(sample)
-        weights.update(weights_by_name(tensors_of(model), stored_weights(absolute)))
+        stored = stored_weights(absolute)
+        weights.update(weights_by_name(tensors_of(model), stored))
+        check_ties(tensors_of(model), stored, reader)
         check_buffers(model, weights)
 
     on_all_ranks(find, ctx, "find the weights of the model")

@@ -42,6 +42,7 @@ from faccel.inference.set_tensors import set_buffer, set_param
 from faccel.inference.weight_files import (
     StoredWeight,
     WeightReader,
+    check_ties,
     stored_weights,
     weights_by_name,
 )
@@ -180,7 +181,9 @@ class _Loading:
 
     def find(self, path: str) -> None:
         """Find each tensor of the model in the files."""
-        self._weights.update(weights_by_name(tensors_of(self._model), stored_weights(path)))
+        stored = stored_weights(path)
+        self._weights.update(weights_by_name(tensors_of(self._model), stored))
+        check_ties(tensors_of(self._model), stored, self._reader)
         check_buffers(self._model, self._weights)
 
     def choose_kernel(self, library: str, bits: int) -> None:

@@ -9,13 +9,14 @@ import os
 import stat
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import attrs
 import torch
 
 from faccel.checkpoint.files import SAFETENSORS_DTYPES, SHARDING
 from faccel.checkpoint.load_weights import check_none, files_with_weights
+from faccel.checkpoint.tied_tensors import are_equal, different_values
 from faccel.device_table import is_host
 from faccel.errors import CheckpointError, short_text, summary
 
@@ -124,14 +125,11 @@ def weights_by_name(
     Raises:
         CheckpointError: Names or shapes differ, or a dtype cannot be cast.
     """
-    names_of: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        names_of.setdefault(id(tensor), []).append(name)
     result: dict[str, StoredWeight] = {}
     missing: set[str] = set()
     misshapen: set[str] = set()
     mistyped: set[str] = set()
-    for names in names_of.values():
+    for names in _names_of_tensors(tensors):
         # All differences are collected, so that one message has them.
         # the files may contain a tied tensor under any of its names
         stored_names = [name for name in names if name in stored]
@@ -149,6 +147,53 @@ def weights_by_name(
     check_none(misshapen, "of another shape")
     check_none(mistyped, "of a dtype that cannot be cast to the model's")
     return result
+
+
+def _names_of_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterable[list[str]]:
+    """Return the names of each tensor of a model."""
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    return names_of.values()
+
+
+def check_ties(
+    tensors: Mapping[str, torch.Tensor], stored: Mapping[str, StoredWeight], reader: WeightReader
+) -> None:
+    """Raise if two names of one tensor of a model have different values in the files.
+
+    Effects: ambient.
+
+    Args:
+        tensors: As for `weights_by_name`, which has found no difference of shapes.
+        stored: Of `stored_weights`.
+        reader: Reads the files.
+
+    Raises:
+        CheckpointError: They differ; the message names them.
+    """
+    for names in _names_of_tensors(tensors):
+        stored_names = [name for name in names if name in stored]
+        for other in stored_names[1:]:
+            pair = (stored[stored_names[0]], stored[other])
+            if not _have_equal_values(pair, tensors[names[0]], reader):
+                raise different_values(
+                    (stored_names[0], other), "remove one of them from the files"
+                )
+
+
+def _have_equal_values(
+    weights: tuple[StoredWeight, StoredWeight], tensor: torch.Tensor, reader: WeightReader
+) -> bool:
+    num_elements = _CHUNK_BYTES // tensor.dtype.itemsize
+    for start in range(0, tensor.numel(), num_elements):
+        size = min(num_elements, tensor.numel() - start)
+        first, other = (torch.empty(size, dtype=weight.dtype) for weight in weights)
+        reader.read(weights[0], first, start)
+        reader.read(weights[1], other, start)
+        if not are_equal(first, other, tensor.dtype):
+            return False
+    return True
 
 
 # `preadv` reads into memory that is reused: the operating system clears the pages of new memory

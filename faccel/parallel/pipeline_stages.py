@@ -339,15 +339,15 @@ def remove_other_stages(
                 container._modules[leaf] = RemoteModule()  # pyright: ignore[reportPrivateUsage]
 
 
-def tied_params(module: nn.Module, stages: Sequence[Sequence[str]]) -> list[dict[int, str]]:
-    """Return, for each parameter in several stages, its name in each by the stage's index."""
-    # names_by_param[id(param)][stage index] is its first name in that stage.
-    names_by_param: dict[int, dict[int, str]] = {}
+def tied_params(module: nn.Module, stages: Sequence[Sequence[str]]) -> list[dict[int, list[str]]]:
+    """Return, for each parameter in several stages, its names in each by the stage's index."""
+    # names_by_param[id(param)][stage index] are its names in that stage.
+    names_by_param: dict[int, dict[int, list[str]]] = {}
     for index, stage in enumerate(stages):
         for module_name in stage:
             params = module.get_submodule(module_name).named_parameters(
                 prefix=module_name, remove_duplicate=False
             )
             for name, param in params:
-                names_by_param.setdefault(id(param), {}).setdefault(index, name)
+                names_by_param.setdefault(id(param), {}).setdefault(index, []).append(name)
     return [names for names in names_by_param.values() if len(names) > 1]

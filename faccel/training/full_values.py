@@ -1,15 +1,16 @@
-"""Full tensors as values of a sharded model: each rank takes its own slice."""
+"""Full tensors as values of a model of several ranks: each takes its own slice, or its copy."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import nn
 
-from faccel.tree import is_dtensor
+from faccel.errors import ModelError
+from faccel.tree import is_dtensor, local_tensor
 
 
 def local_slice(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -55,6 +56,44 @@ def shard_full_values(
     result = copy.copy(state)
     cast("dict[str, torch.Tensor]", result).update(sharded)
     return result
+
+
+def with_tied_values(
+    module: nn.Module, state: Mapping[str, torch.Tensor], tied_names: Mapping[int, Sequence[str]]
+) -> Mapping[str, torch.Tensor]:
+    """Return a state dict with a value for each copy of a tied parameter, on each of its ranks.
+
+    Args:
+        module: The user's module, with the modules of this rank.
+        state: Values by name.
+        tied_names: As from `Parallelism.tied_names`.
+
+    Raises:
+        ModelError: `state` has different values for one parameter.
+    """
+    added: dict[str, torch.Tensor] = {}
+    for name, param in module.named_parameters(remove_duplicate=False):
+        # Each rank takes the value of the same name, whatever its copy is called.
+        names = [other for other in tied_names.get(id(param), ()) if other in state]
+        for other in names[1:]:
+            _check_equal(state, names[0], other)
+        if names and state.get(name) is not state[names[0]]:
+            added[name] = state[names[0]]
+    if not added:
+        return state
+    result = copy.copy(state)
+    cast("dict[str, torch.Tensor]", result).update(added)
+    return result
+
+
+def _check_equal(state: Mapping[str, torch.Tensor], first: str, other: str) -> None:
+    values = (local_tensor(state[first]), local_tensor(state[other]))
+    if values[0] is not values[1] and not torch.equal(*values):
+        raise ModelError(
+            "two names of one tied parameter have different values in the state",
+            got=f"`{first}` and `{other}`",
+            fix=f'leave one out: `del state["{other}"]`',
+        )
 
 
 def _as_dtensor(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

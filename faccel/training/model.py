@@ -16,7 +16,7 @@ from faccel.context import DistContext
 from faccel.effects import COLLECTIVE, effectful, updates
 from faccel.errors import ConfigError, ModelError, short_repr
 from faccel.training import module_checks
-from faccel.training.full_values import shard_full_values
+from faccel.training.full_values import shard_full_values, with_tied_values
 from faccel.training.move_module import move_module
 from faccel.training.optimizer_checks import (
     note_optimizers,
@@ -107,8 +107,14 @@ class WrappedModel:
         Or from full tensors, which are equal on every rank: each takes its shards.
 
         Updates the model. Collective where the engine shards parameters.
+
+        Raises:
+            ModelError: A parameter that stages of a pipeline have under several names has
+                different values.
         """
         if self.parallelism.state is None:
+            tied_names = self.parallelism.tied_names(self.engine)
+            state = with_tied_values(self.module, state, tied_names)
             state = shard_full_values(self.module, state)
             self.module.load_state_dict(state, strict=strict)
         else:

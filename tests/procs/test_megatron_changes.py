@@ -226,3 +226,28 @@ def test_a_frozen_model_evaluates_only_and_wrappers_of_megatron_are_refused():
     assert "Got a DistributedDataParallel around a GPTModel" in messages[0]
     assert "Got a Float16Module around a GPTModel" in messages[1]
     assert "no parameter of this rank requires gradients" in messages[2]
+
+
+def loads_an_untied_checkpoint(ctx, folder):
+    untied, tied = faccel.wrap(built(ctx, tied=False), ctx), faccel.wrap(built(ctx), ctx)
+    with torch.no_grad():
+        for name, param in untied.named_parameters():
+            param.fill_(5.0 if name == "output_layer.weight" else 3.0)
+    faccel.save({"net": untied}, folder, ctx, step=1)
+    message = message_of(lambda: faccel.load({"net": tied}, folder, ctx))
+    _, report = faccel.load({"net": tied}, folder, ctx, strict=False)
+    values = set()
+    for name, param in tied.named_parameters():
+        if name == "embedding.word_embeddings.weight":
+            values.update(param.unique().tolist())
+    return message, report.unexpected, values
+
+
+@pytest.mark.parametrize("mesh", [None, "pp=2"])
+def test_an_untied_checkpoint_leaves_the_copies_of_a_tied_embedding_equal(tmp_path, mesh):
+    size = 1 if mesh is None else 2
+    # Both stages have the embedding under one name, so both read one tensor of the file.
+    for message, unexpected, values in on(size, loads_an_untied_checkpoint, tmp_path, mesh=mesh):
+        assert "output_layer.weight` only in the checkpoint" in message
+        assert unexpected == ("net.output_layer.weight",)
+        assert values == {3.0}
