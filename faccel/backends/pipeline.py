@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from faccel.backends.fsdp import same_optimizer, shard_module, sync_buffers
+from faccel.backends.fsdp import shard_module, sync_buffers
 from faccel.backends.fsdp_layout import Layout, contains
 from faccel.backends.fsdp_param_hooks import gather_before_inference_mode
 from faccel.backends.pipeline_engine import PipelineEngine, StageInputs, TiedParam
 from faccel.backends.pipeline_inference import infer
+from faccel.backends.pipeline_optimizer import wrap_optimizer
 from faccel.backends.pipeline_window import forward_backward
 from faccel.comm.tensors import broadcast
 from faccel.context import DistContext
@@ -87,6 +88,7 @@ def _wrap(module: nn.Module, plan: Plan, ctx: DistContext) -> tuple[nn.Module, R
         stage_ranks,
         _make_tied(tied, stage_ranks, ctx),
         ctx,
+        has_tied=bool(tied),
         loss_dtype=loss_dtype,
     )
     return engine, _make_run(engine, ctx)
@@ -245,7 +247,7 @@ def _loss_rank(engine: nn.Module) -> int:
 PIPELINE = Parallelism(
     "pipeline",
     _wrap,
-    same_optimizer,
+    wrap_optimizer,
     _grad_sync,
     sync_buffers,
     pipeline_forward_backward=forward_backward,

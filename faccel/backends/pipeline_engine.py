@@ -78,6 +78,7 @@ class PipelineEngine(nn.Module):
         stage_ranks: Which rank has which stages.
         tied: The parameters that stages of other ranks have, too.
         ctx: The context.
+        has_tied: Whether stages of any ranks have a parameter in common; equal on all ranks.
         loss_dtype: The dtype of losses. Every rank needs it to receive them, also one without
             parameters.
 
@@ -95,9 +96,11 @@ class PipelineEngine(nn.Module):
         tied: Sequence[TiedParam],
         ctx: DistContext,
         *,
+        has_tied: bool,
         loss_dtype: torch.dtype,
     ) -> None:
         super().__init__()
+        self.has_tied = has_tied
         self.loss_dtype = loss_dtype
         self.stage_modules = nn.ModuleList(stage_modules)
         self.plan = plan

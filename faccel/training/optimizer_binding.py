@@ -72,7 +72,8 @@ def wrap_optimizer(opt: Optimizer, model: WrappedModel, ctx: DistContext) -> Opt
         OptimizerError: `opt` is not an optimizer, or none of its parameters belongs to `model`. Or,
             in debug mode, it was made before `wrap`. Or its state has to be sharded, and it needs
             all parameters at once, does not step shards or has a scheduler already. Or it copies
-            gradients in backward, or a trainable parameter is stored in fp8.
+            gradients in backward, or a trainable parameter is stored in fp8. Or stages of a
+            pipeline would step the copies of a tied parameter with different options.
 
     Examples:
         >>> from faccel.testing import fake_context

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import faccel
 from faccel.checkpoint.tied_tensors import StoredTie, check_equal, tied_names
-from faccel.errors import CheckpointError, ModelError
+from faccel.errors import CheckpointError, ModelError, OptimizerError
 from faccel.testing import fake_context, simulate
 from tests.models import model
 from tests.training import full, plan_of
@@ -250,6 +250,66 @@ def test_files_for_inference_are_compared_too(tmp_path, name):
         expected = written(tmp_path / "equal", equal)
         PLACERS[name](net, tmp_path / "equal" / "files")
         assert torch.equal(net.head.weight, expected.float())
+
+
+# The copies are stepped by the optimizers of their ranks. A group that is chosen by names holds one
+# of them only: on one process a tied parameter has its first name.
+
+
+def decayed(name):
+    return 0.0 if name == "embed.token.weight" else 0.1
+
+
+def with_groups(params):
+    groups = {}
+    for name, param in params:
+        groups.setdefault(decayed(name), []).append(param)
+    return torch.optim.AdamW(
+        [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
+    )
+
+
+def without_head(params):
+    return torch.optim.SGD([param for name, param in params if name != "head.weight"], lr=0.1)
+
+
+class Rounding(torch.optim.SGD):
+    bf16_stochastic_round = True
+
+
+OPTIMIZERS = {
+    "other options": (with_groups, "weight_decay=0.0 and weight_decay=0.1"),
+    "one in no group": (without_head, "only one of them in a group"),
+    "rounds": (lambda params: Rounding([param for _, param in params]), "`embed.token.weight`"),
+}
+
+
+@pytest.mark.parametrize("mesh", ["pp=2", "pp=3", "pp=2,dp_shard=2"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_that_would_step_the_copies_differently_raises_on_every_rank(name, mesh):
+    make, got = OPTIMIZERS[name]
+
+    def fn(ctx):
+        wrapped = wrapped_model(ctx)
+        with pytest.raises(OptimizerError) as caught:
+            faccel.wrap_optimizer(make(wrapped.named_parameters()), wrapped, ctx)
+        assert got in caught.value.got
+        return str(caught.value)
+
+    assert len(set(on(mesh, fn))) == 1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_such_an_optimizer_of_a_frozen_or_an_untied_parameter_is_taken(name):
+    def fn(ctx, tied):
+        net = model(tied=tied)
+        net.embed.token.weight.requires_grad_(not tied)
+        wrapped = faccel.wrap(net, ctx, plan=plan_of("pp="))
+        opt = OPTIMIZERS[name][0](wrapped.named_parameters())
+        assert faccel.wrap_optimizer(opt, wrapped, ctx) is opt
+
+    simulate(fn, 2, False, mesh="pp=2")
+    simulate(fn, 2, True, mesh="pp=2")
 
 
 def test_two_models_with_one_parameter_are_compared_too(tmp_path):
