@@ -98,7 +98,9 @@ class CallOrder:
         self._rank_status.write_key(
             self._call_key(self._num_calls), json.dumps([self._rank, doing])
         )
-        rows = torch.empty(self._num_ranks * _NUM_BYTES, dtype=torch.uint8)
+        # The device, because the user may have set another default.
+        num_bytes = self._num_ranks * _NUM_BYTES
+        rows = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
         work = all_gather_single(
             track(rows), track(_to_row(doing)), group=self._group, async_op=True
         )

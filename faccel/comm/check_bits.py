@@ -32,14 +32,15 @@ def check_bits(call: str, dtype: torch.dtype, num_ranks: int) -> torch.Tensor:
         0
     """
     if num_ranks > _MAX_RANKS:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     # Not `hash(call)`, which differs between processes.
     number = zlib.crc32(call.encode())
     bits = [number >> i & 1 for i in range(_NUM_BITS)]
     # Let ranks send 0 and 1 in one place. "min" and "prod" give 0, "max" gives 1: one of them gets
     # what it sent. In the inverted place it is the other one that does.
     inverted_bits = [1 - bit for bit in bits]
-    return torch.tensor(bits + inverted_bits, dtype=dtype)
+    # The device, because the user may have set another default.
+    return torch.tensor(bits + inverted_bits, dtype=dtype, device="cpu")
 
 
 def reduced_with_bits(

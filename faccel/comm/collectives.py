@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -16,6 +15,7 @@ from faccel.call_site import call_site
 from faccel.comm.call_order import CallOrder
 from faccel.comm.check_bits import check_bits, reduced_with_bits
 from faccel.comm.compared_call import described_call, labelled, name_model, subject_of_calls
+from faccel.comm.in_flight import InFlight
 from faccel.comm.pack import describe
 from faccel.comm.rank_errors import naming_failed_rank, raise_naming_rank
 from faccel.comm.rank_status import RankStatus, StoreCounter
@@ -24,11 +24,7 @@ from faccel.comm.small_rows import Exchange, can_reduce, is_small, reduced
 from faccel.comm.turn import WorldTurn
 from faccel.comm.world_store import without_frames
 from faccel.device_table import is_host
-from faccel.errors import (
-    FaccelError,
-    RankFailedError,
-    WorldError,
-)
+from faccel.errors import FaccelError, RankFailedError, WorldError
 from faccel.lifetime import WaitTimes
 from faccel.mesh import WORLD
 from faccel.protocols import Recovery
@@ -43,12 +39,6 @@ _OPS = {
 }
 # PyTorch's functional collectives take the operation as a string, with another name for "prod".
 _OPS_IN_GRAPHS = {"sum": "sum", "min": "min", "max": "max", "prod": "product"}
-
-
-def _is_referenced(alias: torch.Tensor) -> bool:
-    """Return whether C++ has a reference to this tensor object, not only to its storage."""
-    # 1 is the reference of the Python object `alias` itself.
-    return alias._use_count() > 1  # type: ignore[attr-defined]
 
 
 def _size_of(x: torch.Tensor) -> str:
@@ -95,40 +85,11 @@ class TorchCollectives:
     _models: list[str] = attrs.field(factory=list, init=False, repr=False)  # those that were named
     # at most one: that of a meter
     waits: list[WaitTimes] = attrs.field(factory=list, init=False, repr=False)
-    in_flight: list[torch.Tensor] = attrs.field(factory=list, init=False, repr=False)
-    """Aliases of tensors that threads of c10d may still reference; see `drain`."""
-
-    def _tracked(self, x: torch.Tensor) -> torch.Tensor:
-        """Return an alias of `x` for c10d, and keep it in `in_flight`."""
-        # A new tensor object over the same storage: only c10d adds references to it, whatever
-        # references the caller has to `x`.
-        flat = x.detach().view(-1)
-        if is_host(flat.device):
-            self.in_flight.append(flat)
-        return flat
-
-    def _forget_finished(self) -> None:
-        # In place, because the fields of a frozen class cannot be assigned.
-        self.in_flight[:] = [alias for alias in self.in_flight if _is_referenced(alias)]
-
-    def drain(self, timeout_s: float = 1.0) -> None:
-        """Wait until no thread of gloo references a tensor of an earlier collective.
-
-        gloo's threads release a tensor only after its result is there. The last release needs the
-        interpreter, which may be gone at exit: then the process aborts (1 of 120 in our tests;
-        pytorch/pytorch#179291). So `in_flight` keeps an alias of each tensor for longer than the
-        thread, and `shutdown` waits for the last ones. Joining the threads is impossible: DDP's
-        reducer keeps their process group forever.
-        """
-        # Limited: a collective that never ends keeps its tensor, and the process must still exit.
-        deadline = time.monotonic() + timeout_s
-        while any(map(_is_referenced, self.in_flight)) and time.monotonic() < deadline:
-            time.sleep(0)  # lets other threads run
-        self.in_flight.clear()
+    in_flight: InFlight = attrs.field(factory=InFlight, init=False, repr=False)
 
     def close(self) -> None:
         """Drain; every later call raises."""
-        self.drain()
+        self.in_flight.drain()
         self.groups.clear()
         self.private_groups.clear()
 
@@ -148,7 +109,9 @@ class TorchCollectives:
 
     def set_call_label(self, call: str, x: Tree) -> None:
         """Set the name of the user's call that the next collective belongs to."""
-        self._label[:] = [(call, x)]
+        # A collective in a compiled graph does not read it: it would describe a later call.
+        if not torch.compiler.is_compiling():
+            self._label[:] = [(call, x)]
 
     def name_model(self, model: nn.Module) -> None:
         """Give the units of a model names, by which a simulation and debug mode compare calls."""
@@ -177,8 +140,8 @@ class TorchCollectives:
         """Return when every rank of the world begins this call."""
         if self.call_order is not None:
             with counted(self.waits), naming_failed_rank(call, WORLD, self):
-                self.call_order.begin(call, self._tracked)
-            self._forget_finished()
+                self.call_order.begin(call, self.in_flight.alias)
+            self.in_flight.forget_finished()
 
     def _call(self, op: str, x: torch.Tensor) -> str:
         """Return the call that the next collective belongs to, for errors and comparisons."""
@@ -192,8 +155,9 @@ class TorchCollectives:
         size = len(ranks)
 
         def send(row: torch.Tensor) -> torch.Tensor:
-            sent, received = self._tracked(row.repeat(size)), row.new_empty(size * len(row))
-            self.in_flight.append(received)
+            sent = self.in_flight.alias(row.repeat(size))
+            received = torch.empty_like(sent)
+            self.in_flight.add(received)
             self._run(
                 op,
                 axis,
@@ -284,7 +248,7 @@ class TorchCollectives:
                     self.call_order.wait(work, call + detail, group)
         except RuntimeError as error:
             raise_naming_rank(error, op, axis, self)
-        self._forget_finished()
+        self.in_flight.forget_finished()
 
     def _host_waits(self, x: torch.Tensor | None) -> bool:
         # On an accelerator `wait` does not wait for the other ranks, but orders streams.
@@ -308,54 +272,71 @@ class TorchCollectives:
 
             total = funcol.all_reduce(x, _OPS_IN_GRAPHS[op], self.group(axis))
             return funcol.wait_tensor(total)
-        # A simulation compares the calls themselves. Off the CPU, the host would wait for a check.
-        if self.rank_status is None or not is_host(x.device):
-            return self._all_reduced(x.clone(), op, axis)
+        try:
+            return self._reduced(x, op, axis)
+        finally:
+            self._label.clear()  # also after an error on this rank only
+
+    def _compares(self, x: torch.Tensor) -> bool:
+        # A simulation compares the calls itself. Off the CPU, the host would wait for a comparison.
+        return self.rank_status is not None and is_host(x.device)
+
+    def _reduced(self, x: torch.Tensor, op: str, axis: str) -> torch.Tensor:
+        if not self._compares(x):
+            return self._all_reduced(x.clone(), op, axis, _size_of(x))
         size = self.size(axis)
         call = self._call(f"all_reduce({op})", x)
         compared = f"{op} of {describe([x])}: {call}"
         if is_small(x, size) and can_reduce(x):
             return reduced(self._exchange(axis, "all_reduce", call).values(x, compared), op)
         bits = check_bits(compared, x.dtype, size)
-        return reduced_with_bits(x, op, bits, size, lambda out: self._all_reduced(out, op, axis))
 
-    def _all_reduced(self, out: torch.Tensor, op: str, axis: str) -> torch.Tensor:
+        def reduce(out: torch.Tensor) -> torch.Tensor:
+            return self._all_reduced(out, op, axis, _size_of(x))
+
+        return reduced_with_bits(x, op, bits, size, reduce)
+
+    def _all_reduced(self, out: torch.Tensor, op: str, axis: str, detail: str) -> torch.Tensor:
         """Reduce `out` in place, and return it."""
-        flat = self._tracked(out)
+        flat = self.in_flight.alias(out)
         self._run(
             "all_reduce",
             axis,
             flat,
             lambda group, is_async: dist.all_reduce(flat, _OPS[op], group, is_async),
-            _size_of(flat),
+            detail,
         )
         return out
 
     def all_gather(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         """Return every rank's `x` along a new first dimension."""
+        try:
+            return self._gathered(x, axis)
+        finally:
+            self._label.clear()  # also after an error on this rank only
+
+    def _gathered(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         size = self.size(axis)
-        is_compared = self.rank_status is not None and is_host(x.device)
-        if is_compared and is_small(x, size) and x.numel():
-            call = self._call("all_gather", x)
-            # Only the name: those who have packed the rows compare what is in them.
-            compared = call.partition(" of ")[0]
+        if not x.numel():
+            return x.new_empty(size, *x.shape)
+        if self._compares(x) and is_small(x, size):
+            call = compared = self._call("all_gather", x)
+            if self._label:
+                # Only the name: public functions compare what is in the rows, with better advice.
+                compared = self._label[0][0]
             return self._exchange(axis, "all_gather", call).values(x, compared)
+        # gloo's threads reference views of the output, which count as references to `flat` only.
+        # So `flat` itself is kept, and the caller gets a copy.
         flat = x.new_empty(size * x.numel())
-        if not flat.numel():
-            self._label.clear()
-        else:
-            # gloo's threads reference views of the output, which count as references to `flat`
-            # only. So `flat` itself is tracked, and the caller gets a copy.
-            if is_host(flat.device):
-                self.in_flight.append(flat)
-            row = self._tracked(x)
-            self._run(
-                "all_gather",
-                axis,
-                row,
-                lambda group, is_async: all_gather_single(flat, row, group, is_async),
-                _size_of(row),
-            )
+        self.in_flight.add(flat)
+        row = self.in_flight.alias(x)
+        self._run(
+            "all_gather",
+            axis,
+            row,
+            lambda group, is_async: all_gather_single(flat, row, group, is_async),
+            _size_of(row),
+        )
         return flat.clone().view(size, *x.shape)
 
     def broadcast(self, x: torch.Tensor, src: int, axis: str) -> torch.Tensor:
@@ -363,7 +344,7 @@ class TorchCollectives:
         out = x.clone()
         # Without elements there is nothing to send. Shapes agree, so every rank returns here.
         if out.numel():
-            flat = self._tracked(out)
+            flat = self.in_flight.alias(out)
             self._run(
                 "broadcast",
                 axis,
@@ -378,7 +359,8 @@ class TorchCollectives:
         """Return each rank's row for this rank."""
         out = torch.empty_like(x)
         if out.numel():
-            rows, received = self._tracked(x), self._tracked(out)
+            self._compare_rows(x, axis)
+            rows, received = self.in_flight.alias(x), self.in_flight.alias(out)
             self._run(
                 "all_to_all",
                 axis,
@@ -389,6 +371,16 @@ class TorchCollectives:
             )
         return out
 
+    def _compare_rows(self, x: torch.Tensor, axis: str) -> None:
+        """Raise if another rank does not exchange rows of as many bytes."""
+        nothing = x.new_empty(0)
+        # gloo sends the rows of `Exchange` in the same way, and ends the process of a rank that
+        # receives more bytes than it expects.
+        if self._compares(x) and is_small(nothing, self.size(axis)):
+            call = self._call("all_to_all", x)
+            compared = f"all_to_all of {x.nbytes} bytes"
+            self._exchange(axis, "all_to_all", call).values(nothing, compared)
+
     def scatter(
         self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str
     ) -> torch.Tensor:
@@ -398,8 +390,8 @@ class TorchCollectives:
             # c10d takes a list on the source only, and raises for one on another rank.
             pieces = None
             if rows is not None:
-                pieces = [self._tracked(row) for row in rows]
-            row = self._tracked(out)
+                pieces = [self.in_flight.alias(row) for row in rows]
+            row = self.in_flight.alias(out)
             self._run(
                 "scatter",
                 axis,

@@ -66,15 +66,16 @@ def can_reduce(x: torch.Tensor) -> bool:
 
 
 def to_row(x: torch.Tensor, call: str) -> torch.Tensor:
-    """Return `uint8[256]`: a hash of the call, and the bytes of `x`.
+    """Return `uint8[256]`: the elements of `x`, and at the end a hash of the call.
 
     Effects: pure.
     """
-    row = torch.zeros(NUM_BYTES, dtype=torch.uint8)
+    # The device for each new tensor, because the user may have set another default.
+    row = torch.zeros(NUM_BYTES, dtype=torch.uint8, device="cpu")
+    # Not a view of `x` as bytes, which strides and conjugation make impossible.
+    row[: x.nbytes].view(x.dtype).view(x.shape).copy_(x.detach())
     # Not `hash(call)`, which differs between processes.
-    row[:_NUM_HASH_BYTES].view(torch.int64)[0] = zlib.crc32(call.encode())
-    flat = x.detach().reshape(-1).view(torch.uint8)
-    row[_NUM_HASH_BYTES : _NUM_HASH_BYTES + len(flat)] = flat
+    row[-_NUM_HASH_BYTES:].view(torch.int64).fill_(zlib.crc32(call.encode()))
     return row
 
 
@@ -88,7 +89,7 @@ def have_equal_calls(rows: torch.Tensor) -> bool:
         >>> have_equal_calls(torch.stack([to_row(x, "reduce"), to_row(x, "gather")]))
         False
     """
-    hashes = rows[:, :_NUM_HASH_BYTES]
+    hashes = rows[:, -_NUM_HASH_BYTES:]
     return bool((hashes == hashes[0]).all())
 
 
@@ -103,10 +104,10 @@ def values_of(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         tensor([[ 1.,  2.],
                 [10., 20.]])
     """
-    values = rows[:, _NUM_HASH_BYTES : _NUM_HASH_BYTES + like.nbytes]
+    values = rows.view(like.dtype)[:, : like.numel()]
     # A copy, because gloo's threads may still reference `rows`; contiguous, for `view`.
-    flat = values.clone(memory_format=torch.contiguous_format).flatten()
-    return flat.view(like.dtype).view(len(rows), *like.shape)
+    copy = values.clone(memory_format=torch.contiguous_format)
+    return copy.view(len(rows), *like.shape)
 
 
 def reduced(values: torch.Tensor, op: str) -> torch.Tensor:

@@ -110,15 +110,17 @@ def gather(
     count = 0
     if counts_rows:
         count = _count(x, leaves, is_scalar, num_valid)
-    # Both may have different shapes, which debug mode must not compare.
+    sent = x
     if ragged or isinstance(num_valid, RowCount):
         largest = getattr(num_valid, "largest", None)
         leaves = _same_rows(leaves, is_scalar, count, largest, ctx, axis)
-    else:
-        ctx.comm.set_call_label("gather", x)
+        # `x` may have other shapes on other ranks, which debug mode must not compare.
+        sent = rebuild(leaves)
     # The header travels with the leaves, so that neither check nor count needs a collective.
     header = torch.tensor([digest(leaves), count], device=ctx.device)
     packed = pack([*leaves, header])
+    # Directly before the collective: after an error it would describe another one.
+    ctx.comm.set_call_label("gather", sent)
     rows = ctx.comm.all_gather(packed.row, axis)
     if counts_rows:
         return rebuild(_valid_rows(packed, rows, leaves, is_scalar, ctx, axis))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import faccel
+from faccel.comm.row_count import RowCount
 from faccel.errors import ConfigError, DataError, DesyncError, TreeError
 from faccel.testing import simulate
 from tests.ranks import run_ranks
@@ -167,6 +168,40 @@ def columns_and_conjugates_are_reduced(ctx):
     assert torch.equal(
         faccel.gather(z, ctx)[:3], torch.complex(square, -square) - ctx.rank * (1 - 1j)
     )
+
+
+@law
+def elements_with_gaps_are_reduced(ctx):
+    # With a single element, too, whose stride PyTorch does not reset in `contiguous`.
+    for x in (torch.arange(8.0)[::2], torch.arange(8.0)[::8], torch.ones(()).expand(3)):
+        assert torch.equal(ctx.comm.all_reduce(x, "sum", "world"), ctx.world_size * x)
+
+
+@law
+def the_default_device_of_the_user_does_not_matter(ctx):
+    few, many = torch.ones(3), torch.ones(300)
+    with torch.device("meta"):
+        for x in (few, many):
+            assert faccel.reduce(x, ctx).sum().item() == ctx.world_size * len(x)
+            assert faccel.gather(x, ctx).sum().item() == ctx.world_size * len(x)
+        assert faccel.agree(ctx, stop=True).stop
+        assert faccel.gather_objects(1, ctx) == [1] * ctx.world_size
+        faccel.barrier(ctx)
+
+
+@law
+def a_call_that_raises_on_one_rank_does_not_describe_its_next_one(ctx):
+    if ctx.rank == 0:
+        with pytest.raises(ConfigError):
+            faccel.gather(torch.ones(2), ctx, axis="dat")
+    assert faccel.gather_objects(ctx.rank, ctx) == list(range(ctx.world_size))
+
+
+@law
+def row_counts_of_a_loader_and_plain_ones_are_gathered_together(ctx):
+    num_valid = RowCount(1, 2) if ctx.rank else 1
+    rows = faccel.gather(torch.full((2,), ctx.rank), ctx, num_valid=num_valid)
+    assert rows.tolist() == list(range(ctx.world_size))
 
 
 @law

@@ -74,15 +74,15 @@ def release_tensors(ctx):
         faccel.gather(torch.ones(3), ctx)
         faccel.reduce(torch.ones(3), ctx)
         faccel.broadcast(torch.ones(3), ctx)
-        assert len(ctx.comm.in_flight) < 10  # released tensors are removed
+        assert len(ctx.comm.in_flight.tensors) < 10  # released tensors are removed
     tensor = torch.ones(3)
     # Autograd keeps a C++ reference, as a thread of gloo does.
     product = [torch.ones(3, requires_grad=True) * tensor]
-    ctx.comm.in_flight.append(tensor)
+    ctx.comm.in_flight.add(tensor)
     threading.Timer(0.2, product.clear).start()
     start = time.perf_counter()
-    ctx.comm.drain()
-    return time.perf_counter() - start, len(product), len(ctx.comm.in_flight)
+    ctx.comm.in_flight.drain()
+    return time.perf_counter() - start, len(product), len(ctx.comm.in_flight.tensors)
 
 
 def test_shutdown_waits_until_no_thread_of_gloo_holds_a_tensor():
@@ -183,6 +183,24 @@ def test_few_elements_on_one_rank_and_many_on_another_raise_and_name_both(call):
         assert re.search(second, error.got), error.got
 
 
+def reduce_on_rank_0_and_exchange_rows(ctx, num_elements):
+    if ctx.rank == 0:
+        faccel.reduce(torch.ones(4), ctx)
+    else:
+        faccel.comm.all_to_all(torch.ones(3, num_elements), ctx, axis="data")
+
+
+# gloo sends both as messages of one kind, with less and with more bytes than the other rank
+# expects.
+@pytest.mark.parametrize("num_elements", [1, 1000])
+def test_a_reduction_and_an_exchange_of_rows_raise_on_every_rank(num_elements):
+    for _, error in outcomes(reduce_on_rank_0_and_exchange_rows, 3, num_elements, timeout_s=120):
+        assert isinstance(error, DesyncError), error
+        assert "rank 0: reduce(sum) of x: float32[4] over `data` at tests/procs" in error.got
+        second = f"ranks 1 to 2: all_to_all of x: float32[3, {num_elements}] over `data` at"
+        assert second in error.got
+
+
 @pytest.mark.slow
 def test_without_debug_mode_the_other_ranks_name_a_rank_that_gloo_aborts():
     errors = [error for _, error in outcomes(different_sizes, 3, timeout_s=5)]
@@ -208,18 +226,19 @@ def missing_ranks(got):
     return {int(rank) for rank in first.split(",") if rank.strip()}
 
 
+ONES = {shape: torch.ones(shape) for shape in ((2,), (2, 3), (3, 2))}
 SAME_SIZE = {
-    "keys": lambda ctx: faccel.reduce({"ab"[ctx.rank]: torch.ones(2)}, ctx),
-    "shape": lambda ctx: faccel.reduce(torch.ones(2, 3) if ctx.rank else torch.ones(3, 2), ctx),
-    "op": lambda ctx: faccel.reduce(torch.ones(2), ctx, op="max" if ctx.rank else "sum"),
-    "dtype": lambda ctx: faccel.reduce(
-        torch.ones(2, dtype=torch.int32 if ctx.rank else torch.float32), ctx
-    ),
+    "keys": lambda ctx: faccel.reduce({"ab"[ctx.rank]: ONES[2,]}, ctx),
+    "shape": lambda ctx: faccel.reduce(ONES[2, 3] if ctx.rank else ONES[3, 2], ctx),
+    "op": lambda ctx: faccel.reduce(ONES[2,], ctx, op="max" if ctx.rank else "sum"),
+    "dtype": lambda ctx: faccel.reduce(ONES[2,].int() if ctx.rank else ONES[2,], ctx),
 }
 
 
 def same_size(ctx, what):
-    SAME_SIZE[what](ctx)
+    # The user's default device, which tensors of faccel do not use.
+    with torch.device("meta"):
+        SAME_SIZE[what](ctx)
 
 
 @pytest.mark.parametrize("what", SAME_SIZE)
@@ -289,7 +308,7 @@ def test_shutdown_keeps_an_excepthook_of_the_user():
 
 
 def test_a_reference_from_cpp_to_a_tensor_is_detected():
-    from faccel.comm.collectives import _is_referenced
+    from faccel.comm.in_flight import _is_referenced
 
     alias = torch.ones(3).detach()
     assert not _is_referenced(alias)
