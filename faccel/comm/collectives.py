@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -17,14 +16,14 @@ from faccel.comm.check_bits import check_bits, reduced_with_bits
 from faccel.comm.compared_call import described_call, labelled, name_model, subject_of_calls
 from faccel.comm.in_flight import InFlight
 from faccel.comm.pack import describe
-from faccel.comm.rank_errors import naming_failed_rank, raise_naming_rank
+from faccel.comm.rank_errors import failed_rank_error, naming_failed_rank, raise_naming_rank
 from faccel.comm.rank_status import RankStatus, StoreCounter
 from faccel.comm.single import FixedCounter, NoTurn, axis_error
 from faccel.comm.small_rows import Exchange, can_reduce, is_small, reduced
 from faccel.comm.turn import WorldTurn
 from faccel.comm.world_store import without_frames
 from faccel.device_table import is_host
-from faccel.errors import FaccelError, RankFailedError, WorldError
+from faccel.errors import FaccelError, WorldError
 from faccel.lifetime import WaitTimes
 from faccel.mesh import WORLD
 from faccel.protocols import Recovery
@@ -51,12 +50,6 @@ def counted(waits: Sequence[WaitTimes]) -> AbstractContextManager[None]:
     if waits:
         return waits[0].communicating()
     return nullcontext()
-
-
-def _first_sentence(error: RuntimeError) -> str:
-    """Return the message of an error of c10d, without its source location and advice."""
-    line = str(error).strip().partition("\n")[0]
-    return re.sub(r"^\[[^\]]*\] ", "", line).partition(". This is typically")[0]
 
 
 @attrs.frozen(eq=False)
@@ -186,13 +179,7 @@ class TorchCollectives:
         # Statuses are keyed by the rank of the world, which is not the rank on the axis.
         ranks = dist.get_process_group_ranks(self.group(axis))
         statuses = self.rank_status.report(ranks, f"{doing} over `{axis}` at {call_site()}")
-        return RankFailedError(
-            f"rank {dist.get_rank()} could not finish {doing}: another rank left, failed or made "
-            "another call",
-            got=f"{statuses}; {_first_sentence(error)}",
-            fix="fix the error of the other ranks; `FACCEL_DEBUG=1` compares calls, shapes and "
-            "lines before each collective",
-        )
+        return failed_rank_error(error, doing, statuses)
 
     def _run(
         self,
@@ -286,7 +273,10 @@ class TorchCollectives:
             return self._all_reduced(x.clone(), op, axis, _size_of(x))
         size = self.size(axis)
         call = self._call(f"all_reduce({op})", x)
-        compared = f"{op} of {describe([x])}: {call}"
+        # Not the shape: a number may be `T[1]` on one rank, and `T[]` on another.
+        compared = f"{op} in {x.dtype}{_size_of(x)}"
+        if self._label:
+            compared += call
         if is_small(x, size) and can_reduce(x):
             return reduced(self._exchange(axis, "all_reduce", call).values(x, compared), op)
         bits = check_bits(compared, x.dtype, size)
@@ -320,7 +310,8 @@ class TorchCollectives:
         if not x.numel():
             return x.new_empty(size, *x.shape)
         if self._compares(x) and is_small(x, size):
-            call = compared = self._call("all_gather", x)
+            call = self._call("all_gather", x)
+            compared = f"all_gather in {x.dtype}{_size_of(x)}"
             if self._label:
                 # Only the name: public functions compare what is in the rows, with better advice.
                 compared = self._label[0][0]
@@ -378,7 +369,7 @@ class TorchCollectives:
         # receives more bytes than it expects.
         if self._compares(x) and is_small(nothing, self.size(axis)):
             call = self._call("all_to_all", x)
-            compared = f"all_to_all of {x.nbytes} bytes"
+            compared = f"all_to_all{_size_of(x)}"
             self._exchange(axis, "all_to_all", call).values(nothing, compared)
 
     def scatter(

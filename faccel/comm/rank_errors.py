@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
@@ -66,3 +67,28 @@ def naming_failed_rank(doing: str, axis: str, comm: Collectives) -> Generator[No
     # them.
     except RuntimeError as error:
         raise_naming_rank(error, doing, axis, comm)
+
+
+def failed_rank_error(error: RuntimeError, doing: str, statuses: str) -> RankFailedError:
+    """Return the error of a rank whose collective has ended with `error`.
+
+    Effects: pure.
+
+    Args:
+        error: The error of c10d.
+        doing: What this rank was doing.
+        statuses: Those of all ranks of the axis, as text.
+    """
+    return RankFailedError(
+        f"rank {dist.get_rank()} could not finish {doing}: another rank left, failed or made "
+        "another call",
+        got=f"{statuses}; {_first_sentence(error)}",
+        fix="fix the error of the other ranks; `FACCEL_DEBUG=1` compares calls, shapes and "
+        "lines before each collective",
+    )
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    """Return the message of an error of c10d, without its source location and advice."""
+    line = str(error).strip().partition("\n")[0]
+    return re.sub(r"^\[[^\]]*\] ", "", line).partition(". This is typically")[0]
