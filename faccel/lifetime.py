@@ -78,6 +78,13 @@ class WaitTimes:
             note(name, step)
 
 
+def counted(waits: Sequence[WaitTimes]) -> AbstractContextManager[None]:
+    """Return a context whose time is counted as communication in `waits`, if there is one."""
+    if waits:
+        return waits[0].communicating()
+    return nullcontext()
+
+
 class Lifetime:
     """Callbacks for the end of a context, its wrapped models, and its open iterations and joins.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 
 import attrs
 import torch
@@ -24,7 +23,7 @@ from faccel.comm.turn import WorldTurn
 from faccel.comm.world_store import without_frames
 from faccel.device_table import is_host
 from faccel.errors import FaccelError, WorldError
-from faccel.lifetime import WaitTimes
+from faccel.lifetime import WaitTimes, counted
 from faccel.mesh import WORLD
 from faccel.protocols import Recovery
 from faccel.torch_names import all_gather_single
@@ -43,13 +42,6 @@ _OPS_IN_GRAPHS = {"sum": "sum", "min": "min", "max": "max", "prod": "product"}
 def _size_of(x: torch.Tensor) -> str:
     # Ranks whose tensor is small wait in other messages than ranks whose tensor is not.
     return f" of {x.nbytes} bytes"
-
-
-def counted(waits: Sequence[WaitTimes]) -> AbstractContextManager[None]:
-    """Return a context whose time is counted in `waits`, if there is one."""
-    if waits:
-        return waits[0].communicating()
-    return nullcontext()
 
 
 @attrs.frozen(eq=False)

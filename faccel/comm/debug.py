@@ -9,7 +9,7 @@ from torch import nn
 
 from faccel.call_site import call_site
 from faccel.comm.call_exchange import CallExchange
-from faccel.comm.collectives import TorchCollectives, counted
+from faccel.comm.collectives import TorchCollectives
 from faccel.comm.compared_call import ComparedCall, described_call, name_model
 from faccel.comm.debug_group import already_compared
 from faccel.comm.pack import describe
@@ -17,7 +17,7 @@ from faccel.comm.rank_errors import raise_naming_rank
 from faccel.comm.rank_status import StoreCounter
 from faccel.comm.single import FixedCounter, NoTurn
 from faccel.comm.turn import WorldTurn
-from faccel.lifetime import WaitTimes
+from faccel.lifetime import WaitTimes, counted
 from faccel.mesh import WORLD
 from faccel.tree import Tree
 

@@ -183,6 +183,22 @@ def test_few_elements_on_one_rank_and_many_on_another_raise_and_name_both(call):
         assert re.search(second, error.got), error.got
 
 
+def different_calls_after_a_graph(ctx):
+    torch.compile(lambda x: faccel.reduce(2 * x, ctx), backend="eager")(torch.ones(3))
+    if ctx.rank == 0:
+        faccel.agree(ctx, stop=True)
+    else:
+        faccel.gather_objects(1, ctx)
+
+
+@pytest.mark.slow
+def test_a_reduction_in_a_compiled_graph_does_not_name_the_next_call():
+    for _, error in outcomes(different_calls_after_a_graph, 2, timeout_s=120):
+        assert isinstance(error, DesyncError), error
+        assert "rank 0: all_reduce(max) of int64[3]" in error.got
+        assert "rank 1: all_gather of int64[]" in error.got
+
+
 def reduce_on_rank_0_and_exchange_rows(ctx, num_elements):
     if ctx.rank == 0:
         faccel.reduce(torch.ones(4), ctx)
