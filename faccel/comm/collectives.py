@@ -355,14 +355,17 @@ class TorchCollectives:
         return out
 
     def _compare_rows(self, x: torch.Tensor, axis: str) -> None:
-        """Raise if another rank does not exchange rows of as many bytes."""
-        nothing = x.new_empty(0)
+        """Raise if a user's call is not made by all ranks, with as many bytes."""
         # gloo sends the rows of `Exchange` in the same way, and ends the process of a rank that
-        # receives more bytes than it expects.
-        if self._compares(x) and is_small(nothing, self.size(axis)):
-            call = self._call("all_to_all", x)
+        # receives more bytes than it expects. Not those of a backward: a model with experts or a
+        # sharded sequence has several in each layer, and a round for each would be slow.
+        if not (self._label and self._compares(x)):
+            return
+        nothing = x.new_empty(0)
+        if is_small(nothing, self.size(axis)):
             compared = f"all_to_all{_size_of(x)}"
-            self._exchange(axis, "all_to_all", call).values(nothing, compared)
+            exchange = self._exchange(axis, "all_to_all", self._call("all_to_all", x))
+            exchange.values(nothing, compared)
 
     def scatter(
         self, rows: torch.Tensor | None, like: torch.Tensor, src: int, axis: str
