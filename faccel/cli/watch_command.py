@@ -259,7 +259,7 @@ def sparkline(values: Sequence[float], num_cells: int, blocks: str = _BLOCKS) ->
         finite = list(filter(math.isfinite, bucket))
         mean = math.nan
         if finite:
-            mean = sum(finite) / len(finite)
+            mean = sum(value / len(finite) for value in finite)  # a sum of huge values overflows
         means.append(mean)
     finite = list(filter(math.isfinite, means))
     # As the charts of a report: over orders of magnitude a line would be flat.
@@ -274,7 +274,7 @@ def sparkline(values: Sequence[float], num_cells: int, blocks: str = _BLOCKS) ->
             continue
         level = 0.0
         if high > low:
-            level = (mean - low) / (high - low)
+            level = (mean / 2 - low / 2) / (high / 2 - low / 2)  # halves: 2e308 overflows
         text += blocks[round(level * (len(blocks) - 1))]
     return text
 

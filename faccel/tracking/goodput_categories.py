@@ -98,6 +98,10 @@ class _Timeline:
 
     def add(self, event: Event) -> None:
         """Add the next event."""
+        # A file that has lost its beginning, as after a power failure: without the start of its
+        # process an event has no time that could be counted.
+        if not self.num_processes and event["event"] != "start":
+            return
         # Steps first: a checkpoint is saved after the last step that it contains.
         if event["event"] == "start":
             self._start(event)
@@ -176,7 +180,7 @@ def goodput(events: Sequence[Event], *, rank: int = 0) -> Goodput:
     Effects: pure.
 
     A process that starts without `load` has lost all steps before it. A `load` after which no step
-    follows loses nothing.
+    follows loses nothing. Events before the first "start" of the rank are left out.
 
     Args:
         events: From `read_journal`.

@@ -281,3 +281,16 @@ def _cell(value: Any) -> Cell:
     if plain is None or isinstance(plain, str | int | float):
         return plain
     return str(plain)
+
+
+def end_last_line(path: Path) -> None:
+    """End a line that a killed process has written in part, so that the next one is separate.
+
+    Effects: ambient. Appends to the file.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, 2)  # from the end
+        if file.read(1) != b"\n":
+            file.write(b"\n")

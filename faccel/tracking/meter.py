@@ -18,7 +18,7 @@ from faccel.checks import instance_of, integer, positive
 from faccel.context import DistContext, require_context
 from faccel.device_table import is_host
 from faccel.effects import AMBIENT, COLLECTIVE, effectful
-from faccel.errors import ConfigError
+from faccel.errors import ConfigError, short_repr
 from faccel.lifetime import WaitTimes
 from faccel.mesh import WORLD
 from faccel.tracking.flops import peak_of_context
@@ -76,6 +76,22 @@ class Meter(tuple[_Options, _End, "_End | None"]):
     # steps.
     __slots__ = ()
 
+    # A meter is compared as an object: equality and hash of a tuple would visit the ends of all
+    # steps of a window, each inside of the next one.
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    # Nothing in it changes but the waits, which the context counts: those of a copy would stand
+    # still.
+    def __deepcopy__(self, memo: object) -> Meter:
+        return self
+
     @property
     def num_steps(self) -> int:
         """Number of `tick` calls."""
@@ -130,8 +146,8 @@ def init_meter(
         clock: Returns seconds. All meters of a context must have the same one.
 
     Raises:
-        ConfigError: A number is not positive, `state` has neither a model nor an optimizer, the
-            context has a meter with another clock, or the
+        ConfigError: A number is not positive, or operations are not below 2**63, `state` has
+            neither a model nor an optimizer, the context has a meter with another clock, or the
             folder of the run cannot be created.
 
     Examples:
@@ -142,11 +158,11 @@ def init_meter(
     require_context(ctx, "faccel.tracking.init_meter(ctx)")
     # Checked here, and not in `tick`: a meter is created once.
     if flops_per_sample is not None:
-        positive("flops_per_sample", flops_per_sample)
+        _check_flops("flops_per_sample", flops_per_sample)
     if peak_flops is None:
         peak_flops = peak_of_context(ctx)
     else:
-        positive("peak_flops", peak_flops)
+        _check_flops("peak_flops", peak_flops)
     integer("window", window, at_least=1)
     integer("warmup", warmup, at_least=0)
     weak_state = None
@@ -170,6 +186,18 @@ def init_meter(
     start_s = clock() - waits.in_phases_s
     start = (start_s, 0, 0, 0, waits.data_s, waits.num_batches, waits.comm_s, None)
     return Meter((options, start, None))
+
+
+def _check_flops(name: str, value: float) -> None:
+    positive(name, value)
+    # `rates` sends them as integers of 64 bits.
+    if not 1 <= value < 2**63:
+        raise ConfigError(
+            f"`{name}` must be at least 1 and below 2**63",
+            got=f"{name}={short_repr(value)}",
+            fix=f"count operations and not teraflops, as in `{name}=1e12`; of a sample with more, "
+            "those of a token, with `tick(meter, samples=num_tokens)`",
+        )
 
 
 def _waits_of(ctx: DistContext, clock: Callable[[], float]) -> WaitTimes:
@@ -330,7 +358,8 @@ def _counts(meter: Meter, ctx: DistContext) -> RankCounts[int]:
     if is_host(ctx.device):
         comm_ns = nanoseconds(last.comm_s - first.comm_s)
     return RankCounts(
-        nanoseconds(last.time_s - first.time_s),
+        # The user's clock may have been set back, as the time of day: then no rate is known.
+        max(nanoseconds(last.time_s - first.time_s), 0),
         last.num_steps - first.num_steps,
         last.num_samples - first.num_samples,
         last.num_tokens - first.num_tokens,

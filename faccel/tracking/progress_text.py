@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import attrs
 import torch
 
-from faccel.errors import FaccelError, printable, short_text
+from faccel.errors import printable, short_text
 from faccel.tracking.values import plain_value
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -178,12 +178,12 @@ def one_line(text: str) -> str:
 
 
 def _metric_text(value: object) -> str:
-    if isinstance(value, bool | int):  # exact, as a count
-        return str(value)
-    # A metric that has no short text must not end the training.
+    # A metric that has no number, such as a tensor on `meta`, must not end the training.
     try:
+        if isinstance(value, bool | int):  # exact, as a count
+            return str(value)
         plain = plain_value(value)
-    except FaccelError:
+    except Exception:
         plain = value
     if isinstance(plain, float):
         return f"{plain:.4g}"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import sys
 import weakref
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from faccel.context import DistContext, require_context
 from faccel.effects import AMBIENT, effectful
-from faccel.errors import ConfigError, short_repr, short_text
+from faccel.errors import ConfigError, short_text
 from faccel.mesh import WORLD
 from faccel.tracking.screen import above_bars
-from faccel.tracking.values import to_json
+from faccel.tracking.values import json_text
+
+_FORMATTER = logging.Formatter()
 
 
 class _LinesFile:
@@ -33,15 +36,17 @@ class _LinesFile:
                 fix='name a folder in a writable place, as in `run_dir="/tmp/runs"`',
             ) from error
         # With the logger, or at exit: messages after the end of the context are written, too.
-        weakref.finalize(self, self._file.close)
+        self._close = weakref.finalize(self, _close, self._file)
 
     def write(self, record: logging.LogRecord, step: object) -> None:
         """Write a record. A message that cannot be formatted is written without its arguments."""
+        if not self._close.alive:  # the process exits, or the disk was full
+            return
         try:
             message = record.getMessage()
         # `logging` prints such an error and continues, too.
         except Exception:
-            message = str(record.msg)
+            message = record.msg
         line = {
             "time": record.created,
             "rank": self._rank,
@@ -50,8 +55,33 @@ class _LinesFile:
             "logger": record.name,
             "message": message,
         }
-        # A step may be an integer of NumPy.
-        self._file.write(json.dumps(to_json(line)) + "\n")
+        # On most ranks the file is the only place that has it.
+        if record.exc_info is not None:
+            line["exception"] = _FORMATTER.formatException(record.exc_info)
+        try:
+            self._file.write(json_text(line) + "\n")
+        except OSError as error:  # a full disk must not stop the training
+            self._close()
+            message = "the log `%s` failed, and is not continued: %r"
+            logging.getLogger("faccel").error(message, self._file.name, error)
+
+
+def _close(file: TextIO) -> None:
+    # What a full disk has refused is tried again, and refused again.
+    with suppress(OSError):
+        file.close()
+
+
+def _exc_info(value: Any) -> Any:
+    """Return `exc_info=` of a call as in a record; None without an exception."""
+    if isinstance(value, BaseException):
+        return (type(value), value, value.__traceback__)
+    if value and not isinstance(value, tuple):
+        value = sys.exc_info()
+    # `log.exception` outside of an `except`
+    if not value or value[0] is None:
+        return None
+    return value
 
 
 class RankLogger(logging.LoggerAdapter[logging.Logger]):
@@ -67,7 +97,7 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         super().__init__(logger, {})
         self.ctx = ctx
         self._lines = lines
-        self._logged: set[tuple[object, ...]] = set()
+        self._logged: set[int] = set()
 
     # Only this level is off in most loops, and `LoggerAdapter` takes three calls to find that out.
     def debug(self, msg: object, *args: object, **kwargs: Any) -> None:
@@ -119,7 +149,8 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         if once and not self._is_new(level, msg, args):
             return
         if self._lines is not None:
-            fields = (self.logger.name, level, "", 0, msg, args, None)
+            exc_info = _exc_info(kwargs.get("exc_info"))
+            fields = (self.logger.name, level, "", 0, msg, args, exc_info)
             self._lines.write(self.logger.makeRecord(*fields), step)
         if not is_printed:
             return
@@ -129,15 +160,20 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
             if every_rank and world_size > 1:
                 msg = f"[rank {rank}] {msg}"
         rank_fields = {"rank": rank, "world_size": world_size, "step": step}
-        kwargs["extra"] = {**rank_fields, **kwargs.get("extra", {})}
+        # None is the default of `logging`.
+        kwargs["extra"] = {**rank_fields, **(kwargs.get("extra") or {})}
         kwargs["stacklevel"] += 1  # this method
         # Also of handlers that have had the terminal since before the bars were opened.
         with above_bars():
             self.logger.log(level, msg, *args, **kwargs)
 
     def _is_new(self, level: int, msg: object, args: tuple[object, ...]) -> bool:
-        # As text: arguments need not be hashable, and must not be kept alive.
-        key = (level, str(msg), *map(short_repr, args))
+        # As text: arguments need not be hashable, and must not be kept alive. All of it, because
+        # messages may differ at the end of a long path.
+        try:
+            key = hash((level, str(msg), repr(args)))
+        except Exception:  # `logging` prints what is wrong with the message, and continues
+            return True
         if key in self._logged:
             return False
         self._logged.add(key)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from faccel.context import DistContext
 from faccel.run_facts import run_facts
-from faccel.tracking.values import to_json
+from faccel.tracking.values import json_values
 
 RUN_FILE = "faccel.json"
 
@@ -32,7 +32,9 @@ def write_run_file(
     values |= {"world_size": ctx.world_size, "device": ctx.device.type}
     if config is None:
         config = read_run_file(folder).get("config")  # pyright: ignore[reportAssignmentType]
-    values["config"] = to_json(config)
+    if config is not None:
+        config = json_values(config)
+    values["config"] = config
     # A reader of a run that starts must not find half of it.
     temporary = path.with_name(f"{RUN_FILE}.new")
     try:

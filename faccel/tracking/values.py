@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import types
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any, SupportsFloat
 import attrs
 import torch
 
-from faccel.errors import ConfigError
+from faccel.errors import ConfigError, short_repr
 from faccel.tree import is_dtensor, is_sharded
 
 
@@ -142,6 +143,49 @@ def to_json(value: Any) -> Any:
         return {key: to_json(item) for key, item in fields.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [to_json(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
-    if hasattr(value, "tolist"):
-        return to_json(value.tolist())
-    return str(value)
+    return _leaf(value)
+
+
+def _leaf(value: Any) -> Any:
+    """Return a tensor or an array as lists, anything else as its text."""
+    # What has no values or no text, such as a tensor on `meta`, must not lose the other values.
+    try:
+        # The class `np.float32` has the method, too.
+        if hasattr(value, "tolist") and not isinstance(value, type):
+            return to_json(value.tolist())
+        return str(value)
+    except Exception:
+        return short_repr(value)
+
+
+def json_text(values: Mapping[str, object], *, indent: int | None = None) -> str:
+    """Return values as an object of JSON. One that JSON cannot have is its shortened text.
+
+    Effects: ambient. Waits for the device of a tensor.
+
+    Examples:
+        >>> parents: list[object] = [1]
+        >>> parents.append(parents)
+        >>> json_text({"lr": 0.1, "parents": parents})
+        '{"lr": 0.1, "parents": "[1, [1, [1, [...]]]]"}'
+    """
+    try:
+        return json.dumps(to_json(values), indent=indent)
+    # A list that contains itself, or an integer of too many digits
+    except (RecursionError, ValueError):
+        return json.dumps(json_values(values), indent=indent)
+
+
+def json_values(values: Mapping[str, object]) -> dict[str, Any]:
+    """Return each value as JSON; one that JSON cannot have as its shortened text.
+
+    Effects: ambient. Waits for the device of a tensor.
+    """
+    converted: dict[str, Any] = {}
+    for name, value in values.items():
+        try:
+            converted[str(name)] = to_json(value)
+            json.dumps(converted[str(name)])
+        except (RecursionError, ValueError):
+            converted[str(name)] = short_repr(value)
+    return converted

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 import faccel
-from faccel.cli.watch_command import rendered
+from faccel.cli.watch_command import rendered, sparkline
 from faccel.report.follower import Follower
 from faccel.report.live import LiveRun
 from faccel.report.live_ranks import LiveRanks, RankRow
@@ -72,6 +72,11 @@ def test_the_speed_is_measured_over_the_last_frames(tmp_path):
     assert "step 14  2 steps/s" in text_of(frame)
     write_journal(tmp_path, 0, [start(), event("end", 15.0, num_steps=14, **counts)])
     assert (live.frame().state, live.frame().is_over) == ("ended", True)
+
+
+def test_a_line_of_blocks_has_values_whose_sums_and_differences_overflow():
+    assert sparkline([-1.7e308, 0.0, 1.7e308], 3) == "▁▅█"
+    assert sparkline([1.7e308, 1.7e308, -1.7e308, -1.7e308], 2) == "█▁"
 
 
 def test_metrics_are_followed_and_a_loss_that_is_nan_is_the_verdict(tmp_path):

@@ -274,6 +274,22 @@ def test_lines_of_another_program_are_left_out(tmp_path):
     assert goodput(read_journal(tmp_path / "a")) == expected
 
 
+def test_a_process_that_has_lost_the_beginning_of_its_journal_does_not_count(tmp_path):
+    config, clock = {"run_dir": str(tmp_path)}, Clock()
+    path = tmp_path / "a" / "goodput" / "rank-00000.jsonl"
+    for num_steps in (2, 3):
+        ctx = fake_context(0, 1, config=config)
+        meter = init_meter(ctx, run="a", clock=clock)
+        for _ in range(num_steps):
+            clock.advance(1)
+            meter = tick(meter)
+        ctx.lifetime.close()
+        if num_steps == 2:  # the first block of a file after a power failure
+            path.write_bytes(path.read_bytes().replace(b'"start"', b"\0" * 7))
+    result = goodput(read_journal(tmp_path / "a"))
+    assert (result.wall_s, result.num_steps, result.num_restarts) == (3, 3, 0)
+
+
 def test_a_journal_does_not_grow_with_the_number_of_steps(tmp_path):
     ctx, clock = fake_context(0, 1, config={"run_dir": str(tmp_path)}), Clock()
     meter = init_meter(ctx, run="a", clock=clock)

@@ -1,5 +1,6 @@
 """Meters: rates by arithmetic on a synthetic clock, operations by the closed form of a model."""
 
+import copy
 import time
 
 import attrs
@@ -295,6 +296,9 @@ WRONG_OPTIONS = {
     "`warmup`": {"warmup": -1},
     "`peak_flops`": {"peak_flops": 0},
     "`flops_per_sample`": {"flops_per_sample": -1.0},
+    "`flops_per_sample` must be at least 1 and below": {"flops_per_sample": 2.0**63},
+    "`peak_flops` must be at least 1 and below": {"peak_flops": float("inf")},
+    "`peak_flops` must be at least 1": {"peak_flops": 0.25},
     "`clock": {"clock": lambda: "noon"},
 }
 
@@ -310,6 +314,43 @@ def test_a_wrong_argument_of_a_meter_is_an_error(name):
 def test_a_wrong_option_of_a_meter_is_an_error(message):
     with pytest.raises(ConfigError, match=message):
         init_meter(fake_context(0, 1), **WRONG_OPTIONS[message])
+
+
+def test_the_largest_operations_of_a_sample_are_those_of_two_ranks():
+    flops = 2.0**63 - 1024  # the float before 2**63
+
+    def fn(ctx):
+        clock = Clock()
+        meter = init_meter(ctx, warmup=0, flops_per_sample=flops, peak_flops=flops, clock=clock)
+        clock.advance(4)
+        return rates(tick(meter, samples=1), ctx).mfu
+
+    assert simulate(fn, 2) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_rates_are_unknown_if_the_clock_was_set_back(num_steps):
+    ctx, clock = fake_context(0, 1), Clock()
+    meter = init_meter(ctx, warmup=0, clock=clock)
+    for _ in range(num_steps):
+        clock.advance(-1)
+        meter = tick(meter, samples=2)
+    result = rates(meter, ctx)
+    assert (result.samples_s, result.steps_s, result.slowest_rank) == (None, None, None)
+    assert (result.num_steps, result.num_samples) == (num_steps, 2 * num_steps)
+
+
+def test_meters_of_long_windows_are_compared_hashed_and_copied_as_objects():
+    clock = Clock()
+    meter = other = init_meter(fake_context(0, 1), window=10**6, clock=clock)
+    for _ in range(10_000):  # deeper than Python's limit of recursion
+        meter, other = tick(meter), tick(other)
+    assert meter == meter
+    assert meter != other
+    assert len({meter, other, meter}) == 2
+    assert copy.copy(meter).num_steps == 10_000
+    # The waits of a copy would stand still.
+    assert copy.deepcopy({"meter": meter})["meter"] is meter
 
 
 def test_meters_of_one_context_have_one_clock():

@@ -287,6 +287,22 @@ def test_values_without_a_number_do_not_end_the_loop():
     assert out.getvalue().endswith("images float32[2, 3], nothing None, nan nan\n")
 
 
+UNREADABLE = {
+    "meta tensor": torch.ones((), device="meta"),
+    "too many digits": 10**5000,
+    "class": torch.Tensor,
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_values_whose_number_cannot_be_read_do_not_end_the_loop(kind):
+    out = io.StringIO()
+    bar = faccel.progress(range(2), MAIN, file=out)
+    for _ in bar:
+        show({"it": UNREADABLE[kind], "loss": 0.5}, bar)
+    assert out.getvalue().endswith(", loss 0.5\n")
+
+
 def test_other_ranks_iterate_over_the_items_themselves():
     items = iter([1, 2])
     bar = faccel.progress(items, fake_context(1, 2), file=Terminal())

@@ -114,7 +114,20 @@ def test_swapped_arguments_of_log_are_an_error_on_every_rank():
             faccel.tracking.log(*arguments, step=0)
 
 
+class WithoutText:
+    """An object of a library whose text cannot be made."""
+
+    def __str__(self):
+        raise RuntimeError("no text")
+
+    def __repr__(self):
+        return "WithoutText()"
+
+
 LEAF = torch.ones((), requires_grad=True)
+CIRCLE = [1]
+CIRCLE.append(CIRCLE)
+META_TEXT = "tensor(..., device='meta', size=(1,))"
 # A value, and what the file of `jsonl` and `csv` contains; ABSENT is left out and named once.
 ABSENT = object()
 LOGGED = {
@@ -134,6 +147,12 @@ LOGGED = {
     "dict": ({("a", 1): None}, {"('a', 1)": None}, ABSENT),
     "path": (pathlib.PurePosixPath("a/b"), "a/b", ABSENT),
     "complex": (1j, "1j", ABSENT),
+    "a class in a dict": ({"dtype": np.float32}, {"dtype": "<class 'numpy.float32'>"}, ABSENT),
+    "meta tensor in a dict": ({"x": torch.ones(1, device="meta")}, {"x": META_TEXT}, ABSENT),
+    "without text": (WithoutText(), "WithoutText()", ABSENT),
+    "a list in itself": (CIRCLE, "[1, [1, [1, [...]]]]", ABSENT),
+    "an int of many digits in a list": ([10**5000], "[an int of 16610 bits]", ABSENT),
+    "a byte of a file name": ("a\udcff", "a\udcff", "a\\udcff"),
     "huge int": (10**400, ABSENT, ABSENT),
     "meta tensor": (torch.ones((), device="meta"), ABSENT, ABSENT),
 }
@@ -161,6 +180,28 @@ def test_a_value_of_any_type_drops_no_other_value(kind, tmp_path, log_records):
     assert len(lines) == 3
     assert len(log_records()) == (in_csv is ABSENT)
     assert all("`it`" in record.getMessage() for record in log_records())
+
+
+@pytest.mark.parametrize("kind", LOGGED)
+def test_a_configuration_of_any_value_is_stored(kind, tmp_path, log_records):
+    ctx = fake_context(0, 1, config={"run_dir": str(tmp_path)})
+    config = {"it": LOGGED[kind][0], "lr": 0.1}
+    faccel.tracking.finish(faccel.tracking.init_trackers("a", ctx, config=config))
+    stored = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert stored["lr"] == 0.1
+    assert json.loads((tmp_path / "a" / "faccel.json").read_text())["config"] == stored
+    assert not log_records()
+
+
+def test_metrics_with_the_names_of_fields_change_neither_the_step_nor_the_time(tmp_path):
+    ctx = fake_context(0, 1, config={"run_dir": str(tmp_path)})
+    trackers = faccel.tracking.init_trackers("a", ctx)
+    faccel.tracking.log({"step": 0.5, "time": 0.25, "loss": 2}, trackers, step=7)
+    faccel.tracking.finish(trackers)
+    (line,) = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    values = json.loads(line)
+    assert values.pop("time") > 1e9
+    assert values == {"step": 7, "values/step": 0.5, "values/time": 0.25, "loss": 2.0}
 
 
 @pytest.mark.filterwarnings("ignore")  # from the imports of tensorboard
@@ -335,6 +376,27 @@ def test_a_message_is_logged_once_per_level_and_arguments(log_records):
     ]
 
 
+def test_messages_that_differ_in_the_middle_of_a_long_argument_are_logged_once_each(log_records):
+    log = faccel.get_logger("faccel.test", fake_context(0, 1))
+    paths = ["/data/" * 50 + name + "/part" * 50 for name in ("a", "b", "a")]
+    for path in paths:
+        log.warning("missing %s", path, once=True)
+        log.warning("missing %s", [0] * 50 + [path], once=True)
+    assert [r.args[0] for r in log_records()] == [
+        *(paths[0], [0] * 50 + [paths[0]]),
+        *(paths[1], [0] * 50 + [paths[1]]),
+    ]
+
+
+def test_extra_may_be_none_as_in_the_standard_logger(log_records):
+    log = faccel.get_logger("faccel.test", fake_context(0, 1))
+    log.warning("message", extra=None)
+    log.warning("message", extra={"run": "a"})
+    with pytest.raises(KeyError, match="Attempt to overwrite 'name'"):
+        log.warning("message", extra={"name": "a"})
+    assert [(r.rank, getattr(r, "run", None)) for r in log_records()] == [(0, None), (0, "a")]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_ranks_log_in_order_whatever_their_speed_and_level(seed, log_records):
     def fn(ctx):
@@ -360,6 +422,18 @@ def test_a_rank_that_logs_in_order_alone_is_named():
         simulate(fn, 2)
 
 
+LINES = {"json_lines": True}
+
+
+def config_of(tmp_path):
+    return {"run_dir": str(tmp_path)}
+
+
+def lines_of(tmp_path, rank):
+    text = (tmp_path / "logs" / f"rank{rank}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def test_each_rank_writes_its_records_as_json_lines(tmp_path, log_records):
     def fn(ctx):
         log = faccel.get_logger("faccel.test", ctx, json_lines=True)
@@ -380,6 +454,37 @@ def test_each_rank_writes_its_records_as_json_lines(tmp_path, log_records):
         assert all(x["logger"] == "faccel.test" and x["time"] > 1e9 for x in lines)
     printed = [r.rank for r in log_records() if "loss" in str(r.msg)]
     assert printed == [0, 0]
+
+
+def test_json_lines_of_a_rank_that_prints_nothing_have_its_exceptions(tmp_path):
+    log = faccel.get_logger("faccel.test", fake_context(1, 2, config=config_of(tmp_path)), **LINES)
+    try:
+        raise OSError("broken pipe")
+    except OSError as error:
+        log.exception("a")
+        caught = error
+    log.error("b", exc_info=caught)
+    log.error("c", exc_info=(OSError, caught, caught.__traceback__))
+    log.exception("d")  # there is none
+    log.error("e")
+    log.error(WithoutText(), step=WithoutText())
+    lines = lines_of(tmp_path, 1)
+    for line in lines[:3]:
+        assert line["exception"].splitlines()[-1] == "OSError: broken pipe"
+        assert "test_seeing.py" in line["exception"]
+    assert [line["message"] for line in lines] == ["a", "b", "c", "d", "e", "WithoutText()"]
+    assert not any("exception" in line for line in lines[3:])
+
+
+def test_a_full_disk_ends_the_json_lines_and_not_the_training(tmp_path, log_records):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank0.jsonl").symlink_to("/dev/full")
+    log = faccel.get_logger("faccel.test", fake_context(0, 1, config=config_of(tmp_path)), **LINES)
+    for number in range(3):
+        log.warning("message %d", number)
+    texts = [r.getMessage() for r in log_records()]
+    assert "No space left" in texts[0]
+    assert texts[1:] == ["message 0", "message 1", "message 2"]
 
 
 def test_json_lines_need_a_context_and_a_writable_folder(tmp_path):

@@ -180,6 +180,18 @@ def test_a_line_that_was_killed_midway_does_not_spoil_the_next(tmp_path):
     assert json.loads(lines[2])["step"] == 2
 
 
+def test_a_row_that_was_killed_midway_does_not_spoil_the_next(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "metrics.csv").write_bytes(b"step,name,value\r\n0,loss,1.0\r\n1,lo")
+    trackers = tracking.init_trackers("a", context(tmp_path), trackers=("csv",))
+    tracking.log({"loss": 0.5}, trackers, step=2)
+    tracking.finish(trackers)
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[1:] == [["0", "loss", "1.0"], ["1", "lo"], ["2", "loss", "0.5"]]
+
+
 TABLES = {
     "columns": {"x": [1, 2], "y": ["a", None]},
     "tensors": {"x": torch.tensor([1, 2]), "y": np.array(["a", None])},

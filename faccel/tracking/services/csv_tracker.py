@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import TextIO
 from urllib.parse import quote
 
+from faccel.tracking.media import end_last_line
 from faccel.tracking.tracker import Cell, Tracker
 
 
 def _open(folder: Path, config: Mapping[str, object]) -> TextIO:
     path = folder / "metrics.csv"
+    end_last_line(path)
     # a continued run has its header already
     is_new = not path.exists() or path.stat().st_size == 0
     # The csv module writes the ends of lines; text mode would translate them a second time.
-    file = path.open("a", newline="", encoding="utf-8")
+    # Text may have bytes of a file name that are no UTF-8.
+    file = path.open("a", newline="", encoding="utf-8", errors="backslashreplace")
     # One row per number, because a column per name needs all names before the first row.
     if is_new:
         csv.writer(file).writerow(("step", "name", "value"))
@@ -35,7 +38,7 @@ def _table(
     path = Path(file.name).with_name("tables") / f"{quote(name, safe='')}-{step}.csv"
     path.parent.mkdir(exist_ok=True)
     # "w": a step that is repeated after a restart replaces its table.
-    with path.open("w", newline="", encoding="utf-8") as table:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as table:
         writer = csv.writer(table)
         writer.writerow(columns)
         writer.writerows(rows)

@@ -6,14 +6,18 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TextIO
 
 import attrs
 import numpy as np
 
-from faccel.tracking.media import copy_file, png, quoted
+from faccel.tracking.media import copy_file, end_last_line, png, quoted
 from faccel.tracking.tracker import Cell, Tracker
-from faccel.tracking.values import to_json
+from faccel.tracking.values import json_text
+
+# The fields of each line, and the names of metrics that have their names.
+_RENAMED = MappingProxyType({"step": "values/step", "time": "values/time"})
 
 
 @attrs.frozen(eq=False)
@@ -24,33 +28,26 @@ class _Files:
 
 def _open(folder: Path, config: Mapping[str, object]) -> _Files:
     # The newest configuration: a resumed run may have another one.
-    text = json.dumps(to_json(config), indent=2)
+    text = json_text(config, indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     path = folder / "metrics.jsonl"
-    _end_last_line(path)
+    end_last_line(path)
     return _Files(folder, path.open("a", encoding="utf-8"))
 
 
-def _end_last_line(path: Path) -> None:
-    """End a line that a killed process has written in part, so that the next one is separate."""
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    with path.open("rb+") as file:
-        file.seek(-1, 2)  # from the end
-        if file.read(1) != b"\n":
-            file.write(b"\n")
-
-
 def _log(files: _Files, values: Mapping[str, object], step: int) -> None:
-    line = to_json({"step": step, "time": time.time(), **values})
-    files.metrics.write(json.dumps(line) + "\n")
+    # A metric of such a name would be taken for the step.
+    if "step" in values or "time" in values:
+        values = {_RENAMED.get(name, name): value for name, value in values.items()}
+    line = {"step": step, "time": time.time(), **values}
+    files.metrics.write(json_text(line) + "\n")
     files.metrics.flush()  # a killed run keeps all that it logged
 
 
 def _log_media(files: _Files, line: Mapping[str, object]) -> None:
     # A separate file: readers of the numbers need not skip tables.
     path = files.folder / "media.jsonl"
-    _end_last_line(path)
+    end_last_line(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**line, "time": time.time()}) + "\n")
 
