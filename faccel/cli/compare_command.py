@@ -11,7 +11,6 @@ import attrs
 import click
 
 from faccel.cli.output import json_option, present
-from faccel.errors import printable
 
 if TYPE_CHECKING:
     from faccel.report.comparison import Comparison
@@ -41,14 +40,19 @@ def compare(first: str, second: str, *, as_json: bool) -> None:
     if as_json:
         present(_finite(result.document()), (), as_json=True)
         return
-    click.secho(printable(result.sentence), bold=True)
+    # Here, because it imports torch, which the help of a command needs not.
+    from faccel.tracking.progress_text import one_line
+
+    # Names of metrics and settings may have line breaks, and sequences that a terminal executes.
+    click.secho(one_line(result.sentence), bold=True)
     for title, rows in _sections(result):
         click.echo()
-        _print_table(title, [("", *result.names, *_more_columns(title)), *rows])
+        rows = [("", *result.names, *_more_columns(title)), *rows]
+        _print_table(title, [tuple(map(one_line, row)) for row in rows])
     for name, metrics in zip(result.names, result.only, strict=True):
         # Nothing is printed where both have the same.
         if metrics:
-            click.echo(printable(f"\nonly {name} has {', '.join(metrics)}"))
+            click.echo(f"\nonly {one_line(name)} has {one_line(', '.join(metrics))}")
 
 
 def _finite(value: object) -> object:
@@ -134,13 +138,13 @@ def _text(value: float | None, to_text: Callable[[float], str]) -> str:
 
 
 def _print_table(title: str, rows: Sequence[_Row]) -> None:
-    """Print a table with columns; in a pipe with spaces between them, and no line breaks."""
+    """Print a table of printable lines; in a pipe with spaces between columns, and no wrapping."""
     if not sys.stdout.isatty():
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         click.echo(title)
         for row in rows:
             cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-            click.echo(printable(f"  {'  '.join(cells).rstrip()}"))
+            click.echo(f"  {'  '.join(cells).rstrip()}")
         return
     # Imported late: rich is slow to import, and pipes do not need it.
     from rich.console import Console

@@ -220,14 +220,16 @@ def _metric_lines(metrics: Sequence[LiveMetric], width: int, blocks: str) -> lis
     from rich.text import Text
 
     from faccel.report.words import number_text
+    from faccel.tracking.progress_text import one_line
 
-    name_width = max(map(len, map(attrgetter("name"), metrics)), default=0)
+    names = list(map(one_line, map(attrgetter("name"), metrics)))
+    name_width = max(map(len, names), default=0)
     name_width = min(name_width, max(width // 3, 8))
     lines: list[Text] = []
     # Columns of equal width, or values would jump when they change.
-    for metric in metrics:
+    for name, metric in zip(names, metrics, strict=True):
         value = number_text(metric.last)
-        text = Text(printable(metric.name)[:name_width].ljust(name_width))
+        text = Text(name[:name_width].ljust(name_width))
         text.append(f"  {value:>9}  ", style="bold")
         num_cells = min(width - name_width - 13, _MAX_SPARK)
         text.append(sparkline(metric.means, num_cells, blocks), style="cyan")

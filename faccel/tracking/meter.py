@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import attrs
@@ -280,6 +281,13 @@ def _check_count(name: str, value: object) -> None:
             f"`{name}` must be an int, because reading a tensor waits for its device",
             got=f"a tensor on `{value.device}`",
             fix=f"count on the host, as in `{name}=x.numel()` or `{name}=batch.num_valid`",
+        )
+    # Sums of NumPy's integers overflow.
+    if isinstance(value, Integral) and not isinstance(value, int):
+        raise ConfigError(
+            f"`{name}` must be an int, and not an integer of another library",
+            got=f"{name}={short_repr(value)}",
+            fix=f"write `{name}=int(n)`",
         )
     integer(name, value, at_least=0)
 

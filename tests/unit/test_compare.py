@@ -1,10 +1,14 @@
 """`faccel compare`: what differs between two hand-written runs."""
 
+import contextlib
+import io
 import json
 import math
+import re
 
 import pytest
 
+from faccel.cli.compare_command import compare as compare_command
 from faccel.report.comparison import compare
 from faccel.report.run_folder import find_run
 from faccel.report.run_record import read_record
@@ -124,3 +128,22 @@ def test_the_command_prints_tables_and_json(runs):
     assert document["curves"][0]["at_common_step"] == [2.0, 3.0]
     code, _, err = run_command("compare", first, f"{second}x")
     assert code == 1 and "faccel compare DIR" in err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_names_and_values_with_control_sequences_are_one_printable_line(kind, runs):
+    odd = "a\nb\x1b[2J"
+    write_lines(runs[0] / "faccel.json", [facts(0, 0.1, **{odd: odd})])
+    for run in runs:
+        write_lines(run / "metrics.jsonl", metrics({"step": 1, f"loss {odd}": 1.0, str(run): 1}))
+    with contextlib.redirect_stdout(kind()) as out:
+        compare_command.callback(*map(str, runs), as_json=False)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())  # colours of headings
+    assert "\x1b" not in text
+    assert not [line for line in text.splitlines() if line.lstrip().startswith("b\\x1b")]
+    assert "a\\nb\\x1b[2J" in text

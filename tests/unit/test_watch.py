@@ -183,6 +183,14 @@ def test_a_narrow_terminal_has_no_longer_lines(tmp_path, width):
     assert "\x1b" not in text
 
 
+def test_a_metric_with_line_breaks_has_one_line(tmp_path):
+    write_journal(tmp_path, 0, minutes())
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "a\nloss\x1b[2J": 1.0, "b": 2.0}])
+    lines = text_of(LiveRun(str(tmp_path)).frame()).splitlines()
+    begin = lines.index("a\\nloss\\x1b[2J          1  ▁")
+    assert lines[begin + 1].split() == ["b", "2", "▁"]
+
+
 def test_many_ranks_are_grouped_where_the_screen_is_small(tmp_path):
     frame = rank_frame(tmp_path, 64)
     text = text_of(frame, max_rows=24)

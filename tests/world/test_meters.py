@@ -4,6 +4,7 @@ import copy
 import time
 
 import attrs
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -285,6 +286,7 @@ WRONG = {
     "a negative count": (lambda m: tick(m, samples=-1), "`samples` must be an int of at least 0"),
     "a float": (lambda m: tick(m, samples=1.5), "`samples` must be an int of at least 0"),
     "a bool": (lambda m: tick(m, tokens=True), "`tokens` must be an int of at least 0"),
+    "an integer of NumPy": (lambda m: tick(m, samples=np.int64(3)), r"write `samples=int\(n\)`"),
     "no meter": (lambda m: tick(3, samples=1), r"meter = init_meter\(ctx\)"),
     "rates without ctx": (lambda m: rates(m, m), r"rates\(meter, ctx\)"),
     "swapped": (lambda m: rates(fake_context(0, 1), m), r"rates\(meter, ctx\)"),

@@ -334,6 +334,17 @@ def test_an_unknown_option_of_a_library_is_an_error_where_it_opens(tmp_path):
     assert closed == [1]  # what was open before is closed
 
 
+@pytest.mark.filterwarnings("ignore")  # from the imports of tensorboard
+def test_a_configuration_that_contains_itself_closes_no_tracker(tmp_path, log_records):
+    config = {"lr": 0.1}
+    config["parents"] = [config]
+    names = ("jsonl", "csv", "tensorboard")
+    trackers = tracking.init_trackers("a", context(tmp_path), trackers=names, config=config)
+    tracking.finish(trackers)
+    assert tuple(name for name, _, _ in trackers.opened) == names
+    assert not log_records()
+
+
 def test_a_custom_tracker_gets_its_options_and_has_its_name(tmp_path):
     tracker = recording([])
     trackers = tracking.init_trackers(

@@ -11,7 +11,7 @@ import numpy as np
 from faccel.tracking import service
 from faccel.tracking.media import figure_array, image_of
 from faccel.tracking.tracker import Tracker
-from faccel.tracking.values import to_json
+from faccel.tracking.values import json_values
 
 
 def _aim() -> Any:
@@ -31,7 +31,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
     run = aim.Run(**{**arguments, **options})
     service.write_run_id(folder, "aim", run.hash)
     run.name = folder.name
-    run["config"] = to_json(config)
+    run["config"] = json_values(config)
     # Aim copies files to a place that the user chooses.
     if run.artifacts_uri is None:
         run.set_artifacts_uri((folder / "aim-files").resolve().as_uri())

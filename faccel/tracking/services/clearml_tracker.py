@@ -14,7 +14,7 @@ from faccel.errors import ConfigError
 from faccel.tracking import service
 from faccel.tracking.media import png
 from faccel.tracking.tracker import Cell, Tracker
-from faccel.tracking.values import to_json
+from faccel.tracking.values import json_values
 
 
 def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
@@ -37,7 +37,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
     # A session without network cannot be continued: `clearml-task` imports it as a part of one.
     if not task_type.is_offline():
         service.write_run_id(folder, "clearml", task.id)
-    task.set_parameters_as_dict(to_json(config))
+    task.set_parameters_as_dict(json_values(config))
     return task
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from faccel.tracking import service
 from faccel.tracking.media import image_of, named_images
 from faccel.tracking.tracker import Cell, Tracker
-from faccel.tracking.values import to_json
+from faccel.tracking.values import json_values
 
 
 def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
@@ -28,7 +28,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
     }
     experiment = comet_ml.start(**{**arguments, **options})
     service.write_run_id(folder, "comet_ml", experiment.get_key())
-    experiment.log_parameters(to_json(config))
+    experiment.log_parameters(json_values(config))
     return experiment
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from faccel.tracking.media import image_of, named_images
 from faccel.tracking.service import check_options, import_service, keyword_names
 from faccel.tracking.tracker import Tracker
-from faccel.tracking.values import to_json
+from faccel.tracking.values import json_values
 
 
 def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
@@ -20,7 +20,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
     # Without `resume`, DVCLive deletes what the folder has.
     arguments: dict[str, Any] = {"dir": str(folder / "dvclive"), "resume": True}
     live = live_type(**{**arguments, **options})
-    live.log_params(to_json(config))
+    live.log_params(json_values(config))
     return live
 
 

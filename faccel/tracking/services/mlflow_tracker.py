@@ -16,7 +16,7 @@ from faccel.tracking import service
 from faccel.tracking.media import named_images
 from faccel.tracking.server import Server
 from faccel.tracking.tracker import Cell, Tracker
-from faccel.tracking.values import to_json
+from faccel.tracking.values import json_values
 
 _MAX_PARAM = 6000  # characters; longer values are refused
 _PARAMS_PER_BATCH = 100
@@ -60,7 +60,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> _Mlflow
         arguments["run_id"] = run_id
     run = _MlflowRun(mlflow.MlflowClient(), mlflow.start_run(**{**arguments, **options}), server)
     service.write_run_id(folder, "mlflow", run.run_id)
-    _log_config(run, to_json(config))
+    _log_config(run, json_values(config))
     return run
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from faccel.tracking import service
 from faccel.tracking.media import copy_file, image_of
 from faccel.tracking.tracker import Cell, Tracker
-from faccel.tracking.values import to_json
+from faccel.tracking.values import json_values
 
 
 def _swanlab() -> Any:
@@ -26,7 +26,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
         "project": folder.parent.name,
         "name": folder.name,
         "log_dir": str(folder / "swanlog"),
-        "config": to_json(config),
+        "config": json_values(config),
     }
     run_id = service.same_run(folder, "swanlab", options, "id")
     # "allow" starts a run if the server does not have this one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import numpy as np
 from faccel.tracking.media import named_images
 from faccel.tracking.service import check_options, import_service, keyword_names
 from faccel.tracking.tracker import Cell, Tracker
-from faccel.tracking.values import to_json
+from faccel.tracking.values import json_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -23,7 +22,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Summary
     module = import_service("torch.utils.tensorboard.writer", "tensorboard", '"faccel[track]"')
     check_options("tensorboard", options, keyword_names(module.SummaryWriter))
     writer = module.SummaryWriter(**{"log_dir": str(folder), **options})
-    writer.add_text("config", json.dumps(to_json(config), indent=2))
+    writer.add_text("config", json_text(config, indent=2))
     return writer
 
 

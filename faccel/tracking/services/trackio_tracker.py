@@ -12,7 +12,7 @@ import numpy as np
 from faccel.tracking import service
 from faccel.tracking.media import image_of, named_images
 from faccel.tracking.tracker import Cell, Tracker
-from faccel.tracking.values import to_json
+from faccel.tracking.values import json_values
 
 
 def _trackio() -> Any:
@@ -27,7 +27,7 @@ def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
     arguments: dict[str, Any] = {
         "project": folder.parent.name,
         "name": f"{folder.name}-{uuid.uuid4().hex[:8]}",
-        "config": to_json(config),
+        "config": json_values(config),
     }
     name = service.same_run(folder, "trackio", options, "name")
     if name is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from faccel.tracking import service
 from faccel.tracking.media import figure_array
 from faccel.tracking.tracker import Cell, Tracker
-from faccel.tracking.values import to_json
+from faccel.tracking.values import json_values, to_json
 
 # wandb draws objects of these libraries.
 _DRAWN = ("matplotlib", "plotly", "wandb")
@@ -24,7 +24,11 @@ def _wandb() -> Any:
 def _open(folder: Path, config: Mapping[str, object], **options: Any) -> Any:
     wandb = _wandb()
     service.check_options("wandb", options, service.keyword_names(wandb.init))
-    arguments: dict[str, Any] = {"name": folder.name, "dir": str(folder), "config": to_json(config)}
+    arguments: dict[str, Any] = {
+        "name": folder.name,
+        "dir": str(folder),
+        "config": json_values(config),
+    }
     run_id = service.same_run(folder, "wandb", options, "id")
     if run_id is not None:
         # A resumed run may have another configuration, such as more epochs.
