@@ -1,5 +1,6 @@
 """Settings of all tests: threads, signal handlers, and which meshes are slow."""
 
+import gc
 import logging
 import os
 import re
@@ -94,7 +95,15 @@ def _is_large_mesh(value):
 
 def pytest_collection_finish():
     """Leave the objects of torch and of the collected tests out of later garbage collections."""
-    import gc
+    gc.collect()
+    gc.freeze()
 
+
+@pytest.fixture(scope="module", autouse=True)
+def collected_objects():
+    """Leave what earlier modules imported and cached out of garbage collections, too.
+
+    Debug mode and the functions that run the collector go over all other objects.
+    """
     gc.collect()
     gc.freeze()
