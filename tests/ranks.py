@@ -23,21 +23,7 @@ import faccel
 # Only a safety net against hangs: it must not fail a test on a loaded node.
 TIMEOUT_S = 300
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "torch",
-        "torch._dynamo",
-        "sklearn.datasets",
-        "faccel.runtime",
-        "faccel.training.step",
-        "faccel.cli.commands",
-        "faccel.launching.agent",
-        "torch.distributed.run",
-        # in an environment that has it; the server skips what is not installed
-        "megatron.core.models.gpt.gpt_model",
-        "megatron.core.optimizer",
-    ]
-)
+SERVER.set_forkserver_preload(["tests.preloaded"])
 
 
 def env_of(rank, world_size, port):
