@@ -27,17 +27,14 @@ ROWS = {
 }
 
 
-def loss_of(flags, steps=STEPS, more=()):
+def faccel_launch(*options):
+    """Return the first words of a launch of a script."""
+    return [sys.executable, "-m", "faccel", "launch", "--cpu", *options]
+
+
+def loss_of(flags, steps=STEPS, more=(), launcher=faccel_launch):
     """Run the example; return the loss that it prints in its last line."""
-    command = [
-        sys.executable,
-        "-m",
-        "faccel",
-        "launch",
-        "--cpu",
-        *flags.split(),
-        "examples/char_lm.py",
-    ]
+    command = [*launcher(*flags.split()), "examples/char_lm.py"]
     out = subprocess.run(
         [*command, "--steps", str(steps), *more],
         cwd=ROOT,

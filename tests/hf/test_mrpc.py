@@ -4,9 +4,10 @@ import sys
 
 import pytest
 
+from tests.forked_python import faccel_launch
 from tests.procs.test_scripts import last_number, run
 
-LAUNCH = [sys.executable, "-m", "faccel", "launch", "--cpu", "--nproc", "2"]
+MODULES = ("datasets", "transformers.models.bert.modeling_bert")  # that the forks have imported
 
 
 @pytest.mark.slow
@@ -20,14 +21,15 @@ def test_two_ranks_reach_the_accuracy_of_one(tmp_path):
 
     one = accuracy("one")
     assert one > 0.9
-    assert accuracy("ddp", launcher=LAUNCH) > one - 0.03
+    ddp = faccel_launch("--nproc", "2", preload=MODULES)
+    assert accuracy("ddp", launcher=ddp) > one - 0.03
     export_options = [
         "--model",
         str(tmp_path / "ddp"),
         "--data",
         str(tmp_path / "one" / "offline" / "pairs"),
     ]
-    fsdp = [*LAUNCH, "--mesh", "dp_shard=2"]
+    fsdp = faccel_launch("--nproc", "2", "--mesh", "dp_shard=2", preload=MODULES)
     assert (
         accuracy("fsdp", *export_options, "--epochs", "1", "--lr", "1e-5", launcher=fsdp)
         > one - 0.03

@@ -1,6 +1,7 @@
 """The language-model example: every strategy reaches one loss; a killed run resumes."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 import pathlib
@@ -14,6 +15,7 @@ import torch
 
 from benchmarks import char_lm
 from faccel.backends.table import BACKENDS
+from tests.forked_python import faccel_launch
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 REASON = BACKENDS["deepspeed"].probe(os.environ)
@@ -24,13 +26,21 @@ needs_deepspeed = pytest.mark.skipif(
     REASON is not None, reason=f"DeepSpeed cannot run here: {REASON}"
 )
 ROOT = pathlib.Path(__file__).parents[2]
+MODELS = (
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.gpt_neox.modeling_gpt_neox",
+)
+# Forks, which have imported transformers.
+loss_of = functools.partial(
+    char_lm.loss_of, launcher=functools.partial(faccel_launch, preload=MODELS)
+)
 
 
 @pytest.mark.slow
 @needs_transformers
 @needs_deepspeed
 def test_every_strategy_ends_with_the_loss_of_one_process():
-    losses = {name: char_lm.loss_of(flags) for name, flags in char_lm.ROWS.items()}
+    losses = {name: loss_of(flags) for name, flags in char_lm.ROWS.items()}
     assert max(losses.values()) - min(losses.values()) <= 1e-4, losses
     assert losses["one process"] < 4  # a uniform guess among 256 bytes has log(256) = 5.5
 
@@ -41,7 +51,7 @@ def test_every_strategy_ends_with_the_loss_of_one_process():
 def test_fp8_ends_with_the_loss_of_bf16():
     flags = "--nproc 2 --mesh dp_shard=2 --mixed-precision "
     options = ["--model", "gpt_neox", "--emulate"]
-    fp8, bf16 = (char_lm.loss_of(flags + precision, 20, options) for precision in ("fp8", "bf16"))
+    fp8, bf16 = (loss_of(flags + precision, 20, options) for precision in ("fp8", "bf16"))
     assert fp8 == pytest.approx(bf16, rel=0.02)
     assert bf16 < 4  # a uniform guess among 256 bytes has log(256) = 5.5
 
@@ -70,7 +80,7 @@ def wait_for(path, process):
 def test_a_killed_run_resumes_to_the_same_loss_and_transformers_loads_the_export(stage, tmp_path):
     flags = f"--nproc 2 --strategy deepspeed --zero {stage}"
     steps = 60
-    uninterrupted = char_lm.loss_of(flags, steps, ["--export", str(tmp_path / "uninterrupted")])
+    uninterrupted = loss_of(flags, steps, ["--export", str(tmp_path / "uninterrupted")])
 
     command = [
         sys.executable,
@@ -98,7 +108,7 @@ def test_a_killed_run_resumes_to_the_same_loss_and_transformers_loads_the_export
     saved = max(int(folder.name.partition("-")[2]) for folder in (tmp_path / "runs").glob("step-*"))
     assert 10 <= saved < steps, "killed too late"
 
-    assert char_lm.loss_of(flags, steps, more) == uninterrupted
+    assert loss_of(flags, steps, more) == uninterrupted
 
     from transformers import GPT2LMHeadModel
 

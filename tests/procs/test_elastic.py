@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.forked_python import faccel_launch
 from tests.ranks import TIMEOUT_S
 
 SCRIPT = """
@@ -44,10 +45,13 @@ with faccel.init() as ctx:
 """
 
 
-def launch(script, folder, num_kills, *options):
-    command = [sys.executable, "-m", "faccel", "launch", "--cpu", "--nproc", "2", *options]
+def faccel_launch_of_python(*options):
+    return [sys.executable, "-m", "faccel", "launch", "--cpu", *options]
+
+
+def launch(script, folder, num_kills, *options, launcher=faccel_launch_of_python):
     return subprocess.run(
-        [*command, str(script), str(folder), str(num_kills)],
+        [*launcher("--nproc", "2", *options), str(script), str(folder), str(num_kills)],
         env=os.environ,
         capture_output=True,
         text=True,
@@ -62,7 +66,9 @@ def test_ten_killed_ranks_are_ten_restarts_with_the_same_result(tmp_path):
     script.write_text(SCRIPT)
     uninterrupted = launch(script, tmp_path / "uninterrupted", 0)
     assert uninterrupted.returncode == 0, uninterrupted.stderr
-    out = launch(script, tmp_path / "killed", 10, "--max-restarts", "10")
+    # Forks: 22 ranks would import torch for half a minute.
+    options = ("--max-restarts", "10")
+    out = launch(script, tmp_path / "killed", 10, *options, launcher=faccel_launch)
     assert out.returncode == 0, out.stderr
     *messages, weights = out.stdout.splitlines()
     assert messages == [f"attempt {n} resumes after step {3 + n}" for n in range(1, 11)]

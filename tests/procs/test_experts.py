@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import faccel
+from tests.forked_python import faccel_launch
 from tests.ranks import run_ranks
 from tests.world.test_experts import TENSOR, check_equal, full, model, reference, train
 
@@ -54,7 +55,7 @@ def test_ranks_on_meta_get_their_experts_from_rank_0():
 
 
 def example(*launcher):
-    command = [sys.executable, *launcher, "examples/moe.py", "--steps", "20"]
+    command = [*launcher, "examples/moe.py", "--steps", "20"]
     root, env = pathlib.Path(__file__).parents[2], os.environ | {"OMP_NUM_THREADS": "1"}
     out = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=root, env=env, timeout=110
@@ -68,7 +69,7 @@ def example(*launcher):
 
 @pytest.mark.slow
 def test_the_example_learns_the_same_on_any_number_of_processes():
-    one = example()
-    two = example("-m", "faccel", "launch", "--cpu", "--nproc", "2", "--mesh", "dp_shard=2,ep=2")
+    one = example(sys.executable)
+    two = example(*faccel_launch("--nproc", "2", "--mesh", "dp_shard=2,ep=2"))
     assert one < 3.0
     assert abs(one - two) < 1.5e-4  # a digit of the last place

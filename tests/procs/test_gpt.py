@@ -1,11 +1,11 @@
 """`examples/gpt.py` in real processes, over gloo."""
 
 import json
-import sys
 
 import pytest
 
 import faccel
+from tests.forked_python import faccel_launch, forked_python
 from tests.gpt_example import ALL_OPTIONS, train
 from tests.procs.test_scripts import last_number, run
 from tests.ranks import run_ranks
@@ -48,13 +48,13 @@ megatron_lm_config:
 def test_an_imported_file_starts_the_recipe_on_its_mesh(tmp_path):
     source, target = tmp_path / "megatron.yaml", tmp_path / "faccel.yaml"
     source.write_text(MEGATRON)
-    faccel_ = [sys.executable, "-m", "faccel"]
+    faccel_ = [forked_python(), "-m", "faccel"]
     out = run("config", "import", str(source), "-o", str(target), "--json", launcher=faccel_)
     document = json.loads("\n".join(out))
     assert document["values"]["mesh"] == {"tp": 2, "dp_shard": -1}
     assert document["without_equivalent"] == {"megatron_lm_config.megatron_lm_new_key": 3}
     words = ("examples/gpt.py", "--steps", "3", "--sequence-parallel")
     expected = last_number(run(*words, FACCEL_GRAD_ACCUM="2"), "loss")
-    lines = run("launch", "--cpu", *words, launcher=faccel_, FACCEL_CONFIG=str(target))
+    lines = run(*words, launcher=faccel_launch(), FACCEL_CONFIG=str(target))
     assert lines[0].startswith("mesh ") and "tp=2" in lines[0]
     assert abs(last_number(lines, "loss") - expected) <= 1e-4
