@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import pickle
 import tempfile
 
 import safetensors.torch
@@ -37,6 +38,8 @@ ON_FOUR = ("hsdp", "fsdp tp", "fsdp pipeline")
 # norms of layers in the low precision, an accelerator in fp32.
 TOLERANCES = {"no": 2e-6, "bf16": 3e-2, "fp16": 4e-3}
 SAVED = ("single", "ddp", "fsdp", "tp", "pipeline")
+# What this rank has trained on the CPU, by layout and precision.
+TRAINED_ON_CPU = {}
 
 
 def launch_env(kind):
@@ -84,7 +87,7 @@ def difference_of_dicts(tensors, expected):
 def train_cell(layout, world, precision):
     """Raise unless a training equals that on the CPU."""
     actual = trained(layout, world, str(world.device), precision)
-    expected = trained(layout, world, "cpu", precision)
+    expected = TRAINED_ON_CPU[layout, precision]
     errors = {
         "losses": difference(actual.losses, expected.losses),
         "norms": difference(actual.norms, expected.norms),
@@ -219,8 +222,21 @@ def debug_cell(world):
     return torch.distributed.Backend.default_device_backend_map[world.device.type]
 
 
-def run_cells(world):
-    """Run all cells; return their names. The error of the first one that fails names it."""
+def train_on_cpu(world):
+    """Return what the cells that train are compared with, for any kind of device."""
+    table = {}
+    for cell, layout, precision, _ in cells(None, world.world_size).values():
+        if cell is train_cell:
+            table[layout, precision] = trained(layout, world, "cpu", precision)
+    return table
+
+
+def run_cells(world, trained_on_cpu):
+    """Run all cells; return their names. The error of the first one that fails names it.
+
+    `trained_on_cpu` has the pickled result of `train_on_cpu` for each rank.
+    """
+    TRAINED_ON_CPU.update(pickle.loads(trained_on_cpu[world.rank]))
     names = []
     for name, (cell, layout, precision, options) in cells(
         world.device.type, world.world_size
