@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import attrs
 import torch
@@ -37,6 +38,13 @@ _OPS = {
 }
 # PyTorch's functional collectives take the operation as a string, with another name for "prod".
 _OPS_IN_GRAPHS = {"sum": "sum", "min": "min", "max": "max", "prod": "product"}
+
+
+def _described(label: Sequence[tuple[str, Tree]], op: str, x: torch.Tensor) -> str:
+    """Return the user's call with its argument; without a label, the operation with its tensor."""
+    if label:
+        return described_call(*label[0])
+    return f"{op} of {describe([x])}"
 
 
 def _size_of(x: torch.Tensor) -> str:
@@ -128,13 +136,12 @@ class TorchCollectives:
                 self.call_order.begin(call, self.in_flight.alias)
             self.in_flight.forget_finished()
 
-    def _call(self, op: str, x: torch.Tensor) -> str:
-        """Return the call that the next collective belongs to, for errors and comparisons."""
-        if self._label:
-            return described_call(*self._label[0])
-        return f"{op} of {describe([x])}"
+    def _call(self, op: str, x: torch.Tensor) -> Callable[[], str]:
+        """Return a function that describes the call which the next collective belongs to."""
+        # A copy, because the label is removed when the collective begins.
+        return functools.partial(_described, self._label[:], op, x)
 
-    def _exchange(self, axis: str, op: str, call: str) -> Exchange:
+    def _exchange(self, axis: str, op: str, call: Callable[[], str]) -> Exchange:
         """Return the exchange of a collective on the CPU; `op` is its name for other errors."""
         ranks = dist.get_process_group_ranks(self.group(axis))
         size = len(ranks)
@@ -153,7 +160,7 @@ class TorchCollectives:
             )
             return received.view(size, len(row))
 
-        return Exchange(f"{call} over `{axis}`", ranks, send)
+        return Exchange(lambda: f"{call()} over `{axis}`", ranks, send)
 
     def as_rank_error(self, error: RuntimeError, doing: str, axis: str) -> FaccelError | None:
         """Return the error that names the failed rank; None if `error` has another cause."""
@@ -268,7 +275,7 @@ class TorchCollectives:
         # Not the shape: a number may be `T[1]` on one rank, and `T[]` on another.
         compared = f"{op} in {x.dtype}{_size_of(x)}"
         if self._label:
-            compared += call
+            compared += call()
         if is_small(x, size) and can_reduce(x):
             return reduced(self._exchange(axis, "all_reduce", call).values(x, compared), op)
         bits = check_bits(compared, x.dtype, size)

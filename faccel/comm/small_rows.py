@@ -127,12 +127,12 @@ class Exchange:
     """A call of this rank with few bytes, in which each rank sends a row to each other.
 
     Args:
-        call: The call with what it sends, for the error of ranks that make another one.
+        call: Describes the call, for the error of ranks that make another one.
         ranks: The ranks, in the order of their rows.
         send: Returns the row of each rank, `uint8[num_ranks, 256]`, which is not kept. Collective.
     """
 
-    call: str
+    call: Callable[[], str]
     ranks: Sequence[int]
     send: Callable[[torch.Tensor], torch.Tensor]
 
@@ -141,7 +141,7 @@ class Exchange:
         rows = self.send(to_row(x, compared))
         if not have_equal_calls(rows):
             # All ranks come here, because each has the rows of all.
-            texts = self.send(text_row(self.call, call_site()))
+            texts = self.send(text_row(self.call(), call_site()))
             raise disagreement(texts, self.ranks)
         return values_of(rows, x)
 
